@@ -1,0 +1,222 @@
+#include <nanobind/stl/filesystem.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <filesystem>
+#include <memory>
+#include <new>
+#include <tuple>
+#include <vector>
+
+#include "convert.h"
+#include "layerwise/shard_reader.h"
+#include "layerwise/shard_writer.h"
+
+namespace layerwise {
+
+namespace {
+
+using Path = std::filesystem::path;
+using BlockTuple = std::tuple<int64_t, int64_t>;
+using SegmentTuple = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;
+using ReadBlockTuple = std::tuple<int64_t, int64_t, uint64_t>;
+using ReadSegmentTuple = std::tuple<int64_t, int64_t, uint64_t, int64_t>;
+
+// What the Python objects hold: the core's classes are made by factories.
+struct PyPool {
+  std::unique_ptr<WriterPool> it;
+};
+
+struct PyPlan {
+  std::shared_ptr<const Plan> it;
+};
+
+struct PyWriter {
+  std::unique_ptr<ShardWriter> it;
+};
+
+struct PyReader {
+  std::unique_ptr<ShardReader> it;
+};
+
+uint64_t Count(int64_t value) {
+  if (value < 0) throw StatusError(Status::InvalidArgument(std::to_string(value) + " is negative"));
+  return static_cast<uint64_t>(value);
+}
+
+void InitPool(PyPool* self, int threads) {
+  std::unique_ptr<WriterPool> pool;
+  Check(WriterPool::Create(threads, &pool));
+  new (self) PyPool{std::move(pool)};
+}
+
+void InitPlan(PyPlan* self, const std::vector<BlockTuple>& blocks, const std::vector<SegmentTuple>& segments,
+              int64_t tensors, int64_t tail_offset) {
+  std::vector<Plan::Block> planned;
+  planned.reserve(blocks.size());
+  for (const auto& [offset, length] : blocks) planned.push_back({Count(offset), Count(length)});
+  std::vector<Plan::Segment> cut;
+  cut.reserve(segments.size());
+  for (const auto& [block, block_offset, tensor, tensor_offset, length] : segments) {
+    cut.push_back({Count(block), Count(block_offset), Count(tensor), Count(tensor_offset), Count(length)});
+  }
+  std::unique_ptr<Plan> plan;
+  Check(Plan::Create(std::move(planned), std::move(cut), Count(tensors), Count(tail_offset), &plan));
+  new (self) PyPlan{std::move(plan)};
+}
+
+void InitWriter(PyWriter* self, Env& env, PyPool& pool, PyPlan& plan, const Path& path, uint32_t mode, bool direct) {
+  std::unique_ptr<ShardWriter> writer;
+  Unlocked([&] { return ShardWriter::Create(&env, pool.it.get(), plan.it, path.native(), mode, direct, &writer); });
+  new (self) PyWriter{std::move(writer)};
+}
+
+void InitReader(PyReader* self, Env& env, PyPool& pool, const Path& path, bool direct) {
+  std::unique_ptr<ShardReader> reader;
+  Unlocked([&] { return ShardReader::Open(&env, pool.it.get(), path.native(), direct, &reader); });
+  new (self) PyReader{std::move(reader)};
+}
+
+// In slices, so that a signal's handler can raise.
+bool Wait(PyWriter& writer, double timeout_s) {
+  constexpr double kSlice = 0.1;
+  double left = timeout_s > 0 ? timeout_s : 0;
+  for (;;) {
+    bool done;
+    {
+      nb::gil_scoped_release release;
+      done = writer.it->Wait(std::min(left, kSlice));
+    }
+    if (done) return true;
+    left -= kSlice;
+    if (left <= 0) return false;
+    if (PyErr_CheckSignals() != 0) throw nb::python_error();
+  }
+}
+
+nb::bytes ReadRange(PyReader& reader, int64_t offset, int64_t n) {
+  std::string data;
+  const uint64_t begin = Count(offset);
+  const uint64_t length = Count(n);
+  Unlocked([&] { return reader.it->Read(begin, length, &data); });
+  return ToBytes(data);
+}
+
+std::vector<size_t> ReadBlocks(PyReader& reader, const std::vector<ReadBlockTuple>& blocks,
+                               const std::vector<ReadSegmentTuple>& segments) {
+  std::vector<ShardReader::Block> wanted;
+  wanted.reserve(blocks.size());
+  for (const auto& [offset, length, hash] : blocks) wanted.push_back({Count(offset), Count(length), hash});
+  std::vector<ShardReader::Segment> copies;
+  copies.reserve(segments.size());
+  for (const auto& [block, block_offset, address, length] : segments) {
+    copies.push_back({Count(block), Count(block_offset), static_cast<uintptr_t>(address), Count(length)});
+  }
+  std::vector<size_t> bad;
+  Unlocked([&] { return reader.it->ReadBlocks(wanted, copies, &bad); });
+  return bad;
+}
+
+nb::str HashesHex(PyWriter& writer) {
+  std::vector<uint64_t> hashes;
+  Check(writer.it->Hashes(&hashes));
+  std::string text;
+  text.reserve(16 * hashes.size());
+  for (uint64_t hash : hashes) {
+    char digits[17];
+    std::snprintf(digits, sizeof(digits), "%016llx", static_cast<unsigned long long>(hash));
+    text.append(digits, 16);
+  }
+  return nb::str(text.data(), text.size());
+}
+
+nb::object Error(PyWriter& writer) {
+  const Status status = writer.it->error();
+  return status.ok() ? nb::none() : MakeException(status);
+}
+
+template <uint64_t ShardWriter::Counts::* kField>
+uint64_t CountOf(PyWriter& writer) {
+  return writer.it->counts().*kField;
+}
+
+void BindWriter(nb::module_& m) {
+  nb::class_<PyWriter>(m, "ShardWriter")
+      .def("__init__", &InitWriter, nb::arg("env"), nb::arg("pool"), nb::arg("plan"), nb::arg("path"),
+           nb::arg("mode") = 0600, nb::arg("direct") = true, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
+      .def("set_address",
+           [](PyWriter& writer, size_t tensor, uintptr_t address) { Check(writer.it->SetAddress(tensor, address)); },
+           nb::arg("tensor"), nb::arg("address"))
+      .def("set_addresses",
+           [](PyWriter& writer, const std::vector<uintptr_t>& addresses) {
+             Check(writer.it->SetAddresses(addresses));
+           }, nb::arg("addresses"))
+      .def("submit",
+           [](PyWriter& writer, int64_t first, int64_t count) {
+             const size_t begin = Count(first);
+             const size_t blocks = Count(count);
+             Unlocked([&] { return writer.it->Submit(begin, blocks); });
+           }, nb::arg("first_block"), nb::arg("count"))
+      .def("append",
+           [](PyWriter& writer, nb::handle data) {
+             BufferView view(data);
+             size_t blocks = 0;
+             Unlocked([&] { return writer.it->Append(view.view(), &blocks); });
+             return blocks;
+           }, nb::arg("data"))
+      .def("wait", &Wait, nb::arg("timeout_s"))
+      .def_prop_ro("submitted", &CountOf<&ShardWriter::Counts::submitted>)
+      .def_prop_ro("completed", &CountOf<&ShardWriter::Counts::completed>)
+      .def_prop_ro("pending", &CountOf<&ShardWriter::Counts::pending>)
+      .def_prop_ro("bytes_written", &CountOf<&ShardWriter::Counts::bytes_written>)
+      .def_prop_ro("bytes_copied", &CountOf<&ShardWriter::Counts::bytes_copied>)
+      .def_prop_ro("direct", [](PyWriter& writer) { return writer.it->direct(); })
+      .def_prop_ro("memory_align", [](PyWriter& writer) { return writer.it->alignment().memory; })
+      .def("error", &Error)
+      .def("hashes_hex", &HashesHex)
+      .def("block_hash", [](PyWriter& writer, size_t index) { return writer.it->BlockHash(index); },
+           nb::arg("index"))
+      .def("finish",
+           [](PyWriter& writer, nb::handle header) {
+             BufferView view(header);
+             Unlocked([&] { return writer.it->Finish(view.view()); });
+           }, nb::arg("header"))
+      .def("abort", [](PyWriter& writer) {
+        nb::gil_scoped_release release;
+        writer.it->Abort();
+      });
+}
+
+}  // namespace
+
+void BindShard(nb::module_& m) {
+  nb::class_<PyPool>(m, "WriterPool")
+      .def("__init__", &InitPool, nb::arg("threads"))
+      .def_prop_ro("threads", [](PyPool& pool) { return pool.it->threads(); })
+      .def("close", [](PyPool& pool) {
+        nb::gil_scoped_release release;
+        pool.it->Close();
+      });
+
+  nb::class_<PyPlan>(m, "Plan")
+      .def("__init__", &InitPlan, nb::arg("blocks"), nb::arg("segments"), nb::arg("tensors"),
+           nb::arg("tail_offset") = 0)
+      .def_prop_ro("blocks", [](PyPlan& plan) { return plan.it->blocks().size(); })
+      .def_prop_ro("tensors", [](PyPlan& plan) { return plan.it->tensors(); })
+      .def_prop_ro("end", [](PyPlan& plan) { return plan.it->end(); })
+      .def_prop_ro("block_bytes", [](PyPlan& plan) { return plan.it->block_bytes(); });
+
+  BindWriter(m);
+
+  nb::class_<PyReader>(m, "ShardReader")
+      .def("__init__", &InitReader, nb::arg("env"), nb::arg("pool"), nb::arg("path"), nb::arg("direct") = true,
+           nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
+      .def_prop_ro("size", [](PyReader& reader) { return reader.it->size(); })
+      .def("read", &ReadRange, nb::arg("offset"), nb::arg("n"))
+      .def("read_blocks", &ReadBlocks, nb::arg("blocks"), nb::arg("segments"));
+}
+
+}  // namespace layerwise

@@ -1,0 +1,26 @@
+#include "convert.h"
+
+namespace layerwise {
+
+nb::object DecodePath(const std::string& path) {
+  return nb::steal(PyUnicode_DecodeFSDefaultAndSize(path.data(), static_cast<Py_ssize_t>(path.size())));
+}
+
+nb::object MakeException(const Status& status) {
+  nb::object message = DecodePath(status.message());
+  switch (status.code()) {
+    case Status::Code::kIoError:
+      if (status.path().empty()) return nb::handle(PyExc_OSError)(status.error_number(), message);
+      return nb::handle(PyExc_OSError)(status.error_number(), message, DecodePath(status.path()));
+    case Status::Code::kInvalidArgument:
+      return nb::handle(PyExc_ValueError)(message);
+    default:
+      return nb::handle(PyExc_RuntimeError)(message);
+  }
+}
+
+BufferView::BufferView(nb::handle object) {
+  if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_SIMPLE) != 0) throw nb::python_error();
+}
+
+}  // namespace layerwise

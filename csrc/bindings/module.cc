@@ -1,0 +1,57 @@
+#include <nanobind/stl/string_view.h>
+
+#include "convert.h"
+#include "layerwise/hash.h"
+#include "layerwise/writer_pool.h"
+
+namespace layerwise {
+
+namespace {
+
+void Translate(const std::exception_ptr& pointer, void*) {
+  try {
+    std::rethrow_exception(pointer);
+  } catch (const StatusError& error) {
+    nb::object exception = MakeException(error.status());
+    PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(exception.ptr())), exception.ptr());
+  }
+}
+
+void CloseAllPools() {
+  nb::gil_scoped_release release;
+  WriterPool::CloseAll();
+}
+
+uint64_t HashBuffer(nb::handle data) {
+  BufferView view(data);
+  nb::gil_scoped_release release;
+  return Xxh3(view.data(), view.size());
+}
+
+uint64_t HashMemory(uintptr_t address, size_t nbytes) {
+  nb::gil_scoped_release release;
+  return Xxh3(reinterpret_cast<const void*>(address), nbytes);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  // Engines are often globals, and the interpreter does not free those.
+  nb::set_leak_warnings(false);
+  nb::register_exception_translator(Translate);
+
+  m.doc() = "The native core: files, shards, hashes. Errors of the operating system are OSError.";
+  m.def("xxh3_64", HashBuffer, nb::arg("buffer"), "XXH3-64 (seed 0) of any contiguous buffer.");
+  m.def("hash_memory", HashMemory, nb::arg("address"), nb::arg("nbytes"),
+        "XXH3-64 of memory, which must be mapped and unchanged until this returns.");
+  m.def("hash_name", &HashName, "The instruction set that hashes: avx512, avx2, sse2 or scalar.");
+  BindEnv(m);
+  BindShard(m);
+  nb::module_ testing = m.def_submodule("testing", "File systems for tests: one that forgets, one that fails.");
+  BindTesting(testing);
+
+  // Leased memory is freed after this.
+  nb::module_::import_("atexit").attr("register")(nb::cpp_function(&CloseAllPools));
+}
+
+}  // namespace layerwise

@@ -1,0 +1,41 @@
+#ifndef LAYERWISE_ALIGNED_BUFFER_H_
+#define LAYERWISE_ALIGNED_BUFFER_H_
+
+#include <cstddef>
+#include <cstdlib>
+#include <memory>
+
+#include "layerwise/status.h"
+
+namespace layerwise {
+
+// The alignment, in bytes, of every block of a shard and of all memory that the
+// engine itself writes from or reads into. Direct I/O never demands more: see
+// PosixEnv.
+inline constexpr size_t kAlign = 4096;
+
+inline constexpr size_t RoundUp(size_t value, size_t to) { return (value + to - 1) / to * to; }
+
+// Memory aligned to kAlign. Threads: external synchronization.
+class AlignedBuffer {
+ public:
+  // Afterwards size() >= n. The content is undefined if the buffer had to grow.
+  // ENOMEM leaves the buffer empty.
+  Status Reserve(size_t n);
+
+  char* data() { return data_.get(); }
+  const char* data() const { return data_.get(); }
+  size_t size() const { return size_; }
+
+ private:
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+
+  std::unique_ptr<char[], Free> data_;
+  size_t size_ = 0;
+};
+
+}  // namespace layerwise
+
+#endif  // LAYERWISE_ALIGNED_BUFFER_H_

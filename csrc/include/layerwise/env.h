@@ -1,0 +1,175 @@
+#ifndef LAYERWISE_ENV_H_
+#define LAYERWISE_ENV_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "layerwise/status.h"
+
+namespace layerwise {
+
+// What a file opened for direct I/O demands of memory addresses, and of file
+// offsets and lengths, in bytes. Both are powers of two.
+struct DirectIoAlignment {
+  uint32_t memory = 1;
+  uint32_t offset = 1;
+};
+
+enum class FileKind { kFile, kDirectory, kLink, kOther };
+
+struct FileInfo {
+  FileKind kind = FileKind::kOther;
+  uint64_t size = 0;
+};
+
+// A new file, open for writing.
+//
+// Threads: Pwrite may be called by several threads at once. Every other call
+// REQUIRES that no call on the same file is in flight.
+//
+// Survives a crash: bytes and size, from the return of a successful Sync. The
+// file's name does not: see Env::SyncDir.
+class WritableFile {
+ public:
+  WritableFile() = default;
+  WritableFile(const WritableFile&) = delete;
+  WritableFile& operator=(const WritableFile&) = delete;
+  // Closes the file if it is open; an error of that is lost.
+  virtual ~WritableFile() = default;
+
+  // Whether I/O bypasses the page cache. alignment() is {1, 1} if not.
+  virtual bool direct() const = 0;
+  virtual DirectIoAlignment alignment() const = 0;
+
+  // Writes all n bytes, or fails. A short write is continued; a write that makes
+  // no progress is EIO. After a failure the bytes of the range are undefined.
+  // REQUIRES: if direct(), data, offset and n are aligned (EINVAL otherwise).
+  virtual Status Pwrite(const void* data, size_t n, uint64_t offset) = 0;
+
+  // Reserves space so that the file has at least `size` bytes; new ones read as
+  // zeros. A file system that cannot do this is not an error.
+  virtual Status Allocate(uint64_t size) = 0;
+
+  // Flushes data and size to the device. After a failure the file is poisoned:
+  // the kernel may have dropped the dirty pages and forgotten the error, so
+  // every later Sync is EIO without asking it again.
+  virtual Status Sync() = 0;
+
+  // Idempotent. Does not flush.
+  virtual Status Close() = 0;
+};
+
+// A regular file, open for reading. Threads: as for WritableFile, with Pread.
+class ReadableFile {
+ public:
+  ReadableFile() = default;
+  ReadableFile(const ReadableFile&) = delete;
+  ReadableFile& operator=(const ReadableFile&) = delete;
+  virtual ~ReadableFile() = default;
+
+  // The size in bytes when the file was opened.
+  virtual uint64_t size() const = 0;
+  virtual bool direct() const = 0;
+  virtual DirectIoAlignment alignment() const = 0;
+
+  // Reads up to n bytes into data and stores their number in *got, which is less
+  // than n only at the end of the file.
+  // REQUIRES: if direct(), data, offset and n are aligned (EINVAL otherwise).
+  virtual Status Pread(void* data, size_t n, uint64_t offset, size_t* got) = 0;
+
+  virtual Status Close() = 0;
+};
+
+// A held lock on a whole file. It ends with Release, with the object, and with
+// the death of the process that took it: children made by fork do not keep it.
+//
+// Threads: external synchronization.
+class FileLock {
+ public:
+  FileLock() = default;
+  FileLock(const FileLock&) = delete;
+  FileLock& operator=(const FileLock&) = delete;
+  virtual ~FileLock() = default;
+
+  virtual Status Release() = 0;  // idempotent
+
+  // Replaces the content in place and flushes it. A crash in between leaves any
+  // mixture of old and new content.
+  // REQUIRES: not released (EBADF otherwise), here and below.
+  virtual Status Write(std::string_view data) = 0;
+
+  // EFBIG if the file is larger than cap bytes.
+  virtual Status Read(uint64_t cap, std::string* data) = 0;
+
+  // Whether the path still names the locked file: someone may have removed or
+  // replaced it. False after Release.
+  virtual Status HeldPathIsMine(bool* mine) = 0;
+};
+
+// The only way to the operating system for checkpoint files.
+//
+// Threads: every method may be called by several threads at once.
+//
+// Survives a crash: of what these methods change, only what a successful
+// WritableFile::Sync (data, size) or SyncDir (names) covers. A rename is atomic:
+// after a crash either the old or the new names are there.
+//
+// Files may outlive calls on the Env, but not the Env itself.
+class Env {
+ public:
+  Env() = default;
+  Env(const Env&) = delete;
+  Env& operator=(const Env&) = delete;
+  virtual ~Env() = default;
+
+  // The mode is exact: the process's umask does not reduce it. EEXIST if there.
+  virtual Status MakeDir(const std::string& path, uint32_t mode) = 0;
+
+  // Creates a file that must not exist (EEXIST); never follows a link. A file
+  // system that refuses direct I/O gives a plain file: see WritableFile::direct.
+  virtual Status NewWritableFile(const std::string& path, uint32_t mode, bool direct,
+                                 std::unique_ptr<WritableFile>* file) = 0;
+
+  // Opens a regular file (EISDIR, EINVAL otherwise) and follows no link (ELOOP).
+  virtual Status NewReadableFile(const std::string& path, bool direct,
+                                 std::unique_ptr<ReadableFile>* file) = 0;
+
+  // Replaces `to` if it exists.
+  virtual Status Rename(const std::string& from, const std::string& to) = 0;
+
+  // Makes the creations, renames and removals of names in this directory durable.
+  virtual Status SyncDir(const std::string& path) = 0;
+
+  virtual Status Unlink(const std::string& path) = 0;
+  virtual Status RemoveDir(const std::string& path) = 0;
+
+  // Names in byte order, without "." and "..".
+  virtual Status ListDir(const std::string& path, std::vector<std::string>* names) = 0;
+
+  // Does not follow a link.
+  virtual Status Stat(const std::string& path, FileInfo* info) = 0;
+
+  // Opens the file, creating it if need be, and locks it without waiting: EAGAIN
+  // if another lock holds it, in this process or another one.
+  virtual Status Lock(const std::string& path, uint32_t mode, std::unique_ptr<FileLock>* lock) = 0;
+
+  // What direct I/O demands in this directory; nullopt where it is refused. May
+  // create a file ".probe-*" there, which is gone when this returns.
+  virtual Status DirectIo(const std::string& dir, std::optional<DirectIoAlignment>* alignment) = 0;
+
+  // NewWritableFile, Pwrite, Sync, Close. After a failure the file may exist,
+  // with any content.
+  Status WriteFile(const std::string& path, std::string_view data, uint32_t mode);
+
+  // The whole content; EFBIG if it is larger than cap bytes.
+  Status ReadFile(const std::string& path, uint64_t cap, std::string* data);
+};
+
+}  // namespace layerwise
+
+#endif  // LAYERWISE_ENV_H_

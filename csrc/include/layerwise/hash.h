@@ -1,0 +1,29 @@
+#ifndef LAYERWISE_HASH_H_
+#define LAYERWISE_HASH_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+#include <vector>
+
+namespace layerwise {
+
+// XXH3-64 with seed 0 of n bytes: the hash of the shard format. Uses the widest
+// instruction set of the processor that it runs on; the value does not depend on
+// it. Callable from any thread.
+uint64_t Xxh3(const void* data, size_t n);
+
+// Which instruction set Xxh3 uses: "avx512", "avx2", "sse2" or "scalar".
+std::string_view HashName();
+
+struct HashVariant {
+  std::string_view name;
+  uint64_t (*hash)(const void* data, size_t n);
+};
+
+// Every variant that this processor can run, the widest first.
+const std::vector<HashVariant>& HashVariants();
+
+}  // namespace layerwise
+
+#endif  // LAYERWISE_HASH_H_

@@ -1,0 +1,149 @@
+#ifndef LAYERWISE_SHARD_WRITER_H_
+#define LAYERWISE_SHARD_WRITER_H_
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "layerwise/env.h"
+#include "layerwise/plan.h"
+#include "layerwise/writer_pool.h"
+
+namespace layerwise {
+
+// Writes one shard: blocks from the tensors' own memory, hashed while they are
+// written, then the header.
+//
+// The lease. From Submit until the block is no longer pending, a thread of the
+// pool may read the memory under it. REQUIRES: that memory stays mapped and
+// unchanged until then. A block stops being pending when it is both written and
+// hashed (the two see the same bytes), or when it failed or was cancelled.
+//
+// Failure. The first failure of a block, of the header, of the flush or of the
+// close poisons the file: what is queued is cancelled, no flush is tried again,
+// and Finish never succeeds. The file stays on disk for its owner to remove.
+//
+// Survives a crash: after a successful Finish, all bytes of the file. Its name is
+// the caller's to make durable (Env::SyncDir).
+//
+// Threads: every method may be called by several threads at once, except that
+// SetAddress REQUIRES that no pending block has a segment of that tensor. In a
+// child made by fork only the destructor may be called; there it does nothing.
+class ShardWriter final : public BlockSink {
+ public:
+  // Creates the file and reserves the plan's space in it. If the latter fails the
+  // file stays. REQUIRES: env and pool outlive the writer.
+  static Status Create(Env* env, WriterPool* pool, std::shared_ptr<const Plan> plan,
+                       const std::string& path, uint32_t mode, bool direct,
+                       std::unique_ptr<ShardWriter>* writer);
+
+  ~ShardWriter() override;  // Abort()
+
+  // Where tensor `tensor` begins in memory.
+  Status SetAddress(size_t tensor, uintptr_t address);
+  // REQUIRES: one address for each tensor of the plan.
+  Status SetAddresses(const std::vector<uintptr_t>& addresses);
+
+  // Queues blocks of the plan and returns at once. A block that one aligned
+  // segment covers is written straight from that memory; others are gathered in
+  // a buffer of the pool's thread. A block may be submitted again once it is
+  // complete; its hash is then replaced. On a poisoned or aborted writer this
+  // does nothing.
+  // FailedPrecondition: a block is pending, an address is missing, or Finish was
+  // called. Nothing is queued then.
+  Status Submit(size_t first, size_t count);
+
+  // Copies data to blocks behind the last one, padded with zeros to kAlign, and
+  // queues them. Stores their number; they are numbered on from the plan's.
+  // InvalidArgument if the plan has neither blocks nor a tail offset.
+  Status Append(std::string_view data, size_t* blocks);
+
+  // Waits until no block is pending; false if that takes longer.
+  bool Wait(double timeout_s);
+
+  struct Counts {
+    uint64_t submitted = 0;      // blocks queued, repeated ones counted again
+    uint64_t completed = 0;      // of these, written and hashed
+    uint64_t pending = 0;        // of these, queued or running
+    uint64_t bytes_written = 0;  // by completed blocks and the header
+    uint64_t bytes_copied = 0;   // through a thread's buffer, or by Append
+  };
+  Counts counts() const;
+
+  // What poisoned the file; ECANCELED after Abort; OK before that.
+  Status error() const;
+  bool direct() const { return direct_; }
+  DirectIoAlignment alignment() const { return alignment_; }
+
+  // The block's hash; nullopt unless it is complete.
+  std::optional<uint64_t> BlockHash(size_t index) const;
+  // Of every block in order, appended ones last.
+  // FailedPrecondition unless all are complete.
+  Status Hashes(std::vector<uint64_t>* hashes) const;
+
+  // Writes the header at offset 0, flushes, closes. EIO if the file is poisoned,
+  // ECANCELED if it was aborted.
+  // FailedPrecondition unless every block of the plan is complete, and after a
+  // Finish. InvalidArgument unless the header's length is a multiple of kAlign
+  // and ends before the first block. Both leave the writer as it was.
+  Status Finish(std::string_view header);
+
+  // Cancels what is queued, waits for what is running, closes. Does not unlink.
+  // Idempotent; after Finish it does nothing.
+  void Abort();
+
+ private:
+  enum class BlockState : uint8_t { kNone, kPending, kComplete, kFailed };
+  enum class State { kOpen, kFinishing, kFinished, kClosed };
+
+  // A block made by Append. The memory is freed when the last block of the same
+  // call is written.
+  struct TailBlock {
+    uint64_t offset;
+    size_t length;
+    const char* data;
+    std::shared_ptr<AlignedBuffer> memory;
+  };
+
+  ShardWriter(WriterPool* pool, std::shared_ptr<const Plan> plan, std::string path,
+              std::unique_ptr<WritableFile> file);
+
+  void RunBlock(size_t index, AlignedBuffer* scratch) override;
+  void CancelBlock(size_t index) override;
+
+  Status WritePlanned(size_t index, AlignedBuffer* scratch, uint64_t* hash, uint64_t* copied);
+  Status Gather(size_t index, AlignedBuffer* scratch);
+  Status CheckSubmit(size_t first, size_t count) const;
+  Status CheckFinish(std::string_view header) const;
+  Status WriteHeader(std::string_view header);
+  Status Poisoned() const;
+
+  WriterPool* const pool_;
+  const std::shared_ptr<const Plan> plan_;
+  const std::string path_;
+  const std::unique_ptr<WritableFile> file_;
+  const bool direct_;
+  const DirectIoAlignment alignment_;
+  const int process_;
+  const std::unique_ptr<std::atomic<uintptr_t>[]> addresses_;
+
+  mutable std::mutex mutex_;
+  std::unique_ptr<std::condition_variable> changed_;
+  State state_ = State::kOpen;
+  Status error_;
+  std::vector<BlockState> states_;
+  std::vector<uint64_t> hashes_;
+  std::vector<TailBlock> tail_;
+  uint64_t end_;
+  Counts counts_;
+};
+
+}  // namespace layerwise
+
+#endif  // LAYERWISE_SHARD_WRITER_H_

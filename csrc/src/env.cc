@@ -1,0 +1,28 @@
+#include "layerwise/env.h"
+
+#include <cerrno>
+
+namespace layerwise {
+
+Status Env::WriteFile(const std::string& path, std::string_view data, uint32_t mode) {
+  std::unique_ptr<WritableFile> file;
+  Status status = NewWritableFile(path, mode, false, &file);
+  if (status.ok() && !data.empty()) status = file->Pwrite(data.data(), data.size(), 0);
+  if (status.ok()) status = file->Sync();
+  if (status.ok()) status = file->Close();
+  return status;
+}
+
+Status Env::ReadFile(const std::string& path, uint64_t cap, std::string* data) {
+  std::unique_ptr<ReadableFile> file;
+  Status status = NewReadableFile(path, false, &file);
+  if (!status.ok()) return status;
+  if (file->size() > cap) return Status::IoError(EFBIG, "read", path);
+  data->resize(file->size());
+  size_t got = 0;
+  status = file->Pread(data->data(), data->size(), 0, &got);
+  data->resize(got);
+  return status;
+}
+
+}  // namespace layerwise

@@ -1,0 +1,2 @@
+#define LAYERWISE_HASH_VARIANT Xxh3Baseline
+#include "hash_variant.inc"

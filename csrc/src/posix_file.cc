@@ -1,0 +1,125 @@
+#include "posix_file.h"
+
+#include <fcntl.h>
+#include <linux/stat.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <utility>
+
+#include "layerwise/aligned_buffer.h"
+
+namespace layerwise {
+
+namespace {
+
+// Linux moves at most 2 GiB less a page a call; this stays aligned when it is cut.
+constexpr size_t kLargestIo = 1 << 30;
+
+bool FitsKernel(size_t n, uint64_t offset) {
+  return offset <= static_cast<uint64_t>(INT64_MAX) && n <= static_cast<uint64_t>(INT64_MAX) - offset;
+}
+
+}  // namespace
+
+Status PosixError(const char* operation, const std::string& path) {
+  return Status::IoError(errno, operation, path);
+}
+
+Descriptor& Descriptor::operator=(Descriptor&& other) noexcept {
+  if (this != &other) {
+    static_cast<void>(Close(""));
+    fd_ = other.Take();
+  }
+  return *this;
+}
+
+int Descriptor::Take() { return std::exchange(fd_, -1); }
+
+Status Descriptor::Close(const std::string& path) {
+  const int fd = Take();
+  // Linux frees the descriptor even when close is interrupted.
+  if (fd >= 0 && close(fd) != 0 && errno != EINTR) return PosixError("close", path);
+  return Status::Ok();
+}
+
+std::optional<DirectIoAlignment> TurnDirect(int fd) {
+  const int flags = fcntl(fd, F_GETFL);
+  if (flags < 0) return std::nullopt;
+  DirectIoAlignment alignment{kAlign, kAlign};
+  struct statx info = {};
+  if (statx(fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &info) == 0 && (info.stx_mask & STATX_DIOALIGN) != 0) {
+    alignment = {info.stx_dio_mem_align, info.stx_dio_offset_align};
+    const bool usable = alignment.memory > 0 && alignment.memory <= kAlign && alignment.offset > 0 &&
+                        alignment.offset <= kAlign;
+    if (!usable) return std::nullopt;
+  }
+  if (fcntl(fd, F_SETFL, flags | O_DIRECT) != 0) return std::nullopt;
+  return alignment;
+}
+
+Status WriteAll(int fd, const void* data, size_t n, uint64_t offset, const std::string& path) {
+  if (!FitsKernel(n, offset)) return Status::IoError(EFBIG, "pwrite", path);
+  const char* next = static_cast<const char*>(data);
+  while (n > 0) {
+    const ssize_t done = pwrite(fd, next, std::min(n, kLargestIo), static_cast<off_t>(offset));
+    if (done < 0) {
+      if (errno == EINTR) continue;
+      return PosixError("pwrite", path);
+    }
+    if (done == 0) return Status::IoError(EIO, "pwrite made no progress", path);
+    next += done;
+    n -= static_cast<size_t>(done);
+    offset += static_cast<uint64_t>(done);
+  }
+  return Status::Ok();
+}
+
+Status ReadAll(int fd, void* data, size_t n, uint64_t offset, uint32_t align, const std::string& path,
+               size_t* got) {
+  *got = 0;
+  if (!FitsKernel(n, offset)) return Status::IoError(EINVAL, "pread", path);
+  char* const begin = static_cast<char*>(data);
+  while (*got < n) {
+    const ssize_t done =
+        pread(fd, begin + *got, std::min(n - *got, kLargestIo), static_cast<off_t>(offset + *got));
+    if (done < 0) {
+      if (errno == EINTR) continue;
+      return PosixError("pread", path);
+    }
+    *got += static_cast<size_t>(done);
+    // Direct I/O stops inside a sector only at the end of the file.
+    if (done == 0 || *got % align != 0) break;
+  }
+  return Status::Ok();
+}
+
+Status PosixWritableFile::Pwrite(const void* data, size_t n, uint64_t offset) {
+  return WriteAll(fd_.get(), data, n, offset, path_);
+}
+
+Status PosixWritableFile::Allocate(uint64_t size) {
+  if (size == 0) return Status::Ok();
+  if (!FitsKernel(size, 0)) return Status::IoError(EFBIG, "fallocate", path_);
+  int result;
+  do {
+    result = fallocate(fd_.get(), 0, 0, static_cast<off_t>(size));
+  } while (result != 0 && errno == EINTR);
+  if (result != 0 && errno != EOPNOTSUPP && errno != ENOSYS) return PosixError("fallocate", path_);
+  return Status::Ok();
+}
+
+Status PosixWritableFile::Sync() {
+  if (poisoned_) return Status::IoError(EIO, "fdatasync after a failed one", path_);
+  if (fdatasync(fd_.get()) == 0) return Status::Ok();
+  poisoned_ = true;
+  return PosixError("fdatasync", path_);
+}
+
+Status PosixReadableFile::Pread(void* data, size_t n, uint64_t offset, size_t* got) {
+  return ReadAll(fd_.get(), data, n, offset, alignment().offset, path_, got);
+}
+
+}  // namespace layerwise

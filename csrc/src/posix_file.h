@@ -1,0 +1,81 @@
+#ifndef LAYERWISE_SRC_POSIX_FILE_H_
+#define LAYERWISE_SRC_POSIX_FILE_H_
+
+#include <optional>
+#include <string>
+
+#include "layerwise/env.h"
+
+namespace layerwise {
+
+Status PosixError(const char* operation, const std::string& path);
+
+// A descriptor that closes itself. Threads: external synchronization.
+class Descriptor {
+ public:
+  explicit Descriptor(int fd = -1) : fd_(fd) {}
+  Descriptor(Descriptor&& other) noexcept : fd_(other.Take()) {}
+  Descriptor& operator=(Descriptor&& other) noexcept;
+  ~Descriptor() { static_cast<void>(Close("")); }
+
+  bool valid() const { return fd_ >= 0; }
+  int get() const { return fd_; }
+  int Take();
+  Status Close(const std::string& path);  // idempotent
+
+ private:
+  int fd_;
+};
+
+// Switches an open file to direct I/O and says what that demands; nullopt, and no
+// change, where the file system refuses it or demands more than kAlign.
+std::optional<DirectIoAlignment> TurnDirect(int fd);
+
+// Writes all n bytes; see WritableFile::Pwrite. `path` is for the error.
+Status WriteAll(int fd, const void* data, size_t n, uint64_t offset, const std::string& path);
+
+// Reads until n bytes or the end of the file; see ReadableFile::Pread.
+Status ReadAll(int fd, void* data, size_t n, uint64_t offset, uint32_t align, const std::string& path,
+               size_t* got);
+
+class PosixWritableFile final : public WritableFile {
+ public:
+  PosixWritableFile(std::string path, Descriptor fd, std::optional<DirectIoAlignment> alignment)
+      : path_(std::move(path)), fd_(std::move(fd)), alignment_(alignment) {}
+
+  bool direct() const override { return alignment_.has_value(); }
+  DirectIoAlignment alignment() const override { return alignment_.value_or(DirectIoAlignment{}); }
+  Status Pwrite(const void* data, size_t n, uint64_t offset) override;
+  Status Allocate(uint64_t size) override;
+  Status Sync() override;
+  Status Close() override { return fd_.Close(path_); }
+
+ private:
+  const std::string path_;
+  Descriptor fd_;
+  const std::optional<DirectIoAlignment> alignment_;
+  bool poisoned_ = false;
+};
+
+class PosixReadableFile final : public ReadableFile {
+ public:
+  PosixReadableFile(std::string path, Descriptor fd, uint64_t size,
+                    std::optional<DirectIoAlignment> alignment)
+      : path_(std::move(path)), fd_(std::move(fd)), size_(size), alignment_(alignment) {}
+
+  uint64_t size() const override { return size_; }
+  bool direct() const override { return alignment_.has_value(); }
+  DirectIoAlignment alignment() const override { return alignment_.value_or(DirectIoAlignment{}); }
+  Status Pread(void* data, size_t n, uint64_t offset, size_t* got) override;
+  Status Close() override { return fd_.Close(path_); }
+
+ private:
+  const std::string path_;
+  Descriptor fd_;
+  const uint64_t size_;
+  const std::optional<DirectIoAlignment> alignment_;
+};
+
+}  // namespace layerwise
+
+#endif  // LAYERWISE_SRC_POSIX_FILE_H_

@@ -1,0 +1,117 @@
+#include "posix_lock.h"
+
+#include <fcntl.h>
+#include <pthread.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+namespace layerwise {
+
+namespace {
+
+// Locks that are held. Never destroyed, since forks may come during exit.
+struct HeldLocks {
+  std::mutex mutex;
+  std::vector<PosixFileLock*> locks;
+};
+
+HeldLocks& Held() {
+  static auto* const held = new HeldLocks;
+  return *held;
+}
+
+// Opens the file, or creates it with exactly this mode.
+Status OpenOrCreate(const std::string& path, uint32_t mode, Descriptor* fd) {
+  constexpr int kFlags = O_RDWR | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK;
+  for (;;) {
+    *fd = Descriptor(open(path.c_str(), kFlags | O_CREAT | O_EXCL, mode));
+    if (fd->valid()) {
+      return fchmod(fd->get(), mode) == 0 ? Status::Ok() : PosixError("fchmod", path);
+    }
+    if (errno != EEXIST) return PosixError("create", path);
+    *fd = Descriptor(open(path.c_str(), kFlags));
+    if (fd->valid()) break;
+    if (errno != ENOENT) return PosixError("open", path);
+  }
+  struct stat info;
+  if (fstat(fd->get(), &info) != 0) return PosixError("fstat", path);
+  if (!S_ISREG(info.st_mode)) return Status::IoError(EINVAL, "lock what is not a regular file", path);
+  return Status::Ok();
+}
+
+}  // namespace
+
+Status PosixFileLock::Acquire(const std::string& path, uint32_t mode, std::unique_ptr<FileLock>* lock) {
+  Descriptor fd;
+  Status status = OpenOrCreate(path, mode, &fd);
+  if (!status.ok()) return status;
+  struct flock whole = {};
+  whole.l_type = F_WRLCK;
+  whole.l_whence = SEEK_SET;
+  if (fcntl(fd.get(), F_OFD_SETLK, &whole) != 0) {
+    return Status::IoError(errno == EACCES ? EAGAIN : errno, "lock", path);
+  }
+  *lock = std::make_unique<PosixFileLock>(path, std::move(fd));
+  return Status::Ok();
+}
+
+PosixFileLock::PosixFileLock(std::string path, Descriptor fd) : path_(std::move(path)), fd_(std::move(fd)) {
+  static const int registered = pthread_atfork(
+      [] { Held().mutex.lock(); }, [] { Held().mutex.unlock(); }, &PosixFileLock::CloseInChild);
+  static_cast<void>(registered);
+  std::lock_guard guard(Held().mutex);
+  Held().locks.push_back(this);
+}
+
+PosixFileLock::~PosixFileLock() { static_cast<void>(Release()); }
+
+void PosixFileLock::CloseInChild() {
+  for (PosixFileLock* lock : Held().locks) static_cast<void>(lock->fd_.Close(lock->path_));
+  Held().locks.clear();
+  Held().mutex.unlock();
+}
+
+Status PosixFileLock::Release() {
+  std::lock_guard guard(Held().mutex);
+  std::erase(Held().locks, this);
+  return fd_.Close(path_);
+}
+
+Status PosixFileLock::Write(std::string_view data) {
+  Status status = WriteAll(fd_.get(), data.data(), data.size(), 0, path_);
+  if (!status.ok()) return status;
+  if (ftruncate(fd_.get(), static_cast<off_t>(data.size())) != 0) return PosixError("ftruncate", path_);
+  if (fdatasync(fd_.get()) != 0) return PosixError("fdatasync", path_);
+  return Status::Ok();
+}
+
+Status PosixFileLock::Read(uint64_t cap, std::string* data) {
+  data->clear();
+  struct stat info;
+  if (fstat(fd_.get(), &info) != 0) return PosixError("fstat", path_);
+  if (static_cast<uint64_t>(info.st_size) > cap) return Status::IoError(EFBIG, "read", path_);
+  data->resize(static_cast<size_t>(info.st_size));
+  size_t got = 0;
+  Status status = ReadAll(fd_.get(), data->data(), data->size(), 0, 1, path_, &got);
+  data->resize(got);
+  return status;
+}
+
+Status PosixFileLock::HeldPathIsMine(bool* mine) {
+  *mine = false;
+  if (!fd_.valid()) return Status::Ok();
+  struct stat held, there;
+  if (fstat(fd_.get(), &held) != 0) return PosixError("fstat", path_);
+  if (lstat(path_.c_str(), &there) != 0) {
+    return errno == ENOENT || errno == ENOTDIR ? Status::Ok() : PosixError("lstat", path_);
+  }
+  *mine = held.st_dev == there.st_dev && held.st_ino == there.st_ino;
+  return Status::Ok();
+}
+
+}  // namespace layerwise

@@ -1,0 +1,330 @@
+#include "layerwise/shard_writer.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <cstring>
+#include <utility>
+
+#include "layerwise/hash.h"
+
+namespace layerwise {
+
+Status ShardWriter::Create(Env* env, WriterPool* pool, std::shared_ptr<const Plan> plan,
+                           const std::string& path, uint32_t mode, bool direct,
+                           std::unique_ptr<ShardWriter>* writer) {
+  std::unique_ptr<WritableFile> file;
+  Status status = env->NewWritableFile(path, mode, direct, &file);
+  if (status.ok() && plan->end() > 0) status = file->Allocate(plan->end());
+  if (!status.ok()) return status;
+  writer->reset(new ShardWriter(pool, std::move(plan), path, std::move(file)));
+  return Status::Ok();
+}
+
+ShardWriter::ShardWriter(WriterPool* pool, std::shared_ptr<const Plan> plan, std::string path,
+                         std::unique_ptr<WritableFile> file)
+    : pool_(pool),
+      plan_(std::move(plan)),
+      path_(std::move(path)),
+      file_(std::move(file)),
+      direct_(file_->direct()),
+      alignment_(file_->alignment()),
+      process_(getpid()),
+      addresses_(new std::atomic<uintptr_t>[plan_->tensors()]()),
+      changed_(std::make_unique<std::condition_variable>()),
+      states_(plan_->blocks().size(), BlockState::kNone),
+      hashes_(plan_->blocks().size(), 0),
+      end_(plan_->end()) {}
+
+ShardWriter::~ShardWriter() {
+  if (getpid() != process_) {
+    // Waiters of the parent are recorded in it, and its destructor would wait for them.
+    changed_.release();
+    return;
+  }
+  Abort();
+}
+
+Status ShardWriter::SetAddress(size_t tensor, uintptr_t address) {
+  if (tensor >= plan_->tensors()) {
+    return Status::InvalidArgument("tensor " + std::to_string(tensor) + " of a plan with " +
+                                   std::to_string(plan_->tensors()));
+  }
+  addresses_[tensor].store(address, std::memory_order_relaxed);
+  return Status::Ok();
+}
+
+Status ShardWriter::SetAddresses(const std::vector<uintptr_t>& addresses) {
+  if (addresses.size() != plan_->tensors()) {
+    return Status::InvalidArgument(std::to_string(addresses.size()) + " addresses for a plan with " +
+                                   std::to_string(plan_->tensors()) + " tensors");
+  }
+  for (size_t i = 0; i < addresses.size(); ++i) {
+    addresses_[i].store(addresses[i], std::memory_order_relaxed);
+  }
+  return Status::Ok();
+}
+
+Status ShardWriter::CheckSubmit(size_t first, size_t count) const {
+  const size_t blocks = plan_->blocks().size();
+  if (first > blocks || count > blocks - first) {
+    return Status::InvalidArgument("blocks " + std::to_string(first) + " + " + std::to_string(count) +
+                                   " of a plan with " + std::to_string(blocks));
+  }
+  for (size_t i = first; i < first + count; ++i) {
+    if (states_[i] == BlockState::kPending) {
+      return Status::FailedPrecondition("block " + std::to_string(i) + " of " + path_ +
+                                        " is submitted again before it is complete");
+    }
+    for (const Plan::Segment& segment : plan_->segments(i)) {
+      if (addresses_[segment.tensor].load(std::memory_order_relaxed) == 0) {
+        return Status::FailedPrecondition("tensor " + std::to_string(segment.tensor) + " in block " +
+                                          std::to_string(i) + " of " + path_ + " has no address");
+      }
+    }
+  }
+  return Status::Ok();
+}
+
+Status ShardWriter::Submit(size_t first, size_t count) {
+  {
+    std::lock_guard lock(mutex_);
+    if (!error_.ok()) return Status::Ok();
+    if (state_ != State::kOpen) return Status::FailedPrecondition("blocks submitted after finish: " + path_);
+    Status status = CheckSubmit(first, count);
+    if (!status.ok()) return status;
+    std::fill_n(states_.begin() + static_cast<ptrdiff_t>(first), count, BlockState::kPending);
+    counts_.submitted += count;
+    counts_.pending += count;
+  }
+  pool_->Submit(this, first, count);
+  return Status::Ok();
+}
+
+Status ShardWriter::Append(std::string_view data, size_t* blocks) {
+  *blocks = 0;
+  if (data.empty()) return Status::Ok();
+  if (plan_->end() == 0) {
+    return Status::InvalidArgument("append to " + path_ + ": its plan has neither blocks nor a tail offset");
+  }
+  auto memory = std::make_shared<AlignedBuffer>();
+  const size_t padded = RoundUp(data.size(), kAlign);
+  Status status = memory->Reserve(padded);
+  if (!status.ok()) return status;
+  std::memcpy(memory->data(), data.data(), data.size());
+  std::memset(memory->data() + data.size(), 0, padded - data.size());
+
+  const size_t block_bytes = plan_->block_bytes();
+  const size_t count = (padded + block_bytes - 1) / block_bytes;
+  size_t first;
+  {
+    std::lock_guard lock(mutex_);
+    if (!error_.ok()) return Status::Ok();
+    if (state_ != State::kOpen) return Status::FailedPrecondition("data appended after finish: " + path_);
+    first = states_.size();
+    for (size_t begin = 0; begin < padded; begin += block_bytes) {
+      const size_t length = std::min(block_bytes, padded - begin);
+      tail_.push_back({end_ + begin, length, memory->data() + begin, memory});
+    }
+    end_ += padded;
+    states_.resize(first + count, BlockState::kPending);
+    hashes_.resize(first + count, 0);
+    counts_.submitted += count;
+    counts_.pending += count;
+    counts_.bytes_copied += data.size();
+  }
+  *blocks = count;
+  pool_->Submit(this, first, count);
+  return Status::Ok();
+}
+
+void ShardWriter::RunBlock(size_t index, AlignedBuffer* scratch) {
+  const size_t planned = plan_->blocks().size();
+  TailBlock tail{};
+  bool stop;
+  {
+    std::lock_guard lock(mutex_);
+    stop = !error_.ok();
+    if (index >= planned) tail = std::move(tail_[index - planned]);
+  }
+  Status status;
+  uint64_t hash = 0;
+  uint64_t copied = 0;
+  uint64_t length = 0;
+  if (!stop && index < planned) {
+    length = plan_->blocks()[index].length;
+    status = WritePlanned(index, scratch, &hash, &copied);
+  } else if (!stop) {
+    length = tail.length;
+    hash = Xxh3(tail.data, tail.length);
+    status = file_->Pwrite(tail.data, tail.length, tail.offset);
+  }
+  std::lock_guard lock(mutex_);
+  counts_.bytes_copied += copied;
+  counts_.pending -= 1;
+  if (!stop && status.ok()) {
+    states_[index] = BlockState::kComplete;
+    hashes_[index] = hash;
+    counts_.completed += 1;
+    counts_.bytes_written += length;
+  } else {
+    states_[index] = BlockState::kFailed;
+    if (error_.ok()) error_ = std::move(status);
+  }
+  if (counts_.pending == 0) changed_->notify_all();
+}
+
+void ShardWriter::CancelBlock(size_t index) {
+  std::lock_guard lock(mutex_);
+  states_[index] = BlockState::kFailed;
+  if (error_.ok()) error_ = Status::IoError(ECANCELED, "write a block to a closed pool", path_);
+  counts_.pending -= 1;
+  if (counts_.pending == 0) changed_->notify_all();
+}
+
+Status ShardWriter::WritePlanned(size_t index, AlignedBuffer* scratch, uint64_t* hash, uint64_t* copied) {
+  const Plan::Block& block = plan_->blocks()[index];
+  const auto segments = plan_->segments(index);
+  const char* data = nullptr;
+  if (segments.size() == 1 && segments[0].length == block.length) {
+    const uintptr_t address =
+        addresses_[segments[0].tensor].load(std::memory_order_relaxed) + segments[0].tensor_offset;
+    if (address % alignment_.memory == 0) data = reinterpret_cast<const char*>(address);
+  }
+  if (data == nullptr) {
+    Status status = Gather(index, scratch);
+    if (!status.ok()) return status;
+    data = scratch->data();
+    for (const Plan::Segment& segment : segments) *copied += segment.length;
+  }
+  *hash = Xxh3(data, block.length);
+  return file_->Pwrite(data, block.length, block.offset);
+}
+
+Status ShardWriter::Gather(size_t index, AlignedBuffer* scratch) {
+  const uint64_t length = plan_->blocks()[index].length;
+  Status status = scratch->Reserve(plan_->block_bytes());
+  if (!status.ok()) return status;
+  char* const out = scratch->data();
+  uint64_t cursor = 0;
+  for (const Plan::Segment& segment : plan_->segments(index)) {
+    std::memset(out + cursor, 0, segment.block_offset - cursor);
+    const uintptr_t address =
+        addresses_[segment.tensor].load(std::memory_order_relaxed) + segment.tensor_offset;
+    std::memcpy(out + segment.block_offset, reinterpret_cast<const void*>(address), segment.length);
+    cursor = segment.block_offset + segment.length;
+  }
+  std::memset(out + cursor, 0, length - cursor);
+  return Status::Ok();
+}
+
+bool ShardWriter::Wait(double timeout_s) {
+  const std::chrono::duration<double> timeout(timeout_s > 0 ? std::min(timeout_s, 1e8) : 0);
+  const auto deadline =
+      std::chrono::steady_clock::now() + std::chrono::duration_cast<std::chrono::nanoseconds>(timeout);
+  std::unique_lock lock(mutex_);
+  return changed_->wait_until(lock, deadline, [this] { return counts_.pending == 0; });
+}
+
+ShardWriter::Counts ShardWriter::counts() const {
+  std::lock_guard lock(mutex_);
+  return counts_;
+}
+
+Status ShardWriter::error() const {
+  std::lock_guard lock(mutex_);
+  return error_;
+}
+
+std::optional<uint64_t> ShardWriter::BlockHash(size_t index) const {
+  std::lock_guard lock(mutex_);
+  if (index >= states_.size() || states_[index] != BlockState::kComplete) return std::nullopt;
+  return hashes_[index];
+}
+
+Status ShardWriter::Hashes(std::vector<uint64_t>* hashes) const {
+  std::lock_guard lock(mutex_);
+  for (size_t i = 0; i < states_.size(); ++i) {
+    if (states_[i] != BlockState::kComplete) {
+      return Status::FailedPrecondition("block " + std::to_string(i) + " of " + path_ + " is not complete");
+    }
+  }
+  *hashes = hashes_;
+  return Status::Ok();
+}
+
+Status ShardWriter::Poisoned() const {
+  if (error_.error_number() == ECANCELED) return error_;
+  return Status::IoError(EIO, "finish a file poisoned by an earlier failure (" + error_.message() + ")", path_);
+}
+
+Status ShardWriter::CheckFinish(std::string_view header) const {
+  if (header.empty() || header.size() % kAlign != 0) {
+    return Status::InvalidArgument("a header of " + std::to_string(header.size()) +
+                                   " bytes; expected a multiple of " + std::to_string(kAlign));
+  }
+  if (!states_.empty()) {
+    const uint64_t data = plan_->blocks().empty() ? plan_->end() : plan_->blocks()[0].offset;
+    if (header.size() > data) {
+      return Status::InvalidArgument("a header of " + std::to_string(header.size()) +
+                                     " bytes; the first block begins at " + std::to_string(data));
+    }
+  }
+  for (size_t i = 0; i < states_.size(); ++i) {
+    if (states_[i] != BlockState::kComplete) {
+      return Status::FailedPrecondition("finish of " + path_ + ": block " + std::to_string(i) +
+                                        " is not complete");
+    }
+  }
+  return Status::Ok();
+}
+
+Status ShardWriter::WriteHeader(std::string_view header) {
+  AlignedBuffer buffer;
+  Status status = buffer.Reserve(header.size());
+  if (status.ok()) {
+    std::memcpy(buffer.data(), header.data(), header.size());
+    status = file_->Pwrite(buffer.data(), header.size(), 0);
+  }
+  if (status.ok()) status = file_->Sync();
+  const Status closed = file_->Close();
+  return status.ok() ? closed : status;
+}
+
+Status ShardWriter::Finish(std::string_view header) {
+  {
+    std::lock_guard lock(mutex_);
+    if (!error_.ok()) return Poisoned();
+    if (state_ != State::kOpen) return Status::FailedPrecondition("finish called twice: " + path_);
+    Status status = CheckFinish(header);
+    if (!status.ok()) return status;
+    state_ = State::kFinishing;
+  }
+  Status status = WriteHeader(header);
+  std::lock_guard lock(mutex_);
+  state_ = status.ok() ? State::kFinished : State::kClosed;
+  error_ = status;
+  if (status.ok()) counts_.bytes_written += header.size();
+  changed_->notify_all();
+  return status;
+}
+
+void ShardWriter::Abort() {
+  std::unique_lock lock(mutex_);
+  changed_->wait(lock, [this] { return state_ != State::kFinishing; });
+  if (state_ == State::kFinished) return;
+  if (error_.ok()) error_ = Status::IoError(ECANCELED, "aborted", path_);
+  counts_.pending -= pool_->Withdraw(this);
+  if (counts_.pending == 0) changed_->notify_all();
+  changed_->wait(lock, [this] { return counts_.pending == 0; });
+  std::replace(states_.begin(), states_.end(), BlockState::kPending, BlockState::kFailed);
+  if (state_ == State::kOpen) {
+    state_ = State::kClosed;
+    // Nothing relies on an aborted file, and an error of its close changes nothing.
+    static_cast<void>(file_->Close());
+  }
+}
+
+}  // namespace layerwise

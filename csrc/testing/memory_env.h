@@ -1,0 +1,73 @@
+#ifndef LAYERWISE_TESTING_MEMORY_ENV_H_
+#define LAYERWISE_TESTING_MEMORY_ENV_H_
+
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "disk_image.h"
+#include "layerwise/env.h"
+
+namespace layerwise {
+
+class MemoryDisk;
+
+// A file system in memory that forgets what was not flushed, for tests: every
+// operation that changes it is kept in a log, and Crash gives what a disk may hold
+// if power failed after any prefix of that log (see disk_image.h).
+//
+// It begins with an empty root directory. Relative paths start there; ".." is
+// EINVAL; there are no links. Direct files demand 512 bytes of alignment of
+// addresses, offsets and lengths (EINVAL), and so does DirectIo.
+//
+// A file's operations are logged, and matched by Drop, under the path at which it
+// was opened. Threads: every method may be called by several threads at once.
+class MemoryEnv final : public Env {
+ public:
+  MemoryEnv();
+  ~MemoryEnv() override;
+
+  // The number of operations in the log, and operation i as text, such as
+  // "rename /a -> /b". REQUIRES: i < LogSize().
+  size_t LogSize() const;
+  std::string LogEntry(size_t i) const;
+
+  // Puts a text into the log, to be found again by its index.
+  void Mark(const std::string& text);
+  std::vector<std::pair<size_t, std::string>> Marks() const;
+
+  // A new file system: this one after a power failure that hit when `prefix`
+  // operations had been done. All that it holds is durable, its log is empty, its
+  // locks are free. This one is not changed. REQUIRES: prefix <= LogSize().
+  std::unique_ptr<MemoryEnv> Crash(size_t prefix, uint64_t seed, CrashPolicy policy) const;
+
+  // From now on, operations of this kind ("sync", "sync_dir", "rename" or "write")
+  // on a path that matches (fnmatch; "*" matches "/" too; for a rename the old or
+  // the new path) are acknowledged, but do nothing.
+  Status Drop(const std::string& operation, const std::string& path_pattern);
+  uint64_t dropped() const;
+
+  Status MakeDir(const std::string& path, uint32_t mode) override;
+  Status NewWritableFile(const std::string& path, uint32_t mode, bool direct,
+                         std::unique_ptr<WritableFile>* file) override;
+  Status NewReadableFile(const std::string& path, bool direct,
+                         std::unique_ptr<ReadableFile>* file) override;
+  Status Rename(const std::string& from, const std::string& to) override;
+  Status SyncDir(const std::string& path) override;
+  Status Unlink(const std::string& path) override;
+  Status RemoveDir(const std::string& path) override;
+  Status ListDir(const std::string& path, std::vector<std::string>* names) override;
+  Status Stat(const std::string& path, FileInfo* info) override;
+  Status Lock(const std::string& path, uint32_t mode, std::unique_ptr<FileLock>* lock) override;
+  Status DirectIo(const std::string& dir, std::optional<DirectIoAlignment>* alignment) override;
+
+ private:
+  explicit MemoryEnv(DiskImage image);
+
+  const std::shared_ptr<MemoryDisk> disk_;
+};
+
+}  // namespace layerwise
+
+#endif  // LAYERWISE_TESTING_MEMORY_ENV_H_

@@ -1,0 +1,109 @@
+#include "memory_file.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+namespace layerwise {
+
+namespace {
+
+using Kind = DiskOp::Kind;
+
+bool Misaligned(DirectIoAlignment alignment, const void* data, size_t n, uint64_t offset) {
+  return reinterpret_cast<uintptr_t>(data) % alignment.memory != 0 || n % alignment.offset != 0 ||
+         offset % alignment.offset != 0;
+}
+
+DiskOp Change(Kind kind, uint64_t inode, uint64_t offset, std::string data) {
+  DiskOp op;
+  op.kind = kind;
+  op.inode = inode;
+  op.offset = offset;
+  op.data = std::move(data);
+  return op;
+}
+
+}  // namespace
+
+Status MemoryWritableFile::Pwrite(const void* data, size_t n, uint64_t offset) {
+  std::lock_guard lock(disk_->mutex());
+  if (closed_) return Status::IoError(EBADF, "pwrite", path_);
+  if (Misaligned(alignment(), data, n, offset)) return Status::IoError(EINVAL, "pwrite", path_);
+  if (n > 0) disk_->Do(Change(Kind::kWrite, inode_, offset, std::string(static_cast<const char*>(data), n)), path_);
+  return Status::Ok();
+}
+
+Status MemoryWritableFile::Allocate(uint64_t size) {
+  std::lock_guard lock(disk_->mutex());
+  if (closed_) return Status::IoError(EBADF, "fallocate", path_);
+  disk_->Do(Change(Kind::kAllocate, inode_, size, {}), path_);
+  return Status::Ok();
+}
+
+Status MemoryWritableFile::Sync() {
+  std::lock_guard lock(disk_->mutex());
+  if (closed_) return Status::IoError(EBADF, "fdatasync", path_);
+  disk_->Do(Change(Kind::kSync, inode_, 0, {}), path_);
+  return Status::Ok();
+}
+
+Status MemoryWritableFile::Close() {
+  std::lock_guard lock(disk_->mutex());
+  closed_ = true;
+  return Status::Ok();
+}
+
+Status MemoryReadableFile::Pread(void* data, size_t n, uint64_t offset, size_t* got) {
+  *got = 0;
+  std::lock_guard lock(disk_->mutex());
+  if (closed_) return Status::IoError(EBADF, "pread", path_);
+  if (Misaligned(alignment(), data, n, offset)) return Status::IoError(EINVAL, "pread", path_);
+  const std::string& content = disk_->node(inode_).content;
+  if (offset >= content.size()) return Status::Ok();
+  *got = std::min<size_t>(n, content.size() - offset);
+  std::memcpy(data, content.data() + offset, *got);
+  return Status::Ok();
+}
+
+Status MemoryReadableFile::Close() {
+  std::lock_guard lock(disk_->mutex());
+  closed_ = true;
+  return Status::Ok();
+}
+
+Status MemoryFileLock::Release() {
+  std::lock_guard lock(disk_->mutex());
+  if (!released_) disk_->locks().erase(inode_);
+  released_ = true;
+  return Status::Ok();
+}
+
+Status MemoryFileLock::Write(std::string_view data) {
+  std::lock_guard lock(disk_->mutex());
+  if (released_) return Status::IoError(EBADF, "pwrite", path_);
+  disk_->Do(Change(Kind::kWrite, inode_, 0, std::string(data)), path_);
+  disk_->Do(Change(Kind::kTruncate, inode_, data.size(), {}), path_);
+  disk_->Do(Change(Kind::kSync, inode_, 0, {}), path_);
+  return Status::Ok();
+}
+
+Status MemoryFileLock::Read(uint64_t cap, std::string* data) {
+  std::lock_guard lock(disk_->mutex());
+  if (released_) return Status::IoError(EBADF, "read", path_);
+  const std::string& content = disk_->node(inode_).content;
+  if (content.size() > cap) return Status::IoError(EFBIG, "read", path_);
+  *data = content;
+  return Status::Ok();
+}
+
+Status MemoryFileLock::HeldPathIsMine(bool* mine) {
+  std::lock_guard lock(disk_->mutex());
+  MemoryDisk::Place place;
+  Status status = disk_->Find("lstat", path_, &place);
+  const bool gone = status.error_number() == ENOENT || status.error_number() == ENOTDIR;
+  *mine = !released_ && status.ok() && place.inode == inode_;
+  return gone ? Status::Ok() : status;
+}
+
+}  // namespace layerwise

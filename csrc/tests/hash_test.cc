@@ -1,0 +1,40 @@
+#include "layerwise/hash.h"
+
+#include <string>
+
+#include "scratch.h"
+
+namespace layerwise {
+
+TEST_CASE("XXH3-64 gives the published values") {
+  CHECK(Xxh3("", 0) == 0x2D06800538D394C2u);
+  // From xxHash's sanity test: its generator, seed 0.
+  std::string data(2048, '\0');
+  uint64_t generator = 2654435761u;
+  for (char& byte : data) {
+    byte = static_cast<char>(generator >> 56);
+    generator *= 11400714785074694797u;
+  }
+  CHECK(Xxh3(data.data(), 1) == 0xC44BDFF4074EECDBu);
+  CHECK(Xxh3(data.data(), 6) == 0x27B56A84CD2D7325u);
+  CHECK(Xxh3(data.data(), 12) == 0xA713DAF0DFBB77E7u);
+  CHECK(Xxh3(data.data(), 24) == 0xA3FE70BF9D3510EBu);
+  CHECK(Xxh3(data.data(), 48) == 0x397DA259ECBA1F11u);
+  CHECK(Xxh3(data.data(), 403) == 0xCDEB804D65C6DEA4u);
+  CHECK(Xxh3(data.data(), 2048) == 0xDD59E2C3A5F038E0u);
+}
+
+TEST_CASE("every instruction set gives the same hash, at every length and alignment") {
+  const std::string data = Pattern(10000);
+  for (const HashVariant& variant : HashVariants()) {
+    CAPTURE(variant.name);
+    for (size_t n : {0, 1, 3, 4, 8, 9, 16, 17, 128, 129, 240, 241, 512, 1023, 1024, 1025, 4096, 9000}) {
+      for (size_t shift : {0, 1, 7, 64}) {
+        CHECK(variant.hash(data.data() + shift, n) == HashVariants().back().hash(data.data() + shift, n));
+      }
+    }
+  }
+  CHECK(HashName() == HashVariants().front().name);
+}
+
+}  // namespace layerwise

@@ -1,0 +1,89 @@
+#ifndef LAYERWISE_TESTS_SHARD_FIXTURE_H_
+#define LAYERWISE_TESTS_SHARD_FIXTURE_H_
+
+#include <cstring>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "fault_env.h"
+#include "layerwise/shard_reader.h"
+#include "layerwise/shard_writer.h"
+#include "memory_env.h"
+#include "scratch.h"
+
+namespace layerwise {
+
+// A pool, a file system that can fail, and memory for tensors.
+struct ShardFixture {
+  explicit ShardFixture(int threads = 2) { REQUIRE_OK(WriterPool::Create(threads, &pool)); }
+
+  static std::shared_ptr<const Plan> MakePlan(std::vector<Plan::Block> blocks, std::vector<Plan::Segment> segments,
+                                              uint64_t tensors, uint64_t tail_offset = 0) {
+    std::unique_ptr<Plan> plan;
+    REQUIRE_OK(Plan::Create(std::move(blocks), std::move(segments), tensors, tail_offset, &plan));
+    return plan;
+  }
+
+  // `blocks` blocks of 4096 bytes from offset 4096 on, each a part of tensor 0.
+  static std::shared_ptr<const Plan> Simple(size_t blocks) {
+    std::vector<Plan::Block> list;
+    std::vector<Plan::Segment> segments;
+    for (size_t i = 0; i < blocks; ++i) {
+      list.push_back({4096 * (i + 1), 4096});
+      segments.push_back({i, 0, 0, 4096 * i, 4096});
+    }
+    return MakePlan(std::move(list), std::move(segments), 1);
+  }
+
+  std::unique_ptr<ShardWriter> Writer(std::shared_ptr<const Plan> plan, const std::string& path = "/s",
+                                      bool direct = true) {
+    std::unique_ptr<ShardWriter> writer;
+    REQUIRE_OK(ShardWriter::Create(&env, pool.get(), std::move(plan), path, 0600, direct, &writer));
+    return writer;
+  }
+
+  void Fail(const std::string& operation, int error_number, int times = 1) {
+    FaultPlan::Rule rule;
+    rule.operation = operation;
+    rule.error_number = error_number;
+    rule.times = times;
+    REQUIRE_OK(env.Fail(rule));
+  }
+
+  std::string Content(const std::string& path = "/s") {
+    std::string data;
+    REQUIRE_OK(memory.ReadFile(path, 1 << 30, &data));
+    return data;
+  }
+
+  MemoryEnv memory;
+  FaultEnv env{&memory};
+  std::unique_ptr<WriterPool> pool;
+};
+
+// A tensor at an address of which `shift` is the remainder modulo 4096.
+class Tensor {
+ public:
+  explicit Tensor(const std::string& content, size_t shift = 0) : size_(content.size()), shift_(shift) {
+    REQUIRE_OK(buffer_.Reserve(content.size() + shift));
+    Set(content);
+  }
+
+  void Set(const std::string& content) { std::memcpy(data(), content.data(), content.size()); }
+  char* data() { return buffer_.data() + shift_; }
+  uintptr_t address() { return reinterpret_cast<uintptr_t>(data()); }
+  std::string content() { return std::string(data(), size_); }
+
+ private:
+  AlignedBuffer buffer_;
+  size_t size_;
+  size_t shift_;
+};
+
+inline std::string Header(size_t n = 4096) { return std::string(n, 'H'); }
+
+}  // namespace layerwise
+
+#endif  // LAYERWISE_TESTS_SHARD_FIXTURE_H_

@@ -1,0 +1,359 @@
+#include "layerwise/shard_writer.h"
+
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <thread>
+
+#include "layerwise/hash.h"
+#include "layerwise/posix_env.h"
+#include "shard_fixture.h"
+
+namespace layerwise {
+
+namespace {
+
+uint64_t HashOf(const std::string& data) { return Xxh3(data.data(), data.size()); }
+
+size_t CountIn(const std::vector<std::string>& trace, const std::string& entry) {
+  return static_cast<size_t>(std::count(trace.begin(), trace.end(), entry));
+}
+
+}  // namespace
+
+TEST_CASE("aligned blocks are written from the tensor's own memory") {
+  ShardFixture f;
+  Tensor tensor(Pattern(3 * 4096));
+  auto writer = f.Writer(f.Simple(3));
+  CHECK(writer->direct());
+  REQUIRE_OK(writer->SetAddress(0, tensor.address()));
+  REQUIRE_OK(writer->Submit(0, 3));
+  REQUIRE(writer->Wait(10));
+  REQUIRE_OK(writer->Finish(Header()));
+  CHECK(f.Content() == Header() + tensor.content());
+  CHECK(writer->counts().bytes_copied == 0);
+  CHECK(writer->counts().bytes_written == 4 * 4096);
+  for (size_t i = 0; i < 3; ++i) CHECK(writer->BlockHash(i) == HashOf(tensor.content().substr(i * 4096, 4096)));
+}
+
+TEST_CASE("misaligned memory passes a buffer when the file is direct, and only then") {
+  for (bool direct : {true, false}) {
+    ShardFixture f;
+    Tensor tensor(Pattern(4096), 64);
+    auto writer = f.Writer(f.Simple(1), "/s", direct);
+    CHECK(writer->direct() == direct);
+    REQUIRE_OK(writer->SetAddresses({tensor.address()}));
+    REQUIRE_OK(writer->Submit(0, 1));
+    REQUIRE(writer->Wait(10));
+    REQUIRE_OK(writer->Finish(Header()));
+    CHECK(f.Content() == Header() + tensor.content());
+    CHECK(writer->counts().bytes_copied == (direct ? 4096 : 0));
+  }
+}
+
+TEST_CASE("a block of several segments is gathered, with zeros in between") {
+  ShardFixture f(1);
+  Tensor first(Pattern(1000, 1), 8), second(Pattern(3000, 2), 24), filler(std::string(8192, 'x'));
+  auto plan = f.MakePlan({{4096, 8192}, {12288, 4096}, {16384, 4096}},
+                         {{0, 0, 2, 0, 8192}, {1, 10, 0, 0, 1000}, {1, 1096, 1, 0, 2000}, {2, 0, 1, 2000, 1000}}, 3);
+  auto writer = f.Writer(plan);
+  REQUIRE_OK(writer->SetAddresses({first.address(), second.address(), filler.address() + 1}));
+  REQUIRE_OK(writer->Submit(0, 3));
+  REQUIRE(writer->Wait(10));
+  REQUIRE_OK(writer->Finish(Header()));
+  std::string block(4096, '\0');
+  block.replace(10, 1000, first.content());
+  block.replace(1096, 2000, second.content().substr(0, 2000));
+  CHECK(f.Content().substr(12288, 4096) == block);
+  CHECK(f.Content().substr(16384, 4096) == second.content().substr(2000) + std::string(3096, '\0'));
+  CHECK(writer->BlockHash(1) == HashOf(block));
+}
+
+TEST_CASE("a complete block may be submitted again, and its hash is replaced") {
+  ShardFixture f;
+  Tensor tensor(Pattern(8192, 1));
+  auto writer = f.Writer(f.Simple(2));
+  REQUIRE_OK(writer->SetAddress(0, tensor.address()));
+  REQUIRE_OK(writer->Submit(0, 2));
+  REQUIRE(writer->Wait(10));
+  const auto before = writer->BlockHash(1);
+  tensor.Set(Pattern(8192, 2));
+  REQUIRE_OK(writer->Submit(1, 1));
+  REQUIRE(writer->Wait(10));
+  CHECK(writer->BlockHash(1) != before);
+  CHECK(writer->BlockHash(1) == HashOf(tensor.content().substr(4096)));
+  CHECK(writer->counts().submitted == 3);
+  CHECK(writer->counts().completed == 3);
+  REQUIRE_OK(writer->Finish(Header()));
+  CHECK(f.Content().substr(8192) == tensor.content().substr(4096));
+}
+
+TEST_CASE("appended data lies behind the plan in padded, hashed blocks") {
+  ShardFixture f;
+  Tensor tensor(Pattern(4096));
+  auto writer = f.Writer(f.Simple(1));
+  REQUIRE_OK(writer->SetAddress(0, tensor.address()));
+  REQUIRE_OK(writer->Submit(0, 1));
+  const std::string data = Pattern(5000, 3);
+  size_t blocks = 0;
+  REQUIRE_OK(writer->Append(data, &blocks));
+  CHECK(blocks == 2);
+  REQUIRE_OK(writer->Append("", &blocks));
+  CHECK(blocks == 0);
+  REQUIRE_OK(writer->Append("x", &blocks));
+  CHECK(blocks == 1);
+  REQUIRE(writer->Wait(10));
+  std::vector<uint64_t> hashes;
+  REQUIRE_OK(writer->Hashes(&hashes));
+  const std::string padded = data + std::string(8192 - 5000, '\0');
+  CHECK(hashes == std::vector<uint64_t>{HashOf(tensor.content()), HashOf(padded.substr(0, 4096)),
+                                        HashOf(padded.substr(4096)), HashOf("x" + std::string(4095, '\0'))});
+  REQUIRE_OK(writer->Finish(Header()));
+  CHECK(f.Content() == Header() + tensor.content() + padded + "x" + std::string(4095, '\0'));
+  CHECK(writer->counts().bytes_copied == 5001);
+}
+
+TEST_CASE("a shard without tensors appends at the tail offset") {
+  ShardFixture f;
+  size_t blocks = 0;
+  auto nowhere = f.Writer(f.MakePlan({}, {}, 0), "/n");
+  CHECK(nowhere->Append("x", &blocks).code() == Status::Code::kInvalidArgument);
+  auto writer = f.Writer(f.MakePlan({}, {}, 0, 8192));
+  REQUIRE_OK(writer->Append("x", &blocks));
+  REQUIRE(writer->Wait(10));
+  CHECK(writer->Finish(Header(12288)).code() == Status::Code::kInvalidArgument);
+  REQUIRE_OK(writer->Finish(Header(8192)));
+  CHECK(f.Content() == Header(8192) + "x" + std::string(4095, '\0'));
+}
+
+TEST_CASE("misuse is refused and changes nothing") {
+  ShardFixture f;
+  Tensor tensor(Pattern(8192));
+  auto writer = f.Writer(f.Simple(2));
+  CHECK(writer->Submit(0, 1).code() == Status::Code::kFailedPrecondition);
+  CHECK(writer->SetAddress(1, 1).code() == Status::Code::kInvalidArgument);
+  CHECK(writer->SetAddresses({}).code() == Status::Code::kInvalidArgument);
+  REQUIRE_OK(writer->SetAddress(0, tensor.address()));
+  CHECK(writer->Submit(1, 2).code() == Status::Code::kInvalidArgument);
+  CHECK(writer->Submit(SIZE_MAX, 2).code() == Status::Code::kInvalidArgument);
+  REQUIRE_OK(writer->Submit(0, 1));
+  REQUIRE(writer->Wait(10));
+  std::vector<uint64_t> hashes;
+  CHECK(writer->Hashes(&hashes).code() == Status::Code::kFailedPrecondition);
+  CHECK(writer->Finish(Header()).code() == Status::Code::kFailedPrecondition);
+  REQUIRE_OK(writer->Submit(1, 1));
+  REQUIRE(writer->Wait(10));
+  CHECK(writer->Finish("short").code() == Status::Code::kInvalidArgument);
+  CHECK(writer->Finish(Header(8192)).code() == Status::Code::kInvalidArgument);
+  CHECK(!writer->BlockHash(2).has_value());
+  REQUIRE_OK(writer->Finish(Header()));
+  CHECK(writer->Finish(Header()).code() == Status::Code::kFailedPrecondition);
+  CHECK(writer->Submit(0, 1).code() == Status::Code::kFailedPrecondition);
+  writer->Abort();
+  CHECK(writer->error().ok());
+  std::unique_ptr<ShardWriter> again;
+  CHECK_ERRNO(ShardWriter::Create(&f.env, f.pool.get(), f.Simple(1), "/s", 0600, true, &again), EEXIST);
+}
+
+TEST_CASE("a pending block is not submitted again, and a wait ends at its timeout") {
+  ShardFixture f(1);
+  Tensor tensor(Pattern(4096));
+  auto writer = f.Writer(f.Simple(1));
+  REQUIRE_OK(writer->SetAddress(0, tensor.address()));
+  REQUIRE_OK(f.env.Delay("write", "/s", 0.05));
+  REQUIRE_OK(writer->Submit(0, 1));
+  CHECK(writer->Submit(0, 1).code() == Status::Code::kFailedPrecondition);
+  CHECK(writer->Finish(Header()).code() == Status::Code::kFailedPrecondition);
+  CHECK(!writer->Wait(0));
+  CHECK(!writer->Wait(-1));
+  CHECK(!writer->BlockHash(0).has_value());
+  CHECK(writer->counts().pending == 1);
+  CHECK(writer->Wait(10));
+}
+
+TEST_CASE("a failed block poisons the file and cancels the rest") {
+  ShardFixture f(1);
+  Tensor tensor(Pattern(16 * 4096));
+  auto writer = f.Writer(f.Simple(16));
+  REQUIRE_OK(writer->SetAddress(0, tensor.address()));
+  f.Fail("write", ENOSPC);
+  REQUIRE_OK(writer->Submit(0, 16));
+  REQUIRE(writer->Wait(10));
+  CHECK_ERRNO(writer->error(), ENOSPC);
+  CHECK(writer->counts().completed == 0);
+  CHECK(CountIn(f.env.trace(), "write /s") == 1);
+  REQUIRE_OK(writer->Submit(0, 16));
+  size_t blocks = 1;
+  REQUIRE_OK(writer->Append("x", &blocks));
+  CHECK(blocks == 0);
+  CHECK(writer->counts().pending == 0);
+  CHECK_ERRNO(writer->Finish(Header()), EIO);
+  CHECK(writer->Finish(Header()).message().find("poisoned") != std::string::npos);
+  writer->Abort();
+  CHECK_ERRNO(writer->Finish(Header()), EIO);
+  CHECK(CountIn(f.env.trace(), "sync /s") == 0);
+}
+
+TEST_CASE("a failed flush is never tried again") {
+  for (const char* operation : {"sync", "write"}) {
+    ShardFixture f;
+    Tensor tensor(Pattern(4096));
+    auto writer = f.Writer(f.Simple(1));
+    REQUIRE_OK(writer->SetAddress(0, tensor.address()));
+    REQUIRE_OK(writer->Submit(0, 1));
+    REQUIRE(writer->Wait(10));
+    f.Fail(operation, ENOSPC);
+    CHECK_ERRNO(writer->Finish(Header()), ENOSPC);
+    const Status again = writer->Finish(Header());
+    CHECK_ERRNO(again, EIO);
+    CHECK(again.message().find("poisoned") != std::string::npos);
+    CHECK(CountIn(f.env.trace(), "sync /s") == (operation == std::string("sync") ? 1 : 0));
+    CHECK_ERRNO(writer->error(), ENOSPC);
+  }
+}
+
+TEST_CASE("creation fails where the space cannot be reserved") {
+  ShardFixture f;
+  f.Fail("allocate", ENOSPC);
+  std::unique_ptr<ShardWriter> writer;
+  CHECK_ERRNO(ShardWriter::Create(&f.env, f.pool.get(), f.Simple(1), "/s", 0600, true, &writer), ENOSPC);
+}
+
+TEST_CASE("abort cancels what is queued and waits for what runs") {
+  ShardFixture f(1);
+  Tensor tensor(Pattern(64 * 4096));
+  REQUIRE_OK(f.env.Delay("write", "/s", 0.01));
+  auto writer = f.Writer(f.Simple(64));
+  REQUIRE_OK(writer->SetAddress(0, tensor.address()));
+  REQUIRE_OK(writer->Submit(0, 64));
+  writer->Abort();
+  writer->Abort();
+  CHECK(writer->Wait(0));
+  CHECK(writer->counts().pending == 0);
+  CHECK(CountIn(f.env.trace(), "write /s") < 10);
+  CHECK_ERRNO(writer->error(), ECANCELED);
+  CHECK_ERRNO(writer->Finish(Header()), ECANCELED);
+  REQUIRE_OK(writer->Submit(0, 64));
+  CHECK(writer->counts().pending == 0);
+  FileInfo info;
+  CHECK(f.memory.Stat("/s", &info).ok());
+}
+
+TEST_CASE("destruction aborts") {
+  ShardFixture f(2);
+  Tensor tensor(Pattern(64 * 4096));
+  REQUIRE_OK(f.env.Delay("write", "/s", 0.01));
+  auto writer = f.Writer(f.Simple(64));
+  REQUIRE_OK(writer->SetAddress(0, tensor.address()));
+  REQUIRE_OK(writer->Submit(0, 64));
+  writer.reset();
+  tensor.Set(std::string(64 * 4096, 'z'));
+  CHECK(CountIn(f.env.trace(), "write /s") < 20);
+}
+
+TEST_CASE("a closed pool fails what is queued") {
+  ShardFixture f(1);
+  Tensor tensor(Pattern(8 * 4096));
+  REQUIRE_OK(f.env.Delay("write", "/s", 0.01));
+  auto writer = f.Writer(f.Simple(8));
+  REQUIRE_OK(writer->SetAddress(0, tensor.address()));
+  REQUIRE_OK(writer->Submit(0, 8));
+  f.pool->Close();
+  CHECK(writer->Wait(0));
+  CHECK_ERRNO(writer->error(), ECANCELED);
+}
+
+TEST_CASE("several threads use one writer") {
+  ShardFixture f(4);
+  Tensor tensor(Pattern(64 * 4096));
+  auto writer = f.Writer(f.Simple(64));
+  REQUIRE_OK(writer->SetAddress(0, tensor.address()));
+  std::vector<std::thread> threads;
+  std::vector<Status> results(4);
+  for (size_t t = 0; t < 4; ++t) {
+    threads.emplace_back([&, t] {
+      size_t blocks = 0;
+      for (size_t i = 0; i < 16 && results[t].ok(); ++i) results[t] = writer->Submit(16 * t + i, 1);
+      if (results[t].ok()) results[t] = writer->Append("tail", &blocks);
+      while (!writer->Wait(0.001)) static_cast<void>(writer->counts());
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (const Status& result : results) CHECK(result.ok());
+  REQUIRE(writer->Wait(10));
+  CHECK(writer->counts().completed == 68);
+  std::thread aborting([&] { writer->Abort(); });
+  const Status finished = writer->Finish(Header());
+  aborting.join();
+  const bool one_won = finished.ok() == writer->error().ok();
+  CHECK(one_won);
+}
+
+TEST_CASE("a finished shard survives power loss once its directory is synced") {
+  ShardFixture f;
+  Tensor tensor(Pattern(4 * 4096));
+  auto writer = f.Writer(f.Simple(4));
+  REQUIRE_OK(writer->SetAddress(0, tensor.address()));
+  REQUIRE_OK(writer->Submit(0, 4));
+  REQUIRE(writer->Wait(10));
+  REQUIRE_OK(writer->Finish(Header()));
+  REQUIRE_OK(f.env.SyncDir("/"));
+  for (uint64_t seed = 0; seed < 20; ++seed) {
+    auto after = f.memory.Crash(f.memory.LogSize(), seed, CrashPolicy::kRandom);
+    std::string data;
+    REQUIRE_OK(after->ReadFile("/s", 1 << 20, &data));
+    CHECK(data == Header() + tensor.content());
+  }
+}
+
+TEST_CASE("a real disk takes a shard by direct I/O") {
+  ScratchDir dir;
+  PosixEnv env;
+  ShardFixture f;
+  Tensor tensor(Pattern(3 << 20), 512), odd(Pattern(5000, 7), 64);
+  std::vector<Plan::Block> blocks;
+  std::vector<Plan::Segment> segments;
+  for (size_t i = 0; i < 3; ++i) {
+    blocks.push_back({4096 + (i << 20), 1 << 20});
+    segments.push_back({i, 0, 0, i << 20, 1 << 20});
+  }
+  blocks.push_back({4096 + (3 << 20), 8192});
+  segments.push_back({3, 100, 1, 0, 5000});
+  std::unique_ptr<ShardWriter> writer;
+  REQUIRE_OK(ShardWriter::Create(&env, f.pool.get(), f.MakePlan(blocks, segments, 2), dir / "s", 0600, true, &writer));
+  REQUIRE_OK(writer->SetAddresses({tensor.address(), odd.address()}));
+  REQUIRE_OK(writer->Submit(0, 4));
+  REQUIRE(writer->Wait(60));
+  REQUIRE_OK(writer->Finish(Header()));
+  std::string data;
+  REQUIRE_OK(env.ReadFile(dir / "s", 8 << 20, &data));
+  CHECK(data == Header() + tensor.content() + std::string(100, '\0') + odd.content() + std::string(3092, '\0'));
+}
+
+#if !defined(__SANITIZE_THREAD__)
+TEST_CASE("a forked child destroys a busy writer without waiting") {
+  ShardFixture f(1);
+  Tensor tensor(Pattern(8 * 4096));
+  REQUIRE_OK(f.env.Delay("write", "/s", 0.01));
+  auto writer = f.Writer(f.Simple(8));
+  REQUIRE_OK(writer->SetAddress(0, tensor.address()));
+  REQUIRE_OK(writer->Submit(0, 8));
+  std::thread waiter([&] { static_cast<void>(writer->Wait(10)); });
+  std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  const pid_t child = fork();
+  REQUIRE(child >= 0);
+  if (child == 0) {
+    alarm(20);
+    writer.reset();
+    _exit(0);
+  }
+  int status = -1;
+  REQUIRE(waitpid(child, &status, 0) == child);
+  CHECK(status == 0);
+  waiter.join();
+}
+#endif
+
+}  // namespace layerwise

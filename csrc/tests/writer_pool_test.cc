@@ -1,0 +1,123 @@
+#include "layerwise/writer_pool.h"
+
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <condition_variable>
+#include <mutex>
+#include <vector>
+
+#include "scratch.h"
+
+namespace layerwise {
+
+namespace {
+
+// Notes its blocks, and holds the first until Open is called.
+class GatedSink final : public BlockSink {
+ public:
+  void RunBlock(size_t index, AlignedBuffer*) override {
+    std::unique_lock lock(mutex_);
+    ran_.push_back(index);
+    changed_.notify_all();
+    changed_.wait(lock, [this] { return open_; });
+  }
+
+  void CancelBlock(size_t index) override {
+    std::lock_guard lock(mutex_);
+    cancelled_.push_back(index);
+  }
+
+  void Open() {
+    std::lock_guard lock(mutex_);
+    open_ = true;
+    changed_.notify_all();
+  }
+
+  void WaitForRuns(size_t n) {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return ran_.size() >= n; });
+  }
+
+  std::vector<size_t> ran() const { return ran_; }
+  std::vector<size_t> cancelled() const { return cancelled_; }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  bool open_ = false;
+  std::vector<size_t> ran_;
+  std::vector<size_t> cancelled_;
+};
+
+}  // namespace
+
+TEST_CASE("blocks run in the order in which they were submitted") {
+  GatedSink sink;
+  std::unique_ptr<WriterPool> pool;
+  REQUIRE_OK(WriterPool::Create(1, &pool));
+  sink.Open();
+  pool->Submit(&sink, 4, 3);
+  pool->Submit(&sink, 0, 2);
+  sink.WaitForRuns(5);
+  pool->Close();
+  CHECK(sink.ran() == std::vector<size_t>{4, 5, 6, 0, 1});
+}
+
+TEST_CASE("withdrawn blocks get no call") {
+  GatedSink sink, other;
+  std::unique_ptr<WriterPool> pool;
+  REQUIRE_OK(WriterPool::Create(1, &pool));
+  other.Open();
+  pool->Submit(&sink, 0, 10);
+  sink.WaitForRuns(1);
+  pool->Submit(&other, 0, 1);
+  CHECK(pool->Withdraw(&sink) == 9);
+  CHECK(pool->Withdraw(&sink) == 0);
+  sink.Open();
+  other.WaitForRuns(1);
+  pool->Close();
+  CHECK(sink.ran() == std::vector<size_t>{0});
+  CHECK(sink.cancelled().empty());
+}
+
+TEST_CASE("closing cancels what is queued and waits for what runs") {
+  GatedSink sink;
+  std::unique_ptr<WriterPool> pool;
+  REQUIRE_OK(WriterPool::Create(2, &pool));
+  pool->Submit(&sink, 0, 4);
+  sink.WaitForRuns(2);
+  sink.Open();
+  WriterPool::CloseAll();
+  pool->Close();
+  CHECK(sink.ran().size() + sink.cancelled().size() == 4);
+  pool->Submit(&sink, 7, 1);
+  CHECK(sink.cancelled().back() == 7);
+}
+
+TEST_CASE("a pool has a sane number of threads") {
+  std::unique_ptr<WriterPool> pool;
+  CHECK(WriterPool::Create(0, &pool).code() == Status::Code::kInvalidArgument);
+  CHECK(WriterPool::Create(1025, &pool).code() == Status::Code::kInvalidArgument);
+  REQUIRE_OK(WriterPool::Create(3, &pool));
+  CHECK(pool->threads() == 3);
+}
+
+#if !defined(__SANITIZE_THREAD__)
+TEST_CASE("a forked child destroys the pool without waiting for threads it lacks") {
+  std::unique_ptr<WriterPool> pool;
+  REQUIRE_OK(WriterPool::Create(2, &pool));
+  const pid_t child = fork();
+  REQUIRE(child >= 0);
+  if (child == 0) {
+    alarm(20);
+    pool.reset();
+    _exit(0);
+  }
+  int status = -1;
+  REQUIRE(waitpid(child, &status, 0) == child);
+  CHECK(status == 0);
+}
+#endif
+
+}  // namespace layerwise

@@ -1,0 +1,36 @@
+"""layerwise_dist: checkpoints of distributed training, at every step, that survive any crash.
+
+    ckpt = layerwise_dist.attach(model, optimizer, config="layerwise.json", state={"scheduler": scheduler})
+    ckpt.restore()
+    for step in ckpt.steps(total):
+        ...
+    ckpt.close()
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from layerwise_dist import errors
+from layerwise_dist._version import __version__
+from layerwise_dist.errors import LayerwiseError
+
+if TYPE_CHECKING:
+    from layerwise_dist.assembly import attach
+    from layerwise_dist.config import LayerwiseConfig
+    from layerwise_dist.engine import LayerwiseEngine
+
+__all__ = ["LayerwiseConfig", "LayerwiseEngine", "LayerwiseError", "__version__", "attach", "errors"]
+
+_LAZY = {"attach": "assembly", "LayerwiseConfig": "config", "LayerwiseEngine": "engine"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports torch only when something that needs it is asked for: the command line starts in a fraction of the time."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value

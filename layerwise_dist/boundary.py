@@ -1,0 +1,414 @@
+"""Where an iteration ends: events of the training loop in, boundaries out.
+
+A checkpoint at step t holds the process after all that iteration t does and before anything of iteration t+1. No hook of torch
+sees that point in every loop, so there are three ways to know it, and each checkpoint records which one it was:
+
+explicit
+    `for step in ckpt.steps(total)`: the loop's back edge; or `ckpt.end_step()` as the body's last statement. Once either was
+    used, nothing else makes a boundary.
+loader
+    The moment before a `for` draws the next batch (or finds no more) from an attached loader that feeds the training, if an
+    update happened since the last boundary. A loader feeds the training when its iterator is alive and was drawn from before
+    a grad-enabled training forward; an evaluation's loader never is, since a `for` lets go of its iterator when it ends.
+inferred
+    Everything else: the next training forward after an update, with the random numbers as of the update. Exact only if the
+    loop draws nothing between the update and its end; warned of once.
+
+A batch drawn after an iteration's last forward belongs to the next one (prefetch). Its loader and the random numbers are then
+recorded as before that draw, `rng_event` is "draw", and a resume puts them back when that batch is drawn again. A batch drawn
+*before* the forward of the one ahead of it looks like an ordinary draw; that is recognised by its pace and warned of.
+
+What cannot be seen: a GradScaler that skips a step calls no hook. Without steps()/end_step() such an iteration is no boundary and
+is counted together with the next one; with them it counts, with `updated=False`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from layerwise_dist.capture import rng
+from layerwise_dist.capture.loaders import LoaderTap
+from layerwise_dist.errors import BoundaryError, MismatchError
+
+Kind = Literal["explicit", "loader", "inferred"]
+RngEvent = Literal["boundary", "draw"]
+
+_IDLE_LIMIT = 3  # boundaries in a row without an observed update
+_UNSEALED_LIMIT = 1000  # updates without a boundary, after which something is said
+
+
+class Log(Protocol):
+    """`logging.Logger`, or anything that can warn like it."""
+
+    def warning(self, message: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class BoundaryMark:
+    """One boundary: everything of the process at that point that is not in the model, the optimizer or `state=`.
+
+    Attributes:
+        step: boundaries completed, this one included.
+        kind: how it was known; "close" is the last one of a job that ended within an iteration.
+        updated: did an optimizer update since the last boundary?
+        rng: the global generators (`capture.rng.RngState`), as of `rng_event`.
+        rng_event: "boundary" itself, or the "draw" of the first batch that no forward has used yet.
+        loaders: a `LoaderTap.snapshot()` for each attached loader.
+        resume_kind: `kind`, or for "close" the kind that the loop had until then.
+        at: names of the loaders at whose draw `rng` is to be put back; any loader if empty.
+        rng_after: at an explicit boundary with rng_event "draw", the generators at the boundary itself; otherwise None.
+    """
+
+    step: int
+    kind: Kind | Literal["close"]
+    updated: bool
+    rng: rng.RngState
+    rng_event: RngEvent
+    loaders: dict[str, dict[str, Any]]
+    resume_kind: Kind
+    at: tuple[str, ...]
+    rng_after: rng.RngState | None
+
+    def state(self) -> dict[str, Any]:
+        """What `Boundary.restore` takes: plain values for typed JSON, sharing memory with the mark."""
+        return {
+            "kind": self.resume_kind, "rng": self.rng, "rng_event": self.rng_event, "rng_after": self.rng_after, "at": list(self.at),
+            "loaders": self.loaders,
+        }  # fmt: skip
+
+
+@dataclass
+class _Ahead:
+    """A loader and the generators before the first draw since the last training forward."""
+
+    snapshot: dict[str, Any]
+    rng: rng.RngState
+    after_update: bool
+
+
+@dataclass
+class _Pending:
+    """Restored random numbers that wait for the event at which they were taken."""
+
+    state: dict[str, Any]
+    at: frozenset[str]
+    put: bool = False
+
+
+class Boundary:
+    """Counts the iterations of one training loop, on the one thread that makes it (BoundaryError on any other).
+
+    Args:
+        on_boundary: called once per boundary, on the training thread, with `completed` already counting it.
+        taps: the attached loaders by name; their callbacks are set to this object where they are None.
+        log: takes the warnings; each is given once.
+        excuse: asked at the third boundary in a row, and each one after, at which no update was observed. True lets it pass
+            (a GradScaler whose scale fell); otherwise that is a BoundaryError.
+    """
+
+    def __init__(self, on_boundary: Callable[[BoundaryMark], None], taps: Mapping[str, LoaderTap], *, log: Log, excuse: Callable[[], bool] | None = None) -> None:
+        self._on_boundary, self._taps, self._log, self._excuse = on_boundary, dict(taps), log, excuse
+        self._thread = threading.get_ident()
+        self._completed = self._idle = 0
+        self._explicit = False
+        self._kind: Kind | None = None  # of the last boundary
+        self._pending: _Pending | None = None
+        self._warned: set[str] = set()
+        self._feeds: set[LoaderTap] = set()  # alone since the last forward: certain
+        self._may_feed: set[LoaderTap] = set()  # one of several: believed while nothing is certain
+        self._end: tuple[Any, ...] | None = None  # the generators at end_step(), until the next draw or forward
+        self._reset_loop()
+        for tap in self._taps.values():
+            tap.on_draw, tap.on_iter = tap.on_draw or self.draw, tap.on_iter or self.iterating
+
+    def _reset_loop(self) -> None:
+        self._pace: dict[LoaderTap, list[tuple[object, int]]] = {}
+        self._used: dict[LoaderTap, tuple[object, int]] = {}  # draws as of the last training forward
+        self._reset_iteration()
+
+    def _reset_iteration(self) -> None:
+        self._updates = self._skips = 0
+        self._forward = False
+        self._drew: set[LoaderTap] = set()
+        self._ahead: dict[LoaderTap, _Ahead] = {}
+        self._iters: dict[LoaderTap, dict[str, Any]] = {}
+        self._update_rng: rng.RngState | None = None
+
+    @property
+    def completed(self) -> int:
+        """Boundaries completed: the step of the newest one."""
+        return self._completed
+
+    def start_at(self, step: int) -> None:
+        """Count on from `step` completed boundaries."""
+        self._completed = step
+
+    # -- explicit boundaries ------------------------------------------------------------------------------------------
+    def explicit(self) -> None:
+        """Say that this loop will call `end_step()`. Needed before its first iteration only if that updates more than once."""
+        self._check_thread("explicit()")
+        self._explicit = True
+
+    def steps(self, total: int) -> Iterator[int]:
+        """Yield the steps from `completed` up to `total`, with a boundary at each back edge of the loop.
+
+        Leaving by break or by an exception makes no boundary; `close()` seals what break left.
+        """
+        self._check_thread("steps()")
+        self._explicit = True
+        self._put_at_steps()
+        while (step := self._completed) < total:
+            yield step
+            if self._completed != step:
+                raise BoundaryError(f"steps() yielded step {step}, and its body counted {self._completed - step} boundaries itself: use either steps() or end_step()")
+            self._mark("explicit")
+
+    def end_step(self) -> None:
+        """The iteration ends here."""
+        if not self._explicit and self._kind is not None:
+            raise BoundaryError(
+                f"end_step() was called for the first time after {self._completed} boundaries of kind {self._kind!r}: an iteration with several updates or an "
+                "evaluation was cut in two. Call explicit() before the loop, or loop with steps()"
+            )
+        self._explicit = True
+        mark = self._mark("explicit")
+        if mark.rng_event == "boundary" and "end_step" not in self._warned:
+            self._end = rng.glance()
+
+    # -- events of the optimizer and the model ------------------------------------------------------------------------
+    def update_starting(self, in_closure: bool = False) -> None:
+        """An optimizer is about to update. With `in_closure` its closure runs first, and this is called again when that returned."""
+        self._check_thread("an optimizer update")
+        if self._updates and not self._explicit and not in_closure:
+            raise BoundaryError(
+                f"a second optimizer update since boundary {self._completed}, and nothing told where the iteration ends (several optimizers, or several updates an "
+                "iteration as in GAN or PPO): loop with `for step in ckpt.steps(total)`, or call explicit() before the loop and end_step() at the end of its body"
+            )
+
+    def update_done(self) -> None:
+        """The optimizer has updated."""
+        self._check_thread("an optimizer update")
+        self._updates += 1
+        if self._explicit:
+            if self._updates == _UNSEALED_LIMIT:
+                self._warn("unsealed", f"{_UNSEALED_LIMIT} optimizer updates since boundary {self._completed}: no step ends and nothing is saved until steps() advances or end_step() is called")
+        elif not self._in_for():
+            self._update_rng = rng.take()
+
+    def update_skipped(self) -> None:
+        """The optimizer saw that it must not update (fp16 overflow); the iteration counts, with `updated=False`."""
+        self._check_thread("a skipped update")
+        self._skips += 1
+        if not self._explicit and not self._in_for():
+            self._update_rng = rng.take()
+
+    def training_forward(self) -> None:
+        """The root's forward begins, with gradients, in training mode. Call it before the forward draws random numbers."""
+        self._check_thread("a training forward")
+        if self._pending is not None:
+            self._put_at_forward()
+        if self._end is not None:
+            self._compare_end()
+        if self._progress and not self._explicit and not self._in_for():
+            self._mark("inferred")
+        drew = [tap for tap in self._drew if tap.alive and not tap.exhausted]
+        if len(drew) == 1:
+            self._feeds.add(drew[0])
+        elif not self._feeds:
+            self._may_feed.update(drew)
+        for tap in drew:
+            self._used[tap] = (tap.position, tap.draws)
+        self._drew.clear()
+        self._ahead.clear()
+        self._iters.clear()
+        self._forward = True
+
+    # -- events of the loaders ----------------------------------------------------------------------------------------
+    def draw(self, tap: LoaderTap, by_for: bool) -> None:
+        """A batch is about to be drawn from `tap`, by a `for` or by hand."""
+        self._check_thread(f"loader {tap.name!r} was drawn from")
+        if self._pending is not None:
+            self._put_at_draw(tap)
+        feeding = self._feeding
+        if self._end is not None and (not feeding or tap in feeding):
+            self._compare_end()
+        if by_for and self._progress and not self._explicit and tap in feeding:
+            self._mark("loader", at=(tap.name,))
+        elif self._forward and tap not in self._ahead:
+            self._ahead[tap] = _Ahead(tap.snapshot(), rng.take(), bool(self._progress))
+        self._pace.setdefault(tap, [(tap.position, tap.draws)])
+        self._drew.add(tap)
+
+    def iterating(self, tap: LoaderTap) -> None:
+        """`iter()` of the tap's loader is about to run; it draws random numbers too."""
+        if self._progress and not self._explicit and tap not in self._ahead:
+            self._iters.setdefault(tap, tap.snapshot())
+
+    # -- coming back and ending ---------------------------------------------------------------------------------------
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up `BoundaryMark.state()`: loaders at once, random numbers at the same kind of event at which they were taken.
+
+        Raises MismatchError if the checkpoint holds a loader that is not attached under that name.
+        """
+        self._check_thread("restore()")
+        missing = sorted(state["loaders"].keys() - self._taps.keys())
+        if missing:
+            raise MismatchError(f"the checkpoint holds the position of loaders {missing}, attached are {sorted(self._taps)}")
+        for name, snapshot in state["loaders"].items():
+            self._taps[name].restore(snapshot)
+        self._reset_loop()
+        self._end = None
+        if state["kind"] == "inferred" and state["rng_event"] == "boundary":
+            rng.put(state["rng"])
+        else:
+            self._pending = _Pending(state, frozenset(state["at"]) & self._taps.keys())
+
+    def close(self, *, seal: bool = True) -> bool:
+        """Seal an iteration that has updated and was not ended (the loop was left by break). True if there was one.
+
+        The position of a loader whose `for` was left counts, so that a longer run goes on within the epoch.
+        `seal=False`: the job ends by an exception, and what is unsealed may be half an iteration.
+        """
+        self._check_thread("close()")
+        if not (seal and self._progress):
+            return False
+        self._mark("close")
+        return True
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+    @property
+    def _progress(self) -> int:
+        return self._updates + self._skips
+
+    @property
+    def _feeding(self) -> set[LoaderTap]:
+        return self._feeds or self._may_feed
+
+    def _in_for(self) -> bool:
+        return any(tap.in_for for tap in self._feeding)
+
+    def _mark(self, kind: Kind | Literal["close"], at: tuple[str, ...] = ()) -> BoundaryMark:
+        self._check_thread("a boundary")
+        closing = kind == "close"
+        resume: Kind = ("explicit" if self._explicit else self._kind or ("loader" if self._in_for() else "inferred")) if kind == "close" else kind
+        inferred = resume == "inferred"
+        feeding = self._feeding
+        ahead = {
+            tap: each
+            for tap, each in self._ahead.items()
+            if tap in feeding and (tap.alive or closing) and not (inferred and each.after_update)
+        }  # fmt: skip
+        loaders = {}
+        for name, tap in self._taps.items():
+            if tap in ahead:
+                loaders[name] = ahead[tap].snapshot
+            elif inferred and tap in self._iters:
+                loaders[name] = self._iters[tap]
+            elif inferred and tap in self._ahead:
+                loaders[name] = self._ahead[tap].snapshot
+            else:
+                loaders[name] = tap.snapshot(even_if_dropped=closing and tap in feeding)
+        after = None
+        event: RngEvent = "boundary"
+        if ahead:
+            first = next(iter(ahead))
+            random, event, at = ahead[first].rng, "draw", (first.name,)
+            after = rng.take() if resume == "explicit" else None
+        else:
+            random = (self._update_rng if inferred else None) or rng.take()
+            at = at or tuple(tap.name for tap in feeding)
+        mark = BoundaryMark(self._completed + 1, kind, self._updates > 0, random, event, loaders, resume, at, after)
+        self._count(kind, resume)
+        self._on_boundary(mark)
+        return mark
+
+    def _count(self, kind: str, resume: Kind) -> None:
+        self._idle = 0 if self._progress else self._idle + 1
+        if self._idle >= _IDLE_LIMIT and not (self._excuse is not None and self._excuse()):
+            raise BoundaryError(
+                f"no optimizer update was observed in the last {self._idle} iterations (boundary {self._completed + 1}): the attached optimizer's step() is not what "
+                "updates this model (a replayed graph, a foreign or another optimizer), so checkpoints would hold stale state"
+            )
+        if kind == "inferred":
+            self._warn(
+                "inferred",
+                "the end of an iteration is inferred from the next forward, since no `for` iterates an attached loader and steps() is not used: a resume is not exact if "
+                "the loop draws random numbers or changes state (evaluation, scheduler) elsewhere than between forward and optimizer.step(), or updates more than "
+                "once an iteration. Loop with `for step in ckpt.steps(total)`",
+            )
+        for tap in self._taps.values():
+            if tap.doubt is not None:
+                self._warn(f"doubt {tap.name}", f"loader {tap.name!r}: a resume may not be exact: {tap.doubt}")
+        self._check_pace()
+        self._completed += 1
+        self._kind = resume
+        self._reset_iteration()
+
+    def _check_pace(self) -> None:
+        """More batches before the first boundary than between it and the second: one is always drawn ahead of its forward."""
+        for tap, used in self._used.items():
+            pace = self._pace.get(tap)
+            if pace is None or len(pace) >= 3:
+                continue
+            pace.append(used)
+            if len(pace) == 3 and tap in self._feeding and pace[0][0] is pace[1][0] is pace[2][0]:
+                before, between = pace[1][1] - pace[0][1], pace[2][1] - pace[1][1]
+                if before > between > 0:
+                    self._warn(
+                        f"pace {tap.name}",
+                        f"loader {tap.name!r} gave {before} batches to the first iteration and {between} to the second: if the loop draws a batch ahead, draw it "
+                        "after the forward of the one before it, otherwise a resume skips a batch",
+                    )
+
+    def _put_at_steps(self) -> None:
+        pending = self._pending
+        if pending is None or pending.state["kind"] != "explicit":
+            return
+        if pending.state["rng_event"] == "boundary":
+            rng.put(pending.state["rng"])
+            self._pending = None
+        elif pending.put and pending.state["rng_after"] is not None:
+            rng.put(pending.state["rng_after"])
+            self._pending = None
+
+    def _put_at_draw(self, tap: LoaderTap) -> None:
+        pending = self._pending
+        if pending.put or (pending.at and tap.name not in pending.at):
+            return
+        rng.put(pending.state["rng"])
+        pending.put = True  # kept until the first forward: steps() may still start, and that is the better event
+
+    def _put_at_forward(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending.put:
+            return
+        rng.put(pending.state["rng"])
+        if pending.state["kind"] != "explicit" or pending.state["rng_event"] != "boundary":
+            self._warn(
+                "event",
+                f"random numbers of a boundary of kind {pending.state['kind']!r} are put back at the first forward, since no batch was drawn from {sorted(pending.at) or 'an attached loader'} "
+                "after restore(): the resume is not exact",
+            )
+
+    def _compare_end(self) -> None:
+        end, self._end = self._end, None
+        if end != rng.glance():
+            self._warn(
+                "end_step",
+                "random numbers were drawn between end_step() and the next iteration's first batch or forward: a resume is not exact there. Loop with `for step in ckpt.steps(total)`, "
+                "whose boundary is restored before them",
+            )
+
+    def _check_thread(self, what: str) -> None:
+        if threading.get_ident() != self._thread:
+            raise BoundaryError(
+                f"{what} on thread {threading.current_thread().name!r}: training must stay on the one thread that attached, since the end of an iteration cannot be told across threads"
+            )
+
+    def _warn(self, key: str, message: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            self._log.warning(message)

@@ -1,0 +1,117 @@
+"""One checkpoint's capture on one rank: leased from the update on, sealed at the boundary, fenced at the next update."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from layerwise_dist import _native
+from layerwise_dist.capture.survey import Survey
+from layerwise_dist.pieces import Piece
+from layerwise_dist.storage.adapter import ShardWrite
+
+log = logging.getLogger("layerwise_dist")
+
+
+class LeaseBroken(Exception):
+    """Leased memory is no longer what the checkpoint needs; this attempt cannot be saved. The message says why."""
+
+
+class Capture:
+    """Holds a reference to every tensor that the writer reads, until the writer is done with it.
+
+    Life: `start` right behind the update, `restart` behind a further update of the same iteration, `seal` at the
+    boundary, `fence` before the next update. All on the training thread.
+    """
+
+    def __init__(self, step: int, survey: Survey, write: ShardWrite, *, timeout_s: float, audited: bool) -> None:
+        self.step, self.write, self.audited = step, write, audited
+        self._survey, self._timeout_s = survey, timeout_s
+        self._copies: list[torch.Tensor] = []
+        self._versions: dict[str, int] = {}
+        self._hashes: dict[str, int] = {}
+        self.sealed = False
+
+    def start(self) -> None:
+        number = 0
+        for layer in self._survey.leased:
+            for piece in layer.pieces:
+                self.write.set_address(number, piece.tensor.data_ptr())
+                number += 1
+        self._note()
+        for extent in range(len(self._survey.leased)):
+            self.write.submit(extent)
+
+    def restart(self) -> None:
+        """The same tensors, after another update. REQUIRES: `drain` was called before that update."""
+        self._note()
+        for extent in range(len(self._survey.leased)):
+            self.write.submit(extent)
+
+    def drain(self) -> None:
+        """Waits until all that was queued is written and hashed, so that the memory may change. Raises LeaseBroken."""
+        if not self.write.wait_written(self._timeout_s):
+            raise LeaseBroken(f"its tensors were still being written after fence_timeout_s = {self._timeout_s:g} s")
+
+    def seal(self, survey: Survey) -> set[str]:
+        """Brings the capture to the boundary's contents; `survey` is the boundary's own.
+
+        What was changed since the update (a clamp of the weights, say) is written again, and what is not leased is
+        copied. Returns the names of tensors that changed in a way only the audit saw. Raises LeaseBroken.
+        """
+        if survey.key != self._survey.key:
+            raise LeaseBroken("a tensor of the model or optimizer came, went or moved between the update and the boundary")
+        changed: set[int] = set()
+        unseen: set[str] = set()
+        for extent, piece in self._leased():
+            name = piece.slice.name
+            if piece.tensor._version != self._versions[name]:
+                changed.add(extent)
+            elif self.audited and _hash(piece) != self._hashes[name]:
+                changed.add(extent)
+                unseen.add(name)
+        if changed:
+            self.drain()
+            for extent in changed:
+                self.write.submit(extent)
+            self._note()
+        first = sum(len(layer.pieces) for layer in self._survey.leased)
+        self._copies = [piece.copy() for piece in survey.copied]
+        for number, copy in enumerate(self._copies, first):
+            self.write.set_address(number, copy.data_ptr())
+        self.write.submit(len(self._survey.leased))
+        if self.audited:
+            # What an audited checkpoint holds is certain: nothing may change it any more once it was compared.
+            self.drain()
+        self.sealed = True
+        return unseen
+
+    def fence(self) -> set[str]:
+        """Waits for the writer, so that the update may overwrite. Returns names that changed since the boundary.
+
+        Raises LeaseBroken when the writer is not done in time, or when a change since the boundary may have reached
+        the file. In an audited checkpoint it cannot have, and the names are returned instead.
+        """
+        self.drain()
+        unseen = set()
+        for _, piece in self._leased():
+            name = piece.slice.name
+            if self.audited and _hash(piece) != self._hashes[name]:
+                unseen.add(name)
+            elif not self.audited and piece.tensor._version != self._versions[name]:
+                raise LeaseBroken(f"{name} was changed between the boundary and the next update, while it was being written")
+        return unseen
+
+    def _leased(self) -> list[tuple[int, Piece]]:
+        return [(extent, piece) for extent, layer in enumerate(self._survey.leased) for piece in layer.pieces]
+
+    def _note(self) -> None:
+        for _, piece in self._leased():
+            self._versions[piece.slice.name] = piece.tensor._version
+            if self.audited:
+                self._hashes[piece.slice.name] = _hash(piece)
+
+
+def _hash(piece: Piece) -> int:
+    return _native.hash_memory(piece.tensor.data_ptr(), piece.slice.nbytes)

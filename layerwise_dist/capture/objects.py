@@ -1,0 +1,93 @@
+"""The `state={...}` objects: schedulers, scalers, loaders, generators, plain dicts. What each saves and takes back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import MutableMapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from layerwise_dist.capture.loaders import LoaderTap
+from layerwise_dist.errors import MismatchError, StateError
+from layerwise_dist.storage import typed_json
+
+_ALLOWED = (
+    "an object with state_dict() and load_state_dict(), a dict, a torch.Generator, a numpy Generator or RandomState, "
+    "a random.Random, or a torch DataLoader"
+)
+
+
+class StateObjects:
+    """Everything that the user gave as `state`. Loaders are tapped; the boundary keeps their positions."""
+
+    def __init__(self, objects: dict[str, Any] | None) -> None:
+        """Raises StateError, with its path, for what cannot be saved: tried at once, not at the first checkpoint."""
+        self._objects: dict[str, Any] = {}
+        loaders: dict[str, DataLoader[Any]] = {}
+        for name, item in (objects or {}).items():
+            if not isinstance(name, str):
+                raise StateError(f"state[{name!r}]", "names must be strings")
+            if isinstance(item, DataLoader):
+                loaders[name] = item
+            else:
+                self._objects[name] = item
+        typed_json.dumps(self.take(), path="state")
+        self.taps = {name: LoaderTap(loader, name) for name, loader in loaders.items()}
+
+    @property
+    def scalers(self) -> list[torch.amp.GradScaler]:
+        return [item for item in self._objects.values() if isinstance(item, torch.amp.GradScaler)]
+
+    def take(self) -> dict[str, Any]:
+        """Live references, for typed JSON to copy."""
+        return {name: _take(name, item) for name, item in self._objects.items()}
+
+    def check(self, saved: dict[str, Any]) -> None:
+        missing, extra = sorted(self._objects.keys() - saved.keys()), sorted(saved.keys() - self._objects.keys())
+        if missing or extra:
+            raise MismatchError(
+                f"state objects differ: the checkpoint lacks {missing}, and holds {extra}, which attach(state=...) does not name"
+            )
+
+    def put(self, saved: dict[str, Any]) -> None:
+        for name, item in self._objects.items():
+            _put(item, saved[name])
+
+    def detach(self) -> None:
+        for tap in self.taps.values():
+            tap.detach()
+
+
+def _take(name: str, item: Any) -> Any:
+    if isinstance(item, torch.Generator):
+        return item.get_state()
+    if isinstance(item, np.random.Generator):
+        return item.bit_generator.state
+    if isinstance(item, np.random.RandomState):
+        return item.get_state()
+    if isinstance(item, random.Random):
+        return item.getstate()
+    if callable(getattr(item, "state_dict", None)) and callable(getattr(item, "load_state_dict", None)):
+        return item.state_dict()
+    if isinstance(item, MutableMapping):
+        return dict(item)
+    raise StateError(f"state[{name!r}]", f"{type(item).__qualname__} cannot be saved; give {_ALLOWED}")
+
+
+def _put(item: Any, saved: Any) -> None:
+    if isinstance(item, torch.Generator):
+        item.set_state(saved)
+    elif isinstance(item, np.random.Generator):
+        item.bit_generator.state = saved
+    elif isinstance(item, np.random.RandomState):
+        item.set_state(saved)
+    elif isinstance(item, random.Random):
+        item.setstate(saved)
+    elif callable(getattr(item, "load_state_dict", None)):
+        item.load_state_dict(saved)
+    else:
+        item.clear()
+        item.update(saved)

@@ -1,0 +1,1 @@
+"""Commit: who may write here, what a manifest says, and the rank-0 coordinator that alone decides."""

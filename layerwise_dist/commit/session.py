@@ -1,0 +1,181 @@
+"""One run of the job in one checkpoint directory: opened by all ranks together, committed to by rank 0."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from layerwise_dist.commit.metadata import Branch, CheckpointMetadataManager, Identity, Manifest, ParentRef, ShardRecord
+from layerwise_dist.commit.owner import Owner
+from layerwise_dist.commit.participant import Participant
+from layerwise_dist.commit.transports import Message
+from layerwise_dist.errors import DamageError, DirectoryError
+from layerwise_dist.storage import layout
+from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage.retention import retired
+
+
+@dataclass(frozen=True, slots=True)
+class SessionInfo:
+    """What all ranks know of the session. `first_seq` is the seq of its first attempt."""
+
+    session: str
+    identity: str
+    epoch: int
+    first_seq: int
+    empty: bool
+
+
+class Committer:
+    """Rank 0's pen: the owner lock, the lineage's head, and what is written when all shards are durable."""
+
+    def __init__(
+        self, manager: CheckpointMetadataManager, owner: Owner, info: SessionInfo, *, world_size: int, framework: str,
+        software: dict[str, str], keep_last: int, keep_every_n_steps: int | None,
+    ) -> None:  # fmt: skip
+        self._manager, self.owner, self.info = manager, owner, info
+        self._world_size, self._framework, self._software = world_size, framework, software
+        self._keep_last, self._keep_every = keep_last, keep_every_n_steps
+        self._head: ParentRef | None = None
+        self._branch_seqs: list[int] = []
+        self.boundary_kind = "explicit"
+
+    def follow(self, head: ParentRef | None, branch_seq: int | None) -> None:
+        """The next commit continues from `head`. With `branch_seq`, a branch record makes that durable at once."""
+        if branch_seq is not None:
+            self.owner.check()
+            self._manager.write_branch(
+                Branch(identity=self.info.identity, session=self.info.session, seq=branch_seq, parent=head)
+            )
+        self._head = head
+
+    def commit(self, seq: int, step: int, reports: list[Message]) -> None:
+        """Raises OSError, InDoubt or OwnerError, as `Coordinator` expects."""
+        attempt = AttemptId(self.info.epoch, seq, step)
+        shards = [
+            ShardRecord(
+                rank=report["rank"], file=report["file"], nbytes=report["nbytes"],
+                header_bytes=report["header_bytes"], header_hash=report["header_hash"],
+            )
+            for report in reports
+        ]  # fmt: skip
+        manifest = Manifest(
+            identity=self.info.identity, session=self.info.session, epoch=self.info.epoch, seq=seq, attempt=attempt.text,
+            parent=self._head, step=step, world_size=self._world_size, framework=self._framework,
+            boundary=self.boundary_kind, created=time.time(), software=self._software, shards=shards,
+        )  # fmt: skip
+        self.owner.check()
+        self._manager.commit(manifest)
+        self._head = manifest.ref
+
+    def retire(self) -> None:
+        """Removes what retention no longer keeps, and branch records that a newer commit has made history."""
+        inventory = self._manager.inventory()
+        lineage = inventory.lineage()
+        family = [inventory.manifests[seq] for seq in inventory.roots()]
+        gone = retired(lineage, family, keep_last=self._keep_last, keep_every_n_steps=self._keep_every)
+        for seq in gone:
+            self.owner.check()
+            self._manager.retire(inventory.manifests[seq].attempt_id)
+        kept = lineage[: self._keep_last]
+        if len(kept) == self._keep_last:
+            for seq in [seq for seq in inventory.branches if seq < kept[-1].seq]:
+                self._manager.remove_branch(seq)
+
+    def close(self) -> None:
+        self.owner.release()
+
+
+def open_session(
+    env: Any, root: str, participant: Participant, *, file_mode: int, dir_mode: int, who: str
+) -> tuple[SessionInfo, CheckpointMetadataManager, Owner | None]:
+    """All ranks together. Rank 0 makes the directory, takes the lock and collects leftovers; the others check that
+    they see the same directory. Raises OwnerError or DirectoryError on every rank alike.
+    """
+    manager = CheckpointMetadataManager(env, root, file_mode=file_mode)
+    held: list[Owner] = []
+
+    def decide(_: list[Any]) -> dict[str, Any]:
+        info, owner = _claim(env, root, manager, file_mode=file_mode, dir_mode=dir_mode, who=who)
+        held.append(owner)
+        return {name: getattr(info, name) for name in SessionInfo.__slots__}
+
+    try:
+        info = SessionInfo(**participant.agree("open the checkpoint directory", None, decide))
+        problem = None
+        try:
+            _check_directory(env, root, manager, info)
+        except (OSError, DamageError) as error:
+            problem = str(error)
+
+        def all_see(problems: list[str | None]) -> None:
+            bad = [f"rank {rank}: {text}" for rank, text in enumerate(problems) if text]
+            if bad:
+                raise DirectoryError("; ".join(bad))
+
+        participant.agree("see the same checkpoint directory", problem, all_see)
+    except BaseException:
+        for owner in held:
+            owner.release()
+        raise
+    return info, manager, held[0] if held else None
+
+
+def _claim(env: Any, root: str, manager: CheckpointMetadataManager, *, file_mode: int, dir_mode: int, who: str) -> tuple[SessionInfo, Owner]:
+    try:
+        _make_dirs(env, root, dir_mode)
+        session = uuid.uuid4().hex
+        before = manager.inventory()
+        owner = Owner(env, root, session, last_epoch=before.last_epoch, file_mode=file_mode, who=who)
+    except OSError as error:
+        raise DirectoryError(f"rank 0 cannot write in {root}: {error}") from error
+    try:
+        # Read again under the lock: the former owner may have committed between the first look and its end.
+        inventory = manager.inventory()
+        try:
+            identity = manager.read_identity()
+        except FileNotFoundError:
+            identity = Identity(identity=uuid.uuid4().hex)
+            manager.write_identity(identity)
+        manager.collect_leftovers(inventory)
+        return SessionInfo(session, identity.identity, owner.epoch, inventory.last_seq + 1, inventory.empty), owner
+    except DamageError as error:
+        owner.release()
+        raise DirectoryError(str(error)) from error
+    except BaseException:
+        owner.release()
+        raise
+
+
+def _make_dirs(env: Any, root: str, mode: int) -> None:
+    missing = []
+    path = root
+    while True:
+        try:
+            kind, _ = env.stat(path)
+            if kind == "link":
+                kind = env.stat(os.path.join(path, "."))[0]
+            if kind != "dir":
+                raise DirectoryError(f"{path} is not a directory")
+            break
+        except FileNotFoundError:
+            missing.append(path)
+            path = os.path.dirname(path)
+    for path in reversed(missing):
+        try:
+            env.make_dir(path, mode)
+        except FileExistsError:
+            pass
+        env.sync_dir(os.path.dirname(path))
+
+
+def _check_directory(env: Any, root: str, manager: CheckpointMetadataManager, info: SessionInfo) -> None:
+    try:
+        found = manager.read_identity().identity
+    except FileNotFoundError:
+        raise DirectoryError(f"{os.path.join(root, layout.IDENTITY)}, which rank 0 made, is not there: is a mount missing?") from None
+    if found != info.identity:
+        raise DirectoryError(f"{root} is another directory (identity {found}) than rank 0's ({info.identity}): is a mount missing?")

@@ -1,0 +1,52 @@
+"""Messages inside one process: for a job of one process, and for several ranks as threads of one."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+
+from layerwise_dist.commit.transports import COORDINATOR, Handler, Message
+
+
+class LocalHub:
+    """The queues that `world_size` LocalTransports share. Messages are handed over as they are: never change one."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self.queues: dict[int, queue.SimpleQueue[Message | None]] = {
+            place: queue.SimpleQueue() for place in (COORDINATOR, *range(world_size))
+        }
+
+
+class LocalTransport:
+    """The Transport of one rank of a LocalHub."""
+
+    def __init__(self, hub: LocalHub, rank: int) -> None:
+        self.rank, self.world_size = rank, hub.world_size
+        self._hub = hub
+        self._threads: list[threading.Thread] = []
+
+    def start(self, on_message: Handler, on_coordinator_message: Handler | None, on_error: Callable[[str], None]) -> None:
+        self._spawn(self.rank, on_message)
+        if on_coordinator_message is not None:
+            self._spawn(COORDINATOR, on_coordinator_message)
+
+    def post(self, destination: int, message: Message) -> None:
+        self._hub.queues[destination].put(message)
+
+    def close(self, timeout_s: float) -> None:
+        self._hub.queues[self.rank].put(None)
+        if len(self._threads) > 1:
+            self._hub.queues[COORDINATOR].put(None)
+        for thread in self._threads:
+            thread.join(timeout_s)
+
+    def _spawn(self, place: int, handler: Handler) -> None:
+        def run() -> None:
+            while (message := self._hub.queues[place].get()) is not None:
+                handler(message)
+
+        thread = threading.Thread(target=run, name=f"layerwise-receive-{place}", daemon=True)
+        self._threads.append(thread)
+        thread.start()

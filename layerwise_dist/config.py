@@ -1,0 +1,134 @@
+"""One model for the ds_config block, a JSON file and keyword arguments (DESIGN: "Configuration").
+
+Each field's description is its documentation; `LayerwiseConfig.model_json_schema()` exports them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from layerwise_dist.errors import ConfigError
+
+BLOCK = "layerwise_checkpoint"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class WriterConfig(_Strict):
+    queue_depth: int = Field(4, ge=1, le=64, description="Writes in flight at once on this rank (threads).")
+    block_kb: int = Field(1024, ge=4, le=65536, multiple_of=4, description="Largest write and unit of hashing, KiB.")
+    direct_io: Literal["auto", "off"] = Field(
+        "auto", description="auto: O_DIRECT where the file system takes it; off: through the page cache."
+    )
+
+
+class CommitConfig(_Strict):
+    timeout_s: float = Field(300.0, gt=0, description="Deadline of every wait for another rank, seconds.")
+    on_failure: Literal["warn", "raise"] = Field(
+        "warn", description="warn: a failed checkpoint is logged and training goes on; raise: all ranks raise."
+    )
+    raise_after: int = Field(5, ge=1, description="With warn: raise anyway after so many failures in a row.")
+
+
+class LayerwiseConfig(_Strict):
+    enabled: bool = Field(True, description="false: attach() hooks nothing and every call is a no-op.")
+    dir: str = Field("checkpoints", min_length=1, description="Directory of the checkpoints; ~ is expanded.")
+    every_n_steps: int = Field(1, ge=1, description="A checkpoint is due each time the step is a multiple of this.")
+    keep_last: int = Field(2, ge=1, description="Newest commits of the lineage that are kept.")
+    keep_every_n_steps: int | None = Field(None, ge=1, description="Commits at multiples of this step stay for ever.")
+    update: Literal["auto", "whole"] = Field("auto", description="How the optimizer steps; both mean: as it does alone.")
+    max_in_flight: int = Field(2, ge=1, le=64, description="Checkpoints that may be on their way to disk at once.")
+    fence_timeout_s: float = Field(60.0, gt=0, description="Longest wait of an update for the writes of its tensors.")
+    audit: Literal["auto", "always"] = Field(
+        "auto", description="Read leased memory again and compare: the first three and every hundredth, or always."
+    )
+    writer: WriterConfig = Field(default_factory=WriterConfig)
+    commit: CommitConfig = Field(default_factory=CommitConfig)
+    file_mode: str = Field("0600", description="Mode of the files, octal; directories get the search bits added.")
+
+    @field_validator("file_mode")
+    @classmethod
+    def _octal(cls, value: str) -> str:
+        if len(value) != 4 or value[0] != "0" or any(digit not in "01234567" for digit in value):
+            raise ValueError("must be four octal digits such as '0600' or '0640'")
+        if int(value, 8) & 0o600 != 0o600:
+            raise ValueError("the owner must be able to read and write: at least '0600'")
+        return value
+
+    @property
+    def file_bits(self) -> int:
+        return int(self.file_mode, 8)
+
+    @property
+    def dir_bits(self) -> int:
+        """The file mode with a search bit wherever there is a read bit: 0600 gives 0700."""
+        bits = self.file_bits
+        return bits | ((bits & 0o444) >> 2)
+
+    @property
+    def path(self) -> str:
+        return os.path.abspath(os.path.expanduser(self.dir))
+
+
+def load_config(source: LayerwiseConfig | Mapping[str, Any] | str | os.PathLike[str] | None, **overrides: Any) -> LayerwiseConfig:
+    """Builds the configuration from a mapping, a JSON file or nothing, with keyword arguments on top.
+
+    A mapping or file that has a ``layerwise_checkpoint`` block (as a ds_config has) is read from that block.
+    Raises ConfigError naming each bad key, its value and what is allowed.
+    """
+    where = "config"
+    if source is None:
+        data: dict[str, Any] = {}
+    elif isinstance(source, LayerwiseConfig):
+        data = source.model_dump(exclude_unset=True)
+    elif isinstance(source, Mapping):
+        data = dict(source)
+    elif isinstance(source, (str, os.PathLike)):
+        where = str(source)
+        data = _read_json(Path(source))
+    else:
+        raise ConfigError(f"config must be a mapping, a path of a JSON file or None, not {type(source).__name__}")
+    if BLOCK in data:
+        where, data = f"{where}[{BLOCK!r}]", data[BLOCK]
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"{where}: expected an object, found {type(data).__name__}")
+    try:
+        return LayerwiseConfig.model_validate({**data, **overrides})
+    except ValidationError as error:
+        raise ConfigError(_explain(where, error)) from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"config file {path}: {error.strerror}") from None
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"config file {path}: not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"config file {path}: expected an object, found {type(data).__name__}")
+    return data
+
+
+def _explain(where: str, error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            model: type[BaseModel] = LayerwiseConfig
+            for part in item["loc"][:-1]:
+                model = {"writer": WriterConfig, "commit": CommitConfig}[str(part)]
+            lines.append(f"{where}: unknown key {key!r}; known are {', '.join(sorted(model.model_fields))}")
+        else:
+            lines.append(f"{where}: {key} = {item['input']!r}: {item['msg']}")
+    return "\n".join(lines)

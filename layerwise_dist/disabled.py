@@ -1,0 +1,43 @@
+"""What `attach()` returns with ``enabled: false``: the same calls, and nothing behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+
+class DisabledEngine:
+    """Hooks nothing, writes nothing, restores nothing; a script needs no other branch for it."""
+
+    staged_step = durable_step = committed_step = None
+
+    def __init__(self) -> None:
+        self.completed = 0
+
+    def restore(self, step: int | None = None, *, on_missing: str | None = None) -> int:
+        return 0
+
+    def steps(self, total: int) -> Iterator[int]:
+        while self.completed < total:
+            yield self.completed
+            self.completed += 1
+
+    def end_step(self) -> None:
+        self.completed += 1
+
+    def explicit(self) -> None:
+        return None
+
+    def wait(self, step: int, level: str = "committed", timeout: float | None = None) -> None:
+        return None
+
+    def stats(self) -> dict[str, float | int]:
+        return {}
+
+    def close(self) -> None:
+        return None
+
+    def __enter__(self) -> DisabledEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None

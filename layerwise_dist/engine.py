@@ -1,0 +1,458 @@
+"""`LayerwiseEngine`: what `attach()` returns. It wires the rooms together for one rank and holds no logic of theirs.
+
+Events come in from the optimizer's hooks (fence, open), the root module's forward (inferred boundaries) and the
+boundary (seal); everything behind the seal runs in the background.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from layerwise_dist.boundary import Boundary, BoundaryMark
+from layerwise_dist.capture import survey as live
+from layerwise_dist.capture.lease import Capture, LeaseBroken
+from layerwise_dist.capture.objects import StateObjects
+from layerwise_dist.capture.survey import Survey
+from layerwise_dist.commit.coordinator import CoordinatorThread
+from layerwise_dist.commit.metadata import CheckpointMetadataManager, ParentRef
+from layerwise_dist.commit.participant import Participant
+from layerwise_dist.commit.session import Committer, SessionInfo
+from layerwise_dist.config import LayerwiseConfig
+from layerwise_dist.errors import BoundaryError, CommitError, DamageError, LayerwiseError, MismatchError, NotFoundError
+from layerwise_dist.frameworks.base import Framework
+from layerwise_dist.restore import agreement, loader
+from layerwise_dist.restore.planner import ShardSet
+from layerwise_dist.statistics import Statistics
+from layerwise_dist.storage import typed_json
+from layerwise_dist.storage.adapter import PCCheckAdapter
+from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage.reader import Shard
+from layerwise_dist.storage.shard import ShardLayout
+
+log = logging.getLogger("layerwise_dist")
+
+_FIRST_AUDITS = 3
+_AUDIT_EVERY = 100
+
+
+class LayerwiseEngine:
+    """Checkpoints one model and its optimizer on this rank. All methods belong to the training thread.
+
+    Made by `attach()`. As a context manager it closes itself; left by an exception, it gives up what is not sealed.
+    """
+
+    def __init__(
+        self, framework: Framework, optimizer: torch.optim.Optimizer, config: LayerwiseConfig, objects: StateObjects, *,
+        adapter: PCCheckAdapter, manager: CheckpointMetadataManager, info: SessionInfo, participant: Participant,
+        committer: Committer | None, coordinator: CoordinatorThread | None, fresh: bool,
+    ) -> None:  # fmt: skip
+        self.config, self._framework, self._optimizer, self._objects = config, framework, optimizer, objects
+        self._adapter, self._manager, self._info = adapter, manager, info
+        self._participant, self._committer, self._coordinator = participant, committer, coordinator
+        self._statistics = Statistics()
+        self._seq = info.first_seq
+        self._captures: list[Capture] = []
+        self._open: Capture | None = None
+        self._layout: tuple[tuple[Any, ...], ShardLayout, Any] | None = None
+        self._copying: frozenset[str] = frozenset()
+        self._owed = False
+        self._updates = self._boundaries = self._opened = 0
+        self._again = False
+        self._ready = fresh or info.empty
+        self._undefined: str | None = None
+        self._closed = False
+        self._scales: list[float] = []
+        self._boundary = Boundary(self._on_boundary, objects.taps, log=log, excuse=self._scale_fell)
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_update),
+            optimizer.register_step_post_hook(self._after_update),
+            framework.root.register_forward_pre_hook(self._before_forward),
+        ]
+        if fresh and not info.empty:
+            self._follow(None, new_branch=True)
+
+    # -- the loop -----------------------------------------------------------------------------------------------
+
+    @property
+    def completed(self) -> int:
+        """Steps completed: boundaries since step 0, those before the restored checkpoint included."""
+        return self._boundary.completed
+
+    def steps(self, total: int) -> Iterator[int]:
+        """Yields the iterations from `completed` to `total` - 1; each ends where the loop's body ends.
+
+        Raises CommitError at the step at which all ranks stop because checkpoints fail (`commit.on_failure`).
+        """
+        return self._boundary.steps(total)
+
+    def end_step(self) -> None:
+        """Ends an iteration, for loops that are not written with `steps()`. Call it as the body's last statement."""
+        self._boundary.end_step()
+
+    def explicit(self) -> None:
+        """Says before the loop that it will call `end_step()`, for loops with several updates an iteration."""
+        self._boundary.explicit()
+
+    # -- what is where ------------------------------------------------------------------------------------------
+
+    @property
+    def staged_step(self) -> int | None:
+        """Newest step that is safe from being overwritten on all ranks; None before the first."""
+        return self._participant.reached("staged")
+
+    @property
+    def durable_step(self) -> int | None:
+        """Newest step whose every shard survives power loss; None before the first."""
+        return self._participant.reached("durable")
+
+    @property
+    def committed_step(self) -> int | None:
+        """Newest step whose manifest survives power loss: what a restart would find; None before the first."""
+        return self._participant.reached("committed")
+
+    def wait(self, step: int, level: str = "committed", timeout: float | None = None) -> None:
+        """Waits until `step` is "staged", "durable" or "committed" (`timeout` in seconds, default commit.timeout_s).
+
+        Raises CommitError if that checkpoint was aborted, DeadlineError at the timeout, ValueError for another level.
+        """
+        if level not in ("staged", "durable", "committed"):
+            raise ValueError(f"level must be 'staged', 'durable' or 'committed', not {level!r}")
+        self._participant.wait(step, level, timeout)
+
+    def stats(self) -> dict[str, float | int]:
+        """Counters of this rank since attach(): bytes, checkpoints, and how long the training thread was held up."""
+        return self._statistics.report(self._participant.commits, self._participant.aborts)
+
+    # -- updates ------------------------------------------------------------------------------------------------
+
+    def _before_update(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._boundary.update_starting()
+            self._fence()
+            return None
+        self._boundary.update_starting(in_closure=True)
+        wrapped = self._fenced(closure)
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": wrapped}
+        return (args[0], wrapped, *args[2:]), kwargs
+
+    def _fenced(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure, with the fence behind its first return: its forward may be the boundary of the last iteration."""
+        first = True
+
+        def call() -> Any:
+            nonlocal first
+            result = closure()
+            if first:
+                first = False
+                self._boundary.update_starting()
+                self._fence()
+            return result
+
+        return call
+
+    def _fence(self) -> None:
+        """Before anything is overwritten: all leases end, or their attempts do."""
+        if self._undefined is not None:
+            raise DamageError(self._undefined)
+        if not self._ready:
+            raise BoundaryError(
+                f"{self.config.path} already holds checkpoints: call restore() before the first step, or attach(fresh=True) "
+                "to start anew beside them"
+            )
+        with self._statistics.stall("fence"):
+            for capture in self._captures:
+                self._guarded(capture, lambda capture=capture: self._learn(capture.fence(), "the update"))
+            self._captures.clear()
+            if self._open is not None and self._guarded(self._open, self._open.drain):
+                self._again = True
+
+    def _after_update(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _found_inf(optimizer):
+            self._boundary.update_skipped()
+            return
+        self._updates += 1
+        self._boundary.update_done()
+        if self._open is not None and self._again:
+            self._again = False
+            self._guarded(self._open, self._open.restart)
+        elif self._open is None and self._due(self._boundary.completed + 1):
+            with self._statistics.stall("open"):
+                self._begin(self._boundary.completed + 1)
+
+    def _due(self, step: int) -> bool:
+        return self._owed or step % self.config.every_n_steps == 0
+
+    def _begin(self, step: int) -> None:
+        """Opens an attempt. A rank that cannot tells rank 0, which drops it for all; training goes on."""
+        attempt = AttemptId(self._info.epoch, self._seq, step)
+        self._seq += 1
+        self._opened += 1
+        if not self._participant.wait_room(self.config.max_in_flight, self.config.fence_timeout_s):
+            self._participant.failed(attempt, f"{self.config.max_in_flight} checkpoints are in flight and the disk does not end one", None)
+            return
+        self._participant.began(attempt)
+        try:
+            found = live.survey(self._framework, self._optimizer, self._copying)
+            shard, plan = self._lay_out(found)
+            write = self._adapter.begin(attempt, shard, plan)
+        except OSError as error:
+            self._participant.failed(attempt, str(error), None)
+            return
+        audited = self.config.audit == "always" or self._opened <= _FIRST_AUDITS or self._opened % _AUDIT_EVERY == 0
+        self._open = Capture(step, found, write, timeout_s=self.config.fence_timeout_s, audited=audited)
+        self._again = False
+        self._open.start()
+
+    def _lay_out(self, found: Survey) -> tuple[ShardLayout, Any]:
+        if self._layout is None or self._layout[0] != found.key:
+            self._layout = (found.key, *self._adapter.lay_out(found.sources(self._adapter.memory_align)))
+        return self._layout[1], self._layout[2]
+
+    def _guarded(self, capture: Capture, action: Callable[[], Any]) -> bool:
+        """Runs a step of a capture; if its lease is broken the attempt ends for all ranks, and training goes on."""
+        try:
+            action()
+            return True
+        except (LeaseBroken, OSError) as error:
+            self._participant.failed(capture.write.attempt, str(error), capture.write)
+            if capture is self._open:
+                self._open = None
+            return False
+
+    def _learn(self, names: set[str], until: str) -> None:
+        if names:
+            self._copying |= names
+            log.warning(
+                "rank %d: %s changed between its boundary or update and %s without raising its version counter (through .data or "
+                "numpy, say): from now on copied at the boundary instead of being read in place",
+                self._framework.rank, ", ".join(sorted(names)), until,
+            )  # fmt: skip
+
+    # -- boundaries ---------------------------------------------------------------------------------------------
+
+    def _before_forward(self, module: torch.nn.Module, args: Any) -> None:
+        if module.training and torch.is_grad_enabled() and threading.current_thread() is threading.main_thread():
+            self._boundary.training_forward()
+
+    def _on_boundary(self, mark: BoundaryMark) -> None:
+        self._boundaries += 1
+        capture, self._open = self._open, None
+        if capture is not None:
+            with self._statistics.stall("seal"):
+                self._open = capture
+                if self._guarded(capture, lambda: self._seal(capture, mark)):
+                    self._captures.append(capture)
+                self._open = None
+            self._owed = False
+        elif not mark.updated and self._due(mark.step):
+            self._owed = True
+        self._scales = [scaler.get_scale() for scaler in self._objects.scalers] if not mark.updated else []
+        self._participant.boundary(self._boundaries)
+
+    def _seal(self, capture: Capture, mark: BoundaryMark) -> None:
+        """Everything of the process at this boundary that is not a parameter, a buffer or optimizer state."""
+        if capture.step != mark.step:
+            raise LeaseBroken(f"it was opened for step {capture.step}, the boundary is step {mark.step}")
+        found = live.survey(self._framework, self._optimizer, self._copying)
+        self._learn(capture.seal(found), "the boundary")
+        state = self._optimizer.state
+        sealed = {
+            "step": mark.step,
+            "updates": self._updates,
+            "boundary": mark.state(),
+            "objects": self._objects.take(),
+            "optimizer": {
+                "class": type(self._optimizer).__qualname__,
+                "groups": live.hyper_parameters(self._framework, self._optimizer),
+                "scalars": found.scalars,
+                "order": {view.fqn: list(state[view.param]) for view in self._framework.params if view.param in state},
+            },
+            "gradients": live.gradient_names(self._framework),
+            "extra_state": {name: module.get_extra_state() for name, module in self._framework.extra_states()},
+        }
+        capture.write.append_state(*typed_json.dumps(sealed, path="state"))
+        if self._committer is not None:
+            self._committer.boundary_kind = mark.resume_kind
+        self._statistics.captured(capture.write, found.nbytes)
+        self._participant.staged(mark.step, capture.write)
+
+    def _scale_fell(self) -> bool:
+        """Whether a GradScaler explains a boundary without an update: it saw an overflow and lowered its scale."""
+        scales = [scaler.get_scale() for scaler in self._objects.scalers]
+        return any(now < before for now, before in zip(scales, self._scales))
+
+    # -- restore ------------------------------------------------------------------------------------------------
+
+    def restore(self, step: int | None = None, *, on_missing: str | None = None) -> int:
+        """Loads the lineage's newest commit whose shards verify, the same on all ranks; returns its step, 0 if none.
+
+        With `step`, exactly that commit, and what was committed after it is abandoned: the lineage goes on from there.
+        `on_missing` is "fresh" (start from 0; the default without a step) or "error" (the default with one).
+        Raises MismatchError (another model, optimizer, state or world size: nothing was loaded), NotFoundError,
+        DamageError (nothing verifies), OSError (the disk is in trouble), CommitError or DeadlineError.
+        """
+        if on_missing not in (None, "fresh", "error"):
+            raise ValueError(f"on_missing must be 'fresh' or 'error', not {on_missing!r}")
+        if self._open is not None:
+            raise BoundaryError("restore() inside an iteration: end it first (steps() or end_step())")
+        self._fence_for_restore()
+        fresh = (on_missing or ("error" if step is not None else "fresh")) == "fresh"
+        try:
+            offered = agreement.offer(self._participant, self._manager.inventory, step, self.config.path)
+        except NotFoundError:
+            if not fresh:
+                raise
+            offered = []
+        if not offered and not fresh:
+            raise NotFoundError(f"{self.config.path} holds no committed checkpoint")
+        for attempt in offered:
+            if self._load(attempt):
+                self._follow(ParentRef(seq=attempt.seq, attempt=attempt.text), new_branch=step is not None)
+                self._ready = True
+                log.info("rank %d: restored step %d", self._framework.rank, attempt.step)
+                return attempt.step
+        if offered or (step is None and not self._info.empty and self._holds_damage()):
+            message = f"no checkpoint in {self.config.path} verifies (tried steps {[a.step for a in offered]}); the warnings name file and block"
+            if self._undefined is not None:
+                self._undefined = message + "; parameters and optimizer state were partly overwritten and are undefined"
+            raise DamageError(self._undefined or message)
+        self._ready = True
+        return self._boundary.completed
+
+    def _holds_damage(self) -> bool:
+        """Records are there, and none can be read: that is not a fresh start."""
+        return self._participant.agree("look for damaged records", None, lambda _: bool(self._manager.inventory().damaged))
+
+    def _fence_for_restore(self) -> None:
+        for capture in self._captures:
+            self._guarded(capture, capture.drain)
+        self._captures.clear()
+        self._participant.drain(self.config.commit.timeout_s)
+
+    def _load(self, attempt: AttemptId) -> bool:
+        """One candidate, on all ranks: check, then read. False if damaged somewhere; other errors are raised."""
+        framework, optimizer = self._framework, self._optimizer
+
+        def check() -> tuple[loader.LoadPlan, ShardSet]:
+            try:
+                manifest = self._manager.read_manifest(attempt)
+            except FileNotFoundError:
+                raise DamageError(f"{self._manager.manifest_path(attempt)} is missing on this rank") from None
+            if manifest.world_size != framework.world_size:
+                raise MismatchError(
+                    f"step {manifest.step} was written by {manifest.world_size} ranks, this job has {framework.world_size}: "
+                    "restoring into another world size is not supported by this version"
+                )
+            if manifest.framework != framework.name:
+                raise MismatchError(f"step {manifest.step} was written by {manifest.framework}, this model is {framework.name}")
+
+            def open_shard(rank: int) -> Shard:
+                record = manifest.shards[rank]
+                return Shard(
+                    self._adapter.env, self._adapter.pool, self._manager.shard_path(manifest, rank),
+                    nbytes=record.nbytes, header_bytes=record.header_bytes, header_hash=int(record.header_hash, 16),
+                )  # fmt: skip
+
+            shards = ShardSet(framework.rank, framework.world_size, open_shard)
+            loading = loader.prepare(framework, optimizer, shards, f"step {manifest.step} in {self.config.path}")
+            self._objects.check(loading.sealed["objects"])
+            return loading, shards
+
+        sound, checked = agreement.together(self._participant, f"check step {attempt.step}", check)
+        if not sound:
+            return False
+        loading, shards = checked
+        self._undefined = f"the restore of step {attempt.step} did not finish: parameters and optimizer state are undefined"
+        sound, _ = agreement.together(self._participant, f"load step {attempt.step}", lambda: loader.load(loading, shards))
+        if not sound:
+            return False
+        self._adopt(loading)
+        self._undefined = None
+        return True
+
+    def _adopt(self, loading: loader.LoadPlan) -> None:
+        sealed = loading.sealed
+        loader.adopt(loading, self._framework, self._optimizer)
+        live.set_gradients(self._framework, sealed["gradients"])
+        self._objects.put(sealed["objects"])
+        for name, module in self._framework.extra_states():
+            if name in sealed["extra_state"]:
+                module.set_extra_state(sealed["extra_state"][name])
+        self._updates = sealed["updates"]
+        self._boundary.start_at(sealed["step"])
+        self._boundary.restore(sealed["boundary"])
+        self._participant.restored(sealed["step"])
+
+    def _follow(self, head: ParentRef | None, *, new_branch: bool) -> None:
+        """From where the lineage goes on. A roll-back is made durable before the first step that follows it."""
+        seq = self._seq
+        self._seq += new_branch
+
+        def decide(_: list[Any]) -> None:
+            if self._committer is not None:
+                self._committer.follow(head, seq if new_branch else None)
+
+        self._participant.agree("continue the lineage", None, decide)
+
+    # -- the end ------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Seals what is open, waits until everything is decided (commit.timeout_s), and lets go of model and directory.
+
+        Called while an exception is on its way, it gives up what is not sealed. Safe to call twice.
+        Raises CommitError or DeadlineError when the last checkpoints could not be committed.
+        """
+        self._close(orderly=sys.exc_info()[0] is None)
+
+    def _close(self, *, orderly: bool) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        timeout = self.config.commit.timeout_s if orderly else min(10.0, self.config.commit.timeout_s)
+        problem: LayerwiseError | None = None
+        try:
+            self._boundary.close(seal=orderly)
+            if self._open is not None:
+                self._participant.failed(self._open.write.attempt, "the job ended before this step did", self._open.write)
+                self._open = None
+            for capture in self._captures:
+                self._guarded(capture, capture.drain)
+            self._participant.drain(timeout)
+            self._participant.check(self._boundaries)
+        except (CommitError, LayerwiseError) as error:
+            problem = error
+        finally:
+            for hook in self._hooks:
+                hook.remove()
+            self._objects.detach()
+            self._participant.close(timeout)
+            if self._coordinator is not None:
+                self._coordinator.close(timeout)
+            if self._committer is not None:
+                self._committer.close()
+            self._adapter.close()
+        if problem is not None:
+            if orderly:
+                raise problem
+            log.warning("rank %d: close: %s", self._framework.rank, problem)
+
+    def __enter__(self) -> LayerwiseEngine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._close(orderly=kind is None)
+
+
+def _found_inf(optimizer: torch.optim.Optimizer) -> bool:
+    """A fused optimizer under GradScaler is stepped on overflow too, and skips inside its kernel."""
+    found = getattr(optimizer, "found_inf", None)
+    return isinstance(found, torch.Tensor) and bool(found.item())

@@ -1,0 +1,63 @@
+"""Every error that this package raises on purpose, so that a script can tell them apart.
+
+All of them are `LayerwiseError`; those that have a standard Python meaning inherit from that class too.
+A message says what was expected, what was found and where; nothing is raised without one.
+"""
+
+from __future__ import annotations
+
+
+class LayerwiseError(Exception):
+    """The base of all errors of layerwise_dist."""
+
+
+class ConfigError(LayerwiseError, ValueError):
+    """A configuration key that is unknown, has the wrong type, or makes an impossible combination."""
+
+
+class UnsupportedError(LayerwiseError, TypeError):
+    """A model, optimizer or wrapper that this version cannot capture exactly; the message says what works."""
+
+
+class StateError(LayerwiseError, TypeError):
+    """Something in `state=` that can be written neither as a tensor nor as typed JSON.
+
+    Attributes:
+        path: where it is, such as ``state['scheduler']['lr_lambdas'][0]``.
+    """
+
+    def __init__(self, path: str, message: str) -> None:
+        super().__init__(f"{path}: {message}")
+        self.path = path
+
+
+class BoundaryError(LayerwiseError, RuntimeError):
+    """The training loop does something from which the end of an iteration cannot be told, or a call came too early."""
+
+
+class OwnerError(LayerwiseError, RuntimeError):
+    """Another live job writes in this checkpoint directory, or this session is no longer its owner."""
+
+
+class DirectoryError(LayerwiseError, OSError):
+    """The checkpoint directory is not what it must be: not writable, another mount than rank 0 sees, not a directory."""
+
+
+class DamageError(LayerwiseError):
+    """Bytes on disk that are not what was committed: cut, flipped, or of another checkpoint. Names file, tensor, block."""
+
+
+class MismatchError(LayerwiseError):
+    """A sound checkpoint that is not of this model, optimizer or world size. Nothing was loaded."""
+
+
+class NotFoundError(LayerwiseError, LookupError):
+    """The checkpoint that was asked for does not exist in this directory's lineage."""
+
+
+class CommitError(LayerwiseError, RuntimeError):
+    """Checkpoints could not be committed, on this rank or another one; the message names rank, step and cause."""
+
+
+class DeadlineError(LayerwiseError, TimeoutError):
+    """A wait reached its deadline; the message says for whom it waited and how long (seconds)."""

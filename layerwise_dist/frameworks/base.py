@@ -1,0 +1,105 @@
+"""What the engine asks of a wrapper (plain module, DDP, FSDP2), and what is the same for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from layerwise_dist.errors import UnsupportedError
+from layerwise_dist.pieces import Piece, dtype_code
+from layerwise_dist.slices import Slice
+
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+@dataclass(frozen=True, slots=True)
+class ParamView:
+    """One parameter under its clean name; `aliases` are other names of the same (tied) tensor."""
+
+    fqn: str
+    layer: str
+    param: nn.Parameter
+    aliases: tuple[str, ...]
+
+
+class Framework:
+    """A plain module, or one replica that nobody keeps equal: every rank writes all that it holds."""
+
+    name = "plain"
+    # Whether one rank's buffers stand for all ranks', so that only rank 0 writes them.
+    shared_buffers = False
+    # Whether ranks hold equal parameters, so that each needs what the others wrote.
+    shared_params = False
+
+    def __init__(self, root: nn.Module, rank: int, world_size: int) -> None:
+        self.root, self.rank, self.world_size = root, rank, world_size
+        self.params = _views(root)
+        for view in self.params:
+            if view.param.is_meta:
+                raise UnsupportedError(f"parameter {view.fqn} is on the meta device: materialise the model before attach()")
+
+    def local(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This rank's plain tensor behind `tensor`, sharing its memory."""
+        return tensor.detach()
+
+    def need(self, view: ParamView, kind: str, tensor: torch.Tensor) -> Slice:
+        """Which slice this rank's tensor is: the parameter's own, or a state tensor's. What restore must fill."""
+        return Slice.whole(kind, view.fqn, dtype_code(tensor.dtype, f"{kind}/{view.fqn}"), tuple(tensor.shape))
+
+    def pieces(self, view: ParamView, kind: str, tensor: torch.Tensor, *, lease: bool) -> list[Piece]:
+        """The pieces of `tensor` that this rank writes."""
+        local = self.local(tensor)
+        return [Piece(self.need(view, kind, tensor), local, lease, local is not tensor and self.is_wrapped(tensor))]
+
+    def is_wrapped(self, tensor: torch.Tensor) -> bool:
+        """Whether `tensor` is a distributed tensor whose local part is what is written."""
+        return False
+
+    def new_state(self, view: ParamView, entry: Slice, dtype: torch.dtype, wrapped: bool) -> torch.Tensor:
+        """An uninitialised optimizer state tensor like the one that was saved as `entry`, in the parameter's memory.
+
+        Strides follow the parameter's where the shapes agree, as `zeros_like` makes them.
+        """
+        param = view.param
+        if entry.global_shape == tuple(param.shape):
+            return torch.empty_like(param, dtype=dtype, requires_grad=False)
+        return torch.empty(entry.global_shape, dtype=dtype, device=param.device if entry.global_shape else "cpu")
+
+    def buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Persistent buffers under clean names, each once."""
+        seen: set[int] = set()
+        for module_name, module in self.root.named_modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and name not in module._non_persistent_buffers_set and id(buffer) not in seen:
+                    seen.add(id(buffer))
+                    yield clean(f"{module_name}.{name}" if module_name else name), buffer
+
+    def extra_states(self) -> Iterator[tuple[str, nn.Module]]:
+        """Modules that define `get_extra_state()`."""
+        for name, module in self.root.named_modules():
+            if type(module).get_extra_state is not nn.Module.get_extra_state:
+                yield clean(name), module
+
+
+def clean(name: str) -> str:
+    """A name without the parts that wrappers (DDP, FSDP, compile, activation checkpointing) put into it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _views(root: nn.Module) -> list[ParamView]:
+    names: dict[int, list[str]] = {}
+    tensors: dict[int, nn.Parameter] = {}
+    for name, param in root.named_parameters(remove_duplicate=False):
+        names.setdefault(id(param), []).append(clean(name))
+        tensors[id(param)] = param
+    views = []
+    for key, (first, *rest) in ((key, list(dict.fromkeys(found))) for key, found in names.items()):
+        views.append(ParamView(first, first.rpartition(".")[0], tensors[key], tuple(rest)))
+    taken = [view.fqn for view in views]
+    if len(set(taken)) != len(taken):
+        twice = sorted({fqn for fqn in taken if taken.count(fqn) > 1})
+        raise UnsupportedError(f"two parameters have the same name once wrappers' prefixes are removed: {twice[:5]}")
+    return views

@@ -1,0 +1,52 @@
+"""DistributedDataParallel: every rank holds the same, so each writes a part, and every byte is written once."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from layerwise_dist.frameworks.base import Framework, ParamView
+from layerwise_dist.pieces import Piece
+from layerwise_dist.slices import Slice
+
+
+class DDPFramework(Framework):
+    """Parameters in order are one long row of bytes, cut into equal parts, one a rank, at whole elements.
+
+    Optimizer state of a parameter's shape is cut where the parameter is; other state belongs to the rank that has the
+    parameter's first element. The cut depends on names, shapes and world size only: it is the same at every step.
+    """
+
+    name = "ddp"
+    shared_params = True
+
+    def __init__(self, root: nn.Module, rank: int, world_size: int) -> None:
+        super().__init__(root, rank, world_size)
+        self.shared_buffers = isinstance(root, DistributedDataParallel) and root.broadcast_buffers
+        sizes = [view.param.numel() * view.param.element_size() for view in self.params]
+        total = max(1, sum(sizes))
+        self._mine: dict[str, tuple[int, int, bool]] = {}
+        begin = 0
+        for view, nbytes in zip(self.params, sizes):
+            numel, item = view.param.numel(), view.param.element_size()
+            cuts = [min(numel, max(0, -(-(total * r // world_size - begin) // item))) for r in range(world_size + 1)]
+            cuts[-1] = numel
+            first = next((r for r in range(world_size) if cuts[r + 1] > 0), world_size - 1)
+            self._mine[view.fqn] = (cuts[rank], cuts[rank + 1], rank == first)
+            begin += nbytes
+
+    def pieces(self, view: ParamView, kind: str, tensor: torch.Tensor, *, lease: bool) -> list[Piece]:
+        whole = self.need(view, kind, tensor)
+        local = tensor.detach()
+        start, end, first = self._mine[view.fqn]
+        if tuple(tensor.shape) != tuple(view.param.shape):
+            start, end = (0, tensor.numel()) if first else (0, 0)
+        if (start, end) == (0, tensor.numel()) and (first or end):
+            return [Piece(whole, local, lease)]
+        if start >= end:
+            return []
+        part = Slice(kind, view.fqn, whole.dtype, whole.global_shape, start=start, length=end - start)
+        # A row-major tensor's range is a view; of any other the whole goes along, and the copy at the boundary cuts it.
+        dense = local.is_contiguous()
+        return [Piece(part, local.reshape(-1)[start:end] if dense else local, lease and dense)]

@@ -1,0 +1,78 @@
+"""Slices bound to live tensors: what the frameworks hand to capture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from layerwise_dist.errors import UnsupportedError
+from layerwise_dist.slices import Slice
+
+# Codes of the safetensors format, version 0.4 and later.
+DTYPE_CODES: dict[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+DTYPES: dict[str, torch.dtype] = {code: dtype for dtype, code in DTYPE_CODES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A slice and this process's tensor that holds it.
+
+    `tensor` is a plain tensor, never a DTensor. It has the slice's elements; only where it is not `dense` and the
+    slice is a flat range it is the whole tensor, of which `copy` takes the range.
+    `lease` says that it may be read in place until the next update; otherwise it is copied at the boundary.
+    `wrapped` says that the optimizer holds it as a DTensor laid out like its parameter.
+    """
+
+    slice: Slice
+    tensor: torch.Tensor
+    lease: bool
+    wrapped: bool = False
+
+    @property
+    def dense(self) -> bool:
+        """Whether the elements lie in host memory as the file wants them: row-major, without gaps."""
+        return self.tensor.device.type == "cpu" and self.tensor.is_contiguous()
+
+    def copy(self) -> torch.Tensor:
+        """The slice's elements as they are now, in host memory, row-major, sharing nothing with `tensor`."""
+        tensor = self.tensor.detach()
+        if self.slice.is_flat and tensor.numel() != self.slice.numel:
+            tensor = tensor.reshape(-1)[self.slice.start : self.slice.start + self.slice.numel]
+        return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """The unit of update and capture: what one module owns directly, with its optimizer state."""
+
+    name: str
+    pieces: tuple[Piece, ...]
+
+
+def dtype_code(dtype: torch.dtype, name: str) -> str:
+    """The safetensors code of `dtype`; UnsupportedError (naming the tensor) where the format has none."""
+    code = DTYPE_CODES.get(dtype)
+    if code is None:
+        raise UnsupportedError(
+            f"{name} has dtype {dtype}, which a safetensors file cannot hold; "
+            f"allowed are {', '.join(str(known).removeprefix('torch.') for known in DTYPE_CODES)}"
+        )
+    return code

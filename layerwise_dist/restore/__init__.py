@@ -1,0 +1,1 @@
+"""Restore: all ranks agree on one commit, and read it straight into the live tensors."""

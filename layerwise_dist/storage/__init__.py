@@ -1,0 +1,1 @@
+"""Storage: names on disk, the shard file, typed JSON, and the adapter that writes several checkpoints at once."""

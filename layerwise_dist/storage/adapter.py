@@ -1,0 +1,169 @@
+"""Stage 4, `PCCheckAdapter`: one pool of writer threads, several checkpoints in flight, one shard file each.
+
+After PCcheck (ASPLOS'25): a checkpoint is a pipeline of blocks, and the next may start before the last is durable.
+Unlike it, a shard is published only after its last block and its header were flushed, and nothing is ever reused.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from layerwise_dist import _native
+from layerwise_dist.errors import DeadlineError
+from layerwise_dist.storage import layout
+from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage.shard import ShardLayout, Source, state_extent
+
+log = logging.getLogger("layerwise_dist")
+
+
+@dataclass(frozen=True, slots=True)
+class ShardReport:
+    """What a rank tells the coordinator once its shard is durable. Sizes in bytes, hash XXH3-64 of the header."""
+
+    rank: int
+    file: str
+    nbytes: int
+    header_bytes: int
+    header_hash: int
+
+
+class PCCheckAdapter:
+    """Writes this rank's shards below `root`.
+
+    Not thread-safe: `begin` belongs to the training thread; an attempt's `persist` may run on one other thread.
+    """
+
+    def __init__(
+        self, env: Any, root: str, *, rank: int, world_size: int, queue_depth: int = 4, block_bytes: int = 1 << 20,
+        direct_io: bool = True, file_mode: int = 0o600, dir_mode: int = 0o700,
+    ) -> None:  # fmt: skip
+        self.env, self.root, self.rank, self.world_size = env, root, rank, world_size
+        self.file_mode, self.dir_mode = file_mode, dir_mode
+        self._block_bytes = block_bytes
+        self._pool = _native.WriterPool(queue_depth)
+        aligns = env.direct_io(root) if direct_io else None
+        self.direct = aligns is not None and max(aligns) <= 4096
+        self.memory_align = aligns[0] if self.direct else 1
+        if direct_io and not self.direct:
+            log.info("rank %d: %s takes no direct I/O: writing through the page cache", rank, root)
+
+    @property
+    def pool(self) -> Any:
+        return self._pool
+
+    def lay_out(self, layers: Sequence[tuple[str, Sequence[Source]]]) -> tuple[ShardLayout, Any]:
+        """The static layout for these layers, and the native plan made from it. ValueError never: it is our own."""
+        shard = ShardLayout(layers, self.memory_align, self._block_bytes)
+        return shard, _native.Plan(shard.blocks, shard.segments, shard.tensors)
+
+    def begin(self, attempt: AttemptId, shard: ShardLayout, plan: Any) -> ShardWrite:
+        """Creates the attempt's folder and this rank's partial file. Raises OSError; nothing is queued yet."""
+        folder = os.path.join(self.root, attempt.folder)
+        try:
+            self.env.make_dir(folder, self.dir_mode)
+        except FileExistsError:
+            pass  # another rank was first
+        partial = os.path.join(folder, layout.shard_file(self.rank) + layout.PARTIAL)
+        writer = _native.ShardWriter(self.env, self._pool, plan, partial, self.file_mode, self.direct)
+        return ShardWrite(self, attempt, shard, writer, folder)
+
+    def close(self) -> None:
+        self._pool.close()
+
+
+class ShardWrite:
+    """One rank's shard of one attempt, from the first block to the durable file."""
+
+    def __init__(self, adapter: PCCheckAdapter, attempt: AttemptId, shard: ShardLayout, writer: Any, folder: str) -> None:
+        self.attempt, self.layout, self.folder = attempt, shard, folder
+        self._adapter, self._writer = adapter, writer
+        self._state: tuple[int, int] = (0, 0)
+        self._state_bytes = 0
+        self._state_hash = 0
+
+    @property
+    def bytes_written(self) -> int:
+        return self._writer.bytes_written
+
+    @property
+    def bytes_copied(self) -> int:
+        return self._writer.bytes_copied
+
+    def set_address(self, tensor: int, address: int) -> None:
+        self._writer.set_address(tensor, address)
+
+    def submit(self, extent: int) -> None:
+        """Queues the blocks of a layer. Its tensors must not change until `wait_written` has returned True."""
+        item = self.layout.extents[extent]
+        if item.blocks:
+            self._writer.submit(item.first_block, item.blocks)
+
+    def wait_written(self, timeout_s: float) -> bool:
+        """Whether, within the deadline, everything queued was both written and hashed, or has failed."""
+        return self._writer.wait(timeout_s)
+
+    def error(self) -> OSError | None:
+        return self._writer.error()
+
+    def block_hash(self, block: int) -> int | None:
+        return self._writer.block_hash(block)
+
+    def append_state(self, text: bytes, blob: bytes) -> None:
+        """Writes the state extent behind the layers: what the boundary sealed."""
+        data = state_extent(text, blob)
+        self._state, self._state_bytes = (len(text), len(blob)), len(data)
+        self._state_hash = _native.xxh3_64(data)
+        self._writer.append(data)
+
+    def persist(self, timeout_s: float) -> ShardReport:
+        """Blocks, header, fdatasync, rename, directory flushes: afterwards the shard survives power loss.
+
+        The order is the promise (docs/format.md, "Order of flushes"). Raises OSError, or DeadlineError when the
+        blocks are not written in `timeout_s` seconds; the attempt must then be aborted.
+        """
+        deadline = time.monotonic() + timeout_s
+        if not self._writer.wait(timeout_s):
+            raise DeadlineError(f"{self.folder}: blocks were still being written after {timeout_s:g} s")
+        if error := self._writer.error():
+            raise error
+        adapter, env = self._adapter, self._adapter.env
+        hashes = self._writer.hashes_hex()[: 16 * len(self.layout.blocks)]
+        header = self.layout.header(
+            attempt=self.attempt.text, step=self.attempt.step, rank=adapter.rank, world_size=adapter.world_size,
+            hashes=hashes, state=self._state, state_hash=f"{self._state_hash:016x}",
+        )  # fmt: skip
+        self._writer.finish(header)
+        name = layout.shard_file(adapter.rank)
+        final = os.path.join(self.folder, name)
+        env.rename(final + layout.PARTIAL, final)
+        env.sync_dir(self.folder)
+        # Each rank flushes the parent too: whose mkdir it was does not tell who crashes first.
+        env.sync_dir(adapter.root)
+        if time.monotonic() > deadline:
+            log.warning("rank %d: %s took longer than %g s to flush", adapter.rank, self.folder, timeout_s)
+        nbytes = self.layout.end + self._state_bytes
+        return ShardReport(adapter.rank, name, nbytes, len(header), _native.xxh3_64(header))
+
+    def abort(self) -> None:
+        """Stops writing and closes; the poisoned file stays until `discard`. Never raises for a closed one."""
+        self._writer.abort()
+
+    def discard(self) -> None:
+        """Removes this rank's files of a decided, uncommitted attempt; the last rank to leave removes the folder."""
+        env = self._adapter.env
+        name = layout.shard_file(self._adapter.rank)
+        for victim in (name + layout.PARTIAL, name):
+            try:
+                env.unlink(os.path.join(self.folder, victim))
+            except FileNotFoundError:
+                pass
+        try:
+            env.remove_dir(self.folder)
+        except OSError:
+            pass  # other ranks' files are still there, or the folder is gone: the next start collects it

@@ -1,0 +1,79 @@
+"""Paths and names of a checkpoint directory. Every name comes from integers; nothing else is ever deleted.
+
+    <dir>/identity.json
+    <dir>/owner
+    <dir>/branch_<seq>.json
+    <dir>/step_<step>-<attempt>/rank_<rank>.safetensors[.partial]
+    <dir>/step_<step>-<attempt>/manifest.json[.tmp]
+
+An attempt's id is sixteen hexadecimal digits: the epoch of the session that made it (eight) and its seq (eight).
+The epoch is counted up under the owner lock at each start, so no id is ever used twice.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+IDENTITY = "identity.json"
+OWNER = "owner"
+MANIFEST = "manifest.json"
+MANIFEST_TMP = "manifest.json.tmp"
+PARTIAL = ".partial"
+
+_STEP_DIR = re.compile(r"step_(\d{10})-([0-9a-f]{8})([0-9a-f]{8})\Z")
+_SHARD = re.compile(r"rank_(\d{5})\.safetensors(\.partial)?\Z")
+_BRANCH = re.compile(r"branch_(\d{10})\.json(\.tmp)?\Z")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class AttemptId:
+    """One try at one checkpoint. `epoch` and `seq` are below 2**32, `step` below 10**10."""
+
+    epoch: int
+    seq: int
+    step: int
+
+    @property
+    def text(self) -> str:
+        return f"{self.epoch:08x}{self.seq:08x}"
+
+    @property
+    def folder(self) -> str:
+        return f"step_{self.step:010d}-{self.text}"
+
+
+def parse_folder(name: str) -> AttemptId | None:
+    """The attempt that a folder's name says, or None for a name that is not ours."""
+    match = _STEP_DIR.match(name)
+    return AttemptId(int(match[2], 16), int(match[3], 16), int(match[1])) if match else None
+
+
+def shard_file(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
+
+
+def branch_file(seq: int) -> str:
+    return f"branch_{seq:010d}.json"
+
+
+def parse_branch(name: str) -> int | None:
+    """The seq of a finished branch record's name, or None."""
+    match = _BRANCH.match(name)
+    return int(match[1]) if match and not match[2] else None
+
+
+def is_attempt_file(name: str) -> bool:
+    """Whether a file inside an attempt's folder was named by this package (so that collection may delete it)."""
+    return name in (MANIFEST, MANIFEST_TMP) or _SHARD.match(name) is not None
+
+
+def is_leftover_in_commit(name: str) -> bool:
+    """Names that may lie in a committed folder after a crash and mean nothing there."""
+    match = _SHARD.match(name)
+    return name == MANIFEST_TMP or (match is not None and match[2] is not None)
+
+
+def is_branch_tmp(name: str) -> bool:
+    match = _BRANCH.match(name)
+    return match is not None and match[2] is not None

@@ -1,0 +1,34 @@
+"""Which committed checkpoints may go. Pure: it names them, commit/ removes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+
+class Commit(Protocol):
+    @property
+    def seq(self) -> int: ...
+    @property
+    def step(self) -> int: ...
+
+
+def retired(
+    lineage: Sequence[Commit], family: Iterable[Commit], *, keep_last: int, keep_every_n_steps: int | None
+) -> list[int]:
+    """Seqs that retention may remove, oldest first.
+
+    `lineage` is newest first; `family` also holds the abandoned branches that grew from the same first commit.
+    A commit goes only when `keep_last` newer commits of the lineage are durable; multiples of `keep_every_n_steps`
+    in the lineage stay. Checkpoints of unrelated lineages (a `fresh=True` start in the same directory) are not named.
+    """
+    if len(lineage) <= keep_last:
+        return []
+    oldest_kept = lineage[keep_last - 1].seq
+    mine = {commit.seq for commit in lineage}
+    gone = []
+    for commit in family:
+        archived = keep_every_n_steps is not None and commit.seq in mine and commit.step % keep_every_n_steps == 0
+        if commit.seq < oldest_kept and not archived:
+            gone.append(commit.seq)
+    return sorted(gone)
