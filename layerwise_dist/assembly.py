@@ -50,7 +50,9 @@ def attach(
         rank, world_size = 0, 1
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched > 1:
-            raise BoundaryError(f"WORLD_SIZE is {launched}, but torch.distributed is not initialised: call init_process_group() before attach()")
+            raise BoundaryError(
+                f"WORLD_SIZE is {launched}, but torch.distributed is not initialised: call init_process_group() before attach()"
+            )
     # A configuration that differs in validity between ranks cannot be agreed upon without a store: its timeout is there.
     settings = load_config(config, **overrides)
     if not settings.enabled:

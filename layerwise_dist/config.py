@@ -44,7 +44,9 @@ class LayerwiseConfig(_Strict):
     every_n_steps: int = Field(1, ge=1, description="A checkpoint is due each time the step is a multiple of this.")
     keep_last: int = Field(2, ge=1, description="Newest commits of the lineage that are kept.")
     keep_every_n_steps: int | None = Field(None, ge=1, description="Commits at multiples of this step stay for ever.")
-    update: Literal["auto", "whole"] = Field("auto", description="How the optimizer steps; both mean: as it does alone.")
+    update: Literal["auto", "whole"] = Field(
+        "auto", description="How the optimizer steps; both mean: as it does alone."
+    )
     max_in_flight: int = Field(2, ge=1, le=64, description="Checkpoints that may be on their way to disk at once.")
     fence_timeout_s: float = Field(60.0, gt=0, description="Longest wait of an update for the writes of its tensors.")
     audit: Literal["auto", "always"] = Field(
@@ -78,7 +80,9 @@ class LayerwiseConfig(_Strict):
         return os.path.abspath(os.path.expanduser(self.dir))
 
 
-def load_config(source: LayerwiseConfig | Mapping[str, Any] | str | os.PathLike[str] | None, **overrides: Any) -> LayerwiseConfig:
+def load_config(
+    source: LayerwiseConfig | Mapping[str, Any] | str | os.PathLike[str] | None, **overrides: Any
+) -> LayerwiseConfig:
     """Builds the configuration from a mapping, a JSON file or nothing, with keyword arguments on top.
 
     A mapping or file that has a ``layerwise_checkpoint`` block (as a ds_config has) is read from that block.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,15 +24,14 @@ from layerwise_dist.commit.metadata import CheckpointMetadataManager, ParentRef
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.session import Committer, SessionInfo
 from layerwise_dist.config import LayerwiseConfig
-from layerwise_dist.errors import BoundaryError, CommitError, DamageError, LayerwiseError, MismatchError, NotFoundError
+from layerwise_dist.errors import BoundaryError, DamageError, LayerwiseError
 from layerwise_dist.frameworks.base import Framework
-from layerwise_dist.restore import agreement, loader
-from layerwise_dist.restore.planner import ShardSet
+from layerwise_dist.restore import loader
+from layerwise_dist.restore.restorer import Restorer
 from layerwise_dist.statistics import Statistics
 from layerwise_dist.storage import typed_json
 from layerwise_dist.storage.adapter import PCCheckAdapter
 from layerwise_dist.storage.layout import AttemptId
-from layerwise_dist.storage.reader import Shard
 from layerwise_dist.storage.shard import ShardLayout
 
 log = logging.getLogger("layerwise_dist")
@@ -57,6 +55,7 @@ class LayerwiseEngine:
         self._adapter, self._manager, self._info = adapter, manager, info
         self._participant, self._committer, self._coordinator = participant, committer, coordinator
         self._statistics = Statistics()
+        self._thread = threading.get_ident()
         self._seq = info.first_seq
         self._captures: list[Capture] = []
         self._open: Capture | None = None
@@ -66,7 +65,14 @@ class LayerwiseEngine:
         self._updates = self._boundaries = self._opened = 0
         self._again = False
         self._ready = fresh or info.empty
-        self._undefined: str | None = None
+        self._restorer = Restorer(
+            framework,
+            optimizer,
+            manager=manager,
+            adapter=adapter,
+            participant=participant,
+            check_objects=objects.check,
+        )
         self._closed = False
         self._scales: list[float] = []
         self._boundary = Boundary(self._on_boundary, objects.taps, log=log, excuse=self._scale_fell)
@@ -161,8 +167,8 @@ class LayerwiseEngine:
 
     def _fence(self) -> None:
         """Before anything is overwritten: all leases end, or their attempts do."""
-        if self._undefined is not None:
-            raise DamageError(self._undefined)
+        if self._restorer.undefined is not None:
+            raise DamageError(self._restorer.undefined)
         if not self._ready:
             raise BoundaryError(
                 f"{self.config.path} already holds checkpoints: call restore() before the first step, or attach(fresh=True) "
@@ -197,14 +203,16 @@ class LayerwiseEngine:
         self._seq += 1
         self._opened += 1
         if not self._participant.wait_room(self.config.max_in_flight, self.config.fence_timeout_s):
-            self._participant.failed(attempt, f"{self.config.max_in_flight} checkpoints are in flight and the disk does not end one", None)
+            self._participant.failed(
+                attempt, f"{self.config.max_in_flight} checkpoints are in flight and the disk does not end one", None
+            )
             return
         self._participant.began(attempt)
         try:
             found = live.survey(self._framework, self._optimizer, self._copying)
             shard, plan = self._lay_out(found)
             write = self._adapter.begin(attempt, shard, plan)
-        except OSError as error:
+        except (LayerwiseError, OSError) as error:
             self._participant.failed(attempt, str(error), None)
             return
         audited = self.config.audit == "always" or self._opened <= _FIRST_AUDITS or self._opened % _AUDIT_EVERY == 0
@@ -222,7 +230,7 @@ class LayerwiseEngine:
         try:
             action()
             return True
-        except (LeaseBroken, OSError) as error:
+        except (LeaseBroken, LayerwiseError, OSError) as error:
             self._participant.failed(capture.write.attempt, str(error), capture.write)
             if capture is self._open:
                 self._open = None
@@ -240,18 +248,17 @@ class LayerwiseEngine:
     # -- boundaries ---------------------------------------------------------------------------------------------
 
     def _before_forward(self, module: torch.nn.Module, args: Any) -> None:
-        if module.training and torch.is_grad_enabled() and threading.current_thread() is threading.main_thread():
+        if module.training and torch.is_grad_enabled() and threading.get_ident() == self._thread:
             self._boundary.training_forward()
 
     def _on_boundary(self, mark: BoundaryMark) -> None:
         self._boundaries += 1
-        capture, self._open = self._open, None
+        capture = self._open
         if capture is not None:
             with self._statistics.stall("seal"):
-                self._open = capture
                 if self._guarded(capture, lambda: self._seal(capture, mark)):
                     self._captures.append(capture)
-                self._open = None
+            self._open = None
             self._owed = False
         elif not mark.updated and self._due(mark.step):
             self._owed = True
@@ -288,7 +295,7 @@ class LayerwiseEngine:
     def _scale_fell(self) -> bool:
         """Whether a GradScaler explains a boundary without an update: it saw an overflow and lowered its scale."""
         scales = [scaler.get_scale() for scaler in self._objects.scalers]
-        return any(now < before for now, before in zip(scales, self._scales))
+        return any(now < before for now, before in zip(scales, self._scales, strict=False))
 
     # -- restore ------------------------------------------------------------------------------------------------
 
@@ -306,78 +313,23 @@ class LayerwiseEngine:
             raise BoundaryError("restore() inside an iteration: end it first (steps() or end_step())")
         self._fence_for_restore()
         fresh = (on_missing or ("error" if step is not None else "fresh")) == "fresh"
-        try:
-            offered = agreement.offer(self._participant, self._manager.inventory, step, self.config.path)
-        except NotFoundError:
-            if not fresh:
-                raise
-            offered = []
-        if not offered and not fresh:
-            raise NotFoundError(f"{self.config.path} holds no committed checkpoint")
-        for attempt in offered:
-            if self._load(attempt):
-                self._follow(ParentRef(seq=attempt.seq, attempt=attempt.text), new_branch=step is not None)
-                self._ready = True
-                log.info("rank %d: restored step %d", self._framework.rank, attempt.step)
-                return attempt.step
-        if offered or (step is None and not self._info.empty and self._holds_damage()):
-            message = f"no checkpoint in {self.config.path} verifies (tried steps {[a.step for a in offered]}); the warnings name file and block"
-            if self._undefined is not None:
-                self._undefined = message + "; parameters and optimizer state were partly overwritten and are undefined"
-            raise DamageError(self._undefined or message)
+        found = self._restorer.newest(step, fresh_if_missing=fresh)
+        if found is None:
+            self._ready = True
+            return self._boundary.completed
+        attempt, loading = found
+        self._adopt(loading)
+        self._follow(ParentRef(seq=attempt.seq, attempt=attempt.text), new_branch=step is not None)
+        self._restorer.undefined = None
         self._ready = True
-        return self._boundary.completed
-
-    def _holds_damage(self) -> bool:
-        """Records are there, and none can be read: that is not a fresh start."""
-        return self._participant.agree("look for damaged records", None, lambda _: bool(self._manager.inventory().damaged))
+        log.info("rank %d: restored step %d", self._framework.rank, attempt.step)
+        return attempt.step
 
     def _fence_for_restore(self) -> None:
         for capture in self._captures:
             self._guarded(capture, capture.drain)
         self._captures.clear()
         self._participant.drain(self.config.commit.timeout_s)
-
-    def _load(self, attempt: AttemptId) -> bool:
-        """One candidate, on all ranks: check, then read. False if damaged somewhere; other errors are raised."""
-        framework, optimizer = self._framework, self._optimizer
-
-        def check() -> tuple[loader.LoadPlan, ShardSet]:
-            try:
-                manifest = self._manager.read_manifest(attempt)
-            except FileNotFoundError:
-                raise DamageError(f"{self._manager.manifest_path(attempt)} is missing on this rank") from None
-            if manifest.world_size != framework.world_size:
-                raise MismatchError(
-                    f"step {manifest.step} was written by {manifest.world_size} ranks, this job has {framework.world_size}: "
-                    "restoring into another world size is not supported by this version"
-                )
-            if manifest.framework != framework.name:
-                raise MismatchError(f"step {manifest.step} was written by {manifest.framework}, this model is {framework.name}")
-
-            def open_shard(rank: int) -> Shard:
-                record = manifest.shards[rank]
-                return Shard(
-                    self._adapter.env, self._adapter.pool, self._manager.shard_path(manifest, rank),
-                    nbytes=record.nbytes, header_bytes=record.header_bytes, header_hash=int(record.header_hash, 16),
-                )  # fmt: skip
-
-            shards = ShardSet(framework.rank, framework.world_size, open_shard)
-            loading = loader.prepare(framework, optimizer, shards, f"step {manifest.step} in {self.config.path}")
-            self._objects.check(loading.sealed["objects"])
-            return loading, shards
-
-        sound, checked = agreement.together(self._participant, f"check step {attempt.step}", check)
-        if not sound:
-            return False
-        loading, shards = checked
-        self._undefined = f"the restore of step {attempt.step} did not finish: parameters and optimizer state are undefined"
-        sound, _ = agreement.together(self._participant, f"load step {attempt.step}", lambda: loader.load(loading, shards))
-        if not sound:
-            return False
-        self._adopt(loading)
-        self._undefined = None
-        return True
 
     def _adopt(self, loading: loader.LoadPlan) -> None:
         sealed = loading.sealed
@@ -422,13 +374,15 @@ class LayerwiseEngine:
         try:
             self._boundary.close(seal=orderly)
             if self._open is not None:
-                self._participant.failed(self._open.write.attempt, "the job ended before this step did", self._open.write)
+                self._participant.failed(
+                    self._open.write.attempt, "the job ended before this step did", self._open.write
+                )
                 self._open = None
             for capture in self._captures:
                 self._guarded(capture, capture.drain)
             self._participant.drain(timeout)
             self._participant.check(self._boundaries)
-        except (CommitError, LayerwiseError) as error:
+        except LayerwiseError as error:
             problem = error
         finally:
             for hook in self._hooks:

@@ -61,7 +61,9 @@ class Capture:
         copied. Returns the names of tensors that changed in a way only the audit saw. Raises LeaseBroken.
         """
         if survey.key != self._survey.key:
-            raise LeaseBroken("a tensor of the model or optimizer came, went or moved between the update and the boundary")
+            raise LeaseBroken(
+                "a tensor of the model or optimizer came, went or moved between the update and the boundary"
+            )
         changed: set[int] = set()
         unseen: set[str] = set()
         for extent, piece in self._leased():
@@ -100,7 +102,9 @@ class Capture:
             if self.audited and _hash(piece) != self._hashes[name]:
                 unseen.add(name)
             elif not self.audited and piece.tensor._version != self._versions[name]:
-                raise LeaseBroken(f"{name} was changed between the boundary and the next update, while it was being written")
+                raise LeaseBroken(
+                    f"{name} was changed between the boundary and the next update, while it was being written"
+                )
         return unseen
 
     def _leased(self) -> list[tuple[int, Piece]]:

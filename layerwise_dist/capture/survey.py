@@ -80,7 +80,9 @@ def survey(framework: Framework, optimizer: torch.optim.Optimizer, copying: froz
         state = optimizer.state.get(view.param)
         for name, value in (state or {}).items():
             if not isinstance(name, str) or "/" in name or name in ("param", "buffer", "state"):
-                raise UnsupportedError(f"{type(optimizer).__name__} keeps state under {name!r}, which cannot name a tensor in the file")
+                raise UnsupportedError(
+                    f"{type(optimizer).__name__} keeps state under {name!r}, which cannot name a tensor in the file"
+                )
             if isinstance(value, torch.Tensor) and value.layout == torch.strided:
                 add(view, name, value, True)
             else:

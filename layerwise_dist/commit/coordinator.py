@@ -73,7 +73,9 @@ class Coordinator:
         """Ends attempts whose deadline has passed, naming the ranks that were waited for."""
         for attempt in [a for a in self._open.values() if self._clock() - a.since > self._timeout_s]:
             missing = sorted(set(range(self._world_size)) - set(attempt.reports))
-            self._abort(attempt, f"waited {self._timeout_s:g} s for rank(s) {', '.join(map(str, missing))}", failure=True)
+            self._abort(
+                attempt, f"waited {self._timeout_s:g} s for rank(s) {', '.join(map(str, missing))}", failure=True
+            )
 
     @property
     def idle(self) -> bool:
@@ -90,7 +92,11 @@ class Coordinator:
             self._abort(attempt, f"superseded by seq {self._last_committed}", failure=False)
         elif self._stopped:
             self._abort(attempt, "this session has stopped committing", failure=False)
-        elif (message["attempt"], message["step"], message["world_size"]) != (attempt.attempt, attempt.step, self._world_size):
+        elif (message["attempt"], message["step"], message["world_size"]) != (
+            attempt.attempt,
+            attempt.step,
+            self._world_size,
+        ):
             self._abort(
                 attempt,
                 f"rank {message['rank']} reports attempt {message['attempt']} of step {message['step']} in a world of "

@@ -108,7 +108,9 @@ def decode(data: bytes, model: type[R], path: str) -> R:
         raise DamageError(f"{path}: cut or damaged: it does not end with a checksum")
     body = data[:-_TAIL_BYTES]
     if _native.xxh3_64(body) != int(match[1], 16):
-        raise DamageError(f"{path}: damaged: its bytes hash to {_native.xxh3_64(body):016x}, it says {match[1].decode()}")
+        raise DamageError(
+            f"{path}: damaged: its bytes hash to {_native.xxh3_64(body):016x}, it says {match[1].decode()}"
+        )
     try:
         return model.model_validate_json(body + b"}")
     except ValidationError as error:
@@ -256,7 +258,9 @@ class CheckpointMetadataManager:
         try:
             self.env.sync_dir(folder)
         except OSError as error:
-            raise InDoubt(f"{folder}: {final} was renamed into place, but the flush of its directory failed: {error}") from error
+            raise InDoubt(
+                f"{folder}: {final} was renamed into place, but the flush of its directory failed: {error}"
+            ) from error
 
     def retire(self, attempt: AttemptId) -> None:
         """Removes a checkpoint: its manifest first, durably, so that no crash leaves a manifest without shards."""

@@ -26,7 +26,9 @@ class Owner:
         try:
             self._lock = env.lock(self._path, file_mode)
         except BlockingIOError:
-            raise OwnerError(f"{root} is owned by another live job ({_holder(env, self._path)}): stop it, or use another dir") from None
+            raise OwnerError(
+                f"{root} is owned by another live job ({_holder(env, self._path)}): stop it, or use another dir"
+            ) from None
         previous = _parse(self._lock.read(_CAP)).get("epoch", 0)
         self.epoch = max(previous, last_epoch) + 1
         text = json.dumps({"epoch": self.epoch, "session": session, "who": who}, separators=(",", ":"))

@@ -35,7 +35,9 @@ class Write(Protocol):
 class Participant:
     """Thread-safe. Every wait has a deadline of `timeout_s` seconds or its own, and says for whom it waited."""
 
-    def __init__(self, transport: Transport, *, timeout_s: float, coordinator: Callable[[Message], None] | None) -> None:
+    def __init__(
+        self, transport: Transport, *, timeout_s: float, coordinator: Callable[[Message], None] | None
+    ) -> None:
         """`coordinator` takes the coordinator's messages on rank 0; it may be set later by `serve`."""
         self.rank, self.world_size = transport.rank, transport.world_size
         self._transport, self._timeout_s = transport, timeout_s
@@ -64,7 +66,9 @@ class Participant:
 
     # -- agreement ----------------------------------------------------------------------------------------------
 
-    def agree(self, what: str, payload: Any, decide: Callable[[list[Any]], Any], *, timeout_s: float | None = None) -> Any:
+    def agree(
+        self, what: str, payload: Any, decide: Callable[[list[Any]], Any], *, timeout_s: float | None = None
+    ) -> Any:
         """All ranks call it in the same order; rank 0's `decide(payloads by rank)` is returned on every rank.
 
         A LayerwiseError raised by `decide` is raised on all ranks. Raises DeadlineError naming the ranks waited for.
@@ -89,7 +93,9 @@ class Participant:
             for rank in range(self.world_size):
                 self._transport.post(rank, {"t": "agreed", "key": key, "decision": decision})
         with self._changed:
-            self._wait_for(lambda: key in self._decisions, deadline, lambda: f"{what}: waited {timeout:g} s for rank 0's decision")
+            self._wait_for(
+                lambda: key in self._decisions, deadline, lambda: f"{what}: waited {timeout:g} s for rank 0's decision"
+            )
             decision = self._decisions.pop(key)
         if "error" in decision:
             raise rebuild_error(decision["error"])
@@ -138,7 +144,9 @@ class Participant:
                 self._wait_for(
                     lambda: self._granted > count or self._stop is not None or self._lost is not None,
                     time.monotonic() + self._timeout_s,
-                    lambda: f"boundary {count}: waited {self._timeout_s:g} s for the coordinator on rank 0 to say go on",
+                    lambda: (
+                        f"boundary {count}: waited {self._timeout_s:g} s for the coordinator on rank 0 to say go on"
+                    ),
                 )
             if self._stop is not None and count >= self._stop[0]:
                 raise CommitError(self._stop[1])
@@ -179,8 +187,10 @@ class Participant:
             self._wait_for(
                 lambda: not self._local and (not self._writes or self._stop is not None) or self._lost is not None,
                 time.monotonic() + timeout_s,
-                lambda: f"close: waited {timeout_s:g} s for rank 0 to decide on "
-                f"step(s) {sorted(write.attempt.step for write in self._writes.values())}",
+                lambda: (
+                    f"close: waited {timeout_s:g} s for rank 0 to decide on "
+                    f"step(s) {sorted(write.attempt.step for write in self._writes.values())}"
+                ),
             )
 
     def close(self, timeout_s: float) -> None:
@@ -217,7 +227,10 @@ class Participant:
             return
         message = self._message("durable", attempt)
         message.update(
-            file=report.file, nbytes=report.nbytes, header_bytes=report.header_bytes, header_hash=f"{report.header_hash:016x}"
+            file=report.file,
+            nbytes=report.nbytes,
+            header_bytes=report.header_bytes,
+            header_hash=f"{report.header_hash:016x}",
         )
         self._finish_locally(attempt)
         self._transport.post(COORDINATOR, message)
@@ -241,7 +254,9 @@ class Participant:
         try:
             write.discard()
         except OSError as error:
-            log.warning("rank %d: leftovers of step %d stay until the next start: %s", self.rank, write.attempt.step, error)
+            log.warning(
+                "rank %d: leftovers of step %d stay until the next start: %s", self.rank, write.attempt.step, error
+            )
         self._finish_locally(write.attempt)
 
     def _message(self, kind: str, attempt: AttemptId) -> Message:
@@ -286,7 +301,9 @@ class Participant:
             write = self._writes.pop(message["seq"], None)
             self.aborts += 1
             self._aborted_seqs = {seq for seq in self._aborted_seqs if seq > message["seq"] - 1024} | {message["seq"]}
-            self._aborted[message["step"]] = f"the checkpoint of step {message['step']} was aborted: {message['reason']}"
+            self._aborted[message["step"]] = (
+                f"the checkpoint of step {message['step']} was aborted: {message['reason']}"
+            )
             if len(self._aborted) > 64:
                 del self._aborted[min(self._aborted)]
             if write is not None:

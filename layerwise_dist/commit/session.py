@@ -124,7 +124,9 @@ def open_session(
     return info, manager, held[0] if held else None
 
 
-def _claim(env: Any, root: str, manager: CheckpointMetadataManager, *, file_mode: int, dir_mode: int, who: str) -> tuple[SessionInfo, Owner]:
+def _claim(
+    env: Any, root: str, manager: CheckpointMetadataManager, *, file_mode: int, dir_mode: int, who: str
+) -> tuple[SessionInfo, Owner]:
     try:
         _make_dirs(env, root, dir_mode)
         session = uuid.uuid4().hex
@@ -176,6 +178,10 @@ def _check_directory(env: Any, root: str, manager: CheckpointMetadataManager, in
     try:
         found = manager.read_identity().identity
     except FileNotFoundError:
-        raise DirectoryError(f"{os.path.join(root, layout.IDENTITY)}, which rank 0 made, is not there: is a mount missing?") from None
+        raise DirectoryError(
+            f"{os.path.join(root, layout.IDENTITY)}, which rank 0 made, is not there: is a mount missing?"
+        ) from None
     if found != info.identity:
-        raise DirectoryError(f"{root} is another directory (identity {found}) than rank 0's ({info.identity}): is a mount missing?")
+        raise DirectoryError(
+            f"{root} is another directory (identity {found}) than rank 0's ({info.identity}): is a mount missing?"
+        )

@@ -39,7 +39,9 @@ class Framework:
         self.params = _views(root)
         for view in self.params:
             if view.param.is_meta:
-                raise UnsupportedError(f"parameter {view.fqn} is on the meta device: materialise the model before attach()")
+                raise UnsupportedError(
+                    f"parameter {view.fqn} is on the meta device: materialise the model before attach()"
+                )
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         """This rank's plain tensor behind `tensor`, sharing its memory."""

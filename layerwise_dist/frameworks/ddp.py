@@ -28,7 +28,7 @@ class DDPFramework(Framework):
         total = max(1, sum(sizes))
         self._mine: dict[str, tuple[int, int, bool]] = {}
         begin = 0
-        for view, nbytes in zip(self.params, sizes):
+        for view, nbytes in zip(self.params, sizes, strict=True):
             numel, item = view.param.numel(), view.param.element_size()
             cuts = [min(numel, max(0, -(-(total * r // world_size - begin) // item))) for r in range(world_size + 1)]
             cuts[-1] = numel

@@ -12,7 +12,9 @@ from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.ddp import DDPFramework
 from layerwise_dist.frameworks.fsdp import FSDP2Framework
 
-_WORKS = "what works: a plain nn.Module, DistributedDataParallel around one, or FSDP2 (torch.distributed.fsdp.fully_shard)"
+_WORKS = (
+    "what works: a plain nn.Module, DistributedDataParallel around one, or FSDP2 (torch.distributed.fsdp.fully_shard)"
+)
 
 
 def detect(model: object, rank: int, world_size: int) -> Framework:

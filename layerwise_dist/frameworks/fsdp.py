@@ -19,8 +19,14 @@ class FSDP2Framework(Framework):
     def __init__(self, root: nn.Module, rank: int, world_size: int) -> None:
         super().__init__(root, rank, world_size)
         for view in self.params:
-            if isinstance(view.param, DTensor) and view.param.to_local().numel() and not view.param.to_local().is_contiguous():
-                raise UnsupportedError(f"parameter {view.fqn}: its local shard is not row-major ({view.param.placements})")
+            if (
+                isinstance(view.param, DTensor)
+                and view.param.to_local().numel()
+                and not view.param.to_local().is_contiguous()
+            ):
+                raise UnsupportedError(
+                    f"parameter {view.fqn}: its local shard is not row-major ({view.param.placements})"
+                )
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
@@ -38,8 +44,12 @@ class FSDP2Framework(Framework):
     def new_state(self, view: ParamView, entry: Slice, dtype: torch.dtype, wrapped: bool) -> torch.Tensor:
         param = view.param
         if not (wrapped and isinstance(param, DTensor)):
-            return super().new_state(view, entry, dtype, wrapped) if not isinstance(param, DTensor) else torch.empty(
-                entry.global_shape, dtype=dtype, device=param.to_local().device if entry.global_shape else "cpu"
+            return (
+                super().new_state(view, entry, dtype, wrapped)
+                if not isinstance(param, DTensor)
+                else torch.empty(
+                    entry.global_shape, dtype=dtype, device=param.to_local().device if entry.global_shape else "cpu"
+                )
             )
         if entry.global_shape != tuple(param.shape):
             raise UnsupportedError(f"optimizer state {entry.name}: a DTensor of another shape than its parameter")

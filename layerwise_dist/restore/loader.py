@@ -73,10 +73,16 @@ def prepare(framework: Framework, optimizer: torch.optim.Optimizer, shards: Shar
             loading.states.setdefault(view.fqn, {})[entry.slice.kind] = tensor
             want(framework.need(view, entry.slice.kind, tensor), tensor)
     unexpected = sorted(name for name in index if name not in wanted_names)
-    problems = shaped[:_LISTED] + _listing("missing from the checkpoint", missing) + _listing("unexpected in the checkpoint", unexpected)
+    problems = (
+        shaped[:_LISTED]
+        + _listing("missing from the checkpoint", missing)
+        + _listing("unexpected in the checkpoint", unexpected)
+    )
     problems += _check_optimizer(framework, optimizer, sealed)
     if problems:
-        raise MismatchError(f"{where} is not of this model and optimizer; nothing was loaded:\n  " + "\n  ".join(problems))
+        raise MismatchError(
+            f"{where} is not of this model and optimizer; nothing was loaded:\n  " + "\n  ".join(problems)
+        )
     return loading
 
 
@@ -106,10 +112,12 @@ def adopt(loading: LoadPlan, framework: Framework, optimizer: torch.optim.Optimi
         state.update(saved["scalars"].get(view.fqn, {}))
         order = saved["order"].get(view.fqn, [])
         if state:
-            optimizer.state[view.param] = {name: state[name] for name in [*order, *(k for k in state if k not in order)]}
+            optimizer.state[view.param] = {
+                name: state[name] for name in [*order, *(k for k in state if k not in order)]
+            }
         else:
             optimizer.state.pop(view.param, None)
-    for group, values in zip(optimizer.param_groups, saved["groups"]):
+    for group, values in zip(optimizer.param_groups, saved["groups"], strict=True):
         for key, value in values.items():
             if key == "params" or key in _KERNEL_KEYS:
                 continue
@@ -158,7 +166,9 @@ def _check_optimizer(framework: Framework, optimizer: torch.optim.Optimizer, sea
     kept = [list(group["params"]) for group in saved["groups"]]
     if live != kept:
         lengths = [len(group) for group in live], [len(group) for group in kept]
-        problems.append(f"the optimizer's groups hold other parameters: {lengths[0]} here, {lengths[1]} in the checkpoint")
+        problems.append(
+            f"the optimizer's groups hold other parameters: {lengths[0]} here, {lengths[1]} in the checkpoint"
+        )
     return problems
 
 

@@ -51,7 +51,7 @@ class PCCheckAdapter:
         self.direct = aligns is not None and max(aligns) <= 4096
         self.memory_align = aligns[0] if self.direct else 1
         if direct_io and not self.direct:
-            log.info("rank %d: %s takes no direct I/O: writing through the page cache", rank, root)
+            log.warning("rank %d: %s takes no direct I/O: writing through the page cache, which is slower", rank, root)
 
     @property
     def pool(self) -> Any:
@@ -60,7 +60,7 @@ class PCCheckAdapter:
     def lay_out(self, layers: Sequence[tuple[str, Sequence[Source]]]) -> tuple[ShardLayout, Any]:
         """The static layout for these layers, and the native plan made from it. ValueError never: it is our own."""
         shard = ShardLayout(layers, self.memory_align, self._block_bytes)
-        return shard, _native.Plan(shard.blocks, shard.segments, shard.tensors)
+        return shard, _native.Plan(shard.blocks, shard.segments, shard.tensors, shard.end)
 
     def begin(self, attempt: AttemptId, shard: ShardLayout, plan: Any) -> ShardWrite:
         """Creates the attempt's folder and this rank's partial file. Raises OSError; nothing is queued yet."""
@@ -80,7 +80,9 @@ class PCCheckAdapter:
 class ShardWrite:
     """One rank's shard of one attempt, from the first block to the durable file."""
 
-    def __init__(self, adapter: PCCheckAdapter, attempt: AttemptId, shard: ShardLayout, writer: Any, folder: str) -> None:
+    def __init__(
+        self, adapter: PCCheckAdapter, attempt: AttemptId, shard: ShardLayout, writer: Any, folder: str
+    ) -> None:
         self.attempt, self.layout, self.folder = attempt, shard, folder
         self._adapter, self._writer = adapter, writer
         self._state: tuple[int, int] = (0, 0)

@@ -98,7 +98,9 @@ def _index(path: str, size: int, base: int, tree: dict[str, Any]) -> ShardIndex:
             special[name] = (base + begin, base + end)
         elif not name.startswith(".pad/"):
             place = places.pop(name, {})
-            entries[name] = Entry(_slice(name, item["dtype"], shape, place), base + begin, base + end, bool(place.get("wrapped")))
+            entries[name] = Entry(
+                _slice(name, item["dtype"], shape, place), base + begin, base + end, bool(place.get("wrapped"))
+            )
     if base + cursor != size:
         raise DamageError(f"shard {path}: is {size} bytes long, its header describes {base + cursor}")
     if places:
@@ -114,7 +116,9 @@ def _index(path: str, size: int, base: int, tree: dict[str, Any]) -> ShardIndex:
     )  # fmt: skip
 
 
-def _layers(table: Any, base: int, block_bytes: int, end: int) -> tuple[list[tuple[str, int, int]], list[tuple[int, int]]]:
+def _layers(
+    table: Any, base: int, block_bytes: int, end: int
+) -> tuple[list[tuple[str, int, int]], list[tuple[int, int]]]:
     layers, blocks = [], []
     cursor = base
     for name, offset, nbytes in table:
@@ -145,7 +149,7 @@ def _slice(name: str, dtype: str, shape: tuple[int, ...], place: dict[str, Any])
     offsets = tuple(place["offsets"])
     if not len(offsets) == len(shape) == len(whole):
         raise ValueError(f"tensor {name}: offsets of another number of dimensions")
-    if any(o < 0 or o + n > g for o, n, g in zip(offsets, shape, whole)):
+    if any(o < 0 or o + n > g for o, n, g in zip(offsets, shape, whole, strict=True)):
         raise ValueError(f"tensor {name}: box outside its global tensor")
     return Slice(kind, fqn, dtype, whole, offsets=offsets, lengths=shape)
 
@@ -187,7 +191,9 @@ class Shard:
         begin, end = index.state_range
         data = self._reader.read(begin, end - begin)
         if len(data) != end - begin or _native.xxh3_64(data) != index.state_hash:
-            raise DamageError(f"shard {index.path} of step {index.step}: the state block hashes otherwise than {index.state_hash:016x}")
+            raise DamageError(
+                f"shard {index.path} of step {index.step}: the state block hashes otherwise than {index.state_hash:016x}"
+            )
         text, blob = index.state_json, index.state_bytes
         return data[text[0] - begin : text[1] - begin], data[blob[0] - begin : blob[1] - begin]
 
@@ -216,7 +222,7 @@ class Shard:
     def verify(self) -> list[str]:
         """Reads everything; returns one message a bad block (empty: sound). Raises OSError."""
         index = self.index
-        blocks = [(*block, expected) for block, expected in zip(index.blocks, index.hashes)]
+        blocks = [(*block, expected) for block, expected in zip(index.blocks, index.hashes, strict=True)]
         messages = [self.describe(block) for block in self._reader.read_blocks(blocks, [])]
         try:
             self.state()

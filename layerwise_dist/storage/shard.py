@@ -152,7 +152,17 @@ class ShardLayout:
             self.blocks, ((base + begin, base + end, tensor) for _, _, _, begin, end, tensor in spans if tensor >= 0)
         )
 
-    def header(self, *, attempt: str, step: int, rank: int, world_size: int, hashes: str, state: tuple[int, int], state_hash: str) -> bytes:
+    def header(
+        self,
+        *,
+        attempt: str,
+        step: int,
+        rank: int,
+        world_size: int,
+        hashes: str,
+        state: tuple[int, int],
+        state_hash: str,
+    ) -> bytes:
         """The header region: 8-byte little-endian length, JSON, spaces up to `header_bytes`.
 
         `hashes` holds sixteen hexadecimal digits a block of the layers; `state` the lengths (bytes) of the two parts
@@ -170,7 +180,12 @@ class ShardLayout:
             **self._tables,
         }
         tail = _entry_text(state_spans(self.data_bytes, *state, self._pads))
-        text = '{"__metadata__":' + _compact(metadata) + "".join("," + part for part in (self._entries, tail) if part) + "}"
+        text = (
+            '{"__metadata__":'
+            + _compact(metadata)
+            + "".join("," + part for part in (self._entries, tail) if part)
+            + "}"
+        )
         data = text.encode("utf-8")
         room = self.header_bytes - 8
         if len(data) > room:

@@ -80,11 +80,13 @@ class Reader:
 
     @staticmethod
     def inside(depth: int) -> int:
-        _expect(depth < MAX_DEPTH, f"more than {MAX_DEPTH} containers inside each other")
+        if depth >= MAX_DEPTH:
+            raise Problem(f"more than {MAX_DEPTH} containers inside each other")
         return depth + 1
 
     def items(self, nodes: Any, depth: int) -> list[Any]:
-        _expect(type(nodes) is list, f"an array is expected, here is {short(nodes)}")
+        if type(nodes) is not list:
+            raise Problem(f"an array is expected, here is {short(nodes)}")
         out: list[Any] = []
         try:
             for node in nodes:
@@ -124,14 +126,16 @@ class Reader:
         offset, count, size = node["offset"], node["bytes"], self.blob.size
         if not (_is_count(offset) and _is_count(count) and offset + count <= size):
             raise Problem(f"{short(count)} bytes at {short(offset)} are not inside the blob of {size}")
-        _expect(count <= self.left, f"the contents together are larger than the blob of {size} bytes")
+        if count > self.left:
+            raise Problem(f"the contents together are larger than the blob of {size} bytes")
         self.left -= count
         self.end = max(self.end, offset + count)
         return self.blob[offset : offset + count]
 
     def shaped(self, node: dict[str, Any], item_bytes: int) -> tuple[list[int], np.ndarray]:
         shape, data = node["shape"], self.content(node)
-        _expect(type(shape) is list and all(map(_is_count, shape)), f"{short(shape)} is not a shape")
+        if not (type(shape) is list and all(map(_is_count, shape))):
+            raise Problem(f"{short(shape)} is not a shape")
         if (0 if 0 in shape else _product(shape, data.size)) * item_bytes != data.size:
             raise Problem(f"the shape {short(shape)} of {short(node['dtype'])} does not have {data.size} bytes")
         return shape, data
@@ -148,14 +152,17 @@ def _product(shape: list[int], limit: int) -> int:
 
 
 def _hex(v: Any, count: int | None = None) -> bytes:
-    _expect(type(v) is str and _HEX.fullmatch(v) is not None and len(v) % 2 == 0, f"{short(v)} is not hexadecimal")
-    _expect(count is None or len(v) == 2 * count, f"{short(v)} does not have {count} bytes")
+    if not (type(v) is str and _HEX.fullmatch(v) is not None and len(v) % 2 == 0):
+        raise Problem(f"{short(v)} is not hexadecimal")
+    if not (count is None or len(v) == 2 * count):
+        raise Problem(f"{short(v)} does not have {count} bytes")
     return bytes.fromhex(v)
 
 
 def _read_int(r: Reader, node: dict[str, Any], depth: int) -> int:
     v = node["v"]
-    _expect(type(v) is str and _HEX_INT.fullmatch(v) is not None, f"{short(v)} is not a hexadecimal int")
+    if not (type(v) is str and _HEX_INT.fullmatch(v) is not None):
+        raise Problem(f"{short(v)} is not a hexadecimal int")
     return int(v, 16)
 
 
@@ -188,14 +195,16 @@ def _read_set(r: Reader, node: dict[str, Any], depth: int) -> Any:
 
 def _read_defaultdict(r: Reader, node: dict[str, Any], depth: int) -> Any:
     of = node["of"]
-    _expect((of is None or type(of) is str) and of in FACTORIES, f"the factory {short(of)} is not known")
+    if not ((of is None or type(of) is str) and of in FACTORIES):
+        raise Problem(f"the factory {short(of)} is not known")
     return r.pairs(node, defaultdict(FACTORIES[of]), depth)
 
 
 def _read_deque(r: Reader, node: dict[str, Any], depth: int) -> Any:
     values, most = r.items(node["v"], r.inside(depth)), node["max"]
     good = most is None or (_is_count(most) and len(values) <= most <= sys.maxsize)
-    _expect(good, f"the most that this deque of {len(values)} can hold is {short(most)}")
+    if not good:
+        raise Problem(f"the most that this deque of {len(values)} can hold is {short(most)}")
     return deque(values, most)
 
 
@@ -212,18 +221,21 @@ def _read_range(r: Reader, node: dict[str, Any], depth: int) -> range:
 
 
 def _np_dtype(name: Any) -> np.dtype:
-    _expect(type(name) is str and NP_DTYPE.fullmatch(name) is not None, f"the numpy dtype {short(name)} is not known")
+    if not (type(name) is str and NP_DTYPE.fullmatch(name) is not None):
+        raise Problem(f"the numpy dtype {short(name)} is not known")
     try:
         dtype: np.dtype[Any] = np.dtype(name)
     except (TypeError, ValueError, OverflowError):
         raise Problem(f"the numpy dtype {short(name)} is not known here") from None
-    _expect(dtype.str == name and dtype.itemsize > 0, f"the numpy dtype {short(name)} is not known")
+    if not (dtype.str == name and dtype.itemsize > 0):
+        raise Problem(f"the numpy dtype {short(name)} is not known")
     return dtype
 
 
 def _read_np(r: Reader, node: dict[str, Any], depth: int) -> Any:
     dtype = _np_dtype(node["dtype"])
-    _expect(dtype.type in NP_SCALARS, f"a numpy scalar cannot be of dtype {dtype}")
+    if dtype.type not in NP_SCALARS:
+        raise Problem(f"a numpy scalar cannot be of dtype {dtype}")
     return np.frombuffer(_hex(node["v"], dtype.itemsize), dtype)[0]
 
 
@@ -240,7 +252,8 @@ def _read_array(r: Reader, node: dict[str, Any], depth: int) -> np.ndarray:
 
 def _read_tensor(r: Reader, node: dict[str, Any], depth: int) -> torch.Tensor:
     name = node["dtype"]
-    _expect(type(name) is str and name in DENSE, f"the tensor dtype {short(name)} is not known")
+    if not (type(name) is str and name in DENSE):
+        raise Problem(f"the tensor dtype {short(name)} is not known")
     shape, data = r.shaped(node, DENSE[name].itemsize)
     made = torch.empty(data.size, dtype=torch.uint8)
     made.numpy()[:] = data
@@ -252,14 +265,17 @@ def _read_tensor(r: Reader, node: dict[str, Any], depth: int) -> torch.Tensor:
 
 def _read_dtype(r: Reader, node: dict[str, Any], depth: int) -> torch.dtype:
     name = node["v"]
-    _expect(type(name) is str and name in TORCH_DTYPES, f"the torch.dtype {short(name)} is not known")
+    if not (type(name) is str and name in TORCH_DTYPES):
+        raise Problem(f"the torch.dtype {short(name)} is not known")
     return TORCH_DTYPES[name]
 
 
 def _read_device(r: Reader, node: dict[str, Any], depth: int) -> torch.device:
     kind, index = node["type"], node["index"]
-    _expect(type(kind) is str and kind.isascii() and kind.isidentifier(), f"the device {short(kind)} is not known")
-    _expect(index is None or (_is_count(index) and index < 128), f"the device index {short(index)} is not 0 to 127")
+    if not (type(kind) is str and kind.isascii() and kind.isidentifier()):
+        raise Problem(f"the device {short(kind)} is not known")
+    if not (index is None or (_is_count(index) and index < 128)):
+        raise Problem(f"the device index {short(index)} is not 0 to 127")
     try:
         return torch.device(kind) if index is None else torch.device(kind, index)
     except (RuntimeError, ValueError):

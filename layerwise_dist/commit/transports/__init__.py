@@ -20,7 +20,9 @@ class Transport(Protocol):
     rank: int
     world_size: int
 
-    def start(self, on_message: Handler, on_coordinator_message: Handler | None, on_error: Callable[[str], None]) -> None: ...
+    def start(
+        self, on_message: Handler, on_coordinator_message: Handler | None, on_error: Callable[[str], None]
+    ) -> None: ...
 
     def post(self, destination: int, message: Message) -> None:
         """`destination` is a rank or COORDINATOR."""

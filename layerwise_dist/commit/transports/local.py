@@ -27,7 +27,9 @@ class LocalTransport:
         self._hub = hub
         self._threads: list[threading.Thread] = []
 
-    def start(self, on_message: Handler, on_coordinator_message: Handler | None, on_error: Callable[[str], None]) -> None:
+    def start(
+        self, on_message: Handler, on_coordinator_message: Handler | None, on_error: Callable[[str], None]
+    ) -> None:
         self._spawn(self.rank, on_message)
         if on_coordinator_message is not None:
             self._spawn(COORDINATOR, on_coordinator_message)

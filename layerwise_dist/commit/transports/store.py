@@ -36,7 +36,9 @@ class StoreTransport:
         self._threads: list[threading.Thread] = []
         self._on_error: Callable[[str], None] = lambda text: None
 
-    def start(self, on_message: Handler, on_coordinator_message: Handler | None, on_error: Callable[[str], None]) -> None:
+    def start(
+        self, on_message: Handler, on_coordinator_message: Handler | None, on_error: Callable[[str], None]
+    ) -> None:
         self._on_error = on_error
         self._spawn("send", self._send)
         self._spawn("receive", self._receive, f"out/{self.rank}", on_message)

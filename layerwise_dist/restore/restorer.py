@@ -1,0 +1,126 @@
+"""One `restore()` call: choose, check, read; the engine then adopts what was read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from layerwise_dist.commit.metadata import CheckpointMetadataManager, Manifest
+from layerwise_dist.commit.participant import Participant
+from layerwise_dist.errors import DamageError, MismatchError, NotFoundError
+from layerwise_dist.frameworks.base import Framework
+from layerwise_dist.restore import agreement, loader
+from layerwise_dist.restore.loader import LoadPlan
+from layerwise_dist.restore.planner import ShardSet
+from layerwise_dist.storage.adapter import PCCheckAdapter
+from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage.reader import Shard
+
+
+class Restorer:
+    """All ranks together. `undefined` says why live tensors can't be trusted, once they may have been half-written."""
+
+    def __init__(
+        self,
+        framework: Framework,
+        optimizer: torch.optim.Optimizer,
+        *,
+        manager: CheckpointMetadataManager,
+        adapter: PCCheckAdapter,
+        participant: Participant,
+        check_objects: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self._framework, self._optimizer = framework, optimizer
+        self._manager, self._adapter, self._participant = manager, adapter, participant
+        self._check_objects = check_objects
+        self.undefined: str | None = None
+
+    def newest(self, step: int | None, *, fresh_if_missing: bool) -> tuple[AttemptId, LoadPlan] | None:
+        """The best candidate that verifies on all ranks, loaded; None: nothing is there, and that may be.
+
+        Raises as `LayerwiseEngine.restore`.
+        """
+        root = self._manager.root
+        try:
+            offered = agreement.offer(self._participant, self._manager.inventory, step, root)
+        except NotFoundError:
+            if not fresh_if_missing:
+                raise
+            return None
+        for attempt in offered:
+            loading = self._load(attempt)
+            if loading is not None:
+                return attempt, loading
+        if offered or self._holds_damage():
+            message = f"no checkpoint in {root} verifies (tried steps {[a.step for a in offered]}); see the warnings"
+            if self.undefined is not None:
+                message += "; parameters and optimizer state were partly overwritten and are undefined"
+                self.undefined = message
+            raise DamageError(message)
+        if not fresh_if_missing:
+            raise NotFoundError(f"{root} holds no committed checkpoint")
+        return None
+
+    def _holds_damage(self) -> bool:
+        """Records are there, and none can be read: that is not a fresh start."""
+
+        def decide(_: list[Any]) -> bool:
+            return bool(self._manager.inventory().damaged)
+
+        return self._participant.agree("look for damaged records", None, decide)
+
+    def _load(self, attempt: AttemptId) -> LoadPlan | None:
+        """One candidate, on all ranks: check everything, then read. None if damaged somewhere; other errors are raised."""
+        sound, checked = agreement.together(
+            self._participant, f"check step {attempt.step}", lambda: self._check(attempt)
+        )
+        if not sound:
+            return None
+        loading, shards = checked
+        self.undefined = (
+            f"the restore of step {attempt.step} did not finish: parameters and optimizer state are undefined"
+        )
+        sound, _ = agreement.together(
+            self._participant, f"load step {attempt.step}", lambda: loader.load(loading, shards)
+        )
+        return loading if sound else None
+
+    def _check(self, attempt: AttemptId) -> tuple[LoadPlan, ShardSet]:
+        try:
+            manifest = self._manager.read_manifest(attempt)
+        except FileNotFoundError:
+            raise DamageError(f"{self._manager.manifest_path(attempt)} is missing on this rank") from None
+        framework = self._framework
+        if manifest.world_size != framework.world_size:
+            raise MismatchError(
+                f"step {manifest.step} was written by {manifest.world_size} ranks, this job has {framework.world_size}: "
+                "restoring into another world size is not supported by this version"
+            )
+        if manifest.framework != framework.name:
+            raise MismatchError(
+                f"step {manifest.step} was written by {manifest.framework}, this model is {framework.name}: "
+                "restoring into another wrapper is not supported by this version"
+            )
+        shards = ShardSet(framework.rank, framework.world_size, lambda rank: self._open(manifest, rank))
+        loading = loader.prepare(framework, self._optimizer, shards, f"step {manifest.step} in {self._manager.root}")
+        self._check_objects(loading.sealed["objects"])
+        return loading, shards
+
+    def _open(self, manifest: Manifest, rank: int) -> Shard:
+        record = manifest.shards[rank]
+        shard = Shard(
+            self._adapter.env,
+            self._adapter.pool,
+            self._manager.shard_path(manifest, rank),
+            nbytes=record.nbytes,
+            header_bytes=record.header_bytes,
+            header_hash=int(record.header_hash, 16),
+        )
+        index = shard.index
+        if (index.attempt, index.step, index.rank) != (manifest.attempt, manifest.step, rank):
+            raise DamageError(
+                f"shard {index.path}: is rank {index.rank}'s of step {index.step}, attempt {index.attempt}"
+            )
+        return shard

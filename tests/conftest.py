@@ -1,0 +1,162 @@
+"""What all tests share: `--long`, and jobs under torchrun that never outlive their test."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+JOBS = Path(__file__).parent / "jobs"
+_TOKEN = "LAYERWISE_TEST_JOB"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="full sweeps instead of samples of them")
+
+
+@pytest.fixture(scope="session")
+def long(request: pytest.FixtureRequest) -> bool:
+    """Whether the full sweeps were asked for."""
+    return bool(request.config.getoption("--long"))
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A job that ended: `output` is standard output and error of launcher and ranks, interleaved."""
+
+    returncode: int
+    output: str
+
+    def lines(self, prefix: str) -> list[str]:
+        """What follows `prefix` in each output line that starts with it."""
+        return [line[len(prefix) :].strip() for line in self.output.splitlines() if line.startswith(prefix)]
+
+
+class Running:
+    """A command and all its descendants, known by a token in their environment: torchrun gives ranks sessions of their own."""
+
+    def __init__(self, command: list[str], env: Mapping[str, str] | None = None) -> None:
+        self._mark = f"{_TOKEN}={uuid.uuid4().hex}".encode()
+        name, value = self._mark.decode().split("=")
+        self._log = tempfile.TemporaryFile()
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **(env or {}), name: value},
+        )  # fmt: skip
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def pids(self) -> list[int]:
+        """Processes of this job that are alive, the launcher included."""
+        found = []
+        for entry in os.listdir("/proc"):
+            if entry.isdigit():
+                try:
+                    environ = Path("/proc", entry, "environ").read_bytes()
+                    state = Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()[0]
+                except OSError:
+                    continue
+                if self._mark in environ.split(b"\0") and state != "Z":
+                    found.append(int(entry))
+        return found
+
+    def rank_pid(self, rank: int) -> int | None:
+        """The process of one rank, or None when it is not (or no longer) there."""
+        wanted = f"RANK={rank}".encode()
+        for pid in self.pids():
+            try:
+                if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                    return pid
+            except OSError:
+                continue
+        return None
+
+    def kill(self) -> None:
+        """SIGKILL for all, the launcher first, until none is left."""
+        self._process.kill()
+        deadline = time.monotonic() + 20
+        while alive := self.pids():
+            for pid in alive:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"processes {alive} survive SIGKILL")
+            time.sleep(0.01)
+        self._process.wait(20)
+
+    def output(self) -> str:
+        self._log.flush()
+        size = os.fstat(self._log.fileno()).st_size
+        return os.pread(self._log.fileno(), size, 0).decode(errors="replace")
+
+    def wait(self, timeout: float) -> Finished:
+        """Waits for the launcher; fails the test with the output so far at `timeout` seconds. Nothing is left behind."""
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            output = self.output()
+            self.kill()
+            pytest.fail(f"still running after {timeout:g} s; output:\n{output[-8000:]}")
+        self.kill()
+        return Finished(self._process.returncode, self.output())
+
+    def close(self) -> None:
+        self.kill()
+        self._log.close()
+
+
+def torchrun_command(script: str | os.PathLike[str], nproc: int, *args: Any, max_restarts: int = 0) -> list[str]:
+    """`script` is a path, or the name of a file in tests/jobs. A free port each: --standalone."""
+    path = JOBS / script if not os.path.isabs(script) else Path(script)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
+    return [*launcher, "--max-restarts", str(max_restarts), str(path), *map(str, args)]
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Running]]:
+    """Starts a command in the background: `start([...], env=...)`; it is killed when the test ends, if it still runs."""
+    running: list[Running] = []
+
+    def begin(command: list[str], env: Mapping[str, str] | None = None) -> Running:
+        running.append(Running(command, env))
+        return running[-1]
+
+    yield begin
+    for job in running:
+        job.close()
+
+
+@pytest.fixture
+def torchrun(start: Callable[..., Running]) -> Callable[..., Finished]:
+    """`torchrun(script, nproc, *args, timeout=60, env=None, max_restarts=0, check=True)` runs a job to its end.
+
+    With `check`, a job that fails fails the test, with its output.
+    """
+
+    def run(
+        script: str | os.PathLike[str], nproc: int, *args: Any, timeout: float = 60.0,
+        env: Mapping[str, str] | None = None, max_restarts: int = 0, check: bool = True,
+    ) -> Finished:  # fmt: skip
+        finished = start(torchrun_command(script, nproc, *args, max_restarts=max_restarts), env).wait(timeout)
+        if check and finished.returncode:
+            pytest.fail(f"{script} on {nproc} ranks ended with {finished.returncode}; output:\n{finished.output[-8000:]}")
+        return finished
+
+    return run
