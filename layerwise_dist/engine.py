@@ -61,6 +61,7 @@ class LayerwiseEngine:
         self._open: Capture | None = None
         self._layout: tuple[tuple[Any, ...], ShardLayout, Any] | None = None
         self._copying: frozenset[str] = frozenset()
+        self._seen: Survey | None = None
         self._owed = False
         self._updates = self._boundaries = self._opened = 0
         self._again = False
@@ -209,7 +210,7 @@ class LayerwiseEngine:
             return
         self._participant.began(attempt)
         try:
-            found = live.survey(self._framework, self._optimizer, self._copying)
+            found = self._survey()
             shard, plan = self._lay_out(found)
             write = self._adapter.begin(attempt, shard, plan)
         except (LayerwiseError, OSError) as error:
@@ -219,6 +220,10 @@ class LayerwiseEngine:
         self._open = Capture(step, found, write, timeout_s=self.config.fence_timeout_s, audited=audited)
         self._again = False
         self._open.start()
+
+    def _survey(self) -> Survey:
+        self._seen = live.survey(self._framework, self._optimizer, self._copying, self._seen)
+        return self._seen
 
     def _lay_out(self, found: Survey) -> tuple[ShardLayout, Any]:
         if self._layout is None or self._layout[0] != found.key:
@@ -269,7 +274,7 @@ class LayerwiseEngine:
         """Everything of the process at this boundary that is not a parameter, a buffer or optimizer state."""
         if capture.step != mark.step:
             raise LeaseBroken(f"it was opened for step {capture.step}, the boundary is step {mark.step}")
-        found = live.survey(self._framework, self._optimizer, self._copying)
+        found = self._survey()
         self._learn(capture.seal(found), "the boundary")
         state = self._optimizer.state
         sealed = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -160,3 +161,107 @@ def torchrun(start: Callable[..., Running]) -> Callable[..., Finished]:
         return finished
 
     return run
+
+
+class WarmJob:
+    """A job started by `Warm`: agent and ranks share one session, whose id is the agent's pid."""
+
+    def __init__(self, pid: int, log: Path) -> None:
+        self.pid, self._log = pid, log
+        self._rc = Path(f"{log}.rc")
+
+    def poll(self) -> int | None:
+        """The agent's exit code; -9 when it was killed; None while it runs."""
+        if self._rc.exists():
+            return int(self._rc.read_text())
+        return None if self.pid in self.pids() else -signal.SIGKILL if not self._rc.exists() else int(self._rc.read_text())
+
+    def pids(self) -> list[int]:
+        found = []
+        for entry in os.listdir("/proc"):
+            if entry.isdigit():
+                try:
+                    fields = Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()
+                except OSError:
+                    continue
+                if fields[0] != "Z" and int(fields[3]) == self.pid:
+                    found.append(int(entry))
+        return found
+
+    def kill(self) -> None:
+        """SIGKILL for all, the agent first, until none is left."""
+        deadline = time.monotonic() + 20
+        while alive := self.pids():
+            for pid in sorted(alive, key=lambda pid: pid != self.pid):
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"processes {alive} survive SIGKILL")
+            time.sleep(0.01)
+
+    def output(self) -> str:
+        return self._log.read_text(errors="replace") if self._log.exists() else ""
+
+    def wait(self, timeout: float) -> Finished:
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                output = self.output()
+                self.kill()
+                pytest.fail(f"still running after {timeout:g} s; output:\n{output[-8000:]}")
+            time.sleep(0.02)
+        self.kill()
+        return Finished(code, self.output())
+
+
+class Warm:
+    """torchrun's agent, forked from a process that has imported torch: a job starts in a fraction of a second."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._count = folder, 0
+        self._jobs: list[WarmJob] = []
+        self._errors = open(folder / "server.log", "wb")
+        self._server = subprocess.Popen(
+            [sys.executable, str(JOBS / "warm.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}, text=True,
+        )  # fmt: skip
+
+    def start(
+        self, script: str, nproc: int, *args: Any, env: Mapping[str, str] | None = None, max_restarts: int = 0
+    ) -> WarmJob:
+        self._count += 1
+        log = self._folder / f"job_{self._count}.log"
+        request = {
+            "script": str(JOBS / script), "nproc": nproc, "args": [str(arg) for arg in args], "env": dict(env or {}),
+            "log": str(log), "max_restarts": max_restarts,
+        }  # fmt: skip
+        assert self._server.stdin is not None and self._server.stdout is not None
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        answer = self._server.stdout.readline()
+        assert answer, (self._folder / "server.log").read_text()
+        self._jobs.append(WarmJob(json.loads(answer)["pid"], log))
+        return self._jobs[-1]
+
+    def run(self, script: str, nproc: int, *args: Any, timeout: float = 60.0, check: bool = True, **options: Any) -> Finished:
+        finished = self.start(script, nproc, *args, **options).wait(timeout)
+        if check and finished.returncode:
+            pytest.fail(f"{script} on {nproc} ranks ended with {finished.returncode}; output:\n{finished.output[-8000:]}")
+        return finished
+
+    def close(self) -> None:
+        for job in self._jobs:
+            job.kill()
+        self._server.kill()
+        self._server.wait(20)
+        self._errors.close()
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """Jobs under torchrun's agent without the cost of importing torch anew (see tests/jobs/warm.py)."""
+    server = Warm(tmp_path_factory.mktemp("warm"))
+    yield server
+    server.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,13 +23,16 @@ class Survey:
     """`leased` layers are read in place from the update on; `copied` pieces are copied at the boundary.
 
     `scalars` is the optimizer's state that is no tensor, by parameter and name. `key` changes exactly when a new layout
-    is needed: a tensor came, went, moved, or changed its shape or dtype.
+    is needed: a tensor came, went, moved, or changed its shape or dtype. `stamp` tells the same of the very objects,
+    cheaply; `held` keeps them alive, so that no other object can take their identity.
     """
 
     leased: tuple[Layer, ...]
     copied: tuple[Piece, ...]
     scalars: dict[str, dict[str, Any]]
     key: tuple[Any, ...]
+    stamp: tuple[Any, ...]
+    held: tuple[torch.Tensor, ...]
 
     @property
     def nbytes(self) -> int:
@@ -61,12 +64,22 @@ def check_optimizer(framework: Framework, optimizer: object) -> None:
         raise UnsupportedError(f"{type(optimizer).__name__} has no parameters")
 
 
-def survey(framework: Framework, optimizer: torch.optim.Optimizer, copying: frozenset[str]) -> Survey:
-    """Looks at the live tensors. `copying` holds names (`<kind>/<fqn>`) that the audit found unsafe to lease."""
+def survey(
+    framework: Framework,
+    optimizer: torch.optim.Optimizer,
+    copying: frozenset[str],
+    previous: Survey | None = None,
+) -> Survey:
+    """Looks at the live tensors. `copying` holds names (`<kind>/<fqn>`) that the audit found unsafe to lease.
+
+    With `previous`, its pieces serve again as long as all tensors are the same objects at the same addresses.
+    """
+    stamp, held, scalars = _look(framework, optimizer, copying)
+    if previous is not None and previous.stamp == stamp:
+        return replace(previous, scalars=scalars)
     updated = {id(param) for group in optimizer.param_groups for param in group["params"]}
     layers: dict[str, list[Piece]] = {}
     copied: list[Piece] = []
-    scalars: dict[str, dict[str, Any]] = {}
 
     def add(view: ParamView, kind: str, tensor: torch.Tensor, may_lease: bool) -> None:
         for piece in framework.pieces(view, kind, tensor, lease=may_lease):
@@ -79,14 +92,12 @@ def survey(framework: Framework, optimizer: torch.optim.Optimizer, copying: froz
         add(view, "param", view.param, id(view.param) in updated)
         state = optimizer.state.get(view.param)
         for name, value in (state or {}).items():
-            if not isinstance(name, str) or "/" in name or name in ("param", "buffer", "state"):
-                raise UnsupportedError(
-                    f"{type(optimizer).__name__} keeps state under {name!r}, which cannot name a tensor in the file"
-                )
-            if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+            if _is_dense(value):
+                if not isinstance(name, str) or "/" in name or name in ("param", "buffer", "state"):
+                    raise UnsupportedError(
+                        f"{type(optimizer).__name__} keeps state under {name!r}, which cannot name a tensor in the file"
+                    )
                 add(view, name, value, True)
-            else:
-                scalars.setdefault(view.fqn, {})[name] = value
     if not framework.shared_buffers or framework.rank == 0:
         for fqn, buffer in framework.buffers():
             local = framework.local(buffer)
@@ -96,7 +107,38 @@ def survey(framework: Framework, optimizer: torch.optim.Optimizer, copying: froz
     key = tuple(
         (piece.slice, piece.tensor.data_ptr() if piece.lease else 0) for layer in leased for piece in layer.pieces
     ) + tuple(piece.slice for piece in copied)
-    return Survey(leased, tuple(copied), scalars, key)
+    return Survey(leased, tuple(copied), scalars, key, stamp, held)
+
+
+def _look(
+    framework: Framework, optimizer: torch.optim.Optimizer, copying: frozenset[str]
+) -> tuple[tuple[Any, ...], tuple[torch.Tensor, ...], dict[str, dict[str, Any]]]:
+    """The stamp, what it is of, and the optimizer's state that is no tensor."""
+    stamp: list[Any] = [copying]
+    held: list[torch.Tensor] = []
+    scalars: dict[str, dict[str, Any]] = {}
+
+    def see(tensor: torch.Tensor) -> None:
+        held.append(tensor)
+        stamp.append(id(tensor))
+        stamp.append(framework.address(tensor))
+
+    for view in framework.params:
+        see(view.param)
+        for name, value in optimizer.state.get(view.param, {}).items():
+            stamp.append(name)
+            if _is_dense(value):
+                see(value)
+            else:
+                scalars.setdefault(view.fqn, {})[name] = value
+    for fqn, buffer in framework.buffers():
+        stamp.append(fqn)
+        see(buffer)
+    return tuple(stamp), tuple(held), scalars
+
+
+def _is_dense(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided
 
 
 def _packed(pieces: list[Piece]) -> list[Piece]:

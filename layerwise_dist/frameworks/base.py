@@ -47,6 +47,10 @@ class Framework:
         """This rank's plain tensor behind `tensor`, sharing its memory."""
         return tensor.detach()
 
+    def address(self, tensor: torch.Tensor) -> int:
+        """Where this rank's part of `tensor` lies; cheaper than asking `local` for it."""
+        return tensor.data_ptr()
+
     def need(self, view: ParamView, kind: str, tensor: torch.Tensor) -> Slice:
         """Which slice this rank's tensor is: the parameter's own, or a state tensor's. What restore must fill."""
         return Slice.whole(kind, view.fqn, dtype_code(tensor.dtype, f"{kind}/{view.fqn}"), tuple(tensor.shape))

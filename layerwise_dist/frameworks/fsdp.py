@@ -31,6 +31,9 @@ class FSDP2Framework(Framework):
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
+    def address(self, tensor: torch.Tensor) -> int:
+        return tensor._local_tensor.data_ptr() if isinstance(tensor, DTensor) else tensor.data_ptr()
+
     def is_wrapped(self, tensor: torch.Tensor) -> bool:
         return isinstance(tensor, DTensor)
 

@@ -1,0 +1,70 @@
+"""Starts jobs with torchrun's own agent out of a process that has already imported torch, which takes most of a start.
+
+Requests come as JSON lines on standard input: {"script", "nproc", "args", "env", "log", "max_restarts"}. Answers: {"pid": ...}
+when the agent runs, in a session of its own together with its ranks. The agent's exit code is written to `<log>.rc`.
+"""
+
+import json
+import os
+import runpy
+import sys
+
+import numpy  # noqa: F401
+import torch
+import torch._dynamo  # noqa: F401
+import torch.distributed.fsdp  # noqa: F401
+import torch.distributed.run  # noqa: F401
+import torch.nn.parallel  # noqa: F401
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+import layerwise_dist.assembly  # noqa: F401
+
+
+def run(path: str, args: list[str]) -> None:
+    sys.argv = [path, *args]
+    sys.path.insert(0, os.path.dirname(path))
+    runpy.run_path(path, run_name="__main__")
+
+
+def agent(request: dict) -> int:
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=request["nproc"], rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+        rdzv_configs={"timeout": 60}, run_id=str(os.getpid()), max_restarts=request["max_restarts"], monitor_interval=0.05,
+        start_method="fork",
+    )  # fmt: skip
+    try:
+        elastic_launch(config, run)(request["script"], request["args"])
+        return 0
+    except BaseException as error:  # noqa: BLE001
+        print(f"{type(error).__name__}: {error}", flush=True)
+        return 1
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    while line := sys.stdin.readline():
+        request = json.loads(line)
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            pass
+        pid = os.fork()
+        if pid == 0:
+            os.setsid()
+            os.environ.update(request["env"])
+            log = os.open(request["log"], os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
+            null = os.open(os.devnull, os.O_RDONLY)
+            os.dup2(null, 0)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            code = agent(request)
+            with open(request["log"] + ".rc.tmp", "w") as file:
+                file.write(str(code))
+            os.rename(request["log"] + ".rc.tmp", request["log"] + ".rc")
+            os._exit(code)
+        print(json.dumps({"pid": pid}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
