@@ -307,13 +307,13 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="demo.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--steps", type=int, default=30, help="steps of each run, 8 or more (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=30, help="steps of each run, 12 or more (default: %(default)s)")
     parser.add_argument("--seed", type=int, help="chooses the moment of the kill (default: a new one, which is printed)")
     parser.add_argument("--dir", type=Path, help="new or empty folder for checkpoints and logs (default: a new one in build/demo)")
     parser.add_argument("--timeout", type=float, default=1200.0, help="seconds for all of it (default: %(default).0f)")
     args = parser.parse_args()
-    if args.steps < 8:
-        parser.error("--steps must be 8 or more: some for each run before and after the kill")
+    if args.steps < 12:
+        parser.error("--steps must be 12 or more: some of them to warm up, before and after the kill")
     if args.seed is None:
         args.seed = random.SystemRandom().randrange(10**6)
     if args.dir is not None and args.dir.exists() and (not args.dir.is_dir() or any(args.dir.iterdir())):
@@ -321,15 +321,19 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+class WrongUsage(Exception):
+    """The demonstration cannot start as it was called."""
+
+
 def make_folder(wanted: Path | None) -> Path:
     folder = wanted or ROOT / "build" / "demo" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=wanted is not None)
     except OSError as error:
-        raise SystemExit(f"demo: cannot make {folder}: {error.strerror}") from None
+        raise WrongUsage(f"cannot make {folder}: {error.strerror}") from None
     free = shutil.disk_usage(folder).free
     if free < FREE_SPACE:
-        raise SystemExit(f"demo: {free / 1e9:.1f} GB are free in {folder}, {FREE_SPACE / 1e9:.1f} GB are needed; choose another --dir")
+        raise WrongUsage(f"{free / 1e9:.1f} GB are free in {folder}, {FREE_SPACE / 1e9:.1f} GB are needed; choose another --dir")
     return folder.resolve()
 
 
@@ -367,8 +371,6 @@ def run_demo(args: argparse.Namespace) -> None:
 
 def main() -> int:
     args = arguments()
-    if not sys.platform.startswith("linux"):
-        raise SystemExit("demo: this needs Linux")
 
     def on_terminate(*_: object) -> None:
         raise SystemExit(143)
@@ -382,6 +384,9 @@ def main() -> int:
         console.print(f"[bold red]FAILED[/] (--seed {args.seed})")
         plain(str(error))
         return 1
+    except WrongUsage as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         console.print("interrupted")
         return 130

@@ -29,12 +29,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from layerwise_dist.boundary_mark import BoundaryMark, Kind, PendingRng, RngEvent
 from layerwise_dist.capture import rng
 from layerwise_dist.capture.loaders import LoaderTap
 from layerwise_dist.errors import BoundaryError, MismatchError
-
-Kind = Literal["explicit", "loader", "inferred"]
-RngEvent = Literal["boundary", "draw"]
 
 _IDLE_LIMIT = 3  # boundaries in a row without an observed update
 _UNSEALED_LIMIT = 1000  # updates without a boundary, after which something is said
@@ -46,40 +44,6 @@ class Log(Protocol):
     def warning(self, message: str) -> None: ...
 
 
-@dataclass(frozen=True)
-class BoundaryMark:
-    """One boundary: everything of the process at that point that is not in the model, the optimizer or `state=`.
-
-    Attributes:
-        step: boundaries completed, this one included.
-        kind: how it was known; "close" is the last one of a job that ended within an iteration.
-        updated: did an optimizer update since the last boundary?
-        rng: the global generators (`capture.rng.RngState`), as of `rng_event`.
-        rng_event: "boundary" itself, or the "draw" of the first batch that no forward has used yet.
-        loaders: a `LoaderTap.snapshot()` for each attached loader.
-        resume_kind: `kind`, or for "close" the kind that the loop had until then.
-        at: names of the loaders at whose draw `rng` is to be put back; any loader if empty.
-        rng_after: at an explicit boundary with rng_event "draw", the generators at the boundary itself; otherwise None.
-    """
-
-    step: int
-    kind: Kind | Literal["close"]
-    updated: bool
-    rng: rng.RngState
-    rng_event: RngEvent
-    loaders: dict[str, dict[str, Any]]
-    resume_kind: Kind
-    at: tuple[str, ...]
-    rng_after: rng.RngState | None
-
-    def state(self) -> dict[str, Any]:
-        """What `Boundary.restore` takes: plain values for typed JSON, sharing memory with the mark."""
-        return {
-            "kind": self.resume_kind, "rng": self.rng, "rng_event": self.rng_event, "rng_after": self.rng_after, "at": list(self.at),
-            "loaders": self.loaders,
-        }  # fmt: skip
-
-
 @dataclass
 class _Ahead:
     """A loader and the generators before the first draw since the last training forward."""
@@ -87,15 +51,6 @@ class _Ahead:
     snapshot: dict[str, Any]
     rng: rng.RngState
     after_update: bool
-
-
-@dataclass
-class _Pending:
-    """Restored random numbers that wait for the event at which they were taken."""
-
-    state: dict[str, Any]
-    at: frozenset[str]
-    put: bool = False
 
 
 class Boundary:
@@ -115,7 +70,7 @@ class Boundary:
         self._completed = self._idle = 0
         self._explicit = False
         self._kind: Kind | None = None  # of the last boundary
-        self._pending: _Pending | None = None
+        self._pending: PendingRng | None = None
         self._warned: set[str] = set()
         self._feeds: set[LoaderTap] = set()  # alone since the last forward: certain
         self._may_feed: set[LoaderTap] = set()  # one of several: believed while nothing is certain
@@ -159,7 +114,8 @@ class Boundary:
         """
         self._check_thread("steps()")
         self._explicit = True
-        self._put_at_steps()
+        if self._pending is not None:
+            self._pending.at_steps()
         while (step := self._completed) < total:
             yield step
             if self._completed != step:
@@ -209,7 +165,9 @@ class Boundary:
         """The root's forward begins, with gradients, in training mode. Call it before the forward draws random numbers."""
         self._check_thread("a training forward")
         if self._pending is not None:
-            self._put_at_forward()
+            pending, self._pending = self._pending, None
+            if (problem := pending.at_forward()) is not None:
+                self._warn("event", problem)
         if self._end is not None:
             self._compare_end()
         if self._progress and not self._explicit and not self._in_for():
@@ -221,6 +179,8 @@ class Boundary:
             self._may_feed.update(drew)
         for tap in drew:
             self._used[tap] = (tap.position, tap.draws)
+            if tap in self._feeding:
+                tap.feeds()
         self._drew.clear()
         self._ahead.clear()
         self._iters.clear()
@@ -231,10 +191,12 @@ class Boundary:
         """A batch is about to be drawn from `tap`, by a `for` or by hand."""
         self._check_thread(f"loader {tap.name!r} was drawn from")
         if self._pending is not None:
-            self._put_at_draw(tap)
+            self._pending.at_draw(tap.name)
         feeding = self._feeding
         if self._end is not None and (not feeding or tap in feeding):
             self._compare_end()
+        if tap.aside:
+            return
         if by_for and self._progress and not self._explicit and tap in feeding:
             self._mark("loader", at=(tap.name,))
         elif self._forward and tap not in self._ahead:
@@ -261,10 +223,7 @@ class Boundary:
             self._taps[name].restore(snapshot)
         self._reset_loop()
         self._end = None
-        if state["kind"] == "inferred" and state["rng_event"] == "boundary":
-            rng.put(state["rng"])
-        else:
-            self._pending = _Pending(state, frozenset(state["at"]) & self._taps.keys())
+        self._pending = PendingRng(state, self._taps.keys())
 
     def close(self, *, seal: bool = True) -> bool:
         """Seal an iteration that has updated and was not ended (the loop was left by break). True if there was one.
@@ -362,36 +321,6 @@ class Boundary:
                         f"loader {tap.name!r} gave {before} batches to the first iteration and {between} to the second: if the loop draws a batch ahead, draw it "
                         "after the forward of the one before it, otherwise a resume skips a batch",
                     )
-
-    def _put_at_steps(self) -> None:
-        pending = self._pending
-        if pending is None or pending.state["kind"] != "explicit":
-            return
-        if pending.state["rng_event"] == "boundary":
-            rng.put(pending.state["rng"])
-            self._pending = None
-        elif pending.put and pending.state["rng_after"] is not None:
-            rng.put(pending.state["rng_after"])
-            self._pending = None
-
-    def _put_at_draw(self, tap: LoaderTap) -> None:
-        pending = self._pending
-        if pending.put or (pending.at and tap.name not in pending.at):
-            return
-        rng.put(pending.state["rng"])
-        pending.put = True  # kept until the first forward: steps() may still start, and that is the better event
-
-    def _put_at_forward(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending.put:
-            return
-        rng.put(pending.state["rng"])
-        if pending.state["kind"] != "explicit" or pending.state["rng_event"] != "boundary":
-            self._warn(
-                "event",
-                f"random numbers of a boundary of kind {pending.state['kind']!r} are put back at the first forward, since no batch was drawn from {sorted(pending.at) or 'an attached loader'} "
-                "after restore(): the resume is not exact",
-            )
 
     def _compare_end(self) -> None:
         end, self._end = self._end, None

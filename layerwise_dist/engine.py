@@ -176,11 +176,14 @@ class LayerwiseEngine:
                 "to start anew beside them"
             )
         with self._statistics.stall("fence"):
-            for capture in self._captures:
-                self._guarded(capture, lambda capture=capture: self._learn(capture.fence(), "the update"))
-            self._captures.clear()
+            self._end_leases()
             if self._open is not None and self._guarded(self._open, self._open.drain):
                 self._again = True
+
+    def _end_leases(self) -> None:
+        for capture in self._captures:
+            self._learn(capture.fence(), "the next update")
+        self._captures.clear()
 
     def _after_update(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if _found_inf(optimizer):
@@ -235,7 +238,7 @@ class LayerwiseEngine:
         try:
             action()
             return True
-        except (LeaseBroken, LayerwiseError, OSError) as error:
+        except (LayerwiseError, OSError) as error:
             self._participant.failed(capture.write.attempt, str(error), capture.write)
             if capture is self._open:
                 self._open = None
@@ -291,6 +294,7 @@ class LayerwiseEngine:
             "gradients": live.gradient_names(self._framework),
             "extra_state": {name: module.get_extra_state() for name, module in self._framework.extra_states()},
         }
+        capture.write.confirm = capture.confirm
         capture.write.append_state(*typed_json.dumps(sealed, path="state"))
         if self._committer is not None:
             self._committer.boundary_kind = mark.resume_kind
@@ -331,9 +335,7 @@ class LayerwiseEngine:
         return attempt.step
 
     def _fence_for_restore(self) -> None:
-        for capture in self._captures:
-            self._guarded(capture, capture.drain)
-        self._captures.clear()
+        self._end_leases()
         self._participant.drain(self.config.commit.timeout_s)
 
     def _adopt(self, loading: loader.LoadPlan) -> None:
@@ -383,8 +385,7 @@ class LayerwiseEngine:
                     self._open.write.attempt, "the job ended before this step did", self._open.write
                 )
                 self._open = None
-            for capture in self._captures:
-                self._guarded(capture, capture.drain)
+            self._end_leases()
             self._participant.drain(timeout)
             self._participant.check(self._boundaries)
         except LayerwiseError as error:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler, Sampler
 
 from layerwise_dist.boundary import Boundary, BoundaryMark
 from layerwise_dist.capture import rng
@@ -167,7 +167,20 @@ def trial(make: Callable[[], Job], loop: Callable[[Job], None], *, kind: str, wa
         for mine, theirs in zip(again.model.parameters(), whole.model.parameters()):
             assert torch.equal(mine, theirs), f"parameters after a resume at boundary {saved['step']}"
         assert again.boundary.completed == boundaries
+        for mine, theirs in zip(again.saved, whole.saved[saved["step"] :], strict=True):
+            assert equal(mine["state"], theirs["state"]), f"boundary {mine['step']} after a resume at boundary {saved['step']}"
     return whole
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Are two nests of plain values and tensors the same?"""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(equal, one, other))
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    return bool(np.all(one == other))
 
 
 # -- loops ------------------------------------------------------------------------------------------------------------
@@ -321,6 +334,60 @@ def test_a_generator_is_used_between_iter_and_the_first_draw() -> None:
     trial(lambda: Job(shuffled()), loop, kind="explicit", boundaries=4)
 
 
+def test_a_generator_that_the_data_shares_with_the_loader_comes_back() -> None:
+    def make_loader() -> DataLoader:
+        generator = torch.Generator().manual_seed(5)
+        noise = lambda batch: torch.stack(batch) + torch.rand(4, generator=generator)  # noqa: E731
+        return DataLoader(Noisy(), batch_size=2, shuffle=True, generator=generator, collate_fn=noise)
+
+    trial(lambda: Job(make_loader), by_cycle, kind="explicit")
+    trial(lambda: Job(make_loader), by_epochs, kind="loader", boundaries=12)
+
+
+def test_evaluation_batches_drawn_by_hand_are_not_taken_for_prefetched_ones() -> None:
+    def loop(job: Job) -> None:
+        batches, val = cycle(job.loader), cycle(job.val)
+        for step in job.boundary.steps(job.total):
+            job.update(next(batches))
+            if step % 3 == 1:
+                job.losses.append(next(val).sum().item())
+
+    job = trial(lambda: Job(shuffled(), attach=("train", "val")), loop, kind="explicit")
+    assert {mark.rng_event for mark in job.marks} == {"boundary"}
+
+
+def test_evaluation_on_the_training_loader_leaves_its_position() -> None:
+    def evaluate(job: Job) -> None:
+        with torch.no_grad():
+            job.losses.append(sum(batch.sum().item() for batch in job.loader))
+
+    def explicit(job: Job) -> None:
+        batches = iter(job.loader)
+        for step in job.boundary.steps(4):
+            job.update(next(batches))
+            if step % 2:
+                evaluate(job)
+
+    def by_for(job: Job) -> None:
+        while job.at["epoch"] < 2:
+            for batch in job.loader:
+                job.update(batch)
+                evaluate(job)
+            job.at["epoch"] += 1
+
+    trial(lambda: Job(shuffled()), explicit, kind="explicit", boundaries=4)
+    trial(lambda: Job(shuffled()), by_for, kind="loader", boundaries=8)
+
+
+def test_an_evaluation_before_the_loop_does_not_use_up_the_restored_random_numbers() -> None:
+    def sane(loop: Callable[[Job], None]) -> Callable[[Job], None]:
+        return lambda job: (list(job.val), loop(job))[1]
+
+    both = ("train", "val")
+    trial(lambda: Job(shuffled(), attach=both), sane(by_end_step), kind="explicit")
+    trial(lambda: Job(shuffled(), attach=both), sane(by_epochs), kind="loader", boundaries=12)
+
+
 # -- loader -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("wrap", [lambda loader: loader, progress, lambda loader: progress(progress(loader))], ids=["plain", "tqdm", "nested"])
 @pytest.mark.parametrize("make_loader", [shuffled(), with_generator()], ids=["plain", "generator"])
@@ -333,6 +400,20 @@ def test_for_loops_over_epochs_resume_exactly(wrap: Callable[[DataLoader], Any],
 @pytest.mark.parametrize("where", ["top", "bottom"])
 def test_evaluation_within_the_for_resumes_exactly_and_makes_no_boundary(where: str, limit: int, attach: tuple[str, ...]) -> None:
     trial(lambda: Job(shuffled(), attach=attach), lambda job: by_epochs(job, limit=limit, **{where: True}), kind="loader", boundaries=12)
+
+
+def test_epochs_that_are_left_by_break_resume_exactly() -> None:
+    def loop(job: Job) -> None:
+        while job.at["epoch"] < 4:
+            for number, batch in enumerate(job.loader):
+                job.update(batch)
+                if number == 1:
+                    break
+            job.scheduler.step()
+            job.evaluate()
+            job.at["epoch"] += 1
+
+    trial(lambda: Job(shuffled()), loop, kind="loader", boundaries=7)
 
 
 def test_accumulation_makes_one_boundary_per_update() -> None:
@@ -421,6 +502,13 @@ def test_stateful_data_loader_resumes_exactly(loop: Callable[[Job], None], worke
     trial(lambda: Job(make_loader), loop, kind=kind, boundaries=boundaries, warns="inside its workers" if workers else None, skip=(2, 3, 6, 7, 9) if workers else ())
 
 
+def test_a_stateful_data_loader_with_a_sampler_of_torch_resumes_exactly() -> None:
+    module = pytest.importorskip("torchdata.stateful_dataloader")
+    data = Noisy()
+    make_loader = lambda: module.StatefulDataLoader(data, batch_sampler=BatchSampler(RandomSampler(data), 2, False))  # noqa: E731
+    trial(lambda: Job(make_loader), by_epochs, kind="loader", boundaries=12)
+
+
 @pytest.mark.parametrize("loop", [by_epochs, by_cycle])
 def test_workers_with_noise_of_their_own_resume_exactly(loop: Callable[[Job], None]) -> None:
     kind, boundaries = ("loader", 12) if loop is by_epochs else ("explicit", TOTAL)
@@ -465,6 +553,18 @@ def by_hand(job: Job, *, top: bool = False, prefetch: bool = False, epochs: bool
 @pytest.mark.parametrize("attach", [("train",), ("train", "val")])
 def test_hand_drawn_loops_resume_exactly_with_a_warning(options: dict[str, bool], attach: tuple[str, ...]) -> None:
     trial(lambda: Job(shuffled(), attach=attach), lambda job: by_hand(job, **options), kind="inferred", warns="inferred", boundaries=TOTAL - 1)
+
+
+def test_what_an_inferred_boundary_cannot_keep_is_what_its_warning_says() -> None:
+    def loop(job: Job) -> None:
+        batches = cycle(job.loader)
+        while job.at["step"] < job.total:
+            job.update(next(batches))
+            torch.randn(3)  # between the update and the end of the iteration
+            job.at["step"] += 1
+
+    with pytest.raises(AssertionError, match="losses after a resume at boundary 1"):
+        trial(lambda: Job(shuffled()), loop, kind="inferred", warns="elsewhere than between forward and", boundaries=TOTAL - 1)
 
 
 # -- the end ----------------------------------------------------------------------------------------------------------

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import logging
+import threading
 
 import torch
 
 from layerwise_dist import _native
 from layerwise_dist.capture.survey import Survey
+from layerwise_dist.errors import LayerwiseError
 from layerwise_dist.pieces import Piece
 from layerwise_dist.storage.adapter import ShardWrite
 
-log = logging.getLogger("layerwise_dist")
 
-
-class LeaseBroken(Exception):
+class LeaseBroken(LayerwiseError):
     """Leased memory is no longer what the checkpoint needs; this attempt cannot be saved. The message says why."""
 
 
@@ -22,7 +21,7 @@ class Capture:
     """Holds a reference to every tensor that the writer reads, until the writer is done with it.
 
     Life: `start` right behind the update, `restart` behind a further update of the same iteration, `seal` at the
-    boundary, `fence` before the next update. All on the training thread.
+    boundary, `fence` before the next update; these on the training thread. `confirm` may come from another one.
     """
 
     def __init__(self, step: int, survey: Survey, write: ShardWrite, *, timeout_s: float, audited: bool) -> None:
@@ -31,7 +30,8 @@ class Capture:
         self._copies: list[torch.Tensor] = []
         self._versions: dict[str, int] = {}
         self._hashes: dict[str, int] = {}
-        self.sealed = False
+        self._judging = threading.Lock()
+        self._verdict: str | None = None
 
     def start(self) -> None:
         number = 0
@@ -86,26 +86,43 @@ class Capture:
         if self.audited:
             # What an audited checkpoint holds is certain: nothing may change it any more once it was compared.
             self.drain()
-        self.sealed = True
         return unseen
+
+    def confirm(self) -> None:
+        """Raises LeaseBroken unless every leased tensor is still as it was at the boundary, by its version counter.
+
+        REQUIRES: all blocks are written. Asked before the header is written, and by the fence before the update that
+        changes the tensors rightfully: whoever comes first answers for both.
+        """
+        with self._judging:
+            if self._verdict is None:
+                changed = [p.slice.name for _, p in self._leased() if p.tensor._version != self._versions[p.slice.name]]
+                self._verdict = (
+                    f"{', '.join(changed[:3])} changed between the boundary and the next update, while it may still have "
+                    "been read: change parameters before the iteration ends"
+                    if changed
+                    else ""
+                )
+            if self._verdict:
+                raise LeaseBroken(self._verdict)
 
     def fence(self) -> set[str]:
-        """Waits for the writer, so that the update may overwrite. Returns names that changed since the boundary.
+        """Waits for the writer, so that the update may overwrite; gives the attempt up when it is not done in time.
 
-        Raises LeaseBroken when the writer is not done in time, or when a change since the boundary may have reached
-        the file. In an audited checkpoint it cannot have, and the names are returned instead.
+        Returns the names of tensors that changed since the boundary in a way only the audit saw. What an audited
+        checkpoint holds was written before; others would have been torn.
         """
-        self.drain()
-        unseen = set()
-        for _, piece in self._leased():
-            name = piece.slice.name
-            if self.audited and _hash(piece) != self._hashes[name]:
-                unseen.add(name)
-            elif not self.audited and piece.tensor._version != self._versions[name]:
-                raise LeaseBroken(
-                    f"{name} was changed between the boundary and the next update, while it was being written"
-                )
-        return unseen
+        try:
+            self.drain()
+            self.confirm()
+        except LeaseBroken as broken:
+            with self._judging:
+                self._verdict = str(broken)
+        return (
+            {piece.slice.name for _, piece in self._leased() if _hash(piece) != self._hashes[piece.slice.name]}
+            if self.audited
+            else set()
+        )
 
     def _leased(self) -> list[tuple[int, Piece]]:
         return [(extent, piece) for extent, layer in enumerate(self._survey.leased) for piece in layer.pieces]

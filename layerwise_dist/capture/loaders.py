@@ -23,71 +23,22 @@ What a replay cannot give back is said in `LoaderTap.doubt`, for the caller to w
 from __future__ import annotations
 
 import copy
-import dis
 import itertools
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import DataLoader, SequentialSampler
 from torch.utils.data.dataloader import _DatasetKind
 from torch.utils.data.distributed import DistributedSampler
 
 from layerwise_dist.capture import rng
+from layerwise_dist.capture.position import Position, draws_once, drawn_by_for, epochs, own_generators, samplers
 from layerwise_dist.errors import BoundaryError, MismatchError, UnsupportedError
 
-_FOR_ITER = dis.opmap["FOR_ITER"]
-_EXTENDED_ARG = dis.opmap["EXTENDED_ARG"]
-_YIELDS_FROM = {dis.opmap[name] for name in ("SEND", "YIELD_FROM") if name in dis.opmap}
-_GENERATOR = 0x20  # inspect.CO_GENERATOR
-
-# These draw from the global generators at the first index only, so later draws need no watching.
-_DRAW_ONCE = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
 _LATER_LIMIT = 16  # an RngState is 12 KB in every checkpoint
-
-
-def drawn_by_for(frame: FrameType | None) -> bool:
-    """Is the `__next__` that `frame` is just calling made by a `for`?
-
-    True for `for b in loader`, also through `enumerate`, `zip` and generators that are themselves driven by a `for` (tqdm);
-    False for `next(it)` and for `next()` of a generator (`cycle`). `co_code` shows the base opcodes whatever the interpreter has
-    specialised or instrumented, and `f_lasti` is a byte offset into it, on CPython 3.10 to 3.14.
-    """
-    while frame is not None:
-        code, at = frame.f_code.co_code, frame.f_lasti
-        while code[at] == _EXTENDED_ARG:
-            at += 2
-        if not frame.f_code.co_flags & _GENERATOR:
-            return code[at] == _FOR_ITER
-        if code[at] != _FOR_ITER and code[at] not in _YIELDS_FROM:
-            return False
-        frame = frame.f_back
-    return False
-
-
-@dataclass(eq=False)
-class _Position:
-    """One `iter(loader)` and how far it has come. The iterator may be gone while this is still wanted."""
-
-    start: dict[str, Any] | None = None
-    first: dict[str, Any] | None = None
-    later: dict[int, dict[str, Any]] = field(default_factory=dict)
-    again: bool = False
-    left: dict[str, Any] | None = None  # the generators as iter() left them, until the first draw
-    replaying: dict[int, dict[str, Any]] = field(default_factory=dict)  # `later` of the snapshot, while it is replayed
-    draws: int = 0
-    exhausted: bool = False
-    by_for: bool = False
-    stale: bool = False  # restore() came after iter()
-    iterator: weakref.ref[_Drawn] | None = None
-
-    @property
-    def alive(self) -> bool:
-        return self.iterator is not None and self.iterator() is not None
 
 
 class _Drawn:
@@ -95,7 +46,7 @@ class _Drawn:
 
     __slots__ = ("_inner", "_tap", "_position", "__weakref__")
 
-    def __init__(self, inner: Iterator[Any], tap: LoaderTap, position: _Position) -> None:
+    def __init__(self, inner: Iterator[Any], tap: LoaderTap, position: Position) -> None:
         self._inner, self._tap, self._position = inner, tap, position
 
     def __iter__(self) -> _Drawn:
@@ -147,10 +98,11 @@ class LoaderTap:
         self._iterable = loader._dataset_kind == _DatasetKind.Iterable
         keeps_state = self._stateful and hasattr(loader.dataset, "state_dict")
         self._watch_data = self._iterable and loader.num_workers == 0 and not keeps_state
-        self._current: _Position | None = None
+        self._current: Position | None = None
+        self._fed: Position | None = None  # the last one that training drew from
         self._pending: dict[str, Any] | None = None
         self._base = type(loader)
-        self._watch_sampler = not self._iterable and not self._stateful and not _draws_once(loader._index_sampler)
+        self._watch_sampler = not self._iterable and not self._stateful and not draws_once(loader._index_sampler)
 
         base, weak = self._base, weakref.ref(self)  # a loader in a cycle would leave its workers to the garbage collector
 
@@ -172,26 +124,40 @@ class LoaderTap:
     @property
     def position(self) -> object | None:
         """The identity of the iteration that counts; another object after another `iter()`."""
-        return self._current
+        return self._counts
 
     @property
     def draws(self) -> int:
         """Batches drawn in the iteration that counts (0 before any)."""
-        return self._current.draws if self._current is not None else 0
+        return self._counts.draws if self._counts is not None else 0
 
     @property
     def alive(self) -> bool:
         """Does anything still hold the iterator that counts? A `for` lets go of it when it ends, by break too."""
-        return self._current is not None and self._current.alive
+        return self._counts is not None and self._counts.alive
 
     @property
     def exhausted(self) -> bool:
-        return self._current is None or self._current.exhausted
+        return self._counts is None or self._counts.exhausted
 
     @property
     def in_for(self) -> bool:
         """Is a `for` over this loader under way?"""
-        return self.alive and not self.exhausted and self._current.by_for  # type: ignore[union-attr]
+        return self._counts is not None and self._counts.under_way and self._counts.by_for
+
+    @property
+    def aside(self) -> bool:
+        """Is the newest iterator an evaluation's, while the one that training draws from waits?"""
+        return self._fed is not None and self._fed is not self._current and self._fed.under_way
+
+    def feeds(self) -> None:
+        """Training has drawn from the iterator that counts."""
+        self._fed = self._counts
+
+    @property
+    def _counts(self) -> Position | None:
+        over = self._current is None or not self._current.under_way
+        return self._fed if over and self._fed is not None and self._fed.under_way else self._current
 
     # -- state --------------------------------------------------------------------------------------------------------
     def snapshot(self, *, even_if_dropped: bool = False) -> dict[str, Any]:
@@ -200,8 +166,8 @@ class LoaderTap:
         An iterator that nobody holds any more (a `for` left by break) is no iteration under way: the next thing there is a new
         `iter()`. `even_if_dropped` counts it all the same, for the last checkpoint of a job that stopped within an epoch.
         """
-        own, at = _own_generators(self.loader), self._current
-        now = {"own": {name: each.get_state() for name, each in own.items()}, "epochs": _epochs(self.loader)}
+        own, at = own_generators(self.loader), self._counts
+        now = {"own": {name: each.get_state() for name, each in own.items()}, "epochs": epochs(self.loader)}
         iterating = at is not None and not at.exhausted and (at.alive or even_if_dropped)
         if self._pending is not None:  # restored and not iterated since: still where the checkpoint was
             return {**self._pending, "now": now}
@@ -226,12 +192,13 @@ class LoaderTap:
             raise MismatchError(f"loader {self.name!r} is a {type(self.loader).__name__} (kind {kind}), the checkpoint holds kind {snapshot['kind']}")
         self._put_own(snapshot["now"]["own"])
         for name, epoch in snapshot["now"]["epochs"].items():
-            sampler = _samplers(self.loader).get(name)
+            sampler = samplers(self.loader).get(name)
             if sampler is not None and hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
-        if self._current is not None:
-            self._current.stale = True
-        self._current = None
+        for position in (self._current, self._fed):
+            if position is not None:
+                position.stale = True
+        self._current = self._fed = None
         self._pending = snapshot if snapshot["iterating"] else None
 
     # -- iterating ----------------------------------------------------------------------------------------------------
@@ -239,7 +206,7 @@ class LoaderTap:
         if self.on_iter is not None:
             self.on_iter(self)
         snapshot, self._pending = self._pending, None
-        position = _Position()
+        position = Position()
         if snapshot is not None:
             before = rng.take()
             inner = self._replay(snapshot, position)
@@ -258,7 +225,7 @@ class LoaderTap:
         self._current = position
         return drawn
 
-    def _open(self, position: _Position) -> Iterator[Any]:
+    def _open(self, position: Position) -> Iterator[Any]:
         inner = self._base.__iter__(self.loader)
         if self._stateful:
             if self.loader.num_workers > 0:
@@ -267,7 +234,7 @@ class LoaderTap:
             self._watch(inner, position)
         return inner
 
-    def _draw(self, inner: Iterator[Any], position: _Position, by_for: bool) -> Any:
+    def _draw(self, inner: Iterator[Any], position: Position, by_for: bool) -> Any:
         if position.stale:
             raise BoundaryError(f"loader {self.name!r} is drawn from an iterator made before restore(); call iter(loader) after restore()")
         newest = self._current
@@ -297,7 +264,7 @@ class LoaderTap:
             self.doubt = "its iterable dataset draws from the global generators; what it remembers of earlier draws (a shuffle buffer) is replayed with others"
         return batch
 
-    def _watch(self, inner: Any, position: _Position) -> None:
+    def _watch(self, inner: Any, position: Position) -> None:
         """Note the generators before each later index draw that moves the global ones (an endless sampler's next permutation)."""
         next_index, weak, numbers = type(inner)._next_index, weakref.ref(inner), itertools.count(getattr(inner, "_send_idx", 0))  # workers' first ones are drawn
 
@@ -317,7 +284,7 @@ class LoaderTap:
         inner._next_index = watched
 
     # -- coming back --------------------------------------------------------------------------------------------------
-    def _replay(self, snapshot: dict[str, Any], position: _Position) -> Iterator[Any]:
+    def _replay(self, snapshot: dict[str, Any], position: Position) -> Iterator[Any]:
         position.start = snapshot["start"]
         if self._stateful:
             self._put(snapshot["start"])
@@ -345,8 +312,6 @@ class LoaderTap:
                 raise MismatchError(
                     f"loader {self.name!r} ended after {number} batches, the checkpoint was taken after {snapshot['draws']}: other data or another batch size"
                 ) from None
-        if by_index:
-            inner._num_yielded = snapshot["draws"]
         position.draws, position.replaying = snapshot["draws"], {}
         return inner
 
@@ -359,44 +324,18 @@ class LoaderTap:
         return self.loader.persistent_workers and self.loader.num_workers > 0 and self.loader._iterator is not None
 
     def _generators(self) -> dict[str, Any]:
-        return {"rng": rng.take(), "own": {name: each.get_state() for name, each in _own_generators(self.loader).items()}}
+        return {"rng": rng.take(), "own": {name: each.get_state() for name, each in own_generators(self.loader).items()}}
 
     def _put(self, state: dict[str, Any]) -> None:
         rng.put(state["rng"])
         self._put_own(state["own"])
 
     def _put_own(self, states: dict[str, torch.Tensor]) -> None:
-        own = _own_generators(self.loader)
+        own = own_generators(self.loader)
         if own.keys() != states.keys():
             raise MismatchError(f"loader {self.name!r} has generators {sorted(own)}, the checkpoint's had {sorted(states)}")
         for name, state in states.items():
             own[name].set_state(state)
-
-
-def _samplers(loader: DataLoader[Any]) -> dict[str, Any]:
-    """Everything that decides the order, by where it sits in the loader."""
-    inner = getattr(loader.batch_sampler, "sampler", None)
-    return {"loader": loader, "sampler": loader.sampler, "batch_sampler": loader.batch_sampler, "batch_sampler.sampler": inner}
-
-
-def _own_generators(loader: DataLoader[Any]) -> dict[str, torch.Generator]:
-    found: dict[str, torch.Generator] = {}
-    for name, owner in _samplers(loader).items():
-        generator = getattr(owner, "generator", None)
-        if isinstance(generator, torch.Generator) and all(generator is not each for each in found.values()):
-            found[name] = generator
-    return found
-
-
-def _epochs(loader: DataLoader[Any]) -> dict[str, int]:
-    owners = _samplers(loader).items()
-    return {name: owner.epoch for name, owner in owners if hasattr(owner, "set_epoch") and isinstance(getattr(owner, "epoch", None), int)}
-
-
-def _draws_once(sampler: Any) -> bool:
-    if type(sampler) is BatchSampler:
-        return type(sampler.sampler) in _DRAW_ONCE
-    return type(sampler) in _DRAW_ONCE
 
 
 def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -8,6 +8,7 @@ a fresh start, durable before the first new checkpoint. The bytes are in docs/fo
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from layerwise_dist import _native
 from layerwise_dist.errors import DamageError
 from layerwise_dist.storage import layout
 from layerwise_dist.storage.layout import AttemptId
+
+log = logging.getLogger("layerwise_dist")
 
 MANIFEST_CAP = 256 << 20
 _TAIL = re.compile(rb',"checksum":"([0-9a-f]{16})"\}\n\Z')
@@ -288,11 +291,20 @@ class CheckpointMetadataManager:
             pass  # a file that is not ours keeps it
 
     def collect_leftovers(self, inventory: Inventory) -> None:
-        """Cleans up after dead sessions. REQUIRES: the owner lock is held, and no attempt of this session exists."""
+        """Cleans up after dead sessions. REQUIRES: the owner lock is held, and no attempt of this session exists.
+
+        What was read is made durable first: a session may have died between a manifest's rename or removal and its
+        flush, and what this one builds on, or takes the shards of, must not change with a power failure.
+        """
         for attempt in inventory.unfinished:
-            self.collect(attempt)
+            try:
+                self.env.sync_dir(os.path.join(self.root, attempt.folder))
+                self.collect(attempt)
+            except OSError as error:
+                log.warning("leftovers of step %d stay until the next start: %s", attempt.step, error)
         for manifest in inventory.manifests.values():
             folder = os.path.join(self.root, manifest.attempt_id.folder)
+            self.env.sync_dir(folder)
             for name in self.env.list_dir(folder):
                 if layout.is_leftover_in_commit(name):
                     self._unlink(os.path.join(folder, name))

@@ -169,7 +169,8 @@ class Participant:
 
         def done() -> bool:
             reached = self._reached[level]
-            return (reached is not None and reached >= step) or step in self._aborted or self._lost is not None
+            given_up = step in self._aborted or self._stop is not None or self._lost is not None
+            return given_up or (reached is not None and reached >= step)
 
         with self._changed:
             self._wait_for(
@@ -179,7 +180,7 @@ class Participant:
             reached = self._reached[level]
             if reached is not None and reached >= step:
                 return
-            raise CommitError(self._aborted.get(step) or self._lost or "")
+            raise CommitError(self._aborted.get(step) or (self._stop[1] if self._stop else None) or self._lost or "")
 
     def drain(self, timeout_s: float) -> None:
         """Waits until every attempt of this rank is decided. Raises DeadlineError naming the steps that are not."""

@@ -1,0 +1,98 @@
+"""One iteration of a DataLoader: who draws, how far it has come, and which generators decide its order."""
+
+from __future__ import annotations
+
+import dis
+import weakref
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+from torch.utils.data.distributed import DistributedSampler
+
+_FOR_ITER = dis.opmap["FOR_ITER"]
+_EXTENDED_ARG = dis.opmap["EXTENDED_ARG"]
+_YIELDS_FROM = {dis.opmap[name] for name in ("SEND", "YIELD_FROM") if name in dis.opmap}
+_GENERATOR = 0x20  # inspect.CO_GENERATOR
+
+# These draw from the global generators at the first index only, so later draws need no watching.
+_DRAW_ONCE = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
+
+
+def drawn_by_for(frame: FrameType | None) -> bool:
+    """Is the `__next__` that `frame` is just calling made by a `for`?
+
+    True for `for b in loader`, also through `enumerate`, `zip` and generators that are themselves driven by a `for` (tqdm);
+    False for `next(it)` and for `next()` of a generator (`cycle`). `co_code` shows the base opcodes whatever the interpreter has
+    specialised or instrumented, and `f_lasti` is a byte offset into it, on CPython 3.10 to 3.14.
+    """
+    while frame is not None:
+        code, at = frame.f_code.co_code, frame.f_lasti
+        while code[at] == _EXTENDED_ARG:
+            at += 2
+        if not frame.f_code.co_flags & _GENERATOR:
+            return code[at] == _FOR_ITER
+        if code[at] != _FOR_ITER and code[at] not in _YIELDS_FROM:
+            return False
+        frame = frame.f_back
+    return False
+
+
+@dataclass(eq=False)
+class Position:
+    """One `iter(loader)` and how far it has come. The iterator may be gone while this is still wanted."""
+
+    start: dict[str, Any] | None = None
+    first: dict[str, Any] | None = None
+    later: dict[int, dict[str, Any]] = field(default_factory=dict)
+    again: bool = False
+    left: dict[str, Any] | None = None  # the generators as iter() left them, until the first draw
+    replaying: dict[int, dict[str, Any]] = field(default_factory=dict)  # `later` of the snapshot, while it is replayed
+    draws: int = 0
+    exhausted: bool = False
+    by_for: bool = False
+    stale: bool = False  # restore() came after iter()
+    iterator: weakref.ref[Any] | None = None
+
+    @property
+    def alive(self) -> bool:
+        return self.iterator is not None and self.iterator() is not None
+
+    @property
+    def under_way(self) -> bool:
+        return self.alive and not self.exhausted
+
+
+def samplers(loader: DataLoader[Any]) -> dict[str, Any]:
+    """Everything that decides the order, by where it sits in the loader."""
+    inner = getattr(loader.batch_sampler, "sampler", None)
+    return {"loader": loader, "sampler": loader.sampler, "batch_sampler": loader.batch_sampler, "batch_sampler.sampler": inner}
+
+
+def own_generators(loader: DataLoader[Any]) -> dict[str, torch.Generator]:
+    found: dict[str, torch.Generator] = {}
+    for name, owner in samplers(loader).items():
+        generator = getattr(owner, "generator", None)
+        if isinstance(generator, torch.Generator) and all(generator is not each for each in found.values()):
+            found[name] = generator
+    return found
+
+
+def epochs(loader: DataLoader[Any]) -> dict[str, int]:
+    owners = samplers(loader).items()
+    return {name: owner.epoch for name, owner in owners if hasattr(owner, "set_epoch") and isinstance(getattr(owner, "epoch", None), int)}
+
+
+def draws_once(sampler: Any) -> bool:
+    if type(sampler) is BatchSampler:
+        return type(sampler.sampler) in _DRAW_ONCE
+    return type(sampler) in _DRAW_ONCE

@@ -1,0 +1,89 @@
+"""The commands `layerwise ls`, `show` and `verify`, and their exit codes: 0 good, 1 bad on disk, 2 wrong usage."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from layerwise_dist._version import __version__
+from layerwise_dist.cli import console, listing, showing, verifying
+from layerwise_dist.cli.catalogue import Catalogue, WrongUsage
+from layerwise_dist.errors import DamageError
+
+T = TypeVar("T")
+
+Dir = Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint directory: the `dir` of the configuration.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Step = Annotated[int | None, typer.Option("--step", metavar="N", min=0, help="The checkpoint of this step.")]
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.callback(invoke_without_command=True)
+def layerwise(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    """Looks at checkpoint directories of layerwise_dist.
+
+    Exit code: 0 all is well, 1 something on disk is damaged, 2 wrong usage.
+    """
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command("ls")
+def ls(directory: Dir, json: Json = False) -> None:
+    """Lists the checkpoints, newest first, and which of them restore chooses from."""
+    _finish(lambda catalogue: listing.ls(catalogue), directory, json)
+
+
+@app.command("show")
+def show(
+    directory: Dir,
+    step: Step = None,
+    everything: Annotated[bool, typer.Option("--all", help="List every tensor.")] = False,
+    json: Json = False,
+) -> None:
+    """Shows one checkpoint: its manifest, its shards and its tensors. Without --step, the one restore would choose."""
+    _finish(lambda catalogue: showing.show(catalogue, step, everything), directory, json)
+
+
+@app.command("verify")
+def verify(directory: Dir, step: Step = None, json: Json = False) -> None:
+    """Reads every block of every checkpoint, or of one step's, and names the file, tensor and block of each damage."""
+    _finish(lambda catalogue: verifying.verify(catalogue, step), directory, json)
+
+
+def _finish(command: Callable[[Catalogue], console.Answer], directory: str, json: bool) -> None:
+    try:
+        answer = command(Catalogue(directory))
+    except WrongUsage as error:
+        raise _failed(str(error), 2, json) from None
+    except DamageError as error:
+        raise _failed(str(error), 1, json) from None
+    except OSError as error:
+        raise _failed(f"cannot read: {error}", 2, json) from None
+    console.put(answer, json)
+    raise typer.Exit(0 if answer.good else 1)
+
+
+def _failed(message: str, code: int, json: bool) -> typer.Exit:
+    if json:
+        console.put_json({"error": message})
+    else:
+        print(f"layerwise: {message}", file=sys.stderr)
+    return typer.Exit(code)
+
+
+def main() -> Any:
+    """The console script."""
+    try:
+        app()
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough; nothing may be flushed to it at exit.
+        sys.stdout = None  # type: ignore[assignment]
+        raise SystemExit(0) from None

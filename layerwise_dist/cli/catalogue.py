@@ -1,0 +1,134 @@
+"""What lies in one checkpoint directory, as the commands need it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Literal
+
+from layerwise_dist import _native
+from layerwise_dist.commit.metadata import CheckpointMetadataManager, Inventory, Manifest, ShardRecord
+from layerwise_dist.errors import DamageError
+from layerwise_dist.storage import layout
+from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage.reader import Shard
+
+Status = Literal["newest", "lineage", "abandoned"]
+_READERS = 4  # threads
+
+
+class WrongUsage(Exception):
+    """The command cannot do what it was asked: no such directory, no such step."""
+
+
+class Catalogue:
+    """One directory, read once. Raises WrongUsage for what is no checkpoint directory, OSError for one it cannot read."""
+
+    def __init__(self, directory: str) -> None:
+        self.root = os.path.abspath(os.path.expanduser(directory))
+        if not os.path.isdir(self.root):
+            raise WrongUsage(f"{directory}: {'not a directory' if os.path.lexists(self.root) else 'no such directory'}")
+        self.manager = CheckpointMetadataManager(_native.PosixEnv(), self.root)
+        self.inventory: Inventory = self.manager.inventory()
+        known = self.inventory.manifests or self.inventory.branches or self.inventory.damaged or self.inventory.unfinished
+        if not known and not os.path.lexists(os.path.join(self.root, layout.IDENTITY)):
+            raise WrongUsage(f"{directory}: holds no checkpoints of layerwise_dist")
+
+    @cached_property
+    def lineage(self) -> list[Manifest]:
+        return self.inventory.lineage()
+
+    def status(self, manifest: Manifest) -> Status:
+        """newest: what restore tries first; lineage: what it falls back to; abandoned: never chosen by itself."""
+        seqs = [commit.seq for commit in self.lineage]
+        if manifest.seq not in seqs:
+            return "abandoned"
+        return "newest" if manifest.seq == seqs[0] else "lineage"
+
+    def of_step(self, step: int) -> Manifest:
+        """The commit of that step: the lineage's, else the newest abandoned one. Raises WrongUsage or DamageError."""
+        for manifest in [*self.lineage, *sorted(self.inventory.manifests.values(), key=lambda m: -m.seq)]:
+            if manifest.step == step:
+                return manifest
+        for name, damage in self.inventory.damaged.items():
+            attempt = layout.parse_folder(name)
+            if attempt is not None and attempt.step == step:
+                raise DamageError(damage)
+        steps = sorted({manifest.step for manifest in self.inventory.manifests.values()})
+        raise WrongUsage(f"{self.root} has no checkpoint of step {step}; it has {self._short(steps)}")
+
+    def newest(self) -> Manifest:
+        """What restore tries first. Raises WrongUsage, or DamageError when only damaged ones are there."""
+        if self.lineage:
+            return self.lineage[0]
+        for damage in self.inventory.damaged.values():
+            raise DamageError(damage)
+        raise WrongUsage(f"{self.root} has no committed checkpoint in its lineage; see layerwise ls, or give --step")
+
+    def missing(self, manifest: Manifest) -> str | None:
+        """What a look at sizes alone finds wrong with the shards, or None."""
+        for record in manifest.shards:
+            path = self.manager.shard_path(manifest, record.rank)
+            try:
+                kind, nbytes = self.manager.env.stat(path)
+            except FileNotFoundError:
+                if self.still_there(manifest):
+                    return f"{record.file} is missing"
+                return None
+            if kind != "file":
+                return f"{record.file} is not a regular file"
+            if nbytes != record.nbytes:
+                return f"{record.file} is {nbytes} bytes long, the manifest says {record.nbytes}"
+        return None
+
+    def still_there(self, manifest: Manifest) -> bool:
+        """Whether it is committed now: a job that runs retires old checkpoints, manifest first, while this reads."""
+        try:
+            self.manager.read_manifest(manifest.attempt_id)
+        except FileNotFoundError:
+            return False
+        except DamageError:
+            return True
+        return True
+
+    def folder(self, attempt: AttemptId) -> str:
+        return os.path.join(self.root, attempt.folder)
+
+    @contextmanager
+    def shards(self, manifest: Manifest) -> Iterator[ShardOpener]:
+        pool = _native.WriterPool(_READERS)
+        try:
+            yield ShardOpener(self.manager, manifest, pool)
+        finally:
+            pool.close()
+
+    @staticmethod
+    def _short(steps: list[int]) -> str:
+        if not steps:
+            return "none"
+        return ", ".join(map(str, steps)) if len(steps) <= 8 else f"{len(steps)} between {steps[0]} and {steps[-1]}"
+
+
+class ShardOpener:
+    """Opens the shards of one commit with their headers checked against its manifest."""
+
+    def __init__(self, manager: CheckpointMetadataManager, manifest: Manifest, pool: object) -> None:
+        self._manager, self._manifest, self._pool = manager, manifest, pool
+
+    def open(self, record: ShardRecord) -> Shard:
+        """Raises DamageError or OSError."""
+        path = self._manager.shard_path(self._manifest, record.rank)
+        shard = Shard(
+            self._manager.env, self._pool, path, nbytes=record.nbytes, header_bytes=record.header_bytes,
+            header_hash=int(record.header_hash, 16),
+        )  # fmt: skip
+        found = shard.index
+        expected = (self._manifest.attempt, self._manifest.step, record.rank, self._manifest.world_size)
+        if (found.attempt, found.step, found.rank, found.world_size) != expected:
+            raise DamageError(
+                f"shard {path}: its header is of attempt {found.attempt}, step {found.step}, rank {found.rank} of "
+                f"{found.world_size}; the manifest is of attempt {expected[0]}, step {expected[1]}, rank {expected[2]} of {expected[3]}"
+            )
+        return shard

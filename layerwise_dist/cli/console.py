@@ -1,0 +1,72 @@
+"""How answers are printed: rich tables for people, one JSON object for programs; sizes and times in words."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+_PIPE_WIDTH = 200  # columns where there is no terminal to ask
+
+
+@dataclass
+class Answer:
+    """What a command found. `data` is its JSON, `parts` the same for people, `good` its exit code."""
+
+    data: dict[str, Any]
+    parts: list[RenderableType] = field(default_factory=list)
+    good: bool = True
+
+
+def put(answer: Answer, as_json: bool) -> None:
+    if as_json:
+        put_json(answer.data)
+        return
+    out = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+    for part in answer.parts:
+        # Names come from files: no markup of theirs is obeyed.
+        out.print(Text(part) if isinstance(part, str) else part, soft_wrap=isinstance(part, str))
+
+
+def put_json(data: dict[str, Any]) -> None:
+    print(json.dumps(data, indent=1))
+
+
+def table(title: str | None, *columns: str, right: tuple[str, ...] = (), folded: tuple[str, ...] = ()) -> Table:
+    """A table whose cells are plain text: give rows as `Text` or through `row`."""
+    made = Table(title=title, title_justify="left")
+    for column in columns:
+        made.add_column(
+            column,
+            justify="right" if column in right else "left",
+            no_wrap=column not in folded,
+            overflow="fold" if column in folded else "ellipsis",
+        )
+    return made
+
+
+def row(into: Table, *cells: object, style: str = "") -> None:
+    into.add_row(*(Text(str(cell)) for cell in cells), style=style or None)
+
+
+def size(nbytes: float) -> str:
+    """Decimal units, three digits: ``120 MB``."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if nbytes < 1000 or unit == "TB":
+            return f"{nbytes:.0f} {unit}" if nbytes >= 100 or unit == "B" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    raise AssertionError("unreachable")
+
+
+def age(seconds: float) -> str:
+    """``42 s``, ``7 min``, ``3 h``, ``12 d``; a time in the future (another machine's clock) is ``0 s``."""
+    seconds = max(0.0, seconds)
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,98 @@
+"""`layerwise ls`: the checkpoints of a directory."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from layerwise_dist.cli.catalogue import Catalogue
+from layerwise_dist.cli.console import Answer, age, row, size, table
+from layerwise_dist.storage import layout
+
+_STYLE = {"newest": "bold green", "lineage": "green", "abandoned": "dim", "incomplete": "yellow", "damaged": "bold red"}
+
+
+def ls(catalogue: Catalogue) -> Answer:
+    """Bad when a manifest is damaged, or a shard is missing or of another size; blocks are not read."""
+    now = time.time()
+    entries = sorted(
+        _committed(catalogue) + _incomplete(catalogue) + _damaged(catalogue),
+        key=lambda entry: (-(entry["seq"] or 0), entry["folder"]),
+    )
+    branches = [
+        {"seq": branch.seq, "continues_from_seq": branch.parent.seq if branch.parent else None}
+        for _, branch in sorted(catalogue.inventory.branches.items())
+    ]
+    shown = table(f"Checkpoints in {catalogue.root}", "step", "seq", "status", "ranks", "size", "age", "folder",
+                  right=("step", "seq", "ranks", "size", "age"))  # fmt: skip
+    for entry in entries:
+        created = entry["created"]
+        cells = (entry["step"], entry["seq"], entry["status"], entry["ranks"], size(entry["bytes"]))
+        row(
+            shown,
+            *("-" if cell is None else cell for cell in cells),
+            "-" if created is None else age(now - created),
+            entry["folder"],
+            style=_STYLE[entry["status"]],
+        )
+    parts: list[Any] = [shown] if entries else [f"{catalogue.root}: no checkpoints yet"]
+    for branch in branches:
+        source = branch["continues_from_seq"]
+        parts.append(f"seq {branch['seq']}: {'started anew' if source is None else f'rolled back to seq {source}'}")
+    if any(entry["status"] == "incomplete" for entry in entries):
+        parts.append("incomplete: being written now, or left by a crash (the next start removes it)")
+    problems = [entry["problem"] for entry in entries if entry["problem"]]
+    parts += [f"damaged: {problem}" for problem in problems]
+    data = {"dir": catalogue.root, "good": not problems, "checkpoints": entries, "branches": branches}
+    return Answer(data, parts, good=not problems)
+
+
+def _committed(catalogue: Catalogue) -> list[dict[str, Any]]:
+    found = []
+    for manifest in catalogue.inventory.manifests.values():
+        problem = catalogue.missing(manifest)
+        found.append({
+            "step": manifest.step, "seq": manifest.seq, "attempt": manifest.attempt,
+            "status": "damaged" if problem else catalogue.status(manifest), "ranks": manifest.world_size,
+            "bytes": manifest.nbytes, "created": manifest.created, "folder": manifest.attempt_id.folder,
+            "problem": f"{manifest.attempt_id.folder}: {problem}" if problem else None,
+        })  # fmt: skip
+    return found
+
+
+def _incomplete(catalogue: Catalogue) -> list[dict[str, Any]]:
+    found = []
+    for attempt in catalogue.inventory.unfinished:
+        try:
+            nbytes, created = _measure(catalogue.folder(attempt))
+        except FileNotFoundError:
+            continue  # collected while this looks
+        found.append({
+            "step": attempt.step, "seq": attempt.seq, "attempt": attempt.text, "status": "incomplete", "ranks": None,
+            "bytes": nbytes, "created": created, "folder": attempt.folder, "problem": None,
+        })  # fmt: skip
+    return found
+
+
+def _damaged(catalogue: Catalogue) -> list[dict[str, Any]]:
+    found = []
+    for name, damage in catalogue.inventory.damaged.items():
+        attempt = layout.parse_folder(name)
+        seq = attempt.seq if attempt else layout.parse_branch(name)
+        path = os.path.join(catalogue.root, name)
+        try:
+            nbytes, created = _measure(path) if attempt else (os.lstat(path).st_size, os.lstat(path).st_mtime)
+        except FileNotFoundError:
+            continue
+        found.append({
+            "step": attempt.step if attempt else None, "seq": seq, "attempt": attempt.text if attempt else None,
+            "status": "damaged", "ranks": None, "bytes": nbytes, "created": created, "folder": name, "problem": damage,
+        })  # fmt: skip
+    return found
+
+
+def _measure(folder: str) -> tuple[int, float]:
+    """(bytes of its files, time of its last change in seconds since 1970)."""
+    with os.scandir(folder) as entries:
+        return sum(entry.stat(follow_symlinks=False).st_size for entry in entries), os.stat(folder).st_mtime

@@ -1,0 +1,99 @@
+"""`layerwise show`: one checkpoint, from its manifest and the headers of its shards."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+from layerwise_dist.cli.catalogue import Catalogue
+from layerwise_dist.cli.console import Answer, row, size, table
+from layerwise_dist.commit.metadata import Manifest
+from layerwise_dist.errors import DamageError
+from layerwise_dist.slices import Slice
+
+_LISTED = 20
+
+
+def show(catalogue: Catalogue, step: int | None, everything: bool) -> Answer:
+    """Bad when a shard's header does not read; blocks are not read."""
+    manifest = catalogue.newest() if step is None else catalogue.of_step(step)
+    shards, tensors, problems = _read(catalogue, manifest)
+    data = {
+        "dir": catalogue.root,
+        "folder": manifest.attempt_id.folder,
+        "status": catalogue.status(manifest),
+        "good": not problems,
+        "problems": problems,
+        "manifest": manifest.model_dump(mode="json"),
+        "shards": shards,
+        "tensors": list(tensors.values()),
+    }
+    return Answer(data, _parts(data, manifest, everything), good=not problems)
+
+
+def _read(catalogue: Catalogue, manifest: Manifest) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]], list[str]]:
+    shards: list[dict[str, Any]] = []
+    tensors: dict[str, dict[str, Any]] = {}
+    problems: list[str] = []
+    with catalogue.shards(manifest) as opener:
+        for record in manifest.shards:
+            shard: dict[str, Any] = {"rank": record.rank, "file": record.file, "bytes": record.nbytes}
+            shards.append(shard)
+            try:
+                index = opener.open(record).index
+            except DamageError as error:
+                problems.append(str(error))
+                continue
+            shard |= {"tensors": len(index.entries), "layers": len(index.layers), "blocks": len(index.blocks)}
+            for name, entry in index.entries.items():
+                part = entry.slice
+                tensor = tensors.setdefault(name, _tensor(name, part))
+                tensor["parts"].append({"rank": record.rank, "begin": entry.begin, "end": entry.end, **_place(part)})
+    return shards, tensors, problems
+
+
+def _tensor(name: str, part: Slice) -> dict[str, Any]:
+    return {"name": name, "kind": part.kind, "fqn": part.fqn, "dtype": part.dtype, "shape": list(part.global_shape), "parts": []}
+
+
+def _place(part: Slice) -> dict[str, Any]:
+    if part.is_flat:
+        return {"start": part.start, "length": part.length}
+    return {"offsets": list(part.offsets or ()), "lengths": list(part.lengths or ())}
+
+
+def _parts(data: dict[str, Any], manifest: Manifest, everything: bool) -> list[Any]:
+    facts = table(f"Step {manifest.step} in {data['dir']}", "", " ", folded=(" ",))
+    parent = manifest.parent
+    created = datetime.datetime.fromtimestamp(manifest.created).astimezone().isoformat(" ", "seconds")
+    for name, value in (
+        ("folder", data["folder"]),
+        ("status", data["status"]),
+        ("committed", created),
+        ("seq, attempt", f"{manifest.seq}, {manifest.attempt}"),
+        ("parent", "none: the first of its lineage" if parent is None else f"seq {parent.seq}, attempt {parent.attempt}"),
+        ("session, epoch", f"{manifest.session}, {manifest.epoch}"),
+        ("ranks, framework", f"{manifest.world_size}, {manifest.framework}"),
+        ("boundary", manifest.boundary),
+        ("software", ", ".join(f"{name} {version}" for name, version in sorted(manifest.software.items()))),
+        ("size", size(manifest.nbytes)),
+    ):
+        row(facts, name, value)
+
+    shards = table("Shards", "rank", "file", "size", "tensors", "layers", "blocks",
+                   right=("rank", "size", "tensors", "layers", "blocks"))  # fmt: skip
+    for shard in data["shards"]:
+        counts = (shard.get(name, "?") for name in ("tensors", "layers", "blocks"))
+        row(shards, shard["rank"], shard["file"], size(shard["bytes"]), *counts)
+
+    tensors = data["tensors"] if everything else data["tensors"][:_LISTED]
+    listed = table("Tensors", "name", "dtype", "shape", "ranks", "size", right=("size",), folded=("name", "ranks"))
+    for tensor in tensors:
+        nbytes = sum(part["end"] - part["begin"] for part in tensor["parts"])
+        ranks = ", ".join(str(part["rank"]) for part in tensor["parts"])
+        row(listed, tensor["name"], tensor["dtype"], tensor["shape"], ranks, size(nbytes))
+    parts: list[Any] = [facts, shards, listed]
+    hidden = len(data["tensors"]) - len(tensors)
+    if hidden:
+        parts.append(f"and {hidden} more tensors: --all lists them")
+    return parts + [f"damaged: {problem}" for problem in data["problems"]]

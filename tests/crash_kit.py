@@ -1,0 +1,369 @@
+"""Support for the crash and fault tests: two ranks as threads of one process, and the check of what a crash left.
+
+A `Story` is a list of sessions in one directory of one Env. It keeps what every rank held at every step, so that a
+restored state can be compared bit for bit, and marks in the Env's log from when on which record was said to be durable.
+"""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerwise_dist import _native, assembly
+from layerwise_dist._native import testing
+from layerwise_dist.commit.metadata import CheckpointMetadataManager, Inventory, Manifest
+from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
+from layerwise_dist.config import load_config
+from layerwise_dist.engine import LayerwiseEngine
+from layerwise_dist.errors import DamageError
+from layerwise_dist.pieces import DTYPES
+from layerwise_dist.storage import typed_json
+from layerwise_dist.storage.reader import Shard
+
+torch.set_num_threads(1)
+
+ROOT = "/ckpt"
+WORLD = 2
+POLICIES = ("none", "all", "names", "data")
+
+Tensors = dict[str, torch.Tensor]
+
+
+class RankThread(threading.Thread):
+    def __init__(self, body: Callable[[], Any], rank: int) -> None:
+        super().__init__(name=f"rank-{rank}", daemon=True)
+        self._body, self.value, self.error = body, None, None
+
+    def run(self) -> None:
+        try:
+            self.value = self._body()
+        except BaseException as error:
+            self.error = error
+
+
+def try_ranks(body: Callable[[LocalTransport], Any], *, world: int = WORLD, timeout_s: float = 60.0) -> list[RankThread]:
+    """Runs `body` once a rank, each on a thread; each one's `value` or `error` is in the result, by rank."""
+    hub = LocalHub(world)
+    transports = [LocalTransport(hub, rank) for rank in range(world)]
+    threads = [RankThread(lambda transport=transport: body(transport), transport.rank) for transport in transports]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + timeout_s
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    if any(thread.is_alive() for thread in threads):
+        frames = sys._current_frames()
+        stacks = ["".join(traceback.format_stack(frames[t.ident])) for t in threads if t.is_alive() and t.ident in frames]
+        raise AssertionError(f"ranks did not end within {timeout_s:g} s:\n" + "\n".join(stacks))
+    return threads
+
+
+def in_ranks(body: Callable[[LocalTransport], Any], *, world: int = WORLD, timeout_s: float = 60.0) -> list[Any]:
+    """As `try_ranks`, but raises the first rank's error."""
+    threads = try_ranks(body, world=world, timeout_s=timeout_s)
+    for thread in threads:
+        if thread.error is not None:
+            raise thread.error
+    return [thread.value for thread in threads]
+
+
+def settings(root: str = ROOT, **overrides: Any) -> Any:
+    base: dict[str, Any] = {
+        "dir": root, "writer": {"queue_depth": 2, "block_kb": 32}, "commit": {"timeout_s": 20.0}, "fence_timeout_s": 20.0,
+    }  # fmt: skip
+    return load_config({**base, **overrides})
+
+
+def build(rank: int, salt: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Three layers, of which the middle one's weight is large enough (66 KiB) to be written in place."""
+    model = nn.Sequential(nn.Linear(6, 130), nn.Tanh(), nn.Linear(130, 130), nn.Tanh(), nn.Linear(130, 3))
+    generator = torch.Generator().manual_seed(1000 * salt + rank)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.copy_(torch.randn(param.shape, generator=generator) * 0.1)
+    return model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, phase: int, step: int) -> None:
+    """One update; what it is fed depends on rank, phase and step, so that no two states are alike."""
+    generator = torch.Generator().manual_seed(1 + step + 1000 * phase + 100_000 * rank)
+    optimizer.zero_grad()
+    model(torch.randn(5, 6, generator=generator)).square().mean().backward()
+    optimizer.step()
+
+
+def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
+    """Copies of everything that a shard of this rank holds, under the names in the file."""
+    found: Tensors = {}
+    for name, param in model.named_parameters():
+        found[f"param/{name}"] = param.detach().clone()
+        for kind, value in optimizer.state.get(param, {}).items():
+            if isinstance(value, torch.Tensor):
+                found[f"{kind}/{name}"] = value.detach().clone()
+    return found
+
+
+def differing(left: Tensors, right: Tensors) -> list[str]:
+    """Names that are not in both, or not equal bit for bit."""
+    wrong = sorted(left.keys() ^ right.keys())
+    for name in left.keys() & right.keys():
+        a, b = left[name], right[name]
+        if a.dtype != b.dtype or a.shape != b.shape or raw(a) != raw(b):
+            wrong.append(name)
+    return wrong
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+@dataclass
+class Story:
+    """What happened in a directory. A position is (phase, step); (phase, 0) is the branch record that began the phase."""
+
+    env: Any
+    root: str = ROOT
+    states: dict[tuple[int, int], dict[int, Tensors]] = field(default_factory=dict)
+    branches: dict[int, int] = field(default_factory=dict)
+    lock: Any = field(default_factory=threading.Lock)
+
+    def mark(self, phase: int, step: int) -> None:
+        if hasattr(self.env, "mark"):
+            self.env.mark(f"committed {phase} {step}")
+
+    def session(
+        self, phase: int, total: int, *, restore: int | str | None = "newest", fresh: bool = False, waiting: bool = True, **config: Any
+    ) -> list[LayerwiseEngine]:
+        """One run of the job by all ranks, up to step `total`. With `waiting`, each step is committed before the next."""
+
+        def run(transport: LocalTransport) -> LayerwiseEngine:
+            return self._run(transport, phase, total, restore, fresh, waiting, config)
+
+        return in_ranks(run)
+
+    def _run(
+        self, transport: LocalTransport, phase: int, total: int, restore: int | str | None, fresh: bool, waiting: bool, config: dict[str, Any]
+    ) -> LayerwiseEngine:
+        rank = transport.rank
+        model, optimizer = build(rank, phase)
+        place = {"phase": 0, "step": 0}
+        engine = assembly.assemble(
+            model, optimizer, settings(self.root, **config), transport, self.env, state={"place": place}, fresh=fresh
+        )
+        with engine:
+            if not fresh:
+                engine.restore(None if restore == "newest" else restore)
+            if fresh or isinstance(restore, int):
+                self._branched(phase, rank)
+            elif rank == 0 and engine.committed_step is not None:
+                self.mark(place["phase"], engine.committed_step)
+            stop = threading.Event()
+            watcher = threading.Thread(target=self._watch, args=(engine, phase, stop), daemon=True)
+            if rank == 0 and not waiting:
+                watcher.start()
+            for step in engine.steps(total):
+                if waiting:
+                    self._committed(engine, phase, step, rank)
+                train(model, optimizer, rank, phase, step)
+                place["phase"], place["step"] = phase, step + 1
+                with self.lock:
+                    self.states.setdefault((phase, step + 1), {})[rank] = tensors_of(model, optimizer)
+            engine.wait(total)
+            self._committed(engine, phase, total, rank)
+            stop.set()
+            if watcher.ident is not None:
+                watcher.join(10)
+        return engine
+
+    def _committed(self, engine: LayerwiseEngine, phase: int, step: int, rank: int) -> None:
+        if (phase, step) in self.states:
+            engine.wait(step)
+            if rank == 0:
+                self.mark(phase, step)
+
+    def _watch(self, engine: LayerwiseEngine, phase: int, stop: threading.Event) -> None:
+        seen = engine.committed_step
+        while not stop.wait(0.0005):
+            step = engine.committed_step
+            if step is not None and step != seen:
+                seen = step
+                self.mark(phase, step)
+
+    def _branched(self, phase: int, rank: int) -> None:
+        if rank == 0:
+            self.branches[max(CheckpointMetadataManager(self.env, self.root).inventory().branches, default=0)] = phase
+            self.mark(phase, 0)
+
+    def promised(self, prefix: int) -> tuple[int, int]:
+        """The newest position that was said to be durable within the first `prefix` entries of the log."""
+        found = (0, 0)
+        for index, text in self.env.marks():
+            if index < prefix:
+                _, phase, step = text.split()
+                found = max(found, (int(phase), int(step)))
+        return found
+
+    def check(self, env: Any, promised: tuple[int, int]) -> tuple[int, int]:
+        """Asserts that `env` holds exactly what may be there; returns the position that its newest record stands for."""
+        manager = CheckpointMetadataManager(env, self.root)
+        try:
+            inventory = manager.inventory()
+        except FileNotFoundError:
+            inventory = Inventory({}, {}, {}, [])
+        assert not inventory.damaged, f"records are damaged: {inventory.damaged}"
+        positions = {seq: (self.branches[seq], 0) for seq in inventory.branches if seq in self.branches}
+        unsaid = [seq for seq in inventory.branches if seq not in self.branches]
+        assert not unsaid, f"branch records {unsaid} were never announced"
+        pool = _native.WriterPool(1)
+        try:
+            for seq, manifest in inventory.manifests.items():
+                positions[seq] = self._check_commit(env, pool, manager, manifest)
+        finally:
+            pool.close()
+        if positions:
+            try:
+                manager.read_identity()
+            except (FileNotFoundError, DamageError) as error:
+                raise AssertionError(f"there are records, and the identity is gone: {error}") from error
+        newest = positions[max(positions)] if positions else (0, 0)
+        assert newest == max(positions.values(), default=(0, 0)), f"the newest record stands for {newest}, of {positions}"
+        assert newest >= promised, f"the newest record stands for {newest}, {promised} was said to be committed"
+        lineage = inventory.lineage()
+        if positions and max(positions) in inventory.manifests:
+            assert lineage and lineage[0].seq == max(positions)
+        return newest
+
+    def _check_commit(self, env: Any, pool: Any, manager: CheckpointMetadataManager, manifest: Manifest) -> tuple[int, int]:
+        places = set()
+        for rank in range(manifest.world_size):
+            path = manager.shard_path(manifest, rank)
+            try:
+                tensors, place = read_shard(env, pool, path, manifest.shards[rank])
+            except DamageError as error:
+                raise AssertionError(f"a manifest names a shard that does not verify: {error}") from error
+            places.add((place["phase"], place["step"]))
+            assert (place["phase"], place["step"]) in self.states, f"{path}: nobody was ever at {place}"
+            wrong = differing(tensors, self.states[place["phase"], place["step"]][rank])
+            assert not wrong, f"{path}: not what rank {rank} held at {place}: {wrong}"
+        assert len(places) == 1 and {step for _, step in places} == {manifest.step}, f"{manager.root}: a mix of {places}"
+        return places.pop()
+
+    def restart(self, env: Any, *, root: str | None = None, go_on: bool = False, **config: Any) -> int:
+        """A whole job started on what a crash left: restores, compares bit for bit, and with `go_on` saves once more."""
+
+        def run(transport: LocalTransport) -> tuple[int, dict[str, int], Tensors]:
+            model, optimizer = build(transport.rank, 77)
+            place = {"phase": 0, "step": 0}
+            with assembly.assemble(
+                model, optimizer, settings(root or self.root, **config), transport, env, state={"place": place}
+            ) as engine:
+                step = engine.restore()
+                found = (step, dict(place), tensors_of(model, optimizer))
+                for number in engine.steps(step + 1 if go_on else step):
+                    train(model, optimizer, transport.rank, 99, number)
+                    place["phase"], place["step"] = 99, number + 1
+                    with self.lock:
+                        self.states.setdefault((99, number + 1), {})[transport.rank] = tensors_of(model, optimizer)
+                if go_on:
+                    engine.wait(step + 1)
+            return found
+
+        results = in_ranks(run)
+        steps, places = {result[0] for result in results}, [result[1] for result in results]
+        assert len(steps) == 1 and places[0] == places[1], f"ranks restored different steps: {steps}, {places}"
+        step = steps.pop()
+        assert step == places[0]["step"]
+        for rank, (_, place, tensors) in enumerate(results if step else []):
+            wrong = differing(tensors, self.states[place["phase"], step][rank])
+            assert not wrong, f"rank {rank} restored step {step} with other contents: {wrong}"
+        if go_on:
+            try:
+                assert self.check(env, (99, step + 1)) == (99, step + 1)
+            finally:
+                del self.states[99, step + 1]
+        return step
+
+
+def read_shard(env: Any, pool: Any, path: str, record: Any) -> tuple[Tensors, dict[str, int]]:
+    """All tensors of a shard, and the position that its state says. Everything is verified; raises DamageError."""
+    shard = Shard(
+        env, pool, path, nbytes=record.nbytes, header_bytes=record.header_bytes, header_hash=int(record.header_hash, 16)
+    )
+    problems = shard.verify()
+    if problems:
+        raise DamageError("; ".join(problems))
+    found: Tensors = {}
+    spans = []
+    for name, entry in shard.index.entries.items():
+        found[name] = torch.empty(entry.slice.local_shape, dtype=DTYPES[entry.slice.dtype])
+        spans.append((entry.begin, entry.end, found[name].data_ptr()))
+    shard.read_into(spans)
+    return found, typed_json.loads(*shard.state())["objects"]["place"]
+
+
+@dataclass
+class Mutation:
+    """One operation that goes wrong: `operation` on a path that matches, called by the function `caller`.
+
+    `forget` acknowledges and does nothing, else it raises EIO. Operations inside the native core (sync of a file) are
+    forgotten by MemoryEnv itself and have no caller.
+    """
+
+    operation: str
+    pattern: str
+    caller: str | None = None
+    forget: bool = True
+
+
+class MutantEnv(testing.MemoryEnv):
+    """A MemoryEnv in which one flush or rename of the engine's Python side is left out, told apart by its caller."""
+
+    def __init__(self, mutation: Mutation | None = None) -> None:
+        super().__init__()
+        self.mutation = mutation
+        self.hits = 0
+        if mutation is not None and mutation.caller is None:
+            self.drop(mutation.operation, mutation.pattern)
+
+    def sync_dir(self, path: str) -> None:
+        if not self._mutated("sync_dir", path):
+            super().sync_dir(path)
+
+    def rename(self, source: str, target: str) -> None:
+        if not self._mutated("rename", target):
+            super().rename(source, target)
+
+    @property
+    def mutated(self) -> int:
+        return self.hits + self.dropped
+
+    def _mutated(self, operation: str, path: str) -> bool:
+        mutation = self.mutation
+        if mutation is None or mutation.caller is None:
+            return False
+        caller = sys._getframe(2).f_code.co_name
+        if (operation, caller) != (mutation.operation, mutation.caller) or not fnmatch.fnmatchcase(path, mutation.pattern):
+            return False
+        self.hits += 1
+        if not mutation.forget:
+            raise OSError(errno.EIO, f"{operation} (injected)", path)
+        return True
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def native_threads() -> int:
+    return len(os.listdir("/proc/self/task"))

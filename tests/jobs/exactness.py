@@ -1,0 +1,159 @@
+"""Trains many small configurations with and without the engine, and resumes each; writes what differs.
+
+    exactness.py WRAPPER OUT [PART]      WRAPPER is plain, ddp or fsdp2; OUT/<rank>.json is {configuration: [differences]}
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from kit import contents, differences, process_group
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import layerwise_dist as lwd
+
+STEPS, STOP = 5, 2
+FEATURES = ("bare", "clipping", "accumulation", "schedule", "tied", "batchnorm", "unused", "closure", "all")
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd-momentum": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9),
+    "adamw-foreach": lambda params: torch.optim.AdamW(params, lr=0.01, foreach=True),
+    "adamw-fused": lambda params: torch.optim.AdamW(params, lr=0.01, fused=True),
+    "lbfgs": lambda params: torch.optim.LBFGS(params, lr=0.1, max_iter=4, line_search_fn="strong_wolfe"),
+}
+
+
+class Net(nn.Module):
+    """An embedding, a block with dropout, a head; all sizes odd, so that no shard is even."""
+
+    def __init__(self, features: set[str]) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(19, 13)
+        self.block = nn.Sequential(nn.Linear(13, 29), nn.Tanh(), nn.Dropout(0.2), nn.Linear(29, 13))
+        self.norm = nn.BatchNorm1d(13) if "batchnorm" in features else nn.Identity()
+        self.unused = nn.Linear(7, 3) if "unused" in features else None
+        self.head = nn.Linear(13, 19, bias=False)
+        if "tied" in features:
+            self.head.weight = self.embed.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.block(self.embed(tokens))))
+
+
+class Job:
+    """One training script. Everything random comes from the global generator, which every rank seeds differently."""
+
+    def __init__(self, wrapper: str, optimizer: str, feature: str, seed: int) -> None:
+        self.features = {feature} if feature != "all" else {"clipping", "accumulation", "schedule", "tied", "batchnorm", "unused"}
+        torch.manual_seed(seed)
+        self.net = Net(self.features)
+        self.model: nn.Module = self.net
+        if wrapper == "ddp":
+            self.model = DistributedDataParallel(self.net, find_unused_parameters="unused" in self.features)
+        elif wrapper == "fsdp2":
+            fully_shard(self.net.block)
+            fully_shard(self.net)
+        self.wrapper = wrapper
+        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
+        self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, [2, 4], 0.3)
+        torch.manual_seed(1000 * seed + (dist.get_rank() if dist.is_initialized() else 0))
+        self.closure = "closure" in self.features or optimizer == "lbfgs"
+
+    def step(self) -> str:
+        batches = [torch.randint(0, 19, (2, 6)) for _ in range(2 if "accumulation" in self.features else 1)]
+
+        def compute() -> torch.Tensor:
+            self.optimizer.zero_grad()
+            total = torch.zeros(())
+            for number, (tokens, targets) in enumerate(batches):
+                last = number == len(batches) - 1
+                if self.wrapper == "ddp":
+                    self.model.require_backward_grad_sync = last
+                elif self.wrapper == "fsdp2":
+                    self.net.set_requires_gradient_sync(last)
+                loss = nn.functional.cross_entropy(self.model(tokens), targets) / len(batches)
+                loss.backward()
+                total = total + loss.detach()
+            if "clipping" in self.features:
+                nn.utils.clip_grad_norm_(self.model.parameters(), 0.5)
+            return total
+
+        if self.closure:
+            loss = self.optimizer.step(compute)
+        else:
+            loss = compute()
+            self.optimizer.step()
+        if "schedule" in self.features:
+            self.scheduler.step()
+        return loss.item().hex()
+
+
+def trial(wrapper: str, optimizer: str, feature: str, root: str, sabotage: bool = False) -> list[str]:
+    """What differs between the plain run, the run with the engine, and the run that stopped and was resumed."""
+    job = Job(wrapper, optimizer, feature, seed=1)
+    losses = [job.step() for _ in range(STEPS)]
+    expected = contents(job.model, job.optimizer)
+
+    def attach(job: Job, folder: str, keep: int) -> Any:
+        config = {"dir": f"{root}/{folder}", "audit": "always", "keep_last": keep, "commit": {"timeout_s": 30.0, "on_failure": "raise"}}
+        return lwd.attach(job.model, job.optimizer, config, state={"scheduler": job.scheduler})
+
+    def compare(what: str, job: Job, found: list[str], wanted: list[str]) -> list[str]:
+        problems = [] if found == wanted else [f"{what}: losses {found}, expected {wanted}"]
+        return problems + [f"{what}: {name}" for name in differences(contents(job.model, job.optimizer), expected)]
+
+    job = Job(wrapper, optimizer, feature, seed=1)
+    ckpt = attach(job, "on", 1)
+    problems = compare("engine on", job, [job.step() for _ in ckpt.steps(STEPS)], losses)
+    ckpt.close()
+    if ckpt.committed_step != STEPS:
+        problems.append(f"engine on: committed step is {ckpt.committed_step}")
+
+    job = Job(wrapper, optimizer, feature, seed=1)
+    ckpt = attach(job, "stopped", 1)
+    for _ in ckpt.steps(STOP):
+        job.step()
+    ckpt.close()
+    job = Job(wrapper, optimizer, feature, seed=2)
+    job.step()  # other random values, another gradient presence and live optimizer state
+    ckpt = attach(job, "stopped", 1)
+    if ckpt.restore() != STOP:
+        problems.append("resumed: from another step")
+    if sabotage:
+        with torch.no_grad():
+            tensor = job.net.embed.weight
+            tensor.view(torch.int32)[0, 0] ^= 1  # one ulp
+    problems += compare("resumed", job, [job.step() for _ in ckpt.steps(STEPS)], losses[STOP:])
+    ckpt.close()
+    return problems
+
+
+def main() -> None:
+    wrapper, out = sys.argv[1], Path(sys.argv[2])
+    optimizers = [name for name in OPTIMIZERS if wrapper == "plain" or name != "lbfgs"]
+    cases = [(name, feature) for name in optimizers for feature in (FEATURES if name != "lbfgs" else ("bare", "schedule", "tied"))]
+    results: dict[str, list[str]] = {}
+    with process_group() as rank, tempfile.TemporaryDirectory() as scratch:
+        paths = [scratch]
+        if dist.is_initialized():
+            dist.broadcast_object_list(paths, src=0)
+        for optimizer, feature in cases:
+            root = f"{paths[0]}/{optimizer}-{feature}"
+            results[f"{optimizer} {feature}"] = trial(wrapper, optimizer, feature, root)
+        if wrapper == "plain":
+            results["sabotaged"] = trial(wrapper, "adamw-fused", "bare", f"{paths[0]}/sabotaged", sabotage=True)
+        (out / f"{rank}.json").write_text(json.dumps(results))
+        if dist.is_initialized():
+            dist.barrier()
+
+
+if __name__ == "__main__":
+    main()

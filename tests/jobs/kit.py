@@ -1,0 +1,82 @@
+"""What the jobs share: a process group that is torn down in order, and bit-exact comparison of everything a job holds."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from layerwise_dist.frameworks.base import clean
+
+
+@contextmanager
+def process_group() -> Iterator[int]:
+    """gloo over what the launcher says; nothing for a job without a launcher. Yields the rank."""
+    torch.set_num_threads(1)
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+    try:
+        yield int(os.environ.get("RANK", "0"))
+    finally:
+        gc.collect()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def contents(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """All that a job's future depends on, copied: parameters, gradient presence, buffers, optimizer, random numbers."""
+    held: dict[str, Any] = {}
+    names = {}
+    for name, param in model.named_parameters():
+        names[param] = clean(name)
+        held[f"param/{clean(name)}"] = local(param.detach()).clone()
+        held[f"grad?/{clean(name)}"] = param.grad is not None
+    for name, buffer in model.named_buffers():
+        held[f"buffer/{clean(name)}"] = local(buffer).clone()
+    for param, state in optimizer.state.items():
+        for key, value in state.items():
+            _flatten(f"state/{names[param]}/{key}", value, held)
+    for number, group in enumerate(optimizer.param_groups):
+        for key, value in group.items():
+            if key != "params":
+                _flatten(f"group/{number}/{key}", value, held)
+    held["rng"] = torch.get_rng_state()
+    return held
+
+
+def _flatten(name: str, value: Any, into: dict[str, Any]) -> None:
+    if isinstance(value, torch.Tensor):
+        into[name] = local(value.detach()).clone()
+    elif isinstance(value, (list, tuple, dict)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        into[name] = f"{type(value).__name__} of {len(value)}"
+        for key, item in items:
+            _flatten(f"{name}/{key}", item, into)
+    else:
+        into[name] = value.hex() if isinstance(value, float) else value
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Names of what is not equal bit for bit: value, dtype, shape, strides, or there at all."""
+    found = sorted(one.keys() ^ other.keys())
+    for name in one.keys() & other.keys():
+        mine, yours = one[name], other[name]
+        if isinstance(mine, torch.Tensor) != isinstance(yours, torch.Tensor) or type(mine) is not type(yours):
+            found.append(name)
+        elif isinstance(mine, torch.Tensor):
+            alike = (mine.dtype, mine.shape, mine.stride()) == (yours.dtype, yours.shape, yours.stride())
+            if not alike or mine.contiguous().reshape(-1).view(torch.uint8).tolist() != yours.contiguous().reshape(-1).view(torch.uint8).tolist():
+                found.append(name)
+        elif mine != yours:
+            found.append(name)
+    return found

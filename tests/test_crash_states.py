@@ -1,0 +1,143 @@
+"""Power fails after any operation: what is on the disk then is always one committed step, and never an older one than said.
+
+The whole log of real two-rank runs is cut at every entry. What the disk may hold then (any subset of what was not
+flushed) is read by the engine's own code. Leaving out any one flush or rename must make that check fail.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from crash_kit import POLICIES, MutantEnv, Mutation, Story
+
+from layerwise_dist._native import testing
+from layerwise_dist.errors import CommitError
+
+
+def two_steps(story: Story) -> None:
+    story.session(1, 2)
+
+
+def in_flight(story: Story) -> None:
+    story.session(1, 5, waiting=False, keep_last=2, max_in_flight=2)
+
+
+def retention(story: Story) -> None:
+    story.session(1, 4, keep_last=1)
+
+
+def branches(story: Story) -> None:
+    """Three steps, a restart, a roll-back to step 2 with two more, and a fresh start beside them."""
+    story.session(1, 2, keep_last=2)
+    story.session(2, 3, keep_last=2)
+    story.session(3, 4, keep_last=2, restore=2)
+    story.session(4, 1, keep_last=2, fresh=True)
+
+
+STORIES = {story.__name__: story for story in (two_steps, in_flight, retention, branches)}
+
+
+def sweep(story: Story, seeds: int) -> int:
+    """Every prefix of the log, under each policy and `seeds` random draws. Returns how many states were looked at."""
+    checked = 0
+    for prefix in range(story.env.log_size + 1):
+        promised = story.promised(prefix)
+        cases = [(policy, 0) for policy in POLICIES] + [("random", 7919 * prefix + seed) for seed in range(seeds)]
+        for policy, seed in cases:
+            try:
+                story.check(story.env.crash(prefix, seed, policy), promised)
+            except AssertionError as error:
+                last = story.env.log_entry(prefix - 1) if prefix else "nothing"
+                raise AssertionError(f"prefix {prefix} (after {last}), policy {policy}, seed {seed}: {error}") from error
+            checked += 1
+    return checked
+
+
+@pytest.mark.parametrize("name", STORIES)
+def test_after_power_loss_at_any_moment_there_is_one_committed_step(name: str, long: bool) -> None:
+    story = Story(testing.MemoryEnv())
+    STORIES[name](story)
+    checked = sweep(story, 200 if long else 4)
+    assert checked > 8 * story.env.log_size - 1
+
+
+@pytest.mark.parametrize("name", STORIES)
+def test_a_job_restarts_from_what_power_loss_left_and_saves_again(name: str, long: bool) -> None:
+    story = Story(testing.MemoryEnv())
+    STORIES[name](story)
+    draw = random.Random(name)
+    for _ in range(300 if long else 25):
+        prefix, seed = draw.randrange(story.env.log_size + 1), draw.randrange(1 << 30)
+        crashed = story.env.crash(prefix, seed, draw.choice([*POLICIES, "random", "random"]))
+        newest = story.check(crashed, story.promised(prefix))
+        step = story.restart(crashed, go_on=True)
+        if newest[1]:
+            assert step == newest[1], f"prefix {prefix}, seed {seed}: restored step {step}, the newest record is {newest}"
+
+
+MUTATIONS = {
+    "sync of the shard": Mutation("sync", "*/rank_*.partial"),
+    "sync of rank 1's shard alone": Mutation("sync", "*/rank_00001*.partial"),
+    "rename of the shard": Mutation("rename", "*/rank_*.safetensors", "persist"),
+    "sync_dir of the attempt's folder after the shard": Mutation("sync_dir", "*/step_*", "persist"),
+    "sync_dir of the root after the shard": Mutation("sync_dir", "/ckpt", "persist"),
+    "sync of the manifest": Mutation("sync", "*/manifest.json.tmp"),
+    "rename of the manifest": Mutation("rename", "*/manifest.json", "_publish"),
+    "sync_dir of the folder after the manifest": Mutation("sync_dir", "*/step_*", "_publish"),
+    "sync of the branch record": Mutation("sync", "*/branch_*"),
+    "rename of the branch record": Mutation("rename", "*/branch_*", "_publish"),
+    "sync_dir of the root after the branch record": Mutation("sync_dir", "/ckpt", "_publish"),
+    "sync_dir after a retired manifest": Mutation("sync_dir", "*/step_*", "retire"),
+    "sync of the identity": Mutation("sync", "*/identity.json*"),
+    "sync_dir above the root": Mutation("sync_dir", "/", "_make_dirs"),
+}
+
+
+@pytest.mark.parametrize("left_out", MUTATIONS)
+def test_leaving_out_one_flush_or_rename_is_found(left_out: str) -> None:
+    """The proof that the sweep can fail: each of these is needed, and the check sees it."""
+    env = MutantEnv(MUTATIONS[left_out])
+    story = Story(env)
+    with pytest.raises(AssertionError):
+        try:
+            branches(story)
+        finally:
+            assert env.mutated > 0
+        sweep(story, 12)
+
+
+def test_what_a_restart_reports_as_committed_survives_power_loss_even_if_the_first_job_could_not_flush_it() -> None:
+    """A job ends between the manifest's rename and its flush. The next one finds the manifest: it must flush it first."""
+    env = MutantEnv(Mutation("sync_dir", "*/step_*2-*", "_publish", forget=False))
+    story = Story(env)
+    with pytest.raises(CommitError):
+        story.session(1, 3)
+    assert env.mutated == 1
+    env.mutation = None
+    assert story.restart(env) == 2
+    env.mark("committed 1 2")
+    sweep(story, 4)
+
+
+def test_a_checkpoint_is_not_removed_before_the_end_of_its_manifest_is_durable_even_over_a_restart() -> None:
+    """The flush between manifest and shards fails; the next start collects the shards: it must flush first."""
+    env = MutantEnv(Mutation("sync_dir", "*/step_*1-*", "retire", forget=False))
+    story = Story(env)
+    story.session(1, 2, keep_last=1)
+    assert env.mutated == 1
+    env.mutation = None
+    assert story.restart(env) == 2
+    sweep(story, 8)
+
+
+def test_leftovers_of_a_crash_are_gone_after_the_next_start() -> None:
+    story = Story(testing.MemoryEnv())
+    two_steps(story)
+    for prefix in range(0, story.env.log_size + 1, 3):
+        crashed = story.env.crash(prefix, 0, "all")
+        step = story.restart(crashed)
+        folders = [name for name in crashed.list_dir("/ckpt") if name.startswith("step_")]
+        assert len(folders) == step
+        for folder in folders:
+            assert crashed.list_dir(f"/ckpt/{folder}") == ["manifest.json", "rank_00000.safetensors", "rank_00001.safetensors"]
