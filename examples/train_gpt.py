@@ -3,7 +3,8 @@
     torchrun --standalone --nproc-per-node 2 examples/train_gpt.py --steps 100 --dir checkpoints/gpt
 
 Kill it at any moment and start the same command again: it goes on at the newest committed step, bit for bit. What
-that takes is marked CHECKPOINT below; the rest is an ordinary training script. Without torchrun it trains in one process.
+that takes is marked CHECKPOINT below; the rest is an ordinary training script. Without torchrun it trains in one
+process.
 """
 
 from __future__ import annotations
@@ -20,11 +21,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from gpt_model import GPT, VOCABULARY
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
-
-from gpt_model import VOCABULARY, GPT
 
 DATASET_CAP = 16 << 20  # bytes
 
@@ -40,7 +40,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=positive, default=128, help="bytes of text that the model sees at once")
     parser.add_argument("--batch", type=positive, default=4, help="windows of text a step and rank")
     parser.add_argument("--optimizer", choices=["foreach", "fused"], default="foreach", help="AdamW's implementation")
-    parser.add_argument("--wrapper", choices=["fsdp2", "ddp", "plain"], help="default: fsdp2 under torchrun, else plain")
+    parser.add_argument(
+        "--wrapper", choices=["fsdp2", "ddp", "plain"], help="default: fsdp2 under torchrun, else plain"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the weights, the dropout and the data")
     parser.add_argument("--dir", default="checkpoints/gpt", help="directory of the checkpoints")
     parser.add_argument("--every", type=positive, default=1, help="a checkpoint every so many steps")
@@ -162,7 +164,7 @@ def hashes(model: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.
     return {"parameters": parameters.hexdigest(), "optimizer": moments.hexdigest(), "random": draws.hexdigest()}
 
 
-def _add(digest: "hashlib._Hash", name: str, value: object) -> None:
+def _add(digest: hashlib._Hash, name: str, value: object) -> None:
     if isinstance(value, Tensor):
         local = value.to_local() if hasattr(value, "to_local") else value
         digest.update(f"{name} {local.dtype} {tuple(local.shape)}\n".encode())

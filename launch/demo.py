@@ -46,13 +46,13 @@ class DemoFailed(Exception):
 
 
 def adopt_orphans() -> None:
-    """Makes processes whose parent dies children of this one (PR_SET_CHILD_SUBREAPER), so that none can be left over."""
+    """Makes orphans among the descendants children of this process, so that none can be left over."""
     pr_set_child_subreaper = 36
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
 
 
 def descendants() -> list[int]:
-    """Live processes below this one; torchrun gives each trainer a session of its own, so a process group misses them."""
+    """Live processes below this one. A process group misses trainers: torchrun gives each a session of its own."""
     parents: dict[int, int] = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -192,7 +192,7 @@ class Demo:
             raise DemoFailed(f"{run.name}: left {left} processes behind (killed now)")
 
     def kill_at(self, run: Run, step: int, fraction: float) -> int:
-        """SIGKILL to torchrun and all trainers `fraction` of a step's time after `step` was done; returns the last step done."""
+        """SIGKILL to all, `fraction` of a step's time after `step` was done; returns the last step done."""
         moment: float | None = None
 
         def due() -> bool:
@@ -223,8 +223,12 @@ def progress_bar(name: str, steps: int) -> Iterator[Callable[[Run], None]]:
         yield line
         return
     columns = (
-        TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn(),
-    )  # fmt: skip
+        TextColumn("  {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(name, total=steps, note="starting")
 
@@ -253,10 +257,12 @@ def differences(alone: Run, killed: Run, resumed: Run, steps: int) -> list[str]:
     ours, expected_ranks = resumed.end(), alone.end()
     if [rank["rank"] for rank in ours] != list(range(RANKS)) or len(expected_ranks) != RANKS:
         found.append(f"hashes of {len(expected_ranks)} and {len(ours)} ranks, expected {RANKS}")
-    for rank, expected_rank in zip(ours, expected_ranks):
+    for rank, expected_rank in zip(ours, expected_ranks, strict=False):
         for what, value in expected_rank["hashes"].items():
             if rank["hashes"].get(what) != value:
-                found.append(f"rank {rank['rank']}: the final {what} hash to {rank['hashes'].get(what)}, left alone to {value}")
+                found.append(
+                    f"rank {rank['rank']}: the final {what} hash to {rank['hashes'].get(what)}, left alone to {value}"
+                )
     return found
 
 
@@ -268,17 +274,26 @@ def report(demo: Demo, alone: Run, killed: Run, resumed: Run, kill_step: int) ->
     written = sum(counter["bytes_written"] for counter in counters)
     p50, p99 = (max(counter[f"stall_ms_{name}"] for counter in counters) for name in ("p50", "p99"))
     training = sum(resumed.seconds)
+    each = written / max(1, counters[0]["captures"])
 
-    table = Table(title="All losses and the final state are equal, bit for bit", title_style="bold green", show_header=False)
+    table = Table(
+        title="All losses and the final state are equal, bit for bit", title_style="bold green", show_header=False
+    )
     table.add_column(style="cyan")
     table.add_column()
     table.add_row("model", f"GPT, {alone.parameters / 1e6:.1f}M parameters, FSDP2 on {RANKS} ranks")
-    table.add_row("steps", f"{demo.args.steps}, a checkpoint every step ({written / max(1, counters[0]['captures']) / 1e6:.0f} MB each)")
+    table.add_row("steps", f"{demo.args.steps}, a checkpoint every step ({each / 1e6:.0f} MB each)")
     table.add_row("killed, resumed", f"killed after step {kill_step}, resumed from step {resumed.start}")
-    table.add_row("seconds a step", f"{without:.3f} without checkpoints, {with_:.3f} with ({with_ / without:.2f} times)")
+    table.add_row(
+        "seconds a step", f"{without:.3f} without checkpoints, {with_:.3f} with ({with_ / without:.2f} times)"
+    )
     table.add_row("stall a checkpoint", f"{p50:.1f} ms (median), {p99:.1f} ms (99th percentile), slower rank")
-    table.add_row("to disk", f"{written / training / 1e6:.0f} MB/s, {written / 1e9:.2f} GB in the resumed run's {training:.0f} s")
-    table.add_row("checkpoints", f"{committed} committed, {counters[0]['checkpoints_aborted']} aborted in the resumed run")
+    table.add_row(
+        "to disk", f"{written / training / 1e6:.0f} MB/s, {written / 1e9:.2f} GB in the resumed run's {training:.0f} s"
+    )
+    table.add_row(
+        "checkpoints", f"{committed} committed, {counters[0]['checkpoints_aborted']} aborted in the resumed run"
+    )
     console.print(table)
 
     tool = shorter(Path(sys.executable).parent / "layerwise")
@@ -308,8 +323,12 @@ def arguments() -> argparse.Namespace:
         prog="demo.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--steps", type=int, default=30, help="steps of each run, 12 or more (default: %(default)s)")
-    parser.add_argument("--seed", type=int, help="chooses the moment of the kill (default: a new one, which is printed)")
-    parser.add_argument("--dir", type=Path, help="new or empty folder for checkpoints and logs (default: a new one in build/demo)")
+    parser.add_argument(
+        "--seed", type=int, help="chooses the moment of the kill (default: a new one, which is printed)"
+    )
+    parser.add_argument(
+        "--dir", type=Path, help="new or empty folder for checkpoints and logs (default: a new one in build/demo)"
+    )
     parser.add_argument("--timeout", type=float, default=1200.0, help="seconds for all of it (default: %(default).0f)")
     args = parser.parse_args()
     if args.steps < 12:
@@ -333,7 +352,9 @@ def make_folder(wanted: Path | None) -> Path:
         raise WrongUsage(f"cannot make {folder}: {error.strerror}") from None
     free = shutil.disk_usage(folder).free
     if free < FREE_SPACE:
-        raise WrongUsage(f"{free / 1e9:.1f} GB are free in {folder}, {FREE_SPACE / 1e9:.1f} GB are needed; choose another --dir")
+        raise WrongUsage(
+            f"{free / 1e9:.1f} GB are free in {folder}, {FREE_SPACE / 1e9:.1f} GB are needed; choose another --dir"
+        )
     return folder.resolve()
 
 
@@ -343,7 +364,8 @@ def run_demo(args: argparse.Namespace) -> None:
     chance = random.Random(args.seed)
     kill_step = chance.randint(args.steps // 3, 2 * args.steps // 3)
     fraction = chance.random()
-    plain(f"Kill after step {kill_step} and {fraction:.2f} of the next (--seed {args.seed}); logs in {shorter(demo.folder)}")
+    plain(f"Kill after step {kill_step} and {fraction:.2f} of the next (--seed {args.seed})")
+    plain(f"Logs in {shorter(demo.folder)}")
 
     checkpoints = ("--dir", str(demo.checkpoints), "--every", "1")
     console.print("[bold]1. Left alone, without checkpoints")

@@ -1,25 +1,28 @@
 """Where an iteration ends: events of the training loop in, boundaries out.
 
-A checkpoint at step t holds the process after all that iteration t does and before anything of iteration t+1. No hook of torch
-sees that point in every loop, so there are three ways to know it, and each checkpoint records which one it was:
+A checkpoint at step t holds the process after all that iteration t does and before anything of iteration t+1. No hook
+of torch sees that point in every loop, so there are three ways to know it, and each checkpoint records which one it
+was:
 
 explicit
-    `for step in ckpt.steps(total)`: the loop's back edge; or `ckpt.end_step()` as the body's last statement. Once either was
-    used, nothing else makes a boundary.
+    `for step in ckpt.steps(total)`: the loop's back edge; or `ckpt.end_step()` as the body's last statement. Once
+    either was used, nothing else makes a boundary.
 loader
-    The moment before a `for` draws the next batch (or finds no more) from an attached loader that feeds the training, if an
-    update happened since the last boundary. A loader feeds the training when its iterator is alive and was drawn from before
-    a grad-enabled training forward; an evaluation's loader never is, since a `for` lets go of its iterator when it ends.
+    The moment before a `for` draws the next batch (or finds no more) from an attached loader that feeds the training,
+    if an update happened since the last boundary. A loader feeds the training when its iterator is alive and was drawn
+    from before a grad-enabled training forward; an evaluation's loader never is, since a `for` lets go of its iterator
+    when it ends.
 inferred
-    Everything else: the next training forward after an update, with the random numbers as of the update. Exact only if the
-    loop draws nothing between the update and its end; warned of once.
+    Everything else: the next training forward after an update, with the random numbers as of the update. Exact only if
+    the loop draws nothing between the update and its end; warned of once.
 
-A batch drawn after an iteration's last forward belongs to the next one (prefetch). Its loader and the random numbers are then
-recorded as before that draw, `rng_event` is "draw", and a resume puts them back when that batch is drawn again. A batch drawn
-*before* the forward of the one ahead of it looks like an ordinary draw; that is recognised by its pace and warned of.
+A batch drawn after an iteration's last forward belongs to the next one (prefetch). Its loader and the random numbers
+are then recorded as before that draw, `rng_event` is "draw", and a resume puts them back when that batch is drawn
+again. A batch drawn *before* the forward of the one ahead of it looks like an ordinary draw; that is recognised by its
+pace and warned of.
 
-What cannot be seen: a GradScaler that skips a step calls no hook. Without steps()/end_step() such an iteration is no boundary and
-is counted together with the next one; with them it counts, with `updated=False`.
+What cannot be seen: a GradScaler that skips a step calls no hook. Without steps()/end_step() such an iteration is no
+boundary and is counted together with the next one; with them it counts, with `updated=False`.
 """
 
 from __future__ import annotations
@@ -60,11 +63,19 @@ class Boundary:
         on_boundary: called once per boundary, on the training thread, with `completed` already counting it.
         taps: the attached loaders by name; their callbacks are set to this object where they are None.
         log: takes the warnings; each is given once.
-        excuse: asked at the third boundary in a row, and each one after, at which no update was observed. True lets it pass
+        excuse: asked at the third boundary in a row, and each one after, at which no update was observed. True lets it
+        pass
             (a GradScaler whose scale fell); otherwise that is a BoundaryError.
     """
 
-    def __init__(self, on_boundary: Callable[[BoundaryMark], None], taps: Mapping[str, LoaderTap], *, log: Log, excuse: Callable[[], bool] | None = None) -> None:
+    def __init__(
+        self,
+        on_boundary: Callable[[BoundaryMark], None],
+        taps: Mapping[str, LoaderTap],
+        *,
+        log: Log,
+        excuse: Callable[[], bool] | None = None,
+    ) -> None:
         self._on_boundary, self._taps, self._log, self._excuse = on_boundary, dict(taps), log, excuse
         self._thread = threading.get_ident()
         self._completed = self._idle = 0
@@ -103,7 +114,7 @@ class Boundary:
 
     # -- explicit boundaries ------------------------------------------------------------------------------------------
     def explicit(self) -> None:
-        """Say that this loop will call `end_step()`. Needed before its first iteration only if that updates more than once."""
+        """Say that this loop will call `end_step()`: needed only if its first iteration updates more than once."""
         self._check_thread("explicit()")
         self._explicit = True
 
@@ -119,14 +130,18 @@ class Boundary:
         while (step := self._completed) < total:
             yield step
             if self._completed != step:
-                raise BoundaryError(f"steps() yielded step {step}, and its body counted {self._completed - step} boundaries itself: use either steps() or end_step()")
+                raise BoundaryError(
+                    f"steps() yielded step {step}, and its body counted {self._completed - step} boundaries itself: "
+                    "use either steps() or end_step()"
+                )
             self._mark("explicit")
 
     def end_step(self) -> None:
         """The iteration ends here."""
         if not self._explicit and self._kind is not None:
             raise BoundaryError(
-                f"end_step() was called for the first time after {self._completed} boundaries of kind {self._kind!r}: an iteration with several updates or an "
+                f"end_step() was called for the first time after {self._completed} boundaries of kind "
+                f"{self._kind!r}: an iteration with several updates or an "
                 "evaluation was cut in two. Call explicit() before the loop, or loop with steps()"
             )
         self._explicit = True
@@ -136,12 +151,14 @@ class Boundary:
 
     # -- events of the optimizer and the model ------------------------------------------------------------------------
     def update_starting(self, in_closure: bool = False) -> None:
-        """An optimizer is about to update. With `in_closure` its closure runs first, and this is called again when that returned."""
+        """An optimizer is about to update. With `in_closure` its closure runs first, then this is called again."""
         self._check_thread("an optimizer update")
         if self._updates and not self._explicit and not in_closure:
             raise BoundaryError(
-                f"a second optimizer update since boundary {self._completed}, and nothing told where the iteration ends (several optimizers, or several updates an "
-                "iteration as in GAN or PPO): loop with `for step in ckpt.steps(total)`, or call explicit() before the loop and end_step() at the end of its body"
+                f"a second optimizer update since boundary {self._completed}, and nothing told where the iteration "
+                "ends (several optimizers, or several updates an "
+                "iteration as in GAN or PPO): loop with `for step in ckpt.steps(total)`, or call explicit() before "
+                "the loop and end_step() at the end of its body"
             )
 
     def update_done(self) -> None:
@@ -150,7 +167,11 @@ class Boundary:
         self._updates += 1
         if self._explicit:
             if self._updates == _UNSEALED_LIMIT:
-                self._warn("unsealed", f"{_UNSEALED_LIMIT} optimizer updates since boundary {self._completed}: no step ends and nothing is saved until steps() advances or end_step() is called")
+                self._warn(
+                    "unsealed",
+                    f"{_UNSEALED_LIMIT} optimizer updates since boundary {self._completed}: no step ends and "
+                    "nothing is saved until steps() advances or end_step() is called",
+                )
         elif not self._in_for():
             self._update_rng = rng.take()
 
@@ -162,7 +183,7 @@ class Boundary:
             self._update_rng = rng.take()
 
     def training_forward(self) -> None:
-        """The root's forward begins, with gradients, in training mode. Call it before the forward draws random numbers."""
+        """The root's forward begins, with gradients, in training mode, and has drawn no random numbers yet."""
         self._check_thread("a training forward")
         if self._pending is not None:
             pending, self._pending = self._pending, None
@@ -211,14 +232,16 @@ class Boundary:
 
     # -- coming back and ending ---------------------------------------------------------------------------------------
     def restore(self, state: dict[str, Any]) -> None:
-        """Take up `BoundaryMark.state()`: loaders at once, random numbers at the same kind of event at which they were taken.
+        """Take up `BoundaryMark.state()`: loaders at once, random numbers at the event they were taken at.
 
         Raises MismatchError if the checkpoint holds a loader that is not attached under that name.
         """
         self._check_thread("restore()")
         missing = sorted(state["loaders"].keys() - self._taps.keys())
         if missing:
-            raise MismatchError(f"the checkpoint holds the position of loaders {missing}, attached are {sorted(self._taps)}")
+            raise MismatchError(
+                f"the checkpoint holds the position of loaders {missing}, attached are {sorted(self._taps)}"
+            )
         for name, snapshot in state["loaders"].items():
             self._taps[name].restore(snapshot)
         self._reset_loop()
@@ -252,7 +275,11 @@ class Boundary:
     def _mark(self, kind: Kind | Literal["close"], at: tuple[str, ...] = ()) -> BoundaryMark:
         self._check_thread("a boundary")
         closing = kind == "close"
-        resume: Kind = ("explicit" if self._explicit else self._kind or ("loader" if self._in_for() else "inferred")) if kind == "close" else kind
+        resume: Kind = (
+            ("explicit" if self._explicit else self._kind or ("loader" if self._in_for() else "inferred"))
+            if kind == "close"
+            else kind
+        )
         inferred = resume == "inferred"
         feeding = self._feeding
         ahead = {
@@ -288,14 +315,18 @@ class Boundary:
         self._idle = 0 if self._progress else self._idle + 1
         if self._idle >= _IDLE_LIMIT and not (self._excuse is not None and self._excuse()):
             raise BoundaryError(
-                f"no optimizer update was observed in the last {self._idle} iterations (boundary {self._completed + 1}): the attached optimizer's step() is not what "
-                "updates this model (a replayed graph, a foreign or another optimizer), so checkpoints would hold stale state"
+                f"no optimizer update was observed in the last {self._idle} iterations (boundary "
+                f"{self._completed + 1}): the attached optimizer's step() is not what "
+                "updates this model (a replayed graph, a foreign or another optimizer), so checkpoints would hold "
+                "stale state"
             )
         if kind == "inferred":
             self._warn(
                 "inferred",
-                "the end of an iteration is inferred from the next forward, since no `for` iterates an attached loader and steps() is not used: a resume is not exact if "
-                "the loop draws random numbers or changes state (evaluation, scheduler) elsewhere than between forward and optimizer.step(), or updates more than "
+                "the end of an iteration is inferred from the next forward, since no `for` iterates an attached "
+                "loader and steps() is not used: a resume is not exact if "
+                "the loop draws random numbers or changes state (evaluation, scheduler) elsewhere than between "
+                "forward and optimizer.step(), or updates more than "
                 "once an iteration. Loop with `for step in ckpt.steps(total)`",
             )
         for tap in self._taps.values():
@@ -307,7 +338,7 @@ class Boundary:
         self._reset_iteration()
 
     def _check_pace(self) -> None:
-        """More batches before the first boundary than between it and the second: one is always drawn ahead of its forward."""
+        """More batches before the first boundary than before the second: one is always drawn ahead of its forward."""
         for tap, used in self._used.items():
             pace = self._pace.get(tap)
             if pace is None or len(pace) >= 3:
@@ -318,7 +349,8 @@ class Boundary:
                 if before > between > 0:
                     self._warn(
                         f"pace {tap.name}",
-                        f"loader {tap.name!r} gave {before} batches to the first iteration and {between} to the second: if the loop draws a batch ahead, draw it "
+                        f"loader {tap.name!r} gave {before} batches to the first iteration and {between} to the "
+                        "second: if the loop draws a batch ahead, draw it "
                         "after the forward of the one before it, otherwise a resume skips a batch",
                     )
 
@@ -327,14 +359,17 @@ class Boundary:
         if end != rng.glance():
             self._warn(
                 "end_step",
-                "random numbers were drawn between end_step() and the next iteration's first batch or forward: a resume is not exact there. Loop with `for step in ckpt.steps(total)`, "
+                "random numbers were drawn between end_step() and the next iteration's first batch or forward: a "
+                "resume is not exact there. Loop with `for step in ckpt.steps(total)`, "
                 "whose boundary is restored before them",
             )
 
     def _check_thread(self, what: str) -> None:
         if threading.get_ident() != self._thread:
             raise BoundaryError(
-                f"{what} on thread {threading.current_thread().name!r}: training must stay on the one thread that attached, since the end of an iteration cannot be told across threads"
+                f"{what} on thread {threading.current_thread().name!r}: training must stay on the one thread that "
+                "attached, since the end of an iteration cannot be told across threads"
+                "attached, since the end of an iteration cannot be told across threads"
             )
 
     def _warn(self, key: str, message: str) -> None:

@@ -41,9 +41,13 @@ class BoundaryMark:
     def state(self) -> dict[str, Any]:
         """What `Boundary.restore` takes: plain values for typed JSON, sharing memory with the mark."""
         return {
-            "kind": self.resume_kind, "rng": self.rng, "rng_event": self.rng_event, "rng_after": self.rng_after, "at": list(self.at),
+            "kind": self.resume_kind,
+            "rng": self.rng,
+            "rng_event": self.rng_event,
+            "rng_after": self.rng_after,
+            "at": list(self.at),
             "loaders": self.loaders,
-        }  # fmt: skip
+        }
 
 
 class PendingRng:
@@ -86,6 +90,7 @@ class PendingRng:
             return None
         loaders = ", ".join(self._at) or "an attached loader"
         return (
-            f"the random numbers of a boundary of kind {self._state['kind']!r} are put back at the first forward, since no "
+            f"the random numbers of a boundary of kind {self._state['kind']!r} are put back at the first forward, "
+            "since no "
             f"batch was drawn from {loaders} after restore(): this resume is not exact"
         )

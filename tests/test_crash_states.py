@@ -76,34 +76,43 @@ def test_a_job_restarts_from_what_power_loss_left_and_saves_again(name: str, lon
             assert step == newest[1], f"prefix {prefix}, seed {seed}: restored step {step}, the newest record is {newest}"
 
 
+def one_branch(story: Story) -> None:
+    story.session(1, 1)
+    story.session(2, 2, restore=1)
+
+
+def one_retired(story: Story) -> None:
+    story.session(1, 2, keep_last=1)
+
+
 MUTATIONS = {
-    "sync of the shard": Mutation("sync", "*/rank_*.partial"),
-    "sync of rank 1's shard alone": Mutation("sync", "*/rank_00001*.partial"),
-    "rename of the shard": Mutation("rename", "*/rank_*.safetensors", "persist"),
-    "sync_dir of the attempt's folder after the shard": Mutation("sync_dir", "*/step_*", "persist"),
-    "sync_dir of the root after the shard": Mutation("sync_dir", "/ckpt", "persist"),
-    "sync of the manifest": Mutation("sync", "*/manifest.json.tmp"),
-    "rename of the manifest": Mutation("rename", "*/manifest.json", "_publish"),
-    "sync_dir of the folder after the manifest": Mutation("sync_dir", "*/step_*", "_publish"),
-    "sync of the branch record": Mutation("sync", "*/branch_*"),
-    "rename of the branch record": Mutation("rename", "*/branch_*", "_publish"),
-    "sync_dir of the root after the branch record": Mutation("sync_dir", "/ckpt", "_publish"),
-    "sync_dir after a retired manifest": Mutation("sync_dir", "*/step_*", "retire"),
-    "sync of the identity": Mutation("sync", "*/identity.json*"),
-    "sync_dir above the root": Mutation("sync_dir", "/", "_make_dirs"),
+    "sync of the shards": (two_steps, Mutation("sync", "*/rank_*.partial")),
+    "sync of rank 1's shard alone": (two_steps, Mutation("sync", "*/rank_00001*.partial")),
+    "rename of the shards": (two_steps, Mutation("rename", "*/rank_*.safetensors", "persist")),
+    "rename of rank 1's shard alone": (two_steps, Mutation("rename", "*/rank_00001.safetensors", "persist")),
+    "sync_dir of the attempt's folder after the shards": (two_steps, Mutation("sync_dir", "*/step_*", "persist")),
+    "sync_dir of the root after the shards": (two_steps, Mutation("sync_dir", "/ckpt", "persist")),
+    "sync of the manifest": (two_steps, Mutation("sync", "*/manifest.json.tmp")),
+    "rename of the manifest": (two_steps, Mutation("rename", "*/manifest.json", "_publish")),
+    "sync_dir of the folder after the manifest": (two_steps, Mutation("sync_dir", "*/step_*", "_publish")),
+    "sync of the branch record": (one_branch, Mutation("sync", "*/branch_*")),
+    "rename of the branch record": (one_branch, Mutation("rename", "*/branch_*.json", "_publish")),
+    "sync_dir of the root after the branch record": (one_branch, Mutation("sync_dir", "/ckpt", "_publish")),
+    "sync_dir after a retired manifest": (one_retired, Mutation("sync_dir", "*/step_*", "retire")),
+    "sync of the identity": (two_steps, Mutation("sync", "*/identity.json*")),
+    "sync_dir above the root": (two_steps, Mutation("sync_dir", "/", "_make_dirs")),
 }
 
 
 @pytest.mark.parametrize("left_out", MUTATIONS)
 def test_leaving_out_one_flush_or_rename_is_found(left_out: str) -> None:
     """The proof that the sweep can fail: each of these is needed, and the check sees it."""
-    env = MutantEnv(MUTATIONS[left_out])
+    run, mutation = MUTATIONS[left_out]
+    env = MutantEnv(mutation)
     story = Story(env)
-    with pytest.raises(AssertionError):
-        try:
-            branches(story)
-        finally:
-            assert env.mutated > 0
+    run(story)
+    assert env.mutated > 0
+    with pytest.raises(AssertionError, match="^prefix"):
         sweep(story, 12)
 
 

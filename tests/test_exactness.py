@@ -15,12 +15,14 @@ WORLDS = [("plain", 1), ("ddp", 2), ("ddp", 3), ("fsdp2", 2)]
 
 @pytest.mark.parametrize(("wrapper", "ranks"), WORLDS, ids=[f"{wrapper}-{ranks}" for wrapper, ranks in WORLDS])
 def test_training_with_the_engine_on_and_resumed_training_are_bit_identical(
-    torchrun: Callable[..., Finished], tmp_path: Path, wrapper: str, ranks: int
+    torchrun: Callable[..., Finished], tmp_path: Path, long: bool, wrapper: str, ranks: int
 ) -> None:
-    torchrun("exactness.py", ranks, wrapper, tmp_path, timeout=170)
+    # Two ranks have shown every feature of DDP alone; a third changes where parameters are cut, which "all" has all of.
+    features = ("bare", "closure", "all") if ranks > 2 and not long else ()
+    torchrun("exactness.py", ranks, wrapper, tmp_path, *features, timeout=170)
     for rank in range(ranks):
         results = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert len(results) >= 27, f"rank {rank} tried only {sorted(results)}"
+        assert len(results) >= (3 * len(features) or 27), f"rank {rank} tried only {sorted(results)}"
         # One ulp of one weight, changed on purpose after the restore: the comparison must see it.
         sabotaged = results.pop("sabotaged", ["only plain tries that"])
         assert sabotaged

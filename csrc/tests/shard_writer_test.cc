@@ -55,7 +55,7 @@ TEST_CASE("misaligned memory passes a buffer when the file is direct, and only t
 
 TEST_CASE("a block of several segments is gathered, with zeros in between") {
   ShardFixture f(1);
-  Tensor first(Pattern(1000, 1), 8), second(Pattern(3000, 2), 24), filler(std::string(8192, 'x'));
+  Tensor first(Pattern(1000, 1), 8), second(Pattern(3000, 2), 24), filler(std::string(8193, 'x'));
   auto plan = f.MakePlan({{4096, 8192}, {12288, 4096}, {16384, 4096}},
                          {{0, 0, 2, 0, 8192}, {1, 10, 0, 0, 1000}, {1, 1096, 1, 0, 2000}, {2, 0, 1, 2000, 1000}}, 3);
   auto writer = f.Writer(plan);

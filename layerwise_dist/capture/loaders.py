@@ -1,21 +1,22 @@
 """Where a DataLoader stands: told at every draw, written down at a boundary, and reached again after a restart.
 
-A plain `torch.utils.data.DataLoader` has no `state_dict`. What it yields is a function of the random numbers that `iter()` and
-the sampler drew, and of how many batches were drawn since. So its position is *counted*:
+A plain `torch.utils.data.DataLoader` has no `state_dict`. What it yields is a function of the random numbers that
+`iter()` and the sampler drew, and of how many batches were drawn since. So its position is *counted*:
 
     {"kind": "counted", "iterating": bool, "draws": batches drawn since iter(),
      "start":  {"rng": RngState, "own": {...}}  just before iter(),
-     "first":  the same just before the first draw, or None when equal to what iter() left (RandomSampler seeds itself there),
-     "later":  {index: the same} just before later index draws of a sampler that goes on drawing from the global generators,
-     "again":  persistent workers that lived before this iter(),
-     "now": {"own": {...}, "epochs": {...}}}     own generators and `set_epoch` epochs at the snapshot
+     "first":  the same just before the first draw, or None when equal to what iter() left (RandomSampler seeds itself
+     there), "later":  {index: the same} just before later index draws of a sampler that goes on drawing from the global
+     generators, "again":  persistent workers that lived before this iter(), "now": {"own": {...}, "epochs": {...}}}
+     own generators and `set_epoch` epochs at the snapshot
 
-and reached again by a replay: the generators set to `start`, `iter()`, the indices (or, where workers or an iterable dataset
-hold the position, the batches) skipped, then the global generators as they were before the replay and the own ones to `now`.
+and reached again by a replay: the generators set to `start`, `iter()`, the indices (or, where workers or an iterable
+dataset hold the position, the batches) skipped, then the global generators as they were before the replay and the own
+ones to `now`.
 
-torchdata's StatefulDataLoader knows its position: {"kind": "stateful", "iterating", "start", "state": its state_dict() or None
-where no iteration is under way, "now"}. Its state_dict leaves its generator out, so the next epoch's order would be wrong
-without `now`, which is set after iter() (torchdata 0.11).
+torchdata's StatefulDataLoader knows its position: {"kind": "stateful", "iterating", "start", "state": its state_dict()
+or None where no iteration is under way, "now"}. Its state_dict leaves its generator out, so the next epoch's order
+would be wrong without `now`, which is set after iter() (torchdata 0.11).
 
 What a replay cannot give back is said in `LoaderTap.doubt`, for the caller to warn of.
 """
@@ -35,7 +36,7 @@ from torch.utils.data.dataloader import _DatasetKind
 from torch.utils.data.distributed import DistributedSampler
 
 from layerwise_dist.capture import rng
-from layerwise_dist.capture.position import Position, draws_once, drawn_by_for, epochs, own_generators, samplers
+from layerwise_dist.capture.position import Position, drawn_by_for, draws_once, epochs, own_generators, samplers
 from layerwise_dist.errors import BoundaryError, MismatchError, UnsupportedError
 
 _LATER_LIMIT = 16  # an RngState is 12 KB in every checkpoint
@@ -67,9 +68,10 @@ class _Drawn:
 class LoaderTap:
     """Attached to one DataLoader: tells of each draw before it is made, and knows how to come back to it.
 
-    The loader yields what it would have yielded. It keeps its identity and attributes; only its `__class__` becomes a subclass
-    of the same name, until `detach()`. Only the newest iterator counts, unless it is used up or gone, when an older one that
-    is drawn from again counts instead; two live iterators drawn in turn have no one position and are a BoundaryError.
+    The loader yields what it would have yielded. It keeps its identity and attributes; only its `__class__` becomes a
+    subclass of the same name, until `detach()`. Only the newest iterator counts, unless it is used up or gone, when an
+    older one that is drawn from again counts instead; two live iterators drawn in turn have no one position and are a
+    BoundaryError.
 
     Args:
         loader: the DataLoader, or StatefulDataLoader, to attach to.
@@ -89,7 +91,8 @@ class LoaderTap:
     ) -> None:
         if not isinstance(loader, DataLoader):
             raise UnsupportedError(
-                f"loader {name!r}: expected a torch DataLoader or a torchdata StatefulDataLoader, found {type(loader).__qualname__}; "
+                f"loader {name!r}: expected a torch DataLoader or a torchdata StatefulDataLoader, found "
+                f"{type(loader).__qualname__}; "
                 "give its state as an object with state_dict() or a dict instead"
             )
         self.loader, self.name, self.on_draw, self.on_iter = loader, name, on_draw, on_iter
@@ -104,7 +107,10 @@ class LoaderTap:
         self._base = type(loader)
         self._watch_sampler = not self._iterable and not self._stateful and not draws_once(loader._index_sampler)
 
-        base, weak = self._base, weakref.ref(self)  # a loader in a cycle would leave its workers to the garbage collector
+        base, weak = (
+            self._base,
+            weakref.ref(self),
+        )  # a loader in a cycle would leave its workers to the garbage collector
 
         def __iter__(tapped: DataLoader[Any]) -> Iterator[Any]:
             tap = weak()
@@ -112,7 +118,12 @@ class LoaderTap:
                 return base.__iter__(tapped)
             return tap._iter()
 
-        body = {"__iter__": __iter__, "__module__": self._base.__module__, "__qualname__": self._base.__qualname__, "__doc__": self._base.__doc__}
+        body = {
+            "__iter__": __iter__,
+            "__module__": self._base.__module__,
+            "__qualname__": self._base.__qualname__,
+            "__doc__": self._base.__doc__,
+        }
         loader.__class__ = type(self._base.__name__, (self._base,), body)
 
     def detach(self) -> None:
@@ -163,33 +174,42 @@ class LoaderTap:
     def snapshot(self, *, even_if_dropped: bool = False) -> dict[str, Any]:
         """Where the loader stands now, before whatever is drawn next (the layout is in the module's docstring).
 
-        An iterator that nobody holds any more (a `for` left by break) is no iteration under way: the next thing there is a new
-        `iter()`. `even_if_dropped` counts it all the same, for the last checkpoint of a job that stopped within an epoch.
+        An iterator that nobody holds any more (a `for` left by break) is no iteration under way: the next thing there
+        is a new `iter()`. `even_if_dropped` counts it all the same, for the last checkpoint of a job that stopped
+        within an epoch.
         """
         own, at = own_generators(self.loader), self._counts
         now = {"own": {name: each.get_state() for name, each in own.items()}, "epochs": epochs(self.loader)}
         iterating = at is not None and not at.exhausted and (at.alive or even_if_dropped)
         if self._pending is not None:  # restored and not iterated since: still where the checkpoint was
             return {**self._pending, "now": now}
+        position = at if iterating and at is not None else Position()
         if self._stateful:
             state = copy.deepcopy(self.loader.state_dict()) if iterating else None  # type: ignore[attr-defined]
-            return {"kind": "stateful", "iterating": iterating, "start": at.start if iterating else None, "state": state, "now": now}
-        if not iterating:
-            return {"kind": "counted", "iterating": False, "draws": 0, "start": None, "first": None, "later": {}, "again": False, "now": now}
+            return {"kind": "stateful", "iterating": iterating, "start": position.start, "state": state, "now": now}
         return {
-            "kind": "counted", "iterating": True, "draws": at.draws, "start": at.start, "first": at.first, "later": dict(at.later),
-            "again": at.again, "now": now,
-        }  # fmt: skip
+            "kind": "counted",
+            "iterating": iterating,
+            "draws": position.draws,
+            "start": position.start,
+            "first": position.first,
+            "later": dict(position.later),
+            "again": position.again,
+            "now": now,
+        }
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Come back to `snapshot`: own generators at once, the position at the next `iter(loader)`.
 
-        Nothing but the training loop may iterate the loader in between, and an iterator made before is refused when drawn.
-        Raises MismatchError if the snapshot is of the other kind of loader or of other generators.
+        Nothing but the training loop may iterate the loader in between, and an iterator made before is refused when
+        drawn. Raises MismatchError if the snapshot is of the other kind of loader or of other generators.
         """
         kind = "stateful" if self._stateful else "counted"
         if snapshot["kind"] != kind:
-            raise MismatchError(f"loader {self.name!r} is a {type(self.loader).__name__} (kind {kind}), the checkpoint holds kind {snapshot['kind']}")
+            raise MismatchError(
+                f"loader {self.name!r} is a {type(self.loader).__name__} (kind {kind}), "
+                f"the checkpoint holds kind {snapshot['kind']}"
+            )
         self._put_own(snapshot["now"]["own"])
         for name, epoch in snapshot["now"]["epochs"].items():
             sampler = samplers(self.loader).get(name)
@@ -219,7 +239,9 @@ class LoaderTap:
             if self.loader.num_workers == 0:
                 position.left = self._generators()
         if position.again:
-            self.doubt = "persistent workers keep their random state from epoch to epoch, and only this epoch's can be replayed"
+            self.doubt = (
+                "persistent workers keep their random state from epoch to epoch, and only this epoch's can be replayed"
+            )
         drawn = _Drawn(inner, self, position)
         position.iterator = weakref.ref(drawn)
         self._current = position
@@ -236,11 +258,16 @@ class LoaderTap:
 
     def _draw(self, inner: Iterator[Any], position: Position, by_for: bool) -> Any:
         if position.stale:
-            raise BoundaryError(f"loader {self.name!r} is drawn from an iterator made before restore(); call iter(loader) after restore()")
+            raise BoundaryError(
+                f"loader {self.name!r} is drawn from an iterator made before restore(): call iter(loader) after it"
+            )
         newest = self._current
         if position is not newest and newest is not None:
             if newest.alive and newest.draws and not newest.exhausted:
-                raise BoundaryError(f"loader {self.name!r} has two live iterators that are drawn in turn, so it has no one position: give each its own loader")
+                raise BoundaryError(
+                    f"loader {self.name!r} has two live iterators that are drawn in turn, so it has no one position: "
+                    "give each its own loader"
+                )
             self._current = position
         position.by_for = by_for
         if self.on_draw is not None:
@@ -249,7 +276,9 @@ class LoaderTap:
             here, left, position.left = self._generators(), position.left, None
             position.first = None if _same(here, left) else here
             if self._stateful and position.first is not None and not self._own_order():
-                self.doubt = "random numbers were drawn between iter() and the first batch, and its sampler has no state_dict()"
+                self.doubt = (
+                    "random numbers were drawn between iter() and the first batch, and its sampler has no state_dict()"
+                )
         watch = rng.glance() if self._watch_data and position.draws and self.doubt is None else None
         try:
             batch = next(inner)
@@ -261,12 +290,19 @@ class LoaderTap:
             raise
         position.draws += 1
         if watch is not None and watch != rng.glance():
-            self.doubt = "its iterable dataset draws from the global generators; what it remembers of earlier draws (a shuffle buffer) is replayed with others"
+            self.doubt = (
+                "its iterable dataset draws from the global generators, and what it remembers of earlier draws "
+                "(a shuffle buffer) is replayed with other numbers"
+            )
         return batch
 
     def _watch(self, inner: Any, position: Position) -> None:
-        """Note the generators before each later index draw that moves the global ones (an endless sampler's next permutation)."""
-        next_index, weak, numbers = type(inner)._next_index, weakref.ref(inner), itertools.count(getattr(inner, "_send_idx", 0))  # workers' first ones are drawn
+        """Note the generators before a later index draw that moves the global ones (an endless sampler's next round)."""
+        next_index, weak, numbers = (
+            type(inner)._next_index,
+            weakref.ref(inner),
+            itertools.count(getattr(inner, "_send_idx", 0)),
+        )  # workers' first ones are drawn
 
         def watched() -> Any:
             number = next(numbers)
@@ -278,7 +314,10 @@ class LoaderTap:
                 if len(position.later) < _LATER_LIMIT:
                     position.later[number] = before
                 else:
-                    self.doubt = f"its sampler drew from the global generators more than {_LATER_LIMIT} times since iter(); give it a generator of its own"
+                    self.doubt = (
+                        f"its sampler drew from the global generators more than {_LATER_LIMIT} times since iter(): "
+                        "give it a generator of its own"
+                    )
             return index
 
         inner._next_index = watched
@@ -291,7 +330,9 @@ class LoaderTap:
             self.loader.load_state_dict(copy.deepcopy(snapshot["state"]))  # type: ignore[attr-defined]
             inner: Any = self._open(position)
             pending = getattr(inner, "_sampler_iter", None)
-            if isinstance(pending, itertools.islice):  # torchdata would skip at the first draw, with the generators of then
+            if isinstance(
+                pending, itertools.islice
+            ):  # torchdata would skip at the first draw, with the generators of then
                 inner._sampler_iter = itertools.chain(list(itertools.islice(pending, 1)), pending)
             return inner
         position.first, position.again = snapshot["first"], snapshot["again"]
@@ -310,7 +351,8 @@ class LoaderTap:
                 inner._next_index() if by_index else next(inner)
             except StopIteration:
                 raise MismatchError(
-                    f"loader {self.name!r} ended after {number} batches, the checkpoint was taken after {snapshot['draws']}: other data or another batch size"
+                    f"loader {self.name!r} ended after {number} batches, the checkpoint was taken after "
+                    f"{snapshot['draws']}: other data or another batch size"
                 ) from None
         position.draws, position.replaying = snapshot["draws"], {}
         return inner
@@ -318,13 +360,19 @@ class LoaderTap:
     def _own_order(self) -> bool:
         """Does the order come from the sampler's own generator or from none at all?"""
         sampler = self.loader.sampler
-        return isinstance(sampler, (SequentialSampler, DistributedSampler)) or getattr(sampler, "generator", None) is not None
+        return (
+            isinstance(sampler, (SequentialSampler, DistributedSampler))
+            or getattr(sampler, "generator", None) is not None
+        )
 
     def _has_persistent_workers(self) -> bool:
         return self.loader.persistent_workers and self.loader.num_workers > 0 and self.loader._iterator is not None
 
     def _generators(self) -> dict[str, Any]:
-        return {"rng": rng.take(), "own": {name: each.get_state() for name, each in own_generators(self.loader).items()}}
+        return {
+            "rng": rng.take(),
+            "own": {name: each.get_state() for name, each in own_generators(self.loader).items()},
+        }
 
     def _put(self, state: dict[str, Any]) -> None:
         rng.put(state["rng"])
@@ -333,10 +381,14 @@ class LoaderTap:
     def _put_own(self, states: dict[str, torch.Tensor]) -> None:
         own = own_generators(self.loader)
         if own.keys() != states.keys():
-            raise MismatchError(f"loader {self.name!r} has generators {sorted(own)}, the checkpoint's had {sorted(states)}")
+            raise MismatchError(
+                f"loader {self.name!r} has generators {sorted(own)}, the checkpoint's had {sorted(states)}"
+            )
         for name, state in states.items():
             own[name].set_state(state)
 
 
 def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return rng.same(one["rng"], other["rng"]) and all(torch.equal(state, other["own"][name]) for name, state in one["own"].items())
+    return rng.same(one["rng"], other["rng"]) and all(
+        torch.equal(state, other["own"][name]) for name, state in one["own"].items()
+    )

@@ -31,9 +31,9 @@ _DRAW_ONCE = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRan
 def drawn_by_for(frame: FrameType | None) -> bool:
     """Is the `__next__` that `frame` is just calling made by a `for`?
 
-    True for `for b in loader`, also through `enumerate`, `zip` and generators that are themselves driven by a `for` (tqdm);
-    False for `next(it)` and for `next()` of a generator (`cycle`). `co_code` shows the base opcodes whatever the interpreter has
-    specialised or instrumented, and `f_lasti` is a byte offset into it, on CPython 3.10 to 3.14.
+    True for `for b in loader`, also through `enumerate`, `zip` and generators that are themselves driven by a `for`
+    (tqdm); False for `next(it)` and for `next()` of a generator (`cycle`). `co_code` shows the base opcodes whatever
+    the interpreter has specialised or instrumented, and `f_lasti` is a byte offset into it, on CPython 3.10 to 3.14.
     """
     while frame is not None:
         code, at = frame.f_code.co_code, frame.f_lasti
@@ -75,7 +75,12 @@ class Position:
 def samplers(loader: DataLoader[Any]) -> dict[str, Any]:
     """Everything that decides the order, by where it sits in the loader."""
     inner = getattr(loader.batch_sampler, "sampler", None)
-    return {"loader": loader, "sampler": loader.sampler, "batch_sampler": loader.batch_sampler, "batch_sampler.sampler": inner}
+    return {
+        "loader": loader,
+        "sampler": loader.sampler,
+        "batch_sampler": loader.batch_sampler,
+        "batch_sampler.sampler": inner,
+    }
 
 
 def own_generators(loader: DataLoader[Any]) -> dict[str, torch.Generator]:
@@ -89,7 +94,11 @@ def own_generators(loader: DataLoader[Any]) -> dict[str, torch.Generator]:
 
 def epochs(loader: DataLoader[Any]) -> dict[str, int]:
     owners = samplers(loader).items()
-    return {name: owner.epoch for name, owner in owners if hasattr(owner, "set_epoch") and isinstance(getattr(owner, "epoch", None), int)}
+    return {
+        name: owner.epoch
+        for name, owner in owners
+        if hasattr(owner, "set_epoch") and isinstance(getattr(owner, "epoch", None), int)
+    }
 
 
 def draws_once(sampler: Any) -> bool:

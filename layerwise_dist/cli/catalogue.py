@@ -24,7 +24,7 @@ class WrongUsage(Exception):
 
 
 class Catalogue:
-    """One directory, read once. Raises WrongUsage for what is no checkpoint directory, OSError for one it cannot read."""
+    """One directory, read once. Raises WrongUsage for what is no checkpoint directory, else OSError."""
 
     def __init__(self, directory: str) -> None:
         self.root = os.path.abspath(os.path.expanduser(directory))
@@ -32,7 +32,8 @@ class Catalogue:
             raise WrongUsage(f"{directory}: {'not a directory' if os.path.lexists(self.root) else 'no such directory'}")
         self.manager = CheckpointMetadataManager(_native.PosixEnv(), self.root)
         self.inventory: Inventory = self.manager.inventory()
-        known = self.inventory.manifests or self.inventory.branches or self.inventory.damaged or self.inventory.unfinished
+        found = self.inventory
+        known = found.manifests or found.branches or found.damaged or found.unfinished
         if not known and not os.path.lexists(os.path.join(self.root, layout.IDENTITY)):
             raise WrongUsage(f"{directory}: holds no checkpoints of layerwise_dist")
 
@@ -129,6 +130,7 @@ class ShardOpener:
         if (found.attempt, found.step, found.rank, found.world_size) != expected:
             raise DamageError(
                 f"shard {path}: its header is of attempt {found.attempt}, step {found.step}, rank {found.rank} of "
-                f"{found.world_size}; the manifest is of attempt {expected[0]}, step {expected[1]}, rank {expected[2]} of {expected[3]}"
+                f"{found.world_size}; the manifest is of attempt {expected[0]}, step {expected[1]}, "
+                f"rank {expected[2]} of {expected[3]}"
             )
         return shard

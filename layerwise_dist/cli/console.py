@@ -37,9 +37,9 @@ def put_json(data: dict[str, Any]) -> None:
     print(json.dumps(data, indent=1))
 
 
-def table(title: str | None, *columns: str, right: tuple[str, ...] = (), folded: tuple[str, ...] = ()) -> Table:
-    """A table whose cells are plain text: give rows as `Text` or through `row`."""
-    made = Table(title=title, title_justify="left")
+def table(*columns: str, right: tuple[str, ...] = (), folded: tuple[str, ...] = ()) -> Table:
+    """A table whose rows `row` adds; cells of `folded` columns may wrap."""
+    made = Table()
     for column in columns:
         made.add_column(
             column,

@@ -24,8 +24,8 @@ def ls(catalogue: Catalogue) -> Answer:
         {"seq": branch.seq, "continues_from_seq": branch.parent.seq if branch.parent else None}
         for _, branch in sorted(catalogue.inventory.branches.items())
     ]
-    shown = table(f"Checkpoints in {catalogue.root}", "step", "seq", "status", "ranks", "size", "age", "folder",
-                  right=("step", "seq", "ranks", "size", "age"))  # fmt: skip
+    right = ("step", "seq", "ranks", "size", "age")
+    shown = table("step", "seq", "status", "ranks", "size", "age", "folder", right=right)
     for entry in entries:
         created = entry["created"]
         cells = (entry["step"], entry["seq"], entry["status"], entry["ranks"], size(entry["bytes"]))
@@ -36,7 +36,8 @@ def ls(catalogue: Catalogue) -> Answer:
             entry["folder"],
             style=_STYLE[entry["status"]],
         )
-    parts: list[Any] = [shown] if entries else [f"{catalogue.root}: no checkpoints yet"]
+    heading = f"Checkpoints in {catalogue.root}"
+    parts: list[Any] = [heading, shown] if entries else [f"{heading}: none yet"]
     for branch in branches:
         source = branch["continues_from_seq"]
         parts.append(f"seq {branch['seq']}: {'started anew' if source is None else f'rolled back to seq {source}'}")

@@ -13,6 +13,8 @@ from layerwise_dist.slices import Slice
 
 _LISTED = 20
 
+Found = dict[str, Any]
+
 
 def show(catalogue: Catalogue, step: int | None, everything: bool) -> Answer:
     """Bad when a shard's header does not read; blocks are not read."""
@@ -31,7 +33,8 @@ def show(catalogue: Catalogue, step: int | None, everything: bool) -> Answer:
     return Answer(data, _parts(data, manifest, everything), good=not problems)
 
 
-def _read(catalogue: Catalogue, manifest: Manifest) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]], list[str]]:
+def _read(catalogue: Catalogue, manifest: Manifest) -> tuple[list[Found], dict[str, Found], list[str]]:
+    """(shards, tensors by name, what does not read)."""
     shards: list[dict[str, Any]] = []
     tensors: dict[str, dict[str, Any]] = {}
     problems: list[str] = []
@@ -53,7 +56,8 @@ def _read(catalogue: Catalogue, manifest: Manifest) -> tuple[list[dict[str, Any]
 
 
 def _tensor(name: str, part: Slice) -> dict[str, Any]:
-    return {"name": name, "kind": part.kind, "fqn": part.fqn, "dtype": part.dtype, "shape": list(part.global_shape), "parts": []}
+    shape = list(part.global_shape)
+    return {"name": name, "kind": part.kind, "fqn": part.fqn, "dtype": part.dtype, "shape": shape, "parts": []}
 
 
 def _place(part: Slice) -> dict[str, Any]:
@@ -63,15 +67,17 @@ def _place(part: Slice) -> dict[str, Any]:
 
 
 def _parts(data: dict[str, Any], manifest: Manifest, everything: bool) -> list[Any]:
-    facts = table(f"Step {manifest.step} in {data['dir']}", "", " ", folded=(" ",))
-    parent = manifest.parent
+    facts = table("manifest", "", folded=("",))
+    parent = "none: the first of its lineage"
+    if manifest.parent is not None:
+        parent = f"seq {manifest.parent.seq}, attempt {manifest.parent.attempt}"
     created = datetime.datetime.fromtimestamp(manifest.created).astimezone().isoformat(" ", "seconds")
     for name, value in (
         ("folder", data["folder"]),
         ("status", data["status"]),
         ("committed", created),
         ("seq, attempt", f"{manifest.seq}, {manifest.attempt}"),
-        ("parent", "none: the first of its lineage" if parent is None else f"seq {parent.seq}, attempt {parent.attempt}"),
+        ("parent", parent),
         ("session, epoch", f"{manifest.session}, {manifest.epoch}"),
         ("ranks, framework", f"{manifest.world_size}, {manifest.framework}"),
         ("boundary", manifest.boundary),
@@ -80,19 +86,19 @@ def _parts(data: dict[str, Any], manifest: Manifest, everything: bool) -> list[A
     ):
         row(facts, name, value)
 
-    shards = table("Shards", "rank", "file", "size", "tensors", "layers", "blocks",
-                   right=("rank", "size", "tensors", "layers", "blocks"))  # fmt: skip
+    right = ("rank", "size", "tensors", "layers", "blocks")
+    shards = table("rank", "shard", "size", "tensors", "layers", "blocks", right=right)
     for shard in data["shards"]:
         counts = (shard.get(name, "?") for name in ("tensors", "layers", "blocks"))
         row(shards, shard["rank"], shard["file"], size(shard["bytes"]), *counts)
 
     tensors = data["tensors"] if everything else data["tensors"][:_LISTED]
-    listed = table("Tensors", "name", "dtype", "shape", "ranks", "size", right=("size",), folded=("name", "ranks"))
+    listed = table("tensor", "dtype", "shape", "ranks", "size", right=("size",), folded=("tensor", "ranks"))
     for tensor in tensors:
         nbytes = sum(part["end"] - part["begin"] for part in tensor["parts"])
         ranks = ", ".join(str(part["rank"]) for part in tensor["parts"])
         row(listed, tensor["name"], tensor["dtype"], tensor["shape"], ranks, size(nbytes))
-    parts: list[Any] = [facts, shards, listed]
+    parts: list[Any] = [f"Step {manifest.step} in {data['dir']}", facts, shards, listed]
     hidden = len(data["tensors"]) - len(tensors)
     if hidden:
         parts.append(f"and {hidden} more tensors: --all lists them")

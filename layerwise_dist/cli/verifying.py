@@ -45,12 +45,11 @@ def verify(catalogue: Catalogue, step: int | None) -> Answer:
     }  # fmt: skip
     if not manifests and not records:
         return Answer(data, [f"{catalogue.root}: no committed checkpoints to verify"])
-    shown = table(f"Verified in {catalogue.root}", "step", "seq", "status", "ranks", "size", "result",
-                  right=("step", "seq", "ranks", "size"))  # fmt: skip
+    shown = table("step", "seq", "status", "ranks", "size", "result", right=("step", "seq", "ranks", "size"))
     for result in results:
         cells = (result[name] for name in ("step", "seq", "status", "ranks"))
         row(shown, *cells, size(result["bytes"]), result["result"], style=_STYLE[result["result"]])
-    parts: list[Any] = [shown, *(f"damaged: {line}" for line in damage)]
+    parts: list[Any] = [f"Verified in {catalogue.root}", shown, *(f"damaged: {line}" for line in damage)]
     parts.append(f"{size(nbytes)} read in {seconds:.1f} s; {f'{len(damage)} damages found' if damage else 'all sound'}")
     return Answer(data, parts, good=not damage)
 

@@ -137,7 +137,20 @@ class Inventory:
     def last_seq(self) -> int:
         seqs = [*self.manifests, *self.branches, *(attempt.seq for attempt in self.unfinished)]
         seqs += [attempt.seq for name in self.damaged if (attempt := layout.parse_folder(name))]
+        seqs += [seq for name in self.damaged if (seq := layout.parse_branch(name)) is not None]
         return max(seqs, default=0)
+
+    @property
+    def lost_branch(self) -> str | None:
+        """What is wrong with a damaged branch record that is newer than all sound records, if there is one.
+
+        Where the lineage goes on from is then unknown: following the newest commit could bring an abandoned branch back.
+        """
+        newest = max([*self.manifests, *self.branches], default=0)
+        for name, problem in self.damaged.items():
+            if (layout.parse_branch(name) or 0) > newest:
+                return problem
+        return None
 
     @property
     def last_epoch(self) -> int:

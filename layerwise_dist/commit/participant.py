@@ -329,6 +329,9 @@ def describe_error(error: Exception) -> dict[str, Any]:
     described: dict[str, Any] = {"type": type(error).__name__, "message": str(error)}
     if isinstance(error, errors.StateError):
         described["path"] = error.path
+    elif isinstance(error, OSError) and error.errno is not None:
+        where = f": {error.filename}" if error.filename else ""
+        described |= {"errno": error.errno, "message": f"{error.strerror}{where}"}
     return described
 
 
@@ -339,4 +342,6 @@ def rebuild_error(described: dict[str, Any]) -> Exception:
         return errors.StateError(described["path"], message.removeprefix(f"{described['path']}: "))
     if isinstance(kind, type) and issubclass(kind, LayerwiseError):
         return kind(message)
+    if "errno" in described:
+        return OSError(described["errno"], message)  # Python picks PermissionError and the like by the number
     return CommitError(f"{described['type']}: {message}")

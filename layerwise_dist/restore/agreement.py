@@ -33,6 +33,11 @@ def offer(participant: Participant, read: Callable[[], Inventory], step: int | N
         inventory = read()
         for message in inventory.damaged.values():
             log.warning("skipped: %s", message)
+        if step is None and inventory.lost_branch is not None:
+            raise DamageError(
+                f"{inventory.lost_branch}; it said from which commit the newest branch goes on: "
+                "choose one yourself with restore(step=...)"
+            )
         return [[m.epoch, m.seq, m.step] for m in candidates(inventory, step, root)]
 
     chosen = participant.agree("choose a checkpoint", None, decide)

@@ -1,6 +1,6 @@
 """Trains many small configurations with and without the engine, and resumes each; writes what differs.
 
-    exactness.py WRAPPER OUT [PART]      WRAPPER is plain, ddp or fsdp2; OUT/<rank>.json is {configuration: [differences]}
+    exactness.py WRAPPER OUT FEATURE...      WRAPPER is plain, ddp or fsdp2; OUT/<rank>.json is {configuration: [differences]}
 """
 
 from __future__ import annotations
@@ -137,9 +137,9 @@ def trial(wrapper: str, optimizer: str, feature: str, root: str, sabotage: bool 
 
 
 def main() -> None:
-    wrapper, out = sys.argv[1], Path(sys.argv[2])
+    wrapper, out, features = sys.argv[1], Path(sys.argv[2]), sys.argv[3:] or FEATURES
     optimizers = [name for name in OPTIMIZERS if wrapper == "plain" or name != "lbfgs"]
-    cases = [(name, feature) for name in optimizers for feature in (FEATURES if name != "lbfgs" else ("bare", "schedule", "tied"))]
+    cases = [(name, feature) for name in optimizers for feature in (features if name != "lbfgs" else ("bare", "schedule", "tied"))]
     results: dict[str, list[str]] = {}
     with process_group() as rank, tempfile.TemporaryDirectory() as scratch:
         paths = [scratch]
