@@ -221,7 +221,8 @@ class Boundary:
         if by_for and self._progress and not self._explicit and tap in feeding:
             self._mark("loader", at=(tap.name,))
         elif self._forward and tap not in self._ahead:
-            self._ahead[tap] = _Ahead(tap.snapshot(), rng.take(), bool(self._progress))
+            # Behind an update that may end the iteration, the random numbers of that update are the ones that count.
+            self._ahead[tap] = _Ahead(tap.snapshot(), self._update_rng or rng.take(), bool(self._progress))
         self._pace.setdefault(tap, [(tap.position, tap.draws)])
         self._drew.add(tap)
 

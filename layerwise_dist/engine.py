@@ -324,6 +324,8 @@ class LayerwiseEngine:
         fresh = (on_missing or ("error" if step is not None else "fresh")) == "fresh"
         found = self._restorer.newest(step, fresh_if_missing=fresh)
         if found is None:
+            if step is not None and not self._info.empty:
+                self._follow(None, new_branch=True)  # a fresh start beside what is there, as attach(fresh=True) makes it
             self._ready = True
             return self._boundary.completed
         attempt, loading = found

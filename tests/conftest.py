@@ -172,9 +172,10 @@ class WarmJob:
 
     def poll(self) -> int | None:
         """The agent's exit code; -9 when it was killed; None while it runs."""
-        if self._rc.exists():
+        alive = self.pid in self.pids()
+        if self._rc.exists():  # looked at after the process: it may have written it and ended in between
             return int(self._rc.read_text())
-        return None if self.pid in self.pids() else -signal.SIGKILL if not self._rc.exists() else int(self._rc.read_text())
+        return None if alive else -signal.SIGKILL
 
     def pids(self) -> list[int]:
         found = []
@@ -184,7 +185,8 @@ class WarmJob:
                     fields = Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()
                 except OSError:
                     continue
-                if fields[0] != "Z" and int(fields[3]) == self.pid:
+                # The agent itself counts before its setsid() too.
+                if fields[0] != "Z" and self.pid in (int(entry), int(fields[3])):
                     found.append(int(entry))
         return found
 

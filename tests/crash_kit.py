@@ -134,7 +134,7 @@ class Story:
 
     env: Any
     root: str = ROOT
-    states: dict[tuple[int, int], dict[int, Tensors]] = field(default_factory=dict)
+    states: dict[tuple[int, int], dict[int, Tensors]] = field(default_factory=dict, repr=False)
     branches: dict[int, int] = field(default_factory=dict)
     lock: Any = field(default_factory=threading.Lock)
 

@@ -33,7 +33,7 @@ FAULTY = 2  # the step whose save is disturbed
 class Outcome:
     """What one job of two ranks did. `raised` are the steps completed when CommitError was raised, by rank."""
 
-    story: Story
+    story: Story = field(repr=False)
     first: int = 0
     last: int = 0
     committed: set[int] = field(default_factory=set)
@@ -99,6 +99,12 @@ def disturbed_job(env: Any, root: str, total: int, disturb: Callable[[], None], 
     return outcome
 
 
+@pytest.fixture(autouse=True)
+def _short_grants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step at which all ranks stop lies seconds of training ahead; these loops take milliseconds."""
+    monkeypatch.setattr("layerwise_dist.commit.coordinator._GRANT_SECONDS", 0.02)
+
+
 def left_behind(root: str) -> list[str]:
     """Attempt folders without a manifest."""
     return [name for name in os.listdir(root) if name.startswith("step_") and "manifest.json" not in os.listdir(f"{root}/{name}")]
@@ -151,7 +157,7 @@ def test_training_goes_on_and_nothing_is_lost_whichever_operation_of_a_save_fail
         if not env.injected:
             continue
         failed = env.trace()[outcome.first + index]
-        what = f"{failed}: {errno.errorcode[code]}{' after half a write' if short else ''}: {outcome}"
+        what = f"operation {index}, {failed}: {errno.errorcode[code]}{' after half a write' if short else ''}: {outcome}"
         if is_flush_of_manifest(env.trace(), outcome.first + index) and FAULTY not in outcome.committed:
             assert outcome.raised[0] == outcome.raised[1], what
             assert outcome.committed == {1}, what

@@ -297,12 +297,9 @@ class LoaderTap:
         return batch
 
     def _watch(self, inner: Any, position: Position) -> None:
-        """Note the generators before a later index draw that moves the global ones (an endless sampler's next round)."""
-        next_index, weak, numbers = (
-            type(inner)._next_index,
-            weakref.ref(inner),
-            itertools.count(getattr(inner, "_send_idx", 0)),
-        )  # workers' first ones are drawn
+        """Note the generators before a later index draw that moves the global ones (an endless sampler's next one)."""
+        next_index, weak = type(inner)._next_index, weakref.ref(inner)  # no cycle: workers end with their iterator
+        numbers = itertools.count(getattr(inner, "_send_idx", 0))  # workers are given their first indices by iter()
 
         def watched() -> Any:
             number = next(numbers)

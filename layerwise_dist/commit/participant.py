@@ -328,7 +328,7 @@ def describe_error(error: Exception) -> dict[str, Any]:
     """An error as a message can carry it; `rebuild_error` makes it again on another rank."""
     described: dict[str, Any] = {"type": type(error).__name__, "message": str(error)}
     if isinstance(error, errors.StateError):
-        described["path"] = error.path
+        described |= {"path": error.path, "message": str(error).removeprefix(f"{error.path}: ")}
     elif isinstance(error, OSError) and error.errno is not None:
         where = f": {error.filename}" if error.filename else ""
         described |= {"errno": error.errno, "message": f"{error.strerror}{where}"}
@@ -339,7 +339,7 @@ def rebuild_error(described: dict[str, Any]) -> Exception:
     kind = getattr(errors, described["type"], None)
     message = described["message"]
     if kind is errors.StateError:
-        return errors.StateError(described["path"], message.removeprefix(f"{described['path']}: "))
+        return errors.StateError(described["path"], message)
     if isinstance(kind, type) and issubclass(kind, LayerwiseError):
         return kind(message)
     if "errno" in described:
