@@ -389,7 +389,7 @@ class LayerwiseEngine:
                 self._open = None
             self._end_leases()
             self._participant.drain(timeout)
-            self._participant.check(self._boundaries)
+            self._participant.ended()
         except LayerwiseError as error:
             problem = error
         finally:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crash_kit import Story, build, native_threads, open_files, settings, tensors_of, train, try_ranks
+from crash_kit import MutantEnv, Mutation, Story, build, native_threads, open_files, settings, tensors_of, train, try_ranks
 
 from layerwise_dist import assembly
 from layerwise_dist._native import PosixEnv, testing
@@ -44,8 +44,8 @@ class Outcome:
 def settle(env: Any) -> int:
     """Waits until the background does nothing any more; returns the number of operations done."""
     count, since = env.operations, time.monotonic()
-    while time.monotonic() - since < 0.015:
-        time.sleep(0.002)
+    while time.monotonic() - since < 0.01:
+        time.sleep(0.001)
         if env.operations != count:
             count, since = env.operations, time.monotonic()
     return count
@@ -65,8 +65,8 @@ def disturbed_job(env: Any, root: str, total: int, disturb: Callable[[], None], 
             with engine:
                 engine.restore()
                 for step in engine.steps(total):
-                    for before in range(1, step + 1) if step <= FAULTY + 1 else ():
-                        decided(engine, before, rank)
+                    if 1 <= step <= FAULTY + 1:
+                        decided(engine, step, rank)
                     if step in (FAULTY - 1, FAULTY):
                         meet.wait()
                         if rank == 0 and step == FAULTY - 1:
@@ -102,7 +102,7 @@ def disturbed_job(env: Any, root: str, total: int, disturb: Callable[[], None], 
 @pytest.fixture(autouse=True)
 def _short_grants(monkeypatch: pytest.MonkeyPatch) -> None:
     """The step at which all ranks stop lies seconds of training ahead; these loops take milliseconds."""
-    monkeypatch.setattr("layerwise_dist.commit.coordinator._GRANT_SECONDS", 0.02)
+    monkeypatch.setattr("layerwise_dist.commit.coordinator._GRANT_SECONDS", 0.01)
 
 
 def left_behind(root: str) -> list[str]:
@@ -146,13 +146,13 @@ def operations_of_a_save(root: Path) -> int:
 def test_training_goes_on_and_nothing_is_lost_whichever_operation_of_a_save_fails(tmp_path: Path, long: bool) -> None:
     count = operations_of_a_save(tmp_path / "clean")
     assert count > 40
-    cases = [(index, errno.EIO, False) for index in range(0, count, 1 if long else 2)]
-    cases += [(index, errno.ENOSPC, False) for index in range(1, count, 1 if long else 4)]
-    cases += [(index, errno.ENOSPC, True) for index in range(0, count, 1 if long else 5)]
+    cases = [(index, errno.EIO, False) for index in range(0, count, 1 if long else 3)]
+    cases += [(index, errno.ENOSPC, False) for index in range(1, count, 1 if long else 9)]
+    cases += [(index, errno.ENOSPC, True) for index in range(2, count, 1 if long else 9)]
     injected = 0
     for number, (index, code, short) in enumerate(cases):
         root = tmp_path / str(number)
-        outcome, env = trial(root, index, code, short, "warn", 12)
+        outcome, env = trial(root, index, code, short, "warn", 3)
         injected += env.injected
         if not env.injected:
             continue
@@ -163,7 +163,7 @@ def test_training_goes_on_and_nothing_is_lost_whichever_operation_of_a_save_fail
             assert outcome.committed == {1}, what
         else:
             assert not outcome.raised, what
-            assert outcome.committed >= {1, 3, 12}, what
+            assert outcome.committed >= {1, 3}, what
         assert outcome.survived in (1, 2), what
     assert injected > 0.8 * len(cases)
 
@@ -172,13 +172,12 @@ def test_with_on_failure_raise_all_ranks_stop_at_the_same_step(tmp_path: Path, l
     count = operations_of_a_save(tmp_path / "clean")
     stopped = 0
     for index in range(0, count, 1 if long else 6):
-        outcome, env = trial(tmp_path / str(index), index, errno.EIO, False, "raise", 40)
+        outcome, env = trial(tmp_path / str(index), index, errno.EIO, False, "raise", 4)
         if FAULTY in outcome.committed:
             assert not outcome.raised  # it hit what follows a commit: retention
             continue
         assert outcome.committed == {1}
         assert set(outcome.raised) == {0, 1} and outcome.raised[0] == outcome.raised[1], env.trace()[outcome.first + index]
-        assert outcome.raised[0] < 40
         stopped += 1
     assert stopped > 2
 
@@ -197,90 +196,55 @@ def test_a_failed_flush_of_a_shard_is_never_tried_again(tmp_path: Path) -> None:
     assert not [line for line in env.trace() if "step_0000000002" in line and "manifest" in line and line.startswith("rename")]
 
 
-def test_a_commit_in_doubt_deletes_nothing_and_stops_the_session(tmp_path: Path) -> None:
-    root = str(tmp_path / "ckpt")
-    count = operations_of_a_save(tmp_path / "clean")
-    for index in range(count):
-        shadow = testing.FaultEnv(PosixEnv())
-        outcome = disturbed_job(
-            shadow, f"{root}-{index}", 40, lambda: shadow.fail(index=shadow.operations + index), shadow.clear, keep_last=1
-        )
-        if is_flush_of_manifest(shadow.trace(), outcome.first + index) and FAULTY not in outcome.committed:
-            break
-    else:
-        raise AssertionError("no operation of a save was the manifest's flush")
-    after = shadow.trace()[outcome.first + index + 1 :]
-    folder = next(name for name in os.listdir(f"{root}-{index}") if name.startswith("step_0000000002"))
-    assert not [line for line in after if folder in line and line.split()[0] in ("unlink", "remove_dir")]
-    assert sorted(os.listdir(f"{root}-{index}/{folder}")) == ["manifest.json", "rank_00000.safetensors", "rank_00001.safetensors"]
-    assert any(name.startswith("step_0000000001") for name in os.listdir(f"{root}-{index}"))
-    assert outcome.committed == {1} and outcome.raised[0] == outcome.raised[1]
-    assert not [line for line in after if line.startswith("rename") and line.endswith("manifest.json")]
-    assert outcome.story.restart(PosixEnv(), root=f"{root}-{index}", go_on=True) == 2
+DOUBT = Mutation("sync_dir", "*/step_0000000002*", "_publish", forget=False)
 
 
-def test_a_commit_in_doubt_at_the_very_end_is_raised_by_close(tmp_path: Path) -> None:
+def test_a_commit_in_doubt_deletes_nothing_and_stops_the_session() -> None:
+    env = MutantEnv(DOUBT)
+    story = Story(env)
+    with pytest.raises(CommitError, match="step 2 is in doubt"):
+        story.session(1, 40, keep_last=1)
+    assert env.mutated == 1
+    log = [env.log_entry(i) for i in range(env.log_size)]
+    renamed = max(i for i, line in enumerate(log) if line.startswith("rename") and "step_0000000002" in line)
+    assert log[renamed].endswith("manifest.json")
+    assert not [line for line in log[renamed:] if line.startswith(("unlink", "remove_dir")) and "step_000000000" in line]
+    assert not [line for line in log[renamed + 1 :] if line.startswith("rename")]
+    env.mutation = None
+    assert story.restart(env, go_on=True) == 2
+
+
+def test_a_failed_last_checkpoint_is_a_warning_unless_the_config_says_raise(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     env, root = testing.FaultEnv(PosixEnv()), str(tmp_path / "ckpt")
+    env.fail(operation="rename", path_pattern="*/manifest.json", errno=errno.EROFS)
 
-    def run(transport: LocalTransport) -> str:
+    def run(transport: LocalTransport) -> None:
         model, optimizer = build(transport.rank, 1)
-        engine = assembly.assemble(model, optimizer, settings(root), transport, env)
-        for step in engine.steps(1):
-            train(model, optimizer, transport.rank, 1, step)
-            env.fail(operation="rename", path_pattern="*/manifest.json", errno=errno.EROFS) if transport.rank == 0 else None
-        try:
-            engine.close()
-        except CommitError as error:
-            return str(error)
-        return ""
+        with assembly.assemble(model, optimizer, settings(root), transport, env) as engine:
+            for step in engine.steps(1):
+                train(model, optimizer, transport.rank, 1, step)
 
-    env.clear()
-    results = [thread.value for thread in try_ranks(run)]
+    with caplog.at_level(logging.WARNING, "layerwise_dist"):
+        assert [thread.error for thread in try_ranks(run)] == [None, None]
     assert env.injected == 1
-    assert results == ["", ""], "on_failure is warn: one failed checkpoint is a warning, at close too"
+    assert any("step 1 aborted" in record.getMessage() for record in caplog.records)
 
 
-@pytest.mark.parametrize("failing", ["fail", "doubt"])
-def test_close_raises_on_all_ranks_when_the_last_checkpoint_stopped_the_session(tmp_path: Path, failing: str) -> None:
-    env, root = testing.FaultEnv(PosixEnv()), str(tmp_path / "ckpt")
-    commit = {"timeout_s": 20.0, "on_failure": "raise" if failing == "fail" else "warn"}
-    meet = threading.Barrier(2, timeout=30)
+@pytest.mark.parametrize("why", ["raise", "doubt"])
+def test_close_raises_on_all_ranks_when_the_last_checkpoint_stopped_the_session(why: str) -> None:
+    mutation = DOUBT if why == "doubt" else Mutation("rename", "*/step_0000000002*/manifest.json", "_publish", forget=False)
+    env = MutantEnv(mutation)
+    commit = {"timeout_s": 20.0, "on_failure": "raise" if why == "raise" else "warn"}
 
-    def run(transport: LocalTransport) -> str:
+    def run(transport: LocalTransport) -> None:
         model, optimizer = build(transport.rank, 1)
-        engine = assembly.assemble(model, optimizer, settings(root, commit=commit), transport, env)
-        for step in engine.steps(1):
-            if transport.rank == 0 and failing == "fail":
-                env.fail(operation="rename", path_pattern="*/manifest.json")
-            elif transport.rank == 0:
-                env.fail(operation="sync_dir", path_pattern="*/step_*", times=1) if False else None
-                after_rename(env)
-            meet.wait()
-            train(model, optimizer, transport.rank, 1, step)
-        try:
-            engine.close()
-        except CommitError as error:
-            return str(error)
-        return ""
+        with assembly.assemble(model, optimizer, settings(commit=commit), transport, env) as engine:
+            for step in engine.steps(2):
+                train(model, optimizer, transport.rank, 1, step)
 
-    def after_rename(env: Any) -> None:
-        """Fails the flush behind the manifest's rename: everything on directories once the rename was seen."""
-
-        def watch() -> None:
-            deadline = time.monotonic() + 20
-            while time.monotonic() < deadline:
-                if any(line.startswith("rename") and line.endswith("manifest.json") for line in env.trace()):
-                    env.fail(operation="sync_dir", path_pattern="*/step_*")
-                    return
-
-        env.delay("sync_dir", "*/step_*", 0.05)
-        threading.Thread(target=watch, daemon=True).start()
-
-    texts = [thread.value for thread in try_ranks(run)]
-    if failing == "doubt" and not env.injected:
-        pytest.skip("the flush was over before the fault was set")
-    assert all(texts), f"close() said nothing of a checkpoint that was not committed: {texts}"
-    assert "step 1" in texts[0]
+    for thread in try_ranks(run):
+        assert isinstance(thread.error, CommitError) and "step 2" in str(thread.error), repr(thread.error)
+    assert env.mutated == 1
 
 
 def test_retention_that_cannot_remove_a_file_only_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -338,7 +302,7 @@ def test_a_disk_that_stays_full_stops_nothing_until_raise_after(small_disk: Path
     env = testing.FaultEnv(PosixEnv())
     commit = {"timeout_s": 20.0, "raise_after": 3}
     outcome = disturbed_job(env, str(root), 60, fill, lambda: None, keep_last=1, commit=commit)
-    assert outcome.committed == {1} and outcome.raised[0] == outcome.raised[1] >= 4
+    assert outcome.committed == {1} and 4 <= outcome.raised[0] == outcome.raised[1] < 60
     ballast.unlink()
     assert outcome.story.restart(PosixEnv(), root=str(root), keep_last=1, go_on=True) == 1
 

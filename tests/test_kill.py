@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Finished, Running, Warm, torchrun_command
+from conftest import Running, Warm, torchrun_command
 
 WORLDS = [("plain", 1), ("ddp", 2), ("fsdp2", 2), ("ddp", 3), ("fsdp2", 3)]
-TOTAL, KEEP = 30, 2
+TOTAL, KEEP = 20, 2
 DEADLINE = 90.0
 
 
@@ -50,8 +50,8 @@ def reference(warm: Warm, folder: Path, wrapper: str, ranks: int) -> tuple[list[
     return [{line["step"]: line["loss"] for line in lines if "step" in line} for lines in told], [lines[-1]["hash"] for lines in told], took
 
 
-def check(out: Path, ranks: int, losses: list[dict[int, str]], finals: list[str], killed: int) -> int:
-    """What must be true of a job that was killed `killed` times and then ended. Returns how many restarts resumed."""
+def check(out: Path, ranks: int, losses: list[dict[int, str]], finals: list[str]) -> int:
+    """What must be true of a job that was killed and at last ended. Returns how many restarts resumed."""
     told = read(out, ranks)
     assert [lines[-1].get("end") for lines in told] == [TOTAL] * ranks
     assert [lines[-1]["hash"] for lines in told] == finals
@@ -102,6 +102,7 @@ def kill_rank(out: Path, rank: int, alive: list[int]) -> bool:
     return True
 
 
+@pytest.mark.timeout(3600)
 def test_a_job_killed_at_any_moment_goes_on_from_one_committed_step(warm: Warm, tmp_path: Path, long: bool) -> None:
     seed = random.SystemRandom().randrange(1 << 32)
     print(f"seed {seed}")
@@ -113,7 +114,7 @@ def test_a_job_killed_at_any_moment_goes_on_from_one_committed_step(warm: Warm, 
         losses, finals, took = known[wrapper, ranks]
         out = tmp_path / f"trial-{number}"
         out.mkdir()
-        planned = dice.choice([1, 1, 2, 3])
+        planned = dice.choice([1, 1, 1, 2])
         done = 0
         for launch in range(planned + 1):
             arguments = ("kill.py", ranks, wrapper, out / "ckpt", out, "--total", TOTAL, "--keep", KEEP)
@@ -130,7 +131,7 @@ def test_a_job_killed_at_any_moment_goes_on_from_one_committed_step(warm: Warm, 
             done += 1
         kills += done
         try:
-            resumed += check(out, ranks, losses, finals, done)
+            resumed += check(out, ranks, losses, finals)
         except AssertionError as error:
             raise AssertionError(f"seed {seed}, trial {number} ({wrapper}, {ranks} ranks): {error}") from error
     print(f"{kills} kills, {resumed} resumes from a step above 0")

@@ -551,8 +551,10 @@ ATTACKS = [
     *((content(**{"!": "array", "dtype": d, "shape": s, "offset": 0, "bytes": 8}), bytes(8)) for d, s in [
         ("<f4", [3]), ("<f5", [8]), ("|O8", [1]), ("O", [1]), ("<i4,<i4", [1]), ("|V8", [1]), ("<M8[xx]", [1]),
         ("<U0", [8]), ("f4", [2]),
-        ("<f4", [1] * 70 + [2]), ("<U9999999999", [1]), ("<M8[999999999as]x", [1]), (8, [1]), ("<i8\n", [1])]),
+        ("<f4", [1] * 70 + [2]), ("<U9999999999", [1]), ("<M8[999999999as]x", [1]), (8, [1]), ("<i8\n", [1]), ("<i1", [8])]),
     (content(**{"!": "array", "dtype": "<f4", "shape": [0, 2**62, 2**62], "offset": 0, "bytes": 0}), b""),
+    (content(**{"!": "array", "dtype": "<U0", "shape": [0], "offset": 0, "bytes": 0}), b""),
+    (content(**{"!": "bytes", "offset": 0, "bytes": 1}), b"12"),
     (content(**{"!": "vector", "of": "list", "dtype": "<i8", "offset": 0, "bytes": 7}), bytes(7)),
     (content(**{"!": "vector", "of": "set", "dtype": "<i8", "offset": 0, "bytes": 8}), bytes(8)),
     (content(**{"!": "vector", "of": "list", "dtype": "|O8", "offset": 0, "bytes": 8}), bytes(8)),

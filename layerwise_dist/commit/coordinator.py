@@ -145,11 +145,11 @@ class Coordinator:
     def _abort(self, attempt: _Attempt, reason: str, *, failure: bool) -> None:
         del self._open[attempt.seq]
         self._decided.add(attempt.seq)
-        self._send({"t": "aborted", "seq": attempt.seq, "step": attempt.step, "reason": reason, "failure": failure})
         if failure:
             self._failures += 1
-            if self._failures >= self._patience:
+            if self._failures >= self._patience:  # said first: a rank that closes once this is decided must know it
                 self._stop(f"checkpoint of step {attempt.step} failed: {reason}")
+        self._send({"t": "aborted", "seq": attempt.seq, "step": attempt.step, "reason": reason, "failure": failure})
 
     def _stop(self, reason: str) -> None:
         """All ranks raise at one boundary: the last one granted, which none of them can have passed."""
@@ -209,5 +209,5 @@ class CoordinatorThread:
     def _retire(self) -> None:
         try:
             self._after_commit()
-        except OSError as error:
+        except (OSError, OwnerError) as error:
             log.warning("an old checkpoint could not be removed: %s", error)

@@ -153,6 +153,12 @@ class Participant:
             if self._lost is not None:
                 raise CommitError(self._lost)
 
+    def ended(self) -> None:
+        """At the end of a job: raises CommitError if the session has stopped, though the step to raise at is not reached."""
+        with self._changed:
+            if self._stop is not None or self._lost is not None:
+                raise CommitError(self._stop[1] if self._stop else self._lost)
+
     def reached(self, level: str) -> int | None:
         with self._changed:
             return self._reached[level]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from kit import contents, process_group
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -26,8 +27,8 @@ import layerwise_dist as lwd
 def digest(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     seen = hashlib.sha256()
     for name, value in sorted(contents(model, optimizer).items()):
-        if name == "rng":
-            continue  # put back when steps() starts, and held by the losses
+        if name == "rng" or (name.startswith("buffer/") and isinstance(model, DistributedDataParallel) and dist.get_rank()):
+            continue  # the first is put back when steps() starts, the others by DDP's broadcast at the next forward
         seen.update(name.encode())
         if isinstance(value, torch.Tensor):
             seen.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

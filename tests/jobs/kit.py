@@ -20,7 +20,10 @@ def process_group() -> Iterator[int]:
     """gloo over what the launcher says; nothing for a job without a launcher. Yields the rank."""
     torch.set_num_threads(1)
     if "RANK" in os.environ:
-        dist.init_process_group("gloo")
+        # The agent's store outlives a restart of its ranks, keys and all: a prefix for each attempt keeps them apart.
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        dist.init_process_group("gloo", store=dist.PrefixStore(f"attempt_{attempt}", store), rank=rank, world_size=world_size)
     try:
         yield int(os.environ.get("RANK", "0"))
     finally:
