@@ -24,7 +24,7 @@ from layerwise_dist.commit.transports.store import StoreTransport, open_store
 from layerwise_dist.config import LayerwiseConfig, load_config
 from layerwise_dist.disabled import DisabledEngine
 from layerwise_dist.engine import LayerwiseEngine
-from layerwise_dist.errors import BoundaryError
+from layerwise_dist.errors import BoundaryError, ConfigError
 from layerwise_dist.frameworks import Framework, detect
 from layerwise_dist.restore.agreement import together
 from layerwise_dist.storage.adapter import PCCheckAdapter
@@ -53,27 +53,40 @@ def attach(
             raise BoundaryError(
                 f"WORLD_SIZE is {launched}, but torch.distributed is not initialised: call init_process_group() before attach()"
             )
-    # A configuration that differs in validity between ranks cannot be agreed upon without a store: its timeout is there.
-    settings = load_config(config, **overrides)
+    problem = None
+    try:
+        settings = load_config(config, **overrides)
+    except ConfigError as error:
+        if world_size == 1:
+            raise
+        settings, problem = LayerwiseConfig(), error  # the other ranks are told before it is raised
     if not settings.enabled:
         return DisabledEngine()
     transport: Transport = LocalTransport(LocalHub(1), 0)
     if world_size > 1:
         transport = StoreTransport(open_store(rank, settings.commit.timeout_s), rank, world_size)
-    return assemble(model, optimizer, settings, transport, _native.PosixEnv(), state=state, fresh=fresh)
+    return assemble(
+        model, optimizer, settings, transport, _native.PosixEnv(), state=state, fresh=fresh, problem=problem
+    )
 
 
 def assemble(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: LayerwiseConfig, transport: Transport, env: Any, *,
     state: dict[str, Any] | None = None, fresh: bool = False, framework: Framework | None = None,
+    problem: ConfigError | None = None,
 ) -> LayerwiseEngine:  # fmt: skip
-    """`attach()` behind its two seams: any `Transport`, any `Env`. Rank and world size are the transport's."""
+    """`attach()` behind its two seams: any `Transport`, any `Env`. Rank and world size are the transport's.
+
+    With `problem`, this rank's configuration is bad and `config` stands in for it: all ranks raise `problem`.
+    """
     rank, world_size = transport.rank, transport.world_size
     participant = Participant(transport, timeout_s=config.commit.timeout_s, coordinator=None)
     closers: list[Any] = [lambda: participant.close(1.0)]
     try:
 
         def examine() -> tuple[Framework, StateObjects]:
+            if problem is not None:
+                raise problem
             found = framework or detect(model, rank, world_size)
             check_optimizer(found, optimizer)
             survey(found, optimizer, frozenset())

@@ -221,6 +221,7 @@ class LayerwiseEngine:
             return
         audited = self.config.audit == "always" or self._opened <= _FIRST_AUDITS or self._opened % _AUDIT_EVERY == 0
         self._open = Capture(step, found, write, timeout_s=self.config.fence_timeout_s, audited=audited)
+        write.confirm = self._open.confirm  # and with it, what is leased stays alive as long as it may be read
         self._again = False
         self._open.start()
 
@@ -294,7 +295,6 @@ class LayerwiseEngine:
             "gradients": live.gradient_names(self._framework),
             "extra_state": {name: module.get_extra_state() for name, module in self._framework.extra_states()},
         }
-        capture.write.confirm = capture.confirm
         capture.write.append_state(*typed_json.dumps(sealed, path="state"))
         if self._committer is not None:
             self._committer.boundary_kind = mark.resume_kind

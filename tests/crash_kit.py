@@ -52,7 +52,9 @@ class RankThread(threading.Thread):
             self.error = error
 
 
-def try_ranks(body: Callable[[LocalTransport], Any], *, world: int = WORLD, timeout_s: float = 60.0) -> list[RankThread]:
+def try_ranks(
+    body: Callable[[LocalTransport], Any], *, world: int = WORLD, timeout_s: float = 60.0
+) -> list[RankThread]:
     """Runs `body` once a rank, each on a thread; each one's `value` or `error` is in the result, by rank."""
     hub = LocalHub(world)
     transports = [LocalTransport(hub, rank) for rank in range(world)]
@@ -64,7 +66,9 @@ def try_ranks(body: Callable[[LocalTransport], Any], *, world: int = WORLD, time
         thread.join(max(0.0, deadline - time.monotonic()))
     if any(thread.is_alive() for thread in threads):
         frames = sys._current_frames()
-        stacks = ["".join(traceback.format_stack(frames[t.ident])) for t in threads if t.is_alive() and t.ident in frames]
+        stacks = [
+            "".join(traceback.format_stack(frames[t.ident])) for t in threads if t.is_alive() and t.ident in frames
+        ]
         raise AssertionError(f"ranks did not end within {timeout_s:g} s:\n" + "\n".join(stacks))
     return threads
 
@@ -80,7 +84,8 @@ def in_ranks(body: Callable[[LocalTransport], Any], *, world: int = WORLD, timeo
 
 def settings(root: str = ROOT, **overrides: Any) -> Any:
     base: dict[str, Any] = {
-        "dir": root, "writer": {"queue_depth": 2, "block_kb": 32}, "commit": {"timeout_s": 20.0}, "fence_timeout_s": 20.0,
+        "dir": root, "writer": {"queue_depth": 2, "block_kb": 32},
+        "commit": {"timeout_s": 20.0}, "fence_timeout_s": 20.0,
     }  # fmt: skip
     return load_config({**base, **overrides})
 
@@ -130,7 +135,7 @@ def raw(tensor: torch.Tensor) -> bytes:
 
 @dataclass
 class Story:
-    """What happened in a directory. A position is (phase, step); (phase, 0) is the branch record that began the phase."""
+    """What happened in a directory. A position is (phase, step); (phase, 0) is the branch record that began it."""
 
     env: Any
     root: str = ROOT
@@ -143,9 +148,16 @@ class Story:
             self.env.mark(f"committed {phase} {step}")
 
     def session(
-        self, phase: int, total: int, *, restore: int | str | None = "newest", fresh: bool = False, waiting: bool = True, **config: Any
+        self,
+        phase: int,
+        total: int,
+        *,
+        restore: int | str | None = "newest",
+        fresh: bool = False,
+        waiting: bool = True,
+        **config: Any,
     ) -> list[LayerwiseEngine]:
-        """One run of the job by all ranks, up to step `total`. With `waiting`, each step is committed before the next."""
+        """One run of the job by all ranks, up to step `total`. With `waiting`, each is committed before the next."""
 
         def run(transport: LocalTransport) -> LayerwiseEngine:
             return self._run(transport, phase, total, restore, fresh, waiting, config)
@@ -153,7 +165,14 @@ class Story:
         return in_ranks(run)
 
     def _run(
-        self, transport: LocalTransport, phase: int, total: int, restore: int | str | None, fresh: bool, waiting: bool, config: dict[str, Any]
+        self,
+        transport: LocalTransport,
+        phase: int,
+        total: int,
+        restore: int | str | None,
+        fresh: bool,
+        waiting: bool,
+        config: dict[str, Any],
     ) -> LayerwiseEngine:
         rank = transport.rank
         model, optimizer = build(rank, phase)
@@ -215,7 +234,7 @@ class Story:
         return found
 
     def check(self, env: Any, promised: tuple[int, int]) -> tuple[int, int]:
-        """Asserts that `env` holds exactly what may be there; returns the position that its newest record stands for."""
+        """Asserts that `env` holds exactly what may be there; returns the position of its newest record."""
         manager = CheckpointMetadataManager(env, self.root)
         try:
             inventory = manager.inventory()
@@ -237,14 +256,18 @@ class Story:
             except (FileNotFoundError, DamageError) as error:
                 raise AssertionError(f"there are records, and the identity is gone: {error}") from error
         newest = positions[max(positions)] if positions else (0, 0)
-        assert newest == max(positions.values(), default=(0, 0)), f"the newest record stands for {newest}, of {positions}"
+        assert newest == max(positions.values(), default=(0, 0)), (
+            f"the newest record stands for {newest}, of {positions}"
+        )
         assert newest >= promised, f"the newest record stands for {newest}, {promised} was said to be committed"
         lineage = inventory.lineage()
         if positions and max(positions) in inventory.manifests:
             assert lineage and lineage[0].seq == max(positions)
         return newest
 
-    def _check_commit(self, env: Any, pool: Any, manager: CheckpointMetadataManager, manifest: Manifest) -> tuple[int, int]:
+    def _check_commit(
+        self, env: Any, pool: Any, manager: CheckpointMetadataManager, manifest: Manifest
+    ) -> tuple[int, int]:
         places = set()
         for rank in range(manifest.world_size):
             path = manager.shard_path(manifest, rank)
@@ -256,11 +279,13 @@ class Story:
             assert (place["phase"], place["step"]) in self.states, f"{path}: nobody was ever at {place}"
             wrong = differing(tensors, self.states[place["phase"], place["step"]][rank])
             assert not wrong, f"{path}: not what rank {rank} held at {place}: {wrong}"
-        assert len(places) == 1 and {step for _, step in places} == {manifest.step}, f"{manager.root}: a mix of {places}"
+        assert len(places) == 1 and {step for _, step in places} == {manifest.step}, (
+            f"{manager.root}: a mix of {places}"
+        )
         return places.pop()
 
     def restart(self, env: Any, *, root: str | None = None, go_on: bool = False, **config: Any) -> int:
-        """A whole job started on what a crash left: restores, compares bit for bit, and with `go_on` saves once more."""
+        """A whole job started on what a crash left: restores, compares every bit, with `go_on` saves again."""
 
         def run(transport: LocalTransport) -> tuple[int, dict[str, int], Tensors]:
             model, optimizer = build(transport.rank, 77)
@@ -353,7 +378,9 @@ class MutantEnv(testing.MemoryEnv):
         if mutation is None or mutation.caller is None:
             return False
         caller = sys._getframe(2).f_code.co_name
-        if (operation, caller) != (mutation.operation, mutation.caller) or not fnmatch.fnmatchcase(path, mutation.pattern):
+        if (operation, caller) != (mutation.operation, mutation.caller) or not fnmatch.fnmatchcase(
+            path, mutation.pattern
+        ):
             return False
         self.hits += 1
         if not mutation.forget:

@@ -1,4 +1,4 @@
-"""Power fails after any operation: what is on the disk then is always one committed step, and never an older one than said.
+"""Power fails after any operation: the disk then always holds one committed step, never an older one than was said.
 
 The whole log of real two-rank runs is cut at every entry. What the disk may hold then (any subset of what was not
 flushed) is read by the engine's own code. Leaving out any one flush or rename must make that check fail.
@@ -49,7 +49,9 @@ def sweep(story: Story, seeds: int) -> int:
                 story.check(story.env.crash(prefix, seed, policy), promised)
             except AssertionError as error:
                 last = story.env.log_entry(prefix - 1) if prefix else "nothing"
-                raise AssertionError(f"prefix {prefix} (after {last}), policy {policy}, seed {seed}: {error}") from error
+                raise AssertionError(
+                    f"prefix {prefix} (after {last}), policy {policy}, seed {seed}: {error}"
+                ) from error
             checked += 1
     return checked
 
@@ -73,7 +75,9 @@ def test_a_job_restarts_from_what_power_loss_left_and_saves_again(name: str, lon
         newest = story.check(crashed, story.promised(prefix))
         step = story.restart(crashed, go_on=True)
         if newest[1]:
-            assert step == newest[1], f"prefix {prefix}, seed {seed}: restored step {step}, the newest record is {newest}"
+            assert step == newest[1], (
+                f"prefix {prefix}, seed {seed}: restored step {step}, the newest record is {newest}"
+            )
 
 
 def one_branch(story: Story) -> None:
@@ -117,7 +121,7 @@ def test_leaving_out_one_flush_or_rename_is_found(left_out: str) -> None:
 
 
 def test_what_a_restart_reports_as_committed_survives_power_loss_even_if_the_first_job_could_not_flush_it() -> None:
-    """A job ends between the manifest's rename and its flush. The next one finds the manifest: it must flush it first."""
+    """A job ends between the manifest's rename and its flush. The next one finds it and must flush it first."""
     env = MutantEnv(Mutation("sync_dir", "*/step_*2-*", "_publish", forget=False))
     story = Story(env)
     with pytest.raises(CommitError):
@@ -149,11 +153,19 @@ def test_leftovers_of_a_crash_are_gone_after_the_next_start() -> None:
         folders = [name for name in crashed.list_dir("/ckpt") if name.startswith("step_")]
         assert len(folders) == step
         for folder in folders:
-            assert crashed.list_dir(f"/ckpt/{folder}") == ["manifest.json", "rank_00000.safetensors", "rank_00001.safetensors"]
+            assert crashed.list_dir(f"/ckpt/{folder}") == [
+                "manifest.json",
+                "rank_00000.safetensors",
+                "rank_00001.safetensors",
+            ]
 
 
-@pytest.mark.parametrize("left_out", [None, Mutation("sync_dir", "/ckpt", "__init__")], ids=["whole", "without the owner's flush"])
-def test_a_roll_back_that_a_restart_follows_stays_even_if_the_first_job_could_not_flush_it(left_out: Mutation | None) -> None:
+@pytest.mark.parametrize(
+    "left_out", [None, Mutation("sync_dir", "/ckpt", "__init__")], ids=["whole", "without the owner's flush"]
+)
+def test_a_roll_back_that_a_restart_follows_stays_even_if_the_first_job_could_not_flush_it(
+    left_out: Mutation | None,
+) -> None:
     env = MutantEnv()
     story = Story(env)
     story.session(1, 2)

@@ -162,7 +162,9 @@ def position_of(disk: Disk, manifest: Manifest, rank: int, name: str) -> int:
     return disk.shard(manifest, rank).index.entries[name].begin + 40_000
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over_for_the_next_older_with_a_warning(disk: Disk, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_newest_checkpoint_is_passed_over_for_the_next_older_with_a_warning(
+    disk: Disk, caplog: pytest.LogCaptureFixture
+) -> None:
     newest, path = disk.commits[0], disk.manager.shard_path(disk.commits[0], 1)
     spoil(disk, path, position_of(disk, newest, 1, "param/2.weight"))
     with caplog.at_level(logging.WARNING, "layerwise_dist"):
@@ -188,7 +190,7 @@ def test_a_missing_shard_is_damage(disk: Disk) -> None:
 
 
 def start(env: Any, step: int | None = None, *, attached: Callable[[], None] = lambda: None) -> list[Any]:
-    """A start by both ranks; each one's restored step, or the error it raised. `attached` is called before restore()."""
+    """A start by both ranks; each one's restored step, or the error it raised. `attached` runs before restore()."""
     meet = threading.Barrier(2, action=attached, timeout=30)
 
     def run(transport: LocalTransport) -> int:
@@ -231,11 +233,19 @@ def test_a_damaged_branch_record_never_brings_the_abandoned_branch_back(disk: Di
         assert isinstance(error, DamageError) and branch in str(error), repr(error)
 
 
-@pytest.mark.parametrize("number, kind", [(errno.EIO, OSError), (errno.EACCES, PermissionError), (errno.ESTALE, OSError)])
-@pytest.mark.parametrize("operation, pattern", [("read", "*/rank_00001*"), ("open", "*/rank_00000*"), ("read", "*/manifest.json")])
-def test_a_disk_in_trouble_is_an_os_error_and_not_damage(disk: Disk, number: int, kind: type[OSError], operation: str, pattern: str) -> None:
+@pytest.mark.parametrize(
+    "number, kind", [(errno.EIO, OSError), (errno.EACCES, PermissionError), (errno.ESTALE, OSError)]
+)
+@pytest.mark.parametrize(
+    "operation, pattern", [("read", "*/rank_00001*"), ("open", "*/rank_00000*"), ("read", "*/manifest.json")]
+)
+def test_a_disk_in_trouble_is_an_os_error_and_not_damage(
+    disk: Disk, number: int, kind: type[OSError], operation: str, pattern: str
+) -> None:
     env = testing.FaultEnv(disk.env)
-    for error in start(env, attached=lambda: env.fail(operation=operation, path_pattern=pattern, errno=number, times=-1)):
+    for error in start(
+        env, attached=lambda: env.fail(operation=operation, path_pattern=pattern, errno=number, times=-1)
+    ):
         assert isinstance(error, kind) and not isinstance(error, LayerwiseError) and error.errno == number, repr(error)
         assert pattern.strip("*/") in str(error)
     for error in start(env):  # the same trouble, met by attach(): still nothing about damage
@@ -254,7 +264,11 @@ class Assorted(nn.Module):
         def make(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
             return nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
 
-        self.brain, self.short, self.wide = make(171, 333, dtype=torch.bfloat16), make(7, dtype=torch.float16), make(3, 2, dtype=torch.float64)
+        self.brain, self.short, self.wide = (
+            make(171, 333, dtype=torch.bfloat16),
+            make(7, dtype=torch.float16),
+            make(3, 2, dtype=torch.float64),
+        )
         self.scalar, self.empty, self.large = make(), make(0, 5), make(131, 257)
         self.turned = nn.Parameter(make(200, 150).detach().t())
         self.register_buffer("count", torch.tensor(5))
@@ -266,7 +280,9 @@ class Assorted(nn.Module):
 
 
 @pytest.mark.parametrize("wrapper", [Framework, DDPFramework])
-def test_shards_open_with_the_safetensors_package_and_equal_the_live_tensors(tmp_path: Path, wrapper: type[Framework]) -> None:
+def test_shards_open_with_the_safetensors_package_and_equal_the_live_tensors(
+    tmp_path: Path, wrapper: type[Framework]
+) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
     root = str(tmp_path / "ckpt")
 
@@ -280,7 +296,9 @@ def test_shards_open_with_the_safetensors_package_and_equal_the_live_tensors(tmp
                 model().backward()
                 optimizer.step()
             engine.wait(2)
-        return tensors_of(model, optimizer) | {f"buffer/{name}": buffer.clone() for name, buffer in model.named_buffers()}
+        return tensors_of(model, optimizer) | {
+            f"buffer/{name}": buffer.clone() for name, buffer in model.named_buffers()
+        }
 
     live = in_ranks(run)
     manager = CheckpointMetadataManager(PosixEnv(), root)

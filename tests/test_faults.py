@@ -18,7 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crash_kit import MutantEnv, Mutation, Story, build, native_threads, open_files, settings, tensors_of, train, try_ranks
+from crash_kit import (
+    MutantEnv,
+    Mutation,
+    Story,
+    build,
+    native_threads,
+    open_files,
+    settings,
+    tensors_of,
+    train,
+    try_ranks,
+)
 
 from layerwise_dist import assembly
 from layerwise_dist._native import PosixEnv, testing
@@ -51,8 +62,10 @@ def settle(env: Any) -> int:
     return count
 
 
-def disturbed_job(env: Any, root: str, total: int, disturb: Callable[[], None], repair: Callable[[], None], **config: Any) -> Outcome:
-    """Trains to step `total`; `disturb` is called before the update of step FAULTY, `repair` when its save is decided."""
+def disturbed_job(
+    env: Any, root: str, total: int, disturb: Callable[[], None], repair: Callable[[], None], **config: Any
+) -> Outcome:
+    """Trains to step `total`; `disturb` is called before the update of step FAULTY, `repair` when that is decided."""
     outcome = Outcome(Story(env, root))
     story, meet = outcome.story, threading.Barrier(2, timeout=30)
 
@@ -107,7 +120,11 @@ def _short_grants(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def left_behind(root: str) -> list[str]:
     """Attempt folders without a manifest."""
-    return [name for name in os.listdir(root) if name.startswith("step_") and "manifest.json" not in os.listdir(f"{root}/{name}")]
+    return [
+        name
+        for name in os.listdir(root)
+        if name.startswith("step_") and "manifest.json" not in os.listdir(f"{root}/{name}")
+    ]
 
 
 def trial(root: Path, index: int | None, number: int, short: bool, on_failure: str, total: int) -> tuple[Outcome, Any]:
@@ -120,7 +137,9 @@ def trial(root: Path, index: int | None, number: int, short: bool, on_failure: s
         if index is not None:
             env.fail(index=env.operations + index, errno=number, short=short)
 
-    outcome = disturbed_job(env, str(root), total, disturb, env.clear, keep_last=1, commit={"timeout_s": 20.0, "on_failure": on_failure})
+    outcome = disturbed_job(
+        env, str(root), total, disturb, env.clear, keep_last=1, commit={"timeout_s": 20.0, "on_failure": on_failure}
+    )
     gc.collect()
     assert (open_files(), native_threads()) == (files, threads), "open files or threads are left"
     newest = outcome.story.check(PosixEnv(), (1, max(outcome.committed)))
@@ -157,7 +176,9 @@ def test_training_goes_on_and_nothing_is_lost_whichever_operation_of_a_save_fail
         if not env.injected:
             continue
         failed = env.trace()[outcome.first + index]
-        what = f"operation {index}, {failed}: {errno.errorcode[code]}{' after half a write' if short else ''}: {outcome}"
+        what = (
+            f"operation {index}, {failed}: {errno.errorcode[code]}{' after half a write' if short else ''}: {outcome}"
+        )
         if is_flush_of_manifest(env.trace(), outcome.first + index) and FAULTY not in outcome.committed:
             assert outcome.raised[0] == outcome.raised[1], what
             assert outcome.committed == {1}, what
@@ -177,7 +198,9 @@ def test_with_on_failure_raise_all_ranks_stop_at_the_same_step(tmp_path: Path, l
             assert not outcome.raised  # it hit what follows a commit: retention
             continue
         assert outcome.committed == {1}
-        assert set(outcome.raised) == {0, 1} and outcome.raised[0] == outcome.raised[1], env.trace()[outcome.first + index]
+        assert set(outcome.raised) == {0, 1} and outcome.raised[0] == outcome.raised[1], env.trace()[
+            outcome.first + index
+        ]
         stopped += 1
     assert stopped > 2
 
@@ -193,7 +216,9 @@ def test_a_failed_flush_of_a_shard_is_never_tried_again(tmp_path: Path) -> None:
     operations = [line.split()[0] for line in of_shard]
     assert operations.count("sync") == 1
     assert set(operations[operations.index("sync") + 1 :]) == {"unlink"}
-    assert not [line for line in env.trace() if "step_0000000002" in line and "manifest" in line and line.startswith("rename")]
+    assert not [
+        line for line in env.trace() if "step_0000000002" in line and "manifest" in line and line.startswith("rename")
+    ]
 
 
 DOUBT = Mutation("sync_dir", "*/step_0000000002*", "_publish", forget=False)
@@ -208,13 +233,17 @@ def test_a_commit_in_doubt_deletes_nothing_and_stops_the_session() -> None:
     log = [env.log_entry(i) for i in range(env.log_size)]
     renamed = max(i for i, line in enumerate(log) if line.startswith("rename") and "step_0000000002" in line)
     assert log[renamed].endswith("manifest.json")
-    assert not [line for line in log[renamed:] if line.startswith(("unlink", "remove_dir")) and "step_000000000" in line]
+    assert not [
+        line for line in log[renamed:] if line.startswith(("unlink", "remove_dir")) and "step_000000000" in line
+    ]
     assert not [line for line in log[renamed + 1 :] if line.startswith("rename")]
     env.mutation = None
     assert story.restart(env, go_on=True) == 2
 
 
-def test_a_failed_last_checkpoint_is_a_warning_unless_the_config_says_raise(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failed_last_checkpoint_is_a_warning_unless_the_config_says_raise(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     env, root = testing.FaultEnv(PosixEnv()), str(tmp_path / "ckpt")
     env.fail(operation="rename", path_pattern="*/manifest.json", errno=errno.EROFS)
 
@@ -232,7 +261,9 @@ def test_a_failed_last_checkpoint_is_a_warning_unless_the_config_says_raise(tmp_
 
 @pytest.mark.parametrize("why", ["raise", "doubt"])
 def test_close_raises_on_all_ranks_when_the_last_checkpoint_stopped_the_session(why: str) -> None:
-    mutation = DOUBT if why == "doubt" else Mutation("rename", "*/step_0000000002*/manifest.json", "_publish", forget=False)
+    mutation = (
+        DOUBT if why == "doubt" else Mutation("rename", "*/step_0000000002*/manifest.json", "_publish", forget=False)
+    )
     env = MutantEnv(mutation)
     commit = {"timeout_s": 20.0, "on_failure": "raise" if why == "raise" else "warn"}
 
@@ -251,10 +282,19 @@ def test_retention_that_cannot_remove_a_file_only_warns(tmp_path: Path, caplog: 
     env, root = testing.FaultEnv(PosixEnv()), str(tmp_path / "ckpt")
     with caplog.at_level(logging.WARNING, "layerwise_dist"):
         outcome = disturbed_job(
-            env, root, 5, lambda: env.fail(operation="unlink", path_pattern="*step_0000000001*rank_*", times=-1), lambda: None, keep_last=1
+            env,
+            root,
+            5,
+            lambda: env.fail(operation="unlink", path_pattern="*step_0000000001*rank_*", times=-1),
+            lambda: None,
+            keep_last=1,
         )
     assert env.injected >= 1 and outcome.committed >= {1, 2, 3, 5} and not outcome.raised
-    assert [record for record in caplog.records if "could not be removed" in record.message and "step_0000000001" in record.message]
+    assert [
+        record
+        for record in caplog.records
+        if "could not be removed" in record.message and "step_0000000001" in record.message
+    ]
     assert outcome.story.restart(PosixEnv(), root=root, keep_last=1) == 5
     assert not left_behind(root)
 
@@ -266,7 +306,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("a small tmpfs can be mounted by root only")
     place = tmp_path / "disk"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)], capture_output=True, text=True, timeout=20)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)], capture_output=True, text=True, timeout=20
+    )
     if mounted.returncode:
         pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.strip()}")
     yield place

@@ -550,8 +550,8 @@ ATTACKS = [
         ("float33", [2]), ("Tensor", [2]), ("quint8", [8]), (None, [2]), ("__class__", [2]), ("float32", [10**30, 0])]),
     *((content(**{"!": "array", "dtype": d, "shape": s, "offset": 0, "bytes": 8}), bytes(8)) for d, s in [
         ("<f4", [3]), ("<f5", [8]), ("|O8", [1]), ("O", [1]), ("<i4,<i4", [1]), ("|V8", [1]), ("<M8[xx]", [1]),
-        ("<U0", [8]), ("f4", [2]),
-        ("<f4", [1] * 70 + [2]), ("<U9999999999", [1]), ("<M8[999999999as]x", [1]), (8, [1]), ("<i8\n", [1]), ("<i1", [8])]),
+        ("<U0", [8]), ("f4", [2]), ("<i1", [8]),
+        ("<f4", [1] * 70 + [2]), ("<U9999999999", [1]), ("<M8[999999999as]x", [1]), (8, [1]), ("<i8\n", [1])]),
     (content(**{"!": "array", "dtype": "<f4", "shape": [0, 2**62, 2**62], "offset": 0, "bytes": 0}), b""),
     (content(**{"!": "array", "dtype": "<U0", "shape": [0], "offset": 0, "bytes": 0}), b""),
     (content(**{"!": "bytes", "offset": 0, "bytes": 1}), b"12"),
@@ -666,7 +666,7 @@ def test_well_formed_json_with_wrong_values_is_damage_or_a_value(varied, traced)
     limit = 20 * (len(text) + len(blob))
     everywhere = list(places(json.loads(text)))
     outcomes = Counter()
-    for _ in range(1000):
+    for _ in range(700):
         tree = json.loads(text)
         *path, key = draw.choice(everywhere)
         node = functools.reduce(lambda inner, step: inner[step], path, tree)
@@ -679,7 +679,7 @@ def test_well_formed_json_with_wrong_values_is_damage_or_a_value(varied, traced)
         else:
             node[key] = draw.choice(HOSTILE)
         outcomes[survives(json.dumps(tree).encode(), blob, limit)] += 1
-    assert outcomes[False] > 300 and outcomes[True] > 100
+    assert outcomes[False] > 200 and outcomes[True] > 50
 
 
 @settings(LIGHT, max_examples=150)
