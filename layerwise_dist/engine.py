@@ -292,6 +292,7 @@ class LayerwiseEngine:
                 "scalars": found.scalars,
                 "order": {view.fqn: list(state[view.param]) for view in self._framework.params if view.param in state},
             },
+            "wrapper": self._framework.carry(),
             "gradients": live.gradient_names(self._framework),
             "extra_state": {name: module.get_extra_state() for name, module in self._framework.extra_states()},
         }
@@ -396,6 +397,7 @@ class LayerwiseEngine:
             for hook in self._hooks:
                 hook.remove()
             self._objects.detach()
+            self._framework.detach()
             self._participant.close(timeout)
             if self._coordinator is not None:
                 self._coordinator.close(timeout)

@@ -335,6 +335,16 @@ def test_explicit_loops_resume_exactly(loop: Callable[[Job], None], make_loader:
     trial(lambda: Job(make_loader), loop, kind="explicit")
 
 
+def test_an_epoch_may_be_a_step() -> None:
+    def loop(job: Job) -> None:
+        for _ in job.boundary.steps(4):
+            for batch in job.loader:
+                job.update(batch)
+            job.scheduler.step()
+
+    trial(lambda: Job(shuffled()), loop, kind="explicit", boundaries=4)
+
+
 @pytest.mark.parametrize("attach", [("train",), ("train", "val")])
 @pytest.mark.parametrize("where", ["top", "bottom"])
 def test_evaluation_within_steps_resumes_exactly(where: str, attach: tuple[str, ...]) -> None:
@@ -469,10 +479,17 @@ def test_evaluation_within_the_for_resumes_exactly_and_makes_no_boundary(
     )
 
 
-def test_epochs_that_are_left_by_break_resume_exactly() -> None:
+def late(loader: DataLoader) -> Iterator[torch.Tensor]:
+    batches = iter(loader)
+    torch.randn(3)
+    yield from batches
+
+
+@pytest.mark.parametrize("wrap", [lambda loader: loader, late], ids=["plain", "late"])
+def test_epochs_that_are_left_by_break_resume_exactly(wrap: Callable[[DataLoader], Any]) -> None:
     def loop(job: Job) -> None:
         while job.at["epoch"] < 4:
-            for batch in job.loader:
+            for batch in wrap(job.loader):
                 job.update(batch)
                 job.at["batch"] = (job.at.get("batch", 0) + 1) % 2
                 if not job.at["batch"]:

@@ -327,9 +327,7 @@ class LoaderTap:
             self.loader.load_state_dict(copy.deepcopy(snapshot["state"]))  # type: ignore[attr-defined]
             inner: Any = self._open(position)
             pending = getattr(inner, "_sampler_iter", None)
-            if isinstance(
-                pending, itertools.islice
-            ):  # torchdata would skip at the first draw, with the generators of then
+            if isinstance(pending, itertools.islice):  # it would skip at the first draw, with the generators of then
                 inner._sampler_iter = itertools.chain(list(itertools.islice(pending, 1)), pending)
             return inner
         position.first, position.again = snapshot["first"], snapshot["again"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -73,6 +74,16 @@ class Framework:
         if entry.global_shape == tuple(param.shape):
             return torch.empty_like(param, dtype=dtype, requires_grad=False)
         return torch.empty(entry.global_shape, dtype=dtype, device=param.device if entry.global_shape else "cpu")
+
+    def carry(self) -> Any:
+        """What the wrapper has learnt since it was made and a resumed job must know too, as typed JSON takes it."""
+        return None
+
+    def take_up(self, carried: Any) -> None:
+        """Brings a new wrapper to where `carry` was asked. All ranks together, before any live tensor is loaded."""
+
+    def detach(self) -> None:
+        """Removes whatever hooks the framework has put on the model."""
 
     def buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Persistent buffers under clean names, each once."""

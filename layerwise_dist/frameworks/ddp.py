@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from layerwise_dist.frameworks.base import Framework, ParamView
+from layerwise_dist.frameworks.buckets import BucketOrder
 from layerwise_dist.pieces import Piece
 from layerwise_dist.slices import Slice
 
@@ -35,6 +38,18 @@ class DDPFramework(Framework):
             first = next((r for r in range(world_size) if cuts[r + 1] > 0), world_size - 1)
             self._mine[view.fqn] = (cuts[rank], cuts[rank + 1], rank == first)
             begin += nbytes
+        self._buckets = BucketOrder(root, self.params) if isinstance(root, DistributedDataParallel) else None
+
+    def carry(self) -> Any:
+        return self._buckets.order if self._buckets else None
+
+    def take_up(self, carried: Any) -> None:
+        if self._buckets is not None and carried:
+            self._buckets.take_up(carried)
+
+    def detach(self) -> None:
+        if self._buckets is not None:
+            self._buckets.detach()
 
     def pieces(self, view: ParamView, kind: str, tensor: torch.Tensor, *, lease: bool) -> list[Piece]:
         whole = self.need(view, kind, tensor)

@@ -79,6 +79,7 @@ class Restorer:
         if not sound:
             return None
         loading, shards = checked
+        self._framework.take_up(loading.sealed["wrapper"])
         self.undefined = (
             f"the restore of step {attempt.step} did not finish: parameters and optimizer state are undefined"
         )
