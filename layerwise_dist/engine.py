@@ -125,9 +125,9 @@ class LayerwiseEngine:
         return self._participant.reached("committed")
 
     def wait(self, step: int, level: str = "committed", timeout: float | None = None) -> None:
-        """Waits until `step` is "staged", "durable" or "committed" (`timeout` in seconds, default commit.timeout_s).
+        """Waits until `step` or a newer one is "staged", "durable" or "committed".
 
-        Raises CommitError if that checkpoint was aborted, DeadlineError at the timeout, ValueError for another level.
+        `timeout` is in seconds, by default commit.timeout_s. Raises CommitError if that checkpoint was aborted, DeadlineError at the timeout, ValueError for another level.
         """
         if level not in ("staged", "durable", "committed"):
             raise ValueError(f"level must be 'staged', 'durable' or 'committed', not {level!r}")
