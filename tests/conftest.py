@@ -206,6 +206,15 @@ class WarmJob:
     def output(self) -> str:
         return self._log.read_text(errors="replace") if self._log.exists() else ""
 
+    def ends_within(self, timeout: float) -> bool:
+        """Whether the agent ends by itself in time; it is killed with all its ranks in any case."""
+        deadline = time.monotonic() + timeout
+        while self.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        by_itself = self.poll() is not None
+        self.kill()
+        return by_itself
+
     def wait(self, timeout: float) -> Finished:
         deadline = time.monotonic() + timeout
         while (code := self.poll()) is None:

@@ -341,6 +341,36 @@ def test_weights_changed_behind_the_update_are_saved_as_they_are_at_the_boundary
         assert [name for name in differences(contents(model, optimizer), at[step]) if name != "rng"] == []
 
 
+def test_weights_changed_after_the_boundary_never_reach_a_committed_checkpoint(tmp_path: Path) -> None:
+    """8 MB, so that the writer is still at it when the next iteration changes what it reads: then the attempt ends."""
+    torch.manual_seed(0)
+    model = nn.Linear(1024, 2048)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    at: dict[int, torch.Tensor] = {}
+    aborted = []
+    options = {"keep_last": 100, "commit": {"raise_after": 100}}
+    with lwd.attach(model, optimizer, dir=str(tmp_path / "ckpt"), **options) as ckpt:
+        for step in ckpt.steps(12):
+            with torch.no_grad():
+                model.weight.add_(1)
+            if step:
+                try:
+                    ckpt.wait(step, timeout=20)
+                except errors.CommitError as error:
+                    assert "weight changed between the boundary and the next update" in str(error)
+                    aborted.append(step)
+            model(torch.ones(1, 1024)).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            at[step + 1] = model.weight.detach().clone()
+    kept = committed(tmp_path / "ckpt")
+    assert aborted and 12 in kept and sorted([*aborted, *kept]) == list(range(1, 13))
+    for step in kept[-3:]:
+        model = nn.Linear(1024, 2048)
+        assert restored(tmp_path / "ckpt", model, torch.optim.SGD(model.parameters(), lr=0.1), step) == step
+        assert torch.equal(model.weight, at[step])
+
+
 def test_two_updates_in_one_iteration_save_the_state_behind_the_last(tmp_path: Path) -> None:
     model, optimizer = job()
     at = {}
