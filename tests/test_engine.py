@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Warm
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -341,34 +342,51 @@ def test_weights_changed_behind_the_update_are_saved_as_they_are_at_the_boundary
         assert [name for name in differences(contents(model, optimizer), at[step]) if name != "rng"] == []
 
 
-def test_weights_changed_after_the_boundary_never_reach_a_committed_checkpoint(tmp_path: Path) -> None:
-    """8 MB, so that the writer is still at it when the next iteration changes what it reads: then the attempt ends."""
-    torch.manual_seed(0)
-    model = nn.Linear(1024, 2048)
+def changed_after_each_boundary(folder: Path, rows: int, change: Callable[[torch.Tensor], Any]) -> tuple[int, int, list[int]]:
+    """Trains 40 steps, each of which ends with all weights equal, and begins by changing them while they are written.
+
+    Returns how many checkpoints were aborted and committed, and the steps of committed ones that hold unequal weights.
+    """
+    model = nn.Linear(1024, rows, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    at: dict[int, torch.Tensor] = {}
-    aborted = []
-    options = {"keep_last": 100, "commit": {"raise_after": 100}}
-    with lwd.attach(model, optimizer, dir=str(tmp_path / "ckpt"), **options) as ckpt:
-        for step in ckpt.steps(12):
+    aborted, sound, torn = 0, 0, []
+    options = {"commit": {"raise_after": 100}, "writer": {"queue_depth": 1, "block_kb": 256}}
+    with lwd.attach(model, optimizer, dir=str(folder), **options) as ckpt:
+        for step in ckpt.steps(40):
             with torch.no_grad():
-                model.weight.add_(1)
+                change(model.weight)
             if step:
                 try:
                     ckpt.wait(step, timeout=20)
                 except errors.CommitError as error:
                     assert "weight changed between the boundary and the next update" in str(error)
-                    aborted.append(step)
-            model(torch.ones(1, 1024)).mean().backward()
+                    aborted += 1
+                else:
+                    (path,) = folder.glob(f"step_{step:010d}-*/rank_00000.safetensors")
+                    weight = load_file(path)["param/weight"]
+                    sound += 1
+                    torn += [step] if (weight != weight[0, 0]).any() else []
+            model.weight.grad = torch.ones_like(model.weight)
             optimizer.step()
             optimizer.zero_grad()
-            at[step + 1] = model.weight.detach().clone()
-    kept = committed(tmp_path / "ckpt")
-    assert aborted and 12 in kept and sorted([*aborted, *kept]) == list(range(1, 13))
-    for step in kept[-3:]:
-        model = nn.Linear(1024, 2048)
-        assert restored(tmp_path / "ckpt", model, torch.optim.SGD(model.parameters(), lr=0.1), step) == step
-        assert torch.equal(model.weight, at[step])
+            with torch.no_grad():
+                model.weight.fill_(step % 7 + 2)  # written once more at the boundary: the writer is still at it behind it
+    assert committed(folder)[-1] == 40, "the last one, which nothing changed, is committed"
+    return aborted, sound, torn
+
+
+def test_weights_changed_after_the_boundary_end_the_attempt_and_training_goes_on(tmp_path: Path) -> None:
+    aborted, sound, torn = changed_after_each_boundary(tmp_path, 2048, lambda weight: weight.add_(1))
+    assert aborted and aborted + sound == 39 and torn == []
+
+
+@pytest.mark.xfail(
+    strict=False,
+    reason="a version counter rises only when an in-place operation returns: a shard that is finished within one is not seen to be torn",
+)
+def test_a_slow_change_after_the_boundary_is_never_committed_half_done(tmp_path: Path) -> None:
+    _, _, torn = changed_after_each_boundary(tmp_path, 4096, lambda weight: weight.pow_(1.7))
+    assert torn == []
 
 
 def test_two_updates_in_one_iteration_save_the_state_behind_the_last(tmp_path: Path) -> None:

@@ -118,11 +118,10 @@ class Capture:
         except LeaseBroken as broken:
             with self._judging:
                 self._verdict = str(broken)
-        return (
-            {piece.slice.name for _, piece in self._leased() if _hash(piece) != self._hashes[piece.slice.name]}
-            if self.audited
-            else set()
-        )
+        if not self.audited:
+            return set()
+        unmoved = [p for _, p in self._leased() if p.tensor._version == self._versions[p.slice.name]]
+        return {piece.slice.name for piece in unmoved if _hash(piece) != self._hashes[piece.slice.name]}
 
     def _leased(self) -> list[tuple[int, Piece]]:
         return [(extent, piece) for extent, layer in enumerate(self._survey.leased) for piece in layer.pieces]
