@@ -10,7 +10,6 @@ import copy
 import itertools
 import random
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -958,16 +957,3 @@ def test_generators_come_back() -> None:
     if typed_json is not None:
         rng.put(typed_json.loads(*typed_json.dumps(state)))
         assert draw() == expected
-
-
-def test_the_cost_of_an_iteration_is_small() -> None:
-    """The bound is loose, for loaded machines; the figures in the docs come from a quiet one."""
-    loader = DataLoader(torch.zeros(400, 1), batch_size=1)  # type: ignore[arg-type]
-    boundary = Boundary(lambda mark: None, {"train": LoaderTap(loader, "train")}, log=Warnings())
-    began = time.perf_counter()
-    for _ in loader:
-        boundary.training_forward()
-        boundary.update_starting()
-        boundary.update_done()
-    assert boundary.completed == 400
-    assert (time.perf_counter() - began) / 400 < 1e-3
