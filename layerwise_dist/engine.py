@@ -109,20 +109,24 @@ class LayerwiseEngine:
 
     # -- what is where ------------------------------------------------------------------------------------------
 
+    def _reached(self, level: str) -> int | None:
+        self._settle()
+        return self._participant.reached(level)
+
     @property
     def staged_step(self) -> int | None:
         """Newest step that is safe from being overwritten on all ranks; None before the first."""
-        return self._participant.reached("staged")
+        return self._reached("staged")
 
     @property
     def durable_step(self) -> int | None:
         """Newest step whose every shard survives power loss; None before the first."""
-        return self._participant.reached("durable")
+        return self._reached("durable")
 
     @property
     def committed_step(self) -> int | None:
         """Newest step whose manifest survives power loss: what a restart would find; None before the first."""
-        return self._participant.reached("committed")
+        return self._reached("committed")
 
     def wait(self, step: int, level: str = "committed", timeout: float | None = None) -> None:
         """Waits until `step` or a newer one is "staged", "durable" or "committed".
@@ -131,6 +135,8 @@ class LayerwiseEngine:
         """
         if level not in ("staged", "durable", "committed"):
             raise ValueError(f"level must be 'staged', 'durable' or 'committed', not {level!r}")
+        if level != "staged":
+            self._end_leases()
         self._participant.wait(step, level, timeout)
 
     def stats(self) -> dict[str, float | int]:
@@ -257,8 +263,15 @@ class LayerwiseEngine:
     # -- boundaries ---------------------------------------------------------------------------------------------
 
     def _before_forward(self, module: torch.nn.Module, args: Any) -> None:
+        self._settle()
         if module.training and torch.is_grad_enabled() and threading.get_ident() == self._thread:
             self._boundary.training_forward()
+
+    def _settle(self) -> None:
+        """Between two operations of the training thread: leases whose blocks are written can be judged."""
+        if threading.get_ident() == self._thread:
+            for capture in self._captures:
+                capture.settle()
 
     def _on_boundary(self, mark: BoundaryMark) -> None:
         self._boundaries += 1

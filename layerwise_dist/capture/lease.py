@@ -21,7 +21,8 @@ class Capture:
     """Holds a reference to every tensor that the writer reads, until the writer is done with it.
 
     Life: `start` right behind the update, `restart` behind a further update of the same iteration, `seal` at the
-    boundary, `fence` before the next update; these on the training thread. `confirm` may come from another one.
+    boundary, `settle` whenever the engine is entered, `fence` before the next update; these on the training thread.
+    `confirm` waits for them on another one.
     """
 
     def __init__(self, step: int, survey: Survey, write: ShardWrite, *, timeout_s: float, audited: bool) -> None:
@@ -30,7 +31,7 @@ class Capture:
         self._copies: list[torch.Tensor] = []
         self._versions: dict[str, int] = {}
         self._hashes: dict[str, int] = {}
-        self._judging = threading.Lock()
+        self._settled = threading.Event()
         self._verdict: str | None = None
 
     def start(self) -> None:
@@ -88,23 +89,33 @@ class Capture:
             self.drain()
         return unseen
 
-    def confirm(self) -> None:
-        """Raises LeaseBroken unless every leased tensor is still as it was at the boundary, by its version counter.
+    def settle(self) -> None:
+        """Judges the lease, if all blocks are written by now. On the training thread only, between its operations.
 
-        REQUIRES: all blocks are written. Asked before the header is written, and by the fence before the update that
-        changes the tensors rightfully: whoever comes first answers for both.
+        A version counter rises when an in-place operation returns. Looked at from another thread it could be looked at
+        within one, with half of the change already read; on the thread that makes the changes it tells of all of them.
         """
-        with self._judging:
-            if self._verdict is None:
-                changed = [p.slice.name for _, p in self._leased() if p.tensor._version != self._versions[p.slice.name]]
+        if not self._settled.is_set() and self.write.wait_written(0.0):
+            changed = [p.slice.name for _, p in self._leased() if p.tensor._version != self._versions[p.slice.name]]
+            if changed:
                 self._verdict = (
                     f"{', '.join(changed[:3])} changed between the boundary and the next update, while it may still have "
                     "been read: change parameters before the iteration ends"
-                    if changed
-                    else ""
                 )
-            if self._verdict:
-                raise LeaseBroken(self._verdict)
+            self._settled.set()
+
+    def confirm(self, timeout_s: float) -> None:
+        """Waits for the training thread's verdict. Raises LeaseBroken if what was read had changed.
+
+        Called on the persisting thread once all blocks are written, before the header is.
+        """
+        if not self._settled.wait(timeout_s):
+            raise LeaseBroken(
+                f"for {timeout_s:g} s after its boundary the training thread neither ran the model nor called the engine, "
+                "which alone can tell that the parameters did not change meanwhile; call wait() or close()"
+            )
+        if self._verdict:
+            raise LeaseBroken(self._verdict)
 
     def fence(self) -> set[str]:
         """Waits for the writer, so that the update may overwrite; gives the attempt up when it is not done in time.
@@ -114,10 +125,11 @@ class Capture:
         """
         try:
             self.drain()
-            self.confirm()
+            self.settle()
         except LeaseBroken as broken:
-            with self._judging:
+            if not self._settled.is_set():
                 self._verdict = str(broken)
+                self._settled.set()
         if not self.audited:
             return set()
         unmoved = [p for _, p in self._leased() if p.tensor._version == self._versions[p.slice.name]]

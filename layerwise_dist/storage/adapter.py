@@ -86,7 +86,7 @@ class ShardWrite:
         self.attempt, self.layout, self.folder = attempt, shard, folder
         self._adapter, self._writer = adapter, writer
         # Asked once all blocks are written; it raises if what they were read from had changed by then.
-        self.confirm: Callable[[], None] = lambda: None
+        self.confirm: Callable[[float], None] = lambda timeout_s: None
         self._state: tuple[int, int] = (0, 0)
         self._state_bytes = 0
         self._state_hash = 0
@@ -136,7 +136,7 @@ class ShardWrite:
             raise DeadlineError(f"{self.folder}: blocks were still being written after {timeout_s:g} s")
         if error := self._writer.error():
             raise error
-        self.confirm()
+        self.confirm(max(0.0, deadline - time.monotonic()))
         adapter, env = self._adapter, self._adapter.env
         hashes = self._writer.hashes_hex()[: 16 * len(self.layout.blocks)]
         header = self.layout.header(
