@@ -40,12 +40,10 @@ class Capture:
             for piece in layer.pieces:
                 self.write.set_address(number, piece.tensor.data_ptr())
                 number += 1
-        self._note()
-        for extent in range(len(self._survey.leased)):
-            self.write.submit(extent)
+        self.restart()
 
     def restart(self) -> None:
-        """The same tensors, after another update. REQUIRES: `drain` was called before that update."""
+        """Queues the leased tensors as they are now. REQUIRES: nothing is queued: `drain` came before a further update."""
         self._note()
         for extent in range(len(self._survey.leased)):
             self.write.submit(extent)

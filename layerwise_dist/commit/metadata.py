@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -337,9 +336,3 @@ class CheckpointMetadataManager:
 
 class InDoubt(OSError):
     """A commit whose rename happened and whose flush failed: it may or may not survive. Nothing may be deleted."""
-
-
-def iter_shards(manager: CheckpointMetadataManager, manifest: Manifest) -> Iterator[tuple[str, ShardRecord]]:
-    """(path, record) of each shard, by rank."""
-    for shard in manifest.shards:
-        yield manager.shard_path(manifest, shard.rank), shard

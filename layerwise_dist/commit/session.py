@@ -40,7 +40,6 @@ class Committer:
         self._world_size, self._framework, self._software = world_size, framework, software
         self._keep_last, self._keep_every = keep_last, keep_every_n_steps
         self._head: ParentRef | None = None
-        self._branch_seqs: list[int] = []
         self.boundary_kind = "explicit"
 
     def follow(self, head: ParentRef | None, branch_seq: int | None) -> None:
