@@ -18,8 +18,8 @@ inferred
 
 A batch drawn after an iteration's last forward belongs to the next one (prefetch). Its loader and the random numbers
 are then recorded as before that draw, `rng_event` is "draw", and a resume puts them back when that batch is drawn
-again. A batch drawn *before* the forward of the one ahead of it looks like an ordinary draw; that is recognised by its
-pace and warned of.
+again. A batch drawn *before* the forward of the one ahead of it looks like an ordinary draw, and so do those of a queue
+of several; that is recognised by the pace and warned of.
 
 What cannot be seen: a GradScaler that skips a step calls no hook. Without steps()/end_step() such an iteration is no
 boundary and is counted together with the next one; with them it counts, with `updated=False`.
@@ -199,9 +199,10 @@ class Boundary:
         elif not self._feeds:
             self._may_feed.update(drew)
         for tap in drew:
-            self._used[tap] = (tap.position, tap.draws)
             if tap in self._feeding:
                 tap.feeds()
+        for tap in self._pace:  # also those whose batch was drawn before the boundary
+            self._used[tap] = (tap.position, tap.draws)
         self._drew.clear()
         self._ahead.clear()
         self._iters.clear()
@@ -351,8 +352,8 @@ class Boundary:
                     self._warn(
                         f"pace {tap.name}",
                         f"loader {tap.name!r} gave {before} batches to the first iteration and {between} to the "
-                        "second: if the loop draws a batch ahead, draw it "
-                        "after the forward of the one before it, otherwise a resume skips a batch",
+                        "second: if the loop draws batches ahead, draw one at most, and after the forward of the one "
+                        "before it, otherwise a resume skips what was drawn and not used",
                     )
 
     def _compare_end(self) -> None:

@@ -367,6 +367,21 @@ def test_a_batch_drawn_before_the_forward_of_the_one_ahead_is_warned_of() -> Non
     assert any("ahead" in message for message in job.log)
 
 
+@pytest.mark.parametrize("after", [True, False])
+def test_a_queue_of_two_batches_is_warned_of(after: bool) -> None:
+    seed(1)
+    job = Job(shuffled())
+    batches = iter(job.loader)
+    queue = [next(batches), next(batches)]
+    for _ in job.boundary.steps(2):
+        if not after:
+            queue.append(next(batches))
+        job.update(queue.pop(0))
+        if after:
+            queue.append(next(batches))
+    assert any("one at most" in message for message in job.log)
+
+
 def test_random_numbers_between_end_step_and_the_next_draw_are_warned_of() -> None:
     seed(1)
     job = Job(shuffled())

@@ -7,6 +7,7 @@ when the agent runs, in a session of its own together with its ranks. The agent'
 import json
 import os
 import runpy
+import signal
 import sys
 
 import numpy  # noqa: F401
@@ -21,6 +22,11 @@ import layerwise_dist.assembly  # noqa: F401
 
 
 def run(path: str, args: list[str]) -> None:
+    # A rank that torchrun starts is a new program. A forked one has the agent's handlers, which Python runs only between
+    # two bytecodes: within a collective that waits for a dead rank, SIGTERM would be put off for ever.
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = [path, *args]
     sys.path.insert(0, os.path.dirname(path))
     runpy.run_path(path, run_name="__main__")
