@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# bash tests/native.sh [plain] [address] [thread]: builds and runs the native tests (csrc/tests), by default three times:
+# as they are, under ASan and UBSan, and under TSan. Needs what launch/setup.sh installs. Build folders: build/native-*.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
+  sed -n 's/^# //p' "${BASH_SOURCE[0]}"
+  exit 0
+fi
+# A report of a sanitizer ends the test with an error, whatever the environment says.
+export ASAN_OPTIONS=detect_leaks=1:abort_on_error=0 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1
+
+run() {
+  local kind=$1 build=build/native-$1 generator=() sanitize=$1
+  [ "$kind" != plain ] || sanitize=
+  if [ ! -e "$build/CMakeCache.txt" ] && command -v ninja >/dev/null; then generator=(-G Ninja); fi
+  mkdir -p "$build"
+  if ! { cmake -S csrc -B "$build" "${generator[@]}" -DLAYERWISE_TESTS=ON -DLAYERWISE_SANITIZE="$sanitize" &&
+    cmake --build "$build" --parallel "$(nproc)"; } >"$build/build.log" 2>&1; then
+    tail -n 40 "$build/build.log"
+    echo "native tests ($kind): not built; the whole output is in $build/build.log"
+    return 1
+  fi
+  echo "native tests ($kind):"
+  ctest --test-dir "$build" --output-on-failure --no-tests=error
+}
+
+kinds=("$@")
+[ ${#kinds[@]} -gt 0 ] || kinds=(plain address thread)
+failed=()
+for kind in "${kinds[@]}"; do
+  case $kind in
+    plain | address | thread) run "$kind" || failed+=("$kind") ;;
+    *)
+      echo "unknown: $kind; allowed are plain, address, thread" >&2
+      exit 2
+      ;;
+  esac
+done
+if [ ${#failed[@]} -gt 0 ]; then
+  echo "FAILED: native tests: ${failed[*]}"
+  exit 1
+fi
