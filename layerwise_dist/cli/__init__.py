@@ -1,4 +1,7 @@
-"""The `layerwise` command: looks at checkpoint directories. Reads only, imports no torch, and needs no stopped job."""
+"""The `layerwise` command: looks at checkpoint directories. Imports no torch, and needs no stopped job.
+
+`doctor` writes, in a folder of its own that it removes; all others read only.
+"""
 
 from layerwise_dist.cli.app import main
 

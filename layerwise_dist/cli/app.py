@@ -1,4 +1,4 @@
-"""The commands `layerwise ls`, `show` and `verify`, and their exit codes: 0 good, 1 bad on disk, 2 wrong usage."""
+"""The commands of `layerwise`, and their exit codes: 0 good, 1 looked and it is bad, 2 wrong usage."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from layerwise_dist._version import __version__
-from layerwise_dist.cli import console, listing, showing, verifying
+from layerwise_dist.cli import console, doctoring, listing, showing, verifying
 from layerwise_dist.cli.catalogue import Catalogue, WrongUsage
-from layerwise_dist.errors import DamageError
+from layerwise_dist.errors import ConfigError, DamageError
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ def layerwise(
 ) -> None:
     """Looks at checkpoint directories of layerwise_dist.
 
-    Exit code: 0 all is well, 1 something on disk is damaged, 2 wrong usage.
+    Exit code: 0 all is well, 1 looked and it is bad (something is damaged, a disk is unfit), 2 wrong usage.
     """
     if version:
         print(__version__)
@@ -58,10 +58,45 @@ def verify(directory: Dir, step: Step = None, json: Json = False) -> None:
     _finish(lambda catalogue: verifying.verify(catalogue, step), directory, json)
 
 
+@app.command("doctor")
+def doctor(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="Where checkpoints are, or will be.")],
+    config: Annotated[
+        str | None, typer.Option("--config", metavar="FILE", help="The job's configuration; DIR goes before its dir.")
+    ] = None,
+    state_bytes: Annotated[
+        str | None, typer.Option("--state-bytes", metavar="SIZE", help="Bytes of one checkpoint of all ranks: 1.2G.")
+    ] = None,
+    params: Annotated[
+        str | None, typer.Option("--params", metavar="N", help="The same by parameters, float32 with AdamW: 98M.")
+    ] = None,
+    nbytes: Annotated[
+        str | None, typer.Option("--bytes", metavar="SIZE", help="Data of one measurement; without it, 268 MB.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Little data and few rounds: a rough look.")] = False,
+    json: Json = False,
+) -> None:
+    """Looks whether a directory is fit for checkpoints: file system, space, flushes, speed; says what to change.
+
+    Measures in a folder of its own below DIR, and removes it.
+    """
+
+    def look() -> console.Answer:
+        return doctoring.doctor(
+            directory, config=config, state_bytes=state_bytes, params=params, nbytes=nbytes, quick=quick
+        )
+
+    _answer(look, json)
+
+
 def _finish(command: Callable[[Catalogue], console.Answer], directory: str, json: bool) -> None:
+    _answer(lambda: command(Catalogue(directory)), json)
+
+
+def _answer(command: Callable[[], console.Answer], json: bool) -> None:
     try:
-        answer = command(Catalogue(directory))
-    except WrongUsage as error:
+        answer = command()
+    except (WrongUsage, ConfigError) as error:
         raise _failed(str(error), 2, json) from None
     except DamageError as error:
         raise _failed(str(error), 1, json) from None

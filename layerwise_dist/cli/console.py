@@ -11,6 +11,10 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from layerwise_dist.units import size
+
+__all__ = ["Answer", "age", "put", "put_json", "row", "size", "table"]
+
 _PIPE_WIDTH = 200  # columns where there is no terminal to ask
 
 
@@ -52,15 +56,6 @@ def table(*columns: str, right: tuple[str, ...] = (), folded: tuple[str, ...] = 
 
 def row(into: Table, *cells: object, style: str = "") -> None:
     into.add_row(*(Text(str(cell)) for cell in cells), style=style or None)
-
-
-def size(nbytes: float) -> str:
-    """Decimal units, three digits: ``120 MB``."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if nbytes < 1000 or unit == "TB":
-            return f"{nbytes:.0f} {unit}" if nbytes >= 100 or unit == "B" else f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    raise AssertionError("unreachable")
 
 
 def age(seconds: float) -> str:

@@ -1,0 +1,189 @@
+"""Looks at one directory from the outside in: what it is, what the kernel allows there, then how it writes.
+
+Writes only below a folder `.layerwise-doctor-*` of its own, and removes that on every way out that Python sees.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from layerwise_dist import _native
+from layerwise_dist.commit.metadata import CheckpointMetadataManager
+from layerwise_dist.config import LayerwiseConfig
+from layerwise_dist.doctor import findings, kernel, place, speed
+from layerwise_dist.doctor.findings import Finding
+from layerwise_dist.storage import layout
+from layerwise_dist.units import size
+
+SCRATCH = ".layerwise-doctor-"
+_ROOM = 16 << 20  # beside the measured data: small files, metadata
+_USABLE_ALIGN = 4096  # the writer takes no direct I/O that wants more
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to look for. `state_bytes`: one checkpoint of all ranks, None to ask the newest one in the directory;
+    `nbytes`: data of one measurement, a multiple of 4096; `flushes` and `rounds`: how many of each.
+    """
+
+    config: LayerwiseConfig
+    state_bytes: int | None = None
+    nbytes: int = 256 << 20
+    flushes: int = 50
+    rounds: int = 3
+
+
+@dataclass
+class Report:
+    """`looked_at` is the directory itself, or its nearest existing parent."""
+
+    directory: str
+    looked_at: str
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def good(self) -> bool:
+        return all(finding.verdict != "bad" for finding in self.findings)
+
+
+def examine(directory: str, plan: Plan, progress: Callable[[str], None] = lambda text: None) -> Report:
+    """What is wrong with the directory is a finding, and not raised.
+
+    Raises NotADirectoryError for a file, PermissionError for a path that cannot be followed.
+    """
+    looked_at = place.nearest(directory)
+    report = Report(os.path.abspath(os.path.expanduser(directory)), looked_at)
+    mount = place.mount_of(looked_at)
+    device = place.device_of(mount) if mount else None
+    here = os.path.isdir(report.directory)
+    shape = speed.Shape(plan.config.writer.queue_depth, plan.config.writer.block_kb << 10)
+
+    progress("looking at the file system")
+    add = report.findings.append
+    add(
+        findings.of_directory(
+            report.directory, looked_at, here, kernel.is_locked(os.path.join(looked_at, layout.OWNER))
+        )
+    )
+    report.findings += findings.of_file_system(mount, device, kernel.flushes_are_hooked())
+    state, held = plan.state_bytes, 0
+    source = "as given"
+    if here:
+        try:
+            found, held = _checkpoints(looked_at)
+            if state is None:
+                state, source = found, "the newest checkpoint"
+        except OSError as error:
+            text = f"The checkpoints here cannot be read: {_said(error)}."
+            add(Finding("checkpoints", "bad", text, "Look who owns them, and run this as the user of the job."))
+    space = place.space_of(looked_at)
+    add(findings.of_space(space, held, state, source, plan.config))
+    add(findings.of_uring(kernel.uring_refusal()))
+    add(findings.of_lockable(kernel.lockable_bytes(), shape))
+
+    needed = 2 * plan.nbytes + _ROOM
+    if space.free < needed:
+        text = f"Nothing was measured: that takes {size(needed)}, and {size(space.free)} are free."
+        add(Finding("measured", "bad", text, "Free some, or give a smaller --bytes.", {"needed": needed}))
+        return report
+    try:
+        with _scratch(looked_at) as folder:
+            env = _native.PosixEnv()
+            aligns = env.direct_io(folder)
+            if aligns is not None and max(aligns) > _USABLE_ALIGN:
+                aligns = None
+            add(findings.of_direct_io(aligns, mount, plan.config))
+            add(findings.of_dax(kernel.dax_refusal(folder)))
+            direct = aligns is not None and plan.config.writer.direct_io == "auto"
+            progress("flushing")
+            add(findings.of_flushes(speed.flush_times(folder, direct, plan.flushes), mount, device))
+            rates = speed.write_rates(
+                env, folder, nbytes=plan.nbytes, shape=shape, align=aligns[0] if aligns and direct else None,
+                rounds=plan.rounds, progress=progress,
+            )  # fmt: skip
+            add(findings.of_bandwidth(rates, shape, plan.nbytes))
+            add(findings.of_writer(rates, state, plan.config))
+    except OSError as error:
+        add(_failed(error))
+    return report
+
+
+def _checkpoints(root: str) -> tuple[int | None, int]:
+    """(bytes of the newest commit of the lineage, bytes of all attempts' folders). Raises OSError."""
+    lineage = CheckpointMetadataManager(_native.PosixEnv(), root).inventory().lineage()
+    held = 0
+    with os.scandir(root) as entries:
+        folders = [entry.path for entry in entries if layout.parse_folder(entry.name) and entry.is_dir()]
+    for folder in folders:
+        try:
+            with os.scandir(folder) as entries:
+                held += sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in entries)
+        except FileNotFoundError:
+            pass  # a job that runs retired it meanwhile
+    return (lineage[0].nbytes if lineage else None), held
+
+
+def _failed(error: OSError) -> Finding:
+    advice = "Mend that, or use another directory."
+    if error.errno in (errno.EACCES, errno.EPERM):
+        advice = "Give the user of the job the right to write there: chown or chmod."
+    elif error.errno == errno.EROFS:
+        advice = "Mount it read-write."
+    elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+        advice = "Free some space or quota, or give a smaller --bytes."
+    figures = {"errno": error.errno}
+    return Finding("measured", "bad", f"Nothing more was measured: {_said(error)}.", advice, figures)
+
+
+def _said(error: OSError) -> str:
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+
+
+@contextmanager
+def _scratch(parent: str) -> Iterator[str]:
+    folder = os.path.join(parent, f"{SCRATCH}{os.getpid()}-{secrets.token_hex(4)}")
+    with _signals_raise():
+        try:
+            os.mkdir(folder, 0o700)
+            yield folder
+        finally:
+            _remove(folder)
+
+
+def _remove(folder: str) -> None:
+    """Not to be interrupted: a second Ctrl-C would leave the data behind."""
+    main = threading.current_thread() is threading.main_thread()
+    before: Any = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
+    try:
+        if os.path.isdir(folder):
+            shutil.rmtree(folder)
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the process by an exception, so that the folder is removed then too."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

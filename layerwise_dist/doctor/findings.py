@@ -1,0 +1,283 @@
+"""Judges what was found: one sentence, a verdict, and what to change. Pure: nothing here asks or measures.
+
+ok: nothing to do. warn: it works, slower or with less of a promise than it could. bad: checkpoints will not be
+written, or not survive, or not fit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from layerwise_dist.config import LayerwiseConfig
+from layerwise_dist.doctor.place import Device, Mount, Space
+from layerwise_dist.doctor.speed import Flushes, Rates, Shape, median, quantile
+from layerwise_dist.units import size
+
+Verdict = Literal["ok", "warn", "bad"]
+
+LYING = "A device may acknowledge a flush that it has not done, and no software can prove that it does not"
+_QUICK_FLUSH_S = 50e-6
+_SLOW_FLUSH_S = 0.1
+_SLOW_RATE = 100e6
+_NEARLY_FULL = 0.9
+_WRITER_SHARE = 0.7
+_CLEARLY_FASTER = 1.25
+_FEW_FILES = 10_000
+_WITHOUT_FLUSH = {"nobarrier", "barrier=0", "volatile"}
+_SLOWING = {"sync", "dirsync", "data=journal"}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """`text` is one sentence, `advice` says what to change, `figures` are numbers: bytes, seconds, bytes a second."""
+
+    name: str
+    verdict: Verdict
+    text: str
+    advice: str | None = None
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def of_directory(directory: str, looked_at: str, here: bool, locked: bool) -> Finding:
+    figures = {"exists": here, "job_running": locked}
+    if locked:
+        text = f"{directory} belongs to a job that runs now: the speeds below are what it leaves over."
+        return Finding("directory", "warn", text, "Look again while no job writes there.", figures)
+    if here:
+        return Finding("directory", "ok", f"{directory} is there.", None, figures)
+    text = f"{directory} does not exist yet: its nearest existing parent {looked_at} was looked at."
+    return Finding("directory", "ok", text, None, figures)
+
+
+def of_file_system(mount: Mount | None, device: Device | None, hooked: str | None) -> list[Finding]:
+    if mount is None:
+        return [Finding("file_system", "warn", "/proc/self/mountinfo does not tell which file system this is.")]
+    figures = {
+        "type": mount.kind, "where": mount.where, "mount_point": mount.point, "source": mount.source,
+        "options": list(mount.options), "device": asdict(device) if device else None,
+    }  # fmt: skip
+    on = f"{mount.kind} at {mount.point}" + (f" on {_named(device)}" if device else "")
+    without = sorted(_WITHOUT_FLUSH.intersection(mount.options))
+    slowing = sorted(_SLOWING.intersection(mount.options))
+    verdict: Verdict = "ok"
+    text, advice = f"{on}, a local file system.", None
+    if "ro" in mount.options:
+        verdict, text, advice = "bad", f"{on} is mounted read-only.", "Mount it read-write, or use another directory."
+    elif mount.where == "memory":
+        verdict, text = "bad", f"{on} is memory: nothing in it survives a restart of the machine."
+        advice = "Use a directory on a disk. Memory is good for tests only."
+    elif without:
+        verdict, text = "bad", f"{on} is mounted with {', '.join(without)}: flushes do not reach the device."
+        advice = f"Mount it without {', '.join(without)}: with it, committed checkpoints do not survive power loss."
+    elif mount.where == "network":
+        verdict, text = "warn", f"{on} is a network file system: a flush is as good as the server's, locks can be lost."
+        advice = "Prefer a local disk where the job can restart on the same node; with NFS, export it `sync`."
+    elif mount.kind == "overlay":
+        verdict, text = "warn", f"{on} is a container's layer: it is removed with the container."
+        advice = "Mount a volume or a host directory into the container, and use that."
+    elif slowing:
+        verdict, text = "warn", f"{on} is mounted with {', '.join(slowing)}, which slows writes down."
+        advice = f"Mount it without {', '.join(slowing)}: the engine flushes what must be flushed by itself."
+    elif mount.where == "other":
+        verdict, text = "warn", f"{on} is none of the file systems that are known to flush and rename as they should."
+        advice = "Prefer ext4 or xfs."
+    found = [Finding("file_system", verdict, text, advice, figures)]
+    if hooked:
+        found.append(
+            Finding(
+                "preload",
+                "bad",
+                f"{hooked} is preloaded: fsync does nothing in this process.",
+                "Unset LD_PRELOAD (or empty /etc/ld.so.preload) for the training job.",
+                {"library": hooked},
+            )  # fmt: skip
+        )
+    return found
+
+
+def of_space(space: Space, held: int, state: int | None, source: str, config: LayerwiseConfig) -> Finding:
+    """`held`: bytes of checkpoints that are there already and will be retired; `state`: bytes of one checkpoint."""
+    figures: dict[str, Any] = {
+        "free": space.free, "total": space.total, "files_free": space.files, "held": held, "checkpoint": state,
+        "needed": None,
+    }  # fmt: skip
+    there = f"{size(space.free)} free of {size(space.total)}"
+    if space.files is not None and space.files < _FEW_FILES:
+        advice = "Remove small files, or use a file system with more inodes."
+        return Finding("space", "warn", f"{there}, but room for only {space.files} files.", advice, figures)
+    if state is None:
+        advice = "Give --state-bytes or --params to know whether that is enough: no checkpoint is here to tell from."
+        return Finding("space", "ok", f"{there}.", advice, figures)
+    copies = config.keep_last + config.max_in_flight + 1
+    needed, room = copies * state, space.free + held
+    figures["needed"] = needed
+    text = (
+        f"{there}{f' and {size(held)} in checkpoints' if held else ''}; retention needs {size(needed)}: keep_last "
+        f"{config.keep_last} + max_in_flight {config.max_in_flight} + 1, times {size(state)} ({source})."
+    )
+    if room < needed:
+        fits = room // state - config.max_in_flight - 1
+        lower = f"set keep_last to {fits}, " if fits >= 1 else ""
+        advice = f"Free {size(needed - room)}, {lower}or use a larger disk."
+        return Finding("space", "bad", text, advice[0].upper() + advice[1:], figures)
+    if config.keep_every_n_steps is not None:
+        advice = (
+            f"keep_every_n_steps {config.keep_every_n_steps} keeps checkpoints for ever: the disk is full after "
+            f"{(room - needed) // state} of them. Copy them elsewhere and remove them in time."
+        )
+        return Finding("space", "warn", text, advice, figures)
+    if needed > _NEARLY_FULL * room:
+        return Finding("space", "warn", text, "That is nearly all there is: other files may fill it.", figures)
+    return Finding("space", "ok", text, None, figures)
+
+
+def of_direct_io(aligns: tuple[int, int] | None, mount: Mount | None, config: LayerwiseConfig) -> Finding:
+    if aligns is None:
+        advice = "Use ext4 or xfs on a local disk"
+        if mount is not None and "data=journal" in mount.options:
+            advice = "Mount without data=journal"
+        elif mount is not None and any(option.startswith("compress") for option in mount.options):
+            advice = "Mount without compression"
+        text = "Direct I/O is refused: checkpoints go through the page cache, which is slower and takes memory."
+        return Finding("direct_io", "warn", text, f"{advice}.", {"memory_align": None, "offset_align": None})
+    memory, offset = aligns
+    figures = {"memory_align": memory, "offset_align": offset}
+    text = f"Direct I/O works, aligned to {memory} bytes in memory and {offset} in the file."
+    if config.writer.direct_io == "off":
+        advice = "The configuration turns it off: set writer.direct_io to auto."
+        return Finding("direct_io", "warn", text, advice, figures)
+    return Finding("direct_io", "ok", text, None, figures)
+
+
+def of_uring(refusal: str | None) -> Finding:
+    figures = {"available": refusal is None}
+    if refusal is None:
+        return Finding("io_uring", "ok", "io_uring is available.", None, figures)
+    advice = "Set kernel.io_uring_disabled=0 by sysctl on the host."
+    if "sysctl" not in refusal:
+        advice = "Allow io_uring_setup, io_uring_enter and io_uring_register in the container's seccomp profile."
+    text = f"No io_uring: {refusal}; threads write instead, at more CPU time."
+    return Finding("io_uring", "warn", text, advice, figures)
+
+
+def of_lockable(limit: int | None, shape: Shape) -> Finding:
+    needed = shape.depth * shape.block
+    figures = {"limit": limit, "needed": needed}
+    if limit is None or limit >= needed:
+        text = f"Enough memory may be locked for the writer's {size(needed)} of buffers."
+        return Finding("locked_memory", "ok", text, None, figures)
+    text = f"Only {size(limit)} of memory may be locked; the writer's {size(needed)} of buffers stay unregistered."
+    return Finding("locked_memory", "warn", text, f"Raise `ulimit -l` to {-(-needed // 1024)} or more.", figures)
+
+
+def of_dax(refusal: str | None) -> Finding:
+    text = "DAX works here: persistent memory can be written by mapping it."
+    if refusal is not None:
+        text = f"No DAX here ({refusal}), which matters only for persistent memory."
+    return Finding("dax", "ok", text, None, {"available": refusal is None})
+
+
+def of_flushes(times: Flushes, mount: Mount | None, device: Device | None) -> Finding:
+    p50, p99, commit = median(times.flush), quantile(times.flush, 0.99), median(times.commit)
+    figures = {"p50": p50, "p99": p99, "commit_p50": commit, "count": len(times.flush)}
+    text = (
+        f"A flush takes {_ms(p50)} (p50), {_ms(p99)} (p99); making a small file durable under its name {_ms(commit)}. "
+        f"{LYING}."
+    )
+    if mount is not None and mount.where == "memory":
+        return Finding("flush", "ok", text, "In memory a flush does nothing.", figures)
+    if p50 < _QUICK_FLUSH_S:
+        if device is not None and device.virtual:
+            advice = "Too quick for a virtual disk: make sure that the host's cache mode does not ignore flushes."
+        elif device is not None and device.rotational:
+            advice = "Too quick for a rotating disk: its cache is on, or its controller's; it must have a battery."
+        elif device is None:
+            advice = "That is suspiciously quick, and the device is not known: find out what it does with flushes."
+        else:
+            advice = (
+                "Only a device whose cache survives power loss is honestly that quick: make sure that this one does."
+            )
+            return Finding("flush", "ok", text, advice, figures)
+        return Finding("flush", "warn", text, advice, figures)
+    if p99 > _SLOW_FLUSH_S:
+        advice = "Slow flushes delay commits, not training: look who else writes to this disk."
+        return Finding("flush", "warn", text, advice, figures)
+    if device is not None and device.volatile_cache is False:
+        advice = "The kernel sends this device no flushes, since it says that it has no volatile cache; is that so?"
+        return Finding("flush", "ok", text, advice, figures)
+    return Finding("flush", "ok", text, None, figures)
+
+
+def of_bandwidth(rates: Rates, shape: Shape, nbytes: int) -> Finding:
+    """The disk alone: threads that only write."""
+    rate = median(rates.raw)
+    figures = {
+        "bytes": nbytes, "queue_depth": shape.depth, "block": shape.block, "raw": rate, "raw_first_use": rates.first,
+        "raw_rounds": rates.raw,
+        "deeper": _tried(shape.deeper, rates.deeper), "larger": _tried(shape.larger, rates.larger),
+    }  # fmt: skip
+    text = (
+        f"The disk takes {size(rate)}/s over an already written file and {size(rates.first)}/s into a new one, "
+        f"{shape.depth} blocks of {shape.block >> 10} KiB at once."
+    )
+    better = [
+        (median(tried), key, value)
+        for tried, key, value in (
+            (rates.deeper, "writer.queue_depth", shape.deeper.depth),
+            (rates.larger, "writer.block_kb", shape.larger.block >> 10),
+        )
+        # Only what is faster in every round: one round says nothing on a busy machine.
+        if len(tried) > 1 and min(tried) > max(rates.raw) and median(tried) > _CLEARLY_FASTER * rate
+    ]
+    if better:
+        best, key, value = max(better)
+        return Finding("bandwidth", "warn", text, f"Set {key} to {value}: {size(best)}/s in the same rounds.", figures)
+    if rate < _SLOW_RATE:
+        advice = "Use a faster disk, or a larger every_n_steps."
+        return Finding("bandwidth", "warn", text, advice, figures)
+    return Finding("bandwidth", "ok", text, None, figures)
+
+
+def of_writer(rates: Rates, state: int | None, config: LayerwiseConfig) -> Finding:
+    """The engine's own way, hashes and flushes included, against the disk alone in the same state: a new file."""
+    rate, raw = median(rates.writer), median(rates.raw)
+    share = rate / rates.first
+    figures = {
+        "rate": rate, "rounds": rates.writer, "of_raw": rate / raw, "of_raw_first_use": share,
+        "seconds_per_checkpoint": state / rate if state else None,
+    }  # fmt: skip
+    text = f"The writer reaches {size(rate)}/s into new files, hashed and flushed: {share:.0%} of the disk alone there."
+    if state:
+        text += f" A checkpoint of {size(state)} takes {state / rate:.2g} s of the disk."
+    if share < _WRITER_SHARE:
+        advice = "Leave the writer a core that training does not use (OMP_NUM_THREADS one lower), and see direct_io."
+        return Finding("writer", "warn", text, advice, figures)
+    advice = None
+    if state:
+        advice = (
+            f"Iterations shorter than that wait for the disk at every_n_steps {config.every_n_steps}: then raise it."
+        )
+        if config.every_n_steps > 1:
+            advice = (
+                f"{config.every_n_steps} iterations (every_n_steps) shorter than that wait for the disk: then raise it."
+            )
+    return Finding("writer", "ok", text, advice, figures)
+
+
+def _tried(shape: Shape, rates: list[float]) -> dict[str, Any]:
+    return {"queue_depth": shape.depth, "block": shape.block, "rounds": rates}
+
+
+def _named(device: Device) -> str:
+    kind = "rotating" if device.rotational else "solid-state"
+    # What a virtual disk says of its rotation is made up.
+    return f"{device.name} ({'virtual' if device.virtual else kind} disk)"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.2g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} µs"

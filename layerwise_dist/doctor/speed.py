@@ -1,0 +1,254 @@
+"""How long a flush takes and how fast data goes out: a raw loop, and the engine's own writer beside it.
+
+Everything is written below a folder that the caller made and removes. Times in seconds, sizes in bytes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import mmap
+import os
+import shutil
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from layerwise_dist.slices import Slice
+from layerwise_dist.storage.adapter import PCCheckAdapter
+from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage.shard import Source
+
+_SOURCE_BYTES = 256 << 20  # memory that the data comes from; larger amounts go through it several times
+_LAYER_BYTES = 16 << 20
+_SECTOR = 4096
+_PATIENCE_S = 600.0  # for one shard
+_FLUSH_BUDGET_S = 5.0
+_ROUND_BUDGET_S = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Flushes:
+    """`flush`: one written sector and fdatasync; `commit`: a small file made durable under its name."""
+
+    flush: list[float]
+    commit: list[float]
+
+
+@dataclass(slots=True)
+class Rates:
+    """Bytes a second, one number a round; the first use of a file is one number, since it comes but once."""
+
+    first: float = 0.0
+    raw: list[float] = field(default_factory=list)
+    deeper: list[float] = field(default_factory=list)
+    larger: list[float] = field(default_factory=list)
+    writer: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How data is cut and how much of it is on its way at once."""
+
+    depth: int
+    block: int
+
+    @property
+    def deeper(self) -> Shape:
+        return Shape(min(64, self.depth * 4), self.block)
+
+    @property
+    def larger(self) -> Shape:
+        return Shape(self.depth, min(64 << 20, self.block * 4))
+
+
+def flush_times(folder: str, direct: bool, count: int) -> Flushes:
+    """At most `count` of each, and fewer where they take longer than some seconds. Raises OSError."""
+    with mmap.mmap(-1, _SECTOR) as page:
+        page.write(os.urandom(_SECTOR))
+        fd = _create(os.path.join(folder, "flush"), direct)
+        try:
+            for sector in range(16):
+                os.pwrite(fd, page, sector * _SECTOR)
+            os.fsync(fd)
+            order = itertools.cycle(range(16))
+
+            def flush() -> None:
+                os.pwrite(fd, page, next(order) * _SECTOR)
+                os.fdatasync(fd)
+
+            flushes = _timed(flush, count)
+        finally:
+            os.close(fd)
+    parent = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+
+        def commit() -> None:
+            new = _create(os.path.join(folder, "record.tmp"), direct=False)
+            try:
+                os.pwrite(new, b"{}\n", 0)
+                os.fdatasync(new)
+            finally:
+                os.close(new)
+            os.rename("record.tmp", "record", src_dir_fd=parent, dst_dir_fd=parent)
+            os.fsync(parent)
+
+        return Flushes(flushes, _timed(commit, max(3, count // 4)))
+    finally:
+        os.close(parent)
+
+
+def write_rates(
+    env: Any, folder: str, *, nbytes: int, shape: Shape, align: int | None, rounds: int,
+    progress: Callable[[str], None],
+) -> Rates:  # fmt: skip
+    """Raw loops over one already written file, and shards by `PCCheckAdapter`, in turn. Raises OSError.
+
+    Each time runs until the data is flushed. `nbytes` is a multiple of 4096; `align` is what direct I/O asks of
+    memory, None to write through the page cache.
+    """
+    rates = Rates()
+    # Left to the collector: an exception's traceback may hold views of it, and then it could not be closed here.
+    memory = mmap.mmap(-1, max(shape.larger.block, min(nbytes, _SOURCE_BYTES)))
+    _fill(memory)
+    raw = _RawFile(os.path.join(folder, "raw"), memory, nbytes, direct=align is not None)
+    try:
+        progress("writing a file for the first time")
+        rates.first = raw.write(shape)
+        if nbytes / rates.first * rounds * 4 > _ROUND_BUDGET_S:
+            rounds = 1
+        with _Shards(env, os.path.join(folder, "shards"), memory, nbytes, shape, align) as shards:
+            for number in range(1, rounds + 1):
+                progress(f"writing, round {number} of {rounds}")
+                rates.raw.append(raw.write(shape))
+                rates.writer.append(shards.write(number))
+                rates.deeper.append(raw.write(shape.deeper))
+                rates.larger.append(raw.write(shape.larger))
+    finally:
+        raw.close()
+    return rates
+
+
+def quantile(values: list[float], part: float) -> float:
+    """The value below or at which `part` of them lie (nearest rank)."""
+    return sorted(values)[min(len(values) - 1, int(part * len(values)))]
+
+
+median = statistics.median
+
+
+class _RawFile:
+    """A file written by threads that do nothing but pwrite, then flushed."""
+
+    def __init__(self, path: str, memory: mmap.mmap, nbytes: int, direct: bool) -> None:
+        self._fd = _create(path, direct)
+        self._memory, self._nbytes = memory, nbytes
+
+    def write(self, shape: Shape) -> float:
+        began = time.perf_counter()
+        numbers, stop = itertools.count(), threading.Event()
+        block, view = shape.block, memoryview(self._memory)
+
+        def work() -> None:
+            while not stop.is_set() and (offset := next(numbers) * block) < self._nbytes:
+                length = min(block, self._nbytes - offset)
+                place = _place(self._memory, offset, length)
+                left = view[place : place + length]
+                while left:
+                    done = os.pwrite(self._fd, left, offset)
+                    left, offset = left[done:], offset + done
+
+        with ThreadPoolExecutor(shape.depth, thread_name_prefix="doctor") as threads:
+            try:
+                for future in [threads.submit(work) for _ in range(shape.depth)]:
+                    future.result()
+            finally:
+                stop.set()
+        os.fdatasync(self._fd)
+        return self._nbytes / (time.perf_counter() - began)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class _Shards:
+    """One rank's shards of a state of `nbytes`, each into a new file: what a job does with a fresh directory."""
+
+    def __init__(self, env: Any, root: str, memory: mmap.mmap, nbytes: int, shape: Shape, align: int | None) -> None:
+        os.mkdir(root, 0o700)
+        self._root, self._nbytes = root, nbytes
+        self._anchor = (ctypes.c_char * len(memory)).from_buffer(memory)
+        base = ctypes.addressof(self._anchor)
+        layers, self._addresses = [], []
+        for index, offset in enumerate(range(0, nbytes, _LAYER_BYTES)):
+            size = min(_LAYER_BYTES, nbytes - offset)
+            address = base + _place(memory, offset, size)
+            part = Slice.whole("param", f"layer.{index}.weight", "U8", (size,))
+            layers.append((f"layer.{index}", [Source(part, address % (align or 1))]))
+            self._addresses.append(address)
+        self._adapter = PCCheckAdapter(
+            env,
+            root,
+            rank=0,
+            world_size=1,
+            queue_depth=shape.depth,
+            block_bytes=shape.block,
+            direct_io=align is not None,
+        )
+        self._layout, self._plan = self._adapter.lay_out(layers)
+
+    def __enter__(self) -> _Shards:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._adapter.close()
+
+    def write(self, number: int) -> float:
+        began = time.perf_counter()
+        attempt = AttemptId(1, number, number)
+        write = self._adapter.begin(attempt, self._layout, self._plan)
+        try:
+            for tensor, address in enumerate(self._addresses):
+                write.set_address(tensor, address)
+            for extent in range(len(self._layout.extents)):
+                write.submit(extent)
+            write.append_state(b"{}", b"")
+            write.persist(_PATIENCE_S)
+        except BaseException:
+            write.abort()
+            raise
+        seconds = time.perf_counter() - began
+        shutil.rmtree(os.path.join(self._root, attempt.folder))
+        return self._nbytes / seconds
+
+
+def _create(path: str, direct: bool) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.open(path, flags | (os.O_DIRECT if direct else 0), 0o600)
+
+
+def _place(memory: mmap.mmap, offset: int, length: int) -> int:
+    """Where in memory the data of a file range comes from: an amount larger than it goes through it again."""
+    place = offset % len(memory)
+    return place if place + length <= len(memory) else 0
+
+
+def _fill(memory: mmap.mmap) -> None:
+    """Random bytes, so that a file system that compresses gains nothing by it."""
+    step = 1 << 20
+    for offset in range(0, len(memory), step):
+        memory[offset : offset + step] = os.urandom(min(step, len(memory) - offset))
+
+
+def _timed(action: Callable[[], None], count: int) -> list[float]:
+    times: list[float] = []
+    began = time.perf_counter()
+    while len(times) < count and time.perf_counter() - began < _FLUSH_BUDGET_S:
+        start = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - start)
+    return times

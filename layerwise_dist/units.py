@@ -1,0 +1,28 @@
+"""Numbers of bytes in words, and back. Units are decimal, as disks are sold: 1 kB is 1000 bytes."""
+
+from __future__ import annotations
+
+import re
+
+_FACTOR = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_NUMBER = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\Z", re.IGNORECASE)
+
+
+def size(nbytes: float) -> str:
+    """Three digits: ``120 MB``."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if nbytes < 1000 or unit == "TB":
+            return f"{nbytes:.0f} {unit}" if nbytes >= 100 or unit == "B" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    raise AssertionError("unreachable")
+
+
+def parse_number(text: str) -> int:
+    """``1.2G``, ``98M``, ``512MiB``, ``1000``. Raises ValueError."""
+    match = _NUMBER.match(text.strip())
+    if match is None or (match[3] and not match[2]):
+        raise ValueError(f"{text!r} is not a number such as 1.2G, 512M or 100MiB")
+    factor = _FACTOR[match[2].lower()]
+    if match[3]:
+        factor = 1024 ** list(_FACTOR).index(match[2].lower())
+    return round(float(match[1]) * factor)
