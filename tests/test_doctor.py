@@ -88,7 +88,17 @@ def test_the_json_has_every_finding_with_its_figures(looked: dict[str, Any]) -> 
         "locked_memory": {"limit", "needed"},
         "dax": {"available"},
         "flush": {"p50", "p99", "commit_p50", "count"},
-        "bandwidth": {"bytes", "queue_depth", "block", "raw", "raw_first_use", "raw_rounds", "deeper", "larger"},
+        "bandwidth": {
+            "bytes",
+            "queue_depth",
+            "block",
+            "raw",
+            "raw_rounds",
+            "raw_first_use",
+            "raw_first_use_rounds",
+            "deeper",
+            "larger",
+        },
         "writer": {"rate", "rounds", "of_raw", "of_raw_first_use", "seconds_per_checkpoint"},
     }
     for name, keys in figures.items():
@@ -209,6 +219,10 @@ def test_the_state_s_size_is_taken_from_the_newest_checkpoint_and_what_is_there_
     assert found["space"]["figures"]["needed"] == 5 * found["space"]["figures"]["checkpoint"]
     assert found["space"]["figures"]["held"] >= 2 * found["space"]["figures"]["checkpoint"]
     assert not found["directory"]["figures"]["job_running"]
+    config = tmp_path.parent / "forever.json"
+    config.write_text('{"keep_every_n_steps": 3}')
+    kept = by_name(call_json(tmp_path, "--config", config)[1])["space"]["figures"]
+    assert kept["held"] < found["space"]["figures"]["held"], "the checkpoint of step 3 is never removed"
     assert sorted(os.listdir(tmp_path)) == before
 
 
@@ -377,7 +391,7 @@ def test_no_direct_io_says_why_where_it_can_be_known() -> None:
 
 def test_a_deeper_queue_is_advised_only_if_it_was_faster_in_every_round() -> None:
     shape = Shape(4, 1 << 20)
-    rates = Rates(1e9, [1.0e9, 1.1e9], deeper=[2.0e9, 2.1e9], larger=[1.0e9, 1.1e9], writer=[9e8, 9e8])
+    rates = Rates([1e9], [1.0e9, 1.1e9], deeper=[2.0e9, 2.1e9], larger=[1.0e9, 1.1e9], writer=[9e8, 9e8])
     found = findings.of_bandwidth(rates, shape, 1 << 28)
     assert found.verdict == "warn" and "writer.queue_depth to 16" in (found.advice or "")
     rates.deeper = [1.05e9, 3.0e9]
@@ -387,7 +401,7 @@ def test_a_deeper_queue_is_advised_only_if_it_was_faster_in_every_round() -> Non
 
 
 def test_a_writer_far_below_the_disk_is_said() -> None:
-    rates = Rates(1e9, [2e9], writer=[5e8])
+    rates = Rates([1e9], [2e9], writer=[5e8])
     found = findings.of_writer(rates, 10**9, CONFIG)
     assert found.verdict == "warn" and found.figures["seconds_per_checkpoint"] == 2.0
     rates.writer = [9e8]
@@ -399,10 +413,10 @@ def test_a_writer_far_below_the_disk_is_said() -> None:
 
 def test_the_raw_loop_writes_every_byte_of_an_amount_that_no_block_divides(tmp_path: Path) -> None:
     memory = bytearray(os.urandom(1 << 20))
-    raw = speed._RawFile(str(tmp_path / "raw"), memory, (1 << 20) - 4096, direct=False)  # type: ignore[arg-type]
-    assert raw.write(Shape(3, 96 << 10)) > 0
-    raw.close()
-    assert (tmp_path / "raw").read_bytes() == memory[:-4096]
+    with speed._RawFile(str(tmp_path / "raw"), memory, (1 << 20) - 4096, direct=False) as raw:  # type: ignore[arg-type]
+        assert raw.write(Shape(3, 96 << 10)) > 0
+        assert (tmp_path / "raw").read_bytes() == memory[:-4096]
+    assert not os.listdir(tmp_path)
 
 
 def test_shards_are_written_by_the_engine_s_own_writer_and_removed(tmp_path: Path) -> None:
@@ -410,8 +424,8 @@ def test_shards_are_written_by_the_engine_s_own_writer_and_removed(tmp_path: Pat
         _native.PosixEnv(), str(tmp_path), nbytes=3 << 20, shape=Shape(2, 1 << 20), align=None, rounds=2,
         progress=lambda text: None,
     )  # fmt: skip
-    assert len(rates.writer) == len(rates.raw) == len(rates.deeper) == len(rates.larger) == 2
-    assert os.listdir(tmp_path / "shards") == []
+    assert {len(r) for r in (rates.first, rates.raw, rates.writer, rates.deeper, rates.larger)} == {2}
+    assert os.listdir(tmp_path / "shards") == [] and os.listdir(tmp_path) == ["shards"]
 
 
 def test_a_lock_of_a_live_job_is_seen_without_taking_it(tmp_path: Path) -> None:

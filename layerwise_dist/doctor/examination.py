@@ -69,17 +69,14 @@ def examine(directory: str, plan: Plan, progress: Callable[[str], None] = lambda
 
     progress("looking at the file system")
     add = report.findings.append
-    add(
-        findings.of_directory(
-            report.directory, looked_at, here, kernel.is_locked(os.path.join(looked_at, layout.OWNER))
-        )
-    )
+    owned = here and kernel.is_locked(os.path.join(looked_at, layout.OWNER))
+    add(findings.of_directory(report.directory, looked_at, here, owned))
     report.findings += findings.of_file_system(mount, device, kernel.flushes_are_hooked())
     state, held = plan.state_bytes, 0
     source = "as given"
     if here:
         try:
-            found, held = _checkpoints(looked_at)
+            found, held = _checkpoints(looked_at, plan.config.keep_every_n_steps)
             if state is None:
                 state, source = found, "the newest checkpoint"
         except OSError as error:
@@ -117,15 +114,19 @@ def examine(directory: str, plan: Plan, progress: Callable[[str], None] = lambda
     return report
 
 
-def _checkpoints(root: str) -> tuple[int | None, int]:
-    """(bytes of the newest commit of the lineage, bytes of all attempts' folders). Raises OSError."""
-    lineage = CheckpointMetadataManager(_native.PosixEnv(), root).inventory().lineage()
+def _checkpoints(root: str, keep_every: int | None) -> tuple[int | None, int]:
+    """(bytes of the newest commit of the lineage, bytes on disk that retention counts or removes). Raises OSError.
+
+    Kept for ever, and so not counted: multiples of `keep_every`, damaged ones, lineages that a fresh start left.
+    """
+    inventory = CheckpointMetadataManager(_native.PosixEnv(), root).inventory()
+    lineage, family = inventory.lineage(), inventory.roots()
+    commits = [commit for seq, commit in inventory.manifests.items() if seq in family]
+    passing = [commit.attempt_id for commit in commits if keep_every is None or commit.step % keep_every]
     held = 0
-    with os.scandir(root) as entries:
-        folders = [entry.path for entry in entries if layout.parse_folder(entry.name) and entry.is_dir()]
-    for folder in folders:
+    for attempt in [*passing, *inventory.unfinished]:
         try:
-            with os.scandir(folder) as entries:
+            with os.scandir(os.path.join(root, attempt.folder)) as entries:
                 held += sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in entries)
         except FileNotFoundError:
             pass  # a job that runs retired it meanwhile

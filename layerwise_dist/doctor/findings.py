@@ -101,7 +101,7 @@ def of_file_system(mount: Mount | None, device: Device | None, hooked: str | Non
 
 
 def of_space(space: Space, held: int, state: int | None, source: str, config: LayerwiseConfig) -> Finding:
-    """`held`: bytes of checkpoints that are there already and will be retired; `state`: bytes of one checkpoint."""
+    """`held`: bytes of checkpoints that are there already and that retention counts or removes; `state`: bytes of one checkpoint."""
     figures: dict[str, Any] = {
         "free": space.free, "total": space.total, "files_free": space.files, "held": held, "checkpoint": state,
         "needed": None,
@@ -215,14 +215,14 @@ def of_flushes(times: Flushes, mount: Mount | None, device: Device | None) -> Fi
 
 def of_bandwidth(rates: Rates, shape: Shape, nbytes: int) -> Finding:
     """The disk alone: threads that only write."""
-    rate = median(rates.raw)
+    rate, first = median(rates.raw), median(rates.first)
     figures = {
-        "bytes": nbytes, "queue_depth": shape.depth, "block": shape.block, "raw": rate, "raw_first_use": rates.first,
-        "raw_rounds": rates.raw,
+        "bytes": nbytes, "queue_depth": shape.depth, "block": shape.block, "raw": rate, "raw_rounds": rates.raw,
+        "raw_first_use": first, "raw_first_use_rounds": rates.first,
         "deeper": _tried(shape.deeper, rates.deeper), "larger": _tried(shape.larger, rates.larger),
     }  # fmt: skip
     text = (
-        f"The disk takes {size(rate)}/s over an already written file and {size(rates.first)}/s into a new one, "
+        f"The disk takes {size(rate)}/s over an already written file and {size(first)}/s into a new one, "
         f"{shape.depth} blocks of {shape.block >> 10} KiB at once."
     )
     better = [
@@ -244,14 +244,16 @@ def of_bandwidth(rates: Rates, shape: Shape, nbytes: int) -> Finding:
 
 
 def of_writer(rates: Rates, state: int | None, config: LayerwiseConfig) -> Finding:
-    """The engine's own way, hashes and flushes included, against the disk alone in the same state: a new file."""
+    """The engine's own way, hashes and flushes included, against a raw loop that writes into new files too."""
     rate, raw = median(rates.writer), median(rates.raw)
-    share = rate / rates.first
+    share = rate / median(rates.first)
     figures = {
         "rate": rate, "rounds": rates.writer, "of_raw": rate / raw, "of_raw_first_use": share,
         "seconds_per_checkpoint": state / rate if state else None,
     }  # fmt: skip
-    text = f"The writer reaches {size(rate)}/s into new files, hashed and flushed: {share:.0%} of the disk alone there."
+    text = (
+        f"The writer reaches {size(rate)}/s into new files, hashed and flushed: {share:.0%} of a loop that only writes."
+    )
     if state:
         text += f" A checkpoint of {size(state)} takes {state / rate:.2g} s of the disk."
     if share < _WRITER_SHARE:
@@ -260,12 +262,8 @@ def of_writer(rates: Rates, state: int | None, config: LayerwiseConfig) -> Findi
     advice = None
     if state:
         advice = (
-            f"Iterations shorter than that wait for the disk at every_n_steps {config.every_n_steps}: then raise it."
+            f"Training waits for the disk where every_n_steps ({config.every_n_steps}) iterations take less: raise it."
         )
-        if config.every_n_steps > 1:
-            advice = (
-                f"{config.every_n_steps} iterations (every_n_steps) shorter than that wait for the disk: then raise it."
-            )
     return Finding("writer", "ok", text, advice, figures)
 
 

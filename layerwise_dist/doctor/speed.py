@@ -28,7 +28,7 @@ _LAYER_BYTES = 16 << 20
 _SECTOR = 4096
 _PATIENCE_S = 600.0  # for one shard
 _FLUSH_BUDGET_S = 5.0
-_ROUND_BUDGET_S = 20.0
+_BUDGET_S = 15.0  # after which no further round begins
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +41,9 @@ class Flushes:
 
 @dataclass(slots=True)
 class Rates:
-    """Bytes a second, one number a round; the first use of a file is one number, since it comes but once."""
+    """Bytes a second, one number a round. `first` and `writer` go into new files, the others over a written one."""
 
-    first: float = 0.0
+    first: list[float] = field(default_factory=list)
     raw: list[float] = field(default_factory=list)
     deeper: list[float] = field(default_factory=list)
     larger: list[float] = field(default_factory=list)
@@ -106,7 +106,7 @@ def write_rates(
     env: Any, folder: str, *, nbytes: int, shape: Shape, align: int | None, rounds: int,
     progress: Callable[[str], None],
 ) -> Rates:  # fmt: skip
-    """Raw loops over one already written file, and shards by `PCCheckAdapter`, in turn. Raises OSError.
+    """Raw loops, and shards by `PCCheckAdapter`, in turn; fewer rounds where the disk is slow. Raises OSError.
 
     Each time runs until the data is flushed. `nbytes` is a multiple of 4096; `align` is what direct I/O asks of
     memory, None to write through the page cache.
@@ -115,21 +115,18 @@ def write_rates(
     # Left to the collector: an exception's traceback may hold views of it, and then it could not be closed here.
     memory = mmap.mmap(-1, max(shape.larger.block, min(nbytes, _SOURCE_BYTES)))
     _fill(memory)
-    raw = _RawFile(os.path.join(folder, "raw"), memory, nbytes, direct=align is not None)
-    try:
-        progress("writing a file for the first time")
-        rates.first = raw.write(shape)
-        if nbytes / rates.first * rounds * 4 > _ROUND_BUDGET_S:
-            rounds = 1
-        with _Shards(env, os.path.join(folder, "shards"), memory, nbytes, shape, align) as shards:
-            for number in range(1, rounds + 1):
-                progress(f"writing, round {number} of {rounds}")
-                rates.raw.append(raw.write(shape))
+    began = time.perf_counter()
+    with _Shards(env, os.path.join(folder, "shards"), memory, nbytes, shape, align) as shards:
+        for number in range(1, rounds + 1):
+            progress(f"writing, round {number} of {rounds}")
+            with _RawFile(os.path.join(folder, "raw"), memory, nbytes, direct=align is not None) as raw:
+                rates.first.append(raw.write(shape))
                 rates.writer.append(shards.write(number))
+                rates.raw.append(raw.write(shape))
                 rates.deeper.append(raw.write(shape.deeper))
                 rates.larger.append(raw.write(shape.larger))
-    finally:
-        raw.close()
+            if time.perf_counter() - began > _BUDGET_S:
+                break
     return rates
 
 
@@ -142,10 +139,10 @@ median = statistics.median
 
 
 class _RawFile:
-    """A file written by threads that do nothing but pwrite, then flushed."""
+    """A new file, written by threads that do nothing but pwrite, and flushed; removed at the end."""
 
     def __init__(self, path: str, memory: mmap.mmap, nbytes: int, direct: bool) -> None:
-        self._fd = _create(path, direct)
+        self._path, self._fd = path, _create(path, direct)
         self._memory, self._nbytes = memory, nbytes
 
     def write(self, shape: Shape) -> float:
@@ -171,8 +168,12 @@ class _RawFile:
         os.fdatasync(self._fd)
         return self._nbytes / (time.perf_counter() - began)
 
-    def close(self) -> None:
+    def __enter__(self) -> _RawFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         os.close(self._fd)
+        os.unlink(self._path)
 
 
 class _Shards:
