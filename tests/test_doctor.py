@@ -428,6 +428,41 @@ def test_shards_are_written_by_the_engine_s_own_writer_and_removed(tmp_path: Pat
     assert os.listdir(tmp_path / "shards") == [] and os.listdir(tmp_path) == ["shards"]
 
 
+SECCOMP = """
+import ctypes, struct
+from layerwise_dist.doctor import kernel
+def op(code, yes, no, value): return struct.pack("HBBI", code, yes, no, value)
+# Load the number of the call; io_uring_setup (425) is EPERM, all else is allowed.
+code = op(0x20, 0, 0, 0) + op(0x15, 0, 1, 425) + op(0x06, 0, 0, 0x00050001) + op(0x06, 0, 0, 0x7FFF0000)
+memory = ctypes.create_string_buffer(code)
+program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", 4, ctypes.addressof(memory)))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program, 0, 0) == 0, ctypes.get_errno()
+print(kernel.uring_refusal())
+"""
+
+
+def test_a_container_s_rules_against_io_uring_are_named() -> None:
+    before = kernel.uring_refusal()
+    done = subprocess.run([sys.executable, "-c", SECCOMP], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    if before is not None:
+        pytest.skip(f"no io_uring here even without such rules: {before}")
+    assert "seccomp profile" in done.stdout
+
+
+def test_the_limit_on_locked_memory_is_the_one_of_a_user_without_privileges() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root to become somebody else")
+    script = (
+        "import os, resource; from layerwise_dist.doctor import kernel\n"
+        "resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, 65536)); print(kernel.lockable_bytes())\n"
+        f"os.seteuid({NOBODY}); print(kernel.lockable_bytes())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split()[-1:] == ["65536"], done.stderr
+
+
 def test_a_lock_of_a_live_job_is_seen_without_taking_it(tmp_path: Path) -> None:
     path = tmp_path / "owner"
     assert not kernel.is_locked(str(path))

@@ -101,7 +101,7 @@ def of_file_system(mount: Mount | None, device: Device | None, hooked: str | Non
 
 
 def of_space(space: Space, held: int, state: int | None, source: str, config: LayerwiseConfig) -> Finding:
-    """`held`: bytes of checkpoints that are there already and that retention counts or removes; `state`: bytes of one checkpoint."""
+    """`held`: bytes that are there already and that retention counts or removes; `state`: bytes of one checkpoint."""
     figures: dict[str, Any] = {
         "free": space.free, "total": space.total, "files_free": space.files, "held": held, "checkpoint": state,
         "needed": None,
