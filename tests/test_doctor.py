@@ -68,7 +68,7 @@ def tiny(tmp_path: Path) -> Iterator[Path]:
         (root / "filler").write_bytes(bytes(1 << 20))
         yield root
     finally:
-        subprocess.run(["umount", str(root)], check=True)
+        subprocess.run(["umount", str(root)], check=True)  # fails if a file there was left open
 
 
 # -- the command ----------------------------------------------------------------------------------------------------
@@ -324,6 +324,11 @@ def mounted(kind: str, *options: str) -> Mount:
 def test_file_systems_are_told_apart(mount: Mount, verdict: str, words: str) -> None:
     (found,) = findings.of_file_system(mount, DISK, None)
     assert found.verdict == verdict and words in f"{found.text} {found.advice}"
+
+
+def test_a_disk_in_memory_is_no_disk() -> None:
+    (found,) = findings.of_file_system(mounted("ext4"), Device("zram0", False, False, None), None)
+    assert found.verdict == "bad" and "memory" in found.text
 
 
 def test_a_library_that_swallows_flushes_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,7 @@ def of_file_system(mount: Mount | None, device: Device | None, hooked: str | Non
     text, advice = f"{on}, a local file system.", None
     if "ro" in mount.options:
         verdict, text, advice = "bad", f"{on} is mounted read-only.", "Mount it read-write, or use another directory."
-    elif mount.where == "memory":
+    elif mount.where == "memory" or (device is not None and device.memory):
         verdict, text = "bad", f"{on} is memory: nothing in it survives a restart of the machine."
         advice = "Use a directory on a disk. Memory is good for tests only."
     elif without:
@@ -189,7 +189,7 @@ def of_flushes(times: Flushes, mount: Mount | None, device: Device | None) -> Fi
         f"A flush takes {_ms(p50)} (p50), {_ms(p99)} (p99); making a small file durable under its name {_ms(commit)}. "
         f"{LYING}."
     )
-    if mount is not None and mount.where == "memory":
+    if (mount is not None and mount.where == "memory") or (device is not None and device.memory):
         return Finding("flush", "ok", text, "In memory a flush does nothing.", figures)
     if p50 < _QUICK_FLUSH_S:
         if device is not None and device.virtual:

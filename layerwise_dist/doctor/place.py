@@ -20,8 +20,9 @@ NETWORK = frozenset(
 )
 MEMORY = frozenset(("tmpfs", "ramfs", "devtmpfs", "hugetlbfs"))
 LOCAL = frozenset("ext2 ext3 ext4 xfs btrfs f2fs zfs bcachefs jfs reiserfs nilfs2".split())
-_VIRTUAL_PATH = re.compile(r"/(virtio\d+|vbd-\d+|xen|vmbus|hyperv)")
+_VIRTUAL_PATH = re.compile(r"/(virtio\d+|vbd-\d+|xen|vmbus|hyperv|block/loop\d+|block/nbd\d+)")
 _VIRTUAL_MODEL = re.compile(r"qemu|vbox|vmware|virtual|elastic block|persistentdisk|msft", re.IGNORECASE)
+_MEMORY_DISK = re.compile(r"(zram|ram|brd)\d+")
 _ESCAPE = re.compile(r"\\([0-7]{3})")
 
 
@@ -53,6 +54,10 @@ class Device:
     rotational: bool | None
     virtual: bool
     volatile_cache: bool | None
+
+    @property
+    def memory(self) -> bool:
+        return _MEMORY_DISK.fullmatch(self.name) is not None
 
 
 @dataclass(frozen=True, slots=True)

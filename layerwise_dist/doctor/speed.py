@@ -6,6 +6,7 @@ Everything is written below a folder that the caller made and removes. Times in 
 from __future__ import annotations
 
 import ctypes
+import errno
 import itertools
 import mmap
 import os
@@ -139,10 +140,15 @@ median = statistics.median
 
 
 class _RawFile:
-    """A new file, written by threads that do nothing but pwrite, and flushed; removed at the end."""
+    """A new file with its space reserved, written by threads that do nothing but pwrite; removed at the end."""
 
     def __init__(self, path: str, memory: mmap.mmap, nbytes: int, direct: bool) -> None:
         self._path, self._fd = path, _create(path, direct)
+        try:
+            _allocate(self._fd, nbytes)
+        except OSError:
+            os.close(self._fd)
+            raise
         self._memory, self._nbytes = memory, nbytes
 
     def write(self, shape: Shape) -> float:
@@ -230,6 +236,13 @@ class _Shards:
 def _create(path: str, direct: bool) -> int:
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.open(path, flags | (os.O_DIRECT if direct else 0), 0o600)
+
+
+def _allocate(fd: int, nbytes: int) -> None:
+    """Reserves space, as the writer does. A file system that cannot is not an error; os.posix_fallocate would write."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)) != 0 and ctypes.get_errno() != errno.EOPNOTSUPP:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def _place(memory: mmap.mmap, offset: int, length: int) -> int:
