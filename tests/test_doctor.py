@@ -347,6 +347,7 @@ def test_a_disk_too_small_for_retention_is_bad_and_says_which_keep_last_fits() -
     found = findings.of_space(Space(50 * MB, 10**9, 10**6), 0, 100 * MB, "", config)
     assert found.verdict == "bad" and "keep_last to" not in (found.advice or "")
     assert findings.of_space(Space(9000 * MB, 10**10, 12), 0, 100 * MB, "", config).verdict == "warn"
+    assert findings.of_space(Space(50 * MB, 10**10, 12), 0, 100 * MB, "", config).verdict == "bad"
     config = load_config(None, keep_every_n_steps=100)
     found = findings.of_space(Space(10_500 * MB, 10**12, 10**6), 0, 1000 * MB, "", config)
     assert found.verdict == "warn" and "full after 5" in (found.advice or "")

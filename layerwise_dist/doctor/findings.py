@@ -107,9 +107,13 @@ def of_space(space: Space, held: int, state: int | None, source: str, config: La
         "needed": None,
     }  # fmt: skip
     there = f"{size(space.free)} free of {size(space.total)}"
-    if space.files is not None and space.files < _FEW_FILES:
-        advice = "Remove small files, or use a file system with more inodes."
-        return Finding("space", "warn", f"{there}, but room for only {space.files} files.", advice, figures)
+    few = space.files is not None and space.files < _FEW_FILES
+    inodes = Finding(
+        "space", "warn", f"{there}, but room for only {space.files} files.",
+        "Remove small files, or use a file system with more inodes.", figures,
+    )  # fmt: skip
+    if state is None and few:
+        return inodes
     if state is None:
         advice = "Give --state-bytes or --params to know whether that is enough: no checkpoint is here to tell from."
         return Finding("space", "ok", f"{there}.", advice, figures)
@@ -125,6 +129,8 @@ def of_space(space: Space, held: int, state: int | None, source: str, config: La
         lower = f"set keep_last to {fits}, " if fits >= 1 else ""
         advice = f"Free {size(needed - room)}, {lower}or use a larger disk."
         return Finding("space", "bad", text, advice[0].upper() + advice[1:], figures)
+    if few:
+        return inodes
     if config.keep_every_n_steps is not None:
         advice = (
             f"keep_every_n_steps {config.keep_every_n_steps} keeps checkpoints for ever: the disk is full after "
