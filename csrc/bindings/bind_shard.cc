@@ -47,9 +47,9 @@ uint64_t Count(int64_t value) {
   return static_cast<uint64_t>(value);
 }
 
-void InitPool(PyPool* self, int threads) {
+void InitPool(PyPool* self, int depth) {
   std::unique_ptr<WriterPool> pool;
-  Check(WriterPool::Create(threads, &pool));
+  Check(WriterPool::Create({.depth = depth}, &pool));
   new (self) PyPool{std::move(pool)};
 }
 
@@ -194,8 +194,8 @@ void BindWriter(nb::module_& m) {
 
 void BindShard(nb::module_& m) {
   nb::class_<PyPool>(m, "WriterPool")
-      .def("__init__", &InitPool, nb::arg("threads"))
-      .def_prop_ro("threads", [](PyPool& pool) { return pool.it->threads(); })
+      .def("__init__", &InitPool, nb::arg("depth"))
+      .def_prop_ro("depth", [](PyPool& pool) { return pool.it->depth(); })
       .def("close", [](PyPool& pool) {
         nb::gil_scoped_release release;
         pool.it->Close();

@@ -8,7 +8,7 @@
 #include <cstring>
 #include <utility>
 
-#include "layerwise/hash.h"
+#include "block_runs.h"
 
 namespace layerwise {
 
@@ -140,84 +140,64 @@ Status ShardWriter::Append(std::string_view data, size_t* blocks) {
   return Status::Ok();
 }
 
-void ShardWriter::RunBlock(size_t index, AlignedBuffer* scratch) {
+bool ShardWriter::StartBlock(size_t index, AlignedBuffer* scratch, BlockWrite* write) {
   const size_t planned = plan_->blocks().size();
-  TailBlock tail{};
-  bool stop;
+  write->file = file_.get();
+  write->path = &path_;
   {
     std::lock_guard lock(mutex_);
-    stop = !error_.ok();
-    if (index >= planned) tail = std::move(tail_[index - planned]);
+    if (!error_.ok()) {
+      EndBlock(index, BlockState::kFailed);
+      return false;
+    }
+    if (index >= planned) {
+      StartTail(index, write);
+      return true;
+    }
   }
-  Status status;
-  uint64_t hash = 0;
+  write->offset = plan_->blocks()[index].offset;
+  write->length = plan_->blocks()[index].length;
   uint64_t copied = 0;
-  uint64_t length = 0;
-  if (!stop && index < planned) {
-    length = plan_->blocks()[index].length;
-    status = WritePlanned(index, scratch, &hash, &copied);
-  } else if (!stop) {
-    length = tail.length;
-    hash = Xxh3(tail.data, tail.length);
-    status = file_->Pwrite(tail.data, tail.length, tail.offset);
-  }
+  Status status = CutBlock(*plan_, index, addresses_.get(), alignment_, scratch, &write->runs, &copied);
   std::lock_guard lock(mutex_);
   counts_.bytes_copied += copied;
-  counts_.pending -= 1;
-  if (!stop && status.ok()) {
-    states_[index] = BlockState::kComplete;
-    hashes_[index] = hash;
+  if (status.ok()) return true;
+  if (error_.ok()) error_ = std::move(status);
+  EndBlock(index, BlockState::kFailed);
+  return false;
+}
+
+void ShardWriter::StartTail(size_t index, BlockWrite* write) const {
+  const TailBlock& tail = tail_[index - plan_->blocks().size()];
+  write->offset = tail.offset;
+  write->length = tail.length;
+  write->runs.push_back({const_cast<char*>(tail.data), tail.length});
+}
+
+void ShardWriter::FinishBlock(size_t index, const BlockWrite& write, Status status) {
+  std::lock_guard lock(mutex_);
+  if (status.ok()) {
+    hashes_[index] = write.hash;
     counts_.completed += 1;
-    counts_.bytes_written += length;
-  } else {
-    states_[index] = BlockState::kFailed;
-    if (error_.ok()) error_ = std::move(status);
+    counts_.bytes_written += write.length;
+  } else if (error_.ok()) {
+    error_ = status;
   }
-  if (counts_.pending == 0) changed_->notify_all();
+  EndBlock(index, status.ok() ? BlockState::kComplete : BlockState::kFailed);
 }
 
 void ShardWriter::CancelBlock(size_t index) {
   std::lock_guard lock(mutex_);
-  states_[index] = BlockState::kFailed;
   if (error_.ok()) error_ = Status::IoError(ECANCELED, "write a block to a closed pool", path_);
+  EndBlock(index, BlockState::kFailed);
+}
+
+void ShardWriter::EndBlock(size_t index, BlockState state) {
+  const size_t planned = plan_->blocks().size();
+  states_[index] = state;
+  if (index >= planned) tail_[index - planned].memory.reset();
   counts_.pending -= 1;
   if (counts_.pending == 0) changed_->notify_all();
-}
-
-Status ShardWriter::WritePlanned(size_t index, AlignedBuffer* scratch, uint64_t* hash, uint64_t* copied) {
-  const Plan::Block& block = plan_->blocks()[index];
-  const auto segments = plan_->segments(index);
-  const char* data = nullptr;
-  if (segments.size() == 1 && segments[0].length == block.length) {
-    const uintptr_t address =
-        addresses_[segments[0].tensor].load(std::memory_order_relaxed) + segments[0].tensor_offset;
-    if (address % alignment_.memory == 0) data = reinterpret_cast<const char*>(address);
-  }
-  if (data == nullptr) {
-    Status status = Gather(index, scratch);
-    if (!status.ok()) return status;
-    data = scratch->data();
-    for (const Plan::Segment& segment : segments) *copied += segment.length;
-  }
-  *hash = Xxh3(data, block.length);
-  return file_->Pwrite(data, block.length, block.offset);
-}
-
-Status ShardWriter::Gather(size_t index, AlignedBuffer* scratch) {
-  const uint64_t length = plan_->blocks()[index].length;
-  Status status = scratch->Reserve(plan_->block_bytes());
-  if (!status.ok()) return status;
-  char* const out = scratch->data();
-  uint64_t cursor = 0;
-  for (const Plan::Segment& segment : plan_->segments(index)) {
-    std::memset(out + cursor, 0, segment.block_offset - cursor);
-    const uintptr_t address =
-        addresses_[segment.tensor].load(std::memory_order_relaxed) + segment.tensor_offset;
-    std::memcpy(out + segment.block_offset, reinterpret_cast<const void*>(address), segment.length);
-    cursor = segment.block_offset + segment.length;
-  }
-  std::memset(out + cursor, 0, length - cursor);
-  return Status::Ok();
 }
 
 bool ShardWriter::Wait(double timeout_s) {

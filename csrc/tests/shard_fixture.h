@@ -17,7 +17,7 @@ namespace layerwise {
 
 // A pool, a file system that can fail, and memory for tensors.
 struct ShardFixture {
-  explicit ShardFixture(int threads = 2) { REQUIRE_OK(WriterPool::Create(threads, &pool)); }
+  explicit ShardFixture(int threads = 2) { REQUIRE_OK(WriterPool::Create({.depth = threads}, &pool)); }
 
   static std::shared_ptr<const Plan> MakePlan(std::vector<Plan::Block> blocks, std::vector<Plan::Segment> segments,
                                               uint64_t tensors, uint64_t tail_offset = 0) {

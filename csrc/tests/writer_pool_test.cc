@@ -16,11 +16,12 @@ namespace {
 // Notes its blocks, and holds the first until Open is called.
 class GatedSink final : public BlockSink {
  public:
-  void RunBlock(size_t index, AlignedBuffer*) override {
+  bool StartBlock(size_t index, AlignedBuffer*, BlockWrite*) override {
     std::unique_lock lock(mutex_);
     ran_.push_back(index);
     changed_.notify_all();
     changed_.wait(lock, [this] { return open_; });
+    return false;
   }
 
   void CancelBlock(size_t index) override {
@@ -55,7 +56,7 @@ class GatedSink final : public BlockSink {
 TEST_CASE("blocks run in the order in which they were submitted") {
   GatedSink sink;
   std::unique_ptr<WriterPool> pool;
-  REQUIRE_OK(WriterPool::Create(1, &pool));
+  REQUIRE_OK(WriterPool::Create({.depth = 1}, &pool));
   sink.Open();
   pool->Submit(&sink, 4, 3);
   pool->Submit(&sink, 0, 2);
@@ -67,7 +68,7 @@ TEST_CASE("blocks run in the order in which they were submitted") {
 TEST_CASE("withdrawn blocks get no call") {
   GatedSink sink, other;
   std::unique_ptr<WriterPool> pool;
-  REQUIRE_OK(WriterPool::Create(1, &pool));
+  REQUIRE_OK(WriterPool::Create({.depth = 1}, &pool));
   other.Open();
   pool->Submit(&sink, 0, 10);
   sink.WaitForRuns(1);
@@ -84,7 +85,7 @@ TEST_CASE("withdrawn blocks get no call") {
 TEST_CASE("closing cancels what is queued and waits for what runs") {
   GatedSink sink;
   std::unique_ptr<WriterPool> pool;
-  REQUIRE_OK(WriterPool::Create(2, &pool));
+  REQUIRE_OK(WriterPool::Create({.depth = 2}, &pool));
   pool->Submit(&sink, 0, 4);
   sink.WaitForRuns(2);
   sink.Open();
@@ -95,18 +96,18 @@ TEST_CASE("closing cancels what is queued and waits for what runs") {
   CHECK(sink.cancelled().back() == 7);
 }
 
-TEST_CASE("a pool has a sane number of threads") {
+TEST_CASE("a pool has a sane depth") {
   std::unique_ptr<WriterPool> pool;
-  CHECK(WriterPool::Create(0, &pool).code() == Status::Code::kInvalidArgument);
-  CHECK(WriterPool::Create(1025, &pool).code() == Status::Code::kInvalidArgument);
-  REQUIRE_OK(WriterPool::Create(3, &pool));
-  CHECK(pool->threads() == 3);
+  CHECK(WriterPool::Create({.depth = 0}, &pool).code() == Status::Code::kInvalidArgument);
+  CHECK(WriterPool::Create({.depth = 1025}, &pool).code() == Status::Code::kInvalidArgument);
+  REQUIRE_OK(WriterPool::Create({.depth = 3}, &pool));
+  CHECK(pool->depth() == 3);
 }
 
 #if !defined(__SANITIZE_THREAD__)
 TEST_CASE("a forked child destroys the pool without waiting for threads it lacks") {
   std::unique_ptr<WriterPool> pool;
-  REQUIRE_OK(WriterPool::Create(2, &pool));
+  REQUIRE_OK(WriterPool::Create({.depth = 2}, &pool));
   const pid_t child = fork();
   REQUIRE(child >= 0);
   if (child == 0) {

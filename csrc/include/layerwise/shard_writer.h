@@ -50,11 +50,13 @@ class ShardWriter final : public BlockSink {
   // REQUIRES: one address for each tensor of the plan.
   Status SetAddresses(const std::vector<uintptr_t>& addresses);
 
-  // Queues blocks of the plan and returns at once. A block that one aligned
-  // segment covers is written straight from that memory; others are gathered in
-  // a buffer of the pool's thread. A block may be submitted again once it is
-  // complete; its hash is then replaced. On a poisoned or aborted writer this
-  // does nothing.
+  // Queues blocks of the plan and returns at once. What lies in memory as direct I/O
+  // wants it is written straight from there: of a segment whose address is congruent
+  // to its place in the file modulo alignment().memory, all but the partial sectors at
+  // its ends. The rest is copied first. Without direct I/O nothing is copied, unless a
+  // block would be in more than 64 pieces. A block may be submitted again once it is
+  // complete; its hash is then replaced. On a poisoned or aborted writer this does
+  // nothing.
   // FailedPrecondition: a block is pending, an address is missing, or Finish was
   // called. Nothing is queued then.
   Status Submit(size_t first, size_t count);
@@ -72,7 +74,7 @@ class ShardWriter final : public BlockSink {
     uint64_t completed = 0;      // of these, written and hashed
     uint64_t pending = 0;        // of these, queued or running
     uint64_t bytes_written = 0;  // by completed blocks and the header
-    uint64_t bytes_copied = 0;   // through a thread's buffer, or by Append
+    uint64_t bytes_copied = 0;   // of tensors on the way to the file, and by Append
   };
   Counts counts() const;
 
@@ -103,7 +105,7 @@ class ShardWriter final : public BlockSink {
   enum class State { kOpen, kFinishing, kFinished, kClosed };
 
   // A block made by Append. The memory is freed when the last block of the same
-  // call is written.
+  // call is no longer pending.
   struct TailBlock {
     uint64_t offset;
     size_t length;
@@ -114,11 +116,13 @@ class ShardWriter final : public BlockSink {
   ShardWriter(WriterPool* pool, std::shared_ptr<const Plan> plan, std::string path,
               std::unique_ptr<WritableFile> file);
 
-  void RunBlock(size_t index, AlignedBuffer* scratch) override;
+  bool StartBlock(size_t index, AlignedBuffer* scratch, BlockWrite* write) override;
+  void FinishBlock(size_t index, const BlockWrite& write, Status status) override;
   void CancelBlock(size_t index) override;
 
-  Status WritePlanned(size_t index, AlignedBuffer* scratch, uint64_t* hash, uint64_t* copied);
-  Status Gather(size_t index, AlignedBuffer* scratch);
+  void StartTail(size_t index, BlockWrite* write) const;
+  // Not pending any more. REQUIRES: mutex_ is held.
+  void EndBlock(size_t index, BlockState state);
   Status CheckSubmit(size_t first, size_t count) const;
   Status CheckFinish(std::string_view header) const;
   Status WriteHeader(std::string_view header);

@@ -1,39 +1,71 @@
 #ifndef LAYERWISE_WRITER_POOL_H_
 #define LAYERWISE_WRITER_POOL_H_
 
+#include <sys/uio.h>
+
 #include <cstddef>
+#include <cstdint>
 #include <memory>
+#include <string>
+#include <vector>
 
 #include "layerwise/aligned_buffer.h"
+#include "layerwise/env.h"
 #include "layerwise/status.h"
 
 namespace layerwise {
 
-// What a WriterPool works on: numbered blocks.
+// One block on its way to a file.
+struct BlockWrite {
+  WritableFile* file = nullptr;
+  const std::string* path = nullptr;  // for errors
+  uint64_t offset = 0;
+  uint64_t length = 0;
+  // The block's bytes in order; each run is aligned as the file demands.
+  std::vector<iovec> runs;
+  // Whether `hash` is not the pool's to fill in: it is known, or nobody wants it.
+  bool hashed = false;
+  uint64_t hash = 0;
+};
+
+class PoolCore;
+
+// What a WriterPool works on: numbered blocks. Every call is made on a thread of the
+// pool, except as said.
 class BlockSink {
  public:
   virtual ~BlockSink() = default;
 
-  // Processes one block, on a thread of the pool. `scratch` belongs to that
-  // thread and keeps its size from call to call; its content is undefined.
-  virtual void RunBlock(size_t index, AlignedBuffer* scratch) = 0;
+  // Begins a block. Either processes it wholly and returns false, or fills *write in
+  // and returns true: the pool then writes the runs, hashes them unless `hashed`,
+  // and calls FinishBlock. *write comes empty. `scratch` belongs to the block until
+  // it is finished; its content is undefined. Runs may lie in it.
+  virtual bool StartBlock(size_t index, AlignedBuffer* scratch, BlockWrite* write) = 0;
 
-  // Called instead of RunBlock, on any thread, when the pool closes.
+  // The block is written *and* hashed, or `status` says why it is not. The pool does
+  // not touch the runs' memory any more, nor does the kernel.
+  virtual void FinishBlock(size_t index, const BlockWrite& write, Status status);
+
+  // Called instead of StartBlock, on any thread, when the pool closes.
   virtual void CancelBlock(size_t index) = 0;
 };
 
-// The threads that do the I/O and the hashing of all shards of a process. Blocks
-// are started in the order in which they were submitted.
+// What does the I/O and the hashing of all shards of a process: `depth` threads, each
+// with one block at a time. Blocks are started in the order in which they were
+// submitted.
 //
-// Threads: every method may be called by several threads at once, but not from
-// RunBlock or CancelBlock.
+// Threads: every method may be called by several threads at once, but not from a
+// sink's methods.
 //
 // In a child made by fork the pool has no threads: there, nothing of it may be
 // called but the destructor, which then does nothing.
 class WriterPool {
  public:
-  // REQUIRES: 1 <= threads <= 1024.
-  static Status Create(int threads, std::unique_ptr<WriterPool>* pool);
+  struct Options {
+    int depth = 4;  // blocks in progress at once, 1 to 1024
+  };
+
+  static Status Create(const Options& options, std::unique_ptr<WriterPool>* pool);
 
   // Close(). REQUIRES: no sink is used by another thread any more.
   ~WriterPool();
@@ -42,9 +74,9 @@ class WriterPool {
   WriterPool& operator=(const WriterPool&) = delete;
 
   // Queues blocks first .. first + count - 1 and returns at once. Each will get
-  // exactly one call of RunBlock or CancelBlock, unless Withdraw takes it back.
-  // In a closed pool the calls of CancelBlock come before this returns.
-  // REQUIRES: the sink lives until then.
+  // exactly one call of StartBlock or CancelBlock, unless it is taken back. In a
+  // closed pool the calls of CancelBlock come before this returns.
+  // REQUIRES: the sink lives until the last block is finished or cancelled.
   void Submit(BlockSink* sink, size_t first, size_t count);
 
   // Takes the sink's blocks that have not been started back out of the queue; no
@@ -55,18 +87,17 @@ class WriterPool {
   // Idempotent.
   void Close();
 
-  int threads() const;
+  int depth() const;
 
   // Closes every pool of the process: for the interpreter's exit, so that no
   // thread reads memory that is about to be freed.
   static void CloseAll();
 
  private:
-  class Core;
+  WriterPool(std::unique_ptr<PoolCore> core, int depth);
 
-  explicit WriterPool(std::unique_ptr<Core> core);
-
-  std::unique_ptr<Core> core_;
+  std::unique_ptr<PoolCore> core_;
+  const int depth_;
 };
 
 }  // namespace layerwise

@@ -1,0 +1,61 @@
+#include <condition_variable>
+
+#include "layerwise/hash.h"
+#include "pool_core.h"
+
+namespace layerwise {
+
+namespace {
+
+class ThreadCore final : public PoolCore {
+ public:
+  explicit ThreadCore(const WriterPool::Options& options) : depth_(options.depth) {}
+
+  Status Start() override {
+    return StartThreads(depth_, [this](int) { Work(); });
+  }
+
+ private:
+  void Wake(size_t blocks) override {
+    if (blocks > 1) {
+      work_.notify_all();
+    } else {
+      work_.notify_one();
+    }
+  }
+
+  void Work() {
+    AlignedBuffer scratch;
+    BlockWrite write;
+    std::unique_lock lock(mutex_);
+    for (;;) {
+      work_.wait(lock, [this] { return closed() || !empty(); });
+      if (empty()) return;
+      const Job job = Pop();
+      lock.unlock();
+      Run(job, &scratch, &write);
+      lock.lock();
+    }
+  }
+
+  static void Run(const Job& job, AlignedBuffer* scratch, BlockWrite* write) {
+    write->runs.clear();
+    write->hashed = false;
+    if (!job.sink->StartBlock(job.index, scratch, write)) return;
+    if (!write->hashed) write->hash = Xxh3Runs(write->runs.data(), write->runs.size());
+    Status status =
+        write->file->Pwritev(write->runs.data(), static_cast<int>(write->runs.size()), write->offset);
+    job.sink->FinishBlock(job.index, *write, std::move(status));
+  }
+
+  const int depth_;
+  std::condition_variable work_;
+};
+
+}  // namespace
+
+std::unique_ptr<PoolCore> MakeThreadCore(const WriterPool::Options& options) {
+  return std::make_unique<ThreadCore>(options);
+}
+
+}  // namespace layerwise
