@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "pool_core.h"
+#include "uring_core.h"
 
 namespace layerwise {
 
@@ -26,21 +27,24 @@ std::vector<PoolCore*>& Registry() {
 
 void BlockSink::FinishBlock(size_t, const BlockWrite&, Status) {}
 
+Status WriterPool::ProbeUring() { return layerwise::ProbeUring(); }
+
 Status WriterPool::Create(const Options& options, std::unique_ptr<WriterPool>* pool) {
   if (options.depth < 1 || options.depth > 1024) {
     return Status::InvalidArgument("a writer pool has a depth of 1 to 1024, not " + std::to_string(options.depth));
   }
-  std::unique_ptr<PoolCore> core = MakeThreadCore(options);
+  auto core = options.backend == Backend::kUring ? MakeUringCore(options) : MakeThreadCore(options);
   Status status = core->Start();
   if (!status.ok()) {
     core->Close();
     return status;
   }
-  pool->reset(new WriterPool(std::move(core), options.depth));
+  pool->reset(new WriterPool(std::move(core), options));
   return Status::Ok();
 }
 
-WriterPool::WriterPool(std::unique_ptr<PoolCore> core, int depth) : core_(std::move(core)), depth_(depth) {
+WriterPool::WriterPool(std::unique_ptr<PoolCore> core, const Options& options)
+    : core_(std::move(core)), backend_(options.backend), depth_(options.depth) {
   std::lock_guard lock(RegistryMutex());
   Registry().push_back(core_.get());
 }
@@ -62,8 +66,6 @@ void WriterPool::Submit(BlockSink* sink, size_t first, size_t count) { core_->Su
 size_t WriterPool::Withdraw(BlockSink* sink) { return core_->Withdraw(sink); }
 
 void WriterPool::Close() { core_->Close(); }
-
-int WriterPool::depth() const { return depth_; }
 
 void WriterPool::CloseAll() {
   std::lock_guard lock(RegistryMutex());

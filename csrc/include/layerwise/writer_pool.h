@@ -50,9 +50,13 @@ class BlockSink {
   virtual void CancelBlock(size_t index) = 0;
 };
 
-// What does the I/O and the hashing of all shards of a process: `depth` threads, each
-// with one block at a time. Blocks are started in the order in which they were
-// submitted.
+// What does the I/O and the hashing of all shards of a process, `depth` blocks at a
+// time. Blocks are started in the order in which they were submitted.
+//
+// With kPosix, `depth` threads each take a block, hash it and write it. With kUring,
+// one thread keeps `depth` writes with the kernel by io_uring and hashes meanwhile;
+// a file without a descriptor (WritableFile::descriptor) is written by its own calls,
+// and a sink that works in StartBlock, as a reader does, gets no parallelism.
 //
 // Threads: every method may be called by several threads at once, but not from a
 // sink's methods.
@@ -61,9 +65,16 @@ class BlockSink {
 // called but the destructor, which then does nothing.
 class WriterPool {
  public:
+  enum class Backend { kPosix, kUring };
+
   struct Options {
+    Backend backend = Backend::kPosix;
     int depth = 4;  // blocks in progress at once, 1 to 1024
   };
+
+  // Whether kUring is to be had here; if not, the errno and the call that say why.
+  // Containers and kernels often forbid it.
+  static Status ProbeUring();
 
   static Status Create(const Options& options, std::unique_ptr<WriterPool>* pool);
 
@@ -87,16 +98,18 @@ class WriterPool {
   // Idempotent.
   void Close();
 
-  int depth() const;
+  Backend backend() const { return backend_; }
+  int depth() const { return depth_; }
 
   // Closes every pool of the process: for the interpreter's exit, so that no
   // thread reads memory that is about to be freed.
   static void CloseAll();
 
  private:
-  WriterPool(std::unique_ptr<PoolCore> core, int depth);
+  WriterPool(std::unique_ptr<PoolCore> core, const Options& options);
 
   std::unique_ptr<PoolCore> core_;
+  const Backend backend_;
   const int depth_;
 };
 
