@@ -4,6 +4,7 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <system_error>
 
 namespace layerwise {
@@ -56,6 +57,23 @@ size_t PoolCore::Withdraw(BlockSink* sink) {
   return count;
 }
 
+bool PoolCore::TakeLast(BlockSink* sink, size_t first, size_t count, size_t* index) {
+  std::lock_guard lock(mutex_);
+  for (size_t i = queue_.size(); i-- > 0;) {
+    Range& range = queue_[i];
+    if (range.sink != sink || range.next >= first + count || range.end <= first) continue;
+    const size_t end = std::min(range.end, first + count);
+    *index = end - 1;
+    const Range behind{sink, end, range.end};
+    range.end = end - 1;
+    const auto at = queue_.begin() + static_cast<ptrdiff_t>(i);
+    if (behind.next < behind.end) queue_.insert(at + 1, behind);
+    if (queue_[i].next == queue_[i].end) queue_.erase(queue_.begin() + static_cast<ptrdiff_t>(i));
+    return true;
+  }
+  return false;
+}
+
 void PoolCore::Close() {
   std::deque<Range> cancelled;
   {
@@ -76,6 +94,13 @@ PoolCore::Job PoolCore::Pop() {
   const Job job{range.sink, range.next++};
   if (range.next == range.end) queue_.pop_front();
   return job;
+}
+
+std::vector<AlignedBuffer> CutBounce(Bounce bounce, int depth) {
+  std::vector<AlignedBuffer> buffers(static_cast<size_t>(depth));
+  const size_t size = bounce.size() / buffers.size();
+  for (size_t i = 0; size > 0 && i < buffers.size(); ++i) buffers[i] = {bounce.data() + i * size, size};
+  return buffers;
 }
 
 void PoolCore::Cancel(const Range& range) {

@@ -7,6 +7,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <thread>
 #include <vector>
 
@@ -30,6 +31,7 @@ class PoolCore {
   bool forked() const;
   void Submit(BlockSink* sink, size_t first, size_t count);
   size_t Withdraw(BlockSink* sink);
+  bool TakeLast(BlockSink* sink, size_t first, size_t count, size_t* index);
   void Close();
 
  protected:
@@ -66,8 +68,13 @@ class PoolCore {
   std::vector<std::thread> threads_;
 };
 
+// `bounce`, which may be empty, is cut into one scratch buffer for each block in
+// progress; it outlives the core.
+using Bounce = std::span<char>;
+std::vector<AlignedBuffer> CutBounce(Bounce bounce, int depth);
+
 // `depth` threads, each of which writes, by the file's own calls, and hashes.
-std::unique_ptr<PoolCore> MakeThreadCore(const WriterPool::Options& options);
+std::unique_ptr<PoolCore> MakeThreadCore(int depth, Bounce bounce);
 
 }  // namespace layerwise
 

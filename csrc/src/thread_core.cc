@@ -9,10 +9,10 @@ namespace {
 
 class ThreadCore final : public PoolCore {
  public:
-  explicit ThreadCore(const WriterPool::Options& options) : depth_(options.depth) {}
+  ThreadCore(int depth, Bounce bounce) : scratch_(CutBounce(bounce, depth)) {}
 
   Status Start() override {
-    return StartThreads(depth_, [this](int) { Work(); });
+    return StartThreads(static_cast<int>(scratch_.size()), [this](int i) { Work(&scratch_[static_cast<size_t>(i)]); });
   }
 
  private:
@@ -24,8 +24,7 @@ class ThreadCore final : public PoolCore {
     }
   }
 
-  void Work() {
-    AlignedBuffer scratch;
+  void Work(AlignedBuffer* scratch) {
     BlockWrite write;
     std::unique_lock lock(mutex_);
     for (;;) {
@@ -33,7 +32,7 @@ class ThreadCore final : public PoolCore {
       if (empty()) return;
       const Job job = Pop();
       lock.unlock();
-      Run(job, &scratch, &write);
+      Run(job, scratch, &write);
       lock.lock();
     }
   }
@@ -48,14 +47,14 @@ class ThreadCore final : public PoolCore {
     job.sink->FinishBlock(job.index, *write, std::move(status));
   }
 
-  const int depth_;
+  std::vector<AlignedBuffer> scratch_;  // of each thread
   std::condition_variable work_;
 };
 
 }  // namespace
 
-std::unique_ptr<PoolCore> MakeThreadCore(const WriterPool::Options& options) {
-  return std::make_unique<ThreadCore>(options);
+std::unique_ptr<PoolCore> MakeThreadCore(int depth, Bounce bounce) {
+  return std::make_unique<ThreadCore>(depth, bounce);
 }
 
 }  // namespace layerwise

@@ -40,8 +40,12 @@ void Pause() {
 
 class UringCore final : public PoolCore {
  public:
-  explicit UringCore(const WriterPool::Options& options) : slots_(static_cast<size_t>(options.depth)) {
-    for (Slot& slot : slots_) free_.push_back(&slot);
+  UringCore(int depth, Bounce bounce) : bounce_(bounce), slots_(static_cast<size_t>(depth)) {
+    auto scratch = CutBounce(bounce, depth);
+    for (size_t i = 0; i < slots_.size(); ++i) {
+      slots_[i].scratch = std::move(scratch[i]);
+      free_.push_back(&slots_[i]);
+    }
   }
 
   ~UringCore() override {
@@ -58,6 +62,7 @@ class UringCore final : public PoolCore {
       const int error = SetUp(static_cast<unsigned>(slots_.size()) + 1, &ring_);
       made.set_value(error == 0 ? Status::Ok() : UringError(-error, "io_uring_queue_init", ""));
       if (error != 0) return;
+      Register();
       Work();
       io_uring_queue_exit(&ring_);
     });
@@ -74,6 +79,18 @@ class UringCore final : public PoolCore {
     bool writing = false;
     Status status;
   };
+
+  // Saves the kernel the pinning of pages for each write. Not to have it is no error.
+  void Register() {
+    if (bounce_.empty()) return;
+    const iovec memory{bounce_.data(), bounce_.size()};
+    registered_ = io_uring_register_buffers(&ring_, &memory, 1) == 0;
+  }
+
+  bool InRegistered(const iovec& run) const {
+    const char* const begin = static_cast<const char*>(run.iov_base);
+    return registered_ && begin >= bounce_.data() && begin + run.iov_len <= bounce_.data() + bounce_.size();
+  }
 
   void Wake(size_t) override {
     if (!asleep_) return;
@@ -137,8 +154,13 @@ class UringCore final : public PoolCore {
       slot->status = UringError(EBUSY, "io_uring_get_sqe", *slot->write.path);
       return;
     }
-    io_uring_prep_writev(sqe, slot->write.file->descriptor(), slot->left.data(),
-                         static_cast<unsigned>(slot->left.count()), slot->offset);
+    const int fd = slot->write.file->descriptor();
+    const iovec* const runs = slot->left.data();
+    if (slot->left.count() == 1 && InRegistered(runs[0])) {
+      io_uring_prep_write_fixed(sqe, fd, runs[0].iov_base, static_cast<unsigned>(runs[0].iov_len), slot->offset, 0);
+    } else {
+      io_uring_prep_writev(sqe, fd, runs, static_cast<unsigned>(slot->left.count()), slot->offset);
+    }
     io_uring_sqe_set_data(sqe, slot);
     slot->writing = true;
     const int error = Submit();
@@ -239,8 +261,10 @@ class UringCore final : public PoolCore {
 
   int event_ = -1;
   bool asleep_ = false;  // guarded by mutex_
+  const Bounce bounce_;
   // The rest is the thread's own.
   io_uring ring_{};
+  bool registered_ = false;
   bool listening_ = false;
   std::vector<Slot> slots_;
   std::vector<Slot*> free_;
@@ -270,8 +294,8 @@ Status ProbeUring() {
   return status;
 }
 
-std::unique_ptr<PoolCore> MakeUringCore(const WriterPool::Options& options) {
-  return std::make_unique<UringCore>(options);
+std::unique_ptr<PoolCore> MakeUringCore(int depth, Bounce bounce) {
+  return std::make_unique<UringCore>(depth, bounce);
 }
 
 }  // namespace layerwise

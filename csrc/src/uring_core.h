@@ -13,7 +13,11 @@ Status ProbeUring();
 // One thread with a ring of `depth` blocks: it starts writes while there is room,
 // and hashes what it has started while the kernel writes. Files without a descriptor
 // are written by their own calls.
-std::unique_ptr<PoolCore> MakeUringCore(const WriterPool::Options& options);
+//
+// `bounce` is registered with the ring where the limit on locked memory allows that;
+// leased memory never is: the kernel would go on writing a mapping's old pages after
+// it was mapped anew.
+std::unique_ptr<PoolCore> MakeUringCore(int depth, Bounce bounce);
 
 }  // namespace layerwise
 

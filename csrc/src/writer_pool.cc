@@ -33,18 +33,35 @@ Status WriterPool::Create(const Options& options, std::unique_ptr<WriterPool>* p
   if (options.depth < 1 || options.depth > 1024) {
     return Status::InvalidArgument("a writer pool has a depth of 1 to 1024, not " + std::to_string(options.depth));
   }
-  auto core = options.backend == Backend::kUring ? MakeUringCore(options) : MakeThreadCore(options);
-  Status status = core->Start();
-  if (!status.ok()) {
-    core->Close();
-    return status;
+  BufferPool::Buffer bounce;
+  if (options.buffers != nullptr) {
+    const size_t depth = static_cast<size_t>(options.depth);
+    if (options.block_bytes == 0 || options.block_bytes % kAlign != 0 || options.block_bytes > SIZE_MAX / depth) {
+      return Status::InvalidArgument("bounce buffers of " + std::to_string(options.block_bytes) +
+                                     " bytes; expected a multiple of " + std::to_string(kAlign));
+    }
+    bounce = options.buffers->TryAcquire(depth * options.block_bytes);
+    if (!bounce) {
+      return Status::InvalidArgument(
+          "the buffer pool (" + std::to_string(options.buffers->capacity()) + " bytes, " +
+          std::to_string(options.buffers->in_use()) + " in use) has no room for " + std::to_string(depth) +
+          " bounce buffers of " + std::to_string(options.block_bytes) + " bytes");
+    }
   }
-  pool->reset(new WriterPool(std::move(core), options));
-  return Status::Ok();
+  std::unique_ptr<WriterPool> made(new WriterPool(options, std::move(bounce)));
+  Status status = made->core_->Start();
+  if (status.ok()) *pool = std::move(made);
+  return status;
 }
 
-WriterPool::WriterPool(std::unique_ptr<PoolCore> core, const Options& options)
-    : core_(std::move(core)), backend_(options.backend), depth_(options.depth) {
+WriterPool::WriterPool(const Options& options, BufferPool::Buffer bounce)
+    : buffers_(options.buffers),
+      bounce_(std::move(bounce)),
+      backend_(options.backend),
+      depth_(options.depth),
+      block_bytes_(bounce_ ? options.block_bytes : SIZE_MAX),
+      core_(options.backend == Backend::kUring ? MakeUringCore(depth_, {bounce_.data(), bounce_.size()})
+                                               : MakeThreadCore(depth_, {bounce_.data(), bounce_.size()})) {
   std::lock_guard lock(RegistryMutex());
   Registry().push_back(core_.get());
 }
@@ -64,6 +81,10 @@ WriterPool::~WriterPool() {
 void WriterPool::Submit(BlockSink* sink, size_t first, size_t count) { core_->Submit(sink, first, count); }
 
 size_t WriterPool::Withdraw(BlockSink* sink) { return core_->Withdraw(sink); }
+
+bool WriterPool::TakeLast(BlockSink* sink, size_t first, size_t count, size_t* index) {
+  return core_->TakeLast(sink, first, count, index);
+}
 
 void WriterPool::Close() { core_->Close(); }
 

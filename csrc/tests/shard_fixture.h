@@ -45,6 +45,13 @@ struct ShardFixture {
     REQUIRE_OK(WriterPool::Create({.backend = backend_under_test, .depth = depth}, &pool));
   }
 
+  // With a pool of `pages` buffers of 4096 bytes, `depth` of which are bounce buffers.
+  ShardFixture(int depth, size_t pages) {
+    REQUIRE_OK(BufferPool::Create(4096 * pages, &buffers));
+    REQUIRE_OK(WriterPool::Create(
+        {.backend = backend_under_test, .depth = depth, .buffers = buffers, .block_bytes = 4096}, &pool));
+  }
+
   static std::shared_ptr<const Plan> MakePlan(std::vector<Plan::Block> blocks, std::vector<Plan::Segment> segments,
                                               uint64_t tensors, uint64_t tail_offset = 0) {
     std::unique_ptr<Plan> plan;
@@ -86,6 +93,7 @@ struct ShardFixture {
 
   MemoryEnv memory;
   FaultEnv env{&memory};
+  std::shared_ptr<BufferPool> buffers;
   std::unique_ptr<WriterPool> pool;
 };
 

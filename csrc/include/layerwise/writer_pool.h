@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "layerwise/aligned_buffer.h"
+#include "layerwise/buffer_pool.h"
 #include "layerwise/env.h"
 #include "layerwise/status.h"
 
@@ -70,12 +71,20 @@ class WriterPool {
   struct Options {
     Backend backend = Backend::kPosix;
     int depth = 4;  // blocks in progress at once, 1 to 1024
+    // Where bounce buffers and evacuated blocks come from; without it, bounce buffers
+    // are memory of the pool's own, and nothing can be evacuated.
+    std::shared_ptr<BufferPool> buffers = nullptr;
+    // Of `buffers`, depth * block_bytes are taken at once and kept, so that a shard
+    // whose blocks are no longer than this never waits for memory.
+    size_t block_bytes = 1 << 20;
   };
 
   // Whether kUring is to be had here; if not, the errno and the call that say why.
   // Containers and kernels often forbid it.
   static Status ProbeUring();
 
+  // InvalidArgument also if `buffers` has no room for the bounce buffers. If kUring is
+  // refused: what ProbeUring says.
   static Status Create(const Options& options, std::unique_ptr<WriterPool>* pool);
 
   // Close(). REQUIRES: no sink is used by another thread any more.
@@ -94,23 +103,34 @@ class WriterPool {
   // call is made for them. Returns how many. Does not wait for started ones.
   size_t Withdraw(BlockSink* sink);
 
+  // Takes one of blocks first .. first + count - 1 of the sink back, the last of those
+  // that have not been started; false if all have been. No call is made for it.
+  bool TakeLast(BlockSink* sink, size_t first, size_t count, size_t* index);
+
   // Cancels what is queued, waits for what is running, joins the threads.
   // Idempotent.
   void Close();
 
   Backend backend() const { return backend_; }
   int depth() const { return depth_; }
+  // nullptr if it was made without.
+  BufferPool* buffers() const { return buffers_.get(); }
+  // The longest block that fits a bounce buffer; SIZE_MAX without `buffers`.
+  size_t block_bytes() const { return block_bytes_; }
 
   // Closes every pool of the process: for the interpreter's exit, so that no
   // thread reads memory that is about to be freed.
   static void CloseAll();
 
  private:
-  WriterPool(std::unique_ptr<PoolCore> core, const Options& options);
+  WriterPool(const Options& options, BufferPool::Buffer bounce);
 
-  std::unique_ptr<PoolCore> core_;
+  const std::shared_ptr<BufferPool> buffers_;
+  BufferPool::Buffer bounce_;
   const Backend backend_;
   const int depth_;
+  const size_t block_bytes_;
+  std::unique_ptr<PoolCore> core_;
 };
 
 }  // namespace layerwise
