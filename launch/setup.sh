@@ -56,6 +56,7 @@ missing_packages() {
   command -v cmake >/dev/null || echo cmake
   command -v ninja >/dev/null || echo ninja-build
   can_compile xxhash.h || echo libxxhash-dev
+  can_compile liburing.h || echo liburing-dev
   can_compile doctest/doctest.h || echo doctest-dev
 }
 

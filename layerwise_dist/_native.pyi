@@ -69,12 +69,54 @@ class FileLock:
     def read(self, cap: int) -> bytes: ...
     def held_path_is_mine(self) -> bool: ...
 
-class WriterPool:
-    """Threads that write, read and hash the blocks of all shards. Closed by itself at the interpreter's exit."""
+class BufferPool:
+    """A bounded pool of host memory, aligned to 4096 bytes (its deadlock rule: csrc/include/layerwise/buffer_pool.h)."""
 
-    def __init__(self, threads: int) -> None: ...
+    def __init__(self, nbytes: int) -> None: ...
+    def acquire(self, nbytes: int, timeout_s: float) -> PoolBuffer | None:
+        """A buffer of exactly nbytes; None if there is no room in time, at once if it could never fit."""
+
     @property
-    def threads(self) -> int: ...
+    def capacity(self) -> int: ...
+    @property
+    def in_use(self) -> int: ...
+    @property
+    def peak(self) -> int:
+        """The most bytes that were ever in use."""
+
+class PoolBuffer(Buffer):
+    """Memory of a BufferPool; writable by the buffer protocol (torch.frombuffer). Back in the pool when collected."""
+
+    @property
+    def address(self) -> int: ...
+    @property
+    def nbytes(self) -> int:
+        """0 once released."""
+
+    def release(self) -> None:
+        """Gives the memory back; nothing may use it any more, tensors made from it included. Idempotent.
+
+        BufferError while a memoryview of it is open.
+        """
+
+class WriterPool:
+    """Writes and hashes `depth` blocks at once, for all shards. Closed by itself at the interpreter's exit.
+
+    backend: "posix" (`depth` threads) or "uring" (one thread, io_uring; OSError where that is refused). Of `buffers`
+    it keeps depth * block_bytes for itself; without it, nothing can be evacuated.
+    """
+
+    def __init__(
+        self, depth: int, backend: str = "posix", buffers: BufferPool | None = None, block_bytes: int = 1 << 20
+    ) -> None: ...
+    @staticmethod
+    def probe_uring() -> OSError | None:
+        """Why io_uring is not to be had here; None if it is."""
+
+    @property
+    def backend(self) -> str: ...
+    @property
+    def depth(self) -> int: ...
     def close(self) -> None:
         """Cancels what is queued (ECANCELED), waits for what is running, joins. Idempotent."""
 
@@ -102,7 +144,7 @@ class Plan:
     def block_bytes(self) -> int: ...
 
 class ShardWriter:
-    """Writes one shard. From submit until a block is no longer pending, its memory must stay mapped and unchanged."""
+    """Writes one shard. From submit until a block is no longer leased, its memory must stay mapped and unchanged."""
 
     def __init__(
         self, env: Env, pool: WriterPool, plan: Plan, path: _Path, mode: int = 0o600, direct: bool = True
@@ -115,7 +157,16 @@ class ShardWriter:
     def append(self, data: Buffer) -> int:
         """Queues a copy of data behind the last block; returns the number of blocks (0 on a poisoned writer)."""
 
-    def wait(self, timeout_s: float) -> bool: ...
+    def wait(self, timeout_s: float) -> bool:
+        """Whether nothing was pending within the time."""
+
+    def wait_leases(self, timeout_s: float) -> bool:
+        """Whether no block was leased within the time."""
+
+    def evacuate(self, first_block: int, count: int, timeout_s: float) -> bool:
+        """Right before their memory is overwritten: copies blocks that were not started to the pool's buffers as far
+        as there is room, and waits for the others. Whether the memory may be overwritten now."""
+
     @property
     def submitted(self) -> int: ...
     @property
@@ -125,9 +176,15 @@ class ShardWriter:
     @property
     def pending(self) -> int: ...
     @property
+    def leased(self) -> int:
+        """Of the pending blocks, those whose tensors' memory is still needed."""
+
+    @property
     def bytes_written(self) -> int: ...
     @property
     def bytes_copied(self) -> int: ...
+    @property
+    def bytes_evacuated(self) -> int: ...
     @property
     def direct(self) -> bool: ...
     @property

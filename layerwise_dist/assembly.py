@@ -119,9 +119,9 @@ def assemble(
             closers.append(lambda: coordinator.close(1.0))
             participant.serve(coordinator.post)
         adapter = PCCheckAdapter(
-            env, config.path, rank=rank, world_size=world_size, queue_depth=config.writer.queue_depth,
-            block_bytes=config.writer.block_kb << 10, direct_io=config.writer.direct_io == "auto",
-            file_mode=config.file_bits, dir_mode=config.dir_bits,
+            env, config.path, rank=rank, world_size=world_size, backend=config.writer.backend,
+            queue_depth=config.writer.queue_depth, block_bytes=config.writer.block_kb << 10,
+            direct_io=config.writer.direct_io == "auto", file_mode=config.file_bits, dir_mode=config.dir_bits,
         )  # fmt: skip
         return LayerwiseEngine(
             found, optimizer, config, objects, adapter=adapter, manager=manager, info=info, participant=participant,

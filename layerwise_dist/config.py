@@ -23,7 +23,10 @@ class _Strict(BaseModel):
 
 
 class WriterConfig(_Strict):
-    queue_depth: int = Field(4, ge=1, le=64, description="Writes in flight at once on this rank (threads).")
+    backend: Literal["auto", "uring", "posix"] = Field(
+        "auto", description="uring: io_uring; posix: pwrite threads; auto: uring unless the kernel or container refuses."
+    )
+    queue_depth: int = Field(4, ge=1, le=64, description="Writes in flight at once on this rank.")
     block_kb: int = Field(1024, ge=4, le=65536, multiple_of=4, description="Largest write and unit of hashing, KiB.")
     direct_io: Literal["auto", "off"] = Field(
         "auto", description="auto: O_DIRECT where the file system takes it; off: through the page cache."

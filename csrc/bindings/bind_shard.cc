@@ -1,5 +1,6 @@
 #include <nanobind/stl/filesystem.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
@@ -11,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bind_buffers.h"
 #include "convert.h"
 #include "layerwise/shard_reader.h"
 #include "layerwise/shard_writer.h"
@@ -47,10 +49,26 @@ uint64_t Count(int64_t value) {
   return static_cast<uint64_t>(value);
 }
 
-void InitPool(PyPool* self, int threads) {
+WriterPool::Backend BackendOf(const std::string& name) {
+  if (name == "posix") return WriterPool::Backend::kPosix;
+  if (name == "uring") return WriterPool::Backend::kUring;
+  throw StatusError(Status::InvalidArgument("backend '" + name + "' is not one of: posix, uring"));
+}
+
+void InitPool(PyPool* self, int depth, const std::string& backend, PyBuffers* buffers, int64_t block_bytes) {
+  WriterPool::Options options;
+  options.backend = BackendOf(backend);
+  options.depth = depth;
+  if (buffers != nullptr) options.buffers = buffers->it;
+  options.block_bytes = Count(block_bytes);
   std::unique_ptr<WriterPool> pool;
-  Check(WriterPool::Create(threads, &pool));
+  Check(WriterPool::Create(options, &pool));
   new (self) PyPool{std::move(pool)};
+}
+
+nb::object ProbeUring() {
+  const Status status = WriterPool::ProbeUring();
+  return status.ok() ? nb::none() : MakeException(status);
 }
 
 void InitPlan(PyPlan* self, const std::vector<BlockTuple>& blocks, const std::vector<SegmentTuple>& segments,
@@ -80,21 +98,25 @@ void InitReader(PyReader* self, Env& env, PyPool& pool, const Path& path, bool d
   new (self) PyReader{std::move(reader)};
 }
 
-// In slices, so that a signal's handler can raise.
 bool Wait(PyWriter& writer, double timeout_s) {
-  constexpr double kSlice = 0.1;
-  double left = timeout_s > 0 ? timeout_s : 0;
-  for (;;) {
-    bool done;
-    {
-      nb::gil_scoped_release release;
-      done = writer.it->Wait(std::min(left, kSlice));
-    }
-    if (done) return true;
-    left -= kSlice;
-    if (left <= 0) return false;
-    if (PyErr_CheckSignals() != 0) throw nb::python_error();
-  }
+  return InSlices(timeout_s, [&](double slice) { return writer.it->Wait(slice); });
+}
+
+bool WaitLeases(PyWriter& writer, double timeout_s) {
+  return InSlices(timeout_s, [&](double slice) { return writer.it->WaitLeases(slice); });
+}
+
+bool Evacuate(PyWriter& writer, int64_t first, int64_t count, double timeout_s) {
+  const size_t begin = Count(first);
+  const size_t blocks = Count(count);
+  Status status;
+  bool safe = false;
+  InSlices(timeout_s, [&](double slice) {
+    status = writer.it->Evacuate(begin, blocks, slice, &safe);
+    return safe || !status.ok();
+  });
+  Check(status);
+  return safe;
 }
 
 nb::bytes ReadRange(PyReader& reader, int64_t offset, int64_t n) {
@@ -168,11 +190,15 @@ void BindWriter(nb::module_& m) {
              return blocks;
            }, nb::arg("data"))
       .def("wait", &Wait, nb::arg("timeout_s"))
+      .def("wait_leases", &WaitLeases, nb::arg("timeout_s"))
+      .def("evacuate", &Evacuate, nb::arg("first_block"), nb::arg("count"), nb::arg("timeout_s"))
       .def_prop_ro("submitted", &CountOf<&ShardWriter::Counts::submitted>)
       .def_prop_ro("completed", &CountOf<&ShardWriter::Counts::completed>)
       .def_prop_ro("pending", &CountOf<&ShardWriter::Counts::pending>)
+      .def_prop_ro("leased", &CountOf<&ShardWriter::Counts::leased>)
       .def_prop_ro("bytes_written", &CountOf<&ShardWriter::Counts::bytes_written>)
       .def_prop_ro("bytes_copied", &CountOf<&ShardWriter::Counts::bytes_copied>)
+      .def_prop_ro("bytes_evacuated", &CountOf<&ShardWriter::Counts::bytes_evacuated>)
       .def_prop_ro("direct", [](PyWriter& writer) { return writer.it->direct(); })
       .def_prop_ro("memory_align", [](PyWriter& writer) { return writer.it->alignment().memory; })
       .def("error", &Error)
@@ -194,8 +220,14 @@ void BindWriter(nb::module_& m) {
 
 void BindShard(nb::module_& m) {
   nb::class_<PyPool>(m, "WriterPool")
-      .def("__init__", &InitPool, nb::arg("threads"))
-      .def_prop_ro("threads", [](PyPool& pool) { return pool.it->threads(); })
+      .def("__init__", &InitPool, nb::arg("depth"), nb::arg("backend") = "posix",
+           nb::arg("buffers").none() = nb::none(), nb::arg("block_bytes") = 1 << 20)
+      .def_static("probe_uring", &ProbeUring)
+      .def_prop_ro("backend",
+                   [](PyPool& pool) {
+                     return pool.it->backend() == WriterPool::Backend::kUring ? "uring" : "posix";
+                   })
+      .def_prop_ro("depth", [](PyPool& pool) { return pool.it->depth(); })
       .def("close", [](PyPool& pool) {
         nb::gil_scoped_release release;
         pool.it->Close();

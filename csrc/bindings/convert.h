@@ -44,6 +44,25 @@ void Unlocked(F&& f) {
   Check(status);
 }
 
+// Calls wait(seconds), without the GIL, until it returns true or the time is up; in
+// slices, so that a signal's handler can raise. Whether it returned true.
+template <typename F>
+bool InSlices(double timeout_s, F&& wait) {
+  constexpr double kSlice = 0.1;
+  double left = timeout_s > 0 ? timeout_s : 0;
+  for (;;) {
+    bool done;
+    {
+      nb::gil_scoped_release release;
+      done = wait(left < kSlice ? left : kSlice);
+    }
+    if (done) return true;
+    left -= kSlice;
+    if (left <= 0) return false;
+    if (PyErr_CheckSignals() != 0) throw nb::python_error();
+  }
+}
+
 // str with undecodable bytes escaped, as os.fsdecode does.
 nb::object DecodePath(const std::string& path);
 
@@ -66,6 +85,7 @@ class BufferView {
   Py_buffer view_;
 };
 
+void BindBuffers(nb::module_& m);
 void BindEnv(nb::module_& m);
 void BindShard(nb::module_& m);
 void BindTesting(nb::module_& m);

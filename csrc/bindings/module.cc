@@ -46,6 +46,7 @@ NB_MODULE(_native, m) {
         "XXH3-64 of memory, which must be mapped and unchanged until this returns.");
   m.def("hash_name", &HashName, "The instruction set that hashes: avx512, avx2, sse2 or scalar.");
   BindEnv(m);
+  BindBuffers(m);
   BindShard(m);
   nb::module_ testing = m.def_submodule("testing", "File systems for tests: one that forgets, one that fails.");
   BindTesting(testing);

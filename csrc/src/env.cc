@@ -4,6 +4,15 @@
 
 namespace layerwise {
 
+Status WritableFile::Pwritev(const iovec* pieces, int count, uint64_t offset) {
+  for (int i = 0; i < count; ++i) {
+    Status status = Pwrite(pieces[i].iov_base, pieces[i].iov_len, offset);
+    if (!status.ok()) return status;
+    offset += pieces[i].iov_len;
+  }
+  return Status::Ok();
+}
+
 Status Env::WriteFile(const std::string& path, std::string_view data, uint32_t mode) {
   std::unique_ptr<WritableFile> file;
   Status status = NewWritableFile(path, mode, false, &file);

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "layerwise/aligned_buffer.h"
+#include "pieces.h"
 
 namespace layerwise {
 
@@ -98,6 +99,22 @@ Status ReadAll(int fd, void* data, size_t n, uint64_t offset, uint32_t align, co
 
 Status PosixWritableFile::Pwrite(const void* data, size_t n, uint64_t offset) {
   return WriteAll(fd_.get(), data, n, offset, path_);
+}
+
+Status PosixWritableFile::Pwritev(const iovec* pieces, int count, uint64_t offset) {
+  Pieces left(pieces, static_cast<size_t>(count));
+  if (!FitsKernel(left.bytes(), offset)) return Status::IoError(EFBIG, "pwritev", path_);
+  while (!left.empty()) {
+    const ssize_t done = pwritev(fd_.get(), left.data(), left.count(), static_cast<off_t>(offset));
+    if (done < 0) {
+      if (errno == EINTR) continue;
+      return PosixError("pwritev", path_);
+    }
+    if (done == 0) return Status::IoError(EIO, "pwritev made no progress", path_);
+    left.Drop(static_cast<size_t>(done));
+    offset += static_cast<uint64_t>(done);
+  }
+  return Status::Ok();
 }
 
 Status PosixWritableFile::Allocate(uint64_t size) {

@@ -46,6 +46,8 @@ class PosixWritableFile final : public WritableFile {
   bool direct() const override { return alignment_.has_value(); }
   DirectIoAlignment alignment() const override { return alignment_.value_or(DirectIoAlignment{}); }
   Status Pwrite(const void* data, size_t n, uint64_t offset) override;
+  Status Pwritev(const iovec* pieces, int count, uint64_t offset) override;
+  int descriptor() const override { return fd_.get(); }
   Status Allocate(uint64_t size) override;
   Status Sync() override;
   Status Close() override { return fd_.Close(path_); }

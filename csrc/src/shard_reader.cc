@@ -21,10 +21,11 @@ class ShardReader::Job final : public BlockSink {
     for (const Segment& segment : segments) segments_[next[segment.block]++] = &segment;
   }
 
-  void RunBlock(size_t index, AlignedBuffer* scratch) override {
+  bool StartBlock(size_t index, AlignedBuffer* scratch, BlockWrite*) override {
     bool bad = false;
     Status status = failed() ? Status::Ok() : Check(index, scratch, &bad);
     Done(index, status, bad);
+    return false;
   }
 
   void CancelBlock(size_t index) override {

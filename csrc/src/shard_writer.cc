@@ -4,19 +4,37 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <chrono>
 #include <cstring>
 #include <utility>
 
+#include "block_runs.h"
+#include "deadline.h"
 #include "layerwise/hash.h"
 
 namespace layerwise {
 
+namespace {
+
+Status CheckRoom(const WriterPool& pool, const Plan& plan, const std::string& path) {
+  if (plan.blocks().empty() || plan.block_bytes() <= pool.block_bytes()) return Status::Ok();
+  return Status::InvalidArgument("a block of " + std::to_string(plan.block_bytes()) + " bytes in the plan of " + path +
+                                 "; the pool's bounce buffers have " + std::to_string(pool.block_bytes()));
+}
+
+Status NoSuchBlocks(size_t first, size_t count, size_t blocks) {
+  return Status::InvalidArgument("blocks " + std::to_string(first) + " + " + std::to_string(count) +
+                                 " of a plan with " + std::to_string(blocks));
+}
+
+}  // namespace
+
 Status ShardWriter::Create(Env* env, WriterPool* pool, std::shared_ptr<const Plan> plan,
                            const std::string& path, uint32_t mode, bool direct,
                            std::unique_ptr<ShardWriter>* writer) {
+  Status status = CheckRoom(*pool, *plan, path);
+  if (!status.ok()) return status;
   std::unique_ptr<WritableFile> file;
-  Status status = env->NewWritableFile(path, mode, direct, &file);
+  status = env->NewWritableFile(path, mode, direct, &file);
   if (status.ok() && plan->end() > 0) status = file->Allocate(plan->end());
   if (!status.ok()) return status;
   writer->reset(new ShardWriter(pool, std::move(plan), path, std::move(file)));
@@ -69,10 +87,7 @@ Status ShardWriter::SetAddresses(const std::vector<uintptr_t>& addresses) {
 
 Status ShardWriter::CheckSubmit(size_t first, size_t count) const {
   const size_t blocks = plan_->blocks().size();
-  if (first > blocks || count > blocks - first) {
-    return Status::InvalidArgument("blocks " + std::to_string(first) + " + " + std::to_string(count) +
-                                   " of a plan with " + std::to_string(blocks));
-  }
+  if (first > blocks || count > blocks - first) return NoSuchBlocks(first, count, blocks);
   for (size_t i = first; i < first + count; ++i) {
     if (states_[i] == BlockState::kPending) {
       return Status::FailedPrecondition("block " + std::to_string(i) + " of " + path_ +
@@ -98,6 +113,7 @@ Status ShardWriter::Submit(size_t first, size_t count) {
     std::fill_n(states_.begin() + static_cast<ptrdiff_t>(first), count, BlockState::kPending);
     counts_.submitted += count;
     counts_.pending += count;
+    counts_.leased += count;
   }
   pool_->Submit(this, first, count);
   return Status::Ok();
@@ -140,92 +156,166 @@ Status ShardWriter::Append(std::string_view data, size_t* blocks) {
   return Status::Ok();
 }
 
-void ShardWriter::RunBlock(size_t index, AlignedBuffer* scratch) {
+bool ShardWriter::StartBlock(size_t index, AlignedBuffer* scratch, BlockWrite* write) {
   const size_t planned = plan_->blocks().size();
-  TailBlock tail{};
-  bool stop;
+  write->file = file_.get();
+  write->path = &path_;
   {
     std::lock_guard lock(mutex_);
-    stop = !error_.ok();
-    if (index >= planned) tail = std::move(tail_[index - planned]);
+    if (!error_.ok()) {
+      EndBlock(index, BlockState::kFailed);
+      return false;
+    }
+    if (index >= planned) {
+      StartTail(index, write);
+      return true;
+    }
+    write->offset = plan_->blocks()[index].offset;
+    write->length = plan_->blocks()[index].length;
   }
-  Status status;
-  uint64_t hash = 0;
   uint64_t copied = 0;
-  uint64_t length = 0;
-  if (!stop && index < planned) {
-    length = plan_->blocks()[index].length;
-    status = WritePlanned(index, scratch, &hash, &copied);
-  } else if (!stop) {
-    length = tail.length;
-    hash = Xxh3(tail.data, tail.length);
-    status = file_->Pwrite(tail.data, tail.length, tail.offset);
-  }
+  Status status = CutBlock(*plan_, index, addresses_.get(), alignment_, scratch, &write->runs, &copied);
   std::lock_guard lock(mutex_);
   counts_.bytes_copied += copied;
-  counts_.pending -= 1;
-  if (!stop && status.ok()) {
-    states_[index] = BlockState::kComplete;
-    hashes_[index] = hash;
-    counts_.completed += 1;
-    counts_.bytes_written += length;
-  } else {
-    states_[index] = BlockState::kFailed;
-    if (error_.ok()) error_ = std::move(status);
+  if (status.ok()) return true;
+  if (error_.ok()) error_ = std::move(status);
+  EndBlock(index, BlockState::kFailed);
+  return false;
+}
+
+bool ShardWriter::StartEvacuated(size_t index, BlockWrite* write) {
+  std::lock_guard lock(mutex_);
+  if (!error_.ok()) {
+    EndBlock(index, BlockState::kFailed);
+    return false;
   }
-  if (counts_.pending == 0) changed_->notify_all();
+  const Plan::Block& block = plan_->blocks()[index];
+  const Evacuated& copy = evacuated_.at(index);
+  write->file = file_.get();
+  write->path = &path_;
+  write->offset = block.offset;
+  write->length = block.length;
+  write->runs.push_back({copy.memory.data(), block.length});
+  write->hashed = true;
+  write->hash = copy.hash;
+  return true;
+}
+
+bool ShardWriter::EvacuatedSink::StartBlock(size_t index, AlignedBuffer*, BlockWrite* write) {
+  return writer_->StartEvacuated(index, write);
+}
+
+void ShardWriter::EvacuatedSink::FinishBlock(size_t index, const BlockWrite& write, Status status) {
+  writer_->FinishBlock(index, write, std::move(status));
+}
+
+void ShardWriter::EvacuatedSink::CancelBlock(size_t index) { writer_->CancelBlock(index); }
+
+void ShardWriter::StartTail(size_t index, BlockWrite* write) const {
+  const TailBlock& tail = tail_[index - plan_->blocks().size()];
+  write->offset = tail.offset;
+  write->length = tail.length;
+  write->runs.push_back({const_cast<char*>(tail.data), tail.length});
+}
+
+void ShardWriter::FinishBlock(size_t index, const BlockWrite& write, Status status) {
+  std::lock_guard lock(mutex_);
+  if (status.ok()) {
+    hashes_[index] = write.hash;
+    counts_.completed += 1;
+    counts_.bytes_written += write.length;
+  } else if (error_.ok()) {
+    error_ = status;
+  }
+  EndBlock(index, status.ok() ? BlockState::kComplete : BlockState::kFailed);
 }
 
 void ShardWriter::CancelBlock(size_t index) {
   std::lock_guard lock(mutex_);
-  states_[index] = BlockState::kFailed;
   if (error_.ok()) error_ = Status::IoError(ECANCELED, "write a block to a closed pool", path_);
+  EndBlock(index, BlockState::kFailed);
+}
+
+bool ShardWriter::Leased(size_t index) const {
+  return index < plan_->blocks().size() && !evacuated_.contains(index);
+}
+
+void ShardWriter::EndLease(size_t index) {
+  counts_.leased -= 1;
+  bool notify = counts_.leased == 0;
+  for (Waiter* waiter : waiters_) {
+    if (index < waiter->first || index >= waiter->end) continue;
+    waiter->left -= 1;
+    notify = notify || waiter->left == 0;
+  }
+  if (notify) changed_->notify_all();
+}
+
+void ShardWriter::EndBlock(size_t index, BlockState state) {
+  const size_t planned = plan_->blocks().size();
+  states_[index] = state;
   counts_.pending -= 1;
+  if (index >= planned) {
+    tail_[index - planned].memory.reset();
+  } else if (Leased(index)) {
+    EndLease(index);
+  } else {
+    evacuated_.erase(index);
+  }
   if (counts_.pending == 0) changed_->notify_all();
 }
 
-Status ShardWriter::WritePlanned(size_t index, AlignedBuffer* scratch, uint64_t* hash, uint64_t* copied) {
-  const Plan::Block& block = plan_->blocks()[index];
-  const auto segments = plan_->segments(index);
-  const char* data = nullptr;
-  if (segments.size() == 1 && segments[0].length == block.length) {
-    const uintptr_t address =
-        addresses_[segments[0].tensor].load(std::memory_order_relaxed) + segments[0].tensor_offset;
-    if (address % alignment_.memory == 0) data = reinterpret_cast<const char*>(address);
+Status ShardWriter::Evacuate(size_t first, size_t count, double timeout_s, bool* safe) {
+  *safe = false;
+  const Deadline deadline = DeadlineAfter(timeout_s);
+  const size_t blocks = plan_->blocks().size();
+  if (first > blocks || count > blocks - first) return NoSuchBlocks(first, count, blocks);
+  EvacuateQueued(first, count);
+  std::unique_lock lock(mutex_);
+  Waiter waiter{first, first + count, 0};
+  for (size_t i = first; i < first + count; ++i) {
+    if (states_[i] == BlockState::kPending && Leased(i)) waiter.left += 1;
   }
-  if (data == nullptr) {
-    Status status = Gather(index, scratch);
-    if (!status.ok()) return status;
-    data = scratch->data();
-    for (const Plan::Segment& segment : segments) *copied += segment.length;
-  }
-  *hash = Xxh3(data, block.length);
-  return file_->Pwrite(data, block.length, block.offset);
-}
-
-Status ShardWriter::Gather(size_t index, AlignedBuffer* scratch) {
-  const uint64_t length = plan_->blocks()[index].length;
-  Status status = scratch->Reserve(plan_->block_bytes());
-  if (!status.ok()) return status;
-  char* const out = scratch->data();
-  uint64_t cursor = 0;
-  for (const Plan::Segment& segment : plan_->segments(index)) {
-    std::memset(out + cursor, 0, segment.block_offset - cursor);
-    const uintptr_t address =
-        addresses_[segment.tensor].load(std::memory_order_relaxed) + segment.tensor_offset;
-    std::memcpy(out + segment.block_offset, reinterpret_cast<const void*>(address), segment.length);
-    cursor = segment.block_offset + segment.length;
-  }
-  std::memset(out + cursor, 0, length - cursor);
+  waiters_.push_back(&waiter);
+  *safe = changed_->wait_until(lock, deadline, [&] { return waiter.left == 0; });
+  std::erase(waiters_, &waiter);
   return Status::Ok();
 }
 
+void ShardWriter::EvacuateQueued(size_t first, size_t count) {
+  BufferPool* const buffers = pool_->buffers();
+  if (buffers == nullptr) return;
+  for (;;) {
+    // Room first: a block that was taken back must not lose its place for nothing.
+    BufferPool::Buffer memory = buffers->TryAcquire(plan_->block_bytes());
+    size_t index = 0;
+    if (!memory || !pool_->TakeLast(this, first, count, &index)) return;
+    const uint64_t copied = CopyBlock(*plan_, index, addresses_.get(), memory.data());
+    Requeue(index, std::move(memory), copied);
+  }
+}
+
+void ShardWriter::Requeue(size_t index, BufferPool::Buffer memory, uint64_t copied) {
+  const uint64_t hash = Xxh3(memory.data(), plan_->blocks()[index].length);
+  {
+    std::lock_guard lock(mutex_);
+    if (!error_.ok()) return EndBlock(index, BlockState::kFailed);
+    evacuated_.insert_or_assign(index, Evacuated{std::move(memory), hash});
+    counts_.bytes_copied += copied;
+    counts_.bytes_evacuated += copied;
+    EndLease(index);
+  }
+  pool_->Submit(&evacuated_sink_, index, 1);
+}
+
 bool ShardWriter::Wait(double timeout_s) {
-  const std::chrono::duration<double> timeout(timeout_s > 0 ? std::min(timeout_s, 1e8) : 0);
-  const auto deadline =
-      std::chrono::steady_clock::now() + std::chrono::duration_cast<std::chrono::nanoseconds>(timeout);
   std::unique_lock lock(mutex_);
-  return changed_->wait_until(lock, deadline, [this] { return counts_.pending == 0; });
+  return changed_->wait_until(lock, DeadlineAfter(timeout_s), [this] { return counts_.pending == 0; });
+}
+
+bool ShardWriter::WaitLeases(double timeout_s) {
+  std::unique_lock lock(mutex_);
+  return changed_->wait_until(lock, DeadlineAfter(timeout_s), [this] { return counts_.leased == 0; });
 }
 
 ShardWriter::Counts ShardWriter::counts() const {
@@ -316,10 +406,16 @@ void ShardWriter::Abort() {
   changed_->wait(lock, [this] { return state_ != State::kFinishing; });
   if (state_ == State::kFinished) return;
   if (error_.ok()) error_ = Status::IoError(ECANCELED, "aborted", path_);
-  counts_.pending -= pool_->Withdraw(this);
+  counts_.pending -= pool_->Withdraw(this) + pool_->Withdraw(&evacuated_sink_);
   if (counts_.pending == 0) changed_->notify_all();
   changed_->wait(lock, [this] { return counts_.pending == 0; });
+  // Those that were withdrawn; nothing else is pending.
   std::replace(states_.begin(), states_.end(), BlockState::kPending, BlockState::kFailed);
+  evacuated_.clear();
+  for (TailBlock& tail : tail_) tail.memory.reset();
+  counts_.leased = 0;
+  for (Waiter* waiter : waiters_) waiter->left = 0;
+  changed_->notify_all();
   if (state_ == State::kOpen) {
     state_ = State::kClosed;
     // Nothing relies on an aborted file, and an error of its close changes nothing.

@@ -1,121 +1,14 @@
 #include "layerwise/writer_pool.h"
 
-#include <pthread.h>
-#include <signal.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <condition_variable>
-#include <deque>
 #include <mutex>
 #include <string>
-#include <system_error>
-#include <thread>
 #include <utility>
-#include <vector>
+
+#include "pool_core.h"
+#include "uring_core.h"
 
 namespace layerwise {
-
-class WriterPool::Core {
- public:
-  Core() : process_(getpid()) {}
-
-  Status Start(int threads) {
-    // Signals are for the threads that were there before.
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    Status status;
-    try {
-      for (int i = 0; i < threads; ++i) threads_.emplace_back([this] { Work(); });
-    } catch (const std::system_error& error) {
-      status = Status::IoError(error.code().value(), "start a writer thread", "");
-    }
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
-    return status;
-  }
-
-  bool forked() const { return getpid() != process_; }
-
-  void Submit(BlockSink* sink, size_t first, size_t count) {
-    {
-      std::lock_guard lock(mutex_);
-      if (!closed_) {
-        if (count > 0) queue_.push_back({sink, first, first + count});
-        if (count > 1) {
-          work_.notify_all();
-        } else {
-          work_.notify_one();
-        }
-        return;
-      }
-    }
-    Cancel({sink, first, first + count});
-  }
-
-  size_t Withdraw(BlockSink* sink) {
-    std::lock_guard lock(mutex_);
-    size_t count = 0;
-    std::erase_if(queue_, [&](const Range& range) {
-      if (range.sink != sink) return false;
-      count += range.end - range.next;
-      return true;
-    });
-    return count;
-  }
-
-  void Close() {
-    std::deque<Range> cancelled;
-    {
-      std::lock_guard lock(mutex_);
-      closed_ = true;
-      cancelled.swap(queue_);
-      work_.notify_all();
-    }
-    for (const Range& range : cancelled) Cancel(range);
-    std::lock_guard lock(join_mutex_);
-    for (std::thread& thread : threads_) {
-      if (thread.joinable()) thread.join();
-    }
-  }
-
-  int threads() const { return static_cast<int>(threads_.size()); }
-
- private:
-  struct Range {
-    BlockSink* sink;
-    size_t next;
-    size_t end;
-  };
-
-  static void Cancel(const Range& range) {
-    for (size_t i = range.next; i < range.end; ++i) range.sink->CancelBlock(i);
-  }
-
-  void Work() {
-    pthread_setname_np(pthread_self(), "layerwise-io");
-    AlignedBuffer scratch;
-    std::unique_lock lock(mutex_);
-    for (;;) {
-      work_.wait(lock, [this] { return closed_ || !queue_.empty(); });
-      if (queue_.empty()) return;
-      BlockSink* const sink = queue_.front().sink;
-      const size_t index = queue_.front().next++;
-      if (queue_.front().next == queue_.front().end) queue_.pop_front();
-      lock.unlock();
-      sink->RunBlock(index, &scratch);
-      lock.lock();
-    }
-  }
-
-  const pid_t process_;
-  std::mutex mutex_;
-  std::condition_variable work_;
-  std::deque<Range> queue_;
-  bool closed_ = false;
-  std::mutex join_mutex_;
-  std::vector<std::thread> threads_;
-};
 
 namespace {
 
@@ -125,30 +18,52 @@ std::mutex& RegistryMutex() {
   return *mutex;
 }
 
-std::vector<WriterPool*>& Registry() {
-  static auto* const pools = new std::vector<WriterPool*>;
-  return *pools;
+std::vector<PoolCore*>& Registry() {
+  static auto* const cores = new std::vector<PoolCore*>;
+  return *cores;
 }
 
 }  // namespace
 
-Status WriterPool::Create(int threads, std::unique_ptr<WriterPool>* pool) {
-  if (threads < 1 || threads > 1024) {
-    return Status::InvalidArgument("a writer pool has 1 to 1024 threads, not " + std::to_string(threads));
+void BlockSink::FinishBlock(size_t, const BlockWrite&, Status) {}
+
+Status WriterPool::ProbeUring() { return layerwise::ProbeUring(); }
+
+Status WriterPool::Create(const Options& options, std::unique_ptr<WriterPool>* pool) {
+  if (options.depth < 1 || options.depth > 1024) {
+    return Status::InvalidArgument("a writer pool has a depth of 1 to 1024, not " + std::to_string(options.depth));
   }
-  auto core = std::make_unique<Core>();
-  Status status = core->Start(threads);
-  if (!status.ok()) {
-    core->Close();
-    return status;
+  BufferPool::Buffer bounce;
+  if (options.buffers != nullptr) {
+    const size_t depth = static_cast<size_t>(options.depth);
+    if (options.block_bytes == 0 || options.block_bytes % kAlign != 0 || options.block_bytes > SIZE_MAX / depth) {
+      return Status::InvalidArgument("bounce buffers of " + std::to_string(options.block_bytes) +
+                                     " bytes; expected a multiple of " + std::to_string(kAlign));
+    }
+    bounce = options.buffers->TryAcquire(depth * options.block_bytes);
+    if (!bounce) {
+      return Status::InvalidArgument(
+          "the buffer pool (" + std::to_string(options.buffers->capacity()) + " bytes, " +
+          std::to_string(options.buffers->in_use()) + " in use) has no room for " + std::to_string(depth) +
+          " bounce buffers of " + std::to_string(options.block_bytes) + " bytes");
+    }
   }
-  pool->reset(new WriterPool(std::move(core)));
-  return Status::Ok();
+  std::unique_ptr<WriterPool> made(new WriterPool(options, std::move(bounce)));
+  Status status = made->core_->Start();
+  if (status.ok()) *pool = std::move(made);
+  return status;
 }
 
-WriterPool::WriterPool(std::unique_ptr<Core> core) : core_(std::move(core)) {
+WriterPool::WriterPool(const Options& options, BufferPool::Buffer bounce)
+    : buffers_(options.buffers),
+      bounce_(std::move(bounce)),
+      backend_(options.backend),
+      depth_(options.depth),
+      block_bytes_(bounce_ ? options.block_bytes : SIZE_MAX),
+      core_(options.backend == Backend::kUring ? MakeUringCore(depth_, {bounce_.data(), bounce_.size()})
+                                               : MakeThreadCore(depth_, {bounce_.data(), bounce_.size()})) {
   std::lock_guard lock(RegistryMutex());
-  Registry().push_back(this);
+  Registry().push_back(core_.get());
 }
 
 WriterPool::~WriterPool() {
@@ -158,7 +73,7 @@ WriterPool::~WriterPool() {
   }
   {
     std::lock_guard lock(RegistryMutex());
-    std::erase(Registry(), this);
+    std::erase(Registry(), core_.get());
   }
   core_->Close();
 }
@@ -167,14 +82,16 @@ void WriterPool::Submit(BlockSink* sink, size_t first, size_t count) { core_->Su
 
 size_t WriterPool::Withdraw(BlockSink* sink) { return core_->Withdraw(sink); }
 
-void WriterPool::Close() { core_->Close(); }
+bool WriterPool::TakeLast(BlockSink* sink, size_t first, size_t count, size_t* index) {
+  return core_->TakeLast(sink, first, count, index);
+}
 
-int WriterPool::threads() const { return core_->threads(); }
+void WriterPool::Close() { core_->Close(); }
 
 void WriterPool::CloseAll() {
   std::lock_guard lock(RegistryMutex());
-  for (WriterPool* pool : Registry()) {
-    if (!pool->core_->forked()) pool->core_->Close();
+  for (PoolCore* core : Registry()) {
+    if (!core->forked()) core->Close();
   }
 }
 

@@ -1,6 +1,7 @@
 #include "layerwise/hash.h"
 
 #include <string>
+#include <vector>
 
 #include "scratch.h"
 
@@ -35,6 +36,26 @@ TEST_CASE("every instruction set gives the same hash, at every length and alignm
     }
   }
   CHECK(HashName() == HashVariants().front().name);
+}
+
+TEST_CASE("pieces hash as the string that they make") {
+  const std::string data = Pattern(300000);
+  for (const HashVariant& variant : HashVariants()) {
+    CAPTURE(variant.name);
+    for (size_t pieces : {1, 2, 3, 7, 64}) {
+      for (size_t n : {0, 1, 240, 241, 1024, 4096, 300000}) {
+        std::vector<iovec> runs;
+        size_t begin = 0;
+        for (size_t i = 0; i < pieces; ++i) {
+          const size_t end = i + 1 == pieces ? n : begin + (n - begin) * (i % 3) / 4;
+          runs.push_back({const_cast<char*>(data.data()) + begin, end - begin});
+          begin = end;
+        }
+        CHECK(variant.runs(runs.data(), runs.size()) == Xxh3(data.data(), n));
+        CHECK(Xxh3Runs(runs.data(), runs.size()) == Xxh3(data.data(), n));
+      }
+    }
+  }
 }
 
 }  // namespace layerwise

@@ -15,9 +15,42 @@
 
 namespace layerwise {
 
+// Which backend the fixtures of the running test case get.
+inline WriterPool::Backend backend_under_test = WriterPool::Backend::kPosix;
+
+inline void RunOn(WriterPool::Backend backend, void (*test)()) {
+  if (backend == WriterPool::Backend::kUring) {
+    const Status probed = WriterPool::ProbeUring();
+    if (!probed.ok()) {
+      MESSAGE("SKIP: io_uring is not to be had here: " << probed.ToString());
+      return;
+    }
+  }
+  backend_under_test = backend;
+  test();
+  backend_under_test = WriterPool::Backend::kPosix;
+}
+
+// A test case that is run on each backend.
+#define SHARD_TEST_CASE(name) SHARD_TEST_CASE_AS(name, DOCTEST_ANONYMOUS(shard_test_))
+#define SHARD_TEST_CASE_AS(name, function)                                        \
+  static void function();                                                         \
+  TEST_CASE(name " (posix)") { RunOn(WriterPool::Backend::kPosix, function); }    \
+  TEST_CASE(name " (uring)") { RunOn(WriterPool::Backend::kUring, function); }    \
+  static void function()
+
 // A pool, a file system that can fail, and memory for tensors.
 struct ShardFixture {
-  explicit ShardFixture(int threads = 2) { REQUIRE_OK(WriterPool::Create(threads, &pool)); }
+  explicit ShardFixture(int depth = 2) {
+    REQUIRE_OK(WriterPool::Create({.backend = backend_under_test, .depth = depth}, &pool));
+  }
+
+  // With a pool of `pages` buffers of 4096 bytes, `depth` of which are bounce buffers.
+  ShardFixture(int depth, size_t pages) {
+    REQUIRE_OK(BufferPool::Create(4096 * pages, &buffers));
+    REQUIRE_OK(WriterPool::Create(
+        {.backend = backend_under_test, .depth = depth, .buffers = buffers, .block_bytes = 4096}, &pool));
+  }
 
   static std::shared_ptr<const Plan> MakePlan(std::vector<Plan::Block> blocks, std::vector<Plan::Segment> segments,
                                               uint64_t tensors, uint64_t tail_offset = 0) {
@@ -60,6 +93,7 @@ struct ShardFixture {
 
   MemoryEnv memory;
   FaultEnv env{&memory};
+  std::shared_ptr<BufferPool> buffers;
   std::unique_ptr<WriterPool> pool;
 };
 

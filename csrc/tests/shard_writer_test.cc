@@ -23,7 +23,7 @@ size_t CountIn(const std::vector<std::string>& trace, const std::string& entry) 
 
 }  // namespace
 
-TEST_CASE("aligned blocks are written from the tensor's own memory") {
+SHARD_TEST_CASE("aligned blocks are written from the tensor's own memory") {
   ShardFixture f;
   Tensor tensor(Pattern(3 * 4096));
   auto writer = f.Writer(f.Simple(3));
@@ -38,7 +38,7 @@ TEST_CASE("aligned blocks are written from the tensor's own memory") {
   for (size_t i = 0; i < 3; ++i) CHECK(writer->BlockHash(i) == HashOf(tensor.content().substr(i * 4096, 4096)));
 }
 
-TEST_CASE("misaligned memory passes a buffer when the file is direct, and only then") {
+SHARD_TEST_CASE("misaligned memory passes a buffer when the file is direct, and only then") {
   for (bool direct : {true, false}) {
     ShardFixture f;
     Tensor tensor(Pattern(4096), 64);
@@ -53,7 +53,7 @@ TEST_CASE("misaligned memory passes a buffer when the file is direct, and only t
   }
 }
 
-TEST_CASE("a block of several segments is gathered, with zeros in between") {
+SHARD_TEST_CASE("a block of several segments is gathered, with zeros in between") {
   ShardFixture f(1);
   Tensor first(Pattern(1000, 1), 8), second(Pattern(3000, 2), 24), filler(std::string(8193, 'x'));
   auto plan = f.MakePlan({{4096, 8192}, {12288, 4096}, {16384, 4096}},
@@ -71,7 +71,7 @@ TEST_CASE("a block of several segments is gathered, with zeros in between") {
   CHECK(writer->BlockHash(1) == HashOf(block));
 }
 
-TEST_CASE("a complete block may be submitted again, and its hash is replaced") {
+SHARD_TEST_CASE("a complete block may be submitted again, and its hash is replaced") {
   ShardFixture f;
   Tensor tensor(Pattern(8192, 1));
   auto writer = f.Writer(f.Simple(2));
@@ -90,7 +90,7 @@ TEST_CASE("a complete block may be submitted again, and its hash is replaced") {
   CHECK(f.Content().substr(8192) == tensor.content().substr(4096));
 }
 
-TEST_CASE("appended data lies behind the plan in padded, hashed blocks") {
+SHARD_TEST_CASE("appended data lies behind the plan in padded, hashed blocks") {
   ShardFixture f;
   Tensor tensor(Pattern(4096));
   auto writer = f.Writer(f.Simple(1));
@@ -115,7 +115,7 @@ TEST_CASE("appended data lies behind the plan in padded, hashed blocks") {
   CHECK(writer->counts().bytes_copied == 5001);
 }
 
-TEST_CASE("a shard without tensors appends at the tail offset") {
+SHARD_TEST_CASE("a shard without tensors appends at the tail offset") {
   ShardFixture f;
   size_t blocks = 0;
   auto nowhere = f.Writer(f.MakePlan({}, {}, 0), "/n");
@@ -128,7 +128,7 @@ TEST_CASE("a shard without tensors appends at the tail offset") {
   CHECK(f.Content() == Header(8192) + "x" + std::string(4095, '\0'));
 }
 
-TEST_CASE("misuse is refused and changes nothing") {
+SHARD_TEST_CASE("misuse is refused and changes nothing") {
   ShardFixture f;
   Tensor tensor(Pattern(8192));
   auto writer = f.Writer(f.Simple(2));
@@ -157,7 +157,7 @@ TEST_CASE("misuse is refused and changes nothing") {
   CHECK_ERRNO(ShardWriter::Create(&f.env, f.pool.get(), f.Simple(1), "/s", 0600, true, &again), EEXIST);
 }
 
-TEST_CASE("a pending block is not submitted again, and a wait ends at its timeout") {
+SHARD_TEST_CASE("a pending block is not submitted again, and a wait ends at its timeout") {
   ShardFixture f(1);
   Tensor tensor(Pattern(4096));
   auto writer = f.Writer(f.Simple(1));
@@ -173,7 +173,7 @@ TEST_CASE("a pending block is not submitted again, and a wait ends at its timeou
   CHECK(writer->Wait(10));
 }
 
-TEST_CASE("a failed block poisons the file and cancels the rest") {
+SHARD_TEST_CASE("a failed block poisons the file and cancels the rest") {
   ShardFixture f(1);
   Tensor tensor(Pattern(16 * 4096));
   auto writer = f.Writer(f.Simple(16));
@@ -196,7 +196,7 @@ TEST_CASE("a failed block poisons the file and cancels the rest") {
   CHECK(CountIn(f.env.trace(), "sync /s") == 0);
 }
 
-TEST_CASE("a failed flush is never tried again") {
+SHARD_TEST_CASE("a failed flush is never tried again") {
   for (const char* operation : {"sync", "write"}) {
     ShardFixture f;
     Tensor tensor(Pattern(4096));
@@ -214,14 +214,14 @@ TEST_CASE("a failed flush is never tried again") {
   }
 }
 
-TEST_CASE("creation fails where the space cannot be reserved") {
+SHARD_TEST_CASE("creation fails where the space cannot be reserved") {
   ShardFixture f;
   f.Fail("allocate", ENOSPC);
   std::unique_ptr<ShardWriter> writer;
   CHECK_ERRNO(ShardWriter::Create(&f.env, f.pool.get(), f.Simple(1), "/s", 0600, true, &writer), ENOSPC);
 }
 
-TEST_CASE("abort cancels what is queued and waits for what runs") {
+SHARD_TEST_CASE("abort cancels what is queued and waits for what runs") {
   ShardFixture f(1);
   Tensor tensor(Pattern(64 * 4096));
   REQUIRE_OK(f.env.Delay("write", "/s", 0.01));
@@ -241,7 +241,7 @@ TEST_CASE("abort cancels what is queued and waits for what runs") {
   CHECK(f.memory.Stat("/s", &info).ok());
 }
 
-TEST_CASE("destruction aborts") {
+SHARD_TEST_CASE("destruction aborts") {
   ShardFixture f(2);
   Tensor tensor(Pattern(64 * 4096));
   REQUIRE_OK(f.env.Delay("write", "/s", 0.01));
@@ -253,7 +253,7 @@ TEST_CASE("destruction aborts") {
   CHECK(CountIn(f.env.trace(), "write /s") < 20);
 }
 
-TEST_CASE("a closed pool fails what is queued") {
+SHARD_TEST_CASE("a closed pool fails what is queued") {
   ShardFixture f(1);
   Tensor tensor(Pattern(8 * 4096));
   REQUIRE_OK(f.env.Delay("write", "/s", 0.01));
@@ -265,7 +265,7 @@ TEST_CASE("a closed pool fails what is queued") {
   CHECK_ERRNO(writer->error(), ECANCELED);
 }
 
-TEST_CASE("several threads use one writer") {
+SHARD_TEST_CASE("several threads use one writer") {
   ShardFixture f(4);
   Tensor tensor(Pattern(64 * 4096));
   auto writer = f.Writer(f.Simple(64));
@@ -291,7 +291,7 @@ TEST_CASE("several threads use one writer") {
   CHECK(one_won);
 }
 
-TEST_CASE("a finished shard survives power loss once its directory is synced") {
+SHARD_TEST_CASE("a finished shard survives power loss once its directory is synced") {
   ShardFixture f;
   Tensor tensor(Pattern(4 * 4096));
   auto writer = f.Writer(f.Simple(4));
@@ -308,7 +308,7 @@ TEST_CASE("a finished shard survives power loss once its directory is synced") {
   }
 }
 
-TEST_CASE("a real disk takes a shard by direct I/O") {
+SHARD_TEST_CASE("a real disk takes a shard by direct I/O") {
   ScratchDir dir;
   PosixEnv env;
   ShardFixture f;
@@ -333,7 +333,7 @@ TEST_CASE("a real disk takes a shard by direct I/O") {
 }
 
 #if !defined(__SANITIZE_THREAD__)
-TEST_CASE("a forked child destroys a busy writer without waiting") {
+SHARD_TEST_CASE("a forked child destroys a busy writer without waiting") {
   ShardFixture f(1);
   Tensor tensor(Pattern(8 * 4096));
   REQUIRE_OK(f.env.Delay("write", "/s", 0.01));

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from layerwise_dist import _native
-from layerwise_dist.errors import DeadlineError
+from layerwise_dist.errors import ConfigError, DeadlineError
 from layerwise_dist.storage import layout
 from layerwise_dist.storage.layout import AttemptId
 from layerwise_dist.storage.shard import ShardLayout, Source, state_extent
@@ -33,6 +33,19 @@ class ShardReport:
     header_hash: int
 
 
+def _choose_backend(wanted: str, rank: int) -> str:
+    """ "uring" or "posix". Raises ConfigError where io_uring is asked for by name and refused."""
+    if wanted == "posix":
+        return wanted
+    refusal = _native.WriterPool.probe_uring()
+    if refusal is None:
+        return "uring"
+    if wanted == "uring":
+        raise ConfigError(f"writer.backend = 'uring': this process may not use io_uring: {refusal}; use 'posix' or 'auto'")
+    log.warning("rank %d: io_uring is refused here (%s): writing by threads, which costs a little more", rank, refusal)
+    return "posix"
+
+
 class PCCheckAdapter:
     """Writes this rank's shards below `root`.
 
@@ -40,13 +53,29 @@ class PCCheckAdapter:
     """
 
     def __init__(
-        self, env: Any, root: str, *, rank: int, world_size: int, queue_depth: int = 4, block_bytes: int = 1 << 20,
-        direct_io: bool = True, file_mode: int = 0o600, dir_mode: int = 0o700,
+        self, env: Any, root: str, *, rank: int, world_size: int, backend: str = "auto", queue_depth: int = 4,
+        block_bytes: int = 1 << 20, pool_bytes: int | None = None, direct_io: bool = True, file_mode: int = 0o600,
+        dir_mode: int = 0o700,
     ) -> None:  # fmt: skip
+        """Starts the writer. `pool_bytes` bounds the memory for bounce buffers, evacuation and staging; None takes
+        twice the bounce buffers, 32 MiB at least.
+
+        Raises ConfigError where `backend` "uring" is refused, or where the pool has no room for its bounce buffers.
+        """
         self.env, self.root, self.rank, self.world_size = env, root, rank, world_size
         self.file_mode, self.dir_mode = file_mode, dir_mode
         self._block_bytes = block_bytes
-        self._pool = _native.WriterPool(queue_depth)
+        bounce = queue_depth * block_bytes
+        self.buffers = _native.BufferPool(max(2 * bounce, 32 << 20) if pool_bytes is None else pool_bytes)
+        if self.buffers.capacity < bounce:
+            raise ConfigError(
+                f"the writer's pool has {self.buffers.capacity} bytes; queue_depth {queue_depth} times blocks of "
+                f"{block_bytes} bytes needs {bounce}"
+            )
+        self.backend = _choose_backend(backend, rank)
+        self._queue_depth = queue_depth
+        self._pool = _native.WriterPool(queue_depth, self.backend, self.buffers, block_bytes)
+        self._readers: Any = None
         aligns = env.direct_io(root) if direct_io else None
         self.direct = aligns is not None and max(aligns) <= 4096
         self.memory_align = aligns[0] if self.direct else 1
@@ -55,7 +84,12 @@ class PCCheckAdapter:
 
     @property
     def pool(self) -> Any:
-        return self._pool
+        """The threads that read: the writer's own, or others beside a ring, which only writes. Made when needed."""
+        if self.backend == "posix":
+            return self._pool
+        if self._readers is None:
+            self._readers = _native.WriterPool(self._queue_depth)
+        return self._readers
 
     def lay_out(self, layers: Sequence[tuple[str, Sequence[Source]]]) -> tuple[ShardLayout, Any]:
         """The static layout for these layers, and the native plan made from it. ValueError never: it is our own."""
@@ -75,6 +109,8 @@ class PCCheckAdapter:
 
     def close(self) -> None:
         self._pool.close()
+        if self._readers is not None:
+            self._readers.close()
 
 
 class ShardWrite:

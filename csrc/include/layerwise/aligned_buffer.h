@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdlib>
 #include <memory>
+#include <utility>
 
 #include "layerwise/status.h"
 
@@ -19,12 +20,24 @@ inline constexpr size_t RoundUp(size_t value, size_t to) { return (value + to - 
 // Memory aligned to kAlign. Threads: external synchronization.
 class AlignedBuffer {
  public:
-  // Afterwards size() >= n. The content is undefined if the buffer had to grow.
-  // ENOMEM leaves the buffer empty.
+  AlignedBuffer() = default;
+  // Begins with n bytes that belong to someone else and outlive the buffer. REQUIRES:
+  // data is aligned to kAlign.
+  AlignedBuffer(char* data, size_t n) : data_(data), size_(n) {}
+  AlignedBuffer(AlignedBuffer&& other) noexcept { *this = std::move(other); }
+  AlignedBuffer& operator=(AlignedBuffer&& other) noexcept {
+    own_ = std::move(other.own_);
+    data_ = std::exchange(other.data_, nullptr);
+    size_ = std::exchange(other.size_, 0);
+    return *this;
+  }
+
+  // Afterwards size() >= n. The content is undefined if the buffer had to grow, for
+  // which it takes memory of its own. ENOMEM leaves the buffer empty.
   Status Reserve(size_t n);
 
-  char* data() { return data_.get(); }
-  const char* data() const { return data_.get(); }
+  char* data() { return data_; }
+  const char* data() const { return data_; }
   size_t size() const { return size_; }
 
  private:
@@ -32,7 +45,8 @@ class AlignedBuffer {
     void operator()(char* p) const { std::free(p); }
   };
 
-  std::unique_ptr<char[], Free> data_;
+  std::unique_ptr<char[], Free> own_;
+  char* data_ = nullptr;
   size_t size_ = 0;
 };
 

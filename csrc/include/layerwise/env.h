@@ -1,6 +1,8 @@
 #ifndef LAYERWISE_ENV_H_
 #define LAYERWISE_ENV_H_
 
+#include <sys/uio.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -50,6 +52,15 @@ class WritableFile {
   // no progress is EIO. After a failure the bytes of the range are undefined.
   // REQUIRES: if direct(), data, offset and n are aligned (EINVAL otherwise).
   virtual Status Pwrite(const void* data, size_t n, uint64_t offset) = 0;
+
+  // Writes `count` pieces one behind the other, all of them, or fails as Pwrite does.
+  // At most 1024 pieces. REQUIRES: each piece is one that Pwrite would take. As it
+  // is here, it calls Pwrite for each.
+  virtual Status Pwritev(const iovec* pieces, int count, uint64_t offset);
+
+  // The open file, for a writer that speaks to the kernel itself, with the same
+  // demands on alignment; -1 if only Pwrite may write.
+  virtual int descriptor() const { return -1; }
 
   // Reserves space so that the file has at least `size` bytes; new ones read as
   // zeros. A file system that cannot do this is not an error.

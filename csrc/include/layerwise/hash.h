@@ -1,6 +1,8 @@
 #ifndef LAYERWISE_HASH_H_
 #define LAYERWISE_HASH_H_
 
+#include <sys/uio.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <string_view>
@@ -13,12 +15,16 @@ namespace layerwise {
 // it. Callable from any thread.
 uint64_t Xxh3(const void* data, size_t n);
 
+// The same of the pieces' bytes, taken as one string.
+uint64_t Xxh3Runs(const iovec* runs, size_t count);
+
 // Which instruction set Xxh3 uses: "avx512", "avx2", "sse2" or "scalar".
 std::string_view HashName();
 
 struct HashVariant {
   std::string_view name;
   uint64_t (*hash)(const void* data, size_t n);
+  uint64_t (*runs)(const iovec* runs, size_t count);
 };
 
 // Every variant that this processor can run, the widest first.

@@ -9,6 +9,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <unordered_map>
 #include <vector>
 
 #include "layerwise/env.h"
@@ -20,10 +21,11 @@ namespace layerwise {
 // Writes one shard: blocks from the tensors' own memory, hashed while they are
 // written, then the header.
 //
-// The lease. From Submit until the block is no longer pending, a thread of the
-// pool may read the memory under it. REQUIRES: that memory stays mapped and
-// unchanged until then. A block stops being pending when it is both written and
-// hashed (the two see the same bytes), or when it failed or was cancelled.
+// The lease. From Submit on, the pool or the kernel may read the memory under a
+// block. REQUIRES: that memory stays mapped and unchanged until the block is no longer
+// leased. That is when it is both written and hashed (the two see the same bytes),
+// when Evacuate has copied it, or when it failed or was cancelled. Bytes in flight are
+// at most the pool's depth times the length of a block, so waiting for those is short.
 //
 // Failure. The first failure of a block, of the header, of the flush or of the
 // close poisons the file: what is queued is cancelled, no flush is tried again,
@@ -50,11 +52,13 @@ class ShardWriter final : public BlockSink {
   // REQUIRES: one address for each tensor of the plan.
   Status SetAddresses(const std::vector<uintptr_t>& addresses);
 
-  // Queues blocks of the plan and returns at once. A block that one aligned
-  // segment covers is written straight from that memory; others are gathered in
-  // a buffer of the pool's thread. A block may be submitted again once it is
-  // complete; its hash is then replaced. On a poisoned or aborted writer this
-  // does nothing.
+  // Queues blocks of the plan and returns at once. What lies in memory as direct I/O
+  // wants it is written straight from there: of a segment whose address is congruent
+  // to its place in the file modulo alignment().memory, all but the partial sectors at
+  // its ends. The rest is copied first. Without direct I/O nothing is copied, unless a
+  // block would be in more than 64 pieces. A block may be submitted again once it is
+  // complete; its hash is then replaced. On a poisoned or aborted writer this does
+  // nothing.
   // FailedPrecondition: a block is pending, an address is missing, or Finish was
   // called. Nothing is queued then.
   Status Submit(size_t first, size_t count);
@@ -67,12 +71,25 @@ class ShardWriter final : public BlockSink {
   // Waits until no block is pending; false if that takes longer.
   bool Wait(double timeout_s);
 
+  // Waits until no block is leased; false if that takes longer.
+  bool WaitLeases(double timeout_s);
+
+  // Called right before the memory under blocks of the plan is overwritten, which
+  // must not begin before this returns. Blocks that have not been started are copied
+  // to the pool's buffers, hashed, and written from there later, as far as these have
+  // room; what is being written or found no room is waited for. *safe: none of these
+  // blocks is leased any more; false if that was not so when the time was up. A copy's
+  // memory goes back to the pool when the block is no longer pending.
+  Status Evacuate(size_t first, size_t count, double timeout_s, bool* safe);
+
   struct Counts {
     uint64_t submitted = 0;      // blocks queued, repeated ones counted again
     uint64_t completed = 0;      // of these, written and hashed
     uint64_t pending = 0;        // of these, queued or running
+    uint64_t leased = 0;         // of these, blocks whose tensors' memory is needed
     uint64_t bytes_written = 0;  // by completed blocks and the header
-    uint64_t bytes_copied = 0;   // through a thread's buffer, or by Append
+    uint64_t bytes_copied = 0;   // of tensors on the way to the file, and by Append
+    uint64_t bytes_evacuated = 0;  // of these, by Evacuate
   };
   Counts counts() const;
 
@@ -103,7 +120,7 @@ class ShardWriter final : public BlockSink {
   enum class State { kOpen, kFinishing, kFinished, kClosed };
 
   // A block made by Append. The memory is freed when the last block of the same
-  // call is written.
+  // call is no longer pending.
   struct TailBlock {
     uint64_t offset;
     size_t length;
@@ -111,14 +128,47 @@ class ShardWriter final : public BlockSink {
     std::shared_ptr<AlignedBuffer> memory;
   };
 
+  // A block that Evacuate copied.
+  struct Evacuated {
+    BufferPool::Buffer memory;
+    uint64_t hash;
+  };
+
+  // Under which such blocks are queued, so that they are not taken back again.
+  class EvacuatedSink final : public BlockSink {
+   public:
+    explicit EvacuatedSink(ShardWriter* writer) : writer_(writer) {}
+    bool StartBlock(size_t index, AlignedBuffer* scratch, BlockWrite* write) override;
+    void FinishBlock(size_t index, const BlockWrite& write, Status status) override;
+    void CancelBlock(size_t index) override;
+
+   private:
+    ShardWriter* const writer_;
+  };
+
+  // A call of Evacuate that waits for `left` leased blocks of [first, end).
+  struct Waiter {
+    size_t first;
+    size_t end;
+    size_t left;
+  };
+
   ShardWriter(WriterPool* pool, std::shared_ptr<const Plan> plan, std::string path,
               std::unique_ptr<WritableFile> file);
 
-  void RunBlock(size_t index, AlignedBuffer* scratch) override;
+  bool StartBlock(size_t index, AlignedBuffer* scratch, BlockWrite* write) override;
+  void FinishBlock(size_t index, const BlockWrite& write, Status status) override;
   void CancelBlock(size_t index) override;
 
-  Status WritePlanned(size_t index, AlignedBuffer* scratch, uint64_t* hash, uint64_t* copied);
-  Status Gather(size_t index, AlignedBuffer* scratch);
+  bool StartEvacuated(size_t index, BlockWrite* write);
+  void StartTail(size_t index, BlockWrite* write) const;
+  void EvacuateQueued(size_t first, size_t count);
+  void Requeue(size_t index, BufferPool::Buffer memory, uint64_t copied);
+
+  // REQUIRES, of these: mutex_ is held.
+  bool Leased(size_t index) const;  // REQUIRES: the block is pending
+  void EndLease(size_t index);
+  void EndBlock(size_t index, BlockState state);  // not pending any more
   Status CheckSubmit(size_t first, size_t count) const;
   Status CheckFinish(std::string_view header) const;
   Status WriteHeader(std::string_view header);
@@ -140,6 +190,9 @@ class ShardWriter final : public BlockSink {
   std::vector<BlockState> states_;
   std::vector<uint64_t> hashes_;
   std::vector<TailBlock> tail_;
+  EvacuatedSink evacuated_sink_{this};
+  std::unordered_map<size_t, Evacuated> evacuated_;
+  std::vector<Waiter*> waiters_;
   uint64_t end_;
   Counts counts_;
 };

@@ -1,39 +1,91 @@
 #ifndef LAYERWISE_WRITER_POOL_H_
 #define LAYERWISE_WRITER_POOL_H_
 
+#include <sys/uio.h>
+
 #include <cstddef>
+#include <cstdint>
 #include <memory>
+#include <string>
+#include <vector>
 
 #include "layerwise/aligned_buffer.h"
+#include "layerwise/buffer_pool.h"
+#include "layerwise/env.h"
 #include "layerwise/status.h"
 
 namespace layerwise {
 
-// What a WriterPool works on: numbered blocks.
+// One block on its way to a file.
+struct BlockWrite {
+  WritableFile* file = nullptr;
+  const std::string* path = nullptr;  // for errors
+  uint64_t offset = 0;
+  uint64_t length = 0;
+  // The block's bytes in order; each run is aligned as the file demands.
+  std::vector<iovec> runs;
+  // Whether `hash` is not the pool's to fill in: it is known, or nobody wants it.
+  bool hashed = false;
+  uint64_t hash = 0;
+};
+
+class PoolCore;
+
+// What a WriterPool works on: numbered blocks. Every call is made on a thread of the
+// pool, except as said.
 class BlockSink {
  public:
   virtual ~BlockSink() = default;
 
-  // Processes one block, on a thread of the pool. `scratch` belongs to that
-  // thread and keeps its size from call to call; its content is undefined.
-  virtual void RunBlock(size_t index, AlignedBuffer* scratch) = 0;
+  // Begins a block. Either processes it wholly and returns false, or fills *write in
+  // and returns true: the pool then writes the runs, hashes them unless `hashed`,
+  // and calls FinishBlock. *write comes empty. `scratch` belongs to the block until
+  // it is finished; its content is undefined. Runs may lie in it.
+  virtual bool StartBlock(size_t index, AlignedBuffer* scratch, BlockWrite* write) = 0;
 
-  // Called instead of RunBlock, on any thread, when the pool closes.
+  // The block is written *and* hashed, or `status` says why it is not. The pool does
+  // not touch the runs' memory any more, nor does the kernel.
+  virtual void FinishBlock(size_t index, const BlockWrite& write, Status status);
+
+  // Called instead of StartBlock, on any thread, when the pool closes.
   virtual void CancelBlock(size_t index) = 0;
 };
 
-// The threads that do the I/O and the hashing of all shards of a process. Blocks
-// are started in the order in which they were submitted.
+// What does the I/O and the hashing of all shards of a process, `depth` blocks at a
+// time. Blocks are started in the order in which they were submitted.
 //
-// Threads: every method may be called by several threads at once, but not from
-// RunBlock or CancelBlock.
+// With kPosix, `depth` threads each take a block, hash it and write it. With kUring,
+// one thread keeps `depth` writes with the kernel by io_uring and hashes meanwhile;
+// a file without a descriptor (WritableFile::descriptor) is written by its own calls,
+// and a sink that works in StartBlock, as a reader does, gets no parallelism.
+//
+// Threads: every method may be called by several threads at once, but not from a
+// sink's methods.
 //
 // In a child made by fork the pool has no threads: there, nothing of it may be
 // called but the destructor, which then does nothing.
 class WriterPool {
  public:
-  // REQUIRES: 1 <= threads <= 1024.
-  static Status Create(int threads, std::unique_ptr<WriterPool>* pool);
+  enum class Backend { kPosix, kUring };
+
+  struct Options {
+    Backend backend = Backend::kPosix;
+    int depth = 4;  // blocks in progress at once, 1 to 1024
+    // Where bounce buffers and evacuated blocks come from; without it, bounce buffers
+    // are memory of the pool's own, and nothing can be evacuated.
+    std::shared_ptr<BufferPool> buffers = nullptr;
+    // Of `buffers`, depth * block_bytes are taken at once and kept, so that a shard
+    // whose blocks are no longer than this never waits for memory.
+    size_t block_bytes = 1 << 20;
+  };
+
+  // Whether kUring is to be had here; if not, the errno and the call that say why.
+  // Containers and kernels often forbid it.
+  static Status ProbeUring();
+
+  // InvalidArgument also if `buffers` has no room for the bounce buffers. If kUring is
+  // refused: what ProbeUring says.
+  static Status Create(const Options& options, std::unique_ptr<WriterPool>* pool);
 
   // Close(). REQUIRES: no sink is used by another thread any more.
   ~WriterPool();
@@ -42,31 +94,43 @@ class WriterPool {
   WriterPool& operator=(const WriterPool&) = delete;
 
   // Queues blocks first .. first + count - 1 and returns at once. Each will get
-  // exactly one call of RunBlock or CancelBlock, unless Withdraw takes it back.
-  // In a closed pool the calls of CancelBlock come before this returns.
-  // REQUIRES: the sink lives until then.
+  // exactly one call of StartBlock or CancelBlock, unless it is taken back. In a
+  // closed pool the calls of CancelBlock come before this returns.
+  // REQUIRES: the sink lives until the last block is finished or cancelled.
   void Submit(BlockSink* sink, size_t first, size_t count);
 
   // Takes the sink's blocks that have not been started back out of the queue; no
   // call is made for them. Returns how many. Does not wait for started ones.
   size_t Withdraw(BlockSink* sink);
 
+  // Takes one of blocks first .. first + count - 1 of the sink back, the last of those
+  // that have not been started; false if all have been. No call is made for it.
+  bool TakeLast(BlockSink* sink, size_t first, size_t count, size_t* index);
+
   // Cancels what is queued, waits for what is running, joins the threads.
   // Idempotent.
   void Close();
 
-  int threads() const;
+  Backend backend() const { return backend_; }
+  int depth() const { return depth_; }
+  // nullptr if it was made without.
+  BufferPool* buffers() const { return buffers_.get(); }
+  // The longest block that fits a bounce buffer; SIZE_MAX without `buffers`.
+  size_t block_bytes() const { return block_bytes_; }
 
   // Closes every pool of the process: for the interpreter's exit, so that no
   // thread reads memory that is about to be freed.
   static void CloseAll();
 
  private:
-  class Core;
+  WriterPool(const Options& options, BufferPool::Buffer bounce);
 
-  explicit WriterPool(std::unique_ptr<Core> core);
-
-  std::unique_ptr<Core> core_;
+  const std::shared_ptr<BufferPool> buffers_;
+  BufferPool::Buffer bounce_;
+  const Backend backend_;
+  const int depth_;
+  const size_t block_bytes_;
+  std::unique_ptr<PoolCore> core_;
 };
 
 }  // namespace layerwise

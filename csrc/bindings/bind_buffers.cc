@@ -1,0 +1,90 @@
+#include "bind_buffers.h"
+
+#include <cstdint>
+#include <memory>
+#include <utility>
+
+#include "convert.h"
+
+namespace layerwise {
+
+namespace {
+
+// Memory of a pool, given to Python. It keeps the pool, and so the mapping, even once
+// released: a tensor made from it may still be there, and must not point nowhere.
+struct PyBuffer {
+  std::shared_ptr<BufferPool> pool;
+  BufferPool::Buffer it;
+  int views = 0;  // guarded by the GIL, as the rest
+};
+
+void InitBuffers(PyBuffers* self, int64_t nbytes) {
+  if (nbytes < 0) throw StatusError(Status::InvalidArgument(std::to_string(nbytes) + " is negative"));
+  std::shared_ptr<BufferPool> pool;
+  Check(BufferPool::Create(static_cast<size_t>(nbytes), &pool));
+  new (self) PyBuffers{std::move(pool)};
+}
+
+nb::object Acquire(PyBuffers& buffers, int64_t nbytes, double timeout_s) {
+  if (nbytes < 1) throw StatusError(Status::InvalidArgument("a buffer of " + std::to_string(nbytes) + " bytes"));
+  const size_t n = static_cast<size_t>(nbytes);
+  BufferPool::Buffer memory;
+  // What can never fit is not waited for.
+  const double wait = n > buffers.it->capacity() ? 0 : timeout_s;
+  InSlices(wait, [&](double slice) {
+    memory = buffers.it->Acquire(n, slice);
+    return static_cast<bool>(memory);
+  });
+  if (!memory) return nb::none();
+  auto made = std::make_unique<PyBuffer>();
+  made->pool = buffers.it;
+  made->it = std::move(memory);
+  return nb::cast(made.release(), nb::rv_policy::take_ownership);
+}
+
+uintptr_t Address(PyBuffer& buffer) {
+  if (!buffer.it) throw StatusError(Status::FailedPrecondition("the address of a released buffer"));
+  return reinterpret_cast<uintptr_t>(buffer.it.data());
+}
+
+void Release(PyBuffer& buffer) {
+  if (buffer.views > 0) throw nb::buffer_error("release of a buffer that a view of it still uses");
+  buffer.it.Release();
+}
+
+int GetView(PyObject* object, Py_buffer* view, int flags) {
+  PyBuffer* const buffer = nb::inst_ptr<PyBuffer>(object);
+  if (!buffer->it) {
+    PyErr_SetString(PyExc_BufferError, "the buffer was released");
+    view->obj = nullptr;
+    return -1;
+  }
+  const auto size = static_cast<Py_ssize_t>(buffer->it.size());
+  if (PyBuffer_FillInfo(view, object, buffer->it.data(), size, 0, flags) != 0) return -1;
+  buffer->views += 1;
+  return 0;
+}
+
+void DropView(PyObject* object, Py_buffer*) { nb::inst_ptr<PyBuffer>(object)->views -= 1; }
+
+PyType_Slot buffer_slots[] = {{Py_bf_getbuffer, reinterpret_cast<void*>(GetView)},
+                              {Py_bf_releasebuffer, reinterpret_cast<void*>(DropView)},
+                              {0, nullptr}};
+
+}  // namespace
+
+void BindBuffers(nb::module_& m) {
+  nb::class_<PyBuffer>(m, "PoolBuffer", nb::type_slots(buffer_slots))
+      .def_prop_ro("address", &Address)
+      .def_prop_ro("nbytes", [](PyBuffer& buffer) { return buffer.it.size(); })
+      .def("release", &Release);
+
+  nb::class_<PyBuffers>(m, "BufferPool")
+      .def("__init__", &InitBuffers, nb::arg("nbytes"))
+      .def("acquire", &Acquire, nb::arg("nbytes"), nb::arg("timeout_s"))
+      .def_prop_ro("capacity", [](PyBuffers& buffers) { return buffers.it->capacity(); })
+      .def_prop_ro("in_use", [](PyBuffers& buffers) { return buffers.it->in_use(); })
+      .def_prop_ro("peak", [](PyBuffers& buffers) { return buffers.it->peak(); });
+}
+
+}  // namespace layerwise

@@ -1,0 +1,81 @@
+#ifndef LAYERWISE_SRC_POOL_CORE_H_
+#define LAYERWISE_SRC_POOL_CORE_H_
+
+#include <condition_variable>
+#include <cstddef>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <thread>
+#include <vector>
+
+#include "layerwise/writer_pool.h"
+
+namespace layerwise {
+
+// The queue of a WriterPool and its threads; how blocks are worked off is the
+// subclass's. Contracts: see WriterPool.
+class PoolCore {
+ public:
+  PoolCore();
+  // REQUIRES: closed.
+  virtual ~PoolCore() = default;
+  PoolCore(const PoolCore&) = delete;
+  PoolCore& operator=(const PoolCore&) = delete;
+
+  // Starts the threads. After a failure only Close may be called.
+  virtual Status Start() = 0;
+
+  bool forked() const;
+  void Submit(BlockSink* sink, size_t first, size_t count);
+  size_t Withdraw(BlockSink* sink);
+  bool TakeLast(BlockSink* sink, size_t first, size_t count, size_t* index);
+  void Close();
+
+ protected:
+  struct Job {
+    BlockSink* sink;
+    size_t index;
+  };
+
+  Status StartThreads(int count, const std::function<void(int)>& work);
+
+  // There is more in the queue, or the pool is closed. mutex_ is held.
+  virtual void Wake(size_t blocks) = 0;
+
+  // REQUIRES: mutex_ is held, and the queue is not empty.
+  Job Pop();
+  bool empty() const { return queue_.empty(); }
+  bool closed() const { return closed_; }
+
+  std::mutex mutex_;
+
+ private:
+  struct Range {
+    BlockSink* sink;
+    size_t next;
+    size_t end;
+  };
+
+  static void Cancel(const Range& range);
+
+  const int process_;
+  std::deque<Range> queue_;
+  bool closed_ = false;
+  std::mutex join_mutex_;
+  std::vector<std::thread> threads_;
+};
+
+// `bounce`, which may be empty, is cut into one scratch buffer for each block in
+// progress; it outlives the core.
+using Bounce = std::span<char>;
+std::vector<AlignedBuffer> CutBounce(Bounce bounce, int depth);
+
+// `depth` threads, each of which writes, by the file's own calls, and hashes.
+std::unique_ptr<PoolCore> MakeThreadCore(int depth, Bounce bounce);
+
+}  // namespace layerwise
+
+#endif  // LAYERWISE_SRC_POOL_CORE_H_
