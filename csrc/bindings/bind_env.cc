@@ -36,6 +36,12 @@ std::unique_ptr<WritableFile> Create(Env& env, const Path& path, uint32_t mode, 
   return file;
 }
 
+std::unique_ptr<WritableFile> Reuse(Env& env, const Path& src, const Path& dst, uint32_t mode, bool direct) {
+  std::unique_ptr<WritableFile> file;
+  Unlocked([&] { return env.ReuseFile(src.native(), dst.native(), mode, direct, &file); });
+  return file;
+}
+
 std::unique_ptr<ReadableFile> Open(Env& env, const Path& path, bool direct) {
   std::unique_ptr<ReadableFile> file;
   Unlocked([&] { return env.NewReadableFile(path.native(), direct, &file); });
@@ -93,6 +99,8 @@ void BindFiles(nb::module_& m) {
            }, nb::arg("data"), nb::arg("offset"))
       .def("allocate", [](WritableFile& file, uint64_t size) { Unlocked([&] { return file.Allocate(size); }); },
            nb::arg("size"))
+      .def("truncate", [](WritableFile& file, uint64_t size) { Unlocked([&] { return file.Truncate(size); }); },
+           nb::arg("size"))
       .def("sync", [](WritableFile& file) { Unlocked([&] { return file.Sync(); }); })
       .def("close", [](WritableFile& file) { Unlocked([&] { return file.Close(); }); });
 
@@ -134,6 +142,8 @@ void BindEnv(nb::module_& m) {
              Unlocked([&] { return env.MakeDir(path.native(), mode); });
            }, nb::arg("path"), nb::arg("mode") = 0700)
       .def("create", &Create, nb::arg("path"), nb::arg("mode") = 0600, nb::arg("direct") = false,
+           nb::keep_alive<0, 1>())
+      .def("reuse", &Reuse, nb::arg("src"), nb::arg("dst"), nb::arg("mode") = 0600, nb::arg("direct") = false,
            nb::keep_alive<0, 1>())
       .def("open", &Open, nb::arg("path"), nb::arg("direct") = false, nb::keep_alive<0, 1>())
       .def("rename",

@@ -19,15 +19,6 @@ namespace layerwise {
 
 namespace {
 
-Status CreateExclusive(const std::string& path, uint32_t mode, Descriptor* fd) {
-  *fd = Descriptor(open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, mode));
-  if (!fd->valid()) return PosixError("create", path);
-  if (fchmod(fd->get(), mode) == 0) return Status::Ok();
-  Status status = PosixError("fchmod", path);
-  unlink(path.c_str());
-  return status;
-}
-
 std::string ProbeName() {
   std::random_device random;
   const uint64_t bits = (static_cast<uint64_t>(random()) << 32) | random();
@@ -53,6 +44,16 @@ Status PosixEnv::NewWritableFile(const std::string& path, uint32_t mode, bool di
   if (!status.ok()) return status;
   const auto alignment = direct ? TurnDirect(fd.get()) : std::nullopt;
   *file = std::make_unique<PosixWritableFile>(path, std::move(fd), alignment);
+  return Status::Ok();
+}
+
+Status PosixEnv::ReuseFile(const std::string& from, const std::string& to, uint32_t mode, bool direct,
+                           std::unique_ptr<WritableFile>* file) {
+  Descriptor fd;
+  Status status = TakeOver(from, to, mode, &fd);
+  if (!status.ok()) return status;
+  const auto alignment = direct ? TurnDirect(fd.get()) : std::nullopt;
+  *file = std::make_unique<PosixWritableFile>(to, std::move(fd), alignment);
   return Status::Ok();
 }
 

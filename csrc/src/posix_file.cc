@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdio>
 #include <utility>
 
 #include "layerwise/aligned_buffer.h"
@@ -21,6 +22,20 @@ constexpr size_t kLargestIo = 1 << 30;
 
 bool FitsKernel(size_t n, uint64_t offset) {
   return offset <= static_cast<uint64_t>(INT64_MAX) && n <= static_cast<uint64_t>(INT64_MAX) - offset;
+}
+
+// EBUSY unless this descriptor is the only way to the file.
+Status CheckSoleUser(int fd, const std::string& path) {
+  struct stat info;
+  if (fstat(fd, &info) != 0) return PosixError("fstat", path);
+  if (S_ISDIR(info.st_mode)) return Status::IoError(EISDIR, "reuse", path);
+  if (!S_ISREG(info.st_mode)) return Status::IoError(EINVAL, "reuse what is not a regular file", path);
+  if (info.st_nlink != 1) return Status::IoError(EBUSY, "reuse a file with several names", path);
+  // The kernel grants this lease only while nobody else has the file open or mapped.
+  if (fcntl(fd, F_SETLEASE, F_WRLCK) == 0 && fcntl(fd, F_SETLEASE, F_UNLCK) == 0) return Status::Ok();
+  if (errno == EAGAIN) return Status::IoError(EBUSY, "reuse a file that is open elsewhere", path);
+  const bool unknown = errno == EINVAL || errno == ENOSYS || errno == ENOLCK;
+  return Status::IoError(unknown ? EOPNOTSUPP : errno, "lease", path);
 }
 
 }  // namespace
@@ -44,6 +59,32 @@ Status Descriptor::Close(const std::string& path) {
   // Linux frees the descriptor even when close is interrupted.
   if (fd >= 0 && close(fd) != 0 && errno != EINTR) return PosixError("close", path);
   return Status::Ok();
+}
+
+Status CreateExclusive(const std::string& path, uint32_t mode, Descriptor* fd) {
+  *fd = Descriptor(open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, mode));
+  if (!fd->valid()) return PosixError("create", path);
+  if (fchmod(fd->get(), mode) == 0) return Status::Ok();
+  Status status = PosixError("fchmod", path);
+  unlink(path.c_str());
+  return status;
+}
+
+Status TakeOver(const std::string& from, const std::string& to, uint32_t mode, Descriptor* fd) {
+  if (renameat2(AT_FDCWD, from.c_str(), AT_FDCWD, to.c_str(), RENAME_NOREPLACE) != 0) {
+    const bool unknown = errno == EINVAL || errno == ENOSYS;
+    return Status::IoError(unknown ? EOPNOTSUPP : errno, "rename to " + to, from);
+  }
+  // Without O_NONBLOCK, opening a pipe or a leased file would wait.
+  *fd = Descriptor(open(to.c_str(), O_RDWR | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK));
+  if (!fd->valid()) {
+    return errno == EWOULDBLOCK ? Status::IoError(EBUSY, "open a file that is leased elsewhere", to)
+                                : PosixError("open", to);
+  }
+  Status status = CheckSoleUser(fd->get(), to);
+  if (!status.ok()) return status;
+  if (fcntl(fd->get(), F_SETFL, 0) != 0) return PosixError("fcntl", to);
+  return fchmod(fd->get(), mode) == 0 ? Status::Ok() : PosixError("fchmod", to);
 }
 
 std::optional<DirectIoAlignment> TurnDirect(int fd) {
@@ -126,6 +167,15 @@ Status PosixWritableFile::Allocate(uint64_t size) {
   } while (result != 0 && errno == EINTR);
   if (result != 0 && errno != EOPNOTSUPP && errno != ENOSYS) return PosixError("fallocate", path_);
   return Status::Ok();
+}
+
+Status PosixWritableFile::Truncate(uint64_t size) {
+  if (!FitsKernel(size, 0)) return Status::IoError(EFBIG, "ftruncate", path_);
+  int result;
+  do {
+    result = ftruncate(fd_.get(), static_cast<off_t>(size));
+  } while (result != 0 && errno == EINTR);
+  return result == 0 ? Status::Ok() : PosixError("ftruncate", path_);
 }
 
 Status PosixWritableFile::Sync() {

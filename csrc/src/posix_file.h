@@ -27,6 +27,12 @@ class Descriptor {
   int fd_;
 };
 
+// Creates a file that must not exist, with exactly this mode.
+Status CreateExclusive(const std::string& path, uint32_t mode, Descriptor* fd);
+
+// Env::ReuseFile, up to the open descriptor, which is not direct.
+Status TakeOver(const std::string& from, const std::string& to, uint32_t mode, Descriptor* fd);
+
 // Switches an open file to direct I/O and says what that demands; nullopt, and no
 // change, where the file system refuses it or demands more than kAlign.
 std::optional<DirectIoAlignment> TurnDirect(int fd);
@@ -49,6 +55,7 @@ class PosixWritableFile final : public WritableFile {
   Status Pwritev(const iovec* pieces, int count, uint64_t offset) override;
   int descriptor() const override { return fd_.get(); }
   Status Allocate(uint64_t size) override;
+  Status Truncate(uint64_t size) override;
   Status Sync() override;
   Status Close() override { return fd_.Close(path_); }
 

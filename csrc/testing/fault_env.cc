@@ -30,6 +30,11 @@ class FaultWritableFile final : public WritableFile {
     return status.ok() ? base_->Allocate(size) : status;
   }
 
+  Status Truncate(uint64_t size) override {
+    const Status status = plan_->Decide("truncate", path_).status;
+    return status.ok() ? base_->Truncate(size) : status;
+  }
+
   Status Sync() override {
     const Status status = plan_->Decide("sync", path_).status;
     return status.ok() ? base_->Sync() : status;
@@ -117,6 +122,15 @@ Status FaultEnv::NewWritableFile(const std::string& path, uint32_t mode, bool di
   std::unique_ptr<WritableFile> base;
   if (status.ok()) status = base_->NewWritableFile(path, mode, direct, &base);
   if (status.ok()) *file = std::make_unique<FaultWritableFile>(plan_, path, std::move(base));
+  return status;
+}
+
+Status FaultEnv::ReuseFile(const std::string& from, const std::string& to, uint32_t mode, bool direct,
+                           std::unique_ptr<WritableFile>* file) {
+  Status status = plan_->Decide("reuse", from, to).status;
+  std::unique_ptr<WritableFile> base;
+  if (status.ok()) status = base_->ReuseFile(from, to, mode, direct, &base);
+  if (status.ok()) *file = std::make_unique<FaultWritableFile>(plan_, to, std::move(base));
   return status;
 }
 

@@ -12,10 +12,10 @@ namespace layerwise {
 
 // An Env that passes everything on to another one and fails on purpose, for tests.
 //
-// Every operation is numbered from 0 when it begins: create, open, write, read,
-// sync, allocate, rename, sync_dir, make_dir, unlink, remove_dir, list_dir, stat,
-// lock. FileLock::Write counts as a write and a sync, FileLock::Read as a read; a
-// file's operations go under the path at which it was opened. close, DirectIo,
+// Every operation is numbered from 0 when it begins: create, reuse, open, write,
+// read, sync, allocate, truncate, rename, sync_dir, make_dir, unlink, remove_dir,
+// list_dir, stat, lock. FileLock::Write counts as a write and a sync, FileLock::Read as a read; a
+// file's operations go under the path at which it was opened (its new one, if reused). close, DirectIo,
 // Release and HeldPathIsMine are passed on uncounted.
 //
 // A failed operation does not reach the other Env, except that a failed FileLock's
@@ -44,6 +44,8 @@ class FaultEnv final : public Env {
   Status MakeDir(const std::string& path, uint32_t mode) override;
   Status NewWritableFile(const std::string& path, uint32_t mode, bool direct,
                          std::unique_ptr<WritableFile>* file) override;
+  Status ReuseFile(const std::string& from, const std::string& to, uint32_t mode, bool direct,
+                   std::unique_ptr<WritableFile>* file) override;
   Status NewReadableFile(const std::string& path, bool direct,
                          std::unique_ptr<ReadableFile>* file) override;
   Status Rename(const std::string& from, const std::string& to) override;

@@ -12,8 +12,9 @@ namespace layerwise {
 
 namespace {
 
-constexpr std::string_view kOperations[] = {"create", "open",     "write", "read",   "sync",       "allocate", "rename",
-                                            "sync_dir", "make_dir", "unlink", "remove_dir", "list_dir", "stat", "lock"};
+constexpr std::string_view kOperations[] = {
+    "create", "reuse",    "open",     "write",  "read",       "sync",     "allocate", "truncate",
+    "rename", "sync_dir", "make_dir", "unlink", "remove_dir", "list_dir", "stat",     "lock"};
 
 bool Matches(const FaultPlan::Rule& rule, uint64_t index, const std::string& operation, const std::string& path,
              const std::string& also) {

@@ -2,6 +2,7 @@
 #define LAYERWISE_TESTING_MEMORY_DISK_H_
 
 #include <cstdint>
+#include <map>
 #include <mutex>
 #include <set>
 #include <string>
@@ -49,6 +50,11 @@ class MemoryDisk {
   const std::vector<DiskOp>& log() const { return log_; }
   std::set<uint64_t>& locks() { return locks_; }
 
+  // Open files and locks of an inode.
+  void AddUser(uint64_t inode) { ++users_[inode]; }
+  void RemoveUser(uint64_t inode) { --users_[inode]; }
+  bool InUse(uint64_t inode) const { return users_.contains(inode) && users_.at(inode) > 0; }
+
  private:
   bool Dropped(const DiskOp& op, const std::string& path);
 
@@ -57,6 +63,7 @@ class MemoryDisk {
   DiskImage live_;
   std::vector<DiskOp> log_;
   std::set<uint64_t> locks_;
+  std::map<uint64_t, int> users_;
   std::vector<std::pair<std::string, std::string>> drops_;
   uint64_t dropped_ = 0;
 };

@@ -22,6 +22,14 @@ DiskOp NameOp(Kind kind, const Place& place, uint64_t inode) {
   return op;
 }
 
+DiskOp RenameOp(const Place& from, const Place& to) {
+  DiskOp op = NameOp(Kind::kRename, from, from.inode);
+  op.to_dir = to.dir;
+  op.to_name = to.name;
+  op.text = to.path;
+  return op;
+}
+
 // Makes a name that must be free.
 Status Make(MemoryDisk* disk, Kind kind, const char* operation, const std::string& path, Place* place) {
   Status status = disk->Find(operation, path, place);
@@ -114,6 +122,24 @@ Status MemoryEnv::NewWritableFile(const std::string& path, uint32_t, bool direct
   return status;
 }
 
+Status MemoryEnv::ReuseFile(const std::string& from, const std::string& to, uint32_t, bool direct,
+                            std::unique_ptr<WritableFile>* file) {
+  const std::string operation = "rename to " + to;
+  std::lock_guard lock(disk_->mutex());
+  Place source, target;
+  Status status = disk_->FindExisting(operation.c_str(), from, &source);
+  if (status.ok()) status = disk_->Find(operation.c_str(), to, &target);
+  if (!status.ok()) return status;
+  if (target.inode != 0) return Status::IoError(EEXIST, operation, from);
+  const int refused = Replaceable(disk_.get(), source, target);
+  if (refused != 0) return Status::IoError(refused, operation, from);
+  disk_->Do(RenameOp(source, target), source.path);
+  if (disk_->node(source.inode).is_dir) return Status::IoError(EISDIR, "reuse", to);
+  if (disk_->InUse(source.inode)) return Status::IoError(EBUSY, "reuse a file that is open elsewhere", to);
+  *file = std::make_unique<MemoryWritableFile>(disk_, source.inode, target.path, direct);
+  return Status::Ok();
+}
+
 Status MemoryEnv::NewReadableFile(const std::string& path, bool direct, std::unique_ptr<ReadableFile>* file) {
   std::lock_guard lock(disk_->mutex());
   Place place;
@@ -135,11 +161,7 @@ Status MemoryEnv::Rename(const std::string& from, const std::string& to) {
   if (source.inode == target.inode) return Status::Ok();
   const int refused = Replaceable(disk_.get(), source, target);
   if (refused != 0) return Status::IoError(refused, operation, from);
-  DiskOp op = NameOp(Kind::kRename, source, source.inode);
-  op.to_dir = target.dir;
-  op.to_name = target.name;
-  op.text = target.path;
-  disk_->Do(std::move(op), source.path);
+  disk_->Do(RenameOp(source, target), source.path);
   return Status::Ok();
 }
 

@@ -22,7 +22,8 @@ class MemoryDisk;
 // addresses, offsets and lengths (EINVAL), and so does DirectIo.
 //
 // A file's operations are logged, and matched by Drop, under the path at which it
-// was opened. Threads: every method may be called by several threads at once.
+// was opened; ReuseFile is logged, and matched, as the rename that it begins with.
+// Threads: every method may be called by several threads at once.
 class MemoryEnv final : public Env {
  public:
   MemoryEnv();
@@ -51,6 +52,8 @@ class MemoryEnv final : public Env {
   Status MakeDir(const std::string& path, uint32_t mode) override;
   Status NewWritableFile(const std::string& path, uint32_t mode, bool direct,
                          std::unique_ptr<WritableFile>* file) override;
+  Status ReuseFile(const std::string& from, const std::string& to, uint32_t mode, bool direct,
+                   std::unique_ptr<WritableFile>* file) override;
   Status NewReadableFile(const std::string& path, bool direct,
                          std::unique_ptr<ReadableFile>* file) override;
   Status Rename(const std::string& from, const std::string& to) override;

@@ -41,6 +41,13 @@ Status MemoryWritableFile::Allocate(uint64_t size) {
   return Status::Ok();
 }
 
+Status MemoryWritableFile::Truncate(uint64_t size) {
+  std::lock_guard lock(disk_->mutex());
+  if (closed_) return Status::IoError(EBADF, "ftruncate", path_);
+  disk_->Do(Change(Kind::kTruncate, inode_, size, {}), path_);
+  return Status::Ok();
+}
+
 Status MemoryWritableFile::Sync() {
   std::lock_guard lock(disk_->mutex());
   if (closed_) return Status::IoError(EBADF, "fdatasync", path_);
@@ -50,6 +57,7 @@ Status MemoryWritableFile::Sync() {
 
 Status MemoryWritableFile::Close() {
   std::lock_guard lock(disk_->mutex());
+  if (!closed_) disk_->RemoveUser(inode_);
   closed_ = true;
   return Status::Ok();
 }
@@ -68,13 +76,17 @@ Status MemoryReadableFile::Pread(void* data, size_t n, uint64_t offset, size_t* 
 
 Status MemoryReadableFile::Close() {
   std::lock_guard lock(disk_->mutex());
+  if (!closed_) disk_->RemoveUser(inode_);
   closed_ = true;
   return Status::Ok();
 }
 
 Status MemoryFileLock::Release() {
   std::lock_guard lock(disk_->mutex());
-  if (!released_) disk_->locks().erase(inode_);
+  if (!released_) {
+    disk_->locks().erase(inode_);
+    disk_->RemoveUser(inode_);
+  }
   released_ = true;
   return Status::Ok();
 }

@@ -14,13 +14,18 @@ inline constexpr DirectIoAlignment kMemoryAlignment = {512, 512};
 
 class MemoryWritableFile final : public WritableFile {
  public:
+  // REQUIRES: the caller holds the disk's mutex; here and for the other two.
   MemoryWritableFile(std::shared_ptr<MemoryDisk> disk, uint64_t inode, std::string path, bool direct)
-      : disk_(std::move(disk)), inode_(inode), path_(std::move(path)), direct_(direct) {}
+      : disk_(std::move(disk)), inode_(inode), path_(std::move(path)), direct_(direct) {
+    disk_->AddUser(inode_);
+  }
+  ~MemoryWritableFile() override { static_cast<void>(Close()); }
 
   bool direct() const override { return direct_; }
   DirectIoAlignment alignment() const override { return direct_ ? kMemoryAlignment : DirectIoAlignment{}; }
   Status Pwrite(const void* data, size_t n, uint64_t offset) override;
   Status Allocate(uint64_t size) override;
+  Status Truncate(uint64_t size) override;
   Status Sync() override;
   Status Close() override;
 
@@ -35,7 +40,10 @@ class MemoryWritableFile final : public WritableFile {
 class MemoryReadableFile final : public ReadableFile {
  public:
   MemoryReadableFile(std::shared_ptr<MemoryDisk> disk, uint64_t inode, std::string path, uint64_t size, bool direct)
-      : disk_(std::move(disk)), inode_(inode), path_(std::move(path)), size_(size), direct_(direct) {}
+      : disk_(std::move(disk)), inode_(inode), path_(std::move(path)), size_(size), direct_(direct) {
+    disk_->AddUser(inode_);
+  }
+  ~MemoryReadableFile() override { static_cast<void>(Close()); }
 
   uint64_t size() const override { return size_; }
   bool direct() const override { return direct_; }
@@ -55,7 +63,9 @@ class MemoryReadableFile final : public ReadableFile {
 class MemoryFileLock final : public FileLock {
  public:
   MemoryFileLock(std::shared_ptr<MemoryDisk> disk, uint64_t inode, std::string path)
-      : disk_(std::move(disk)), inode_(inode), path_(std::move(path)) {}
+      : disk_(std::move(disk)), inode_(inode), path_(std::move(path)) {
+    disk_->AddUser(inode_);
+  }
   ~MemoryFileLock() override { static_cast<void>(Release()); }
 
   Status Release() override;

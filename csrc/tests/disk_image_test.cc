@@ -189,4 +189,39 @@ TEST_CASE("policies have names") {
   CHECK(!ParsePolicy("some", &policy).ok());
 }
 
+TEST_CASE("a reused file keeps old sectors until they are overwritten and flushed, and may come back by its old name") {
+  MemoryEnv env;
+  REQUIRE_OK(env.WriteFile("/old", std::string(1536, 'o'), 0600));
+  REQUIRE_OK(env.SyncDir("/"));
+  std::unique_ptr<WritableFile> file;
+  REQUIRE_OK(env.ReuseFile("/old", "/new", 0600, false, &file));
+  const std::string data(1024, 'n');
+  REQUIRE_OK(file->Pwrite(data.data(), data.size(), 0));
+  REQUIRE_OK(file->Truncate(1024));
+
+  std::set<std::string> states;
+  for (uint64_t seed = 0; seed < 400; ++seed) {
+    auto after = CrashNow(env, CrashPolicy::kRandom, seed);
+    std::string state;
+    for (const char* path : {"/old", "/new"}) {
+      const std::string content = Content(after.get(), path);
+      if (content == "-") continue;
+      state += path;
+      for (size_t i = 0; i < content.size(); i += 512) state += content[i] == '\0' ? '0' : content[i];
+    }
+    states.insert(state);
+  }
+  CHECK(states.contains("/oldooo"));
+  CHECK(states.contains("/oldnoo"));
+  CHECK(states.contains("/newno"));
+  CHECK(states.contains("/newnn"));
+  CHECK(states.contains("/newono"));
+
+  REQUIRE_OK(file->Sync());
+  CHECK(Content(CrashNow(env, CrashPolicy::kNone).get(), "/old") == data);
+  REQUIRE_OK(env.SyncDir("/"));
+  CHECK(Content(CrashNow(env, CrashPolicy::kNone).get(), "/new") == data);
+  CHECK(Content(CrashNow(env, CrashPolicy::kNone).get(), "/old") == "-");
+}
+
 }  // namespace layerwise

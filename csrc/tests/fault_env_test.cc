@@ -77,6 +77,8 @@ TEST_CASE("every kind of operation can fail") {
   CHECK_ERRNO(env.NewWritableFile("/h", 0600, false, &more), EIO);
   CHECK_ERRNO(env.NewReadableFile("/f", false, &again), EIO);
   CHECK_ERRNO(env.Rename("/f", "/e"), EIO);
+  CHECK_ERRNO(env.ReuseFile("/f", "/e", 0600, false, &more), EIO);
+  CHECK(env.trace().back() == "reuse /f -> /e");
   CHECK_ERRNO(env.SyncDir("/"), EIO);
   CHECK_ERRNO(env.Unlink("/f"), EIO);
   CHECK_ERRNO(env.RemoveDir("/d"), EIO);
@@ -85,11 +87,12 @@ TEST_CASE("every kind of operation can fail") {
   CHECK_ERRNO(env.Lock("/m", 0600, &second), EIO);
   CHECK_ERRNO(out->Pwrite("x", 1, 0), EIO);
   CHECK_ERRNO(out->Allocate(10), EIO);
+  CHECK_ERRNO(out->Truncate(10), EIO);
   CHECK_ERRNO(out->Sync(), EIO);
   CHECK_ERRNO(in->Pread(&byte, 1, 0, &got), EIO);
   CHECK_ERRNO(lock->Write("x"), EIO);
   CHECK_ERRNO(lock->Read(1, &data), EIO);
-  CHECK(env.injected() == 16);
+  CHECK(env.injected() == 18);
 }
 
 TEST_CASE("a short write does half of it and fails") {
@@ -124,6 +127,16 @@ TEST_CASE("a delay makes operations slow and lets them succeed") {
   REQUIRE_OK(env.WriteFile("/f", "x", 0600));
   CHECK(std::chrono::steady_clock::now() - begin >= std::chrono::milliseconds(20));
   CHECK(env.injected() == 0);
+}
+
+TEST_CASE("a reused file's operations count under its new name") {
+  MemoryEnv memory;
+  FaultEnv env(&memory);
+  REQUIRE_OK(memory.WriteFile("/old", "x", 0600));
+  std::unique_ptr<WritableFile> file;
+  REQUIRE_OK(env.ReuseFile("/old", "/new", 0600, false, &file));
+  REQUIRE_OK(file->Truncate(0));
+  CHECK(env.trace() == std::vector<std::string>{"reuse /old -> /new", "truncate /new"});
 }
 
 }  // namespace layerwise

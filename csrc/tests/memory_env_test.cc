@@ -125,4 +125,32 @@ TEST_CASE("dropped operations are acknowledged and do nothing") {
   CHECK(data == "");
 }
 
+TEST_CASE("a retired file is reused only while nobody else has it") {
+  MemoryEnv env;
+  std::unique_ptr<WritableFile> file;
+  std::unique_ptr<ReadableFile> reader;
+  REQUIRE_OK(env.WriteFile("/a", "old content", 0600));
+  REQUIRE_OK(env.WriteFile("/b", "x", 0600));
+  CHECK_ERRNO(env.ReuseFile("/a", "/b", 0600, false, &file), EEXIST);
+  CHECK_ERRNO(env.ReuseFile("/no", "/c", 0600, false, &file), ENOENT);
+  CHECK_ERRNO(env.ReuseFile("/", "/c", 0600, false, &file), EBUSY);
+  REQUIRE_OK(env.NewReadableFile("/a", false, &reader));
+  CHECK_ERRNO(env.ReuseFile("/a", "/c", 0600, false, &file), EBUSY);
+  REQUIRE_OK(reader->Close());
+  REQUIRE_OK(env.ReuseFile("/c", "/d", 0600, false, &file));
+  std::unique_ptr<WritableFile> second;
+  CHECK_ERRNO(env.ReuseFile("/d", "/e", 0600, false, &second), EBUSY);
+  REQUIRE_OK(file->Pwrite("new", 3, 0));
+  std::string data;
+  REQUIRE_OK(env.ReadFile("/e", 100, &data));
+  CHECK(data == "new content");
+  REQUIRE_OK(file->Truncate(3));
+  REQUIRE_OK(env.ReadFile("/e", 100, &data));
+  CHECK(data == "new");
+  file.reset();
+  CHECK(env.ReuseFile("/e", "/f", 0600, true, &second).ok());
+  CHECK(second->direct());
+  CHECK(env.LogEntry(env.LogSize() - 1) == "rename /e -> /f");
+}
+
 }  // namespace layerwise

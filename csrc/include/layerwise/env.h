@@ -29,7 +29,7 @@ struct FileInfo {
   uint64_t size = 0;
 };
 
-// A new file, open for writing.
+// A new file, or one taken over by Env::ReuseFile, open for writing.
 //
 // Threads: Pwrite may be called by several threads at once. Every other call
 // REQUIRES that no call on the same file is in flight.
@@ -65,6 +65,10 @@ class WritableFile {
   // Reserves space so that the file has at least `size` bytes; new ones read as
   // zeros. A file system that cannot do this is not an error.
   virtual Status Allocate(uint64_t size) = 0;
+
+  // Makes the file exactly this long; bytes that it gains read as zeros. Durable by
+  // the next Sync, like any other change: until then a crash leaves either size.
+  virtual Status Truncate(uint64_t size) = 0;
 
   // Flushes data and size to the device. After a failure the file is poisoned:
   // the kernel may have dropped the dirty pages and forgotten the error, so
@@ -145,6 +149,28 @@ class Env {
   // system that refuses direct I/O gives a plain file: see WritableFile::direct.
   virtual Status NewWritableFile(const std::string& path, uint32_t mode, bool direct,
                                  std::unique_ptr<WritableFile>* file) = 0;
+
+  // Takes a file that nobody needs any more over as a new one, with its space and
+  // its old content: renames `from` to `to`, which must not exist (EEXIST), and opens
+  // it with exactly this mode. Refused with EBUSY if another name or anyone else,
+  // this process included, has the file; with EOPNOTSUPP where the file system
+  // cannot tell (it knows no leases, or no rename that does not replace). Otherwise
+  // errors are those of NewReadableFile.
+  //
+  // With EEXIST nothing has happened. After any other failure the file may have its
+  // new name already: the caller unlinks `to`, which may be missing.
+  //
+  // The rename comes first, so that from then on nobody finds the file under the
+  // name that readers know, and who opened it before that is seen. No lock is needed
+  // for this: readers take none, and only an open that the kernel is still working
+  // on is missed; that reader sees wrong hashes.
+  //
+  // Survives a crash: the old content, in every sector that is not both overwritten
+  // and flushed. The rename is durable once both directories are synced; until then
+  // the file may come back under its old name, with any mixture of old and new
+  // sectors. REQUIRES: nothing durable refers to `from`.
+  virtual Status ReuseFile(const std::string& from, const std::string& to, uint32_t mode, bool direct,
+                           std::unique_ptr<WritableFile>* file) = 0;
 
   // Opens a regular file (EISDIR, EINVAL otherwise) and follows no link (ELOOP).
   virtual Status NewReadableFile(const std::string& path, bool direct,

@@ -15,6 +15,8 @@ class PosixEnv final : public Env {
   Status MakeDir(const std::string& path, uint32_t mode) override;
   Status NewWritableFile(const std::string& path, uint32_t mode, bool direct,
                          std::unique_ptr<WritableFile>* file) override;
+  Status ReuseFile(const std::string& from, const std::string& to, uint32_t mode, bool direct,
+                   std::unique_ptr<WritableFile>* file) override;
   Status NewReadableFile(const std::string& path, bool direct,
                          std::unique_ptr<ReadableFile>* file) override;
   Status Rename(const std::string& from, const std::string& to) override;
