@@ -155,8 +155,11 @@ class ShardWriter:
     """Writes one shard. From submit until a block is no longer leased, its memory must stay mapped and unchanged."""
 
     def __init__(
-        self, env: Env, pool: WriterPool, plan: Plan, path: _Path, mode: int = 0o600, direct: bool = True
-    ) -> None: ...
+        self, env: Env, pool: WriterPool, plan: Plan, path: _Path, mode: int = 0o600, direct: bool = True,
+        reuse: _Path | None = None,
+    ) -> None:  # fmt: skip
+        """With `reuse`, over that retired file, whose header must be blank and flushed; it becomes `path`."""
+
     def set_address(self, tensor: int, address: int) -> None: ...
     def set_addresses(self, addresses: Sequence[int]) -> None: ...
     def submit(self, first_block: int, count: int) -> None:

@@ -41,6 +41,20 @@ Status ShardWriter::Create(Env* env, WriterPool* pool, std::shared_ptr<const Pla
   return Status::Ok();
 }
 
+Status ShardWriter::CreateOver(Env* env, WriterPool* pool, std::shared_ptr<const Plan> plan,
+                               const std::string& spare, const std::string& path, uint32_t mode, bool direct,
+                               std::unique_ptr<ShardWriter>* writer) {
+  Status status = CheckRoom(*pool, *plan, path);
+  if (!status.ok()) return status;
+  std::unique_ptr<WritableFile> file;
+  status = env->ReuseFile(spare, path, mode, direct, &file);
+  if (status.ok() && plan->end() > 0) status = file->Allocate(plan->end());
+  if (!status.ok()) return status;
+  writer->reset(new ShardWriter(pool, std::move(plan), path, std::move(file)));
+  (*writer)->reused_ = true;
+  return Status::Ok();
+}
+
 ShardWriter::ShardWriter(WriterPool* pool, std::shared_ptr<const Plan> plan, std::string path,
                          std::unique_ptr<WritableFile> file)
     : pool_(pool),
@@ -378,6 +392,7 @@ Status ShardWriter::WriteHeader(std::string_view header) {
     std::memcpy(buffer.data(), header.data(), header.size());
     status = file_->Pwrite(buffer.data(), header.size(), 0);
   }
+  if (status.ok() && reused_) status = file_->Truncate(std::max<uint64_t>(end_, header.size()));
   if (status.ok()) status = file_->Sync();
   const Status closed = file_->Close();
   return status.ok() ? closed : status;

@@ -308,6 +308,42 @@ SHARD_TEST_CASE("a finished shard survives power loss once its directory is sync
   }
 }
 
+SHARD_TEST_CASE("a retired file is written over, and what is behind the new end is cut off") {
+  for (size_t old_size : {size_t{4096}, size_t{64 * 4096}}) {
+    ShardFixture f;
+    Tensor tensor(Pattern(3 * 4096));
+    REQUIRE_OK(f.memory.WriteFile("/old", std::string(4096, '\0') + std::string(old_size - 4096, 'o'), 0600));
+    std::unique_ptr<ShardWriter> writer;
+    REQUIRE_OK(ShardWriter::CreateOver(&f.env, f.pool.get(), f.Simple(3), "/old", "/s", 0600, true, &writer));
+    REQUIRE_OK(writer->SetAddress(0, tensor.address()));
+    REQUIRE_OK(writer->Submit(0, 3));
+    REQUIRE(writer->Wait(10));
+    REQUIRE_OK(writer->Finish(Header()));
+    REQUIRE_OK(f.env.SyncDir("/"));
+    for (uint64_t seed = 0; seed < 20; ++seed) {
+      auto after = f.memory.Crash(f.memory.LogSize(), seed, CrashPolicy::kRandom);
+      std::string data;
+      REQUIRE_OK(after->ReadFile("/s", 1 << 20, &data));
+      CHECK(data == Header() + tensor.content());
+      FileInfo info;
+      CHECK(after->Stat("/old", &info).error_number() == ENOENT);
+    }
+  }
+}
+
+SHARD_TEST_CASE("a file that a reader has open is not written over") {
+  ShardFixture f;
+  REQUIRE_OK(f.memory.WriteFile("/old", Pattern(8192), 0600));
+  std::unique_ptr<ReadableFile> reader;
+  REQUIRE_OK(f.memory.NewReadableFile("/old", false, &reader));
+  std::unique_ptr<ShardWriter> writer;
+  const Status status =
+      ShardWriter::CreateOver(&f.env, f.pool.get(), f.Simple(1), "/old", "/s", 0600, true, &writer);
+  CHECK(status.error_number() == EBUSY);
+  CHECK(writer == nullptr);
+  CHECK(f.Content() == Pattern(8192));
+}
+
 SHARD_TEST_CASE("a real disk takes a shard by direct I/O") {
   ScratchDir dir;
   PosixEnv env;

@@ -45,6 +45,15 @@ class ShardWriter final : public BlockSink {
                        const std::string& path, uint32_t mode, bool direct,
                        std::unique_ptr<ShardWriter>* writer);
 
+  // As Create, over the retired file `spare`, which Env::ReuseFile turns into
+  // `path`. Its old bytes stay where nothing is written; Finish cuts off what is
+  // behind the new end. After an error either name may exist.
+  // REQUIRES: the old header is blank and flushed, so that no crash can leave it
+  // above a mixture of old and new blocks.
+  static Status CreateOver(Env* env, WriterPool* pool, std::shared_ptr<const Plan> plan,
+                           const std::string& spare, const std::string& path, uint32_t mode, bool direct,
+                           std::unique_ptr<ShardWriter>* writer);
+
   ~ShardWriter() override;  // Abort()
 
   // Where tensor `tensor` begins in memory.
@@ -181,6 +190,7 @@ class ShardWriter final : public BlockSink {
   const bool direct_;
   const DirectIoAlignment alignment_;
   const int process_;
+  bool reused_ = false;  // set before any other thread knows this
   const std::unique_ptr<std::atomic<uintptr_t>[]> addresses_;
 
   mutable std::mutex mutex_;
