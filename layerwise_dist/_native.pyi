@@ -40,6 +40,9 @@ class Env:
     def write_file(self, path: _Path, data: Buffer, mode: int = 0o600) -> None: ...
     def read_file(self, path: _Path, cap: int) -> bytes: ...
     def lock(self, path: _Path, mode: int = 0o600) -> FileLock: ...
+    def file_system(self, path: _Path) -> int:
+        """The f_type of statfs(2); 0 if there is none."""
+
     def direct_io(self, path: _Path) -> tuple[int, int] | None:
         """(alignment of memory, of offsets and lengths) in this directory; None where direct I/O is refused."""
 

@@ -170,7 +170,13 @@ void BindEnv(nb::module_& m) {
              return ToBytes(data);
            }, nb::arg("path"), nb::arg("cap"))
       .def("lock", &Lock, nb::arg("path"), nb::arg("mode") = 0600, nb::keep_alive<0, 1>())
-      .def("direct_io", &DirectIo, nb::arg("path"));
+      .def("direct_io", &DirectIo, nb::arg("path"))
+      .def("file_system",
+           [](Env& env, const Path& path) {
+             uint64_t type = 0;
+             Unlocked([&] { return env.FileSystem(path.native(), &type); });
+             return type;
+           }, nb::arg("path"));
   nb::class_<PosixEnv, Env>(m, "PosixEnv").def(nb::init<>());
 }
 

@@ -13,6 +13,11 @@ Status WritableFile::Pwritev(const iovec* pieces, int count, uint64_t offset) {
   return Status::Ok();
 }
 
+Status Env::FileSystem(const std::string&, uint64_t* type) {
+  *type = 0;
+  return Status::Ok();
+}
+
 Status Env::WriteFile(const std::string& path, std::string_view data, uint32_t mode) {
   std::unique_ptr<WritableFile> file;
   Status status = NewWritableFile(path, mode, false, &file);

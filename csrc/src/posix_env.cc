@@ -3,6 +3,7 @@
 #include <dirent.h>
 #include <fcntl.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -139,6 +140,13 @@ Status PosixEnv::DirectIo(const std::string& dir, std::optional<DirectIoAlignmen
   if (unlink(path.c_str()) != 0) return PosixError("unlink", path);
   *alignment = TurnDirect(fd.get());
   return fd.Close(path);
+}
+
+Status PosixEnv::FileSystem(const std::string& path, uint64_t* type) {
+  struct statfs info;
+  if (statfs(path.c_str(), &info) != 0) return PosixError("statfs", path);
+  *type = static_cast<uint32_t>(info.f_type);
+  return Status::Ok();
 }
 
 }  // namespace layerwise

@@ -184,4 +184,6 @@ Status FaultEnv::DirectIo(const std::string& dir, std::optional<DirectIoAlignmen
   return base_->DirectIo(dir, alignment);
 }
 
+Status FaultEnv::FileSystem(const std::string& path, uint64_t* type) { return base_->FileSystem(path, type); }
+
 }  // namespace layerwise

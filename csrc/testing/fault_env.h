@@ -15,7 +15,7 @@ namespace layerwise {
 // Every operation is numbered from 0 when it begins: create, reuse, open, write,
 // read, sync, allocate, truncate, rename, sync_dir, make_dir, unlink, remove_dir,
 // list_dir, stat, lock. FileLock::Write counts as a write and a sync, FileLock::Read as a read; a
-// file's operations go under the path at which it was opened (its new one, if reused). close, DirectIo,
+// file's operations go under the path at which it was opened (its new one, if reused). close, DirectIo, FileSystem,
 // Release and HeldPathIsMine are passed on uncounted.
 //
 // A failed operation does not reach the other Env, except that a failed FileLock's
@@ -56,6 +56,7 @@ class FaultEnv final : public Env {
   Status Stat(const std::string& path, FileInfo* info) override;
   Status Lock(const std::string& path, uint32_t mode, std::unique_ptr<FileLock>* lock) override;
   Status DirectIo(const std::string& dir, std::optional<DirectIoAlignment>* alignment) override;
+  Status FileSystem(const std::string& path, uint64_t* type) override;
 
  private:
   Env* const base_;

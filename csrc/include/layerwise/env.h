@@ -199,6 +199,9 @@ class Env {
   // create a file ".probe-*" there, which is gone when this returns.
   virtual Status DirectIo(const std::string& dir, std::optional<DirectIoAlignment>* alignment) = 0;
 
+  // The f_type of statfs(2) for the file system of `path`; 0 if it has none.
+  virtual Status FileSystem(const std::string& path, uint64_t* type);
+
   // NewWritableFile, Pwrite, Sync, Close. After a failure the file may exist,
   // with any content.
   Status WriteFile(const std::string& path, std::string_view data, uint32_t mode);

@@ -27,6 +27,7 @@ class PosixEnv final : public Env {
   Status Stat(const std::string& path, FileInfo* info) override;
   Status Lock(const std::string& path, uint32_t mode, std::unique_ptr<FileLock>* lock) override;
   Status DirectIo(const std::string& dir, std::optional<DirectIoAlignment>* alignment) override;
+  Status FileSystem(const std::string& path, uint64_t* type) override;
 };
 
 }  // namespace layerwise
