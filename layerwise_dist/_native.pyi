@@ -215,9 +215,12 @@ class ShardReader:
     def size(self) -> int: ...
     def read(self, offset: int, n: int) -> bytes: ...
     def read_blocks(
-        self, blocks: Sequence[tuple[int, int, int]], segments: Sequence[tuple[int, int, int, int]]
+        self, blocks: Sequence[tuple[int, int, int | None]], segments: Sequence[tuple[int, int, int, int]]
     ) -> list[int]:
-        """blocks: (offset, length, hash); segments: (block, offset in block, address, length). Returns the bad blocks."""
+        """blocks: (offset, length, hash or None: not compared); segments: (block, offset in block, address, length).
+
+        Returns the bad blocks.
+        """
 
 class testing:
     """A submodule: file systems for tests."""

@@ -24,7 +24,7 @@ namespace {
 using Path = std::filesystem::path;
 using BlockTuple = std::tuple<int64_t, int64_t>;
 using SegmentTuple = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;
-using ReadBlockTuple = std::tuple<int64_t, int64_t, uint64_t>;
+using ReadBlockTuple = std::tuple<int64_t, int64_t, std::optional<uint64_t>>;
 using ReadSegmentTuple = std::tuple<int64_t, int64_t, uint64_t, int64_t>;
 
 // What the Python objects hold: the core's classes are made by factories.
@@ -138,7 +138,9 @@ std::vector<size_t> ReadBlocks(PyReader& reader, const std::vector<ReadBlockTupl
                                const std::vector<ReadSegmentTuple>& segments) {
   std::vector<ShardReader::Block> wanted;
   wanted.reserve(blocks.size());
-  for (const auto& [offset, length, hash] : blocks) wanted.push_back({Count(offset), Count(length), hash});
+  for (const auto& [offset, length, hash] : blocks) {
+    wanted.push_back({Count(offset), Count(length), hash.value_or(0), hash.has_value()});
+  }
   std::vector<ShardReader::Segment> copies;
   copies.reserve(segments.size());
   for (const auto& [block, block_offset, address, length] : segments) {

@@ -136,6 +136,19 @@ TEST_CASE("an I/O error is an error, not a bad block") {
   CHECK_ERRNO(reader->ReadBlocks(BlocksOf(content), {}, &bad), ECANCELED);
 }
 
+TEST_CASE("of a block that is not hashed only the length is checked") {
+  ShardFixture f;
+  const std::string content = Pattern(2 * 4096);
+  REQUIRE_OK(f.memory.WriteFile("/s", content, 0600));
+  auto reader = Open(&f.env, &f, "/s");
+  std::string out(4096, '.');
+  std::vector<size_t> bad;
+  REQUIRE_OK(reader->ReadBlocks({{0, 4096, 0, false}, {8192, 4096, 0, false}},
+                                {{0, 0, reinterpret_cast<uintptr_t>(out.data()), 4096}}, &bad));
+  CHECK(bad == std::vector<size_t>{1});
+  CHECK(out == content.substr(0, 4096));
+}
+
 TEST_CASE("what direct I/O refuses is read without it") {
   ShardFixture f;
   const std::string content = Pattern(4096);

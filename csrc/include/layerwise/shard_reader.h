@@ -22,6 +22,7 @@ class ShardReader {
     uint64_t offset;
     uint64_t length;
     uint64_t hash;
+    bool hashed = true;  // false: nothing is known of its content
   };
 
   // Copy `length` bytes from `block_offset` of block `block` to `address`.
