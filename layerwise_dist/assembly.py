@@ -28,6 +28,7 @@ from layerwise_dist.errors import BoundaryError, ConfigError
 from layerwise_dist.frameworks import Framework, detect
 from layerwise_dist.restore.agreement import together
 from layerwise_dist.storage.adapter import PCCheckAdapter
+from layerwise_dist.storage.recycling import recycles
 
 
 def attach(
@@ -115,14 +116,16 @@ def assemble(
                 world_size, send=send, commit=committer.commit, timeout_s=config.commit.timeout_s,
                 on_failure=config.commit.on_failure, raise_after=config.commit.raise_after,
             )  # fmt: skip
-            coordinator = CoordinatorThread(logic, committer.retire)
+            coordinator = CoordinatorThread(logic, lambda: committer.retire(send))
             closers.append(lambda: coordinator.close(1.0))
             participant.serve(coordinator.post)
         adapter = PCCheckAdapter(
             env, config.path, rank=rank, world_size=world_size, backend=config.writer.backend,
             queue_depth=config.writer.queue_depth, block_bytes=config.writer.block_kb << 10,
             direct_io=config.writer.direct_io == "auto", file_mode=config.file_bits, dir_mode=config.dir_bits,
+            spares=config.max_in_flight + 1 if recycles(env, config.path, config.writer.recycle) else 0,
         )  # fmt: skip
+        participant.recycle(adapter.recycler.retire)
         return LayerwiseEngine(
             found, optimizer, config, objects, adapter=adapter, manager=manager, info=info, participant=participant,
             committer=committer, coordinator=coordinator, fresh=fresh,

@@ -28,6 +28,9 @@ class WriterConfig(_Strict):
     )
     queue_depth: int = Field(4, ge=1, le=64, description="Writes in flight at once on this rank.")
     block_kb: int = Field(1024, ge=4, le=65536, multiple_of=4, description="Largest write and unit of hashing, KiB.")
+    recycle: Literal["auto", True, False] = Field(
+        "auto", description="Overwrite files of retired checkpoints; auto: unless the file system is a network's."
+    )
     direct_io: Literal["auto", "off"] = Field(
         "auto", description="auto: O_DIRECT where the file system takes it; off: through the page cache."
     )

@@ -226,7 +226,7 @@ def test_a_damaged_branch_record_never_brings_the_abandoned_branch_back(disk: Di
     disk.story.session(2, 2, restore=1, keep_last=9)
     branch = max(name for name in disk.env.list_dir(ROOT) if name.startswith("branch_"))
     for manifest in disk.manager.inventory().lineage()[:1]:
-        disk.manager.retire(manifest.attempt_id)  # the branch's only commit: the record is the newest again
+        disk.manager.withdraw(manifest.attempt_id)  # the branch's only commit: the record is the newest again
     assert start(disk.env) == [1, 1]
     spoil(disk, f"{ROOT}/{branch}", 80)
     for error in start(disk.env):

@@ -277,15 +277,14 @@ class CheckpointMetadataManager:
                 f"{folder}: {final} was renamed into place, but the flush of its directory failed: {error}"
             ) from error
 
-    def retire(self, attempt: AttemptId) -> None:
-        """Removes a checkpoint: its manifest first, durably, so that no crash leaves a manifest without shards."""
+    def withdraw(self, attempt: AttemptId) -> None:
+        """Ends a checkpoint: once this returns, no crash brings its manifest back, and its shards may be changed."""
         folder = os.path.join(self.root, attempt.folder)
         try:
             self.env.unlink(os.path.join(folder, layout.MANIFEST))
-            self.env.sync_dir(folder)
         except FileNotFoundError:
             pass
-        self.collect(attempt)
+        self.env.sync_dir(folder)
 
     def collect(self, attempt: AttemptId) -> None:
         """Removes an attempt that has no manifest: only files that this package named, and the folder if empty."""
@@ -321,7 +320,7 @@ class CheckpointMetadataManager:
                 if layout.is_leftover_in_commit(name):
                     self._unlink(os.path.join(folder, name))
         for name in self.env.list_dir(self.root):
-            if layout.is_branch_tmp(name) or name == layout.IDENTITY + ".tmp":
+            if layout.is_branch_tmp(name) or layout.is_spare(name) or name == layout.IDENTITY + ".tmp":
                 self._unlink(os.path.join(self.root, name))
 
     def remove_branch(self, seq: int) -> None:

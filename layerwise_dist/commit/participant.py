@@ -56,6 +56,7 @@ class Participant:
         self._lost: str | None = None
         self._closed_ranks: set[int] = set()
         self.commits = self.aborts = 0
+        self._retire: Callable[[AttemptId], None] | None = None
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._worker = threading.Thread(target=self._run, name="layerwise-persist", daemon=True)
         self._worker.start()
@@ -64,16 +65,18 @@ class Participant:
     def serve(self, coordinator: Callable[[Message], None]) -> None:
         self._serve = coordinator
 
+    def recycle(self, retire: Callable[[AttemptId], None]) -> None:
+        """`retire` is told of each checkpoint of this session whose manifest rank 0 removed durably. It must not wait."""
+        self._retire = retire
+
     # -- agreement ----------------------------------------------------------------------------------------------
 
-    def agree(
-        self, what: str, payload: Any, decide: Callable[[list[Any]], Any], *, timeout_s: float | None = None
-    ) -> Any:
+    def agree(self, what: str, payload: Any, decide: Callable[[list[Any]], Any]) -> Any:
         """All ranks call it in the same order; rank 0's `decide(payloads by rank)` is returned on every rank.
 
         A LayerwiseError raised by `decide` is raised on all ranks. Raises DeadlineError naming the ranks waited for.
         """
-        timeout = self._timeout_s if timeout_s is None else timeout_s
+        timeout = self._timeout_s
         deadline = time.monotonic() + timeout
         self._rounds += 1
         key = f"{self._rounds}:{what}"
@@ -317,6 +320,9 @@ class Participant:
                 self._work.put(lambda: self._discard(write))
             if self.rank == 0 and message["failure"]:
                 log.warning("checkpoint of step %d aborted: %s", message["step"], message["reason"])
+
+        elif kind == "retired" and self._retire is not None:
+            self._retire(AttemptId(message["epoch"], message["seq"], message["step"]))
 
     def _on_error(self, text: str) -> None:
         with self._changed:

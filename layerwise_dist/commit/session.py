@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +14,12 @@ from layerwise_dist.commit.metadata import Branch, CheckpointMetadataManager, Id
 from layerwise_dist.commit.owner import Owner
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.transports import Message
-from layerwise_dist.errors import DamageError, DirectoryError
+from layerwise_dist.errors import DamageError, DirectoryError, OwnerError
 from layerwise_dist.storage import layout
 from layerwise_dist.storage.layout import AttemptId
 from layerwise_dist.storage.retention import retired
+
+log = logging.getLogger("layerwise_dist")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,7 @@ class Committer:
         self._world_size, self._framework, self._software = world_size, framework, software
         self._keep_last, self._keep_every = keep_last, keep_every_n_steps
         self._head: ParentRef | None = None
+        self._announced: list[AttemptId] = []
         self.boundary_kind = "explicit"
 
     def follow(self, head: ParentRef | None, branch_seq: int | None) -> None:
@@ -70,21 +75,41 @@ class Committer:
         self._manager.commit(manifest)
         self._head = manifest.ref
 
-    def retire(self) -> None:
-        """Removes what retention no longer keeps, and branch records that a newer commit has made history."""
+    def retire(self, announce: Callable[[Message], None]) -> None:
+        """Removes what retention no longer keeps, and branch records that a newer commit has made history.
+
+        Shards of this session are left to the ranks that wrote them, who may reuse them: it is announced to them once
+        the manifest is gone for good. Those of earlier sessions are removed here, since nothing knows which queued
+        writes may still reach them.
+        """
         inventory = self._manager.inventory()
         lineage = inventory.lineage()
         family = [inventory.manifests[seq] for seq in inventory.roots()]
         gone = retired(lineage, family, keep_last=self._keep_last, keep_every_n_steps=self._keep_every)
+        self._announced = [attempt for attempt in self._announced if attempt in inventory.unfinished]
         for seq in gone:
             self.owner.check()
-            self._manager.retire(inventory.manifests[seq].attempt_id)
+            attempt = inventory.manifests[seq].attempt_id
+            self._manager.withdraw(attempt)
+            if attempt.epoch == self.info.epoch:
+                self._announced.append(attempt)
+                announce({"t": "retired", "epoch": attempt.epoch, "seq": attempt.seq, "step": attempt.step})
+            else:
+                self._manager.collect(attempt)
         kept = lineage[: self._keep_last]
         if len(kept) == self._keep_last:
             for seq in [seq for seq in inventory.branches if seq < kept[-1].seq]:
                 self._manager.remove_branch(seq)
 
     def close(self) -> None:
+        """REQUIRES: all ranks have left, or are given up. What they did not take of retired attempts is removed."""
+        try:
+            if self._announced:
+                self.owner.check()
+            for attempt in self._announced:
+                self._manager.collect(attempt)
+        except (OSError, OwnerError) as error:
+            log.warning("leftovers of retired checkpoints stay until the next start: %s", error)
         self.owner.release()
 
 

@@ -1,7 +1,7 @@
 """Stage 4, `PCCheckAdapter`: one pool of writer threads, several checkpoints in flight, one shard file each.
 
 After PCcheck (ASPLOS'25): a checkpoint is a pipeline of blocks, and the next may start before the last is durable.
-Unlike it, a shard is published only after its last block and its header were flushed, and nothing is ever reused.
+Unlike it, a shard is published only after its last block and its header were flushed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from layerwise_dist import _native
 from layerwise_dist.errors import ConfigError, DeadlineError
 from layerwise_dist.storage import layout
 from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage.recycling import Recycler
 from layerwise_dist.storage.shard import ShardLayout, Source, state_extent
 
 log = logging.getLogger("layerwise_dist")
@@ -55,13 +56,15 @@ class PCCheckAdapter:
     def __init__(
         self, env: Any, root: str, *, rank: int, world_size: int, backend: str = "auto", queue_depth: int = 4,
         block_bytes: int = 1 << 20, pool_bytes: int | None = None, direct_io: bool = True, file_mode: int = 0o600,
-        dir_mode: int = 0o700,
+        dir_mode: int = 0o700, spares: int = 0,
     ) -> None:  # fmt: skip
         """Starts the writer. `pool_bytes` bounds the memory for bounce buffers, evacuation and staging; None takes
-        twice the bounce buffers, 32 MiB at least.
+        twice the bounce buffers, 32 MiB at least. `spares`: how many files of retired checkpoints may wait to be
+        written over; 0: they are removed.
 
         Raises ConfigError where `backend` "uring" is refused, or where the pool has no room for its bounce buffers.
         """
+        self.recycler = Recycler(env, root, rank, limit=spares, file_mode=file_mode)
         self.env, self.root, self.rank, self.world_size = env, root, rank, world_size
         self.file_mode, self.dir_mode = file_mode, dir_mode
         self._block_bytes = block_bytes
@@ -104,10 +107,27 @@ class PCCheckAdapter:
         except FileExistsError:
             pass  # another rank was first
         partial = os.path.join(folder, layout.shard_file(self.rank) + layout.PARTIAL)
-        writer = _native.ShardWriter(self.env, self._pool, plan, partial, self.file_mode, self.direct)
-        return ShardWrite(self, attempt, shard, writer, folder)
+        return ShardWrite(self, attempt, shard, self._writer(plan, partial), folder)
+
+    def _writer(self, plan: Any, partial: str) -> Any:
+        """Over a retired file if one waits, else into a new one. Raises OSError."""
+        spare = self.recycler.take()
+        if spare is not None:
+            try:
+                return _native.ShardWriter(
+                    self.env, self._pool, plan, partial, self.file_mode, self.direct, reuse=spare
+                )
+            except OSError as error:
+                log.warning("rank %d: a new file instead of a retired one: %s", self.rank, error)
+                for path in (spare, partial):
+                    try:
+                        self.env.unlink(path)
+                    except FileNotFoundError:
+                        pass
+        return _native.ShardWriter(self.env, self._pool, plan, partial, self.file_mode, self.direct)
 
     def close(self) -> None:
+        self.recycler.close()
         self._pool.close()
         if self._readers is not None:
             self._readers.close()
@@ -188,6 +208,7 @@ class ShardWrite:
         env.sync_dir(adapter.root)
         if time.monotonic() > deadline:
             log.warning("rank %d: %s took longer than %g s to flush", adapter.rank, self.folder, timeout_s)
+        adapter.recycler.published(self.attempt, len(header))
         nbytes = self.layout.end + self._state_bytes
         return ShardReport(adapter.rank, name, nbytes, len(header), _native.xxh3_64(header))
 
@@ -198,6 +219,7 @@ class ShardWrite:
     def discard(self) -> None:
         """Removes this rank's files of a decided, uncommitted attempt; the last rank to leave removes the folder."""
         env = self._adapter.env
+        self._adapter.recycler.forget(self.attempt)
         name = layout.shard_file(self._adapter.rank)
         for victim in (name + layout.PARTIAL, name):
             try:

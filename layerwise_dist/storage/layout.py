@@ -3,6 +3,7 @@
     <dir>/identity.json
     <dir>/owner
     <dir>/branch_<seq>.json
+    <dir>/spare_<attempt>_<rank>
     <dir>/step_<step>-<attempt>/rank_<rank>.safetensors[.partial]
     <dir>/step_<step>-<attempt>/manifest.json[.tmp]
 
@@ -24,6 +25,7 @@ PARTIAL = ".partial"
 _STEP_DIR = re.compile(r"step_(\d{10})-([0-9a-f]{8})([0-9a-f]{8})\Z")
 _SHARD = re.compile(r"rank_(\d{5})\.safetensors(\.partial)?\Z")
 _BRANCH = re.compile(r"branch_(\d{10})\.json(\.tmp)?\Z")
+_SPARE = re.compile(r"spare_[0-9a-f]{16}_\d{5}\Z")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -51,6 +53,15 @@ def parse_folder(name: str) -> AttemptId | None:
 
 def shard_file(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
+
+
+def spare_file(attempt: AttemptId, rank: int) -> str:
+    """A rank's shard of a retired attempt, between two lives."""
+    return f"spare_{attempt.text}_{rank:05d}"
+
+
+def is_spare(name: str) -> bool:
+    return _SPARE.match(name) is not None
 
 
 def branch_file(seq: int) -> str:
