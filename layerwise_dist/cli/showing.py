@@ -48,6 +48,7 @@ def _read(catalogue: Catalogue, manifest: Manifest) -> tuple[list[Found], dict[s
                 problems.append(str(error))
                 continue
             shard |= {"tensors": len(index.entries), "layers": len(index.layers), "blocks": len(index.blocks)}
+            shard["hash"] = "XXH3-64" if index.hashed else "none"
             for name, entry in index.entries.items():
                 part = entry.slice
                 tensor = tensors.setdefault(name, _tensor(name, part))
@@ -87,9 +88,9 @@ def _parts(data: dict[str, Any], manifest: Manifest, everything: bool) -> list[A
         row(facts, name, value)
 
     right = ("rank", "size", "tensors", "layers", "blocks")
-    shards = table("rank", "shard", "size", "tensors", "layers", "blocks", right=right)
+    shards = table("rank", "shard", "size", "tensors", "layers", "blocks", "hash", right=right)
     for shard in data["shards"]:
-        counts = (shard.get(name, "?") for name in ("tensors", "layers", "blocks"))
+        counts = (shard.get(name, "?") for name in ("tensors", "layers", "blocks", "hash"))
         row(shards, shard["rank"], shard["file"], size(shard["bytes"]), *counts)
 
     tensors = data["tensors"] if everything else data["tensors"][:_LISTED]

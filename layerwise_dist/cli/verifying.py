@@ -16,11 +16,15 @@ from layerwise_dist.commit.metadata import Manifest
 from layerwise_dist.errors import DamageError
 from layerwise_dist.storage import layout
 
-_STYLE = {"sound": "green", "damaged": "bold red", "retired": "dim"}
+_STYLE = {"sound": "green", "not hashed": "yellow", "damaged": "bold red", "retired": "dim"}
 
 
 def verify(catalogue: Catalogue, step: int | None) -> Answer:
-    """Bad when anything is not what was committed, or cannot be read. Without `step`, all checkpoints are read."""
+    """Bad when anything is not what was committed, or cannot be read. Without `step`, all checkpoints are read.
+
+    Of a checkpoint written with `hash: false` sizes, header and state are checked; its tensors are only read, and said
+    to be not hashed: nothing tells whether they are what was written.
+    """
     if step is None:
         manifests = sorted(catalogue.inventory.manifests.values(), key=lambda manifest: -manifest.seq)
         records = dict(catalogue.inventory.damaged)
@@ -50,22 +54,29 @@ def verify(catalogue: Catalogue, step: int | None) -> Answer:
         cells = (result[name] for name in ("step", "seq", "status", "ranks"))
         row(shown, *cells, size(result["bytes"]), result["result"], style=_STYLE[result["result"]])
     parts: list[Any] = [f"Verified in {catalogue.root}", shown, *(f"damaged: {line}" for line in damage)]
-    parts.append(f"{size(nbytes)} read in {seconds:.1f} s; {f'{len(damage)} damages found' if damage else 'all sound'}")
+    unhashed = [str(result["step"]) for result in results if result["result"] == "not hashed"]
+    if unhashed:
+        parts.append(f"data not hashed: whether the tensors of step(s) {', '.join(unhashed)} are sound cannot be told")
+    verdict = f"{len(damage)} damages found" if damage else "no damage found" if unhashed else "all sound"
+    parts.append(f"{size(nbytes)} read in {seconds:.1f} s; {verdict}")
     return Answer(data, parts, good=not damage)
 
 
 def _verify_one(catalogue: Catalogue, manifest: Manifest, advance: Callable[[int], None]) -> dict[str, Any]:
     damage: list[str] = []
+    hashed = True
     with catalogue.shards(manifest) as opener:
         for record in manifest.shards:
             try:
-                damage += opener.open(record).verify()
+                shard = opener.open(record)
+                hashed &= shard.index.hashed
+                damage += shard.verify()
             except DamageError as error:
                 damage.append(str(error))
             except OSError as error:
                 damage.append(f"shard {catalogue.manager.shard_path(manifest, record.rank)}: cannot be read: {error}")
             advance(record.nbytes)
-    result = "damaged" if damage else "sound"
+    result = "damaged" if damage else "sound" if hashed else "not hashed"
     if damage and not catalogue.still_there(manifest):
         damage, result = [], "retired"  # a job that runs removed it meanwhile
     return {

@@ -56,14 +56,15 @@ class PCCheckAdapter:
     def __init__(
         self, env: Any, root: str, *, rank: int, world_size: int, backend: str = "auto", queue_depth: int = 4,
         block_bytes: int = 1 << 20, pool_bytes: int | None = None, direct_io: bool = True, file_mode: int = 0o600,
-        dir_mode: int = 0o700, spares: int = 0,
+        dir_mode: int = 0o700, spares: int = 0, hashed: bool = True,
     ) -> None:  # fmt: skip
         """Starts the writer. `pool_bytes` bounds the memory for bounce buffers, evacuation and staging; None takes
         twice the bounce buffers, 32 MiB at least. `spares`: how many files of retired checkpoints may wait to be
-        written over; 0: they are removed.
+        written over; 0: they are removed. `hashed`: whether tensors are hashed; header and state always are.
 
         Raises ConfigError where `backend` "uring" is refused, or where the pool has no room for its bounce buffers.
         """
+        self.hashed = hashed
         self.recycler = Recycler(env, root, rank, limit=spares, file_mode=file_mode)
         self.env, self.root, self.rank, self.world_size = env, root, rank, world_size
         self.file_mode, self.dir_mode = file_mode, dir_mode
@@ -194,7 +195,7 @@ class ShardWrite:
             raise error
         self.confirm(max(0.0, deadline - time.monotonic()))
         adapter, env = self._adapter, self._adapter.env
-        hashes = self._writer.hashes_hex()[: 16 * len(self.layout.blocks)]
+        hashes = self._writer.hashes_hex()[: 16 * len(self.layout.blocks)] if adapter.hashed else None
         header = self.layout.header(
             attempt=self.attempt.text, step=self.attempt.step, rank=adapter.rank, world_size=adapter.world_size,
             hashes=hashes, state=self._state, state_hash=f"{self._state_hash:016x}",

@@ -15,7 +15,7 @@ from typing import Any
 from layerwise_dist import _native
 from layerwise_dist.errors import DamageError
 from layerwise_dist.slices import ITEM_BYTES, Slice
-from layerwise_dist.storage.shard import ALIGN, FORMAT, HEADER_CAP, STATE_BYTES, STATE_JSON, cut_segments
+from layerwise_dist.storage.shard import ALIGN, FORMAT, HEADER_CAP, STATE_BYTES, STATE_JSON, UNHASHED, cut_segments
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,10 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class ShardIndex:
-    """A header, checked. Offsets are absolute in the file, in bytes; `hashes` has one number a block of `blocks`."""
+    """A header, checked. Offsets are absolute in the file, in bytes.
+
+    `hashes` has one number a block of `blocks`: None for each if the writer was told not to hash.
+    """
 
     path: str
     size: int
@@ -41,10 +44,15 @@ class ShardIndex:
     entries: dict[str, Entry]
     layers: list[tuple[str, int, int]]
     blocks: list[tuple[int, int]]
-    hashes: list[int]
+    hashes: list[int | None]
     state_json: tuple[int, int]
     state_bytes: tuple[int, int]
     state_hash: int
+
+    @property
+    def hashed(self) -> bool:
+        """Whether the layers' contents can be verified; the header and the state always can."""
+        return None not in self.hashes
 
     @property
     def state_range(self) -> tuple[int, int]:
@@ -106,10 +114,7 @@ def _index(path: str, size: int, base: int, tree: dict[str, Any]) -> ShardIndex:
     if places:
         raise ValueError(f"places of tensors that are not there: {sorted(places)[:3]}")
     layers, blocks = _layers(json.loads(metadata["layers"]), base, block_bytes, special[STATE_JSON][0])
-    text = metadata["hashes"]
-    if len(text) != 16 * len(blocks):
-        raise ValueError(f"{len(text)} digits of hashes for {len(blocks)} blocks")
-    hashes = [int(text[i : i + 16], 16) for i in range(0, len(text), 16)]
+    hashes = _hashes(metadata["hashes"], metadata.get("hash"), len(blocks))
     return ShardIndex(
         path, size, metadata["attempt"], _count(metadata["step"]), _count(metadata["rank"]), _count(metadata["world_size"]),
         entries, layers, blocks, hashes, special[STATE_JSON], special[STATE_BYTES], int(metadata["state_hash"], 16),
@@ -133,6 +138,16 @@ def _layers(
     if cursor != end:
         raise ValueError(f"the layers end at {cursor}, the state begins at {end}")
     return layers, blocks
+
+
+def _hashes(text: str, kind: str | None, blocks: int) -> list[int | None]:
+    if kind not in (None, UNHASHED):
+        raise ValueError(f"hash {kind!r}; this version knows {UNHASHED!r} and XXH3-64, which has no name here")
+    if len(text) != (16 * blocks if kind is None else 0):
+        raise ValueError(f"{len(text)} digits of hashes for {blocks} blocks")
+    if kind is not None:
+        return [None] * blocks
+    return [int(text[i : i + 16], 16) for i in range(0, len(text), 16)]
 
 
 def _slice(name: str, dtype: str, shape: tuple[int, ...], place: dict[str, Any]) -> Slice:
@@ -198,7 +213,7 @@ class Shard:
         return data[text[0] - begin : text[1] - begin], data[blob[0] - begin : blob[1] - begin]
 
     def read_into(self, spans: list[tuple[int, int, int]]) -> None:
-        """Copies byte ranges (begin, end, memory address) of the file out; every block touched is verified first.
+        """Copies byte ranges (begin, end, memory address) of the file out; every hashed block touched is verified first.
 
         Nothing of a bad block is copied, but other blocks may have been when DamageError is raised.
         REQUIRES: ranges lie in the layers, and the memory stays alive and unshared until the call returns.
@@ -220,7 +235,7 @@ class Shard:
             raise DamageError("; ".join(self.describe(numbers[block]) for block in bad[:5]))
 
     def verify(self) -> list[str]:
-        """Reads everything; returns one message a bad block (empty: sound). Raises OSError."""
+        """Reads everything; returns one message a bad block (empty: as committed, where it is hashed). Raises OSError."""
         index = self.index
         blocks = [(*block, expected) for block, expected in zip(index.blocks, index.hashes, strict=True)]
         messages = [self.describe(block) for block in self._reader.read_blocks(blocks, [])]
@@ -234,7 +249,6 @@ class Shard:
         offset, length = self.index.blocks[block]
         names = [name for name, e in self.index.entries.items() if e.begin < offset + length and offset < e.end]
         what = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "padding"
-        return (
-            f"shard {self.index.path} of step {self.index.step}: block {block} at offset {offset} ({what}) "
-            f"hashes otherwise than the header says ({self.index.hashes[block]:016x})"
-        )
+        expected = self.index.hashes[block]
+        problem = "is cut" if expected is None else f"hashes otherwise than the header says ({expected:016x})"
+        return f"shard {self.index.path} of step {self.index.step}: block {block} at offset {offset} ({what}) {problem}"

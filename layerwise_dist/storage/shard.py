@@ -18,6 +18,7 @@ FORMAT = "layerwise-shard-1"
 ALIGN = 4096
 HEADER_CAP = 64 << 20
 PACK_BELOW = 64 << 10
+UNHASHED = "none"
 STATE_JSON = "state/json"
 STATE_BYTES = "state/bytes"
 _PACK_ALIGN = 64
@@ -159,13 +160,13 @@ class ShardLayout:
         step: int,
         rank: int,
         world_size: int,
-        hashes: str,
+        hashes: str | None,
         state: tuple[int, int],
         state_hash: str,
     ) -> bytes:
         """The header region: 8-byte little-endian length, JSON, spaces up to `header_bytes`.
 
-        `hashes` holds sixteen hexadecimal digits a block of the layers; `state` the lengths (bytes) of the two parts
+        `hashes` holds sixteen hexadecimal digits a block of the layers, None if they were not hashed; `state` the lengths (bytes) of the two parts
         of the state extent, which starts at `end`; `state_hash` is its XXH3-64.
         """
         metadata = {
@@ -176,7 +177,8 @@ class ShardLayout:
             "world_size": str(world_size),
             "block_bytes": str(self.block_bytes),
             "state_hash": state_hash,
-            "hashes": hashes,
+            "hashes": hashes or "",
+            **({"hash": UNHASHED} if hashes is None else {}),
             **self._tables,
         }
         tail = _entry_text(state_spans(self.data_bytes, *state, self._pads))
