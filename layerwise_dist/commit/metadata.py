@@ -27,6 +27,7 @@ MANIFEST_CAP = 256 << 20
 _TAIL = re.compile(rb',"checksum":"([0-9a-f]{16})"\}\n\Z')
 _TAIL_BYTES = len(b',"checksum":"0123456789abcdef"}\n')
 _HEX16 = r"^[0-9a-f]{16}$"
+MOST_ANCESTORS = 64
 
 
 class _Record(BaseModel):
@@ -47,7 +48,10 @@ class ShardRecord(_Record):
 
 
 class Manifest(_Record):
-    """The global commit record. `step` is steps completed; `created` is seconds since 1970; sizes are bytes."""
+    """The global commit record. `step` is steps completed; `created` is seconds since 1970; sizes are bytes.
+
+    `ancestors` are the lineage's commits before `parent`, newest first: the way past a parent that is damaged.
+    """
 
     format: Literal["layerwise-manifest-1"] = "layerwise-manifest-1"
     identity: str = Field(pattern=r"^[0-9a-f]{32}$")
@@ -56,6 +60,7 @@ class Manifest(_Record):
     seq: int = Field(ge=1, lt=1 << 32)
     attempt: str = Field(pattern=_HEX16)
     parent: ParentRef | None
+    ancestors: list[ParentRef] = Field(max_length=MOST_ANCESTORS)
     step: int = Field(ge=0, lt=10**10)
     world_size: int = Field(ge=1)
     framework: str
@@ -85,6 +90,7 @@ class Branch(_Record):
     session: str = Field(pattern=r"^[0-9a-f]{32}$")
     seq: int = Field(ge=1, lt=1 << 32)
     parent: ParentRef | None
+    ancestors: list[ParentRef] = Field(max_length=MOST_ANCESTORS)
 
 
 class Identity(_Record):
@@ -157,24 +163,40 @@ class Inventory:
         epochs += [attempt.epoch for name in self.damaged if (attempt := layout.parse_folder(name))]
         return max(epochs, default=0)
 
-    def lineage(self) -> list[Manifest]:
-        """The commits that restore may choose from, newest first."""
+    def lineage(self, *, unbroken: bool = False) -> list[Manifest]:
+        """The commits that restore may choose from, newest first.
+
+        A commit that is missing or damaged is passed over: its child knows what came before it. `unbroken` ends there
+        instead, as retention does, which touches nothing that it does not wholly understand.
+        """
         records: dict[int, Manifest | Branch] = {**self.manifests, **self.branches}
+        if not records:
+            return []
+        newest = records[max(records)]
+        return ([newest] if isinstance(newest, Manifest) else []) + self._before(newest, unbroken)
+
+    def chain(self, head: ParentRef) -> list[Manifest]:
+        """The lineage as it was when `head` was its newest commit, newest first; empty if that is not there."""
+        manifest = self._sound(head, head.seq + 1)
+        return [manifest, *self._before(manifest, False)] if manifest else []
+
+    def _before(self, record: Manifest | Branch, unbroken: bool) -> list[Manifest]:
         chain: list[Manifest] = []
-        seq = max(records, default=0)
-        record = records.get(seq)
-        while record is not None:
-            if isinstance(record, Manifest):
-                chain.append(record)
-            parent = record.parent
-            record = self.manifests.get(parent.seq) if parent and parent.seq < record.seq else None
-            if record is not None and parent is not None and record.attempt != parent.attempt:
-                record = None
+        older: Manifest | Branch | None = record
+        while older is not None:
+            ways = ([older.parent] if older.parent else []) + ([] if unbroken else older.ancestors)
+            older = next((found for way in ways if (found := self._sound(way, older.seq)) is not None), None)
+            if older is not None:
+                chain.append(older)
         return chain
+
+    def _sound(self, ref: ParentRef, below: int) -> Manifest | None:
+        found = self.manifests.get(ref.seq)
+        return found if found is not None and ref.seq < below and found.attempt == ref.attempt else None
 
     def roots(self) -> set[int]:
         """Seqs of the commits that descend from the same first commit as the lineage's newest, abandoned ones too."""
-        chain = self.lineage()
+        chain = self.lineage(unbroken=True)
         if not chain:
             return set()
         family = {manifest.seq for manifest in chain}

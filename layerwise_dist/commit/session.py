@@ -10,7 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from layerwise_dist.commit.metadata import Branch, CheckpointMetadataManager, Identity, Manifest, ParentRef, ShardRecord
+from layerwise_dist.commit.metadata import (
+    MOST_ANCESTORS,
+    Branch,
+    CheckpointMetadataManager,
+    Identity,
+    Manifest,
+    ParentRef,
+    ShardRecord,
+)
 from layerwise_dist.commit.owner import Owner
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.transports import Message
@@ -44,17 +52,21 @@ class Committer:
         self._world_size, self._framework, self._software = world_size, framework, software
         self._keep_last, self._keep_every = keep_last, keep_every_n_steps
         self._head: ParentRef | None = None
+        self._ancestors: list[ParentRef] = []
         self._announced: list[AttemptId] = []
         self.boundary_kind = "explicit"
 
     def follow(self, head: ParentRef | None, branch_seq: int | None) -> None:
         """The next commit continues from `head`. With `branch_seq`, a branch record makes that durable at once."""
+        chain = self._manager.inventory().chain(head) if head is not None else []
+        ancestors = [manifest.ref for manifest in chain[1 : 1 + MOST_ANCESTORS]]
         if branch_seq is not None:
             self.owner.check()
-            self._manager.write_branch(
-                Branch(identity=self.info.identity, session=self.info.session, seq=branch_seq, parent=head)
+            branch = Branch(
+                identity=self.info.identity, session=self.info.session, seq=branch_seq, parent=head, ancestors=ancestors
             )
-        self._head = head
+            self._manager.write_branch(branch)
+        self._head, self._ancestors = head, ancestors
 
     def commit(self, seq: int, step: int, reports: list[Message]) -> None:
         """Raises OSError, InDoubt or OwnerError, as `Coordinator` expects."""
@@ -68,11 +80,13 @@ class Committer:
         ]  # fmt: skip
         manifest = Manifest(
             identity=self.info.identity, session=self.info.session, epoch=self.info.epoch, seq=seq, attempt=attempt.text,
-            parent=self._head, step=step, world_size=self._world_size, framework=self._framework,
+            parent=self._head, ancestors=self._ancestors, step=step, world_size=self._world_size, framework=self._framework,
             boundary=self.boundary_kind, created=time.time(), software=self._software, shards=shards,
         )  # fmt: skip
         self.owner.check()
         self._manager.commit(manifest)
+        if self._head is not None:
+            self._ancestors = [self._head, *self._ancestors][:MOST_ANCESTORS]
         self._head = manifest.ref
 
     def retire(self, announce: Callable[[Message], None]) -> None:
@@ -83,7 +97,7 @@ class Committer:
         writes may still reach them.
         """
         inventory = self._manager.inventory()
-        lineage = inventory.lineage()
+        lineage = inventory.lineage(unbroken=True)
         family = [inventory.manifests[seq] for seq in inventory.roots()]
         gone = retired(lineage, family, keep_last=self._keep_last, keep_every_n_steps=self._keep_every)
         self._announced = [attempt for attempt in self._announced if attempt in inventory.unfinished]
@@ -96,6 +110,7 @@ class Committer:
                 announce({"t": "retired", "epoch": attempt.epoch, "seq": attempt.seq, "step": attempt.step})
             else:
                 self._manager.collect(attempt)
+        self._ancestors = [ref for ref in self._ancestors if ref.seq not in gone]
         kept = lineage[: self._keep_last]
         if len(kept) == self._keep_last:
             for seq in [seq for seq in inventory.branches if seq < kept[-1].seq]:
