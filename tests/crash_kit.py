@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fnmatch
+import json
 import os
 import sys
 import threading
@@ -28,7 +29,7 @@ from layerwise_dist.config import load_config
 from layerwise_dist.engine import LayerwiseEngine
 from layerwise_dist.errors import DamageError
 from layerwise_dist.pieces import DTYPES
-from layerwise_dist.storage import typed_json
+from layerwise_dist.storage import layout, typed_json
 from layerwise_dist.storage.reader import Shard
 
 torch.set_num_threads(1)
@@ -155,12 +156,18 @@ class Story:
         restore: int | str | None = "newest",
         fresh: bool = False,
         waiting: bool = True,
+        spares_from: int | None = None,
+        at_step: Callable[[LayerwiseEngine, int], None] = lambda engine, step: None,
         **config: Any,
     ) -> list[LayerwiseEngine]:
-        """One run of the job by all ranks, up to step `total`. With `waiting`, each is committed before the next."""
+        """One run of the job by all ranks, up to step `total`. With `waiting`, each is committed before the next.
+
+        From the commit of step `spares_from` on, a retired file must wait to be reused before the next step begins.
+        `at_step` runs on every rank before an update, with the number of steps completed.
+        """
 
         def run(transport: LocalTransport) -> LayerwiseEngine:
-            return self._run(transport, phase, total, restore, fresh, waiting, config)
+            return self._run(transport, phase, total, restore, fresh, waiting, spares_from, at_step, config)
 
         return in_ranks(run)
 
@@ -172,6 +179,8 @@ class Story:
         restore: int | str | None,
         fresh: bool,
         waiting: bool,
+        spares_from: int | None,
+        at_step: Callable[[LayerwiseEngine, int], None],
         config: dict[str, Any],
     ) -> LayerwiseEngine:
         rank = transport.rank
@@ -194,6 +203,9 @@ class Story:
             for step in engine.steps(total):
                 if waiting:
                     self._committed(engine, phase, step, rank)
+                if spares_from is not None and step >= spares_from:
+                    await_spare(engine)
+                at_step(engine, step)
                 train(model, optimizer, rank, phase, step)
                 place["phase"], place["step"] = phase, step + 1
                 with self.lock:
@@ -260,10 +272,37 @@ class Story:
             f"the newest record stands for {newest}, of {positions}"
         )
         assert newest >= promised, f"the newest record stands for {newest}, {promised} was said to be committed"
+        self._check_retired(env, inventory, promised)
         lineage = inventory.lineage()
         if positions and max(positions) in inventory.manifests:
             assert lineage and lineage[0].seq == max(positions)
         return newest
+
+    def _check_retired(self, env: Any, inventory: Inventory, promised: tuple[int, int]) -> None:
+        """A file that says it is of a commit of the past is that commit's still, whole: no header over other data."""
+        paths = []
+        for folder in [attempt.folder for attempt in inventory.unfinished]:
+            paths += [f"{folder}/{name}" for name in env.list_dir(f"{self.root}/{folder}") if name.startswith("rank_")]
+        if paths or inventory.manifests:
+            paths += [name for name in env.list_dir(self.root) if layout.is_spare(name)]
+        for path in paths:
+            data = env.read_file(f"{self.root}/{path}", 1 << 30)
+            said = header_of(data)
+            if said is None or int(said["step"]) > promised[1]:
+                continue
+            header_bytes = 8 + int.from_bytes(data[:8], "little")
+            pool = _native.WriterPool(1)
+            try:
+                shard = Shard(
+                    env, pool, f"{self.root}/{path}", nbytes=len(data), header_bytes=header_bytes,
+                    header_hash=_native.xxh3_64(data[:header_bytes]),
+                )  # fmt: skip
+                problems = shard.verify()
+            except DamageError as error:
+                problems = [str(error)]
+            finally:
+                pool.close()
+            assert not problems, f"{path} says that it is step {said['step']}, and is not: {problems}"
 
     def _check_commit(
         self, env: Any, pool: Any, manager: CheckpointMetadataManager, manifest: Manifest
@@ -318,6 +357,23 @@ class Story:
             finally:
                 del self.states[99, step + 1]
         return step
+
+
+def await_spare(engine: LayerwiseEngine, timeout_s: float = 30.0) -> None:
+    """Until a file of a retired checkpoint waits on this rank: retirement follows a commit in the background."""
+    deadline = time.monotonic() + timeout_s
+    while not engine._adapter.recycler.waiting():
+        assert time.monotonic() < deadline, f"no file of a retired checkpoint waits after {timeout_s:g} s"
+        time.sleep(0.001)
+
+
+def header_of(data: bytes) -> dict[str, Any] | None:
+    """The `__metadata__` of what begins as a shard does; None for anything else."""
+    length = int.from_bytes(data[:8], "little")
+    try:
+        return json.loads(data[8 : 8 + length])["__metadata__"] if 0 < length <= len(data) - 8 else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def read_shard(env: Any, pool: Any, path: str, record: Any) -> tuple[Tensors, dict[str, int]]:

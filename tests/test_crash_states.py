@@ -7,12 +7,18 @@ flushed) is read by the engine's own code. Leaving out any one flush or rename m
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 from crash_kit import POLICIES, MutantEnv, Mutation, Story
 
 from layerwise_dist._native import testing
+from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.errors import CommitError
+from layerwise_dist.storage.layout import AttemptId
+
+
+SMALL = {"queue_depth": 2, "block_kb": 32}
 
 
 def two_steps(story: Story) -> None:
@@ -24,7 +30,12 @@ def in_flight(story: Story) -> None:
 
 
 def retention(story: Story) -> None:
-    story.session(1, 4, keep_last=1)
+    story.session(1, 3, keep_last=1, writer={**SMALL, "recycle": False})
+
+
+def reuse(story: Story, steps: int = 6) -> None:
+    """From step 3 on each shard is written over one that was retired."""
+    story.session(1, steps, keep_last=1, spares_from=2, writer=SMALL)
 
 
 def branches(story: Story) -> None:
@@ -35,7 +46,7 @@ def branches(story: Story) -> None:
     story.session(4, 1, keep_last=2, fresh=True)
 
 
-STORIES = {story.__name__: story for story in (two_steps, in_flight, retention, branches)}
+STORIES = {story.__name__: story for story in (two_steps, in_flight, retention, reuse, branches)}
 
 
 def sweep(story: Story, seeds: int) -> int:
@@ -89,6 +100,10 @@ def one_retired(story: Story) -> None:
     story.session(1, 2, keep_last=1)
 
 
+def three_reusing(story: Story) -> None:
+    reuse(story, 3)
+
+
 MUTATIONS = {
     "sync of the shards": (two_steps, Mutation("sync", "*/rank_*.partial")),
     "sync of rank 1's shard alone": (two_steps, Mutation("sync", "*/rank_00001*.partial")),
@@ -102,7 +117,14 @@ MUTATIONS = {
     "sync of the branch record": (one_branch, Mutation("sync", "*/branch_*")),
     "rename of the branch record": (one_branch, Mutation("rename", "*/branch_*.json", "_publish")),
     "sync_dir of the root after the branch record": (one_branch, Mutation("sync_dir", "/ckpt", "_publish")),
-    "sync_dir after a retired manifest": (one_retired, Mutation("sync_dir", "*/step_*", "retire")),
+    "sync_dir after a retired manifest": (one_retired, Mutation("sync_dir", "*/step_*", "withdraw")),
+    "sync_dir after a retired manifest whose shards are reused": (
+        three_reusing,
+        Mutation("sync_dir", "*/step_*", "withdraw"),
+    ),
+    "blanking of a retired header": (three_reusing, Mutation("write", "/ckpt/spare_*")),
+    "sync of a blanked header": (three_reusing, Mutation("sync", "/ckpt/spare_*")),
+    "sync of a shard in a reused file": (three_reusing, Mutation("sync", "*/step_0000000003*/rank_*.partial")),
     "sync of the identity": (two_steps, Mutation("sync", "*/identity.json*")),
     "sync_dir above the root": (two_steps, Mutation("sync_dir", "/", "_make_dirs")),
 }
@@ -120,6 +142,21 @@ def test_leaving_out_one_flush_or_rename_is_found(left_out: str) -> None:
         sweep(story, 12)
 
 
+def test_announcing_what_is_retired_before_its_manifest_is_gone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    withdraw, late = CheckpointMetadataManager.withdraw, []
+
+    def one_commit_later(manager: CheckpointMetadataManager, attempt: AttemptId) -> None:
+        late.append(attempt)
+        if len(late) > 1:
+            withdraw(manager, late.pop(0))
+
+    monkeypatch.setattr(CheckpointMetadataManager, "withdraw", one_commit_later)
+    story = Story(testing.MemoryEnv())
+    three_reusing(story)
+    with pytest.raises(AssertionError, match="^prefix"):
+        sweep(story, 4)
+
+
 def test_what_a_restart_reports_as_committed_survives_power_loss_even_if_the_first_job_could_not_flush_it() -> None:
     """A job ends between the manifest's rename and its flush. The next one finds it and must flush it first."""
     env = MutantEnv(Mutation("sync_dir", "*/step_*2-*", "_publish", forget=False))
@@ -135,7 +172,7 @@ def test_what_a_restart_reports_as_committed_survives_power_loss_even_if_the_fir
 
 def test_a_checkpoint_is_not_removed_before_the_end_of_its_manifest_is_durable_even_over_a_restart() -> None:
     """The flush between manifest and shards fails; the next start collects the shards: it must flush first."""
-    env = MutantEnv(Mutation("sync_dir", "*/step_*1-*", "retire", forget=False))
+    env = MutantEnv(Mutation("sync_dir", "*/step_*1-*", "withdraw", forget=False))
     story = Story(env)
     story.session(1, 2, keep_last=1)
     assert env.mutated == 1
@@ -144,14 +181,16 @@ def test_a_checkpoint_is_not_removed_before_the_end_of_its_manifest_is_durable_e
     sweep(story, 8)
 
 
-def test_leftovers_of_a_crash_are_gone_after_the_next_start() -> None:
+@pytest.mark.parametrize("run", [two_steps, three_reusing])
+def test_leftovers_of_a_crash_are_gone_after_the_next_start(run: Callable[[Story], None]) -> None:
     story = Story(testing.MemoryEnv())
-    two_steps(story)
-    for prefix in range(0, story.env.log_size + 1, 3):
+    run(story)
+    for prefix in range(0, story.env.log_size + 1, 3 if run is two_steps else 7):
         crashed = story.env.crash(prefix, 0, "all")
         step = story.restart(crashed)
         folders = [name for name in crashed.list_dir("/ckpt") if name.startswith("step_")]
-        assert len(folders) == step
+        assert len(folders) in ([step] if run is two_steps else [1, 2] if step else [0])
+        assert not [name for name in crashed.list_dir("/ckpt") if name.startswith("spare_")]
         for folder in folders:
             assert crashed.list_dir(f"/ckpt/{folder}") == [
                 "manifest.json",

@@ -288,6 +288,7 @@ def test_retention_that_cannot_remove_a_file_only_warns(tmp_path: Path, caplog: 
             lambda: env.fail(operation="unlink", path_pattern="*step_0000000001*rank_*", times=-1),
             lambda: None,
             keep_last=1,
+            writer={"recycle": False},
         )
     assert env.injected >= 1 and outcome.committed >= {1, 2, 3, 5} and not outcome.raised
     assert [

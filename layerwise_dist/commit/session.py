@@ -105,7 +105,7 @@ class Committer:
             self.owner.check()
             attempt = inventory.manifests[seq].attempt_id
             self._manager.withdraw(attempt)
-            if attempt.epoch == self.info.epoch:
+            if self._of_this_session(attempt):
                 self._announced.append(attempt)
                 announce({"t": "retired", "epoch": attempt.epoch, "seq": attempt.seq, "step": attempt.step})
             else:
@@ -115,6 +115,9 @@ class Committer:
         if len(kept) == self._keep_last:
             for seq in [seq for seq in inventory.branches if seq < kept[-1].seq]:
                 self._manager.remove_branch(seq)
+
+    def _of_this_session(self, attempt: AttemptId) -> bool:
+        return attempt.epoch == self.info.epoch
 
     def close(self) -> None:
         """REQUIRES: all ranks have left, or are given up. What they did not take of retired attempts is removed."""
