@@ -169,13 +169,16 @@ def open_session(
 def _claim(
     env: Any, root: str, manager: CheckpointMetadataManager, *, file_mode: int, dir_mode: int, who: str
 ) -> tuple[SessionInfo, Owner]:
+    doing = f"write in {root}"
     try:
         _make_dirs(env, root, dir_mode)
-        session = uuid.uuid4().hex
+        doing = f"read the records in {root}"
         before = manager.inventory()
+        doing = f"write in {root}"
+        session = uuid.uuid4().hex
         owner = Owner(env, root, session, last_epoch=before.last_epoch, file_mode=file_mode, who=who)
     except OSError as error:
-        raise DirectoryError(f"rank 0 cannot write in {root}: {error}") from error
+        raise DirectoryError(f"rank 0 cannot {doing}: {error}") from error
     try:
         # Read again under the lock: the former owner may have committed between the first look and its end.
         inventory = manager.inventory()
