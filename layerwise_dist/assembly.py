@@ -122,7 +122,8 @@ def assemble(
         adapter = PCCheckAdapter(
             env, config.path, rank=rank, world_size=world_size, backend=config.writer.backend,
             queue_depth=config.writer.queue_depth, block_bytes=config.writer.block_kb << 10,
-            direct_io=config.writer.direct_io == "auto", file_mode=config.file_bits, dir_mode=config.dir_bits,
+            direct_io=config.writer.direct_io == "auto", hash=config.hash, file_mode=config.file_bits,
+            dir_mode=config.dir_bits,
             spares=config.max_in_flight + 1 if recycles(env, config.path, config.writer.recycle) else 0,
         )  # fmt: skip
         participant.recycle(adapter.recycler.retire)

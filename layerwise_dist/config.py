@@ -54,6 +54,7 @@ class LayerwiseConfig(_Strict):
         "auto", description="How the optimizer steps; both mean: as it does alone."
     )
     max_in_flight: int = Field(2, ge=1, le=64, description="Checkpoints that may be on their way to disk at once.")
+    hash: bool = Field(True, description="false: data is written without hashes, so damage to it cannot be found.")
     fence_timeout_s: float = Field(60.0, gt=0, description="Longest wait of an update for the writes of its tensors.")
     audit: Literal["auto", "always"] = Field(
         "auto", description="Read leased memory again and compare: the first three and every hundredth, or always."

@@ -21,11 +21,11 @@ from layerwise_dist.cli.catalogue import Catalogue
 from layerwise_dist.cli.verifying import verify
 
 
-def train(root: Path, upto: int, restore_step: int | None = None) -> None:
+def train(root: Path, upto: int, restore_step: int | None = None, **config: Any) -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(96, 96), torch.nn.ReLU(), torch.nn.Linear(96, 4))
     optimizer = torch.optim.AdamW(model.parameters())
-    ckpt = lwd.attach(model, optimizer, dir=str(root), keep_last=10)
+    ckpt = lwd.attach(model, optimizer, dir=str(root), keep_last=10, **config)
     ckpt.restore(restore_step) if restore_step is not None else ckpt.restore()
     for _ in ckpt.steps(upto):
         model(torch.randn(2, 96)).sum().backward()
@@ -122,6 +122,19 @@ def test_verify_of_sound_checkpoints_reads_all_of_them(trained: Path) -> None:
     assert code == 0 and found["good"] and len(found["checkpoints"]) == 5
     assert found["bytes"] == sum(path.stat().st_size for path in trained.glob("step_*/rank_*"))
     assert call("verify", trained)[0] == 0
+
+
+def test_verify_and_show_say_that_data_is_not_hashed(checkpoints: Path) -> None:
+    train(checkpoints, 5, hash=False)
+    code, found = call_json("verify", checkpoints)
+    assert code == 0 and found["good"]
+    assert [entry["result"] for entry in found["checkpoints"]] == ["not hashed"] + ["sound"] * 5
+    code, text = call("verify", checkpoints)
+    assert code == 0 and "data not hashed" in text and "step(s) 5" in text and "all sound" not in text
+    code, found = call_json("show", checkpoints)
+    assert code == 0 and [shard["hash"] for shard in found["shards"]] == ["none"]
+    assert "none" in call("show", checkpoints)[1]
+    assert [shard["hash"] for shard in call_json("show", checkpoints, "--step", 4)[1]["shards"]] == ["XXH3-64"]
 
 
 def test_verify_names_file_block_and_tensor_of_a_flipped_byte(checkpoints: Path) -> None:

@@ -184,6 +184,57 @@ def test_a_damaged_newest_manifest_is_passed_over_with_a_warning(disk: Disk, cap
     assert disk.env.stat(path)[0] == "file", "what is damaged is evidence, not a leftover"
 
 
+@pytest.mark.parametrize("harm", ["damaged", "removed"])
+def test_a_bad_manifest_in_the_middle_does_not_hide_what_is_before_it(disk: Disk, harm: str) -> None:
+    """The newest shards are damaged, the manifest before them too: the commit before both is restored."""
+    newest, middle, oldest = disk.commits
+    spoil(disk, disk.manager.shard_path(newest, 1), position_of(disk, newest, 1, "param/2.weight"))
+    path = disk.manager.manifest_path(middle.attempt_id)
+    spoil(disk, path, 100) if harm == "damaged" else disk.env.unlink(path)
+    assert [m.seq for m in disk.manager.inventory().lineage()] == [newest.seq, oldest.seq]
+    assert [m.seq for m in disk.manager.inventory().lineage(unbroken=True)] == [newest.seq]
+    assert start(disk.env) == [1, 1]
+
+
+def test_a_bad_manifest_in_the_middle_never_brings_an_abandoned_branch_back(disk: Disk) -> None:
+    """Steps 2 and 3 were rolled back from; the new step 2 has a damaged parent: restore passes over both, to nothing."""
+    oldest = disk.commits[-1]
+    disk.story.session(2, 3, restore=1, keep_last=9)
+    lineage = disk.manager.inventory().lineage()
+    assert [m.step for m in lineage] == [3, 2, 1] and lineage[-1].seq == oldest.seq
+    spoil(disk, disk.manager.shard_path(lineage[0], 0), position_of(disk, lineage[0], 0, "param/2.weight"))
+    spoil(disk, disk.manager.manifest_path(lineage[1].attempt_id), 100)
+    assert start(disk.env) == [1, 1]
+    spoil(disk, disk.manager.manifest_path(oldest.attempt_id), 100)
+    for error in start(disk.env):
+        assert isinstance(error, DamageError), repr(error)
+
+
+def test_retention_removes_nothing_behind_a_damaged_manifest(disk: Disk) -> None:
+    spoil(disk, disk.manager.manifest_path(disk.commits[1].attempt_id), 100)
+    disk.story.session(2, 6, keep_last=1)
+    left = disk.manager.inventory()
+    assert sorted(left.manifests) == [disk.commits[2].seq, max(left.manifests)] and len(left.damaged) == 1
+
+
+def test_without_hashes_sizes_header_and_state_are_checked_and_the_data_is_taken_as_it_is(disk: Disk) -> None:
+    disk.story.session(2, 4, keep_last=9, hash=False)
+    newest = disk.manager.inventory().lineage()[0]
+    shard = disk.shard(newest, 1)
+    assert not shard.index.hashed and not disk.findings(newest)
+    assert disk.shard(disk.commits[0], 1).index.hashed
+    assert start(disk.env) == [4, 4]
+    path = disk.manager.shard_path(newest, 1)
+    good = disk.read(path)
+    spoil(disk, path, position_of(disk, newest, 1, "param/2.weight"))
+    assert not disk.findings(newest), "nothing can tell"
+    assert start(disk.env) == [4, 4]
+    for harm in (good[:-4096], good + bytes(4096), good[:100] + b"x" + good[101:], good[:-4000] + b"x" + good[-3999:]):
+        disk.put(path, harm)
+        assert path in disk.findings(newest)
+        assert start(disk.env) == [3, 3]
+
+
 def test_a_missing_shard_is_damage(disk: Disk) -> None:
     disk.env.unlink(disk.manager.shard_path(disk.commits[0], 0))
     assert disk.story.restart(disk.env) == 2

@@ -56,15 +56,15 @@ class PCCheckAdapter:
     def __init__(
         self, env: Any, root: str, *, rank: int, world_size: int, backend: str = "auto", queue_depth: int = 4,
         block_bytes: int = 1 << 20, pool_bytes: int | None = None, direct_io: bool = True, file_mode: int = 0o600,
-        dir_mode: int = 0o700, spares: int = 0, hashed: bool = True,
+        dir_mode: int = 0o700, spares: int = 0, hash: bool = True,
     ) -> None:  # fmt: skip
         """Starts the writer. `pool_bytes` bounds the memory for bounce buffers, evacuation and staging; None takes
         twice the bounce buffers, 32 MiB at least. `spares`: how many files of retired checkpoints may wait to be
-        written over; 0: they are removed. `hashed`: whether tensors are hashed; header and state always are.
+        written over; 0: they are removed. `hash`: whether tensors are hashed; header and state always are.
 
         Raises ConfigError where `backend` "uring" is refused, or where the pool has no room for its bounce buffers.
         """
-        self.hashed = hashed
+        self.hash = hash
         self.recycler = Recycler(env, root, rank, limit=spares, file_mode=file_mode)
         self.env, self.root, self.rank, self.world_size = env, root, rank, world_size
         self.file_mode, self.dir_mode = file_mode, dir_mode
@@ -112,12 +112,16 @@ class PCCheckAdapter:
 
     def _writer(self, plan: Any, partial: str) -> Any:
         """Over a retired file if one waits, else into a new one. Raises OSError."""
+
+        def make(reuse: str | None) -> Any:
+            return _native.ShardWriter(
+                self.env, self._pool, plan, partial, self.file_mode, self.direct, hash=self.hash, reuse=reuse
+            )
+
         spare = self.recycler.take()
         if spare is not None:
             try:
-                return _native.ShardWriter(
-                    self.env, self._pool, plan, partial, self.file_mode, self.direct, reuse=spare
-                )
+                return make(spare)
             except OSError as error:
                 log.warning("rank %d: a new file instead of a retired one: %s", self.rank, error)
                 for path in (spare, partial):
@@ -125,7 +129,7 @@ class PCCheckAdapter:
                         self.env.unlink(path)
                     except FileNotFoundError:
                         pass
-        return _native.ShardWriter(self.env, self._pool, plan, partial, self.file_mode, self.direct)
+        return make(None)
 
     def close(self) -> None:
         self.recycler.close()
@@ -195,7 +199,7 @@ class ShardWrite:
             raise error
         self.confirm(max(0.0, deadline - time.monotonic()))
         adapter, env = self._adapter, self._adapter.env
-        hashes = self._writer.hashes_hex()[: 16 * len(self.layout.blocks)] if adapter.hashed else None
+        hashes = self._writer.hashes_hex()[: 16 * len(self.layout.blocks)] if adapter.hash else None
         header = self.layout.header(
             attempt=self.attempt.text, step=self.attempt.step, rank=adapter.rank, world_size=adapter.world_size,
             hashes=hashes, state=self._state, state_hash=f"{self._state_hash:016x}",
