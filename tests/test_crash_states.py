@@ -17,7 +17,6 @@ from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.errors import CommitError
 from layerwise_dist.storage.layout import AttemptId
 
-
 SMALL = {"queue_depth": 2, "block_kb": 32}
 
 

@@ -138,7 +138,9 @@ class Recycler:
     def _explain(self, error: OSError, shard: str) -> None:
         if error.errno == errno.EOPNOTSUPP:
             log.info(
-                "rank %d: %s cannot tell who has a file open: retired files are removed, not reused", self._rank, self._root
+                "rank %d: %s cannot tell who has a file open: retired files are removed, not reused",
+                self._rank,
+                self._root,
             )
             with self._lock:
                 self._limit = 0
