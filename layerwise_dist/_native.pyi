@@ -155,7 +155,14 @@ class ShardWriter:
     """Writes one shard. From submit until a block is no longer leased, its memory must stay mapped and unchanged."""
 
     def __init__(
-        self, env: Env, pool: WriterPool, plan: Plan, path: _Path, mode: int = 0o600, direct: bool = True
+        self,
+        env: Env,
+        pool: WriterPool,
+        plan: Plan,
+        path: _Path,
+        mode: int = 0o600,
+        direct: bool = True,
+        hash: bool = True,
     ) -> None: ...
     def set_address(self, tensor: int, address: int) -> None: ...
     def set_addresses(self, addresses: Sequence[int]) -> None: ...
@@ -198,8 +205,12 @@ class ShardWriter:
     @property
     def memory_align(self) -> int: ...
     def error(self) -> OSError | None: ...
-    def hashes_hex(self) -> str: ...
-    def block_hash(self, index: int) -> int | None: ...
+    def hashes_hex(self) -> str:
+        """16 digits for each block in order; "" with hash=False."""
+
+    def block_hash(self, index: int) -> int | None:
+        """None unless the block is complete, and with hash=False."""
+
     def finish(self, header: Buffer) -> None: ...
     def abort(self) -> None: ...
 

@@ -86,9 +86,11 @@ void InitPlan(PyPlan* self, const std::vector<BlockTuple>& blocks, const std::ve
   new (self) PyPlan{std::move(plan)};
 }
 
-void InitWriter(PyWriter* self, Env& env, PyPool& pool, PyPlan& plan, const Path& path, uint32_t mode, bool direct) {
+void InitWriter(PyWriter* self, Env& env, PyPool& pool, PyPlan& plan, const Path& path, uint32_t mode, bool direct,
+                bool hash) {
   std::unique_ptr<ShardWriter> writer;
   Unlocked([&] { return ShardWriter::Create(&env, pool.it.get(), plan.it, path.native(), mode, direct, &writer); });
+  if (!hash) writer->SkipHashes();
   new (self) PyWriter{std::move(writer)};
 }
 
@@ -168,7 +170,8 @@ uint64_t CountOf(PyWriter& writer) {
 void BindWriter(nb::module_& m) {
   nb::class_<PyWriter>(m, "ShardWriter")
       .def("__init__", &InitWriter, nb::arg("env"), nb::arg("pool"), nb::arg("plan"), nb::arg("path"),
-           nb::arg("mode") = 0600, nb::arg("direct") = true, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
+           nb::arg("mode") = 0600, nb::arg("direct") = true, nb::arg("hash") = true, nb::keep_alive<1, 2>(),
+           nb::keep_alive<1, 3>())
       .def("set_address",
            [](PyWriter& writer, size_t tensor, uintptr_t address) { Check(writer.it->SetAddress(tensor, address)); },
            nb::arg("tensor"), nb::arg("address"))

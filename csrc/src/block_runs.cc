@@ -8,9 +8,6 @@ namespace layerwise {
 
 namespace {
 
-// Where there are too many runs, what is smaller than this is copied first.
-constexpr uint64_t kSmall = 16 << 10;
-
 // [begin, end) of the block lies at `address`.
 struct Interior {
   uint64_t begin;
@@ -22,20 +19,32 @@ uintptr_t AddressOf(const Plan::Segment& segment, Addresses addresses) {
   return addresses[segment.tensor].load(std::memory_order_relaxed) + segment.tensor_offset;
 }
 
-// The parts of at least `least` bytes that need no copy.
-void FindInteriors(std::span<const Plan::Segment> segments, Addresses addresses, DirectIoAlignment alignment,
-                   uint64_t least, std::vector<Interior>* interiors) {
+// The parts that need no copy.
+std::vector<Interior> FindInteriors(std::span<const Plan::Segment> segments, Addresses addresses,
+                                    DirectIoAlignment alignment) {
   // Blocks begin at multiples of kAlign, so an offset in the block stands for one in the file.
   const uint64_t unit = std::max(alignment.memory, alignment.offset);
-  interiors->clear();
+  std::vector<Interior> interiors;
   for (const Plan::Segment& segment : segments) {
     const uintptr_t address = AddressOf(segment, addresses);
     if ((address - segment.block_offset) % alignment.memory != 0) continue;
     const uint64_t begin = RoundUp(segment.block_offset, unit);
     const uint64_t end = (segment.block_offset + segment.length) / unit * unit;
-    if (begin >= end || end - begin < least) continue;
-    interiors->push_back({begin, end, address + (begin - segment.block_offset)});
+    if (begin < end) interiors.push_back({begin, end, address + (begin - segment.block_offset)});
   }
+  return interiors;
+}
+
+// Leaves the largest, so few that there are at most kMostRuns with those in between.
+void KeepLargest(std::vector<Interior>* interiors) {
+  constexpr size_t kKept = (kMostRuns - 1) / 2;
+  const auto kept = interiors->begin() + kKept;
+  std::nth_element(interiors->begin(), kept, interiors->end(), [](const Interior& a, const Interior& b) {
+    return a.end - a.begin > b.end - b.begin;
+  });
+  interiors->erase(kept, interiors->end());
+  std::sort(interiors->begin(), interiors->end(),
+            [](const Interior& a, const Interior& b) { return a.begin < b.begin; });
 }
 
 size_t CountRuns(const std::vector<Interior>& interiors, uint64_t length) {
@@ -77,11 +86,8 @@ Status CutBlock(const Plan& plan, size_t index, Addresses addresses, DirectIoAli
                 AlignedBuffer* scratch, std::vector<iovec>* runs, uint64_t* copied) {
   const uint64_t length = plan.blocks()[index].length;
   const auto segments = plan.segments(index);
-  std::vector<Interior> interiors;
-  FindInteriors(segments, addresses, alignment, 1, &interiors);
-  for (uint64_t least = kSmall; CountRuns(interiors, length) > kMostRuns; least *= 2) {
-    FindInteriors(segments, addresses, alignment, least, &interiors);
-  }
+  std::vector<Interior> interiors = FindInteriors(segments, addresses, alignment);
+  if (CountRuns(interiors, length) > kMostRuns) KeepLargest(&interiors);
   runs->clear();
   size_t next = 0;
   uint64_t cursor = 0;

@@ -24,8 +24,8 @@ using Addresses = const std::atomic<uintptr_t>*;
 // Cuts a block into runs that a file with this alignment takes: the interior of each
 // segment whose address is congruent to its place in the file, straight from the
 // tensor's memory, and in between runs of `scratch`, to which the rest is copied with
-// zeros under no segment. Of more than kMostRuns runs the smallest are copied too.
-// Adds the bytes copied from tensors to *copied. ENOMEM if scratch must grow and can't.
+// zeros under no segment. Where that would be more than kMostRuns runs, all but the
+// largest interiors are copied too. Adds the bytes copied from tensors to *copied. ENOMEM if scratch must grow and can't.
 Status CutBlock(const Plan& plan, size_t index, Addresses addresses, DirectIoAlignment alignment,
                 AlignedBuffer* scratch, std::vector<iovec>* runs, uint64_t* copied);
 

@@ -160,6 +160,7 @@ bool ShardWriter::StartBlock(size_t index, AlignedBuffer* scratch, BlockWrite* w
   const size_t planned = plan_->blocks().size();
   write->file = file_.get();
   write->path = &path_;
+  write->hashed = !hashing_;
   {
     std::lock_guard lock(mutex_);
     if (!error_.ok()) {
@@ -296,7 +297,7 @@ void ShardWriter::EvacuateQueued(size_t first, size_t count) {
 }
 
 void ShardWriter::Requeue(size_t index, BufferPool::Buffer memory, uint64_t copied) {
-  const uint64_t hash = Xxh3(memory.data(), plan_->blocks()[index].length);
+  const uint64_t hash = hashing_ ? Xxh3(memory.data(), plan_->blocks()[index].length) : 0;
   {
     std::lock_guard lock(mutex_);
     if (!error_.ok()) return EndBlock(index, BlockState::kFailed);
@@ -330,7 +331,7 @@ Status ShardWriter::error() const {
 
 std::optional<uint64_t> ShardWriter::BlockHash(size_t index) const {
   std::lock_guard lock(mutex_);
-  if (index >= states_.size() || states_[index] != BlockState::kComplete) return std::nullopt;
+  if (!hashing_ || index >= states_.size() || states_[index] != BlockState::kComplete) return std::nullopt;
   return hashes_[index];
 }
 
@@ -341,7 +342,7 @@ Status ShardWriter::Hashes(std::vector<uint64_t>* hashes) const {
       return Status::FailedPrecondition("block " + std::to_string(i) + " of " + path_ + " is not complete");
     }
   }
-  *hashes = hashes_;
+  *hashes = hashing_ ? hashes_ : std::vector<uint64_t>();
   return Status::Ok();
 }
 

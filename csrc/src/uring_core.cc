@@ -48,9 +48,8 @@ class UringCore final : public PoolCore {
     }
   }
 
-  ~UringCore() override {
-    if (event_ >= 0) close(event_);
-  }
+  // Where Start failed before there was a thread to do so.
+  ~UringCore() override { CloseEvent(); }
 
   Status Start() override {
     event_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -65,6 +64,8 @@ class UringCore final : public PoolCore {
       Register();
       Work();
       io_uring_queue_exit(&ring_);
+      // From here on nobody is asleep, so Wake does not touch it.
+      CloseEvent();
     });
     return status.ok() ? result.get() : status;
   }
@@ -79,6 +80,11 @@ class UringCore final : public PoolCore {
     bool writing = false;
     Status status;
   };
+
+  void CloseEvent() {
+    const int event = std::exchange(event_, -1);
+    if (event >= 0) close(event);
+  }
 
   // Saves the kernel the pinning of pages for each write. Not to have it is no error.
   void Register() {

@@ -1,5 +1,4 @@
 #include <cerrno>
-#include <chrono>
 #include <thread>
 
 #include "layerwise/hash.h"
@@ -14,13 +13,27 @@ constexpr size_t kBlocks = 64;
 
 uint64_t HashOf(const std::string& data) { return Xxh3(data.data(), data.size()); }
 
-// A writer with `room` buffers beside its one bounce buffer, on a file that takes a
-// while for each write.
+// A writer whose pool has `room` buffers beside its one bounce buffer, and begins
+// nothing before Open.
 struct EvacuationFixture : ShardFixture {
-  explicit EvacuationFixture(size_t room, double write_s = 0.002) : ShardFixture(1, 1 + room) {
-    REQUIRE_OK(env.Delay("write", "/s", write_s));
+  explicit EvacuationFixture(size_t room) : ShardFixture(1, 1 + room) {
+    pool->Submit(&gate, 0, 1);
+    gate.WaitForRuns(1);
     writer = Writer(Simple(kBlocks));
     REQUIRE_OK(writer->SetAddress(0, tensor.address()));
+  }
+  ~EvacuationFixture() {
+    Open();
+    writer.reset();
+    pool->Close();
+  }
+
+  void Open() { gate.Open(); }
+
+  bool Evacuate(size_t first, size_t count, double timeout_s = 60) {
+    bool safe = false;
+    REQUIRE_OK(writer->Evacuate(first, count, timeout_s, &safe));
+    return safe;
   }
 
   // What the tensor held when it was submitted, in the file and under the hashes.
@@ -38,6 +51,7 @@ struct EvacuationFixture : ShardFixture {
 
   const std::string original = Pattern(kBlocks * 4096);
   Tensor tensor{original};
+  GatedSink gate;
   std::unique_ptr<ShardWriter> writer;
 };
 
@@ -46,96 +60,111 @@ struct EvacuationFixture : ShardFixture {
 SHARD_TEST_CASE("memory overwritten right after an evacuation never reaches the file") {
   EvacuationFixture f(kBlocks);
   REQUIRE_OK(f.writer->Submit(0, kBlocks));
-  bool safe = false;
-  REQUIRE_OK(f.writer->Evacuate(0, kBlocks, 60, &safe));
-  REQUIRE(safe);
+  CHECK(f.writer->counts().leased == kBlocks);
+  REQUIRE(f.Evacuate(0, kBlocks));
   f.Overwrite(0, kBlocks);
   const ShardWriter::Counts counts = f.writer->counts();
   CHECK(counts.leased == 0);
-  CHECK(counts.pending > kBlocks / 2);  // it did not wait for the file
-  CHECK(counts.bytes_evacuated > kBlocks / 2 * 4096);
-  CHECK(counts.bytes_evacuated <= kBlocks * 4096);
-  CHECK(counts.bytes_copied == counts.bytes_evacuated);
+  CHECK(counts.pending == kBlocks);  // it did not wait for the file
+  CHECK(counts.bytes_evacuated == kBlocks * 4096);
+  CHECK(counts.bytes_copied == kBlocks * 4096);
   CHECK(f.writer->WaitLeases(0));
+  CHECK(!f.writer->Wait(0));
+  CHECK(f.writer->Submit(kBlocks - 1, 1).code() == Status::Code::kFailedPrecondition);
+  f.Open();
   f.CheckOriginal();
 }
 
-SHARD_TEST_CASE("layer by layer, each is safe when its own evacuation returns") {
+SHARD_TEST_CASE("an evacuation races the writes, and the memory is safe when it returns") {
   EvacuationFixture f(8);
+  REQUIRE_OK(f.env.Delay("write", "/s", 0.0005));
   REQUIRE_OK(f.writer->Submit(0, kBlocks));
+  f.Open();
   for (size_t first = 0; first < kBlocks; first += 16) {
-    bool safe = false;
-    REQUIRE_OK(f.writer->Evacuate(first, 16, 60, &safe));
-    REQUIRE(safe);
+    REQUIRE(f.Evacuate(first, 16));
     f.Overwrite(first, 16);
-    REQUIRE_OK(f.writer->Evacuate(first, 16, 60, &safe));  // again: nothing is left to do
-    CHECK(safe);
+    CHECK(f.Evacuate(first, 16, 0));  // nothing is left to do
   }
-  CHECK(f.writer->counts().bytes_evacuated > 0);
   f.CheckOriginal();
 }
 
-SHARD_TEST_CASE("where the pool has no room, an evacuation waits for the writes") {
+SHARD_TEST_CASE("an evacuation takes what has room from the back, and is not safe when out of time") {
   for (size_t room : {0, 3}) {
-    EvacuationFixture f(room, 0.0005);
+    EvacuationFixture f(room);
     REQUIRE_OK(f.writer->Submit(0, kBlocks));
-    bool safe = false;
-    REQUIRE_OK(f.writer->Evacuate(0, kBlocks, 60, &safe));
-    REQUIRE(safe);
+    CHECK(!f.Evacuate(0, kBlocks, 0));
+    CHECK(!f.Evacuate(0, kBlocks, 0.01));  // what is evacuated is not evacuated again
+    CHECK(f.writer->counts().bytes_evacuated == room * 4096);
+    CHECK(f.writer->counts().leased == kBlocks - room);
+    CHECK(!f.writer->WaitLeases(0));
+    if (room > 0) CHECK(f.Evacuate(kBlocks - room, room, 0));
+    f.Open();
+    REQUIRE(f.Evacuate(0, kBlocks));
     f.Overwrite(0, kBlocks);
-    CHECK(f.writer->counts().pending <= room);
-    CHECK(f.writer->counts().bytes_evacuated <= (room + kBlocks / 4) * 4096);
     f.CheckOriginal();
   }
 }
 
-SHARD_TEST_CASE("an evacuation that is out of time is not safe") {
-  EvacuationFixture f(0, 0.2);
-  REQUIRE_OK(f.writer->Submit(0, 2));
-  bool safe = true;
-  REQUIRE_OK(f.writer->Evacuate(0, kBlocks, 0, &safe));
-  CHECK(!safe);
-  CHECK(!f.writer->WaitLeases(0));
-  CHECK(f.writer->counts().leased == 2);
-  REQUIRE_OK(f.writer->Evacuate(2, 4, 0, &safe));  // others are in nobody's way
-  CHECK(safe);
-  f.writer->Abort();
-  CHECK(f.writer->counts().leased == 0);
+SHARD_TEST_CASE("only blocks of the range are evacuated and waited for") {
+  EvacuationFixture f(kBlocks);
+  REQUIRE_OK(f.writer->Submit(0, 20));
+  REQUIRE_OK(f.writer->Submit(30, 10));
+  CHECK(f.Evacuate(20, 10, 0));
+  CHECK(f.writer->counts().bytes_evacuated == 0);
+  REQUIRE(f.Evacuate(10, 25, 0));
+  CHECK(f.writer->counts().bytes_evacuated == 15 * 4096);
+  CHECK(f.writer->counts().leased == 15);
+  f.Overwrite(10, 25);
+  f.Open();
+  REQUIRE(f.writer->Wait(60));
+  for (size_t i : {0, 9, 10, 19, 30, 34, 35, 39}) {
+    CHECK(f.writer->BlockHash(i) == HashOf(f.original.substr(4096 * i, 4096)));
+  }
+}
+
+SHARD_TEST_CASE("without a buffer pool an evacuation waits for the writes") {
+  ShardFixture f;
+  Tensor tensor(Pattern(kBlocks * 4096));
+  auto writer = f.Writer(f.Simple(kBlocks));
+  REQUIRE_OK(writer->SetAddress(0, tensor.address()));
+  REQUIRE_OK(writer->Submit(0, kBlocks));
+  bool safe = false;
+  REQUIRE_OK(writer->Evacuate(0, kBlocks, 60, &safe));
+  REQUIRE(safe);
+  tensor.Set(std::string(kBlocks * 4096, 'z'));
+  CHECK(writer->counts().completed == kBlocks);
+  CHECK(writer->counts().bytes_evacuated == 0);
+  REQUIRE_OK(writer->Finish(Header()));
+  CHECK((f.Content() == Header() + Pattern(kBlocks * 4096)));
 }
 
 SHARD_TEST_CASE("an abort gives all memory of the pool back and lets an evacuation go") {
-  EvacuationFixture f(kBlocks, 0.05);
+  EvacuationFixture f(16);
   REQUIRE_OK(f.writer->Submit(0, kBlocks));
-  bool safe = false;
-  REQUIRE_OK(f.writer->Evacuate(8, kBlocks - 8, 60, &safe));
-  CHECK(safe);
-  CHECK(f.buffers->in_use() > 16 * 4096);
-  bool let_go = false;
+  CHECK(f.Evacuate(kBlocks - 16, 16, 0));
+  CHECK(f.buffers->in_use() == 17 * 4096);
   std::thread aborting([&] { f.writer->Abort(); });
-  REQUIRE_OK(f.writer->Evacuate(0, kBlocks, 60, &let_go));
+  CHECK(f.Evacuate(0, kBlocks));
   aborting.join();
-  CHECK(let_go);
   CHECK(f.buffers->in_use() == 4096);
   CHECK(f.writer->counts().pending == 0);
   CHECK(f.writer->counts().leased == 0);
-  REQUIRE_OK(f.writer->Evacuate(0, kBlocks, 0, &safe));
-  CHECK(safe);
+  CHECK(f.Evacuate(0, kBlocks, 0));
 }
 
 SHARD_TEST_CASE("a failed write and a closed pool give evacuated memory back") {
   for (bool close : {false, true}) {
-    EvacuationFixture f(kBlocks, 0.02);
+    EvacuationFixture f(kBlocks);
     REQUIRE_OK(f.writer->Submit(0, kBlocks));
-    bool safe = false;
-    REQUIRE_OK(f.writer->Evacuate(0, kBlocks, 60, &safe));
-    CHECK(safe);
-    if (close) {
-      f.pool->Close();
-    } else {
-      f.env.Clear();
-      f.Fail("write", ENOSPC);
-      REQUIRE(f.writer->Wait(60));
-    }
+    REQUIRE(f.Evacuate(0, kBlocks, 0));
+    if (!close) f.Fail("write", ENOSPC);
+    std::thread closing([&] {
+      if (close) f.pool->Close();
+    });
+    if (!close) f.Open();
+    REQUIRE(f.writer->Wait(60));
+    f.Open();
+    closing.join();
     CHECK_ERRNO(f.writer->error(), close ? ECANCELED : ENOSPC);
     CHECK(f.writer->counts().leased == 0);
     CHECK(f.buffers->in_use() == 4096);
@@ -143,24 +172,24 @@ SHARD_TEST_CASE("a failed write and a closed pool give evacuated memory back") {
 }
 
 SHARD_TEST_CASE("an evacuated block may be submitted again once it is complete") {
-  EvacuationFixture f(kBlocks, 0.001);
+  EvacuationFixture f(kBlocks);
   for (size_t round = 0; round < 3; ++round) {
-    f.tensor.Set(Pattern(kBlocks * 4096, round));
+    const std::string content = Pattern(kBlocks * 4096, round);
+    f.tensor.Set(content);
     REQUIRE_OK(f.writer->Submit(0, kBlocks));
-    bool safe = false;
-    REQUIRE_OK(f.writer->Evacuate(0, kBlocks, 60, &safe));
-    REQUIRE(safe);
-    CHECK(f.writer->Submit(kBlocks - 1, 1).code() == Status::Code::kFailedPrecondition);
+    REQUIRE(f.Evacuate(0, kBlocks));
     f.Overwrite(0, kBlocks);
+    f.Open();
     REQUIRE(f.writer->Wait(60));
-    CHECK(f.writer->BlockHash(3) == HashOf(Pattern(kBlocks * 4096, round).substr(3 * 4096, 4096)));
+    for (size_t i = 0; i < kBlocks; ++i) CHECK(f.writer->BlockHash(i) == HashOf(content.substr(4096 * i, 4096)));
   }
+  CHECK(f.writer->counts().bytes_evacuated >= kBlocks * 4096);
   REQUIRE_OK(f.writer->Finish(Header()));
   CHECK((f.Content() == Header() + Pattern(kBlocks * 4096, 2)));
 }
 
 SHARD_TEST_CASE("appended data is nobody's lease") {
-  EvacuationFixture f(0, 0.1);
+  EvacuationFixture f(0);
   size_t blocks = 0;
   REQUIRE_OK(f.writer->Append("state", &blocks));
   CHECK(f.writer->counts().pending == 1);

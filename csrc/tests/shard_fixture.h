@@ -1,8 +1,10 @@
 #ifndef LAYERWISE_TESTS_SHARD_FIXTURE_H_
 #define LAYERWISE_TESTS_SHARD_FIXTURE_H_
 
+#include <condition_variable>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
@@ -38,6 +40,44 @@ inline void RunOn(WriterPool::Backend backend, void (*test)()) {
   TEST_CASE(name " (posix)") { RunOn(WriterPool::Backend::kPosix, function); }    \
   TEST_CASE(name " (uring)") { RunOn(WriterPool::Backend::kUring, function); }    \
   static void function()
+
+// Notes its blocks, and holds the first until Open is called.
+class GatedSink final : public BlockSink {
+ public:
+  bool StartBlock(size_t index, AlignedBuffer*, BlockWrite*) override {
+    std::unique_lock lock(mutex_);
+    ran_.push_back(index);
+    changed_.notify_all();
+    changed_.wait(lock, [this] { return open_; });
+    return false;
+  }
+
+  void CancelBlock(size_t index) override {
+    std::lock_guard lock(mutex_);
+    cancelled_.push_back(index);
+  }
+
+  void Open() {
+    std::lock_guard lock(mutex_);
+    open_ = true;
+    changed_.notify_all();
+  }
+
+  void WaitForRuns(size_t n) {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return ran_.size() >= n; });
+  }
+
+  std::vector<size_t> ran() const { return ran_; }
+  std::vector<size_t> cancelled() const { return cancelled_; }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  bool open_ = false;
+  std::vector<size_t> ran_;
+  std::vector<size_t> cancelled_;
+};
 
 // A pool, a file system that can fail, and memory for tensors.
 struct ShardFixture {

@@ -3,55 +3,11 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include <condition_variable>
-#include <mutex>
 #include <vector>
 
 #include "shard_fixture.h"
 
 namespace layerwise {
-
-namespace {
-
-// Notes its blocks, and holds the first until Open is called.
-class GatedSink final : public BlockSink {
- public:
-  bool StartBlock(size_t index, AlignedBuffer*, BlockWrite*) override {
-    std::unique_lock lock(mutex_);
-    ran_.push_back(index);
-    changed_.notify_all();
-    changed_.wait(lock, [this] { return open_; });
-    return false;
-  }
-
-  void CancelBlock(size_t index) override {
-    std::lock_guard lock(mutex_);
-    cancelled_.push_back(index);
-  }
-
-  void Open() {
-    std::lock_guard lock(mutex_);
-    open_ = true;
-    changed_.notify_all();
-  }
-
-  void WaitForRuns(size_t n) {
-    std::unique_lock lock(mutex_);
-    changed_.wait(lock, [&] { return ran_.size() >= n; });
-  }
-
-  std::vector<size_t> ran() const { return ran_; }
-  std::vector<size_t> cancelled() const { return cancelled_; }
-
- private:
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  bool open_ = false;
-  std::vector<size_t> ran_;
-  std::vector<size_t> cancelled_;
-};
-
-}  // namespace
 
 SHARD_TEST_CASE("blocks run in the order in which they were submitted") {
   GatedSink sink;

@@ -47,6 +47,10 @@ class ShardWriter final : public BlockSink {
 
   ~ShardWriter() override;  // Abort()
 
+  // No block is hashed: BlockHash is nullopt, Hashes gives none, and a lease ends when
+  // the block is written. REQUIRES: nothing was submitted or appended.
+  void SkipHashes() { hashing_ = false; }
+
   // Where tensor `tensor` begins in memory.
   Status SetAddress(size_t tensor, uintptr_t address);
   // REQUIRES: one address for each tensor of the plan.
@@ -100,7 +104,7 @@ class ShardWriter final : public BlockSink {
 
   // The block's hash; nullopt unless it is complete.
   std::optional<uint64_t> BlockHash(size_t index) const;
-  // Of every block in order, appended ones last.
+  // Of every block in order, appended ones last; none after SkipHashes.
   // FailedPrecondition unless all are complete.
   Status Hashes(std::vector<uint64_t>* hashes) const;
 
@@ -182,6 +186,7 @@ class ShardWriter final : public BlockSink {
   const DirectIoAlignment alignment_;
   const int process_;
   const std::unique_ptr<std::atomic<uintptr_t>[]> addresses_;
+  bool hashing_ = true;
 
   mutable std::mutex mutex_;
   std::unique_ptr<std::condition_variable> changed_;
