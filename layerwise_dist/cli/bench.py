@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
@@ -62,6 +63,52 @@ def writer(
         return run(asked, directory, command)
 
     _finish(run, json, markdown)
+
+
+@app.command("train")
+def train(
+    directory: Dir,
+    params: Params = "34M",
+    optimizer: Annotated[str, typer.Option("--optimizer", "-o", help="foreach or fused (AdamW).")] = "foreach",
+    every: Annotated[str, typer.Option("--every", "-e", help="A checkpoint every so many steps.")] = "1,10",
+    ranks: Annotated[int, typer.Option("--ranks", "-r", min=1, help="More than 1: FSDP2 under torchrun.")] = 1,
+    steps: Annotated[int, typer.Option("--steps", "-n", min=1, help="Measured steps a block.")] = 10,
+    rounds: Rounds = 5,
+    modes: Annotated[str, typer.Option("--modes", "-m", help="all, or names with commas between them.")] = "all",
+    batch: Annotated[int | None, typer.Option("--batch", min=1, help="Windows a step, all ranks together.")] = None,
+    context: Annotated[int | None, typer.Option("--context", min=1, help="Bytes in a window.")] = None,
+    disk_bound: Annotated[
+        bool, typer.Option("--disk-bound", help="Steps much shorter than writing: batch 1 of 16 bytes.")
+    ] = False,
+    quick: Quick = False,
+    json: Json = False,
+    markdown: Markdown = False,
+) -> None:
+    """Step time, stall, memory and time to commit under this engine, torch.save, DCP and others."""
+
+    def run(command: str) -> Findings:
+        from layerwise_dist.bench.model import QUICK, SHAPES
+        from layerwise_dist.bench.train import MODE_NAMES, TrainBench, run
+
+        _one_of("--params", params, SHAPES)
+        _one_of("--optimizer", optimizer, ("foreach", "fused"))
+        shape = QUICK if quick else SHAPES[params]
+        if disk_bound:
+            shape = replace(shape, batch=ranks, context=16)
+        shape = replace(shape, batch=batch or shape.batch, context=context or shape.context)
+        chosen = list(MODE_NAMES) if modes == "all" else _words(modes)
+        asked = TrainBench(
+            shape=shape, optimizer=optimizer, every=_numbers(every, "--every"), ranks=ranks, modes=chosen,
+            steps=2 if quick else steps, rounds=1 if quick else rounds, quick=quick,
+        )  # fmt: skip
+        return run(asked, directory, command)
+
+    _finish(run, json, markdown)
+
+
+def _one_of(option: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{option} {value!r}: expected {' or '.join(allowed)}")
 
 
 def _finish(run: Callable[[str], Findings], json: bool, markdown: bool) -> NoReturn:
