@@ -250,12 +250,14 @@ class TorchCheckpointing(Peer):
             from torch_checkpointing import CheckpointManager
             from torch_checkpointing.config import AsyncCheckpointSaverConfig
             from torch_checkpointing.staging import CheckpointStagerConfig
+            from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
         except ImportError as error:
             raise NotHere(f"not installed ({error})") from None
         staging = CheckpointStagerConfig(use_pinned_memory=False, use_non_blocking_copy=False)
-        self._manager = CheckpointManager(
-            CheckpointManager.Config(save=AsyncCheckpointSaverConfig(staging_config=staging))
-        )
+        saving = AsyncCheckpointSaverConfig(staging_config=staging)
+        # Its direct writes end in EINVAL where a file's length is not a multiple of the sector (0.1.1).
+        storage = LocalFileSystemStorageConfig(use_direct_io=False)
+        self._manager = CheckpointManager(CheckpointManager.Config(save=saving, storage_config=storage))
 
     def update(self) -> None:
         began = time.perf_counter()
@@ -275,8 +277,10 @@ class TorchCheckpointing(Peer):
             self._pending = None
 
     def finish(self) -> None:
-        self._wait()
-        self._manager.close()
+        try:
+            self._wait()
+        finally:
+            self._manager.close()
 
 
 MODES: dict[str, type[Mode]] = {

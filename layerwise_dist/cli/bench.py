@@ -106,6 +106,31 @@ def train(
     _finish(run, json, markdown)
 
 
+@app.command("restore")
+def restore(
+    directory: Dir,
+    params: Params = "34M",
+    rounds: Rounds = 5,
+    depth: Depth = 4,
+    block_kb: BlockKb = 1024,
+    quick: Quick = False,
+    json: Json = False,
+    markdown: Markdown = False,
+) -> None:
+    """Restore from a cold disk against raw reads, torch.load and dcp.load."""
+
+    def run(command: str) -> Findings:
+        from layerwise_dist.bench.model import QUICK, SHAPES
+        from layerwise_dist.bench.restore import RestoreBench, run
+
+        _one_of("--params", params, SHAPES)
+        shape = QUICK if quick else SHAPES[params]
+        asked = RestoreBench(shape, rounds=2 if quick else rounds, depth=depth, block_bytes=block_kb << 10)
+        return run(asked, directory, command)
+
+    _finish(run, json, markdown)
+
+
 def _one_of(option: str, value: str, allowed: Iterable[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{option} {value!r}: expected {' or '.join(allowed)}")
