@@ -71,7 +71,7 @@ class Layerwise(Mode):
     settings: dict[str, Any] = {}
 
     def warm_steps(self) -> int:
-        """Three checkpoints with a full audit, and where it is soon done, as many as it takes until files are reused."""
+        """Three checkpoints with a full audit, and where that is soon done, as many as it takes to reuse files."""
         return 6 if self.every == 1 else 4 * self.every
 
     def start(self, folder: Path) -> None:

@@ -22,14 +22,11 @@ from layerwise_dist.bench import machine
 from layerwise_dist.bench.failure import BenchFailed
 from layerwise_dist.bench.figures import Chart, Findings, Spread, size
 from layerwise_dist.bench.model import Shape
+from layerwise_dist.bench.modes import MODES
 from layerwise_dist.bench.progress import Bar, bar
+from layerwise_dist.bench.train_worker import MARK
 from layerwise_dist.bench.workplace import workplace
 
-MODE_NAMES = (
-    "layerwise", "layerwise-nohash", "layerwise-off-step", "torch-save", "dcp", "dcp-async", "torchsnapshot",
-    "torch-checkpointing",
-)  # fmt: skip
-_MARK = "@layerwise-bench "
 _RAW_BYTES = 512 << 20
 _CHECKPOINTS_AT_ONCE = 8  # two kept, two in flight, three files to be reused, and one being removed
 _GRACE_S = 10.0
@@ -52,8 +49,8 @@ class TrainBench:
 def run(bench: TrainBench, directory: str, command: str) -> Findings:
     """Raises NoRoom, OSError, ValueError for an unknown mode, and BenchFailed if the training ends badly."""
     for name in bench.modes:
-        if name not in MODE_NAMES:
-            raise ValueError(f"mode {name!r}: there are {', '.join(MODE_NAMES)}")
+        if name not in MODES:
+            raise ValueError(f"mode {name!r}: there are {', '.join(MODES)}")
     state = 12 * bench.shape.parameters
     blocks = bench.rounds * len(bench.every) * (2 * len(bench.modes) + 1)
     space = workplace(
@@ -109,8 +106,8 @@ def _launch(bench: TrainBench, folder: Path, heard: _Heard) -> None:
     with open(errors, "wb") as file, _running(command, file, threads) as job:
         assert job.stdout is not None
         for line in job.stdout:
-            if line.startswith(_MARK):
-                heard.take(json.loads(line[len(_MARK) :]))
+            if line.startswith(MARK):
+                heard.take(json.loads(line[len(MARK) :]))
         code = job.wait()
     if code != 0:
         tail = errors.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
@@ -171,7 +168,6 @@ class _Figures:
             if least > base * every
         ]
 
-
     def percentile(self, share: float) -> float:
         """Of the stalls, ms."""
         return self.stalls[min(len(self.stalls) - 1, int(share * len(self.stalls)))]
@@ -189,7 +185,8 @@ def _findings(bench: TrainBench, command: str, about: dict[str, Any], heard: _He
     charts = []
     for every in bench.every:
         figures = {mode["mode"]: _Figures(heard, mode["mode"], every) for mode in usable}
-        plain = Spread.of([_mean_step(block) for block in heard.blocks if (block["mode"], block["every"]) == ("none", every)])
+        bare = [block for block in heard.blocks if (block["mode"], block["every"]) == ("none", every)]
+        plain = Spread.of([_mean_step(block) for block in bare])
         rows.append({"mode": "none", "title": "no checkpoints", "every": every, "step_s": plain.data()})
         chart = Chart(
             f"A checkpoint every {f'{every} steps' if every > 1 else 'step'}",
@@ -206,8 +203,8 @@ def _findings(bench: TrainBench, command: str, about: dict[str, Any], heard: _He
     disk = Spread.of(heard.disk)
     shape = bench.shape
     notes = [
-        f"GPT, {shape.parameters / 1e6:.1f}M parameters (dim {shape.dim}, {shape.layers} layers), batch {shape.batch} of "
-        f"{shape.context} bytes, AdamW ({bench.optimizer}), state {size(total)}; "
+        f"GPT, {shape.parameters / 1e6:.1f}M parameters (dim {shape.dim}, {shape.layers} layers), batch {shape.batch} "
+        f"of {shape.context} bytes, AdamW ({bench.optimizer}), state {size(total)}; "
         + ("one process." if bench.ranks == 1 else f"FSDP2, {bench.ranks} ranks of torchrun."),
         f"{bench.rounds} rounds of blocks in turn, {bench.steps} steps or one interval a block; the steps at a block's "
         "beginning (audits, files that are new) are not counted. Median over the blocks (least–greatest).",
@@ -228,15 +225,22 @@ def _row(
     def spread(values: Sequence[float]) -> dict[str, float] | None:
         return Spread.of(values).data() if values else None
 
-    saves = mode["mode"] != "layerwise-off-step"
-    to_dcp = [a / b for a, b in zip(mine.ratios, dcp_async.ratios, strict=True)] if dcp_async and saves else []
-    return {
+    row = {
         "mode": mode["mode"], "title": mode["title"], "flushes": mode["flushes"], "every": every,
-        "step_s": spread(mine.seconds), "ratio_to_plain": spread(mine.ratios), "ratio_to_dcp_async": spread(to_dcp),
-        "stall_ms_p50": mine.percentile(0.5) if saves else None, "stall_ms_p99": mine.percentile(0.99) if saves else None,
+        "step_s": spread(mine.seconds), "ratio_to_plain": spread(mine.ratios),
+        "extra_peak_bytes": spread(mine.extra),
+        "extra_peak_to_state": spread([extra / rank_bytes for extra in mine.extra]),
+    }  # fmt: skip
+    if mode["mode"] == "layerwise-off-step":
+        keys = ("ratio_to_dcp_async", "stall_ms_p50", "stall_ms_p99", "committed_s", "bytes_per_s", "copied_share",
+                "ratio_to_disk_bound")  # fmt: skip
+        return {**row, **dict.fromkeys(keys)}
+    to_dcp = [a / b for a, b in zip(mine.ratios, dcp_async.ratios, strict=True)] if dcp_async else []
+    return {
+        **row, "ratio_to_dcp_async": spread(to_dcp),
+        "stall_ms_p50": mine.percentile(0.5), "stall_ms_p99": mine.percentile(0.99),
         "committed_s": spread(mine.committed), "bytes_per_s": spread([total / took for took in mine.committed]),
-        "extra_peak_bytes": spread(mine.extra), "extra_peak_to_state": spread([extra / rank_bytes for extra in mine.extra]),
-        "copied_share": spread(mine.copied) if saves else None, "ratio_to_disk_bound": spread(mine.disk_bound) if saves else None,
+        "copied_share": spread(mine.copied), "ratio_to_disk_bound": spread(mine.disk_bound),
     }  # fmt: skip
 
 

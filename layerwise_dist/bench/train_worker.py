@@ -110,7 +110,7 @@ class Worker:
             mode.between(step)
         mode.finish()
         mine = {
-            "seconds": seconds, "stalls": _by_checkpoint(stalls, every), "committed": mode.to_committed,
+            "seconds": seconds, "stalls": by_checkpoint(stalls, every), "committed": mode.to_committed,
             "peak": memory.peak(), "copied": mode.bytes_copied(),
         }  # fmt: skip
         self._clean()
@@ -169,7 +169,7 @@ class Worker:
             dist.destroy_process_group()
 
 
-def _by_checkpoint(stalls: list[float], every: int) -> list[float]:
+def by_checkpoint(stalls: list[float], every: int) -> list[float]:
     """From one number a step to one a checkpoint: its own step, the last of `every`, and those up to the next.
 
     What the last checkpoint still costs falls behind the block; what the one before the block cost in it stands in.

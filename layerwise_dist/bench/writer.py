@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from layerwise_dist.storage.shard import ShardLayout, Source
 _TENSORS_A_LAYER = 12  # what a transformer's block has
 _SPARE = 64 << 20
 _DEADLINE_S = 600.0
-_USES = ("first",)
+_USES = ("first", "steady")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ class _Size:
                     path = self._folder / f"{case.backend}-{case.tensors}-{case.use}"
                     pool = self._pools[case.backend]()
                     try:
-                        seconds = shards[case.tensors].write(env, pool, path, direct=direct)
+                        seconds = shards[case.tensors].write(env, pool, path, direct=direct, use=case.use)
                     finally:
                         pool.close()
                     if number > 0:
@@ -151,15 +152,23 @@ class Shard:
         cuts = range(0, tensors, _TENSORS_A_LAYER)
         layers = [(f"layer_{begin}", sources[begin : begin + _TENSORS_A_LAYER]) for begin in cuts]
         self._layout = ShardLayout(layers, memory_align, block_bytes)
-        self._plan = _native.Plan(
-            self._layout.blocks, self._layout.segments, self._layout.tensors, self._layout.end
-        )
+        self._plan = _native.Plan(self._layout.blocks, self._layout.segments, self._layout.tensors, self._layout.end)
         self._addresses = [tensor.data_ptr() for tensor in self._tensors]
 
-    def write(self, env: Any, pool: Any, path: Path, *, direct: bool) -> float:
-        """Seconds from the first block queued to the end of fdatasync, the header included, into a new file."""
+    def write(self, env: Any, pool: Any, path: Path, *, direct: bool, use: str) -> float:
+        """Seconds from the first block queued to the end of fdatasync, the header included.
+
+        `use` is a case's: "steady" goes over the file that the last call left there, as a retired shard is reused.
+        """
+        retired = None
+        if use == "steady" and path.exists():
+            retired = path.with_suffix(".retired")
+            path.rename(retired)
+            self._blank(retired)
         path.unlink(missing_ok=True)
-        writer = _native.ShardWriter(env, pool, self._plan, str(path), 0o600, direct)
+        writer = _native.ShardWriter(
+            env, pool, self._plan, str(path), 0o600, direct, reuse=None if retired is None else str(retired)
+        )
         try:
             writer.set_addresses(self._addresses)
             began = time.perf_counter()
@@ -170,13 +179,24 @@ class Shard:
                 raise error
             writer.finish(
                 self._layout.header(
-                    attempt="bench", step=1, rank=0, world_size=1, hashes=writer.hashes_hex(), state=(0, 0),
+                    attempt="bench",
+                    step=1,
+                    rank=0,
+                    world_size=1,
+                    hashes=writer.hashes_hex(),
+                    state=(0, 0),
                     state_hash="0" * 16,
                 )  # fmt: skip
             )
             return time.perf_counter() - began
         finally:
             writer.abort()
+
+    def _blank(self, retired: Path) -> None:
+        """What must have happened before a shard is overwritten: no header of it is left, not after a crash either."""
+        with open(retired, "r+b", buffering=0) as file:
+            file.write(bytes(self._layout.header_bytes))
+            os.fdatasync(file.fileno())
 
 
 def _findings(bench: WriterBench, command: str, about: dict[str, Any], measured: list[_Size]) -> Findings:
@@ -203,9 +223,7 @@ def _findings(bench: WriterBench, command: str, about: dict[str, Any], measured:
     against = Chart(f"The same bytes in more tensors ÷ in {few:,}", ["size", "tensors", "backend", "file", "ratio"], 4)
     for item in many:
         spread = Spread(item["ratio"]["median"], item["ratio"]["min"], item["ratio"]["max"])
-        against.rows.append(
-            [size(item["bytes"]), f"{item['tensors']:,}", item["backend"], item["use"], spread.text()]
-        )
+        against.rows.append([size(item["bytes"]), f"{item['tensors']:,}", item["backend"], item["use"], spread.text()])
     notes = [
         f"Blocks of {size(bench.block_bytes, binary=True)}, {bench.depth} in flight; {bench.rounds} rounds, "
         "one more before them is not counted. Median (least–greatest).",

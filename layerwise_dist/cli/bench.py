@@ -88,7 +88,7 @@ def train(
 
     def run(command: str) -> Findings:
         from layerwise_dist.bench.model import QUICK, SHAPES
-        from layerwise_dist.bench.train import MODE_NAMES, TrainBench, run
+        from layerwise_dist.bench.train import MODES, TrainBench, run
 
         _one_of("--params", params, SHAPES)
         _one_of("--optimizer", optimizer, ("foreach", "fused"))
@@ -96,7 +96,7 @@ def train(
         if disk_bound:
             shape = replace(shape, batch=ranks, context=16)
         shape = replace(shape, batch=batch or shape.batch, context=context or shape.context)
-        chosen = list(MODE_NAMES) if modes == "all" else _words(modes)
+        chosen = list(MODES) if modes == "all" else _words(modes)
         asked = TrainBench(
             shape=shape, optimizer=optimizer, every=_numbers(every, "--every"), ranks=ranks, modes=chosen,
             steps=2 if quick else steps, rounds=1 if quick else rounds, quick=quick,
