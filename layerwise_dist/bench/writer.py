@@ -48,14 +48,19 @@ class Case:
     use: str
 
 
-def backends(depth: int) -> dict[str, Callable[[], Any]]:
+def backends(depth: int, block_bytes: int) -> dict[str, Callable[[], Any]]:
     """What this machine can write with, by the name in `writer.backend`: makes a pool of `depth` blocks in flight."""
-    return {"posix": lambda: _native.WriterPool(depth)}
+
+    def pool(name: str) -> Callable[[], Any]:
+        return lambda: _native.WriterPool(depth, name, _native.BufferPool(depth * block_bytes), block_bytes)
+
+    there = ["posix", *(["uring"] if _native.WriterPool.probe_uring() is None else [])]
+    return {name: pool(name) for name in there}
 
 
 def run(bench: WriterBench, directory: str, command: str) -> Findings:
     """Raises NoRoom, OSError, and ValueError for a backend that this machine does not have."""
-    there = backends(bench.depth)
+    there = backends(bench.depth, bench.block_bytes)
     chosen = list(there) if list(bench.backends) == ["all"] else list(bench.backends)
     for name in chosen:
         if name not in there:
@@ -102,6 +107,7 @@ class _Size:
         direct = aligns is not None and max(aligns) <= 4096
         counts = {case.tensors for case in self.cases}
         shards = {count: Shard(self.nbytes, count, aligns[0] if direct and aligns else 1, block) for count in counts}
+        pools = {name: self._pools[name]() for name in {case.backend for case in self.cases}}
         raw = RawFile(self._folder / "raw", self.nbytes, block_bytes=block, depth=self._bench.depth)
         try:
             for number in range(self._bench.rounds + 1):
@@ -110,16 +116,14 @@ class _Size:
                 for case in self.cases:
                     self._progress.now(f"{size(self.nbytes)}, {case.tensors} tensors, {case.backend}, {case.use}")
                     path = self._folder / f"{case.backend}-{case.tensors}-{case.use}"
-                    pool = self._pools[case.backend]()
-                    try:
-                        seconds = shards[case.tensors].write(env, pool, path, direct=direct, use=case.use)
-                    finally:
-                        pool.close()
+                    seconds = shards[case.tensors].write(env, pools[case.backend], path, direct=direct, use=case.use)
                     if number > 0:
                         self.speeds[case].append(self.nbytes / seconds)
                     self._progress.advance()
         finally:
             raw.close()
+            for pool in pools.values():
+                pool.close()
             for path in self._folder.iterdir():
                 path.unlink()
 
