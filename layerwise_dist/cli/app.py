@@ -20,8 +20,6 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 Step = Annotated[int | None, typer.Option("--step", metavar="N", min=0, help="The checkpoint of this step.")]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
-
-
 app.add_typer(bench.app, name="bench")
 
 
