@@ -1,6 +1,6 @@
-"""The `layerwise` command: looks at checkpoint directories. Imports no torch, and needs no stopped job.
+"""The `layerwise` command: looks at checkpoint directories. Needs no stopped job, and but for `bench` imports no torch.
 
-`doctor` writes, in a folder of its own that it removes; all others read only.
+`doctor` and `bench` write, in a folder of their own that they remove; all others read only.
 """
 
 from layerwise_dist.cli.app import main

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from layerwise_dist._version import __version__
-from layerwise_dist.cli import console, doctoring, listing, showing, verifying
+from layerwise_dist.cli import bench, console, doctoring, listing, showing, verifying
 from layerwise_dist.cli.catalogue import Catalogue, WrongUsage
 from layerwise_dist.errors import ConfigError, DamageError
 
@@ -20,6 +20,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 Step = Annotated[int | None, typer.Option("--step", metavar="N", min=0, help="The checkpoint of this step.")]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+app.add_typer(bench.app, name="bench")
 
 
 @app.callback(invoke_without_command=True)

@@ -1,0 +1,77 @@
+"""Medians with their spread, and the tables made of them: for the terminal, for a program, for docs/performance.md."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from layerwise_dist.bench import machine
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """The median, least and greatest of a figure over the rounds."""
+
+    median: float
+    low: float
+    high: float
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Spread:
+        return Spread(statistics.median(values), min(values), max(values))
+
+    def data(self) -> dict[str, float]:
+        return {"median": self.median, "min": self.low, "max": self.high}
+
+    def text(self, scale: float = 1.0, digits: int = 2) -> str:
+        low, middle, high = (f"{scale * value:.{digits}f}" for value in (self.low, self.median, self.high))
+        return middle if low == high else f"{middle} ({low}–{high})"
+
+
+def size(nbytes: float, *, binary: bool = False) -> str:
+    """``512 MB``, in decimal units; with `binary` ``512 MiB``."""
+    base, units = (1024, ("B", "KiB", "MiB", "GiB")) if binary else (1000, ("B", "kB", "MB", "GB"))
+    for unit in units[:-1]:
+        if nbytes < base:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= base
+    return f"{nbytes:.3g} {units[-1]}"
+
+
+@dataclass
+class Chart:
+    """A title, columns and rows of text; numbers are right-aligned from column `numbers` on."""
+
+    title: str
+    columns: list[str]
+    numbers: int
+    rows: list[list[str]] = field(default_factory=list)
+
+    def markdown(self) -> str:
+        head = "| " + " | ".join(self.columns) + " |"
+        rule = "|" + "".join("---|" if place < self.numbers else "--:|" for place in range(len(self.columns)))
+        return "\n".join([f"{self.title}:", "", head, rule, *("| " + " | ".join(row) + " |" for row in self.rows)])
+
+
+@dataclass
+class Findings:
+    """What a benchmark found. `data` is its JSON; `charts` and `notes` are the same for people."""
+
+    command: str
+    machine: dict[str, Any]
+    data: dict[str, Any]
+    charts: list[Chart]
+    notes: list[str]
+
+    def json(self) -> dict[str, Any]:
+        return {"command": self.command, "machine": self.machine, **self.data, "notes": self.notes}
+
+    def markdown(self) -> str:
+        """The tables with the command and the machine, ready to paste."""
+        parts = [f"    {self.command}", machine.line(self.machine) + "."]
+        parts += [chart.markdown() for chart in self.charts]
+        if self.notes:
+            parts.append("\n".join(f"- {note}" for note in self.notes))
+        return "\n\n".join(parts)

@@ -1,0 +1,200 @@
+"""`bench restore`: from a cold disk to a model and optimizer in memory, against other loaders and raw reads."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import mmap
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import layerwise_dist as lwd
+from layerwise_dist.bench import machine, raw
+from layerwise_dist.bench.failure import BenchFailed
+from layerwise_dist.bench.figures import Chart, Findings, Spread, size
+from layerwise_dist.bench.model import GPT, Shape, adamw, windows
+from layerwise_dist.bench.progress import bar
+from layerwise_dist.bench.workplace import workplace
+
+_WAYS = {
+    "raw": "raw direct reads",
+    "layerwise": "layerwise restore()",
+    "torch-load": "torch.load",
+    "dcp-load": "dcp.load",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreBench:
+    """`depth` reads of `block_bytes` are in flight in the raw reads and in ours."""
+
+    shape: Shape
+    rounds: int
+    depth: int
+    block_bytes: int
+
+
+def run(bench: RestoreBench, directory: str, command: str) -> Findings:
+    """Raises NoRoom, OSError, and BenchFailed where the page cache cannot be emptied."""
+    state = 12 * bench.shape.parameters
+    space = workplace(directory, disk_bytes=4 * state + (64 << 20), memory_bytes=4 * state + (1 << 30))
+    with space as folder, bar((bench.rounds + 1) * len(_WAYS)) as progress:
+        about = machine.describe(str(folder))
+        loads = _Loads(bench, folder)
+        seconds: dict[str, list[float]] = {way: [] for way in _WAYS}
+        for number in range(bench.rounds + 1):
+            for way in _WAYS:
+                progress.now(_WAYS[way])
+                gc.collect()
+                _make_cold(loads.files[way])
+                took = loads.load(way)
+                if number > 0:
+                    seconds[way].append(took)
+                progress.advance()
+        nbytes = {way: sum(path.stat().st_size for path in loads.files[way]) for way in _WAYS}
+    return _findings(bench, command, about, seconds, nbytes)
+
+
+class _Loads:
+    """One state on disk in three formats, and a model to load it into."""
+
+    def __init__(self, bench: RestoreBench, folder: Path) -> None:
+        import torch.distributed.checkpoint as dcp
+
+        self._bench, self._folder = bench, folder
+        self._model = GPT(bench.shape)
+        self._optimizer = adamw(self._model, "foreach")
+        with self._attached() as engine:
+            engine.restore()
+            engine.explicit()
+            self._model(windows(bench.shape, 1)).backward()
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+            engine.end_step()
+        torch.save(self._state(), folder / "torch.pt")
+        with _one_process():
+            dcp.save(self._state(), checkpoint_id=str(folder / "dcp"), no_dist=True)
+        shards = sorted((folder / "layerwise").rglob("*.safetensors"))
+        self.files = {
+            "raw": shards, "layerwise": shards, "torch-load": [folder / "torch.pt"],
+            "dcp-load": [path for path in (folder / "dcp").rglob("*") if path.is_file()],
+        }  # fmt: skip
+
+    def _attached(self) -> Any:
+        writer = {"queue_depth": self._bench.depth, "block_kb": self._bench.block_bytes >> 10}
+        return lwd.attach(self._model, self._optimizer, dir=str(self._folder / "layerwise"), writer=writer)
+
+    def _state(self) -> dict[str, Any]:
+        return {"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict()}
+
+    def load(self, way: str) -> float:
+        """Seconds."""
+        calls: dict[str, Callable[[], float]] = {
+            "raw": self._raw, "layerwise": self._layerwise, "torch-load": self._torch_load, "dcp-load": self._dcp_load,
+        }  # fmt: skip
+        return calls[way]()
+
+    def _raw(self) -> float:
+        began = time.perf_counter()
+        for path in self.files["raw"]:
+            raw.read(path, block_bytes=self._bench.block_bytes, depth=self._bench.depth)
+        return time.perf_counter() - began
+
+    def _layerwise(self) -> float:
+        with self._attached() as engine:
+            _make_cold(self.files["layerwise"])
+            began = time.perf_counter()
+            step = engine.restore()
+            took = time.perf_counter() - began
+        if step != 1:
+            raise BenchFailed(f"restore() came to step {step}, and step 1 was saved")
+        return took
+
+    def _torch_load(self) -> float:
+        began = time.perf_counter()
+        torch.load(self.files["torch-load"][0], weights_only=True)
+        return time.perf_counter() - began
+
+    def _dcp_load(self) -> float:
+        import torch.distributed.checkpoint as dcp
+
+        state = self._state()
+        with _one_process():
+            began = time.perf_counter()
+            dcp.load(state, checkpoint_id=str(self._folder / "dcp"), no_dist=True)
+            return time.perf_counter() - began
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """DCP warns that it is used without torch.distributed, which is what is meant here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+def _make_cold(paths: list[Path]) -> None:
+    """Takes the files out of the page cache. Raises BenchFailed if some of one stays."""
+    for path in paths:
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(file)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            left = _cached_pages(file)
+        finally:
+            os.close(file)
+        if left:
+            raise BenchFailed(f"{path.name}: {left} pages stay in the page cache: reads would not come from the disk")
+
+
+def _cached_pages(file: int) -> int:
+    nbytes = os.fstat(file).st_size
+    if nbytes == 0:
+        return 0
+    pages = -(-nbytes // mmap.PAGESIZE)
+    found = (ctypes.c_ubyte * pages)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    # A private writable mapping, so that ctypes may take its address; nothing is written.
+    with mmap.mmap(file, nbytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE) as view:
+        first = ctypes.c_char.from_buffer(view)
+        result = libc.mincore(ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(nbytes), found)
+        number = ctypes.get_errno()
+        del first
+    if result != 0:
+        raise OSError(number, os.strerror(number))
+    return sum(flags & 1 for flags in found)
+
+
+def _findings(
+    bench: RestoreBench, command: str, about: dict[str, Any], seconds: dict[str, list[float]], nbytes: dict[str, int]
+) -> Findings:
+    speeds = {way: [nbytes[way] / took for took in seconds[way]] for way in _WAYS}
+    chart = Chart("Restore from a cold disk", ["", "seconds", "GB/s", "÷ raw reads", "÷ dcp.load"], 1)
+    rows = []
+    for way, title in _WAYS.items():
+        to_raw = Spread.of([a / b for a, b in zip(speeds[way], speeds["raw"], strict=True)])
+        to_dcp = Spread.of([a / b for a, b in zip(speeds[way], speeds["dcp-load"], strict=True)])
+        took, speed = Spread.of(seconds[way]), Spread.of(speeds[way])
+        rows.append({
+            "way": way, "title": title, "bytes": nbytes[way], "seconds": took.data(), "bytes_per_s": speed.data(),
+            "ratio_to_raw": to_raw.data(), "ratio_to_dcp_load": to_dcp.data(),
+        })  # fmt: skip
+        chart.rows.append([title, took.text(1, 3), speed.text(1e-9), to_raw.text(), to_dcp.text()])
+    notes = [
+        f"{bench.shape.parameters / 1e6:.1f}M parameters with AdamW's state, {size(nbytes['layerwise'])}; "
+        f"{bench.rounds} rounds, one more before them is not counted. Median (least–greatest). Ratios are of GB/s.",
+        "Before each load its files are taken out of the page cache (posix_fadvise), and mincore says that they are.",
+        f"raw: direct reads of {size(bench.block_bytes, binary=True)}, {bench.depth} at a time, of our shard. "
+        "restore() and dcp.load fill tensors that exist, torch.load makes new ones. Only restore() verifies hashes.",
+    ]
+    data = {"results": rows, "rounds": bench.rounds, "depth": bench.depth, "block_bytes": bench.block_bytes,
+            "parameters": bench.shape.parameters}  # fmt: skip
+    return Findings(command, about, data, [chart], notes)

@@ -1,0 +1,258 @@
+"""`bench train`: what checkpoints cost a training loop, under this engine and under others, in one run.
+
+The training happens in processes of their own (train_worker.py). A block of steps without checkpoints stands before and
+behind each block with them, and a block's figure is its mean step over the mean of those two.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from layerwise_dist.bench import machine
+from layerwise_dist.bench.failure import BenchFailed
+from layerwise_dist.bench.figures import Chart, Findings, Spread, size
+from layerwise_dist.bench.model import Shape
+from layerwise_dist.bench.modes import MODES
+from layerwise_dist.bench.progress import Bar, bar
+from layerwise_dist.bench.train_worker import MARK
+from layerwise_dist.bench.workplace import workplace
+
+_RAW_BYTES = 512 << 20
+_CHECKPOINTS_AT_ONCE = 8  # two kept, two in flight, three files to be reused, and one being removed
+_GRACE_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class TrainBench:
+    """`steps` are measured in each block, rounded up to a multiple of `every`."""
+
+    shape: Shape
+    optimizer: str
+    every: Sequence[int]
+    ranks: int
+    steps: int
+    rounds: int
+    modes: Sequence[str]
+    quick: bool
+
+
+def run(bench: TrainBench, directory: str, command: str) -> Findings:
+    """Raises NoRoom, OSError, ValueError for an unknown mode, and BenchFailed if the training ends badly."""
+    for name in bench.modes:
+        if name not in MODES:
+            raise ValueError(f"mode {name!r}: there are {', '.join(MODES)}")
+    state = 12 * bench.shape.parameters
+    blocks = bench.rounds * len(bench.every) * (2 * len(bench.modes) + 1)
+    space = workplace(
+        directory,
+        disk_bytes=_CHECKPOINTS_AT_ONCE * state + min(state, _RAW_BYTES) + (64 << 20),
+        memory_bytes=5 * state + bench.ranks * (1 << 30),
+    )
+    with space as folder, bar(len(bench.modes) + blocks) as progress:
+        about = machine.describe(str(folder))
+        heard = _Heard(progress)
+        _launch(bench, folder, heard)
+    return _findings(bench, command, about, heard)
+
+
+class _Heard:
+    """What the workers have said."""
+
+    def __init__(self, progress: Bar) -> None:
+        self.state_bytes: list[int] = []
+        self.tried: list[dict[str, Any]] = []
+        self.disk: list[float] = []
+        self.blocks: list[dict[str, Any]] = []
+        self._progress = progress
+
+    def take(self, said: dict[str, Any]) -> None:
+        match said:
+            case {"now": text}:
+                self._progress.now(text)
+            case {"state_bytes": sizes}:
+                self.state_bytes = sizes
+            case {"tried": mode}:
+                self.tried.append(mode)
+                self._progress.advance()
+            case {"disk": speed}:
+                self.disk.append(speed)  # of the blocks that follow
+            case {"block": block}:
+                self.blocks.append({**block, "disk": self.disk[-1]})
+                self._progress.advance()
+
+
+def _launch(bench: TrainBench, folder: Path, heard: _Heard) -> None:
+    threads = max(1, len(os.sched_getaffinity(0)) // bench.ranks)
+    spec = {
+        "shape": asdict(bench.shape), "optimizer": bench.optimizer, "every": list(bench.every), "steps": bench.steps,
+        "rounds": bench.rounds, "modes": list(bench.modes), "quick": bench.quick, "threads": threads,
+        "folder": str(folder), "disk_bytes": _RAW_BYTES,
+    }  # fmt: skip
+    launcher = [sys.executable]
+    if bench.ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={bench.ranks}"]
+    command = [*launcher, "-m", "layerwise_dist.bench.train_worker", json.dumps(spec)]
+    errors = folder / "errors.txt"
+    with open(errors, "wb") as file, _running(command, file, threads) as job:
+        assert job.stdout is not None
+        for line in job.stdout:
+            if line.startswith(MARK):
+                heard.take(json.loads(line[len(MARK) :]))
+        code = job.wait()
+    if code != 0:
+        tail = errors.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
+        raise BenchFailed("\n".join([f"the training ended with exit code {code}:", *tail]))
+
+
+@contextmanager
+def _running(command: list[str], errors: Any, threads: int) -> Iterator[subprocess.Popen[str]]:
+    """The job in a session of its own, all of which is gone when the body ends, however it does."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    job = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL, text=True, start_new_session=True,
+        env=environment,
+    )  # fmt: skip
+    try:
+        yield job
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGTERM)
+            try:
+                job.wait(_GRACE_S)
+            except subprocess.TimeoutExpired:
+                pass
+        try:
+            os.killpg(job.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # all of it has ended by itself
+        job.wait()
+        if job.stdout is not None:
+            job.stdout.close()
+
+
+class _Figures:
+    """What the blocks of one mode at one interval come to."""
+
+    def __init__(self, heard: _Heard, mode: str, every: int) -> None:
+        of_interval = [block for block in heard.blocks if block["every"] == every]
+        places = [place for place, block in enumerate(of_interval) if block["mode"] == mode]
+        mine = [of_interval[place] for place in places]
+        around = [(of_interval[place - 1], of_interval[place + 1]) for place in places]
+        plain = [fmean(_mean_step(block) for block in pair) for pair in around]
+        self.seconds = [_mean_step(block) for block in mine]
+        self.ratios = [step / base for step, base in zip(self.seconds, plain, strict=True)]
+        stalls = [max(at_once) for block in mine for at_once in zip(*block["stalls"], strict=True)]
+        self.stalls = sorted(1e3 * stall for stall in stalls)
+        self.committed = [took for block in mine for took in block["committed"][0]]
+        ranks = range(len(heard.state_bytes))
+        self.extra = [
+            max(block["peak"][rank] - fmean(other["peak"][rank] for other in pair) for rank in ranks)
+            for block, pair in zip(mine, around, strict=True)
+        ]
+        self.copied = [share for block in mine for share in block["copied"] if share is not None]
+        total = sum(heard.state_bytes)
+        writing = [total / block["disk"] for block in mine]
+        self.disk_bound = [
+            step * every / max(base * every, least)
+            for step, base, least in zip(self.seconds, plain, writing, strict=True)
+            if least > base * every
+        ]
+
+    def percentile(self, share: float) -> float:
+        """Of the stalls, ms."""
+        return self.stalls[min(len(self.stalls) - 1, int(share * len(self.stalls)))]
+
+
+def _mean_step(block: dict[str, Any]) -> float:
+    """Seconds a step of the slowest rank."""
+    return max(fmean(seconds) for seconds in block["seconds"])
+
+
+def _findings(bench: TrainBench, command: str, about: dict[str, Any], heard: _Heard) -> Findings:
+    total, rank_bytes = sum(heard.state_bytes), max(heard.state_bytes)
+    usable = [mode for mode in heard.tried if mode["problem"] is None]
+    rows: list[dict[str, Any]] = []
+    charts = []
+    for every in bench.every:
+        figures = {mode["mode"]: _Figures(heard, mode["mode"], every) for mode in usable}
+        bare = [block for block in heard.blocks if (block["mode"], block["every"]) == ("none", every)]
+        plain = Spread.of([_mean_step(block) for block in bare])
+        rows.append({"mode": "none", "title": "no checkpoints", "every": every, "step_s": plain.data()})
+        chart = Chart(
+            f"A checkpoint every {f'{every} steps' if every > 1 else 'step'}",
+            ["", "step, s", "÷ plain", "÷ DCP async", "stall p50, ms", "p99, ms", "to committed, s", "MB/s",
+             "extra memory ÷ state", "÷ max(step, disk)", "flushed"], 1,
+        )  # fmt: skip
+        chart.rows.append(["no checkpoints", plain.text(1, 3), "1", *["-"] * 8])
+        for mode in usable:
+            found = _row(mode, figures[mode["mode"]], figures.get("dcp-async"), every, total, rank_bytes)
+            rows.append(found)
+            chart.rows.append(_cells(found))
+        charts.append(chart)
+    missing = {mode["title"]: mode["problem"] for mode in heard.tried if mode["problem"] is not None}
+    disk = Spread.of(heard.disk)
+    shape = bench.shape
+    notes = [
+        f"GPT, {shape.parameters / 1e6:.1f}M parameters (dim {shape.dim}, {shape.layers} layers), batch {shape.batch} "
+        f"of {shape.context} bytes, AdamW ({bench.optimizer}), state {size(total)}; "
+        + ("one process." if bench.ranks == 1 else f"FSDP2, {bench.ranks} ranks of torchrun."),
+        f"{bench.rounds} rounds of blocks in turn, {bench.steps} steps or one interval a block; the steps at a block's "
+        "beginning (audits, files that are new) are not counted. Median over the blocks (least–greatest).",
+        f"Raw direct writes in the same run: {disk.text(1e-9)} GB/s.",
+        *(f"Not run: {title}: {problem}" for title, problem in missing.items()),
+    ]
+    data = {
+        "model": {**asdict(shape), "parameters": shape.parameters}, "optimizer": bench.optimizer, "ranks": bench.ranks,
+        "steps": bench.steps, "rounds": bench.rounds, "state_bytes": total, "disk_bytes_per_s": disk.data(),
+        "results": rows, "not_run": missing,
+    }  # fmt: skip
+    return Findings(command, about, data, charts, notes)
+
+
+def _row(
+    mode: dict[str, Any], mine: _Figures, dcp_async: _Figures | None, every: int, total: int, rank_bytes: int
+) -> dict[str, Any]:
+    def spread(values: Sequence[float]) -> dict[str, float] | None:
+        return Spread.of(values).data() if values else None
+
+    row = {
+        "mode": mode["mode"], "title": mode["title"], "flushes": mode["flushes"], "every": every,
+        "step_s": spread(mine.seconds), "ratio_to_plain": spread(mine.ratios),
+        "extra_peak_bytes": spread(mine.extra),
+        "extra_peak_to_state": spread([extra / rank_bytes for extra in mine.extra]),
+    }  # fmt: skip
+    if mode["mode"] == "layerwise-off-step":
+        keys = ("ratio_to_dcp_async", "stall_ms_p50", "stall_ms_p99", "committed_s", "bytes_per_s", "copied_share",
+                "ratio_to_disk_bound")  # fmt: skip
+        return {**row, **dict.fromkeys(keys)}
+    to_dcp = [a / b for a, b in zip(mine.ratios, dcp_async.ratios, strict=True)] if dcp_async else []
+    return {
+        **row, "ratio_to_dcp_async": spread(to_dcp),
+        "stall_ms_p50": mine.percentile(0.5), "stall_ms_p99": mine.percentile(0.99),
+        "committed_s": spread(mine.committed), "bytes_per_s": spread([total / took for took in mine.committed]),
+        "copied_share": spread(mine.copied), "ratio_to_disk_bound": spread(mine.disk_bound),
+    }  # fmt: skip
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    def text(key: str, scale: float = 1.0, digits: int = 2) -> str:
+        found = row[key]
+        if isinstance(found, dict):
+            return Spread(found["median"], found["min"], found["max"]).text(scale, digits)
+        return "-" if found is None else f"{found:.{digits}f}"
+
+    return [
+        row["title"], text("step_s", digits=3), text("ratio_to_plain", digits=3), text("ratio_to_dcp_async"),
+        text("stall_ms_p50", digits=1), text("stall_ms_p99", digits=1), text("committed_s"),
+        text("bytes_per_s", 1e-6, 0), text("extra_peak_to_state"), text("ratio_to_disk_bound"), row["flushes"],
+    ]  # fmt: skip

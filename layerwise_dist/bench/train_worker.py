@@ -1,0 +1,192 @@
+"""What `bench train` starts: one process, or one for each rank under torchrun.
+
+    python -m layerwise_dist.bench.train_worker '{"shape": {...}, "folder": ..., ...}'
+
+Rank 0 says what it does and found in lines of JSON behind a mark on standard output; train.py reads them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import gc
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from layerwise_dist.bench import memory
+from layerwise_dist.bench.model import GPT, Shape, adamw, windows
+from layerwise_dist.bench.modes import MODES, Mode
+from layerwise_dist.bench.raw import RawFile
+
+MARK = "@layerwise-bench "
+_PR_SET_PDEATHSIG = 1
+_GROUP_TIMEOUT = datetime.timedelta(seconds=120)
+
+
+class Worker:
+    """Trains one model, a block of steps at a time, each under one mode."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        self._spec = spec
+        self._shape = Shape(**spec["shape"])
+        self._ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        self._rank = int(os.environ.get("RANK", "0"))
+        self._folder = Path(spec["folder"])
+        if self._ranks > 1:
+            dist.init_process_group("gloo", timeout=_GROUP_TIMEOUT)
+        torch.manual_seed(0)
+        self._model = GPT(self._shape)
+        if self._ranks > 1:
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = init_device_mesh("cpu", (self._ranks,))
+            for block in self._model.blocks:
+                fully_shard(block, mesh=mesh)
+            fully_shard(self._model, mesh=mesh)
+        self._optimizer = adamw(self._model, spec["optimizer"])
+        self._iterate(Mode(self._model, self._optimizer, 1, self._ranks), 1)  # makes the optimizer's state
+
+    def run(self) -> None:
+        state = self._all(self._state_bytes())
+        self._say({"state_bytes": state})
+        modes = [name for name in self._spec["modes"] if self._works(name)]
+        disk = None
+        if self._rank == 0:
+            nbytes = min(sum(state), self._spec["disk_bytes"])
+            disk = RawFile(self._folder / "raw", nbytes, block_bytes=1 << 20, depth=4)
+        for number in range(self._spec["rounds"]):
+            for every in self._spec["every"]:
+                if disk is not None:
+                    self._say({"disk": disk.write()})
+                for name in ["none", *(each for mode in modes for each in (mode, "none"))]:
+                    self._say({"now": f"round {number + 1}, every {every}, {name}"})
+                    self._say({"block": {"round": number, "every": every, "mode": name, **self._block(name, every)}})
+        if disk is not None:
+            disk.close()
+
+    def _works(self, name: str) -> bool:
+        """Whether the mode can be used here, by one step of it; says why not."""
+        self._say({"now": f"trying {name}"})
+        mode = MODES[name](self._model, self._optimizer, 1, self._ranks)
+        problem = None
+        try:
+            mode.start(self._new_folder())
+            self._iterate(mode, 1)
+            mode.finish()
+        except Exception as error:  # noqa: BLE001 - whatever a peer raises is its reason, and is shown
+            problem = f"{type(error).__name__}: {error}".splitlines()[0]
+        problems = [text for text in self._all(problem) if text is not None]
+        about = {"mode": name, "title": mode.name, "flushes": mode.flushes}
+        self._say({"tried": {**about, "problem": problems[0] if problems else None}})
+        self._clean()
+        return not problems
+
+    def _block(self, name: str, every: int) -> dict[str, Any]:
+        mode = (MODES[name] if name != "none" else Mode)(self._model, self._optimizer, every, self._ranks)
+        warm = every if self._spec["quick"] else mode.warm_steps()
+        steps = -(-self._spec["steps"] // every) * every
+        self._barrier()
+        memory.start_peak()
+        mode.start(self._new_folder())
+        seconds, stalls = [], []
+        for step in range(1, warm + steps + 1):
+            if step == warm + 1:
+                mode.to_committed.clear()
+            before = mode.stalled()
+            took = self._iterate(mode, step)
+            if step > warm:
+                seconds.append(took)
+                stalls.append(mode.stalled() - before)
+            mode.between(step)
+        mode.finish()
+        mine = {
+            "seconds": seconds, "stalls": by_checkpoint(stalls, every), "committed": mode.to_committed,
+            "peak": memory.peak(), "copied": mode.bytes_copied(),
+        }  # fmt: skip
+        self._clean()
+        return {key: [rank[key] for rank in everyone] for everyone in [self._all(mine)] for key in mine}
+
+    def _iterate(self, mode: Mode, step: int) -> float:
+        began = time.perf_counter()
+        self._model(windows(self._shape, self._ranks)).backward()
+        mode.update()
+        self._optimizer.zero_grad()
+        mode.end_iteration(step)
+        return time.perf_counter() - began
+
+    def _new_folder(self) -> Path:
+        folder = self._folder / "checkpoints"
+        folder.mkdir(exist_ok=True)
+        self._barrier()
+        return folder
+
+    def _clean(self) -> None:
+        """Removes what the block wrote, and has the disk done with it: nothing is left to the next block."""
+        gc.collect()
+        self._barrier()
+        if self._rank == 0:
+            shutil.rmtree(self._folder / "checkpoints")
+            os.sync()
+        self._barrier()
+
+    def _state_bytes(self) -> int:
+        tensors = list(self._model.parameters())
+        tensors += [value for state in self._optimizer.state.values() for value in state.values()]
+        local = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors)
+        return sum(tensor.numel() * tensor.element_size() for tensor in local)
+
+    def _all(self, mine: Any) -> list[Any]:
+        """Every rank's value, by rank."""
+        if self._ranks == 1:
+            return [mine]
+        found: list[Any] = [None] * self._ranks
+        dist.all_gather_object(found, mine)
+        return found
+
+    def _barrier(self) -> None:
+        if self._ranks > 1:
+            dist.barrier()
+
+    def _say(self, what: dict[str, Any]) -> None:
+        if self._rank == 0:
+            print(MARK + json.dumps(what), flush=True)
+
+    def close(self) -> None:
+        """FSDP's threads must be gone before the interpreter goes."""
+        del self._model, self._optimizer
+        gc.collect()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def by_checkpoint(stalls: list[float], every: int) -> list[float]:
+    """From one number a step to one a checkpoint: its own step, the last of `every`, and those up to the next.
+
+    What the last checkpoint still costs falls behind the block; what the one before the block cost in it stands in.
+    """
+    turned = stalls[every - 1 :] + stalls[: every - 1]
+    return [sum(turned[begin : begin + every]) for begin in range(0, len(turned), every)]
+
+
+def main() -> None:
+    # A worker that outlives whoever started it would go on writing.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    spec = json.loads(sys.argv[1])
+    torch.set_num_threads(spec["threads"])
+    worker = Worker(spec)
+    worker.run()
+    worker.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Where a benchmark writes: a folder of its own below DIR, made only if there is room, removed whatever happens."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+class NoRoom(Exception):
+    """DIR, or the machine's memory, is too small for what was asked."""
+
+
+@contextmanager
+def workplace(directory: str, *, disk_bytes: int, memory_bytes: int) -> Iterator[Path]:
+    """A new empty folder below `directory`, which must exist. Removed at the end, by SIGINT and SIGTERM too.
+
+    `disk_bytes` and `memory_bytes` are the most that the benchmark takes at one time. Raises NoRoom naming both what
+    is needed and what is there, and OSError for a directory that cannot be written.
+    """
+    free = os.statvfs(directory)
+    _enough(disk_bytes, free.f_bavail * free.f_frsize, f"free space in {directory}")
+    _enough(memory_bytes, available_memory(), "memory")
+    with _terminable():
+        folder = Path(tempfile.mkdtemp(prefix="layerwise-bench-", dir=directory))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder)
+
+
+def available_memory() -> int:
+    """Bytes that can be allocated without swapping."""
+    with open("/proc/meminfo", encoding="ascii") as lines:
+        for line in lines:
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    raise OSError("/proc/meminfo has no MemAvailable")
+
+
+def _enough(needed: int, there: int, what: str) -> None:
+    if needed > there:
+        raise NoRoom(
+            f"the benchmark needs {needed / 1e9:.1f} GB of {what}, and there are {there / 1e9:.1f} GB: "
+            "choose smaller sizes or another place"
+        )
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the body as Ctrl-C does, so that nothing is left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

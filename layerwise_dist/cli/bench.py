@@ -1,0 +1,202 @@
+"""`layerwise bench`: the package's benchmarks. Progress goes to standard error, the answer to standard output."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+from rich.text import Text
+
+from layerwise_dist.cli import console
+
+if TYPE_CHECKING:
+    from layerwise_dist.bench.figures import Findings
+
+Dir = Annotated[str, typer.Argument(metavar="DIR", help="A directory on the disk to measure; all is removed again.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print the tables as in docs/performance.md.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Everything small: shows that it works; the figures say nothing.")]
+Rounds = Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="Times that everything is measured in turn.")]
+Depth = Annotated[int, typer.Option("--depth", metavar="N", min=1, max=64, help="Blocks in flight.")]
+BlockKb = Annotated[int, typer.Option("--block-kb", metavar="N", min=4, max=65536, help="Size of a block, KiB.")]
+Params = Annotated[str, typer.Option("--params", metavar="SIZE", help="The model's parameters: 34M or 98M.")]
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.callback()
+def bench() -> None:
+    """Measures on this machine: each figure is a ratio of things done in turn in one run.
+
+    Exit code: 0 measured, 1 something failed while it was measured, 2 wrong usage (too little space included).
+    """
+
+
+@app.command("writer")
+def writer(
+    directory: Dir,
+    sizes: Annotated[str, typer.Option("--sizes", "-s", help="Sizes of a shard.")] = "64M,512M,2G",
+    tensors: Annotated[str, typer.Option("--tensors", "-t", help="Numbers of tensors in it.")] = "100,10000",
+    backend: Annotated[str, typer.Option("--backend", "-b", help="all, or names as in `writer.backend`.")] = "all",
+    rounds: Rounds = 5,
+    depth: Depth = 4,
+    block_kb: BlockKb = 1024,
+    quick: Quick = False,
+    json: Json = False,
+    markdown: Markdown = False,
+) -> None:
+    """Durable write throughput of each backend against raw direct writes."""
+
+    def run(command: str) -> Findings:
+        from layerwise_dist.bench.writer import WriterBench, run
+
+        asked = WriterBench(
+            sizes=_sizes(sizes), tensors=_numbers(tensors, "--tensors"), backends=_words(backend), rounds=rounds,
+            depth=depth, block_bytes=block_kb << 10,
+        )  # fmt: skip
+        if quick:
+            asked = WriterBench([4_000_000], [10, 200], asked.backends, 2, depth, 256 << 10)
+        return run(asked, directory, command)
+
+    _finish(run, json, markdown)
+
+
+@app.command("train")
+def train(
+    directory: Dir,
+    params: Params = "34M",
+    optimizer: Annotated[str, typer.Option("--optimizer", "-o", help="foreach or fused (AdamW).")] = "foreach",
+    every: Annotated[str, typer.Option("--every", "-e", help="A checkpoint every so many steps.")] = "1,10",
+    ranks: Annotated[int, typer.Option("--ranks", "-r", min=1, help="More than 1: FSDP2 under torchrun.")] = 1,
+    steps: Annotated[int, typer.Option("--steps", "-n", min=1, help="Measured steps a block.")] = 10,
+    rounds: Rounds = 5,
+    modes: Annotated[str, typer.Option("--modes", "-m", help="all, or names with commas between them.")] = "all",
+    batch: Annotated[int | None, typer.Option("--batch", min=1, help="Windows a step, all ranks together.")] = None,
+    context: Annotated[int | None, typer.Option("--context", min=1, help="Bytes in a window.")] = None,
+    disk_bound: Annotated[
+        bool, typer.Option("--disk-bound", help="Steps much shorter than writing: batch 1 of 16 bytes.")
+    ] = False,
+    quick: Quick = False,
+    json: Json = False,
+    markdown: Markdown = False,
+) -> None:
+    """Step time, stall, memory and time to commit under this engine, torch.save, DCP and others."""
+
+    def run(command: str) -> Findings:
+        from layerwise_dist.bench.model import QUICK, SHAPES
+        from layerwise_dist.bench.train import MODES, TrainBench, run
+
+        _one_of("--params", params, SHAPES)
+        _one_of("--optimizer", optimizer, ("foreach", "fused"))
+        shape = QUICK if quick else SHAPES[params]
+        if disk_bound:
+            shape = replace(shape, batch=ranks, context=16)
+        shape = replace(shape, batch=batch or shape.batch, context=context or shape.context)
+        chosen = list(MODES) if modes == "all" else _words(modes)
+        asked = TrainBench(
+            shape=shape, optimizer=optimizer, every=_numbers(every, "--every"), ranks=ranks, modes=chosen,
+            steps=2 if quick else steps, rounds=1 if quick else rounds, quick=quick,
+        )  # fmt: skip
+        return run(asked, directory, command)
+
+    _finish(run, json, markdown)
+
+
+@app.command("restore")
+def restore(
+    directory: Dir,
+    params: Params = "34M",
+    rounds: Rounds = 5,
+    depth: Depth = 4,
+    block_kb: BlockKb = 1024,
+    quick: Quick = False,
+    json: Json = False,
+    markdown: Markdown = False,
+) -> None:
+    """Restore from a cold disk against raw reads, torch.load and dcp.load."""
+
+    def run(command: str) -> Findings:
+        from layerwise_dist.bench.model import QUICK, SHAPES
+        from layerwise_dist.bench.restore import RestoreBench, run
+
+        _one_of("--params", params, SHAPES)
+        shape = QUICK if quick else SHAPES[params]
+        asked = RestoreBench(shape, rounds=2 if quick else rounds, depth=depth, block_bytes=block_kb << 10)
+        return run(asked, directory, command)
+
+    _finish(run, json, markdown)
+
+
+def _one_of(option: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{option} {value!r}: expected {' or '.join(allowed)}")
+
+
+def _finish(run: Callable[[str], Findings], json: bool, markdown: bool) -> NoReturn:
+    from layerwise_dist.bench import machine
+    from layerwise_dist.bench.failure import BenchFailed
+    from layerwise_dist.bench.workplace import NoRoom
+
+    try:
+        found = run(shlex.join(["layerwise", *_typed()]))
+    except (NoRoom, ValueError) as error:
+        _fail(str(error), 2, json)
+    except BenchFailed as error:
+        _fail(str(error), 1, json)
+    except OSError as error:
+        _fail(f"{error.filename or 'the disk'}: {error.strerror or error}", 2, json)
+    except KeyboardInterrupt:
+        _fail("interrupted: nothing is left behind", 130, json)
+    if markdown and not json:
+        print(found.markdown())
+        raise typer.Exit(0)
+    parts = [found.command, machine.line(found.machine)]
+    for chart in found.charts:
+        shown = console.table(*chart.columns, right=tuple(chart.columns[chart.numbers :]))
+        for cells in chart.rows:
+            console.row(shown, *cells)
+        parts += [Text(chart.title, style="bold"), shown]
+    console.put(console.Answer(found.json(), [*parts, *found.notes]), json)
+    raise typer.Exit(0)
+
+
+def _typed() -> list[str]:
+    """The command as it was given, without what only says how to print."""
+    return [word for word in sys.argv[1:] if word not in ("--json", "--markdown")]
+
+
+def _fail(message: str, code: int, json: bool) -> NoReturn:
+    if json:
+        console.put_json({"error": message})
+    else:
+        print(f"layerwise: {message}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    words = _words(text)
+    if not words or not all(word.isdigit() and int(word) > 0 for word in words):
+        raise ValueError(f"{option} {text!r}: expected whole numbers above 0 with commas between them, such as 1,10")
+    return [int(word) for word in words]
+
+
+def _sizes(text: str) -> list[int]:
+    """``64M,2G`` in bytes, decimal units."""
+    units = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+    found = []
+    for word in _words(text):
+        digits, unit = word[:-1], units.get(word[-1:].upper())
+        if unit is None or not digits.isdigit() or int(digits) < 1:
+            raise ValueError(f"--sizes {word!r}: expected a number and K, M, G or T, such as 64M or 2G")
+        found.append(int(digits) * unit)
+    if not found:
+        raise ValueError("--sizes: none given, such as 64M,2G")
+    return found

@@ -1,0 +1,228 @@
+"""`layerwise bench`: it measures what it says, leaves nothing behind, and says what is missing. No figure is judged."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from layerwise_dist.bench import raw, train, workplace
+from layerwise_dist.bench.figures import Spread
+from layerwise_dist.bench.train_worker import by_checkpoint
+from layerwise_dist.cli.app import app
+
+SPREAD = {"median", "min", "max"}
+MACHINE = {
+    "cpu", "cores", "memory", "kernel", "file_system", "device", "direct_io", "hash", "python", "torch",
+    "layerwise_dist",
+}  # fmt: skip
+
+
+def call(*args: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["bench", *map(str, args)])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def quick(folder: Path, what: str, *args: object) -> dict[str, Any]:
+    """The JSON of a quick run, which must leave `folder` as it was."""
+    code, out, err = call(what, folder, "--quick", "--json", *args)
+    assert code == 0, out + err
+    assert list(folder.iterdir()) == [], "nothing is left behind"
+    found = json.loads(out)
+    assert set(found["machine"]) == MACHINE
+    assert found["notes"]
+    return found
+
+
+def test_the_writer_is_measured_in_each_backend_and_use_against_raw_writes(tmp_path: Path) -> None:
+    found = quick(tmp_path, "writer")
+    cases = {(row["tensors"], row["backend"], row["use"]) for row in found["results"]}
+    assert {(10, "posix", "first"), (200, "posix", "first"), (10, "posix", "steady"), (200, "posix", "steady")} <= cases
+    for row in found["results"]:
+        assert set(row["bytes_per_s"]) == set(row["ratio_to_raw"]) == SPREAD
+        assert 0 < row["bytes_per_s"]["min"] <= row["bytes_per_s"]["median"] <= row["bytes_per_s"]["max"]
+    assert [entry["bytes"] for entry in found["raw"]] == [4_000_000]
+    assert "loop" in found["raw"][0]["by_tool"]
+    assert ("fio" in found["raw"][0]["by_tool"]) == found["fio"] == raw.has_fio()
+    assert {(row["tensors"], row["to_tensors"]) for row in found["many_tensors"]} == {(200, 10)}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "every", "modes"),
+    [
+        (1, (1, 2), ("layerwise", "layerwise-off-step", "torch-save", "dcp", "dcp-async")),
+        (2, (2,), ("layerwise", "torch-save", "dcp-async")),
+    ],
+    ids=["one process", "FSDP2 on two ranks"],
+)
+def test_training_is_measured_under_each_way_to_checkpoint(
+    tmp_path: Path, ranks: int, every: tuple[int, ...], modes: tuple[str, ...]
+) -> None:
+    asked = ("--every", ",".join(map(str, every)), "--modes", ",".join(modes), "--ranks", ranks)
+    found = quick(tmp_path, "train", *asked)
+    assert found["not_run"] == {}
+    rows = {(row["mode"], row["every"]): row for row in found["results"]}
+    assert set(rows) == {(mode, number) for mode in ("none", *modes) for number in every}
+    # Parameters, two moments, and on each rank a counter for each of the 28 tensors.
+    assert found["state_bytes"] == 12 * found["model"]["parameters"] + 4 * 28 * ranks
+    for (mode, _), row in rows.items():
+        assert set(row["step_s"]) == SPREAD
+        if mode == "none":
+            continue
+        assert set(row["ratio_to_plain"]) == set(row["extra_peak_to_state"]) == SPREAD
+        if mode == "layerwise-off-step":
+            assert row["stall_ms_p99"] is None and row["committed_s"] is None
+            continue
+        assert set(row["committed_s"]) == set(row["ratio_to_dcp_async"]) == SPREAD
+        assert 0 < row["stall_ms_p50"] <= row["stall_ms_p99"]
+        assert row["flushes"] == ("yes" if mode == "layerwise" else "files, not folders")
+    assert rows["layerwise", every[0]]["copied_share"]["median"] > 0
+
+
+def test_a_peer_that_is_not_installed_is_named_and_the_rest_is_measured(tmp_path: Path) -> None:
+    """A package of that name that cannot be imported stands for none."""
+    (tmp_path / "shadow").mkdir()
+    (tmp_path / "shadow" / "torchsnapshot.py").write_text("raise ImportError('shadowed')\n")
+    (tmp_path / "disk").mkdir()
+    path = os.pathsep.join(filter(None, [str(tmp_path / "shadow"), os.environ.get("PYTHONPATH")]))
+    ran = subprocess.run(
+        command("train", tmp_path / "disk", "--quick", "--json", "--every", "1", "--modes", "torchsnapshot,torch-save"),
+        env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    found = json.loads(ran.stdout)
+    assert found["not_run"] == {"torchsnapshot async": "NotHere: not installed (shadowed)"}
+    assert {row["mode"] for row in found["results"]} == {"none", "torch-save"}
+
+
+def test_restore_is_measured_from_a_cold_disk_against_other_loaders(tmp_path: Path) -> None:
+    found = quick(tmp_path, "restore")
+    rows = {row["way"]: row for row in found["results"]}
+    assert set(rows) == {"raw", "layerwise", "torch-load", "dcp-load"}
+    assert rows["raw"]["ratio_to_raw"] == rows["dcp-load"]["ratio_to_dcp_load"] == {"median": 1, "min": 1, "max": 1}
+    for row in rows.values():
+        assert set(row["seconds"]) == set(row["bytes_per_s"]) == SPREAD
+        assert row["bytes"] > 12 * found["parameters"]
+
+
+def test_the_markdown_is_the_command_the_machine_and_its_tables(tmp_path: Path) -> None:
+    code, out, _ = call("writer", tmp_path, "--quick", "--markdown")
+    assert code == 0
+    assert out.startswith("    layerwise ")
+    assert "| size | tensors | backend | file | GB/s | ÷ raw |\n|---|---|---|---|--:|--:|\n" in out
+
+
+def test_too_little_space_is_an_error_that_says_how_much_is_needed(tmp_path: Path) -> None:
+    code, out, _ = call("writer", tmp_path, "--sizes", "900T", "--json")
+    assert code == 2
+    needed = re.fullmatch(
+        r"the benchmark needs (\d+\.\d) GB of free space in .*, and there are \d+\.\d GB: .*", json.loads(out)["error"]
+    )
+    assert needed and float(needed[1]) >= 900_000
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_memory_is_an_error_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workplace, "available_memory", lambda: 1 << 20)
+    code, out, _ = call("restore", tmp_path, "--quick", "--json")
+    assert code == 2
+    assert "GB of memory, and there are 0.0 GB" in json.loads(out)["error"]
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("writer", "--sizes", "12"), "--sizes '12': expected a number and K, M, G or T"),
+        (("writer", "--backend", "floppy"), "backend 'floppy': this machine has "),
+        (("writer", "--tensors", "0"), "--tensors '0': expected whole numbers above 0"),
+        (("train", "--modes", "dcp,hope"), "mode 'hope': there are layerwise, "),
+        (("train", "--params", "7B"), "--params '7B': expected 34M or 98M"),
+        (("train", "--optimizer", "sgd"), "--optimizer 'sgd': expected foreach or fused"),
+    ],
+)
+def test_a_wrong_option_is_named_with_what_is_allowed(tmp_path: Path, args: tuple[str, ...], says: str) -> None:
+    code, _, err = call(args[0], tmp_path, *args[1:])
+    assert code == 2
+    assert says in err
+
+
+def test_a_directory_that_does_not_exist_is_wrong_usage(tmp_path: Path) -> None:
+    code, _, err = call("writer", tmp_path / "none", "--quick")
+    assert (code, "No such file or directory" in err) == (2, True)
+
+
+def command(*args: object) -> list[str]:
+    return [sys.executable, "-c", "from layerwise_dist.cli import main; main()", "bench", *map(str, args)]
+
+
+def processes_in(folder: Path) -> list[str]:
+    """Command lines of the live processes that name `folder`."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue
+            if str(folder) in line:
+                found.append(line)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("what", "number"),
+    [
+        (("writer", "--rounds", "1000", "--sizes", "8M", "--tensors", "10"), signal.SIGINT),
+        (("restore", "--rounds", "1000"), signal.SIGTERM),
+        (("train", "--every", "1"), signal.SIGTERM),
+        (("train", "--every", "1", "--ranks", "2"), signal.SIGINT),
+    ],
+    ids=["writer", "restore", "train", "train on two ranks"],
+)
+def test_an_interrupted_benchmark_leaves_no_file_and_no_process(
+    tmp_path: Path, what: tuple[str, ...], number: signal.Signals
+) -> None:
+    job = subprocess.Popen(command(what[0], tmp_path, *what[1:]), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 60
+        wanted = "checkpoints" if what[0] == "train" else "*"
+        while not list(tmp_path.glob(f"layerwise-bench-*/{wanted}")):
+            assert job.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        job.send_signal(number)
+        out, err = job.communicate(timeout=60)
+    finally:
+        job.kill()
+        job.communicate()
+    assert (job.returncode, out) == (130, b"")
+    assert b"interrupted" in err and b"Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+    assert processes_in(tmp_path) == []
+
+
+def test_a_training_that_dies_is_reported_with_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train.sys, "executable", "/bin/false")
+    code, _, err = call("train", tmp_path, "--quick")
+    assert (code, "the training ended with exit code 1" in err) == (1, True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_figure_is_the_median_with_its_extremes() -> None:
+    assert Spread.of([3.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0)
+    assert Spread.of([3.0, 1.0, 2.0]).text(10, 1) == "20.0 (10.0–30.0)"
+    assert Spread.of([1.0, 1.0]).text() == "1.00"
+
+
+def test_a_stall_belongs_to_the_checkpoint_that_caused_it() -> None:
+    """Open and seal in the step that is due, the fence in the one behind it."""
+    assert by_checkpoint([5.0, 6.0], 1) == [5.0, 6.0]
+    assert by_checkpoint([1.0, 0.0, 4.0, 1.0, 0.0, 7.0], 3) == [5.0, 8.0]
