@@ -81,7 +81,7 @@ class FileLock:
     def held_path_is_mine(self) -> bool: ...
 
 class BufferPool:
-    """A bounded pool of host memory, aligned to 4096 bytes (its deadlock rule: csrc/include/layerwise/buffer_pool.h)."""
+    """A bounded pool of host memory, aligned to 4096 bytes (and a rule: csrc/include/layerwise/buffer_pool.h)."""
 
     def __init__(self, nbytes: int) -> None: ...
     def acquire(self, nbytes: int, timeout_s: float) -> PoolBuffer | None:

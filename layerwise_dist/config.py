@@ -24,7 +24,7 @@ class _Strict(BaseModel):
 
 class WriterConfig(_Strict):
     backend: Literal["auto", "uring", "posix"] = Field(
-        "auto", description="uring: io_uring; posix: pwrite threads; auto: uring unless the kernel or container refuses."
+        "auto", description="uring: io_uring; posix: pwrite threads; auto: uring, where that is not refused."
     )
     queue_depth: int = Field(4, ge=1, le=64, description="Writes in flight at once on this rank.")
     block_kb: int = Field(1024, ge=4, le=65536, multiple_of=4, description="Largest write and unit of hashing, KiB.")

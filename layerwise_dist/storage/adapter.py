@@ -42,7 +42,9 @@ def _choose_backend(wanted: str, rank: int) -> str:
     if refusal is None:
         return "uring"
     if wanted == "uring":
-        raise ConfigError(f"writer.backend = 'uring': this process may not use io_uring: {refusal}; use 'posix' or 'auto'")
+        raise ConfigError(
+            f"writer.backend = 'uring': this process may not use io_uring: {refusal}; use 'posix' or 'auto'"
+        )
     log.warning("rank %d: io_uring is refused here (%s): writing by threads, which costs a little more", rank, refusal)
     return "posix"
 
