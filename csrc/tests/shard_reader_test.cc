@@ -31,7 +31,7 @@ std::unique_ptr<ShardReader> Open(Env* env, ShardFixture* f, const std::string& 
 TEST_CASE("any range is read, aligned or not, and cut at the end of the file") {
   ShardFixture f;
   ScratchDir dir;
-  PosixEnv posix;
+  Env& posix = DiskEnv();
   const std::string content = Pattern(10000);
   REQUIRE_OK(posix.WriteFile(dir / "s", content, 0600));
   REQUIRE_OK(f.memory.WriteFile("/s", content, 0600));
@@ -96,7 +96,7 @@ TEST_CASE("of a bad block nothing is copied, and its index is reported") {
 TEST_CASE("blocks past the end of a cut file are bad, however large") {
   ShardFixture f;
   ScratchDir dir;
-  PosixEnv posix;
+  Env& posix = DiskEnv();
   const std::string content = Pattern(2 * 4096);
   REQUIRE_OK(posix.WriteFile(dir / "s", content.substr(0, 4096 + 10), 0600));
   auto reader = Open(&posix, &f, dir / "s");
@@ -111,7 +111,7 @@ TEST_CASE("blocks past the end of a cut file are bad, however large") {
 TEST_CASE("a file cut while it is open is bad, not an error") {
   ShardFixture f;
   ScratchDir dir;
-  PosixEnv posix;
+  Env& posix = DiskEnv();
   const std::string content = Pattern(2 * 4096);
   REQUIRE_OK(posix.WriteFile(dir / "s", content, 0600));
   auto reader = Open(&posix, &f, dir / "s");

@@ -310,7 +310,7 @@ SHARD_TEST_CASE("a finished shard survives power loss once its directory is sync
 
 SHARD_TEST_CASE("a real disk takes a shard by direct I/O") {
   ScratchDir dir;
-  PosixEnv env;
+  Env& env = DiskEnv();
   ShardFixture f;
   Tensor tensor(Pattern(3 << 20), 512), odd(Pattern(5000, 7), 64);
   std::vector<Plan::Block> blocks;
