@@ -79,13 +79,13 @@ add_program() {
   done
 }
 
-# Kernel modules with what they depend on, and the order in which to load them.
+# Kernel modules with what they depend on, and the order in which to load them; without the rules of this system.
 add_modules() {
   local version module
   version=$(basename "$vm"/kernel/lib/modules/*)
   mkdir -p "$root/modules"
   for module in crc32c_generic nvme nfit nd_pmem ext4; do
-    modprobe -d "$vm/kernel" -S "$version" --show-depends "$module" || fail "kernel $version has no module $module"
+    modprobe -C /dev/null -d "$vm/kernel" -S "$version" --show-depends "$module" || fail "kernel $version has no module $module"
   done | awk '$1 == "insmod" && !seen[$2]++ { print $2 }' >"$work/modules"
   while read -r module; do
     cp "$module" "$root/modules/"
