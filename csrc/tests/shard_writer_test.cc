@@ -238,7 +238,7 @@ SHARD_TEST_CASE("abort cancels what is queued and waits for what runs") {
   REQUIRE_OK(writer->Submit(0, 64));
   CHECK(writer->counts().pending == 0);
   FileInfo info;
-  CHECK(f.memory.Stat("/s", &info).ok());
+  CHECK(f.disk.Stat("/s", &info).ok());
 }
 
 SHARD_TEST_CASE("destruction aborts") {
@@ -293,6 +293,7 @@ SHARD_TEST_CASE("several threads use one writer") {
 
 SHARD_TEST_CASE("a finished shard survives power loss once its directory is synced") {
   ShardFixture f;
+  if (&f.disk != &f.memory) return;  // only memory can lose power here
   Tensor tensor(Pattern(4 * 4096));
   auto writer = f.Writer(f.Simple(4));
   REQUIRE_OK(writer->SetAddress(0, tensor.address()));
