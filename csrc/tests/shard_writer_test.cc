@@ -49,7 +49,9 @@ SHARD_TEST_CASE("misaligned memory passes a buffer when the file is direct, and 
     REQUIRE(writer->Wait(10));
     REQUIRE_OK(writer->Finish(Header()));
     CHECK(f.Content() == Header() + tensor.content());
-    CHECK(writer->counts().bytes_copied == (direct ? 4096 : 0));
+    const bool misaligned = tensor.address() % writer->alignment().memory != 0;
+    CHECK(writer->counts().bytes_copied == (misaligned ? 4096 : 0));
+    if (&f.disk == &f.memory) CHECK(misaligned == direct);
   }
 }
 

@@ -6,6 +6,7 @@ Unlike it, a shard is published only after its last block and its header were fl
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import time
@@ -34,8 +35,8 @@ class ShardReport:
 
 
 def _choose_backend(wanted: str, rank: int) -> str:
-    """ "uring" or "posix". Raises ConfigError where io_uring is asked for by name and refused."""
-    if wanted == "posix":
+    """ "uring", "posix" or "nvm". Raises ConfigError where io_uring is asked for by name and refused."""
+    if wanted in ("posix", "nvm"):
         return wanted
     refusal = _native.WriterPool.probe_uring()
     if refusal is None:
@@ -60,7 +61,8 @@ class PCCheckAdapter:
         """Starts the writer. `pool_bytes` bounds the memory for bounce buffers, evacuation and staging; None takes
         twice the bounce buffers, 32 MiB at least.
 
-        Raises ConfigError where `backend` "uring" is refused, or where the pool has no room for its bounce buffers.
+        With `backend` "nvm", `env` is an NvmEnv. Raises ConfigError where "uring" is refused or "nvm" finds no DAX,
+        or where the pool has no room for its bounce buffers.
         """
         self.env, self.root, self.rank, self.world_size = env, root, rank, world_size
         self.file_mode, self.dir_mode = file_mode, dir_mode
@@ -74,9 +76,18 @@ class PCCheckAdapter:
             )
         self.backend = _choose_backend(backend, rank)
         self._queue_depth = queue_depth
-        self._pool = _native.WriterPool(queue_depth, self.backend, self.buffers, block_bytes)
+        core = "uring" if self.backend == "uring" else "posix"  # mapped files are written by threads
+        self._pool = _native.WriterPool(queue_depth, core, self.buffers, block_bytes)
         self._readers: Any = None
-        aligns = env.direct_io(root) if direct_io else None
+        try:
+            aligns = env.direct_io(root) if direct_io else None
+        except OSError as error:
+            if self.backend != "nvm" or error.errno != errno.EOPNOTSUPP:
+                raise
+            raise ConfigError(
+                f"writer.backend = 'nvm': {root} is on no DAX file system of persistent memory ({error.strerror}); "
+                "use 'auto', or mount one with -o dax"
+            ) from error
         self.direct = aligns is not None and max(aligns) <= 4096
         self.memory_align = aligns[0] if self.direct else 1
         if direct_io and not self.direct:
@@ -85,7 +96,7 @@ class PCCheckAdapter:
     @property
     def pool(self) -> Any:
         """The threads that read: the writer's own, or others beside a ring, which only writes. Made when needed."""
-        if self.backend == "posix":
+        if self.backend != "uring":
             return self._pool
         if self._readers is None:
             self._readers = _native.WriterPool(self._queue_depth)
