@@ -61,7 +61,8 @@ fetch_kernel() {
 build_tests() {
   local generator=()
   if [ ! -e "$vm/native/CMakeCache.txt" ] && command -v ninja >/dev/null; then generator=(-G Ninja); fi
-  { cmake -S csrc -B "$vm/native" "${generator[@]}" -DLAYERWISE_TESTS=ON -DLAYERWISE_STATIC=ON &&
+  { cmake -S csrc -B "$vm/native" "${generator[@]}" -DLAYERWISE_TESTS=ON -DLAYERWISE_STATIC=ON \
+    -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_FLAGS_RELEASE=-O1 &&
     cmake --build "$vm/native" --parallel "$(nproc)" --target layerwise_native_tests; } >"$vm/build.log" 2>&1 || {
     tail -n 40 "$vm/build.log"
     fail "the static tests were not built; the whole output is in $vm/build.log"
