@@ -49,6 +49,13 @@ class Env:
 class PosixEnv(Env):
     def __init__(self) -> None: ...
 
+class NvmEnv(PosixEnv):
+    """Direct files are mappings of persistent memory (csrc/include/layerwise/nvm_env.h)."""
+
+    def __init__(self) -> None: ...
+    def probe(self, path: _Path) -> None:
+        """Raises OSError (EOPNOTSUPP, "no DAX here") unless files in this directory can be mapped with MAP_SYNC."""
+
 class WritableFile:
     @property
     def direct(self) -> bool: ...

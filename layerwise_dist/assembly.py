@@ -66,9 +66,8 @@ def attach(
     transport: Transport = LocalTransport(LocalHub(1), 0)
     if world_size > 1:
         transport = StoreTransport(open_store(rank, settings.commit.timeout_s), rank, world_size)
-    return assemble(
-        model, optimizer, settings, transport, _native.PosixEnv(), state=state, fresh=fresh, problem=problem
-    )
+    env = _native.NvmEnv() if settings.writer.backend == "nvm" else _native.PosixEnv()
+    return assemble(model, optimizer, settings, transport, env, state=state, fresh=fresh, problem=problem)
 
 
 def assemble(

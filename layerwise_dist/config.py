@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from layerwise_dist.errors import ConfigError
 
@@ -23,8 +23,10 @@ class _Strict(BaseModel):
 
 
 class WriterConfig(_Strict):
-    backend: Literal["auto", "uring", "posix"] = Field(
-        "auto", description="uring: io_uring; posix: pwrite threads; auto: uring, where that is not refused."
+    backend: Literal["auto", "uring", "posix", "nvm"] = Field(
+        "auto",
+        description="uring: io_uring; posix: pwrite threads; auto: uring, where that is not refused; "
+        "nvm: mapped persistent memory, an error where the file system has no DAX.",
     )
     queue_depth: int = Field(4, ge=1, le=64, description="Writes in flight at once on this rank.")
     block_kb: int = Field(1024, ge=4, le=65536, multiple_of=4, description="Largest write and unit of hashing, KiB.")
@@ -34,6 +36,12 @@ class WriterConfig(_Strict):
     direct_io: Literal["auto", "off"] = Field(
         "auto", description="auto: O_DIRECT where the file system takes it; off: through the page cache."
     )
+
+    @model_validator(mode="after")
+    def _possible(self) -> WriterConfig:
+        if self.backend == "nvm" and self.direct_io == "off":
+            raise ValueError("backend 'nvm' has no page cache to go through: direct_io must be 'auto' with it")
+        return self
 
 
 class CommitConfig(_Strict):

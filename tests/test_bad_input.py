@@ -52,6 +52,8 @@ BAD = [
     ({"every": 1}, ["unknown key 'every'", "every_n_steps"]),
     ({"commit": {"timeout": 3.0}}, ["unknown key 'commit.timeout'", "timeout_s"]),
     ({"writer": {"queue_dept": 3}}, ["unknown key 'writer.queue_dept'", "queue_depth"]),
+    ({"writer": {"backend": "pmem"}}, ["writer.backend = 'pmem'", "'nvm'"]),
+    ({"writer": {"backend": "nvm", "direct_io": "off"}}, ["writer", "direct_io must be 'auto'"]),
     ({"every_n_steps": "2"}, ["every_n_steps = '2'", "integer"]),
     ({"every_n_steps": True}, ["every_n_steps = True", "integer"]),
     ({"every_n_steps": 0}, ["every_n_steps = 0", "greater than or equal to 1"]),
@@ -414,6 +416,15 @@ def test_an_error_on_one_rank_is_raised_on_all(
 
 def test_two_ranks_checkpoint_cannot_be_restored_by_one(two_ranks: tuple[Path, list[dict[str, Any]]]) -> None:
     assert "written by 2 ranks, this job has 1" in refuse(two_ranks[0] / "two", *job(seed=4))
+
+
+def test_the_nvm_backend_where_there_is_no_dax_is_an_error_that_says_so(tmp_path: Path) -> None:
+    with pytest.raises(errors.ConfigError, match=r"writer.backend = 'nvm': .*no DAX here.* use 'auto'") as caught:
+        lwd.attach(*job(), dir=str(tmp_path / "ckpt"), writer={"backend": "nvm"})
+    assert str(tmp_path / "ckpt") in str(caught.value)
+    with pytest.raises(OSError, match="no DAX here"):
+        lwd._native.NvmEnv().probe(tmp_path)
+    assert not list(tmp_path.glob(".probe-*"))
 
 
 def test_a_launched_job_without_a_process_group_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@
 
 #include "convert.h"
 #include "layerwise/aligned_buffer.h"
+#include "layerwise/nvm_env.h"
 #include "layerwise/posix_env.h"
 
 namespace layerwise {
@@ -178,6 +179,10 @@ void BindEnv(nb::module_& m) {
              return type;
            }, nb::arg("path"));
   nb::class_<PosixEnv, Env>(m, "PosixEnv").def(nb::init<>());
+  nb::class_<NvmEnv, PosixEnv>(m, "NvmEnv")
+      .def(nb::init<>())
+      .def("probe", [](NvmEnv& env, const Path& path) { Unlocked([&] { return env.Probe(path.native()); }); },
+           nb::arg("path"));
 }
 
 }  // namespace layerwise

@@ -8,27 +8,12 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <cinttypes>
-#include <cstdio>
-#include <random>
 #include <utility>
 
 #include "posix_file.h"
 #include "posix_lock.h"
 
 namespace layerwise {
-
-namespace {
-
-std::string ProbeName() {
-  std::random_device random;
-  const uint64_t bits = (static_cast<uint64_t>(random()) << 32) | random();
-  char name[64];
-  std::snprintf(name, sizeof(name), ".probe-%d-%016" PRIx64, static_cast<int>(getpid()), bits);
-  return name;
-}
-
-}  // namespace
 
 Status PosixEnv::MakeDir(const std::string& path, uint32_t mode) {
   if (mkdir(path.c_str(), mode) != 0) return PosixError("make directory", path);
@@ -133,11 +118,10 @@ Status PosixEnv::Lock(const std::string& path, uint32_t mode, std::unique_ptr<Fi
 }
 
 Status PosixEnv::DirectIo(const std::string& dir, std::optional<DirectIoAlignment>* alignment) {
-  const std::string path = dir + "/" + ProbeName();
+  std::string path;
   Descriptor fd;
-  Status status = CreateExclusive(path, 0600, &fd);
+  Status status = CreateProbe(dir, &path, &fd);
   if (!status.ok()) return status;
-  if (unlink(path.c_str()) != 0) return PosixError("unlink", path);
   *alignment = TurnDirect(fd.get());
   return fd.Close(path);
 }

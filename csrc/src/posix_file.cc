@@ -7,7 +7,9 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cinttypes>
 #include <cstdio>
+#include <random>
 #include <utility>
 
 #include "layerwise/aligned_buffer.h"
@@ -19,10 +21,6 @@ namespace {
 
 // Linux moves at most 2 GiB less a page a call; this stays aligned when it is cut.
 constexpr size_t kLargestIo = 1 << 30;
-
-bool FitsKernel(size_t n, uint64_t offset) {
-  return offset <= static_cast<uint64_t>(INT64_MAX) && n <= static_cast<uint64_t>(INT64_MAX) - offset;
-}
 
 // EBUSY unless this descriptor is the only way to the file.
 Status CheckSoleUser(int fd, const std::string& path) {
@@ -38,10 +36,22 @@ Status CheckSoleUser(int fd, const std::string& path) {
   return Status::IoError(unknown ? EOPNOTSUPP : errno, "lease", path);
 }
 
+std::string ProbeName() {
+  std::random_device random;
+  const uint64_t bits = (static_cast<uint64_t>(random()) << 32) | random();
+  char name[64];
+  std::snprintf(name, sizeof(name), ".probe-%d-%016" PRIx64, static_cast<int>(getpid()), bits);
+  return name;
+}
+
 }  // namespace
 
 Status PosixError(const char* operation, const std::string& path) {
   return Status::IoError(errno, operation, path);
+}
+
+bool FitsKernel(size_t n, uint64_t offset) {
+  return offset <= static_cast<uint64_t>(INT64_MAX) && n <= static_cast<uint64_t>(INT64_MAX) - offset;
 }
 
 Descriptor& Descriptor::operator=(Descriptor&& other) noexcept {
@@ -68,6 +78,13 @@ Status CreateExclusive(const std::string& path, uint32_t mode, Descriptor* fd) {
   Status status = PosixError("fchmod", path);
   unlink(path.c_str());
   return status;
+}
+
+Status CreateProbe(const std::string& dir, std::string* path, Descriptor* fd) {
+  *path = dir + "/" + ProbeName();
+  Status status = CreateExclusive(*path, 0600, fd);
+  if (!status.ok()) return status;
+  return unlink(path->c_str()) == 0 ? status : PosixError("unlink", *path);
 }
 
 Status TakeOver(const std::string& from, const std::string& to, uint32_t mode, Descriptor* fd) {
@@ -117,6 +134,15 @@ Status WriteAll(int fd, const void* data, size_t n, uint64_t offset, const std::
     offset += static_cast<uint64_t>(done);
   }
   return Status::Ok();
+}
+
+Status TruncateTo(int fd, uint64_t size, const std::string& path) {
+  if (!FitsKernel(size, 0)) return Status::IoError(EFBIG, "ftruncate", path);
+  int result;
+  do {
+    result = ftruncate(fd, static_cast<off_t>(size));
+  } while (result != 0 && errno == EINTR);
+  return result == 0 ? Status::Ok() : PosixError("ftruncate", path);
 }
 
 Status ReadAll(int fd, void* data, size_t n, uint64_t offset, uint32_t align, const std::string& path,
@@ -169,14 +195,7 @@ Status PosixWritableFile::Allocate(uint64_t size) {
   return Status::Ok();
 }
 
-Status PosixWritableFile::Truncate(uint64_t size) {
-  if (!FitsKernel(size, 0)) return Status::IoError(EFBIG, "ftruncate", path_);
-  int result;
-  do {
-    result = ftruncate(fd_.get(), static_cast<off_t>(size));
-  } while (result != 0 && errno == EINTR);
-  return result == 0 ? Status::Ok() : PosixError("ftruncate", path_);
-}
+Status PosixWritableFile::Truncate(uint64_t size) { return TruncateTo(fd_.get(), size, path_); }
 
 Status PosixWritableFile::Sync() {
   if (poisoned_) return Status::IoError(EIO, "fdatasync after a failed one", path_);

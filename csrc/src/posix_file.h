@@ -10,6 +10,9 @@ namespace layerwise {
 
 Status PosixError(const char* operation, const std::string& path);
 
+// Whether the range ends within the largest offset that a file may have.
+bool FitsKernel(size_t n, uint64_t offset);
+
 // A descriptor that closes itself. Threads: external synchronization.
 class Descriptor {
  public:
@@ -30,6 +33,9 @@ class Descriptor {
 // Creates a file that must not exist, with exactly this mode.
 Status CreateExclusive(const std::string& path, uint32_t mode, Descriptor* fd);
 
+// Creates a file for trials in this directory, and unlinks it again.
+Status CreateProbe(const std::string& dir, std::string* path, Descriptor* fd);
+
 // Env::ReuseFile, up to the open descriptor, which is not direct.
 Status TakeOver(const std::string& from, const std::string& to, uint32_t mode, Descriptor* fd);
 
@@ -39,6 +45,8 @@ std::optional<DirectIoAlignment> TurnDirect(int fd);
 
 // Writes all n bytes; see WritableFile::Pwrite. `path` is for the error.
 Status WriteAll(int fd, const void* data, size_t n, uint64_t offset, const std::string& path);
+
+Status TruncateTo(int fd, uint64_t size, const std::string& path);
 
 // Reads until n bytes or the end of the file; see ReadableFile::Pread.
 Status ReadAll(int fd, void* data, size_t n, uint64_t offset, uint32_t align, const std::string& path,

@@ -28,7 +28,7 @@ uint32_t ModeOf(const std::string& path) {
 
 TEST_CASE("modes are exact whatever the umask is") {
   ScratchDir dir;
-  PosixEnv env;
+  Env& env = DiskEnv();
   std::unique_ptr<WritableFile> file;
   std::unique_ptr<FileLock> lock;
   const mode_t before = umask(0777);
@@ -46,7 +46,7 @@ TEST_CASE("modes are exact whatever the umask is") {
 
 TEST_CASE("nothing that exists is created again, and no link is followed") {
   ScratchDir dir;
-  PosixEnv env;
+  Env& env = DiskEnv();
   std::unique_ptr<WritableFile> out;
   std::unique_ptr<ReadableFile> in;
   std::unique_ptr<FileLock> lock;
@@ -67,7 +67,7 @@ TEST_CASE("nothing that exists is created again, and no link is followed") {
 
 TEST_CASE("files are written, read, listed, renamed and removed") {
   ScratchDir dir;
-  PosixEnv env;
+  Env& env = DiskEnv();
   REQUIRE_OK(env.MakeDir(dir / "d", 0700));
   REQUIRE_OK(env.WriteFile(dir / "d/b", "hello", 0600));
   REQUIRE_OK(env.WriteFile(dir / "d/a", "", 0600));
@@ -96,7 +96,7 @@ TEST_CASE("files are written, read, listed, renamed and removed") {
 
 TEST_CASE("a read is short only at the end of the file") {
   ScratchDir dir;
-  PosixEnv env;
+  Env& env = DiskEnv();
   const std::string content = Pattern(10000);
   REQUIRE_OK(env.WriteFile(dir / "f", content, 0600));
   for (bool direct : {false, true}) {
@@ -117,7 +117,7 @@ TEST_CASE("a read is short only at the end of the file") {
 
 TEST_CASE("a short write is continued, and ends with the kernel's own error") {
   ScratchDir dir;
-  PosixEnv env;
+  Env& env = DiskEnv();
   std::unique_ptr<WritableFile> file;
   REQUIRE_OK(env.NewWritableFile(dir / "f", 0600, false, &file));
   rlimit before;
@@ -137,7 +137,7 @@ TEST_CASE("a short write is continued, and ends with the kernel's own error") {
 
 TEST_CASE("a file allocates, and a closed one refuses") {
   ScratchDir dir;
-  PosixEnv env;
+  Env& env = DiskEnv();
   std::unique_ptr<WritableFile> file;
   REQUIRE_OK(env.NewWritableFile(dir / "f", 0600, true, &file));
   REQUIRE_OK(file->Allocate(0));
@@ -154,7 +154,7 @@ TEST_CASE("a file allocates, and a closed one refuses") {
 
 TEST_CASE("direct I/O says what it demands, and the probe leaves nothing") {
   ScratchDir dir;
-  PosixEnv env;
+  Env& env = DiskEnv();
   std::optional<DirectIoAlignment> alignment;
   REQUIRE_OK(env.DirectIo(dir.path(), &alignment));
   std::vector<std::string> names;
@@ -171,9 +171,28 @@ TEST_CASE("direct I/O says what it demands, and the probe leaves nothing") {
   CHECK_ERRNO(env.DirectIo(dir / "missing", &alignment), ENOENT);
 }
 
-TEST_CASE("one lock excludes another, in this process and in others") {
+TEST_CASE("the file system demands the alignment that these tests were sent here for") {
+  const char* const expected = std::getenv("LAYERWISE_TEST_ALIGN");
+  if (expected == nullptr) return;
   ScratchDir dir;
   PosixEnv env;
+  std::optional<DirectIoAlignment> alignment;
+  REQUIRE_OK(env.DirectIo(dir.path(), &alignment));
+  REQUIRE(alignment.has_value());
+  CHECK(std::to_string(alignment->offset) == expected);
+  std::unique_ptr<WritableFile> file;
+  REQUIRE_OK(env.NewWritableFile(dir / "f", 0600, true, &file));
+  AlignedBuffer buffer;
+  REQUIRE_OK(buffer.Reserve(8192));
+  std::fill_n(buffer.data(), 8192, 'x');
+  CHECK_ERRNO(file->Pwrite(buffer.data(), alignment->offset / 2, 0), EINVAL);
+  CHECK_ERRNO(file->Pwrite(buffer.data(), alignment->offset, alignment->offset / 2), EINVAL);
+  CHECK(file->Pwrite(buffer.data(), alignment->offset, alignment->offset).ok());
+}
+
+TEST_CASE("one lock excludes another, in this process and in others") {
+  ScratchDir dir;
+  Env& env = DiskEnv();
   std::unique_ptr<FileLock> first, second;
   REQUIRE_OK(env.Lock(dir / "l", 0600, &first));
   CHECK_ERRNO(env.Lock(dir / "l", 0600, &second), EAGAIN);
@@ -201,7 +220,7 @@ TEST_CASE("one lock excludes another, in this process and in others") {
 
 TEST_CASE("a forked child that lives on does not keep the lock") {
   ScratchDir dir;
-  PosixEnv env;
+  Env& env = DiskEnv();
   std::unique_ptr<FileLock> lock, next;
   REQUIRE_OK(env.Lock(dir / "l", 0600, &lock));
   int ready[2], done[2];
@@ -228,7 +247,7 @@ TEST_CASE("a forked child that lives on does not keep the lock") {
 
 TEST_CASE("a retired file is taken over with its space and content, under a new name and mode") {
   ScratchDir dir;
-  PosixEnv env;
+  Env& env = DiskEnv();
   const std::string old = Pattern(8192);
   REQUIRE_OK(env.WriteFile(dir / "old", old, 0644));
   struct stat before, after;
@@ -260,7 +279,7 @@ TEST_CASE("a retired file is taken over with its space and content, under a new 
 
 TEST_CASE("a file that a reader, a lock, a mapping or another name has is never reused") {
   ScratchDir dir;
-  PosixEnv env;
+  Env& env = DiskEnv();
   std::unique_ptr<WritableFile> file, open_file;
   std::unique_ptr<ReadableFile> reader;
   std::unique_ptr<FileLock> lock;
@@ -289,7 +308,7 @@ TEST_CASE("a file that a reader, a lock, a mapping or another name has is never 
 
 TEST_CASE("a file that a child process has open is never reused") {
   ScratchDir dir;
-  PosixEnv env;
+  Env& env = DiskEnv();
   REQUIRE_OK(env.WriteFile(dir / "old", "old", 0600));
   int ready[2], done[2];
   REQUIRE(pipe(ready) == 0);
@@ -317,7 +336,7 @@ TEST_CASE("a file that a child process has open is never reused") {
 
 TEST_CASE("reuse replaces nothing and takes only regular files") {
   ScratchDir dir;
-  PosixEnv env;
+  Env& env = DiskEnv();
   std::unique_ptr<WritableFile> file;
   REQUIRE_OK(env.WriteFile(dir / "a", "a", 0600));
   REQUIRE_OK(env.WriteFile(dir / "b", "b", 0600));

@@ -4,9 +4,12 @@
 #include <doctest/doctest.h>
 
 #include <cstdint>
+#include <cstdlib>
 #include <filesystem>
 #include <string>
 
+#include "layerwise/nvm_env.h"
+#include "layerwise/posix_env.h"
 #include "layerwise/status.h"
 
 #define REQUIRE_OK(expression)                               \
@@ -19,11 +22,29 @@
 
 namespace layerwise {
 
-// A directory of its own for one test, removed at the end.
+// What LAYERWISE_TEST_BACKEND says: posix (if unset) or nvm. The virtual machine of
+// tests/vm runs all tests of files on the Env that this names.
+inline bool OnNvm() {
+  const char* const backend = std::getenv("LAYERWISE_TEST_BACKEND");
+  const std::string name = backend == nullptr ? "posix" : backend;
+  REQUIRE_MESSAGE((name == "posix" || name == "nvm"), "LAYERWISE_TEST_BACKEND is ", name);
+  return name == "nvm";
+}
+
+inline Env& DiskEnv() {
+  static PosixEnv posix;
+  static NvmEnv nvm;
+  return OnNvm() ? static_cast<Env&>(nvm) : posix;
+}
+
+// A directory of its own for one test, in LAYERWISE_TEST_DIR or the system's place
+// for temporary files; removed at the end.
 class ScratchDir {
  public:
   ScratchDir() {
-    std::string path = (std::filesystem::temp_directory_path() / "layerwise-test-XXXXXX").string();
+    const char* const chosen = std::getenv("LAYERWISE_TEST_DIR");
+    const std::filesystem::path parent = chosen == nullptr ? std::filesystem::temp_directory_path() : chosen;
+    std::string path = (parent / "layerwise-test-XXXXXX").string();
     REQUIRE(mkdtemp(path.data()) != nullptr);
     path_ = path;
   }

@@ -13,6 +13,7 @@
 #include "layerwise/shard_reader.h"
 #include "layerwise/shard_writer.h"
 #include "memory_env.h"
+#include "rooted_env.h"
 #include "scratch.h"
 
 namespace layerwise {
@@ -127,12 +128,17 @@ struct ShardFixture {
 
   std::string Content(const std::string& path = "/s") {
     std::string data;
-    REQUIRE_OK(memory.ReadFile(path, 1 << 30, &data));
+    REQUIRE_OK(disk.ReadFile(path, 1 << 30, &data));
     return data;
   }
 
+  // What the shards are on: memory, or a real directory where LAYERWISE_TEST_DIR
+  // names one (tests/vm does, so that these tests hold on each kind of device).
   MemoryEnv memory;
-  FaultEnv env{&memory};
+  ScratchDir scratch;
+  RootedEnv rooted{&DiskEnv(), scratch.path()};
+  Env& disk = std::getenv("LAYERWISE_TEST_DIR") == nullptr ? static_cast<Env&>(memory) : rooted;
+  FaultEnv env{&disk};
   std::shared_ptr<BufferPool> buffers;
   std::unique_ptr<WriterPool> pool;
 };

@@ -31,10 +31,10 @@ std::unique_ptr<ShardReader> Open(Env* env, ShardFixture* f, const std::string& 
 TEST_CASE("any range is read, aligned or not, and cut at the end of the file") {
   ShardFixture f;
   ScratchDir dir;
-  PosixEnv posix;
+  Env& posix = DiskEnv();
   const std::string content = Pattern(10000);
   REQUIRE_OK(posix.WriteFile(dir / "s", content, 0600));
-  REQUIRE_OK(f.memory.WriteFile("/s", content, 0600));
+  REQUIRE_OK(f.disk.WriteFile("/s", content, 0600));
   for (bool direct : {true, false}) {
     auto on_disk = Open(&posix, &f, dir / "s", direct);
     auto in_memory = Open(&f.env, &f, "/s", direct);
@@ -57,7 +57,7 @@ TEST_CASE("any range is read, aligned or not, and cut at the end of the file") {
 TEST_CASE("sound blocks are copied to where they belong") {
   ShardFixture f;
   const std::string content = Pattern(5 * 4096 + 100);
-  REQUIRE_OK(f.memory.WriteFile("/s", content, 0600));
+  REQUIRE_OK(f.disk.WriteFile("/s", content, 0600));
   auto reader = Open(&f.env, &f, "/s");
   std::string out(content.size(), '\0');
   std::vector<ShardReader::Segment> segments;
@@ -76,7 +76,7 @@ TEST_CASE("sound blocks are copied to where they belong") {
 TEST_CASE("of a bad block nothing is copied, and its index is reported") {
   ShardFixture f;
   const std::string content = Pattern(6 * 4096);
-  REQUIRE_OK(f.memory.WriteFile("/s", content, 0600));
+  REQUIRE_OK(f.disk.WriteFile("/s", content, 0600));
   auto reader = Open(&f.env, &f, "/s");
   auto blocks = BlocksOf(content);
   blocks[4].hash ^= 1;
@@ -96,7 +96,7 @@ TEST_CASE("of a bad block nothing is copied, and its index is reported") {
 TEST_CASE("blocks past the end of a cut file are bad, however large") {
   ShardFixture f;
   ScratchDir dir;
-  PosixEnv posix;
+  Env& posix = DiskEnv();
   const std::string content = Pattern(2 * 4096);
   REQUIRE_OK(posix.WriteFile(dir / "s", content.substr(0, 4096 + 10), 0600));
   auto reader = Open(&posix, &f, dir / "s");
@@ -111,7 +111,7 @@ TEST_CASE("blocks past the end of a cut file are bad, however large") {
 TEST_CASE("a file cut while it is open is bad, not an error") {
   ShardFixture f;
   ScratchDir dir;
-  PosixEnv posix;
+  Env& posix = DiskEnv();
   const std::string content = Pattern(2 * 4096);
   REQUIRE_OK(posix.WriteFile(dir / "s", content, 0600));
   auto reader = Open(&posix, &f, dir / "s");
@@ -124,7 +124,7 @@ TEST_CASE("a file cut while it is open is bad, not an error") {
 TEST_CASE("an I/O error is an error, not a bad block") {
   ShardFixture f;
   const std::string content = Pattern(8 * 4096);
-  REQUIRE_OK(f.memory.WriteFile("/s", content, 0600));
+  REQUIRE_OK(f.disk.WriteFile("/s", content, 0600));
   auto reader = Open(&f.env, &f, "/s");
   f.Fail("read", EIO);
   std::vector<size_t> bad;
@@ -152,7 +152,7 @@ TEST_CASE("of a block that is not hashed only the length is checked") {
 TEST_CASE("what direct I/O refuses is read without it") {
   ShardFixture f;
   const std::string content = Pattern(4096);
-  REQUIRE_OK(f.memory.WriteFile("/s", content, 0600));
+  REQUIRE_OK(f.disk.WriteFile("/s", content, 0600));
   auto reader = Open(&f.env, &f, "/s");
   f.Fail("read", EINVAL);
   std::vector<size_t> bad;
@@ -164,7 +164,7 @@ TEST_CASE("what direct I/O refuses is read without it") {
 TEST_CASE("segments that leave their block are refused before anything is read") {
   ShardFixture f;
   const std::string content = Pattern(4096);
-  REQUIRE_OK(f.memory.WriteFile("/s", content, 0600));
+  REQUIRE_OK(f.disk.WriteFile("/s", content, 0600));
   auto reader = Open(&f.env, &f, "/s");
   char byte = 0;
   const auto address = reinterpret_cast<uintptr_t>(&byte);

@@ -49,7 +49,9 @@ SHARD_TEST_CASE("misaligned memory passes a buffer when the file is direct, and 
     REQUIRE(writer->Wait(10));
     REQUIRE_OK(writer->Finish(Header()));
     CHECK(f.Content() == Header() + tensor.content());
-    CHECK(writer->counts().bytes_copied == (direct ? 4096 : 0));
+    const bool misaligned = tensor.address() % writer->alignment().memory != 0;
+    CHECK(writer->counts().bytes_copied == (misaligned ? 4096 : 0));
+    if (&f.disk == &f.memory) CHECK(misaligned == direct);
   }
 }
 
@@ -238,7 +240,7 @@ SHARD_TEST_CASE("abort cancels what is queued and waits for what runs") {
   REQUIRE_OK(writer->Submit(0, 64));
   CHECK(writer->counts().pending == 0);
   FileInfo info;
-  CHECK(f.memory.Stat("/s", &info).ok());
+  CHECK(f.disk.Stat("/s", &info).ok());
 }
 
 SHARD_TEST_CASE("destruction aborts") {
@@ -293,6 +295,7 @@ SHARD_TEST_CASE("several threads use one writer") {
 
 SHARD_TEST_CASE("a finished shard survives power loss once its directory is synced") {
   ShardFixture f;
+  if (&f.disk != &f.memory) return;  // only memory can lose power here
   Tensor tensor(Pattern(4 * 4096));
   auto writer = f.Writer(f.Simple(4));
   REQUIRE_OK(writer->SetAddress(0, tensor.address()));
@@ -346,7 +349,7 @@ SHARD_TEST_CASE("a file that a reader has open is not written over") {
 
 SHARD_TEST_CASE("a real disk takes a shard by direct I/O") {
   ScratchDir dir;
-  PosixEnv env;
+  Env& env = DiskEnv();
   ShardFixture f;
   Tensor tensor(Pattern(3 << 20), 512), odd(Pattern(5000, 7), 64);
   std::vector<Plan::Block> blocks;

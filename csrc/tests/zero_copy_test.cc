@@ -38,14 +38,14 @@ std::shared_ptr<const Plan> Spread(size_t begin, size_t length, size_t block) {
   return ShardFixture::MakePlan(std::move(blocks), std::move(segments), 1);
 }
 
-std::unique_ptr<ShardWriter> OnDisk(PosixEnv* env, ShardFixture* f, std::shared_ptr<const Plan> plan,
+std::unique_ptr<ShardWriter> OnDisk(Env* env, ShardFixture* f, std::shared_ptr<const Plan> plan,
                                     const std::string& path, bool direct = true) {
   std::unique_ptr<ShardWriter> writer;
   REQUIRE_OK(ShardWriter::Create(env, f->pool.get(), std::move(plan), path, 0600, direct, &writer));
   return writer;
 }
 
-std::string ReadBack(PosixEnv* env, const std::string& path) {
+std::string ReadBack(Env* env, const std::string& path) {
   std::string data;
   REQUIRE_OK(env->ReadFile(path, 1 << 30, &data));
   return data;
@@ -88,7 +88,7 @@ SHARD_TEST_CASE("a congruent tensor is copied only in the sectors at its ends, w
 
 SHARD_TEST_CASE("tensors of any size at any address reach file and hash unchanged") {
   ScratchDir dir;
-  PosixEnv posix;
+  Env& posix = DiskEnv();
   std::mt19937 random(7);
   const auto pick = [&](size_t from, size_t to) { return from + random() % (to - from + 1); };
   for (size_t round = 0; round < 24; ++round) {
@@ -233,7 +233,7 @@ SHARD_TEST_CASE("a write that the kernel cuts short is continued, and fails wher
 
 SHARD_TEST_CASE("shards of a pool with buffers share disk and pool") {
   ScratchDir dir;
-  PosixEnv posix;
+  Env& posix = DiskEnv();
   ShardFixture f(4, 12);
   constexpr size_t kBlocks = 40;
   std::vector<std::unique_ptr<Tensor>> tensors;
@@ -300,7 +300,7 @@ TEST_CASE("a pool needs room for its bounce buffers, and takes no plan that exce
   CHECK(refused.code() == Status::Code::kInvalidArgument);
   CHECK(refused.message().find("8192") != std::string::npos);
   FileInfo info;
-  CHECK_ERRNO(f.memory.Stat("/s", &info), ENOENT);
+  CHECK_ERRNO(f.disk.Stat("/s", &info), ENOENT);
 }
 
 }  // namespace layerwise

@@ -6,6 +6,7 @@ Unlike it, a shard is published only after its last block and its header were fl
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import time
@@ -35,8 +36,8 @@ class ShardReport:
 
 
 def _choose_backend(wanted: str, rank: int) -> str:
-    """ "uring" or "posix". Raises ConfigError where io_uring is asked for by name and refused."""
-    if wanted == "posix":
+    """ "uring", "posix" or "nvm". Raises ConfigError where io_uring is asked for by name and refused."""
+    if wanted in ("posix", "nvm"):
         return wanted
     refusal = _native.WriterPool.probe_uring()
     if refusal is None:
@@ -64,7 +65,8 @@ class PCCheckAdapter:
         twice the bounce buffers, 32 MiB at least. `spares`: how many files of retired checkpoints may wait to be
         written over; 0: they are removed. `hash`: whether tensors are hashed; header and state always are.
 
-        Raises ConfigError where `backend` "uring" is refused, or where the pool has no room for its bounce buffers.
+        With `backend` "nvm", `env` is an NvmEnv. Raises ConfigError where "uring" is refused or "nvm" finds no DAX,
+        or where the pool has no room for its bounce buffers.
         """
         self.hash = hash
         self.recycler = Recycler(env, root, rank, limit=spares, file_mode=file_mode)
@@ -80,9 +82,18 @@ class PCCheckAdapter:
             )
         self.backend = _choose_backend(backend, rank)
         self._queue_depth = queue_depth
-        self._pool = _native.WriterPool(queue_depth, self.backend, self.buffers, block_bytes)
+        core = "uring" if self.backend == "uring" else "posix"  # mapped files are written by threads
+        self._pool = _native.WriterPool(queue_depth, core, self.buffers, block_bytes)
         self._readers: Any = None
-        aligns = env.direct_io(root) if direct_io else None
+        try:
+            aligns = env.direct_io(root) if direct_io else None
+        except OSError as error:
+            if self.backend != "nvm" or error.errno != errno.EOPNOTSUPP:
+                raise
+            raise ConfigError(
+                f"writer.backend = 'nvm': {root} is on no DAX file system of persistent memory ({error.strerror}); "
+                "use 'auto', or mount one with -o dax"
+            ) from error
         self.direct = aligns is not None and max(aligns) <= 4096
         self.memory_align = aligns[0] if self.direct else 1
         if direct_io and not self.direct:
@@ -91,7 +102,7 @@ class PCCheckAdapter:
     @property
     def pool(self) -> Any:
         """The threads that read: the writer's own, or others beside a ring, which only writes. Made when needed."""
-        if self.backend == "posix":
+        if self.backend != "uring":
             return self._pool
         if self._readers is None:
             self._readers = _native.WriterPool(self._queue_depth)

@@ -10,7 +10,7 @@ namespace layerwise {
 //
 // A file whose file system demands more than 4096 bytes of alignment is opened
 // without direct I/O, so that 4096 is enough for every direct file.
-class PosixEnv final : public Env {
+class PosixEnv : public Env {
  public:
   Status MakeDir(const std::string& path, uint32_t mode) override;
   Status NewWritableFile(const std::string& path, uint32_t mode, bool direct,

@@ -1,0 +1,41 @@
+#!/bin/busybox sh
+# The first process of the virtual machine (see run.sh): makes the two file systems, runs the tests on each, powers off.
+/bin/busybox --install -s /bin
+export PATH=/bin
+mkdir -p /proc /sys /dev /tmp /pmem /nvme
+mount -t proc none /proc
+mount -t sysfs none /sys
+mount -t devtmpfs none /dev
+
+end() {
+  echo "VM-RESULT $1"
+  sync
+  poweroff -f
+}
+
+while read -r module; do
+  insmod "/modules/$module" || end "FAIL: insmod $module"
+done </modules/order
+
+waited=0
+while [ ! -b /dev/nvme0n1 ] || [ ! -b /dev/pmem0 ]; do
+  waited=$((waited + 1))
+  [ "$waited" -le 200 ] || end "FAIL: /dev/nvme0n1 or /dev/pmem0 did not appear"
+  usleep 100000
+done
+
+# By their paths: busybox has programs of the same names.
+# A fresh NVDIMM is in raw mode, which has no DAX.
+/bin/ndctl create-namespace -f -e namespace0.0 -m fsdax >/tmp/ndctl 2>&1 || { cat /tmp/ndctl; end "FAIL: ndctl"; }
+/bin/mke2fs -q -F -t ext4 -b 4096 /dev/pmem0 && mount -t ext4 -o dax=always /dev/pmem0 /pmem || end "FAIL: /pmem"
+/bin/mke2fs -q -F -t ext4 /dev/nvme0n1 && mount -t ext4 /dev/nvme0n1 /nvme || end "FAIL: /nvme"
+echo "logical blocks of the NVMe disk: $(cat /sys/block/nvme0n1/queue/logical_block_size) bytes"
+
+failed=
+echo "--- the native tests on persistent memory: ext4 -o dax, NvmEnv"
+LAYERWISE_TEST_DIR=/pmem LAYERWISE_TEST_BACKEND=nvm /bin/layerwise_native_tests --no-colors=true || failed="$failed /pmem"
+echo "--- the native tests on an NVMe disk with sectors of 4096 bytes: ext4, PosixEnv"
+LAYERWISE_TEST_DIR=/nvme LAYERWISE_TEST_ALIGN=4096 /bin/layerwise_native_tests --no-colors=true || failed="$failed /nvme"
+if [ -n "$failed" ]; then end "FAIL: tests on$failed"; fi
+umount /pmem && umount /nvme || end "FAIL: something still uses the file systems"
+end OK
