@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from layerwise_dist.boundary import Boundary, BoundaryMark
-from layerwise_dist.capture import survey as live
+from layerwise_dist.capture.audit import Rotation
 from layerwise_dist.capture.lease import Capture, LeaseBroken
 from layerwise_dist.capture.objects import StateObjects
-from layerwise_dist.capture.survey import Survey
+from layerwise_dist.capture.sealed import Sealer
+from layerwise_dist.capture.survey import Survey, Surveyor
 from layerwise_dist.commit.coordinator import CoordinatorThread
 from layerwise_dist.commit.metadata import CheckpointMetadataManager, ParentRef
 from layerwise_dist.commit.participant import Participant
@@ -29,15 +30,11 @@ from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.restore import loader
 from layerwise_dist.restore.restorer import Restorer
 from layerwise_dist.statistics import Statistics
-from layerwise_dist.storage import typed_json
 from layerwise_dist.storage.adapter import PCCheckAdapter
 from layerwise_dist.storage.layout import AttemptId
 from layerwise_dist.storage.shard import ShardLayout
 
 log = logging.getLogger("layerwise_dist")
-
-_FIRST_AUDITS = 3
-_AUDIT_EVERY = 100
 
 
 class LayerwiseEngine:
@@ -61,9 +58,11 @@ class LayerwiseEngine:
         self._open: Capture | None = None
         self._layout: tuple[tuple[Any, ...], ShardLayout, Any] | None = None
         self._copying: frozenset[str] = frozenset()
-        self._seen: Survey | None = None
+        self._surveyor = Surveyor(framework, optimizer)
+        self._sealer = Sealer(framework, optimizer, objects)
+        self._audits = Rotation(always=config.audit == "always")
         self._owed = False
-        self._updates = self._boundaries = self._opened = 0
+        self._updates = self._boundaries = 0
         self._again = False
         self._ready = fresh or info.empty
         self._restorer = Restorer(
@@ -211,7 +210,6 @@ class LayerwiseEngine:
         """Opens an attempt. A rank that cannot tells rank 0, which drops it for all; training goes on."""
         attempt = AttemptId(self._info.epoch, self._seq, step)
         self._seq += 1
-        self._opened += 1
         if not self._participant.wait_room(self.config.max_in_flight, self.config.fence_timeout_s):
             self._participant.failed(
                 attempt, f"{self.config.max_in_flight} checkpoints are in flight and the disk does not end one", None
@@ -219,24 +217,19 @@ class LayerwiseEngine:
             return
         self._participant.began(attempt)
         try:
-            found = self._survey()
+            found = self._surveyor.look(self._copying)
             shard, plan = self._lay_out(found)
             write = self._adapter.begin(attempt, shard, plan)
         except (LayerwiseError, OSError) as error:
             self._participant.failed(attempt, str(error), None)
             return
-        audited = self.config.audit == "always" or self._opened <= _FIRST_AUDITS or self._opened % _AUDIT_EVERY == 0
-        self._open = Capture(step, found, write, timeout_s=self.config.fence_timeout_s, audited=audited)
+        self._open = Capture(step, found, write, self._audits.next(found), timeout_s=self.config.fence_timeout_s)
         write.confirm = self._open.confirm  # and with it, what is leased stays alive as long as it may be read
         self._again = False
         self._open.start()
 
-    def _survey(self) -> Survey:
-        self._seen = live.survey(self._framework, self._optimizer, self._copying, self._seen)
-        return self._seen
-
     def _lay_out(self, found: Survey) -> tuple[ShardLayout, Any]:
-        if self._layout is None or self._layout[0] != found.key:
+        if self._layout is None or (self._layout[0] is not found.key and self._layout[0] != found.key):
             self._layout = (found.key, *self._adapter.lay_out(found.sources(self._adapter.memory_align)))
         return self._layout[1], self._layout[2]
 
@@ -271,7 +264,7 @@ class LayerwiseEngine:
         """Between two operations of the training thread: leases whose blocks are written can be judged."""
         if threading.get_ident() == self._thread:
             for capture in self._captures:
-                capture.settle()
+                self._learn(capture.settle(), "the next update")
 
     def _on_boundary(self, mark: BoundaryMark) -> None:
         self._boundaries += 1
@@ -288,28 +281,11 @@ class LayerwiseEngine:
         self._participant.boundary(self._boundaries)
 
     def _seal(self, capture: Capture, mark: BoundaryMark) -> None:
-        """Everything of the process at this boundary that is not a parameter, a buffer or optimizer state."""
         if capture.step != mark.step:
             raise LeaseBroken(f"it was opened for step {capture.step}, the boundary is step {mark.step}")
-        found = self._survey()
+        found = self._surveyor.look(self._copying)
         self._learn(capture.seal(found), "the boundary")
-        state = self._optimizer.state
-        sealed = {
-            "step": mark.step,
-            "updates": self._updates,
-            "boundary": mark.state(),
-            "objects": self._objects.take(),
-            "optimizer": {
-                "class": type(self._optimizer).__qualname__,
-                "groups": live.hyper_parameters(self._framework, self._optimizer),
-                "scalars": found.scalars,
-                "order": {view.fqn: list(state[view.param]) for view in self._framework.params if view.param in state},
-            },
-            "wrapper": self._framework.carry(),
-            "gradients": live.gradient_names(self._framework),
-            "extra_state": {name: module.get_extra_state() for name, module in self._framework.extra_states()},
-        }
-        capture.write.append_state(*typed_json.dumps(sealed, path="state"))
+        capture.write.append_state(*self._sealer.take(mark.step, self._updates, mark.state(), found))
         if self._committer is not None:
             self._committer.boundary_kind = mark.resume_kind
         self._statistics.captured(capture.write, found.nbytes)
@@ -357,11 +333,7 @@ class LayerwiseEngine:
     def _adopt(self, loading: loader.LoadPlan) -> None:
         sealed = loading.sealed
         loader.adopt(loading, self._framework, self._optimizer)
-        live.set_gradients(self._framework, sealed["gradients"])
-        self._objects.put(sealed["objects"])
-        for name, module in self._framework.extra_states():
-            if name in sealed["extra_state"]:
-                module.set_extra_state(sealed["extra_state"][name])
+        self._sealer.put(sealed)
         self._updates = sealed["updates"]
         self._boundary.start_at(sealed["step"])
         self._boundary.restore(sealed["boundary"])

@@ -6,10 +6,9 @@ import threading
 
 import torch
 
-from layerwise_dist import _native
+from layerwise_dist.capture.audit import Audit
 from layerwise_dist.capture.survey import Survey
 from layerwise_dist.errors import LayerwiseError
-from layerwise_dist.pieces import Piece
 from layerwise_dist.storage.adapter import ShardWrite
 
 
@@ -25,28 +24,24 @@ class Capture:
     `confirm` waits for them on another one.
     """
 
-    def __init__(self, step: int, survey: Survey, write: ShardWrite, *, timeout_s: float, audited: bool) -> None:
-        self.step, self.write, self.audited = step, write, audited
-        self._survey, self._timeout_s = survey, timeout_s
+    def __init__(self, step: int, survey: Survey, write: ShardWrite, audit: Audit, *, timeout_s: float) -> None:
+        self.step, self.write = step, write
+        self._survey, self._audit, self._timeout_s = survey, audit, timeout_s
         self._copies: list[torch.Tensor] = []
-        self._versions: dict[str, int] = {}
-        self._hashes: dict[str, int] = {}
+        self._versions: list[int] = []
         self._settled = threading.Event()
         self._verdict: str | None = None
 
     def start(self) -> None:
-        number = 0
-        for layer in self._survey.leased:
-            for piece in layer.pieces:
-                self.write.set_address(number, piece.tensor.data_ptr())
-                number += 1
+        # The copies of the boundary have no memory yet; `seal` gives it.
+        tensors = self._survey.tensors
+        self.write.set_addresses([tensor.data_ptr() for tensor in tensors] + [0] * len(self._survey.copied))
         self.restart()
 
     def restart(self) -> None:
         """Queues the leased tensors as they are now. REQUIRES: nothing is queued: `drain` came before a further update."""
         self._note()
-        for extent in range(len(self._survey.leased)):
-            self.write.submit(extent)
+        self.write.submit(0, len(self._survey.layers))
 
     def drain(self) -> None:
         """Waits until all that was queued is written and hashed, so that the memory may change. Raises LeaseBroken."""
@@ -59,48 +54,47 @@ class Capture:
         What was changed since the update (a clamp of the weights, say) is written again, and what is not leased is
         copied. Returns the names of tensors that changed in a way only the audit saw. Raises LeaseBroken.
         """
-        if survey.key != self._survey.key:
+        if survey is not self._survey and survey.key != self._survey.key:
             raise LeaseBroken(
                 "a tensor of the model or optimizer came, went or moved between the update and the boundary"
             )
-        changed: set[int] = set()
-        unseen: set[str] = set()
-        for extent, piece in self._leased():
-            name = piece.slice.name
-            if piece.tensor._version != self._versions[name]:
-                changed.add(extent)
-            elif self.audited and _hash(piece) != self._hashes[name]:
-                changed.add(extent)
-                unseen.add(name)
-        if changed:
+        moved = self._moved()
+        unseen = self._audit.changed(self._survey).difference(moved)
+        if moved or unseen:
             self.drain()
-            for extent in changed:
-                self.write.submit(extent)
+            for extent in {self._survey.extents[number] for number in unseen.union(moved)}:
+                self.write.submit(extent, 1)
             self._note()
-        first = sum(len(layer.pieces) for layer in self._survey.leased)
+        first = len(self._survey.pieces)
         self._copies = [piece.copy() for piece in survey.copied]
         for number, copy in enumerate(self._copies, first):
             self.write.set_address(number, copy.data_ptr())
-        self.write.submit(len(self._survey.leased))
-        if self.audited:
+        self.write.submit(len(self._survey.layers), 1)
+        if self._audit.full:
             # What an audited checkpoint holds is certain: nothing may change it any more once it was compared.
             self.drain()
-        return unseen
+        return self._names(unseen)
 
-    def settle(self) -> None:
+    def settle(self) -> set[str]:
         """Judges the lease, if all blocks are written by now. On the training thread only, between its operations.
 
         A version counter rises when an in-place operation returns. Looked at from another thread it could be looked at
         within one, with half of the change already read; on the thread that makes the changes it tells of all of them.
+
+        Returns the names of tensors that changed in a way only the audit saw, which ends the attempt.
         """
-        if not self._settled.is_set() and self.write.wait_written(0.0):
-            changed = [p.slice.name for _, p in self._leased() if p.tensor._version != self._versions[p.slice.name]]
-            if changed:
-                self._verdict = (
-                    f"{', '.join(changed[:3])} changed between the boundary and the next update, while it may still have "
-                    "been read: change parameters before the iteration ends"
-                )
-            self._settled.set()
+        if self._settled.is_set() or not self.write.wait_written(0.0):
+            return set()
+        moved = self._moved()
+        # A full audit had everything written before the boundary was over: what changes now was never read.
+        unseen = set() if self._audit.full else self._audit.changed(self._survey).difference(moved)
+        if changed := sorted(self._names([*moved, *unseen])):
+            self._verdict = (
+                f"{', '.join(changed[:3])} changed between the boundary and the next update, while it may still have "
+                "been read: change parameters before the iteration ends"
+            )
+        self._settled.set()
+        return self._names(unseen)
 
     def confirm(self, timeout_s: float) -> None:
         """Waits for the training thread's verdict. Raises LeaseBroken if what was read had changed.
@@ -118,30 +112,30 @@ class Capture:
     def fence(self) -> set[str]:
         """Waits for the writer, so that the update may overwrite; gives the attempt up when it is not done in time.
 
-        Returns the names of tensors that changed since the boundary in a way only the audit saw. What an audited
-        checkpoint holds was written before; others would have been torn.
+        Returns the names of tensors that changed since the boundary in a way only the audit saw.
         """
+        unseen: set[str] = set()
         try:
             self.drain()
-            self.settle()
+            unseen = self.settle()
         except LeaseBroken as broken:
             if not self._settled.is_set():
                 self._verdict = str(broken)
                 self._settled.set()
-        if not self.audited:
-            return set()
-        unmoved = [p for _, p in self._leased() if p.tensor._version == self._versions[p.slice.name]]
-        return {piece.slice.name for piece in unmoved if _hash(piece) != self._hashes[piece.slice.name]}
-
-    def _leased(self) -> list[tuple[int, Piece]]:
-        return [(extent, piece) for extent, layer in enumerate(self._survey.leased) for piece in layer.pieces]
+        if self._audit.full:
+            unseen = self._names(self._audit.changed(self._survey).difference(self._moved()))
+        return unseen
 
     def _note(self) -> None:
-        for _, piece in self._leased():
-            self._versions[piece.slice.name] = piece.tensor._version
-            if self.audited:
-                self._hashes[piece.slice.name] = _hash(piece)
+        self._versions = [tensor._version for tensor in self._survey.tensors]
+        self._audit.note(self._survey)
 
+    def _moved(self) -> list[int]:
+        """Numbers of the pieces whose version counter rose since they were noted."""
+        now = [tensor._version for tensor in self._survey.tensors]
+        if now == self._versions:
+            return []
+        return [number for number, (was, is_) in enumerate(zip(self._versions, now, strict=True)) if was != is_]
 
-def _hash(piece: Piece) -> int:
-    return _native.hash_memory(piece.tensor.data_ptr(), piece.slice.nbytes)
+    def _names(self, numbers: set[int] | list[int]) -> set[str]:
+        return {self._survey.pieces[number].slice.name for number in numbers}

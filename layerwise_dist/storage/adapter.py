@@ -165,11 +165,15 @@ class ShardWrite:
     def set_address(self, tensor: int, address: int) -> None:
         self._writer.set_address(tensor, address)
 
-    def submit(self, extent: int) -> None:
-        """Queues the blocks of a layer. Its tensors must not change until `wait_written` has returned True."""
-        item = self.layout.extents[extent]
-        if item.blocks:
-            self._writer.submit(item.first_block, item.blocks)
+    def set_addresses(self, addresses: Sequence[int]) -> None:
+        """Of all tensors of the layout; 0 for those whose extent is not submitted before `set_address` was called."""
+        self._writer.set_addresses(addresses)
+
+    def submit(self, first: int, count: int) -> None:
+        """Queues the blocks of `count` layers. Their tensors must not change until `wait_written` has returned True."""
+        extents = self.layout.extents[first : first + count]
+        if blocks := sum(extent.blocks for extent in extents):
+            self._writer.submit(extents[0].first_block, blocks)
 
     def wait_written(self, timeout_s: float) -> bool:
         """Whether, within the deadline, everything queued was both written and hashed, or has failed."""
