@@ -57,7 +57,7 @@ class LayerwiseConfig(_Strict):
     hash: bool = Field(True, description="false: data is written without hashes, so damage to it cannot be found.")
     fence_timeout_s: float = Field(60.0, gt=0, description="Longest wait of an update for the writes of its tensors.")
     audit: Literal["auto", "always"] = Field(
-        "auto", description="Read leased memory again and compare: the first three and every hundredth, or always."
+        "auto", description="Read leased memory again and compare: the first three checkpoints, then a hundredth in each; or all in each."
     )
     writer: WriterConfig = Field(default_factory=WriterConfig)
     commit: CommitConfig = Field(default_factory=CommitConfig)
