@@ -53,15 +53,38 @@ class LayerwiseConfig(_Strict):
     update: Literal["auto", "whole"] = Field(
         "auto", description="How the optimizer steps; both mean: as it does alone."
     )
+    capture: Literal["auto", "lease", "stage"] = Field(
+        "auto",
+        description="lease: tensors are read in place until the next update; stage: copied right behind the update; "
+        "auto: lease for host memory, stage for device memory.",
+    )
     max_in_flight: int = Field(2, ge=1, le=64, description="Checkpoints that may be on their way to disk at once.")
+    when_full: Literal["wait", "skip"] = Field(
+        "wait",
+        description="With max_in_flight on their way. wait: the update waits for the disk; skip: no checkpoint of that "
+        "step.",
+    )
+    pool_mb: Literal["auto"] | int = Field(
+        "auto", description="Memory for bounce buffers, evacuation and staging, MiB, 8 or more; auto: logged once known."
+    )
     hash: bool = Field(True, description="false: data is written without hashes, so damage to it cannot be found.")
     fence_timeout_s: float = Field(60.0, gt=0, description="Longest wait of an update for the writes of its tensors.")
     audit: Literal["auto", "always"] = Field(
-        "auto", description="Read leased memory again and compare: the first three checkpoints, then a hundredth in each; or all in each."
+        "auto",
+        description="Read leased memory again and compare: the first three checkpoints, then a hundredth in each; or "
+        "all in each.",
     )
     writer: WriterConfig = Field(default_factory=WriterConfig)
     commit: CommitConfig = Field(default_factory=CommitConfig)
     file_mode: str = Field("0600", description="Mode of the files, octal; directories get the search bits added.")
+
+    @field_validator("pool_mb", mode="before")
+    @classmethod
+    def _pool(cls, value: Any) -> Any:
+        # In one place, since the errors of a union name every branch of it.
+        if value != "auto" and (type(value) is not int or value < 8):
+            raise ValueError("must be 'auto' or a whole number of MiB, 8 or more")
+        return value
 
     @field_validator("file_mode")
     @classmethod

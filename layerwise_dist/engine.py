@@ -140,7 +140,8 @@ class LayerwiseEngine:
 
     def stats(self) -> dict[str, float | int]:
         """Counters of this rank since attach(): bytes, checkpoints, and how long the training thread was held up."""
-        return self._statistics.report(self._participant.commits, self._participant.aborts)
+        participant = self._participant
+        return self._statistics.report(participant.commits, participant.aborts, participant.skips)
 
     # -- updates ------------------------------------------------------------------------------------------------
 
@@ -210,10 +211,7 @@ class LayerwiseEngine:
         """Opens an attempt. A rank that cannot tells rank 0, which drops it for all; training goes on."""
         attempt = AttemptId(self._info.epoch, self._seq, step)
         self._seq += 1
-        if not self._participant.wait_room(self.config.max_in_flight, self.config.fence_timeout_s):
-            self._participant.failed(
-                attempt, f"{self.config.max_in_flight} checkpoints are in flight and the disk does not end one", None
-            )
+        if not self._admitted(attempt):
             return
         self._participant.began(attempt)
         try:
@@ -227,6 +225,18 @@ class LayerwiseEngine:
         write.confirm = self._open.confirm  # and with it, what is leased stays alive as long as it may be read
         self._again = False
         self._open.start()
+
+    def _admitted(self, attempt: AttemptId) -> bool:
+        """Whether there is room for one more attempt on its way to this rank's disk; if not, rank 0 knows by now."""
+        limit, skip = self.config.max_in_flight, self.config.when_full == "skip"
+        if self._participant.wait_room(limit, 0.0 if skip else self.config.fence_timeout_s):
+            return True
+        full = f"{limit} checkpoint{'s are' if limit > 1 else ' is'} in flight (max_in_flight)"
+        if skip:
+            self._participant.skipped(attempt, f"{full}, and when_full is 'skip'")
+        else:
+            self._participant.failed(attempt, f"{full} and the disk does not end one", None)
+        return False
 
     def _lay_out(self, found: Survey) -> tuple[ShardLayout, Any]:
         if self._layout is None or (self._layout[0] is not found.key and self._layout[0] != found.key):

@@ -47,7 +47,7 @@ class Statistics:
             self._done_written += old.bytes_written
             self._done_copied += old.bytes_copied
 
-    def report(self, committed: int, aborted: int) -> dict[str, float | int]:
+    def report(self, committed: int, aborted: int, skipped: int) -> dict[str, float | int]:
         ordered = sorted(self._per_checkpoint)
 
         def percentile(share: float) -> float:
@@ -57,6 +57,7 @@ class Statistics:
             "captures": self._captures,
             "checkpoints_committed": committed,
             "checkpoints_aborted": aborted,
+            "checkpoints_skipped": skipped,
             "state_bytes": self._state_bytes,
             "bytes_written": self._done_written + sum(write.bytes_written for write in self._writes),
             "bytes_copied": self._done_copied + sum(write.bytes_copied for write in self._writes),
