@@ -90,7 +90,7 @@ def assemble(
                 raise problem
             found = framework or detect(model, rank, world_size)
             check_optimizer(found, optimizer)
-            Surveyor(found, optimizer).look()
+            Surveyor(found, optimizer, config.capture).look()
             return found, StateObjects(state)
 
         _, (found, objects) = together(participant, "attach", examine)

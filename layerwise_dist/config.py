@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from layerwise_dist.errors import ConfigError
 
@@ -95,6 +95,16 @@ class LayerwiseConfig(_Strict):
             raise ValueError("the owner must be able to read and write: at least '0600'")
         return value
 
+    @model_validator(mode="after")
+    def _room(self) -> LayerwiseConfig:
+        bounce = self.writer.queue_depth * self.writer.block_kb
+        if self.pool_mb != "auto" and self.pool_mb << 10 < bounce:
+            raise ValueError(
+                f"pool_mb = {self.pool_mb}: the writer alone takes writer.queue_depth x writer.block_kb = {bounce} KiB of "
+                "the pool"
+            )
+        return self
+
     @property
     def file_bits(self) -> int:
         return int(self.file_mode, 8)
@@ -163,6 +173,8 @@ def _explain(where: str, error: ValidationError) -> str:
             for part in item["loc"][:-1]:
                 model = {"writer": WriterConfig, "commit": CommitConfig}[str(part)]
             lines.append(f"{where}: unknown key {key!r}; known are {', '.join(sorted(model.model_fields))}")
+        elif not key:  # of the whole; the message names the keys
+            lines.append(f"{where}: {item['msg']}")
         else:
             lines.append(f"{where}: {key} = {item['input']!r}: {item['msg']}")
     return "\n".join(lines)

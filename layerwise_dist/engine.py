@@ -18,21 +18,22 @@ from layerwise_dist.boundary import Boundary, BoundaryMark
 from layerwise_dist.capture.audit import Rotation
 from layerwise_dist.capture.lease import Capture, LeaseBroken
 from layerwise_dist.capture.objects import StateObjects
+from layerwise_dist.capture.room import pool_bytes
 from layerwise_dist.capture.sealed import Sealer
+from layerwise_dist.capture.stage import Stage
 from layerwise_dist.capture.survey import Survey, Surveyor
 from layerwise_dist.commit.coordinator import CoordinatorThread
 from layerwise_dist.commit.metadata import CheckpointMetadataManager, ParentRef
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.session import Committer, SessionInfo
 from layerwise_dist.config import LayerwiseConfig
-from layerwise_dist.errors import BoundaryError, DamageError, LayerwiseError
+from layerwise_dist.errors import BoundaryError, ConfigError, DamageError, LayerwiseError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.restore import loader
 from layerwise_dist.restore.restorer import Restorer
 from layerwise_dist.statistics import Statistics
-from layerwise_dist.storage.adapter import PCCheckAdapter
+from layerwise_dist.storage.adapter import Laid, PCCheckAdapter
 from layerwise_dist.storage.layout import AttemptId
-from layerwise_dist.storage.shard import ShardLayout
 
 log = logging.getLogger("layerwise_dist")
 
@@ -56,9 +57,10 @@ class LayerwiseEngine:
         self._seq = info.first_seq
         self._captures: list[Capture] = []
         self._open: Capture | None = None
-        self._layout: tuple[tuple[Any, ...], ShardLayout, Any] | None = None
+        self._layout: tuple[tuple[Any, ...], Laid] | None = None
+        self._stage: Stage | None = None
         self._copying: frozenset[str] = frozenset()
-        self._surveyor = Surveyor(framework, optimizer)
+        self._surveyor = Surveyor(framework, optimizer, config.capture)
         self._sealer = Sealer(framework, optimizer, objects)
         self._audits = Rotation(always=config.audit == "always")
         self._owed = False
@@ -141,7 +143,9 @@ class LayerwiseEngine:
     def stats(self) -> dict[str, float | int]:
         """Counters of this rank since attach(): bytes, checkpoints, and how long the training thread was held up."""
         participant = self._participant
-        return self._statistics.report(participant.commits, participant.aborts, participant.skips)
+        return self._statistics.report(
+            participant.commits, participant.aborts, participant.skips, self._adapter.buffers
+        )
 
     # -- updates ------------------------------------------------------------------------------------------------
 
@@ -182,13 +186,13 @@ class LayerwiseEngine:
                 "to start anew beside them"
             )
         with self._statistics.stall("fence"):
-            self._end_leases()
+            self._end_leases(overwrite=True)
             if self._open is not None and self._guarded(self._open, self._open.drain):
                 self._again = True
 
-    def _end_leases(self) -> None:
+    def _end_leases(self, *, overwrite: bool = False) -> None:
         for capture in self._captures:
-            self._learn(capture.fence(), "the next update")
+            self._learn(capture.fence(overwrite=overwrite), "the next update")
         self._captures.clear()
 
     def _after_update(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -216,15 +220,21 @@ class LayerwiseEngine:
         self._participant.began(attempt)
         try:
             found = self._surveyor.look(self._copying)
-            shard, plan = self._lay_out(found)
-            write = self._adapter.begin(attempt, shard, plan)
+            laid = self._lay_out(found)
+            write = self._adapter.begin(attempt, laid.shard, laid.plan)
         except (LayerwiseError, OSError) as error:
             self._participant.failed(attempt, str(error), None)
+            if isinstance(error, ConfigError):
+                raise
             return
-        self._open = Capture(step, found, write, self._audits.next(found), timeout_s=self.config.fence_timeout_s)
-        write.confirm = self._open.confirm  # and with it, what is leased stays alive as long as it may be read
+        capture = Capture(
+            step, found, write, self._audits.next(found), self._stage, laid.gathered,
+            timeout_s=self.config.fence_timeout_s,
+        )  # fmt: skip
+        write.confirm = capture.confirm  # and with it, what is leased stays alive as long as it may be read
         self._again = False
-        self._open.start()
+        if self._guarded(capture, capture.start):
+            self._open = capture
 
     def _admitted(self, attempt: AttemptId) -> bool:
         """Whether there is room for one more attempt on its way to this rank's disk; if not, rank 0 knows by now."""
@@ -238,10 +248,25 @@ class LayerwiseEngine:
             self._participant.failed(attempt, f"{full} and the disk does not end one", None)
         return False
 
-    def _lay_out(self, found: Survey) -> tuple[ShardLayout, Any]:
+    def _lay_out(self, found: Survey) -> Laid:
         if self._layout is None or (self._layout[0] is not found.key and self._layout[0] != found.key):
-            self._layout = (found.key, *self._adapter.lay_out(found.sources(self._adapter.memory_align)))
-        return self._layout[1], self._layout[2]
+            laid = self._adapter.lay_out(found.sources(self._adapter.memory_align), found.gathered)
+            if self._stage is None:
+                self._stage = self._open_pool(found, laid)
+            self._layout = found.key, laid
+        return self._layout[1]
+
+    def _open_pool(self, found: Survey, laid: Laid) -> Stage:
+        nbytes = pool_bytes(
+            self.config.pool_mb, self._adapter.bounce_bytes, found, laid.gathered,
+            max_in_flight=self.config.max_in_flight,
+        )  # fmt: skip
+        self._adapter.open_pool(nbytes)
+        log.info(
+            "rank %d: a pool of %.1f MiB for a state of %.1f MiB, of which %.1f MiB are staged (pool_mb = %s)",
+            self._framework.rank, nbytes / 2**20, found.nbytes / 2**20, found.staged_bytes / 2**20, self.config.pool_mb,
+        )  # fmt: skip
+        return Stage(self._adapter.buffers)
 
     def _guarded(self, capture: Capture, action: Callable[[], Any]) -> bool:
         """Runs a step of a capture; if its lease is broken the attempt ends for all ranks, and training goes on."""
@@ -298,7 +323,7 @@ class LayerwiseEngine:
         capture.write.append_state(*self._sealer.take(mark.step, self._updates, mark.state(), found))
         if self._committer is not None:
             self._committer.boundary_kind = mark.resume_kind
-        self._statistics.captured(capture.write, found.nbytes)
+        self._statistics.captured(capture, found.nbytes)
         self._participant.staged(mark.step, capture.write)
 
     def _scale_fell(self) -> bool:
@@ -398,6 +423,8 @@ class LayerwiseEngine:
                 self._coordinator.close(timeout)
             if self._committer is not None:
                 self._committer.close()
+            if self._stage is not None:
+                self._stage.close()
             self._adapter.close()
         if problem is not None:
             if orderly:

@@ -63,11 +63,6 @@ class Piece:
             tensor = tensor.reshape(-1)[self.slice.start : self.slice.start + self.slice.numel]
         return tensor
 
-    def copy(self) -> torch.Tensor:
-        """The slice's elements as they are now, in host memory, row-major, sharing nothing with `tensor`."""
-        part = self.part
-        return torch.empty(part.shape, dtype=part.dtype).copy_(part)
-
 
 @dataclass(frozen=True, slots=True)
 class Layer:

@@ -1,13 +1,16 @@
-"""The audit: reads leased memory again and compares, for changes that no version counter shows.
+"""The audit: reads captured memory again and compares, for changes that no version counter shows.
 
-The first checkpoints are audited in full. After that each one audits the next hundredth of the leased bytes, so that
-every byte is looked at once in a hundred checkpoints, and none of them pays for all.
+The first checkpoints are audited in full. After that each one audits the next hundredth of the bytes in host memory, so
+that every byte is looked at once in a hundred checkpoints, and none of them pays for all. Looking at device memory makes
+the host wait for the device whatever its size, so that is done in every hundredth checkpoint.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
 
 from layerwise_dist import _native
 from layerwise_dist.capture.survey import Survey
@@ -32,23 +35,41 @@ class Audit:
 
     def __init__(self, windows: Sequence[Window], *, full: bool) -> None:
         self.full = full
-        self._windows = windows
-        self._noted: list[int] = []
+        self._windows: dict[int, list[Window]] = {}
+        for window in windows:
+            self._windows.setdefault(window.piece, []).append(window)
+        self._noted: dict[Window, int] = {}
 
-    def note(self, survey: Survey) -> None:
-        """Remembers the windows as they are now."""
-        self._noted = self._hash(survey)
+    def note(self, piece: int, address: int) -> None:
+        """Remembers the windows of a piece that lies at `address`: in place, or where it was staged."""
+        for window in self._windows.get(piece, ()):
+            self._noted[window] = _native.hash_memory(address + window.begin, window.end - window.begin)
 
-    def changed(self, survey: Survey) -> set[int]:
-        """Numbers of the pieces whose windows are not what was noted."""
-        now = self._hash(survey)
+    def note_leased(self, survey: Survey) -> None:
+        for piece in self._windows:
+            if survey.leased[piece]:
+                self.note(piece, survey.tensors[piece].data_ptr())
+
+    def staged(self, survey: Survey) -> bool:
+        """Whether any of it is staged, so that `changed` has to wait for that."""
+        return not all(survey.leased[piece] for piece in self._windows)
+
+    def changed(self, survey: Survey, *, leased_only: bool = False) -> set[int]:
+        """Numbers of the pieces that are not any more what was noted."""
         return {
-            window.piece for window, was, is_ in zip(self._windows, self._noted, now, strict=True) if was != is_
+            piece
+            for piece, windows in self._windows.items()
+            if (survey.leased[piece] or not leased_only)
+            and any(_hash(survey.tensors[piece], window) != self._noted[window] for window in windows)
         }
 
-    def _hash(self, survey: Survey) -> list[int]:
-        tensors, hash_memory = survey.tensors, _native.hash_memory
-        return [hash_memory(tensors[w.piece].data_ptr() + w.begin, w.end - w.begin) for w in self._windows]
+
+def _hash(tensor: torch.Tensor, window: Window) -> int:
+    if tensor.device.type != "cpu":
+        # Waits for the device: the price of an audit there.
+        tensor = tensor.detach().reshape(-1).view(torch.uint8)[window.begin : window.end].cpu()
+        return _native.hash_memory(tensor.data_ptr(), tensor.numel())
+    return _native.hash_memory(tensor.data_ptr() + window.begin, window.end - window.begin)
 
 
 class Rotation:
@@ -64,18 +85,25 @@ class Rotation:
         number = self._opened
         self._opened += 1
         if self._always or number < FULL_FIRST:
-            return Audit([Window(at, 0, p.slice.nbytes) for at, p in enumerate(survey.pieces)], full=True)
+            return Audit(_whole(survey.pieces), full=True)
         if self._of is not survey:
             self._of, self._units = survey, units(survey.pieces)
-        return Audit(share(self._units, number - FULL_FIRST), full=False)
+        windows = share(self._units, number - FULL_FIRST)
+        if number % ROUND == ROUND - 1:
+            windows += [window for window in _whole(survey.pieces) if not survey.pieces[window.piece].on_host]
+        return Audit(windows, full=False)
+
+
+def _whole(pieces: Sequence[Piece]) -> list[Window]:
+    return [Window(at, 0, piece.slice.nbytes) for at, piece in enumerate(pieces) if piece.slice.nbytes]
 
 
 def units(pieces: Sequence[Piece]) -> list[list[Window]]:
-    """All bytes of the pieces as windows, grouped so that a group has at most `WINDOW_BYTES`."""
+    """All bytes of the pieces in host memory as windows, grouped so that a group has at most `WINDOW_BYTES`."""
     groups: list[list[Window]] = []
     room = 0
     for at, piece in enumerate(pieces):
-        begin, nbytes = 0, piece.slice.nbytes
+        begin, nbytes = 0, piece.slice.nbytes if piece.on_host else 0
         while begin < nbytes:
             if not room or (begin == 0 and min(nbytes, WINDOW_BYTES) > room):
                 groups.append([])

@@ -48,6 +48,28 @@ class Survey:
         return [number for number, layer in enumerate(self.layers) for _ in layer.pieces]
 
     @cached_property
+    def leased(self) -> list[bool]:
+        """Of each piece, whether it is read in place."""
+        return [not layer.staged for layer in self.layers for _ in layer.pieces]
+
+    @cached_property
+    def gathered(self) -> list[int]:
+        """Numbers of the layers that are written out of one buffer: the staged ones, and what the boundary copies."""
+        return [number for number, layer in enumerate(self.layers) if layer.staged] + [len(self.layers)]
+
+    @cached_property
+    def leased_runs(self) -> list[tuple[int, int]]:
+        """Leased layers that follow one another, as (first, count)."""
+        runs: list[tuple[int, int]] = []
+        for number, layer in enumerate(self.layers):
+            if not layer.staged:
+                if runs and sum(runs[-1]) == number:
+                    runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+                else:
+                    runs.append((number, 1))
+        return runs
+
+    @cached_property
     def nbytes(self) -> int:
         return sum(piece.slice.nbytes for piece in [*self.pieces, *self.copied])
 
@@ -176,7 +198,7 @@ class Surveyor:
                 f"capture = 'lease': {piece.slice.name} is on {piece.tensor.device}, and only host memory can be read "
                 "in place; use 'auto' or 'stage'"
             )
-        return piece.on_host and piece.dense and piece.slice.name not in copying and not piece.tensor.is_inference()
+        return piece.dense and piece.slice.name not in copying and not piece.tensor.is_inference()
 
     def _layer(self, name: str, pieces: list[Piece]) -> Layer:
         """Small tensors first and together: they pass through one bounce block and do not break up the large ones."""
