@@ -266,7 +266,8 @@ class LayerwiseEngine:
             "rank %d: a pool of %.1f MiB for a state of %.1f MiB, of which %.1f MiB are staged (pool_mb = %s)",
             self._framework.rank, nbytes / 2**20, found.nbytes / 2**20, found.staged_bytes / 2**20, self.config.pool_mb,
         )  # fmt: skip
-        return Stage(self._adapter.buffers)
+        on_cuda = any(tensor.is_cuda for tensor in found.tensors)
+        return Stage(self._adapter.buffers, pinned=on_cuda)
 
     def _guarded(self, capture: Capture, action: Callable[[], Any]) -> bool:
         """Runs a step of a capture; if its lease is broken the attempt ends for all ranks, and training goes on."""

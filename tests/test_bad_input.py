@@ -67,6 +67,7 @@ BAD = [
     ({"pool_mb": "64"}, ["pool_mb = '64'", "'auto' or a whole number"]),
     ({"pool_mb": 64.0}, ["pool_mb = 64.0", "'auto' or a whole number"]),
     ({"pool_mb": True}, ["pool_mb = True", "'auto' or a whole number"]),
+    ({"pool_mb": 8, "writer": {"queue_depth": 9}}, ["pool_mb = 8", "writer.queue_depth x writer.block_kb = 9216 KiB"]),
     ({"hash": 0}, ["hash = 0", "boolean"]),
     ({"audit": "never"}, ["audit = 'never'", "'auto' or 'always'"]),
     ({"commit": {"on_failure": "ignore"}}, ["commit.on_failure = 'ignore'", "'warn' or 'raise'"]),

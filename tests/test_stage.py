@@ -245,7 +245,7 @@ def test_a_pool_that_stays_full_ends_the_attempt_and_training_goes_on(tmp_path: 
     assert "fence_timeout_s" in caplog.text
 
 
-# -- a device, acted -----------------------------------------------------------------------------------------------------
+# -- a device, acted ---------------------------------------------------------------------------------------------------
 
 
 class LazyCopies:

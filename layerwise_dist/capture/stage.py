@@ -6,6 +6,7 @@ waits for them (the fence), and a layer goes to the writer once they are done.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -17,6 +18,8 @@ import torch
 
 from layerwise_dist.errors import LayerwiseError
 from layerwise_dist.storage.gathered import GatheredExtent
+
+log = logging.getLogger("layerwise_dist")
 
 Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
 Wait = Callable[[], None]
@@ -142,9 +145,10 @@ class Stage:
     A wait for the pool is a wait for this rank's disk: buffers come back when their blocks are written or aborted.
     """
 
-    def __init__(self, pool: Any) -> None:
-        """`pool` is a `_native.BufferPool`."""
+    def __init__(self, pool: Any, *, pinned: bool = False) -> None:
+        """`pool` is a `_native.BufferPool`. With `pinned`, all of it that is free is page-locked for CUDA until `close`."""
         self._pool = pool
+        self._pinned = _pin(pool) if pinned else None
         self._copies: dict[torch.device, Copies] = {}
         self._later: queue.SimpleQueue[tuple[Handover, list[Mark], Callable[[], None]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -195,6 +199,10 @@ class Stage:
         if self._thread is not None:
             self._later.put(None)
             self._thread.join()
+        if self._pinned is not None:
+            torch.cuda.synchronize()
+            torch.cuda.cudart().cudaHostUnregister(self._pinned)
+            self._pinned = None
 
     def _start(self) -> None:
         if self._thread is None:
@@ -212,6 +220,22 @@ class Stage:
             except Exception as error:  # of the device, say: whoever waits for the attempt has to know, not this thread
                 failure = error
             handover.ended(failure)
+
+
+def _pin(pool: Any) -> int | None:
+    """Page-locks the free rest of the pool, which is in one piece before anything was staged; its address if it could."""
+    rest = pool.acquire(pool.capacity - pool.in_use, 0.0)
+    address, nbytes = rest.address, rest.nbytes
+    rest.release()
+    error = torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)
+    if int(error) == 0:
+        return address
+    log.warning(
+        "%d bytes of the pool cannot be page-locked (CUDA error %s): copies of device memory hold the training thread up; a "
+        "smaller pool_mb may help",
+        nbytes, error,
+    )  # fmt: skip
+    return None
 
 
 def lay_views(memory: torch.Tensor, extent: GatheredExtent, tensors: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
