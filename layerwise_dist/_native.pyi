@@ -182,6 +182,9 @@ class ShardWriter:
     def submit(self, first_block: int, count: int) -> None:
         """Queues blocks; does nothing on a poisoned or aborted writer."""
 
+    def submit_buffer(self, first_block: int, count: int, buffer: PoolBuffer) -> None:
+        """The same for blocks that lie in the buffer. It is released: back in its pool once they are written."""
+
     def append(self, data: Buffer) -> int:
         """Queues a copy of data behind the last block; returns the number of blocks (0 on a poisoned writer)."""
 

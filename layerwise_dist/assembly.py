@@ -14,7 +14,7 @@ import torch.distributed as dist
 from layerwise_dist import _native
 from layerwise_dist._version import __version__
 from layerwise_dist.capture.objects import StateObjects
-from layerwise_dist.capture.survey import check_optimizer, survey
+from layerwise_dist.capture.survey import Surveyor, check_optimizer
 from layerwise_dist.commit.coordinator import Coordinator, CoordinatorThread
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.session import Committer, open_session
@@ -89,7 +89,7 @@ def assemble(
                 raise problem
             found = framework or detect(model, rank, world_size)
             check_optimizer(found, optimizer)
-            survey(found, optimizer, frozenset())
+            Surveyor(found, optimizer, config.capture).look()
             return found, StateObjects(state)
 
         _, (found, objects) = together(participant, "attach", examine)

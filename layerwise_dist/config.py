@@ -61,15 +61,38 @@ class LayerwiseConfig(_Strict):
     update: Literal["auto", "whole"] = Field(
         "auto", description="How the optimizer steps; both mean: as it does alone."
     )
+    capture: Literal["auto", "lease", "stage"] = Field(
+        "auto",
+        description="lease: tensors are read in place until the next update; stage: copied right behind the update; "
+        "auto: lease for host memory, stage for device memory.",
+    )
     max_in_flight: int = Field(2, ge=1, le=64, description="Checkpoints that may be on their way to disk at once.")
+    when_full: Literal["wait", "skip"] = Field(
+        "wait",
+        description="With max_in_flight on their way. wait: the update waits for the disk; skip: no checkpoint of that "
+        "step.",
+    )
+    pool_mb: Literal["auto"] | int = Field(
+        "auto", description="Memory for bounce buffers, evacuation and staging, MiB, 8 or more; auto: logged once known."
+    )
     hash: bool = Field(True, description="false: data is written without hashes, so damage to it cannot be found.")
     fence_timeout_s: float = Field(60.0, gt=0, description="Longest wait of an update for the writes of its tensors.")
     audit: Literal["auto", "always"] = Field(
-        "auto", description="Read leased memory again and compare: the first three and every hundredth, or always."
+        "auto",
+        description="Read leased memory again and compare: the first three checkpoints, then a hundredth in each; or "
+        "all in each.",
     )
     writer: WriterConfig = Field(default_factory=WriterConfig)
     commit: CommitConfig = Field(default_factory=CommitConfig)
     file_mode: str = Field("0600", description="Mode of the files, octal; directories get the search bits added.")
+
+    @field_validator("pool_mb", mode="before")
+    @classmethod
+    def _pool(cls, value: Any) -> Any:
+        # In one place, since the errors of a union name every branch of it.
+        if value != "auto" and (type(value) is not int or value < 8):
+            raise ValueError("must be 'auto' or a whole number of MiB, 8 or more")
+        return value
 
     @field_validator("file_mode")
     @classmethod
@@ -79,6 +102,16 @@ class LayerwiseConfig(_Strict):
         if int(value, 8) & 0o600 != 0o600:
             raise ValueError("the owner must be able to read and write: at least '0600'")
         return value
+
+    @model_validator(mode="after")
+    def _room(self) -> LayerwiseConfig:
+        bounce = self.writer.queue_depth * self.writer.block_kb
+        if self.pool_mb != "auto" and self.pool_mb << 10 < bounce:
+            raise ValueError(
+                f"pool_mb = {self.pool_mb}: the writer alone takes writer.queue_depth x writer.block_kb = {bounce} KiB of "
+                "the pool"
+            )
+        return self
 
     @property
     def file_bits(self) -> int:
@@ -148,6 +181,8 @@ def _explain(where: str, error: ValidationError) -> str:
             for part in item["loc"][:-1]:
                 model = {"writer": WriterConfig, "commit": CommitConfig}[str(part)]
             lines.append(f"{where}: unknown key {key!r}; known are {', '.join(sorted(model.model_fields))}")
+        elif not key:  # of the whole; the message names the keys
+            lines.append(f"{where}: {item['msg']}")
         else:
             lines.append(f"{where}: {key} = {item['input']!r}: {item['msg']}")
     return "\n".join(lines)

@@ -15,29 +15,27 @@ from typing import Any
 import torch
 
 from layerwise_dist.boundary import Boundary, BoundaryMark
-from layerwise_dist.capture import survey as live
+from layerwise_dist.capture.audit import Rotation
 from layerwise_dist.capture.lease import Capture, LeaseBroken
 from layerwise_dist.capture.objects import StateObjects
-from layerwise_dist.capture.survey import Survey
+from layerwise_dist.capture.room import pool_bytes
+from layerwise_dist.capture.sealed import Sealer
+from layerwise_dist.capture.stage import Stage
+from layerwise_dist.capture.survey import Survey, Surveyor
 from layerwise_dist.commit.coordinator import CoordinatorThread
 from layerwise_dist.commit.metadata import CheckpointMetadataManager, ParentRef
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.session import Committer, SessionInfo
 from layerwise_dist.config import LayerwiseConfig
-from layerwise_dist.errors import BoundaryError, DamageError, LayerwiseError
+from layerwise_dist.errors import BoundaryError, ConfigError, DamageError, LayerwiseError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.restore import loader
 from layerwise_dist.restore.restorer import Restorer
 from layerwise_dist.statistics import Statistics
-from layerwise_dist.storage import typed_json
-from layerwise_dist.storage.adapter import PCCheckAdapter
+from layerwise_dist.storage.adapter import Laid, PCCheckAdapter
 from layerwise_dist.storage.layout import AttemptId
-from layerwise_dist.storage.shard import ShardLayout
 
 log = logging.getLogger("layerwise_dist")
-
-_FIRST_AUDITS = 3
-_AUDIT_EVERY = 100
 
 
 class LayerwiseEngine:
@@ -59,11 +57,14 @@ class LayerwiseEngine:
         self._seq = info.first_seq
         self._captures: list[Capture] = []
         self._open: Capture | None = None
-        self._layout: tuple[tuple[Any, ...], ShardLayout, Any] | None = None
+        self._layout: tuple[tuple[Any, ...], Laid] | None = None
+        self._stage: Stage | None = None
         self._copying: frozenset[str] = frozenset()
-        self._seen: Survey | None = None
+        self._surveyor = Surveyor(framework, optimizer, config.capture)
+        self._sealer = Sealer(framework, optimizer, objects)
+        self._audits = Rotation(always=config.audit == "always")
         self._owed = False
-        self._updates = self._boundaries = self._opened = 0
+        self._updates = self._boundaries = 0
         self._again = False
         self._ready = fresh or info.empty
         self._restorer = Restorer(
@@ -141,7 +142,10 @@ class LayerwiseEngine:
 
     def stats(self) -> dict[str, float | int]:
         """Counters of this rank since attach(): bytes, checkpoints, and how long the training thread was held up."""
-        return self._statistics.report(self._participant.commits, self._participant.aborts)
+        participant = self._participant
+        return self._statistics.report(
+            participant.commits, participant.aborts, participant.skips, self._adapter.buffers
+        )
 
     # -- updates ------------------------------------------------------------------------------------------------
 
@@ -182,13 +186,13 @@ class LayerwiseEngine:
                 "to start anew beside them"
             )
         with self._statistics.stall("fence"):
-            self._end_leases()
+            self._end_leases(overwrite=True)
             if self._open is not None and self._guarded(self._open, self._open.drain):
                 self._again = True
 
-    def _end_leases(self) -> None:
+    def _end_leases(self, *, overwrite: bool = False) -> None:
         for capture in self._captures:
-            self._learn(capture.fence(), "the next update")
+            self._learn(capture.fence(overwrite=overwrite), "the next update")
         self._captures.clear()
 
     def _after_update(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -211,34 +215,59 @@ class LayerwiseEngine:
         """Opens an attempt. A rank that cannot tells rank 0, which drops it for all; training goes on."""
         attempt = AttemptId(self._info.epoch, self._seq, step)
         self._seq += 1
-        self._opened += 1
-        if not self._participant.wait_room(self.config.max_in_flight, self.config.fence_timeout_s):
-            self._participant.failed(
-                attempt, f"{self.config.max_in_flight} checkpoints are in flight and the disk does not end one", None
-            )
+        if not self._admitted(attempt):
             return
         self._participant.began(attempt)
         try:
-            found = self._survey()
-            shard, plan = self._lay_out(found)
-            write = self._adapter.begin(attempt, shard, plan)
+            found = self._surveyor.look(self._copying)
+            laid = self._lay_out(found)
+            write = self._adapter.begin(attempt, laid.shard, laid.plan)
         except (LayerwiseError, OSError) as error:
             self._participant.failed(attempt, str(error), None)
+            if isinstance(error, ConfigError):
+                raise
             return
-        audited = self.config.audit == "always" or self._opened <= _FIRST_AUDITS or self._opened % _AUDIT_EVERY == 0
-        self._open = Capture(step, found, write, timeout_s=self.config.fence_timeout_s, audited=audited)
-        write.confirm = self._open.confirm  # and with it, what is leased stays alive as long as it may be read
+        capture = Capture(
+            step, found, write, self._audits.next(found), self._stage, laid.gathered,
+            timeout_s=self.config.fence_timeout_s,
+        )  # fmt: skip
+        write.confirm = capture.confirm  # and with it, what is leased stays alive as long as it may be read
         self._again = False
-        self._open.start()
+        if self._guarded(capture, capture.start):
+            self._open = capture
 
-    def _survey(self) -> Survey:
-        self._seen = live.survey(self._framework, self._optimizer, self._copying, self._seen)
-        return self._seen
+    def _admitted(self, attempt: AttemptId) -> bool:
+        """Whether there is room for one more attempt on its way to this rank's disk; if not, rank 0 knows by now."""
+        limit, skip = self.config.max_in_flight, self.config.when_full == "skip"
+        if self._participant.wait_room(limit, 0.0 if skip else self.config.fence_timeout_s):
+            return True
+        full = f"{limit} checkpoint{'s are' if limit > 1 else ' is'} in flight (max_in_flight)"
+        if skip:
+            self._participant.skipped(attempt, f"{full}, and when_full is 'skip'")
+        else:
+            self._participant.failed(attempt, f"{full} and the disk does not end one", None)
+        return False
 
-    def _lay_out(self, found: Survey) -> tuple[ShardLayout, Any]:
-        if self._layout is None or self._layout[0] != found.key:
-            self._layout = (found.key, *self._adapter.lay_out(found.sources(self._adapter.memory_align)))
-        return self._layout[1], self._layout[2]
+    def _lay_out(self, found: Survey) -> Laid:
+        if self._layout is None or (self._layout[0] is not found.key and self._layout[0] != found.key):
+            laid = self._adapter.lay_out(found.sources(self._adapter.memory_align), found.gathered)
+            if self._stage is None:
+                self._stage = self._open_pool(found, laid)
+            self._layout = found.key, laid
+        return self._layout[1]
+
+    def _open_pool(self, found: Survey, laid: Laid) -> Stage:
+        nbytes = pool_bytes(
+            self.config.pool_mb, self._adapter.bounce_bytes, found, laid.gathered,
+            max_in_flight=self.config.max_in_flight,
+        )  # fmt: skip
+        self._adapter.open_pool(nbytes)
+        log.info(
+            "rank %d: a pool of %.1f MiB for a state of %.1f MiB, of which %.1f MiB are staged (pool_mb = %s)",
+            self._framework.rank, nbytes / 2**20, found.nbytes / 2**20, found.staged_bytes / 2**20, self.config.pool_mb,
+        )  # fmt: skip
+        on_cuda = any(tensor.is_cuda for tensor in found.tensors)
+        return Stage(self._adapter.buffers, pinned=on_cuda)
 
     def _guarded(self, capture: Capture, action: Callable[[], Any]) -> bool:
         """Runs a step of a capture; if its lease is broken the attempt ends for all ranks, and training goes on."""
@@ -271,7 +300,7 @@ class LayerwiseEngine:
         """Between two operations of the training thread: leases whose blocks are written can be judged."""
         if threading.get_ident() == self._thread:
             for capture in self._captures:
-                capture.settle()
+                self._learn(capture.settle(), "the next update")
 
     def _on_boundary(self, mark: BoundaryMark) -> None:
         self._boundaries += 1
@@ -288,31 +317,14 @@ class LayerwiseEngine:
         self._participant.boundary(self._boundaries)
 
     def _seal(self, capture: Capture, mark: BoundaryMark) -> None:
-        """Everything of the process at this boundary that is not a parameter, a buffer or optimizer state."""
         if capture.step != mark.step:
             raise LeaseBroken(f"it was opened for step {capture.step}, the boundary is step {mark.step}")
-        found = self._survey()
+        found = self._surveyor.look(self._copying)
         self._learn(capture.seal(found), "the boundary")
-        state = self._optimizer.state
-        sealed = {
-            "step": mark.step,
-            "updates": self._updates,
-            "boundary": mark.state(),
-            "objects": self._objects.take(),
-            "optimizer": {
-                "class": type(self._optimizer).__qualname__,
-                "groups": live.hyper_parameters(self._framework, self._optimizer),
-                "scalars": found.scalars,
-                "order": {view.fqn: list(state[view.param]) for view in self._framework.params if view.param in state},
-            },
-            "wrapper": self._framework.carry(),
-            "gradients": live.gradient_names(self._framework),
-            "extra_state": {name: module.get_extra_state() for name, module in self._framework.extra_states()},
-        }
-        capture.write.append_state(*typed_json.dumps(sealed, path="state"))
+        capture.write.append_state(*self._sealer.take(mark.step, self._updates, mark.state(), found))
         if self._committer is not None:
             self._committer.boundary_kind = mark.resume_kind
-        self._statistics.captured(capture.write, found.nbytes)
+        self._statistics.captured(capture, found.nbytes)
         self._participant.staged(mark.step, capture.write)
 
     def _scale_fell(self) -> bool:
@@ -357,11 +369,7 @@ class LayerwiseEngine:
     def _adopt(self, loading: loader.LoadPlan) -> None:
         sealed = loading.sealed
         loader.adopt(loading, self._framework, self._optimizer)
-        live.set_gradients(self._framework, sealed["gradients"])
-        self._objects.put(sealed["objects"])
-        for name, module in self._framework.extra_states():
-            if name in sealed["extra_state"]:
-                module.set_extra_state(sealed["extra_state"][name])
+        self._sealer.put(sealed)
         self._updates = sealed["updates"]
         self._boundary.start_at(sealed["step"])
         self._boundary.restore(sealed["boundary"])
@@ -416,6 +424,8 @@ class LayerwiseEngine:
                 self._coordinator.close(timeout)
             if self._committer is not None:
                 self._committer.close()
+            if self._stage is not None:
+                self._stage.close()
             self._adapter.close()
         if problem is not None:
             if orderly:

@@ -36,7 +36,7 @@ class Piece:
     """A slice and this process's tensor that holds it.
 
     `tensor` is a plain tensor, never a DTensor. It has the slice's elements; only where it is not `dense` and the
-    slice is a flat range it is the whole tensor, of which `copy` takes the range.
+    slice is a flat range it is the whole tensor, of which `part` takes the range.
     `lease` says that it may be read in place until the next update; otherwise it is copied at the boundary.
     `wrapped` says that the optimizer holds it as a DTensor laid out like its parameter.
     """
@@ -48,23 +48,32 @@ class Piece:
 
     @property
     def dense(self) -> bool:
-        """Whether the elements lie in host memory as the file wants them: row-major, without gaps."""
-        return self.tensor.device.type == "cpu" and self.tensor.is_contiguous()
+        """Whether the elements lie in memory as the file wants them: row-major, without gaps."""
+        return self.tensor.is_contiguous()
 
-    def copy(self) -> torch.Tensor:
-        """The slice's elements as they are now, in host memory, row-major, sharing nothing with `tensor`."""
+    @property
+    def on_host(self) -> bool:
+        return self.tensor.device.type == "cpu"
+
+    @property
+    def part(self) -> torch.Tensor:
+        """A tensor of exactly the slice's elements: `tensor`, or a range of it (a copy if that is not row-major)."""
         tensor = self.tensor.detach()
         if self.slice.is_flat and tensor.numel() != self.slice.numel:
             tensor = tensor.reshape(-1)[self.slice.start : self.slice.start + self.slice.numel]
-        return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+        return tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """The unit of update and capture: what one module owns directly, with its optimizer state."""
+    """The unit of update and capture: what one module owns directly, with its optimizer state.
+
+    `staged` says that it is copied right behind the update; otherwise it is read in place until the next one.
+    """
 
     name: str
     pieces: tuple[Piece, ...]
+    staged: bool = False
 
 
 def dtype_code(dtype: torch.dtype, name: str) -> str:

@@ -8,16 +8,18 @@ from contextlib import contextmanager
 from typing import Any
 
 _KEPT = 10_000  # stalls of this many checkpoints are remembered for the percentiles
+_RECENT = 8  # captures whose writers may still count
+_BYTES = ("bytes_written", "bytes_copied", "bytes_evacuated", "bytes_sealed")
 
 
 class Statistics:
     """Belongs to the training thread. Times in seconds unless a name says ms."""
 
     def __init__(self) -> None:
-        self._writes: list[Any] = []
-        self._done_written = self._done_copied = 0
+        self._recent: list[tuple[Any, int, int]] = []
+        self._past = dict.fromkeys(_BYTES, 0)
         self._captures = 0
-        self._state_bytes = 0
+        self._state_bytes = self._captured_bytes = 0
         self._stalls: dict[str, float] = {}
         self._per_checkpoint: list[float] = []
         self._pending = 0.0
@@ -38,17 +40,21 @@ class Statistics:
                 self._pending = 0.0
                 del self._per_checkpoint[:-_KEPT]
 
-    def captured(self, write: Any, nbytes: int) -> None:
+    def captured(self, capture: Any, nbytes: int) -> None:
+        """A `Capture` was sealed, of a state of `nbytes` bytes."""
         self._captures += 1
         self._state_bytes = nbytes
-        self._writes.append(write)
-        if len(self._writes) > 8:
-            old = self._writes.pop(0)
-            self._done_written += old.bytes_written
-            self._done_copied += old.bytes_copied
+        self._captured_bytes += nbytes
+        self._recent.append((capture.write, capture.bytes_staged, capture.bytes_sealed))
+        if len(self._recent) > _RECENT:
+            for name, count in _bytes_of(*self._recent.pop(0)).items():
+                self._past[name] += count
 
-    def report(self, committed: int, aborted: int) -> dict[str, float | int]:
+    def report(self, committed: int, aborted: int, skipped: int, pool: Any) -> dict[str, float | int]:
+        """`pool` is the `_native.BufferPool`, or None before the first checkpoint."""
         ordered = sorted(self._per_checkpoint)
+        recent = [_bytes_of(*each) for each in self._recent]
+        totals = {name: past + sum(each[name] for each in recent) for name, past in self._past.items()}
 
         def percentile(share: float) -> float:
             return 1e3 * ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
@@ -57,12 +63,25 @@ class Statistics:
             "captures": self._captures,
             "checkpoints_committed": committed,
             "checkpoints_aborted": aborted,
+            "checkpoints_skipped": skipped,
             "state_bytes": self._state_bytes,
-            "bytes_written": self._done_written + sum(write.bytes_written for write in self._writes),
-            "bytes_copied": self._done_copied + sum(write.bytes_copied for write in self._writes),
+            **totals,
+            "copied_share": totals["bytes_copied"] / max(1, self._captured_bytes),
+            "pool_bytes": pool.capacity if pool is not None else 0,
+            "pool_peak_bytes": pool.peak if pool is not None else 0,
             "stall_s": sum(self._stalls.values()),
             **{f"stall_{where}_s": seconds for where, seconds in self._stalls.items()},
             "stall_ms_p50": percentile(0.50),
             "stall_ms_p99": percentile(0.99),
             "elapsed_s": time.monotonic() - self._since,
         }
+
+
+def _bytes_of(write: Any, staged: int, sealed: int) -> dict[str, int]:
+    """What one capture has written and copied so far; `bytes_sealed`, the boundary's copies, is not in `bytes_copied`."""
+    return {
+        "bytes_written": write.bytes_written,
+        "bytes_copied": write.bytes_copied - write.state_bytes + staged,
+        "bytes_evacuated": write.bytes_evacuated,
+        "bytes_sealed": sealed + write.state_bytes,
+    }

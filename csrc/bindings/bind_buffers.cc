@@ -10,14 +10,6 @@ namespace layerwise {
 
 namespace {
 
-// Memory of a pool, given to Python. It keeps the pool, and so the mapping, even once
-// released: a tensor made from it may still be there, and must not point nowhere.
-struct PyBuffer {
-  std::shared_ptr<BufferPool> pool;
-  BufferPool::Buffer it;
-  int views = 0;  // guarded by the GIL, as the rest
-};
-
 void InitBuffers(PyBuffers* self, int64_t nbytes) {
   if (nbytes < 0) throw StatusError(Status::InvalidArgument(std::to_string(nbytes) + " is negative"));
   std::shared_ptr<BufferPool> pool;

@@ -12,6 +12,14 @@ struct PyBuffers {
   std::shared_ptr<BufferPool> it;
 };
 
+// Memory of a pool, given to Python. It keeps the pool, and so the mapping, even once
+// released: a tensor made from it may still be there, and must not point nowhere.
+struct PyBuffer {
+  std::shared_ptr<BufferPool> pool;
+  BufferPool::Buffer it;
+  int views = 0;  // guarded by the GIL, as the rest
+};
+
 }  // namespace layerwise
 
 #endif  // LAYERWISE_BINDINGS_BIND_BUFFERS_H_

@@ -194,6 +194,15 @@ void BindWriter(nb::module_& m) {
              const size_t blocks = Count(count);
              Unlocked([&] { return writer.it->Submit(begin, blocks); });
            }, nb::arg("first_block"), nb::arg("count"))
+      .def("submit_buffer",
+           [](PyWriter& writer, int64_t first, int64_t count, PyBuffer& buffer) {
+             const size_t begin = Count(first);
+             const size_t blocks = Count(count);
+             if (buffer.views > 0) throw nb::buffer_error("submission of a buffer that a view of it still uses");
+             if (!buffer.it) throw StatusError(Status::FailedPrecondition("submission of a released buffer"));
+             BufferPool::Buffer memory = std::move(buffer.it);
+             Unlocked([&] { return writer.it->Submit(begin, blocks, std::move(memory)); });
+           }, nb::arg("first_block"), nb::arg("count"), nb::arg("buffer"))
       .def("append",
            [](PyWriter& writer, nb::handle data) {
              BufferView view(data);

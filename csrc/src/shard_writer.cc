@@ -117,7 +117,9 @@ Status ShardWriter::CheckSubmit(size_t first, size_t count) const {
   return Status::Ok();
 }
 
-Status ShardWriter::Submit(size_t first, size_t count) {
+Status ShardWriter::Submit(size_t first, size_t count) { return Submit(first, count, BufferPool::Buffer()); }
+
+Status ShardWriter::Submit(size_t first, size_t count, BufferPool::Buffer memory) {
   {
     std::lock_guard lock(mutex_);
     if (!error_.ok()) return Status::Ok();
@@ -127,7 +129,12 @@ Status ShardWriter::Submit(size_t first, size_t count) {
     std::fill_n(states_.begin() + static_cast<ptrdiff_t>(first), count, BlockState::kPending);
     counts_.submitted += count;
     counts_.pending += count;
-    counts_.leased += count;
+    if (!memory) {
+      counts_.leased += count;
+    } else {
+      const auto kept = std::make_shared<BufferPool::Buffer>(std::move(memory));
+      for (size_t i = first; i < first + count; ++i) kept_.emplace(i, kept);
+    }
   }
   pool_->Submit(this, first, count);
   return Status::Ok();
@@ -252,7 +259,7 @@ void ShardWriter::CancelBlock(size_t index) {
 }
 
 bool ShardWriter::Leased(size_t index) const {
-  return index < plan_->blocks().size() && !evacuated_.contains(index);
+  return index < plan_->blocks().size() && !evacuated_.contains(index) && !kept_.contains(index);
 }
 
 void ShardWriter::EndLease(size_t index) {
@@ -276,6 +283,7 @@ void ShardWriter::EndBlock(size_t index, BlockState state) {
     EndLease(index);
   } else {
     evacuated_.erase(index);
+    kept_.erase(index);
   }
   if (counts_.pending == 0) changed_->notify_all();
 }
@@ -285,6 +293,14 @@ Status ShardWriter::Evacuate(size_t first, size_t count, double timeout_s, bool*
   const Deadline deadline = DeadlineAfter(timeout_s);
   const size_t blocks = plan_->blocks().size();
   if (first > blocks || count > blocks - first) return NoSuchBlocks(first, count, blocks);
+  {
+    std::lock_guard lock(mutex_);
+    for (const auto& [index, memory] : kept_) {
+      if (index - first >= count) continue;
+      return Status::FailedPrecondition("block " + std::to_string(index) + " of " + path_ +
+                                        " has memory of its own and is not evacuated");
+    }
+  }
   EvacuateQueued(first, count);
   std::unique_lock lock(mutex_);
   Waiter waiter{first, first + count, 0};
@@ -428,6 +444,7 @@ void ShardWriter::Abort() {
   // Those that were withdrawn; nothing else is pending.
   std::replace(states_.begin(), states_.end(), BlockState::kPending, BlockState::kFailed);
   evacuated_.clear();
+  kept_.clear();
   for (TailBlock& tail : tail_) tail.memory.reset();
   counts_.leased = 0;
   for (Waiter* waiter : waiters_) waiter->left = 0;

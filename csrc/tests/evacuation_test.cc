@@ -224,4 +224,32 @@ SHARD_TEST_CASE("a lease ends only when the block is hashed too") {
   }
 }
 
+SHARD_TEST_CASE("blocks in memory of the pool are not leased, and give it back when the last of them is written") {
+  EvacuationFixture f(kBlocks, 0.0005);
+  BufferPool::Buffer memory = f.buffers->TryAcquire(kBlocks * 4096);
+  REQUIRE(memory);
+  std::copy(f.original.begin(), f.original.end(), memory.data());
+  REQUIRE_OK(f.writer->SetAddress(0, reinterpret_cast<uintptr_t>(memory.data())));
+  REQUIRE_OK(f.writer->Submit(0, kBlocks, std::move(memory)));
+  CHECK(f.writer->counts().leased == 0);
+  CHECK(f.writer->WaitLeases(0));
+  CHECK(f.buffers->in_use() == (1 + kBlocks) * 4096);
+  bool safe = true;
+  CHECK(f.writer->Evacuate(1, 2, 0, &safe).code() == Status::Code::kFailedPrecondition);
+  f.CheckOriginal();
+}
+
+SHARD_TEST_CASE("an abort gives the memory of blocks that were not written back") {
+  EvacuationFixture f(kBlocks, 0.02);
+  BufferPool::Buffer memory = f.buffers->TryAcquire(kBlocks * 4096);
+  REQUIRE(memory);
+  REQUIRE_OK(f.writer->SetAddress(0, reinterpret_cast<uintptr_t>(memory.data())));
+  REQUIRE_OK(f.writer->Submit(0, kBlocks, std::move(memory)));
+  f.writer->Abort();
+  CHECK(f.buffers->in_use() == 4096);
+  BufferPool::Buffer late = f.buffers->TryAcquire(4096);
+  REQUIRE_OK(f.writer->Submit(0, 1, std::move(late)));  // on an aborted writer: nothing is queued, nothing is kept
+  CHECK(f.buffers->in_use() == 4096);
+}
+
 }  // namespace layerwise

@@ -1,147 +1,247 @@
-"""One checkpoint's capture on one rank: leased from the update on, sealed at the boundary, fenced at the next update."""
+"""One checkpoint's capture on one rank: from the update on, sealed at the boundary, fenced at the next update."""
 
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
-from layerwise_dist import _native
+from layerwise_dist.capture.audit import Audit
+from layerwise_dist.capture.stage import Handover, Stage, Wait, lay_views
 from layerwise_dist.capture.survey import Survey
 from layerwise_dist.errors import LayerwiseError
-from layerwise_dist.pieces import Piece
 from layerwise_dist.storage.adapter import ShardWrite
+from layerwise_dist.storage.gathered import GatheredExtent
+from layerwise_dist.storage.shard import ALIGN
 
 
 class LeaseBroken(LayerwiseError):
-    """Leased memory is no longer what the checkpoint needs; this attempt cannot be saved. The message says why."""
+    """Captured memory is no longer what the checkpoint needs; this attempt cannot be saved. The message says why."""
 
 
 class Capture:
-    """Holds a reference to every tensor that the writer reads, until the writer is done with it.
+    """Leases or stages every layer. Holds a reference to each tensor that is read, until that is over.
 
     Life: `start` right behind the update, `restart` behind a further update of the same iteration, `seal` at the
     boundary, `settle` whenever the engine is entered, `fence` before the next update; these on the training thread.
     `confirm` waits for them on another one.
+
+    `gathered` are the extents that are written out of one buffer, by number: the survey's staged layers, and what is
+    copied at the boundary. `bytes_staged` and `bytes_sealed` count what went into those two.
     """
 
-    def __init__(self, step: int, survey: Survey, write: ShardWrite, *, timeout_s: float, audited: bool) -> None:
-        self.step, self.write, self.audited = step, write, audited
-        self._survey, self._timeout_s = survey, timeout_s
-        self._copies: list[torch.Tensor] = []
-        self._versions: dict[str, int] = {}
-        self._hashes: dict[str, int] = {}
+    def __init__(
+        self, step: int, survey: Survey, write: ShardWrite, audit: Audit, stage: Stage,
+        gathered: Mapping[int, GatheredExtent], *, timeout_s: float,
+    ) -> None:  # fmt: skip
+        self.step, self.write = step, write
+        self._survey, self._audit, self._stage, self._gathered = survey, audit, stage, gathered
+        self._timeout_s = timeout_s
+        self._handover = Handover()
+        self._fences: list[Wait] = []
+        self._sealed: torch.Tensor | None = None
+        self._versions: list[int] = []
+        self._staging = bool(survey.staged_bytes)  # whether a change could still get into what is staged
         self._settled = threading.Event()
         self._verdict: str | None = None
+        self.bytes_staged = self.bytes_sealed = 0
 
     def start(self) -> None:
-        number = 0
-        for layer in self._survey.leased:
-            for piece in layer.pieces:
-                self.write.set_address(number, piece.tensor.data_ptr())
-                number += 1
+        survey = self._survey
+        # Gathered extents get their memory when there is something in it.
+        others = len(survey.copied) + len(self._gathered)
+        self.write.set_addresses([tensor.data_ptr() for tensor in survey.tensors] + [0] * others)
         self.restart()
 
     def restart(self) -> None:
-        """Queues the leased tensors as they are now. REQUIRES: nothing is queued: `drain` came before a further update."""
-        self._note()
-        for extent in range(len(self._survey.leased)):
-            self.write.submit(extent)
+        """Captures all layers as they are now. REQUIRES: nothing is queued: `drain` came before a further update.
+
+        Raises StageError.
+        """
+        self._note_versions()
+        self._audit.note_leased(self._survey)
+        for first, count in self._survey.leased_runs:
+            self.write.submit(first, count)
+        self._stage_layers(number for number in self._gathered if number < len(self._survey.layers))
 
     def drain(self) -> None:
-        """Waits until all that was queued is written and hashed, so that the memory may change. Raises LeaseBroken."""
-        if not self.write.wait_written(self._timeout_s):
-            raise LeaseBroken(f"its tensors were still being written after fence_timeout_s = {self._timeout_s:g} s")
+        """Waits until all that was queued is written and hashed. Raises LeaseBroken or StageError."""
+        deadline = time.monotonic() + self._timeout_s
+        given = self._handover.wait(self._timeout_s)
+        if not given or not self.write.wait_written(max(0.0, deadline - time.monotonic())):
+            raise self._too_slow()
 
     def seal(self, survey: Survey) -> set[str]:
         """Brings the capture to the boundary's contents; `survey` is the boundary's own.
 
-        What was changed since the update (a clamp of the weights, say) is written again, and what is not leased is
-        copied. Returns the names of tensors that changed in a way only the audit saw. Raises LeaseBroken.
+        What was changed since the update (a clamp of the weights, say) is captured again, and what is in no layer is
+        copied. Returns the names of tensors that changed in a way only the audit saw. Raises LeaseBroken or StageError.
         """
-        if survey.key != self._survey.key:
+        if survey is not self._survey and survey.key != self._survey.key:
             raise LeaseBroken(
                 "a tensor of the model or optimizer came, went or moved between the update and the boundary"
             )
-        changed: set[int] = set()
-        unseen: set[str] = set()
-        for extent, piece in self._leased():
-            name = piece.slice.name
-            if piece.tensor._version != self._versions[name]:
-                changed.add(extent)
-            elif self.audited and _hash(piece) != self._hashes[name]:
-                changed.add(extent)
-                unseen.add(name)
-        if changed:
+        moved = self._moved()
+        if self._audit.staged(self._survey) and not self._handover.wait(self._timeout_s):
+            raise self._too_slow()
+        unseen = self._audit.changed(self._survey).difference(moved)
+        if moved or unseen:
             self.drain()
-            for extent in changed:
-                self.write.submit(extent)
-            self._note()
-        first = sum(len(layer.pieces) for layer in self._survey.leased)
-        self._copies = [piece.copy() for piece in survey.copied]
-        for number, copy in enumerate(self._copies, first):
-            self.write.set_address(number, copy.data_ptr())
-        self.write.submit(len(self._survey.leased))
-        if self.audited:
+            self._capture_again({self._survey.extents[number] for number in unseen.union(moved)})
+        self._copy_rest(survey)
+        if self._audit.full:
             # What an audited checkpoint holds is certain: nothing may change it any more once it was compared.
             self.drain()
-        return unseen
+        self.settle()
+        return self._names(unseen)
 
-    def settle(self) -> None:
-        """Judges the lease, if all blocks are written by now. On the training thread only, between its operations.
+    def settle(self) -> set[str]:
+        """Judges the capture, if no more of the tensors' memory is needed by now. On the training thread only.
 
         A version counter rises when an in-place operation returns. Looked at from another thread it could be looked at
         within one, with half of the change already read; on the thread that makes the changes it tells of all of them.
+
+        Returns the names of tensors that changed in a way only the audit saw, which ends the attempt.
         """
-        if not self._settled.is_set() and self.write.wait_written(0.0):
-            changed = [p.slice.name for _, p in self._leased() if p.tensor._version != self._versions[p.slice.name]]
-            if changed:
-                self._verdict = (
-                    f"{', '.join(changed[:3])} changed between the boundary and the next update, while it may still have "
-                    "been read: change parameters before the iteration ends"
-                )
-            self._settled.set()
+        if self._settled.is_set() or not self._handover.done:
+            return set()
+        if self._staging and not self._broken(self._moved()):
+            self._staging = False
+        if self._settled.is_set() or (self._survey.leased_runs and not self.write.leases_over()):
+            return set()
+        return self._judge()
 
     def confirm(self, timeout_s: float) -> None:
-        """Waits for the training thread's verdict. Raises LeaseBroken if what was read had changed.
+        """Waits for the training thread's verdict, and until all that was staged is given to the writer.
 
-        Called on the persisting thread once all blocks are written, before the header is.
+        Called on the persisting thread before the header is written. Raises LeaseBroken if what was read had changed,
+        StageError if something could not be staged.
         """
+        deadline = time.monotonic() + timeout_s
         if not self._settled.wait(timeout_s):
             raise LeaseBroken(
-                f"for {timeout_s:g} s after its boundary the training thread neither ran the model nor called the engine, "
-                "which alone can tell that the parameters did not change meanwhile; call wait() or close()"
+                f"for {timeout_s:g} s after its boundary the training thread neither ran the model nor called the "
+                "engine, which alone can tell that the parameters did not change meanwhile; call wait() or close()"
             )
         if self._verdict:
             raise LeaseBroken(self._verdict)
+        if not self._handover.wait(max(0.0, deadline - time.monotonic())):
+            raise self._too_slow()
 
-    def fence(self) -> set[str]:
-        """Waits for the writer, so that the update may overwrite; gives the attempt up when it is not done in time.
+    def fence(self, *, overwrite: bool = True) -> set[str]:
+        """Ends the capture's need of the tensors' memory; gives the attempt up when that is not to be had in time.
 
-        Returns the names of tensors that changed since the boundary in a way only the audit saw. What an audited
-        checkpoint holds was written before; others would have been torn.
+        With `overwrite` an update comes next: what is not written yet is copied away as far as the pool has room, and
+        the rest is waited for. Otherwise everything is waited for. Returns the names of tensors that changed since the
+        boundary in a way only the audit saw.
         """
+        unseen: set[str] = set()
         try:
-            self.drain()
-            self.settle()
-        except LeaseBroken as broken:
+            if overwrite:
+                self._free_memory()
+            else:
+                self.drain()
+            unseen = self._judge()
+        except LayerwiseError as broken:
             if not self._settled.is_set():
                 self._verdict = str(broken)
                 self._settled.set()
-        if not self.audited:
+        if self._audit.full:
+            unseen = self._names(self._audit.changed(self._survey, leased_only=True).difference(self._moved()))
+        return unseen
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _stage_layers(self, numbers: Iterable[int]) -> None:
+        deadline = time.monotonic() + self._timeout_s
+        for number in numbers:
+            extent = self._gathered[number]
+            if extent.nbytes:
+                self._fences += self._stage.copy(
+                    extent, self._survey.tensors, lambda buffer, number=number: self._give(number, buffer),
+                    self._handover, deadline,
+                )  # fmt: skip
+                self.bytes_staged += sum(p.slice.nbytes for p in self._survey.layers[number].pieces)
+
+    def _give(self, number: int, buffer: Any) -> None:
+        """A layer is complete in the pool. On the training thread or the stage's own."""
+        extent = self._gathered[number]
+        for piece, offset in extent.places:
+            self._audit.note(piece, buffer.address + offset)
+        self.write.submit_gathered(number, extent.tensor, buffer)
+
+    def _capture_again(self, layers: set[int]) -> None:
+        """Both versions and hashes are noted anew for all: what did not change is noted as it was."""
+        self._note_versions()
+        self._audit.note_leased(self._survey)
+        for number in layers - self._gathered.keys():
+            self.write.submit(number, 1)
+        self._stage_layers(layers & self._gathered.keys())
+
+    def _copy_rest(self, survey: Survey) -> None:
+        number = len(survey.layers)
+        extent = self._gathered[number]
+        if not extent.nbytes:
+            return
+        memory = torch.empty(extent.nbytes + ALIGN, dtype=torch.uint8)
+        begin = -memory.data_ptr() % ALIGN
+        self._sealed = memory[begin : begin + extent.nbytes]
+        parts = [piece.part for piece in survey.copied]
+        views = lay_views(self._sealed, extent, [*survey.tensors, *parts])
+        for index, view in views.items():
+            view.copy_(parts[index - len(survey.tensors)])
+        self.bytes_sealed += sum(piece.slice.nbytes for piece in survey.copied)
+        self.write.set_address(extent.tensor, self._sealed.data_ptr())
+        self.write.submit(number, 1)
+
+    def _free_memory(self) -> None:
+        for wait in self._fences:
+            wait()
+        self._fences.clear()
+        deadline = time.monotonic() + self._timeout_s
+        for first, count in self._survey.leased_runs:
+            if not self.write.evacuate(first, count, max(0.0, deadline - time.monotonic())):
+                raise self._too_slow()
+
+    def _judge(self) -> set[str]:
+        if self._settled.is_set():
             return set()
-        unmoved = [p for _, p in self._leased() if p.tensor._version == self._versions[p.slice.name]]
-        return {piece.slice.name for piece in unmoved if _hash(piece) != self._hashes[piece.slice.name]}
+        moved = self._moved()
+        # A full audit had everything written before the boundary was over: what changes now was never read.
+        unseen: set[int] = set()
+        if not self._audit.full:
+            unseen = self._audit.changed(self._survey, leased_only=True).difference(moved)
+        if not self._broken([*moved, *unseen]):
+            self._settled.set()
+        return self._names(unseen)
 
-    def _leased(self) -> list[tuple[int, Piece]]:
-        return [(extent, piece) for extent, layer in enumerate(self._survey.leased) for piece in layer.pieces]
+    def _broken(self, changed: Iterable[int]) -> bool:
+        """Whether one of these pieces was read, or may have been, when it changed. That is the verdict then."""
+        leased = self._survey.leased
+        names = sorted(self._names(number for number in changed if leased[number] or self._staging))
+        if names:
+            self._verdict = (
+                f"{', '.join(names[:3])} changed between the boundary and the next update, while it may still have "
+                "been read: change parameters before the iteration ends"
+            )
+            self._settled.set()
+        return bool(names)
 
-    def _note(self) -> None:
-        for _, piece in self._leased():
-            self._versions[piece.slice.name] = piece.tensor._version
-            if self.audited:
-                self._hashes[piece.slice.name] = _hash(piece)
+    def _note_versions(self) -> None:
+        self._versions = [tensor._version for tensor in self._survey.tensors]
 
+    def _moved(self) -> list[int]:
+        """Numbers of the pieces whose version counter rose since they were noted."""
+        now = [tensor._version for tensor in self._survey.tensors]
+        if now == self._versions:
+            return []
+        return [number for number, (was, is_) in enumerate(zip(self._versions, now, strict=True)) if was != is_]
 
-def _hash(piece: Piece) -> int:
-    return _native.hash_memory(piece.tensor.data_ptr(), piece.slice.nbytes)
+    def _names(self, numbers: Iterable[int]) -> set[str]:
+        return {self._survey.pieces[number].slice.name for number in numbers}
+
+    def _too_slow(self) -> LeaseBroken:
+        return LeaseBroken(f"its tensors were still being written after fence_timeout_s = {self._timeout_s:g} s")

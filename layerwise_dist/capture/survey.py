@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from layerwise_dist.errors import UnsupportedError
+from layerwise_dist.errors import ConfigError, UnsupportedError
 from layerwise_dist.frameworks.base import Framework, ParamView
 from layerwise_dist.pieces import Layer, Piece, dtype_code
 from layerwise_dist.slices import Slice
@@ -18,34 +19,84 @@ from layerwise_dist.storage.shard import PACK_BELOW, Source
 BOUNDARY_LAYER = "(boundary)"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Survey:
-    """`leased` layers are read in place from the update on; `copied` pieces are copied at the boundary.
+    """`layers` are captured from the update on, by lease or by staging; `copied` pieces are copied at the boundary.
 
-    `scalars` is the optimizer's state that is no tensor, by parameter and name. `key` changes exactly when a new layout
-    is needed: a tensor came, went, moved, or changed its shape or dtype. `stamp` tells the same of the very objects,
-    cheaply; `held` keeps them alive, so that no other object can take their identity.
+    `key` changes exactly when a new layout is needed: a tensor came, went, moved, or changed its shape or dtype.
+    `order` names each parameter's state in the optimizer's order, `scalars` (fqn, name, the state's dict) what of it is
+    no tensor. The lists run over all pieces of all layers: computed once, used at every checkpoint.
     """
 
-    leased: tuple[Layer, ...]
+    layers: tuple[Layer, ...]
     copied: tuple[Piece, ...]
-    scalars: dict[str, dict[str, Any]]
+    order: dict[str, list[str]]
+    scalars: tuple[tuple[str, str, Mapping[str, Any]], ...]
     key: tuple[Any, ...]
-    stamp: tuple[Any, ...]
-    held: tuple[torch.Tensor, ...]
 
-    @property
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        return [piece for layer in self.layers for piece in layer.pieces]
+
+    @cached_property
+    def tensors(self) -> list[torch.Tensor]:
+        return [piece.tensor for piece in self.pieces]
+
+    @cached_property
+    def extents(self) -> list[int]:
+        """Of each piece, the number of its layer."""
+        return [number for number, layer in enumerate(self.layers) for _ in layer.pieces]
+
+    @cached_property
+    def leased(self) -> list[bool]:
+        """Of each piece, whether it is read in place."""
+        return [not layer.staged for layer in self.layers for _ in layer.pieces]
+
+    @cached_property
+    def gathered(self) -> list[int]:
+        """Numbers of the layers that are written out of one buffer: the staged ones, and what the boundary copies."""
+        return [number for number, layer in enumerate(self.layers) if layer.staged] + [len(self.layers)]
+
+    @cached_property
+    def leased_runs(self) -> list[tuple[int, int]]:
+        """Leased layers that follow one another, as (first, count)."""
+        runs: list[tuple[int, int]] = []
+        for number, layer in enumerate(self.layers):
+            if not layer.staged:
+                if runs and sum(runs[-1]) == number:
+                    runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+                else:
+                    runs.append((number, 1))
+        return runs
+
+    @cached_property
     def nbytes(self) -> int:
-        pieces = [piece for layer in self.leased for piece in layer.pieces] + list(self.copied)
-        return sum(piece.slice.nbytes for piece in pieces)
+        return sum(piece.slice.nbytes for piece in [*self.pieces, *self.copied])
+
+    @cached_property
+    def staged_bytes(self) -> int:
+        return sum(piece.slice.nbytes for layer in self.layers if layer.staged for piece in layer.pieces)
 
     def sources(self, memory_align: int) -> list[tuple[str, list[Source]]]:
-        """What the shard's layout is made of: the leased layers, then the extent of the copies."""
+        """What the shard's layout is made of: the layers, then the extent of what is copied at the boundary."""
         layers = [
-            (layer.name, [Source(p.slice, p.tensor.data_ptr() % memory_align, p.wrapped) for p in layer.pieces])
-            for layer in self.leased
+            (
+                layer.name,
+                [
+                    Source(p.slice, 0 if layer.staged else p.tensor.data_ptr() % memory_align, p.wrapped)
+                    for p in layer.pieces
+                ],
+            )
+            for layer in self.layers
         ]
         return [*layers, (BOUNDARY_LAYER, [Source(piece.slice, 0, piece.wrapped) for piece in self.copied])]
+
+    def live_scalars(self) -> dict[str, dict[str, Any]]:
+        """The optimizer's state that is no tensor, as it is now, by parameter and name."""
+        found: dict[str, dict[str, Any]] = {}
+        for fqn, name, state in self.scalars:
+            found.setdefault(fqn, {})[name] = state[name]
+        return found
 
 
 def check_optimizer(framework: Framework, optimizer: object) -> None:
@@ -64,109 +115,122 @@ def check_optimizer(framework: Framework, optimizer: object) -> None:
         raise UnsupportedError(f"{type(optimizer).__name__} has no parameters")
 
 
-def survey(
-    framework: Framework,
-    optimizer: torch.optim.Optimizer,
-    copying: frozenset[str],
-    previous: Survey | None = None,
-) -> Survey:
-    """Looks at the live tensors. `copying` holds names (`<kind>/<fqn>`) that the audit found unsafe to lease.
+@dataclass(frozen=True, slots=True)
+class _Glance:
+    """The very objects that a survey was made of. `values` keeps them alive, so that no other takes their identity."""
 
-    With `previous`, its pieces serve again as long as all tensors are the same objects at the same addresses.
-    """
-    stamp, held, scalars = _look(framework, optimizer, copying)
-    if previous is not None and previous.stamp == stamp:
-        return replace(previous, scalars=scalars)
-    updated = {id(param) for group in optimizer.param_groups for param in group["params"]}
-    layers: dict[str, list[Piece]] = {}
-    copied: list[Piece] = []
-
-    def add(view: ParamView, kind: str, tensor: torch.Tensor, may_lease: bool) -> None:
-        for piece in framework.pieces(view, kind, tensor, lease=may_lease):
-            if piece.lease and piece.dense and piece.slice.name not in copying and not piece.tensor.is_inference():
-                layers.setdefault(view.layer, []).append(piece)
-            else:
-                copied.append(piece)
-
-    for view in framework.params:
-        add(view, "param", view.param, id(view.param) in updated)
-        state = optimizer.state.get(view.param)
-        for name, value in (state or {}).items():
-            if _is_dense(value):
-                if not isinstance(name, str) or "/" in name or name in ("param", "buffer", "state"):
-                    raise UnsupportedError(
-                        f"{type(optimizer).__name__} keeps state under {name!r}, which cannot name a tensor in the file"
-                    )
-                add(view, name, value, True)
-    if not framework.shared_buffers or framework.rank == 0:
-        for fqn, buffer in framework.buffers():
-            local = framework.local(buffer)
-            part = Slice.whole("buffer", fqn, dtype_code(buffer.dtype, f"buffer/{fqn}"), tuple(local.shape))
-            copied.append(Piece(part, local, lease=False))
-    leased = tuple(Layer(name, tuple(_packed(pieces))) for name, pieces in layers.items())
-    key = tuple(
-        (piece.slice, piece.tensor.data_ptr() if piece.lease else 0) for layer in leased for piece in layer.pieces
-    ) + tuple(piece.slice for piece in copied)
-    return Survey(leased, tuple(copied), scalars, key, stamp, held)
+    copying: frozenset[str]
+    states: list[Mapping[str, Any]]
+    names: list[str]
+    sizes: list[int]
+    values: list[Any]
+    buffers: list[tuple[str, torch.Tensor]]
+    addresses: list[int]
 
 
-def _look(
-    framework: Framework, optimizer: torch.optim.Optimizer, copying: frozenset[str]
-) -> tuple[tuple[Any, ...], tuple[torch.Tensor, ...], dict[str, dict[str, Any]]]:
-    """The stamp, what it is of, and the optimizer's state that is no tensor."""
-    stamp: list[Any] = [copying]
-    held: list[torch.Tensor] = []
-    scalars: dict[str, dict[str, Any]] = {}
+class Surveyor:
+    """Looks at the live tensors of one rank at every checkpoint; makes a new `Survey` only when one of them moved."""
 
-    def see(tensor: torch.Tensor) -> None:
-        held.append(tensor)
-        stamp.append(id(tensor))
-        stamp.append(framework.address(tensor))
+    def __init__(self, framework: Framework, optimizer: torch.optim.Optimizer, capture: str = "auto") -> None:
+        """`capture` is the configuration's: "auto" (lease host memory, stage device memory), "lease" or "stage"."""
+        self._framework, self._optimizer, self._capture = framework, optimizer, capture
+        self._params = [view.param for view in framework.params]
+        self._last: tuple[_Glance, Survey] | None = None
 
-    for view in framework.params:
-        see(view.param)
-        for name, value in optimizer.state.get(view.param, {}).items():
-            stamp.append(name)
-            if _is_dense(value):
-                see(value)
-            else:
-                scalars.setdefault(view.fqn, {})[name] = value
-    for fqn, buffer in framework.buffers():
-        stamp.append(fqn)
-        see(buffer)
-    return tuple(stamp), tuple(held), scalars
+    def look(self, copying: frozenset[str] = frozenset()) -> Survey:
+        """`copying` holds names (`<kind>/<fqn>`) that the audit found unsafe to lease. Raises UnsupportedError."""
+        glance = self._glance(copying)
+        if self._last is None or not _same(self._last[0], glance):
+            self._last = glance, self._survey(copying)
+        return self._last[1]
+
+    def _glance(self, copying: frozenset[str]) -> _Glance:
+        of = self._optimizer.state
+        states = [of.get(param, _NO_STATE) for param in self._params]
+        values = [value for state in states for value in state.values()]
+        buffers = self._framework.buffers()
+        tensors = [*self._params, *filter(_is_dense, values), *(buffer for _, buffer in buffers)]
+        names = [name for state in states for name in state]
+        addresses = self._framework.addresses(tensors)
+        return _Glance(copying, states, names, [len(state) for state in states], values, buffers, addresses)
+
+    def _survey(self, copying: frozenset[str]) -> Survey:
+        layers: dict[str, list[Piece]] = {}
+        copied: list[Piece] = []
+        order: dict[str, list[str]] = {}
+        scalars: list[tuple[str, str, Mapping[str, Any]]] = []
+        updated = {id(param) for group in self._optimizer.param_groups for param in group["params"]}
+
+        def add(view: ParamView, kind: str, tensor: torch.Tensor, may_lease: bool) -> None:
+            for piece in self._framework.pieces(view, kind, tensor, lease=may_lease):
+                if piece.lease and self._in_layer(piece, copying):
+                    layers.setdefault(view.layer, []).append(piece)
+                else:
+                    copied.append(piece)
+
+        for view in self._framework.params:
+            add(view, "param", view.param, id(view.param) in updated)
+            state = self._optimizer.state.get(view.param)
+            if state is not None:
+                order[view.fqn] = list(state)
+            for name, value in (state or {}).items():
+                if _is_dense(value):
+                    self._check_name(name)
+                    add(view, name, value, True)
+                else:
+                    scalars.append((view.fqn, name, state))
+        if not self._framework.shared_buffers or self._framework.rank == 0:
+            for fqn, buffer in self._framework.buffers():
+                local = self._framework.local(buffer)
+                part = Slice.whole("buffer", fqn, dtype_code(buffer.dtype, f"buffer/{fqn}"), tuple(local.shape))
+                copied.append(Piece(part, local, lease=False))
+        made = tuple(self._layer(name, pieces) for name, pieces in layers.items())
+        key = tuple(
+            (piece.slice, layer.staged, 0 if layer.staged else piece.tensor.data_ptr())
+            for layer in made
+            for piece in layer.pieces
+        ) + tuple(piece.slice for piece in copied)
+        return Survey(made, tuple(copied), order, tuple(scalars), key)
+
+    def _in_layer(self, piece: Piece, copying: frozenset[str]) -> bool:
+        if not piece.on_host and self._capture == "lease":
+            raise ConfigError(
+                f"capture = 'lease': {piece.slice.name} is on {piece.tensor.device}, and only host memory can be read "
+                "in place; use 'auto' or 'stage'"
+            )
+        return piece.dense and piece.slice.name not in copying and not piece.tensor.is_inference()
+
+    def _layer(self, name: str, pieces: list[Piece]) -> Layer:
+        """Small tensors first and together: they pass through one bounce block and do not break up the large ones."""
+        pieces.sort(key=lambda piece: piece.slice.nbytes >= PACK_BELOW)
+        staged = self._capture == "stage" or not all(piece.on_host for piece in pieces)
+        return Layer(name, tuple(pieces), staged)
+
+    def _check_name(self, name: object) -> None:
+        if not isinstance(name, str) or "/" in name or name in ("param", "buffer", "state"):
+            raise UnsupportedError(
+                f"{type(self._optimizer).__name__} keeps state under {name!r}, which cannot name a tensor in the file"
+            )
+
+
+_NO_STATE: Mapping[str, Any] = {}
+
+
+def _same(one: _Glance, other: _Glance) -> bool:
+    """Whether all tensors are the same objects in the same places. State that is no tensor may have another value."""
+    return (
+        one.addresses == other.addresses
+        and one.names == other.names
+        and one.sizes == other.sizes
+        and one.copying == other.copying
+        and one.buffers is other.buffers
+        and all(
+            was is now or not (_is_dense(was) or _is_dense(now))
+            for was, now in zip(one.values, other.values, strict=True)
+        )
+        and all(was is now for was, now in zip(one.states, other.states, strict=True))
+    )
 
 
 def _is_dense(value: object) -> bool:
     return isinstance(value, torch.Tensor) and value.layout == torch.strided
-
-
-def _packed(pieces: list[Piece]) -> list[Piece]:
-    """Small tensors first and together: they pass through one bounce block instead of breaking up the large ones."""
-    return sorted(pieces, key=lambda piece: piece.slice.nbytes >= PACK_BELOW)
-
-
-def gradient_names(framework: Framework) -> list[str]:
-    """Parameters that have a gradient, be it zeros: AdamW decays those and leaves parameters with None alone."""
-    return [view.fqn for view in framework.params if view.param.grad is not None]
-
-
-def set_gradients(framework: Framework, names: list[str]) -> None:
-    """Zeros where there was a gradient, None elsewhere. The values of a boundary's gradients are never used again."""
-    present = set(names)
-    for view in framework.params:
-        if view.fqn not in present:
-            view.param.grad = None
-        elif view.param.grad is None:
-            view.param.grad = torch.zeros_like(view.param)
-        else:
-            view.param.grad.detach_().zero_()
-
-
-def hyper_parameters(framework: Framework, optimizer: torch.optim.Optimizer) -> list[Mapping[str, Any]]:
-    """Each param group with names in place of parameters."""
-    names = {id(view.param): view.fqn for view in framework.params}
-    return [
-        {key: [names[id(p)] for p in value] if key == "params" else value for key, value in group.items()}
-        for group in optimizer.param_groups
-    ]

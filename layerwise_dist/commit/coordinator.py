@@ -65,7 +65,7 @@ class Coordinator:
             self._advance(message["rank"], float(message["b"]))
         elif kind == "closed":
             self._advance(message["rank"], math.inf)
-        elif kind in ("staged", "durable", "failed"):
+        elif kind in ("staged", "durable", "failed", "skipped"):
             return self._report(kind, message)
         return False
 
@@ -105,6 +105,8 @@ class Coordinator:
             )
         elif kind == "failed":
             self._abort(attempt, f"rank {message['rank']}: {message['error']}", failure=True)
+        elif kind == "skipped":
+            self._abort(attempt, f"rank {message['rank']}: {message['reason']}", failure=False, skipped=True)
         elif kind == "staged":
             attempt.staged.add(message["rank"])
             if len(attempt.staged) == self._world_size:
@@ -142,14 +144,17 @@ class Coordinator:
         self._decided = {seq for seq in self._decided if seq > attempt.seq - 1024}
         return True
 
-    def _abort(self, attempt: _Attempt, reason: str, *, failure: bool) -> None:
+    def _abort(self, attempt: _Attempt, reason: str, *, failure: bool, skipped: bool = False) -> None:
         del self._open[attempt.seq]
         self._decided.add(attempt.seq)
         if failure:
             self._failures += 1
             if self._failures >= self._patience:  # said first: a rank that closes once this is decided must know it
                 self._stop(f"checkpoint of step {attempt.step} failed: {reason}")
-        self._send({"t": "aborted", "seq": attempt.seq, "step": attempt.step, "reason": reason, "failure": failure})
+        self._send(
+            {"t": "aborted", "seq": attempt.seq, "step": attempt.step, "reason": reason, "failure": failure,
+             "skipped": skipped}
+        )  # fmt: skip
 
     def _stop(self, reason: str) -> None:
         """All ranks raise at one boundary: the last one granted, which none of them can have passed."""

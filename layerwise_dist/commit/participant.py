@@ -55,7 +55,7 @@ class Participant:
         self._stop: tuple[float, str] | None = None
         self._lost: str | None = None
         self._closed_ranks: set[int] = set()
-        self.commits = self.aborts = 0
+        self.commits = self.aborts = self.skips = 0
         self._retire: Callable[[AttemptId], None] | None = None
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._worker = threading.Thread(target=self._run, name="layerwise-persist", daemon=True)
@@ -130,6 +130,12 @@ class Participant:
             if write is not None:
                 self._writes[attempt.seq] = write
         self._work.put(lambda: self._give_up(attempt, error, write))
+
+    def skipped(self, attempt: AttemptId, reason: str) -> None:
+        """This rank takes no part in the attempt, which is no failure; the coordinator drops it for all."""
+        message = self._message("skipped", attempt)
+        message["reason"] = reason
+        self._transport.post(COORDINATOR, message)
 
     def wait_room(self, max_in_flight: int, timeout_s: float) -> bool:
         """Whether fewer than `max_in_flight` shards are on their way to this rank's disk, waiting for the disk only."""
@@ -309,7 +315,10 @@ class Participant:
                 self._writes.pop(message["seq"], None)
         elif kind == "aborted":
             write = self._writes.pop(message["seq"], None)
-            self.aborts += 1
+            if message["skipped"]:
+                self.skips += 1
+            else:
+                self.aborts += 1
             self._aborted_seqs = {seq for seq in self._aborted_seqs if seq > message["seq"] - 1024} | {message["seq"]}
             self._aborted[message["step"]] = (
                 f"the checkpoint of step {message['step']} was aborted: {message['reason']}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,7 @@ class Framework:
     def __init__(self, root: nn.Module, rank: int, world_size: int) -> None:
         self.root, self.rank, self.world_size = root, rank, world_size
         self.params = _views(root)
+        self._tree = _Tree(root)
         for view in self.params:
             if view.param.is_meta:
                 raise UnsupportedError(
@@ -48,9 +49,9 @@ class Framework:
         """This rank's plain tensor behind `tensor`, sharing its memory."""
         return tensor.detach()
 
-    def address(self, tensor: torch.Tensor) -> int:
-        """Where this rank's part of `tensor` lies; cheaper than asking `local` for it."""
-        return tensor.data_ptr()
+    def addresses(self, tensors: Sequence[torch.Tensor]) -> list[int]:
+        """Where this rank's part of each tensor lies; cheaper than asking `local` for them."""
+        return [tensor.data_ptr() for tensor in tensors]
 
     def need(self, view: ParamView, kind: str, tensor: torch.Tensor) -> Slice:
         """Which slice this rank's tensor is: the parameter's own, or a state tensor's. What restore must fill."""
@@ -85,20 +86,57 @@ class Framework:
     def detach(self) -> None:
         """Removes whatever hooks the framework has put on the model."""
 
-    def buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def buffers(self) -> list[tuple[str, torch.Tensor]]:
         """Persistent buffers under clean names, each once."""
+        return self._tree.look().buffers
+
+    def extra_states(self) -> list[tuple[str, nn.Module]]:
+        """Modules that define `get_extra_state()`."""
+        return self._tree.look().extra_states
+
+
+class _Tree:
+    """What hangs in the module tree: looked at in every checkpoint, walked only when something came, went or changed."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root = root
+        self._modules: list[nn.Module] = []
+        self._stamp: tuple[Any, ...] | None = None
+        self._held: list[Any] = []  # keeps what the stamp names alive, so that nothing else can take its identity
+        self.buffers: list[tuple[str, torch.Tensor]] = []
+        self.extra_states: list[tuple[str, nn.Module]] = []
+
+    def look(self) -> _Tree:
+        if self._stamp is None or self._stamp != self._take_stamp():
+            self._walk()
+        return self
+
+    def _take_stamp(self) -> tuple[Any, ...]:
+        modules = self._modules
+        return (
+            [id(child) for module in modules for child in module._modules.values()],
+            [name for module in modules for name in module._buffers],
+            [id(buffer) for module in modules for buffer in module._buffers.values()],
+            [len(module._non_persistent_buffers_set) for module in modules],
+        )
+
+    def _walk(self) -> None:
+        named = list(self._root.named_modules())
+        self._modules = [module for _, module in named]
+        self._held = [buffer for module in self._modules for buffer in module._buffers.values()]
+        self._stamp = self._take_stamp()
         seen: set[int] = set()
-        for module_name, module in self.root.named_modules():
+        self.buffers = []
+        for module_name, module in named:
             for name, buffer in module._buffers.items():
                 if buffer is not None and name not in module._non_persistent_buffers_set and id(buffer) not in seen:
                     seen.add(id(buffer))
-                    yield clean(f"{module_name}.{name}" if module_name else name), buffer
-
-    def extra_states(self) -> Iterator[tuple[str, nn.Module]]:
-        """Modules that define `get_extra_state()`."""
-        for name, module in self.root.named_modules():
-            if type(module).get_extra_state is not nn.Module.get_extra_state:
-                yield clean(name), module
+                    self.buffers.append((clean(f"{module_name}.{name}" if module_name else name), buffer))
+        self.extra_states = [
+            (clean(name), module)
+            for name, module in named
+            if type(module).get_extra_state is not nn.Module.get_extra_state
+        ]
 
 
 def clean(name: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -31,8 +33,8 @@ class FSDP2Framework(Framework):
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
-    def address(self, tensor: torch.Tensor) -> int:
-        return tensor._local_tensor.data_ptr() if isinstance(tensor, DTensor) else tensor.data_ptr()
+    def addresses(self, tensors: Sequence[torch.Tensor]) -> list[int]:
+        return [(each._local_tensor if isinstance(each, DTensor) else each).data_ptr() for each in tensors]
 
     def is_wrapped(self, tensor: torch.Tensor) -> bool:
         return isinstance(tensor, DTensor)

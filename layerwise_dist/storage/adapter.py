@@ -10,13 +10,14 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from layerwise_dist import _native
 from layerwise_dist.errors import ConfigError, DeadlineError
 from layerwise_dist.storage import layout
+from layerwise_dist.storage.gathered import GatheredExtent, gather
 from layerwise_dist.storage.layout import AttemptId
 from layerwise_dist.storage.recycling import Recycler
 from layerwise_dist.storage.shard import ShardLayout, Source, state_extent
@@ -33,6 +34,14 @@ class ShardReport:
     nbytes: int
     header_bytes: int
     header_hash: int
+
+
+class Laid(NamedTuple):
+    """A layout, the native plan made from it, and its gathered extents by number."""
+
+    shard: ShardLayout
+    plan: Any
+    gathered: dict[int, GatheredExtent]
 
 
 def _choose_backend(wanted: str, rank: int) -> str:
@@ -58,32 +67,22 @@ class PCCheckAdapter:
 
     def __init__(
         self, env: Any, root: str, *, rank: int, world_size: int, backend: str = "auto", queue_depth: int = 4,
-        block_bytes: int = 1 << 20, pool_bytes: int | None = None, direct_io: bool = True, file_mode: int = 0o600,
-        dir_mode: int = 0o700, spares: int = 0, hash: bool = True,
+        block_bytes: int = 1 << 20, direct_io: bool = True, file_mode: int = 0o600, dir_mode: int = 0o700,
+        spares: int = 0, hash: bool = True,
     ) -> None:  # fmt: skip
-        """Starts the writer. `pool_bytes` bounds the memory for bounce buffers, evacuation and staging; None takes
-        twice the bounce buffers, 32 MiB at least. `spares`: how many files of retired checkpoints may wait to be
-        written over; 0: they are removed. `hash`: whether tensors are hashed; header and state always are.
+        """`open_pool` starts the writer. `spares`: how many files of retired checkpoints may wait to be written over;
+        0: they are removed. `hash`: whether tensors are hashed; header and state always are.
 
-        With `backend` "nvm", `env` is an NvmEnv. Raises ConfigError where "uring" is refused or "nvm" finds no DAX,
-        or where the pool has no room for its bounce buffers.
+        With `backend` "nvm", `env` is an NvmEnv. Raises ConfigError where "uring" is refused or "nvm" finds no DAX.
         """
         self.hash = hash
         self.recycler = Recycler(env, root, rank, limit=spares, file_mode=file_mode)
         self.env, self.root, self.rank, self.world_size = env, root, rank, world_size
         self.file_mode, self.dir_mode = file_mode, dir_mode
-        self._block_bytes = block_bytes
-        bounce = queue_depth * block_bytes
-        self.buffers = _native.BufferPool(max(2 * bounce, 32 << 20) if pool_bytes is None else pool_bytes)
-        if self.buffers.capacity < bounce:
-            raise ConfigError(
-                f"the writer's pool has {self.buffers.capacity} bytes; queue_depth {queue_depth} times blocks of "
-                f"{block_bytes} bytes needs {bounce}"
-            )
+        self._block_bytes, self._queue_depth = block_bytes, queue_depth
         self.backend = _choose_backend(backend, rank)
-        self._queue_depth = queue_depth
-        core = "uring" if self.backend == "uring" else "posix"  # mapped files are written by threads
-        self._pool = _native.WriterPool(queue_depth, core, self.buffers, block_bytes)
+        self.buffers: Any = None
+        self._pool: Any = None
         self._readers: Any = None
         try:
             aligns = env.direct_io(root) if direct_io else None
@@ -95,23 +94,38 @@ class PCCheckAdapter:
                 "use 'auto', or mount one with -o dax"
             ) from error
         self.direct = aligns is not None and max(aligns) <= 4096
-        self.memory_align = aligns[0] if self.direct else 1
+        # At least what any dtype needs: tensors are also viewed in buffers that are laid out as the file is.
+        self.memory_align = max(aligns[0] if self.direct else 1, 64)
         if direct_io and not self.direct:
             log.warning("rank %d: %s takes no direct I/O: writing through the page cache, which is slower", rank, root)
 
     @property
+    def bounce_bytes(self) -> int:
+        """What the writer takes of the pool for itself."""
+        return self._queue_depth * self._block_bytes
+
+    def open_pool(self, nbytes: int) -> None:
+        """Starts the writer. `nbytes` bounds the memory for bounce buffers, evacuation and staging.
+
+        Later than the adapter is made, since how much is right depends on the state, which the first update makes.
+        """
+        self.buffers = _native.BufferPool(nbytes)
+        core = "uring" if self.backend == "uring" else "posix"  # mapped files are written by threads
+        self._pool = _native.WriterPool(self._queue_depth, core, self.buffers, self._block_bytes)
+
+    @property
     def pool(self) -> Any:
-        """The threads that read: the writer's own, or others beside a ring, which only writes. Made when needed."""
-        if self.backend != "uring":
-            return self._pool
+        """The threads that read, apart from the writer. Made when needed."""
         if self._readers is None:
             self._readers = _native.WriterPool(self._queue_depth)
         return self._readers
 
-    def lay_out(self, layers: Sequence[tuple[str, Sequence[Source]]]) -> tuple[ShardLayout, Any]:
-        """The static layout for these layers, and the native plan made from it. ValueError never: it is our own."""
+    def lay_out(self, layers: Sequence[tuple[str, Sequence[Source]]], gathered: Collection[int]) -> Laid:
+        """The static layout for these layers, of which `gathered` ones are written out of one buffer each."""
         shard = ShardLayout(layers, self.memory_align, self._block_bytes)
-        return shard, _native.Plan(shard.blocks, shard.segments, shard.tensors, shard.end)
+        segments, extents = gather(shard, gathered)
+        plan = _native.Plan(shard.blocks, segments, shard.tensors + len(extents), shard.end)
+        return Laid(shard, plan, extents)
 
     def begin(self, attempt: AttemptId, shard: ShardLayout, plan: Any) -> ShardWrite:
         """Creates the attempt's folder and this rank's partial file. Raises OSError; nothing is queued yet."""
@@ -146,9 +160,13 @@ class PCCheckAdapter:
 
     def close(self) -> None:
         self.recycler.close()
-        self._pool.close()
-        if self._readers is not None:
-            self._readers.close()
+        for pool in (self._pool, self._readers):
+            if pool is not None:
+                pool.close()
+
+
+def _nothing(timeout_s: float) -> None:
+    return None
 
 
 class ShardWrite:
@@ -159,10 +177,10 @@ class ShardWrite:
     ) -> None:
         self.attempt, self.layout, self.folder = attempt, shard, folder
         self._adapter, self._writer = adapter, writer
-        # Asked once all blocks are written; it raises if what they were read from had changed by then.
-        self.confirm: Callable[[float], None] = lambda timeout_s: None
+        # Asked before the header is written; it raises if what the blocks were read from had changed by then.
+        self.confirm: Callable[[float], None] = _nothing
         self._state: tuple[int, int] = (0, 0)
-        self._state_bytes = 0
+        self.state_bytes = 0  # of the state extent
         self._state_hash = 0
 
     @property
@@ -171,16 +189,41 @@ class ShardWrite:
 
     @property
     def bytes_copied(self) -> int:
+        """By the writer: partial sectors, evacuated blocks, and the state extent."""
         return self._writer.bytes_copied
+
+    @property
+    def bytes_evacuated(self) -> int:
+        return self._writer.bytes_evacuated
 
     def set_address(self, tensor: int, address: int) -> None:
         self._writer.set_address(tensor, address)
 
-    def submit(self, extent: int) -> None:
-        """Queues the blocks of a layer. Its tensors must not change until `wait_written` has returned True."""
-        item = self.layout.extents[extent]
-        if item.blocks:
-            self._writer.submit(item.first_block, item.blocks)
+    def set_addresses(self, addresses: Sequence[int]) -> None:
+        """Of all tensors of the layout; 0 for those whose extent is not submitted before `set_address` was called."""
+        self._writer.set_addresses(addresses)
+
+    def submit(self, first: int, count: int) -> None:
+        """Queues the blocks of `count` layers. Their tensors must not change until `evacuate` or `wait_written` says so."""
+        extents = self.layout.extents[first : first + count]
+        if blocks := sum(extent.blocks for extent in extents):
+            self._writer.submit(extents[0].first_block, blocks)
+
+    def submit_gathered(self, number: int, tensor: int, buffer: Any) -> None:
+        """Queues the blocks of a layer that lies in a buffer of the pool, which goes back once they are written."""
+        extent = self.layout.extents[number]
+        self._writer.set_address(tensor, buffer.address)
+        self._writer.submit_buffer(extent.first_block, extent.blocks, buffer)
+
+    def evacuate(self, first: int, count: int, timeout_s: float) -> bool:
+        """Whether, within the deadline, the tensors of these layers may be overwritten: written, or copied away."""
+        extents = self.layout.extents[first : first + count]
+        blocks = sum(extent.blocks for extent in extents)
+        return not blocks or self._writer.evacuate(extents[0].first_block, blocks, timeout_s)
+
+    def leases_over(self) -> bool:
+        """Whether no memory of the caller's is needed any more."""
+        return self._writer.leased == 0
 
     def wait_written(self, timeout_s: float) -> bool:
         """Whether, within the deadline, everything queued was both written and hashed, or has failed."""
@@ -195,7 +238,7 @@ class ShardWrite:
     def append_state(self, text: bytes, blob: bytes) -> None:
         """Writes the state extent behind the layers: what the boundary sealed."""
         data = state_extent(text, blob)
-        self._state, self._state_bytes = (len(text), len(blob)), len(data)
+        self._state, self.state_bytes = (len(text), len(blob)), len(data)
         self._state_hash = _native.xxh3_64(data)
         self._writer.append(data)
 
@@ -206,11 +249,9 @@ class ShardWrite:
         blocks are not written in `timeout_s` seconds; the attempt must then be aborted.
         """
         deadline = time.monotonic() + timeout_s
-        if not self._writer.wait(timeout_s):
-            raise DeadlineError(f"{self.folder}: blocks were still being written after {timeout_s:g} s")
-        if error := self._writer.error():
-            raise error
+        self._written(timeout_s, deadline)
         self.confirm(max(0.0, deadline - time.monotonic()))
+        self._written(timeout_s, deadline)  # what was still being staged at the first look
         adapter, env = self._adapter, self._adapter.env
         hashes = self._writer.hashes_hex()[: 16 * len(self.layout.blocks)] if adapter.hash else None
         header = self.layout.header(
@@ -218,6 +259,7 @@ class ShardWrite:
             hashes=hashes, state=self._state, state_hash=f"{self._state_hash:016x}",
         )  # fmt: skip
         self._writer.finish(header)
+        self.confirm = _nothing  # nothing is read any more: what it kept alive may go
         name = layout.shard_file(adapter.rank)
         final = os.path.join(self.folder, name)
         env.rename(final + layout.PARTIAL, final)
@@ -227,12 +269,19 @@ class ShardWrite:
         if time.monotonic() > deadline:
             log.warning("rank %d: %s took longer than %g s to flush", adapter.rank, self.folder, timeout_s)
         adapter.recycler.published(self.attempt, len(header))
-        nbytes = self.layout.end + self._state_bytes
+        nbytes = self.layout.end + self.state_bytes
         return ShardReport(adapter.rank, name, nbytes, len(header), _native.xxh3_64(header))
+
+    def _written(self, timeout_s: float, deadline: float) -> None:
+        if not self._writer.wait(max(0.0, deadline - time.monotonic())):
+            raise DeadlineError(f"{self.folder}: blocks were still being written after {timeout_s:g} s")
+        if error := self._writer.error():
+            raise error
 
     def abort(self) -> None:
         """Stops writing and closes; the poisoned file stays until `discard`. Never raises for a closed one."""
         self._writer.abort()
+        self.confirm = _nothing
 
     def discard(self) -> None:
         """Removes this rank's files of a decided, uncommitted attempt; the last rank to leave removes the folder."""

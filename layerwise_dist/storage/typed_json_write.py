@@ -138,8 +138,10 @@ def _write_bytes(w: Writer, v: bytes | bytearray) -> Any:
 
 
 def _write_sequence(w: Writer, v: list[Any] | tuple[Any, ...]) -> Any:
+    kinds = set(map(type, v))
+    if kinds == {str} and type(v) is list and all(map(is_utf8, v)):
+        return list(v)  # names, by the hundred in every checkpoint
     if len(v) > VECTOR_ABOVE:
-        kinds = set(map(type, v))
         dtype = "<i8" if kinds == {int} else "<f8" if kinds == {float} else None
         if dtype:
             try:

@@ -1,6 +1,8 @@
 """Trains many small configurations with and without the engine, and resumes each; writes what differs.
 
-    exactness.py WRAPPER OUT FEATURE...      WRAPPER is plain, ddp or fsdp2; OUT/<rank>.json is {configuration: [differences]}
+    exactness.py WRAPPER[:CAPTURE] OUT FEATURE...
+
+WRAPPER is plain, ddp or fsdp2; CAPTURE is lease or stage. OUT/<rank>.json is {configuration: [differences]}.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 import layerwise_dist as lwd
 
 STEPS, STOP = 5, 2
+CAPTURE = "auto"
 FEATURES = ("bare", "clipping", "accumulation", "schedule", "tied", "batchnorm", "unused", "closure", "all")
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd-momentum": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9),
@@ -103,7 +106,8 @@ def trial(wrapper: str, optimizer: str, feature: str, root: str, sabotage: bool 
     expected = contents(job.model, job.optimizer)
 
     def attach(job: Job, folder: str, keep: int) -> Any:
-        config = {"dir": f"{root}/{folder}", "audit": "always", "keep_last": keep, "commit": {"timeout_s": 30.0, "on_failure": "raise"}}
+        commit = {"timeout_s": 30.0, "on_failure": "raise"}
+        config = {"dir": f"{root}/{folder}", "audit": "always", "capture": CAPTURE, "keep_last": keep, "commit": commit}
         return lwd.attach(job.model, job.optimizer, config, state={"scheduler": job.scheduler})
 
     def compare(what: str, job: Job, found: list[str], wanted: list[str]) -> list[str]:
@@ -140,7 +144,10 @@ def trial(wrapper: str, optimizer: str, feature: str, root: str, sabotage: bool 
 
 
 def main() -> None:
-    wrapper, out, features = sys.argv[1], Path(sys.argv[2]), sys.argv[3:] or FEATURES
+    global CAPTURE
+    wrapper, _, capture = sys.argv[1].partition(":")
+    CAPTURE = capture or CAPTURE
+    out, features = Path(sys.argv[2]), sys.argv[3:] or FEATURES
     optimizers = [name for name in OPTIMIZERS if wrapper == "plain" or name != "lbfgs"]
     cases = [(name, feature) for name in optimizers for feature in (features if name != "lbfgs" else ("bare", "schedule", "tied"))]
     results: dict[str, list[str]] = {}

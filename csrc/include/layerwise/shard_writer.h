@@ -75,6 +75,9 @@ class ShardWriter final : public BlockSink {
   // FailedPrecondition: a block is pending, an address is missing, or Finish was
   // called. Nothing is queued then.
   Status Submit(size_t first, size_t count);
+  // The same for blocks whose segments all lie in `memory`: they are never leased, and
+  // the memory goes back to its pool when the last of them is no longer pending.
+  Status Submit(size_t first, size_t count, BufferPool::Buffer memory);
 
   // Copies data to blocks behind the last one, padded with zeros to kAlign, and
   // queues them. Stores their number; they are numbered on from the plan's.
@@ -93,6 +96,7 @@ class ShardWriter final : public BlockSink {
   // room; what is being written or found no room is waited for. *safe: none of these
   // blocks is leased any more; false if that was not so when the time was up. A copy's
   // memory goes back to the pool when the block is no longer pending.
+  // FailedPrecondition if one of the blocks was submitted with memory of its own.
   Status Evacuate(size_t first, size_t count, double timeout_s, bool* safe);
 
   struct Counts {
@@ -207,6 +211,7 @@ class ShardWriter final : public BlockSink {
   std::vector<TailBlock> tail_;
   EvacuatedSink evacuated_sink_{this};
   std::unordered_map<size_t, Evacuated> evacuated_;
+  std::unordered_map<size_t, std::shared_ptr<BufferPool::Buffer>> kept_;  // by block
   std::vector<Waiter*> waiters_;
   uint64_t end_;
   Counts counts_;

@@ -1,0 +1,70 @@
+"""How large the pool for bounce buffers, evacuation and staging is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from layerwise_dist.capture.survey import Survey
+from layerwise_dist.errors import ConfigError
+from layerwise_dist.storage.gathered import GatheredExtent
+
+log = logging.getLogger("layerwise_dist")
+
+_MIB = 1 << 20
+_EVACUATION_SHARE = 25  # of the leased bytes, one part in so many
+_MEMORY_SHARE = 4  # of the memory that is available, one part in so many is the most that staging takes by itself
+
+
+def pool_bytes(
+    pool_mb: int | Literal["auto"], bounce: int, survey: Survey, gathered: Mapping[int, GatheredExtent], *,
+    max_in_flight: int,
+) -> int:  # fmt: skip
+    """Bytes of the pool: as configured, or found for this rank's state. `bounce` bytes of it are taken by the writer.
+
+    "auto" is the bounce buffers, and
+    - for leases, room to evacuate a twenty-fifth of the leased bytes (at least as much as the bounce buffers), so that
+      the fence rarely waits for the disk, at 4 % of extra memory;
+    - for staging, all staged layers `max_in_flight` times over, but not more than a quarter of the memory that is
+      available now, and never less than the largest layer.
+
+    Raises ConfigError if a staged layer does not fit.
+    """
+    staged = [gathered[number].nbytes for number, layer in enumerate(survey.layers) if layer.staged]
+    largest = max(staged, default=0)
+    if pool_mb == "auto":
+        leased = survey.nbytes - survey.staged_bytes
+        staging = max(largest, min(max_in_flight * sum(staged), available_memory() // _MEMORY_SHARE))
+        return bounce + max(bounce, leased // _EVACUATION_SHARE) + staging
+    if bounce + largest > pool_mb * _MIB:
+        name = max((layer for layer in zip(staged_names(survey), staged, strict=True)), key=lambda pair: pair[1])[0]
+        raise ConfigError(
+            f"pool_mb = {pool_mb}: staging layer {name!r} takes {largest} bytes beside {bounce} bytes of bounce buffers "
+            f"(writer.queue_depth x writer.block_kb): at least {-(-(bounce + largest) // _MIB)} are needed, or 'auto'"
+        )
+    return pool_mb * _MIB
+
+
+def staged_names(survey: Survey) -> list[str]:
+    return [layer.name for layer in survey.layers if layer.staged]
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take without swapping: the machine's, or its control group's if that is less."""
+    available = 1 << 62
+    for line in _lines("/proc/meminfo"):
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) << 10
+    limit, used = _lines("/sys/fs/cgroup/memory.max"), _lines("/sys/fs/cgroup/memory.current")
+    if limit and used and limit[0].isdigit():
+        available = min(available, max(0, int(limit[0]) - int(used[0])))
+    return available
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,73 @@
+"""What a boundary seals beside tensors, as one value for typed JSON, and the way back into the live objects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from layerwise_dist.capture.objects import StateObjects
+from layerwise_dist.capture.survey import Survey
+from layerwise_dist.frameworks.base import Framework
+from layerwise_dist.storage import typed_json
+
+
+class Sealer:
+    """Everything of the process at a boundary that is not a parameter, a buffer or a tensor of the optimizer's state.
+
+    The members of the value are in docs/format.md, "The state extent".
+    """
+
+    def __init__(self, framework: Framework, optimizer: torch.optim.Optimizer, objects: StateObjects) -> None:
+        self._framework, self._optimizer, self._objects = framework, optimizer, objects
+        self._names = {id(view.param): view.fqn for view in framework.params}
+
+    def take(self, step: int, updates: int, boundary: dict[str, Any], survey: Survey) -> tuple[bytes, bytes]:
+        """The state as (JSON text, blob), sharing nothing with live objects; `boundary` is `BoundaryMark.state()`.
+
+        Raises StateError with the path of what cannot be written.
+        """
+        framework = self._framework
+        sealed = {
+            "step": step,
+            "updates": updates,
+            "boundary": boundary,
+            "objects": self._objects.take(),
+            "optimizer": {
+                "class": type(self._optimizer).__qualname__,
+                "groups": self._hyper_parameters(),
+                "scalars": survey.live_scalars(),
+                "order": survey.order,
+            },
+            "wrapper": framework.carry(),
+            # Be it zeros: AdamW decays those and leaves parameters with None alone.
+            "gradients": [view.fqn for view in framework.params if view.param.grad is not None],
+            "extra_state": {name: module.get_extra_state() for name, module in framework.extra_states()},
+        }
+        return typed_json.dumps(sealed, path="state")
+
+    def put(self, sealed: dict[str, Any]) -> None:
+        """Gradients, `state=` objects and extra states as they were sealed; the rest belongs to loader and boundary."""
+        self._put_gradients(set(sealed["gradients"]))
+        self._objects.put(sealed["objects"])
+        for name, module in self._framework.extra_states():
+            if name in sealed["extra_state"]:
+                module.set_extra_state(sealed["extra_state"][name])
+
+    def _put_gradients(self, present: set[str]) -> None:
+        """Zeros where there was a gradient, None elsewhere: the values of a boundary's gradients are never used again."""
+        for view in self._framework.params:
+            if view.fqn not in present:
+                view.param.grad = None
+            elif view.param.grad is None:
+                view.param.grad = torch.zeros_like(view.param)
+            else:
+                view.param.grad.detach_().zero_()
+
+    def _hyper_parameters(self) -> list[dict[str, Any]]:
+        """Each param group with names in place of parameters."""
+        names = self._names
+        return [
+            {key: [names[id(p)] for p in value] if key == "params" else value for key, value in group.items()}
+            for group in self._optimizer.param_groups
+        ]

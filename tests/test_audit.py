@@ -1,0 +1,95 @@
+"""Changes that no version counter shows are found by reading again: at once in the first checkpoints, then within a hundred."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import layerwise_dist as lwd
+from layerwise_dist.capture import audit
+from layerwise_dist.capture.survey import Surveyor
+from layerwise_dist.frameworks.base import Framework
+
+torch.set_num_threads(1)
+
+
+def wide(layers: int = 9) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Layers of which two fill a window of the audit: with their momentum, as many windows as layers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(362, 362) for _ in range(layers)))
+    return model, torch.optim.SGD(model.parameters(), lr=1e-9, momentum=0.9)
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    model(torch.ones(1, 362)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def surveyed(*sizes: int) -> Any:
+    model = nn.ParameterList([nn.Parameter(torch.zeros(size)) for size in sizes])
+    return Surveyor(Framework(model, 0, 1), torch.optim.SGD(model.parameters(), lr=0.1)).look()
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [(1,), (0, 3), (1000, 262144, 7), (300_000,) * 3, (5,) * 400, (262144,) * 99, (262144,) * 130, (40_000_000,)],
+    ids=lambda sizes: f"{len(sizes)} of {sizes[-1]}",
+)
+def test_a_hundred_checkpoints_in_a_row_audit_every_byte_and_none_much_more_than_its_share(sizes: tuple[int, ...]) -> None:
+    survey = surveyed(*sizes)
+    groups = audit.units(survey.pieces)
+    total = sum(piece.slice.nbytes for piece in survey.pieces)
+    for first in (0, 37):
+        seen = [np.zeros(piece.slice.nbytes, bool) for piece in survey.pieces]
+        for turn in range(first, first + audit.ROUND):
+            windows = audit.share(groups, turn)
+            assert 0 < sum(w.end - w.begin for w in windows) <= total / audit.ROUND + 2 * audit.WINDOW_BYTES
+            for window in windows:
+                seen[window.piece][window.begin : window.end] = True
+        assert all(each.all() for each in seen)
+
+
+@pytest.mark.parametrize("when", ["before the boundary", "after the boundary"])
+def test_a_blind_write_that_begins_late_is_found_within_a_hundred_checkpoints_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, when: str
+) -> None:
+    model, optimizer = wide()
+    weight = model[6].weight
+    groups = len(audit.units(Surveyor(Framework(model, 0, 1), _stepped(model, optimizer)).look().pieces))
+    assert 5 < groups < audit.ROUND
+
+    def found() -> bool:
+        return any("param/6.weight changed" in record.getMessage() for record in caplog.records)
+
+    def blind() -> None:
+        weight.detach().numpy().view(np.int32)[-1, -1] ^= 1  # one bit: only the window that has it can tell
+
+    found_at = 0
+    # One writer of small blocks: what is changed behind the boundary is still on its way then.
+    options = {"writer": {"queue_depth": 1, "block_kb": 4, "direct_io": "off"}, "commit": {"raise_after": 1000}}
+    with lwd.attach(model, optimizer, dir=str(tmp_path), **options) as ckpt:
+        for number in ckpt.steps(audit.FULL_FIRST + groups + 3):
+            if when == "after the boundary" and number > audit.FULL_FIRST:
+                blind()
+            step(model, optimizer)
+            if when == "before the boundary" and number >= audit.FULL_FIRST:
+                blind()
+            if found() and not found_at:
+                found_at = number + 1
+    assert audit.FULL_FIRST < found_at <= audit.FULL_FIRST + groups + 1, caplog.text
+    named = [record.getMessage() for record in caplog.records if "without raising its version counter" in record.getMessage()]
+    assert len(named) == 1 and "param/6.weight" in named[0], "named once; copied at the boundary from then on"
+    aborted = [record.getMessage() for record in caplog.records if "failed" in record.getMessage()]
+    assert bool(aborted) == (when == "after the boundary"), "before the boundary the right contents are still to be had"
+    assert ckpt.committed_step == audit.FULL_FIRST + groups + 3
+
+
+def _stepped(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    step(model, optimizer)
+    return optimizer
