@@ -33,9 +33,9 @@ echo "logical blocks of the NVMe disk: $(cat /sys/block/nvme0n1/queue/logical_bl
 
 failed=
 echo "--- the native tests on persistent memory: ext4 -o dax, NvmEnv"
-LAYERWISE_TEST_DIR=/pmem LAYERWISE_TEST_BACKEND=nvm /bin/layerwise_native_tests --no-colors=true || failed="$failed /pmem"
+LAYERWISE_TEST_DIR=/pmem LAYERWISE_TEST_BACKEND=nvm /bin/layerwise_native_tests --no-colors=true --duration=true || failed="$failed /pmem"
 echo "--- the native tests on an NVMe disk with sectors of 4096 bytes: ext4, PosixEnv"
-LAYERWISE_TEST_DIR=/nvme LAYERWISE_TEST_ALIGN=4096 /bin/layerwise_native_tests --no-colors=true || failed="$failed /nvme"
+LAYERWISE_TEST_DIR=/nvme LAYERWISE_TEST_ALIGN=4096 /bin/layerwise_native_tests --no-colors=true --duration=true || failed="$failed /nvme"
 if [ -n "$failed" ]; then end "FAIL: tests on$failed"; fi
 umount /pmem && umount /nvme || end "FAIL: something still uses the file systems"
 end OK

@@ -8,11 +8,11 @@
 #
 # Needs Debian or Ubuntu: the kernel is downloaded by apt-get and unpacked below build/vm, never installed. Programs that
 # are missing are installed by apt-get when root runs this. Where that is not possible it prints "SKIP: <why>" and
-# succeeds. LAYERWISE_VM_TIMEOUT is the deadline of the machine in seconds (180).
+# succeeds. LAYERWISE_VM_TIMEOUT is the deadline of the machine in seconds (300).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 vm=build/vm
-timeout_s=${LAYERWISE_VM_TIMEOUT:-180}
+timeout_s=${LAYERWISE_VM_TIMEOUT:-300}
 qemu=
 work=
 
@@ -111,7 +111,7 @@ boot() {
   timeout -k 5 "$timeout_s" qemu-system-x86_64 -accel tcg,thread=multi -cpu max -smp 2 \
     -machine q35,nvdimm=on -m 1G,slots=2,maxmem=4G \
     -object memory-backend-file,id=m1,share=on,mem-path="$work/nvdimm",size=384M -device nvdimm,memdev=m1 \
-    -drive file="$work/nvme",if=none,id=d0,format=raw \
+    -drive file="$work/nvme",if=none,id=d0,format=raw,cache=unsafe \
     -device nvme,serial=x,drive=d0,logical_block_size=4096,physical_block_size=4096 \
     -kernel "$(echo "$vm"/kernel/boot/vmlinuz-*)" -initrd "$work/initramfs.gz" -append "console=ttyS0 quiet panic=-1" \
     -nographic -nodefaults -serial stdio -no-reboot </dev/null >"$vm/console.log" 2>&1 &
