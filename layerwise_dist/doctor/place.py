@@ -13,11 +13,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-NETWORK = frozenset(
-    "nfs nfs4 cifs smb3 smbfs 9p afs ceph lustre gpfs beegfs beegfs_nodev orangefs pvfs2 glusterfs panfs wekafs "
-    "ocfs2 gfs2 coda ncpfs virtiofs vboxsf fuse.sshfs fuse.glusterfs fuse.ceph fuse.s3fs fuse.gcsfuse fuse.rclone "
-    "fuse.juicefs fuse.mount-s3 fuse.goofys".split()
-)
+from layerwise_dist.storage import network
+
 MEMORY = frozenset(("tmpfs", "ramfs", "devtmpfs", "hugetlbfs"))
 LOCAL = frozenset("ext2 ext3 ext4 xfs btrfs f2fs zfs bcachefs jfs reiserfs nilfs2".split())
 _VIRTUAL_PATH = re.compile(r"/(virtio\d+|vbd-\d+|xen|vmbus|hyperv|block/loop\d+|block/nbd\d+)")
@@ -39,7 +36,7 @@ class Mount:
     @property
     def where(self) -> str:
         """network, memory, local, or other (layers such as overlay, and what is not known)."""
-        if self.kind in NETWORK or (self.kind.startswith("fuse") and self.kind != "fuseblk"):
+        if network.name_by_type(self.kind) is not None:
             return "network"
         if self.kind in MEMORY:
             return "memory"

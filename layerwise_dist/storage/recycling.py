@@ -15,26 +15,19 @@ import threading
 from collections import deque
 from typing import Any, Literal
 
-from layerwise_dist.storage import layout
+from layerwise_dist.storage import layout, network
 from layerwise_dist.storage.layout import AttemptId
 
 log = logging.getLogger("layerwise_dist")
 
 _CLOSE_S = 30.0
 
-# statfs(2): file systems whose files other machines, or a process in user space, may hold open and write to unseen.
-_NOT_LOCAL = {
-    0x6969: "NFS", 0x517B: "SMB", 0xFF534D42: "CIFS", 0xFE534D42: "SMB2", 0x01021997: "9P", 0x65735546: "FUSE",
-    0x0BD00BD0: "Lustre", 0x47504653: "GPFS", 0x00C36400: "Ceph", 0x19830326: "BeeGFS", 0xAAD7AAEA: "PanFS",
-    0x5346414F: "AFS", 0x6B414653: "AFS", 0x73757245: "Coda", 0x7461636F: "OCFS2", 0x01161970: "GFS2", 0x564C: "NCP",
-}  # fmt: skip
-
 
 def recycles(env: Any, root: str, wanted: Literal["auto", True, False]) -> bool:
     """What `writer.recycle` means for this directory: "auto" is on unless its file system is shared by a network."""
     if wanted != "auto":
         return wanted
-    kind = _NOT_LOCAL.get(env.file_system(root))
+    kind = network.name_by_magic(env.file_system(root))
     if kind is not None:
         log.info("%s is on %s: files of retired checkpoints are removed, not reused (writer.recycle)", root, kind)
     return kind is None
