@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,29 @@ from typer.testing import CliRunner
 
 from layerwise_dist import _native
 from layerwise_dist.cli.app import app
-from layerwise_dist.config import load_config
+from layerwise_dist.config import LayerwiseConfig, load_config
 from layerwise_dist.doctor import examination, findings, kernel, place, speed
 from layerwise_dist.doctor.place import Device, Mount, Space
-from layerwise_dist.doctor.speed import Flushes, Rates, Shape
+from layerwise_dist.doctor.speed import Flushes, Manner, Rates, Shape, Shards
+from layerwise_dist.storage import network
+from layerwise_dist.storage.adapter import PCCheckAdapter
 from layerwise_dist.units import parse_number, size
 
 MB = 10**6
 NOBODY = 65534
 CONFIG = load_config(None)
+HASHED = Manner("posix", hash=True, recycle="auto")
 DISK = Device("sda", rotational=False, virtual=False, volatile_cache=True)
+# io_uring_setup (425) is EPERM from here on; all else is allowed.
+FORBID_URING = """
+import ctypes, struct
+def op(code, yes, no, value): return struct.pack("HBBI", code, yes, no, value)
+code = op(0x20, 0, 0, 0) + op(0x15, 0, 1, 425) + op(0x06, 0, 0, 0x00050001) + op(0x06, 0, 0, 0x7FFF0000)
+memory = ctypes.create_string_buffer(code)
+program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", 4, ctypes.addressof(memory)))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program, 0, 0) == 0, ctypes.get_errno()
+"""
 SCRIPT = "import sys; from layerwise_dist.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
 
 
@@ -84,7 +98,7 @@ def test_the_json_has_every_finding_with_its_figures(looked: dict[str, Any]) -> 
         "file_system": {"type", "where", "mount_point", "source", "options", "device"},
         "space": {"free", "total", "files_free", "held", "checkpoint", "needed"},
         "direct_io": {"memory_align", "offset_align"},
-        "io_uring": {"available"},
+        "io_uring": {"available", "backend"},
         "locked_memory": {"limit", "needed"},
         "dax": {"available"},
         "flush": {"p50", "p99", "commit_p50", "count"},
@@ -99,11 +113,22 @@ def test_the_json_has_every_finding_with_its_figures(looked: dict[str, Any]) -> 
             "deeper",
             "larger",
         },
-        "writer": {"rate", "rounds", "of_raw", "of_raw_first_use", "seconds_per_checkpoint"},
+        "writer": {
+            "backend",
+            "hash",
+            "recycles",
+            "rate",
+            "rounds",
+            "of_raw",
+            "first_use",
+            "first_use_rounds",
+            "of_raw_first_use",
+            "seconds_per_checkpoint",
+        },
     }
     for name, keys in figures.items():
         assert set(found[name]["figures"]) == keys
-    assert found["bandwidth"]["figures"]["raw"] > 0 and found["writer"]["figures"]["rate"] > 0
+    assert found["bandwidth"]["figures"]["raw"] > 0 and found["writer"]["figures"]["first_use"] > 0
     assert found["flush"]["figures"]["p50"] > 0
 
 
@@ -226,9 +251,20 @@ def test_the_state_s_size_is_taken_from_the_newest_checkpoint_and_what_is_there_
     assert sorted(os.listdir(tmp_path)) == before
 
 
-def test_the_options_and_the_configuration_reach_the_findings(tmp_path: Path) -> None:
+def test_the_options_and_the_configuration_reach_the_writer_and_the_findings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[dict[str, Any]] = []
+
+    class Recorded(PCCheckAdapter):
+        def __init__(self, env: Any, root: str, **options: Any) -> None:
+            made.append(options)
+            super().__init__(env, root, **options)
+
+    monkeypatch.setattr(speed, "PCCheckAdapter", Recorded)
     config = tmp_path / "layerwise.json"
-    block = {"keep_last": 9, "dir": "elsewhere", "writer": {"queue_depth": 2, "block_kb": 512, "direct_io": "off"}}
+    writer = {"queue_depth": 2, "block_kb": 512, "direct_io": "off", "backend": "posix", "recycle": False}
+    block = {"keep_last": 9, "dir": "elsewhere", "hash": False, "writer": writer}
     config.write_text(json.dumps({"train_batch_size": 8, "layerwise_checkpoint": block}))
     root = tmp_path / "root"
     root.mkdir()
@@ -239,7 +275,16 @@ def test_the_options_and_the_configuration_reach_the_findings(tmp_path: Path) ->
     assert (bandwidth["bytes"], bandwidth["queue_depth"], bandwidth["block"]) == (2 << 20, 2, 512 << 10)
     if found["direct_io"]["figures"]["memory_align"]:
         assert found["direct_io"]["verdict"] == "warn" and "writer.direct_io" in found["direct_io"]["advice"]
-    assert found["writer"]["figures"]["seconds_per_checkpoint"] == 12 * MB / found["writer"]["figures"]["rate"]
+    measured = found["writer"]["figures"]
+    assert (measured["backend"], measured["hash"], measured["recycles"]) == ("posix", False, False)
+    assert made == [
+        {
+            "rank": 0, "world_size": 1, "backend": "posix", "queue_depth": 2, "block_bytes": 512 << 10,
+            "direct_io": False, "hash": False, "spares": 0,
+        }
+    ]  # fmt: skip
+    assert measured["rate"] is None and measured["seconds_per_checkpoint"] == 12 * MB / measured["first_use"]
+    assert "posix, without hashes" in found["writer"]["text"] and "not reused" in found["writer"]["text"]
     code, text = call(root, "--quick", "--state-bytes", "9000T")
     assert code == 1 and "retention needs" in text and "Free" in text
 
@@ -264,6 +309,44 @@ def test_a_signal_leaves_nothing_behind(tmp_path: Path, number: signal.Signals) 
         process.wait()
     assert process.returncode != 0, output
     assert not os.listdir(tmp_path)
+
+
+def test_what_a_killed_look_leaves_is_no_concern_of_the_engine_s(tmp_path: Path) -> None:
+    import torch
+
+    import layerwise_dist as lwd
+
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, "doctor", str(tmp_path), "--bytes", "64M"])
+    try:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob(f"{examination.SCRATCH}*/shards/step_*")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.002)
+    finally:
+        process.kill()
+        process.wait()
+    (left,) = os.listdir(tmp_path)
+    assert left.startswith(examination.SCRATCH)
+    before = {str(path) for path in tmp_path.rglob("*")}
+    assert str(tmp_path / left / "shards") in before
+
+    def job(steps: int) -> tuple[int, torch.Tensor]:
+        torch.manual_seed(steps)
+        model = torch.nn.Linear(64, 64)
+        optimizer = torch.optim.AdamW(model.parameters())
+        with lwd.attach(model, optimizer, dir=str(tmp_path)) as ckpt:
+            found = ckpt.restore()
+            for _ in ckpt.steps(steps):
+                model(torch.randn(2, 64)).sum().backward()
+                optimizer.step()
+        return found, model.weight.detach().clone()
+
+    assert job(3)[0] == 0
+    step, weight = job(5)
+    assert step == 3
+    step, again = job(5)
+    assert step == 5 and torch.equal(weight, again)
+    assert before <= {str(path) for path in tmp_path.rglob("*")}, "the engine removes only what it named itself"
 
 
 # -- what is found --------------------------------------------------------------------------------------------------
@@ -298,6 +381,10 @@ def test_the_device_is_the_disk_below_partition_and_device_mapper(tmp_path: Path
     mount = Mount("/", "xfs", "/dev/mapper/x", ("rw",), (253, 0))
     assert place.device_of(mount, str(tmp_path)) == Device("nvme0n1", False, False, False)
     assert place.device_of(Mount("/", "zfs", "tank/data", ("rw",), (0, 50)), str(tmp_path)) is None
+
+
+def backend(name: str) -> LayerwiseConfig:
+    return load_config({"writer": {"backend": name}})
 
 
 def mounted(kind: str, *options: str) -> Mount:
@@ -377,16 +464,31 @@ def test_a_flush_too_quick_to_be_true_is_said(device: Device | None, flush: floa
 
 
 def test_no_io_uring_says_what_forbids_it_and_what_to_change() -> None:
-    found = findings.of_uring("the sysctl kernel.io_uring_disabled is 2")
+    found = findings.of_uring("the sysctl kernel.io_uring_disabled is 2", CONFIG)
     assert found.verdict == "warn" and "kernel.io_uring_disabled=0" in (found.advice or "")
-    assert "seccomp" in (findings.of_uring("the seccomp profile of this container forbids it").advice or "")
-    assert findings.of_uring(None).verdict == "ok"
+    assert "seccomp" in (findings.of_uring("the seccomp profile of this container forbids it", CONFIG).advice or "")
+    assert findings.of_uring(None, CONFIG).verdict == "ok"
+
+
+def test_no_io_uring_is_bad_only_where_it_is_asked_for_by_name() -> None:
+    found = findings.of_uring("a security module of the kernel forbids it", backend("uring"))
+    assert found.verdict == "bad" and "ConfigError" in found.text and "writer.backend to auto" in (found.advice or "")
+    assert findings.of_uring("a security module of the kernel forbids it", backend("posix")).verdict == "ok"
+    assert findings.of_uring(None, backend("uring")).verdict == "ok"
+
+
+def test_no_dax_is_bad_only_for_the_backend_that_needs_it() -> None:
+    assert findings.of_dax(False, CONFIG).verdict == "ok"
+    found = findings.of_dax(False, backend("nvm"))
+    assert found.verdict == "bad" and "-o dax" in (found.advice or "")
+    assert findings.of_dax(True, backend("nvm")).verdict == "ok"
 
 
 def test_too_little_lockable_memory_names_the_limit_to_raise() -> None:
-    found = findings.of_lockable(64 << 10, Shape(4, 1 << 20))
+    found = findings.of_lockable(64 << 10, Shape(4, 1 << 20), "uring")
     assert found.verdict == "warn" and "ulimit -l" in (found.advice or "") and "4096" in (found.advice or "")
-    assert findings.of_lockable(None, Shape(64, 64 << 20)).verdict == "ok"
+    assert findings.of_lockable(None, Shape(64, 64 << 20), "uring").verdict == "ok"
+    assert findings.of_lockable(64 << 10, Shape(4, 1 << 20), "posix").verdict == "ok"
 
 
 def test_no_direct_io_says_why_where_it_can_be_known() -> None:
@@ -397,7 +499,7 @@ def test_no_direct_io_says_why_where_it_can_be_known() -> None:
 
 def test_a_deeper_queue_is_advised_only_if_it_was_faster_in_every_round() -> None:
     shape = Shape(4, 1 << 20)
-    rates = Rates([1e9], [1.0e9, 1.1e9], deeper=[2.0e9, 2.1e9], larger=[1.0e9, 1.1e9], writer=[9e8, 9e8])
+    rates = Rates([1e9], [1.0e9, 1.1e9], deeper=[2.0e9, 2.1e9], larger=[1.0e9, 1.1e9], writer_first=[9e8, 9e8])
     found = findings.of_bandwidth(rates, shape, 1 << 28)
     assert found.verdict == "warn" and "writer.queue_depth to 16" in (found.advice or "")
     rates.deeper = [1.05e9, 3.0e9]
@@ -407,11 +509,21 @@ def test_a_deeper_queue_is_advised_only_if_it_was_faster_in_every_round() -> Non
 
 
 def test_a_writer_far_below_the_disk_is_said() -> None:
-    rates = Rates([1e9], [2e9], writer=[5e8])
-    found = findings.of_writer(rates, 10**9, CONFIG)
-    assert found.verdict == "warn" and found.figures["seconds_per_checkpoint"] == 2.0
-    rates.writer = [9e8]
-    assert findings.of_writer(rates, None, CONFIG).verdict == "ok"
+    rates = Rates([1e9], [2e9], writer_first=[9e8], writer=[1e9])
+    found = findings.of_writer(rates, HASHED, 10**9, CONFIG)
+    assert found.verdict == "warn" and found.figures["seconds_per_checkpoint"] == 1.0
+    assert found.figures["of_raw"] == 0.5 and found.figures["of_raw_first_use"] == 0.9
+    rates.writer = [1.8e9]
+    assert findings.of_writer(rates, HASHED, None, CONFIG).verdict == "ok"
+    rates.writer_first = [5e8]
+    assert findings.of_writer(rates, HASHED, None, CONFIG).verdict == "warn"
+
+
+def test_a_writer_that_reuses_no_files_is_judged_by_new_ones() -> None:
+    rates = Rates([1e9], [2e9], writer_first=[8e8])
+    found = findings.of_writer(rates, HASHED, 8 * 10**8, CONFIG)
+    assert found.verdict == "ok" and found.figures["seconds_per_checkpoint"] == 1.0
+    assert found.figures["of_raw"] is None and not found.figures["recycles"]
 
 
 # -- how it is found ------------------------------------------------------------------------------------------------
@@ -425,36 +537,102 @@ def test_the_raw_loop_writes_every_byte_of_an_amount_that_no_block_divides(tmp_p
     assert not os.listdir(tmp_path)
 
 
-def test_shards_are_written_by_the_engine_s_own_writer_and_removed(tmp_path: Path) -> None:
-    rates = speed.write_rates(
-        _native.PosixEnv(), str(tmp_path), nbytes=3 << 20, shape=Shape(2, 1 << 20), align=None, rounds=2,
+def rates_in(folder: Path, manner: Manner | None) -> Rates:
+    return speed.write_rates(
+        str(folder), nbytes=3 << 20, shape=Shape(2, 1 << 20), direct=False, manner=manner, rounds=2,
         progress=lambda text: None,
     )  # fmt: skip
-    assert {len(r) for r in (rates.first, rates.raw, rates.writer, rates.deeper, rates.larger)} == {2}
+
+
+def test_shards_are_written_by_the_engine_s_own_writer_and_removed(tmp_path: Path) -> None:
+    rates = rates_in(tmp_path, HASHED)
+    assert {len(r) for r in (rates.first, rates.raw, rates.writer_first, rates.deeper, rates.larger)} == {2}
     assert os.listdir(tmp_path / "shards") == [] and os.listdir(tmp_path) == ["shards"]
 
 
-SECCOMP = """
-import ctypes, struct
-from layerwise_dist.doctor import kernel
-def op(code, yes, no, value): return struct.pack("HBBI", code, yes, no, value)
-# Load the number of the call; io_uring_setup (425) is EPERM, all else is allowed.
-code = op(0x20, 0, 0, 0) + op(0x15, 0, 1, 425) + op(0x06, 0, 0, 0x00050001) + op(0x06, 0, 0, 0x7FFF0000)
-memory = ctypes.create_string_buffer(code)
-program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", 4, ctypes.addressof(memory)))
-libc = ctypes.CDLL(None, use_errno=True)
-assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program, 0, 0) == 0, ctypes.get_errno()
-print(kernel.uring_refusal())
-"""
+def test_without_a_backend_only_the_raw_loop_is_measured(tmp_path: Path) -> None:
+    rates = rates_in(tmp_path, None)
+    assert len(rates.raw) == 2 and not rates.writer_first and not rates.writer and not os.listdir(tmp_path)
 
 
-def test_a_container_s_rules_against_io_uring_are_named() -> None:
+class OnNfs(_native.testing.FaultEnv):
+    def file_system(self, path: Any) -> int:
+        return 0x6969
+
+
+@pytest.mark.parametrize(
+    ("make", "recycle", "over"),
+    [
+        (_native.testing.FaultEnv, "auto", 2), (_native.testing.FaultEnv, False, 0),
+        (OnNfs, "auto", 0), (OnNfs, True, 2),
+    ],
+)  # fmt: skip
+def test_the_steady_state_is_over_retired_files_where_the_engine_reuses_them(
+    tmp_path: Path, make: Callable[[Any], Any], recycle: Any, over: int
+) -> None:
+    (tmp_path / "probed").write_bytes(bytes(4096))
+    try:
+        _native.PosixEnv().reuse(tmp_path / "probed", tmp_path / "taken").close()
+    except OSError as error:
+        pytest.skip(f"files cannot be reused here: {error}")
+    env = make(_native.PosixEnv())
+    with mmap.mmap(-1, 1 << 20) as memory:
+        shards = Shards(
+            env, str(tmp_path / "shards"), memory, 1 << 20, Shape(2, 256 << 10), direct=False,
+            manner=Manner("posix", hash=True, recycle=recycle),
+        )  # fmt: skip
+        with shards:
+            rates = [rate for _ in range(2) for rate in (shards.write_new(), shards.write_over())]
+        del shards
+    assert len([rate for rate in rates[1::2] if rate is not None]) == over and None not in rates[::2]
+    trace = env.trace()
+    # Out of the retired folder, then under the next shard's name.
+    assert len([line for line in trace if line.startswith("reuse")]) == 2 * over, trace
+    assert len([line for line in trace if line.startswith("create") and ".partial" in line]) == 2
+    assert os.listdir(tmp_path / "shards") == []
+
+
+def test_each_name_of_a_shared_file_system_is_known_by_number_and_by_type() -> None:
+    for magic, kind in ((0x6969, "nfs4"), (0x65735546, "fuse.sshfs"), (0x0BD00BD0, "lustre"), (0x01021997, "9p")):
+        assert network.name_by_magic(magic) == network.name_by_type(kind) is not None
+    for kind in ("ext4", "xfs", "fuseblk", "fusectl", "tmpfs", ""):
+        assert network.name_by_type(kind) is None
+    assert network.name_by_magic(0xEF53) is None and network.name_by_magic(0) is None
+
+
+def looked_without_uring(folder: Path, *args: object) -> tuple[int, dict[str, Any]]:
+    """The command in a process that a container's rules keep from io_uring."""
+    command = [sys.executable, "-c", FORBID_URING + SCRIPT, "doctor", str(folder), "--quick", "--json"]
+    done = subprocess.run([*command, *map(str, args)], capture_output=True, text=True, timeout=120)
+    assert not done.stderr, done.stderr
+    return done.returncode, by_name(json.loads(done.stdout))
+
+
+def test_a_container_s_rules_against_io_uring_are_named_and_threads_are_measured(tmp_path: Path) -> None:
     before = kernel.uring_refusal()
-    done = subprocess.run([sys.executable, "-c", SECCOMP], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+    _, found = looked_without_uring(tmp_path)
     if before is not None:
         pytest.skip(f"no io_uring here even without such rules: {before}")
-    assert "seccomp profile" in done.stdout
+    assert found["io_uring"]["verdict"] == "warn" and "seccomp profile" in found["io_uring"]["text"]
+    assert found["writer"]["figures"]["backend"] == "posix"
+
+
+def test_a_backend_that_the_engine_would_refuse_is_bad_and_no_writer_is_measured(tmp_path: Path) -> None:
+    root, config = tmp_path / "root", tmp_path / "layerwise.json"
+    root.mkdir()
+    config.write_text('{"writer": {"backend": "uring"}}')
+    code, found = looked_without_uring(root, "--config", config)
+    assert code == 1 and found["io_uring"]["verdict"] == "bad"
+    assert "bandwidth" in found and "writer" not in found
+    config.write_text('{"writer": {"backend": "nvm"}}')
+    code, answer = call_json(root, "--config", config)
+    found = by_name(answer)
+    if kernel.has_dax(str(root)):
+        assert found["dax"]["verdict"] == "ok" and found["writer"]["figures"]["backend"] == "nvm"
+    else:
+        assert code == 1 and found["dax"]["verdict"] == "bad"
+        assert "bandwidth" in found and "writer" not in found
+    assert not os.listdir(root)
 
 
 def test_the_limit_on_locked_memory_is_the_one_of_a_user_without_privileges() -> None:

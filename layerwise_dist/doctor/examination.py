@@ -84,8 +84,10 @@ def examine(directory: str, plan: Plan, progress: Callable[[str], None] = lambda
             add(Finding("checkpoints", "bad", text, "Look who owns them, and run this as the user of the job."))
     space = place.space_of(looked_at)
     add(findings.of_space(space, held, state, source, plan.config))
-    add(findings.of_uring(kernel.uring_refusal()))
-    add(findings.of_lockable(kernel.lockable_bytes(), shape))
+    refusal = kernel.uring_refusal()
+    backend = _backend(plan.config, refusal)
+    add(findings.of_uring(refusal, plan.config))
+    add(findings.of_lockable(kernel.lockable_bytes(), shape, backend))
 
     needed = 2 * plan.nbytes + _ROOM
     if space.free < needed:
@@ -94,24 +96,36 @@ def examine(directory: str, plan: Plan, progress: Callable[[str], None] = lambda
         return report
     try:
         with _scratch(looked_at) as folder:
-            env = _native.PosixEnv()
-            aligns = env.direct_io(folder)
+            aligns = _native.PosixEnv().direct_io(folder)
             if aligns is not None and max(aligns) > _USABLE_ALIGN:
                 aligns = None
             add(findings.of_direct_io(aligns, mount, plan.config))
-            add(findings.of_dax(kernel.dax_refusal(folder)))
+            dax = kernel.has_dax(folder)
+            add(findings.of_dax(dax, plan.config))
+            if backend == "nvm" and not dax:
+                backend = None
             direct = aligns is not None and plan.config.writer.direct_io == "auto"
             progress("flushing")
             add(findings.of_flushes(speed.flush_times(folder, direct, plan.flushes), mount, device))
+            manner = speed.Manner(backend, plan.config.hash, plan.config.writer.recycle) if backend else None
             rates = speed.write_rates(
-                env, folder, nbytes=plan.nbytes, shape=shape, align=aligns[0] if aligns and direct else None,
-                rounds=plan.rounds, progress=progress,
+                folder, nbytes=plan.nbytes, shape=shape, direct=direct, manner=manner, rounds=plan.rounds,
+                progress=progress,
             )  # fmt: skip
             add(findings.of_bandwidth(rates, shape, plan.nbytes))
-            add(findings.of_writer(rates, state, plan.config))
+            if manner is not None:
+                add(findings.of_writer(rates, manner, state, plan.config))
     except OSError as error:
         add(_failed(error))
     return report
+
+
+def _backend(config: LayerwiseConfig, refusal: str | None) -> str | None:
+    """What the engine would write with; None where it would refuse to start."""
+    wanted = config.writer.backend
+    if wanted == "auto":
+        return "uring" if refusal is None else "posix"
+    return None if wanted == "uring" and refusal is not None else wanted
 
 
 def _checkpoints(root: str, keep_every: int | None) -> tuple[int | None, int]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.doctor.place import Device, Mount, Space
-from layerwise_dist.doctor.speed import Flushes, Rates, Shape, median, quantile
+from layerwise_dist.doctor.speed import Flushes, Manner, Rates, Shape, median, quantile
 from layerwise_dist.units import size
 
 Verdict = Literal["ok", "warn", "bad"]
@@ -160,20 +160,33 @@ def of_direct_io(aligns: tuple[int, int] | None, mount: Mount | None, config: La
     return Finding("direct_io", "ok", text, None, figures)
 
 
-def of_uring(refusal: str | None) -> Finding:
-    figures = {"available": refusal is None}
+def of_uring(refusal: str | None, config: LayerwiseConfig) -> Finding:
+    wanted = config.writer.backend
+    figures = {"available": refusal is None, "backend": wanted}
+    unused = f"; writer.backend {wanted!r} does not use it" if wanted not in ("auto", "uring") else ""
     if refusal is None:
-        return Finding("io_uring", "ok", "io_uring is available.", None, figures)
-    advice = "Set kernel.io_uring_disabled=0 by sysctl on the host."
-    if "sysctl" not in refusal:
-        advice = "Allow io_uring_setup, io_uring_enter and io_uring_register in the container's seccomp profile."
+        return Finding("io_uring", "ok", f"io_uring is available{unused}.", None, figures)
+    if unused:
+        return Finding("io_uring", "ok", f"No io_uring: {refusal}{unused}.", None, figures)
+    advice = "Set kernel.io_uring_disabled=0 by sysctl on the host"
+    if "too old" in refusal:
+        advice = "Use a newer kernel"
+    elif "sysctl" not in refusal:
+        advice = "Allow io_uring_setup, io_uring_enter and io_uring_register in the container's seccomp profile"
+    if wanted == "uring":
+        text = f"No io_uring: {refusal}; attach() raises a ConfigError, since writer.backend is 'uring'."
+        return Finding("io_uring", "bad", text, f"{advice}, or set writer.backend to auto.", figures)
     text = f"No io_uring: {refusal}; threads write instead, at more CPU time."
-    return Finding("io_uring", "warn", text, advice, figures)
+    return Finding("io_uring", "warn", text, f"{advice}.", figures)
 
 
-def of_lockable(limit: int | None, shape: Shape) -> Finding:
+def of_lockable(limit: int | None, shape: Shape, backend: str | None) -> Finding:
+    """`backend` is what will write; only io_uring's buffers are locked."""
     needed = shape.depth * shape.block
     figures = {"limit": limit, "needed": needed}
+    if backend != "uring":
+        text = "No memory has to be locked: only io_uring has its buffers registered."
+        return Finding("locked_memory", "ok", text, None, figures)
     if limit is None or limit >= needed:
         text = f"Enough memory may be locked for the writer's {size(needed)} of buffers."
         return Finding("locked_memory", "ok", text, None, figures)
@@ -181,11 +194,17 @@ def of_lockable(limit: int | None, shape: Shape) -> Finding:
     return Finding("locked_memory", "warn", text, f"Raise `ulimit -l` to {-(-needed // 1024)} or more.", figures)
 
 
-def of_dax(refusal: str | None) -> Finding:
-    text = "DAX works here: persistent memory can be written by mapping it."
-    if refusal is not None:
-        text = f"No DAX here ({refusal}), which matters only for persistent memory."
-    return Finding("dax", "ok", text, None, {"available": refusal is None})
+def of_dax(available: bool, config: LayerwiseConfig) -> Finding:
+    figures = {"available": available}
+    if available:
+        text = "DAX works here: persistent memory can be written by mapping it."
+        advice = None if config.writer.backend == "nvm" else "Set writer.backend to nvm to do so."
+        return Finding("dax", "ok", text, advice, figures)
+    if config.writer.backend == "nvm":
+        text = "No DAX here: attach() raises a ConfigError, since writer.backend is 'nvm'."
+        advice = "Use a directory on persistent memory that is mounted with -o dax, or set writer.backend to auto."
+        return Finding("dax", "bad", text, advice, figures)
+    return Finding("dax", "ok", "No DAX here, which matters only for persistent memory.", None, figures)
 
 
 def of_flushes(times: Flushes, mount: Mount | None, device: Device | None) -> Finding:
@@ -249,20 +268,31 @@ def of_bandwidth(rates: Rates, shape: Shape, nbytes: int) -> Finding:
     return Finding("bandwidth", "ok", text, None, figures)
 
 
-def of_writer(rates: Rates, state: int | None, config: LayerwiseConfig) -> Finding:
-    """The engine's own way, hashes and flushes included, against a raw loop that writes into new files too."""
-    rate, raw = median(rates.writer), median(rates.raw)
-    share = rate / median(rates.first)
+def of_writer(rates: Rates, manner: Manner, state: int | None, config: LayerwiseConfig) -> Finding:
+    """The engine's own way, flushes included, over retired files and into new ones, each against a raw loop there."""
+    first = median(rates.writer_first)
+    share_first = first / median(rates.first)
+    over = median(rates.writer) if rates.writer else None
+    share = None if over is None else over / median(rates.raw)
+    steady = first if over is None else over
     figures = {
-        "rate": rate, "rounds": rates.writer, "of_raw": rate / raw, "of_raw_first_use": share,
-        "seconds_per_checkpoint": state / rate if state else None,
+        "backend": manner.backend, "hash": manner.hash, "recycles": over is not None,
+        "rate": over, "rounds": rates.writer, "of_raw": share,
+        "first_use": first, "first_use_rounds": rates.writer_first, "of_raw_first_use": share_first,
+        "seconds_per_checkpoint": state / steady if state else None,
     }  # fmt: skip
-    text = (
-        f"The writer reaches {size(rate)}/s into new files, hashed and flushed: {share:.0%} of a loop that only writes."
-    )
+    how = f"The writer ({manner.backend}, {'hashed' if manner.hash else 'without hashes'}, flushed) reaches "
+    loop = "of a loop that only writes"
+    if over is None or share is None:
+        text = f"{how}{size(first)}/s into new files, {share_first:.0%} {loop}; retired files are not reused here."
+    else:
+        text = (
+            f"{how}{size(over)}/s over retired files, {share:.0%} {loop}, and {size(first)}/s into new ones, "
+            f"{share_first:.0%} of that."
+        )
     if state:
-        text += f" A checkpoint of {size(state)} takes {state / rate:.2g} s of the disk."
-    if share < _WRITER_SHARE:
+        text += f" A checkpoint of {size(state)} takes {state / steady:.2g} s of the disk."
+    if (share_first if share is None else min(share, share_first)) < _WRITER_SHARE:
         advice = "Leave the writer a core that training does not use (OMP_NUM_THREADS one lower), and see direct_io."
         return Finding("writer", "warn", text, advice, figures)
     advice = None

@@ -2,61 +2,51 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
-import mmap
 import os
 import re
 import resource
 import struct
 from pathlib import Path
 
-_IO_URING_SETUP = 425  # the same number on every architecture
-_PARAMS_BYTES = 120  # sizeof(struct io_uring_params)
-_MAP_SHARED_VALIDATE, _MAP_SYNC = 0x03, 0x80000
+from layerwise_dist import _native
+
 _CAP_IPC_LOCK = 14
 _FLOCK = "hhqqi4x"  # struct flock with 64-bit offsets
 
 
 def uring_refusal() -> str | None:
-    """None where an io_uring can be set up; otherwise what forbids it."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    params = ctypes.create_string_buffer(_PARAMS_BYTES)
-    fd = libc.syscall(_IO_URING_SETUP, 4, params)
-    if fd >= 0:
-        os.close(fd)
+    """None where the writer can use io_uring; otherwise what forbids it."""
+    error = _native.WriterPool.probe_uring()
+    if error is None:
         return None
-    code = ctypes.get_errno()
-    if code == errno.ENOSYS:
+    said = error.strerror or str(error)
+    if error.errno == errno.ENOSYS:
+        if not said.startswith("io_uring_queue_init"):  # there is one, without what the writer needs of it
+            return f"the kernel is too old ({said})"
         return "the kernel was built without it, or a container's seccomp profile hides it"
-    if code == errno.EPERM:
+    if error.errno == errno.EPERM:
         state = _proc("/proc/sys/kernel/io_uring_disabled")
         if state in ("1", "2"):
             return f"the sysctl kernel.io_uring_disabled is {state}"
         if re.search(r"^Seccomp:\s*2$", _proc("/proc/self/status"), re.MULTILINE):
             return "the seccomp profile of this container forbids it"
         return "a security module of the kernel forbids it"
-    if code == errno.ENOMEM:
+    if error.errno == errno.ENOMEM:
         return "there is not enough lockable memory (ulimit -l)"
-    return os.strerror(code)
+    return said
 
 
-def dax_refusal(directory: str) -> str | None:
-    """None where a file can be mapped with MAP_SYNC. Makes a file `dax` there, which the caller removes.
-
-    Raises OSError when that file cannot be made.
-    """
-    fd = os.open(os.path.join(directory, "dax"), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+def has_dax(directory: str) -> bool:
+    """Whether files there can be mapped with MAP_SYNC, as persistent memory is written. Raises OSError."""
     try:
-        os.pwrite(fd, bytes(mmap.PAGESIZE), 0)
-        try:
-            mmap.mmap(fd, mmap.PAGESIZE, flags=_MAP_SHARED_VALIDATE | _MAP_SYNC).close()
-        except OSError as error:
-            return error.strerror or str(error)
-        return None
-    finally:
-        os.close(fd)
+        _native.NvmEnv().probe(directory)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return False
+    return True
 
 
 def lockable_bytes() -> int | None:

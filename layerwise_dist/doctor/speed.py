@@ -16,18 +16,22 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+from layerwise_dist import _native
 from layerwise_dist.slices import Slice
 from layerwise_dist.storage.adapter import PCCheckAdapter
 from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage.recycling import recycles
 from layerwise_dist.storage.shard import Source
 
 _SOURCE_BYTES = 256 << 20  # memory that the data comes from; larger amounts go through it several times
 _LAYER_BYTES = 16 << 20
 _SECTOR = 4096
 _PATIENCE_S = 600.0  # for one shard
+_RETIRE_S = 30.0  # until it waits to be written over
 _FLUSH_BUDGET_S = 5.0
 _BUDGET_S = 15.0  # after which no further round begins
 
@@ -42,12 +46,16 @@ class Flushes:
 
 @dataclass(slots=True)
 class Rates:
-    """Bytes a second, one number a round. `first` and `writer` go into new files, the others over a written one."""
+    """Bytes a second, one number a round. `first` and `writer_first` go into new files, the others over a written one.
+
+    `writer` is empty where files of retired checkpoints are not reused, both of the writer's where none was measured.
+    """
 
     first: list[float] = field(default_factory=list)
     raw: list[float] = field(default_factory=list)
     deeper: list[float] = field(default_factory=list)
     larger: list[float] = field(default_factory=list)
+    writer_first: list[float] = field(default_factory=list)
     writer: list[float] = field(default_factory=list)
 
 
@@ -103,27 +111,45 @@ def flush_times(folder: str, direct: bool, count: int) -> Flushes:
         os.close(parent)
 
 
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How the engine would write: "uring", "posix" or "nvm"; whether it hashes; `writer.recycle`."""
+
+    backend: str
+    hash: bool
+    recycle: Literal["auto", True, False]
+
+
 def write_rates(
-    env: Any, folder: str, *, nbytes: int, shape: Shape, align: int | None, rounds: int,
+    folder: str, *, nbytes: int, shape: Shape, direct: bool, manner: Manner | None, rounds: int,
     progress: Callable[[str], None],
 ) -> Rates:  # fmt: skip
     """Raw loops, and shards by `PCCheckAdapter`, in turn; fewer rounds where the disk is slow. Raises OSError.
 
-    Each time runs until the data is flushed. `nbytes` is a multiple of 4096; `align` is what direct I/O asks of
-    memory, None to write through the page cache.
+    Each time runs until the data is flushed. `nbytes` is a multiple of 4096; without `direct`, all goes through the
+    page cache, but for what the backend "nvm" maps. Without a `manner`, only the raw loops.
     """
     rates = Rates()
     # Left to the collector: an exception's traceback may hold views of it, and then it could not be closed here.
     memory = mmap.mmap(-1, max(shape.larger.block, min(nbytes, _SOURCE_BYTES)))
     _fill(memory)
     began = time.perf_counter()
-    with _Shards(env, os.path.join(folder, "shards"), memory, nbytes, shape, align) as shards:
+    with ExitStack() as stack:
+        shards = None
+        if manner is not None:
+            env = _native.NvmEnv() if manner.backend == "nvm" else _native.PosixEnv()
+            shards = stack.enter_context(
+                Shards(env, os.path.join(folder, "shards"), memory, nbytes, shape, direct=direct, manner=manner)
+            )
         for number in range(1, rounds + 1):
             progress(f"writing, round {number} of {rounds}")
-            with _RawFile(os.path.join(folder, "raw"), memory, nbytes, direct=align is not None) as raw:
+            with _RawFile(os.path.join(folder, "raw"), memory, nbytes, direct=direct) as raw:
                 rates.first.append(raw.write(shape))
-                rates.writer.append(shards.write(number))
+                if shards is not None:
+                    rates.writer_first.append(shards.write_new())
                 rates.raw.append(raw.write(shape))
+                if shards is not None and (again := shards.write_over()) is not None:
+                    rates.writer.append(again)
                 rates.deeper.append(raw.write(shape.deeper))
                 rates.larger.append(raw.write(shape.larger))
             if time.perf_counter() - began > _BUDGET_S:
@@ -182,12 +208,19 @@ class _RawFile:
         os.unlink(self._path)
 
 
-class _Shards:
-    """One rank's shards of a state of `nbytes`, each into a new file: what a job does with a fresh directory."""
+class Shards:
+    """One rank's shards of a state of `nbytes`, written as a job writes them: new at first, later over retired ones."""
 
-    def __init__(self, env: Any, root: str, memory: mmap.mmap, nbytes: int, shape: Shape, align: int | None) -> None:
+    def __init__(
+        self, env: Any, root: str, memory: mmap.mmap, nbytes: int, shape: Shape, *, direct: bool, manner: Manner
+    ) -> None:
         os.mkdir(root, 0o700)
         self._root, self._nbytes = root, nbytes
+        self._adapter = PCCheckAdapter(
+            env, root, rank=0, world_size=1, backend=manner.backend, queue_depth=shape.depth, block_bytes=shape.block,
+            direct_io=direct or manner.backend == "nvm", hash=manner.hash,
+            spares=1 if recycles(env, root, manner.recycle) else 0,
+        )  # fmt: skip
         self._anchor = (ctypes.c_char * len(memory)).from_buffer(memory)
         base = ctypes.addressof(self._anchor)
         layers, self._addresses = [], []
@@ -195,42 +228,52 @@ class _Shards:
             size = min(_LAYER_BYTES, nbytes - offset)
             address = base + _place(memory, offset, size)
             part = Slice.whole("param", f"layer.{index}.weight", "U8", (size,))
-            layers.append((f"layer.{index}", [Source(part, address % (align or 1))]))
+            layers.append((f"layer.{index}", [Source(part, address % self._adapter.memory_align)]))
             self._addresses.append(address)
-        self._adapter = PCCheckAdapter(
-            env,
-            root,
-            rank=0,
-            world_size=1,
-            queue_depth=shape.depth,
-            block_bytes=shape.block,
-            direct_io=align is not None,
-        )
-        self._layout, self._plan = self._adapter.lay_out(layers)
+        self._laid = self._adapter.lay_out(layers, ())
+        self._adapter.open_pool(self._adapter.bounce_bytes)
+        self._numbers = itertools.count(1)
 
-    def __enter__(self) -> _Shards:
+    def __enter__(self) -> Shards:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._adapter.close()
 
-    def write(self, number: int) -> float:
-        began = time.perf_counter()
+    def write_new(self) -> float:
+        """Bytes a second into a new file, which is then retired. Raises OSError."""
+        attempt, rate = self._write()
+        recycler, folder = self._adapter.recycler, os.path.join(self._root, attempt.folder)
+        recycler.retire(attempt)
+        # The folder goes last: the file then waits to be written over, or was removed because it may not be.
+        deadline = time.monotonic() + _RETIRE_S
+        while os.path.isdir(folder) and time.monotonic() < deadline:
+            time.sleep(1e-3)
+        return rate
+
+    def write_over(self) -> float | None:
+        """Bytes a second over the retired file; None where retired files are not reused. Raises OSError."""
+        if not self._adapter.recycler.waiting():
+            return None
+        attempt, rate = self._write()
+        self._adapter.recycler.forget(attempt)
+        shutil.rmtree(os.path.join(self._root, attempt.folder))
+        return rate
+
+    def _write(self) -> tuple[AttemptId, float]:
+        number = next(self._numbers)
         attempt = AttemptId(1, number, number)
-        write = self._adapter.begin(attempt, self._layout, self._plan)
+        began = time.perf_counter()
+        write = self._adapter.begin(attempt, self._laid.shard, self._laid.plan)
         try:
-            for tensor, address in enumerate(self._addresses):
-                write.set_address(tensor, address)
-            for extent in range(len(self._layout.extents)):
-                write.submit(extent)
+            write.set_addresses(self._addresses)
+            write.submit(0, len(self._laid.shard.extents))
             write.append_state(b"{}", b"")
             write.persist(_PATIENCE_S)
         except BaseException:
             write.abort()
             raise
-        seconds = time.perf_counter() - began
-        shutil.rmtree(os.path.join(self._root, attempt.folder))
-        return self._nbytes / seconds
+        return attempt, self._nbytes / (time.perf_counter() - began)
 
 
 def _create(path: str, direct: bool) -> int:
