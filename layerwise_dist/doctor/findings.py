@@ -284,11 +284,11 @@ def of_writer(rates: Rates, manner: Manner, state: int | None, config: Layerwise
     how = f"The writer ({manner.backend}, {'hashed' if manner.hash else 'without hashes'}, flushed) reaches "
     loop = "of a loop that only writes"
     if over is None or share is None:
-        text = f"{how}{size(first)}/s into new files, {share_first:.0%} {loop}; retired files are not reused here."
+        text = f"{how}{size(first)}/s into new files ({share_first:.0%} {loop}); retired files are not reused here."
     else:
         text = (
-            f"{how}{size(over)}/s over retired files, {share:.0%} {loop}, and {size(first)}/s into new ones, "
-            f"{share_first:.0%} of that."
+            f"{how}{size(over)}/s over retired files ({share:.0%} {loop}) and {size(first)}/s into new ones "
+            f"({share_first:.0%})."
         )
     if state:
         text += f" A checkpoint of {size(state)} takes {state / steady:.2g} s of the disk."
