@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from torch.optim import lr_scheduler, swa_utils
 
 from layerwise_dist.errors import DamageError, StateError
-from layerwise_dist.storage.typed_json import dumps, loads
+from layerwise_dist.storage.typed_json import dumps, loads, prepare
 from layerwise_dist.storage.typed_json_types import DENSE, MAX_DEPTH, TORCH_DTYPES
 
 # ----------------------------------------------------------------------------------------------- equal in type and bits
@@ -698,3 +698,14 @@ def test_reading_imports_nothing(varied):
         with pytest.raises(DamageError):
             loads(*attack)
     assert set(sys.modules) == before
+
+
+def test_a_prepared_value_stands_for_itself() -> None:
+    order = {"a.weight": ["step", "exp_avg"], 'b"\\': [], "{}": [{"!": 1}, (1, "prepared:"), None]}
+    names = ["a", "b"]
+    prepared = prepare(order), prepare(names)
+    value = {"order": prepared[0], "names": [prepared[1], 1, prepared[1]], "tensor": torch.arange(3)}
+    plain = {"order": order, "names": [names, 1, names], "tensor": torch.arange(3)}
+    assert dumps(value) == dumps(plain)
+    with pytest.raises(ValueError, match="can be prepared"):
+        prepare(torch.arange(3))

@@ -21,6 +21,7 @@ class Sealer:
     def __init__(self, framework: Framework, optimizer: torch.optim.Optimizer, objects: StateObjects) -> None:
         self._framework, self._optimizer, self._objects = framework, optimizer, objects
         self._names = {id(view.param): view.fqn for view in framework.params}
+        self._prepared: dict[str, tuple[Any, typed_json.Prepared]] = {}
 
     def take(self, step: int, updates: int, boundary: dict[str, Any], survey: Survey) -> tuple[bytes, bytes]:
         """The state as (JSON text, blob), sharing nothing with live objects; `boundary` is `BoundaryMark.state()`.
@@ -37,11 +38,13 @@ class Sealer:
                 "class": type(self._optimizer).__qualname__,
                 "groups": self._hyper_parameters(),
                 "scalars": survey.live_scalars(),
-                "order": survey.order,
+                "order": self._prepare("order", survey.order),
             },
             "wrapper": framework.carry(),
             # Be it zeros: AdamW decays those and leaves parameters with None alone.
-            "gradients": [view.fqn for view in framework.params if view.param.grad is not None],
+            "gradients": self._prepare(
+                "gradients", [view.fqn for view in framework.params if view.param.grad is not None]
+            ),
             "extra_state": {name: module.get_extra_state() for name, module in framework.extra_states()},
         }
         return typed_json.dumps(sealed, path="state")
@@ -64,10 +67,20 @@ class Sealer:
             else:
                 view.param.grad.detach_().zero_()
 
+    def _prepare(self, what: str, names: Any) -> typed_json.Prepared:
+        """Names as JSON; nearly always those of the last checkpoint, which are not written out again."""
+        known = self._prepared.get(what)
+        if known is None or known[0] != names:
+            known = self._prepared[what] = names, typed_json.prepare(names, path=f"state: {what}")
+        return known[1]
+
     def _hyper_parameters(self) -> list[dict[str, Any]]:
         """Each param group with names in place of parameters."""
         names = self._names
         return [
-            {key: [names[id(p)] for p in value] if key == "params" else value for key, value in group.items()}
-            for group in self._optimizer.param_groups
+            {
+                key: self._prepare(f"group {number}", [names[id(p)] for p in value]) if key == "params" else value
+                for key, value in group.items()
+            }
+            for number, group in enumerate(self._optimizer.param_groups)
         ]

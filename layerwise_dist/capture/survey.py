@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -117,13 +118,17 @@ def check_optimizer(framework: Framework, optimizer: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Glance:
-    """The very objects that a survey was made of. `values` keeps them alive, so that no other takes their identity."""
+    """The very objects that a survey was made of. `values` keeps them alive, so that no other takes their identity.
+
+    `dense` are those of the values that are tensors with an address.
+    """
 
     copying: frozenset[str]
     states: list[Mapping[str, Any]]
     names: list[str]
     sizes: list[int]
     values: list[Any]
+    dense: list[torch.Tensor]
     buffers: list[tuple[str, torch.Tensor]]
     addresses: list[int]
 
@@ -148,11 +153,12 @@ class Surveyor:
         of = self._optimizer.state
         states = [of.get(param, _NO_STATE) for param in self._params]
         values = [value for state in states for value in state.values()]
+        last = self._last[0] if self._last is not None else None
+        dense = last.dense if last is not None and _identical(values, last.values) else [*filter(_is_dense, values)]
         buffers = self._framework.buffers()
-        tensors = [*self._params, *filter(_is_dense, values), *(buffer for _, buffer in buffers)]
         names = [name for state in states for name in state]
-        addresses = self._framework.addresses(tensors)
-        return _Glance(copying, states, names, [len(state) for state in states], values, buffers, addresses)
+        addresses = self._framework.addresses([*self._params, *dense, *(buffer for _, buffer in buffers)])
+        return _Glance(copying, states, names, [*map(len, states)], values, dense, buffers, addresses)
 
     def _survey(self, copying: frozenset[str]) -> Survey:
         layers: dict[str, list[Piece]] = {}
@@ -224,12 +230,19 @@ def _same(one: _Glance, other: _Glance) -> bool:
         and one.sizes == other.sizes
         and one.copying == other.copying
         and one.buffers is other.buffers
-        and all(
-            was is now or not (_is_dense(was) or _is_dense(now))
-            for was, now in zip(one.values, other.values, strict=True)
+        and (
+            one.dense is other.dense  # as `_glance` has it when all values are the same objects
+            or all(
+                was is now or not (_is_dense(was) or _is_dense(now))
+                for was, now in zip(one.values, other.values, strict=True)
+            )
         )
-        and all(was is now for was, now in zip(one.states, other.states, strict=True))
+        and _identical(one.states, other.states)
     )
+
+
+def _identical(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
 def _is_dense(value: object) -> bool:

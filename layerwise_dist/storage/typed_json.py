@@ -63,7 +63,7 @@ import numpy as np
 
 from layerwise_dist.errors import DamageError, StateError
 from layerwise_dist.storage.typed_json_read import Reader, no_constant, unrepeated
-from layerwise_dist.storage.typed_json_types import Problem
+from layerwise_dist.storage.typed_json_types import Prepared, Problem
 from layerwise_dist.storage.typed_json_write import Writer
 
 _TOO_DEEP = "the Python call stack is too small for the nesting here; call from a shallower place"
@@ -75,14 +75,29 @@ def dumps(value: Any, *, path: str = "state") -> tuple[bytes, bytes]:
     Raises StateError, which names the place, for anything that could not come back as it was.
     """
     writer = Writer()
+    text = writer.finish(_tree(writer, value, path))
+    return text.encode(), b"".join(writer.parts)
+
+
+def prepare(value: Any, *, path: str = "state") -> Prepared:
+    """Stands for the value in what `dumps` is given, and is not looked at again there: for names that never change.
+
+    Raises StateError as `dumps` does, and ValueError for a value that needs a blob.
+    """
+    writer = Writer()
+    tree = _tree(writer, value, path)
+    if writer.parts:
+        raise ValueError(f"{path} has bytes, tensors or long vectors: only what is all text can be prepared")
+    return Prepared(writer.finish(tree))
+
+
+def _tree(writer: Writer, value: Any, path: str) -> Any:
     try:
-        tree = writer.value(value)
+        return writer.value(value)
     except Problem as problem:
         raise StateError(problem.path(path), problem.message) from None
     except RecursionError:
         raise StateError(path, _TOO_DEEP) from None
-    text = json.dumps(tree, ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
-    return text.encode(), b"".join(writer.parts)
 
 
 def loads(text: bytes, blob: bytes | memoryview, *, where: str = "") -> Any:

@@ -18,6 +18,15 @@ NP_SCALARS = {np.dtype(code).type for code in "?bBhHiIlLqQefdgFDGmM"}
 NP_DTYPE = re.compile(r"[<>|](?:[biufc][0-9]{1,2}|[US][0-9]{1,10}|[mM]8(?:\[[0-9]{0,9}[a-zA-Z]{1,2}\])?)")
 
 
+class Prepared:
+    """What `typed_json.prepare` made of a value that is written many times: its JSON text."""
+
+    __slots__ = ("text",)
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
 class Problem(Exception):
     """Something wrong at one place; each level that it passes adds its step, innermost first."""
 

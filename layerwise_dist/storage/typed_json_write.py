@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import enum
+import itertools
+import json
 import math
 import struct
+import uuid
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -19,6 +22,7 @@ from layerwise_dist.storage.typed_json_types import (
     NP_DTYPE,
     NP_SCALARS,
     TAG,
+    Prepared,
     Problem,
     short,
 )
@@ -32,12 +36,29 @@ ALLOWED = (
 )
 
 
+# Made anew by each process, so that no string of a user's state can be it.
+_PLACE = f"prepared:{uuid.uuid4().hex}"
+
+
 class Writer:
     def __init__(self) -> None:
         self.parts: list[Any] = []  # bytes or views of live memory: joined, and so copied, before dumps returns
         self.size = 0
         self.open: set[int] = set()  # the containers around the present value, by id
         self.in_key = 0
+        self.prepared: list[str] = []
+
+    def place(self, text: str) -> str:
+        """What stands in the tree for a prepared text, until `finish`."""
+        self.prepared.append(text)
+        return _PLACE
+
+    def finish(self, tree: Any) -> str:
+        text = json.dumps(tree, ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
+        if not self.prepared:
+            return text
+        pieces = text.split(f'"{_PLACE}"')
+        return "".join(itertools.chain(*zip(pieces, self.prepared, strict=False), pieces[-1:]))
 
     def value(self, v: Any) -> Any:
         kind = type(v)
@@ -239,6 +260,7 @@ _WRITERS: dict[type, Callable[[Writer, Any], Any]] = {
     torch.Tensor: _write_tensor, torch.nn.Parameter: _write_tensor, torch.Size: _write_size,
     torch.dtype: lambda w, v: {TAG: "dtype", "v": str(v).removeprefix("torch.")},
     torch.device: lambda w, v: {TAG: "device", "type": v.type, "index": v.index},
+    Prepared: lambda w, v: w.place(v.text),
 }  # fmt: skip
 _CONTAINERS = {list, tuple, set, frozenset, dict, OrderedDict, Counter, defaultdict, deque, slice}
 
