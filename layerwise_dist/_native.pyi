@@ -14,6 +14,9 @@ _Path = str | PathLike[str]
 
 def xxh3_64(buffer: Buffer) -> int: ...
 def hash_memory(address: int, nbytes: int) -> int: ...
+def make_huge(address: int, nbytes: int) -> int:
+    """Asks for huge pages under memory; returns the bytes that have them. OSError(EINVAL) where the kernel cannot."""
+
 def hash_name() -> str: ...
 
 class Env:

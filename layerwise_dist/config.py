@@ -33,6 +33,11 @@ class WriterConfig(_Strict):
     recycle: Literal["auto", True, False] = Field(
         "auto", description="Overwrite files of retired checkpoints; auto: unless the file system is a network's."
     )
+    huge_pages: Literal["auto", "off"] = Field(
+        "auto",
+        description="auto: leased memory is given huge pages, which makes direct I/O cheaper, unless the system says "
+        "never; off: memory is left as it is.",
+    )
     direct_io: Literal["auto", "off"] = Field(
         "auto", description="auto: O_DIRECT where the file system takes it; off: through the page cache."
     )

@@ -18,6 +18,7 @@ from layerwise_dist.boundary import Boundary, BoundaryMark
 from layerwise_dist.capture.audit import Rotation
 from layerwise_dist.capture.lease import Capture, LeaseBroken
 from layerwise_dist.capture.objects import StateObjects
+from layerwise_dist.capture.pages import HugePages
 from layerwise_dist.capture.room import pool_bytes
 from layerwise_dist.capture.sealed import Sealer
 from layerwise_dist.capture.stage import Stage
@@ -59,6 +60,7 @@ class LayerwiseEngine:
         self._open: Capture | None = None
         self._layout: tuple[tuple[Any, ...], Laid] | None = None
         self._stage: Stage | None = None
+        self._pages = HugePages(wanted=config.writer.huge_pages == "auto" and adapter.direct)
         self._copying: frozenset[str] = frozenset()
         self._surveyor = Surveyor(framework, optimizer, config.capture)
         self._sealer = Sealer(framework, optimizer, objects)
@@ -82,6 +84,7 @@ class LayerwiseEngine:
             optimizer.register_step_pre_hook(self._before_update),
             optimizer.register_step_post_hook(self._after_update),
             framework.root.register_forward_pre_hook(self._before_forward),
+            *(p.register_post_accumulate_grad_hook(self._during_backward) for p in framework.gradient_ready_params()),
         ]
         if fresh and not info.empty:
             self._follow(None, new_branch=True)
@@ -254,6 +257,7 @@ class LayerwiseEngine:
             if self._stage is None:
                 self._stage = self._open_pool(found, laid)
             self._layout = found.key, laid
+            self._pages.cover(t for t, leased in zip(found.tensors, found.leased, strict=True) if leased)
         return self._layout[1]
 
     def _open_pool(self, found: Survey, laid: Laid) -> Stage:
@@ -295,6 +299,11 @@ class LayerwiseEngine:
         self._settle()
         if module.training and torch.is_grad_enabled() and threading.get_ident() == self._thread:
             self._boundary.training_forward()
+
+    def _during_backward(self, param: torch.Tensor) -> None:
+        # Without it a checkpoint that is written during the forward would be committed no earlier than the next update.
+        if self._captures:
+            self._settle()
 
     def _settle(self) -> None:
         """Between two operations of the training thread: leases whose blocks are written can be judged."""
@@ -418,6 +427,7 @@ class LayerwiseEngine:
             for hook in self._hooks:
                 hook.remove()
             self._objects.detach()
+            self._pages.close()
             self._framework.detach()
             self._participant.close(timeout)
             if self._coordinator is not None:

@@ -2,6 +2,7 @@
 
 #include "convert.h"
 #include "layerwise/hash.h"
+#include "layerwise/huge_pages.h"
 #include "layerwise/writer_pool.h"
 
 namespace layerwise {
@@ -33,6 +34,13 @@ uint64_t HashMemory(uintptr_t address, size_t nbytes) {
   return Xxh3(reinterpret_cast<const void*>(address), nbytes);
 }
 
+size_t MakeHugeMemory(uintptr_t address, size_t nbytes) {
+  nb::gil_scoped_release release;
+  size_t huge = 0;
+  Check(MakeHuge(address, nbytes, &huge));
+  return huge;
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -44,6 +52,8 @@ NB_MODULE(_native, m) {
   m.def("xxh3_64", HashBuffer, nb::arg("buffer"), "XXH3-64 (seed 0) of any contiguous buffer.");
   m.def("hash_memory", HashMemory, nb::arg("address"), nb::arg("nbytes"),
         "XXH3-64 of memory, which must be mapped and unchanged until this returns.");
+  m.def("make_huge", MakeHugeMemory, nb::arg("address"), nb::arg("nbytes"),
+        "Asks for huge pages under memory, which keeps its content; returns the bytes that have them now.");
   m.def("hash_name", &HashName, "The instruction set that hashes: avx512, avx2, sse2 or scalar.");
   BindEnv(m);
   BindBuffers(m);

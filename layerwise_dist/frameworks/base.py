@@ -53,6 +53,10 @@ class Framework:
         """Where this rank's part of each tensor lies; cheaper than asking `local` for them."""
         return [tensor.data_ptr() for tensor in tensors]
 
+    def gradient_ready_params(self) -> list[nn.Parameter]:
+        """Parameters whose `register_post_accumulate_grad_hook` costs training nothing but the call."""
+        return [view.param for view in self.params if view.param.is_leaf and view.param.requires_grad]
+
     def need(self, view: ParamView, kind: str, tensor: torch.Tensor) -> Slice:
         """Which slice this rank's tensor is: the parameter's own, or a state tensor's. What restore must fill."""
         return Slice.whole(kind, view.fqn, dtype_code(tensor.dtype, f"{kind}/{view.fqn}"), tuple(tensor.shape))

@@ -36,6 +36,9 @@ class FSDP2Framework(Framework):
     def addresses(self, tensors: Sequence[torch.Tensor]) -> list[int]:
         return [(each._local_tensor if isinstance(each, DTensor) else each).data_ptr() for each in tensors]
 
+    def gradient_ready_params(self) -> list[nn.Parameter]:
+        return []  # with CPU offload such a hook makes FSDP2 wait for each gradient's copy
+
     def is_wrapped(self, tensor: torch.Tensor) -> bool:
         return isinstance(tensor, DTensor)
 

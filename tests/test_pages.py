@@ -1,0 +1,66 @@
+"""Huge pages under leased memory: asked for, and nothing of what the memory holds changed."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import layerwise_dist as lwd
+from layerwise_dist.capture import pages
+
+MIB = 1 << 20
+
+
+def huge_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of huge pages in the mapping that the tensor lies in."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= tensor.data_ptr() + 4 * MIB < int(found[2], 16)
+        elif inside and line.startswith("AnonHugePages:"):
+            return int(line.split()[1]) << 10
+    return 0
+
+
+def test_near_ranges_are_taken_as_one_and_cut_to_whole_pages() -> None:
+    two = 2 * MIB
+    assert pages.joined([(two + 64, MIB), (two + 64 + MIB + 64, 3 * MIB)]) == [(2 * two, two)]
+    assert pages.joined([(two, two), (2 * two + 65536, two)]) == [(two, two)]
+    assert pages.joined([(64, two - 64)]) == []
+
+
+@pytest.mark.skipif("[never]" in pages._setting(), reason="this system's huge pages are off")
+def test_leased_memory_gets_huge_pages_and_trains_the_same(tmp_path: Path) -> None:
+    def run(folder: Path | None, **writer: str) -> tuple[torch.Tensor, int]:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(2048, 2048)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        batch = torch.randn(2, 2048)
+        ckpt = lwd.attach(model, optimizer, dir=str(folder), writer=writer) if folder else None
+        huge = 0
+        for _ in ckpt.steps(6) if ckpt else range(6):
+            model(batch).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if ckpt:
+                deadline = time.monotonic() + 5 * (writer.get("huge_pages") != "off")
+                while (huge := huge_bytes(model.weight)) < 8 * MIB and time.monotonic() < deadline:
+                    time.sleep(0.01)
+        if ckpt:
+            ckpt.close()
+        return model.weight.detach().clone(), huge
+
+    plain, _ = run(None)
+    with_pages, huge = run(tmp_path / "a")
+    without, _ = run(tmp_path / "b", huge_pages="off")
+    assert torch.equal(plain, with_pages) and torch.equal(plain, without)
+    try:
+        pages._native.make_huge(0, 0)
+        pages._native.make_huge(plain.data_ptr(), 4 * MIB)
+    except OSError:
+        pytest.skip("this kernel does not collapse into huge pages")
+    assert huge >= 8 * MIB
