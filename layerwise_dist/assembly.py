@@ -14,6 +14,7 @@ import torch.distributed as dist
 from layerwise_dist import _native
 from layerwise_dist._version import __version__
 from layerwise_dist.capture.objects import StateObjects
+from layerwise_dist.capture.room import check_pool
 from layerwise_dist.capture.survey import Surveyor, check_optimizer
 from layerwise_dist.commit.coordinator import Coordinator, CoordinatorThread
 from layerwise_dist.commit.participant import Participant
@@ -89,7 +90,7 @@ def assemble(
                 raise problem
             found = framework or detect(model, rank, world_size)
             check_optimizer(found, optimizer)
-            Surveyor(found, optimizer, config.capture).look()
+            check_pool(config.pool_mb, config.bounce_bytes, Surveyor(found, optimizer, config.capture).look())
             return found, StateObjects(state)
 
         _, (found, objects) = together(participant, "attach", examine)
@@ -118,13 +119,17 @@ def assemble(
             coordinator = CoordinatorThread(logic, lambda: committer.retire(send))
             closers.append(lambda: coordinator.close(1.0))
             participant.serve(coordinator.post)
-        adapter = PCCheckAdapter(
-            env, config.path, rank=rank, world_size=world_size, backend=config.writer.backend,
-            queue_depth=config.writer.queue_depth, block_bytes=config.writer.block_kb << 10,
-            direct_io=config.writer.direct_io == "auto", hash=config.hash, file_mode=config.file_bits,
-            dir_mode=config.dir_bits,
-            spares=config.max_in_flight + 1 if recycles(env, config.path, config.writer.recycle) else 0,
-        )  # fmt: skip
+
+        def start_writer() -> PCCheckAdapter:
+            return PCCheckAdapter(
+                env, config.path, rank=rank, world_size=world_size, backend=config.writer.backend,
+                queue_depth=config.writer.queue_depth, block_bytes=config.writer.block_kb << 10,
+                direct_io=config.writer.direct_io == "auto", hash=config.hash, file_mode=config.file_bits,
+                dir_mode=config.dir_bits,
+                spares=config.max_in_flight + 1 if recycles(env, config.path, config.writer.recycle) else 0,
+            )  # fmt: skip
+
+        _, adapter = together(participant, "start the writer", start_writer)
         participant.recycle(adapter.recycler.retire)
         return LayerwiseEngine(
             found, optimizer, config, objects, adapter=adapter, manager=manager, info=info, participant=participant,

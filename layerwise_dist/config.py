@@ -110,13 +110,17 @@ class LayerwiseConfig(_Strict):
 
     @model_validator(mode="after")
     def _room(self) -> LayerwiseConfig:
-        bounce = self.writer.queue_depth * self.writer.block_kb
-        if self.pool_mb != "auto" and self.pool_mb << 10 < bounce:
+        if self.pool_mb != "auto" and self.pool_mb << 20 < self.bounce_bytes:
             raise ValueError(
-                f"pool_mb = {self.pool_mb}: the writer alone takes writer.queue_depth x writer.block_kb = {bounce} KiB of "
-                "the pool"
+                f"pool_mb = {self.pool_mb}: the writer alone takes writer.queue_depth x writer.block_kb = "
+                f"{self.bounce_bytes >> 10} KiB of the pool"
             )
         return self
+
+    @property
+    def bounce_bytes(self) -> int:
+        """What the writer takes of the pool for itself."""
+        return self.writer.queue_depth * self.writer.block_kb << 10
 
     @property
     def file_bits(self) -> int:

@@ -215,7 +215,10 @@ class LayerwiseEngine:
         return self._owed or step % self.config.every_n_steps == 0
 
     def _begin(self, step: int) -> None:
-        """Opens an attempt. A rank that cannot tells rank 0, which drops it for all; training goes on."""
+        """Opens an attempt. A rank that cannot tells rank 0, which drops it for all; training goes on.
+
+        Raises ConfigError for what no later attempt can do either; the other ranks stop at an agreed boundary.
+        """
         attempt = AttemptId(self._info.epoch, self._seq, step)
         self._seq += 1
         if not self._admitted(attempt):
@@ -226,8 +229,9 @@ class LayerwiseEngine:
             laid = self._lay_out(found)
             write = self._adapter.begin(attempt, laid.shard, laid.plan)
         except (LayerwiseError, OSError) as error:
-            self._participant.failed(attempt, str(error), None)
-            if isinstance(error, ConfigError):
+            final = isinstance(error, ConfigError)
+            self._participant.failed(attempt, str(error), None, final=final)
+            if final:
                 raise
             return
         capture = Capture(

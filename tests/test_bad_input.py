@@ -412,6 +412,8 @@ def two_ranks(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
         ("saved by ddp", "MismatchError", "written by ddp, this model is plain"),
         ("one rank's model", "MismatchError", "rank 1"),
         ("one rank's directory", "DirectoryError", "rank 1"),
+        ("one rank's writer", "ConfigError", "rank 1: writer.backend = 'nvm'"),
+        ("one rank's pool", "ConfigError", "rank 1: pool_mb = 8: staging layer '0'"),
     ],
 )  # fmt: skip
 def test_an_error_on_one_rank_is_raised_on_all(

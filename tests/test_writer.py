@@ -13,7 +13,6 @@ import torch
 import layerwise_dist as lwd
 from layerwise_dist import _native
 from layerwise_dist.errors import ConfigError
-from layerwise_dist.storage.adapter import PCCheckAdapter
 
 # io_uring_setup (425) is EPERM from here on; all else is allowed.
 FORBID_URING = """
@@ -88,8 +87,13 @@ def test_each_backend_s_checkpoints_restore(tmp_path: Path, backend: str) -> Non
 
 
 def test_a_pool_too_small_for_the_bounce_buffers_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="queue_depth 4 times blocks of 1048576 bytes needs 4194304"):
-        PCCheckAdapter(_native.PosixEnv(), str(tmp_path), rank=0, world_size=1, pool_bytes=4 << 20 >> 1)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ConfigError, match="pool_mb = 8: the writer alone takes writer.queue_depth x writer.block_kb = 9216 KiB"):
+        lwd.attach(model, optimizer, dir=str(tmp_path / "ckpt"), pool_mb=8, writer={"queue_depth": 9})
+    assert not (tmp_path / "ckpt").exists()
+    with pytest.raises(ValueError, match="has no room for 3 bounce buffers of 4096 bytes"):
+        _native.WriterPool(3, "posix", _native.BufferPool(2 * 4096), 4096)
 
 
 def test_an_unknown_backend_is_refused() -> None:

@@ -225,7 +225,7 @@ SHARD_TEST_CASE("a lease ends only when the block is hashed too") {
 }
 
 SHARD_TEST_CASE("blocks in memory of the pool are not leased, and give it back when the last of them is written") {
-  EvacuationFixture f(kBlocks, 0.0005);
+  EvacuationFixture f(kBlocks);
   BufferPool::Buffer memory = f.buffers->TryAcquire(kBlocks * 4096);
   REQUIRE(memory);
   std::copy(f.original.begin(), f.original.end(), memory.data());
@@ -236,20 +236,26 @@ SHARD_TEST_CASE("blocks in memory of the pool are not leased, and give it back w
   CHECK(f.buffers->in_use() == (1 + kBlocks) * 4096);
   bool safe = true;
   CHECK(f.writer->Evacuate(1, 2, 0, &safe).code() == Status::Code::kFailedPrecondition);
+  CHECK(!safe);
+  f.Open();
   f.CheckOriginal();
 }
 
 SHARD_TEST_CASE("an abort gives the memory of blocks that were not written back") {
-  EvacuationFixture f(kBlocks, 0.02);
-  BufferPool::Buffer memory = f.buffers->TryAcquire(kBlocks * 4096);
-  REQUIRE(memory);
-  REQUIRE_OK(f.writer->SetAddress(0, reinterpret_cast<uintptr_t>(memory.data())));
-  REQUIRE_OK(f.writer->Submit(0, kBlocks, std::move(memory)));
-  f.writer->Abort();
-  CHECK(f.buffers->in_use() == 4096);
-  BufferPool::Buffer late = f.buffers->TryAcquire(4096);
-  REQUIRE_OK(f.writer->Submit(0, 1, std::move(late)));  // on an aborted writer: nothing is queued, nothing is kept
-  CHECK(f.buffers->in_use() == 4096);
+  for (bool writing : {false, true}) {
+    EvacuationFixture f(kBlocks);
+    REQUIRE_OK(f.env.Delay("write", "/s", 0.005));
+    BufferPool::Buffer memory = f.buffers->TryAcquire(kBlocks * 4096);
+    REQUIRE(memory);
+    REQUIRE_OK(f.writer->SetAddress(0, reinterpret_cast<uintptr_t>(memory.data())));
+    REQUIRE_OK(f.writer->Submit(0, kBlocks, std::move(memory)));
+    if (writing) f.Open();
+    f.writer->Abort();
+    CHECK(f.buffers->in_use() == 4096);
+    BufferPool::Buffer late = f.buffers->TryAcquire(4096);
+    REQUIRE_OK(f.writer->Submit(0, 1, std::move(late)));  // on an aborted writer: nothing is queued, nothing is kept
+    CHECK(f.buffers->in_use() == 4096);
+  }
 }
 
 }  // namespace layerwise

@@ -139,7 +139,7 @@ TEST_CASE("an I/O error is an error, not a bad block") {
 TEST_CASE("of a block that is not hashed only the length is checked") {
   ShardFixture f;
   const std::string content = Pattern(2 * 4096);
-  REQUIRE_OK(f.memory.WriteFile("/s", content, 0600));
+  REQUIRE_OK(f.disk.WriteFile("/s", content, 0600));
   auto reader = Open(&f.env, &f, "/s");
   std::string out(4096, '.');
   std::vector<size_t> bad;

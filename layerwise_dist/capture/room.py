@@ -9,6 +9,7 @@ from typing import Literal
 
 from layerwise_dist.capture.survey import Survey
 from layerwise_dist.errors import ConfigError
+from layerwise_dist.pieces import Layer
 from layerwise_dist.storage.gathered import GatheredExtent
 
 log = logging.getLogger("layerwise_dist")
@@ -38,17 +39,31 @@ def pool_bytes(
         leased = survey.nbytes - survey.staged_bytes
         staging = max(largest, min(max_in_flight * sum(staged), available_memory() // _MEMORY_SHARE))
         return bounce + max(bounce, leased // _EVACUATION_SHARE) + staging
+    _check(pool_mb, bounce, survey, staged)
+    return pool_mb * _MIB
+
+
+def check_pool(pool_mb: int | Literal["auto"], bounce: int, survey: Survey) -> None:
+    """What `pool_bytes` will refuse for sure, as far as it can be known before the first update makes the state.
+
+    Raises ConfigError if the tensors that a staged layer has by now do not fit.
+    """
+    if pool_mb != "auto":
+        _check(pool_mb, bounce, survey, [sum(p.slice.nbytes for p in layer.pieces) for layer in _staged(survey)])
+
+
+def _check(pool_mb: int, bounce: int, survey: Survey, staged: list[int]) -> None:
+    largest = max(staged, default=0)
     if bounce + largest > pool_mb * _MIB:
-        name = max((layer for layer in zip(staged_names(survey), staged, strict=True)), key=lambda pair: pair[1])[0]
+        name = _staged(survey)[staged.index(largest)].name
         raise ConfigError(
             f"pool_mb = {pool_mb}: staging layer {name!r} takes {largest} bytes beside {bounce} bytes of bounce buffers "
             f"(writer.queue_depth x writer.block_kb): at least {-(-(bounce + largest) // _MIB)} are needed, or 'auto'"
         )
-    return pool_mb * _MIB
 
 
-def staged_names(survey: Survey) -> list[str]:
-    return [layer.name for layer in survey.layers if layer.staged]
+def _staged(survey: Survey) -> list[Layer]:
+    return [layer for layer in survey.layers if layer.staged]
 
 
 def available_memory() -> int:

@@ -83,6 +83,8 @@ class Coordinator:
 
     def _report(self, kind: str, message: Message) -> bool:
         seq = message["seq"]
+        if kind == "failed" and message["final"]:
+            self._stop(f"checkpoint of step {message['step']} failed: rank {message['rank']}: {message['error']}")
         if seq in self._decided:
             return False
         attempt = self._open.get(seq)

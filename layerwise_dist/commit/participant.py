@@ -120,8 +120,8 @@ class Participant:
         with self._changed:
             self._local.add(attempt.seq)
 
-    def failed(self, attempt: AttemptId, error: str, write: Write | None) -> None:
-        """This rank gives the attempt up; the coordinator aborts it for all."""
+    def failed(self, attempt: AttemptId, error: str, write: Write | None, *, final: bool = False) -> None:
+        """This rank gives the attempt up; the coordinator aborts it for all. `final`: and every later one, for good."""
         with self._changed:
             self._local.add(attempt.seq)
             if write is not None and attempt.seq in self._aborted_seqs:
@@ -129,7 +129,7 @@ class Participant:
                 return
             if write is not None:
                 self._writes[attempt.seq] = write
-        self._work.put(lambda: self._give_up(attempt, error, write))
+        self._work.put(lambda: self._give_up(attempt, error, write, final))
 
     def skipped(self, attempt: AttemptId, reason: str) -> None:
         """This rank takes no part in the attempt, which is no failure; the coordinator drops it for all."""
@@ -251,13 +251,13 @@ class Participant:
         self._finish_locally(attempt)
         self._transport.post(COORDINATOR, message)
 
-    def _give_up(self, attempt: AttemptId, error: str, write: Write | None) -> None:
+    def _give_up(self, attempt: AttemptId, error: str, write: Write | None, final: bool = False) -> None:
         log.warning("rank %d: checkpoint of step %d failed: %s", self.rank, attempt.step, error)
         if write is not None:
             write.abort()
         self._finish_locally(attempt)
         message = self._message("failed", attempt)
-        message["error"] = error[:2000]
+        message.update(error=error[:2000], final=final)
         self._transport.post(COORDINATOR, message)
 
     def _finish_locally(self, attempt: AttemptId) -> None:

@@ -74,6 +74,9 @@ def main() -> None:
             odd.register_buffer("only_here", torch.zeros(1))
         tried("one rank's model", lambda: restore(DistributedDataParallel(odd, broadcast_buffers=False, init_sync=False), "two"))
         tried("one rank's directory", lambda: attach(plain, "e" if rank == 0 else "missing/mount"))
+        tried("one rank's writer", lambda: attach(plain, "f", writer={"backend": "nvm" if rank else "posix"}))
+        wide = net(700_000) if rank else plain  # 11 MB in its first layer
+        tried("one rank's pool", lambda: attach(wide, "g", capture="stage", pool_mb=8))
         (out / f"{rank}.json").write_text(json.dumps(told))
         del model, sharded
 
