@@ -311,9 +311,11 @@ class LayerwiseEngine:
 
     def _settle(self) -> None:
         """Between two operations of the training thread: leases whose blocks are written can be judged."""
-        if threading.get_ident() == self._thread:
-            for capture in self._captures:
-                self._learn(capture.settle(), "the next update")
+        pending = [capture for capture in self._captures if not capture.settled]
+        if pending and threading.get_ident() == self._thread:
+            with self._statistics.stall("settle"):
+                for capture in pending:
+                    self._learn(capture.settle(), "the next update")
 
     def _on_boundary(self, mark: BoundaryMark) -> None:
         self._boundaries += 1

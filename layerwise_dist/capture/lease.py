@@ -98,6 +98,11 @@ class Capture:
         self.settle()
         return self._names(unseen)
 
+    @property
+    def settled(self) -> bool:
+        """Whether the lease is judged."""
+        return self._settled.is_set()
+
     def settle(self) -> set[str]:
         """Judges the capture, if no more of the tensors' memory is needed by now. On the training thread only.
 
