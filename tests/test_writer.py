@@ -89,7 +89,8 @@ def test_each_backend_s_checkpoints_restore(tmp_path: Path, backend: str) -> Non
 def test_a_pool_too_small_for_the_bounce_buffers_is_refused(tmp_path: Path) -> None:
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters())
-    with pytest.raises(ConfigError, match="pool_mb = 8: the writer alone takes writer.queue_depth x writer.block_kb = 9216 KiB"):
+    says = "pool_mb = 8: the writer alone takes writer.queue_depth x writer.block_kb = 9216 KiB"
+    with pytest.raises(ConfigError, match=says):
         lwd.attach(model, optimizer, dir=str(tmp_path / "ckpt"), pool_mb=8, writer={"queue_depth": 9})
     assert not (tmp_path / "ckpt").exists()
     with pytest.raises(ValueError, match="has no room for 3 bounce buffers of 4096 bytes"):

@@ -11,6 +11,7 @@
 # succeeds. LAYERWISE_VM_TIMEOUT is the deadline of the machine in seconds (300).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+export PATH=$PATH:/usr/sbin:/sbin  # mke2fs, depmod: for users whose PATH leaves them out
 vm=build/vm
 timeout_s=${LAYERWISE_VM_TIMEOUT:-300}
 qemu=
