@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +103,32 @@ def test_waiting_for_a_step_that_was_skipped_says_so(tmp_path: Path) -> None:
 
 
 torch.set_num_threads(1)
+
+
+def test_a_commit_does_not_wait_for_the_next_update(tmp_path: Path) -> None:
+    """Written while the forward's result is looked at, judged at the backward's first gradient: nothing else is called."""
+
+    def run(transport: LocalTransport) -> None:
+        model, optimizer = build(0)
+        env = slow("write", 0.05)
+        # The first three checkpoints are written before their boundary is over.
+        with assembly.assemble(model, optimizer, settings(str(tmp_path), keep_last=9), transport, env) as engine:
+            for step in engine.steps(5):
+                loss = model(torch.randn(2, 6)).square().mean()
+                if step == 4:
+                    capture = engine._captures[0]
+                    assert not capture.settled
+                    deadline = time.monotonic() + 60
+                    while not capture.write.leases_over():
+                        assert time.monotonic() < deadline
+                        time.sleep(0.01)
+                    time.sleep(0.1)
+                    assert engine._participant.reached("committed") == 3
+                    loss.backward()
+                    engine._participant.wait(4, "committed", 60)
+                else:
+                    loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    in_ranks(run, world=1, timeout_s=120)
