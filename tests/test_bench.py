@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -191,7 +192,11 @@ def processes_in(folder: Path) -> list[str]:
 def test_an_interrupted_benchmark_leaves_no_file_and_no_process(
     tmp_path: Path, what: tuple[str, ...], number: signal.Signals
 ) -> None:
-    job = subprocess.Popen(command(what[0], tmp_path, *what[1:]), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    # Behind `&` a shell lets SIGINT be ignored, and that is inherited.
+    listening = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    job = subprocess.Popen(
+        command(what[0], tmp_path, *what[1:]), stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=listening
+    )
     try:
         deadline = time.monotonic() + 60
         wanted = "checkpoints" if what[0] == "train" else "*"
