@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -124,7 +125,7 @@ def test_the_file_of_an_attempt_that_failed_is_never_reused(tmp_path: Path) -> N
     with pytest.raises(Exception, match="step 4"):
         story.session(1, 4, keep_last=1, spares_from=2, writer=WRITER)
     trace = env.trace()
-    failed = max(i for i, line in enumerate(trace) if line.startswith("sync ") and "step_0000000004" in line)
+    failed = max(i for i, line in enumerate(trace) if re.match("sync .*step_0000000004.*rank_00001", line))
     assert env.injected == 1
     later = [line.split()[0] for line in trace[failed + 1 :] if "step_0000000004" in line and "rank_00001" in line]
     assert set(later) == {"unlink"}

@@ -63,7 +63,7 @@ class RawFile:
 
     def _fio(self, engine: str) -> float | None:
         ran = subprocess.run(
-            ["fio", "--name=raw", f"--filename={self.path}", "--rw=write", f"--bs={self._block}",
+            ["fio", "--thread", "--name=raw", f"--filename={self.path}", "--rw=write", f"--bs={self._block}",
              f"--iodepth={self._depth}", f"--ioengine={engine}", "--direct=1", f"--size={self.nbytes}", "--overwrite=1",
              "--end_fsync=1", "--output-format=json"],
             capture_output=True, text=True, check=False,
