@@ -1,4 +1,4 @@
-"""Numbers of bytes in words, and back. Units are decimal, as disks are sold: 1 kB is 1000 bytes."""
+"""Numbers of bytes in words, and back. Units are decimal, as disks are sold (1 kB is 1000 bytes), unless said."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ _FACTOR = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _NUMBER = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\Z", re.IGNORECASE)
 
 
-def size(nbytes: float) -> str:
-    """Three digits: ``120 MB``."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if nbytes < 1000 or unit == "TB":
+def size(nbytes: float, *, binary: bool = False) -> str:
+    """Three digits: ``120 MB``; with `binary`, ``512 KiB``."""
+    base, units = (1024, ("B", "KiB", "MiB", "GiB", "TiB")) if binary else (1000, ("B", "kB", "MB", "GB", "TB"))
+    for unit in units:
+        if nbytes < base or unit == units[-1]:
             return f"{nbytes:.0f} {unit}" if nbytes >= 100 or unit == "B" else f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
+        nbytes /= base
     raise AssertionError("unreachable")
 
 

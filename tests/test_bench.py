@@ -115,10 +115,13 @@ def test_restore_is_measured_from_a_cold_disk_against_other_loaders(tmp_path: Pa
         assert row["bytes"] > 12 * found["parameters"]
 
 
-def test_the_markdown_is_the_command_the_machine_and_its_tables(tmp_path: Path) -> None:
+def test_the_markdown_is_the_command_the_machine_and_its_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["layerwise", "bench", "writer", "DIR", "--quick"])
     code, out, _ = call("writer", tmp_path, "--quick", "--markdown")
     assert code == 0
-    assert out.startswith("    layerwise ")
+    assert out.startswith("    layerwise bench writer DIR --quick\n")
     assert "| size | tensors | backend | file | GB/s | ÷ raw |\n|---|---|---|---|--:|--:|\n" in out
 
 

@@ -30,16 +30,6 @@ class Spread:
         return middle if low == high else f"{middle} ({low}–{high})"
 
 
-def size(nbytes: float, *, binary: bool = False) -> str:
-    """``512 MB``, in decimal units; with `binary` ``512 MiB``."""
-    base, units = (1024, ("B", "KiB", "MiB", "GiB")) if binary else (1000, ("B", "kB", "MB", "GB"))
-    for unit in units[:-1]:
-        if nbytes < base:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= base
-    return f"{nbytes:.3g} {units[-1]}"
-
-
 @dataclass
 class Chart:
     """A title, columns and rows of text; numbers are right-aligned from column `numbers` on."""

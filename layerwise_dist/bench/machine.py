@@ -8,13 +8,14 @@ from typing import Any
 
 from layerwise_dist import _native
 from layerwise_dist._version import __version__
+from layerwise_dist.doctor.place import mount_of
 
 
 def describe(directory: str) -> dict[str, Any]:
     """CPU, cores, memory (bytes), kernel, file system and its direct I/O alignment (bytes), and the software."""
     import torch
 
-    device, kind = _mount(directory)
+    mount = mount_of(directory)
     try:
         aligns = _native.PosixEnv().direct_io(directory)
     except OSError:
@@ -24,8 +25,8 @@ def describe(directory: str) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "kernel": platform.release(),
-        "file_system": kind,
-        "device": device,
+        "file_system": mount.kind if mount is not None else "unknown",
+        "device": mount.source if mount is not None else "unknown",
         "direct_io": None if aligns is None else {"memory": aligns[0], "offset": aligns[1]},
         "hash": _native.hash_name(),
         "python": platform.python_version(),
@@ -51,17 +52,3 @@ def _cpu() -> str:
             if text.startswith("model name"):
                 return text.split(":", 1)[1].strip()
     return platform.machine()
-
-
-def _mount(directory: str) -> tuple[str, str]:
-    """(device, type) of the file system that holds `directory`."""
-    number = os.stat(directory).st_dev
-    wanted = f"{os.major(number)}:{os.minor(number)}"
-    found = ("unknown", "unknown")
-    with open("/proc/self/mountinfo", encoding="utf-8") as lines:
-        for text in lines:
-            before, _, after = text.partition(" - ")
-            if before.split()[2] == wanted:
-                kind, device = after.split()[:2]
-                found = (device, kind)
-    return found

@@ -178,11 +178,26 @@ class Dcp(Peer):
         self.to_committed.append(time.perf_counter() - began)
 
 
-class DcpAsync(Peer):
+class FuturePeer(Peer):
+    """Gives a future for each save, which is awaited before the next."""
+
+    _pending: Future[Any] | None = None
+
+    def expect(self, pending: Future[Any] | None, began: float) -> None:
+        self._pending = pending
+        if pending is not None:
+            pending.add_done_callback(lambda _: self.to_committed.append(time.perf_counter() - began))
+
+    def finish(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+
+class DcpAsync(FuturePeer):
     name = "DCP async"
     flushes = "files, not folders"
     _group: Any = None
-    _pending: Future[Any] | None = None
 
     def start(self, folder: Path) -> None:
         super().start(folder)
@@ -192,18 +207,9 @@ class DcpAsync(Peer):
     def save(self, target: Path, began: float) -> None:
         import torch.distributed.checkpoint as dcp
 
-        self._wait()
+        super().finish()
         extra = {"no_dist": True} if self.ranks == 1 else {"process_group": DcpAsync._group}
-        self._pending = dcp.async_save(self.state(), checkpoint_id=str(target), **extra)
-        self._pending.add_done_callback(lambda _: self.to_committed.append(time.perf_counter() - began))
-
-    def _wait(self) -> None:
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
-
-    def finish(self) -> None:
-        self._wait()
+        self.expect(dcp.async_save(self.state(), checkpoint_id=str(target), **extra), began)
 
 
 class TorchSnapshot(Peer):
@@ -237,12 +243,11 @@ class TorchSnapshot(Peer):
         self._watch.end()
 
 
-class TorchCheckpointing(Peer):
+class TorchCheckpointing(FuturePeer):
     """Staged into shared memory, written by a process of its own."""
 
     name = "torch_checkpointing async"
     flushes = "no"
-    _pending: Future[Any] | None = None
 
     def start(self, folder: Path) -> None:
         super().start(folder)
@@ -266,19 +271,12 @@ class TorchCheckpointing(Peer):
             self.optimizer.step()
 
     def save(self, target: Path, began: float) -> None:
-        self._wait()
-        self._pending = self._manager.save(str(target), self.state())
-        if self._pending is not None:
-            self._pending.add_done_callback(lambda _: self.to_committed.append(time.perf_counter() - began))
-
-    def _wait(self) -> None:
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
+        super().finish()
+        self.expect(self._manager.save(str(target), self.state()), began)
 
     def finish(self) -> None:
         try:
-            self._wait()
+            super().finish()
         finally:
             self._manager.close()
 

@@ -1,11 +1,13 @@
 """What the disk gives without this library: direct writes over a written file, and direct reads. The denominator.
 
 Both move blocks of one size from and to page-aligned memory with one thread for each block in flight; the system calls
-release the interpreter's lock. `fio`, where installed, does the same writes; the better of the two counts.
+release the interpreter's lock. What is written lies in huge pages where the kernel gives them, as leased tensors do.
+`fio`, where installed, does the same writes; the better of the two counts.
 """
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import mmap
@@ -17,6 +19,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from layerwise_dist.capture.pages import back_by_huge_pages
+
 _SOURCE = 256 << 20  # bytes of memory that the writes go round in: several times the caches, whatever the file's size
 
 
@@ -27,10 +31,13 @@ class RawFile:
         self.path, self._block, self._depth = path, block_bytes, depth
         self._blocks = -(-nbytes // block_bytes)
         self.nbytes = self._blocks * block_bytes
-        self._memory = mmap.mmap(-1, min(self.nbytes, max(block_bytes, _SOURCE // block_bytes * block_bytes)))
+        source = min(self.nbytes, max(block_bytes, _SOURCE // block_bytes * block_bytes))
+        self._memory = mmap.mmap(-1, source, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         piece = os.urandom(1 << 20)
         for offset in range(0, len(self._memory), len(piece)):
             self._memory[offset : offset + len(piece)] = piece[: len(self._memory) - offset]
+        begin = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        back_by_huge_pages([(begin, len(self._memory))])
         self._file = _open_direct(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
             os.posix_fallocate(self._file, 0, self.nbytes)

@@ -19,10 +19,11 @@ import torch
 import layerwise_dist as lwd
 from layerwise_dist.bench import machine, raw
 from layerwise_dist.bench.failure import BenchFailed
-from layerwise_dist.bench.figures import Chart, Findings, Spread, size
+from layerwise_dist.bench.figures import Chart, Findings, Spread
 from layerwise_dist.bench.model import GPT, Shape, adamw, windows
 from layerwise_dist.bench.progress import bar
 from layerwise_dist.bench.workplace import workplace
+from layerwise_dist.units import size
 
 _WAYS = {
     "raw": "raw direct reads",

@@ -20,12 +20,13 @@ from typing import Any
 
 from layerwise_dist.bench import machine
 from layerwise_dist.bench.failure import BenchFailed
-from layerwise_dist.bench.figures import Chart, Findings, Spread, size
+from layerwise_dist.bench.figures import Chart, Findings, Spread
 from layerwise_dist.bench.model import Shape
 from layerwise_dist.bench.modes import MODES
 from layerwise_dist.bench.progress import Bar, bar
 from layerwise_dist.bench.train_worker import MARK
 from layerwise_dist.bench.workplace import workplace
+from layerwise_dist.units import size
 
 _RAW_BYTES = 512 << 20
 _CHECKPOINTS_AT_ONCE = 8  # two kept, two in flight, three files to be reused, and one being removed

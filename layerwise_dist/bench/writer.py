@@ -13,12 +13,14 @@ import torch
 
 from layerwise_dist import _native
 from layerwise_dist.bench import machine
-from layerwise_dist.bench.figures import Chart, Findings, Spread, size
+from layerwise_dist.bench.figures import Chart, Findings, Spread
 from layerwise_dist.bench.progress import Bar, bar
 from layerwise_dist.bench.raw import RawFile, has_fio
 from layerwise_dist.bench.workplace import workplace
+from layerwise_dist.capture.pages import back_by_huge_pages
 from layerwise_dist.slices import Slice
 from layerwise_dist.storage.shard import ShardLayout, Source
+from layerwise_dist.units import size
 
 _TENSORS_A_LAYER = 12  # what a transformer's block has
 _SPARE = 64 << 20
@@ -140,7 +142,10 @@ class _Size:
 
 
 class Shard:
-    """Random tensors of equal size, where torch allocates them, written again and again."""
+    """Random tensors of equal size, where torch allocates them, written again and again.
+
+    As under an engine, which asks for them for what it leases, they lie in huge pages where the kernel gives them.
+    """
 
     def __init__(self, nbytes: int, tensors: int, memory_align: int, block_bytes: int) -> None:
         each = max(1, nbytes // tensors // 4)
@@ -149,6 +154,7 @@ class Shard:
         for tensor in self._tensors:
             for part in tensor.split(len(noise)):
                 part.copy_(noise[: len(part)])
+        back_by_huge_pages((tensor.data_ptr(), tensor.numel() * tensor.element_size()) for tensor in self._tensors)
         sources = [
             Source(Slice.whole("param", f"tensor_{index}", "I32", (each,)), tensor.data_ptr() % memory_align)
             for index, tensor in enumerate(self._tensors)

@@ -28,7 +28,7 @@ class HugePages:
     """
 
     def __init__(self, *, wanted: bool) -> None:
-        self._wanted = wanted and not re.search(r"\[never\]", _setting())
+        self._wanted = wanted and _may()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -54,23 +54,33 @@ class HugePages:
             self._thread = None
 
     def _run(self, ranges: list[tuple[int, int]], closing: threading.Event) -> None:
-        left = [
-            (at, min(_CHUNK, begin + nbytes - at)) for begin, nbytes in ranges for at in range(begin, begin + nbytes, _CHUNK)
-        ]
         for _ in range(_TRIES):
-            again = []
-            for at, nbytes in left:
-                if closing.is_set():
-                    return
-                try:
-                    if _native.make_huge(at, nbytes) < nbytes:
-                        again.append((at, nbytes))
-                except OSError as error:
-                    log.debug("no huge pages: %s", error)
-                    return
-            left = again
-            if not left or closing.wait(_PAUSE_S):
+            ranges = _collapse(ranges, closing)
+            if not ranges or closing.wait(_PAUSE_S):
                 return
+
+
+def back_by_huge_pages(ranges: Iterable[tuple[int, int]]) -> None:
+    """Asks once, and waits, for huge pages under (address, bytes) ranges; without any all stays as it was."""
+    if _may():
+        _collapse(joined(ranges), threading.Event())
+
+
+def _collapse(ranges: list[tuple[int, int]], closing: threading.Event) -> list[tuple[int, int]]:
+    """What is worth another try: not, or not all, in huge pages. Nothing if `closing` was set or the kernel cannot."""
+    left = []
+    for begin, nbytes in ranges:
+        for at in range(begin, begin + nbytes, _CHUNK):
+            length = min(_CHUNK, begin + nbytes - at)
+            if closing.is_set():
+                return []
+            try:
+                if _native.make_huge(at, length) < length:
+                    left.append((at, length))
+            except OSError as error:
+                log.debug("no huge pages: %s", error)
+                return []
+    return left
 
 
 def joined(ranges: Iterable[tuple[int, int]], page: int = 2 << 20) -> list[tuple[int, int]]:
@@ -83,6 +93,10 @@ def joined(ranges: Iterable[tuple[int, int]], page: int = 2 << 20) -> list[tuple
             found.append([begin, begin + nbytes])
     pages = [(-(-begin // page) * page, end // page * page) for begin, end in found]
     return [(begin, end - begin) for begin, end in pages if end > begin]
+
+
+def _may() -> bool:
+    return not re.search(r"\[never\]", _setting())
 
 
 def _setting() -> str:

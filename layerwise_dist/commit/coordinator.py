@@ -187,7 +187,6 @@ class CoordinatorThread:
     def __init__(self, coordinator: Coordinator, after_commit: Callable[[], None]) -> None:
         self._coordinator, self._after_commit = coordinator, after_commit
         self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
-        self._error: str | None = None
         self._thread = threading.Thread(target=self._run, name="layerwise-coordinator", daemon=True)
         self._thread.start()
 

@@ -229,12 +229,6 @@ class ShardWrite:
         """Whether, within the deadline, everything queued was both written and hashed, or has failed."""
         return self._writer.wait(timeout_s)
 
-    def error(self) -> OSError | None:
-        return self._writer.error()
-
-    def block_hash(self, block: int) -> int | None:
-        return self._writer.block_hash(block)
-
     def append_state(self, text: bytes, blob: bytes) -> None:
         """Writes the state extent behind the layers: what the boundary sealed."""
         data = state_extent(text, blob)
