@@ -15,7 +15,7 @@ from layerwise_dist import _native
 from layerwise_dist._version import __version__
 from layerwise_dist.capture.objects import StateObjects
 from layerwise_dist.capture.room import check_pool
-from layerwise_dist.capture.survey import Surveyor, check_optimizer
+from layerwise_dist.capture.survey import Surveyor
 from layerwise_dist.commit.coordinator import Coordinator, CoordinatorThread
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.session import Committer, open_session
@@ -26,18 +26,22 @@ from layerwise_dist.config import LayerwiseConfig, load_config
 from layerwise_dist.disabled import DisabledEngine
 from layerwise_dist.engine import LayerwiseEngine
 from layerwise_dist.errors import BoundaryError, ConfigError
-from layerwise_dist.frameworks import Framework, detect
+from layerwise_dist.frameworks import Framework, accumulating, adapt, config_block, detect, is_engine
+from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.restore.agreement import together
 from layerwise_dist.storage.adapter import PCCheckAdapter
 from layerwise_dist.storage.recycling import recycles
 
 
 def attach(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer,
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None,
     config: LayerwiseConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None, *,
     state: dict[str, Any] | None = None, fresh: bool = False, **overrides: Any,
 ) -> LayerwiseEngine | DisabledEngine:  # fmt: skip
     """Turns checkpointing on for `model` (plain, DDP or FSDP2) and its `optimizer`; call it on every rank.
+
+    A DeepSpeed engine is given alone. Its configuration is the ``layerwise_checkpoint`` block of ds_config, unless
+    `config` is given; without either, and without `overrides`, nothing is turned on.
 
     Args:
         config: a mapping, the path of a JSON file, or None for the defaults; `overrides` (``dir=...``) go on top.
@@ -55,6 +59,10 @@ def attach(
             raise BoundaryError(
                 f"WORLD_SIZE is {launched}, but torch.distributed is not initialised: call init_process_group() before attach()"
             )
+    if config is None and is_engine(model):
+        config = config_block(model)
+        if config is None and not overrides:
+            return disabled(model)
     problem = None
     try:
         settings = load_config(config, **overrides)
@@ -63,7 +71,7 @@ def attach(
             raise
         settings, problem = LayerwiseConfig(), error  # the other ranks are told before it is raised
     if not settings.enabled:
-        return DisabledEngine()
+        return disabled(model)
     transport: Transport = LocalTransport(LocalHub(1), 0)
     if world_size > 1:
         transport = StoreTransport(open_store(rank, settings.commit.timeout_s), rank, world_size)
@@ -71,8 +79,12 @@ def attach(
     return assemble(model, optimizer, settings, transport, env, state=state, fresh=fresh, problem=problem)
 
 
+def disabled(model: torch.nn.Module) -> DisabledEngine:
+    return DisabledEngine(lambda: accumulating(model)) if is_engine(model) else DisabledEngine()
+
+
 def assemble(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: LayerwiseConfig, transport: Transport, env: Any, *,
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, config: LayerwiseConfig, transport: Transport, env: Any, *,
     state: dict[str, Any] | None = None, fresh: bool = False, framework: Framework | None = None,
     problem: ConfigError | None = None,
 ) -> LayerwiseEngine:  # fmt: skip
@@ -85,15 +97,15 @@ def assemble(
     closers: list[Any] = [lambda: participant.close(1.0)]
     try:
 
-        def examine() -> tuple[Framework, StateObjects]:
+        def examine() -> tuple[Framework, OptimizerAdapter, StateObjects]:
             if problem is not None:
                 raise problem
             found = framework or detect(model, rank, world_size)
-            check_optimizer(found, optimizer)
-            check_pool(config.pool_mb, config.bounce_bytes, Surveyor(found, optimizer, config.capture).look())
-            return found, StateObjects(state)
+            adapter = adapt(found, optimizer)
+            check_pool(config.pool_mb, config.bounce_bytes, Surveyor(found, adapter, config.capture).look())
+            return found, adapter, StateObjects(state)
 
-        _, (found, objects) = together(participant, "attach", examine)
+        _, (found, updates, objects) = together(participant, "attach", examine)
         closers.append(objects.detach)
         who = f"pid {os.getpid()} on {socket.gethostname()}"
         info, manager, owner = open_session(
@@ -132,7 +144,7 @@ def assemble(
         _, adapter = together(participant, "start the writer", start_writer)
         participant.recycle(adapter.recycler.retire)
         return LayerwiseEngine(
-            found, optimizer, config, objects, adapter=adapter, manager=manager, info=info, participant=participant,
+            found, updates, config, objects, adapter=adapter, manager=manager, info=info, participant=participant,
             committer=committer, coordinator=coordinator, fresh=fresh,
         )  # fmt: skip
     except BaseException:

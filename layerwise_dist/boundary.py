@@ -64,8 +64,7 @@ class Boundary:
         taps: the attached loaders by name; their callbacks are set to this object where they are None.
         log: takes the warnings; each is given once.
         excuse: asked at the third boundary in a row, and each one after, at which no update was observed. True lets it
-        pass
-            (a GradScaler whose scale fell); otherwise that is a BoundaryError.
+            pass (a GradScaler whose scale fell); otherwise that is a BoundaryError.
     """
 
     def __init__(
@@ -370,7 +369,6 @@ class Boundary:
         if threading.get_ident() != self._thread:
             raise BoundaryError(
                 f"{what} on thread {threading.current_thread().name!r}: training must stay on the one thread that "
-                "attached, since the end of an iteration cannot be told across threads"
                 "attached, since the end of an iteration cannot be told across threads"
             )
 

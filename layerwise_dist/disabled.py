@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 
 class DisabledEngine:
@@ -10,8 +10,10 @@ class DisabledEngine:
 
     staged_step = durable_step = committed_step = None
 
-    def __init__(self) -> None:
+    def __init__(self, mid_window: Callable[[], bool] = lambda: False) -> None:
+        """`mid_window` says whether gradients are being accumulated: an `end_step()` then counts nothing."""
         self.completed = 0
+        self._mid_window = mid_window
 
     def restore(self, step: int | None = None, *, on_missing: str | None = None) -> int:
         return 0
@@ -22,7 +24,7 @@ class DisabledEngine:
             self.completed += 1
 
     def end_step(self) -> None:
-        self.completed += 1
+        self.completed += not self._mid_window()
 
     def explicit(self) -> None:
         return None

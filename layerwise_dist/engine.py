@@ -1,6 +1,6 @@
 """`LayerwiseEngine`: what `attach()` returns. It wires the rooms together for one rank and holds no logic of theirs.
 
-Events come in from the optimizer's hooks (fence, open), the root module's forward (inferred boundaries) and the
+Events come in from the optimizer's adapter (fence, open), the root module's forward (inferred boundaries) and the
 boundary (seal); everything behind the seal runs in the background.
 """
 
@@ -30,6 +30,7 @@ from layerwise_dist.commit.session import Committer, SessionInfo
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.errors import BoundaryError, ConfigError, DamageError, LayerwiseError
 from layerwise_dist.frameworks.base import Framework
+from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.restore import loader
 from layerwise_dist.restore.restorer import Restorer
 from layerwise_dist.statistics import Statistics
@@ -46,7 +47,7 @@ class LayerwiseEngine:
     """
 
     def __init__(
-        self, framework: Framework, optimizer: torch.optim.Optimizer, config: LayerwiseConfig, objects: StateObjects, *,
+        self, framework: Framework, optimizer: OptimizerAdapter, config: LayerwiseConfig, objects: StateObjects, *,
         adapter: PCCheckAdapter, manager: CheckpointMetadataManager, info: SessionInfo, participant: Participant,
         committer: Committer | None, coordinator: CoordinatorThread | None, fresh: bool,
     ) -> None:  # fmt: skip
@@ -67,7 +68,7 @@ class LayerwiseEngine:
         self._audits = Rotation(always=config.audit == "always")
         self._owed = False
         self._updates = self._boundaries = 0
-        self._again = False
+        self._again = self._fenced = False
         self._ready = fresh or info.empty
         self._restorer = Restorer(
             framework,
@@ -81,11 +82,10 @@ class LayerwiseEngine:
         self._scales: list[float] = []
         self._boundary = Boundary(self._on_boundary, objects.taps, log=log, excuse=self._scale_fell)
         self._hooks = [
-            optimizer.register_step_pre_hook(self._before_update),
-            optimizer.register_step_post_hook(self._after_update),
             framework.root.register_forward_pre_hook(self._before_forward),
             *(p.register_post_accumulate_grad_hook(self._during_backward) for p in framework.gradient_ready_params()),
         ]
+        optimizer.watch(self)
         if fresh and not info.empty:
             self._follow(None, new_branch=True)
 
@@ -104,8 +104,12 @@ class LayerwiseEngine:
         return self._boundary.steps(total)
 
     def end_step(self) -> None:
-        """Ends an iteration, for loops that are not written with `steps()`. Call it as the body's last statement."""
-        self._boundary.end_step()
+        """Ends an iteration, for loops that are not written with `steps()`. Call it as the body's last statement.
+
+        With DeepSpeed's gradient accumulation the body may be one micro-batch: within a window this does nothing.
+        """
+        if not self._optimizer.mid_window:
+            self._boundary.end_step()
 
     def explicit(self) -> None:
         """Says before the loop that it will call `end_step()`, for loops with several updates an iteration."""
@@ -152,54 +156,22 @@ class LayerwiseEngine:
 
     # -- updates ------------------------------------------------------------------------------------------------
 
-    def _before_update(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            self._boundary.update_starting()
+    def update_starting(self, *, in_closure: bool = False) -> None:
+        """An update of the optimizer begins (`UpdateEvents`, as are the next two)."""
+        self._boundary.update_starting(in_closure=in_closure)
+        if not in_closure:
+            self._may_update()
+            self._fenced = False
+
+    def overwriting(self) -> None:
+        """The first overwriting of an update fences all: what is leased of it is written or copied away."""
+        if not self._fenced:
+            self._fenced = True
             self._fence()
-            return None
-        self._boundary.update_starting(in_closure=True)
-        wrapped = self._fenced(closure)
-        if "closure" in kwargs:
-            return args, {**kwargs, "closure": wrapped}
-        return (args[0], wrapped, *args[2:]), kwargs
 
-    def _fenced(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """The closure, with the fence behind its first return: its forward may be the boundary of the last iteration."""
-        first = True
-
-        def call() -> Any:
-            nonlocal first
-            result = closure()
-            if first:
-                first = False
-                self._boundary.update_starting()
-                self._fence()
-            return result
-
-        return call
-
-    def _fence(self) -> None:
-        """Before anything is overwritten: all leases end, or their attempts do."""
-        if self._restorer.undefined is not None:
-            raise DamageError(self._restorer.undefined)
-        if not self._ready:
-            raise BoundaryError(
-                f"{self.config.path} already holds checkpoints: call restore() before the first step, or attach(fresh=True) "
-                "to start anew beside them"
-            )
-        with self._statistics.stall("fence"):
-            self._end_leases(overwrite=True)
-            if self._open is not None and self._guarded(self._open, self._open.drain):
-                self._again = True
-
-    def _end_leases(self, *, overwrite: bool = False) -> None:
-        for capture in self._captures:
-            self._learn(capture.fence(overwrite=overwrite), "the next update")
-        self._captures.clear()
-
-    def _after_update(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _found_inf(optimizer):
+    def update_done(self, *, applied: bool) -> None:
+        """Opens an attempt, if one is due, or captures anew what an earlier update of this iteration had opened."""
+        if not applied:
             self._boundary.update_skipped()
             return
         self._updates += 1
@@ -210,6 +182,27 @@ class LayerwiseEngine:
         elif self._open is None and self._due(self._boundary.completed + 1):
             with self._statistics.stall("open"):
                 self._begin(self._boundary.completed + 1)
+
+    def _may_update(self) -> None:
+        if self._restorer.undefined is not None:
+            raise DamageError(self._restorer.undefined)
+        if not self._ready:
+            raise BoundaryError(
+                f"{self.config.path} already holds checkpoints: call restore() before the first step, or attach(fresh=True) "
+                "to start anew beside them"
+            )
+
+    def _fence(self) -> None:
+        """Before anything is overwritten: all leases end, or their attempts do."""
+        with self._statistics.stall("fence"):
+            self._end_leases(overwrite=True)
+            if self._open is not None and self._guarded(self._open, self._open.drain):
+                self._again = True
+
+    def _end_leases(self, *, overwrite: bool = False) -> None:
+        for capture in self._captures:
+            self._learn(capture.fence(overwrite=overwrite), "the next update")
+        self._captures.clear()
 
     def _due(self, step: int) -> bool:
         return self._owed or step % self.config.every_n_steps == 0
@@ -318,6 +311,11 @@ class LayerwiseEngine:
                     self._learn(capture.settle(), "the next update")
 
     def _on_boundary(self, mark: BoundaryMark) -> None:
+        if self._optimizer.mid_window:
+            raise BoundaryError(
+                "an iteration ended within an accumulation window: steps() counts windows, so all micro-batches of one belong "
+                "into its body; a loop over micro-batches calls explicit() before it and end_step() at the end of its body"
+            )
         self._boundaries += 1
         capture = self._open
         if capture is not None:
@@ -383,7 +381,7 @@ class LayerwiseEngine:
 
     def _adopt(self, loading: loader.LoadPlan) -> None:
         sealed = loading.sealed
-        loader.adopt(loading, self._framework, self._optimizer)
+        self._optimizer.adopt(loading.states, sealed["optimizer"])
         self._sealer.put(sealed)
         self._updates = sealed["updates"]
         self._boundary.start_at(sealed["step"])
@@ -432,6 +430,7 @@ class LayerwiseEngine:
         finally:
             for hook in self._hooks:
                 hook.remove()
+            self._optimizer.detach()
             self._objects.detach()
             self._pages.close()
             self._framework.detach()
@@ -453,9 +452,3 @@ class LayerwiseEngine:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._close(orderly=kind is None)
-
-
-def _found_inf(optimizer: torch.optim.Optimizer) -> bool:
-    """A fused optimizer under GradScaler is stepped on overflow too, and skips inside its kernel."""
-    found = getattr(optimizer, "found_inf", None)
-    return isinstance(found, torch.Tensor) and bool(found.item())

@@ -14,6 +14,7 @@ import layerwise_dist as lwd
 from layerwise_dist.capture import audit
 from layerwise_dist.capture.survey import Surveyor
 from layerwise_dist.frameworks.base import Framework
+from layerwise_dist.frameworks.optimizers import TorchOptimizer
 
 torch.set_num_threads(1)
 
@@ -31,9 +32,14 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
 
 
+def _surveyor(model: nn.Module, optimizer: torch.optim.Optimizer) -> Surveyor:
+    framework = Framework(model, 0, 1)
+    return Surveyor(framework, TorchOptimizer(framework, optimizer))
+
+
 def surveyed(*sizes: int) -> Any:
     model = nn.ParameterList([nn.Parameter(torch.zeros(size)) for size in sizes])
-    return Surveyor(Framework(model, 0, 1), torch.optim.SGD(model.parameters(), lr=0.1)).look()
+    return _surveyor(model, torch.optim.SGD(model.parameters(), lr=0.1)).look()
 
 
 @pytest.mark.parametrize(
@@ -61,7 +67,7 @@ def test_a_blind_write_that_begins_late_is_found_within_a_hundred_checkpoints_an
 ) -> None:
     model, optimizer = wide()
     weight = model[6].weight
-    groups = len(audit.units(Surveyor(Framework(model, 0, 1), _stepped(model, optimizer)).look().pieces))
+    groups = len(audit.units(_surveyor(model, _stepped(model, optimizer)).look().pieces))
     assert 5 < groups < audit.ROUND
 
     def found() -> bool:

@@ -239,8 +239,11 @@ def test_wrappers_that_cannot_be_captured_are_refused_by_name(tmp_path: Path) ->
 
     with pytest.raises(errors.UnsupportedError, match="DataParallel is not supported; what works: a plain"):
         attach(nn.DataParallel(nn.Linear(2, 2)))
+    pipeline = type("PipelineModule", (nn.Module,), {"__module__": "deepspeed.runtime.pipe.module"})
+    with pytest.raises(errors.UnsupportedError, match="DeepSpeed's PipelineModule is not supported by this version"):
+        attach(pipeline())
     engine = type("DeepSpeedEngine", (nn.Module,), {"__module__": "deepspeed.runtime.engine"})
-    with pytest.raises(errors.UnsupportedError, match="DeepSpeed's DeepSpeedEngine is not supported by this version"):
+    with pytest.raises(errors.UnsupportedError, match="the engine has no attribute 'module'"):
         attach(engine())
     with pytest.raises(errors.UnsupportedError, match="needs a torch.nn.Module, not dict"):
         attach({})

@@ -299,6 +299,24 @@ def test_ddp_replicas_with_channels_last_and_frozen_parameters_resume_bit_for_bi
         assert told["buffers are rank 0's"] == (broadcast or rank == 0)
 
 
+@pytest.mark.parametrize("kernel", [{"foreach": True}, {"fused": True}], ids=str)
+def test_a_group_added_between_attach_and_restore_resumes_bit_for_bit(tmp_path: Path, kernel: dict[str, bool]) -> None:
+    def run(folder: Path, total: int) -> tuple[int, dict[str, Any]]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+        optimizer = torch.optim.AdamW(model[0].parameters(), lr=0.1, **kernel)
+        with lwd.attach(model, optimizer, dir=str(folder)) as ckpt:
+            optimizer.add_param_group({"params": list(model[1].parameters()), "lr": 0.3})
+            start = ckpt.restore()
+            train(ckpt, model, optimizer, total)
+        return start, contents(model, optimizer)
+
+    assert run(tmp_path / "stopped", 3)[0] == 0
+    start, resumed = run(tmp_path / "stopped", 6)
+    assert start == 3
+    assert differences(resumed, run(tmp_path / "whole", 6)[1]) == []
+
+
 # -- loops with something special --------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ from layerwise_dist.capture.survey import Surveyor
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
 from layerwise_dist.config import load_config
 from layerwise_dist.frameworks.base import Framework
+from layerwise_dist.frameworks.optimizers import TorchOptimizer
 
 torch.set_num_threads(1)
 
@@ -166,7 +167,9 @@ def test_staging_copies_each_byte_of_the_layers_once_and_leasing_less_than_a_hun
                 optimizer.step()
                 optimizer.zero_grad()
         stats = ckpt.stats()
-        layers = sum(piece.slice.nbytes for piece in Surveyor(Framework(model, 0, 1), optimizer).look().pieces)
+        framework = Framework(model, 0, 1)
+        survey = Surveyor(framework, TorchOptimizer(framework, optimizer)).look()
+        layers = sum(piece.slice.nbytes for piece in survey.pieces)
         assert stats["checkpoints_committed"] == 6 and stats["bytes_evacuated"] == 0
         if capture == "stage":
             assert stats["bytes_copied"] == 6 * layers == 6 * stats["state_bytes"]

@@ -9,6 +9,7 @@ import torch
 from layerwise_dist.capture.objects import StateObjects
 from layerwise_dist.capture.survey import Survey
 from layerwise_dist.frameworks.base import Framework
+from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.storage import typed_json
 
 
@@ -18,9 +19,8 @@ class Sealer:
     The members of the value are in docs/format.md, "The state extent".
     """
 
-    def __init__(self, framework: Framework, optimizer: torch.optim.Optimizer, objects: StateObjects) -> None:
+    def __init__(self, framework: Framework, optimizer: OptimizerAdapter, objects: StateObjects) -> None:
         self._framework, self._optimizer, self._objects = framework, optimizer, objects
-        self._names = {id(view.param): view.fqn for view in framework.params}
         self._prepared: dict[str, tuple[Any, typed_json.Prepared]] = {}
 
     def take(self, step: int, updates: int, boundary: dict[str, Any], survey: Survey) -> tuple[bytes, bytes]:
@@ -35,7 +35,7 @@ class Sealer:
             "boundary": boundary,
             "objects": self._objects.take(),
             "optimizer": {
-                "class": type(self._optimizer).__qualname__,
+                "class": self._optimizer.kind,
                 "groups": self._hyper_parameters(),
                 "scalars": survey.live_scalars(),
                 "order": self._prepare("order", survey.order),
@@ -45,7 +45,7 @@ class Sealer:
             "gradients": self._prepare(
                 "gradients", [view.fqn for view in framework.params if view.param.grad is not None]
             ),
-            "extra_state": {name: module.get_extra_state() for name, module in framework.extra_states()},
+            "extra_state": {name: module.get_extra_state() for name, module in survey.extra_states},
         }
         return typed_json.dumps(sealed, path="state")
 
@@ -76,11 +76,7 @@ class Sealer:
 
     def _hyper_parameters(self) -> list[dict[str, Any]]:
         """Each param group with names in place of parameters."""
-        names = self._names
         return [
-            {
-                key: self._prepare(f"group {number}", [names[id(p)] for p in value]) if key == "params" else value
-                for key, value in group.items()
-            }
-            for number, group in enumerate(self._optimizer.param_groups)
+            {**group, "params": self._prepare(f"group {number}", group["params"])}
+            for number, group in enumerate(self._optimizer.hyper_parameters())
         ]

@@ -12,6 +12,7 @@ import torch
 
 from layerwise_dist.errors import ConfigError, UnsupportedError
 from layerwise_dist.frameworks.base import Framework, ParamView
+from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.pieces import Layer, Piece, dtype_code
 from layerwise_dist.slices import Slice
 from layerwise_dist.storage.shard import PACK_BELOW, Source
@@ -26,13 +27,15 @@ class Survey:
 
     `key` changes exactly when a new layout is needed: a tensor came, went, moved, or changed its shape or dtype.
     `order` names each parameter's state in the optimizer's order, `scalars` (fqn, name, the state's dict) what of it is
-    no tensor. The lists run over all pieces of all layers: computed once, used at every checkpoint.
+    no tensor. `extra_states` are the modules with `get_extra_state()`. The lists run over all pieces of all layers:
+    computed once, used at every checkpoint.
     """
 
     layers: tuple[Layer, ...]
     copied: tuple[Piece, ...]
     order: dict[str, list[str]]
     scalars: tuple[tuple[str, str, Mapping[str, Any]], ...]
+    extra_states: list[tuple[str, torch.nn.Module]]
     key: tuple[Any, ...]
 
     @cached_property
@@ -100,22 +103,6 @@ class Survey:
         return found
 
 
-def check_optimizer(framework: Framework, optimizer: object) -> None:
-    """Raises UnsupportedError unless `optimizer` is a torch optimizer of this model's own parameters."""
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise UnsupportedError(f"attach() needs a torch.optim.Optimizer, not {type(optimizer).__name__}")
-    known = {id(view.param) for view in framework.params}
-    for number, group in enumerate(optimizer.param_groups):
-        for position, param in enumerate(group["params"]):
-            if id(param) not in known:
-                raise UnsupportedError(
-                    f"{type(optimizer).__name__}: parameter {position} of group {number} (shape {list(param.shape)}) is not one "
-                    "of the model's. Build the optimizer after the model was wrapped, moved and materialised"
-                )
-    if not any(group["params"] for group in optimizer.param_groups):
-        raise UnsupportedError(f"{type(optimizer).__name__} has no parameters")
-
-
 @dataclass(frozen=True, slots=True)
 class _Glance:
     """The very objects that a survey was made of. `values` keeps them alive, so that no other takes their identity.
@@ -136,7 +123,7 @@ class _Glance:
 class Surveyor:
     """Looks at the live tensors of one rank at every checkpoint; makes a new `Survey` only when one of them moved."""
 
-    def __init__(self, framework: Framework, optimizer: torch.optim.Optimizer, capture: str = "auto") -> None:
+    def __init__(self, framework: Framework, optimizer: OptimizerAdapter, capture: str = "auto") -> None:
         """`capture` is the configuration's: "auto" (lease host memory, stage device memory), "lease" or "stage"."""
         self._framework, self._optimizer, self._capture = framework, optimizer, capture
         self._params = [view.param for view in framework.params]
@@ -146,12 +133,11 @@ class Surveyor:
         """`copying` holds names (`<kind>/<fqn>`) that the audit found unsafe to lease. Raises UnsupportedError."""
         glance = self._glance(copying)
         if self._last is None or not _same(self._last[0], glance):
-            self._last = glance, self._survey(copying)
+            self._last = glance, self._survey(copying, glance.states)
         return self._last[1]
 
     def _glance(self, copying: frozenset[str]) -> _Glance:
-        of = self._optimizer.state
-        states = [of.get(param, _NO_STATE) for param in self._params]
+        states = self._optimizer.states(self._framework.params)
         values = [value for state in states for value in state.values()]
         last = self._last[0] if self._last is not None else None
         dense = last.dense if last is not None and _identical(values, last.values) else [*filter(_is_dense, values)]
@@ -160,12 +146,12 @@ class Surveyor:
         addresses = self._framework.addresses([*self._params, *dense, *(buffer for _, buffer in buffers)])
         return _Glance(copying, states, names, [*map(len, states)], values, dense, buffers, addresses)
 
-    def _survey(self, copying: frozenset[str]) -> Survey:
+    def _survey(self, copying: frozenset[str], states: list[Mapping[str, Any]]) -> Survey:
         layers: dict[str, list[Piece]] = {}
         copied: list[Piece] = []
         order: dict[str, list[str]] = {}
         scalars: list[tuple[str, str, Mapping[str, Any]]] = []
-        updated = {id(param) for group in self._optimizer.param_groups for param in group["params"]}
+        updated = {id(view.param) for view in self._optimizer.views}
 
         def add(view: ParamView, kind: str, tensor: torch.Tensor, may_lease: bool) -> None:
             for piece in self._framework.pieces(view, kind, tensor, lease=may_lease):
@@ -174,12 +160,11 @@ class Surveyor:
                 else:
                     copied.append(piece)
 
-        for view in self._framework.params:
+        for view, state in zip(self._framework.params, states, strict=True):
             add(view, "param", view.param, id(view.param) in updated)
-            state = self._optimizer.state.get(view.param)
-            if state is not None:
+            if state:
                 order[view.fqn] = list(state)
-            for name, value in (state or {}).items():
+            for name, value in state.items():
                 if _is_dense(value):
                     self._check_name(name)
                     add(view, name, value, True)
@@ -196,7 +181,7 @@ class Surveyor:
             for layer in made
             for piece in layer.pieces
         ) + tuple(piece.slice for piece in copied)
-        return Survey(made, tuple(copied), order, tuple(scalars), key)
+        return Survey(made, tuple(copied), order, tuple(scalars), self._framework.extra_states(), key)
 
     def _in_layer(self, piece: Piece, copying: frozenset[str]) -> bool:
         if not piece.on_host and self._capture == "lease":
@@ -213,13 +198,10 @@ class Surveyor:
         return Layer(name, tuple(pieces), staged)
 
     def _check_name(self, name: object) -> None:
-        if not isinstance(name, str) or "/" in name or name in ("param", "buffer", "state"):
+        if not isinstance(name, str) or "/" in name or name in ("param", "master", "buffer", "state"):
             raise UnsupportedError(
-                f"{type(self._optimizer).__name__} keeps state under {name!r}, which cannot name a tensor in the file"
+                f"{self._optimizer.kind} keeps state under {name!r}, which cannot name a tensor in the file"
             )
-
-
-_NO_STATE: Mapping[str, Any] = {}
 
 
 def _same(one: _Glance, other: _Glance) -> bool:

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from layerwise_dist.frameworks.base import Framework, ParamView
 from layerwise_dist.frameworks.buckets import BucketOrder
+from layerwise_dist.frameworks.shares import shares
 from layerwise_dist.pieces import Piece
 from layerwise_dist.slices import Slice
 
@@ -27,17 +28,9 @@ class DDPFramework(Framework):
     def __init__(self, root: nn.Module, rank: int, world_size: int) -> None:
         super().__init__(root, rank, world_size)
         self.shared_buffers = isinstance(root, DistributedDataParallel) and root.broadcast_buffers
-        sizes = [view.param.numel() * view.param.element_size() for view in self.params]
-        total = max(1, sum(sizes))
-        self._mine: dict[str, tuple[int, int, bool]] = {}
-        begin = 0
-        for view, nbytes in zip(self.params, sizes, strict=True):
-            numel, item = view.param.numel(), view.param.element_size()
-            cuts = [min(numel, max(0, -(-(total * r // world_size - begin) // item))) for r in range(world_size + 1)]
-            cuts[-1] = numel
-            first = next((r for r in range(world_size) if cuts[r + 1] > 0), world_size - 1)
-            self._mine[view.fqn] = (cuts[rank], cuts[rank + 1], rank == first)
-            begin += nbytes
+        sizes = [(view.param.numel(), view.param.element_size()) for view in self.params]
+        cut = shares(sizes, rank, world_size)
+        self._mine = {view.fqn: share for view, share in zip(self.params, cut, strict=True)}
         self._buckets = BucketOrder(root, self.params) if isinstance(root, DistributedDataParallel) else None
 
     def carry(self) -> Any:
@@ -54,7 +47,8 @@ class DDPFramework(Framework):
     def pieces(self, view: ParamView, kind: str, tensor: torch.Tensor, *, lease: bool) -> list[Piece]:
         whole = self.need(view, kind, tensor)
         local = tensor.detach()
-        start, end, first = self._mine[view.fqn]
+        mine = self._mine[view.fqn]
+        start, end, first = mine.start, mine.end, mine.first
         if tuple(tensor.shape) != tuple(view.param.shape):
             start, end = (0, tensor.numel()) if first else (0, 0)
         if (start, end) == (0, tensor.numel()) and (first or end):

@@ -1,4 +1,4 @@
-"""Which framework a model is wrapped in. Refuses, by name, what cannot be captured exactly."""
+"""Which framework a model is wrapped in, and which adapter its optimizer gets. Refuses the rest by name."""
 
 from __future__ import annotations
 
@@ -10,17 +10,31 @@ from torch.nn.parallel import DistributedDataParallel
 from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.ddp import DDPFramework
+from layerwise_dist.frameworks.deepspeed import DeepSpeedFramework, DeepSpeedOptimizer, is_engine
 from layerwise_dist.frameworks.fsdp import FSDP2Framework
+from layerwise_dist.frameworks.optimizers import OptimizerAdapter, TorchOptimizer
 
 _WORKS = (
-    "what works: a plain nn.Module, DistributedDataParallel around one, or FSDP2 (torch.distributed.fsdp.fully_shard)"
+    "what works: a plain nn.Module, DistributedDataParallel around one, FSDP2 (torch.distributed.fsdp.fully_shard), or "
+    "the engine that deepspeed.initialize() returns"
 )
 
 
+def adapt(framework: Framework, optimizer: object) -> OptimizerAdapter:
+    """The adapter of `optimizer`; of a DeepSpeed engine's own if None. Raises UnsupportedError."""
+    if not isinstance(framework, DeepSpeedFramework):
+        return TorchOptimizer(framework, optimizer)
+    if optimizer is not None and optimizer is not framework.engine.optimizer:
+        raise UnsupportedError("a DeepSpeed engine has its optimizer: call attach(engine) without one")
+    return DeepSpeedOptimizer(framework)
+
+
 def detect(model: object, rank: int, world_size: int) -> Framework:
-    """Raises UnsupportedError for anything else than a plain module, DDP or FSDP2."""
+    """Raises UnsupportedError for anything else than a plain module, DDP, FSDP2 or a DeepSpeed engine."""
     if not isinstance(model, nn.Module):
         raise UnsupportedError(f"attach() needs a torch.nn.Module, not {type(model).__name__}; {_WORKS}")
+    if is_engine(model):
+        return DeepSpeedFramework(model, rank, world_size)
     if type(model).__module__.split(".")[0] == "deepspeed":
         raise UnsupportedError(f"DeepSpeed's {type(model).__name__} is not supported by this version; {_WORKS}")
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):

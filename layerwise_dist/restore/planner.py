@@ -57,6 +57,8 @@ def plan(wanted: Slice, found: list[tuple[int, Entry]]) -> list[Span]:
                 f"{wanted.name}: the checkpoint has {entry.slice.dtype}{list(entry.slice.global_shape)}, "
                 f"the model {wanted.dtype}{list(wanted.global_shape)}"
             )
+    if not wanted.numel and wanted.is_flat:
+        return []
     for rank, entry in found:
         if entry.slice == wanted:
             return [Span(rank, entry.begin, entry.end, 0)]

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from layerwise_dist.commit.metadata import CheckpointMetadataManager, Manifest
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.errors import DamageError, MismatchError, NotFoundError
 from layerwise_dist.frameworks.base import Framework
+from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.restore import agreement, loader
 from layerwise_dist.restore.loader import LoadPlan
 from layerwise_dist.restore.planner import ShardSet
@@ -25,7 +24,7 @@ class Restorer:
     def __init__(
         self,
         framework: Framework,
-        optimizer: torch.optim.Optimizer,
+        optimizer: OptimizerAdapter,
         *,
         manager: CheckpointMetadataManager,
         adapter: PCCheckAdapter,

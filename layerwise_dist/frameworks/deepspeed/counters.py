@@ -1,0 +1,61 @@
+"""What a DeepSpeed engine counts and adapts beside the optimizer: steps, samples, loss scale, LR scheduler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from layerwise_dist.errors import MismatchError, UnsupportedError
+from layerwise_dist.frameworks.deepspeed.units import Units, missing
+
+_COUNTED = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
+# Of loss scalers of both kinds, what changes while training; a static scale has the first only.
+_SCALED = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+class Counters:
+    """Taken at the boundary: inside `engine.step()` micro_steps is one short, and a resume would shift the window."""
+
+    def __init__(self, engine: Any, units: Units) -> None:
+        self._engine, self._wrapper = engine, units.wrapper
+        for name in ("custom_loss_scaler", "external_loss_scale"):
+            if self._scaler is not None and not hasattr(self._wrapper, name):
+                raise UnsupportedError(missing(type(self._wrapper).__name__, name))
+
+    @property
+    def _scaler(self) -> Any:
+        return getattr(self._wrapper, "loss_scaler", None) or getattr(self._wrapper, "loss_scale_config", None)
+
+    def take(self) -> dict[str, Any]:
+        engine, scaler = self._engine, self._scaler
+        loss_scale = None
+        if scaler is not None:
+            loss_scale = {name: getattr(scaler, name) for name in _SCALED if hasattr(scaler, name)}
+            loss_scale["external"] = self._wrapper.external_loss_scale if self._wrapper.custom_loss_scaler else None
+        return {
+            "counters": {name: getattr(engine, name) for name in _COUNTED},
+            "window": engine.gradient_accumulation_steps(),
+            "loss_scale": loss_scale,
+            "lr_scheduler": None if engine.lr_scheduler is None else engine.lr_scheduler.state_dict(),
+        }
+
+    def put(self, taken: dict[str, Any]) -> None:
+        """Raises MismatchError where loss scaling or the LR scheduler is there in one of the two only."""
+        engine, scaler = self._engine, self._scaler
+        for what, live in (("loss_scale", scaler), ("lr_scheduler", engine.lr_scheduler)):
+            if (taken[what] is None) != (live is None):
+                here, there = ("has none", "has one") if live is None else ("has one", "has none")
+                raise MismatchError(f"{what.replace('_', ' ')}: this engine {here}, the checkpoint's {there}")
+        for name, value in taken["counters"].items():
+            setattr(engine, name, value)
+        if taken["window"] != engine.gradient_accumulation_steps():
+            # It is used modulo the window only, and a boundary is where a window ends.
+            engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
+        if scaler is not None:
+            external = taken["loss_scale"]["external"]
+            for name in _SCALED:
+                if name in taken["loss_scale"] and hasattr(scaler, name):
+                    setattr(scaler, name, taken["loss_scale"][name])
+            self._wrapper.custom_loss_scaler = external is not None
+            self._wrapper.external_loss_scale = external
+        if engine.lr_scheduler is not None:
+            engine.lr_scheduler.load_state_dict(taken["lr_scheduler"])

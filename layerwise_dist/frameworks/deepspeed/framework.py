@@ -1,0 +1,139 @@
+"""DeepSpeedFramework: an engine's module as layers, and its fp32 masters as slices of the user's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerwise_dist.errors import UnsupportedError
+from layerwise_dist.frameworks.base import Framework, ParamView
+from layerwise_dist.frameworks.deepspeed.counters import Counters
+from layerwise_dist.frameworks.deepspeed.support import find_units
+from layerwise_dist.frameworks.deepspeed.units import Fragment, global_shape, partition
+from layerwise_dist.frameworks.shares import Share, shares
+from layerwise_dist.pieces import Piece, dtype_code
+from layerwise_dist.slices import Slice
+
+
+class DeepSpeedFramework(Framework):
+    """What is trained is saved as its master (kind ``master``), from which the engine's low-precision copy is derived;
+    frozen parameters (kind ``param``) and buffers as they are.
+
+    What ZeRO cuts is saved as it is cut: flat ranges of the user's tensor. What all ranks hold alike (stage 0, and
+    frozen parameters below stage 3) is divided among them, as DDP's is. The names are those of the user's module.
+    """
+
+    name = "deepspeed"
+    # A rank needs what others wrote: its part of what is divided, and of a parameter of which it holds nothing.
+    shared_params = True
+
+    def __init__(self, engine: Any, rank: int, world_size: int) -> None:
+        """Raises UnsupportedError for a mode that cannot be captured exactly."""
+        self.engine = engine
+        self.units = find_units(engine, rank, world_size)
+        super().__init__(engine.module, rank, world_size)
+        trained = self.units.fragments()
+        self._by_param = {id(view.param): view for view in self.params}
+        unknown = len(trained.keys() - self._by_param.keys())
+        if unknown:
+            raise UnsupportedError(f"{unknown} parameters of DeepSpeed's optimizer are not the module's own")
+        self.fragments: dict[str, Fragment] = {
+            view.fqn: trained[id(view.param)] for view in self.params if id(view.param) in trained
+        }
+        self._numbers = sorted({fragment.unit for fragment in self.fragments.values()})
+        self._shares = self._divide()
+        self._counters = Counters(engine, self.units)
+        for view in self.params:
+            self.local(view.param)
+
+    def _divide(self) -> dict[str, Share]:
+        alike = [
+            view
+            for view in self.params
+            if (self.units.replicated if view.fqn in self.fragments else not hasattr(view.param, "ds_tensor"))
+        ]
+        cut = shares([(view.param.numel(), view.param.element_size()) for view in alike], self.rank, self.world_size)
+        return {view.fqn: share for view, share in zip(alike, cut, strict=True)}
+
+    # -- which tensors ------------------------------------------------------------------------------------------
+
+    def fragment_of(self, view: ParamView, flat: torch.Tensor) -> torch.Tensor:
+        """The part of a unit, or of state of its shape, that belongs to `view`: one dimension, sharing memory."""
+        fragment = self.fragments[view.fqn]
+        if not flat.is_contiguous():
+            raise UnsupportedError(f"parameter {view.fqn}: its master or optimizer state is not row-major in memory")
+        return flat.detach().view(-1)[fragment.offset : fragment.offset + fragment.length]
+
+    def local(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Of a parameter its master, or what this rank holds of a frozen one."""
+        view = self._by_param.get(id(tensor))
+        if view is None:
+            return tensor.detach()
+        if view.fqn in self.fragments:
+            return self.fragment_of(view, self.units.tensor(self.fragments[view.fqn].unit))
+        if hasattr(tensor, "ds_tensor"):
+            return tensor.ds_tensor.detach().view(-1)[: partition(tensor, self.rank)[1]]
+        return tensor.detach()
+
+    def addresses(self, tensors: Sequence[torch.Tensor]) -> list[int]:
+        masters = {number: self.units.tensor(number).data_ptr() for number in self._numbers}
+
+        def address(tensor: torch.Tensor) -> int:
+            view = self._by_param.get(id(tensor))
+            if view is None:
+                return tensor.data_ptr()
+            fragment = self.fragments.get(view.fqn)
+            # The offset within the unit never changes, so the unit's own address tells.
+            return masters[fragment.unit] if fragment is not None else getattr(tensor, "ds_tensor", tensor).data_ptr()
+
+        return [address(tensor) for tensor in tensors]
+
+    def gradient_ready_params(self) -> list[nn.Parameter]:
+        return []  # ZeRO's own hooks take gradients away as they come
+
+    # -- which slices -------------------------------------------------------------------------------------------
+
+    def need(self, view: ParamView, kind: str, tensor: torch.Tensor) -> Slice:
+        fragment = self.fragments.get(view.fqn)
+        shape = global_shape(view)
+        if tensor is view.param:
+            local = self.local(tensor)
+            kind = "param" if fragment is None else "master"
+            code = dtype_code(local.dtype, f"{kind}/{view.fqn}")
+            if view.fqn in self._shares:
+                return Slice.whole(kind, view.fqn, code, shape)
+            start, length = partition(tensor, self.rank) if fragment is None else (fragment.start, fragment.length)
+            return Slice(kind, view.fqn, code, shape, start=start, length=length)
+        code = dtype_code(tensor.dtype, f"{kind}/{view.fqn}")
+        if tensor.dim() == 0:
+            return Slice.whole(kind, view.fqn, code, ())
+        if view.fqn in self._shares:
+            return Slice.whole(kind, view.fqn, code, shape)
+        return Slice(kind, view.fqn, code, shape, start=fragment.start, length=fragment.length)
+
+    def pieces(self, view: ParamView, kind: str, tensor: torch.Tensor, *, lease: bool) -> list[Piece]:
+        wanted, local = self.need(view, kind, tensor), self.local(tensor)
+        share = self._shares.get(view.fqn)
+        if share is None:
+            return [Piece(wanted, local, lease)] if wanted.numel else []
+        if local.dim() == 0 and tensor is not view.param:
+            return [Piece(wanted, local, lease)] if share.first else []
+        if share.start >= share.end:
+            return []
+        part = Slice(
+            wanted.kind, view.fqn, wanted.dtype, wanted.global_shape, start=share.start, length=share.end - share.start
+        )
+        dense = local.is_contiguous()
+        return [Piece(part, local.reshape(-1)[share.start : share.end] if dense else local, lease and dense)]
+
+    # -- what the engine has learnt -----------------------------------------------------------------------------
+
+    def carry(self) -> Any:
+        return self._counters.take()
+
+    def take_up(self, carried: Any) -> None:
+        self._counters.put(carried)
+        self.units.before_load()

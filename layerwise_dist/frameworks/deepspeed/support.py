@@ -1,0 +1,130 @@
+"""What of DeepSpeed is served: which optimizer holds the masters, and a clear refusal of everything else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from layerwise_dist.errors import UnsupportedError
+from layerwise_dist.frameworks.deepspeed.units import (
+    Bf16,
+    FusedMasters,
+    UnfusedMasters,
+    Units,
+    Unwrapped,
+    Zero3,
+    Zero12,
+    missing,
+)
+
+WORKS = (
+    "what works: ZeRO stages 0 to 3 in fp32 and bf16, fp16 with loss scaling, CPU offload, with optimizers of "
+    "torch.optim or DeepSpeed's Adam, AdamW, Adagrad and Lion"
+)
+_ENGINE = (
+    "module", "optimizer", "_take_model_step", "was_step_applied", "global_steps", "global_samples", "skipped_steps",
+    "micro_steps", "gradient_accumulation_steps", "lr_scheduler", "_config",
+    "managed_gradient_accumulation", "_is_gradient_accumulation_boundary", "dp_world_size",
+)  # fmt: skip
+# Of DeepSpeed's own inner optimizers, those that keep all state in `state` and do nothing but update it in `step()`.
+_INNER = {"FusedAdam", "DeepSpeedCPUAdam", "DeepSpeedCPUAdagrad", "DeepSpeedCPULion", "FusedLion"}
+
+
+def is_engine(model: object) -> bool:
+    """Whether `model` is what `deepspeed.initialize()` returns first. DeepSpeed is not imported for the answer."""
+    return any(
+        base.__name__ == "DeepSpeedEngine" and base.__module__.startswith("deepspeed.") for base in type(model).__mro__
+    )
+
+
+def config_block(engine: Any) -> Any:
+    """The ``layerwise_checkpoint`` block of ds_config, None without one. Raises UnsupportedError."""
+    _check_attributes(engine)
+    return engine._config._param_dict.get("layerwise_checkpoint")
+
+
+def accumulating(engine: Any) -> bool:
+    """Whether a DeepSpeed engine is within an accumulation window: between two micro-batches of one update.
+
+    False where only the caller knows: unmanaged accumulation, and after `set_gradient_accumulation_boundary()`.
+    """
+    if not engine.managed_gradient_accumulation() or engine._is_gradient_accumulation_boundary is not None:
+        return False
+    return engine.micro_steps % engine.gradient_accumulation_steps() != 0
+
+
+def find_units(engine: Any, rank: int, world_size: int) -> Units:
+    """Raises UnsupportedError for a mode that cannot be captured exactly, naming it and what works."""
+    _check_attributes(engine)
+    for what, refused in _refusals(engine, world_size):
+        if refused:
+            raise UnsupportedError(f"DeepSpeed with {what} is not supported by this version; {WORKS}")
+    units = _units(engine.optimizer, rank)
+    _check_inner(units.base)
+    scheduler = engine.lr_scheduler
+    if scheduler is not None and not (hasattr(scheduler, "state_dict") and hasattr(scheduler, "load_state_dict")):
+        raise UnsupportedError(f"the LR scheduler {type(scheduler).__name__} has no state_dict() and load_state_dict()")
+    return units
+
+
+def _check_attributes(engine: Any) -> None:
+    for name in _ENGINE:
+        if not hasattr(engine, name):
+            raise UnsupportedError(missing("the engine", name))
+
+
+def _units(wrapper: Any, rank: int) -> Units:
+    name = type(wrapper).__name__
+    if not type(wrapper).__module__.startswith("deepspeed.runtime"):
+        if isinstance(wrapper, torch.optim.Optimizer):
+            return Unwrapped(wrapper)
+    elif name == "DeepSpeedZeroOptimizer":
+        return Zero12(wrapper)
+    elif name == "DeepSpeedZeroOptimizer_Stage3":
+        return Zero3(wrapper, rank)
+    elif name == "BF16_Optimizer":
+        return Bf16(wrapper)
+    elif name == "FP16_Optimizer":
+        return FusedMasters(wrapper)
+    elif name == "FP16_UnfusedOptimizer":
+        return UnfusedMasters(wrapper)
+    raise UnsupportedError(f"DeepSpeed's optimizer {name} is not supported by this version; {WORKS}")
+
+
+def _check_inner(base: object) -> None:
+    name = type(base).__name__
+    if not isinstance(base, torch.optim.Optimizer):
+        raise UnsupportedError(f"DeepSpeed around {name}, which is no torch.optim.Optimizer, is not supported; {WORKS}")
+    if isinstance(base, torch.optim.LBFGS) or (type(base).__module__.startswith("deepspeed.") and name not in _INNER):
+        raise UnsupportedError(f"DeepSpeed around the optimizer {name} is not supported by this version; {WORKS}")
+
+
+def _refusals(engine: Any, world_size: int) -> list[tuple[str, bool]]:
+    """Modes by name, and whether this engine is in one."""
+    wrapper, zero = engine.optimizer, engine._config.zero_config
+    offloads = [getattr(zero, f"offload_{what}", None) for what in ("optimizer", "param")]
+    devices = [str(getattr(offload.device, "value", offload.device)) for offload in offloads if offload is not None]
+    ratio = getattr(zero.offload_optimizer, "ratio", 1.0) if zero.offload_optimizer is not None else 1.0
+    compiled = getattr(getattr(engine._config, "compile_config", None), "deepcompile", False)
+    return [
+        ("pipeline parallelism", any(base.__name__ == "PipelineEngine" for base in type(engine).__mro__)),
+        ("mixture-of-experts layers", bool(getattr(engine, "has_moe_layers", False))),
+        (
+            "model, tensor or sequence parallelism (a data-parallel group that is not all ranks)",
+            engine.dp_world_size != world_size,
+        ),
+        ("ZenFlow", bool(getattr(engine, "zenflow", False))),
+        ("SuperOffload", type(wrapper).__name__ == "SuperOffloadOptimizer_Stage3"),
+        ("DeepCompile", bool(compiled)),
+        ("NVMe offload", "nvme" in devices),
+        ("partial (twin-flow) optimizer offload, a ratio below 1", ratio < 1.0),
+        ("zero_hpz_partition_size above 1", getattr(zero, "zero_hpz_partition_size", 1) > 1),
+        ("quantized weights (zero_quantized_weights)", bool(getattr(zero, "zero_quantized_weights", False))),
+        (
+            "torch_autocast in fp16 (its GradScaler)",
+            getattr(wrapper, "torch_autocast_gradscaler", None) is not None
+            or getattr(engine, "torch_autocast_z0_gradscaler", None) is not None,
+        ),
+        ("no optimizer", wrapper is None or type(wrapper).__name__ in ("DummyOptim", "DeepSpeedZeRoOffload")),
+    ]

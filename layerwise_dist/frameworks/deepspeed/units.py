@@ -1,0 +1,265 @@
+"""DeepSpeed's flat tensors by name: which elements of which parameter lie where in what the inner optimizer updates.
+
+A *unit* is one tensor in the inner optimizer's groups: a rank's flat part of a param group (ZeRO-1, 2), of a sub-group
+(ZeRO-3), a whole flat group, or one parameter (stage 0). Its optimizer state has its shape, or is a scalar.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from layerwise_dist.errors import UnsupportedError
+from layerwise_dist.frameworks.base import ParamView
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """Elements `start` to `start + length` of a parameter (row-major), from element `offset` of unit `unit` on.
+
+    `length` is 0 for a parameter of the unit's group of which this rank holds nothing.
+    """
+
+    unit: int
+    start: int
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Grouping:
+    """Which unit belongs to which of the inner optimizer's param groups, and which parameters are in it."""
+
+    group: int
+    params: Sequence[torch.nn.Parameter]
+
+
+class Units:
+    """How one of DeepSpeed's optimizers lays its masters out. `attributes` are those it is asked for, by name.
+
+    `replicated` says that all ranks hold all masters alike.
+    """
+
+    attributes: tuple[str, ...] = ()
+    replicated = False
+
+    def __init__(self, wrapper: Any) -> None:
+        """Raises UnsupportedError naming an attribute that this version of DeepSpeed does not have."""
+        self.wrapper = wrapper
+        for name in self.attributes:
+            if not hasattr(wrapper, name):
+                raise UnsupportedError(missing(type(wrapper).__name__, name))
+
+    @property
+    def base(self) -> torch.optim.Optimizer:
+        """The optimizer whose `step()` updates the units. ZeRO may put another one there, so it is asked each time."""
+        return self.wrapper.optimizer
+
+    def tensor(self, number: int) -> torch.Tensor:
+        """The unit of that number, as it is now."""
+        raise NotImplementedError
+
+    def groupings(self) -> list[Grouping]:
+        """Of each unit, where it belongs."""
+        raise NotImplementedError
+
+    def fragments(self) -> dict[int, Fragment]:
+        """By the parameter's `id`."""
+        found: dict[int, Fragment] = {}
+        for number, grouping in enumerate(self.groupings()):
+            offset = 0
+            for param in grouping.params:
+                found[id(param)] = Fragment(number, 0, offset, param.numel())
+                offset += param.numel()
+        return found
+
+    def before_load(self) -> None:
+        """Before masters and frozen parameters are overwritten by a restore. All ranks together."""
+
+    def after_load(self) -> None:
+        """Derives what the model computes with from the masters. All ranks together."""
+
+
+class Unwrapped(Units):
+    """Stage 0 in fp32: the inner optimizer updates the model's own parameters."""
+
+    replicated = True
+
+    def __init__(self, wrapper: Any) -> None:
+        super().__init__(wrapper)
+        self._params = [param for group in wrapper.param_groups for param in group["params"]]
+
+    @property
+    def base(self) -> torch.optim.Optimizer:
+        return self.wrapper
+
+    def tensor(self, number: int) -> torch.Tensor:
+        return self._params[number]
+
+    def groupings(self) -> list[Grouping]:
+        groups = self.wrapper.param_groups
+        return [Grouping(number, [param]) for number, group in enumerate(groups) for param in group["params"]]
+
+
+class UnfusedMasters(Units):
+    """FP16_UnfusedOptimizer, stage 0 in fp16 or bf16: one fp32 master a parameter."""
+
+    attributes = ("optimizer", "fp16_groups", "fp32_groups", "loss_scale_config")
+    replicated = True
+
+    def __init__(self, wrapper: Any) -> None:
+        super().__init__(wrapper)
+        self._masters = [master for group in wrapper.fp32_groups for master in group]
+
+    def tensor(self, number: int) -> torch.Tensor:
+        return self._masters[number]
+
+    def groupings(self) -> list[Grouping]:
+        groups = self.wrapper.fp16_groups
+        return [Grouping(number, [param]) for number, group in enumerate(groups) for param in group]
+
+    def after_load(self) -> None:
+        for params, masters in zip(self.wrapper.fp16_groups, self.wrapper.fp32_groups, strict=True):
+            for param, master in zip(params, masters, strict=True):
+                param.data.copy_(master.data)
+
+
+class FusedMasters(Units):
+    """FP16_Optimizer, stage 0 with a fused Adam: one flat fp32 tensor a param group."""
+
+    attributes = ("optimizer", "fp16_groups", "fp32_groups_flat", "loss_scale_config")
+    replicated = True
+
+    def tensor(self, number: int) -> torch.Tensor:
+        return self.wrapper.fp32_groups_flat[number]
+
+    def groupings(self) -> list[Grouping]:
+        return [Grouping(number, group) for number, group in enumerate(self.wrapper.fp16_groups)]
+
+    def after_load(self) -> None:
+        for params, master in zip(self.wrapper.fp16_groups, self.wrapper.fp32_groups_flat, strict=True):
+            offset = 0
+            for param in params:
+                param.data.copy_(master.data[offset : offset + param.numel()].view_as(param))
+                offset += param.numel()
+
+
+class _Partitions(Units):
+    """One flat fp32 partition a rank and param group; DeepSpeed maps each parameter to its part (`_hp_mapping`)."""
+
+    _groups = _units = ""
+
+    def tensor(self, number: int) -> torch.Tensor:
+        return getattr(self.wrapper, self._units)[number]
+
+    def groupings(self) -> list[Grouping]:
+        return [Grouping(number, group) for number, group in enumerate(getattr(self.wrapper, self._groups))]
+
+    def fragments(self) -> dict[int, Fragment]:
+        found: dict[int, Fragment] = {}
+        for number, grouping in enumerate(self.groupings()):
+            for param in grouping.params:
+                if not hasattr(param, "_hp_mapping"):
+                    raise UnsupportedError(missing("a parameter", "_hp_mapping"))
+                held = param._hp_mapping
+                if held is None:
+                    found[id(param)] = Fragment(number, 0, 0, 0)
+                else:
+                    master, part = held.hp_fragment_address, held.lp_fragment_address
+                    found[id(param)] = Fragment(number, part.start, master.start, master.numel)
+        return found
+
+    def after_load(self) -> None:
+        wrapper = self.wrapper
+        wrapper.update_lp_params()
+        # DeepSpeed's own views of the state, which its safe_get_* functions read, point at what was replaced.
+        wrapper._link_all_hp_params()
+        wrapper._hp_optimizer_states_linked = False
+        wrapper._lazy_init_hp_params_optimizer_state()
+
+
+_LINKS = (
+    "update_lp_params",
+    "_link_all_hp_params",
+    "_hp_optimizer_states_linked",
+    "_lazy_init_hp_params_optimizer_state",
+)
+
+
+class Zero12(_Partitions):
+    """DeepSpeedZeroOptimizer, stages 1 and 2."""
+
+    attributes = ("optimizer", "bit16_groups", "single_partition_of_fp32_groups", "loss_scaler", *_LINKS)
+    _groups, _units = "bit16_groups", "single_partition_of_fp32_groups"
+
+
+class Bf16(_Partitions):
+    """BF16_Optimizer: stage 1 in bf16 with gradients accumulated in fp32."""
+
+    attributes = ("optimizer", "bf16_groups", "fp32_groups_flat_partition", *_LINKS)
+    _groups, _units = "bf16_groups", "fp32_groups_flat_partition"
+
+
+class Zero3(Units):
+    """DeepSpeedZeroOptimizer_Stage3: a flat tensor a sub-group, in which each parameter has ceil(numel / ranks)."""
+
+    attributes = (
+        "optimizer", "fp16_groups", "fp16_partitioned_groups_flat", "fp32_partitioned_groups_flat",
+        "sub_group_to_group_id", "loss_scaler", "checkpoint_event_prologue", "checkpoint_event_epilogue",
+        "_reassign_or_swap_out_partitioned_parameters",
+    )  # fmt: skip
+
+    def __init__(self, wrapper: Any, rank: int) -> None:
+        super().__init__(wrapper)
+        self._rank = rank
+
+    def tensor(self, number: int) -> torch.Tensor:
+        return self.wrapper.fp32_partitioned_groups_flat[number]
+
+    def groupings(self) -> list[Grouping]:
+        groups = self.wrapper.sub_group_to_group_id
+        return [Grouping(groups[number], params) for number, params in enumerate(self.wrapper.fp16_groups)]
+
+    def fragments(self) -> dict[int, Fragment]:
+        found: dict[int, Fragment] = {}
+        for number, grouping in enumerate(self.groupings()):
+            offset = 0
+            for param in grouping.params:
+                start, length = partition(param, self._rank)
+                found[id(param)] = Fragment(number, start, offset, length)
+                offset += param.partition_numel()
+        return found
+
+    def before_load(self) -> None:
+        self.wrapper.checkpoint_event_prologue()
+
+    def after_load(self) -> None:
+        for number in range(len(self.wrapper.fp16_groups)):
+            self.wrapper._reassign_or_swap_out_partitioned_parameters(number)
+        self.wrapper.checkpoint_event_epilogue()
+
+
+def partition(param: Any, rank: int) -> tuple[int, int]:
+    """Which elements of a ZeRO-3 parameter `rank` holds: (first, count)."""
+    for name in ("ds_numel", "ds_shape", "ds_tensor", "partition_numel"):
+        if not hasattr(param, name):
+            raise UnsupportedError(missing("a ZeRO-3 parameter", name))
+    each = param.partition_numel()
+    return each * rank, max(0, min(each, param.ds_numel - each * rank))
+
+
+def missing(what: str, name: str) -> str:
+    from deepspeed import __version__
+
+    return (
+        f"DeepSpeed {__version__}: {what} has no attribute {name!r}, which this version of layerwise_dist needs; "
+        "it was tested with DeepSpeed 0.19"
+    )
+
+
+def global_shape(view: ParamView) -> tuple[int, ...]:
+    """The parameter's shape as the user made it; ZeRO-3 leaves an empty tensor in its place."""
+    return tuple(getattr(view.param, "ds_shape", view.param.shape))

@@ -1,0 +1,242 @@
+"""What the engine asks of an optimizer, and how a `torch.optim.Optimizer` answers.
+
+The engine hears of updates through `UpdateEvents`; everything else that capture and restore need of an optimizer they
+ask of its `OptimizerAdapter`, so that one whose state lies in flat, sharded units (DeepSpeed's) looks like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from layerwise_dist.errors import UnsupportedError
+from layerwise_dist.frameworks.base import Framework, ParamView
+from layerwise_dist.pieces import DTYPES
+from layerwise_dist.slices import Slice
+
+# Which kernel a group uses is this run's choice, not the checkpoint's: kernels are never switched by a restore.
+KERNEL_KEYS = frozenset({"foreach", "fused", "capturable", "differentiable"})
+_NO_STATE: Mapping[str, Any] = {}
+
+
+class UpdateEvents(Protocol):
+    """What an adapter tells of its optimizer's updates, on the training thread. The engine implements it."""
+
+    def update_starting(self, *, in_closure: bool = False) -> None:
+        """An iteration's update begins. With `in_closure` its closure runs first, then this is called again."""
+
+    def overwriting(self) -> None:
+        """Parameters and state are about to be overwritten; more than once in an update that goes part by part."""
+
+    def update_done(self, *, applied: bool) -> None:
+        """All of the update is over; `applied` is False when it was skipped (an overflow)."""
+
+
+class OptimizerAdapter:
+    """One optimizer as capture and restore see it.
+
+    Attributes:
+        kind: its class's name, as it is saved.
+    """
+
+    kind: str
+
+    @property
+    def views(self) -> list[ParamView]:
+        """The parameters that it updates now, in the model's order."""
+        raise NotImplementedError
+
+    @property
+    def mid_window(self) -> bool:
+        """Whether gradients are being accumulated that no update has used yet, as far as the optimizer knows."""
+        return False
+
+    def states(self, views: Sequence[ParamView]) -> list[Mapping[str, Any]]:
+        """The state of each parameter by name, empty where there is none. Tensors are what `Framework.need` and
+        `Framework.pieces` take.
+
+        The very same objects while nothing came, went or moved: the survey compares identities.
+        """
+        raise NotImplementedError
+
+    def hyper_parameters(self) -> list[dict[str, Any]]:
+        """The param groups, with names in place of parameters. Shares the values with the live groups."""
+        raise NotImplementedError
+
+    def check(self, saved: Mapping[str, Any]) -> list[str]:
+        """What of a checkpoint's ``optimizer`` state does not fit this one, for a MismatchError; empty if it fits."""
+        raise NotImplementedError
+
+    def place(self, view: ParamView, entry: Slice, wrapped: bool) -> torch.Tensor:
+        """The tensor to load the saved state `entry` into: the live one if it is alike, else a new one."""
+        raise NotImplementedError
+
+    def adopt(self, states: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any]) -> None:
+        """Takes the loaded state: tensors from `place`, by parameter and name, and the saved ``optimizer`` state."""
+        raise NotImplementedError
+
+    def watch(self, events: UpdateEvents) -> None:
+        """From now on, tell `events` of every update."""
+        raise NotImplementedError
+
+    def detach(self) -> None:
+        """Removes the hooks of `watch`."""
+        raise NotImplementedError
+
+
+class TorchOptimizer(OptimizerAdapter):
+    """A `torch.optim.Optimizer` of the model's own parameters, whose updates are whole calls of `step()`."""
+
+    def __init__(self, framework: Framework, optimizer: object) -> None:
+        """Raises UnsupportedError unless `optimizer` is a torch optimizer of this model's own parameters."""
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise UnsupportedError(f"attach() needs a torch.optim.Optimizer, not {type(optimizer).__name__}")
+        self.kind = type(optimizer).__qualname__
+        self._framework, self._optimizer = framework, optimizer
+        self._names = {id(view.param): view.fqn for view in framework.params}
+        self._check_parameters()
+        self._hooks: list[Any] = []
+
+    def _check_parameters(self) -> None:
+        for number, group in enumerate(self._optimizer.param_groups):
+            for position, param in enumerate(group["params"]):
+                if id(param) not in self._names:
+                    raise UnsupportedError(
+                        f"{type(self._optimizer).__name__}: parameter {position} of group {number} (shape "
+                        f"{list(param.shape)}) is not one of the model's. Build the optimizer after the model was "
+                        "wrapped, moved and materialised"
+                    )
+        if not any(group["params"] for group in self._optimizer.param_groups):
+            raise UnsupportedError(f"{type(self._optimizer).__name__} has no parameters")
+
+    # -- what there is ------------------------------------------------------------------------------------------
+
+    @property
+    def views(self) -> list[ParamView]:
+        """Of the groups as they are now: one may have been added since."""
+        updated = {id(param) for group in self._optimizer.param_groups for param in group["params"]}
+        return [view for view in self._framework.params if id(view.param) in updated]
+
+    def states(self, views: Sequence[ParamView]) -> list[Mapping[str, Any]]:
+        of = self._optimizer.state
+        return [of.get(view.param, _NO_STATE) for view in views]
+
+    def hyper_parameters(self) -> list[dict[str, Any]]:
+        names = self._names
+        return [
+            {key: [names[id(p)] for p in value] if key == "params" else value for key, value in group.items()}
+            for group in self._optimizer.param_groups
+        ]
+
+    # -- restore ------------------------------------------------------------------------------------------------
+
+    def check(self, saved: Mapping[str, Any]) -> list[str]:
+        return check_groups(self.kind, [group["params"] for group in self.hyper_parameters()], saved)
+
+    def place(self, view: ParamView, entry: Slice, wrapped: bool) -> torch.Tensor:
+        dtype, framework = DTYPES[entry.dtype], self._framework
+        live = self._optimizer.state.get(view.param, {}).get(entry.kind)
+        if (
+            isinstance(live, torch.Tensor)
+            and live.dtype == dtype
+            and tuple(live.shape) == entry.global_shape
+            and framework.is_wrapped(live) == wrapped
+        ):
+            return live
+        return framework.new_state(view, entry, dtype, wrapped)
+
+    def adopt(self, states: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any]) -> None:
+        for group in self._optimizer.param_groups:
+            on_device = group.get("capturable") or group.get("fused")
+            for param in group["params"]:
+                fqn = self._names[id(param)]
+                loaded = states.get(fqn, {})
+                if on_device:  # where such kernels want their scalars
+                    device = self._framework.local(param).device
+                    loaded = {name: tensor if tensor.dim() else tensor.to(device) for name, tensor in loaded.items()}
+                state = in_order({**loaded, **saved["scalars"].get(fqn, {})}, saved["order"].get(fqn, []))
+                if state:
+                    self._optimizer.state[param] = state
+                else:
+                    self._optimizer.state.pop(param, None)
+        adopt_groups(self._optimizer.param_groups, saved)
+
+    # -- updates ------------------------------------------------------------------------------------------------
+
+    def watch(self, events: UpdateEvents) -> None:
+        self._events = events
+        self._hooks = [
+            self._optimizer.register_step_pre_hook(self._before),
+            self._optimizer.register_step_post_hook(self._after),
+        ]
+
+    def detach(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._events.update_starting()
+            self._events.overwriting()
+            return None
+        self._events.update_starting(in_closure=True)
+        wrapped = self._fenced(closure)
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": wrapped}
+        return (args[0], wrapped, *args[2:]), kwargs
+
+    def _fenced(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure, fenced behind its first return: its forward may be the boundary of the last iteration."""
+        first = True
+
+        def call() -> Any:
+            nonlocal first
+            result = closure()
+            if first:
+                first = False
+                self._events.update_starting()
+                self._events.overwriting()
+            return result
+
+        return call
+
+    def _after(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # A fused optimizer under GradScaler is stepped on overflow too, and skips inside its kernel.
+        found = getattr(optimizer, "found_inf", None)
+        self._events.update_done(applied=not (isinstance(found, torch.Tensor) and bool(found.item())))
+
+
+def check_groups(kind: str, live: Sequence[Sequence[str]], saved: Mapping[str, Any]) -> list[str]:
+    """Whether class and groups (the names of their parameters) are those of the checkpoint; what is not, in words."""
+    problems = []
+    if saved["class"] != kind:
+        problems.append(f"the checkpoint's optimizer is {saved['class']}, this one is {kind}")
+    kept = [list(group["params"]) for group in saved["groups"]]
+    if [list(group) for group in live] != kept:
+        lengths = [len(group) for group in live], [len(group) for group in kept]
+        problems.append(
+            f"the optimizer's groups hold other parameters: {lengths[0]} here, {lengths[1]} in the checkpoint"
+        )
+    return problems
+
+
+def in_order(state: Mapping[str, Any], order: Iterable[str]) -> dict[str, Any]:
+    """The state in the order in which the optimizer had made it; names that are not in `order` come last."""
+    return {name: state[name] for name in dict.fromkeys([*order, *state])}
+
+
+def adopt_groups(groups: Sequence[dict[str, Any]], saved: Mapping[str, Any]) -> None:
+    """Puts the saved hyper-parameters into the live groups."""
+    for group, values in zip(groups, saved["groups"], strict=True):
+        for key, value in values.items():
+            if key == "params" or key in KERNEL_KEYS:
+                continue
+            if isinstance(group.get(key), torch.Tensor) and isinstance(value, torch.Tensor):
+                with torch.no_grad():
+                    group[key].copy_(value)
+            else:
+                group[key] = value

@@ -1,0 +1,30 @@
+"""Who writes what of tensors that all ranks hold alike: one long row of bytes, cut into equal parts, one a rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A rank's part of one tensor: elements `start` to `end`; `first` says that it has the tensor's first element,
+    and with it whatever of the tensor is not cut.
+    """
+
+    start: int
+    end: int
+    first: bool
+
+
+def shares(sizes: Sequence[tuple[int, int]], rank: int, world_size: int) -> list[Share]:
+    """`sizes` are (elements, bytes of one) of the tensors, in order. Cut at whole elements; the same for every step."""
+    total = max(1, sum(numel * item for numel, item in sizes))
+    found, begin = [], 0
+    for numel, item in sizes:
+        cuts = [min(numel, max(0, -(-(total * r // world_size - begin) // item))) for r in range(world_size + 1)]
+        cuts[-1] = numel
+        first = next((r for r in range(world_size) if cuts[r + 1] > 0), world_size - 1)
+        found.append(Share(cuts[rank], cuts[rank + 1], rank == first))
+        begin += numel * item
+    return found
