@@ -34,10 +34,7 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--steps", type=positive, default=100, help="optimizer steps in all, earlier runs included")
-    parser.add_argument("--dim", type=positive, default=320, help="width of the model")
-    parser.add_argument("--layers", type=positive, default=8, help="transformer blocks")
-    parser.add_argument("--heads", type=positive, default=5, help="attention heads; must divide the width")
-    parser.add_argument("--context", type=positive, default=128, help="bytes of text that the model sees at once")
+    add_shape_arguments(parser, dim=320, layers=8, heads=5, context=128)
     parser.add_argument("--batch", type=positive, default=4, help="windows of text a step and rank")
     parser.add_argument("--optimizer", choices=["foreach", "fused"], default="foreach", help="AdamW's implementation")
     parser.add_argument(
@@ -60,6 +57,14 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+def add_shape_arguments(parser: argparse.ArgumentParser, *, dim: int, layers: int, heads: int, context: int) -> None:
+    """The model's size, with these defaults; `examples/deepspeed/train.py` has it too."""
+    parser.add_argument("--dim", type=positive, default=dim, help="width of the model")
+    parser.add_argument("--layers", type=positive, default=layers, help="transformer blocks")
+    parser.add_argument("--heads", type=positive, default=heads, help="attention heads; must divide the width")
+    parser.add_argument("--context", type=positive, default=context, help="bytes of text that the model sees at once")
+
+
 def positive(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -67,7 +72,7 @@ def positive(text: str) -> int:
     return number
 
 
-def join_process_group() -> tuple[int, int]:
+def join_process_group(backend: str = "gloo") -> tuple[int, int]:
     """(rank, world size). Without torchrun: (0, 1) and no group.
 
     torchrun's store outlives a restart of the workers, with the keys of the dead ones in it, which now and then keeps
@@ -77,7 +82,7 @@ def join_process_group() -> tuple[int, int]:
         return 0, 1
     store, rank, world_size = next(rendezvous("env://"))
     store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return rank, world_size
 
 

@@ -106,7 +106,7 @@ python_module() { "$venv/bin/python" -c "import importlib.util as u, sys; sys.ex
 
 # Whether the package that is installed is this one: another checkout may share the virtual environment.
 installed() {
-  [ "$(cat "$venv/.layerwise_dist" 2>/dev/null)" = "$1" ] && [ -x "$venv/bin/layerwise" ] && python_module torch
+  [ "$(cat "$venv/.layerwise_dist" 2>/dev/null)" = "$1" ] && [ -x "$venv/bin/layerwise" ] && python_module torch deepspeed
 }
 
 make_venv() {
@@ -137,6 +137,13 @@ if ! python_module torch; then
   # First and by its exact version: a range would let pip take the newest build with all of CUDA.
   quietly "${pip[@]}" torch==2.13.0 ||
     fail "torch 2.13.0 could not be installed; install any torch >= 2.13 into $venv yourself and run this again"
+fi
+if ! python_module deepspeed; then
+  say "installing DeepSpeed"
+  # Behind torch, which its set-up imports; without its operators, of which the tests and examples need none.
+  quietly "${pip[@]}" wheel setuptools ninja packaging &&
+    DS_BUILD_OPS=0 quietly "${pip[@]}" deepspeed --no-build-isolation ||
+    fail "DeepSpeed could not be installed; the whole output is in $log"
 fi
 python_module scikit_build_core nanobind || quietly "${pip[@]}" "scikit-build-core>=0.10" "nanobind>=2.2"
 mark=$(fingerprint)

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# bash launch/deepspeed.sh RANKS [arguments of the script]: trains under the deepspeed launcher on this machine.
+# The launcher ends when a rank dies; this script starts it again, and the job resumes.
+#
+#   LAYERWISE_HOSTFILE     train on its machines instead, RANKS on each (see launch/hostfile.example)
+#   LAYERWISE_SCRIPT       the training script (default: examples/deepspeed/train.py)
+#   LAYERWISE_RESTARTS     how often the job is started again (default: 3)
+#   LAYERWISE_VENV         the virtual environment (default: .venv in the root of the repository)
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+[[ ${1:-} =~ ^[1-9][0-9]*$ ]] || { sed -n 's/^# //p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+ranks=$1
+shift
+python=${LAYERWISE_VENV:-$root/.venv}/bin/python
+where=()
+[ -z "${LAYERWISE_HOSTFILE:-}" ] || where=(--hostfile "$LAYERWISE_HOSTFILE")
+for ((attempt = 0; attempt <= ${LAYERWISE_RESTARTS:-3}; attempt++)); do
+  # A port of its own for each start: the last one's may still be taken.
+  port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+  code=0
+  "$python" "$(dirname "$python")/deepspeed" ${where[@]+"${where[@]}"} --num_accelerators "$ranks" --master_port "$port" \
+    "${LAYERWISE_SCRIPT:-$root/examples/deepspeed/train.py}" "$@" || code=$?
+  [ "$code" != 0 ] || exit 0
+  [ "$code" != 130 ] && [ "$code" != 143 ] || exit "$code" # it was interrupted or terminated, and no rank died
+  echo "deepspeed.sh: the job ended with $code (start $((attempt + 1)))" >&2
+done
+exit "$code"
