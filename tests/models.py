@@ -1,0 +1,63 @@
+"""Small models whose layers become ready in ways that are easy to get wrong."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions and a shortcut, which has a convolution of its own where the width changes."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.shortcut = nn.Conv2d(width, out, 1, bias=False) if width != out else nn.Identity()
+        self.conv1 = nn.Conv2d(width, out, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(out)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """(batch, 3, side, side) to (batch, 5)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.layer1 = ResidualBlock(4, 4)
+        self.layer2 = ResidualBlock(4, 8)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer2(self.layer1(self.stem(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+class Reused(nn.Module):
+    """A block used twice, embeddings tied to the output, a parameter of its own, one frozen layer and one not used.
+
+    (batch, length) int64 below 16 to (batch, length, 16).
+    """
+
+    def __init__(self, unused: bool = True) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 16, bias=False)  # registered first, used last
+        self.tokens = nn.Embedding(16, 8)
+        self.head.weight = self.tokens.weight
+        self.frozen = nn.Linear(8, 8).requires_grad_(False)
+        self.block = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.LayerNorm(8))
+        self.middle = nn.Linear(8, 8)
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 8))
+        if unused:
+            self.unused = nn.Linear(8, 8)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.frozen(self.tokens(tokens))
+        x = x + self.block(x)
+        x = x + self.middle(x) * self.scale
+        return self.head(x + self.block(x))
