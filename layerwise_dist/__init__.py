@@ -19,10 +19,30 @@ if TYPE_CHECKING:
     from layerwise_dist.assembly import attach
     from layerwise_dist.config import LayerwiseConfig
     from layerwise_dist.engine import LayerwiseEngine
+    from layerwise_dist.frameworks.deepspeed.groups import param_groups
+    from layerwise_dist.graph import DependencyGraphBuilder
+    from layerwise_dist.optimizer import LayerwiseOptimizer
 
-__all__ = ["LayerwiseConfig", "LayerwiseEngine", "LayerwiseError", "__version__", "attach", "errors"]
+__all__ = [
+    "DependencyGraphBuilder",
+    "LayerwiseConfig",
+    "LayerwiseEngine",
+    "LayerwiseError",
+    "LayerwiseOptimizer",
+    "__version__",
+    "attach",
+    "errors",
+    "param_groups",
+]
 
-_LAZY = {"attach": "assembly", "LayerwiseConfig": "config", "LayerwiseEngine": "engine"}
+_LAZY = {
+    "attach": "assembly",
+    "DependencyGraphBuilder": "graph",
+    "LayerwiseConfig": "config",
+    "LayerwiseEngine": "engine",
+    "param_groups": "frameworks.deepspeed.groups",
+    "LayerwiseOptimizer": "optimizer",
+}
 
 
 def __getattr__(name: str) -> Any:
