@@ -7,15 +7,33 @@ if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
   exit 0
 fi
 cd "$root"
-echo "running: set-up, native tests (tests/native.sh: as they are, with ASan and UBSan, with TSan; tests/vm/run.sh: in a virtual machine), Python tests (pytest -q $*)"
+# Workers wait for disks and for other processes more than they compute. More than four would take the time from each
+# other on which the deadlines of tests were measured.
+workers=$(nproc)
+workers=$((workers < 2 ? 2 : workers > 4 ? 4 : workers))
+echo "running: set-up, native tests (tests/native.sh: as they are, with ASan and UBSan, with TSan; tests/vm/run.sh: in a virtual machine), Python tests beside them (pytest -q -n $workers --dist worksteal $*)"
 SECONDS=0
 bash launch/setup.sh
 python=${LAYERWISE_VENV:-$root/.venv}/bin/python
 failed=()
 
-bash tests/native.sh || failed+=("native tests")
-bash tests/vm/run.sh || failed+=("native tests in a virtual machine")
-"$python" -m pytest -q "$@" || failed+=("Python tests (pytest exit code $?)")
+# Native tests take the processor time that the Python tests leave. Process groups of their own: Ctrl-C ends all of it.
+set -m
+nice -n 10 bash tests/native.sh >build/tests-native.log 2>&1 </dev/null &
+native=$!
+nice -n 10 bash tests/vm/run.sh >build/tests-vm.log 2>&1 </dev/null &
+machine=$!
+set +m
+trap 'kill -- -$native -$machine 2>/dev/null || true' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+"$python" -m pytest -q -n "$workers" --dist worksteal "$@" || failed+=("Python tests (pytest exit code $?)")
+echo "Python tests: $((SECONDS / 60)) min $((SECONDS % 60)) s after the start"
+wait "$native" || failed+=("native tests")
+cat build/tests-native.log
+wait "$machine" || failed+=("native tests in a virtual machine")
+cat build/tests-vm.log
 
 echo "total time: $((SECONDS / 60)) min $((SECONDS % 60)) s"
 if [ ${#failed[@]} -gt 0 ]; then
