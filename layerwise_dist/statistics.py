@@ -23,6 +23,7 @@ class Statistics:
         self._stalls: dict[str, float] = {}
         self._per_checkpoint: list[float] = []
         self._pending = 0.0
+        self._paid = 0  # captures whose cost is known
         self._since = time.monotonic()
 
     @contextmanager
@@ -34,11 +35,14 @@ class Statistics:
             took = time.perf_counter() - began
             self._stalls[where] = self._stalls.get(where, 0.0) + took
             self._pending += took
-            if where == "fence" and self._captures:
-                # The fence of the next update is the last that this checkpoint can cost.
-                self._per_checkpoint.append(self._pending)
-                self._pending = 0.0
-                del self._per_checkpoint[:-_KEPT]
+
+    def update_over(self) -> None:
+        """The fence of the next update is the last that a checkpoint can cost."""
+        if self._captures > self._paid:
+            self._paid = self._captures
+            self._per_checkpoint.append(self._pending)
+            del self._per_checkpoint[:-_KEPT]
+        self._pending = 0.0
 
     def captured(self, capture: Any, nbytes: int) -> None:
         """A `Capture` was sealed, of a state of `nbytes` bytes."""
