@@ -98,6 +98,7 @@ class LayerwiseEngine:
         self._boundary = Boundary(self._on_boundary, objects.taps, log=log, excuse=self._scale_fell)
         self._hooks = [
             framework.root.register_forward_pre_hook(self._before_forward),
+            *(module.register_forward_hook(self._behind_forward) for module in framework.forward_modules()),
             *(p.register_post_accumulate_grad_hook(self._during_backward) for p in framework.gradient_ready_params()),
         ]
         optimizer.watch(self)
@@ -294,6 +295,10 @@ class LayerwiseEngine:
         self._settle()
         if module.training and torch.is_grad_enabled() and threading.get_ident() == self._thread:
             self._boundary.training_forward()
+
+    def _behind_forward(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        if self._captures:
+            self._settle()
 
     def _during_backward(self, param: torch.Tensor) -> None:
         # Without it a checkpoint that is written during the forward would be committed no earlier than the next update.
