@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import socket
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -125,10 +126,12 @@ def assemble(
                     transport.post(peer, message)
 
             logic = Coordinator(
-                world_size, send=send, commit=committer.commit, timeout_s=config.commit.timeout_s,
-                on_failure=config.commit.on_failure, raise_after=config.commit.raise_after,
+                world_size, timeout_s=config.commit.timeout_s, on_failure=config.commit.on_failure,
+                raise_after=config.commit.raise_after, now=time.monotonic(),
             )  # fmt: skip
-            coordinator = CoordinatorThread(logic, lambda: committer.retire(send))
+            coordinator = CoordinatorThread(
+                logic, send=send, commit=committer.commit, retire=lambda: committer.retire(send)
+            )
             closers.append(lambda: coordinator.close(1.0))
             participant.serve(coordinator.post)
 
