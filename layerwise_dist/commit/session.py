@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import time
@@ -141,7 +142,7 @@ def open_session(
     held: list[Owner] = []
 
     def decide(_: list[Any]) -> dict[str, Any]:
-        info, owner = _claim(env, root, manager, file_mode=file_mode, dir_mode=dir_mode, who=who)
+        info, owner = claim(env, root, manager, file_mode=file_mode, dir_mode=dir_mode, who=who)
         held.append(owner)
         return {name: getattr(info, name) for name in SessionInfo.__slots__}
 
@@ -166,9 +167,10 @@ def open_session(
     return info, manager, held[0] if held else None
 
 
-def _claim(
+def claim(
     env: Any, root: str, manager: CheckpointMetadataManager, *, file_mode: int, dir_mode: int, who: str
 ) -> tuple[SessionInfo, Owner]:
+    """Rank 0's part of `open_session`: from here on the directory is this session's. Raises OwnerError or DirectoryError."""
     doing = f"write in {root}"
     try:
         _make_dirs(env, root, dir_mode)
@@ -197,7 +199,15 @@ def _claim(
         raise
 
 
+# Of a flush of a directory above ours: not readable by us (so nothing of ours is new in it), or of a kind that has none.
+_NOT_OURS = {errno.EACCES, errno.EPERM, errno.EINVAL, errno.EROFS, errno.EOPNOTSUPP}
+
+
 def _make_dirs(env: Any, root: str, mode: int) -> None:
+    """Makes `root` and what is missing above it, and flushes all names on the way there.
+
+    Those that are there already too: a start that made them may have died, or failed, before they were durable.
+    """
     missing = []
     path = root
     while True:
@@ -211,6 +221,13 @@ def _make_dirs(env: Any, root: str, mode: int) -> None:
         except FileNotFoundError:
             missing.append(path)
             path = os.path.dirname(path)
+    while path != (parent := os.path.dirname(path)):
+        try:
+            env.sync_dir(parent)
+        except OSError as error:
+            if error.errno not in _NOT_OURS:
+                raise
+        path = parent
     for path in reversed(missing):
         try:
             env.make_dir(path, mode)
