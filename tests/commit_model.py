@@ -89,6 +89,7 @@ class Disk:
         self.locks: dict[str, Lock] = {}
         self.fault: tuple[int, str, int] | None = None  # how many operations of this kind (or "") go well before, errno
         self.fuse: int | None = None
+        self.doubts = False  # the flush behind the next manifest's rename fails
 
     def step(self, kind: str, path: str) -> None:
         if self.fuse is not None:
@@ -130,6 +131,8 @@ class Disk:
         self.step("rename", target)
         if os.path.basename(target) == layout.MANIFEST:
             self._world.manifest_appears(decode(self.memory.read_file(source, 1 << 20), ManifestRecord, source))
+            if self.doubts:
+                self.doubts, self.fault = False, (0, "sync_dir", errno.EIO)
         elif (seq := layout.parse_branch(os.path.basename(target))) is not None:
             self._world.branch_appears(seq, decode(self.memory.read_file(source, 1 << 20), BranchRecord, source))
         self.memory.rename(source, target)
@@ -349,6 +352,7 @@ class Job:
         self.world_size = sim.world_size
         self.every, self.max_in_flight = dice.choice([1, 1, 2]), dice.choice([1, 2, 3])
         self.skips_when_full = dice.random() < 0.3
+        self.tells_gone = dice.random() < 0.7
         self.coordinator = rank0.Coordinator(
             self.world_size,
             timeout_s=TIMEOUT,
@@ -435,8 +439,16 @@ class Job:
             for _ in range(dice.randrange(len(channel) + 1)):
                 channel.pop()
         self.cut.setdefault(rank, self.sim.now + dice.uniform(0, DELAY))
+        self._say_gone(rank)
+
+    def _say_gone(self, rank: int) -> None:
+        """What a transport that knows tells the coordinator, behind all that came from that rank."""
+        if self.tells_gone and self.ranks[0].alive and rank and not self.ranks[rank].over:
+            self.up[rank].append((self.sim.now, {"t": "gone", "rank": rank, "why": "its connection is gone"}))
 
     def kill(self, rank: int) -> None:
+        if self.ranks[rank].alive:
+            self._say_gone(rank)
         self.ranks[rank].alive = False
         if rank == 0:
             self.outputs.clear()
@@ -584,6 +596,9 @@ class Simulation:
     # -- what breaks
 
     def _fault(self) -> None:
+        if self.dice.random() < 0.1:
+            self.disk.doubts = True
+            return
         kind = self.dice.choice(["sync_dir"] * 2 + ["write", "rename", "unlink", "make_dir", "read", "list_dir", ""])
         self.disk.fault = (self.dice.randrange(8), kind, self.dice.choice([errno.EIO, errno.ENOSPC]))
 
@@ -601,8 +616,9 @@ class Simulation:
     def _sever(self) -> None:
         if living := self._living():
             job, rank = self.dice.choice(living)
-            job.sever(rank)
-            self.count["sever"] += 1
+            if rank:  # rank 0 has its coordinator within
+                job.sever(rank)
+                self.count["sever"] += 1
 
     def _stop(self) -> None:
         """SIGSTOP to a whole job, whose lock is then lost: a new one may begin beside it."""
@@ -725,6 +741,8 @@ class Simulation:
                 self.count["superseded"] += 1
             elif "waited" in message["reason"]:
                 self.count["deadline"] += 1
+            elif "gone" in message["reason"]:
+                self.count["gone"] += 1
             attempt = AttemptId(job.info.epoch, message["seq"], message["step"])
             need(not has_manifest(self.disk.memory, attempt), f"{attempt} is aborted, and its manifest is there")
 

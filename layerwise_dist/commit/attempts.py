@@ -87,6 +87,7 @@ class Attempts:
         self._undecided: dict[int, Write] = {}
         self._busy: set[int] = set()
         self._granted = float(FIRST_GRANT) if world_size > 1 else math.inf
+        self._tell = self._granted / 2  # the boundary from which on the coordinator wants to hear
 
     # -- what the training thread does --------------------------------------------------------------------------
 
@@ -115,6 +116,10 @@ class Attempts:
         return [Post({**self._message("skipped", attempt), "reason": reason})]
 
     def boundary(self, count: int) -> list[Action]:
+        """The rank is at this boundary, counted from the session's start."""
+        if count < self._tell:
+            return []
+        self._tell = math.inf
         return [Post({"t": "at", "rank": self.rank, "b": count})]
 
     def restored(self, step: int | None) -> None:
@@ -155,6 +160,7 @@ class Attempts:
         actions: list[Action] = []
         if kind == "grant":
             self._granted = max(self._granted, message["b"])
+            self._tell = message["tell"]
         elif kind == "stop":
             self.stop = (message["at"], f"checkpointing has stopped on all ranks: {message['reason']}")
         elif kind in LEVELS:

@@ -76,7 +76,10 @@ class Coordinator:
         self._last_committed = 0
         self._failures = 0
         self._stopped = False
-        self._at = {rank: 0.0 for rank in range(world_size)}
+        self._finished: str | None = None  # why nothing is committed any more
+        self._gone: set[int] = set()
+        self._at = [0.0] * world_size
+        self._untold = set(range(world_size))  # whose next `at` is awaited
         self._granted = float(FIRST_GRANT) if world_size > 1 else math.inf
         self._pace: tuple[float, float] = (now, 0.0)
         self._out: list[Output] = []
@@ -88,6 +91,8 @@ class Coordinator:
             self._advance(message["rank"], float(message["b"]), now)
         elif kind == "closed":
             self._advance(message["rank"], math.inf, now)
+        elif kind == "gone":
+            self._lose(message["rank"], message["why"])
         elif kind in ("staged", "durable", "failed", "skipped"):
             self._report(kind, message, now)
         return self._taken()
@@ -111,10 +116,10 @@ class Coordinator:
         if isinstance(problem, InDoubt):
             # The manifest may survive or not: announcing either would be a guess, deleting anything a loss.
             self._close(attempt)
-            self._stop(f"step {attempt.step} is in doubt: {problem}")
+            self._finish(f"step {attempt.step} is in doubt: {problem}")
         elif isinstance(problem, OwnerError):
             self._abort(attempt, str(problem), failure=False)
-            self._stop(str(problem))
+            self._finish(str(problem))
         elif problem is not None:
             self._abort(attempt, f"the manifest could not be written: {problem}", failure=True)
         else:
@@ -131,7 +136,7 @@ class Coordinator:
     def _report(self, kind: str, message: Message, now: float) -> None:
         seq = message["seq"]
         if kind == "failed" and message["final"]:
-            self._stop(f"checkpoint of step {message['step']} failed: rank {message['rank']}: {message['error']}")
+            self._finish(f"checkpoint of step {message['step']} failed: rank {message['rank']}: {message['error']}")
         if seq in self._decided:
             return
         attempt = self._open.get(seq)
@@ -139,8 +144,8 @@ class Coordinator:
             attempt = self._open[seq] = _Attempt(seq, message["attempt"], message["step"], now)
         if seq < self._last_committed:
             self._abort(attempt, f"superseded by seq {self._last_committed}", failure=False)
-        elif self._stopped:
-            self._abort(attempt, "this session has stopped committing", failure=False)
+        elif self._finished is not None:
+            self._abort(attempt, f"this session has stopped committing: {self._finished}", failure=False)
         elif (message["attempt"], message["step"], message["world_size"]) != (
             attempt.attempt,
             attempt.step,
@@ -161,8 +166,10 @@ class Coordinator:
                 attempt.staged.add(message["rank"])
                 if len(attempt.staged) == self._world_size:
                     self._say({"t": "staged", "seq": seq, "step": attempt.step})
+            self._miss_gone(attempt)
         else:
             attempt.reports[message["rank"]] = message
+            self._miss_gone(attempt)
             if len(attempt.reports) == self._world_size:
                 self._say({"t": "durable", "seq": seq, "step": attempt.step})
                 self._writing = attempt
@@ -184,7 +191,7 @@ class Coordinator:
         if failure:
             self._failures += 1
             if self._failures >= self._patience:  # said first: a rank that closes once this is decided must know it
-                self._stop(f"checkpoint of step {attempt.step} failed: {reason}")
+                self._finish(f"checkpoint of step {attempt.step} failed: {reason}")
         self._say(
             {"t": "aborted", "seq": attempt.seq, "step": attempt.step, "reason": reason, "failure": failure,
              "skipped": skipped}
@@ -194,7 +201,23 @@ class Coordinator:
         del self._open[attempt.seq]
         self._decided.add(attempt.seq)
 
+    def _lose(self, rank: int, why: str) -> None:
+        """A rank will report nothing more. What it has reported already may still become a checkpoint."""
+        self._gone.add(rank)
+        self._stop(f"rank {rank} is gone: {why}")
+        for attempt in list(self._open.values()):
+            self._miss_gone(attempt)
+
+    def _miss_gone(self, attempt: _Attempt) -> None:
+        if missing := sorted(self._gone - attempt.reports.keys()):
+            self._abort(attempt, f"rank(s) {', '.join(map(str, missing))} are gone", failure=True)
+
     # -- stopping at one boundary -------------------------------------------------------------------------------
+
+    def _finish(self, reason: str) -> None:
+        """Nothing is committed any more."""
+        self._finished = self._finished or reason
+        self._stop(reason)
 
     def _stop(self, reason: str) -> None:
         """All ranks raise at one boundary: the last one granted, which none of them can have passed."""
@@ -204,18 +227,23 @@ class Coordinator:
             self._say({"t": "stop", "at": at, "reason": reason})
 
     def _advance(self, rank: int, boundary: float, now: float) -> None:
+        """Once every rank has said that it is past half of what is granted, more is."""
         self._at[rank] = max(self._at[rank], boundary)
-        slowest = min(self._at.values())
-        if self._stopped or math.isinf(slowest) or math.isinf(self._granted):
+        self._untold.discard(rank)
+        if self._untold or self._stopped or math.isinf(self._granted):
+            return
+        slowest = min(self._at)
+        if math.isinf(slowest):
             return
         began, first = self._pace
         rate = (slowest - first) / max(now - began, 1e-3)
         if now - began > 10:
             self._pace = (now, slowest)
         ahead = max(FIRST_GRANT, math.ceil(rate * _GRANT_SECONDS))
-        if self._granted - slowest <= ahead / 2:
-            self._granted = slowest + ahead
-            self._say({"t": "grant", "b": int(self._granted)})
+        self._granted = max(self._granted, slowest + ahead)
+        self._untold = {rank for rank, at in enumerate(self._at) if not math.isinf(at)}
+        tell = max(slowest + 1, self._granted - ahead // 2)
+        self._say({"t": "grant", "b": int(self._granted), "tell": int(tell)})
 
     def _say(self, message: Message) -> None:
         self._out.append(Announce(message))

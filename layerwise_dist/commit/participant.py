@@ -11,7 +11,7 @@ from typing import Any
 
 from layerwise_dist import errors
 from layerwise_dist.commit.attempts import Action, Attempts, Discard, GiveUp, Persist, Post, Retire, Write
-from layerwise_dist.commit.transports import COORDINATOR, Message, Transport
+from layerwise_dist.commit.transports import Message, Transport
 from layerwise_dist.errors import CommitError, DeadlineError, LayerwiseError
 from layerwise_dist.storage.layout import AttemptId
 
@@ -37,6 +37,7 @@ class Participant:
         self._decisions: dict[str, Any] = {}
         self._rounds = 0
         self._closed_ranks: set[int] = set()
+        self._gone: dict[int, str] = {}
         self._retire: Callable[[AttemptId], None] | None = None
         self._work: queue.SimpleQueue[Persist | GiveUp | Discard | None] = queue.SimpleQueue()
         self._worker = threading.Thread(target=self._run, name="layerwise-persist", daemon=True)
@@ -61,21 +62,23 @@ class Participant:
         deadline = time.monotonic() + timeout
         self._rounds += 1
         key = f"{self._rounds}:{what}"
-        self._transport.post(COORDINATOR, {"t": "agree", "key": key, "rank": self.rank, "payload": payload})
+        self._transport.post({"t": "agree", "key": key, "rank": self.rank, "payload": payload})
         if self.rank == 0:
             with self._changed:
                 votes = self._agreeing.setdefault(key, {})
                 self._wait_for(
-                    lambda: len(votes) == self.world_size, deadline,
+                    lambda: len(votes) == self.world_size or self._gone.keys() - votes, deadline,
                     lambda: f"{what}: waited {timeout:g} s for rank(s) {sorted(set(range(self.world_size)) - set(votes))}",
                 )  # fmt: skip
                 del self._agreeing[key]
+                gone = {rank: why for rank, why in self._gone.items() if rank not in votes}
             try:
+                if gone:
+                    raise CommitError(f"{what}: " + "; ".join(f"rank {rank}: {why}" for rank, why in gone.items()))
                 decision = {"value": decide([votes[rank] for rank in range(self.world_size)])}
             except (LayerwiseError, OSError) as error:
                 decision = {"error": describe_error(error)}
-            for rank in range(self.world_size):
-                self._transport.post(rank, {"t": "agreed", "key": key, "decision": decision})
+            self._transport.announce({"t": "agreed", "key": key, "decision": decision})
         with self._changed:
             self._wait_for(
                 lambda: key in self._decisions, deadline, lambda: f"{what}: waited {timeout:g} s for rank 0's decision"
@@ -174,7 +177,7 @@ class Participant:
     def close(self, timeout_s: float) -> None:
         """Leaves. Rank 0 stays until all others have left or the deadline passed: the store lives in it."""
         deadline = time.monotonic() + timeout_s
-        self._transport.post(COORDINATOR, {"t": "closed", "rank": self.rank})
+        self._transport.post({"t": "closed", "rank": self.rank})
         if self.rank == 0:
             with self._changed:
                 here = self._changed.wait_for(
@@ -193,7 +196,7 @@ class Participant:
         """REQUIRES: the lock is held, so that what is posted keeps the order of what happened."""
         for action in actions:
             if isinstance(action, Post):
-                self._transport.post(COORDINATOR, action.message)
+                self._transport.post(action.message)
             elif isinstance(action, Retire):
                 if self._retire is not None:
                     self._retire(action.attempt)
@@ -248,9 +251,11 @@ class Participant:
                 self._agreeing.setdefault(message["key"], {})[message["rank"]] = message["payload"]
                 self._changed.notify_all()
             return
-        if message["t"] == "closed":
+        if message["t"] in ("closed", "gone"):
             with self._changed:
                 self._closed_ranks.add(message["rank"])
+                if message["t"] == "gone":
+                    self._gone[message["rank"]] = message["why"]
                 self._changed.notify_all()
         if self._serve is not None:
             self._serve(message)
@@ -270,9 +275,9 @@ class Participant:
             self._attempts.lose(f"rank {self.rank}: {text}")
             self._changed.notify_all()
 
-    def _wait_for(self, predicate: Callable[[], bool], deadline: float, message: Callable[[], str]) -> None:
+    def _wait_for(self, predicate: Callable[[], Any], deadline: float, message: Callable[[], str]) -> None:
         state = self._attempts
-        if not self._changed.wait_for(lambda: predicate() or state.lost is not None, deadline - time.monotonic()):
+        if not self._changed.wait_for(lambda: bool(predicate()) or state.lost is not None, deadline - time.monotonic()):
             raise DeadlineError(message())
         if not predicate():
             raise CommitError(state.lost or "")
