@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import socket
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,9 +16,8 @@ from layerwise_dist._version import __version__
 from layerwise_dist.capture.objects import StateObjects
 from layerwise_dist.capture.room import check_pool
 from layerwise_dist.capture.survey import Surveyor
-from layerwise_dist.commit.coordinator import Coordinator, CoordinatorThread
 from layerwise_dist.commit.participant import Participant
-from layerwise_dist.commit.session import Committer, open_session
+from layerwise_dist.commit.session import open_session, start_coordinator
 from layerwise_dist.commit.transports import Transport
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
 from layerwise_dist.commit.transports.rendezvous import meet, over_default_group
@@ -118,18 +116,10 @@ def assemble(
         if owner is not None:
             closers.append(owner.release)
             software = {"layerwise_dist": __version__, "torch": torch.__version__, "python": platform.python_version()}
-            committer = Committer(
-                manager, owner, info, world_size=world_size, framework=found.name, software=software,
-                keep_last=config.keep_last, keep_every_n_steps=config.keep_every_n_steps,
-            )  # fmt: skip
-
-            logic = Coordinator(
-                world_size, timeout_s=config.commit.timeout_s, on_failure=config.commit.on_failure,
-                raise_after=config.commit.raise_after, now=time.monotonic(),
-            )  # fmt: skip
-            coordinator = CoordinatorThread(
-                logic, send=transport.announce, commit=committer.commit,
-                retire=lambda: committer.retire(transport.announce),
+            committer, coordinator = start_coordinator(
+                transport, manager, owner, info, framework=found.name, software=software, keep_last=config.keep_last,
+                keep_every_n_steps=config.keep_every_n_steps, timeout_s=config.commit.timeout_s,
+                on_failure=config.commit.on_failure, raise_after=config.commit.raise_after,
             )  # fmt: skip
             closers.append(lambda: coordinator.close(1.0))
             participant.serve(coordinator.post)

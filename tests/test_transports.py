@@ -207,12 +207,12 @@ def test_a_stranger_on_the_port_is_sent_away_and_everybody_still_meets() -> None
 def test_a_rank_that_cannot_connect_is_an_error_on_all_ranks_at_the_deadline(
     monkeypatch: pytest.MonkeyPatch, missing: int
 ) -> None:
-    real = rendezvous._connect
+    real = rendezvous.connect
 
     def connect(rank: int, hosts: list[str], port: int, token: str, deadline: float) -> socket.socket:
         return real(rank, hosts, 1 if rank == missing else port, token, deadline)
 
-    monkeypatch.setattr(rendezvous, "_connect", connect)
+    monkeypatch.setattr(rendezvous, "connect", connect)
     gathering = Gathering(3)
     began = time.monotonic()
     results = in_threads(3, lambda rank: meet(rank, gathering.of(rank), 1.0, where="here"))
@@ -226,7 +226,7 @@ def test_a_port_that_cannot_be_opened_is_an_error_on_all_ranks(monkeypatch: pyte
     def refuse(expected: int, *, local: bool) -> socket.socket:
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(rendezvous, "_listen", refuse)
+    monkeypatch.setattr(rendezvous, "listen", refuse)
     gathering = Gathering(2)
     results = in_threads(2, lambda rank: meet(rank, gathering.of(rank), 1.0, where="here"))
     assert ["rank 0 could not open a port" in str(error) for error in results] == [True, True]

@@ -209,7 +209,7 @@ class Coordinator:
             self._miss_gone(attempt)
 
     def _miss_gone(self, attempt: _Attempt) -> None:
-        if missing := sorted(self._gone - attempt.reports.keys()):
+        if missing := sorted(rank for rank in self._gone if rank not in attempt.reports):
             self._abort(attempt, f"rank(s) {', '.join(map(str, missing))} are gone", failure=True)
 
     # -- stopping at one boundary -------------------------------------------------------------------------------

@@ -95,6 +95,7 @@ class Links:
             _prepare(link.sock)
             self._selector.register(link.sock, selectors.EVENT_READ, link)
         self._closing: float | None = None
+        self.frames_in = self.frames_out = self.bytes_in = self.bytes_out = 0
         self._thread = threading.Thread(target=self._run, name="layerwise-messages", daemon=True)
 
     def start(self) -> None:
@@ -132,6 +133,8 @@ class Links:
         if (link := self._links.get(key)) is not None and link.open:
             link.unsent.append(memoryview(frame))
             link.unsent_bytes += len(frame)
+            self.frames_out += 1
+            self.bytes_out += len(frame)
             if not link.writing:
                 self._write(link)
             if link.unsent_bytes > _MOST_UNSENT:
@@ -199,6 +202,8 @@ class Links:
             return
         try:
             for body in link.frames():
+                self.frames_in += 1
+                self.bytes_in += len(body)
                 self._on_frame(link.key, body)
         except ValueError as error:
             self._end(link, f"it sent what is no message: {error}")

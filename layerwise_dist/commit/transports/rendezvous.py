@@ -58,7 +58,7 @@ def meet(rank: int, gather: Gather, timeout_s: float, *, where: str | None = Non
     try:
         try:
             if met.serves:
-                server = _listen(len(met.serves), local=rank != 0 or len(lowest) == 1)
+                server = listen(len(met.serves), local=rank != 0 or len(lowest) == 1)
                 record["port"] = server.getsockname()[1]
             if rank == 0:
                 record |= {"token": secrets.token_hex(16), "hosts": _addresses(len(lowest) == 1)}
@@ -86,14 +86,14 @@ def _connect_all(
 ) -> None:
     root = records[0]
     if server is not None:
-        met.sockets |= _accept(server, set(met.serves), root["token"], deadline)
+        met.sockets |= accept(server, set(met.serves), root["token"], deadline)
     if rank == 0:
         return
     lead = leads[rank]
     above = 0 if lead == rank else lead
     met.above = f"rank {above}" + ("" if above == 0 else ", through which this node speaks to rank 0,")
     hosts = root["hosts"] if lead == rank else ["127.0.0.1"]
-    met.sockets[ABOVE] = _connect(rank, hosts, records[above]["port"], root["token"], deadline)
+    met.sockets[ABOVE] = connect(rank, hosts, records[above]["port"], root["token"], deadline)
 
 
 def place() -> str:
@@ -125,7 +125,7 @@ def _all_well(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return records
 
 
-def _listen(expected: int, *, local: bool) -> socket.socket:
+def listen(expected: int, *, local: bool) -> socket.socket:
     _allow_files(expected)
     if local:
         return socket.create_server(("127.0.0.1", 0), backlog=expected)
@@ -177,7 +177,7 @@ def _toward(host: str) -> list[str]:
     return found
 
 
-def _connect(rank: int, hosts: list[str], port: int, token: str, deadline: float) -> socket.socket:
+def connect(rank: int, hosts: list[str], port: int, token: str, deadline: float) -> socket.socket:
     """Tries the addresses in turn until one answers with the token. Raises CommitError at the deadline."""
     failures: dict[str, str] = {}
     pause = 0.05
@@ -215,7 +215,7 @@ def _line(sock: socket.socket) -> str:
     return found.decode(errors="replace").strip()
 
 
-def _accept(server: socket.socket, expected: set[int], token: str, deadline: float) -> dict[int, socket.socket]:
+def accept(server: socket.socket, expected: set[int], token: str, deadline: float) -> dict[int, socket.socket]:
     """Waits for every expected rank; what does not say the token is sent away. Raises CommitError at the deadline."""
     met: dict[int, socket.socket] = {}
     hello = len(f"{token} {0:08d}\n")
