@@ -145,7 +145,9 @@ class Crowd:
                 if what == "staged":
                     actions = [*rank.sealed(_Sealed(attempt)), *rank.boundary(step)]  # type: ignore[arg-type]
                 else:
-                    report = ShardReport(rank.rank, layout.shard_file(rank.rank), 1 << 30, 65536, hash(attempt) & (1 << 64) - 1)
+                    report = ShardReport(
+                        rank.rank, layout.shard_file(rank.rank), 1 << 30, 65536, hash(attempt) & (1 << 64) - 1
+                    )
                     actions = rank.persisted(attempt, report)
                 messages += [action.message for action in actions if isinstance(action, Post)]
             self.links.send(key, encode(messages))
