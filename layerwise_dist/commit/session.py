@@ -36,7 +36,7 @@ from layerwise_dist.storage.retention import retired
 
 log = logging.getLogger("layerwise_dist")
 
-_REMEMBERED = 1024  # retired attempts whose folders are looked after at the end
+_REMEMBERED = 64  # retired attempts whose folders are looked after at the end
 _SHARDS = TypeAdapter(list[ShardRecord])
 
 
