@@ -16,12 +16,12 @@ from layerwise_dist._version import __version__
 from layerwise_dist.capture.objects import StateObjects
 from layerwise_dist.capture.room import check_pool
 from layerwise_dist.capture.survey import Surveyor
-from layerwise_dist.commit.coordinator import Coordinator, CoordinatorThread
 from layerwise_dist.commit.participant import Participant
-from layerwise_dist.commit.session import Committer, open_session
-from layerwise_dist.commit.transports import Message, Transport
+from layerwise_dist.commit.session import open_session, start_coordinator
+from layerwise_dist.commit.transports import Transport
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
-from layerwise_dist.commit.transports.store import StoreTransport, open_store
+from layerwise_dist.commit.transports.rendezvous import meet, over_default_group
+from layerwise_dist.commit.transports.store import StoreTransport
 from layerwise_dist.config import LayerwiseConfig, load_config
 from layerwise_dist.disabled import DisabledEngine
 from layerwise_dist.engine import LayerwiseEngine
@@ -75,7 +75,8 @@ def attach(
         return disabled(model)
     transport: Transport = LocalTransport(LocalHub(1), 0)
     if world_size > 1:
-        transport = StoreTransport(open_store(rank, settings.commit.timeout_s), rank, world_size)
+        met = meet(rank, over_default_group(), settings.commit.timeout_s)
+        transport = StoreTransport(rank, world_size, met)
     env = _native.NvmEnv() if settings.writer.backend == "nvm" else _native.PosixEnv()
     return assemble(model, optimizer, settings, transport, env, state=state, fresh=fresh, problem=problem)
 
@@ -126,20 +127,11 @@ def assemble(
         if owner is not None:
             closers.append(owner.release)
             software = {"layerwise_dist": __version__, "torch": torch.__version__, "python": platform.python_version()}
-            committer = Committer(
-                manager, owner, info, world_size=world_size, framework=found.name, software=software,
-                keep_last=config.keep_last, keep_every_n_steps=config.keep_every_n_steps,
-            )  # fmt: skip
-
-            def send(message: Message) -> None:
-                for peer in range(world_size):
-                    transport.post(peer, message)
-
-            logic = Coordinator(
-                world_size, send=send, commit=committer.commit, timeout_s=config.commit.timeout_s,
+            committer, coordinator = start_coordinator(
+                transport, manager, owner, info, framework=found.name, software=software, keep_last=config.keep_last,
+                keep_every_n_steps=config.keep_every_n_steps, timeout_s=config.commit.timeout_s,
                 on_failure=config.commit.on_failure, raise_after=config.commit.raise_after,
             )  # fmt: skip
-            coordinator = CoordinatorThread(logic, lambda: committer.retire(send))
             closers.append(lambda: coordinator.close(1.0))
             participant.serve(coordinator.post)
 

@@ -165,10 +165,7 @@ class LayerwiseEngine:
 
     def stats(self) -> dict[str, float | int]:
         """Counters of this rank since attach(): bytes, checkpoints, and how long the training thread was held up."""
-        participant = self._participant
-        return self._statistics.report(
-            participant.commits, participant.aborts, participant.skips, self._adapter.buffers
-        )
+        return self._statistics.report(*self._participant.outcomes, self._adapter.buffers)
 
     def trace(self, path: str | os.PathLike[str]) -> None:
         """Writes what happens to each layer in the next step that is saved, and when, into `path`.
@@ -346,7 +343,7 @@ class LayerwiseEngine:
         if self._committer is not None:
             self._committer.boundary_kind = mark.resume_kind
         self._statistics.captured(capture, found.nbytes)
-        self._participant.staged(mark.step, capture.write)
+        self._participant.staged(capture.write)
 
     def _scale_fell(self) -> bool:
         """Whether a GradScaler explains a boundary without an update: it saw an overflow and lowered its scale."""
