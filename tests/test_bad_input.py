@@ -412,7 +412,7 @@ def two_ranks(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
         ("saved by one rank", "MismatchError", "written by 1 ranks, this job has 2"),
         ("fsdp1", "UnsupportedError", "FullyShardedDataParallel (FSDP1) is not supported"),
         ("ddp inside", "UnsupportedError", "DistributedDataParallel inside another module"),
-        ("saved by ddp", "MismatchError", "written by ddp, this model is plain"),
+        ("saved by ddp", "MismatchError", "written by ddp, this job has plain"),
         ("one rank's model", "MismatchError", "rank 1"),
         ("one rank's directory", "DirectoryError", "rank 1"),
         ("one rank's writer", "ConfigError", "rank 1: writer.backend = 'nvm'"),

@@ -35,8 +35,7 @@ class Sealer:
             "boundary": boundary,
             "objects": self._objects.take(),
             "optimizer": {
-                "class": self._optimizer.kind,
-                "groups": self._hyper_parameters(),
+                **self._optimizer_itself(self._optimizer.describe()),
                 "scalars": survey.live_scalars(),
                 "order": self._prepare("order", survey.order),
             },
@@ -74,9 +73,13 @@ class Sealer:
             known = self._prepared[what] = names, typed_json.prepare(names, path=f"state: {what}")
         return known[1]
 
-    def _hyper_parameters(self) -> list[dict[str, Any]]:
-        """Each param group with names in place of parameters."""
-        return [
-            {**group, "params": self._prepare(f"group {number}", group["params"])}
-            for number, group in enumerate(self._optimizer.hyper_parameters())
+    def _optimizer_itself(self, described: dict[str, Any], whose: str = "") -> dict[str, Any]:
+        """`OptimizerAdapter.describe()`, with the names of each group's parameters prepared."""
+        if "optimizers" in described:
+            named = described["optimizers"].items()
+            return {"optimizers": {name: self._optimizer_itself(each, f"{name}: ") for name, each in named}}
+        groups = [
+            {**group, "params": self._prepare(f"{whose}group {number}", group["params"])}
+            for number, group in enumerate(described["groups"])
         ]
+        return {**described, "groups": groups}

@@ -25,8 +25,8 @@ class DDPFramework(Framework):
     name = "ddp"
     shared_params = True
 
-    def __init__(self, root: nn.Module, rank: int, world_size: int) -> None:
-        super().__init__(root, rank, world_size)
+    def __init__(self, root: nn.Module, rank: int, world_size: int, prefix: str = "") -> None:
+        super().__init__(root, rank, world_size, prefix)
         self.shared_buffers = isinstance(root, DistributedDataParallel) and root.broadcast_buffers
         sizes = [(view.param.numel(), view.param.element_size()) for view in self.params]
         cut = shares(sizes, rank, world_size)

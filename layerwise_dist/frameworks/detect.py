@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
@@ -9,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.base import Framework
+from layerwise_dist.frameworks.composite import CompositeFramework, CompositeOptimizer, check_names
 from layerwise_dist.frameworks.ddp import DDPFramework
 from layerwise_dist.frameworks.deepspeed import DeepSpeedFramework, DeepSpeedOptimizer, is_engine
 from layerwise_dist.frameworks.fsdp import FSDP2Framework
@@ -20,6 +23,40 @@ _WORKS = (
 )
 
 
+def find_framework(model: object, models: Mapping[str, object] | None, rank: int, world_size: int) -> Framework:
+    """The framework of one model, or of several by name. Raises UnsupportedError, as `detect`."""
+    if models is None:
+        return detect(model, rank, world_size)
+    if model is not None:
+        raise UnsupportedError("attach() takes either a model or models={name: model}, not both")
+    check_names("models", models)
+    return CompositeFramework({name: detect(each, rank, world_size, name) for name, each in models.items()})
+
+
+def find_optimizer(
+    framework: Framework, optimizer: object, optimizers: Mapping[str, object] | None
+) -> OptimizerAdapter:
+    """The adapter of one optimizer, or of several by name. DeepSpeed engines bring their own, under the model's name.
+
+    Raises UnsupportedError.
+    """
+    parts = framework.parts if isinstance(framework, CompositeFramework) else {}
+    engines = {name: part for name, part in parts.items() if isinstance(part, DeepSpeedFramework)}
+    if optimizers is None and not engines:
+        return adapt(framework, optimizer)
+    if optimizer is not None:
+        raise UnsupportedError(
+            "attach() takes one optimizer, or optimizers={name: optimizer}; the latter beside engines"
+        )
+    if optimizers is not None:
+        check_names("optimizers", optimizers)
+    given = dict(optimizers or {})
+    if twice := sorted(given.keys() & engines.keys()):
+        raise UnsupportedError(f"optimizers: {twice[0]!r} is a DeepSpeed engine, which brings its own: leave it out")
+    members = {name: adapt(framework, each) for name, each in given.items()}
+    return CompositeOptimizer(framework, members | {name: adapt(part, None) for name, part in engines.items()})
+
+
 def adapt(framework: Framework, optimizer: object) -> OptimizerAdapter:
     """The adapter of `optimizer`; of a DeepSpeed engine's own if None. Raises UnsupportedError."""
     if not isinstance(framework, DeepSpeedFramework):
@@ -29,12 +66,15 @@ def adapt(framework: Framework, optimizer: object) -> OptimizerAdapter:
     return DeepSpeedOptimizer(framework)
 
 
-def detect(model: object, rank: int, world_size: int) -> Framework:
-    """Raises UnsupportedError for anything else than a plain module, DDP, FSDP2 or a DeepSpeed engine."""
+def detect(model: object, rank: int, world_size: int, prefix: str = "") -> Framework:
+    """The framework of one model; `prefix` is its name among several.
+
+    Raises UnsupportedError for anything else than a plain module, DDP, FSDP2 or a DeepSpeed engine.
+    """
     if not isinstance(model, nn.Module):
         raise UnsupportedError(f"attach() needs a torch.nn.Module, not {type(model).__name__}; {_WORKS}")
     if is_engine(model):
-        return DeepSpeedFramework(model, rank, world_size)
+        return DeepSpeedFramework(model, rank, world_size, prefix)
     if type(model).__module__.split(".")[0] == "deepspeed":
         raise UnsupportedError(f"DeepSpeed's {type(model).__name__} is not supported by this version; {_WORKS}")
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
@@ -46,7 +86,7 @@ def detect(model: object, rank: int, world_size: int) -> Framework:
     if replicas and (sharded or replicas[0] is not model or len(replicas) > 1):
         raise UnsupportedError(f"DistributedDataParallel inside another module, or together with DTensors; {_WORKS}")
     if sharded:
-        return FSDP2Framework(model, rank, world_size)
+        return FSDP2Framework(model, rank, world_size, prefix)
     if replicas:
-        return DDPFramework(model, rank, world_size)
-    return Framework(model, rank, world_size)
+        return DDPFramework(model, rank, world_size, prefix)
+    return Framework(model, rank, world_size, prefix)

@@ -18,8 +18,8 @@ from layerwise_dist.slices import Slice
 class FSDP2Framework(Framework):
     name = "fsdp2"
 
-    def __init__(self, root: nn.Module, rank: int, world_size: int) -> None:
-        super().__init__(root, rank, world_size)
+    def __init__(self, root: nn.Module, rank: int, world_size: int, prefix: str = "") -> None:
+        super().__init__(root, rank, world_size, prefix)
         for view in self.params:
             if (
                 isinstance(view.param, DTensor)

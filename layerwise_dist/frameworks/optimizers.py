@@ -18,7 +18,7 @@ from layerwise_dist.slices import Slice
 
 # Which kernel a group uses is this run's choice, not the checkpoint's: kernels are never switched by a restore.
 KERNEL_KEYS = frozenset({"foreach", "fused", "capturable", "differentiable"})
-_NO_STATE: Mapping[str, Any] = {}
+NO_STATE: Mapping[str, Any] = {}  # of a parameter without any; one object, since identities are compared
 
 
 class UpdateEvents(Protocol):
@@ -47,9 +47,11 @@ class OptimizerAdapter:
 
     Attributes:
         kind: its class's name, as it is saved.
+        several: whether it stands for optimizers that update one by one, so that no update ends an iteration.
     """
 
     kind: str
+    several = False
 
     @property
     def layer_order(self) -> Sequence[str]:
@@ -77,6 +79,10 @@ class OptimizerAdapter:
     def hyper_parameters(self) -> list[dict[str, Any]]:
         """The param groups, with names in place of parameters. Shares the values with the live groups."""
         raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint says of it beside its state: members of ``optimizer`` in docs/format.md."""
+        return {"class": self.kind, "groups": self.hyper_parameters()}
 
     def check(self, saved: Mapping[str, Any]) -> list[str]:
         """What of a checkpoint's ``optimizer`` state does not fit this one, for a MismatchError; empty if it fits."""
@@ -134,7 +140,7 @@ class TorchOptimizer(OptimizerAdapter):
 
     def states(self, views: Sequence[ParamView]) -> list[Mapping[str, Any]]:
         of = self._optimizer.state
-        return [of.get(view.param, _NO_STATE) for view in views]
+        return [of.get(view.param, NO_STATE) for view in views]
 
     def hyper_parameters(self) -> list[dict[str, Any]]:
         names = self._names
@@ -225,6 +231,8 @@ class TorchOptimizer(OptimizerAdapter):
 
 def check_groups(kind: str, live: Sequence[Sequence[str]], saved: Mapping[str, Any]) -> list[str]:
     """Whether class and groups (the names of their parameters) are those of the checkpoint; what is not, in words."""
+    if "optimizers" in saved:
+        return [f"the checkpoint holds optimizers {sorted(saved['optimizers'])} by name, this one has no name"]
     problems = []
     if saved["class"] != kind:
         problems.append(f"the checkpoint's optimizer is {saved['class']}, this one is {kind}")

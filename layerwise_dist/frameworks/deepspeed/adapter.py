@@ -13,7 +13,14 @@ from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.base import ParamView
 from layerwise_dist.frameworks.deepspeed.framework import DeepSpeedFramework
 from layerwise_dist.frameworks.deepspeed.support import accumulating
-from layerwise_dist.frameworks.optimizers import OptimizerAdapter, UpdateEvents, adopt_groups, check_groups, in_order
+from layerwise_dist.frameworks.optimizers import (
+    NO_STATE,
+    OptimizerAdapter,
+    UpdateEvents,
+    adopt_groups,
+    check_groups,
+    in_order,
+)
 from layerwise_dist.pieces import DTYPES
 from layerwise_dist.slices import Slice
 
@@ -68,12 +75,12 @@ class DeepSpeedOptimizer(OptimizerAdapter):
         by_fqn: dict[str, dict[str, Any]] = {}
         for number in self._in_unit:
             by_fqn.update(self._unit_states(number))
-        return [by_fqn.get(view.fqn, _NO_STATE) for view in views]
+        return [by_fqn.get(view.fqn, NO_STATE) for view in views]
 
     def _unit_states(self, number: int) -> dict[str, dict[str, Any]]:
         """Looked up anew each time, since DeepSpeed replaces tensors; the same dicts while it did not."""
         unit = self._units.tensor(number)
-        state = self._units.base.state.get(unit, _NO_STATE)
+        state = self._units.base.state.get(unit, NO_STATE)
         held = [unit, *((name, value if isinstance(value, torch.Tensor) else None) for name, value in state.items())]
         known = self._known.get(number)
         if known is None or not _same(known[0], held):
@@ -120,7 +127,7 @@ class DeepSpeedOptimizer(OptimizerAdapter):
         unit, dtype = self._units.tensor(number), DTYPES[entry.dtype]
         loading = self._loading.setdefault(number, {})
         shape = unit.shape if entry.is_flat else torch.Size(entry.global_shape)
-        tensor = loading.get(entry.kind, self._units.base.state.get(unit, _NO_STATE).get(entry.kind))
+        tensor = loading.get(entry.kind, self._units.base.state.get(unit, NO_STATE).get(entry.kind))
         if not (isinstance(tensor, torch.Tensor) and tensor.dtype == dtype and tensor.shape == shape):
             # Zeros, which is what the padding at a partition's end has.
             tensor = torch.zeros(
@@ -185,9 +192,6 @@ class DeepSpeedOptimizer(OptimizerAdapter):
             self._hook.remove()
             del self._engine._take_model_step  # the instance's; the class's own comes to light again
         self._hook = None
-
-
-_NO_STATE: Mapping[str, Any] = {}
 
 
 def _numel(view: ParamView) -> int:

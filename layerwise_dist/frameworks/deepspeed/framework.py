@@ -29,12 +29,13 @@ class DeepSpeedFramework(Framework):
     name = "deepspeed"
     # A rank needs what others wrote: its part of what is divided, and of a parameter of which it holds nothing.
     shared_params = True
+    exclusive = True
 
-    def __init__(self, engine: Any, rank: int, world_size: int) -> None:
+    def __init__(self, engine: Any, rank: int, world_size: int, prefix: str = "") -> None:
         """Raises UnsupportedError for a mode that cannot be captured exactly."""
         self.engine = engine
         self.units = find_units(engine, rank, world_size)
-        super().__init__(engine.module, rank, world_size)
+        super().__init__(engine.module, rank, world_size, prefix)
         trained = self.units.fragments()
         self._by_param = {id(view.param): view for view in self.params}
         unknown = len(trained.keys() - self._by_param.keys())
