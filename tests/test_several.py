@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import layerwise_dist as lwd
-from layerwise_dist import errors
+from layerwise_dist import assembly, errors
 from layerwise_dist.frameworks import composite
 
 sys.path.insert(0, str(Path(__file__).parent / "jobs"))
@@ -218,6 +218,14 @@ def test_what_cannot_be_attached_together_is_refused_by_name(tmp_path: Path) -> 
         with pytest.raises(errors.UnsupportedError, match=message):
             lwd.attach(**arguments, dir=str(tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+def test_engines_whose_configurations_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assembly, "config_block", lambda engine: engine)
+    assert assembly.common_block([None, {"dir": "a"}, {"dir": "a"}]) == {"dir": "a"}
+    assert assembly.common_block([None, None]) is None
+    with pytest.raises(errors.ConfigError, match="different layerwise_checkpoint blocks"):
+        assembly.common_block([{"dir": "a"}, {"dir": "b"}])
 
 
 def test_a_checkpoint_of_other_models_or_optimizers_is_refused_by_their_names(tmp_path: Path) -> None:
