@@ -2,7 +2,7 @@
 
     exactness.py WRAPPER[:CAPTURE] OUT FEATURE...
 
-WRAPPER is plain, ddp or fsdp2; CAPTURE is lease or stage. OUT/<rank>.json is {configuration: [differences]}.
+WRAPPER is one of those below; CAPTURE is lease or stage. OUT/<rank>.json is {configuration: [differences]}.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import torch
 import torch.distributed as dist
 from kit import contents, differences, process_group
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import layerwise_dist as lwd
@@ -37,10 +39,10 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 class Net(nn.Module):
     """An embedding, a block with dropout, a head; all sizes odd, so that no shard is even."""
 
-    def __init__(self, features: set[str]) -> None:
+    def __init__(self, features: set[str], hidden: int = 29) -> None:
         super().__init__()
         self.embed = nn.Embedding(19, 13)
-        self.block = nn.Sequential(nn.Linear(13, 29), nn.Tanh(), nn.Dropout(0.2), nn.Linear(29, 13))
+        self.block = nn.Sequential(nn.Linear(13, hidden), nn.Tanh(), nn.Dropout(0.2), nn.Linear(hidden, 13))
         self.norm = nn.BatchNorm1d(13) if "batchnorm" in features else nn.Identity()
         self.unused = nn.Linear(7, 3) if "unused" in features else None
         self.head = nn.Linear(13, 19, bias=False)
@@ -57,18 +59,31 @@ class Job:
     def __init__(self, wrapper: str, optimizer: str, feature: str, seed: int) -> None:
         self.features = {feature} if feature != "all" else {"clipping", "accumulation", "schedule", "tied", "batchnorm", "unused"}
         torch.manual_seed(seed)
-        self.net = Net(self.features)
+        # Tensor parallelism wants to be even; what each rank has of the rest is odd all the same.
+        self.net = Net(self.features, 30 if wrapper == "tp" else 29)
         self.model: nn.Module = self.net
-        if wrapper == "ddp":
-            self.model = DistributedDataParallel(self.net, find_unused_parameters="unused" in self.features)
-        elif wrapper == "fsdp2":
-            fully_shard(self.net.block)
-            fully_shard(self.net)
         self.wrapper = wrapper
+        self.wrap()
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, [2, 4], 0.3)
-        torch.manual_seed(1000 * seed + (dist.get_rank() if dist.is_initialized() else 0))
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        torch.manual_seed(1000 * seed + (rank // 2 if wrapper == "tp" else rank))  # two ranks see the same batches there
         self.closure = "closure" in self.features or optimizer == "lbfgs"
+
+    def wrap(self) -> None:
+        net, wrapper = self.net, self.wrapper
+        if wrapper == "ddp":
+            self.model = DistributedDataParallel(net, find_unused_parameters="unused" in self.features)
+        elif wrapper in ("fsdp2", "hsdp", "tp"):
+            mesh = None
+            if wrapper == "hsdp":
+                mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+            elif wrapper == "tp":
+                whole = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shards", "tensors"))
+                mesh = whole["shards"]
+                parallelize_module(net.block, whole["tensors"], {"0": ColwiseParallel(), "3": RowwiseParallel()})
+            fully_shard(net.block, mesh=mesh)
+            fully_shard(net, mesh=mesh)
 
     def step(self) -> str:
         batches = [torch.randint(0, 19, (2, 6)) for _ in range(2 if "accumulation" in self.features else 1)]
@@ -80,7 +95,7 @@ class Job:
                 last = number == len(batches) - 1
                 if self.wrapper == "ddp":
                     self.model.require_backward_grad_sync = last
-                elif self.wrapper == "fsdp2":
+                elif self.wrapper in ("fsdp2", "hsdp", "tp"):
                     self.net.set_requires_gradient_sync(last)
                 loss = nn.functional.cross_entropy(self.model(tokens), targets) / len(batches)
                 loss.backward()
