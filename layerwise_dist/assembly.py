@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,9 +25,10 @@ from layerwise_dist.commit.transports.store import StoreTransport, open_store
 from layerwise_dist.config import LayerwiseConfig, load_config
 from layerwise_dist.disabled import DisabledEngine
 from layerwise_dist.engine import LayerwiseEngine
-from layerwise_dist.errors import BoundaryError, ConfigError
+from layerwise_dist.errors import BoundaryError, ConfigError, UnsupportedError
 from layerwise_dist.frameworks import Framework, accumulating, config_block, find_framework, find_optimizer, is_engine
-from layerwise_dist.frameworks.optimizers import OptimizerAdapter
+from layerwise_dist.frameworks.optimizers import OptimizerAdapter, TorchOptimizer
+from layerwise_dist.layered import LayeredOptimizer
 from layerwise_dist.restore.agreement import together
 from layerwise_dist.storage.adapter import PCCheckAdapter
 from layerwise_dist.storage.recycling import recycles
@@ -102,6 +103,22 @@ def disabled(engines: Sequence[Any]) -> DisabledEngine:
     return DisabledEngine(lambda: any(map(accumulating, engines)))
 
 
+def _torch_adapter(update: str) -> Callable[[Framework, object], OptimizerAdapter]:
+    if update in ("auto", "whole"):
+        return TorchOptimizer
+    return lambda framework, optimizer: LayeredOptimizer(framework, optimizer, update)
+
+
+def _check_layers(update: str, model: object, models: object, optimizers: object) -> None:
+    reason = ""
+    if is_engine(model):
+        reason = "DeepSpeed steps its optimizer itself, unit by unit"
+    elif models is not None or optimizers is not None:
+        reason = "models and optimizers by name are updated as a whole"
+    if reason:
+        raise UnsupportedError(f"update = {update!r}: {reason}; use 'auto'")
+
+
 def assemble(
     model: torch.nn.Module | None, optimizer: torch.optim.Optimizer | None, config: LayerwiseConfig, transport: Transport,
     env: Any, *, models: Mapping[str, torch.nn.Module] | None = None,
@@ -122,7 +139,9 @@ def assemble(
             if problem is not None:
                 raise problem
             found = framework or find_framework(model, models, rank, world_size)
-            adapter = find_optimizer(found, optimizer, optimizers)
+            if config.update not in ("auto", "whole"):
+                _check_layers(config.update, model, models, optimizers)
+            adapter = find_optimizer(found, optimizer, optimizers, _torch_adapter(config.update))
             check_pool(config.pool_mb, config.bounce_bytes, Surveyor(found, adapter, config.capture).look())
             return found, adapter, StateObjects(state)
 

@@ -7,10 +7,12 @@ boundary (seal); everything behind the seal runs in the background.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +36,7 @@ from layerwise_dist.restore.restorer import Restorer
 from layerwise_dist.scheduler import LayerwiseCheckpointScheduler
 from layerwise_dist.statistics import Statistics
 from layerwise_dist.storage.adapter import PCCheckAdapter
+from layerwise_dist.trace import StepTrace
 
 log = logging.getLogger("layerwise_dist")
 
@@ -80,6 +83,7 @@ class LayerwiseEngine:
         self._update: _Update | None = None
         self._may_be_early = not optimizer.several
         self._updates = self._boundaries = 0
+        self._trace: StepTrace | None = None
         self._ready = fresh or info.empty
         self._restorer = Restorer(
             framework,
@@ -167,6 +171,22 @@ class LayerwiseEngine:
             participant.commits, participant.aborts, participant.skips, self._adapter.buffers
         )
 
+    def trace(self, path: str | os.PathLike[str]) -> None:
+        """Writes what happens to each layer in the next step that is saved, and when, into `path`.
+
+        JSON in the Trace Event Format, which Perfetto (ui.perfetto.dev) opens: gradients, updates, captures and writes.
+        It is there at the first boundary behind that step's writes, or at `close()`. Raises BoundaryError while one runs.
+        """
+        if self._trace is not None:
+            raise BoundaryError(
+                f"a trace into {self._trace.path} is under way: it ends with the next step that is saved"
+            )
+        self._trace = StepTrace(Path(path), self._framework.params)
+
+    def _end_trace(self, wait_s: float = 0.0) -> None:
+        if self._trace is not None and self._trace.save_if_complete(wait_s):
+            self._trace = None
+
     # -- updates ------------------------------------------------------------------------------------------------
 
     def update_starting(self, *, in_closure: bool = False) -> None:
@@ -187,6 +207,8 @@ class LayerwiseEngine:
         if update.fenced:
             return
         update.fenced = layers is None
+        if self._trace is not None:
+            self._trace.overwriting(layers)
         with self._statistics.stall("fence"):
             self._end_leases(layers, overwrite=True)
             if update.again and not update.drained and self._open is not None:
@@ -196,6 +218,8 @@ class LayerwiseEngine:
         """These layers will not change again in this update: what is complete of a due checkpoint is captured at once."""
         update = self._update
         assert update is not None, "update_starting() comes first"
+        if self._trace is not None:
+            self._trace.updated(layers)
         if update.again or not self._may_be_early:
             return
         with self._statistics.stall("open"):
@@ -216,6 +240,8 @@ class LayerwiseEngine:
             with self._statistics.stall("fence"):
                 self._end_leases(overwrite=True)
         self._statistics.update_over()
+        if self._trace is not None:
+            self._trace.update_done()
         if not applied:
             self._boundary.update_skipped()
             return
@@ -250,8 +276,8 @@ class LayerwiseEngine:
             )
 
     def _take(self, capture: Capture, batches: Collection[int]) -> None:
-        if batches:
-            self._guarded(capture, lambda: capture.take(batches))
+        if batches and self._guarded(capture, lambda: capture.take(batches)) and self._trace is not None:
+            self._trace.captured(capture, batches)
 
     def _end_leases(self, layers: Collection[str] | None = None, *, overwrite: bool = False) -> None:
         for capture in self._captures:
@@ -296,6 +322,7 @@ class LayerwiseEngine:
                 "an iteration ended within an accumulation window: steps() counts windows, so all micro-batches of one belong "
                 "into its body; a loop over micro-batches calls explicit() before it and end_step() at the end of its body"
             )
+        self._end_trace()
         self._boundaries += 1
         if self._optimizer.several and mark.updated and self._scheduler.due(mark.step):
             # Which update is an iteration's last is known here only. Each optimizer's part is then captured once.
@@ -310,6 +337,8 @@ class LayerwiseEngine:
             self._scheduler.done()
         elif not mark.updated and self._scheduler.due(mark.step):
             self._scheduler.postpone()
+        if self._trace is not None:
+            self._trace.sealed()
         self._scales = [scaler.get_scale() for scaler in self._objects.scalers] if not mark.updated else []
         self._participant.boundary(self._boundaries)
 
@@ -410,6 +439,7 @@ class LayerwiseEngine:
                 )
                 self._open = None
             self._end_leases()
+            self._end_trace(timeout)
             self._participant.drain(timeout)
             self._participant.ended()
         except LayerwiseError as error:
@@ -418,6 +448,8 @@ class LayerwiseEngine:
             for hook in self._hooks:
                 hook.remove()
             self._optimizer.detach()
+            if self._trace is not None:
+                self._trace.detach()
             self._objects.detach()
             self._attempts.close_pages()
             self._framework.detach()

@@ -130,10 +130,9 @@ class _Stepping:
     ) -> None:
         self.optimizer, self.graph, self._mode = optimizer, graph, mode
         self._before_layer, self._after_layer, self._active = before, after, active
+        check_layered(optimizer, model, mode)
         self._subset_step = SubsetStep(optimizer)
         self._names = {id(view.param): view.fqn for view in graph.views}
-        if mode == "in_backward":
-            _check_wrapper(model)
         self._plan_of: list[list[int]] = []
         self._plan: dict[str, Subset] = {}
         self._make_plan()
@@ -326,6 +325,13 @@ class _Stepping:
                 "in the backward. The parameters hold an update that plain training would not make: go back to a "
                 "checkpoint, and use mode='pipelined_step'"
             )
+
+
+def check_layered(optimizer: torch.optim.Optimizer, model: nn.Module, mode: Mode) -> None:
+    """Raises UnsupportedError with the reason if this optimizer, or this wrapper, cannot be stepped by layers exactly."""
+    SubsetStep(optimizer)
+    if mode == "in_backward":
+        _check_wrapper(model)
 
 
 def _nothing(layer: str, step: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 _KEPT = 10_000  # stalls of this many checkpoints are remembered for the percentiles
 _RECENT = 8  # captures whose writers may still count
-_BYTES = ("bytes_written", "bytes_copied", "bytes_evacuated", "bytes_sealed")
+_COUNTED = ("writes", "bytes_written", "bytes_copied", "bytes_evacuated", "bytes_sealed")
 
 
 class Statistics:
@@ -17,7 +17,7 @@ class Statistics:
 
     def __init__(self) -> None:
         self._recent: list[tuple[Any, int, int]] = []
-        self._past = dict.fromkeys(_BYTES, 0)
+        self._past = dict.fromkeys(_COUNTED, 0)
         self._captures = 0
         self._state_bytes = self._captured_bytes = 0
         self._stalls: dict[str, float] = {}
@@ -84,6 +84,7 @@ class Statistics:
 def _bytes_of(write: Any, staged: int, sealed: int) -> dict[str, int]:
     """What one capture has written and copied so far; `bytes_sealed`, the boundary's copies, is not in `bytes_copied`."""
     return {
+        "writes": write.writes,
         "bytes_written": write.bytes_written,
         "bytes_copied": write.bytes_copied - write.state_bytes + staged,
         "bytes_evacuated": write.bytes_evacuated,

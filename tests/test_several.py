@@ -213,6 +213,7 @@ def test_what_cannot_be_attached_together_is_refused_by_name(tmp_path: Path) -> 
         ({"models": nets, "optimizers": {"a": one, "b": both}}, "one.bias is updated by optimizers a and b"),
         ({"models": nets, "optimizers": {"a": one, "b": foreign}}, "not one of the model's"),
         ({"models": {"one": {}}, "optimizer": one}, "needs a torch.nn.Module, not dict"),
+        ({"models": nets, "optimizers": {"a": one}, "update": "pipelined_step"}, "updated as a whole"),
     ]
     for arguments, message in refused:
         with pytest.raises(errors.UnsupportedError, match=message):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -15,12 +15,14 @@ from layerwise_dist.frameworks.composite import CompositeFramework, CompositeOpt
 from layerwise_dist.frameworks.ddp import DDPFramework
 from layerwise_dist.frameworks.deepspeed import DeepSpeedFramework, DeepSpeedOptimizer, is_engine
 from layerwise_dist.frameworks.fsdp import FSDP2Framework
-from layerwise_dist.frameworks.optimizers import OptimizerAdapter, TorchOptimizer
+from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 
 _WORKS = (
     "what works: a plain nn.Module, DistributedDataParallel around one, FSDP2 (torch.distributed.fsdp.fully_shard), or "
     "the engine that deepspeed.initialize() returns"
 )
+
+TorchAdapter = Callable[[Framework, object], OptimizerAdapter]
 
 
 def find_framework(model: object, models: Mapping[str, object] | None, rank: int, world_size: int) -> Framework:
@@ -34,16 +36,16 @@ def find_framework(model: object, models: Mapping[str, object] | None, rank: int
 
 
 def find_optimizer(
-    framework: Framework, optimizer: object, optimizers: Mapping[str, object] | None
+    framework: Framework, optimizer: object, optimizers: Mapping[str, object] | None, torch_adapter: TorchAdapter
 ) -> OptimizerAdapter:
     """The adapter of one optimizer, or of several by name. DeepSpeed engines bring their own, under the model's name.
 
-    Raises UnsupportedError.
+    `torch_adapter` makes that of one of torch's. Raises UnsupportedError.
     """
     parts = framework.parts if isinstance(framework, CompositeFramework) else {}
     engines = {name: part for name, part in parts.items() if isinstance(part, DeepSpeedFramework)}
     if optimizers is None and not engines:
-        return adapt(framework, optimizer)
+        return adapt(framework, optimizer, torch_adapter)
     if optimizer is not None:
         raise UnsupportedError(
             "attach() takes one optimizer, or optimizers={name: optimizer}; the latter beside engines"
@@ -53,14 +55,19 @@ def find_optimizer(
     given = dict(optimizers or {})
     if twice := sorted(given.keys() & engines.keys()):
         raise UnsupportedError(f"optimizers: {twice[0]!r} is a DeepSpeed engine, which brings its own: leave it out")
-    members = {name: adapt(framework, each) for name, each in given.items()}
-    return CompositeOptimizer(framework, members | {name: adapt(part, None) for name, part in engines.items()})
+    members = {name: adapt(framework, each, torch_adapter) for name, each in given.items()}
+    return CompositeOptimizer(
+        framework, members | {name: adapt(part, None, torch_adapter) for name, part in engines.items()}
+    )
 
 
-def adapt(framework: Framework, optimizer: object) -> OptimizerAdapter:
-    """The adapter of `optimizer`; of a DeepSpeed engine's own if None. Raises UnsupportedError."""
+def adapt(framework: Framework, optimizer: object, torch_adapter: TorchAdapter) -> OptimizerAdapter:
+    """The adapter of `optimizer`: `torch_adapter` of one of torch's, a DeepSpeed engine's own if None.
+
+    Raises UnsupportedError.
+    """
     if not isinstance(framework, DeepSpeedFramework):
-        return TorchOptimizer(framework, optimizer)
+        return torch_adapter(framework, optimizer)
     if optimizer is not None and optimizer is not framework.engine.optimizer:
         raise UnsupportedError("a DeepSpeed engine has its optimizer: call attach(engine) without one")
     return DeepSpeedOptimizer(framework)

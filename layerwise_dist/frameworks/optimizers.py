@@ -224,9 +224,13 @@ class TorchOptimizer(OptimizerAdapter):
         return call
 
     def _after(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # A fused optimizer under GradScaler is stepped on overflow too, and skips inside its kernel.
-        found = getattr(optimizer, "found_inf", None)
-        self._events.update_done(applied=not (isinstance(found, torch.Tensor) and bool(found.item())))
+        self._events.update_done(applied=not found_inf(optimizer))
+
+
+def found_inf(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a GradScaler has this update skipped: a fused optimizer is stepped then too, and skips inside its kernel."""
+    found = getattr(optimizer, "found_inf", None)
+    return isinstance(found, torch.Tensor) and bool(found.item())
 
 
 def check_groups(kind: str, live: Sequence[Sequence[str]], saved: Mapping[str, Any]) -> list[str]:
