@@ -82,15 +82,27 @@ class Framework:
         """Whether `tensor` is a distributed tensor whose local part is what is written."""
         return False
 
+    def state_shape(self, view: ParamView, entry: Slice) -> tuple[int, ...]:
+        """Shape of the optimizer's tensor on this rank, of which `entry` was saved."""
+        return entry.global_shape
+
     def new_state(self, view: ParamView, entry: Slice, dtype: torch.dtype, wrapped: bool) -> torch.Tensor:
         """An uninitialised optimizer state tensor like the one that was saved as `entry`, in the parameter's memory.
 
         Strides follow the parameter's where the shapes agree, as `zeros_like` makes them.
         """
-        param = view.param
-        if entry.global_shape == tuple(param.shape):
+        param, shape = view.param, self.state_shape(view, entry)
+        if shape == tuple(param.shape):
             return torch.empty_like(param, dtype=dtype, requires_grad=False)
-        return torch.empty(entry.global_shape, dtype=dtype, device=param.device if entry.global_shape else "cpu")
+        return torch.empty(shape, dtype=dtype, device=param.device if shape else "cpu")
+
+    def has_gradient(self, view: ParamView) -> bool:
+        """Whether there is one, be it zeros: AdamW decays those, and leaves parameters with None alone."""
+        return view.param.grad is not None
+
+    def put_gradient(self, view: ParamView, present: bool) -> None:
+        """Zeros, or None: the values of a boundary's gradients are never used again."""
+        put_gradient(view.param, present)
 
     def carry(self) -> Any:
         """What the wrapper has learnt since it was made and a resumed job must know too, as typed JSON takes it."""
@@ -113,6 +125,16 @@ class Framework:
     def extra_states(self) -> list[tuple[str, nn.Module]]:
         """Modules that define `get_extra_state()`."""
         return self._tree.look().extra_states
+
+
+def put_gradient(param: torch.Tensor, present: bool) -> None:
+    """`Framework.put_gradient` of one tensor that has a gradient of its own."""
+    if not present:
+        param.grad = None
+    elif param.grad is None:
+        param.grad = torch.zeros_like(param)
+    else:
+        param.grad.detach_().zero_()
 
 
 class _Tree:

@@ -117,6 +117,15 @@ class CompositeFramework(Framework):
     def new_state(self, view: ParamView, entry: Slice, dtype: torch.dtype, wrapped: bool) -> torch.Tensor:
         return self._part(view).new_state(view, entry, dtype, wrapped)
 
+    def state_shape(self, view: ParamView, entry: Slice) -> tuple[int, ...]:
+        return self._part(view).state_shape(view, entry)
+
+    def has_gradient(self, view: ParamView) -> bool:
+        return self._part(view).has_gradient(view)
+
+    def put_gradient(self, view: ParamView, present: bool) -> None:
+        self._part(view).put_gradient(view, present)
+
     def carry(self) -> Any:
         return {name: part.carry() for name, part in self.parts.items()}
 

@@ -160,7 +160,7 @@ class TorchOptimizer(OptimizerAdapter):
         if (
             isinstance(live, torch.Tensor)
             and live.dtype == dtype
-            and tuple(live.shape) == entry.global_shape
+            and tuple(live.shape) == framework.state_shape(view, entry)
             and framework.is_wrapped(live) == wrapped
         ):
             return live
