@@ -65,6 +65,10 @@ class Framework:
         """Where this rank's part of each tensor lies; cheaper than asking `local` for them."""
         return [tensor.data_ptr() for tensor in tensors]
 
+    def names(self) -> dict[int, str]:
+        """Of each tensor that an optimizer of this model may hold, by its id."""
+        return {id(view.param): view.fqn for view in self.params}
+
     def gradient_ready_params(self) -> list[nn.Parameter]:
         """Parameters whose `register_post_accumulate_grad_hook` costs training nothing but the call."""
         return [view.param for view in self.params if view.param.is_leaf and view.param.requires_grad]
@@ -134,7 +138,8 @@ def put_gradient(param: torch.Tensor, present: bool) -> None:
     elif param.grad is None:
         param.grad = torch.zeros_like(param)
     else:
-        param.grad.detach_().zero_()
+        # Gradients that are views (of DDP's buckets, of FSDP1's flat ones) cannot be detached, and need not be.
+        (param.grad.requires_grad_(False) if param.grad.grad_fn is None else param.grad.detach_()).zero_()
 
 
 class _Tree:

@@ -101,6 +101,9 @@ class CompositeFramework(Framework):
                 found[number] = address
         return found
 
+    def names(self) -> dict[int, str]:
+        return {key: name for part in reversed(self.parts.values()) for key, name in part.names().items()}
+
     def gradient_ready_params(self) -> list[nn.Parameter]:
         params = [param for part in self.parts.values() for param in part.gradient_ready_params()]
         return list({id(param): param for param in params}.values())

@@ -15,11 +15,12 @@ from layerwise_dist.frameworks.composite import CompositeFramework, CompositeOpt
 from layerwise_dist.frameworks.ddp import DDPFramework
 from layerwise_dist.frameworks.deepspeed import DeepSpeedFramework, DeepSpeedOptimizer, is_engine
 from layerwise_dist.frameworks.fsdp import FSDP2Framework
+from layerwise_dist.frameworks.fsdp1 import FSDP1FlatOptimizer, FSDP1Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 
 _WORKS = (
-    "what works: a plain nn.Module, DistributedDataParallel around one, FSDP2 (torch.distributed.fsdp.fully_shard), or "
-    "the engine that deepspeed.initialize() returns"
+    "what works: a plain nn.Module, DistributedDataParallel around one, FSDP2 (torch.distributed.fsdp.fully_shard), FSDP1 "
+    "(FullyShardedDataParallel), or the engine that deepspeed.initialize() returns"
 )
 
 TorchAdapter = Callable[[Framework, object], OptimizerAdapter]
@@ -67,16 +68,26 @@ def adapt(framework: Framework, optimizer: object, torch_adapter: TorchAdapter) 
     Raises UnsupportedError.
     """
     if not isinstance(framework, DeepSpeedFramework):
-        return torch_adapter(framework, optimizer)
+        flat = _flat_parts(framework, optimizer)
+        return FSDP1FlatOptimizer(flat[0], optimizer) if flat else torch_adapter(framework, optimizer)
     if optimizer is not None and optimizer is not framework.engine.optimizer:
         raise UnsupportedError("a DeepSpeed engine has its optimizer: call attach(engine) without one")
     return DeepSpeedOptimizer(framework)
 
 
+def _flat_parts(framework: Framework, optimizer: object) -> list[FSDP1Framework]:
+    """Those whose flat parameters this optimizer holds."""
+    parts = framework.parts.values() if isinstance(framework, CompositeFramework) else [framework]
+    held = {id(param) for group in getattr(optimizer, "param_groups", ()) for param in group["params"]}
+    return [
+        part for part in parts if isinstance(part, FSDP1Framework) and part.holds_flat and held & part.names().keys()
+    ]
+
+
 def detect(model: object, rank: int, world_size: int, prefix: str = "") -> Framework:
     """The framework of one model; `prefix` is its name among several.
 
-    Raises UnsupportedError for anything else than a plain module, DDP, FSDP2 or a DeepSpeed engine.
+    Raises UnsupportedError for anything else than a plain module, DDP, FSDP1, FSDP2 or a DeepSpeed engine.
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedError(f"attach() needs a torch.nn.Module, not {type(model).__name__}; {_WORKS}")
@@ -84,14 +95,17 @@ def detect(model: object, rank: int, world_size: int, prefix: str = "") -> Frame
         return DeepSpeedFramework(model, rank, world_size, prefix)
     if type(model).__module__.split(".")[0] == "deepspeed":
         raise UnsupportedError(f"DeepSpeed's {type(model).__name__} is not supported by this version; {_WORKS}")
-    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        raise UnsupportedError(f"FullyShardedDataParallel (FSDP1) is not supported by this version; {_WORKS}")
     if any(isinstance(module, nn.Module) and type(module).__name__ == "DataParallel" for module in model.modules()):
         raise UnsupportedError(f"nn.DataParallel is not supported; {_WORKS}")
     sharded = any(isinstance(param, DTensor) for param in model.parameters())
+    flat = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
     replicas = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
-    if replicas and (sharded or replicas[0] is not model or len(replicas) > 1):
-        raise UnsupportedError(f"DistributedDataParallel inside another module, or together with DTensors; {_WORKS}")
+    if replicas and (sharded or flat or replicas[0] is not model or len(replicas) > 1):
+        raise UnsupportedError(f"DistributedDataParallel inside another module, or together with FSDP; {_WORKS}")
+    if flat and sharded:
+        raise UnsupportedError(f"FullyShardedDataParallel (FSDP1) together with DTensors; {_WORKS}")
+    if flat:
+        return FSDP1Framework(model, rank, world_size, prefix)
     if sharded:
         return FSDP2Framework(model, rank, world_size, prefix)
     if replicas:

@@ -45,6 +45,10 @@ class FlatFramework(Framework):
         """The parameters that a unit holds parts of, in its order."""
         raise NotImplementedError
 
+    def unit_of(self, view: ParamView) -> int:
+        """The number of the unit that holds a part of it."""
+        return self.fragments[view.fqn].unit
+
     def fragment_of(self, view: ParamView, flat: torch.Tensor) -> torch.Tensor:
         """The part of a unit, or of state of its shape, that belongs to `view`: one dimension, sharing memory."""
         fragment = self.fragments[view.fqn]
@@ -134,7 +138,7 @@ class FlatState(OptimizerAdapter):
         return check_groups(self.kind, self._group_names(), saved)
 
     def place(self, view: ParamView, entry: Slice, wrapped: bool) -> torch.Tensor:
-        number = self.flat.fragments[view.fqn].unit
+        number = self.flat.unit_of(view)
         unit, dtype = self.flat.unit(number), DTYPES[entry.dtype]
         loading = self._loading.setdefault(number, {})
         shape = unit.shape if entry.is_flat else torch.Size(entry.global_shape)

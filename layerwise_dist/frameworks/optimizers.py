@@ -114,7 +114,7 @@ class TorchOptimizer(OptimizerAdapter):
             raise UnsupportedError(f"attach() needs a torch.optim.Optimizer, not {type(optimizer).__name__}")
         self.kind = type(optimizer).__qualname__
         self._framework, self._optimizer = framework, optimizer
-        self._names = {id(view.param): view.fqn for view in framework.params}
+        self._names = framework.names()
         self._check_parameters()
         self._hooks: list[Any] = []
 

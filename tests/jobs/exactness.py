@@ -20,7 +20,7 @@ import torch.distributed as dist
 from kit import contents, differences, process_group
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -75,6 +75,10 @@ class Job:
         net, wrapper = self.net, self.wrapper
         if wrapper == "ddp":
             self.model = DistributedDataParallel(net, find_unused_parameters="unused" in self.features)
+        elif wrapper.startswith("fsdp1"):
+            options = {"device_id": torch.device("cpu"), "use_orig_params": wrapper == "fsdp1"}
+            net.block = FullyShardedDataParallel(net.block, **options)
+            self.model = FullyShardedDataParallel(net, **options)
         elif wrapper in ("fsdp2", "hsdp", "tp"):
             mesh = None
             if wrapper == "hsdp":
@@ -102,7 +106,10 @@ class Job:
                 loss.backward()
                 total = total + loss.detach()
             if "clipping" in self.features:
-                nn.utils.clip_grad_norm_(self.model.parameters(), 0.5)
+                if self.wrapper.startswith("fsdp1"):
+                    self.model.clip_grad_norm_(0.5)
+                else:
+                    nn.utils.clip_grad_norm_(self.model.parameters(), 0.5)
             return total
 
         if self.closure:
