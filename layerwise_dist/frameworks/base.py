@@ -57,6 +57,9 @@ class Framework:
         """Whether this rank may need what other ranks wrote under that name."""
         return self.shared_buffers if kind == "buffer" else self.shared_params
 
+    def keep_state_whole(self, fqns: Sequence[str]) -> None:
+        """Optimizer state of these parameters is not the same on all ranks: who has some writes all of it."""
+
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         """This rank's plain tensor behind `tensor`, sharing its memory."""
         return tensor.detach()

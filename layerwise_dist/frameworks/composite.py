@@ -77,6 +77,10 @@ class CompositeFramework(Framework):
         part = self.parts.get(fqn.partition(".")[0])
         return part is not None and part.shared(kind, fqn)
 
+    def keep_state_whole(self, fqns: Sequence[str]) -> None:
+        for part in self.parts.values():
+            part.keep_state_whole(fqns)
+
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         holder = self._holder.get(id(tensor))
         return holder.local(tensor) if holder is not None else self._any_local(tensor)
@@ -190,6 +194,12 @@ class CompositeOptimizer(OptimizerAdapter):
     @property
     def layer_order(self) -> Sequence[str]:
         return list(dict.fromkeys(layer for member in self._members.values() for layer in member.layer_order))
+
+    @property
+    def state_views(self) -> list[ParamView]:
+        self._check_owners()
+        held = {view.fqn for member in self._members.values() for view in member.state_views}
+        return [view for view in self._framework.params if view.fqn in held]
 
     @property
     def mid_window(self) -> bool:

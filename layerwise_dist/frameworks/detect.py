@@ -16,7 +16,8 @@ from layerwise_dist.frameworks.ddp import DDPFramework
 from layerwise_dist.frameworks.deepspeed import DeepSpeedFramework, DeepSpeedOptimizer, is_engine
 from layerwise_dist.frameworks.fsdp import FSDP2Framework
 from layerwise_dist.frameworks.fsdp1 import FSDP1FlatOptimizer, FSDP1Framework
-from layerwise_dist.frameworks.optimizers import OptimizerAdapter
+from layerwise_dist.frameworks.optimizers import OptimizerAdapter, TorchOptimizer
+from layerwise_dist.frameworks.zero_redundancy import ZeroRedundancyAdapter, is_zero_redundancy
 
 _WORKS = (
     "what works: a plain nn.Module, DistributedDataParallel around one, FSDP2 (torch.distributed.fsdp.fully_shard), FSDP1 "
@@ -68,8 +69,14 @@ def adapt(framework: Framework, optimizer: object, torch_adapter: TorchAdapter) 
     Raises UnsupportedError.
     """
     if not isinstance(framework, DeepSpeedFramework):
-        flat = _flat_parts(framework, optimizer)
-        return FSDP1FlatOptimizer(flat[0], optimizer) if flat else torch_adapter(framework, optimizer)
+        special: TorchOptimizer | None = None
+        if is_zero_redundancy(optimizer):
+            special = ZeroRedundancyAdapter(framework, optimizer)
+        elif flat := _flat_parts(framework, optimizer):
+            special = FSDP1FlatOptimizer(flat[0], optimizer)
+        if special is not None and torch_adapter is not TorchOptimizer:
+            raise UnsupportedError(f"updates layer by layer: {special.whole_only}; use update = 'auto'")
+        return special or torch_adapter(framework, optimizer)
     if optimizer is not None and optimizer is not framework.engine.optimizer:
         raise UnsupportedError("a DeepSpeed engine has its optimizer: call attach(engine) without one")
     return DeepSpeedOptimizer(framework)

@@ -154,6 +154,10 @@ class FSDP1Framework(FlatFramework):
 class FSDP1FlatOptimizer(FlatState, TorchOptimizer):
     """A torch optimizer that holds flat parameters (`use_orig_params=False`)."""
 
+    whole_only = (
+        "with use_orig_params=False, FSDP1's optimizer holds one flat parameter a wrapped module, not the layers'"
+    )
+
     def __init__(self, framework: FSDP1Framework, optimizer: object) -> None:
         self._init_flat(framework)
         TorchOptimizer.__init__(self, framework, optimizer)

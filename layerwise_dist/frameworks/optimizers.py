@@ -6,7 +6,7 @@ ask of its `OptimizerAdapter`, so that one whose state lies in flat, sharded uni
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -64,6 +64,11 @@ class OptimizerAdapter:
         raise NotImplementedError
 
     @property
+    def state_views(self) -> list[ParamView]:
+        """Those of `views` whose state this rank has, or may have."""
+        return self.views
+
+    @property
     def mid_window(self) -> bool:
         """Whether gradients are being accumulated that no update has used yet, as far as the optimizer knows."""
         return False
@@ -106,7 +111,12 @@ class OptimizerAdapter:
 
 
 class TorchOptimizer(OptimizerAdapter):
-    """A `torch.optim.Optimizer` of the model's own parameters, whose updates are whole calls of `step()`."""
+    """A `torch.optim.Optimizer` of the model's own parameters, whose updates are whole calls of `step()`.
+
+    `whole_only` says, of a subclass, why its updates cannot go layer by layer.
+    """
+
+    whole_only = ""
 
     def __init__(self, framework: Framework, optimizer: object) -> None:
         """Raises UnsupportedError unless `optimizer` is a torch optimizer of this model's own parameters."""
@@ -138,8 +148,13 @@ class TorchOptimizer(OptimizerAdapter):
         updated = {id(param) for group in self._optimizer.param_groups for param in group["params"]}
         return [view for view in self._framework.params if id(view.param) in updated]
 
+    @property
+    def _state(self) -> MutableMapping[torch.Tensor, dict[str, Any]]:
+        """By parameter, as the optimizer keeps it."""
+        return self._optimizer.state
+
     def states(self, views: Sequence[ParamView]) -> list[Mapping[str, Any]]:
-        of = self._optimizer.state
+        of = self._state
         return [of.get(view.param, NO_STATE) for view in views]
 
     def hyper_parameters(self) -> list[dict[str, Any]]:
@@ -156,7 +171,7 @@ class TorchOptimizer(OptimizerAdapter):
 
     def place(self, view: ParamView, entry: Slice, wrapped: bool) -> torch.Tensor:
         dtype, framework = DTYPES[entry.dtype], self._framework
-        live = self._optimizer.state.get(view.param, {}).get(entry.kind)
+        live = self._state.get(view.param, {}).get(entry.kind)
         if (
             isinstance(live, torch.Tensor)
             and live.dtype == dtype
@@ -177,9 +192,9 @@ class TorchOptimizer(OptimizerAdapter):
                     loaded = {name: tensor if tensor.dim() else tensor.to(device) for name, tensor in loaded.items()}
                 state = in_order({**loaded, **saved["scalars"].get(fqn, {})}, saved["order"].get(fqn, []))
                 if state:
-                    self._optimizer.state[param] = state
+                    self._state[param] = state
                 else:
-                    self._optimizer.state.pop(param, None)
+                    self._state.pop(param, None)
         adopt_groups(self._optimizer.param_groups, saved)
 
     # -- updates ------------------------------------------------------------------------------------------------

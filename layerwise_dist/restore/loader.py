@@ -62,7 +62,7 @@ def prepare(framework: Framework, optimizer: OptimizerAdapter, shards: ShardSet,
         kind, fqn = name.split("/", 1)
         if kind not in ("param", "master", "buffer"):
             by_fqn.setdefault(fqn, []).append(name)
-    for view in optimizer.views:
+    for view in optimizer.state_views:
         for name in by_fqn.pop(view.fqn, []):
             rank, entry = index[name][0]
             tensor = optimizer.place(view, entry.slice, entry.wrapped)

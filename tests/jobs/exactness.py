@@ -20,7 +20,7 @@ import torch.distributed as dist
 from kit import contents, differences, process_group
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -65,18 +65,35 @@ class Job:
         self.model: nn.Module = self.net
         self.wrapper = wrapper
         self.wrap()
-        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
+        self.optimizer = self.make(optimizer)
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, [2, 4], 0.3)
         rank = dist.get_rank() if dist.is_initialized() else 0
         torch.manual_seed(1000 * seed + (rank // 2 if wrapper == "tp" else rank))  # two ranks see the same batches there
         self.closure = "closure" in self.features or optimizer == "lbfgs"
 
+    def contents(self) -> dict[str, Any]:
+        return contents(self.model, getattr(self.optimizer, "optim", self.optimizer))  # a ZeroRedundancyOptimizer's own
+
+    def make(self, name: str) -> torch.optim.Optimizer:
+        make = OPTIMIZERS[name]
+        if self.wrapper != "zero":
+            return make(self.model.parameters())
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        return ZeroRedundancyOptimizer(self.model.parameters(), lambda groups, **_: make(groups), lr=0.01)
+
     def wrap(self) -> None:
         net, wrapper = self.net, self.wrapper
-        if wrapper == "ddp":
+        if wrapper in ("ddp", "zero"):
             self.model = DistributedDataParallel(net, find_unused_parameters="unused" in self.features)
         elif wrapper.startswith("fsdp1"):
-            options = {"device_id": torch.device("cpu"), "use_orig_params": wrapper == "fsdp1"}
+            _, *kinds = wrapper.split("-")
+            options = {"device_id": torch.device("cpu"), "use_orig_params": "flat" not in kinds}
+            if "hybrid" in kinds:
+                options["device_mesh"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+            strategies = {"gradients": "SHARD_GRAD_OP", "whole": "NO_SHARD", "hybrid": "HYBRID_SHARD"}
+            for kind in kinds and strategies.keys() & kinds:
+                options["sharding_strategy"] = ShardingStrategy[strategies[kind]]
             net.block = FullyShardedDataParallel(net.block, **options)
             self.model = FullyShardedDataParallel(net, **options)
         elif wrapper in ("fsdp2", "hsdp", "tp"):
@@ -98,7 +115,7 @@ class Job:
             total = torch.zeros(())
             for number, (tokens, targets) in enumerate(batches):
                 last = number == len(batches) - 1
-                if self.wrapper == "ddp":
+                if self.wrapper in ("ddp", "zero"):
                     self.model.require_backward_grad_sync = last
                 elif self.wrapper in ("fsdp2", "hsdp", "tp"):
                     self.net.set_requires_gradient_sync(last)
@@ -126,7 +143,7 @@ def trial(wrapper: str, optimizer: str, feature: str, root: str, sabotage: bool 
     """What differs between the plain run, the run with the engine, and the run that stopped and was resumed."""
     job = Job(wrapper, optimizer, feature, seed=1)
     losses = [job.step() for _ in range(STEPS)]
-    expected = contents(job.model, job.optimizer)
+    expected = job.contents()
 
     def attach(job: Job, folder: str, keep: int) -> Any:
         commit = {"timeout_s": 30.0, "on_failure": "raise"}
@@ -136,7 +153,7 @@ def trial(wrapper: str, optimizer: str, feature: str, root: str, sabotage: bool 
 
     def compare(what: str, job: Job, found: list[str], wanted: list[str]) -> list[str]:
         problems = [] if found == wanted else [f"{what}: losses {found}, expected {wanted}"]
-        return problems + [f"{what}: {name}" for name in differences(contents(job.model, job.optimizer), expected)]
+        return problems + [f"{what}: {name}" for name in differences(job.contents(), expected)]
 
     job = Job(wrapper, optimizer, feature, seed=1)
     ckpt = attach(job, "on", 1)
@@ -151,7 +168,7 @@ def trial(wrapper: str, optimizer: str, feature: str, root: str, sabotage: bool 
         job.step()
     ckpt.close()
     job = Job(wrapper, optimizer, feature, seed=2)
-    if wrapper != "ddp" or feature == "closure":
+    if wrapper not in ("ddp", "zero") or feature == "closure":
         # Live optimizer state and gradients to be overwritten. Not for every DDP: an iteration before the restore
         # would lay its buckets out, and hide whether their order is taken up (three ranks then add in another order).
         job.step()
