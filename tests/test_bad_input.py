@@ -410,7 +410,6 @@ def two_ranks(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
         ("one rank's state object", "StateError", "state['bad']"),
         ("one rank's optimizer", "UnsupportedError", "rank 1: SGD: parameter 0 of group 0"),
         ("saved by one rank", "MismatchError", "written by 1 ranks, this job has 2"),
-        ("fsdp1", "UnsupportedError", "FullyShardedDataParallel (FSDP1) is not supported"),
         ("ddp inside", "UnsupportedError", "DistributedDataParallel inside another module"),
         ("saved by ddp", "MismatchError", "written by ddp, this job has plain"),
         ("one rank's model", "MismatchError", "rank 1"),

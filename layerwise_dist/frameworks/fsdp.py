@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from layerwise_dist.errors import UnsupportedError
+from layerwise_dist.errors import MismatchError, UnsupportedError
 from layerwise_dist.frameworks.base import Framework, ParamView
 from layerwise_dist.frameworks.shares import owners
 from layerwise_dist.pieces import Piece, dtype_code
@@ -76,7 +76,10 @@ class FSDP2Framework(Framework):
             device = param.to_local().device if entry.global_shape else "cpu"
             return torch.empty(entry.global_shape, dtype=dtype, device=device)
         if entry.global_shape != tuple(param.shape):
-            raise UnsupportedError(f"optimizer state {entry.name}: a DTensor of another shape than its parameter")
+            raise MismatchError(
+                f"optimizer state {entry.name} is a DTensor of shape {list(entry.global_shape)}, its parameter here has "
+                f"{list(param.shape)}"
+            )
         return torch.empty_like(param, dtype=dtype, requires_grad=False)
 
 
