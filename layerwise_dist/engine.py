@@ -33,7 +33,7 @@ from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.restore import loader
 from layerwise_dist.restore.restorer import Restorer
-from layerwise_dist.scheduler import LayerwiseCheckpointScheduler
+from layerwise_dist.scheduler import BLOCKS_A_BATCH, LayerwiseCheckpointScheduler
 from layerwise_dist.statistics import Statistics
 from layerwise_dist.storage.adapter import PCCheckAdapter
 from layerwise_dist.trace import StepTrace
@@ -69,7 +69,7 @@ class LayerwiseEngine:
         self._statistics = Statistics()
         self._thread = threading.get_ident()
         self._scheduler = LayerwiseCheckpointScheduler(
-            every_n_steps=config.every_n_steps, batch_bytes=config.writer.block_kb << 10, when_full=config.when_full,
+            every_n_steps=config.every_n_steps, batch_bytes=BLOCKS_A_BATCH * config.writer.block_kb << 10, when_full=config.when_full,
             wait_s=config.fence_timeout_s, room=lambda timeout_s: participant.wait_room(config.max_in_flight, timeout_s),
         )  # fmt: skip
         self._surveyor = Surveyor(framework, optimizer, config.capture, self._scheduler.arrange)

@@ -231,9 +231,14 @@ class _Stepping:
         if self._arrivals is not None:
             self._arrivals.reset()
 
-    def _update(self, layer: str, subset: Subset, pins: list[dict[str, bool]]) -> None:
+    def _update(self, layer: str, subset: Subset, pins: list[dict[str, bool]], *, in_backward: bool = False) -> None:
         self._before_layer(layer, self._step)
         self._subset_step.step(subset, pins)
+        if in_backward:
+            trainable = [param for part in self._plan[layer] for param in part if param.requires_grad]
+            self._arrivals.accept([self._names[id(param)] for param in trainable])
+            # Fused kernels do not count, and a node that still needs the old values must not run on the new ones.
+            increment_version(trainable)
         self._after_layer(layer, self._step)
 
     def _count(self) -> None:
@@ -291,11 +296,7 @@ class _Stepping:
         if self._missing[layer] == 0 and layer not in self._updated:
             self._updated.add(layer)
             with torch.no_grad():
-                self._update(layer, _with_gradients(self._plan[layer]), self._pins)
-            trainable = [param for part in self._plan[layer] for param in part if param.requires_grad]
-            self._arrivals.accept([self._names[id(param)] for param in trainable])
-            # Fused kernels do not count, and a node that still needs the old values must not run on the new ones.
-            increment_version(trainable)
+                self._update(layer, _with_gradients(self._plan[layer]), self._pins, in_backward=True)
 
     def _begin(self) -> None:
         """The first gradient of a backward."""
