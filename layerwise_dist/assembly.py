@@ -83,11 +83,17 @@ def attach(
     if world_size > 1:
         met = meet(rank, over_default_group(), settings.commit.timeout_s)
         transport = StoreTransport(rank, world_size, met)
-    env = _native.NvmEnv() if settings.writer.backend == "nvm" else _native.PosixEnv()
+    env = _environment(settings)
     return assemble(
         model, optimizer, settings, transport, env,
         models=models, optimizers=optimizers, state=state, fresh=fresh, problem=problem,
     )  # fmt: skip
+
+
+def _environment(config: LayerwiseConfig) -> Any:
+    if config.mode == "mock":
+        return _native.MockEnv()
+    return _native.NvmEnv() if config.writer.backend == "nvm" else _native.PosixEnv()
 
 
 def common_block(engines: Sequence[Any]) -> Any:
@@ -150,7 +156,8 @@ def assemble(
         closers.append(objects.detach)
         who = f"pid {os.getpid()} on {socket.gethostname()}"
         info, manager, owner = open_session(
-            env, config.path, participant, file_mode=config.file_bits, dir_mode=config.dir_bits, who=who
+            env, config.path, participant, file_mode=config.file_bits, dir_mode=config.dir_bits, who=who,
+            mock=config.mode == "mock",
         )
         committer = coordinator = None
         if owner is not None:

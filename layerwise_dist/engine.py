@@ -165,6 +165,11 @@ class LayerwiseEngine:
             self._end_leases()
         self._participant.wait(step, level, timeout)
 
+    @property
+    def metadata(self) -> CheckpointMetadataManager:
+        """The records of the directory: manifests, the lineage, what is in which shard."""
+        return self._manager
+
     def stats(self) -> dict[str, float | int]:
         """Counters of this rank since attach(): bytes, checkpoints, and how long the training thread was held up."""
         return self._statistics.report(*self._participant.outcomes, self._adapter.buffers)
