@@ -23,9 +23,10 @@ from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.session import claim, start_coordinator
 from layerwise_dist.commit.transports import Message
-from layerwise_dist.commit.transports.links import Links, decode, encode
+from layerwise_dist.commit.transports.frames import decode, encode
+from layerwise_dist.commit.transports.links import Links
 from layerwise_dist.commit.transports.rendezvous import Met, accept, connect, listen, meet
-from layerwise_dist.commit.transports.store import StoreTransport
+from layerwise_dist.commit.transports.store import over_tcp
 from layerwise_dist.storage import layout
 from layerwise_dist.storage.adapter import ShardReport
 from layerwise_dist.storage.layout import AttemptId
@@ -60,7 +61,7 @@ def root(ranks: int, on_node: int, commits: int, folder: str) -> None:
     say(port=server.getsockname()[1], token=token)
     sockets = accept(server, set(expected), token, time.monotonic() + _DEADLINE_S)
     server.close()
-    transport = StoreTransport(0, ranks, Met(sockets, expected))
+    transport = over_tcp(0, ranks, Met(sockets, expected))
     env = _native.PosixEnv()
     manager = CheckpointMetadataManager(env, folder)
     info, owner = claim(env, folder, manager, file_mode=0o600, dir_mode=0o700, who="bench")
@@ -71,7 +72,7 @@ def root(ranks: int, on_node: int, commits: int, folder: str) -> None:
     # Only now, since it starts the transport: the others speak at once.
     participant = Participant(transport, timeout_s=_DEADLINE_S, coordinator=coordinator.post)
     participant.recycle(lambda attempt: LightWrite(env, folder, attempt, 0).discard())
-    links = transport._links
+    links = transport._connections
     clocks = {"all": time.CLOCK_PROCESS_CPUTIME_ID}
     for thread in threading.enumerate():
         if thread.name in ("layerwise-messages", "layerwise-coordinator"):
@@ -120,8 +121,8 @@ class Crowd:
         self._waiting = set(serves)
         self._step = 0
         self._done = threading.Event()
-        self.links = Links(sockets, self._hear, lambda key, why: None)
-        self.links.start()
+        self.links = Links(sockets)
+        self.links.start(self._hear, lambda key, why: None)
 
     def checkpoint(self, step: int) -> tuple[float, float]:
         """Seconds until all have heard of the commit: from the first word, and from the last report."""
@@ -209,7 +210,7 @@ def job(ranks: int, on_node: int, commits: int, folder: str) -> None:
 def _rank(rank: int, board: Switchboard, on_node: int, commits: int, folder: str) -> None:
     gather = board.of(rank)
     met = meet(rank, gather, _DEADLINE_S, where=str(rank // on_node))
-    transport = StoreTransport(rank, len(gather({})), met)
+    transport = over_tcp(rank, len(gather({})), met)
     light = LightRank(transport, folder, timeout_s=_DEADLINE_S)
     times = []
     cpu = time.process_time()

@@ -188,7 +188,7 @@ class Participant:
                     log.warning("close: rank(s) %s did not close within %g s", missing, timeout_s)
         self._work.put(None)
         self._worker.join(max(0.1, deadline - time.monotonic()))
-        self._transport.close(max(0.1, min(5.0, deadline - time.monotonic())))
+        self._transport.close(max(0.1, deadline - time.monotonic()))
 
     # -- background ---------------------------------------------------------------------------------------------
 
