@@ -53,7 +53,7 @@ class _Update:
 
 
 class LayerwiseEngine:
-    """Checkpoints one model and its optimizer on this rank. All methods belong to the training thread.
+    """Checkpoints what is trained on this rank: models and their optimizers. All methods belong to the training thread.
 
     Made by `attach()`. As a context manager it closes itself; left by an exception, it gives up what is not sealed.
     """
@@ -81,7 +81,7 @@ class LayerwiseEngine:
         self._captures: list[Capture] = []  # sealed, and to be fenced before the next update
         self._open: Capture | None = None  # of this iteration
         self._update: _Update | None = None
-        self._may_be_early = True
+        self._may_be_early = not optimizer.several
         self._updates = self._boundaries = 0
         self._trace: StepTrace | None = None
         self._ready = fresh or info.empty
@@ -95,9 +95,12 @@ class LayerwiseEngine:
         )
         self._closed = False
         self._scales: list[float] = []
-        self._boundary = Boundary(self._on_boundary, objects.taps, log=log, excuse=self._scale_fell)
+        self._boundary = Boundary(
+            self._on_boundary, objects.taps, log=log, excuse=self._scale_fell, several=optimizer.several
+        )
         self._hooks = [
-            framework.root.register_forward_pre_hook(self._before_forward),
+            *(root.register_forward_pre_hook(self._before_forward) for root in framework.roots),
+            *(module.register_forward_hook(self._behind_forward) for module in framework.forward_modules()),
             *(p.register_post_accumulate_grad_hook(self._during_backward) for p in framework.gradient_ready_params()),
         ]
         optimizer.watch(self)
@@ -161,6 +164,11 @@ class LayerwiseEngine:
         if level != "staged":
             self._end_leases()
         self._participant.wait(step, level, timeout)
+
+    @property
+    def metadata(self) -> CheckpointMetadataManager:
+        """The records of the directory: manifests, the lineage, what is in which shard."""
+        return self._manager
 
     def stats(self) -> dict[str, float | int]:
         """Counters of this rank since attach(): bytes, checkpoints, and how long the training thread was held up."""
@@ -248,12 +256,18 @@ class LayerwiseEngine:
                 if self._open is not None and update.drained:
                     self._guarded(self._open, self._open.take_all)
                 return
-            if self._open is None and not update.early and self._scheduler.due(step):
-                if self._scheduler.set_order(self._optimizer.layer_order):
-                    self._surveyor.forget()
-                self._open = self._attempts.open(step)
-            if self._open is not None:
+            if self._open is None and not update.early and not self._optimizer.several and self._scheduler.due(step):
+                self._begin(step)
+            elif self._open is not None:
                 self._take(self._open, self._scheduler.flush())
+
+    def _begin(self, step: int) -> None:
+        """Opens the attempt of `step` behind its update, and captures all."""
+        if self._scheduler.set_order(self._optimizer.layer_order):
+            self._surveyor.forget()
+        self._open = self._attempts.open(step)
+        if self._open is not None:
+            self._take(self._open, self._scheduler.flush())
 
     def _may_update(self) -> None:
         if self._restorer.undefined is not None:
@@ -292,6 +306,10 @@ class LayerwiseEngine:
         if module.training and torch.is_grad_enabled() and threading.get_ident() == self._thread:
             self._boundary.training_forward()
 
+    def _behind_forward(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        if self._captures:
+            self._settle()
+
     def _during_backward(self, param: torch.Tensor) -> None:
         # Without it a checkpoint that is written during the forward would be committed no earlier than the next update.
         if self._captures:
@@ -313,6 +331,10 @@ class LayerwiseEngine:
             )
         self._end_trace()
         self._boundaries += 1
+        if self._optimizer.several and mark.updated and self._scheduler.due(mark.step):
+            # Which update is an iteration's last is known here only. Each optimizer's part is then captured once.
+            with self._statistics.stall("open"):
+                self._begin(mark.step)
         capture = self._open
         if capture is not None:
             with self._statistics.stall("seal"):

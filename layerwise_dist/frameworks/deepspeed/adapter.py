@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,39 +13,32 @@ from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.base import ParamView
 from layerwise_dist.frameworks.deepspeed.framework import DeepSpeedFramework
 from layerwise_dist.frameworks.deepspeed.support import accumulating
-from layerwise_dist.frameworks.optimizers import OptimizerAdapter, UpdateEvents, adopt_groups, check_groups, in_order
-from layerwise_dist.pieces import DTYPES
-from layerwise_dist.slices import Slice
+from layerwise_dist.frameworks.flat import FlatState
+from layerwise_dist.frameworks.optimizers import UpdateEvents
 
 log = logging.getLogger("layerwise_dist")
 
 
-class DeepSpeedOptimizer(OptimizerAdapter):
-    """State of a unit is that of each parameter in it: what has the unit's shape by range, scalars to each.
-
-    Every rank writes the scalars of all parameters of a unit that it has, also of those of which it holds no element:
-    so a partition of padding alone is restored too.
-    """
+class DeepSpeedOptimizer(FlatState):
+    """The engine's optimizer behind ZeRO's units."""
 
     def __init__(self, framework: DeepSpeedFramework) -> None:
+        self._init_flat(framework)
         self._framework, self._engine, self._units = framework, framework.engine, framework.units
         self.kind = type(self._units.base).__qualname__
-        self._views = [view for view in framework.params if view.fqn in framework.fragments]
-        self._in_unit: dict[int, list[ParamView]] = {}
-        for view in self.views:
-            self._in_unit.setdefault(framework.fragments[view.fqn].unit, []).append(view)
-        self._known: dict[int, tuple[list[Any], dict[str, dict[str, Any]]]] = {}
-        self._loading: dict[int, dict[str, torch.Tensor]] = {}
+        self._groups: list[list[int]] = [[] for _ in self._units.base.param_groups]
+        for number, grouping in enumerate(self._units.groupings()):
+            self._groups[grouping.group].append(number)
+        self._views = super().views
         self._hook: Any = None
-        self._groupings = self._units.groupings()
-        self._names = self._group_names()
         self._warn_of_large_units()
 
     def _warn_of_large_units(self) -> None:
         layers = len({view.layer for view in self.views})
-        units = len(self._in_unit)
+        in_unit = {number: self._framework.views_in(number) for numbers in self._groups for number in numbers}
+        units = len(in_unit)
         if units < layers and self._framework.rank == 0:
-            sizes = Counter({n: sum(_numel(view) for view in views) for n, views in self._in_unit.items()})
+            sizes = Counter({n: sum(_numel(view) for view in views) for n, views in in_unit.items()})
             largest = 100 * sizes.most_common(1)[0][1] / max(1, sum(sizes.values()))
             log.warning(
                 "DeepSpeed updates %d layers in %d unit%s, the largest of which holds %.0f %% of the parameters: what "
@@ -55,6 +48,10 @@ class DeepSpeedOptimizer(OptimizerAdapter):
             )  # fmt: skip
 
     @property
+    def base(self) -> torch.optim.Optimizer:
+        return self._units.base
+
+    @property
     def views(self) -> list[ParamView]:
         return self._views
 
@@ -62,93 +59,11 @@ class DeepSpeedOptimizer(OptimizerAdapter):
     def mid_window(self) -> bool:
         return accumulating(self._engine)
 
-    # -- what there is ------------------------------------------------------------------------------------------
-
-    def states(self, views: Sequence[ParamView]) -> list[Mapping[str, Any]]:
-        by_fqn: dict[str, dict[str, Any]] = {}
-        for number in self._in_unit:
-            by_fqn.update(self._unit_states(number))
-        return [by_fqn.get(view.fqn, _NO_STATE) for view in views]
-
-    def _unit_states(self, number: int) -> dict[str, dict[str, Any]]:
-        """Looked up anew each time, since DeepSpeed replaces tensors; the same dicts while it did not."""
-        unit = self._units.tensor(number)
-        state = self._units.base.state.get(unit, _NO_STATE)
-        held = [unit, *((name, value if isinstance(value, torch.Tensor) else None) for name, value in state.items())]
-        known = self._known.get(number)
-        if known is None or not _same(known[0], held):
-            made = {view.fqn: self._fragment_states(view, unit, state) for view in self._in_unit[number]}
-            known = self._known[number] = held, made
-        scalars = {name: value for name, value in state.items() if not isinstance(value, torch.Tensor)}
-        if scalars:
-            for each in known[1].values():
-                each.update(scalars)
-        return known[1]
-
-    def _fragment_states(self, view: ParamView, unit: torch.Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, value in state.items():
-            if isinstance(value, torch.Tensor) and value.shape == unit.shape and unit.dim():
-                found[name] = self._framework.fragment_of(view, value)
-            elif isinstance(value, torch.Tensor) and value.dim():
-                raise UnsupportedError(
-                    f"{self.kind} keeps {name!r} of shape {list(value.shape)} for a unit of {unit.numel()} elements: "
-                    "which part of it belongs to which parameter is not known"
-                )
-            else:
-                found[name] = value
-        return found
-
-    def hyper_parameters(self) -> list[dict[str, Any]]:
-        names = self._names
-        return [{**group, "params": names[number]} for number, group in enumerate(self._units.base.param_groups)]
-
-    def _group_names(self) -> list[list[str]]:
-        names: list[list[str]] = [[] for _ in self._units.base.param_groups]
-        by_param = {id(view.param): view.fqn for view in self.views}
-        for grouping in self._groupings:
-            names[grouping.group] += [by_param[id(param)] for param in grouping.params]
-        return names
-
-    # -- restore ------------------------------------------------------------------------------------------------
-
-    def check(self, saved: Mapping[str, Any]) -> list[str]:
-        return check_groups(self.kind, self._names, saved)
-
-    def place(self, view: ParamView, entry: Slice, wrapped: bool) -> torch.Tensor:
-        number = self._framework.fragments[view.fqn].unit
-        unit, dtype = self._units.tensor(number), DTYPES[entry.dtype]
-        loading = self._loading.setdefault(number, {})
-        shape = unit.shape if entry.is_flat else torch.Size(entry.global_shape)
-        tensor = loading.get(entry.kind, self._units.base.state.get(unit, _NO_STATE).get(entry.kind))
-        if not (isinstance(tensor, torch.Tensor) and tensor.dtype == dtype and tensor.shape == shape):
-            # Zeros, which is what the padding at a partition's end has.
-            tensor = torch.zeros(
-                shape, dtype=dtype, device=unit.device if entry.is_flat else self._scalar_device(number)
-            )
-        loading[entry.kind] = tensor
-        return self._framework.fragment_of(view, tensor) if entry.is_flat else tensor
-
-    def _scalar_device(self, number: int) -> torch.device:
-        group = self._units.base.param_groups[self._groupings[number].group]
-        on_device = group.get("capturable") or group.get("fused")
-        return self._units.tensor(number).device if on_device else torch.device("cpu")
+    def units(self) -> list[list[int]]:
+        return self._groups
 
     def adopt(self, states: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any]) -> None:
-        state_of = self._units.base.state
-        for number, views in self._in_unit.items():
-            unit, loaded = self._units.tensor(number), self._loading.get(number, {})
-            names = {name for view in views for name in states.get(view.fqn, {})}
-            state: dict[str, Any] = {name: loaded[name] for name in names}
-            for view in views:
-                state.update(saved["scalars"].get(view.fqn, {}))
-            if state:
-                order = dict.fromkeys(name for view in views for name in saved["order"].get(view.fqn, []))
-                state_of[unit] = in_order(state, order)
-            else:
-                state_of.pop(unit, None)
-        self._loading.clear()
-        adopt_groups(self._units.base.param_groups, saved)
+        super().adopt(states, saved)
         self._units.after_load()
 
     # -- updates ------------------------------------------------------------------------------------------------
@@ -187,17 +102,5 @@ class DeepSpeedOptimizer(OptimizerAdapter):
         self._hook = None
 
 
-_NO_STATE: Mapping[str, Any] = {}
-
-
 def _numel(view: ParamView) -> int:
     return getattr(view.param, "ds_numel", view.param.numel())
-
-
-def _same(known: Sequence[Any], held: Sequence[Any]) -> bool:
-    """The same unit, with the same names and the very same tensors in its state."""
-    return (
-        len(known) == len(held)
-        and known[0] is held[0]
-        and all(was[0] == now[0] and was[1] is now[1] for was, now in zip(known[1:], held[1:], strict=True))
-    )
