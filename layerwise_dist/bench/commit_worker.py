@@ -18,7 +18,7 @@ from typing import Any
 
 from layerwise_dist import _native
 from layerwise_dist.bench.light import LightRank, LightWrite, Switchboard
-from layerwise_dist.commit.attempts import Attempts, Post
+from layerwise_dist.commit.ledger import Ledger, Post
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.session import claim, start_coordinator
@@ -100,7 +100,7 @@ def root(ranks: int, on_node: int, commits: int, folder: str) -> None:
 
 
 class _Sealed:
-    """What `Attempts` asks of a shard: its attempt."""
+    """What `Ledger` asks of a shard: its attempt."""
 
     def __init__(self, attempt: AttemptId) -> None:
         self.attempt = attempt
@@ -114,7 +114,7 @@ class Crowd:
         serves = connections(ranks, on_node)
         deadline = time.monotonic() + _DEADLINE_S
         sockets = {key: connect(key, ["127.0.0.1"], port, token, deadline) for key in serves}
-        self._attempts = {key: [Attempts(rank, ranks) for rank in served] for key, served in serves.items()}
+        self._ledgers = {key: [Ledger(rank, ranks) for rank in served] for key, served in serves.items()}
         self._body = b""
         self._messages: list[Message] = []
         self._heard = dict.fromkeys(serves, 0)
@@ -127,7 +127,7 @@ class Crowd:
     def checkpoint(self, step: int) -> tuple[float, float]:
         """Seconds until all have heard of the commit: from the first word, and from the last report."""
         attempt = AttemptId(self._epoch, self._first_seq + step - 1, step)
-        self._step, self._waiting = step, set(self._attempts)
+        self._step, self._waiting = step, set(self._ledgers)
         self._done.clear()
         began = time.perf_counter()
         self.links.call(lambda: self._say_all("staged", attempt, step))
@@ -140,7 +140,7 @@ class Crowd:
         return ended - began, ended - reported[0]
 
     def _say_all(self, what: str, attempt: AttemptId, step: int) -> None:
-        for key, ranks in self._attempts.items():
+        for key, ranks in self._ledgers.items():
             messages: list[Message] = []
             for rank in ranks:
                 if what == "staged":
@@ -157,7 +157,7 @@ class Crowd:
         if body != self._body:  # every node hears the same
             self._body, self._messages = body, decode(body)
         for message in self._messages:
-            for rank in self._attempts[key]:
+            for rank in self._ledgers[key]:
                 rank.receive(message)
             if message["t"] == "committed" and message["step"] == self._step:
                 self._waiting.discard(key)
@@ -166,7 +166,7 @@ class Crowd:
 
     def close(self) -> None:
         def leave() -> None:
-            for key, ranks in self._attempts.items():
+            for key, ranks in self._ledgers.items():
                 self.links.send(key, encode({"t": "closed", "rank": rank.rank} for rank in ranks))
 
         self.links.call(leave)
