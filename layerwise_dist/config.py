@@ -50,6 +50,11 @@ class WriterConfig(_Strict):
 
 
 class CommitConfig(_Strict):
+    transport: Literal["auto", "store", "mpi"] = Field(
+        "auto",
+        description="How ranks exchange messages. store: TCP connections of its own, found over torch.distributed; "
+        "mpi: an MPI communicator of its own; auto: store where torch.distributed is initialised, else mpi under mpirun.",
+    )
     timeout_s: float = Field(300.0, gt=0, description="Deadline of every wait for another rank, seconds.")
     on_failure: Literal["warn", "raise"] = Field(
         "warn", description="warn: a failed checkpoint is logged and training goes on; raise: all ranks raise."

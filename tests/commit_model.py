@@ -1,7 +1,7 @@
 """A model check of the commit: the real decisions, on a simulated clock, network, disk and set of processes.
 
 `Simulation` makes one transition after the other, drawn from a seed: a rank trains on, a disk does one operation, a
-message arrives, time passes, something breaks, a job starts again. Coordinator, Attempts, Committer, Owner,
+message arrives, time passes, something breaks, a job starts again. Coordinator, Ledger, Committer, Owner,
 CheckpointMetadataManager and the start of a session are the engine's own; the disk is a MemoryEnv, which forgets what
 was not flushed. Each invariant is checked at the moment at which it could break, and raises `Broken`.
 """
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from layerwise_dist._native import testing
-from layerwise_dist.commit import attempts as rank_side
+from layerwise_dist.commit import ledger as rank_side
 from layerwise_dist.commit import coordinator as rank0
 from layerwise_dist.commit import session as sessions
 from layerwise_dist.commit.metadata import Branch as BranchRecord
@@ -197,11 +197,11 @@ class Write:
 
 
 class Rank:
-    """One rank's process: the real `Attempts`, a training loop, and the thread that does what Attempts asks for."""
+    """One rank's process: the real `Ledger`, a training loop, and the thread that does what Ledger asks for."""
 
     def __init__(self, job: Job, rank: int) -> None:
         self.job, self.rank = job, rank
-        self.attempts = rank_side.Attempts(rank, job.world_size)
+        self.ledger = rank_side.Ledger(rank, job.world_size)
         self.alive, self.over = True, False
         self.count, self.seq = 0, job.info.first_seq + job.branched
         self.waits_since: float | None = None
@@ -225,7 +225,7 @@ class Rank:
     # -- training
 
     def blocked(self) -> bool:
-        full = self.attempts.on_disk_way >= self.job.max_in_flight and not self.job.skips_when_full
+        full = self.ledger.on_disk_way >= self.job.max_in_flight and not self.job.skips_when_full
         return self.over or not self.alive or (full and self.waits_since is None)
 
     def train(self) -> None:
@@ -237,17 +237,17 @@ class Rank:
             if step % self.job.every == 0:
                 attempt = AttemptId(self.job.info.epoch, self.seq, step)
                 self.seq += 1
-                if self.attempts.on_disk_way >= self.job.max_in_flight:
-                    self.do(self.attempts.skipped(attempt, "full"))
+                if self.ledger.on_disk_way >= self.job.max_in_flight:
+                    self.do(self.ledger.skipped(attempt, "full"))
                 else:
-                    self.attempts.began(attempt)
+                    self.ledger.began(attempt)
                     self._capture(attempt, dice.random())
-            self.do(self.attempts.boundary(self.count))
+            self.do(self.ledger.boundary(self.count))
             self.waits_since = sim.now
-        if self.attempts.may_pass(self.count):
+        if self.ledger.may_pass(self.count):
             self.waits_since = None
-            if (reason := self.attempts.must_raise(self.count)) is not None:
-                if self.attempts.lost is None:
+            if (reason := self.ledger.must_raise(self.count)) is not None:
+                if self.ledger.lost is None:
                     self.job.raised[self.rank] = self.count
                     need(
                         len(set(self.job.raised.values())) == 1,
@@ -264,12 +264,12 @@ class Rank:
         except FileExistsError:
             pass
         except OSError as error:
-            self.do(self.attempts.failed(attempt, str(error), None))
+            self.do(self.ledger.failed(attempt, str(error), None))
             return
         if luck < 0.02:
-            self.do(self.attempts.failed(attempt, "the lease is broken", write))
+            self.do(self.ledger.failed(attempt, "the lease is broken", write))
         else:
-            self.do(self.attempts.sealed(write))
+            self.do(self.ledger.sealed(write))
 
     def leave(self, reason: str) -> None:
         self.over = True
@@ -299,16 +299,16 @@ class Rank:
         if isinstance(job, rank_side.Persist):
             yield from self._persist(job.write)
         elif isinstance(job, rank_side.GiveUp):
-            self.do(self.attempts.gave_up(job))
+            self.do(self.ledger.gave_up(job))
         elif isinstance(job, rank_side.Discard):
             yield from self._remove(job.write)
-            self.attempts.discarded(job.write)
+            self.ledger.discarded(job.write)
         else:
             yield from self._remove(Write(job.attempt, self.rank))
 
     def _persist(self, write: Write) -> Iterator[None]:
         attempt = write.attempt
-        if not self.attempts.wanted(write):
+        if not self.ledger.wanted(write):
             return
         data = content(attempt.text, self.rank)
         operations: list[Callable[[], None]] = [
@@ -321,11 +321,11 @@ class Rank:
             try:
                 operation()
             except OSError as error:
-                self.do(self.attempts.gave_up(rank_side.GiveUp(attempt, str(error), write, False)))
+                self.do(self.ledger.gave_up(rank_side.GiveUp(attempt, str(error), write, False)))
                 return
             yield
         self.do(
-            self.attempts.persisted(attempt, ShardReport(self.rank, layout.shard_file(self.rank), len(data), 4096, 0))
+            self.ledger.persisted(attempt, ShardReport(self.rank, layout.shard_file(self.rank), len(data), 4096, 0))
         )
 
     def _remove(self, write: Write) -> Iterator[None]:
@@ -391,7 +391,7 @@ class Job:
 
     def deliver_down(self, rank: int) -> None:
         message = self.down[rank].popleft()[1]
-        self.ranks[rank].do(self.ranks[rank].attempts.receive(message))
+        self.ranks[rank].do(self.ranks[rank].ledger.receive(message))
 
     # -- the coordinator's thread
 
@@ -565,8 +565,8 @@ class Simulation:
     def _bring_overdue(self, job: Job, until: float) -> None:
         """What no message may be late for: nothing is under way for longer than DELAY."""
         for rank, when in list(job.cut.items()):
-            if when <= until and job.ranks[rank].attempts.lost is None:
-                job.ranks[rank].attempts.lose("the connection is gone")
+            if when <= until and job.ranks[rank].ledger.lost is None:
+                job.ranks[rank].ledger.lose("the connection is gone")
                 self.count["lost"] += 1
         for rank in range(job.world_size):
             while job.coordinates and job.up[rank] and job.up[rank][0][0] + DELAY <= until:
@@ -581,10 +581,10 @@ class Simulation:
 
     def _in_time(self, job: Job) -> None:
         for rank in job.ranks:
-            if not rank.alive or rank.attempts.ended() is not None:
+            if not rank.alive or rank.ledger.ended() is not None:
                 continue
             for seq, since in list(rank.staged_at.items()):
-                if seq not in rank.attempts._undecided:
+                if seq not in rank.ledger._undecided:
                     del rank.staged_at[seq]
                 else:
                     late = self.now - since

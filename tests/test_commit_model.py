@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from commit_model import Broken, walk
 
-from layerwise_dist.commit.attempts import Attempts
+from layerwise_dist.commit.ledger import Ledger
 from layerwise_dist.commit.coordinator import Coordinator
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.owner import Owner
@@ -77,13 +77,13 @@ RULES = {
         "shard is not durable",
     ),
     "what is in doubt is not deleted before the decision is read": Mutation(
-        Attempts, "receive",
+        Ledger, "receive",
         {'checkpointing has stopped on all ranks: {message[\'reason\']}")':
             'x"); actions += map(Discard, self._undecided.values())'},
         "goes, and the manifest is there",
     ),
     "what is durable everywhere is not deleted before the decision is read": Mutation(
-        Attempts, "receive",
+        Ledger, "receive",
         {"for level in LEVELS[: LEVELS.index(kind) + 1]:":
             'actions += [Discard(w) for s, w in self._undecided.items() if (kind, s) == ("durable", message["seq"])]\n'
             "        for level in LEVELS[: LEVELS.index(kind) + 1]:"},
@@ -119,7 +119,7 @@ RULES = {
         Committer, "retire", {"keep_last=self._keep_last,": "keep_last=max(1, self._keep_last - 1),"}, "not whole",
     ),
     "a stop names one boundary": Mutation(
-        Attempts, "must_raise", {"count >= self.stop[0]": "True"}, "raise at different boundaries",
+        Ledger, "must_raise", {"count >= self.stop[0]": "True"}, "raise at different boundaries",
     ),
     "a roll back is durable before it is followed": Mutation(
         Committer, "follow", {"self._manager.write_branch(branch)": "pass"}, "newest record|lineage",

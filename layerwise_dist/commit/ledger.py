@@ -73,7 +73,7 @@ class Retire:
 Action = Post | Persist | GiveUp | Discard | Retire
 
 
-class Attempts:
+class Ledger:
     """Each method that changes anything returns what is to be done for it, in order."""
 
     def __init__(self, rank: int, world_size: int) -> None:
