@@ -14,9 +14,10 @@ import inspect
 from typing import Any
 
 import deepspeed as _deepspeed
+import torch
 
 from layerwise_dist.assembly import attach
-from layerwise_dist.frameworks.deepspeed.groups import param_groups
+from layerwise_dist.frameworks.deepspeed.groups import param_groups, split_groups
 
 __all__ = ["initialize", "param_groups"]
 
@@ -30,19 +31,28 @@ def initialize(
     ``layerwise_checkpoint`` block in the configuration, or ``"enabled": false`` in it, it does nothing.
     `layerwise_state` and `layerwise_fresh` are `attach()`'s `state` and `fresh`.
 
-    Parameters are grouped only if neither `model_parameters` as groups nor an optimizer that has them already is given.
+    Groups that are given, in `model_parameters` or in an optimizer, are split by layer and keep their hyper-parameters.
+    An LR scheduler that is given with such an optimizer is fitted to them.
     """
     given = inspect.signature(_deepspeed.initialize).bind(*args, **kwargs).arguments
-    optimizer, parameters = given.get("optimizer"), given.get("model_parameters")
-    has_groups = optimizer is not None and not callable(optimizer)
-    if given.get("model") is not None and not has_groups:
-        parameters = None if parameters is None else list(parameters)
-        if parameters is None or not all(isinstance(each, dict) for each in parameters):
-            base = None if parameters is None else [{"params": [p for p in parameters if p.requires_grad]}]
-            given["model_parameters"] = param_groups(given["model"], base)
+    model, optimizer, scheduler = given.get("model"), given.get("optimizer"), given.get("lr_scheduler")
+    if isinstance(optimizer, torch.optim.Optimizer):
+        split_groups(model, optimizer, None if callable(scheduler) else scheduler)
+    elif model is not None:
+        given["model_parameters"] = param_groups(model, _bases(given.get("model_parameters")))
     engine, optimizer, loader, scheduler = _deepspeed.initialize(**given)
     engine.layerwise = attach(engine, state=layerwise_state, fresh=layerwise_fresh)
     return engine, optimizer, loader, scheduler
+
+
+def _bases(parameters: Any) -> list[dict[str, Any]] | None:
+    """`model_parameters` of `deepspeed.initialize()` (parameters, groups or nothing) as groups."""
+    if parameters is None:
+        return None
+    given = list(parameters)
+    if all(isinstance(each, dict) for each in given):
+        return given
+    return [{"params": [param for param in given if param.requires_grad]}]
 
 
 def __getattr__(name: str) -> Any:

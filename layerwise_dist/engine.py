@@ -157,7 +157,7 @@ class LayerwiseEngine:
     # -- updates ------------------------------------------------------------------------------------------------
 
     def update_starting(self, *, in_closure: bool = False) -> None:
-        """An update of the optimizer begins (`UpdateEvents`, as are the next two)."""
+        """An update of the optimizer begins (`UpdateEvents`, as are the next three)."""
         self._boundary.update_starting(in_closure=in_closure)
         if not in_closure:
             self._may_update()
@@ -168,6 +168,9 @@ class LayerwiseEngine:
         if not self._fenced:
             self._fenced = True
             self._fence()
+
+    def wanted(self) -> bool:
+        return self._due(self._boundary.completed + 1)
 
     def update_done(self, *, applied: bool) -> None:
         """Opens an attempt, if one is due, or captures anew what an earlier update of this iteration had opened."""
@@ -218,6 +221,7 @@ class LayerwiseEngine:
             return
         self._participant.began(attempt)
         try:
+            self._optimizer.gather()
             found = self._surveyor.look(self._copying)
             laid = self._lay_out(found)
             write = self._adapter.begin(attempt, laid.shard, laid.plan)

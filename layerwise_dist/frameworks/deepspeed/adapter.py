@@ -13,7 +13,14 @@ from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.base import ParamView
 from layerwise_dist.frameworks.deepspeed.framework import DeepSpeedFramework
 from layerwise_dist.frameworks.deepspeed.support import accumulating
-from layerwise_dist.frameworks.optimizers import OptimizerAdapter, UpdateEvents, adopt_groups, check_groups, in_order
+from layerwise_dist.frameworks.optimizers import (
+    OptimizerAdapter,
+    UpdateEvents,
+    adopt_groups,
+    check_groups,
+    group_origins,
+    in_order,
+)
 from layerwise_dist.pieces import DTYPES
 from layerwise_dist.slices import Slice
 
@@ -36,7 +43,7 @@ class DeepSpeedOptimizer(OptimizerAdapter):
             self._in_unit.setdefault(framework.fragments[view.fqn].unit, []).append(view)
         self._known: dict[int, tuple[list[Any], dict[str, dict[str, Any]]]] = {}
         self._loading: dict[int, dict[str, torch.Tensor]] = {}
-        self._hook: Any = None
+        self._hooks: list[Any] = []
         self._groupings = self._units.groupings()
         self._names = self._group_names()
         self._warn_of_large_units()
@@ -62,6 +69,9 @@ class DeepSpeedOptimizer(OptimizerAdapter):
     def mid_window(self) -> bool:
         return accumulating(self._engine)
 
+    def gather(self) -> None:
+        self._units.gather()
+
     # -- what there is ------------------------------------------------------------------------------------------
 
     def states(self, views: Sequence[ParamView]) -> list[Mapping[str, Any]]:
@@ -72,8 +82,7 @@ class DeepSpeedOptimizer(OptimizerAdapter):
 
     def _unit_states(self, number: int) -> dict[str, dict[str, Any]]:
         """Looked up anew each time, since DeepSpeed replaces tensors; the same dicts while it did not."""
-        unit = self._units.tensor(number)
-        state = self._units.base.state.get(unit, _NO_STATE)
+        unit, state = self._units.tensor(number), self._units.state(number)
         held = [unit, *((name, value if isinstance(value, torch.Tensor) else None) for name, value in state.items())]
         known = self._known.get(number)
         if known is None or not _same(known[0], held):
@@ -117,15 +126,16 @@ class DeepSpeedOptimizer(OptimizerAdapter):
 
     def place(self, view: ParamView, entry: Slice, wrapped: bool) -> torch.Tensor:
         number = self._framework.fragments[view.fqn].unit
-        unit, dtype = self._units.tensor(number), DTYPES[entry.dtype]
+        dtype, shape = DTYPES[entry.dtype], torch.Size(entry.global_shape)
+        if entry.is_flat:
+            shape = self._units.tensor(number).shape
         loading = self._loading.setdefault(number, {})
-        shape = unit.shape if entry.is_flat else torch.Size(entry.global_shape)
-        tensor = loading.get(entry.kind, self._units.base.state.get(unit, _NO_STATE).get(entry.kind))
+        tensor = loading.get(entry.kind, self._units.state(number).get(entry.kind))
         if not (isinstance(tensor, torch.Tensor) and tensor.dtype == dtype and tensor.shape == shape):
-            # Zeros, which is what the padding at a partition's end has.
-            tensor = torch.zeros(
-                shape, dtype=dtype, device=unit.device if entry.is_flat else self._scalar_device(number)
-            )
+            if entry.is_flat:
+                tensor = self._units.new_state(number, entry.kind, dtype)
+            else:
+                tensor = torch.zeros(shape, dtype=dtype, device=self._scalar_device(number))
         loading[entry.kind] = tensor
         return self._framework.fragment_of(view, tensor) if entry.is_flat else tensor
 
@@ -135,20 +145,17 @@ class DeepSpeedOptimizer(OptimizerAdapter):
         return self._units.tensor(number).device if on_device else torch.device("cpu")
 
     def adopt(self, states: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any]) -> None:
-        state_of = self._units.base.state
         for number, views in self._in_unit.items():
-            unit, loaded = self._units.tensor(number), self._loading.get(number, {})
+            loaded = self._loading.get(number, {})
             names = {name for view in views for name in states.get(view.fqn, {})}
             state: dict[str, Any] = {name: loaded[name] for name in names}
             for view in views:
                 state.update(saved["scalars"].get(view.fqn, {}))
-            if state:
-                order = dict.fromkeys(name for view in views for name in saved["order"].get(view.fqn, []))
-                state_of[unit] = in_order(state, order)
-            else:
-                state_of.pop(unit, None)
+            order = dict.fromkeys(name for view in views for name in saved["order"].get(view.fqn, []))
+            self._units.put_state(number, in_order(state, order) if state else {})
         self._loading.clear()
-        adopt_groups(self._units.base.param_groups, saved)
+        adopt_groups(self._units.base.param_groups, self._names, saved)
+        self._framework.counters.put_schedule(group_origins(self._names, saved["groups"]), len(saved["groups"]))
         self._units.after_load()
 
     # -- updates ------------------------------------------------------------------------------------------------
@@ -177,14 +184,19 @@ class DeepSpeedOptimizer(OptimizerAdapter):
             steps += 1
             events.overwriting()
 
+        def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            for number in self._units.stepped():
+                self._units.updated(number, wanted=events.wanted())
+
         engine._take_model_step = take_model_step
-        self._hook = base.register_step_pre_hook(before)
+        self._hooks = [base.register_step_pre_hook(before), base.register_step_post_hook(after)]
 
     def detach(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
+        if self._hooks:
             del self._engine._take_model_step  # the instance's; the class's own comes to light again
-        self._hook = None
+        self._hooks = []
 
 
 _NO_STATE: Mapping[str, Any] = {}
