@@ -237,13 +237,14 @@ class WarmJob:
 class Warm:
     """torchrun's agent, forked from a process that has imported torch: a job starts in a fraction of a second."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *modules: str, env: Mapping[str, str] | None = None) -> None:
+        """`modules` are imported beforehand too, with `env` in the environment."""
         self._folder, self._count = folder, 0
         self._jobs: list[WarmJob] = []
         self._errors = open(folder / "server.log", "wb")
         self._server = subprocess.Popen(
-            [sys.executable, str(JOBS / "warm.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}, text=True,
+            [sys.executable, str(JOBS / "warm.py"), *modules], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **(env or {})}, text=True,
         )  # fmt: skip
 
     def start(

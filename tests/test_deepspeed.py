@@ -9,25 +9,27 @@ import os
 import random
 import re
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Finished, Running, torchrun_command
+from conftest import Running, Warm, torchrun_command
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed (launch/setup.sh does it)", allow_module_level=True)
 
 RANKS = 2
+ENVIRONMENT = {"DS_ACCELERATOR": "cpu"}
 # A stage and the features of an engine and its loop; tests/jobs/zero.py says what they are.
 CASES = [
     "0-fp32-clip-accumulate2", "0-bf16-inferred", "1-fp32-accumulate3-micro", "1-bf16-clip-accumulate2",
     "1-bf16-fp32grads",
-    "2-fp32-flat", "2-bf16-clip-recompute", "2-fp16-accumulate2", "2-bf16-offload-flat", "3-fp32-clip-accumulate2",
-    "3-bf16-subgroups-inferred-accumulate2", "3-fp16-gather", "3-bf16-offloadall-sgd",
+    "2-fp32-flat", "2-bf16-clip-recompute", "2-fp16-accumulate2", "2-bf16-offload-flat-reentrant",
+    "3-fp32-clip-accumulate2", "3-bf16-subgroups-inferred-accumulate2", "3-fp16-gather", "3-bf16-offloadall-sgd",
 ]  # fmt: skip
 MORE = [
     "-".join([stage, precision, *features])
@@ -47,42 +49,86 @@ MORE = [
 ] + ["2-fp32-offload-clip", "3-fp32-offload", "3-bf16-offload-subgroups-gather", "3-fp16-offload-accumulate2"]
 
 
-def results(
-    job: Callable[..., Finished], out: Path, *cases: str, ranks: int = RANKS, timeout: float = 150
-) -> list[dict[str, Any]]:
+@pytest.fixture(scope="module")
+def zero(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """Starts jobs that need not import DeepSpeed."""
+    server = Warm(tmp_path_factory.mktemp("zero"), "deepspeed", env={**ENVIRONMENT, "PYTHONWARNINGS": "ignore"})
+    yield server
+    server.close()
+
+
+def results(zero: Warm, out: Path, *cases: str, ranks: int = RANKS, timeout: float = 150) -> list[dict[str, Any]]:
     out.mkdir()
-    job("zero.py", ranks, out, *cases, timeout=timeout)
+    zero.run("zero.py", ranks, out, *cases, timeout=timeout)
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
-def test_every_stage_and_precision_trains_and_resumes_bit_for_bit(
-    torchrun: Callable[..., Finished], tmp_path: Path, long: bool
-) -> None:
+def test_every_stage_and_precision_trains_and_resumes_bit_for_bit(zero: Warm, tmp_path: Path, long: bool) -> None:
     cases = CASES + MORE if long else CASES
-    for found in results(torchrun, tmp_path / "out", *cases, timeout=3000 if long else 150):
+    for found in results(zero, tmp_path / "out", *cases, timeout=3000 if long else 150):
         assert found == {case: [] for case in cases}
 
 
-def test_three_ranks_pad_and_cut_otherwise_and_resume_as_well(
-    torchrun: Callable[..., Finished], tmp_path: Path, long: bool
-) -> None:
+def test_three_ranks_pad_and_cut_otherwise_and_resume_as_well(zero: Warm, tmp_path: Path, long: bool) -> None:
     if not long:
         pytest.skip("--long")
     cases = ["0-bf16-clip", "1-bf16-fp32grads", "2-bf16-accumulate2", "3-fp32-clip", "3-bf16-subgroups-gather"]
-    for found in results(torchrun, tmp_path / "out", *cases, ranks=3):
+    for found in results(zero, tmp_path / "out", *cases, ranks=3):
         assert found == {case: [] for case in cases}
 
 
-def test_what_cannot_be_served_is_refused_by_name_and_misuse_is_an_error(
-    torchrun: Callable[..., Finished], tmp_path: Path
-) -> None:
-    cases = ["refusals", "window", "stages", "block"]
-    for found in results(torchrun, tmp_path / "out", *cases):
+NVME = ["3-bf16-nvme", "3-fp32-nvme-pipelined-clip-accumulate2", "3-bf16-nvmeall-inferred"]
+
+
+def test_what_is_swapped_to_nvme_is_saved_and_restored_bit_for_bit(zero: Warm, tmp_path: Path, long: bool) -> None:
+    """--long builds DeepSpeed's operator for it, which takes minutes; otherwise it must have been built before."""
+    built = operator("async_io")
+    if not built and not long:
+        pytest.skip("DeepSpeed's async_io operator is not built here (--long builds it)")
+    if not built:
+        built = build(tmp_path)
+    if isinstance(built, str):
+        pytest.skip(built)
+    cases = [*(NVME if long else NVME[1:2]), "nvme mutation"]
+    for found in results(zero, tmp_path / "out", *cases, timeout=600 if long else 150):
         assert found == {case: [] for case in cases}
 
 
-def test_a_restore_that_leaves_something_out_is_seen(torchrun: Callable[..., Finished], tmp_path: Path) -> None:
-    ranks = results(torchrun, tmp_path / "out", "mutations")
+def operator(name: str) -> bool:
+    """Whether DeepSpeed finds that operator built."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root()))
+    return any(root.glob(f"**/{name}/{name}.so"))
+
+
+def build(folder: Path) -> bool | str:
+    """Builds async_io as DeepSpeed does at first use; if that cannot be, why."""
+    code = (
+        "from deepspeed.ops.op_builder import AsyncIOBuilder as Op\n"
+        "assert Op().is_compatible(), 'incompatible'\nOp().load()"
+    )
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # ninja may be in the virtual environment only
+    with open(folder / "build.log", "wb") as output:
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, **ENVIRONMENT, "PATH": path}, timeout=1200,
+            stdout=output, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    if done.returncode == 0:
+        return True
+    text = (folder / "build.log").read_text(errors="replace")
+    assert "incompatible" in text, text[-4000:]
+    return "DeepSpeed's async_io operator cannot be built: libaio's header is missing (Debian: libaio-dev)"
+
+
+def test_what_cannot_be_served_is_refused_by_name_and_misuse_is_an_error(zero: Warm, tmp_path: Path) -> None:
+    cases = ["refusals", "window", "stages", "block", "regrouped"]
+    for found in results(zero, tmp_path / "out", *cases):
+        assert found == {case: [] for case in cases}
+
+
+def test_a_restore_that_leaves_something_out_is_seen(zero: Warm, tmp_path: Path) -> None:
+    ranks = results(zero, tmp_path / "out", "mutations")
     assert {name: any(found["mutations"][name] for found in ranks) for name in ranks[0]["mutations"]} == {
         name: True for name in ranks[0]["mutations"]
     }
@@ -143,9 +189,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dic
         return known[stage]
 
     return run
-
-
-ENVIRONMENT = {"DS_ACCELERATOR": "cpu"}
 
 
 def test_a_rank_killed_under_torchrun_restarts_by_itself_and_goes_on_bit_for_bit(
