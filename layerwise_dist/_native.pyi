@@ -230,6 +230,9 @@ class ShardWriter:
     def block_hash(self, index: int) -> int | None:
         """None unless the block is complete, and with hash=False."""
 
+    def block_times(self) -> list[tuple[int, int]]:
+        """When each block of the plan was started and was over: nanoseconds of time.monotonic_ns(), 0 if not yet."""
+
     def finish(self, header: Buffer) -> None: ...
     def abort(self) -> None: ...
 

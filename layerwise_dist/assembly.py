@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,9 +25,10 @@ from layerwise_dist.commit.transports.store import StoreTransport, open_store
 from layerwise_dist.config import LayerwiseConfig, load_config
 from layerwise_dist.disabled import DisabledEngine
 from layerwise_dist.engine import LayerwiseEngine
-from layerwise_dist.errors import BoundaryError, ConfigError
+from layerwise_dist.errors import BoundaryError, ConfigError, UnsupportedError
 from layerwise_dist.frameworks import Framework, accumulating, adapt, config_block, detect, is_engine
-from layerwise_dist.frameworks.optimizers import OptimizerAdapter
+from layerwise_dist.frameworks.optimizers import OptimizerAdapter, TorchOptimizer
+from layerwise_dist.layered import LayeredOptimizer
 from layerwise_dist.restore.agreement import together
 from layerwise_dist.storage.adapter import PCCheckAdapter
 from layerwise_dist.storage.recycling import recycles
@@ -83,6 +84,12 @@ def disabled(model: torch.nn.Module) -> DisabledEngine:
     return DisabledEngine(lambda: accumulating(model)) if is_engine(model) else DisabledEngine()
 
 
+def _torch_adapter(update: str) -> Callable[[Framework, object], OptimizerAdapter]:
+    if update in ("auto", "whole"):
+        return TorchOptimizer
+    return lambda framework, optimizer: LayeredOptimizer(framework, optimizer, update)
+
+
 def assemble(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, config: LayerwiseConfig, transport: Transport, env: Any, *,
     state: dict[str, Any] | None = None, fresh: bool = False, framework: Framework | None = None,
@@ -101,7 +108,11 @@ def assemble(
             if problem is not None:
                 raise problem
             found = framework or detect(model, rank, world_size)
-            adapter = adapt(found, optimizer)
+            if is_engine(model) and config.update not in ("auto", "whole"):
+                raise UnsupportedError(
+                    f"update = {config.update!r}: DeepSpeed steps its optimizer itself, unit by unit; use 'auto'"
+                )
+            adapter = adapt(found, optimizer, _torch_adapter(config.update))
             check_pool(config.pool_mb, config.bounce_bytes, Surveyor(found, adapter, config.capture).look())
             return found, adapter, StateObjects(state)
 

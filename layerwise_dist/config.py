@@ -63,8 +63,10 @@ class LayerwiseConfig(_Strict):
     every_n_steps: int = Field(1, ge=1, description="A checkpoint is due each time the step is a multiple of this.")
     keep_last: int = Field(2, ge=1, description="Newest commits of the lineage that are kept.")
     keep_every_n_steps: int | None = Field(None, ge=1, description="Commits at multiples of this step stay for ever.")
-    update: Literal["auto", "whole"] = Field(
-        "auto", description="How the optimizer steps; both mean: as it does alone."
+    update: Literal["auto", "whole", "pipelined_step", "in_backward"] = Field(
+        "auto",
+        description="whole: the optimizer steps as it does alone; pipelined_step: a step that is saved goes layer by "
+        "layer; in_backward: each layer is updated in the backward, where that is exact; auto: whole.",
     )
     capture: Literal["auto", "lease", "stage"] = Field(
         "auto",

@@ -7,37 +7,49 @@ boundary (seal); everything behind the seal runs in the background.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from layerwise_dist.attempts import Attempts
 from layerwise_dist.boundary import Boundary, BoundaryMark
-from layerwise_dist.capture.audit import Rotation
 from layerwise_dist.capture.lease import Capture, LeaseBroken
 from layerwise_dist.capture.objects import StateObjects
-from layerwise_dist.capture.pages import HugePages
-from layerwise_dist.capture.room import pool_bytes
 from layerwise_dist.capture.sealed import Sealer
-from layerwise_dist.capture.stage import Stage
-from layerwise_dist.capture.survey import Survey, Surveyor
+from layerwise_dist.capture.survey import Surveyor
 from layerwise_dist.commit.coordinator import CoordinatorThread
 from layerwise_dist.commit.metadata import CheckpointMetadataManager, ParentRef
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.session import Committer, SessionInfo
 from layerwise_dist.config import LayerwiseConfig
-from layerwise_dist.errors import BoundaryError, ConfigError, DamageError, LayerwiseError
+from layerwise_dist.errors import BoundaryError, DamageError, LayerwiseError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.restore import loader
 from layerwise_dist.restore.restorer import Restorer
+from layerwise_dist.scheduler import LayerwiseCheckpointScheduler
 from layerwise_dist.statistics import Statistics
-from layerwise_dist.storage.adapter import Laid, PCCheckAdapter
-from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage.adapter import PCCheckAdapter
+from layerwise_dist.trace import StepTrace
 
 log = logging.getLogger("layerwise_dist")
+
+
+@dataclass(slots=True)
+class _Update:
+    """One update of an optimizer. `again`: an earlier one of this iteration has opened the attempt already."""
+
+    again: bool
+    fenced: bool = False  # all of it
+    asked: bool = False  # whether the attempt can be opened before the update is over
+    early: bool = False  # it was, or could not be
+    drained: bool = False
 
 
 class LayerwiseEngine:
@@ -56,19 +68,22 @@ class LayerwiseEngine:
         self._participant, self._committer, self._coordinator = participant, committer, coordinator
         self._statistics = Statistics()
         self._thread = threading.get_ident()
-        self._seq = info.first_seq
-        self._captures: list[Capture] = []
-        self._open: Capture | None = None
-        self._layout: tuple[tuple[Any, ...], Laid] | None = None
-        self._stage: Stage | None = None
-        self._pages = HugePages(wanted=config.writer.huge_pages == "auto" and adapter.direct)
-        self._copying: frozenset[str] = frozenset()
-        self._surveyor = Surveyor(framework, optimizer, config.capture)
+        self._scheduler = LayerwiseCheckpointScheduler(
+            every_n_steps=config.every_n_steps, batch_bytes=config.writer.block_kb << 10, when_full=config.when_full,
+            wait_s=config.fence_timeout_s, room=lambda timeout_s: participant.wait_room(config.max_in_flight, timeout_s),
+        )  # fmt: skip
+        self._surveyor = Surveyor(framework, optimizer, config.capture, self._scheduler.arrange)
+        self._attempts = Attempts(
+            config, framework.rank, self._surveyor, self._scheduler, adapter, participant,
+            epoch=info.epoch, first_seq=info.first_seq,
+        )  # fmt: skip
         self._sealer = Sealer(framework, optimizer, objects)
-        self._audits = Rotation(always=config.audit == "always")
-        self._owed = False
+        self._captures: list[Capture] = []  # sealed, and to be fenced before the next update
+        self._open: Capture | None = None  # of this iteration
+        self._update: _Update | None = None
+        self._may_be_early = True
         self._updates = self._boundaries = 0
-        self._again = self._fenced = False
+        self._trace: StepTrace | None = None
         self._ready = fresh or info.empty
         self._restorer = Restorer(
             framework,
@@ -154,125 +169,117 @@ class LayerwiseEngine:
             participant.commits, participant.aborts, participant.skips, self._adapter.buffers
         )
 
+    def trace(self, path: str | os.PathLike[str]) -> None:
+        """Writes what happens to each layer in the next step that is saved, and when, into `path`.
+
+        JSON in the Trace Event Format, which Perfetto (ui.perfetto.dev) opens: gradients, updates, captures and writes.
+        It is there at the first boundary behind that step's writes, or at `close()`. Raises BoundaryError while one runs.
+        """
+        if self._trace is not None:
+            raise BoundaryError(
+                f"a trace into {self._trace.path} is under way: it ends with the next step that is saved"
+            )
+        self._trace = StepTrace(Path(path), self._framework.params)
+
+    def _end_trace(self, wait_s: float = 0.0) -> None:
+        if self._trace is not None and self._trace.save_if_complete(wait_s):
+            self._trace = None
+
     # -- updates ------------------------------------------------------------------------------------------------
 
     def update_starting(self, *, in_closure: bool = False) -> None:
-        """An update of the optimizer begins (`UpdateEvents`, as are the next three)."""
+        """An update of the optimizer begins (`UpdateEvents`, as are the next five)."""
         self._boundary.update_starting(in_closure=in_closure)
         if not in_closure:
             self._may_update()
-            self._fenced = False
+            self._update = _Update(again=self._open is not None)
 
-    def overwriting(self) -> None:
-        """The first overwriting of an update fences all: what is leased of it is written or copied away."""
-        if not self._fenced:
-            self._fenced = True
-            self._fence()
+    def wants_layers(self) -> bool:
+        """Whether the update that comes had better go layer by layer: it is saved, or what is read in place is in its way."""
+        return self._scheduler.due(self._boundary.completed + 1) or not all(c.settled for c in self._captures)
 
     def wanted(self) -> bool:
-        return self._due(self._boundary.completed + 1)
+        """Whether what the running update leaves is to be saved."""
+        return self._scheduler.due(self._boundary.completed + 1)
+
+    def overwriting(self, layers: Collection[str] | None = None) -> None:
+        """What is leased of these layers, or of all, is written or copied away; else its attempt ends."""
+        update = self._update
+        assert update is not None, "update_starting() comes first"
+        if update.fenced:
+            return
+        update.fenced = layers is None
+        if self._trace is not None:
+            self._trace.overwriting(layers)
+        with self._statistics.stall("fence"):
+            self._end_leases(layers, overwrite=True)
+            if update.again and not update.drained and self._open is not None:
+                update.drained = self._guarded(self._open, self._open.drain)
+
+    def updated(self, layers: Collection[str]) -> None:
+        """These layers will not change again in this update: what is complete of a due checkpoint is captured at once."""
+        update = self._update
+        assert update is not None, "update_starting() comes first"
+        if self._trace is not None:
+            self._trace.updated(layers)
+        if update.again or not self._may_be_early:
+            return
+        with self._statistics.stall("open"):
+            if not update.asked:
+                update.asked = True
+                step = self._boundary.completed + 1
+                found = self._attempts.steady() if self._scheduler.due(step) else None
+                if found is not None:
+                    update.early, self._open = True, self._attempts.open(step, found)
+            if self._open is not None:
+                self._take(self._open, self._scheduler.updated(layers))
 
     def update_done(self, *, applied: bool) -> None:
         """Opens an attempt, if one is due, or captures anew what an earlier update of this iteration had opened."""
+        update, self._update = self._update, None
+        assert update is not None, "update_starting() comes first"
+        if not update.fenced:
+            with self._statistics.stall("fence"):
+                self._end_leases(overwrite=True)
+        self._statistics.update_over()
+        if self._trace is not None:
+            self._trace.update_done()
         if not applied:
             self._boundary.update_skipped()
             return
         self._updates += 1
         self._boundary.update_done()
-        if self._open is not None and self._again:
-            self._again = False
-            self._guarded(self._open, self._open.restart)
-        elif self._open is None and self._due(self._boundary.completed + 1):
-            with self._statistics.stall("open"):
-                self._begin(self._boundary.completed + 1)
+        step = self._boundary.completed + 1
+        with self._statistics.stall("open"):
+            if update.again:
+                if self._open is not None and update.drained:
+                    self._guarded(self._open, self._open.take_all)
+                return
+            if self._open is None and not update.early and self._scheduler.due(step):
+                if self._scheduler.set_order(self._optimizer.layer_order):
+                    self._surveyor.forget()
+                self._open = self._attempts.open(step)
+            if self._open is not None:
+                self._take(self._open, self._scheduler.flush())
 
     def _may_update(self) -> None:
         if self._restorer.undefined is not None:
             raise DamageError(self._restorer.undefined)
         if not self._ready:
             raise BoundaryError(
-                f"{self.config.path} already holds checkpoints: call restore() before the first step, or attach(fresh=True) "
-                "to start anew beside them"
+                f"{self.config.path} already holds checkpoints: call restore() before the first step, or "
+                "attach(fresh=True) to start anew beside them"
             )
 
-    def _fence(self) -> None:
-        """Before anything is overwritten: all leases end, or their attempts do."""
-        with self._statistics.stall("fence"):
-            self._end_leases(overwrite=True)
-            if self._open is not None and self._guarded(self._open, self._open.drain):
-                self._again = True
+    def _take(self, capture: Capture, batches: Collection[int]) -> None:
+        if batches and self._guarded(capture, lambda: capture.take(batches)) and self._trace is not None:
+            self._trace.captured(capture, batches)
 
-    def _end_leases(self, *, overwrite: bool = False) -> None:
+    def _end_leases(self, layers: Collection[str] | None = None, *, overwrite: bool = False) -> None:
         for capture in self._captures:
-            self._learn(capture.fence(overwrite=overwrite), "the next update")
-        self._captures.clear()
-
-    def _due(self, step: int) -> bool:
-        return self._owed or step % self.config.every_n_steps == 0
-
-    def _begin(self, step: int) -> None:
-        """Opens an attempt. A rank that cannot tells rank 0, which drops it for all; training goes on.
-
-        Raises ConfigError for what no later attempt can do either; the other ranks stop at an agreed boundary.
-        """
-        attempt = AttemptId(self._info.epoch, self._seq, step)
-        self._seq += 1
-        if not self._admitted(attempt):
-            return
-        self._participant.began(attempt)
-        try:
-            self._optimizer.gather()
-            found = self._surveyor.look(self._copying)
-            laid = self._lay_out(found)
-            write = self._adapter.begin(attempt, laid.shard, laid.plan)
-        except (LayerwiseError, OSError) as error:
-            final = isinstance(error, ConfigError)
-            self._participant.failed(attempt, str(error), None, final=final)
-            if final:
-                raise
-            return
-        capture = Capture(
-            step, found, write, self._audits.next(found), self._stage, laid.gathered,
-            timeout_s=self.config.fence_timeout_s,
-        )  # fmt: skip
-        write.confirm = capture.confirm  # and with it, what is leased stays alive as long as it may be read
-        self._again = False
-        if self._guarded(capture, capture.start):
-            self._open = capture
-
-    def _admitted(self, attempt: AttemptId) -> bool:
-        """Whether there is room for one more attempt on its way to this rank's disk; if not, rank 0 knows by now."""
-        limit, skip = self.config.max_in_flight, self.config.when_full == "skip"
-        if self._participant.wait_room(limit, 0.0 if skip else self.config.fence_timeout_s):
-            return True
-        full = f"{limit} checkpoint{'s are' if limit > 1 else ' is'} in flight (max_in_flight)"
-        if skip:
-            self._participant.skipped(attempt, f"{full}, and when_full is 'skip'")
-        else:
-            self._participant.failed(attempt, f"{full} and the disk does not end one", None)
-        return False
-
-    def _lay_out(self, found: Survey) -> Laid:
-        if self._layout is None or (self._layout[0] is not found.key and self._layout[0] != found.key):
-            laid = self._adapter.lay_out(found.sources(self._adapter.memory_align), found.gathered)
-            if self._stage is None:
-                self._stage = self._open_pool(found, laid)
-            self._layout = found.key, laid
-            self._pages.cover(t for t, leased in zip(found.tensors, found.leased, strict=True) if leased)
-        return self._layout[1]
-
-    def _open_pool(self, found: Survey, laid: Laid) -> Stage:
-        nbytes = pool_bytes(
-            self.config.pool_mb, self._adapter.bounce_bytes, found, laid.gathered,
-            max_in_flight=self.config.max_in_flight,
-        )  # fmt: skip
-        self._adapter.open_pool(nbytes)
-        log.info(
-            "rank %d: a pool of %.1f MiB for a state of %.1f MiB, of which %.1f MiB are staged (pool_mb = %s)",
-            self._framework.rank, nbytes / 2**20, found.nbytes / 2**20, found.staged_bytes / 2**20, self.config.pool_mb,
-        )  # fmt: skip
-        on_cuda = any(tensor.is_cuda for tensor in found.tensors)
-        return Stage(self._adapter.buffers, pinned=on_cuda)
+            self._attempts.learn(capture.fence(layers, overwrite=overwrite), "the next update")
+        if layers is None:
+            self._captures.clear()
 
     def _guarded(self, capture: Capture, action: Callable[[], Any]) -> bool:
         """Runs a step of a capture; if its lease is broken the attempt ends for all ranks, and training goes on."""
@@ -284,15 +291,6 @@ class LayerwiseEngine:
             if capture is self._open:
                 self._open = None
             return False
-
-    def _learn(self, names: set[str], until: str) -> None:
-        if names:
-            self._copying |= names
-            log.warning(
-                "rank %d: %s changed between its boundary or update and %s without raising its version counter (through .data or "
-                "numpy, say): from now on copied at the boundary instead of being read in place",
-                self._framework.rank, ", ".join(sorted(names)), until,
-            )  # fmt: skip
 
     # -- boundaries ---------------------------------------------------------------------------------------------
 
@@ -312,7 +310,7 @@ class LayerwiseEngine:
         if pending and threading.get_ident() == self._thread:
             with self._statistics.stall("settle"):
                 for capture in pending:
-                    self._learn(capture.settle(), "the next update")
+                    self._attempts.learn(capture.settle(), "the next update")
 
     def _on_boundary(self, mark: BoundaryMark) -> None:
         if self._optimizer.mid_window:
@@ -320,6 +318,7 @@ class LayerwiseEngine:
                 "an iteration ended within an accumulation window: steps() counts windows, so all micro-batches of one belong "
                 "into its body; a loop over micro-batches calls explicit() before it and end_step() at the end of its body"
             )
+        self._end_trace()
         self._boundaries += 1
         capture = self._open
         if capture is not None:
@@ -327,17 +326,21 @@ class LayerwiseEngine:
                 if self._guarded(capture, lambda: self._seal(capture, mark)):
                     self._captures.append(capture)
             self._open = None
-            self._owed = False
-        elif not mark.updated and self._due(mark.step):
-            self._owed = True
+            self._scheduler.done()
+        elif not mark.updated and self._scheduler.due(mark.step):
+            self._scheduler.postpone()
+        if self._trace is not None:
+            self._trace.sealed()
         self._scales = [scaler.get_scale() for scaler in self._objects.scalers] if not mark.updated else []
         self._participant.boundary(self._boundaries)
 
     def _seal(self, capture: Capture, mark: BoundaryMark) -> None:
         if capture.step != mark.step:
             raise LeaseBroken(f"it was opened for step {capture.step}, the boundary is step {mark.step}")
-        found = self._surveyor.look(self._copying)
-        self._learn(capture.seal(found), "the boundary")
+        found = self._attempts.look()
+        if found.key != capture.survey.key:
+            self._may_be_early = False  # an optimizer that puts other tensors in place is captured behind its update
+        self._attempts.learn(capture.seal(found), "the boundary")
         capture.write.append_state(*self._sealer.take(mark.step, self._updates, mark.state(), found))
         if self._committer is not None:
             self._committer.boundary_kind = mark.resume_kind
@@ -368,7 +371,9 @@ class LayerwiseEngine:
         found = self._restorer.newest(step, fresh_if_missing=fresh)
         if found is None:
             if step is not None and not self._info.empty:
-                self._follow(None, new_branch=True)  # a fresh start beside what is there, as attach(fresh=True) makes it
+                self._follow(
+                    None, new_branch=True
+                )  # a fresh start beside what is there, as attach(fresh=True) makes it
             self._ready = True
             return self._boundary.completed
         attempt, loading = found
@@ -394,12 +399,11 @@ class LayerwiseEngine:
 
     def _follow(self, head: ParentRef | None, *, new_branch: bool) -> None:
         """From where the lineage goes on. A roll-back is made durable before the first step that follows it."""
-        seq = self._seq
-        self._seq += new_branch
+        seq = self._attempts.take_seq() if new_branch else None
 
         def decide(_: list[Any]) -> None:
             if self._committer is not None:
-                self._committer.follow(head, seq if new_branch else None)
+                self._committer.follow(head, seq)
 
         self._participant.agree("continue the lineage", None, decide)
 
@@ -427,6 +431,7 @@ class LayerwiseEngine:
                 )
                 self._open = None
             self._end_leases()
+            self._end_trace(timeout)
             self._participant.drain(timeout)
             self._participant.ended()
         except LayerwiseError as error:
@@ -435,16 +440,17 @@ class LayerwiseEngine:
             for hook in self._hooks:
                 hook.remove()
             self._optimizer.detach()
+            if self._trace is not None:
+                self._trace.detach()
             self._objects.detach()
-            self._pages.close()
+            self._attempts.close_pages()
             self._framework.detach()
             self._participant.close(timeout)
             if self._coordinator is not None:
                 self._coordinator.close(timeout)
             if self._committer is not None:
                 self._committer.close()
-            if self._stage is not None:
-                self._stage.close()
+            self._attempts.close()
             self._adapter.close()
         if problem is not None:
             if orderly:

@@ -130,10 +130,9 @@ class _Stepping:
     ) -> None:
         self.optimizer, self.graph, self._mode = optimizer, graph, mode
         self._before_layer, self._after_layer, self._active = before, after, active
+        check_layered(optimizer, model, mode)
         self._subset_step = SubsetStep(optimizer)
         self._names = {id(view.param): view.fqn for view in graph.views}
-        if mode == "in_backward":
-            _check_wrapper(model)
         self._plan_of: list[list[int]] = []
         self._plan: dict[str, Subset] = {}
         self._make_plan()
@@ -232,9 +231,14 @@ class _Stepping:
         if self._arrivals is not None:
             self._arrivals.reset()
 
-    def _update(self, layer: str, subset: Subset, pins: list[dict[str, bool]]) -> None:
+    def _update(self, layer: str, subset: Subset, pins: list[dict[str, bool]], *, in_backward: bool = False) -> None:
         self._before_layer(layer, self._step)
         self._subset_step.step(subset, pins)
+        if in_backward:
+            trainable = [param for part in self._plan[layer] for param in part if param.requires_grad]
+            self._arrivals.accept([self._names[id(param)] for param in trainable])
+            # Fused kernels do not count, and a node that still needs the old values must not run on the new ones.
+            increment_version(trainable)
         self._after_layer(layer, self._step)
 
     def _count(self) -> None:
@@ -292,11 +296,7 @@ class _Stepping:
         if self._missing[layer] == 0 and layer not in self._updated:
             self._updated.add(layer)
             with torch.no_grad():
-                self._update(layer, _with_gradients(self._plan[layer]), self._pins)
-            trainable = [param for part in self._plan[layer] for param in part if param.requires_grad]
-            self._arrivals.accept([self._names[id(param)] for param in trainable])
-            # Fused kernels do not count, and a node that still needs the old values must not run on the new ones.
-            increment_version(trainable)
+                self._update(layer, _with_gradients(self._plan[layer]), self._pins, in_backward=True)
 
     def _begin(self) -> None:
         """The first gradient of a backward."""
@@ -326,6 +326,13 @@ class _Stepping:
                 "in the backward. The parameters hold an update that plain training would not make: go back to a "
                 "checkpoint, and use mode='pipelined_step'"
             )
+
+
+def check_layered(optimizer: torch.optim.Optimizer, model: nn.Module, mode: Mode) -> None:
+    """Raises UnsupportedError with the reason if this optimizer, or this wrapper, cannot be stepped by layers exactly."""
+    SubsetStep(optimizer)
+    if mode == "in_backward":
+        _check_wrapper(model)
 
 
 def _nothing(layer: str, step: int) -> None:

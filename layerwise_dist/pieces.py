@@ -65,15 +65,24 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
-    """The unit of update and capture: what one module owns directly, with its optimizer state.
+class Batch:
+    """The unit of capture: one layer, or several small ones that are updated one after another. One extent of the file.
 
     `staged` says that it is copied right behind the update; otherwise it is read in place until the next one.
     """
 
-    name: str
+    layers: tuple[str, ...]
     pieces: tuple[Piece, ...]
     staged: bool = False
+
+    @property
+    def name(self) -> str:
+        """As files and messages have it: the layer's, or the first one's and the last one's."""
+        return self.layers[0] if len(self.layers) == 1 else f"{self.layers[0]} to {self.layers[-1]}"
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.slice.nbytes for piece in self.pieces)
 
 
 def dtype_code(dtype: torch.dtype, name: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 _KEPT = 10_000  # stalls of this many checkpoints are remembered for the percentiles
 _RECENT = 8  # captures whose writers may still count
-_BYTES = ("bytes_written", "bytes_copied", "bytes_evacuated", "bytes_sealed")
+_COUNTED = ("writes", "bytes_written", "bytes_copied", "bytes_evacuated", "bytes_sealed")
 
 
 class Statistics:
@@ -17,12 +17,13 @@ class Statistics:
 
     def __init__(self) -> None:
         self._recent: list[tuple[Any, int, int]] = []
-        self._past = dict.fromkeys(_BYTES, 0)
+        self._past = dict.fromkeys(_COUNTED, 0)
         self._captures = 0
         self._state_bytes = self._captured_bytes = 0
         self._stalls: dict[str, float] = {}
         self._per_checkpoint: list[float] = []
         self._pending = 0.0
+        self._paid = 0  # captures whose cost is known
         self._since = time.monotonic()
 
     @contextmanager
@@ -34,11 +35,14 @@ class Statistics:
             took = time.perf_counter() - began
             self._stalls[where] = self._stalls.get(where, 0.0) + took
             self._pending += took
-            if where == "fence" and self._captures:
-                # The fence of the next update is the last that this checkpoint can cost.
-                self._per_checkpoint.append(self._pending)
-                self._pending = 0.0
-                del self._per_checkpoint[:-_KEPT]
+
+    def update_over(self) -> None:
+        """The fence of the next update is the last that a checkpoint can cost."""
+        if self._captures > self._paid:
+            self._paid = self._captures
+            self._per_checkpoint.append(self._pending)
+            del self._per_checkpoint[:-_KEPT]
+        self._pending = 0.0
 
     def captured(self, capture: Any, nbytes: int) -> None:
         """A `Capture` was sealed, of a state of `nbytes` bytes."""
@@ -80,6 +84,7 @@ class Statistics:
 def _bytes_of(write: Any, staged: int, sealed: int) -> dict[str, int]:
     """What one capture has written and copied so far; `bytes_sealed`, the boundary's copies, is not in `bytes_copied`."""
     return {
+        "writes": write.writes,
         "bytes_written": write.bytes_written,
         "bytes_copied": write.bytes_copied - write.state_bytes + staged,
         "bytes_evacuated": write.bytes_evacuated,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fnmatch
+import json
 import os
 import sys
 import threading
@@ -189,6 +190,8 @@ class Story:
         engine = assembly.assemble(
             model, optimizer, settings(self.root, **config), transport, self.env, state={"place": place}, fresh=fresh
         )
+        if rank == 0 and hasattr(self.env, "mark"):
+            self.env.mark(f"attached {engine._info.epoch} {engine._info.identity}")
         with engine:
             if not fresh:
                 engine.restore(None if restore == "newest" else restore)
@@ -252,12 +255,21 @@ class Story:
         """The newest position that was said to be durable within the first `prefix` entries of the log."""
         found = (0, 0)
         for index, text in self.env.marks():
-            if index < prefix:
-                _, phase, step = text.split()
-                found = max(found, (int(phase), int(step)))
+            kind, *values = text.split()
+            if index < prefix and kind == "committed":
+                found = max(found, (int(values[0]), int(values[1])))
         return found
 
-    def check(self, env: Any, promised: tuple[int, int]) -> tuple[int, int]:
+    def attached(self, prefix: int) -> tuple[int, str]:
+        """Epoch and identity of the newest session whose attach() had returned within the first `prefix` entries."""
+        found = (0, "")
+        for index, text in self.env.marks():
+            kind, *values = text.split()
+            if index < prefix and kind == "attached":
+                found = (int(values[0]), values[1])
+        return found
+
+    def check(self, env: Any, promised: tuple[int, int], attached: tuple[int, str] = (0, "")) -> tuple[int, int]:
         """Asserts that `env` holds exactly what may be there; returns the position of its newest record."""
         manager = CheckpointMetadataManager(env, self.root)
         try:
@@ -265,6 +277,8 @@ class Story:
         except FileNotFoundError:
             inventory = Inventory({}, {}, {}, [])
         assert not inventory.damaged, f"records are damaged: {inventory.damaged}"
+        if attached[0]:
+            self._check_start(env, manager, attached)
         positions = {seq: (self.branches[seq], 0) for seq in inventory.branches if seq in self.branches}
         unsaid = [seq for seq in inventory.branches if seq not in self.branches]
         assert not unsaid, f"branch records {unsaid} were never announced"
@@ -289,6 +303,20 @@ class Story:
         if positions and max(positions) in inventory.manifests:
             assert lineage and lineage[0].seq == max(positions)
         return newest
+
+    def _check_start(self, env: Any, manager: CheckpointMetadataManager, attached: tuple[int, str]) -> None:
+        """What attach() had made: no later session may get the same epoch, or see another directory."""
+        epoch, identity = attached
+        try:
+            owner = json.loads(env.read_file(f"{self.root}/{layout.OWNER}", 4096))
+        except (FileNotFoundError, ValueError) as error:
+            raise AssertionError(f"epoch {epoch} was taken, and {layout.OWNER} is gone or torn: {error}") from error
+        assert owner["epoch"] >= epoch, f"epoch {epoch} was taken, {layout.OWNER} names {owner['epoch']}"
+        try:
+            found = manager.read_identity().identity
+        except (FileNotFoundError, DamageError) as error:
+            raise AssertionError(f"the directory was made, and its identity is gone: {error}") from error
+        assert found == identity, f"the directory was {identity}, it is {found}"
 
     def _check_retired(self, env: Any, inventory: Inventory, promised: tuple[int, int]) -> None:
         """A file that begins as a commit of the past holds that commit's data still: no old header over other data."""

@@ -52,11 +52,11 @@ def sweep(story: Story, seeds: int) -> int:
     """Every prefix of the log, under each policy and `seeds` random draws. Returns how many states were looked at."""
     checked = 0
     for prefix in range(story.env.log_size + 1):
-        promised = story.promised(prefix)
+        promised, attached = story.promised(prefix), story.attached(prefix)
         cases = [(policy, 0) for policy in POLICIES] + [("random", 7919 * prefix + seed) for seed in range(seeds)]
         for policy, seed in cases:
             try:
-                story.check(story.env.crash(prefix, seed, policy), promised)
+                story.check(story.env.crash(prefix, seed, policy), promised, attached)
             except AssertionError as error:
                 last = story.env.log_entry(prefix - 1) if prefix else "nothing"
                 raise AssertionError(
@@ -125,6 +125,8 @@ MUTATIONS = {
     "sync of a blanked header": (three_reusing, Mutation("sync", "/ckpt/spare_*")),
     "sync of a shard in a reused file": (three_reusing, Mutation("sync", "*/step_0000000003*/rank_*.partial")),
     "sync of the identity": (two_steps, Mutation("sync", "*/identity.json*")),
+    "sync_dir of the root after the identity": (two_steps, Mutation("sync_dir", "/ckpt", "_publish")),
+    "sync of the owner's epoch": (two_steps, Mutation("sync", "*/owner")),
     "sync_dir above the root": (two_steps, Mutation("sync_dir", "/", "_make_dirs")),
 }
 
@@ -156,28 +158,50 @@ def test_announcing_what_is_retired_before_its_manifest_is_gone_is_found(monkeyp
         sweep(story, 4)
 
 
-def test_what_a_restart_reports_as_committed_survives_power_loss_even_if_the_first_job_could_not_flush_it() -> None:
+AT_START = pytest.mark.parametrize(
+    "left_out",
+    [None, Mutation("sync_dir", "*/step_*", "collect_leftovers")],
+    ids=["whole", "without the flush at the start"],
+)
+
+
+def swept(story: Story, seeds: int, left_out: Mutation | None) -> None:
+    """The sweep finds nothing, or, with a flush left out, something."""
+    if left_out is None:
+        sweep(story, seeds)
+    else:
+        with pytest.raises(AssertionError, match="^prefix"):
+            sweep(story, seeds)
+
+
+@AT_START
+def test_what_a_restart_reports_as_committed_survives_power_loss_even_if_the_first_job_could_not_flush_it(
+    left_out: Mutation | None,
+) -> None:
     """A job ends between the manifest's rename and its flush. The next one finds it and must flush it first."""
     env = MutantEnv(Mutation("sync_dir", "*/step_*2-*", "_publish", forget=False))
     story = Story(env)
     with pytest.raises(CommitError):
         story.session(1, 3)
     assert env.mutated == 1
-    env.mutation = None
+    env.mutation = left_out
     assert story.restart(env) == 2
     env.mark("committed 1 2")
-    sweep(story, 4)
+    swept(story, 4, left_out)
 
 
-def test_a_checkpoint_is_not_removed_before_the_end_of_its_manifest_is_durable_even_over_a_restart() -> None:
+@AT_START
+def test_a_checkpoint_is_not_removed_before_the_end_of_its_manifest_is_durable_even_over_a_restart(
+    left_out: Mutation | None,
+) -> None:
     """The flush between manifest and shards fails; the next start collects the shards: it must flush first."""
     env = MutantEnv(Mutation("sync_dir", "*/step_*1-*", "withdraw", forget=False))
     story = Story(env)
     story.session(1, 2, keep_last=1)
     assert env.mutated == 1
-    env.mutation = None
+    env.mutation = left_out
     assert story.restart(env) == 2
-    sweep(story, 8)
+    swept(story, 8, left_out)
 
 
 @pytest.mark.parametrize("run", [two_steps, three_reusing])
@@ -216,8 +240,4 @@ def test_a_roll_back_that_a_restart_follows_stays_even_if_the_first_job_could_no
     env.mutation = left_out
     assert story.restart(env) == 1
     env.mark("committed 2 0")
-    if left_out is None:
-        sweep(story, 4)
-    else:
-        with pytest.raises(AssertionError, match="^prefix"):
-            sweep(story, 4)
+    swept(story, 4, left_out)

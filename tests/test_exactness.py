@@ -10,7 +10,11 @@ import pytest
 from conftest import Finished
 
 # 5 steps each of {momentum, AdamW foreach, AdamW fused} x 9 features of a training script; plain also LBFGS.
-WORLDS = [("plain", 1), ("ddp", 2), ("ddp", 3), ("fsdp2", 2), ("plain:stage", 1), ("fsdp2:stage", 2)]
+WORLDS = [
+    ("plain", 1), ("ddp", 2), ("ddp", 3), ("fsdp2", 2), ("plain:stage", 1), ("fsdp2:stage", 2),
+    ("plain:auto:in_backward", 1), ("ddp:auto:pipelined_step", 2), ("fsdp2:auto:pipelined_step", 2),
+    ("fsdp2:auto:in_backward", 2),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("wrapper", "ranks"), WORLDS, ids=[f"{wrapper}-{ranks}" for wrapper, ranks in WORLDS])
@@ -18,7 +22,11 @@ def test_training_with_the_engine_on_and_resumed_training_are_bit_identical(
     torchrun: Callable[..., Finished], tmp_path: Path, long: bool, wrapper: str, ranks: int
 ) -> None:
     # Two ranks have shown every feature of DDP alone; a third changes where parameters are cut, which "all" has all of.
-    features = ("bare", "closure", "all") if (ranks > 2 or "stage" in wrapper) and not long else ()
+    features = ("bare", "closure", "all") if (ranks > 2 or ":" in wrapper) and not long else ()
+    if "pipelined" in wrapper and not long:
+        features = ("all",)
+    elif "in_backward" in wrapper:
+        features = ("bare", "schedule", "tied", "batchnorm") if long else ("bare",)
     torchrun("exactness.py", ranks, wrapper, tmp_path, *features, timeout=170)
     for rank in range(ranks):
         results = json.loads((tmp_path / f"{rank}.json").read_text())

@@ -112,9 +112,9 @@ def _watched(monkeypatch: pytest.MonkeyPatch) -> None:
 
     real = LayerwiseEngine._end_leases
 
-    def watched(engine: Any, *, overwrite: bool = False) -> None:
+    def watched(engine: Any, *layers: Any, overwrite: bool = False) -> None:
         captures: list[Capture] = list(engine._captures)
-        real(engine, overwrite=overwrite)
+        real(engine, *layers, overwrite=overwrite)
         engine._last_pending = sum(capture.write._writer.pending for capture in captures)
 
     monkeypatch.setattr(LayerwiseEngine, "_end_leases", watched)
@@ -133,7 +133,7 @@ def test_with_room_in_the_pool_the_fence_does_not_wait_for_the_disk_and_every_ch
 def test_without_room_in_the_pool_the_fence_waits_and_every_checkpoint_is_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("layerwise_dist.engine.pool_bytes", lambda *_, **__: 64 << 10)  # the bounce buffer, no more
+    monkeypatch.setattr("layerwise_dist.attempts.pool_bytes", lambda *_, **__: 64 << 10)  # the bounce buffer, no more
     pending, stats = fenced(tmp_path, pool_mb=8)
     assert stats["bytes_evacuated"] == 0
     assert max(pending) <= 2, "only what is not leased may be on its way: the boundary's copies and the state"
@@ -184,7 +184,7 @@ def test_staged_training_is_bit_identical_and_so_is_each_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool_mb: int
 ) -> None:
     if pool_mb == 8:
-        monkeypatch.setattr("layerwise_dist.engine.pool_bytes", lambda *_, **__: 1 << 20)
+        monkeypatch.setattr("layerwise_dist.attempts.pool_bytes", lambda *_, **__: 1 << 20)
     model, optimizer = build()
     with attach(model, optimizer, tmp_path, slow(0.0005), capture="stage", pool_mb=pool_mb, max_in_flight=3) as ckpt:
         for step in ckpt.steps(7):

@@ -1,5 +1,6 @@
 #include <nanobind/stl/filesystem.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -222,6 +223,12 @@ void BindWriter(nb::module_& m) {
       .def_prop_ro("bytes_evacuated", &CountOf<&ShardWriter::Counts::bytes_evacuated>)
       .def_prop_ro("direct", [](PyWriter& writer) { return writer.it->direct(); })
       .def_prop_ro("memory_align", [](PyWriter& writer) { return writer.it->alignment().memory; })
+      .def("block_times",
+           [](PyWriter& writer) {
+             std::vector<std::pair<int64_t, int64_t>> times;
+             for (const auto& [started, ended] : writer.it->times()) times.emplace_back(started, ended);
+             return times;
+           })
       .def("error", &Error)
       .def("hashes_hex", &HashesHex)
       .def("block_hash", [](PyWriter& writer, size_t index) { return writer.it->BlockHash(index); },

@@ -3,8 +3,15 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdint>
 
 namespace layerwise {
+
+// Nanoseconds of CLOCK_MONOTONIC.
+inline int64_t MonotonicNs() {
+  const auto since = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(since).count();
+}
 
 using Deadline = std::chrono::steady_clock::time_point;
 

@@ -21,11 +21,6 @@ Status CheckRoom(const WriterPool& pool, const Plan& plan, const std::string& pa
                                  "; the pool's bounce buffers have " + std::to_string(pool.block_bytes()));
 }
 
-Status NoSuchBlocks(size_t first, size_t count, size_t blocks) {
-  return Status::InvalidArgument("blocks " + std::to_string(first) + " + " + std::to_string(count) +
-                                 " of a plan with " + std::to_string(blocks));
-}
-
 }  // namespace
 
 Status ShardWriter::Create(Env* env, WriterPool* pool, std::shared_ptr<const Plan> plan,
@@ -68,6 +63,7 @@ ShardWriter::ShardWriter(WriterPool* pool, std::shared_ptr<const Plan> plan, std
       changed_(std::make_unique<std::condition_variable>()),
       states_(plan_->blocks().size(), BlockState::kNone),
       hashes_(plan_->blocks().size(), 0),
+      times_(plan_->blocks().size()),
       end_(plan_->end()) {}
 
 ShardWriter::~ShardWriter() {
@@ -99,9 +95,14 @@ Status ShardWriter::SetAddresses(const std::vector<uintptr_t>& addresses) {
   return Status::Ok();
 }
 
+Status ShardWriter::NoSuchBlocks(size_t first, size_t count) const {
+  return Status::InvalidArgument("blocks " + std::to_string(first) + " + " + std::to_string(count) +
+                                 " of a plan with " + std::to_string(plan_->blocks().size()));
+}
+
 Status ShardWriter::CheckSubmit(size_t first, size_t count) const {
   const size_t blocks = plan_->blocks().size();
-  if (first > blocks || count > blocks - first) return NoSuchBlocks(first, count, blocks);
+  if (first > blocks || count > blocks - first) return NoSuchBlocks(first, count);
   for (size_t i = first; i < first + count; ++i) {
     if (states_[i] == BlockState::kPending) {
       return Status::FailedPrecondition("block " + std::to_string(i) + " of " + path_ +
@@ -194,6 +195,7 @@ bool ShardWriter::StartBlock(size_t index, AlignedBuffer* scratch, BlockWrite* w
     }
     write->offset = plan_->blocks()[index].offset;
     write->length = plan_->blocks()[index].length;
+    times_[index] = {MonotonicNs(), 0};
   }
   uint64_t copied = 0;
   Status status = CutBlock(*plan_, index, addresses_.get(), alignment_, scratch, &write->runs, &copied);
@@ -204,34 +206,6 @@ bool ShardWriter::StartBlock(size_t index, AlignedBuffer* scratch, BlockWrite* w
   EndBlock(index, BlockState::kFailed);
   return false;
 }
-
-bool ShardWriter::StartEvacuated(size_t index, BlockWrite* write) {
-  std::lock_guard lock(mutex_);
-  if (!error_.ok()) {
-    EndBlock(index, BlockState::kFailed);
-    return false;
-  }
-  const Plan::Block& block = plan_->blocks()[index];
-  const Evacuated& copy = evacuated_.at(index);
-  write->file = file_.get();
-  write->path = &path_;
-  write->offset = block.offset;
-  write->length = block.length;
-  write->runs.push_back({copy.memory.data(), block.length});
-  write->hashed = true;
-  write->hash = copy.hash;
-  return true;
-}
-
-bool ShardWriter::EvacuatedSink::StartBlock(size_t index, AlignedBuffer*, BlockWrite* write) {
-  return writer_->StartEvacuated(index, write);
-}
-
-void ShardWriter::EvacuatedSink::FinishBlock(size_t index, const BlockWrite& write, Status status) {
-  writer_->FinishBlock(index, write, std::move(status));
-}
-
-void ShardWriter::EvacuatedSink::CancelBlock(size_t index) { writer_->CancelBlock(index); }
 
 void ShardWriter::StartTail(size_t index, BlockWrite* write) const {
   const TailBlock& tail = tail_[index - plan_->blocks().size()];
@@ -277,6 +251,7 @@ void ShardWriter::EndBlock(size_t index, BlockState state) {
   const size_t planned = plan_->blocks().size();
   states_[index] = state;
   counts_.pending -= 1;
+  if (index < planned) times_[index].ended = MonotonicNs();
   if (index >= planned) {
     tail_[index - planned].memory.reset();
   } else if (Leased(index)) {
@@ -286,57 +261,6 @@ void ShardWriter::EndBlock(size_t index, BlockState state) {
     kept_.erase(index);
   }
   if (counts_.pending == 0) changed_->notify_all();
-}
-
-Status ShardWriter::Evacuate(size_t first, size_t count, double timeout_s, bool* safe) {
-  *safe = false;
-  const Deadline deadline = DeadlineAfter(timeout_s);
-  const size_t blocks = plan_->blocks().size();
-  if (first > blocks || count > blocks - first) return NoSuchBlocks(first, count, blocks);
-  {
-    std::lock_guard lock(mutex_);
-    for (const auto& [index, memory] : kept_) {
-      if (index - first >= count) continue;
-      return Status::FailedPrecondition("block " + std::to_string(index) + " of " + path_ +
-                                        " has memory of its own and is not evacuated");
-    }
-  }
-  EvacuateQueued(first, count);
-  std::unique_lock lock(mutex_);
-  Waiter waiter{first, first + count, 0};
-  for (size_t i = first; i < first + count; ++i) {
-    if (states_[i] == BlockState::kPending && Leased(i)) waiter.left += 1;
-  }
-  waiters_.push_back(&waiter);
-  *safe = changed_->wait_until(lock, deadline, [&] { return waiter.left == 0; });
-  std::erase(waiters_, &waiter);
-  return Status::Ok();
-}
-
-void ShardWriter::EvacuateQueued(size_t first, size_t count) {
-  BufferPool* const buffers = pool_->buffers();
-  if (buffers == nullptr) return;
-  for (;;) {
-    // Room first: a block that was taken back must not lose its place for nothing.
-    BufferPool::Buffer memory = buffers->TryAcquire(plan_->block_bytes());
-    size_t index = 0;
-    if (!memory || !pool_->TakeLast(this, first, count, &index)) return;
-    const uint64_t copied = CopyBlock(*plan_, index, addresses_.get(), memory.data());
-    Requeue(index, std::move(memory), copied);
-  }
-}
-
-void ShardWriter::Requeue(size_t index, BufferPool::Buffer memory, uint64_t copied) {
-  const uint64_t hash = hashing_ ? Xxh3(memory.data(), plan_->blocks()[index].length) : 0;
-  {
-    std::lock_guard lock(mutex_);
-    if (!error_.ok()) return EndBlock(index, BlockState::kFailed);
-    evacuated_.insert_or_assign(index, Evacuated{std::move(memory), hash});
-    counts_.bytes_copied += copied;
-    counts_.bytes_evacuated += copied;
-    EndLease(index);
-  }
-  pool_->Submit(&evacuated_sink_, index, 1);
 }
 
 bool ShardWriter::Wait(double timeout_s) {
@@ -352,6 +276,11 @@ bool ShardWriter::WaitLeases(double timeout_s) {
 ShardWriter::Counts ShardWriter::counts() const {
   std::lock_guard lock(mutex_);
   return counts_;
+}
+
+std::vector<ShardWriter::Times> ShardWriter::times() const {
+  std::lock_guard lock(mutex_);
+  return times_;
 }
 
 Status ShardWriter::error() const {

@@ -7,7 +7,7 @@ the host wait for the device whatever its size, so that is done in every hundred
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,21 +45,23 @@ class Audit:
         for window in self._windows.get(piece, ()):
             self._noted[window] = _native.hash_memory(address + window.begin, window.end - window.begin)
 
-    def note_leased(self, survey: Survey) -> None:
+    def note_leased(self, survey: Survey, batches: Collection[int]) -> None:
+        """Remembers what of these batches is read in place."""
         for piece in self._windows:
-            if survey.leased[piece]:
+            if survey.leased[piece] and survey.batch_of[piece] in batches:
                 self.note(piece, survey.tensors[piece].data_ptr())
 
     def staged(self, survey: Survey) -> bool:
         """Whether any of it is staged, so that `changed` has to wait for that."""
         return not all(survey.leased[piece] for piece in self._windows)
 
-    def changed(self, survey: Survey, *, leased_only: bool = False) -> set[int]:
-        """Numbers of the pieces that are not any more what was noted."""
+    def changed(self, survey: Survey, batches: Collection[int] | None = None, *, leased_only: bool = False) -> set[int]:
+        """Numbers of the pieces, of all batches or of these, that are not any more what was noted."""
         return {
             piece
             for piece, windows in self._windows.items()
             if (survey.leased[piece] or not leased_only)
+            and (batches is None or survey.batch_of[piece] in batches)
             and any(_hash(survey.tensors[piece], window) != self._noted[window] for window in windows)
         }
 

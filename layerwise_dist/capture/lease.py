@@ -1,10 +1,11 @@
-"""One checkpoint's capture on one rank: from the update on, sealed at the boundary, fenced at the next update."""
+"""One checkpoint's capture on one rank: batch by batch behind the update, sealed at the boundary, fenced before the next."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -23,13 +24,13 @@ class LeaseBroken(LayerwiseError):
 
 
 class Capture:
-    """Leases or stages every layer. Holds a reference to each tensor that is read, until that is over.
+    """Leases or stages every batch. Holds a reference to each tensor that is read, until that is over.
 
-    Life: `start` right behind the update, `restart` behind a further update of the same iteration, `seal` at the
-    boundary, `settle` whenever the engine is entered, `fence` before the next update; these on the training thread.
-    `confirm` waits for them on another one.
+    Life: `take` for each batch right behind its update, and again behind a further update of the same iteration; `seal`
+    at the boundary; `settle` whenever the engine is entered; `fence` before the next update, of all or batch by batch;
+    these on the training thread. `confirm` waits for them on another one.
 
-    `gathered` are the extents that are written out of one buffer, by number: the survey's staged layers, and what is
+    `gathered` are the extents that are written out of one buffer, by number: the survey's staged batches, and what is
     copied at the boundary. `bytes_staged` and `bytes_sealed` count what went into those two.
     """
 
@@ -37,35 +38,38 @@ class Capture:
         self, step: int, survey: Survey, write: ShardWrite, audit: Audit, stage: Stage,
         gathered: Mapping[int, GatheredExtent], *, timeout_s: float,
     ) -> None:  # fmt: skip
-        self.step, self.write = step, write
-        self._survey, self._audit, self._stage, self._gathered = survey, audit, stage, gathered
+        self.step, self.write, self.survey = step, write, survey
+        self._audit, self._stage, self._gathered = audit, stage, gathered
         self._timeout_s = timeout_s
         self._handover = Handover()
-        self._fences: list[Wait] = []
+        self._fences: dict[int, list[Wait]] = {}
         self._sealed: torch.Tensor | None = None
-        self._versions: list[int] = []
+        self._versions = [-1] * len(survey.tensors)
         self._staging = bool(survey.staged_bytes)  # whether a change could still get into what is staged
+        self._unjudged = set(range(len(survey.batches)))
         self._settled = threading.Event()
         self._verdict: str | None = None
         self.bytes_staged = self.bytes_sealed = 0
-
-    def start(self) -> None:
-        survey = self._survey
         # Gathered extents get their memory when there is something in it.
-        others = len(survey.copied) + len(self._gathered)
-        self.write.set_addresses([tensor.data_ptr() for tensor in survey.tensors] + [0] * others)
-        self.restart()
+        others = len(survey.copied) + len(gathered)
+        write.set_addresses([tensor.data_ptr() for tensor in survey.tensors] + [0] * others)
 
-    def restart(self) -> None:
-        """Captures all layers as they are now. REQUIRES: nothing is queued: `drain` came before a further update.
+    def take(self, batches: Collection[int]) -> None:
+        """Captures these batches as they are now. REQUIRES: nothing of them is queued (`drain`).
 
         Raises StageError.
         """
-        self._note_versions()
-        self._audit.note_leased(self._survey)
-        for first, count in self._survey.leased_runs:
+        for number in batches:
+            for piece in self.survey.pieces_of[number]:
+                self._versions[piece] = self.survey.tensors[piece]._version
+        self._audit.note_leased(self.survey, batches)
+        for first, count in self._leased_runs(batches):
             self.write.submit(first, count)
-        self._stage_layers(number for number in self._gathered if number < len(self._survey.layers))
+        self._stage_batches(number for number in batches if self.survey.batches[number].staged)
+
+    def take_all(self) -> None:
+        """Captures every batch anew."""
+        self.take(range(len(self.survey.batches)))
 
     def drain(self) -> None:
         """Waits until all that was queued is written and hashed. Raises LeaseBroken or StageError."""
@@ -77,20 +81,20 @@ class Capture:
     def seal(self, survey: Survey) -> set[str]:
         """Brings the capture to the boundary's contents; `survey` is the boundary's own.
 
-        What was changed since the update (a clamp of the weights, say) is captured again, and what is in no layer is
+        What was changed since the update (a clamp of the weights, say) is captured again, and what is in no batch is
         copied. Returns the names of tensors that changed in a way only the audit saw. Raises LeaseBroken or StageError.
         """
-        if survey is not self._survey and survey.key != self._survey.key:
+        if survey is not self.survey and survey.key != self.survey.key:
             raise LeaseBroken(
                 "a tensor of the model or optimizer came, went or moved between the update and the boundary"
             )
         moved = self._moved()
-        if self._audit.staged(self._survey) and not self._handover.wait(self._timeout_s):
+        if self._audit.staged(self.survey) and not self._handover.wait(self._timeout_s):
             raise self._too_slow()
-        unseen = self._audit.changed(self._survey).difference(moved)
+        unseen = self._audit.changed(self.survey).difference(moved)
         if moved or unseen:
             self.drain()
-            self._capture_again({self._survey.extents[number] for number in unseen.union(moved)})
+            self.take({self.survey.batch_of[number] for number in unseen.union(moved)})
         self._copy_rest(survey)
         if self._audit.full:
             # What an audited checkpoint holds is certain: nothing may change it any more once it was compared.
@@ -115,9 +119,9 @@ class Capture:
             return set()
         if self._staging and not self._broken(self._moved()):
             self._staging = False
-        if self._settled.is_set() or (self._survey.leased_runs and not self.write.leases_over()):
+        if self._settled.is_set() or not self.write.leases_over():
             return set()
-        return self._judge()
+        return self._judge(self._unjudged)
 
     def confirm(self, timeout_s: float) -> None:
         """Waits for the training thread's verdict, and until all that was staged is given to the writer.
@@ -136,58 +140,63 @@ class Capture:
         if not self._handover.wait(max(0.0, deadline - time.monotonic())):
             raise self._too_slow()
 
-    def fence(self, *, overwrite: bool = True) -> set[str]:
+    def fence(self, layers: Collection[str] | None = None, *, overwrite: bool = True) -> set[str]:
         """Ends the capture's need of the tensors' memory; gives the attempt up when that is not to be had in time.
 
-        With `overwrite` an update comes next: what is not written yet is copied away as far as the pool has room, and
-        the rest is waited for. Otherwise everything is waited for. Returns the names of tensors that changed since the
-        boundary in a way only the audit saw.
+        With `layers`, only of the batches that these are in. With `overwrite` an update comes next: what is not written
+        yet is copied away as far as the pool has room, and the rest is waited for. Otherwise everything is waited for.
+        Returns the names of tensors that changed since the boundary in a way only the audit saw.
         """
+        batches = self._unjudged & (self._unjudged if layers is None else self.survey.batches_with(layers))
+        if not batches:
+            return set()
         unseen: set[str] = set()
         try:
             if overwrite:
-                self._free_memory()
+                self._free_memory(batches)
             else:
                 self.drain()
-            unseen = self._judge()
+            unseen = self._judge(batches)
         except LayerwiseError as broken:
             if not self._settled.is_set():
                 self._verdict = str(broken)
                 self._settled.set()
         if self._audit.full:
-            unseen = self._names(self._audit.changed(self._survey, leased_only=True).difference(self._moved()))
+            unseen = self._names(self._audit.changed(self.survey, batches, leased_only=True).difference(self._moved()))
+        self._unjudged -= batches
         return unseen
 
     # -- inside -------------------------------------------------------------------------------------------------
 
-    def _stage_layers(self, numbers: Iterable[int]) -> None:
+    def _leased_runs(self, batches: Iterable[int]) -> Iterator[tuple[int, int]]:
+        """Leased ones of these batches that follow one another in the file, as (first, count)."""
+        leased = sorted(number for number in batches if not self.survey.batches[number].staged)
+        for _, run in groupby(enumerate(leased), key=lambda item: item[1] - item[0]):
+            numbers = [number for _, number in run]
+            yield numbers[0], len(numbers)
+
+    def _stage_batches(self, numbers: Iterable[int]) -> None:
         deadline = time.monotonic() + self._timeout_s
         for number in numbers:
             extent = self._gathered[number]
             if extent.nbytes:
-                self._fences += self._stage.copy(
-                    extent, self._survey.tensors, lambda buffer, number=number: self._give(number, buffer),
-                    self._handover, deadline,
+                self._fences.setdefault(number, []).extend(
+                    self._stage.copy(
+                        extent, self.survey.tensors, lambda buffer, number=number: self._give(number, buffer),
+                        self._handover, deadline,
+                    )
                 )  # fmt: skip
-                self.bytes_staged += sum(p.slice.nbytes for p in self._survey.layers[number].pieces)
+                self.bytes_staged += self.survey.batches[number].nbytes
 
     def _give(self, number: int, buffer: Any) -> None:
-        """A layer is complete in the pool. On the training thread or the stage's own."""
+        """A batch is complete in the pool. On the training thread or the stage's own."""
         extent = self._gathered[number]
         for piece, offset in extent.places:
             self._audit.note(piece, buffer.address + offset)
         self.write.submit_gathered(number, extent.tensor, buffer)
 
-    def _capture_again(self, layers: set[int]) -> None:
-        """Both versions and hashes are noted anew for all: what did not change is noted as it was."""
-        self._note_versions()
-        self._audit.note_leased(self._survey)
-        for number in layers - self._gathered.keys():
-            self.write.submit(number, 1)
-        self._stage_layers(layers & self._gathered.keys())
-
     def _copy_rest(self, survey: Survey) -> None:
-        number = len(survey.layers)
+        number = len(survey.batches)
         extent = self._gathered[number]
         if not extent.nbytes:
             return
@@ -202,30 +211,31 @@ class Capture:
         self.write.set_address(extent.tensor, self._sealed.data_ptr())
         self.write.submit(number, 1)
 
-    def _free_memory(self) -> None:
-        for wait in self._fences:
-            wait()
-        self._fences.clear()
+    def _free_memory(self, batches: Collection[int]) -> None:
+        for number in batches:
+            for wait in self._fences.pop(number, ()):
+                wait()
         deadline = time.monotonic() + self._timeout_s
-        for first, count in self._survey.leased_runs:
+        for first, count in () if self._settled.is_set() else self._leased_runs(batches):
             if not self.write.evacuate(first, count, max(0.0, deadline - time.monotonic())):
                 raise self._too_slow()
 
-    def _judge(self) -> set[str]:
+    def _judge(self, batches: Collection[int]) -> set[str]:
+        """REQUIRES: no memory of these batches is needed any more. The last ones settle the capture."""
         if self._settled.is_set():
             return set()
-        moved = self._moved()
+        moved = [number for number in self._moved() if self.survey.batch_of[number] in batches]
         # A full audit had everything written before the boundary was over: what changes now was never read.
         unseen: set[int] = set()
         if not self._audit.full:
-            unseen = self._audit.changed(self._survey, leased_only=True).difference(moved)
-        if not self._broken([*moved, *unseen]):
+            unseen = self._audit.changed(self.survey, batches, leased_only=True).difference(moved)
+        if not self._broken([*moved, *unseen]) and self._unjudged <= set(batches):
             self._settled.set()
         return self._names(unseen)
 
     def _broken(self, changed: Iterable[int]) -> bool:
         """Whether one of these pieces was read, or may have been, when it changed. That is the verdict then."""
-        leased = self._survey.leased
+        leased = self.survey.leased
         names = sorted(self._names(number for number in changed if leased[number] or self._staging))
         if names:
             self._verdict = (
@@ -235,18 +245,19 @@ class Capture:
             self._settled.set()
         return bool(names)
 
-    def _note_versions(self) -> None:
-        self._versions = [tensor._version for tensor in self._survey.tensors]
-
     def _moved(self) -> list[int]:
-        """Numbers of the pieces whose version counter rose since they were noted."""
-        now = [tensor._version for tensor in self._survey.tensors]
+        """Numbers of the pieces, not judged yet, whose version counter rose since they were noted."""
+        now = [tensor._version for tensor in self.survey.tensors]
         if now == self._versions:
             return []
-        return [number for number, (was, is_) in enumerate(zip(self._versions, now, strict=True)) if was != is_]
+        return [
+            number
+            for number, (was, is_) in enumerate(zip(self._versions, now, strict=True))
+            if was != is_ and self.survey.batch_of[number] in self._unjudged
+        ]
 
     def _names(self, numbers: Iterable[int]) -> set[str]:
-        return {self._survey.pieces[number].slice.name for number in numbers}
+        return {self.survey.pieces[number].slice.name for number in numbers}
 
     def _too_slow(self) -> LeaseBroken:
         return LeaseBroken(f"its tensors were still being written after fence_timeout_s = {self._timeout_s:g} s")

@@ -9,7 +9,7 @@ from typing import Literal
 
 from layerwise_dist.capture.survey import Survey
 from layerwise_dist.errors import ConfigError
-from layerwise_dist.pieces import Layer
+from layerwise_dist.pieces import Batch
 from layerwise_dist.storage.gathered import GatheredExtent
 
 log = logging.getLogger("layerwise_dist")
@@ -33,7 +33,7 @@ def pool_bytes(
 
     Raises ConfigError if a staged layer does not fit.
     """
-    staged = [gathered[number].nbytes for number, layer in enumerate(survey.layers) if layer.staged]
+    staged = [gathered[number].nbytes for number, batch in enumerate(survey.batches) if batch.staged]
     largest = max(staged, default=0)
     if pool_mb == "auto":
         leased = survey.nbytes - survey.staged_bytes
@@ -49,7 +49,7 @@ def check_pool(pool_mb: int | Literal["auto"], bounce: int, survey: Survey) -> N
     Raises ConfigError if the tensors that a staged layer has by now do not fit.
     """
     if pool_mb != "auto":
-        _check(pool_mb, bounce, survey, [sum(p.slice.nbytes for p in layer.pieces) for layer in _staged(survey)])
+        _check(pool_mb, bounce, survey, [batch.nbytes for batch in _staged(survey)])
 
 
 def _check(pool_mb: int, bounce: int, survey: Survey, staged: list[int]) -> None:
@@ -62,8 +62,8 @@ def _check(pool_mb: int, bounce: int, survey: Survey, staged: list[int]) -> None
         )
 
 
-def _staged(survey: Survey) -> list[Layer]:
-    return [layer for layer in survey.layers if layer.staged]
+def _staged(survey: Survey) -> list[Batch]:
+    return [batch for batch in survey.batches if batch.staged]
 
 
 def available_memory() -> int:

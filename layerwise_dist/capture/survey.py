@@ -1,11 +1,12 @@
-"""What there is to capture now: every tensor of model and optimizer that this rank writes, layer by layer."""
+"""What there is to capture now: every tensor of model and optimizer that this rank writes, batch by batch."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ import torch
 from layerwise_dist.errors import ConfigError, UnsupportedError
 from layerwise_dist.frameworks.base import Framework, ParamView
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
-from layerwise_dist.pieces import Layer, Piece, dtype_code
+from layerwise_dist.pieces import Batch, Piece, dtype_code
+from layerwise_dist.scheduler import LayerSize
 from layerwise_dist.slices import Slice
 from layerwise_dist.storage.shard import PACK_BELOW, Source
 
@@ -21,17 +23,24 @@ from layerwise_dist.storage.shard import PACK_BELOW, Source
 BOUNDARY_LAYER = "(boundary)"
 
 
+Arrange = Callable[[Sequence[LayerSize]], list[list[str]]]
+
+
+def _one_by_one(layers: Sequence[LayerSize]) -> list[list[str]]:
+    return [[layer.name] for layer in layers]
+
+
 @dataclass(frozen=True)
 class Survey:
-    """`layers` are captured from the update on, by lease or by staging; `copied` pieces are copied at the boundary.
+    """`batches` are captured from the update on, by lease or by staging; `copied` pieces are copied at the boundary.
 
     `key` changes exactly when a new layout is needed: a tensor came, went, moved, or changed its shape or dtype.
     `order` names each parameter's state in the optimizer's order, `scalars` (fqn, name, the state's dict) what of it is
-    no tensor. `extra_states` are the modules with `get_extra_state()`. The lists run over all pieces of all layers:
+    no tensor. `extra_states` are the modules with `get_extra_state()`. The lists run over all pieces of all batches:
     computed once, used at every checkpoint.
     """
 
-    layers: tuple[Layer, ...]
+    batches: tuple[Batch, ...]
     copied: tuple[Piece, ...]
     order: dict[str, list[str]]
     scalars: tuple[tuple[str, str, Mapping[str, Any]], ...]
@@ -40,38 +49,41 @@ class Survey:
 
     @cached_property
     def pieces(self) -> list[Piece]:
-        return [piece for layer in self.layers for piece in layer.pieces]
+        return [piece for batch in self.batches for piece in batch.pieces]
 
     @cached_property
     def tensors(self) -> list[torch.Tensor]:
         return [piece.tensor for piece in self.pieces]
 
     @cached_property
-    def extents(self) -> list[int]:
-        """Of each piece, the number of its layer."""
-        return [number for number, layer in enumerate(self.layers) for _ in layer.pieces]
+    def batch_of(self) -> list[int]:
+        """Of each piece, the number of its batch."""
+        return [number for number, batch in enumerate(self.batches) for _ in batch.pieces]
+
+    @cached_property
+    def pieces_of(self) -> list[range]:
+        """Of each batch, the numbers of its pieces."""
+        ends = [0, *accumulate(len(batch.pieces) for batch in self.batches)]
+        return [range(begin, end) for begin, end in pairwise(ends)]
+
+    @cached_property
+    def _batch_of_layer(self) -> dict[str, int]:
+        return {layer: number for number, batch in enumerate(self.batches) for layer in batch.layers}
+
+    def batches_with(self, layers: Iterable[str]) -> set[int]:
+        """Numbers of the batches that any of these layers is in."""
+        of = self._batch_of_layer
+        return {of[layer] for layer in layers if layer in of}
 
     @cached_property
     def leased(self) -> list[bool]:
         """Of each piece, whether it is read in place."""
-        return [not layer.staged for layer in self.layers for _ in layer.pieces]
+        return [not batch.staged for batch in self.batches for _ in batch.pieces]
 
     @cached_property
     def gathered(self) -> list[int]:
-        """Numbers of the layers that are written out of one buffer: the staged ones, and what the boundary copies."""
-        return [number for number, layer in enumerate(self.layers) if layer.staged] + [len(self.layers)]
-
-    @cached_property
-    def leased_runs(self) -> list[tuple[int, int]]:
-        """Leased layers that follow one another, as (first, count)."""
-        runs: list[tuple[int, int]] = []
-        for number, layer in enumerate(self.layers):
-            if not layer.staged:
-                if runs and sum(runs[-1]) == number:
-                    runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-                else:
-                    runs.append((number, 1))
-        return runs
+        """Numbers of the extents that are written out of one buffer: the staged batches, and what the boundary copies."""
+        return [number for number, batch in enumerate(self.batches) if batch.staged] + [len(self.batches)]
 
     @cached_property
     def nbytes(self) -> int:
@@ -79,21 +91,21 @@ class Survey:
 
     @cached_property
     def staged_bytes(self) -> int:
-        return sum(piece.slice.nbytes for layer in self.layers if layer.staged for piece in layer.pieces)
+        return sum(batch.nbytes for batch in self.batches if batch.staged)
 
     def sources(self, memory_align: int) -> list[tuple[str, list[Source]]]:
-        """What the shard's layout is made of: the layers, then the extent of what is copied at the boundary."""
-        layers = [
+        """What the shard's layout is made of: the batches, then the extent of what is copied at the boundary."""
+        batches = [
             (
-                layer.name,
+                batch.name,
                 [
-                    Source(p.slice, 0 if layer.staged else p.tensor.data_ptr() % memory_align, p.wrapped)
-                    for p in layer.pieces
+                    Source(p.slice, 0 if batch.staged else p.tensor.data_ptr() % memory_align, p.wrapped)
+                    for p in batch.pieces
                 ],
             )
-            for layer in self.layers
+            for batch in self.batches
         ]
-        return [*layers, (BOUNDARY_LAYER, [Source(piece.slice, 0, piece.wrapped) for piece in self.copied])]
+        return [*batches, (BOUNDARY_LAYER, [Source(piece.slice, 0, piece.wrapped) for piece in self.copied])]
 
     def live_scalars(self) -> dict[str, dict[str, Any]]:
         """The optimizer's state that is no tensor, as it is now, by parameter and name."""
@@ -123,11 +135,25 @@ class _Glance:
 class Surveyor:
     """Looks at the live tensors of one rank at every checkpoint; makes a new `Survey` only when one of them moved."""
 
-    def __init__(self, framework: Framework, optimizer: OptimizerAdapter, capture: str = "auto") -> None:
-        """`capture` is the configuration's: "auto" (lease host memory, stage device memory), "lease" or "stage"."""
-        self._framework, self._optimizer, self._capture = framework, optimizer, capture
+    def __init__(
+        self, framework: Framework, optimizer: OptimizerAdapter, capture: str = "auto",
+        arrange: Arrange = _one_by_one,
+    ) -> None:  # fmt: skip
+        """`capture` is the configuration's: "auto" (lease host memory, stage device memory), "lease" or "stage".
+
+        `arrange` puts layers into batches.
+        """
+        self._framework, self._optimizer, self._capture, self._arrange = framework, optimizer, capture, arrange
         self._params = [view.param for view in framework.params]
         self._last: tuple[_Glance, Survey] | None = None
+
+    def forget(self) -> None:
+        """The next look makes a new survey: `arrange` has changed."""
+        self._last = None
+
+    def gather(self) -> None:
+        """Before a capture of all: what is not in memory comes there. Raises LayerwiseError or OSError."""
+        self._optimizer.gather()
 
     def look(self, copying: frozenset[str] = frozenset()) -> Survey:
         """`copying` holds names (`<kind>/<fqn>`) that the audit found unsafe to lease. Raises UnsupportedError."""
@@ -175,11 +201,11 @@ class Surveyor:
                 local = self._framework.local(buffer)
                 part = Slice.whole("buffer", fqn, dtype_code(buffer.dtype, f"buffer/{fqn}"), tuple(local.shape))
                 copied.append(Piece(part, local, lease=False))
-        made = tuple(self._layer(name, pieces) for name, pieces in layers.items())
+        made = self._batches(layers)
         key = tuple(
-            (piece.slice, layer.staged, 0 if layer.staged else piece.tensor.data_ptr())
-            for layer in made
-            for piece in layer.pieces
+            (piece.slice, number, 0 if batch.staged else piece.tensor.data_ptr())
+            for number, batch in enumerate(made)
+            for piece in batch.pieces
         ) + tuple(piece.slice for piece in copied)
         return Survey(made, tuple(copied), order, tuple(scalars), self._framework.extra_states(), key)
 
@@ -191,11 +217,21 @@ class Surveyor:
             )
         return piece.dense and piece.slice.name not in copying and not piece.tensor.is_inference()
 
-    def _layer(self, name: str, pieces: list[Piece]) -> Layer:
-        """Small tensors first and together: they pass through one bounce block and do not break up the large ones."""
-        pieces.sort(key=lambda piece: piece.slice.nbytes >= PACK_BELOW)
-        staged = self._capture == "stage" or not all(piece.on_host for piece in pieces)
-        return Layer(name, tuple(pieces), staged)
+    def _batches(self, layers: Mapping[str, list[Piece]]) -> tuple[Batch, ...]:
+        staged = {
+            name: self._capture == "stage" or not all(piece.on_host for piece in pieces)
+            for name, pieces in layers.items()
+        }
+        sizes = [
+            LayerSize(name, sum(piece.slice.nbytes for piece in pieces), staged[name])
+            for name, pieces in layers.items()
+        ]
+        made = []
+        for names in self._arrange(sizes):
+            # Small tensors first and together: they pass through one bounce block and do not break up the large ones.
+            pieces = sorted((p for name in names for p in layers[name]), key=lambda p: p.slice.nbytes >= PACK_BELOW)
+            made.append(Batch(tuple(names), tuple(pieces), staged[names[0]]))
+        return tuple(made)
 
     def _check_name(self, name: object) -> None:
         if not isinstance(name, str) or "/" in name or name in ("param", "master", "buffer", "state"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
@@ -20,10 +22,16 @@ _WORKS = (
 )
 
 
-def adapt(framework: Framework, optimizer: object) -> OptimizerAdapter:
-    """The adapter of `optimizer`; of a DeepSpeed engine's own if None. Raises UnsupportedError."""
+def adapt(
+    framework: Framework, optimizer: object,
+    torch_adapter: Callable[[Framework, object], OptimizerAdapter] = TorchOptimizer,
+) -> OptimizerAdapter:  # fmt: skip
+    """The adapter of `optimizer`: `torch_adapter` of one of torch's, a DeepSpeed engine's own if None.
+
+    Raises UnsupportedError.
+    """
     if not isinstance(framework, DeepSpeedFramework):
-        return TorchOptimizer(framework, optimizer)
+        return torch_adapter(framework, optimizer)
     if optimizer is not None and optimizer is not framework.engine.optimizer:
         raise UnsupportedError("a DeepSpeed engine has its optimizer: call attach(engine) without one")
     return DeepSpeedOptimizer(framework)

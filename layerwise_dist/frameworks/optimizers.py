@@ -6,7 +6,7 @@ ask of its `OptimizerAdapter`, so that one whose state lies in flat, sharded uni
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -27,8 +27,16 @@ class UpdateEvents(Protocol):
     def update_starting(self, *, in_closure: bool = False) -> None:
         """An iteration's update begins. With `in_closure` its closure runs first, then this is called again."""
 
-    def overwriting(self) -> None:
-        """Parameters and state are about to be overwritten; more than once in an update that goes part by part."""
+    def wants_layers(self) -> bool:
+        """Whether it is worth while that the update that comes goes layer by layer, if it can. Before `update_starting`."""
+
+    def overwriting(self, layers: Collection[str] | None = None) -> None:
+        """Parameters and state of these layers, or of all, are about to be overwritten. An update that goes part by part
+        calls it for each part.
+        """
+
+    def updated(self, layers: Collection[str]) -> None:
+        """These layers are done with, while others may still be updated. What is not named is done with the update."""
 
     def wanted(self) -> bool:
         """Whether the running update's result is to be saved: what is at hand only now may then be copied."""
@@ -46,6 +54,11 @@ class OptimizerAdapter:
     """
 
     kind: str
+
+    @property
+    def layer_order(self) -> Sequence[str]:
+        """Layers in the order in which they are updated; empty if all are updated at once."""
+        return ()
 
     @property
     def views(self) -> list[ParamView]:
@@ -215,9 +228,13 @@ class TorchOptimizer(OptimizerAdapter):
         return call
 
     def _after(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # A fused optimizer under GradScaler is stepped on overflow too, and skips inside its kernel.
-        found = getattr(optimizer, "found_inf", None)
-        self._events.update_done(applied=not (isinstance(found, torch.Tensor) and bool(found.item())))
+        self._events.update_done(applied=not found_inf(optimizer))
+
+
+def found_inf(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a GradScaler has this update skipped: a fused optimizer is stepped then too, and skips inside its kernel."""
+    found = getattr(optimizer, "found_inf", None)
+    return isinstance(found, torch.Tensor) and bool(found.item())
 
 
 def check_groups(kind: str, live: Sequence[Sequence[str]], saved: Mapping[str, Any]) -> list[str]:

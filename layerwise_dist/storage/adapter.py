@@ -184,6 +184,11 @@ class ShardWrite:
         self._state_hash = 0
 
     @property
+    def writes(self) -> int:
+        """Blocks of layers and state that were written, each by one call to the kernel."""
+        return self._writer.completed
+
+    @property
     def bytes_written(self) -> int:
         return self._writer.bytes_written
 
@@ -228,6 +233,10 @@ class ShardWrite:
     def wait_written(self, timeout_s: float) -> bool:
         """Whether, within the deadline, everything queued was both written and hashed, or has failed."""
         return self._writer.wait(timeout_s)
+
+    def block_times(self) -> list[tuple[int, int]]:
+        """When each block of the layers was started and was over: nanoseconds of `time.monotonic_ns()`, 0 if not yet."""
+        return self._writer.block_times()
 
     def append_state(self, text: bytes, blob: bytes) -> None:
         """Writes the state extent behind the layers: what the boundary sealed."""

@@ -1,8 +1,9 @@
 """Trains many small configurations with and without the engine, and resumes each; writes what differs.
 
-    exactness.py WRAPPER[:CAPTURE] OUT FEATURE...
+    exactness.py WRAPPER[:CAPTURE[:UPDATE]] OUT FEATURE...
 
-WRAPPER is plain, ddp or fsdp2; CAPTURE is lease or stage. OUT/<rank>.json is {configuration: [differences]}.
+WRAPPER is plain, ddp or fsdp2; CAPTURE is lease or stage; UPDATE as configured. OUT/<rank>.json is
+{configuration: [differences]}.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 import layerwise_dist as lwd
 
 STEPS, STOP = 5, 2
-CAPTURE = "auto"
+CAPTURE = UPDATE = "auto"
 FEATURES = ("bare", "clipping", "accumulation", "schedule", "tied", "batchnorm", "unused", "closure", "all")
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd-momentum": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9),
@@ -107,7 +108,8 @@ def trial(wrapper: str, optimizer: str, feature: str, root: str, sabotage: bool 
 
     def attach(job: Job, folder: str, keep: int) -> Any:
         commit = {"timeout_s": 30.0, "on_failure": "raise"}
-        config = {"dir": f"{root}/{folder}", "audit": "always", "capture": CAPTURE, "keep_last": keep, "commit": commit}
+        config = {"dir": f"{root}/{folder}", "audit": "always", "capture": CAPTURE, "update": UPDATE, "keep_last": keep}
+        config |= {"commit": commit, "writer": {"block_kb": 4}}  # so that each layer goes for itself
         return lwd.attach(job.model, job.optimizer, config, state={"scheduler": job.scheduler})
 
     def compare(what: str, job: Job, found: list[str], wanted: list[str]) -> list[str]:
@@ -144,11 +146,10 @@ def trial(wrapper: str, optimizer: str, feature: str, root: str, sabotage: bool 
 
 
 def main() -> None:
-    global CAPTURE
-    wrapper, _, capture = sys.argv[1].partition(":")
-    CAPTURE = capture or CAPTURE
+    global CAPTURE, UPDATE
+    wrapper, CAPTURE, UPDATE = [*sys.argv[1].split(":"), "auto", "auto"][:3]
     out, features = Path(sys.argv[2]), sys.argv[3:] or FEATURES
-    optimizers = [name for name in OPTIMIZERS if wrapper == "plain" or name != "lbfgs"]
+    optimizers = [name for name in OPTIMIZERS if (wrapper == "plain" and UPDATE == "auto") or name != "lbfgs"]
     cases = [(name, feature) for name in optimizers for feature in (features if name != "lbfgs" else ("bare", "schedule", "tied"))]
     results: dict[str, list[str]] = {}
     with process_group() as rank, tempfile.TemporaryDirectory() as scratch:

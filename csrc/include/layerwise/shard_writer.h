@@ -110,6 +110,15 @@ class ShardWriter final : public BlockSink {
   };
   Counts counts() const;
 
+  // When a block was last started and was over, in nanoseconds of CLOCK_MONOTONIC; 0 if
+  // it was not yet.
+  struct Times {
+    int64_t started = 0;
+    int64_t ended = 0;
+  };
+  // Of every block of the plan.
+  std::vector<Times> times() const;
+
   // What poisoned the file; ECANCELED after Abort; OK before that.
   Status error() const;
   bool direct() const { return direct_; }
@@ -186,6 +195,7 @@ class ShardWriter final : public BlockSink {
   bool Leased(size_t index) const;  // REQUIRES: the block is pending
   void EndLease(size_t index);
   void EndBlock(size_t index, BlockState state);  // not pending any more
+  Status NoSuchBlocks(size_t first, size_t count) const;
   Status CheckSubmit(size_t first, size_t count) const;
   Status CheckFinish(std::string_view header) const;
   Status WriteHeader(std::string_view header);
@@ -208,6 +218,7 @@ class ShardWriter final : public BlockSink {
   Status error_;
   std::vector<BlockState> states_;
   std::vector<uint64_t> hashes_;
+  std::vector<Times> times_;
   std::vector<TailBlock> tail_;
   EvacuatedSink evacuated_sink_{this};
   std::unordered_map<size_t, Evacuated> evacuated_;

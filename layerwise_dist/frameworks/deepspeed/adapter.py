@@ -160,15 +160,28 @@ class DeepSpeedOptimizer(OptimizerAdapter):
 
     # -- updates ------------------------------------------------------------------------------------------------
 
+    @property
+    def layer_order(self) -> Sequence[str]:
+        """As ZeRO steps its units: a layer is there once the last of its units is."""
+        last = {view.layer: number for number, views in sorted(self._in_unit.items()) for view in views}
+        return sorted(last, key=lambda layer: last[layer])
+
     def watch(self, events: UpdateEvents) -> None:
         engine, base = self._engine, self._units.base
-        take, steps = engine._take_model_step, 0
+        take = engine._take_model_step
+        layers = {number: {view.layer for view in views} for number, views in self._in_unit.items()}
+        missing: dict[str, set[int]] = {}  # of each layer, the units that the running update has not stepped
+        steps = 0
 
         def take_model_step(*args: Any, **kwargs: Any) -> Any:
             """An accumulation window's update. Overflow is known only when it returns."""
             nonlocal steps
             events.update_starting()
             steps = 0
+            missing.clear()
+            for number, inside in layers.items():
+                for layer in inside:
+                    missing.setdefault(layer, set()).add(number)
             result = take(*args, **kwargs)
             applied = engine.was_step_applied()
             if applied and not steps:
@@ -182,11 +195,17 @@ class DeepSpeedOptimizer(OptimizerAdapter):
             """ZeRO steps its inner optimizer unit by unit."""
             nonlocal steps
             steps += 1
-            events.overwriting()
+            events.overwriting({layer for number in self._units.stepped() for layer in layers.get(number, ())})
 
         def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            done = set()
             for number in self._units.stepped():
                 self._units.updated(number, wanted=events.wanted())
+                for layer in layers.get(number, ()):
+                    missing[layer].discard(number)
+                    if not missing[layer]:
+                        done.add(layer)
+            events.updated(done)
 
         engine._take_model_step = take_model_step
         self._hooks = [base.register_step_pre_hook(before), base.register_step_post_hook(after)]

@@ -1,0 +1,138 @@
+"""From a step that is due to a capture that has begun: a number, room, a layout, a file, and the memory it needs."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from layerwise_dist.capture.audit import Rotation
+from layerwise_dist.capture.lease import Capture
+from layerwise_dist.capture.pages import HugePages
+from layerwise_dist.capture.room import pool_bytes
+from layerwise_dist.capture.stage import Stage
+from layerwise_dist.capture.survey import Survey, Surveyor
+from layerwise_dist.commit.participant import Participant
+from layerwise_dist.config import LayerwiseConfig
+from layerwise_dist.errors import ConfigError, LayerwiseError
+from layerwise_dist.scheduler import LayerwiseCheckpointScheduler
+from layerwise_dist.storage.adapter import Laid, PCCheckAdapter
+from layerwise_dist.storage.layout import AttemptId
+
+log = logging.getLogger("layerwise_dist")
+
+
+class Attempts:
+    """Opens attempts on one rank, one after the other. Belongs to the training thread."""
+
+    def __init__(
+        self, config: LayerwiseConfig, rank: int, surveyor: Surveyor, scheduler: LayerwiseCheckpointScheduler,
+        adapter: PCCheckAdapter, participant: Participant, *, epoch: int, first_seq: int,
+    ) -> None:  # fmt: skip
+        self._config, self._rank, self._surveyor, self._scheduler = config, rank, surveyor, scheduler
+        self._adapter, self._participant = adapter, participant
+        self._epoch, self._seq = epoch, first_seq
+        self._copying: frozenset[str] = frozenset()
+        self._layout: tuple[tuple[Any, ...], Laid] | None = None
+        self._stage: Stage | None = None
+        self._last: Survey | None = None
+        self._audits = Rotation(always=config.audit == "always")
+        self._pages = HugePages(wanted=config.writer.huge_pages == "auto" and adapter.direct)
+
+    def take_seq(self) -> int:
+        """A number in the order of commits for a record that is no attempt."""
+        self._seq += 1
+        return self._seq - 1
+
+    def look(self) -> Survey:
+        """What there is now. Raises UnsupportedError, ConfigError."""
+        return self._surveyor.look(self._copying)
+
+    def steady(self) -> Survey | None:
+        """What there is, if all of it is where the last attempt found it: a capture can begin before the update is over."""
+        found = self.look() if self._last is not None else None
+        return found if found is self._last else None
+
+    def learn(self, names: set[str], until: str) -> None:
+        """These tensors were changed unseen: from now on they are copied at the boundary."""
+        if names:
+            self._copying |= names
+            log.warning(
+                "rank %d: %s changed between its boundary or update and %s without raising its version counter "
+                "(through .data or numpy, say): from now on copied at the boundary instead of being read in place",
+                self._rank, ", ".join(sorted(names)), until,
+            )  # fmt: skip
+
+    def open(self, step: int, found: Survey | None = None) -> Capture | None:
+        """A capture, of `found` if it is known what there is, of which nothing is taken yet. None if there is none of
+        this step: rank 0, which drops it for all, then knows why, and training goes on.
+
+        Raises ConfigError for what no later attempt can do either; the other ranks stop at an agreed boundary.
+        """
+        attempt = AttemptId(self._epoch, self.take_seq(), step)
+        if not self._admitted(attempt):
+            return None
+        self._participant.began(attempt)
+        try:
+            if found is None:
+                self._surveyor.gather()
+                found = self.look()
+            laid = self._lay_out(found)
+            write = self._adapter.begin(attempt, laid.shard, laid.plan)
+        except (LayerwiseError, OSError) as error:
+            final = isinstance(error, ConfigError)
+            self._participant.failed(attempt, str(error), None, final=final)
+            if final:
+                raise
+            return None
+        self._last = found
+        capture = Capture(
+            step, found, write, self._audits.next(found), self._stage, laid.gathered,
+            timeout_s=self._config.fence_timeout_s,
+        )  # fmt: skip
+        write.confirm = capture.confirm  # and with it, what is leased stays alive as long as it may be read
+        self._scheduler.begin()
+        return capture
+
+    def close_pages(self) -> None:
+        """Ends what still changes pages; at once, since the model is let go of."""
+        self._pages.close()
+
+    def close(self) -> None:
+        """REQUIRES: nothing is staged any more."""
+        if self._stage is not None:
+            self._stage.close()
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _admitted(self, attempt: AttemptId) -> bool:
+        """Whether there is room for one more attempt on its way to this rank's disk; if not, rank 0 knows by now."""
+        if self._scheduler.admits():
+            return True
+        limit = self._config.max_in_flight
+        full = f"{limit} checkpoint{'s are' if limit > 1 else ' is'} in flight (max_in_flight)"
+        if self._config.when_full == "skip":
+            self._participant.skipped(attempt, f"{full}, and when_full is 'skip'")
+        else:
+            self._participant.failed(attempt, f"{full} and the disk does not end one", None)
+        return False
+
+    def _lay_out(self, found: Survey) -> Laid:
+        if self._layout is None or (self._layout[0] is not found.key and self._layout[0] != found.key):
+            laid = self._adapter.lay_out(found.sources(self._adapter.memory_align), found.gathered)
+            if self._stage is None:
+                self._stage = self._open_pool(found, laid)
+            self._layout = found.key, laid
+            self._pages.cover(t for t, leased in zip(found.tensors, found.leased, strict=True) if leased)
+        return self._layout[1]
+
+    def _open_pool(self, found: Survey, laid: Laid) -> Stage:
+        nbytes = pool_bytes(
+            self._config.pool_mb, self._adapter.bounce_bytes, found, laid.gathered,
+            max_in_flight=self._config.max_in_flight,
+        )  # fmt: skip
+        self._adapter.open_pool(nbytes)
+        log.info(
+            "rank %d: a pool of %.1f MiB for a state of %.1f MiB, of which %.1f MiB are staged (pool_mb = %s)",
+            self._rank, nbytes / 2**20, found.nbytes / 2**20, found.staged_bytes / 2**20, self._config.pool_mb,
+        )  # fmt: skip
+        return Stage(self._adapter.buffers, pinned=any(tensor.is_cuda for tensor in found.tensors))
