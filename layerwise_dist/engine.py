@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,11 @@ from layerwise_dist.errors import BoundaryError, DamageError, LayerwiseError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.restore import loader
+from layerwise_dist.restore.agreement import Wish, together
 from layerwise_dist.restore.restorer import Restorer
 from layerwise_dist.scheduler import LayerwiseCheckpointScheduler
 from layerwise_dist.statistics import Statistics
+from layerwise_dist.storage import typed_json
 from layerwise_dist.storage.adapter import PCCheckAdapter
 from layerwise_dist.trace import StepTrace
 
@@ -56,6 +58,10 @@ class LayerwiseEngine:
     """Checkpoints one model and its optimizer on this rank. All methods belong to the training thread.
 
     Made by `attach()`. As a context manager it closes itself; left by an exception, it gives up what is not sealed.
+
+    Attributes:
+        restored_from: the folder of the checkpoint that `restore()` loaded; None if it loaded none.
+        client_state: what `save()` was given with that checkpoint; None if it was not made by `save()`.
     """
 
     def __init__(
@@ -85,6 +91,9 @@ class LayerwiseEngine:
         self._updates = self._boundaries = 0
         self._trace: StepTrace | None = None
         self._ready = fresh or info.empty
+        self._client_state: dict[str, Any] | None = None  # of a save() that is under way
+        self.client_state: dict[str, Any] | None = None
+        self.restored_from: str | None = None
         self._restorer = Restorer(
             framework,
             optimizer,
@@ -95,7 +104,9 @@ class LayerwiseEngine:
         )
         self._closed = False
         self._scales: list[float] = []
-        self._boundary = Boundary(self._on_boundary, objects.taps, log=log, excuse=self._scale_fell)
+        self._boundary = Boundary(
+            self._on_boundary, objects.taps, log=log, excuse=self._scale_fell, by_call=config.every_n_steps is None
+        )
         self._hooks = [
             framework.root.register_forward_pre_hook(self._before_forward),
             *(p.register_post_accumulate_grad_hook(self._during_backward) for p in framework.gradient_ready_params()),
@@ -184,6 +195,79 @@ class LayerwiseEngine:
     def _end_trace(self, wait_s: float = 0.0) -> None:
         if self._trace is not None and self._trace.save_if_complete(wait_s):
             self._trace = None
+
+    # -- saving when asked -------------------------------------------------------------------------------------------
+
+    def save(self, tag: str, client_state: Mapping[str, Any] | None = None, *, timeout: float | None = None) -> int:
+        """Saves the job as it is now under a name, and returns the step once that is committed. On all ranks alike.
+
+        For loops without steps() and end_step(): the iteration, if it has updated, ends here. The newest checkpoint under
+        a tag is never removed by retention. `client_state` is what `state=` takes as a dict, each rank's own;
+        `restore()` gives it back as `client_state`. `timeout` is in seconds, by default commit.timeout_s.
+
+        Raises BoundaryError (within an accumulation window, before `restore()`, in a loop with steps(), or with tags that
+        differ), StateError for a client_state that cannot be written, CommitError or DeadlineError.
+        """
+        timeout = self.config.commit.timeout_s if timeout is None else timeout
+        step, state = self._check_save(tag), dict(client_state or {})
+        together(self._participant, "save", lambda: typed_json.dumps(state, path="client_state"))
+        if not self._agree_to_save(tag):
+            self.drain(timeout)  # one on its way at a time, so that there is room
+            self._open = self._attempts.open(step)
+            if self._open is not None:
+                self._take(self._open, self._scheduler.flush())
+        attempt = self._attempts.newest
+        if self._committer is not None:
+            self._committer.tags[attempt.seq] = tag
+        self._client_state = state
+        try:
+            mark = self._boundary.call()
+            if mark is not None and self._open is not None:
+                self._seal_open(mark)
+        finally:
+            self._client_state = None
+        self._end_leases()
+        self._participant.wait_for_attempt(attempt, timeout)
+        return attempt.step
+
+    def _check_save(self, tag: str) -> int:
+        """The step that would be saved."""
+        if self._closed:
+            raise BoundaryError("save() after close()")
+        if self._optimizer.mid_window:
+            raise BoundaryError("save() within an accumulation window: its gradients would be lost")
+        if not tag or len(tag) > 255 or not tag.isprintable():
+            raise ValueError(f"a tag has 1 to 255 printable characters: {tag!r}")
+        self._may_update()
+        return self._boundary.step_of_call
+
+    def _agree_to_save(self, tag: str) -> bool:
+        """Whether all ranks have a capture of this iteration open; if not, those that have one give it up."""
+
+        def decide(votes: list[list[Any]]) -> bool:
+            tags = {tag for tag, _ in votes}
+            if len(tags) > 1:
+                raise BoundaryError(f"save() under different tags on different ranks: {sorted(tags)}")
+            return all(is_open for _, is_open in votes)
+
+        agreed = self._participant.agree("save under a tag", [tag, self._open is not None], decide)
+        if not agreed and self._open is not None:
+            self._give_up("another rank could not begin it")
+        return bool(agreed)
+
+    def _give_up(self, reason: str) -> None:
+        if self._open is not None:
+            self._participant.failed(self._open.write.attempt, reason, self._open.write)
+            self._open = None
+
+    def drain(self, timeout: float | None = None) -> None:
+        """Waits until nothing reads the model's memory any more and every checkpoint on its way is decided.
+
+        Call it before something changes parameters or optimizer state between iterations: DeepSpeed's `load_checkpoint()`
+        or `offload_states()`, say. `timeout` is in seconds, by default commit.timeout_s; raises DeadlineError.
+        """
+        self._end_leases()
+        self._participant.drain(self.config.commit.timeout_s if timeout is None else timeout)
 
     # -- updates ------------------------------------------------------------------------------------------------
 
@@ -320,19 +404,23 @@ class LayerwiseEngine:
             )
         self._end_trace()
         self._boundaries += 1
-        capture = self._open
-        if capture is not None:
-            with self._statistics.stall("seal"):
-                if self._guarded(capture, lambda: self._seal(capture, mark)):
-                    self._captures.append(capture)
-            self._open = None
-            self._scheduler.done()
+        if self._open is not None:
+            self._seal_open(mark)
         elif not mark.updated and self._scheduler.due(mark.step):
             self._scheduler.postpone()
         if self._trace is not None:
             self._trace.sealed()
         self._scales = [scaler.get_scale() for scaler in self._objects.scalers] if not mark.updated else []
         self._participant.boundary(self._boundaries)
+
+    def _seal_open(self, mark: BoundaryMark) -> None:
+        capture = self._open
+        assert capture is not None
+        with self._statistics.stall("seal"):
+            if self._guarded(capture, lambda: self._seal(capture, mark)):
+                self._captures.append(capture)
+        self._open = None
+        self._scheduler.done()
 
     def _seal(self, capture: Capture, mark: BoundaryMark) -> None:
         if capture.step != mark.step:
@@ -341,7 +429,9 @@ class LayerwiseEngine:
         if found.key != capture.survey.key:
             self._may_be_early = False  # an optimizer that puts other tensors in place is captured behind its update
         self._attempts.learn(capture.seal(found), "the boundary")
-        capture.write.append_state(*self._sealer.take(mark.step, self._updates, mark.state(), found))
+        capture.write.append_state(
+            *self._sealer.take(mark.step, self._updates, mark.state(), found, self._client_state)
+        )
         if self._committer is not None:
             self._committer.boundary_kind = mark.resume_kind
         self._statistics.captured(capture, found.nbytes)
@@ -354,39 +444,45 @@ class LayerwiseEngine:
 
     # -- restore ------------------------------------------------------------------------------------------------
 
-    def restore(self, step: int | None = None, *, on_missing: str | None = None) -> int:
+    def restore(
+        self, step: int | None = None, *, tag: str | None = None, saved: bool = False, on_missing: str | None = None
+    ) -> int:
         """Loads the lineage's newest commit whose shards verify, the same on all ranks; returns its step, 0 if none.
 
-        With `step`, exactly that commit, and what was committed after it is abandoned: the lineage goes on from there.
-        `on_missing` is "fresh" (start from 0; the default without a step) or "error" (the default with one).
+        With `step`, exactly that commit; with `tag`, the newest that `save()` made under it; with `saved`, the lineage's
+        newest that `save()` made at all. What was committed after it is abandoned: the lineage goes on from there.
+        `on_missing` is "error" (the default with a step or tag) or "fresh" (the default without: start from 0).
         Raises MismatchError (another model, optimizer, state or world size: nothing was loaded), NotFoundError,
         DamageError (nothing verifies), OSError (the disk is in trouble), CommitError or DeadlineError.
         """
         if on_missing not in (None, "fresh", "error"):
             raise ValueError(f"on_missing must be 'fresh' or 'error', not {on_missing!r}")
+        if (step is not None) + (tag is not None) + saved > 1:
+            raise ValueError("restore() takes one of step, tag and saved")
+        if (saved or tag is not None) and not self._boundary.told:
+            self._boundary.call()  # as save() does: what was open is of the iteration that ends here
         if self._open is not None:
             raise BoundaryError("restore() inside an iteration: end it first (steps() or end_step())")
-        self._fence_for_restore()
-        fresh = (on_missing or ("error" if step is not None else "fresh")) == "fresh"
-        found = self._restorer.newest(step, fresh_if_missing=fresh)
+        wish = Wish(step, tag, saved)
+        self.drain()
+        fresh = (on_missing or ("error" if wish.certain else "fresh")) == "fresh"
+        found = self._restorer.newest(wish, fresh_if_missing=fresh)
+        self.restored_from = self.client_state = None
         if found is None:
-            if step is not None and not self._info.empty:
+            if wish != Wish() and not self._info.empty:
                 self._follow(
                     None, new_branch=True
                 )  # a fresh start beside what is there, as attach(fresh=True) makes it
             self._ready = True
             return self._boundary.completed
-        attempt, loading = found
+        attempt, loading, leaves = found
         self._adopt(loading)
-        self._follow(ParentRef(seq=attempt.seq, attempt=attempt.text), new_branch=step is not None)
+        self._follow(ParentRef(seq=attempt.seq, attempt=attempt.text), new_branch=leaves)
+        self.restored_from = os.path.join(self.config.path, attempt.folder)
         self._restorer.undefined = None
         self._ready = True
         log.info("rank %d: restored step %d", self._framework.rank, attempt.step)
         return attempt.step
-
-    def _fence_for_restore(self) -> None:
-        self._end_leases()
-        self._participant.drain(self.config.commit.timeout_s)
 
     def _adopt(self, loading: loader.LoadPlan) -> None:
         sealed = loading.sealed
@@ -395,6 +491,7 @@ class LayerwiseEngine:
         self._updates = sealed["updates"]
         self._boundary.start_at(sealed["step"])
         self._boundary.restore(sealed["boundary"])
+        self.client_state = sealed["client_state"]
         self._participant.restored(sealed["step"])
 
     def _follow(self, head: ParentRef | None, *, new_branch: bool) -> None:
@@ -425,11 +522,7 @@ class LayerwiseEngine:
         problem: LayerwiseError | None = None
         try:
             self._boundary.close(seal=orderly)
-            if self._open is not None:
-                self._participant.failed(
-                    self._open.write.attempt, "the job ended before this step did", self._open.write
-                )
-                self._open = None
+            self._give_up("the job ended before this step did")
             self._end_leases()
             self._end_trace(timeout)
             self._participant.drain(timeout)

@@ -48,6 +48,7 @@ class Participant:
         self._rounds = 0
         self._reached: dict[str, int | None] = dict.fromkeys(LEVELS)
         self._aborted: dict[int, str] = {}
+        self._committed_seq = 0
         self._aborted_seqs: set[int] = set()
         self._writes: dict[int, Write] = {}
         self._local: set[int] = set()
@@ -197,6 +198,22 @@ class Participant:
                 return
             raise CommitError(self._aborted.get(step) or (self._stop[1] if self._stop else None) or self._lost or "")
 
+    def wait_for_attempt(self, attempt: AttemptId, timeout_s: float) -> None:
+        """Until that very attempt is committed: another one may have the same step. Raises as `wait`."""
+
+        def decided() -> bool:
+            aborted = attempt.seq in self._aborted_seqs
+            return self._committed_seq >= attempt.seq or aborted or self._stop is not None or self._lost is not None
+
+        with self._changed:
+            self._wait_for(
+                decided, time.monotonic() + timeout_s,
+                lambda: f"the checkpoint of step {attempt.step} was not committed after {timeout_s:g} s",
+            )  # fmt: skip
+            if attempt.seq in self._aborted_seqs or self._committed_seq < attempt.seq:
+                reason = self._stop[1] if self._stop else self._lost or ""
+                raise CommitError(self._aborted.get(attempt.step) or reason)
+
     def drain(self, timeout_s: float) -> None:
         """Waits until every attempt of this rank is decided. Raises DeadlineError naming the steps that are not."""
         with self._changed:
@@ -312,6 +329,7 @@ class Participant:
                 self._reached[level] = max(message["step"], self._reached[level] or 0)
             if kind == "committed":
                 self.commits += 1
+                self._committed_seq = max(self._committed_seq, message["seq"])
                 self._writes.pop(message["seq"], None)
         elif kind == "aborted":
             write = self._writes.pop(message["seq"], None)
