@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 JOBS = Path(__file__).parent / "jobs"
+DEEPSPEED = {"DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}  # environment of its jobs
 _TOKEN = "LAYERWISE_TEST_JOB"
 
 
@@ -83,9 +84,9 @@ class Running:
                     found.append(int(entry))
         return found
 
-    def rank_pid(self, rank: int) -> int | None:
-        """The process of one rank, or None when it is not (or no longer) there."""
-        wanted = f"RANK={rank}".encode()
+    def rank_pid(self, rank: int, variable: str = "RANK") -> int | None:
+        """The process of one rank, or None when it is not (or no longer) there. `variable` is the launcher's name of it."""
+        wanted = f"{variable}={rank}".encode()
         for pid in self.pids():
             try:
                 if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
@@ -282,5 +283,13 @@ class Warm:
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
     """Jobs under torchrun's agent without the cost of importing torch anew (see tests/jobs/warm.py)."""
     server = Warm(tmp_path_factory.mktemp("warm"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def zero(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """As `warm`, for jobs that need DeepSpeed: it is imported already."""
+    server = Warm(tmp_path_factory.mktemp("zero"), "deepspeed", env=DEEPSPEED)
     yield server
     server.close()

@@ -278,5 +278,6 @@ def from_deepspeeds_own(root: str) -> list[str]:
 
 CHECKS: dict[str, Callable[[str], Any]] = {
     "refusals": refusals, "window": window_in_two, "stages": other_stage, "block": block_in_ds_config,
-    "calls": calls, "from DeepSpeed's own": from_deepspeeds_own, "regrouped": regrouped, "mutations": mutations, "nvme mutation": nvme_mutation,
+    "calls": calls, "from DeepSpeed's own": from_deepspeeds_own, "regrouped": regrouped, "mutations": mutations,
+    "nvme mutation": nvme_mutation,
 }  # fmt: skip

@@ -16,6 +16,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
 from kit import differences
 from torch import nn
@@ -26,8 +27,6 @@ from layerwise_dist.frameworks.deepspeed.groups import split_groups
 
 STEPS, STOP = 6, 3
 logger.setLevel(logging.ERROR)
-# An op that DeepSpeed would compile for a minute, and that only inference uses.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class Net(nn.Module):
@@ -99,15 +98,31 @@ def settings(stage: int, features: set[str], scratch: str = "") -> dict[str, Any
     return config
 
 
-class Job:
-    """One training script around one engine. Dropout and batches come from the global generator, one seed a rank."""
+def prepare() -> None:
+    """What a job needs before its first engine: fp16 on CPU, and no operator that is compiled for a minute."""
+    # The CPU accelerator asks for fast fp16 matrix products; slow ones are as exact.
+    get_accelerator().is_fp16_supported = lambda: True
+    get_accelerator().supported_dtypes = lambda: [torch.float32, torch.bfloat16, torch.float16]
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # only inference uses it
 
-    def __init__(self, case: str, seed: int, scratch: str = "") -> None:
+
+class Job:
+    """One training script around one engine. Dropout and batches come from the global generator, one seed a rank.
+
+    `before_micro_batch` is called with the number of those that are done, and so is `after_micro_batch`, with the loss.
+    """
+
+    def __init__(
+        self, case: str, seed: int, scratch: str = "", *,
+        before_micro_batch: Callable[[int], None] = lambda done: None,
+        after_micro_batch: Callable[[int, str], None] = lambda done, loss: None,
+    ) -> None:  # fmt: skip
+        self._before, self._after = before_micro_batch, after_micro_batch
         stage, *features = case.split("-")
         self.features = set(features)
         torch.manual_seed(seed)
         # Under NVMe offload DeepSpeed swaps what has a MiB of masters on a rank.
-        net = Net(43_000) if self.features & {"nvme", "nvmeall"} else Net()
+        net = Net(43_000) if self.features & {"nvme", "nvmeall", "wide"} else Net()
         if "nvmeall" in self.features:
             net.requires_grad_(True)
         net.checkpointing = (
@@ -137,6 +152,7 @@ class Job:
         return lwd.attach(self.engine, config={"dir": folder, "audit": "always", "keep_last": 1, "commit": commit})
 
     def micro_batch(self) -> str:
+        self._before(self.engine.micro_steps)
         generator = None
         if "micro" in self.features:  # without steps() the global generator is put back at the forward, not at the draw
             generator = torch.Generator().manual_seed(100 * self.engine.micro_steps + dist.get_rank())
@@ -145,6 +161,7 @@ class Job:
         loss = nn.functional.cross_entropy(self.engine(tokens).flatten(0, 1).float(), targets)
         self.engine.backward(loss)
         self.engine.step()
+        self._after(self.engine.micro_steps, loss.item().hex())
         return loss.item().hex()
 
     def train(self, ckpt: Any, until: int) -> list[str]:
