@@ -1,11 +1,11 @@
-"""`attach()`: from a model, an optimizer and a configuration to a running engine, or one clear error on all ranks."""
+"""`attach()`: from models, optimizers and a configuration to a running engine, or one clear error on all ranks."""
 
 from __future__ import annotations
 
 import os
 import platform
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,17 +16,17 @@ from layerwise_dist._version import __version__
 from layerwise_dist.capture.objects import StateObjects
 from layerwise_dist.capture.room import check_pool
 from layerwise_dist.capture.survey import Surveyor
-from layerwise_dist.commit.coordinator import Coordinator, CoordinatorThread
 from layerwise_dist.commit.participant import Participant
-from layerwise_dist.commit.session import Committer, open_session
-from layerwise_dist.commit.transports import Message, Transport
+from layerwise_dist.commit.session import open_session, start_coordinator
+from layerwise_dist.commit.transports import Transport
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
-from layerwise_dist.commit.transports.store import StoreTransport, open_store
+from layerwise_dist.commit.transports.rendezvous import meet, over_default_group
+from layerwise_dist.commit.transports.store import StoreTransport
 from layerwise_dist.config import LayerwiseConfig, load_config
 from layerwise_dist.disabled import DisabledEngine
 from layerwise_dist.engine import LayerwiseEngine
 from layerwise_dist.errors import BoundaryError, ConfigError, UnsupportedError
-from layerwise_dist.frameworks import Framework, accumulating, adapt, config_block, detect, is_engine
+from layerwise_dist.frameworks import Framework, accumulating, config_block, find_framework, find_optimizer, is_engine
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter, TorchOptimizer
 from layerwise_dist.layered import LayeredOptimizer
 from layerwise_dist.restore.agreement import together
@@ -35,8 +35,10 @@ from layerwise_dist.storage.recycling import recycles
 
 
 def attach(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None,
+    model: torch.nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None,
     config: LayerwiseConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None, *,
+    models: Mapping[str, torch.nn.Module] | None = None,
+    optimizers: Mapping[str, torch.optim.Optimizer] | None = None,
     state: dict[str, Any] | None = None, fresh: bool = False, **overrides: Any,
 ) -> LayerwiseEngine | DisabledEngine:  # fmt: skip
     """Turns checkpointing on for `model` (plain, DDP or FSDP2) and its `optimizer`; call it on every rank.
@@ -45,6 +47,9 @@ def attach(
     `config` is given; without either, and without `overrides`, nothing is turned on.
 
     Args:
+        models: instead of `model`, several by name; those without an optimizer (an average of weights) too.
+        optimizers: instead of `optimizer`, several by name, each of parameters of any of the models. DeepSpeed engines
+            in `models` bring their own.
         config: a mapping, the path of a JSON file, or None for the defaults; `overrides` (``dir=...``) go on top.
         state: what else belongs to a step, by name: schedulers, scalers, data loaders, generators, plain dicts.
         fresh: start a new lineage in a directory that holds checkpoints, instead of calling `restore()`.
@@ -60,28 +65,43 @@ def attach(
             raise BoundaryError(
                 f"WORLD_SIZE is {launched}, but torch.distributed is not initialised: call init_process_group() before attach()"
             )
-    if config is None and is_engine(model):
-        config = config_block(model)
-        if config is None and not overrides:
-            return disabled(model)
+    engines = [each for each in (models.values() if isinstance(models, Mapping) else [model]) if is_engine(each)]
     problem = None
     try:
+        if config is None and engines:
+            config = common_block(engines)
+            if config is None and not overrides:
+                return disabled(engines)
         settings = load_config(config, **overrides)
     except ConfigError as error:
         if world_size == 1:
             raise
         settings, problem = LayerwiseConfig(), error  # the other ranks are told before it is raised
     if not settings.enabled:
-        return disabled(model)
+        return disabled(engines)
     transport: Transport = LocalTransport(LocalHub(1), 0)
     if world_size > 1:
-        transport = StoreTransport(open_store(rank, settings.commit.timeout_s), rank, world_size)
+        met = meet(rank, over_default_group(), settings.commit.timeout_s)
+        transport = StoreTransport(rank, world_size, met)
     env = _native.NvmEnv() if settings.writer.backend == "nvm" else _native.PosixEnv()
-    return assemble(model, optimizer, settings, transport, env, state=state, fresh=fresh, problem=problem)
+    return assemble(
+        model, optimizer, settings, transport, env,
+        models=models, optimizers=optimizers, state=state, fresh=fresh, problem=problem,
+    )  # fmt: skip
 
 
-def disabled(model: torch.nn.Module) -> DisabledEngine:
-    return DisabledEngine(lambda: accumulating(model)) if is_engine(model) else DisabledEngine()
+def common_block(engines: Sequence[Any]) -> Any:
+    """The ``layerwise_checkpoint`` block of the engines that have one, None if none has. ConfigError if they differ."""
+    blocks = [block for block in map(config_block, engines) if block is not None]
+    if any(block != blocks[0] for block in blocks):
+        raise ConfigError(
+            "the engines' ds_configs hold different layerwise_checkpoint blocks: give a block to one, or to all the same"
+        )
+    return blocks[0] if blocks else None
+
+
+def disabled(engines: Sequence[Any]) -> DisabledEngine:
+    return DisabledEngine(lambda: any(map(accumulating, engines)))
 
 
 def _torch_adapter(update: str) -> Callable[[Framework, object], OptimizerAdapter]:
@@ -90,8 +110,20 @@ def _torch_adapter(update: str) -> Callable[[Framework, object], OptimizerAdapte
     return lambda framework, optimizer: LayeredOptimizer(framework, optimizer, update)
 
 
+def _check_layers(update: str, model: object, models: object, optimizers: object) -> None:
+    reason = ""
+    if is_engine(model):
+        reason = "DeepSpeed steps its optimizer itself, unit by unit"
+    elif models is not None or optimizers is not None:
+        reason = "models and optimizers by name are updated as a whole"
+    if reason:
+        raise UnsupportedError(f"update = {update!r}: {reason}; use 'auto'")
+
+
 def assemble(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, config: LayerwiseConfig, transport: Transport, env: Any, *,
+    model: torch.nn.Module | None, optimizer: torch.optim.Optimizer | None, config: LayerwiseConfig, transport: Transport,
+    env: Any, *, models: Mapping[str, torch.nn.Module] | None = None,
+    optimizers: Mapping[str, torch.optim.Optimizer] | None = None,
     state: dict[str, Any] | None = None, fresh: bool = False, framework: Framework | None = None,
     problem: ConfigError | None = None,
 ) -> LayerwiseEngine:  # fmt: skip
@@ -107,12 +139,10 @@ def assemble(
         def examine() -> tuple[Framework, OptimizerAdapter, StateObjects]:
             if problem is not None:
                 raise problem
-            found = framework or detect(model, rank, world_size)
-            if is_engine(model) and config.update not in ("auto", "whole"):
-                raise UnsupportedError(
-                    f"update = {config.update!r}: DeepSpeed steps its optimizer itself, unit by unit; use 'auto'"
-                )
-            adapter = adapt(found, optimizer, _torch_adapter(config.update))
+            found = framework or find_framework(model, models, rank, world_size)
+            if config.update not in ("auto", "whole"):
+                _check_layers(config.update, model, models, optimizers)
+            adapter = find_optimizer(found, optimizer, optimizers, _torch_adapter(config.update))
             check_pool(config.pool_mb, config.bounce_bytes, Surveyor(found, adapter, config.capture).look())
             return found, adapter, StateObjects(state)
 
@@ -126,20 +156,11 @@ def assemble(
         if owner is not None:
             closers.append(owner.release)
             software = {"layerwise_dist": __version__, "torch": torch.__version__, "python": platform.python_version()}
-            committer = Committer(
-                manager, owner, info, world_size=world_size, framework=found.name, software=software,
-                keep_last=config.keep_last, keep_every_n_steps=config.keep_every_n_steps,
-            )  # fmt: skip
-
-            def send(message: Message) -> None:
-                for peer in range(world_size):
-                    transport.post(peer, message)
-
-            logic = Coordinator(
-                world_size, send=send, commit=committer.commit, timeout_s=config.commit.timeout_s,
+            committer, coordinator = start_coordinator(
+                transport, manager, owner, info, framework=found.name, software=software, keep_last=config.keep_last,
+                keep_every_n_steps=config.keep_every_n_steps, timeout_s=config.commit.timeout_s,
                 on_failure=config.commit.on_failure, raise_after=config.commit.raise_after,
             )  # fmt: skip
-            coordinator = CoordinatorThread(logic, lambda: committer.retire(send))
             closers.append(lambda: coordinator.close(1.0))
             participant.serve(coordinator.post)
 

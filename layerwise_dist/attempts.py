@@ -8,7 +8,7 @@ from typing import Any
 from layerwise_dist.capture.audit import Rotation
 from layerwise_dist.capture.lease import Capture
 from layerwise_dist.capture.pages import HugePages
-from layerwise_dist.capture.room import pool_bytes
+from layerwise_dist.capture.room import least_pool_bytes, pool_bytes
 from layerwise_dist.capture.stage import Stage
 from layerwise_dist.capture.survey import Survey, Surveyor
 from layerwise_dist.commit.participant import Participant
@@ -124,20 +124,24 @@ class Attempts:
     def _lay_out(self, found: Survey) -> Laid:
         if self._layout is None or (self._layout[0] is not found.key and self._layout[0] != found.key):
             laid = self._adapter.lay_out(found.sources(self._adapter.memory_align), found.gathered)
-            if self._stage is None:
-                self._stage = self._open_pool(found, laid)
+            self._fit_pool(found, laid)
             self._layout = found.key, laid
             self._pages.cover(t for t, leased in zip(found.tensors, found.leased, strict=True) if leased)
         return self._layout[1]
 
-    def _open_pool(self, found: Survey, laid: Laid) -> Stage:
+    def _fit_pool(self, found: Survey, laid: Laid) -> None:
+        """Opens the pool; and a larger one if a layer outgrew it, by the state of an optimizer that came later."""
         nbytes = pool_bytes(
             self._config.pool_mb, self._adapter.bounce_bytes, found, laid.gathered,
             max_in_flight=self._config.max_in_flight,
         )  # fmt: skip
+        if self._stage is not None:
+            if least_pool_bytes(self._adapter.bounce_bytes, found, laid.gathered) <= self._adapter.buffers.capacity:
+                return
+            self._stage.close()
         self._adapter.open_pool(nbytes)
         log.info(
             "rank %d: a pool of %.1f MiB for a state of %.1f MiB, of which %.1f MiB are staged (pool_mb = %s)",
             self._rank, nbytes / 2**20, found.nbytes / 2**20, found.staged_bytes / 2**20, self._config.pool_mb,
         )  # fmt: skip
-        return Stage(self._adapter.buffers, pinned=any(tensor.is_cuda for tensor in found.tensors))
+        self._stage = Stage(self._adapter.buffers, pinned=any(tensor.is_cuda for tensor in found.tensors))

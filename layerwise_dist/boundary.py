@@ -67,6 +67,8 @@ class Boundary:
         log: takes the warnings; each is given once.
         excuse: asked at the third boundary in a row, and each one after, at which no update was observed. True lets it
             pass (a GradScaler whose scale fell); otherwise that is a BoundaryError.
+        several: several optimizers update one by one, so that a forward behind an update tells nothing: a
+            BoundaryError asks for an explicit end.
         by_call: nothing is saved but by `call()`, so how other boundaries are known makes no difference.
     """
 
@@ -77,8 +79,10 @@ class Boundary:
         *,
         log: Log,
         excuse: Callable[[], bool] | None = None,
+        several: bool = False,
         by_call: bool = False,
     ) -> None:
+        self._several = several
         self._on_boundary, self._taps, self._log, self._excuse = on_boundary, dict(taps), log, excuse
         self._thread = threading.get_ident()
         self._completed = self._idle = 0
@@ -182,12 +186,7 @@ class Boundary:
         """An optimizer is about to update. With `in_closure` its closure runs first, then this is called again."""
         self._check_thread("an optimizer update")
         if self._updates and not self._explicit and not in_closure:
-            raise BoundaryError(
-                f"a second optimizer update since boundary {self._completed}, and nothing told where the iteration "
-                "ends (several optimizers, or several updates an "
-                "iteration as in GAN or PPO): loop with `for step in ckpt.steps(total)`, or call explicit() before "
-                "the loop and end_step() at the end of its body"
-            )
+            raise self._untold("a second optimizer update")
 
     def update_done(self) -> None:
         """The optimizer has updated."""
@@ -220,6 +219,8 @@ class Boundary:
         if self._end is not None:
             self._compare_end()
         if self._progress and not self._explicit and not self._in_for():
+            if self._several:
+                raise self._untold("a forward behind the update of one of several optimizers")
             self._mark("inferred")
         drew = [tap for tap in self._drew if tap.alive and not tap.exhausted]
         if len(drew) == 1:
@@ -298,6 +299,13 @@ class Boundary:
     @property
     def _feeding(self) -> set[LoaderTap]:
         return self._feeds or self._may_feed
+
+    def _untold(self, what: str) -> BoundaryError:
+        return BoundaryError(
+            f"{what} since boundary {self._completed}, and nothing told where the iteration ends (several optimizers, or "
+            "several updates an iteration as in GAN or PPO): loop with `for step in ckpt.steps(total)`, or call explicit() "
+            "before the loop and end_step() at the end of its body"
+        )
 
     def _in_for(self) -> bool:
         return any(tap.in_for for tap in self._feeding)

@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,17 @@ from layerwise_dist.capture.objects import StateObjects
 from layerwise_dist.capture.sealed import Sealer
 from layerwise_dist.capture.survey import Surveyor
 from layerwise_dist.commit.coordinator import CoordinatorThread
-from layerwise_dist.commit.metadata import CheckpointMetadataManager, ParentRef
+from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.session import Committer, SessionInfo
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.errors import BoundaryError, DamageError, LayerwiseError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
-from layerwise_dist.restore import loader
-from layerwise_dist.restore.agreement import Wish, together
 from layerwise_dist.restore.restorer import Restorer
-from layerwise_dist.scheduler import LayerwiseCheckpointScheduler
+from layerwise_dist.save_restore import SaveAndRestore
+from layerwise_dist.scheduler import BLOCKS_A_BATCH, LayerwiseCheckpointScheduler
 from layerwise_dist.statistics import Statistics
-from layerwise_dist.storage import typed_json
 from layerwise_dist.storage.adapter import PCCheckAdapter
 from layerwise_dist.trace import StepTrace
 
@@ -54,8 +52,8 @@ class _Update:
     drained: bool = False
 
 
-class LayerwiseEngine:
-    """Checkpoints one model and its optimizer on this rank. All methods belong to the training thread.
+class LayerwiseEngine(SaveAndRestore):
+    """Checkpoints what is trained on this rank: models and their optimizers. All methods belong to the training thread.
 
     Made by `attach()`. As a context manager it closes itself; left by an exception, it gives up what is not sealed.
 
@@ -75,7 +73,7 @@ class LayerwiseEngine:
         self._statistics = Statistics()
         self._thread = threading.get_ident()
         self._scheduler = LayerwiseCheckpointScheduler(
-            every_n_steps=config.every_n_steps, batch_bytes=config.writer.block_kb << 10, when_full=config.when_full,
+            every_n_steps=config.every_n_steps, batch_bytes=BLOCKS_A_BATCH * config.writer.block_kb << 10, when_full=config.when_full,
             wait_s=config.fence_timeout_s, room=lambda timeout_s: participant.wait_room(config.max_in_flight, timeout_s),
         )  # fmt: skip
         self._surveyor = Surveyor(framework, optimizer, config.capture, self._scheduler.arrange)
@@ -87,7 +85,7 @@ class LayerwiseEngine:
         self._captures: list[Capture] = []  # sealed, and to be fenced before the next update
         self._open: Capture | None = None  # of this iteration
         self._update: _Update | None = None
-        self._may_be_early = True
+        self._may_be_early = not optimizer.several
         self._updates = self._boundaries = 0
         self._trace: StepTrace | None = None
         self._ready = fresh or info.empty
@@ -105,10 +103,12 @@ class LayerwiseEngine:
         self._closed = False
         self._scales: list[float] = []
         self._boundary = Boundary(
-            self._on_boundary, objects.taps, log=log, excuse=self._scale_fell, by_call=config.every_n_steps is None
-        )
+            self._on_boundary, objects.taps, log=log, excuse=self._scale_fell, several=optimizer.several,
+            by_call=config.every_n_steps is None,
+        )  # fmt: skip
         self._hooks = [
-            framework.root.register_forward_pre_hook(self._before_forward),
+            *(root.register_forward_pre_hook(self._before_forward) for root in framework.roots),
+            *(module.register_forward_hook(self._behind_forward) for module in framework.forward_modules()),
             *(p.register_post_accumulate_grad_hook(self._during_backward) for p in framework.gradient_ready_params()),
         ]
         optimizer.watch(self)
@@ -173,12 +173,14 @@ class LayerwiseEngine:
             self._end_leases()
         self._participant.wait(step, level, timeout)
 
+    @property
+    def metadata(self) -> CheckpointMetadataManager:
+        """The records of the directory: manifests, the lineage, what is in which shard."""
+        return self._manager
+
     def stats(self) -> dict[str, float | int]:
         """Counters of this rank since attach(): bytes, checkpoints, and how long the training thread was held up."""
-        participant = self._participant
-        return self._statistics.report(
-            participant.commits, participant.aborts, participant.skips, self._adapter.buffers
-        )
+        return self._statistics.report(*self._participant.outcomes, self._adapter.buffers)
 
     def trace(self, path: str | os.PathLike[str]) -> None:
         """Writes what happens to each layer in the next step that is saved, and when, into `path`.
@@ -195,79 +197,6 @@ class LayerwiseEngine:
     def _end_trace(self, wait_s: float = 0.0) -> None:
         if self._trace is not None and self._trace.save_if_complete(wait_s):
             self._trace = None
-
-    # -- saving when asked -------------------------------------------------------------------------------------------
-
-    def save(self, tag: str, client_state: Mapping[str, Any] | None = None, *, timeout: float | None = None) -> int:
-        """Saves the job as it is now under a name, and returns the step once that is committed. On all ranks alike.
-
-        For loops without steps() and end_step(): the iteration, if it has updated, ends here. The newest checkpoint under
-        a tag is never removed by retention. `client_state` is what `state=` takes as a dict, each rank's own;
-        `restore()` gives it back as `client_state`. `timeout` is in seconds, by default commit.timeout_s.
-
-        Raises BoundaryError (within an accumulation window, before `restore()`, in a loop with steps(), or with tags that
-        differ), StateError for a client_state that cannot be written, CommitError or DeadlineError.
-        """
-        timeout = self.config.commit.timeout_s if timeout is None else timeout
-        step, state = self._check_save(tag), dict(client_state or {})
-        together(self._participant, "save", lambda: typed_json.dumps(state, path="client_state"))
-        if not self._agree_to_save(tag):
-            self.drain(timeout)  # one on its way at a time, so that there is room
-            self._open = self._attempts.open(step)
-            if self._open is not None:
-                self._take(self._open, self._scheduler.flush())
-        attempt = self._attempts.newest
-        if self._committer is not None:
-            self._committer.tags[attempt.seq] = tag
-        self._client_state = state
-        try:
-            mark = self._boundary.call()
-            if mark is not None and self._open is not None:
-                self._seal_open(mark)
-        finally:
-            self._client_state = None
-        self._end_leases()
-        self._participant.wait_for_attempt(attempt, timeout)
-        return attempt.step
-
-    def _check_save(self, tag: str) -> int:
-        """The step that would be saved."""
-        if self._closed:
-            raise BoundaryError("save() after close()")
-        if self._optimizer.mid_window:
-            raise BoundaryError("save() within an accumulation window: its gradients would be lost")
-        if not tag or len(tag) > 255 or not tag.isprintable():
-            raise ValueError(f"a tag has 1 to 255 printable characters: {tag!r}")
-        self._may_update()
-        return self._boundary.step_of_call
-
-    def _agree_to_save(self, tag: str) -> bool:
-        """Whether all ranks have a capture of this iteration open; if not, those that have one give it up."""
-
-        def decide(votes: list[list[Any]]) -> bool:
-            tags = {tag for tag, _ in votes}
-            if len(tags) > 1:
-                raise BoundaryError(f"save() under different tags on different ranks: {sorted(tags)}")
-            return all(is_open for _, is_open in votes)
-
-        agreed = self._participant.agree("save under a tag", [tag, self._open is not None], decide)
-        if not agreed and self._open is not None:
-            self._give_up("another rank could not begin it")
-        return bool(agreed)
-
-    def _give_up(self, reason: str) -> None:
-        if self._open is not None:
-            self._participant.failed(self._open.write.attempt, reason, self._open.write)
-            self._open = None
-
-    def drain(self, timeout: float | None = None) -> None:
-        """Waits until nothing reads the model's memory any more and every checkpoint on its way is decided.
-
-        Call it before something changes parameters or optimizer state between iterations: DeepSpeed's `load_checkpoint()`
-        or `offload_states()`, say. `timeout` is in seconds, by default commit.timeout_s; raises DeadlineError.
-        """
-        self._end_leases()
-        self._participant.drain(self.config.commit.timeout_s if timeout is None else timeout)
 
     # -- updates ------------------------------------------------------------------------------------------------
 
@@ -339,12 +268,18 @@ class LayerwiseEngine:
                 if self._open is not None and update.drained:
                     self._guarded(self._open, self._open.take_all)
                 return
-            if self._open is None and not update.early and self._scheduler.due(step):
-                if self._scheduler.set_order(self._optimizer.layer_order):
-                    self._surveyor.forget()
-                self._open = self._attempts.open(step)
-            if self._open is not None:
+            if self._open is None and not update.early and not self._optimizer.several and self._scheduler.due(step):
+                self._begin(step)
+            elif self._open is not None:
                 self._take(self._open, self._scheduler.flush())
+
+    def _begin(self, step: int) -> None:
+        """Opens the attempt of `step` behind its update, and captures all."""
+        if self._scheduler.set_order(self._optimizer.layer_order):
+            self._surveyor.forget()
+        self._open = self._attempts.open(step)
+        if self._open is not None:
+            self._take(self._open, self._scheduler.flush())
 
     def _may_update(self) -> None:
         if self._restorer.undefined is not None:
@@ -376,12 +311,21 @@ class LayerwiseEngine:
                 self._open = None
             return False
 
+    def _give_up(self, reason: str) -> None:
+        if self._open is not None:
+            self._participant.failed(self._open.write.attempt, reason, self._open.write)
+            self._open = None
+
     # -- boundaries ---------------------------------------------------------------------------------------------
 
     def _before_forward(self, module: torch.nn.Module, args: Any) -> None:
         self._settle()
         if module.training and torch.is_grad_enabled() and threading.get_ident() == self._thread:
             self._boundary.training_forward()
+
+    def _behind_forward(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        if self._captures:
+            self._settle()
 
     def _during_backward(self, param: torch.Tensor) -> None:
         # Without it a checkpoint that is written during the forward would be committed no earlier than the next update.
@@ -404,6 +348,10 @@ class LayerwiseEngine:
             )
         self._end_trace()
         self._boundaries += 1
+        if self._optimizer.several and self._open is None and mark.updated and self._scheduler.due(mark.step):
+            # Which update is an iteration's last is known here only. Each optimizer's part is then captured once.
+            with self._statistics.stall("open"):
+                self._begin(mark.step)
         if self._open is not None:
             self._seal_open(mark)
         elif not mark.updated and self._scheduler.due(mark.step):
@@ -435,74 +383,12 @@ class LayerwiseEngine:
         if self._committer is not None:
             self._committer.boundary_kind = mark.resume_kind
         self._statistics.captured(capture, found.nbytes)
-        self._participant.staged(mark.step, capture.write)
+        self._participant.staged(capture.write)
 
     def _scale_fell(self) -> bool:
         """Whether a GradScaler explains a boundary without an update: it saw an overflow and lowered its scale."""
         scales = [scaler.get_scale() for scaler in self._objects.scalers]
         return any(now < before for now, before in zip(scales, self._scales, strict=False))
-
-    # -- restore ------------------------------------------------------------------------------------------------
-
-    def restore(
-        self, step: int | None = None, *, tag: str | None = None, saved: bool = False, on_missing: str | None = None
-    ) -> int:
-        """Loads the lineage's newest commit whose shards verify, the same on all ranks; returns its step, 0 if none.
-
-        With `step`, exactly that commit; with `tag`, the newest that `save()` made under it; with `saved`, the lineage's
-        newest that `save()` made at all. What was committed after it is abandoned: the lineage goes on from there.
-        `on_missing` is "error" (the default with a step or tag) or "fresh" (the default without: start from 0).
-        Raises MismatchError (another model, optimizer, state or world size: nothing was loaded), NotFoundError,
-        DamageError (nothing verifies), OSError (the disk is in trouble), CommitError or DeadlineError.
-        """
-        if on_missing not in (None, "fresh", "error"):
-            raise ValueError(f"on_missing must be 'fresh' or 'error', not {on_missing!r}")
-        if (step is not None) + (tag is not None) + saved > 1:
-            raise ValueError("restore() takes one of step, tag and saved")
-        if (saved or tag is not None) and not self._boundary.told:
-            self._boundary.call()  # as save() does: what was open is of the iteration that ends here
-        if self._open is not None:
-            raise BoundaryError("restore() inside an iteration: end it first (steps() or end_step())")
-        wish = Wish(step, tag, saved)
-        self.drain()
-        fresh = (on_missing or ("error" if wish.certain else "fresh")) == "fresh"
-        found = self._restorer.newest(wish, fresh_if_missing=fresh)
-        self.restored_from = self.client_state = None
-        if found is None:
-            if wish != Wish() and not self._info.empty:
-                self._follow(
-                    None, new_branch=True
-                )  # a fresh start beside what is there, as attach(fresh=True) makes it
-            self._ready = True
-            return self._boundary.completed
-        attempt, loading, leaves = found
-        self._adopt(loading)
-        self._follow(ParentRef(seq=attempt.seq, attempt=attempt.text), new_branch=leaves)
-        self.restored_from = os.path.join(self.config.path, attempt.folder)
-        self._restorer.undefined = None
-        self._ready = True
-        log.info("rank %d: restored step %d", self._framework.rank, attempt.step)
-        return attempt.step
-
-    def _adopt(self, loading: loader.LoadPlan) -> None:
-        sealed = loading.sealed
-        self._optimizer.adopt(loading.states, sealed["optimizer"])
-        self._sealer.put(sealed)
-        self._updates = sealed["updates"]
-        self._boundary.start_at(sealed["step"])
-        self._boundary.restore(sealed["boundary"])
-        self.client_state = sealed["client_state"]
-        self._participant.restored(sealed["step"])
-
-    def _follow(self, head: ParentRef | None, *, new_branch: bool) -> None:
-        """From where the lineage goes on. A roll-back is made durable before the first step that follows it."""
-        seq = self._attempts.take_seq() if new_branch else None
-
-        def decide(_: list[Any]) -> None:
-            if self._committer is not None:
-                self._committer.follow(head, seq)
-
-        self._participant.agree("continue the lineage", None, decide)
 
     # -- the end ------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 
+# A batch's last block is seldom full: with four blocks or more a batch, few writes are short.
+BLOCKS_A_BATCH = 4
+
+
 @dataclass(frozen=True, slots=True)
 class LayerSize:
     """One layer of this rank: `nbytes` of parameters and optimizer state. `staged`: copied out instead of read in place."""
@@ -29,7 +33,7 @@ class LayerwiseCheckpointScheduler:
     """
 
     def __init__(
-        self, *, every_n_steps: int | None = 1, batch_bytes: int = 1 << 20,
+        self, *, every_n_steps: int | None = 1, batch_bytes: int = BLOCKS_A_BATCH << 20,
         when_full: Literal["wait", "skip"] = "wait", wait_s: float = 60.0,
         room: Callable[[float], bool] = lambda timeout_s: True,
     ) -> None:  # fmt: skip

@@ -1,3 +1,2 @@
-#define LAYERWISE_HASH_VARIANT Xxh3Avx2
-#define LAYERWISE_HASH_RUNS Xxh3RunsAvx2
+#define LAYERWISE_HASH_SUFFIX Avx2
 #include "hash_variant.inc"

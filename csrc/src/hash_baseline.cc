@@ -1,3 +1,2 @@
-#define LAYERWISE_HASH_VARIANT Xxh3Baseline
-#define LAYERWISE_HASH_RUNS Xxh3RunsBaseline
+#define LAYERWISE_HASH_SUFFIX Baseline
 #include "hash_variant.inc"

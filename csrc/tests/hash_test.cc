@@ -1,5 +1,6 @@
 #include "layerwise/hash.h"
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -36,6 +37,29 @@ TEST_CASE("every instruction set gives the same hash, at every length and alignm
     }
   }
   CHECK(HashName() == HashVariants().front().name);
+}
+
+TEST_CASE("a stream gives the hash of all that came since it was reset, with every instruction set") {
+  const std::string data = Pattern(300000);
+  for (const HashVariant& variant : HashVariants()) {
+    CAPTURE(variant.name);
+    alignas(64) char state[Xxh3Stream::kStateBytes];
+    for (size_t step : {1, 255, 256, 4096, 131072, 300000}) {
+      for (size_t n : {0, 1, 240, 241, 1024, 20000, 300000}) {
+        if (n / step > 5000) continue;
+        variant.reset(state);
+        Xxh3Stream stream;
+        stream.Update("left behind", 11);
+        stream.Reset();
+        for (size_t at = 0; at < n; at += step) {
+          variant.update(state, data.data() + at, std::min(step, n - at));
+          stream.Update(data.data() + at, std::min(step, n - at));
+        }
+        CHECK(variant.digest(state) == Xxh3(data.data(), n));
+        CHECK(stream.Digest() == Xxh3(data.data(), n));
+      }
+    }
+  }
 }
 
 TEST_CASE("pieces hash as the string that they make") {

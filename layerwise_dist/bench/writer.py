@@ -18,6 +18,7 @@ from layerwise_dist.bench.progress import Bar, bar
 from layerwise_dist.bench.raw import RawFile, has_fio
 from layerwise_dist.bench.workplace import workplace
 from layerwise_dist.capture.pages import back_by_huge_pages
+from layerwise_dist.scheduler import BLOCKS_A_BATCH, LayerSize, LayerwiseCheckpointScheduler
 from layerwise_dist.slices import Slice
 from layerwise_dist.storage.shard import ShardLayout, Source
 from layerwise_dist.units import size
@@ -160,8 +161,12 @@ class Shard:
             for index, tensor in enumerate(self._tensors)
         ]
         cuts = range(0, tensors, _TENSORS_A_LAYER)
-        layers = [(f"layer_{begin}", sources[begin : begin + _TENSORS_A_LAYER]) for begin in cuts]
-        self._layout = ShardLayout(layers, memory_align, block_bytes)
+        layers = {f"layer_{begin}": sources[begin : begin + _TENSORS_A_LAYER] for begin in cuts}
+        arranged = LayerwiseCheckpointScheduler(batch_bytes=BLOCKS_A_BATCH * block_bytes).arrange(
+            [LayerSize(name, sum(source.slice.nbytes for source in layer)) for name, layer in layers.items()]
+        )
+        batches = [(names[0], [source for name in names for source in layers[name]]) for names in arranged]
+        self._layout = ShardLayout(batches, memory_align, block_bytes)
         self._plan = _native.Plan(self._layout.blocks, self._layout.segments, self._layout.tensors, self._layout.end)
         self._addresses = [tensor.data_ptr() for tensor in self._tensors]
 

@@ -33,7 +33,7 @@ def pool_bytes(
 
     Raises ConfigError if a staged layer does not fit.
     """
-    staged = [gathered[number].nbytes for number, batch in enumerate(survey.batches) if batch.staged]
+    staged = _staged_bytes(survey, gathered)
     largest = max(staged, default=0)
     if pool_mb == "auto":
         leased = survey.nbytes - survey.staged_bytes
@@ -41,6 +41,11 @@ def pool_bytes(
         return bounce + max(bounce, leased // _EVACUATION_SHARE) + staging
     _check(pool_mb, bounce, survey, staged)
     return pool_mb * _MIB
+
+
+def least_pool_bytes(bounce: int, survey: Survey, gathered: Mapping[int, GatheredExtent]) -> int:
+    """Bytes without which some layer can never be staged."""
+    return bounce + max(_staged_bytes(survey, gathered), default=0)
 
 
 def check_pool(pool_mb: int | Literal["auto"], bounce: int, survey: Survey) -> None:
@@ -60,6 +65,10 @@ def _check(pool_mb: int, bounce: int, survey: Survey, staged: list[int]) -> None
             f"pool_mb = {pool_mb}: staging layer {name!r} takes {largest} bytes beside {bounce} bytes of bounce buffers "
             f"(writer.queue_depth x writer.block_kb): at least {-(-(bounce + largest) // _MIB)} are needed, or 'auto'"
         )
+
+
+def _staged_bytes(survey: Survey, gathered: Mapping[int, GatheredExtent]) -> list[int]:
+    return [gathered[number].nbytes for number, batch in enumerate(survey.batches) if batch.staged]
 
 
 def _staged(survey: Survey) -> list[Batch]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from layerwise_dist.capture.objects import StateObjects
 from layerwise_dist.capture.survey import Survey
 from layerwise_dist.frameworks.base import Framework
@@ -39,15 +37,13 @@ class Sealer:
             "objects": self._objects.take(),
             "client_state": client_state,
             "optimizer": {
-                "class": self._optimizer.kind,
-                "groups": self._hyper_parameters(),
+                **self._optimizer_itself(self._optimizer.describe()),
                 "scalars": survey.live_scalars(),
                 "order": self._prepare("order", survey.order),
             },
             "wrapper": framework.carry(),
-            # Be it zeros: AdamW decays those and leaves parameters with None alone.
             "gradients": self._prepare(
-                "gradients", [view.fqn for view in framework.params if view.param.grad is not None]
+                "gradients", [view.fqn for view in framework.params if framework.has_gradient(view)]
             ),
             "extra_state": {name: module.get_extra_state() for name, module in survey.extra_states},
         }
@@ -55,21 +51,13 @@ class Sealer:
 
     def put(self, sealed: dict[str, Any]) -> None:
         """Gradients, `state=` objects and extra states as they were sealed; the rest belongs to loader and boundary."""
-        self._put_gradients(set(sealed["gradients"]))
+        present = set(sealed["gradients"])
+        for view in self._framework.params:
+            self._framework.put_gradient(view, view.fqn in present)
         self._objects.put(sealed["objects"])
         for name, module in self._framework.extra_states():
             if name in sealed["extra_state"]:
                 module.set_extra_state(sealed["extra_state"][name])
-
-    def _put_gradients(self, present: set[str]) -> None:
-        """Zeros where there was a gradient, None elsewhere: the values of a boundary's gradients are never used again."""
-        for view in self._framework.params:
-            if view.fqn not in present:
-                view.param.grad = None
-            elif view.param.grad is None:
-                view.param.grad = torch.zeros_like(view.param)
-            else:
-                view.param.grad.detach_().zero_()
 
     def _prepare(self, what: str, names: Any) -> typed_json.Prepared:
         """Names as JSON; nearly always those of the last checkpoint, which are not written out again."""
@@ -78,9 +66,13 @@ class Sealer:
             known = self._prepared[what] = names, typed_json.prepare(names, path=f"state: {what}")
         return known[1]
 
-    def _hyper_parameters(self) -> list[dict[str, Any]]:
-        """Each param group with names in place of parameters."""
-        return [
-            {**group, "params": self._prepare(f"group {number}", group["params"])}
-            for number, group in enumerate(self._optimizer.hyper_parameters())
+    def _optimizer_itself(self, described: dict[str, Any], whose: str = "") -> dict[str, Any]:
+        """`OptimizerAdapter.describe()`, with the names of each group's parameters prepared."""
+        if "optimizers" in described:
+            named = described["optimizers"].items()
+            return {"optimizers": {name: self._optimizer_itself(each, f"{name}: ") for name, each in named}}
+        groups = [
+            {**group, "params": self._prepare(f"{whose}group {number}", group["params"])}
+            for number, group in enumerate(described["groups"])
         ]
+        return {**described, "groups": groups}

@@ -196,11 +196,10 @@ class Surveyor:
                     add(view, name, value, True)
                 else:
                     scalars.append((view.fqn, name, state))
-        if not self._framework.shared_buffers or self._framework.rank == 0:
-            for fqn, buffer in self._framework.buffers():
-                local = self._framework.local(buffer)
-                part = Slice.whole("buffer", fqn, dtype_code(buffer.dtype, f"buffer/{fqn}"), tuple(local.shape))
-                copied.append(Piece(part, local, lease=False))
+        for fqn, buffer in self._framework.written_buffers():
+            local = self._framework.local(buffer)
+            part = Slice.whole("buffer", fqn, dtype_code(buffer.dtype, f"buffer/{fqn}"), tuple(local.shape))
+            copied.append(Piece(part, local, lease=False))
         made = self._batches(layers)
         key = tuple(
             (piece.slice, number, 0 if batch.staged else piece.tensor.data_ptr())

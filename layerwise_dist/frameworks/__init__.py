@@ -2,6 +2,6 @@
 
 from layerwise_dist.frameworks.base import Framework, ParamView
 from layerwise_dist.frameworks.deepspeed import accumulating, config_block, is_engine
-from layerwise_dist.frameworks.detect import adapt, detect
+from layerwise_dist.frameworks.detect import find_framework, find_optimizer
 
-__all__ = ["Framework", "ParamView", "accumulating", "adapt", "config_block", "detect", "is_engine"]
+__all__ = ["Framework", "ParamView", "accumulating", "config_block", "find_framework", "find_optimizer", "is_engine"]

@@ -32,18 +32,33 @@ class Framework:
     name = "plain"
     # Whether one rank's buffers stand for all ranks', so that only rank 0 writes them.
     shared_buffers = False
-    # Whether ranks hold equal parameters, so that each needs what the others wrote.
+    # Whether a rank needs what others wrote of parameters and their state: they hold them alike, or parts of them.
     shared_params = False
+    # Whether it keeps parameters in memory of its own, so that none of them can belong to a second model.
+    exclusive = False
 
-    def __init__(self, root: nn.Module, rank: int, world_size: int) -> None:
+    def __init__(self, root: nn.Module, rank: int, world_size: int, prefix: str = "") -> None:
+        """`prefix` is the model's name among several, and the first part of every name here; "" of a single one."""
         self.root, self.rank, self.world_size = root, rank, world_size
-        self.params = _views(root)
-        self._tree = _Tree(root)
+        self.params = _views(root, prefix)
+        self._tree = _Tree(root, prefix)
         for view in self.params:
             if view.param.is_meta:
                 raise UnsupportedError(
                     f"parameter {view.fqn} is on the meta device: materialise the model before attach()"
                 )
+
+    @property
+    def roots(self) -> list[nn.Module]:
+        """The modules whose forward is a forward of the training."""
+        return [self.root]
+
+    def shared(self, kind: str, fqn: str) -> bool:
+        """Whether this rank may need what other ranks wrote under that name."""
+        return self.shared_buffers if kind == "buffer" else self.shared_params
+
+    def keep_state_whole(self, fqns: Sequence[str]) -> None:
+        """Optimizer state of these parameters is not the same on all ranks: who has some writes all of it."""
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         """This rank's plain tensor behind `tensor`, sharing its memory."""
@@ -53,9 +68,17 @@ class Framework:
         """Where this rank's part of each tensor lies; cheaper than asking `local` for them."""
         return [tensor.data_ptr() for tensor in tensors]
 
+    def names(self) -> dict[int, str]:
+        """Of each tensor that an optimizer of this model may hold, by its id."""
+        return {id(view.param): view.fqn for view in self.params}
+
     def gradient_ready_params(self) -> list[nn.Parameter]:
         """Parameters whose `register_post_accumulate_grad_hook` costs training nothing but the call."""
         return [view.param for view in self.params if view.param.is_leaf and view.param.requires_grad]
+
+    def forward_modules(self) -> list[nn.Module]:
+        """Modules behind whose forward the engine may look whether a checkpoint can be judged."""
+        return [self.root]
 
     def need(self, view: ParamView, kind: str, tensor: torch.Tensor) -> Slice:
         """Which slice this rank's tensor is: the parameter's own, or a state tensor's. What restore must fill."""
@@ -70,15 +93,27 @@ class Framework:
         """Whether `tensor` is a distributed tensor whose local part is what is written."""
         return False
 
+    def state_shape(self, view: ParamView, entry: Slice) -> tuple[int, ...]:
+        """Shape of the optimizer's tensor on this rank, of which `entry` was saved."""
+        return entry.global_shape
+
     def new_state(self, view: ParamView, entry: Slice, dtype: torch.dtype, wrapped: bool) -> torch.Tensor:
         """An uninitialised optimizer state tensor like the one that was saved as `entry`, in the parameter's memory.
 
         Strides follow the parameter's where the shapes agree, as `zeros_like` makes them.
         """
-        param = view.param
-        if entry.global_shape == tuple(param.shape):
+        param, shape = view.param, self.state_shape(view, entry)
+        if shape == tuple(param.shape):
             return torch.empty_like(param, dtype=dtype, requires_grad=False)
-        return torch.empty(entry.global_shape, dtype=dtype, device=param.device if entry.global_shape else "cpu")
+        return torch.empty(shape, dtype=dtype, device=param.device if shape else "cpu")
+
+    def has_gradient(self, view: ParamView) -> bool:
+        """Whether there is one, be it zeros: AdamW decays those, and leaves parameters with None alone."""
+        return view.param.grad is not None
+
+    def put_gradient(self, view: ParamView, present: bool) -> None:
+        """Zeros, or None: the values of a boundary's gradients are never used again."""
+        put_gradient(view.param, present)
 
     def carry(self) -> Any:
         """What the wrapper has learnt since it was made and a resumed job must know too, as typed JSON takes it."""
@@ -94,16 +129,31 @@ class Framework:
         """Persistent buffers under clean names, each once."""
         return self._tree.look().buffers
 
+    def written_buffers(self) -> list[tuple[str, torch.Tensor]]:
+        """Those of `buffers` that this rank writes."""
+        return [] if self.shared_buffers and self.rank else self.buffers()
+
     def extra_states(self) -> list[tuple[str, nn.Module]]:
         """Modules that define `get_extra_state()`."""
         return self._tree.look().extra_states
 
 
+def put_gradient(param: torch.Tensor, present: bool) -> None:
+    """`Framework.put_gradient` of one tensor that has a gradient of its own."""
+    if not present:
+        param.grad = None
+    elif param.grad is None:
+        param.grad = torch.zeros_like(param)
+    else:
+        # Gradients that are views (of DDP's buckets, of FSDP1's flat ones) cannot be detached, and need not be.
+        (param.grad.requires_grad_(False) if param.grad.grad_fn is None else param.grad.detach_()).zero_()
+
+
 class _Tree:
     """What hangs in the module tree: looked at in every checkpoint, walked only when something came, went or changed."""
 
-    def __init__(self, root: nn.Module) -> None:
-        self._root = root
+    def __init__(self, root: nn.Module, prefix: str) -> None:
+        self._root, self._prefix = root, prefix
         self._modules: list[nn.Module] = []
         self._stamp: tuple[Any, ...] | None = None
         self._held: list[Any] = []  # keeps what the stamp names alive, so that nothing else can take its identity
@@ -135,9 +185,9 @@ class _Tree:
             for name, buffer in module._buffers.items():
                 if buffer is not None and name not in module._non_persistent_buffers_set and id(buffer) not in seen:
                     seen.add(id(buffer))
-                    self.buffers.append((clean(f"{module_name}.{name}" if module_name else name), buffer))
+                    self.buffers.append((join(self._prefix, clean(join(module_name, name))), buffer))
         self.extra_states = [
-            (clean(name), module)
+            (join(self._prefix, clean(name)), module)
             for name, module in named
             if type(module).get_extra_state is not nn.Module.get_extra_state
         ]
@@ -148,11 +198,16 @@ def clean(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def _views(root: nn.Module) -> list[ParamView]:
+def join(prefix: str, name: str) -> str:
+    """The name of what is called `name` in the model that is called `prefix`; either may be empty."""
+    return f"{prefix}.{name}" if prefix and name else prefix or name
+
+
+def _views(root: nn.Module, prefix: str) -> list[ParamView]:
     names: dict[int, list[str]] = {}
     tensors: dict[int, nn.Parameter] = {}
     for name, param in root.named_parameters(remove_duplicate=False):
-        names.setdefault(id(param), []).append(clean(name))
+        names.setdefault(id(param), []).append(join(prefix, clean(name)))
         tensors[id(param)] = param
     views = []
     for key, (first, *rest) in ((key, list(dict.fromkeys(found))) for key, found in names.items()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,13 +26,20 @@ class DDPFramework(Framework):
     name = "ddp"
     shared_params = True
 
-    def __init__(self, root: nn.Module, rank: int, world_size: int) -> None:
-        super().__init__(root, rank, world_size)
+    def __init__(self, root: nn.Module, rank: int, world_size: int, prefix: str = "") -> None:
+        super().__init__(root, rank, world_size, prefix)
         self.shared_buffers = isinstance(root, DistributedDataParallel) and root.broadcast_buffers
         sizes = [(view.param.numel(), view.param.element_size()) for view in self.params]
         cut = shares(sizes, rank, world_size)
+        self._whole: set[str] = set()  # whose optimizer state is on one rank only
         self._mine = {view.fqn: share for view, share in zip(self.params, cut, strict=True)}
         self._buckets = BucketOrder(root, self.params) if isinstance(root, DistributedDataParallel) else None
+
+    def keep_state_whole(self, fqns: Sequence[str]) -> None:
+        self._whole.update(fqns)
+
+    def shared(self, kind: str, fqn: str) -> bool:
+        return super().shared(kind, fqn) and (kind == "param" or fqn not in self._whole)
 
     def carry(self) -> Any:
         return self._buckets.order if self._buckets else None
@@ -45,6 +53,8 @@ class DDPFramework(Framework):
             self._buckets.detach()
 
     def pieces(self, view: ParamView, kind: str, tensor: torch.Tensor, *, lease: bool) -> list[Piece]:
+        if tensor is not view.param and view.fqn in self._whole:
+            return super().pieces(view, kind, tensor, lease=lease)
         whole = self.need(view, kind, tensor)
         local = tensor.detach()
         mine = self._mine[view.fqn]

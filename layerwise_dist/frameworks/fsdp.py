@@ -1,4 +1,7 @@
-"""FSDP2 (`fully_shard`): parameters and their optimizer state are DTensors; each rank writes its local part."""
+"""FSDP2 (`fully_shard`), alone, hybrid, or over tensor parallelism: parameters and their optimizer state are DTensors.
+
+Each rank writes its local part. Where a mesh replicates a part, one of the ranks that hold it alike writes it.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +9,39 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from layerwise_dist.errors import UnsupportedError
+from layerwise_dist.errors import MismatchError, UnsupportedError
 from layerwise_dist.frameworks.base import Framework, ParamView
-from layerwise_dist.pieces import dtype_code
+from layerwise_dist.frameworks.shares import owners
+from layerwise_dist.pieces import Piece, dtype_code
 from layerwise_dist.slices import Slice
 
 
 class FSDP2Framework(Framework):
+    """A part is on all ranks along a mesh dimension whose placement is `Replicate`, and these count as equal.
+
+    What is replicated by being on no mesh, or on a smaller one (modules that tensor parallelism passes by), is each
+    rank's own: nothing keeps it equal by force.
+    """
+
     name = "fsdp2"
 
-    def __init__(self, root: nn.Module, rank: int, world_size: int) -> None:
-        super().__init__(root, rank, world_size)
+    def __init__(self, root: nn.Module, rank: int, world_size: int, prefix: str = "") -> None:
+        super().__init__(root, rank, world_size, prefix)
         for view in self.params:
-            if (
-                isinstance(view.param, DTensor)
-                and view.param.to_local().numel()
-                and not view.param.to_local().is_contiguous()
-            ):
-                raise UnsupportedError(
-                    f"parameter {view.fqn}: its local shard is not row-major ({view.param.placements})"
-                )
+            if isinstance(view.param, DTensor):
+                _check_part(view)
+        replicated = [(view, _holders(view.param)) for view in self.params]
+        replicated = [(view, ranks) for view, ranks in replicated if len(ranks) > 1]
+        sizes = [(ranks, self.local(view.param).nbytes) for view, ranks in replicated]
+        self._owner = {view.fqn: owner for (view, _), owner in zip(replicated, owners(sizes), strict=True)}
+        self.shared_params = bool(self._owner)
+
+    def shared(self, kind: str, fqn: str) -> bool:
+        return kind != "buffer" and fqn in self._owner
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
@@ -38,6 +51,10 @@ class FSDP2Framework(Framework):
 
     def gradient_ready_params(self) -> list[nn.Parameter]:
         return []  # with CPU offload such a hook makes FSDP2 wait for each gradient's copy
+
+    def forward_modules(self) -> list[nn.Module]:
+        """Those that are gathered and freed as one, which have hooks of their own there."""
+        return [module for module in self.root.modules() if isinstance(module, FSDPModule)]
 
     def is_wrapped(self, tensor: torch.Tensor) -> bool:
         return isinstance(tensor, DTensor)
@@ -49,16 +66,51 @@ class FSDP2Framework(Framework):
         code = dtype_code(tensor.dtype, f"{kind}/{view.fqn}")
         return Slice(kind, view.fqn, code, tuple(tensor.shape), offsets=tuple(offsets), lengths=tuple(shape))
 
+    def pieces(self, view: ParamView, kind: str, tensor: torch.Tensor, *, lease: bool) -> list[Piece]:
+        # State that is laid out otherwise than its parameter may be cut where that is replicated: everybody writes it.
+        alike = isinstance(tensor, DTensor) and _holders(tensor) == _holders(view.param)
+        if alike and self._owner.get(view.fqn, self.rank) != self.rank:
+            return []
+        return super().pieces(view, kind, tensor, lease=lease)
+
     def new_state(self, view: ParamView, entry: Slice, dtype: torch.dtype, wrapped: bool) -> torch.Tensor:
         param = view.param
-        if not (wrapped and isinstance(param, DTensor)):
-            return (
-                super().new_state(view, entry, dtype, wrapped)
-                if not isinstance(param, DTensor)
-                else torch.empty(
-                    entry.global_shape, dtype=dtype, device=param.to_local().device if entry.global_shape else "cpu"
-                )
-            )
+        if not isinstance(param, DTensor):
+            return super().new_state(view, entry, dtype, wrapped)
+        if not wrapped:
+            device = param.to_local().device if entry.global_shape else "cpu"
+            return torch.empty(entry.global_shape, dtype=dtype, device=device)
         if entry.global_shape != tuple(param.shape):
-            raise UnsupportedError(f"optimizer state {entry.name}: a DTensor of another shape than its parameter")
+            raise MismatchError(
+                f"optimizer state {entry.name} is a DTensor of shape {list(entry.global_shape)}, its parameter here has "
+                f"{list(param.shape)}"
+            )
         return torch.empty_like(param, dtype=dtype, requires_grad=False)
+
+
+def _holders(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The ranks that hold the same part of a DTensor as this one, this one included; of any other tensor none."""
+    if not isinstance(tensor, DTensor):
+        return ()
+    mesh, here = tensor.device_mesh, tensor.device_mesh.get_coordinate()
+    place = tuple(
+        slice(None) if placement.is_replicate() else at for placement, at in zip(tensor.placements, here, strict=True)
+    )
+    return tuple(mesh.mesh[place].reshape(-1).tolist())
+
+
+def _check_part(view: ParamView) -> None:
+    param = view.param
+    if any(placement.is_partial() for placement in param.placements):
+        raise UnsupportedError(f"parameter {view.fqn}: a sum that is not reduced yet ({param.placements})")
+    if param.device_mesh.get_coordinate() is None:
+        raise UnsupportedError(f"parameter {view.fqn}: this rank is not in its device mesh {param.device_mesh}")
+    local = param.to_local()
+    shape, _ = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    if tuple(local.shape) != tuple(shape):
+        raise UnsupportedError(
+            f"parameter {view.fqn}: its local shard of shape {list(local.shape)} is not what its placements "
+            f"{param.placements} say ({list(shape)}), so its place is not known"
+        )
+    if local.numel() and not local.is_contiguous():
+        raise UnsupportedError(f"parameter {view.fqn}: its local shard is not row-major ({param.placements})")

@@ -6,7 +6,7 @@ ask of its `OptimizerAdapter`, so that one whose state lies in flat, sharded uni
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +18,7 @@ from layerwise_dist.slices import Slice
 
 # Which kernel a group uses is this run's choice, not the checkpoint's: kernels are never switched by a restore.
 KERNEL_KEYS = frozenset({"foreach", "fused", "capturable", "differentiable"})
-_NO_STATE: Mapping[str, Any] = {}
+NO_STATE: Mapping[str, Any] = {}  # of a parameter without any; one object, since identities are compared
 
 
 class UpdateEvents(Protocol):
@@ -51,9 +51,11 @@ class OptimizerAdapter:
 
     Attributes:
         kind: its class's name, as it is saved.
+        several: whether it stands for optimizers that update one by one, so that no update ends an iteration.
     """
 
     kind: str
+    several = False
 
     @property
     def layer_order(self) -> Sequence[str]:
@@ -64,6 +66,11 @@ class OptimizerAdapter:
     def views(self) -> list[ParamView]:
         """The parameters that it updates now, in the model's order."""
         raise NotImplementedError
+
+    @property
+    def state_views(self) -> list[ParamView]:
+        """Those of `views` whose state this rank has, or may have."""
+        return self.views
 
     @property
     def mid_window(self) -> bool:
@@ -84,6 +91,10 @@ class OptimizerAdapter:
     def hyper_parameters(self) -> list[dict[str, Any]]:
         """The param groups, with names in place of parameters. Shares the values with the live groups."""
         raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint says of it beside its state: members of ``optimizer`` in docs/format.md."""
+        return {"class": self.kind, "groups": self.hyper_parameters()}
 
     def check(self, saved: Mapping[str, Any]) -> list[str]:
         """What of a checkpoint's ``optimizer`` state does not fit this one, for a MismatchError; empty if it fits."""
@@ -107,7 +118,12 @@ class OptimizerAdapter:
 
 
 class TorchOptimizer(OptimizerAdapter):
-    """A `torch.optim.Optimizer` of the model's own parameters, whose updates are whole calls of `step()`."""
+    """A `torch.optim.Optimizer` of the model's own parameters, whose updates are whole calls of `step()`.
+
+    `whole_only` says, of a subclass, why its updates cannot go layer by layer.
+    """
+
+    whole_only = ""
 
     def __init__(self, framework: Framework, optimizer: object) -> None:
         """Raises UnsupportedError unless `optimizer` is a torch optimizer of this model's own parameters."""
@@ -115,7 +131,7 @@ class TorchOptimizer(OptimizerAdapter):
             raise UnsupportedError(f"attach() needs a torch.optim.Optimizer, not {type(optimizer).__name__}")
         self.kind = type(optimizer).__qualname__
         self._framework, self._optimizer = framework, optimizer
-        self._names = {id(view.param): view.fqn for view in framework.params}
+        self._names = framework.names()
         self._check_parameters()
         self._hooks: list[Any] = []
 
@@ -139,9 +155,14 @@ class TorchOptimizer(OptimizerAdapter):
         updated = {id(param) for group in self._optimizer.param_groups for param in group["params"]}
         return [view for view in self._framework.params if id(view.param) in updated]
 
+    @property
+    def _state(self) -> MutableMapping[torch.Tensor, dict[str, Any]]:
+        """By parameter, as the optimizer keeps it."""
+        return self._optimizer.state
+
     def states(self, views: Sequence[ParamView]) -> list[Mapping[str, Any]]:
-        of = self._optimizer.state
-        return [of.get(view.param, _NO_STATE) for view in views]
+        of = self._state
+        return [of.get(view.param, NO_STATE) for view in views]
 
     def hyper_parameters(self) -> list[dict[str, Any]]:
         names = self._names
@@ -157,11 +178,11 @@ class TorchOptimizer(OptimizerAdapter):
 
     def place(self, view: ParamView, entry: Slice, wrapped: bool) -> torch.Tensor:
         dtype, framework = DTYPES[entry.dtype], self._framework
-        live = self._optimizer.state.get(view.param, {}).get(entry.kind)
+        live = self._state.get(view.param, {}).get(entry.kind)
         if (
             isinstance(live, torch.Tensor)
             and live.dtype == dtype
-            and tuple(live.shape) == entry.global_shape
+            and tuple(live.shape) == framework.state_shape(view, entry)
             and framework.is_wrapped(live) == wrapped
         ):
             return live
@@ -178,9 +199,9 @@ class TorchOptimizer(OptimizerAdapter):
                     loaded = {name: tensor if tensor.dim() else tensor.to(device) for name, tensor in loaded.items()}
                 state = in_order({**loaded, **saved["scalars"].get(fqn, {})}, saved["order"].get(fqn, []))
                 if state:
-                    self._optimizer.state[param] = state
+                    self._state[param] = state
                 else:
-                    self._optimizer.state.pop(param, None)
+                    self._state.pop(param, None)
         adopt_groups(self._optimizer.param_groups, self._group_names(), saved)
 
     def _group_names(self) -> list[list[str]]:
@@ -239,6 +260,8 @@ def found_inf(optimizer: torch.optim.Optimizer) -> bool:
 
 def check_groups(kind: str, live: Sequence[Sequence[str]], saved: Mapping[str, Any]) -> list[str]:
     """Whether class and groups (the names of their parameters) fit those of the checkpoint; what does not, in words."""
+    if "optimizers" in saved:
+        return [f"the checkpoint holds optimizers {sorted(saved['optimizers'])} by name, this one has no name"]
     problems = []
     if saved["class"] != kind:
         problems.append(f"the checkpoint's optimizer is {saved['class']}, this one is {kind}")

@@ -1,4 +1,4 @@
-"""Who writes what of tensors that all ranks hold alike: one long row of bytes, cut into equal parts, one a rank."""
+"""Who writes what of tensors that several ranks hold alike: equal parts of one long row of bytes, or whole tensors."""
 
 from __future__ import annotations
 
@@ -27,4 +27,19 @@ def shares(sizes: Sequence[tuple[int, int]], rank: int, world_size: int) -> list
         first = next((r for r in range(world_size) if cuts[r + 1] > 0), world_size - 1)
         found.append(Share(cuts[rank], cuts[rank + 1], rank == first))
         begin += numel * item
+    return found
+
+
+def owners(items: Sequence[tuple[Sequence[int], int]]) -> list[int]:
+    """Which rank writes each of these: (ranks that hold it alike, bytes). Balanced by bytes among those ranks.
+
+    Ranks that hold the same come to the same answer: all of them know all that they have in common, in one order.
+    """
+    loads: dict[tuple[int, ...], dict[int, int]] = {}
+    found = [0] * len(items)
+    for number in sorted(range(len(items)), key=lambda number: -items[number][1]):
+        ranks, nbytes = items[number]
+        load = loads.setdefault(tuple(ranks), dict.fromkeys(sorted(ranks), 0))
+        found[number] = min(load, key=load.__getitem__)
+        load[found[number]] += nbytes
     return found

@@ -34,8 +34,7 @@ class LoadPlan:
 
 def prepare(framework: Framework, optimizer: OptimizerAdapter, shards: ShardSet, where: str) -> LoadPlan:
     """Raises MismatchError listing every name that is missing, unexpected or of another shape; DamageError; OSError."""
-    alone = not framework.shared_params
-    index = _index(shards, alone and not framework.shared_buffers)
+    index = _index(shards, framework)
     text, blob = shards.own.state()
     sealed = typed_json.loads(text, blob, where=f"shard {shards.own.index.path}")
     if not isinstance(sealed, dict):
@@ -63,7 +62,7 @@ def prepare(framework: Framework, optimizer: OptimizerAdapter, shards: ShardSet,
         kind, fqn = name.split("/", 1)
         if kind not in ("param", "master", "buffer"):
             by_fqn.setdefault(fqn, []).append(name)
-    for view in optimizer.views:
+    for view in optimizer.state_views:
         for name in by_fqn.pop(view.fqn, []):
             rank, entry = index[name][0]
             tensor = optimizer.place(view, entry.slice, entry.wrapped)
@@ -101,12 +100,13 @@ def load(loading: LoadPlan, shards: ShardSet) -> None:
             tensor.copy_(target)
 
 
-def _index(shards: ShardSet, alone: bool) -> dict[str, list[tuple[int, Entry]]]:
-    """Entries by name, this rank's first. `alone`: what other ranks hold is none of this rank's business."""
+def _index(shards: ShardSet, framework: Framework) -> dict[str, list[tuple[int, Entry]]]:
+    """Entries by name, this rank's first. Others' only of what ranks share: the rest is none of this rank's business."""
     index = {name: [(shards.own.index.rank, entry)] for name, entry in shards.own.index.entries.items()}
-    for rank, shard in () if alone else shards.others():
+    for rank, shard in shards.others() if framework.shared_params or framework.shared_buffers else ():
         for name, entry in shard.index.entries.items():
-            index.setdefault(name, []).append((rank, entry))
+            if framework.shared(*name.split("/", 1)):
+                index.setdefault(name, []).append((rank, entry))
     return index
 
 

@@ -101,8 +101,8 @@ class Restorer:
             )
         if manifest.framework != framework.name:
             raise MismatchError(
-                f"step {manifest.step} was written by {manifest.framework}, this model is {framework.name}: "
-                "restoring into another wrapper is not supported by this version"
+                f"step {manifest.step} was written by {manifest.framework}, this job has {framework.name}: "
+                "restoring into another wrapper, or other models, is not supported by this version"
             )
         shards = ShardSet(framework.rank, framework.world_size, lambda rank: self._open(manifest, rank))
         loading = loader.prepare(framework, self._optimizer, shards, f"step {manifest.step} in {self._manager.root}")

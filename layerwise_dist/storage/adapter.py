@@ -83,6 +83,7 @@ class PCCheckAdapter:
         self.backend = _choose_backend(backend, rank)
         self.buffers: Any = None
         self._pool: Any = None
+        self._outgrown: list[Any] = []
         self._readers: Any = None
         try:
             aligns = env.direct_io(root) if direct_io else None
@@ -107,8 +108,11 @@ class PCCheckAdapter:
     def open_pool(self, nbytes: int) -> None:
         """Starts the writer. `nbytes` bounds the memory for bounce buffers, evacuation and staging.
 
-        Later than the adapter is made, since how much is right depends on the state, which the first update makes.
+        Later than the adapter is made, since how much is right depends on the state, which the first update makes. Once
+        more for a larger pool: what is on its way keeps the old one, which stays until `close`.
         """
+        if self._pool is not None:
+            self._outgrown.append(self._pool)
         self.buffers = _native.BufferPool(nbytes)
         core = "uring" if self.backend == "uring" else "posix"  # mapped files are written by threads
         self._pool = _native.WriterPool(self._queue_depth, core, self.buffers, self._block_bytes)
@@ -160,7 +164,7 @@ class PCCheckAdapter:
 
     def close(self) -> None:
         self.recycler.close()
-        for pool in (self._pool, self._readers):
+        for pool in (*self._outgrown, self._pool, self._readers):
             if pool is not None:
                 pool.close()
 

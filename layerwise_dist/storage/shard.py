@@ -17,7 +17,7 @@ from layerwise_dist.slices import Slice
 FORMAT = "layerwise-shard-1"
 ALIGN = 4096
 HEADER_CAP = 64 << 20
-PACK_BELOW = 64 << 10
+PACK_BELOW = 16 << 10
 UNHASHED = "none"
 STATE_JSON = "state/json"
 STATE_BYTES = "state/bytes"
@@ -54,7 +54,7 @@ class ShardLayout:
     """The static layout of one rank's shard, made once and used for every step until a tensor comes, goes or moves.
 
     `blocks` are (file offset, length); `segments` are (block, offset in block, tensor, offset in tensor, length), all
-    in bytes; tensors are numbered in the order of `layers`. A tensor of 64 KiB or more starts at a file offset that
+    in bytes; tensors are numbered in the order of `layers`. A tensor of 16 KiB or more starts at a file offset that
     is congruent to its address, so that its interior can be written without a copy; smaller ones are packed.
     """
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from kit import process_group
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 import layerwise_dist as lwd
@@ -64,8 +63,6 @@ def main() -> None:
         foreign = torch.optim.SGD((net() if rank else plain).parameters(), lr=0.1)
         tried("one rank's optimizer", lambda: attach(plain, "b", foreign))
         tried("saved by one rank", lambda: restore(plain, "one"))
-        sharded = FullyShardedDataParallel(net(), device_id=torch.device("cpu"))
-        tried("fsdp1", lambda: attach(sharded, "c"))
         tried("ddp inside", lambda: attach(nn.Sequential(DistributedDataParallel(net())), "d"))
         tried("saved by ddp", lambda: restore(plain, "two"))
         # DDP itself compares shapes at its construction; a buffer that only rank 1 has passes it.
@@ -78,7 +75,7 @@ def main() -> None:
         wide = net(700_000) if rank else plain  # 11 MB in its first layer
         tried("one rank's pool", lambda: attach(wide, "g", capture="stage", pool_mb=8))
         (out / f"{rank}.json").write_text(json.dumps(told))
-        del model, sharded
+        del model
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     exactness.py WRAPPER[:CAPTURE[:UPDATE]] OUT FEATURE...
 
-WRAPPER is plain, ddp or fsdp2; CAPTURE is lease or stage; UPDATE as configured. OUT/<rank>.json is
-{configuration: [differences]}.
+WRAPPER is one of those below; CAPTURE is lease or stage; UPDATE as configured. OUT/<rank>.json is {configuration:
+[differences]}.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ import torch
 import torch.distributed as dist
 from kit import contents, differences, process_group
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import layerwise_dist as lwd
@@ -38,10 +40,10 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 class Net(nn.Module):
     """An embedding, a block with dropout, a head; all sizes odd, so that no shard is even."""
 
-    def __init__(self, features: set[str]) -> None:
+    def __init__(self, features: set[str], hidden: int = 29) -> None:
         super().__init__()
         self.embed = nn.Embedding(19, 13)
-        self.block = nn.Sequential(nn.Linear(13, 29), nn.Tanh(), nn.Dropout(0.2), nn.Linear(29, 13))
+        self.block = nn.Sequential(nn.Linear(13, hidden), nn.Tanh(), nn.Dropout(0.2), nn.Linear(hidden, 13))
         self.norm = nn.BatchNorm1d(13) if "batchnorm" in features else nn.Identity()
         self.unused = nn.Linear(7, 3) if "unused" in features else None
         self.head = nn.Linear(13, 19, bias=False)
@@ -58,18 +60,52 @@ class Job:
     def __init__(self, wrapper: str, optimizer: str, feature: str, seed: int) -> None:
         self.features = {feature} if feature != "all" else {"clipping", "accumulation", "schedule", "tied", "batchnorm", "unused"}
         torch.manual_seed(seed)
-        self.net = Net(self.features)
+        # Tensor parallelism wants to be even; what each rank has of the rest is odd all the same.
+        self.net = Net(self.features, 30 if wrapper == "tp" else 29)
         self.model: nn.Module = self.net
-        if wrapper == "ddp":
-            self.model = DistributedDataParallel(self.net, find_unused_parameters="unused" in self.features)
-        elif wrapper == "fsdp2":
-            fully_shard(self.net.block)
-            fully_shard(self.net)
         self.wrapper = wrapper
-        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
+        self.wrap()
+        self.optimizer = self.make(optimizer)
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, [2, 4], 0.3)
-        torch.manual_seed(1000 * seed + (dist.get_rank() if dist.is_initialized() else 0))
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        torch.manual_seed(1000 * seed + (rank // 2 if wrapper == "tp" else rank))  # two ranks see the same batches there
         self.closure = "closure" in self.features or optimizer == "lbfgs"
+
+    def contents(self) -> dict[str, Any]:
+        return contents(self.model, getattr(self.optimizer, "optim", self.optimizer))  # a ZeroRedundancyOptimizer's own
+
+    def make(self, name: str) -> torch.optim.Optimizer:
+        make = OPTIMIZERS[name]
+        if self.wrapper != "zero":
+            return make(self.model.parameters())
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        return ZeroRedundancyOptimizer(self.model.parameters(), lambda groups, **_: make(groups), lr=0.01)
+
+    def wrap(self) -> None:
+        net, wrapper = self.net, self.wrapper
+        if wrapper in ("ddp", "zero"):
+            self.model = DistributedDataParallel(net, find_unused_parameters="unused" in self.features)
+        elif wrapper.startswith("fsdp1"):
+            _, *kinds = wrapper.split("-")
+            options = {"device_id": torch.device("cpu"), "use_orig_params": "flat" not in kinds}
+            if "hybrid" in kinds:
+                options["device_mesh"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+            strategies = {"gradients": "SHARD_GRAD_OP", "whole": "NO_SHARD", "hybrid": "HYBRID_SHARD"}
+            for kind in kinds and strategies.keys() & kinds:
+                options["sharding_strategy"] = ShardingStrategy[strategies[kind]]
+            net.block = FullyShardedDataParallel(net.block, **options)
+            self.model = FullyShardedDataParallel(net, **options)
+        elif wrapper in ("fsdp2", "hsdp", "tp"):
+            mesh = None
+            if wrapper == "hsdp":
+                mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+            elif wrapper == "tp":
+                whole = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shards", "tensors"))
+                mesh = whole["shards"]
+                parallelize_module(net.block, whole["tensors"], {"0": ColwiseParallel(), "3": RowwiseParallel()})
+            fully_shard(net.block, mesh=mesh)
+            fully_shard(net, mesh=mesh)
 
     def step(self) -> str:
         batches = [torch.randint(0, 19, (2, 6)) for _ in range(2 if "accumulation" in self.features else 1)]
@@ -79,15 +115,18 @@ class Job:
             total = torch.zeros(())
             for number, (tokens, targets) in enumerate(batches):
                 last = number == len(batches) - 1
-                if self.wrapper == "ddp":
+                if self.wrapper in ("ddp", "zero"):
                     self.model.require_backward_grad_sync = last
-                elif self.wrapper == "fsdp2":
+                elif self.wrapper in ("fsdp2", "hsdp", "tp"):
                     self.net.set_requires_gradient_sync(last)
                 loss = nn.functional.cross_entropy(self.model(tokens), targets) / len(batches)
                 loss.backward()
                 total = total + loss.detach()
             if "clipping" in self.features:
-                nn.utils.clip_grad_norm_(self.model.parameters(), 0.5)
+                if self.wrapper.startswith("fsdp1"):
+                    self.model.clip_grad_norm_(0.5)
+                else:
+                    nn.utils.clip_grad_norm_(self.model.parameters(), 0.5)
             return total
 
         if self.closure:
@@ -104,7 +143,7 @@ def trial(wrapper: str, optimizer: str, feature: str, root: str, sabotage: bool 
     """What differs between the plain run, the run with the engine, and the run that stopped and was resumed."""
     job = Job(wrapper, optimizer, feature, seed=1)
     losses = [job.step() for _ in range(STEPS)]
-    expected = contents(job.model, job.optimizer)
+    expected = job.contents()
 
     def attach(job: Job, folder: str, keep: int) -> Any:
         commit = {"timeout_s": 30.0, "on_failure": "raise"}
@@ -114,7 +153,7 @@ def trial(wrapper: str, optimizer: str, feature: str, root: str, sabotage: bool 
 
     def compare(what: str, job: Job, found: list[str], wanted: list[str]) -> list[str]:
         problems = [] if found == wanted else [f"{what}: losses {found}, expected {wanted}"]
-        return problems + [f"{what}: {name}" for name in differences(contents(job.model, job.optimizer), expected)]
+        return problems + [f"{what}: {name}" for name in differences(job.contents(), expected)]
 
     job = Job(wrapper, optimizer, feature, seed=1)
     ckpt = attach(job, "on", 1)
@@ -129,7 +168,7 @@ def trial(wrapper: str, optimizer: str, feature: str, root: str, sabotage: bool 
         job.step()
     ckpt.close()
     job = Job(wrapper, optimizer, feature, seed=2)
-    if wrapper != "ddp" or feature == "closure":
+    if wrapper not in ("ddp", "zero") or feature == "closure":
         # Live optimizer state and gradients to be overwritten. Not for every DDP: an iteration before the restore
         # would lay its buckets out, and hide whether their order is taken up (three ranks then add in another order).
         job.step()

@@ -36,8 +36,8 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def contents(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """All that a job's future depends on, copied: parameters, gradient presence, buffers, optimizer, random numbers."""
+def contents(model: torch.nn.Module, *optimizers: torch.optim.Optimizer) -> dict[str, Any]:
+    """All that a job's future depends on, copied: parameters, gradient presence, buffers, optimizers, random numbers."""
     held: dict[str, Any] = {}
     names = {}
     for name, param in model.named_parameters():
@@ -46,10 +46,11 @@ def contents(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
         held[f"grad?/{clean(name)}"] = param.grad is not None
     for name, buffer in model.named_buffers():
         held[f"buffer/{clean(name)}"] = local(buffer).clone()
-    for param, state in optimizer.state.items():
-        for key, value in state.items():
-            _flatten(f"state/{names[param]}/{key}", value, held)
-    for number, group in enumerate(optimizer.param_groups):
+    for optimizer in optimizers:
+        for param, state in optimizer.state.items():
+            for key, value in state.items():
+                _flatten(f"state/{names[param]}/{key}", value, held)
+    for number, group in enumerate(group for optimizer in optimizers for group in optimizer.param_groups):
         for key, value in group.items():
             if key != "params":
                 _flatten(f"group/{number}/{key}", value, held)

@@ -1,146 +1,135 @@
-"""Messages between processes over a TCPStore of our own.
+"""Messages between processes over a message store of the session's own, on rank 0, reached by TCP.
 
-A store call to a stopped server blocks past its own timeout, so every call runs on a daemon thread that may be given
-up, with a client of its own (two threads on one client block each other); callers keep their deadlines outside.
+The lowest rank of each node keeps one connection to rank 0 and passes on what the other ranks of its node have to say,
+many messages in one frame; what rank 0 announces it hands down as it came. So rank 0 has one connection for each node,
+and one for each other rank of its own. `rendezvous.meet` makes the connections.
 """
 
 from __future__ import annotations
 
-import datetime
-import json
-import os
-import queue
-import socket
 import threading
+import time
 from collections.abc import Callable
-from typing import Any
 
-import torch
-import torch.distributed as dist
+from layerwise_dist.commit.transports import Handler, Message
+from layerwise_dist.commit.transports.links import Links, decode, encode, framed
+from layerwise_dist.commit.transports.rendezvous import ABOVE, Met
 
-from layerwise_dist.commit.transports import COORDINATOR, Handler, Message
-from layerwise_dist.errors import CommitError
-
-_POLL = datetime.timedelta(seconds=30)
-_QUIT = {"t": "quit"}
+# How long a node's messages are gathered before they go up together.
+_GATHER_S = 0.001
 
 
 class StoreTransport:
-    """The Transport over store queues: `in` leads to the coordinator, `out/<rank>` to each rank."""
+    """The Transport of one rank. Everything behind `post` and `announce` happens on the thread of its `Links`."""
 
-    def __init__(self, store: Any, rank: int, world_size: int) -> None:
+    def __init__(self, rank: int, world_size: int, met: Met) -> None:
         self.rank, self.world_size = rank, world_size
-        self._store = store
-        self._outgoing: queue.SimpleQueue[tuple[str, Message] | None] = queue.SimpleQueue()
-        self._closing = threading.Event()
-        self._threads: list[threading.Thread] = []
-        self._on_error: Callable[[str], None] = lambda text: None
+        self._met = met
+        self._links = Links(met.sockets, self._arrived, self._ended)
+        self._lock = threading.Lock()
+        self._outbox: list[tuple[bool, Message]] = []  # whether it is an announcement
+        self._up: list[Message] = []
+        self._gathering = self._leaving = False
+        self._leads = bool(met.serves)
+        self._below = {rank for ranks in met.serves.values() for rank in ranks}  # that have not closed
+        self._all_closed = threading.Event()
+        self._note_closed(rank)
+        self._on_message: Handler = _ignore
+        self._on_coordinator: Handler = _ignore
+        self._on_error: Callable[[str], None] = _ignore
 
     def start(
         self, on_message: Handler, on_coordinator_message: Handler | None, on_error: Callable[[str], None]
     ) -> None:
-        self._on_error = on_error
-        self._spawn("send", self._send)
-        self._spawn("receive", self._receive, f"out/{self.rank}", on_message)
+        self._on_message, self._on_error = on_message, on_error
         if on_coordinator_message is not None:
-            self._spawn("coordinator-receive", self._receive, "in", on_coordinator_message)
+            self._on_coordinator = on_coordinator_message
+        self._links.start()
 
-    def post(self, destination: int, message: Message) -> None:
-        name = "in" if destination == COORDINATOR else f"out/{destination}"
-        self._outgoing.put((name, message))
+    def post(self, message: Message) -> None:
+        if message["t"] == "closed":
+            self._leaving = True  # the other end may be gone before this one closes
+        self._put(False, message)
+
+    def announce(self, message: Message) -> None:
+        self._put(True, message)
 
     def close(self, timeout_s: float) -> None:
-        self._closing.set()
-        self.post(self.rank, _QUIT)
-        if len(self._threads) > 2:
-            self.post(COORDINATOR, _QUIT)
-        self._outgoing.put(None)
-        for thread in self._threads:
-            thread.join(timeout_s)
+        """A node's lowest rank stays until the others of its node have posted ``closed``: they speak through it."""
+        deadline = time.monotonic() + timeout_s
+        if self.rank != 0:
+            self._all_closed.wait(timeout_s)
+            self._links.call(self._pass_on)
+        self._links.close(max(0.1, deadline - time.monotonic()))
 
-    def _spawn(self, name: str, target: Callable[..., None], *arguments: Any) -> None:
-        thread = threading.Thread(target=target, args=arguments, name=f"layerwise-{name}", daemon=True)
-        self._threads.append(thread)
-        thread.start()
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _put(self, announcement: bool, message: Message) -> None:
+        with self._lock:
+            self._outbox.append((announcement, message))
+            if len(self._outbox) > 1:
+                return  # the thread was asked to look
+        self._links.call(self._send)
 
     def _send(self) -> None:
-        client = self._client()
-        while client is not None and (item := self._outgoing.get()) is not None:
-            name, message = item
-            try:
-                client.queue_push(name, json.dumps(message, separators=(",", ":")))
-            except RuntimeError as error:
-                self._fail(error)
-                return
+        with self._lock:
+            taken, self._outbox = self._outbox, []
+        if posted := [message for announcement, message in taken if not announcement]:
+            self._to_coordinator(posted)
+        if announced := [message for announcement, message in taken if announcement]:
+            self._links.broadcast(encode(announced))
+            for message in announced:
+                self._on_message(message)
 
-    def _receive(self, name: str, handler: Handler) -> None:
-        client = self._client()
-        while client is not None:
-            try:
-                message = json.loads(client.queue_pop(name, block=True))
-            except dist.DistStoreError as error:
-                if "imeout" in str(error) or "imed out" in str(error):
-                    continue
-                self._fail(error)
-                return
-            except RuntimeError as error:
-                self._fail(error)
-                return
-            if message == _QUIT:
-                return
-            handler(message)
+    def _to_coordinator(self, messages: list[Message]) -> None:
+        if self.rank == 0:
+            for message in messages:
+                self._on_coordinator(message)
+        elif not self._leads:
+            self._links.send(ABOVE, encode(messages))
+        else:
+            self._up += messages
+            if not self._gathering:
+                self._gathering = True
+                self._links.later(_GATHER_S, self._pass_on)
 
-    def _client(self) -> Any:
-        try:
-            client = self._store.clone()
-            client.set_timeout(_POLL)
-            return client
-        except RuntimeError as error:
-            self._fail(error)
-            return None
+    def _pass_on(self) -> None:
+        self._gathering = False
+        messages, self._up = self._up, []
+        if messages:
+            self._links.send(ABOVE, encode(messages))
 
-    def _fail(self, error: Exception) -> None:
-        if not self._closing.is_set():
-            self._on_error(f"the checkpoint store on rank 0 is gone: {str(error).splitlines()[0]}")
+    def _arrived(self, key: int, body: bytes) -> None:
+        messages = decode(body)
+        if key == ABOVE:
+            if self._leads:
+                self._links.broadcast(framed(body), but=ABOVE)
+            for message in messages:
+                self._on_message(message)
+            return
+        for message in messages:
+            if message["t"] in ("closed", "gone"):
+                self._note_closed(message["rank"])
+        self._to_coordinator(messages)
 
+    def _note_closed(self, rank: int) -> None:
+        self._below.discard(rank)
+        if not self._below:
+            self._all_closed.set()
 
-def open_store(rank: int, timeout_s: float) -> Any:
-    """A store of this session's own. Collective on the training thread: its address goes over the default group.
-
-    A broadcast, unlike a key of the job's store, cannot be left over from an earlier incarnation of the job.
-    Raises CommitError when rank 0 could not open a port or this rank could not reach it.
-    """
-    timeout = datetime.timedelta(seconds=timeout_s)
-    server, answer = None, {}
-    if rank == 0:
-        try:
-            server = dist.TCPStore("0.0.0.0", 0, None, True, timeout, wait_for_workers=False)
-            answer = {"host": _advertised_host(), "port": server.port}
-        except (RuntimeError, OSError) as error:
-            answer = {"error": f"rank 0 could not open a port for the checkpoint store: {error}"}
-    answer = _broadcast(answer)
-    if "error" in answer:
-        raise CommitError(answer["error"])
-    if server is not None:
-        return server
-    try:
-        return dist.TCPStore(answer["host"], answer["port"], None, False, timeout, wait_for_workers=False)
-    except (RuntimeError, OSError) as error:
-        raise CommitError(
-            f"rank {rank} cannot reach the checkpoint store at {answer['host']}:{answer['port']} on rank 0: {error}"
-        ) from None
+    def _ended(self, key: int, why: str) -> None:
+        if key == ABOVE:
+            self._links.drop()
+            if not self._leaving:
+                self._on_error(f"the connection to {self._met.above} is gone: {why}")
+        else:
+            gone = [rank for rank in self._met.serves[key] if rank in self._below]
+            for rank in gone:
+                self._note_closed(rank)
+            self._to_coordinator(
+                [{"t": "gone", "rank": rank, "why": f"its connection is gone: {why}"} for rank in gone]
+            )
 
 
-def _advertised_host() -> str:
-    local = os.environ.get("LOCAL_WORLD_SIZE")
-    if local is not None and local == os.environ.get("WORLD_SIZE"):
-        return "127.0.0.1"
-    return os.environ.get("MASTER_ADDR") or socket.gethostname()
-
-
-def _broadcast(answer: dict[str, Any]) -> dict[str, Any]:
-    device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
-    text = json.dumps(answer).encode()[:1024].ljust(1024)
-    buffer = torch.tensor(list(text), dtype=torch.uint8, device=device)
-    dist.broadcast(buffer, src=0)
-    return json.loads(bytes(buffer.cpu().tolist()))
+def _ignore(_: object) -> None:
+    return None

@@ -9,16 +9,17 @@ import torch
 from torch import nn
 
 from layerwise_dist.errors import UnsupportedError
-from layerwise_dist.frameworks.base import Framework, ParamView
+from layerwise_dist.frameworks.base import ParamView
 from layerwise_dist.frameworks.deepspeed.counters import Counters
 from layerwise_dist.frameworks.deepspeed.support import find_units
-from layerwise_dist.frameworks.deepspeed.units import Fragment, global_shape, partition
+from layerwise_dist.frameworks.deepspeed.units import global_shape, partition
+from layerwise_dist.frameworks.flat import FlatFramework
 from layerwise_dist.frameworks.shares import Share, shares
 from layerwise_dist.pieces import Piece, dtype_code
 from layerwise_dist.slices import Slice
 
 
-class DeepSpeedFramework(Framework):
+class DeepSpeedFramework(FlatFramework):
     """What is trained is saved as its master (kind ``master``), from which the engine's low-precision copy is derived;
     frozen parameters (kind ``param``) and buffers as they are.
 
@@ -29,20 +30,20 @@ class DeepSpeedFramework(Framework):
     name = "deepspeed"
     # A rank needs what others wrote: its part of what is divided, and of a parameter of which it holds nothing.
     shared_params = True
+    exclusive = True
 
-    def __init__(self, engine: Any, rank: int, world_size: int) -> None:
+    def __init__(self, engine: Any, rank: int, world_size: int, prefix: str = "") -> None:
         """Raises UnsupportedError for a mode that cannot be captured exactly."""
         self.engine = engine
         self.units = find_units(engine, rank, world_size)
-        super().__init__(engine.module, rank, world_size)
+        super().__init__(engine.module, rank, world_size, prefix)
         trained = self.units.fragments()
         self._by_param = {id(view.param): view for view in self.params}
         unknown = len(trained.keys() - self._by_param.keys())
         if unknown:
             raise UnsupportedError(f"{unknown} parameters of DeepSpeed's optimizer are not the module's own")
-        self.fragments: dict[str, Fragment] = {
-            view.fqn: trained[id(view.param)] for view in self.params if id(view.param) in trained
-        }
+        self.fragments = {view.fqn: trained[id(view.param)] for view in self.params if id(view.param) in trained}
+        self._in_unit = [[self._by_param[id(p)] for p in grouping.params] for grouping in self.units.groupings()]
         self._numbers = sorted({fragment.unit for fragment in self.fragments.values()})
         self._shares = self._divide()
         self.counters = Counters(engine, self.units)
@@ -60,12 +61,11 @@ class DeepSpeedFramework(Framework):
 
     # -- which tensors ------------------------------------------------------------------------------------------
 
-    def fragment_of(self, view: ParamView, flat: torch.Tensor) -> torch.Tensor:
-        """The part of a unit, or of state of its shape, that belongs to `view`: one dimension, sharing memory."""
-        fragment = self.fragments[view.fqn]
-        if not flat.is_contiguous():
-            raise UnsupportedError(f"parameter {view.fqn}: its master or optimizer state is not row-major in memory")
-        return flat.detach().view(-1)[fragment.offset : fragment.offset + fragment.length]
+    def unit(self, number: int) -> torch.Tensor:
+        return self.units.tensor(number)
+
+    def views_in(self, number: int) -> Sequence[ParamView]:
+        return self._in_unit[number]
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         """Of a parameter its master, or what this rank holds of a frozen one."""

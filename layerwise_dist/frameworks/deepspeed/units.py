@@ -1,7 +1,7 @@
 """DeepSpeed's flat tensors by name: which elements of which parameter lie where in what the inner optimizer updates.
 
-A *unit* is one tensor in the inner optimizer's groups: a rank's flat part of a param group (ZeRO-1, 2), of a sub-group
-(ZeRO-3), a whole flat group, or one parameter (stage 0). Its optimizer state has its shape, or is a scalar.
+A *unit* (`flat.py`) is one tensor in the inner optimizer's groups: a rank's flat part of a param group (ZeRO-1, 2), of a
+sub-group (ZeRO-3), a whole flat group, or one parameter (stage 0).
 """
 
 from __future__ import annotations
@@ -14,19 +14,7 @@ import torch
 
 from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.base import ParamView
-
-
-@dataclass(frozen=True, slots=True)
-class Fragment:
-    """Elements `start` to `start + length` of a parameter (row-major), from element `offset` of unit `unit` on.
-
-    `length` is 0 for a parameter of the unit's group of which this rank holds nothing.
-    """
-
-    unit: int
-    start: int
-    offset: int
-    length: int
+from layerwise_dist.frameworks.flat import Fragment
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,195 @@
+"""Parameters that lie in flat tensors: which part of which is whose, and the optimizer's state of those by parameter.
+
+A *unit* is one tensor in an optimizer's groups that holds parts of one or more parameters, as FSDP1's flat parameters and
+ZeRO's partitions do. Its optimizer state has its shape, or is a scalar.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from layerwise_dist.errors import UnsupportedError
+from layerwise_dist.frameworks.base import Framework, ParamView
+from layerwise_dist.frameworks.optimizers import NO_STATE, OptimizerAdapter, adopt_groups, check_groups, in_order
+from layerwise_dist.pieces import DTYPES
+from layerwise_dist.slices import Slice
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """Elements `start` to `start + length` of a parameter (row-major), from element `offset` of unit `unit` on.
+
+    `length` is 0 for a parameter of the unit of which this rank holds nothing.
+    """
+
+    unit: int
+    start: int
+    offset: int
+    length: int
+
+
+class FlatFramework(Framework):
+    """A framework whose optimizer holds units. `fragments` are of the parameters that lie in one, by name."""
+
+    fragments: dict[str, Fragment]
+
+    def unit(self, number: int) -> torch.Tensor:
+        """The very tensor that the optimizer holds, as it is now."""
+        raise NotImplementedError
+
+    def views_in(self, number: int) -> Sequence[ParamView]:
+        """The parameters that a unit holds parts of, in its order."""
+        raise NotImplementedError
+
+    def unit_of(self, view: ParamView) -> int:
+        """The number of the unit that holds a part of it."""
+        return self.fragments[view.fqn].unit
+
+    def fragment_of(self, view: ParamView, flat: torch.Tensor) -> torch.Tensor:
+        """The part of a unit, or of state of its shape, that belongs to `view`: one dimension, sharing memory."""
+        fragment = self.fragments[view.fqn]
+        if not flat.is_contiguous():
+            raise UnsupportedError(f"parameter {view.fqn}: its master or optimizer state is not row-major in memory")
+        return flat.detach().view(-1)[fragment.offset : fragment.offset + fragment.length]
+
+
+class FlatState(OptimizerAdapter):
+    """State of a unit is that of each parameter in it: what has the unit's shape by range, scalars to each.
+
+    Every rank writes the scalars of all parameters of a unit that it has, also of those of which it holds no element:
+    so a partition of padding alone is restored too.
+    """
+
+    flat: FlatFramework
+
+    def _init_flat(self, framework: FlatFramework) -> None:
+        self.flat = framework
+        self._known: dict[int, tuple[list[Any], dict[str, dict[str, Any]]]] = {}
+        self._loading: dict[int, dict[str, torch.Tensor]] = {}
+
+    @property
+    def base(self) -> torch.optim.Optimizer:
+        """The optimizer whose `step()` updates the units."""
+        raise NotImplementedError
+
+    def units(self) -> list[list[int]]:
+        """For each of its param groups, the numbers of the units in it."""
+        raise NotImplementedError
+
+    def _numbers(self) -> list[int]:
+        return [number for numbers in self.units() for number in numbers]
+
+    @property
+    def views(self) -> list[ParamView]:
+        names = {view.fqn for number in self._numbers() for view in self.flat.views_in(number)}
+        return [view for view in self.flat.params if view.fqn in names]
+
+    # -- where the state of a unit is ---------------------------------------------------------------------------
+
+    def state_of(self, number: int) -> Mapping[str, Any]:
+        return self.base.state.get(self.flat.unit(number), NO_STATE)
+
+    def new_state(self, number: int, kind: str, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor for state of the unit's shape: of zeros, which is what the padding at a partition's end has."""
+        unit = self.flat.unit(number)
+        return torch.zeros(unit.shape, dtype=dtype, device=unit.device)
+
+    def put_state(self, number: int, state: Mapping[str, Any]) -> None:
+        """The unit's state is this now, tensors of `new_state` included; empty for none."""
+        if state:
+            self.base.state[self.flat.unit(number)] = dict(state)
+        else:
+            self.base.state.pop(self.flat.unit(number), None)
+
+    # -- what there is ------------------------------------------------------------------------------------------
+
+    def states(self, views: Sequence[ParamView]) -> list[Mapping[str, Any]]:
+        by_fqn: dict[str, dict[str, Any]] = {}
+        for number in self._numbers():
+            by_fqn.update(self._unit_states(number))
+        return [by_fqn.get(view.fqn, NO_STATE) for view in views]
+
+    def _unit_states(self, number: int) -> dict[str, dict[str, Any]]:
+        """Looked up anew each time, since tensors may be replaced; the same dicts while they were not."""
+        unit, state = self.flat.unit(number), self.state_of(number)
+        held = [unit, *((name, value if isinstance(value, torch.Tensor) else None) for name, value in state.items())]
+        known = self._known.get(number)
+        if known is None or not _same(known[0], held):
+            made = {view.fqn: self._fragment_states(view, unit, state) for view in self.flat.views_in(number)}
+            known = self._known[number] = held, made
+        scalars = {name: value for name, value in state.items() if not isinstance(value, torch.Tensor)}
+        if scalars:
+            for each in known[1].values():
+                each.update(scalars)
+        return known[1]
+
+    def _fragment_states(self, view: ParamView, unit: torch.Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == unit.shape and unit.dim():
+                found[name] = self.flat.fragment_of(view, value)
+            elif isinstance(value, torch.Tensor) and value.dim():
+                raise UnsupportedError(
+                    f"{self.kind} keeps {name!r} of shape {list(value.shape)} for a unit of {unit.numel()} elements: "
+                    "which part of it belongs to which parameter is not known"
+                )
+            else:
+                found[name] = value
+        return found
+
+    def hyper_parameters(self) -> list[dict[str, Any]]:
+        groups = zip(self.base.param_groups, self._group_names(), strict=True)
+        return [{**group, "params": names} for group, names in groups]
+
+    def _group_names(self) -> list[list[str]]:
+        return [[view.fqn for number in numbers for view in self.flat.views_in(number)] for numbers in self.units()]
+
+    # -- restore ------------------------------------------------------------------------------------------------
+
+    def check(self, saved: Mapping[str, Any]) -> list[str]:
+        return check_groups(self.kind, self._group_names(), saved)
+
+    def place(self, view: ParamView, entry: Slice, wrapped: bool) -> torch.Tensor:
+        number = self.flat.unit_of(view)
+        dtype, shape = DTYPES[entry.dtype], torch.Size(entry.global_shape)
+        if entry.is_flat:
+            shape = self.flat.unit(number).shape
+        loading = self._loading.setdefault(number, {})
+        tensor = loading.get(entry.kind, self.state_of(number).get(entry.kind))
+        if not (isinstance(tensor, torch.Tensor) and tensor.dtype == dtype and tensor.shape == shape):
+            if entry.is_flat:
+                tensor = self.new_state(number, entry.kind, dtype)
+            else:
+                tensor = torch.zeros(shape, dtype=dtype, device=self._scalar_device(number))
+        loading[entry.kind] = tensor
+        return self.flat.fragment_of(view, tensor) if entry.is_flat else tensor
+
+    def _scalar_device(self, number: int) -> torch.device:
+        group = next(g for g, numbers in zip(self.base.param_groups, self.units(), strict=True) if number in numbers)
+        on_device = group.get("capturable") or group.get("fused")
+        return self.flat.unit(number).device if on_device else torch.device("cpu")
+
+    def adopt(self, states: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any]) -> None:
+        for number in self._numbers():
+            views, loaded = self.flat.views_in(number), self._loading.get(number, {})
+            names = {name for view in views for name in states.get(view.fqn, {})}
+            state: dict[str, Any] = {name: loaded[name] for name in names}
+            for view in views:
+                state.update(saved["scalars"].get(view.fqn, {}))
+            order = dict.fromkeys(name for view in views for name in saved["order"].get(view.fqn, []))
+            self.put_state(number, in_order(state, order) if state else {})
+        self._loading.clear()
+        adopt_groups(self.base.param_groups, self._group_names(), saved)
+
+
+def _same(known: Sequence[Any], held: Sequence[Any]) -> bool:
+    """The same unit, with the same names and the very same tensors in its state."""
+    return (
+        len(known) == len(held)
+        and known[0] is held[0]
+        and all(was[0] == now[0] and was[1] is now[1] for was, now in zip(known[1:], held[1:], strict=True))
+    )

@@ -1,0 +1,213 @@
+"""FSDP1 (`FullyShardedDataParallel`): each rank has a flat range of its units, which begins and ends within rows.
+
+With `use_orig_params=True` the optimizer holds the user's parameters, whose data are one-dimensional views of the range;
+otherwise it holds the flat parameters. Both are saved as flat ranges of the user's parameters, under their names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from layerwise_dist.errors import UnsupportedError
+from layerwise_dist.frameworks.base import ParamView, clean, join, put_gradient
+from layerwise_dist.frameworks.flat import FlatFramework, FlatState, Fragment
+from layerwise_dist.frameworks.optimizers import TorchOptimizer
+from layerwise_dist.pieces import dtype_code
+from layerwise_dist.slices import Slice
+
+
+class FSDP1Framework(FlatFramework):
+    """Every rank writes its own range of every unit, be it that ranks hold the same (NO_SHARD, HYBRID_SHARD).
+
+    Parameters that FSDP was told to ignore are each rank's own.
+    """
+
+    name = "fsdp1"
+    exclusive = True
+
+    def __init__(self, root: nn.Module, rank: int, world_size: int, prefix: str = "") -> None:
+        """Raises UnsupportedError for CPU offload, tensor parallelism, and parameters that are not row-major."""
+        super().__init__(root, rank, world_size, prefix)
+        self.fragments = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._units: list[torch.Tensor] = []
+        self._sizes: list[int] = []  # of those that FSDP cuts: elements on this rank
+        self._views_in: list[list[ParamView]] = []
+        self._handles = list(_handles(root))
+        known = {id(view.param): view for view in self.params}
+        stand_ins: dict[int, list[ParamView]] = {}  # for each flat parameter that the optimizer holds
+        for name, handle in self._handles:
+            _check(join(prefix, clean(name)) or "the root", handle)
+            flat = handle.flat_param
+            if flat._params is None:
+                self._add_unit(
+                    flat, stand_ins.setdefault(id(flat), _stand_ins(join(prefix, clean(name)), handle)), handle
+                )
+                continue
+            for number, param in enumerate(flat._params):
+                self._add_unit(param, [known[id(param)]], handle, number)
+        self.params = [each for view in self.params for each in stand_ins.get(id(view.param), [view])]
+        self.holds_flat = bool(stand_ins)
+        for view in self.params:
+            if view.fqn not in self.fragments:
+                self._views_in.append([view])
+                self._units.append(view.param)
+        self._number = {id(unit): number for number, unit in enumerate(self._units)}
+        self._by_param = {id(view.param): view for view in self.params}
+
+    def _add_unit(self, unit: torch.Tensor, views: list[ParamView], handle: Any, number: int | None = None) -> None:
+        flat = handle.flat_param
+        places = range(len(views)) if number is None else [number]
+        for place, view in zip(places, views, strict=True):
+            held = flat._shard_param_infos[place]
+            length = held.numel_in_shard if held.in_shard else 0
+            offset = held.offset_in_shard if held.in_shard and number is None else 0
+            start = held.intra_param_start_idx if held.in_shard else 0
+            self.fragments[view.fqn] = Fragment(len(self._units), start, offset, length)
+            self._shapes[view.fqn] = tuple(flat._shapes[place])
+        self._units.append(unit)
+        self._sizes.append(flat._sharded_size.numel() if number is None else length)
+        self._views_in.append(views)
+
+    # -- units --------------------------------------------------------------------------------------------------
+
+    def unit(self, number: int) -> torch.Tensor:
+        return self._units[number]
+
+    def views_in(self, number: int) -> Sequence[ParamView]:
+        return self._views_in[number]
+
+    def number_of(self, unit: torch.Tensor) -> int:
+        """Of a tensor that an optimizer holds."""
+        return self._number[id(unit)]
+
+    def unit_of(self, view: ParamView) -> int:
+        return super().unit_of(view) if view.fqn in self.fragments else self._number[id(view.param)]
+
+    def names(self) -> dict[int, str]:
+        return {id(unit): views[0].fqn for unit, views in zip(self._units, self._views_in, strict=True)}
+
+    def fragment_of(self, view: ParamView, flat: torch.Tensor) -> torch.Tensor:
+        if view.fqn not in self.fragments:
+            return flat.detach()
+        if flat.numel() != self._sizes[self.fragments[view.fqn].unit]:
+            raise UnsupportedError(f"FSDP1 has gathered {view.fqn} (summon_full_params): no update may come meanwhile")
+        return super().fragment_of(view, flat)
+
+    # -- which tensors ------------------------------------------------------------------------------------------
+
+    def local(self, tensor: torch.Tensor) -> torch.Tensor:
+        view = self._by_param.get(id(tensor))
+        if view is None or view.fqn not in self.fragments:
+            return tensor.detach()
+        return self.fragment_of(view, self.unit(self.fragments[view.fqn].unit))
+
+    def addresses(self, tensors: Sequence[torch.Tensor]) -> list[int]:
+        def address(tensor: torch.Tensor) -> int:
+            view = self._by_param.get(id(tensor))
+            if view is None or view.fqn not in self.fragments:
+                return tensor.data_ptr()
+            # The offset within the unit never changes, so the unit's own address tells.
+            return self.unit(self.fragments[view.fqn].unit).data_ptr()
+
+        return [address(tensor) for tensor in tensors]
+
+    def gradient_ready_params(self) -> list[nn.Parameter]:
+        return []  # they announce no gradients
+
+    def has_gradient(self, view: ParamView) -> bool:
+        return self._holder(view).grad is not None
+
+    def put_gradient(self, view: ParamView, present: bool) -> None:
+        put_gradient(self._holder(view), present)
+
+    def _holder(self, view: ParamView) -> torch.Tensor:
+        return self.unit(self.fragments[view.fqn].unit) if view.fqn in self.fragments else view.param
+
+    # -- which slices -------------------------------------------------------------------------------------------
+
+    def need(self, view: ParamView, kind: str, tensor: torch.Tensor) -> Slice:
+        fragment = self.fragments.get(view.fqn)
+        if fragment is None or (tensor.dim() == 0 and tensor is not view.param):
+            return super().need(view, kind, tensor)
+        code = dtype_code(tensor.dtype, f"{kind}/{view.fqn}")
+        return Slice(kind, view.fqn, code, self._shapes[view.fqn], start=fragment.start, length=fragment.length)
+
+    def state_shape(self, view: ParamView, entry: Slice) -> tuple[int, ...]:
+        return tuple(view.param.shape) if entry.is_flat else entry.global_shape
+
+    # -- restore ------------------------------------------------------------------------------------------------
+
+    def take_up(self, carried: Any) -> None:
+        """Frees what is still gathered: the next forward would not gather again, and go on with what was before."""
+        for _, handle in self._handles:
+            if handle.uses_sharded_strategy and hasattr(handle.flat_param, "_full_param_padded"):
+                handle.reshard(True)
+                handle.post_reshard()
+
+
+class FSDP1FlatOptimizer(FlatState, TorchOptimizer):
+    """A torch optimizer that holds flat parameters (`use_orig_params=False`)."""
+
+    whole_only = (
+        "with use_orig_params=False, FSDP1's optimizer holds one flat parameter a wrapped module, not the layers'"
+    )
+
+    def __init__(self, framework: FSDP1Framework, optimizer: object) -> None:
+        self._init_flat(framework)
+        TorchOptimizer.__init__(self, framework, optimizer)
+
+    @property
+    def base(self) -> torch.optim.Optimizer:
+        return self._optimizer
+
+    def units(self) -> list[list[int]]:
+        return [[self.flat.number_of(unit) for unit in group["params"]] for group in self._optimizer.param_groups]
+
+
+def _handles(root: nn.Module) -> list[tuple[str, Any]]:
+    """The handles of all wrapped modules that have parameters of their own, with the modules' names."""
+    return [
+        (name, module._handle)
+        for name, module in root.named_modules()
+        if isinstance(module, FullyShardedDataParallel) and module._handle is not None
+    ]
+
+
+def _stand_ins(name: str, handle: Any) -> list[ParamView]:
+    """A view of each parameter in a flat one. What they hold is a shape only: there is no such tensor."""
+    flat = handle.flat_param
+    aliases: dict[tuple[int, str], list[str]] = {}
+    for shared in flat._shared_param_infos:
+        aliases.setdefault((id(shared.prim_module), shared.prim_param_name), []).append(
+            join(name, clean(join(shared.module_name, shared.param_name)))
+        )
+    views = []
+    for fqn, shape, info in zip(flat._fqns, flat._shapes, flat._param_infos, strict=True):
+        empty = torch.empty(shape, dtype=flat.dtype, device="meta")
+        full = join(name, clean(fqn))
+        views.append(
+            ParamView(
+                full, full.rpartition(".")[0], nn.Parameter(empty, requires_grad=flat.requires_grad),
+                tuple(aliases.get((id(info.module), info.param_name), ())),
+            )
+        )  # fmt: skip
+    return views
+
+
+def _check(name: str, handle: Any) -> None:
+    flat = handle.flat_param
+    if handle._offload_params:
+        raise UnsupportedError(f"FSDP1 with CPU offload of parameters ({name}) is not supported; FSDP2's is")
+    if any(extension is not None for extension in flat._param_extensions):
+        raise UnsupportedError(f"FSDP1 over tensor parallelism ({name}) is not supported; FSDP2's is")
+    for fqn, contiguous in zip(flat._fqns, flat._contiguities, strict=True):
+        if not contiguous:
+            raise UnsupportedError(
+                f"FSDP1: {fqn} of {name} is not row-major (channels_last), so its ranges have no name"
+            )

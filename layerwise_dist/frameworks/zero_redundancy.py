@@ -1,0 +1,50 @@
+"""ZeroRedundancyOptimizer: every rank has all parameters, and each parameter's optimizer state is on one rank only."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+
+from layerwise_dist.errors import UnsupportedError
+from layerwise_dist.frameworks.base import Framework, ParamView
+from layerwise_dist.frameworks.optimizers import TorchOptimizer
+
+
+def is_zero_redundancy(optimizer: object) -> bool:
+    """Told by the name: importing the class compiles scripts, takes long, and warns of deprecation."""
+    return any(
+        base.__name__ == "ZeroRedundancyOptimizer" and base.__module__.startswith("torch.distributed.optim.")
+        for base in type(optimizer).__mro__
+    )
+
+
+class ZeroRedundancyAdapter(TorchOptimizer):
+    """State is written and read by its owner, whole; parameters go as their wrapper has them go."""
+
+    whole_only = "ZeroRedundancyOptimizer steps an optimizer of its own, and sends all parameters around behind it"
+
+    def __init__(self, framework: Framework, optimizer: Any) -> None:
+        super().__init__(framework, optimizer)
+        if optimizer._overlap_with_ddp:
+            raise UnsupportedError(
+                "ZeroRedundancyOptimizer with overlap_with_ddp=True updates in DDP's communication hook, where no step is "
+                "seen; without it, it works"
+            )
+        self.kind = f"ZeroRedundancyOptimizer({type(optimizer.optim).__qualname__})"
+
+    @property
+    def views(self) -> list[ParamView]:
+        found = super().views  # a group may have been added since
+        self._framework.keep_state_whole([view.fqn for view in found])
+        return found
+
+    @property
+    def _state(self) -> MutableMapping[torch.Tensor, dict[str, Any]]:
+        return self._optimizer.optim.state
+
+    @property
+    def state_views(self) -> list[ParamView]:
+        owner = self._optimizer._param_to_rank
+        return [view for view in self.views if owner[view.param] == self._optimizer.rank]

@@ -1,0 +1,212 @@
+"""What each wrapper writes, and what is not taken back: who has which elements, other cuts, refusals.
+
+    wrappers.py OUT CASE...      OUT/<rank>.json is {case: [problems]}
+
+A CASE is one of `CHECKS` with a wrapper of exactness.py, as `written:hsdp`, or `trial:fsdp1:adamw-fused:all`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from exactness import Job, trial
+from kit import differences, process_group
+from safetensors import safe_open
+from torch import nn
+from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import layerwise_dist as lwd
+from layerwise_dist import errors
+from layerwise_dist.frameworks.base import clean
+from layerwise_dist.frameworks.fsdp1 import FSDP1Framework
+
+
+def attach(job: Job, folder: str, **options: Any) -> Any:
+    commit = {"timeout_s": 30.0, "on_failure": "raise"}
+    return lwd.attach(job.model, job.optimizer, dir=folder, audit="always", commit=commit, **options)
+
+
+def saved(wrapper: str, folder: str, steps: int, **options: Any) -> Job:
+    job = Job(wrapper, "adamw-fused", "bare", seed=1)
+    ckpt = attach(job, folder, **options)
+    for step in ckpt.steps(steps):
+        job.step()
+        if step:
+            ckpt.wait(step)
+    ckpt.close()
+    return job
+
+
+# -- who writes what -------------------------------------------------------------------------------------------------
+
+
+def parts(folder: str) -> Iterator[tuple[int, str, dict[str, Any], torch.Tensor]]:
+    """(rank, tensor's name, its place, what the file has) of the newest checkpoint in `folder`."""
+    for path in sorted(max(Path(folder).glob("step_*/manifest.json")).parent.glob("rank_*.safetensors")):
+        with safe_open(path, "pt") as shard:
+            places = json.loads(shard.metadata()["slices"])
+            for name in shard.keys():
+                if not name.startswith((".", "state/")):
+                    yield int(path.stem[5:]), name, places.get(name, {}), shard.get_tensor(name)
+
+
+@contextmanager
+def whole(job: Job) -> Iterator[dict[str, torch.Tensor]]:
+    """The user's parameters, whole, under clean names."""
+    if job.wrapper.startswith("fsdp1"):
+        with FullyShardedDataParallel.summon_full_params(job.model, writeback=False):
+            yield {clean(name): param.detach().clone() for name, param in job.model.named_parameters()}
+        return
+    yield {
+        clean(name): (param.full_tensor() if isinstance(param, DTensor) else param).detach().clone()
+        for name, param in job.model.named_parameters()
+    }
+
+
+def written(wrapper: str, folder: str) -> list[str]:
+    """Each element is in the files as often as it should be, in its place; and no rank writes nearly all."""
+    job = saved(wrapper, folder, 2, keep_last=1)
+    problems = []
+    with whole(job) as params:
+        expected = {f"param/{name}": param for name, param in params.items()}
+        counts = {name: torch.zeros_like(param, dtype=torch.int64) for name, param in expected.items()}
+        moments = {name.replace("param/", "exp_avg/"): counts[name].clone() for name in counts}
+        bytes_of = [0] * dist.get_world_size()
+        for rank, name, place, found in parts(folder):
+            if name.startswith("param/"):
+                bytes_of[rank] += found.nbytes
+                if not torch.equal(region(expected[name], place, found), found):
+                    problems.append(f"rank {rank}: {name} at {place} holds something else")
+            count = counts.get(name, moments.get(name))
+            if count is not None:
+                region(count, place, found).add_(1)
+        # Modules that tensor parallelism passes by are on a part of the mesh only, so both ranks beside it have their own.
+        twice = ("embed", "head") if wrapper == "tp" else ()
+        copies = {"fsdp1-hybrid": 2, "fsdp1-whole": dist.get_world_size()}.get(wrapper, 1)
+        for name, count in {**counts, **moments}.items():
+            wanted = 2 if name.split("/")[1].startswith(twice or "-") else copies
+            if not (count == wanted).all():
+                problems.append(f"{name}: written {count.unique().tolist()} times, {wanted} wanted")
+    if max(bytes_of) > 0.6 * sum(bytes_of):
+        problems.append(f"bytes of parameters by rank: {bytes_of}")
+    return problems
+
+
+def region(whole: torch.Tensor, place: dict[str, Any], part: torch.Tensor) -> torch.Tensor:
+    """A view of the elements that `part` has, of its shape."""
+    if "start" in place:
+        return whole.view(-1)[place["start"] : place["start"] + part.numel()]
+    if "offsets" in place:
+        return whole[tuple(slice(at, at + n) for at, n in zip(place["offsets"], part.shape, strict=True))]
+    return whole
+
+
+# -- what is not taken -----------------------------------------------------------------------------------------------
+
+
+def cuts(wrappers: str, folder: str) -> list[str]:
+    """A checkpoint of the first wrapper is not the second's: MismatchError, and nothing is loaded."""
+    first, second = wrappers.split(">")
+    saved(first, folder, 1)
+    job = Job(second, "adamw-fused", "bare", seed=2)
+    job.step()
+    before = job.contents()
+    ckpt = attach(job, folder)
+    try:
+        ckpt.restore()
+    except errors.MismatchError:
+        return differences(job.contents(), before)
+    finally:
+        ckpt.close()
+    return [f"{second} took a checkpoint of {first}"]
+
+
+def roll_back(wrapper: str, folder: str) -> list[str]:
+    """A restore behind an evaluation, which leaves the root gathered, is seen by the next forward."""
+    job = saved(wrapper, folder, 3, keep_last=3, max_in_flight=3)
+    expected = job.contents()
+    ckpt = attach(job, folder)
+    ckpt.restore()
+    job.model.eval()
+    with torch.no_grad():
+        job.model(torch.randint(0, 19, (2, 6)))
+    job.model.train()
+    ckpt.restore(1)
+    for _ in ckpt.steps(3):
+        job.step()
+    ckpt.close()
+    return differences(job.contents(), expected)
+
+
+def mutation(wrapper: str, folder: str) -> list[str]:
+    """`roll_back` sees it when what is gathered is not freed."""
+    take_up = FSDP1Framework.take_up
+    FSDP1Framework.take_up = lambda self, carried: None
+    try:
+        return [] if roll_back(wrapper, folder) else ["not seen"]
+    finally:
+        FSDP1Framework.take_up = take_up
+
+
+def refusals(wrapper: str, folder: str) -> list[str]:
+    cpu = {"device_id": torch.device("cpu")}
+    conv = nn.Sequential(nn.Conv2d(3, 5, 3)).to(memory_format=torch.channels_last)
+    tries: list[tuple[Callable[[], nn.Module], str]] = [
+        (lambda: FullyShardedDataParallel(nn.Linear(4, 4), cpu_offload=CPUOffload(True), **cpu), "CPU offload"),
+        (lambda: FullyShardedDataParallel(conv, use_orig_params=True, **cpu), "0.weight of the root is not row-major"),
+        (lambda: nn.Sequential(DistributedDataParallel(nn.Linear(4, 4)), FullyShardedDataParallel(nn.Linear(4, 4), **cpu)), "DistributedDataParallel inside another"),
+    ]  # fmt: skip
+    problems = []
+    for make, message in tries:
+        model = make()
+        problems += refused(model, torch.optim.SGD(model.parameters(), lr=0.1), message, folder)
+    for wrapper, update, message in (
+        ("fsdp1-flat", "pipelined_step", "one flat parameter a wrapped module"),
+        ("zero", "pipelined_step", "steps an optimizer of its own"),
+        ("zero", "in_backward", "steps an optimizer of its own"),
+    ):
+        job = Job(wrapper, "adamw-fused", "bare", seed=1)
+        problems += refused(job.model, job.optimizer, message, folder, update=update)
+    return problems
+
+
+def refused(model: nn.Module, optimizer: Any, message: str, folder: str, **options: Any) -> list[str]:
+    try:
+        lwd.attach(model, optimizer, dir=folder, **options).close()
+    except errors.UnsupportedError as error:
+        return [] if message in str(error) else [f"{error} does not say {message!r}"]
+    return [f"not refused: {message}"]
+
+
+CHECKS = {"written": written, "cuts": cuts, "rollback": roll_back, "mutation": mutation, "refusals": refusals}
+
+
+def main() -> None:
+    out, cases = Path(sys.argv[1]), sys.argv[2:]
+    results: dict[str, list[str]] = {}
+    with process_group() as rank, tempfile.TemporaryDirectory() as scratch:
+        paths = [scratch]
+        dist.broadcast_object_list(paths, src=0)
+        for number, case in enumerate(cases):
+            what, _, which = case.partition(":")
+            root = f"{paths[0]}/{number}"
+            if what == "trial":
+                results[case] = trial(*which.split(":"), root)
+            else:
+                results[case] = CHECKS[what](which, root)
+        (out / f"{rank}.json").write_text(json.dumps(results))
+        dist.barrier()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""FSDP1, HSDP, tensor parallelism under FSDP2, and ZeroRedundancyOptimizer: exact, and each element where it belongs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from conftest import Warm
+
+THREE = [
+    "trial:fsdp1:adamw-fused:all", "trial:fsdp1:sgd-momentum:closure", "trial:fsdp1-flat:adamw-foreach:all",
+    "trial:zero:adamw-fused:all", "written:fsdp1", "written:fsdp1-flat", "written:zero", "rollback:fsdp1-flat",
+    "mutation:fsdp1", "refusals", "cuts:fsdp1>fsdp1-flat", "cuts:fsdp1>fsdp2", "cuts:zero>ddp", "cuts:ddp>zero",
+]  # fmt: skip
+FOUR = [
+    "trial:hsdp:adamw-fused:all", "trial:tp:adamw-foreach:unused", "trial:tp:sgd-momentum:accumulation",
+    "written:hsdp", "written:tp", "written:fsdp1-hybrid", "cuts:hsdp>fsdp2", "cuts:fsdp2>hsdp", "cuts:tp>fsdp2",
+]  # fmt: skip
+OPTIMIZERS = ("sgd-momentum", "adamw-foreach", "adamw-fused")
+# Clipping over two meshes is an error of torch's, and a tied weight cannot be in two.
+ON_MESHES = ("bare", "accumulation", "schedule", "batchnorm", "unused", "closure")
+MORE_THREE = [
+    f"trial:{wrapper}:{optimizer}:{feature}"
+    for wrapper in ("fsdp1", "fsdp1-flat", "fsdp1-gradients", "fsdp1-flat-gradients", "fsdp1-whole", "zero")
+    for optimizer in OPTIMIZERS
+    for feature in (*ON_MESHES, "clipping", "tied", "all")
+]
+MORE_FOUR = [
+    f"trial:{wrapper}:{optimizer}:{feature}"
+    for wrapper in ("hsdp", "tp", "fsdp1-hybrid", "fsdp1-flat-hybrid")
+    for optimizer in OPTIMIZERS
+    for feature in ON_MESHES
+]
+
+
+def check(warm: Warm, folder: Path, ranks: int, cases: list[str], timeout: float) -> None:
+    warm.run("wrappers.py", ranks, folder, *cases, timeout=timeout)
+    for rank in range(ranks):
+        assert json.loads((folder / f"{rank}.json").read_text()) == {case: [] for case in cases}
+
+
+def test_fsdp1_and_zero_redundancy_train_and_resume_bit_for_bit_and_write_each_element_once(
+    warm: Warm, tmp_path: Path, long: bool
+) -> None:
+    check(warm, tmp_path, 3, THREE + MORE_THREE * long, 2000 if long else 150)
+
+
+def test_hsdp_and_tensor_parallelism_train_and_resume_bit_for_bit_and_write_each_element_once(
+    warm: Warm, tmp_path: Path, long: bool
+) -> None:
+    check(warm, tmp_path, 4, FOUR + MORE_FOUR * long, 2000 if long else 150)
