@@ -65,7 +65,9 @@ class CommitConfig(_Strict):
 class LayerwiseConfig(_Strict):
     enabled: bool = Field(True, description="false: attach() hooks nothing and every call is a no-op.")
     dir: str = Field("checkpoints", min_length=1, description="Directory of the checkpoints; ~ is expanded.")
-    every_n_steps: int = Field(1, ge=1, description="A checkpoint is due each time the step is a multiple of this.")
+    every_n_steps: int | None = Field(
+        1, ge=1, description="A checkpoint is due each time the step is a multiple of this; null: only when asked for."
+    )
     keep_last: int = Field(2, ge=1, description="Newest commits of the lineage that are kept.")
     keep_every_n_steps: int | None = Field(None, ge=1, description="Commits at multiples of this step stay for ever.")
     mode: Literal["direct", "mock"] = Field(

@@ -85,6 +85,7 @@ class Ledger:
         self.lost: str | None = None
         self._aborted: dict[int, str] = {}
         self._aborted_seqs: set[int] = set()
+        self._committed_seq = 0
         self._undecided: dict[int, Write] = {}
         self._busy: set[int] = set()
         self._granted = float(FIRST_GRANT) if world_size > 1 else math.inf
@@ -178,6 +179,7 @@ class Ledger:
                 self.reached[level] = max(message["step"], self.reached[level] or 0)
             if kind == "committed":
                 self.commits += 1
+                self._committed_seq = max(self._committed_seq, message["seq"])
                 self._undecided.pop(message["seq"], None)
         elif kind == "aborted":
             if message["skipped"]:
@@ -249,6 +251,13 @@ class Ledger:
     def hopeless(self, step: int) -> str | None:
         """Why that step's checkpoint will not come."""
         return self._aborted.get(step) or self.ended()
+
+    def is_committed(self, attempt: AttemptId) -> bool:
+        """Commits go in the order of seq, so one that was not aborted by then is among those up to the newest."""
+        return attempt.seq not in self._aborted_seqs and self._committed_seq >= attempt.seq
+
+    def is_hopeless(self, attempt: AttemptId) -> bool:
+        return attempt.seq in self._aborted_seqs or self.ended() is not None
 
     def _message(self, kind: str, attempt: AttemptId) -> Message:
         return {

@@ -51,6 +51,7 @@ class Manifest(_Record):
     """The global commit record. `step` is steps completed; `created` is seconds since 1970; sizes are bytes.
 
     `ancestors` are the lineage's commits before `parent`, newest first: the way past a parent that is damaged.
+    `tag` is the name under which the script saved it; None for those that are made by themselves.
     """
 
     format: Literal["layerwise-manifest-1"] = "layerwise-manifest-1"
@@ -65,6 +66,7 @@ class Manifest(_Record):
     world_size: int = Field(ge=1)
     framework: str
     boundary: str
+    tag: str | None = None
     created: float
     software: dict[str, str]
     shards: list[ShardRecord]

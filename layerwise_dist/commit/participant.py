@@ -178,6 +178,18 @@ class Participant:
             if not state.has_reached(step, level):
                 raise CommitError(state.hopeless(step) or "")
 
+    def wait_for_attempt(self, attempt: AttemptId, timeout_s: float) -> None:
+        """Until that very attempt is committed: another one may have the same step. Raises as `wait`."""
+        state = self._attempts
+        with self._changed:
+            self._wait_for(
+                lambda: state.is_committed(attempt) or state.is_hopeless(attempt),
+                time.monotonic() + timeout_s,
+                lambda: f"the checkpoint of step {attempt.step} was not committed after {timeout_s:g} s",
+            )
+            if not state.is_committed(attempt):
+                raise CommitError(state.hopeless(attempt.step) or "")
+
     def drain(self, timeout_s: float) -> None:
         """Waits until every attempt of this rank is decided. Raises DeadlineError naming the steps that are not."""
         with self._changed:

@@ -67,6 +67,7 @@ class Committer:
         self._known: Inventory | None = None
         self._announced: deque[AttemptId] = deque(maxlen=_REMEMBERED)
         self.boundary_kind = "explicit"
+        self.tags: dict[int, str] = {}  # of attempts, by seq: set before they are sealed
 
     def follow(self, head: ParentRef | None, branch_seq: int | None) -> None:
         """The next commit continues from `head`. With `branch_seq`, a branch record makes that durable at once."""
@@ -91,7 +92,7 @@ class Committer:
         manifest = Manifest(
             identity=self.info.identity, session=self.info.session, epoch=self.info.epoch, seq=seq, attempt=attempt.text,
             parent=self._head, ancestors=self._ancestors, step=step, world_size=self._world_size, framework=self._framework,
-            boundary=self.boundary_kind, created=time.time(), software=self._software, shards=shards,
+            boundary=self.boundary_kind, tag=self.tags.pop(seq, None), created=time.time(), software=self._software, shards=shards,
         )  # fmt: skip
         self.owner.check()
         self._manager.commit(manifest)

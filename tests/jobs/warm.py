@@ -1,10 +1,13 @@
 """Starts jobs with torchrun's own agent out of a process that has already imported torch, which takes most of a start.
 
-Requests come as JSON lines on standard input: {"script", "nproc", "args", "env", "log", "max_restarts", "options"},
+    warm.py [MODULE...]
+
+imports the modules too. Requests come as JSON lines on standard input: {"script", "nproc", "args", "env", "log", "max_restarts", "options"},
 the last of which are for LaunchConfig. Answers: {"pid": ...}
 when the agent runs, in a session of its own together with its ranks. The agent's exit code is written to `<log>.rc`.
 """
 
+import importlib
 import json
 import os
 import runpy
@@ -52,6 +55,8 @@ def agent(request: dict) -> int:
 
 def main() -> None:
     torch.set_num_threads(1)
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
     while line := sys.stdin.readline():
         request = json.loads(line)
         try:
