@@ -116,6 +116,8 @@ class UnitArrivals(Arrivals):
         super().__init__(params, on_arrival, exact=exact)
 
     def _register(self) -> list[Any]:
+        if any(handle._offload_params for handle in self._handles):
+            raise UnsupportedError("FSDP1 with CPU offload drops each gradient that it has told of")
         names = {id(param): fqn for fqn, param in self._params.items()}
         units = [(h, [p for p in h.flat_param._params or () if id(p) in names]) for h in self._handles]
         told = [param for _, params in units for param in params]
