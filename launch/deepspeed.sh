@@ -14,14 +14,9 @@ shift
 python=${LAYERWISE_VENV:-$root/.venv}/bin/python
 where=()
 [ -z "${LAYERWISE_HOSTFILE:-}" ] || where=(--hostfile "$LAYERWISE_HOSTFILE")
-for ((attempt = 0; attempt <= ${LAYERWISE_RESTARTS:-3}; attempt++)); do
-  # A port of its own for each start: the last one's may still be taken.
-  port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
-  code=0
-  "$python" "$(dirname "$python")/deepspeed" ${where[@]+"${where[@]}"} --num_accelerators "$ranks" --master_port "$port" \
-    "${LAYERWISE_SCRIPT:-$root/examples/deepspeed/train.py}" "$@" || code=$?
-  [ "$code" != 0 ] || exit 0
-  [ "$code" != 130 ] && [ "$code" != 143 ] || exit "$code" # it was interrupted or terminated, and no rank died
-  echo "deepspeed.sh: the job ended with $code (start $((attempt + 1)))" >&2
-done
-exit "$code"
+source "$root/launch/restarting.sh"
+start() {
+  exec "$python" "$(dirname "$python")/deepspeed" ${where[@]+"${where[@]}"} --num_accelerators "$ranks" --master_port "$1" \
+    "${LAYERWISE_SCRIPT:-$root/examples/deepspeed/train.py}" "${@:2}"
+}
+restarting "$@"

@@ -52,6 +52,17 @@ class Env:
 class PosixEnv(Env):
     def __init__(self) -> None: ...
 
+class MockEnv(Env):
+    """Touches no disk: keeps names and records, and counts what of shards would be written (csrc/include/layerwise/mock_env.h)."""
+
+    def __init__(self) -> None: ...
+    @property
+    def files(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def syncs(self) -> int: ...
+
 class NvmEnv(PosixEnv):
     """Direct files are mappings of persistent memory (csrc/include/layerwise/nvm_env.h)."""
 

@@ -22,7 +22,12 @@ log = logging.getLogger("layerwise_dist")
 
 
 class Attempts:
-    """Opens attempts on one rank, one after the other. Belongs to the training thread."""
+    """Opens attempts on one rank, one after the other. Belongs to the training thread.
+
+    `newest` is the last one's number, whether it was opened or not.
+    """
+
+    newest: AttemptId
 
     def __init__(
         self, config: LayerwiseConfig, rank: int, surveyor: Surveyor, scheduler: LayerwiseCheckpointScheduler,
@@ -68,12 +73,14 @@ class Attempts:
 
         Raises ConfigError for what no later attempt can do either; the other ranks stop at an agreed boundary.
         """
-        attempt = AttemptId(self._epoch, self.take_seq(), step)
+        attempt = self.newest = AttemptId(self._epoch, self.take_seq(), step)
         if not self._admitted(attempt):
             return None
         self._participant.began(attempt)
         try:
-            found = found or self.look()
+            if found is None:
+                self._surveyor.gather()
+                found = self.look()
             laid = self._lay_out(found)
             write = self._adapter.begin(attempt, laid.shard, laid.plan)
         except (LayerwiseError, OSError) as error:

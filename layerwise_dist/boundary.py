@@ -12,6 +12,8 @@ loader
     if an update happened since the last boundary. A loader feeds the training when its iterator is alive and was drawn
     from before a grad-enabled training forward; an evaluation's loader never is, since a `for` lets go of its iterator
     when it ends.
+call
+    `ckpt.save()`: the iteration, if it has updated, ends there. Not together with explicit ones.
 inferred
     Everything else: the next training forward after an update, with the random numbers as of the update. Exact only if
     the loop draws nothing between the update and its end; warned of once.
@@ -67,6 +69,7 @@ class Boundary:
             pass (a GradScaler whose scale fell); otherwise that is a BoundaryError.
         several: several optimizers update one by one, so that a forward behind an update tells nothing: a
             BoundaryError asks for an explicit end.
+        by_call: nothing is saved but by `call()`, so how other boundaries are known makes no difference.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Boundary:
         log: Log,
         excuse: Callable[[], bool] | None = None,
         several: bool = False,
+        by_call: bool = False,
     ) -> None:
         self._several = several
         self._on_boundary, self._taps, self._log, self._excuse = on_boundary, dict(taps), log, excuse
@@ -85,7 +89,7 @@ class Boundary:
         self._explicit = False
         self._kind: Kind | None = None  # of the last boundary
         self._pending: PendingRng | None = None
-        self._warned: set[str] = set()
+        self._warned: set[str] = {"inferred"} if by_call else set()
         self._feeds: set[LoaderTap] = set()  # alone since the last forward: certain
         self._may_feed: set[LoaderTap] = set()  # one of several: believed while nothing is certain
         self._end: tuple[Any, ...] | None = None  # the generators at end_step(), until the next draw or forward
@@ -151,6 +155,31 @@ class Boundary:
         mark = self._mark("explicit")
         if mark.rng_event == "boundary" and "end_step" not in self._warned:
             self._end = rng.glance()
+
+    @property
+    def told(self) -> bool:
+        """Whether the loop tells where its iterations end, by steps() or end_step()."""
+        return self._explicit
+
+    @property
+    def step_of_call(self) -> int:
+        """The step that `call()` would be of. Raises BoundaryError in a loop that tells its ends otherwise."""
+        self._check_thread("save()")
+        if self._explicit:
+            raise BoundaryError(
+                "save() in a loop that tells where its iterations end by steps() or end_step(): those are saved as "
+                "every_n_steps says, and committed behind their end; wait(step) waits for one"
+            )
+        return self._completed + (self._progress > 0)
+
+    def call(self) -> BoundaryMark | None:
+        """The script saves now: the iteration ends here if it has updated. Otherwise nothing is counted, and a mark of
+        the last boundary, as it is now, is returned, of which `on_boundary` does not hear.
+        """
+        if self.step_of_call > self._completed:
+            self._mark("call")
+            return None
+        return self._make_mark("call", (), self._completed)[0]
 
     # -- events of the optimizer and the model ------------------------------------------------------------------------
     def update_starting(self, in_closure: bool = False) -> None:
@@ -283,6 +312,14 @@ class Boundary:
 
     def _mark(self, kind: Kind | Literal["close"], at: tuple[str, ...] = ()) -> BoundaryMark:
         self._check_thread("a boundary")
+        mark, resume = self._make_mark(kind, at, self._completed + 1)
+        self._count(kind, resume)
+        self._on_boundary(mark)
+        return mark
+
+    def _make_mark(
+        self, kind: Kind | Literal["close"], at: tuple[str, ...], step: int
+    ) -> tuple[BoundaryMark, Kind]:
         closing = kind == "close"
         resume: Kind = (
             ("explicit" if self._explicit else self._kind or ("loader" if self._in_for() else "inferred"))
@@ -315,10 +352,7 @@ class Boundary:
         else:
             random = (self._update_rng if inferred else None) or rng.take()
             at = at or tuple(tap.name for tap in feeding)
-        mark = BoundaryMark(self._completed + 1, kind, self._updates > 0, random, event, loaders, resume, at, after)
-        self._count(kind, resume)
-        self._on_boundary(mark)
-        return mark
+        return BoundaryMark(step, kind, self._updates > 0, random, event, loaders, resume, at, after), resume
 
     def _count(self, kind: str, resume: Kind) -> None:
         self._idle = 0 if self._progress else self._idle + 1

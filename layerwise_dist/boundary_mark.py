@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from layerwise_dist.capture import rng
 
-Kind = Literal["explicit", "loader", "inferred"]
+Kind = Literal["explicit", "loader", "inferred", "call"]
 RngEvent = Literal["boundary", "draw"]
 
 
@@ -61,7 +61,9 @@ class PendingRng:
     def __init__(self, state: dict[str, Any], attached: Collection[str]) -> None:
         self._state, self._put = state, False
         self._at = [name for name in state["at"] if name in attached]
-        if state["kind"] == "inferred" and state["rng_event"] == "boundary":
+        # A script that saves by a call restores by one, and draws its next batch behind either.
+        here = state["kind"] == "inferred" or (state["kind"] == "call" and not attached)
+        if here and state["rng_event"] == "boundary":
             self._set(state["rng"])
 
     def _set(self, state: rng.RngState) -> None:
@@ -86,7 +88,7 @@ class PendingRng:
         if self._put:
             return None
         self._set(self._state["rng"])
-        if self._state["kind"] == "explicit" and self._state["rng_event"] == "boundary":
+        if self._state["kind"] in ("explicit", "call") and self._state["rng_event"] == "boundary":
             return None
         loaders = ", ".join(self._at) or "an attached loader"
         return (

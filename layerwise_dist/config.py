@@ -50,6 +50,11 @@ class WriterConfig(_Strict):
 
 
 class CommitConfig(_Strict):
+    transport: Literal["auto", "store", "mpi"] = Field(
+        "auto",
+        description="How ranks exchange messages. store: TCP connections of its own, found over torch.distributed; "
+        "mpi: an MPI communicator of its own; auto: store where torch.distributed is initialised, else mpi under mpirun.",
+    )
     timeout_s: float = Field(300.0, gt=0, description="Deadline of every wait for another rank, seconds.")
     on_failure: Literal["warn", "raise"] = Field(
         "warn", description="warn: a failed checkpoint is logged and training goes on; raise: all ranks raise."
@@ -60,9 +65,15 @@ class CommitConfig(_Strict):
 class LayerwiseConfig(_Strict):
     enabled: bool = Field(True, description="false: attach() hooks nothing and every call is a no-op.")
     dir: str = Field("checkpoints", min_length=1, description="Directory of the checkpoints; ~ is expanded.")
-    every_n_steps: int = Field(1, ge=1, description="A checkpoint is due each time the step is a multiple of this.")
+    every_n_steps: int | None = Field(
+        1, ge=1, description="A checkpoint is due each time the step is a multiple of this; null: only when asked for."
+    )
     keep_last: int = Field(2, ge=1, description="Newest commits of the lineage that are kept.")
     keep_every_n_steps: int | None = Field(None, ge=1, description="Commits at multiples of this step stay for ever.")
+    mode: Literal["direct", "mock"] = Field(
+        "direct",
+        description="direct: this process writes; mock: all is done but the writing, which is counted (no directory).",
+    )
     update: Literal["auto", "whole", "pipelined_step", "in_backward"] = Field(
         "auto",
         description="whole: the optimizer steps as it does alone; pipelined_step: a step that is saved goes layer by "

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 
 class DisabledEngine:
     """Hooks nothing, writes nothing, restores nothing; a script needs no other branch for it."""
 
     staged_step = durable_step = committed_step = None
+    client_state = restored_from = None
 
     def __init__(self, mid_window: Callable[[], bool] = lambda: False) -> None:
         """`mid_window` says whether gradients are being accumulated: an `end_step()` then counts nothing."""
         self.completed = 0
         self._mid_window = mid_window
 
-    def restore(self, step: int | None = None, *, on_missing: str | None = None) -> int:
+    def restore(
+        self, step: int | None = None, *, tag: str | None = None, saved: bool = False, on_missing: str | None = None
+    ) -> int:
         return 0
+
+    def save(self, tag: str, client_state: Mapping[str, Any] | None = None, *, timeout: float | None = None) -> int:
+        return self.completed
+
+    def drain(self, timeout: float | None = None) -> None:
+        return None
 
     def steps(self, total: int) -> Iterator[int]:
         while self.completed < total:

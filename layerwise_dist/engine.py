@@ -24,15 +24,15 @@ from layerwise_dist.capture.objects import StateObjects
 from layerwise_dist.capture.sealed import Sealer
 from layerwise_dist.capture.survey import Surveyor
 from layerwise_dist.commit.coordinator import CoordinatorThread
-from layerwise_dist.commit.metadata import CheckpointMetadataManager, ParentRef
+from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.session import Committer, SessionInfo
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.errors import BoundaryError, DamageError, LayerwiseError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
-from layerwise_dist.restore import loader
 from layerwise_dist.restore.restorer import Restorer
+from layerwise_dist.save_restore import SaveAndRestore
 from layerwise_dist.scheduler import BLOCKS_A_BATCH, LayerwiseCheckpointScheduler
 from layerwise_dist.statistics import Statistics
 from layerwise_dist.storage.adapter import PCCheckAdapter
@@ -52,10 +52,14 @@ class _Update:
     drained: bool = False
 
 
-class LayerwiseEngine:
+class LayerwiseEngine(SaveAndRestore):
     """Checkpoints what is trained on this rank: models and their optimizers. All methods belong to the training thread.
 
     Made by `attach()`. As a context manager it closes itself; left by an exception, it gives up what is not sealed.
+
+    Attributes:
+        restored_from: the folder of the checkpoint that `restore()` loaded; None if it loaded none.
+        client_state: what `save()` was given with that checkpoint; None if it was not made by `save()`.
     """
 
     def __init__(
@@ -85,6 +89,9 @@ class LayerwiseEngine:
         self._updates = self._boundaries = 0
         self._trace: StepTrace | None = None
         self._ready = fresh or info.empty
+        self._client_state: dict[str, Any] | None = None  # of a save() that is under way
+        self.client_state: dict[str, Any] | None = None
+        self.restored_from: str | None = None
         self._restorer = Restorer(
             framework,
             optimizer,
@@ -96,10 +103,12 @@ class LayerwiseEngine:
         self._closed = False
         self._scales: list[float] = []
         self._boundary = Boundary(
-            self._on_boundary, objects.taps, log=log, excuse=self._scale_fell, several=optimizer.several
-        )
+            self._on_boundary, objects.taps, log=log, excuse=self._scale_fell, several=optimizer.several,
+            by_call=config.every_n_steps is None,
+        )  # fmt: skip
         self._hooks = [
             *(root.register_forward_pre_hook(self._before_forward) for root in framework.roots),
+            *(module.register_forward_hook(self._behind_forward) for module in framework.forward_modules()),
             *(p.register_post_accumulate_grad_hook(self._during_backward) for p in framework.gradient_ready_params()),
         ]
         optimizer.watch(self)
@@ -164,12 +173,14 @@ class LayerwiseEngine:
             self._end_leases()
         self._participant.wait(step, level, timeout)
 
+    @property
+    def metadata(self) -> CheckpointMetadataManager:
+        """The records of the directory: manifests, the lineage, what is in which shard."""
+        return self._manager
+
     def stats(self) -> dict[str, float | int]:
         """Counters of this rank since attach(): bytes, checkpoints, and how long the training thread was held up."""
-        participant = self._participant
-        return self._statistics.report(
-            participant.commits, participant.aborts, participant.skips, self._adapter.buffers
-        )
+        return self._statistics.report(*self._participant.outcomes, self._adapter.buffers)
 
     def trace(self, path: str | os.PathLike[str]) -> None:
         """Writes what happens to each layer in the next step that is saved, and when, into `path`.
@@ -190,7 +201,7 @@ class LayerwiseEngine:
     # -- updates ------------------------------------------------------------------------------------------------
 
     def update_starting(self, *, in_closure: bool = False) -> None:
-        """An update of the optimizer begins (`UpdateEvents`, as are the next four)."""
+        """An update of the optimizer begins (`UpdateEvents`, as are the next five)."""
         self._boundary.update_starting(in_closure=in_closure)
         if not in_closure:
             self._may_update()
@@ -199,6 +210,10 @@ class LayerwiseEngine:
     def wants_layers(self) -> bool:
         """Whether the update that comes had better go layer by layer: it is saved, or what is read in place is in its way."""
         return self._scheduler.due(self._boundary.completed + 1) or not all(c.settled for c in self._captures)
+
+    def wanted(self) -> bool:
+        """Whether what the running update leaves is to be saved."""
+        return self._scheduler.due(self._boundary.completed + 1)
 
     def overwriting(self, layers: Collection[str] | None = None) -> None:
         """What is leased of these layers, or of all, is written or copied away; else its attempt ends."""
@@ -296,12 +311,21 @@ class LayerwiseEngine:
                 self._open = None
             return False
 
+    def _give_up(self, reason: str) -> None:
+        if self._open is not None:
+            self._participant.failed(self._open.write.attempt, reason, self._open.write)
+            self._open = None
+
     # -- boundaries ---------------------------------------------------------------------------------------------
 
     def _before_forward(self, module: torch.nn.Module, args: Any) -> None:
         self._settle()
         if module.training and torch.is_grad_enabled() and threading.get_ident() == self._thread:
             self._boundary.training_forward()
+
+    def _behind_forward(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        if self._captures:
+            self._settle()
 
     def _during_backward(self, param: torch.Tensor) -> None:
         # Without it a checkpoint that is written during the forward would be committed no earlier than the next update.
@@ -324,23 +348,27 @@ class LayerwiseEngine:
             )
         self._end_trace()
         self._boundaries += 1
-        if self._optimizer.several and mark.updated and self._scheduler.due(mark.step):
+        if self._optimizer.several and self._open is None and mark.updated and self._scheduler.due(mark.step):
             # Which update is an iteration's last is known here only. Each optimizer's part is then captured once.
             with self._statistics.stall("open"):
                 self._begin(mark.step)
-        capture = self._open
-        if capture is not None:
-            with self._statistics.stall("seal"):
-                if self._guarded(capture, lambda: self._seal(capture, mark)):
-                    self._captures.append(capture)
-            self._open = None
-            self._scheduler.done()
+        if self._open is not None:
+            self._seal_open(mark)
         elif not mark.updated and self._scheduler.due(mark.step):
             self._scheduler.postpone()
         if self._trace is not None:
             self._trace.sealed()
         self._scales = [scaler.get_scale() for scaler in self._objects.scalers] if not mark.updated else []
         self._participant.boundary(self._boundaries)
+
+    def _seal_open(self, mark: BoundaryMark) -> None:
+        capture = self._open
+        assert capture is not None
+        with self._statistics.stall("seal"):
+            if self._guarded(capture, lambda: self._seal(capture, mark)):
+                self._captures.append(capture)
+        self._open = None
+        self._scheduler.done()
 
     def _seal(self, capture: Capture, mark: BoundaryMark) -> None:
         if capture.step != mark.step:
@@ -349,71 +377,18 @@ class LayerwiseEngine:
         if found.key != capture.survey.key:
             self._may_be_early = False  # an optimizer that puts other tensors in place is captured behind its update
         self._attempts.learn(capture.seal(found), "the boundary")
-        capture.write.append_state(*self._sealer.take(mark.step, self._updates, mark.state(), found))
+        capture.write.append_state(
+            *self._sealer.take(mark.step, self._updates, mark.state(), found, self._client_state)
+        )
         if self._committer is not None:
             self._committer.boundary_kind = mark.resume_kind
         self._statistics.captured(capture, found.nbytes)
-        self._participant.staged(mark.step, capture.write)
+        self._participant.staged(capture.write)
 
     def _scale_fell(self) -> bool:
         """Whether a GradScaler explains a boundary without an update: it saw an overflow and lowered its scale."""
         scales = [scaler.get_scale() for scaler in self._objects.scalers]
         return any(now < before for now, before in zip(scales, self._scales, strict=False))
-
-    # -- restore ------------------------------------------------------------------------------------------------
-
-    def restore(self, step: int | None = None, *, on_missing: str | None = None) -> int:
-        """Loads the lineage's newest commit whose shards verify, the same on all ranks; returns its step, 0 if none.
-
-        With `step`, exactly that commit, and what was committed after it is abandoned: the lineage goes on from there.
-        `on_missing` is "fresh" (start from 0; the default without a step) or "error" (the default with one).
-        Raises MismatchError (another model, optimizer, state or world size: nothing was loaded), NotFoundError,
-        DamageError (nothing verifies), OSError (the disk is in trouble), CommitError or DeadlineError.
-        """
-        if on_missing not in (None, "fresh", "error"):
-            raise ValueError(f"on_missing must be 'fresh' or 'error', not {on_missing!r}")
-        if self._open is not None:
-            raise BoundaryError("restore() inside an iteration: end it first (steps() or end_step())")
-        self._fence_for_restore()
-        fresh = (on_missing or ("error" if step is not None else "fresh")) == "fresh"
-        found = self._restorer.newest(step, fresh_if_missing=fresh)
-        if found is None:
-            if step is not None and not self._info.empty:
-                self._follow(
-                    None, new_branch=True
-                )  # a fresh start beside what is there, as attach(fresh=True) makes it
-            self._ready = True
-            return self._boundary.completed
-        attempt, loading = found
-        self._adopt(loading)
-        self._follow(ParentRef(seq=attempt.seq, attempt=attempt.text), new_branch=step is not None)
-        self._restorer.undefined = None
-        self._ready = True
-        log.info("rank %d: restored step %d", self._framework.rank, attempt.step)
-        return attempt.step
-
-    def _fence_for_restore(self) -> None:
-        self._end_leases()
-        self._participant.drain(self.config.commit.timeout_s)
-
-    def _adopt(self, loading: loader.LoadPlan) -> None:
-        sealed = loading.sealed
-        self._optimizer.adopt(loading.states, sealed["optimizer"])
-        self._sealer.put(sealed)
-        self._updates = sealed["updates"]
-        self._boundary.start_at(sealed["step"])
-        self._boundary.restore(sealed["boundary"])
-        self._participant.restored(sealed["step"])
-
-    def _follow(self, head: ParentRef | None, *, new_branch: bool) -> None:
-        """From where the lineage goes on. A roll-back is made durable before the first step that follows it."""
-        seq = self._attempts.take_seq() if new_branch else None
-
-        def decide(_: list[Any]) -> None:
-            if self._committer is not None:
-                self._committer.follow(head, seq)
-
-        self._participant.agree("continue the lineage", None, decide)
 
     # -- the end ------------------------------------------------------------------------------------------------
 
@@ -433,11 +408,7 @@ class LayerwiseEngine:
         problem: LayerwiseError | None = None
         try:
             self._boundary.close(seal=orderly)
-            if self._open is not None:
-                self._participant.failed(
-                    self._open.write.attempt, "the job ended before this step did", self._open.write
-                )
-                self._open = None
+            self._give_up("the job ended before this step did")
             self._end_leases()
             self._end_trace(timeout)
             self._participant.drain(timeout)

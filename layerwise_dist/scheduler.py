@@ -23,7 +23,7 @@ class LayerSize:
 class LayerwiseCheckpointScheduler:
     """Decides when a step is saved and how its layers go to the writer. One for a rank; belongs to the training thread.
 
-    *When*: every `every_n_steps`-th step, a step that was asked for (`request`), and the next applied update behind one
+    *When*: every `every_n_steps`-th step (none by itself with None), a step that was asked for (`request`), and the next applied update behind one
     that was due and skipped (`postpone`).
 
     *How*: layers in the update order, small ones together in *batches* of at least `batch_bytes`, so that writes are
@@ -33,7 +33,7 @@ class LayerwiseCheckpointScheduler:
     """
 
     def __init__(
-        self, *, every_n_steps: int = 1, batch_bytes: int = BLOCKS_A_BATCH << 20,
+        self, *, every_n_steps: int | None = 1, batch_bytes: int = BLOCKS_A_BATCH << 20,
         when_full: Literal["wait", "skip"] = "wait", wait_s: float = 60.0,
         room: Callable[[float], bool] = lambda timeout_s: True,
     ) -> None:  # fmt: skip
@@ -52,7 +52,7 @@ class LayerwiseCheckpointScheduler:
 
     def due(self, step: int) -> bool:
         """Whether `step` is to be saved. Asked before its update as well as behind it, with one answer."""
-        return self._postponed or self._requested or step % self._every == 0
+        return self._postponed or self._requested or (self._every is not None and step % self._every == 0)
 
     def request(self) -> None:
         """Makes the next step due, whatever its number."""

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 JOBS = Path(__file__).parent / "jobs"
+DEEPSPEED = {"DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}  # environment of its jobs
 _TOKEN = "LAYERWISE_TEST_JOB"
 # torch looks up the names of the addresses that its stores hear from; a name server that loses one question in ten would
 # hold each of these jobs up for five seconds.
@@ -86,9 +87,9 @@ class Running:
                     found.append(int(entry))
         return found
 
-    def rank_pid(self, rank: int) -> int | None:
-        """The process of one rank, or None when it is not (or no longer) there."""
-        wanted = f"RANK={rank}".encode()
+    def rank_pid(self, rank: int, variable: str = "RANK") -> int | None:
+        """The process of one rank, or None when it is not (or no longer) there. `variable` is the launcher's name of it."""
+        wanted = f"{variable}={rank}".encode()
         for pid in self.pids():
             try:
                 if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
@@ -240,23 +241,26 @@ class WarmJob:
 class Warm:
     """torchrun's agent, forked from a process that has imported torch: a job starts in a fraction of a second."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *modules: str, env: Mapping[str, str] | None = None) -> None:
+        """`modules` are imported beforehand too, with `env` in the environment."""
         self._folder, self._count = folder, 0
         self._jobs: list[WarmJob] = []
         self._errors = open(folder / "server.log", "wb")
         self._server = subprocess.Popen(
-            [sys.executable, str(JOBS / "warm.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
-            env={**os.environ, **QUICK}, text=True,
+            [sys.executable, str(JOBS / "warm.py"), *modules], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=self._errors, env={**os.environ, **QUICK, **(env or {})}, text=True,
         )  # fmt: skip
 
     def start(
-        self, script: str, nproc: int, *args: Any, env: Mapping[str, str] | None = None, max_restarts: int = 0
-    ) -> WarmJob:
+        self, script: str, nproc: int, *args: Any, env: Mapping[str, str] | None = None, max_restarts: int = 0,
+        **options: Any,
+    ) -> WarmJob:  # fmt: skip
+        """`options` are for torchrun's LaunchConfig."""
         self._count += 1
         log = self._folder / f"job_{self._count}.log"
         request = {
             "script": str(JOBS / script), "nproc": nproc, "args": [str(arg) for arg in args], "env": dict(env or {}),
-            "log": str(log), "max_restarts": max_restarts,
+            "log": str(log), "max_restarts": max_restarts, "options": options,
         }  # fmt: skip
         assert self._server.stdin is not None and self._server.stdout is not None
         self._server.stdin.write(json.dumps(request) + "\n")
@@ -284,5 +288,13 @@ class Warm:
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
     """Jobs under torchrun's agent without the cost of importing torch anew (see tests/jobs/warm.py)."""
     server = Warm(tmp_path_factory.mktemp("warm"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def zero(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """As `warm`, for jobs that need DeepSpeed: it is imported already."""
+    server = Warm(tmp_path_factory.mktemp("zero"), "deepspeed", env=DEEPSPEED)
     yield server
     server.close()

@@ -45,6 +45,17 @@ def quick(folder: Path, what: str, *args: object) -> dict[str, Any]:
     return found
 
 
+def test_commits_are_measured_with_simulated_ranks_and_with_processes(tmp_path: Path) -> None:
+    found = quick(tmp_path, "commit")
+    assert [row["ranks"] for row in found["simulated"]] == [8, 64]
+    assert [row["connections"] for row in found["simulated"]] == [3 + 1, 3 + 15]
+    for row in found["simulated"]:
+        assert set(row["cpu_s"]) == SPREAD and row["cpu_s"]["median"] >= row["coordinator_cpu_s"]["median"] > 0
+        assert row["frames_in"]["median"] >= 2 * row["connections"]
+    assert [row["ranks"] for row in found["processes"]] == [4]
+    assert found["processes"][0]["committed_s"]["min"] > 0
+
+
 def test_the_writer_is_measured_in_each_backend_and_use_against_raw_writes(tmp_path: Path) -> None:
     found = quick(tmp_path, "writer")
     cases = {(row["tensors"], row["backend"], row["use"]) for row in found["results"]}

@@ -14,7 +14,7 @@ from crash_kit import POLICIES, MutantEnv, Mutation, Story
 
 from layerwise_dist._native import testing
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
-from layerwise_dist.errors import CommitError
+from layerwise_dist.errors import CommitError, DirectoryError
 from layerwise_dist.storage.layout import AttemptId
 
 SMALL = {"queue_depth": 2, "block_kb": 32}
@@ -188,6 +188,16 @@ def test_what_a_restart_reports_as_committed_survives_power_loss_even_if_the_fir
     assert story.restart(env) == 2
     env.mark("committed 1 2")
     swept(story, 4, left_out)
+
+
+def test_a_directory_that_one_start_made_and_could_not_flush_is_flushed_by_the_next() -> None:
+    env = MutantEnv(Mutation("sync_dir", "/", "_make_dirs", forget=False))
+    story = Story(env)
+    with pytest.raises(DirectoryError):
+        story.session(1, 1)
+    env.mutation = None
+    story.session(2, 1)
+    sweep(story, 2)
 
 
 @AT_START

@@ -9,6 +9,7 @@
 
 #include "convert.h"
 #include "layerwise/aligned_buffer.h"
+#include "layerwise/mock_env.h"
 #include "layerwise/nvm_env.h"
 #include "layerwise/posix_env.h"
 
@@ -179,6 +180,11 @@ void BindEnv(nb::module_& m) {
              return type;
            }, nb::arg("path"));
   nb::class_<PosixEnv, Env>(m, "PosixEnv").def(nb::init<>());
+  nb::class_<MockEnv, Env>(m, "MockEnv")
+      .def(nb::init<>())
+      .def_prop_ro("files", [](const MockEnv& env) { return env.counts().files; })
+      .def_prop_ro("bytes", [](const MockEnv& env) { return env.counts().bytes; })
+      .def_prop_ro("syncs", [](const MockEnv& env) { return env.counts().syncs; });
   nb::class_<NvmEnv, PosixEnv>(m, "NvmEnv")
       .def(nb::init<>())
       .def("probe", [](NvmEnv& env, const Path& path) { Unlocked([&] { return env.Probe(path.native()); }); },

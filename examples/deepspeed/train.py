@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -46,7 +47,11 @@ def main() -> None:
     torch.set_num_threads(1)
     # DeepSpeed would compile this for a minute; only inference uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    join_process_group("nccl" if torch.cuda.is_available() else "gloo")  # DeepSpeed takes the group that it finds
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if "RANK" in os.environ:
+        join_process_group(backend)  # DeepSpeed takes the group that it finds
+    else:  # mpirun: DeepSpeed asks MPI who is who
+        deepspeed.init_distributed(backend, distributed_port=int(os.environ.get("MASTER_PORT", "29500")))
     config = json.loads(args.deepspeed_config.read_text())
     config["train_micro_batch_size_per_gpu"] = args.batch
     if args.no_checkpoints:

@@ -107,6 +107,16 @@ class LayerwiseNoHash(Layerwise):
     settings = {"hash": False}
 
 
+class LayerwisePipelined(Layerwise):
+    name = "layerwise-pipelined"
+    settings = {"update": "pipelined_step"}
+
+
+class LayerwiseInBackward(Layerwise):
+    name = "layerwise-in-backward"
+    settings = {"update": "in_backward"}
+
+
 class LayerwiseOffStep(Layerwise):
     """Attached, but no step is due: what a step costs that checkpoints nothing."""
 
@@ -284,6 +294,8 @@ class TorchCheckpointing(FuturePeer):
 MODES: dict[str, type[Mode]] = {
     "layerwise": Layerwise,
     "layerwise-nohash": LayerwiseNoHash,
+    "layerwise-pipelined": LayerwisePipelined,
+    "layerwise-in-backward": LayerwiseInBackward,
     "layerwise-off-step": LayerwiseOffStep,
     "torch-save": TorchSave,
     "dcp": Dcp,

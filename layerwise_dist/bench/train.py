@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -26,11 +23,11 @@ from layerwise_dist.bench.modes import MODES
 from layerwise_dist.bench.progress import Bar, bar
 from layerwise_dist.bench.train_worker import MARK
 from layerwise_dist.bench.workplace import workplace
+from layerwise_dist.processes import running
 from layerwise_dist.units import size
 
 _RAW_BYTES = 512 << 20
 _CHECKPOINTS_AT_ONCE = 8  # two kept, two in flight, three files to be reused, and one being removed
-_GRACE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +100,9 @@ def _launch(bench: TrainBench, folder: Path, heard: _Heard) -> None:
     if bench.ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={bench.ranks}"]
     command = [*launcher, "-m", "layerwise_dist.bench.train_worker", json.dumps(spec)]
+    environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     errors = folder / "errors.txt"
-    with open(errors, "wb") as file, _running(command, file, threads) as job:
+    with open(errors, "wb") as file, running(command, file, environment) as job:
         assert job.stdout is not None
         for line in job.stdout:
             if line.startswith(MARK):
@@ -113,32 +111,6 @@ def _launch(bench: TrainBench, folder: Path, heard: _Heard) -> None:
     if code != 0:
         tail = errors.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
         raise BenchFailed("\n".join([f"the training ended with exit code {code}:", *tail]))
-
-
-@contextmanager
-def _running(command: list[str], errors: Any, threads: int) -> Iterator[subprocess.Popen[str]]:
-    """The job in a session of its own, all of which is gone when the body ends, however it does."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    job = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL, text=True, start_new_session=True,
-        env=environment,
-    )  # fmt: skip
-    try:
-        yield job
-    finally:
-        if job.poll() is None:
-            os.killpg(job.pid, signal.SIGTERM)
-            try:
-                job.wait(_GRACE_S)
-            except subprocess.TimeoutExpired:
-                pass
-        try:
-            os.killpg(job.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # all of it has ended by itself
-        job.wait()
-        if job.stdout is not None:
-            job.stdout.close()
 
 
 class _Figures:

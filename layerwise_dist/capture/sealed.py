@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from layerwise_dist.capture.objects import StateObjects
@@ -21,7 +22,9 @@ class Sealer:
         self._framework, self._optimizer, self._objects = framework, optimizer, objects
         self._prepared: dict[str, tuple[Any, typed_json.Prepared]] = {}
 
-    def take(self, step: int, updates: int, boundary: dict[str, Any], survey: Survey) -> tuple[bytes, bytes]:
+    def take(
+        self, step: int, updates: int, boundary: dict[str, Any], survey: Survey, client_state: Mapping[str, Any] | None
+    ) -> tuple[bytes, bytes]:
         """The state as (JSON text, blob), sharing nothing with live objects; `boundary` is `BoundaryMark.state()`.
 
         Raises StateError with the path of what cannot be written.
@@ -32,6 +35,7 @@ class Sealer:
             "updates": updates,
             "boundary": boundary,
             "objects": self._objects.take(),
+            "client_state": client_state,
             "optimizer": {
                 **self._optimizer_itself(self._optimizer.describe()),
                 "scalars": survey.live_scalars(),

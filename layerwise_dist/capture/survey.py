@@ -151,6 +151,10 @@ class Surveyor:
         """The next look makes a new survey: `arrange` has changed."""
         self._last = None
 
+    def gather(self) -> None:
+        """Before a capture of all: what is not in memory comes there. Raises LayerwiseError or OSError."""
+        self._optimizer.gather()
+
     def look(self, copying: frozenset[str] = frozenset()) -> Survey:
         """`copying` holds names (`<kind>/<fqn>`) that the audit found unsafe to lease. Raises UnsupportedError."""
         glance = self._glance(copying)

@@ -131,6 +131,37 @@ def restore(
     _finish(run, json, markdown)
 
 
+@app.command("commit")
+def commit(
+    directory: Dir,
+    ranks: Annotated[str, typer.Option("--ranks", "-r", help="Simulated ranks; 0: none.")] = "8,64,512,4096,16384",
+    processes: Annotated[str, typer.Option("--processes", "-p", help="Real ranks; 0: none.")] = "2,8,64",
+    on_node: Annotated[int, typer.Option("--on-node", min=1, help="Ranks of a node.")] = 8,
+    commits: Annotated[int, typer.Option("--commits", "-n", min=1, help="Measured commits a round.")] = 20,
+    rounds: Rounds = 5,
+    quick: Quick = False,
+    json: Json = False,
+    markdown: Markdown = False,
+) -> None:
+    """Time and messages of a commit as the number of ranks grows."""
+
+    def run(command: str) -> Findings:
+        from layerwise_dist.bench.commit import CommitBench, run
+
+        simulated = [] if ranks == "0" else _numbers(ranks, "--ranks")
+        real = [] if processes == "0" else _numbers(processes, "--processes")
+        if not simulated and not real or min([*simulated, *real]) < 2:
+            raise ValueError(
+                "--ranks and --processes: expected numbers above 1, such as 8,64; 0 for none of one of them"
+            )
+        asked = CommitBench(simulated, real, on_node, commits, rounds)
+        if quick:
+            asked = CommitBench([8, 64], [4], 4, 3, 1)
+        return run(asked, directory, command)
+
+    _finish(run, json, markdown)
+
+
 def _one_of(option: str, value: str, allowed: Iterable[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{option} {value!r}: expected {' or '.join(allowed)}")

@@ -25,10 +25,12 @@ def ls(catalogue: Catalogue) -> Answer:
         for _, branch in sorted(catalogue.inventory.branches.items())
     ]
     right = ("step", "seq", "ranks", "size", "age")
-    shown = table("step", "seq", "status", "ranks", "size", "age", "folder", right=right)
+    tags = ("tag",) if any(entry["tag"] for entry in entries) else ()
+    shown = table("step", "seq", "status", *tags, "ranks", "size", "age", "folder", right=right)
     for entry in entries:
         created = entry["created"]
-        cells = (entry["step"], entry["seq"], entry["status"], entry["ranks"], size(entry["bytes"]))
+        named = (entry["tag"],) if tags else ()
+        cells = (entry["step"], entry["seq"], entry["status"], *named, entry["ranks"], size(entry["bytes"]))
         row(
             shown,
             *("-" if cell is None else cell for cell in cells),
@@ -55,7 +57,8 @@ def _committed(catalogue: Catalogue) -> list[dict[str, Any]]:
         problem = catalogue.missing(manifest)
         found.append({
             "step": manifest.step, "seq": manifest.seq, "attempt": manifest.attempt,
-            "status": "damaged" if problem else catalogue.status(manifest), "ranks": manifest.world_size,
+            "status": "damaged" if problem else catalogue.status(manifest), "tag": manifest.tag,
+            "ranks": manifest.world_size,
             "bytes": manifest.nbytes, "created": manifest.created, "folder": manifest.attempt_id.folder,
             "problem": f"{manifest.attempt_id.folder}: {problem}" if problem else None,
         })  # fmt: skip
@@ -70,8 +73,8 @@ def _incomplete(catalogue: Catalogue) -> list[dict[str, Any]]:
         except FileNotFoundError:
             continue  # collected while this looks
         found.append({
-            "step": attempt.step, "seq": attempt.seq, "attempt": attempt.text, "status": "incomplete", "ranks": None,
-            "bytes": nbytes, "created": created, "folder": attempt.folder, "problem": None,
+            "step": attempt.step, "seq": attempt.seq, "attempt": attempt.text, "status": "incomplete", "tag": None,
+            "ranks": None, "bytes": nbytes, "created": created, "folder": attempt.folder, "problem": None,
         })  # fmt: skip
     return found
 
@@ -88,7 +91,8 @@ def _damaged(catalogue: Catalogue) -> list[dict[str, Any]]:
             continue
         found.append({
             "step": attempt.step if attempt else None, "seq": seq, "attempt": attempt.text if attempt else None,
-            "status": "damaged", "ranks": None, "bytes": nbytes, "created": created, "folder": name, "problem": damage,
+            "status": "damaged", "tag": None, "ranks": None, "bytes": nbytes, "created": created, "folder": name,
+            "problem": damage,
         })  # fmt: skip
     return found
 

@@ -82,6 +82,7 @@ def _parts(data: dict[str, Any], manifest: Manifest, everything: bool) -> list[A
         ("session, epoch", f"{manifest.session}, {manifest.epoch}"),
         ("ranks, framework", f"{manifest.world_size}, {manifest.framework}"),
         ("boundary", manifest.boundary),
+        *((("tag", manifest.tag),) if manifest.tag is not None else ()),
         ("software", ", ".join(f"{name} {version}" for name, version in sorted(manifest.software.items()))),
         ("size", size(manifest.nbytes)),
     ):

@@ -1,7 +1,8 @@
 """The rank-0 coordinator: decides, alone, which attempts become checkpoints.
 
-`Coordinator` is the state machine: messages and the passing of time in, messages out; it does no I/O but through the
-`commit` call it was given. `CoordinatorThread` runs it. Commits go strictly by seq: a newer one aborts older attempts.
+`Coordinator` is a pure state machine: a message or the time goes in, what is to be done comes out. It reads no clock,
+does no I/O and knows no threads, so that a simulation can drive it through any history; `CoordinatorThread` runs it.
+Commits go strictly by seq: a newer one aborts older attempts.
 """
 
 from __future__ import annotations
@@ -26,6 +27,30 @@ FIRST_GRANT = 8
 _GRANT_SECONDS = 2.0
 
 
+@dataclass(frozen=True, slots=True)
+class Announce:
+    """Send this to every rank, in order."""
+
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class WriteManifest:
+    """Make this attempt's manifest durable, then say with `Coordinator.wrote` how that ended. `reports` are by rank."""
+
+    seq: int
+    step: int
+    reports: list[Message]
+
+
+@dataclass(frozen=True, slots=True)
+class RetireOld:
+    """A commit is durable: remove what retention no longer keeps."""
+
+
+Output = Announce | WriteManifest | RetireOld
+
+
 @dataclass
 class _Attempt:
     seq: int
@@ -37,63 +62,90 @@ class _Attempt:
 
 
 class Coordinator:
-    """Single-threaded. `send(message)` reaches every rank, in order.
-
-    `commit(seq, step, reports)` makes the manifest durable, reports ordered by rank; it raises OSError (nothing was
-    committed), `InDoubt` or OwnerError (nothing may be committed by this session any more).
+    """Every method that changes anything takes `now` (seconds, of any monotonic clock) and returns what is to be done,
+    in order. A `WriteManifest` is the last of its list; `wrote` is called with its end before anything else is.
     """
 
-    def __init__(
-        self, world_size: int, *, send: Callable[[Message], None], commit: Callable[[int, int, list[Message]], None],
-        timeout_s: float, on_failure: str, raise_after: int, clock: Callable[[], float] = time.monotonic,
-    ) -> None:  # fmt: skip
-        self._world_size, self._send, self._commit, self._clock = world_size, send, commit, clock
-        self._timeout_s, self._patience = timeout_s, 1 if on_failure == "raise" else raise_after
+    def __init__(self, world_size: int, *, timeout_s: float, on_failure: str, raise_after: int, now: float) -> None:
+        """Attempts that are not decided in `timeout_s` seconds are aborted."""
+        self._world_size, self._timeout_s = world_size, timeout_s
+        self._patience = 1 if on_failure == "raise" else raise_after
         self._open: dict[int, _Attempt] = {}
+        self._writing: _Attempt | None = None
         self._decided: set[int] = set()
         self._last_committed = 0
         self._failures = 0
         self._stopped = False
-        self._at = {rank: 0.0 for rank in range(world_size)}
+        self._finished: str | None = None  # why nothing is committed any more
+        self._gone: set[int] = set()
+        self._at = [0.0] * world_size
+        self._untold = set(range(world_size))  # whose next `at` is awaited
         self._granted = float(FIRST_GRANT) if world_size > 1 else math.inf
-        self._pace: tuple[float, float] = (clock(), 0.0)
+        self._pace: tuple[float, float] = (now, 0.0)
+        self._out: list[Output] = []
 
-    def handle(self, message: Message) -> bool:
-        """Takes one rank's message. True when a checkpoint was committed by it."""
+    def handle(self, message: Message, now: float) -> list[Output]:
+        """Takes one rank's message."""
         kind = message["t"]
         if kind == "at":
-            self._advance(message["rank"], float(message["b"]))
+            self._advance(message["rank"], float(message["b"]), now)
         elif kind == "closed":
-            self._advance(message["rank"], math.inf)
+            self._advance(message["rank"], math.inf, now)
+        elif kind == "gone":
+            self._lose(message["rank"], message["why"])
         elif kind in ("staged", "durable", "failed", "skipped"):
-            return self._report(kind, message)
-        return False
+            self._report(kind, message, now)
+        return self._taken()
 
-    def tick(self) -> None:
+    def tick(self, now: float) -> list[Output]:
         """Ends attempts whose deadline has passed, naming the ranks that were waited for."""
-        for attempt in [a for a in self._open.values() if self._clock() - a.since > self._timeout_s]:
+        for attempt in [a for a in self._open.values() if now - a.since > self._timeout_s]:
             missing = sorted(set(range(self._world_size)) - set(attempt.reports))
             self._abort(
                 attempt, f"waited {self._timeout_s:g} s for rank(s) {', '.join(map(str, missing))}", failure=True
             )
+        return self._taken()
+
+    def wrote(self, seq: int, problem: OSError | OwnerError | None) -> list[Output]:
+        """How the `WriteManifest` of `seq` ended. OSError: nothing was committed; InDoubt or OwnerError: nothing may be
+        committed by this session any more.
+        """
+        attempt, self._writing = self._writing, None
+        if attempt is None or attempt.seq != seq:
+            raise ValueError(f"no manifest of seq {seq} is being written")
+        if isinstance(problem, InDoubt):
+            # The manifest may survive or not: announcing either would be a guess, deleting anything a loss.
+            self._close(attempt)
+            self._finish(f"step {attempt.step} is in doubt: {problem}")
+        elif isinstance(problem, OwnerError):
+            self._abort(attempt, str(problem), failure=False)
+            self._finish(str(problem))
+        elif problem is not None:
+            self._abort(attempt, f"the manifest could not be written: {problem}", failure=True)
+        else:
+            self._committed(attempt)
+        return self._taken()
 
     @property
     def idle(self) -> bool:
+        """Whether no attempt waits for anything."""
         return not self._open
 
-    def _report(self, kind: str, message: Message) -> bool:
+    # -- attempts -----------------------------------------------------------------------------------------------
+
+    def _report(self, kind: str, message: Message, now: float) -> None:
         seq = message["seq"]
         if kind == "failed" and message["final"]:
-            self._stop(f"checkpoint of step {message['step']} failed: rank {message['rank']}: {message['error']}")
+            self._finish(f"checkpoint of step {message['step']} failed: rank {message['rank']}: {message['error']}")
         if seq in self._decided:
-            return False
+            return
         attempt = self._open.get(seq)
         if attempt is None:
-            attempt = self._open[seq] = _Attempt(seq, message["attempt"], message["step"], self._clock())
+            attempt = self._open[seq] = _Attempt(seq, message["attempt"], message["step"], now)
         if seq < self._last_committed:
             self._abort(attempt, f"superseded by seq {self._last_committed}", failure=False)
-        elif self._stopped:
-            self._abort(attempt, "this session has stopped committing", failure=False)
+        elif self._finished is not None:
+            self._abort(attempt, f"this session has stopped committing: {self._finished}", failure=False)
         elif (message["attempt"], message["step"], message["world_size"]) != (
             attempt.attempt,
             attempt.step,
@@ -110,82 +162,109 @@ class Coordinator:
         elif kind == "skipped":
             self._abort(attempt, f"rank {message['rank']}: {message['reason']}", failure=False, skipped=True)
         elif kind == "staged":
-            attempt.staged.add(message["rank"])
-            if len(attempt.staged) == self._world_size:
-                self._send({"t": "staged", "seq": seq, "step": attempt.step})
+            if message["rank"] not in attempt.staged:
+                attempt.staged.add(message["rank"])
+                if len(attempt.staged) == self._world_size:
+                    self._say({"t": "staged", "seq": seq, "step": attempt.step})
+            self._miss_gone(attempt)
         else:
             attempt.reports[message["rank"]] = message
+            self._miss_gone(attempt)
             if len(attempt.reports) == self._world_size:
-                return self._decide(attempt)
-        return False
+                self._say({"t": "durable", "seq": seq, "step": attempt.step})
+                self._writing = attempt
+                reports = [attempt.reports[rank] for rank in range(self._world_size)]
+                self._out.append(WriteManifest(seq, attempt.step, reports))
 
-    def _decide(self, attempt: _Attempt) -> bool:
-        self._send({"t": "durable", "seq": attempt.seq, "step": attempt.step})
-        try:
-            self._commit(attempt.seq, attempt.step, [attempt.reports[rank] for rank in range(self._world_size)])
-        except InDoubt as error:
-            # The manifest may survive or not: announcing either would be a guess, deleting anything a loss.
-            del self._open[attempt.seq]
-            self._decided.add(attempt.seq)
-            self._stop(f"step {attempt.step} is in doubt: {error}")
-            return False
-        except OwnerError as error:
-            self._abort(attempt, str(error), failure=False)
-            self._stop(str(error))
-            return False
-        except OSError as error:
-            self._abort(attempt, f"the manifest could not be written: {error}", failure=True)
-            return False
-        del self._open[attempt.seq]
-        self._decided.add(attempt.seq)
+    def _committed(self, attempt: _Attempt) -> None:
+        self._close(attempt)
         self._last_committed = attempt.seq
         self._failures = 0
-        self._send({"t": "committed", "seq": attempt.seq, "step": attempt.step})
+        self._say({"t": "committed", "seq": attempt.seq, "step": attempt.step})
         for older in [a for a in self._open.values() if a.seq < attempt.seq]:
             self._abort(older, f"superseded by seq {attempt.seq}", failure=False)
         self._decided = {seq for seq in self._decided if seq > attempt.seq - 1024}
-        return True
+        self._out.append(RetireOld())
 
     def _abort(self, attempt: _Attempt, reason: str, *, failure: bool, skipped: bool = False) -> None:
-        del self._open[attempt.seq]
-        self._decided.add(attempt.seq)
+        self._close(attempt)
         if failure:
             self._failures += 1
             if self._failures >= self._patience:  # said first: a rank that closes once this is decided must know it
-                self._stop(f"checkpoint of step {attempt.step} failed: {reason}")
-        self._send(
+                self._finish(f"checkpoint of step {attempt.step} failed: {reason}")
+        self._say(
             {"t": "aborted", "seq": attempt.seq, "step": attempt.step, "reason": reason, "failure": failure,
              "skipped": skipped}
         )  # fmt: skip
+
+    def _close(self, attempt: _Attempt) -> None:
+        del self._open[attempt.seq]
+        self._decided.add(attempt.seq)
+
+    def _lose(self, rank: int, why: str) -> None:
+        """A rank will report nothing more. What it has reported already may still become a checkpoint."""
+        self._gone.add(rank)
+        self._stop(f"rank {rank} is gone: {why}")
+        for attempt in list(self._open.values()):
+            self._miss_gone(attempt)
+
+    def _miss_gone(self, attempt: _Attempt) -> None:
+        if missing := sorted(rank for rank in self._gone if rank not in attempt.reports):
+            self._abort(attempt, f"rank(s) {', '.join(map(str, missing))} are gone", failure=True)
+
+    # -- stopping at one boundary -------------------------------------------------------------------------------
+
+    def _finish(self, reason: str) -> None:
+        """Nothing is committed any more."""
+        self._finished = self._finished or reason
+        self._stop(reason)
 
     def _stop(self, reason: str) -> None:
         """All ranks raise at one boundary: the last one granted, which none of them can have passed."""
         if not self._stopped:
             self._stopped = True
             at = -1 if math.isinf(self._granted) else int(self._granted)
-            self._send({"t": "stop", "at": at, "reason": reason})
+            self._say({"t": "stop", "at": at, "reason": reason})
 
-    def _advance(self, rank: int, boundary: float) -> None:
+    def _advance(self, rank: int, boundary: float, now: float) -> None:
+        """Once every rank has said that it is past half of what is granted, more is."""
         self._at[rank] = max(self._at[rank], boundary)
-        slowest = min(self._at.values())
-        if self._stopped or math.isinf(slowest) or math.isinf(self._granted):
+        self._untold.discard(rank)
+        if self._untold or self._stopped or math.isinf(self._granted):
+            return
+        slowest = min(self._at)
+        if math.isinf(slowest):
             return
         began, first = self._pace
-        now = self._clock()
         rate = (slowest - first) / max(now - began, 1e-3)
         if now - began > 10:
             self._pace = (now, slowest)
         ahead = max(FIRST_GRANT, math.ceil(rate * _GRANT_SECONDS))
-        if self._granted - slowest <= ahead / 2:
-            self._granted = slowest + ahead
-            self._send({"t": "grant", "b": int(self._granted)})
+        self._granted = max(self._granted, slowest + ahead)
+        self._untold = {rank for rank, at in enumerate(self._at) if not math.isinf(at)}
+        tell = max(slowest + 1, self._granted - ahead // 2)
+        self._say({"t": "grant", "b": int(self._granted), "tell": int(tell)})
+
+    def _say(self, message: Message) -> None:
+        self._out.append(Announce(message))
+
+    def _taken(self) -> list[Output]:
+        out, self._out = self._out, []
+        return out
 
 
 class CoordinatorThread:
-    """Runs the coordinator on rank 0, and the work that follows a commit (retention)."""
+    """Runs the coordinator on rank 0, and does what it says: messages, manifests, and retention behind a commit."""
 
-    def __init__(self, coordinator: Coordinator, after_commit: Callable[[], None]) -> None:
-        self._coordinator, self._after_commit = coordinator, after_commit
+    def __init__(
+        self, coordinator: Coordinator, *, send: Callable[[Message], None],
+        commit: Callable[[int, int, list[Message]], None], retire: Callable[[], None],
+    ) -> None:  # fmt: skip
+        """`send(message)` reaches every rank, in order. `commit(seq, step, reports)` makes the manifest durable; it
+        raises OSError, InDoubt or OwnerError as `Coordinator.wrote` takes them. `retire` may raise OSError or OwnerError.
+        """
+        self._coordinator = coordinator
+        self._send, self._commit, self._retire = send, commit, retire
         self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="layerwise-coordinator", daemon=True)
         self._thread.start()
@@ -202,9 +281,9 @@ class CoordinatorThread:
             message = self._next()
             if message is None:
                 return
-            if message and self._coordinator.handle(message):
-                self._retire()
-            self._coordinator.tick()
+            if message:
+                self._do(self._coordinator.handle(message, time.monotonic()))
+            self._do(self._coordinator.tick(time.monotonic()))
 
     def _next(self) -> Any:
         try:
@@ -212,8 +291,24 @@ class CoordinatorThread:
         except queue.Empty:
             return {}
 
-    def _retire(self) -> None:
+    def _do(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            if isinstance(output, Announce):
+                self._send(output.message)
+            elif isinstance(output, WriteManifest):
+                self._do(self._coordinator.wrote(output.seq, self._write(output)))
+            else:
+                self._remove_old()
+
+    def _write(self, output: WriteManifest) -> OSError | OwnerError | None:
         try:
-            self._after_commit()
+            self._commit(output.seq, output.step, output.reports)
+        except (OSError, OwnerError) as error:
+            return error
+        return None
+
+    def _remove_old(self) -> None:
+        try:
+            self._retire()
         except (OSError, OwnerError) as error:
             log.warning("an old checkpoint could not be removed: %s", error)

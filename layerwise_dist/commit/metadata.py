@@ -51,6 +51,7 @@ class Manifest(_Record):
     """The global commit record. `step` is steps completed; `created` is seconds since 1970; sizes are bytes.
 
     `ancestors` are the lineage's commits before `parent`, newest first: the way past a parent that is damaged.
+    `tag` is the name under which the script saved it; None for those that are made by themselves.
     """
 
     format: Literal["layerwise-manifest-1"] = "layerwise-manifest-1"
@@ -65,6 +66,7 @@ class Manifest(_Record):
     world_size: int = Field(ge=1)
     framework: str
     boundary: str
+    tag: str | None = None
     created: float
     software: dict[str, str]
     shards: list[ShardRecord]
@@ -76,6 +78,10 @@ class Manifest(_Record):
     @property
     def ref(self) -> ParentRef:
         return ParentRef(seq=self.seq, attempt=self.attempt)
+
+    def light(self) -> Manifest:
+        """Without the list of shards."""
+        return self.model_copy(update={"shards": []})
 
     @property
     def nbytes(self) -> int:
@@ -105,7 +111,10 @@ R = TypeVar("R", bound=_Record)
 
 def encode(record: _Record) -> bytes:
     """One line of JSON whose last member is the XXH3-64 of all bytes before it."""
-    body = json.dumps(record.model_dump(mode="json"), separators=(",", ":"), ensure_ascii=True).encode()[:-1]
+    text = record.model_dump_json()
+    if not text.isascii():
+        text = json.dumps(json.loads(text), separators=(",", ":"))
+    body = text.encode()[:-1]
     return body + b',"checksum":"%016x"}\n' % _native.xxh3_64(body)
 
 
@@ -193,6 +202,11 @@ class Inventory:
     def _sound(self, ref: ParentRef, below: int) -> Manifest | None:
         found = self.manifests.get(ref.seq)
         return found if found is not None and ref.seq < below and found.attempt == ref.attempt else None
+
+    def light(self) -> Inventory:
+        """Without the lists of shards, which are most of it: enough to know the lineage by."""
+        manifests = {seq: manifest.light() for seq, manifest in self.manifests.items()}
+        return Inventory(manifests, dict(self.branches), dict(self.damaged), list(self.unfinished))
 
     def roots(self) -> set[int]:
         """Seqs of the commits that descend from the same first commit as the lineage's newest, abandoned ones too."""
@@ -300,13 +314,16 @@ class CheckpointMetadataManager:
             ) from error
 
     def withdraw(self, attempt: AttemptId) -> None:
-        """Ends a checkpoint: once this returns, no crash brings its manifest back, and its shards may be changed."""
+        """Ends a checkpoint: once this returns, no crash brings its manifest back, and its shards may be changed.
+
+        Raises OSError (nothing happened), or `InDoubt`: a crash may bring it back, so that its shards must stay.
+        """
         folder = os.path.join(self.root, attempt.folder)
+        self._unlink(os.path.join(folder, layout.MANIFEST))
         try:
-            self.env.unlink(os.path.join(folder, layout.MANIFEST))
-        except FileNotFoundError:
-            pass
-        self.env.sync_dir(folder)
+            self.env.sync_dir(folder)
+        except OSError as error:
+            raise InDoubt(f"{folder}: {layout.MANIFEST} was removed, but that could not be flushed: {error}") from error
 
     def collect(self, attempt: AttemptId) -> None:
         """Removes an attempt that has no manifest: only files that this package named, and the folder if empty."""

@@ -3,37 +3,26 @@
 from __future__ import annotations
 
 import logging
-import math
 import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from layerwise_dist import errors
-from layerwise_dist.commit.coordinator import FIRST_GRANT
-from layerwise_dist.commit.transports import COORDINATOR, Message, Transport
+from layerwise_dist.commit.ledger import Action, Ledger, Discard, GiveUp, Persist, Post, Retire, Write
+from layerwise_dist.commit.transports import Message, Transport
 from layerwise_dist.errors import CommitError, DeadlineError, LayerwiseError
-from layerwise_dist.storage.adapter import ShardReport
 from layerwise_dist.storage.layout import AttemptId
 
 log = logging.getLogger("layerwise_dist")
 
-LEVELS = ("staged", "durable", "committed")
-
-
-class Write(Protocol):
-    """What a participant needs of `storage.adapter.ShardWrite`."""
-
-    attempt: AttemptId
-
-    def persist(self, timeout_s: float) -> ShardReport: ...
-    def abort(self) -> None: ...
-    def discard(self) -> None: ...
-
 
 class Participant:
-    """Thread-safe. Every wait has a deadline of `timeout_s` seconds or its own, and says for whom it waited."""
+    """Runs this rank's `Ledger`, and what all ranks agree on.
+
+    Thread-safe. Every wait has a deadline of `timeout_s` seconds or its own, and says for whom it waited.
+    """
 
     def __init__(
         self, transport: Transport, *, timeout_s: float, coordinator: Callable[[Message], None] | None
@@ -41,23 +30,16 @@ class Participant:
         """`coordinator` takes the coordinator's messages on rank 0; it may be set later by `serve`."""
         self.rank, self.world_size = transport.rank, transport.world_size
         self._transport, self._timeout_s = transport, timeout_s
+        self._ledger = Ledger(self.rank, self.world_size)
         self._changed = threading.Condition()
         self._serve = coordinator
         self._agreeing: dict[str, dict[int, Any]] = {}
         self._decisions: dict[str, Any] = {}
         self._rounds = 0
-        self._reached: dict[str, int | None] = dict.fromkeys(LEVELS)
-        self._aborted: dict[int, str] = {}
-        self._aborted_seqs: set[int] = set()
-        self._writes: dict[int, Write] = {}
-        self._local: set[int] = set()
-        self._granted = float(FIRST_GRANT) if self.world_size > 1 else math.inf
-        self._stop: tuple[float, str] | None = None
-        self._lost: str | None = None
         self._closed_ranks: set[int] = set()
-        self.commits = self.aborts = self.skips = 0
+        self._gone: dict[int, str] = {}
         self._retire: Callable[[AttemptId], None] | None = None
-        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[Persist | GiveUp | Discard | None] = queue.SimpleQueue()
         self._worker = threading.Thread(target=self._run, name="layerwise-persist", daemon=True)
         self._worker.start()
         transport.start(self._on_message, self._on_coordinator_message if self.rank == 0 else None, self._on_error)
@@ -80,21 +62,23 @@ class Participant:
         deadline = time.monotonic() + timeout
         self._rounds += 1
         key = f"{self._rounds}:{what}"
-        self._transport.post(COORDINATOR, {"t": "agree", "key": key, "rank": self.rank, "payload": payload})
+        self._transport.post({"t": "agree", "key": key, "rank": self.rank, "payload": payload})
         if self.rank == 0:
             with self._changed:
                 votes = self._agreeing.setdefault(key, {})
                 self._wait_for(
-                    lambda: len(votes) == self.world_size, deadline,
+                    lambda: len(votes) == self.world_size or self._gone.keys() - votes, deadline,
                     lambda: f"{what}: waited {timeout:g} s for rank(s) {sorted(set(range(self.world_size)) - set(votes))}",
                 )  # fmt: skip
                 del self._agreeing[key]
+                gone = {rank: why for rank, why in self._gone.items() if rank not in votes}
             try:
+                if gone:
+                    raise CommitError(f"{what}: " + "; ".join(f"rank {rank}: {why}" for rank, why in gone.items()))
                 decision = {"value": decide([votes[rank] for rank in range(self.world_size)])}
             except (LayerwiseError, OSError) as error:
                 decision = {"error": describe_error(error)}
-            for rank in range(self.world_size):
-                self._transport.post(rank, {"t": "agreed", "key": key, "decision": decision})
+            self._transport.announce({"t": "agreed", "key": key, "decision": decision})
         with self._changed:
             self._wait_for(
                 lambda: key in self._decisions, deadline, lambda: f"{what}: waited {timeout:g} s for rank 0's decision"
@@ -106,163 +90,157 @@ class Participant:
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
-    def staged(self, step: int, write: Write) -> None:
+    def staged(self, write: Write) -> None:
         """The attempt is sealed here: nothing that training does can change it any more. Persists in the background."""
         with self._changed:
-            if write.attempt.seq in self._aborted_seqs:  # rank 0 decided before this rank had sealed it
-                self._work.put(lambda: self._discard(write))
-                return
-            self._writes[write.attempt.seq] = write
-        self._transport.post(COORDINATOR, self._message("staged", write.attempt))
-        self._work.put(lambda: self._persist(write))
+            self._do(self._ledger.sealed(write))
 
     def began(self, attempt: AttemptId) -> None:
         with self._changed:
-            self._local.add(attempt.seq)
+            self._ledger.began(attempt)
 
     def failed(self, attempt: AttemptId, error: str, write: Write | None, *, final: bool = False) -> None:
         """This rank gives the attempt up; the coordinator aborts it for all. `final`: and every later one, for good."""
         with self._changed:
-            self._local.add(attempt.seq)
-            if write is not None and attempt.seq in self._aborted_seqs:
-                self._work.put(lambda: self._discard(write))
-                return
-            if write is not None:
-                self._writes[attempt.seq] = write
-        self._work.put(lambda: self._give_up(attempt, error, write, final))
+            self._do(self._ledger.failed(attempt, error, write, final=final))
 
     def skipped(self, attempt: AttemptId, reason: str) -> None:
         """This rank takes no part in the attempt, which is no failure; the coordinator drops it for all."""
-        message = self._message("skipped", attempt)
-        message["reason"] = reason
-        self._transport.post(COORDINATOR, message)
+        with self._changed:
+            self._do(self._ledger.skipped(attempt, reason))
 
     def wait_room(self, max_in_flight: int, timeout_s: float) -> bool:
         """Whether fewer than `max_in_flight` shards are on their way to this rank's disk, waiting for the disk only."""
         with self._changed:
-            return self._changed.wait_for(lambda: len(self._local) < max_in_flight, timeout_s)
+            return self._changed.wait_for(lambda: self._ledger.on_disk_way < max_in_flight, timeout_s)
 
     def boundary(self, count: int) -> None:
         """Call at each boundary, counted from the session's start. Raises CommitError at the step all ranks raise at."""
-        self._transport.post(COORDINATOR, {"t": "at", "rank": self.rank, "b": count})
-        self.check(count)
-
-    def check(self, count: int) -> None:
         with self._changed:
-            if self._lost is None and self._stop is None and count >= self._granted:
+            self._do(self._ledger.boundary(count))
+            if not self._ledger.may_pass(count):
                 self._wait_for(
-                    lambda: self._granted > count or self._stop is not None or self._lost is not None,
+                    lambda: self._ledger.may_pass(count),
                     time.monotonic() + self._timeout_s,
                     lambda: (
                         f"boundary {count}: waited {self._timeout_s:g} s for the coordinator on rank 0 to say go on"
                     ),
                 )
-            if self._stop is not None and count >= self._stop[0]:
-                raise CommitError(self._stop[1])
-            if self._lost is not None:
-                raise CommitError(self._lost)
+            if (reason := self._ledger.must_raise(count)) is not None:
+                raise CommitError(reason)
 
     def ended(self) -> None:
         """At the end of a job: raises CommitError if the session has stopped, though the step to raise at is not reached."""
         with self._changed:
-            if self._stop is not None or self._lost is not None:
-                raise CommitError(self._stop[1] if self._stop else self._lost)
+            if (reason := self._ledger.ended()) is not None:
+                raise CommitError(reason)
 
     def reached(self, level: str) -> int | None:
         with self._changed:
-            return self._reached[level]
+            return self._ledger.reached[level]
+
+    @property
+    def outcomes(self) -> tuple[int, int, int]:
+        """Checkpoints committed, aborted and skipped since the session's start."""
+        with self._changed:
+            return self._ledger.commits, self._ledger.aborts, self._ledger.skips
 
     def restored(self, step: int | None) -> None:
         """After a restore the step counts from there: what a later, abandoned branch had reached says nothing now."""
         with self._changed:
-            self._reached = dict.fromkeys(LEVELS, step)
-            self._aborted.clear()
+            self._ledger.restored(step)
 
     def wait(self, step: int, level: str, timeout_s: float | None) -> None:
         """Raises CommitError when that step's checkpoint was aborted, DeadlineError at the timeout (seconds)."""
         timeout = self._timeout_s if timeout_s is None else timeout_s
-
-        def done() -> bool:
-            reached = self._reached[level]
-            given_up = step in self._aborted or self._stop is not None or self._lost is not None
-            return given_up or (reached is not None and reached >= step)
-
+        state = self._ledger
         with self._changed:
             self._wait_for(
-                done, time.monotonic() + timeout,
-                lambda: f"step {step} was not {level} after {timeout:g} s; the newest that is: step {self._reached[level]}",
+                lambda: state.has_reached(step, level) or state.hopeless(step) is not None,
+                time.monotonic() + timeout,
+                lambda: f"step {step} was not {level} after {timeout:g} s; the newest that is: step {state.reached[level]}",
             )  # fmt: skip
-            reached = self._reached[level]
-            if reached is not None and reached >= step:
-                return
-            raise CommitError(self._aborted.get(step) or (self._stop[1] if self._stop else None) or self._lost or "")
+            if not state.has_reached(step, level):
+                raise CommitError(state.hopeless(step) or "")
+
+    def wait_for_attempt(self, attempt: AttemptId, timeout_s: float) -> None:
+        """Until that very attempt is committed: another one may have the same step. Raises as `wait`."""
+        state = self._attempts
+        with self._changed:
+            self._wait_for(
+                lambda: state.is_committed(attempt) or state.is_hopeless(attempt),
+                time.monotonic() + timeout_s,
+                lambda: f"the checkpoint of step {attempt.step} was not committed after {timeout_s:g} s",
+            )
+            if not state.is_committed(attempt):
+                raise CommitError(state.hopeless(attempt.step) or "")
 
     def drain(self, timeout_s: float) -> None:
         """Waits until every attempt of this rank is decided. Raises DeadlineError naming the steps that are not."""
         with self._changed:
             self._wait_for(
-                lambda: not self._local and (not self._writes or self._stop is not None) or self._lost is not None,
+                lambda: self._ledger.drained,
                 time.monotonic() + timeout_s,
-                lambda: (
-                    f"close: waited {timeout_s:g} s for rank 0 to decide on "
-                    f"step(s) {sorted(write.attempt.step for write in self._writes.values())}"
-                ),
+                lambda: f"close: waited {timeout_s:g} s for rank 0 to decide on step(s) {self._ledger.undecided_steps}",
             )
 
     def close(self, timeout_s: float) -> None:
         """Leaves. Rank 0 stays until all others have left or the deadline passed: the store lives in it."""
         deadline = time.monotonic() + timeout_s
-        self._transport.post(COORDINATOR, {"t": "closed", "rank": self.rank})
+        self._transport.post({"t": "closed", "rank": self.rank})
         if self.rank == 0:
             with self._changed:
                 here = self._changed.wait_for(
-                    lambda: len(self._closed_ranks) == self.world_size or self._lost is not None, timeout_s
+                    lambda: len(self._closed_ranks) == self.world_size or self._ledger.lost is not None, timeout_s
                 )
                 if not here:
                     missing = sorted(set(range(self.world_size)) - self._closed_ranks)
                     log.warning("close: rank(s) %s did not close within %g s", missing, timeout_s)
         self._work.put(None)
         self._worker.join(max(0.1, deadline - time.monotonic()))
-        self._transport.close(max(0.1, min(5.0, deadline - time.monotonic())))
+        self._transport.close(max(0.1, deadline - time.monotonic()))
 
     # -- background ---------------------------------------------------------------------------------------------
 
+    def _do(self, actions: list[Action]) -> None:
+        """REQUIRES: the lock is held, so that what is posted keeps the order of what happened."""
+        for action in actions:
+            if isinstance(action, Post):
+                self._transport.post(action.message)
+            elif isinstance(action, Retire):
+                if self._retire is not None:
+                    self._retire(action.attempt)
+            else:
+                self._work.put(action)
+
     def _run(self) -> None:
         while (job := self._work.get()) is not None:
-            job()
+            if isinstance(job, Persist):
+                self._persist(job.write)
+            elif isinstance(job, GiveUp):
+                self._give_up(job)
+            else:
+                self._discard(job.write)
 
     def _persist(self, write: Write) -> None:
-        attempt = write.attempt
         with self._changed:
-            if attempt.seq not in self._writes:
+            if not self._ledger.wanted(write):
                 return  # aborted meanwhile; its clean-up is queued behind this
         try:
             report = write.persist(self._timeout_s)
         except (OSError, LayerwiseError) as error:
-            self._give_up(attempt, str(error), write)
+            self._give_up(GiveUp(write.attempt, str(error), write, False))
             return
-        message = self._message("durable", attempt)
-        message.update(
-            file=report.file,
-            nbytes=report.nbytes,
-            header_bytes=report.header_bytes,
-            header_hash=f"{report.header_hash:016x}",
-        )
-        self._finish_locally(attempt)
-        self._transport.post(COORDINATOR, message)
-
-    def _give_up(self, attempt: AttemptId, error: str, write: Write | None, final: bool = False) -> None:
-        log.warning("rank %d: checkpoint of step %d failed: %s", self.rank, attempt.step, error)
-        if write is not None:
-            write.abort()
-        self._finish_locally(attempt)
-        message = self._message("failed", attempt)
-        message.update(error=error[:2000], final=final)
-        self._transport.post(COORDINATOR, message)
-
-    def _finish_locally(self, attempt: AttemptId) -> None:
         with self._changed:
-            self._local.discard(attempt.seq)
+            self._do(self._ledger.persisted(write.attempt, report))
+            self._changed.notify_all()
+
+    def _give_up(self, job: GiveUp) -> None:
+        log.warning("rank %d: checkpoint of step %d failed: %s", self.rank, job.attempt.step, job.error)
+        if job.write is not None:
+            job.write.abort()
+        with self._changed:
+            self._do(self._ledger.gave_up(job))
             self._changed.notify_all()
 
     def _discard(self, write: Write) -> None:
@@ -273,13 +251,9 @@ class Participant:
             log.warning(
                 "rank %d: leftovers of step %d stay until the next start: %s", self.rank, write.attempt.step, error
             )
-        self._finish_locally(write.attempt)
-
-    def _message(self, kind: str, attempt: AttemptId) -> Message:
-        return {
-            "t": kind, "rank": self.rank, "world_size": self.world_size,
-            "seq": attempt.seq, "attempt": attempt.text, "step": attempt.step,
-        }  # fmt: skip
+        with self._changed:
+            self._ledger.discarded(write)
+            self._changed.notify_all()
 
     def _on_coordinator_message(self, message: Message) -> None:
         if message["t"] == "agree":
@@ -287,62 +261,36 @@ class Participant:
                 self._agreeing.setdefault(message["key"], {})[message["rank"]] = message["payload"]
                 self._changed.notify_all()
             return
-        if message["t"] == "closed":
+        if message["t"] in ("closed", "gone"):
             with self._changed:
                 self._closed_ranks.add(message["rank"])
+                if message["t"] == "gone":
+                    self._gone[message["rank"]] = message["why"]
                 self._changed.notify_all()
         if self._serve is not None:
             self._serve(message)
 
     def _on_message(self, message: Message) -> None:
         with self._changed:
-            self._apply(message)
-            self._changed.notify_all()
-
-    def _apply(self, message: Message) -> None:
-        kind = message["t"]
-        if kind == "agreed":
-            self._decisions[message["key"]] = message["decision"]
-        elif kind == "grant":
-            self._granted = max(self._granted, message["b"])
-        elif kind == "stop":
-            self._stop = (message["at"], f"checkpointing has stopped on all ranks: {message['reason']}")
-        elif kind in LEVELS:
-            for level in LEVELS[: LEVELS.index(kind) + 1]:
-                self._reached[level] = max(message["step"], self._reached[level] or 0)
-            if kind == "committed":
-                self.commits += 1
-                self._writes.pop(message["seq"], None)
-        elif kind == "aborted":
-            write = self._writes.pop(message["seq"], None)
-            if message["skipped"]:
-                self.skips += 1
+            if message["t"] == "agreed":
+                self._decisions[message["key"]] = message["decision"]
             else:
-                self.aborts += 1
-            self._aborted_seqs = {seq for seq in self._aborted_seqs if seq > message["seq"] - 1024} | {message["seq"]}
-            self._aborted[message["step"]] = (
-                f"the checkpoint of step {message['step']} was aborted: {message['reason']}"
-            )
-            if len(self._aborted) > 64:
-                del self._aborted[min(self._aborted)]
-            if write is not None:
-                self._work.put(lambda: self._discard(write))
-            if self.rank == 0 and message["failure"]:
-                log.warning("checkpoint of step %d aborted: %s", message["step"], message["reason"])
-
-        elif kind == "retired" and self._retire is not None:
-            self._retire(AttemptId(message["epoch"], message["seq"], message["step"]))
+                self._do(self._ledger.receive(message))
+            self._changed.notify_all()
+        if self.rank == 0 and message["t"] == "aborted" and message["failure"]:
+            log.warning("checkpoint of step %d aborted: %s", message["step"], message["reason"])
 
     def _on_error(self, text: str) -> None:
         with self._changed:
-            self._lost = f"rank {self.rank}: {text}"
+            self._ledger.lose(f"rank {self.rank}: {text}")
             self._changed.notify_all()
 
-    def _wait_for(self, predicate: Callable[[], bool], deadline: float, message: Callable[[], str]) -> None:
-        if not self._changed.wait_for(lambda: predicate() or self._lost is not None, deadline - time.monotonic()):
+    def _wait_for(self, predicate: Callable[[], Any], deadline: float, message: Callable[[], str]) -> None:
+        state = self._ledger
+        if not self._changed.wait_for(lambda: bool(predicate()) or state.lost is not None, deadline - time.monotonic()):
             raise DeadlineError(message())
         if not predicate():
-            raise CommitError(self._lost or "")
+            raise CommitError(state.lost or "")
 
 
 def describe_error(error: Exception) -> dict[str, Any]:

@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import TypeAdapter
+
+from layerwise_dist.commit.coordinator import Coordinator, CoordinatorThread
 from layerwise_dist.commit.metadata import (
     MOST_ANCESTORS,
     Branch,
     CheckpointMetadataManager,
     Identity,
+    InDoubt,
+    Inventory,
     Manifest,
     ParentRef,
     ShardRecord,
 )
 from layerwise_dist.commit.owner import Owner
 from layerwise_dist.commit.participant import Participant
-from layerwise_dist.commit.transports import Message
+from layerwise_dist.commit.transports import Message, Transport
 from layerwise_dist.errors import DamageError, DirectoryError, OwnerError
 from layerwise_dist.storage import layout
 from layerwise_dist.storage.layout import AttemptId
 from layerwise_dist.storage.retention import retired
 
 log = logging.getLogger("layerwise_dist")
+
+_REMEMBERED = 64  # retired attempts whose folders are looked after at the end
+_SHARDS = TypeAdapter(list[ShardRecord])
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +63,16 @@ class Committer:
         self._keep_last, self._keep_every = keep_last, keep_every_n_steps
         self._head: ParentRef | None = None
         self._ancestors: list[ParentRef] = []
-        self._announced: list[AttemptId] = []
+        # Its own records are the only new ones: what lies in the directory is read once, not at each commit.
+        self._known: Inventory | None = None
+        self._announced: deque[AttemptId] = deque(maxlen=_REMEMBERED)
         self.boundary_kind = "explicit"
+        self.tags: dict[int, str] = {}  # of attempts, by seq: set before they are sealed
 
     def follow(self, head: ParentRef | None, branch_seq: int | None) -> None:
         """The next commit continues from `head`. With `branch_seq`, a branch record makes that durable at once."""
-        chain = self._manager.inventory().chain(head) if head is not None else []
+        self._known = self._manager.inventory().light()
+        chain = self._known.chain(head) if head is not None else []
         ancestors = [manifest.ref for manifest in chain[1 : 1 + MOST_ANCESTORS]]
         if branch_seq is not None:
             self.owner.check()
@@ -66,25 +80,24 @@ class Committer:
                 identity=self.info.identity, session=self.info.session, seq=branch_seq, parent=head, ancestors=ancestors
             )
             self._manager.write_branch(branch)
+            self._known.branches[branch_seq] = branch
         self._head, self._ancestors = head, ancestors
 
     def commit(self, seq: int, step: int, reports: list[Message]) -> None:
         """Raises OSError, InDoubt or OwnerError, as `Coordinator` expects."""
         attempt = AttemptId(self.info.epoch, seq, step)
-        shards = [
-            ShardRecord(
-                rank=report["rank"], file=report["file"], nbytes=report["nbytes"],
-                header_bytes=report["header_bytes"], header_hash=report["header_hash"],
-            )
-            for report in reports
-        ]  # fmt: skip
+        shards = _SHARDS.validate_python(
+            [{name: report[name] for name in ShardRecord.model_fields} for report in reports]
+        )
         manifest = Manifest(
             identity=self.info.identity, session=self.info.session, epoch=self.info.epoch, seq=seq, attempt=attempt.text,
             parent=self._head, ancestors=self._ancestors, step=step, world_size=self._world_size, framework=self._framework,
-            boundary=self.boundary_kind, created=time.time(), software=self._software, shards=shards,
+            boundary=self.boundary_kind, tag=self.tags.pop(seq, None), created=time.time(), software=self._software, shards=shards,
         )  # fmt: skip
         self.owner.check()
         self._manager.commit(manifest)
+        if self._known is not None:
+            self._known.manifests[seq] = manifest.light()
         if self._head is not None:
             self._ancestors = [self._head, *self._ancestors][:MOST_ANCESTORS]
         self._head = manifest.ref
@@ -96,15 +109,21 @@ class Committer:
         the manifest is gone for good. Those of earlier sessions are removed here, since nothing knows which queued
         writes may still reach them.
         """
-        inventory = self._manager.inventory()
+        if self._known is None:
+            self._known = self._manager.inventory().light()
+        inventory = self._known
         lineage = inventory.lineage(unbroken=True)
         family = [inventory.manifests[seq] for seq in inventory.roots()]
         gone = retired(lineage, family, keep_last=self._keep_last, keep_every_n_steps=self._keep_every)
-        self._announced = [attempt for attempt in self._announced if attempt in inventory.unfinished]
         for seq in gone:
             self.owner.check()
             attempt = inventory.manifests[seq].attempt_id
-            self._manager.withdraw(attempt)
+            try:
+                self._manager.withdraw(attempt)
+            except InDoubt:
+                del inventory.manifests[seq]  # a flush that failed is not tried again
+                raise
+            del inventory.manifests[seq]
             if self._of_this_session(attempt):
                 self._announced.append(attempt)
                 announce({"t": "retired", "epoch": attempt.epoch, "seq": attempt.seq, "step": attempt.step})
@@ -115,6 +134,7 @@ class Committer:
         if len(kept) == self._keep_last:
             for seq in [seq for seq in inventory.branches if seq < kept[-1].seq]:
                 self._manager.remove_branch(seq)
+                del inventory.branches[seq]
 
     def _of_this_session(self, attempt: AttemptId) -> bool:
         return attempt.epoch == self.info.epoch
@@ -131,17 +151,38 @@ class Committer:
         self.owner.release()
 
 
+def start_coordinator(
+    transport: Transport, manager: CheckpointMetadataManager, owner: Owner, info: SessionInfo, *, framework: str,
+    software: dict[str, str], keep_last: int, keep_every_n_steps: int | None, timeout_s: float, on_failure: str,
+    raise_after: int,
+) -> tuple[Committer, CoordinatorThread]:  # fmt: skip
+    """Rank 0's part from `open_session` on: the caller leads messages to the coordinator's `post`."""
+    committer = Committer(
+        manager, owner, info, world_size=transport.world_size, framework=framework, software=software,
+        keep_last=keep_last, keep_every_n_steps=keep_every_n_steps,
+    )  # fmt: skip
+    logic = Coordinator(
+        transport.world_size, timeout_s=timeout_s, on_failure=on_failure, raise_after=raise_after, now=time.monotonic()
+    )
+    coordinator = CoordinatorThread(
+        logic, send=transport.announce, commit=committer.commit, retire=lambda: committer.retire(transport.announce)
+    )
+    return committer, coordinator
+
+
 def open_session(
-    env: Any, root: str, participant: Participant, *, file_mode: int, dir_mode: int, who: str
+    env: Any, root: str, participant: Participant, *, file_mode: int, dir_mode: int, who: str, mock: bool = False
 ) -> tuple[SessionInfo, CheckpointMetadataManager, Owner | None]:
     """All ranks together. Rank 0 makes the directory, takes the lock and collects leftovers; the others check that
     they see the same directory. Raises OwnerError or DirectoryError on every rank alike.
+
+    With `mock`, each rank's Env is a directory of its own that nothing was ever in: the others make theirs too.
     """
     manager = CheckpointMetadataManager(env, root, file_mode=file_mode)
     held: list[Owner] = []
 
     def decide(_: list[Any]) -> dict[str, Any]:
-        info, owner = _claim(env, root, manager, file_mode=file_mode, dir_mode=dir_mode, who=who)
+        info, owner = claim(env, root, manager, file_mode=file_mode, dir_mode=dir_mode, who=who)
         held.append(owner)
         return {name: getattr(info, name) for name in SessionInfo.__slots__}
 
@@ -149,6 +190,9 @@ def open_session(
         info = SessionInfo(**participant.agree("open the checkpoint directory", None, decide))
         problem = None
         try:
+            if mock and participant.rank > 0:
+                _make_dirs(env, root, dir_mode)
+                manager.write_identity(Identity(identity=info.identity))
             _check_directory(env, root, manager, info)
         except (OSError, DamageError) as error:
             problem = str(error)
@@ -166,9 +210,10 @@ def open_session(
     return info, manager, held[0] if held else None
 
 
-def _claim(
+def claim(
     env: Any, root: str, manager: CheckpointMetadataManager, *, file_mode: int, dir_mode: int, who: str
 ) -> tuple[SessionInfo, Owner]:
+    """Rank 0's part of `open_session`: the directory is this session's now. Raises OwnerError or DirectoryError."""
     doing = f"write in {root}"
     try:
         _make_dirs(env, root, dir_mode)
@@ -197,7 +242,15 @@ def _claim(
         raise
 
 
+# Of a flush of a directory above ours: we may not read it (so nothing in it is ours), or its kind has no flush.
+_NOT_OURS = {errno.EACCES, errno.EPERM, errno.EINVAL, errno.EROFS, errno.EOPNOTSUPP}
+
+
 def _make_dirs(env: Any, root: str, mode: int) -> None:
+    """Makes `root` and what is missing above it, and flushes all names on the way there.
+
+    Those that are there already too: a start that made them may have died, or failed, before they were durable.
+    """
     missing = []
     path = root
     while True:
@@ -211,6 +264,13 @@ def _make_dirs(env: Any, root: str, mode: int) -> None:
         except FileNotFoundError:
             missing.append(path)
             path = os.path.dirname(path)
+    while path != (parent := os.path.dirname(path)):
+        try:
+            env.sync_dir(parent)
+        except OSError as error:
+            if error.errno not in _NOT_OURS:
+                raise
+        path = parent
     for path in reversed(missing):
         try:
             env.make_dir(path, mode)

@@ -296,7 +296,7 @@ def of_writer(rates: Rates, manner: Manner, state: int | None, config: Layerwise
         advice = "Leave the writer a core that training does not use (OMP_NUM_THREADS one lower), and see direct_io."
         return Finding("writer", "warn", text, advice, figures)
     advice = None
-    if state:
+    if state and config.every_n_steps is not None:
         advice = (
             f"Training waits for the disk where every_n_steps ({config.every_n_steps}) iterations take less: raise it."
         )

@@ -76,6 +76,10 @@ class Framework:
         """Parameters whose `register_post_accumulate_grad_hook` costs training nothing but the call."""
         return [view.param for view in self.params if view.param.is_leaf and view.param.requires_grad]
 
+    def forward_modules(self) -> list[nn.Module]:
+        """Modules behind whose forward the engine may look whether a checkpoint can be judged."""
+        return [self.root]
+
     def need(self, view: ParamView, kind: str, tensor: torch.Tensor) -> Slice:
         """Which slice this rank's tensor is: the parameter's own, or a state tensor's. What restore must fill."""
         return Slice.whole(kind, view.fqn, dtype_code(tensor.dtype, f"{kind}/{view.fqn}"), tuple(tensor.shape))

@@ -112,6 +112,9 @@ class CompositeFramework(Framework):
         params = [param for part in self.parts.values() for param in part.gradient_ready_params()]
         return list({id(param): param for param in params}.values())
 
+    def forward_modules(self) -> list[nn.Module]:
+        return [module for part in self.parts.values() for module in part.forward_modules()]
+
     def need(self, view: ParamView, kind: str, tensor: torch.Tensor) -> Slice:
         return self._part(view).need(view, kind, tensor)
 
@@ -205,6 +208,10 @@ class CompositeOptimizer(OptimizerAdapter):
     def mid_window(self) -> bool:
         return any(member.mid_window for member in self._members.values())
 
+    def gather(self) -> None:
+        for member in self._members.values():
+            member.gather()
+
     def states(self, views: Sequence[ParamView]) -> list[Mapping[str, Any]]:
         each = [member.states(views) for member in self._members.values()]
         return [next(filter(None, found), NO_STATE) for found in zip(*each, strict=True)]
@@ -249,7 +256,7 @@ class _Counted:
     def __init__(self, events: UpdateEvents, updates: dict[str, int], name: str) -> None:
         self._updates, self._name = updates, name
         self.update_starting, self.overwriting = events.update_starting, events.overwriting
-        self.wants_layers, self.updated = events.wants_layers, events.updated
+        self.wants_layers, self.updated, self.wanted = events.wants_layers, events.updated, events.wanted
         self._done = events.update_done
 
     def update_done(self, *, applied: bool) -> None:

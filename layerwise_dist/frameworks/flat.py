@@ -88,6 +88,23 @@ class FlatState(OptimizerAdapter):
         names = {view.fqn for number in self._numbers() for view in self.flat.views_in(number)}
         return [view for view in self.flat.params if view.fqn in names]
 
+    # -- where the state of a unit is ---------------------------------------------------------------------------
+
+    def state_of(self, number: int) -> Mapping[str, Any]:
+        return self.base.state.get(self.flat.unit(number), NO_STATE)
+
+    def new_state(self, number: int, kind: str, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor for state of the unit's shape: of zeros, which is what the padding at a partition's end has."""
+        unit = self.flat.unit(number)
+        return torch.zeros(unit.shape, dtype=dtype, device=unit.device)
+
+    def put_state(self, number: int, state: Mapping[str, Any]) -> None:
+        """The unit's state is this now, tensors of `new_state` included; empty for none."""
+        if state:
+            self.base.state[self.flat.unit(number)] = dict(state)
+        else:
+            self.base.state.pop(self.flat.unit(number), None)
+
     # -- what there is ------------------------------------------------------------------------------------------
 
     def states(self, views: Sequence[ParamView]) -> list[Mapping[str, Any]]:
@@ -98,8 +115,7 @@ class FlatState(OptimizerAdapter):
 
     def _unit_states(self, number: int) -> dict[str, dict[str, Any]]:
         """Looked up anew each time, since tensors may be replaced; the same dicts while they were not."""
-        unit = self.flat.unit(number)
-        state = self.base.state.get(unit, NO_STATE)
+        unit, state = self.flat.unit(number), self.state_of(number)
         held = [unit, *((name, value if isinstance(value, torch.Tensor) else None) for name, value in state.items())]
         known = self._known.get(number)
         if known is None or not _same(known[0], held):
@@ -139,14 +155,16 @@ class FlatState(OptimizerAdapter):
 
     def place(self, view: ParamView, entry: Slice, wrapped: bool) -> torch.Tensor:
         number = self.flat.unit_of(view)
-        unit, dtype = self.flat.unit(number), DTYPES[entry.dtype]
+        dtype, shape = DTYPES[entry.dtype], torch.Size(entry.global_shape)
+        if entry.is_flat:
+            shape = self.flat.unit(number).shape
         loading = self._loading.setdefault(number, {})
-        shape = unit.shape if entry.is_flat else torch.Size(entry.global_shape)
-        tensor = loading.get(entry.kind, self.base.state.get(unit, NO_STATE).get(entry.kind))
+        tensor = loading.get(entry.kind, self.state_of(number).get(entry.kind))
         if not (isinstance(tensor, torch.Tensor) and tensor.dtype == dtype and tensor.shape == shape):
-            # Zeros, which is what the padding at a partition's end has.
-            device = unit.device if entry.is_flat else self._scalar_device(number)
-            tensor = torch.zeros(shape, dtype=dtype, device=device)
+            if entry.is_flat:
+                tensor = self.new_state(number, entry.kind, dtype)
+            else:
+                tensor = torch.zeros(shape, dtype=dtype, device=self._scalar_device(number))
         loading[entry.kind] = tensor
         return self.flat.fragment_of(view, tensor) if entry.is_flat else tensor
 
@@ -157,18 +175,15 @@ class FlatState(OptimizerAdapter):
 
     def adopt(self, states: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any]) -> None:
         for number in self._numbers():
-            views, unit, loaded = self.flat.views_in(number), self.flat.unit(number), self._loading.get(number, {})
+            views, loaded = self.flat.views_in(number), self._loading.get(number, {})
             names = {name for view in views for name in states.get(view.fqn, {})}
             state: dict[str, Any] = {name: loaded[name] for name in names}
             for view in views:
                 state.update(saved["scalars"].get(view.fqn, {}))
-            if state:
-                order = dict.fromkeys(name for view in views for name in saved["order"].get(view.fqn, []))
-                self.base.state[unit] = in_order(state, order)
-            else:
-                self.base.state.pop(unit, None)
+            order = dict.fromkeys(name for view in views for name in saved["order"].get(view.fqn, []))
+            self.put_state(number, in_order(state, order) if state else {})
         self._loading.clear()
-        adopt_groups(self.base.param_groups, saved)
+        adopt_groups(self.base.param_groups, self._group_names(), saved)
 
 
 def _same(known: Sequence[Any], held: Sequence[Any]) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -50,6 +51,10 @@ class FSDP2Framework(Framework):
 
     def gradient_ready_params(self) -> list[nn.Parameter]:
         return []  # with CPU offload such a hook makes FSDP2 wait for each gradient's copy
+
+    def forward_modules(self) -> list[nn.Module]:
+        """Those that are gathered and freed as one, which have hooks of their own there."""
+        return [module for module in self.root.modules() if isinstance(module, FSDPModule)]
 
     def is_wrapped(self, tensor: torch.Tensor) -> bool:
         return isinstance(tensor, DTensor)

@@ -38,6 +38,10 @@ class UpdateEvents(Protocol):
     def updated(self, layers: Collection[str]) -> None:
         """These layers are done with, while others may still be updated. What is not named is done with the update."""
 
+    def wanted(self) -> bool:
+        """Whether the running update's result is to be saved: what is at hand only now may then be copied."""
+        ...
+
     def update_done(self, *, applied: bool) -> None:
         """All of the update is over; `applied` is False when it was skipped (an overflow)."""
 
@@ -72,6 +76,9 @@ class OptimizerAdapter:
     def mid_window(self) -> bool:
         """Whether gradients are being accumulated that no update has used yet, as far as the optimizer knows."""
         return False
+
+    def gather(self) -> None:
+        """A capture is about to begin: brings into memory what is kept elsewhere. Raises LayerwiseError or OSError."""
 
     def states(self, views: Sequence[ParamView]) -> list[Mapping[str, Any]]:
         """The state of each parameter by name, empty where there is none. Tensors are what `Framework.need` and
@@ -167,7 +174,7 @@ class TorchOptimizer(OptimizerAdapter):
     # -- restore ------------------------------------------------------------------------------------------------
 
     def check(self, saved: Mapping[str, Any]) -> list[str]:
-        return check_groups(self.kind, [group["params"] for group in self.hyper_parameters()], saved)
+        return check_groups(self.kind, self._group_names(), saved)
 
     def place(self, view: ParamView, entry: Slice, wrapped: bool) -> torch.Tensor:
         dtype, framework = DTYPES[entry.dtype], self._framework
@@ -195,7 +202,10 @@ class TorchOptimizer(OptimizerAdapter):
                     self._state[param] = state
                 else:
                     self._state.pop(param, None)
-        adopt_groups(self._optimizer.param_groups, saved)
+        adopt_groups(self._optimizer.param_groups, self._group_names(), saved)
+
+    def _group_names(self) -> list[list[str]]:
+        return [[self._names[id(param)] for param in group["params"]] for group in self._optimizer.param_groups]
 
     # -- updates ------------------------------------------------------------------------------------------------
 
@@ -249,19 +259,61 @@ def found_inf(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def check_groups(kind: str, live: Sequence[Sequence[str]], saved: Mapping[str, Any]) -> list[str]:
-    """Whether class and groups (the names of their parameters) are those of the checkpoint; what is not, in words."""
+    """Whether class and groups (the names of their parameters) fit those of the checkpoint; what does not, in words."""
     if "optimizers" in saved:
         return [f"the checkpoint holds optimizers {sorted(saved['optimizers'])} by name, this one has no name"]
     problems = []
     if saved["class"] != kind:
         problems.append(f"the checkpoint's optimizer is {saved['class']}, this one is {kind}")
-    kept = [list(group["params"]) for group in saved["groups"]]
-    if [list(group) for group in live] != kept:
-        lengths = [len(group) for group in live], [len(group) for group in kept]
-        problems.append(
+    try:
+        group_origins(live, saved["groups"])
+    except ValueError as error:
+        problems.append(str(error))
+    return problems
+
+
+def group_origins(live: Sequence[Sequence[str]], saved: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Of each live group (names of its parameters), the number of the saved group that its hyper-parameters are of.
+
+    Groups may have been split since, or merged where their hyper-parameters were equal. Raises ValueError in words.
+    """
+    kept = [list(group["params"]) for group in saved]
+    if [list(group) for group in live] == kept:
+        return list(range(len(kept)))
+    group_of = {name: number for number, names in enumerate(kept) for name in names}
+    here = {name for group in live for name in group}
+    if here != group_of.keys():
+        lengths = [len(group) for group in live], [len(names) for names in kept]
+        raise ValueError(
             f"the optimizer's groups hold other parameters: {lengths[0]} here, {lengths[1]} in the checkpoint"
         )
-    return problems
+    origins = []
+    for number, names in enumerate(live):
+        sources = sorted({group_of[name] for name in names})
+        if not sources:
+            raise ValueError(
+                f"group {number} of the optimizer is empty, and its groups are not those of the checkpoint"
+            )
+        for other in sources[1:]:
+            differing = _differing(saved[sources[0]], saved[other])
+            if differing:
+                raise ValueError(
+                    f"group {number} of the optimizer has parameters of groups {sources[0]} and {other} of the "
+                    f"checkpoint, which differ in {', '.join(differing)}"
+                )
+        origins.append(sources[0])
+    return origins
+
+
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    def equal(a: Any, b: Any) -> bool:
+        if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+            return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and torch.equal(a, b)
+        return bool(a == b)
+
+    skipped = {"params", "name", *KERNEL_KEYS}
+    keys = sorted((one.keys() | other.keys()) - skipped)
+    return [key for key in keys if not (key in one and key in other and equal(one[key], other[key]))]
 
 
 def in_order(state: Mapping[str, Any], order: Iterable[str]) -> dict[str, Any]:
@@ -269,14 +321,16 @@ def in_order(state: Mapping[str, Any], order: Iterable[str]) -> dict[str, Any]:
     return {name: state[name] for name in dict.fromkeys([*order, *state])}
 
 
-def adopt_groups(groups: Sequence[dict[str, Any]], saved: Mapping[str, Any]) -> None:
-    """Puts the saved hyper-parameters into the live groups."""
-    for group, values in zip(groups, saved["groups"], strict=True):
-        for key, value in values.items():
-            if key == "params" or key in KERNEL_KEYS:
+def adopt_groups(groups: Sequence[dict[str, Any]], names: Sequence[Sequence[str]], saved: Mapping[str, Any]) -> None:
+    """Puts the saved hyper-parameters into the live groups, whose parameters are `names`."""
+    origins = group_origins(names, saved["groups"])
+    alike = origins == list(range(len(saved["groups"])))
+    for group, origin in zip(groups, origins, strict=True):
+        for key, value in saved["groups"][origin].items():
+            if key == "params" or key in KERNEL_KEYS or (key == "name" and not alike):
                 continue
             if isinstance(group.get(key), torch.Tensor) and isinstance(value, torch.Tensor):
                 with torch.no_grad():
                     group[key].copy_(value)
-            else:
-                group[key] = value
+            else:  # several groups may come from one
+                group[key] = value.clone() if isinstance(value, torch.Tensor) else value

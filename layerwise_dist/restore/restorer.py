@@ -11,6 +11,7 @@ from layerwise_dist.errors import DamageError, MismatchError, NotFoundError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.restore import agreement, loader
+from layerwise_dist.restore.agreement import Wish
 from layerwise_dist.restore.loader import LoadPlan
 from layerwise_dist.restore.planner import ShardSet
 from layerwise_dist.storage.adapter import PCCheckAdapter
@@ -36,30 +37,30 @@ class Restorer:
         self._check_objects = check_objects
         self.undefined: str | None = None
 
-    def newest(self, step: int | None, *, fresh_if_missing: bool) -> tuple[AttemptId, LoadPlan] | None:
-        """The best candidate that verifies on all ranks, loaded; None: nothing is there, and that may be.
+    def newest(self, wish: Wish, *, fresh_if_missing: bool) -> tuple[AttemptId, LoadPlan, bool] | None:
+        """The best candidate that verifies on all ranks, loaded, and whether newer commits are left behind with it.
 
-        Raises as `LayerwiseEngine.restore`.
+        None: nothing is there, and that may be. Raises as `LayerwiseEngine.restore`.
         """
         root = self._manager.root
         try:
-            offered = agreement.offer(self._participant, self._manager.inventory, step, root)
+            offered = agreement.offer(self._participant, self._manager.inventory, wish, root)
         except NotFoundError:
             if not fresh_if_missing:
                 raise
             return None
-        for attempt in offered:
+        for attempt, leaves in offered:
             loading = self._load(attempt)
             if loading is not None:
-                return attempt, loading
+                return attempt, loading, leaves
         if offered or self._holds_damage():
-            message = f"no checkpoint in {root} verifies (tried steps {[a.step for a in offered]}); see the warnings"
+            message = f"no checkpoint in {root} verifies (tried steps {[a.step for a, _ in offered]}); see the warnings"
             if self.undefined is not None:
                 message += "; parameters and optimizer state were partly overwritten and are undefined"
                 self.undefined = message
             raise DamageError(message)
         if not fresh_if_missing:
-            raise NotFoundError(f"{root} holds no committed checkpoint")
+            raise NotFoundError(f"{root} holds no committed {wish}")
         return None
 
     def _holds_damage(self) -> bool:

@@ -11,6 +11,8 @@ class Commit(Protocol):
     def seq(self) -> int: ...
     @property
     def step(self) -> int: ...
+    @property
+    def tag(self) -> str | None: ...
 
 
 def retired(
@@ -20,15 +22,17 @@ def retired(
 
     `lineage` is newest first; `family` also holds the abandoned branches that grew from the same first commit.
     A commit goes only when `keep_last` newer commits of the lineage are durable; multiples of `keep_every_n_steps`
-    in the lineage stay. Checkpoints of unrelated lineages (a `fresh=True` start in the same directory) are not named.
+    in the lineage stay, and so does the newest commit under each tag. Checkpoints of unrelated lineages (a `fresh=True` start in the same directory) are not named.
     """
     if len(lineage) <= keep_last:
         return []
     oldest_kept = lineage[keep_last - 1].seq
     mine = {commit.seq for commit in lineage}
+    family = sorted(family, key=lambda commit: commit.seq)
+    tagged = set({commit.tag: commit.seq for commit in family if commit.tag is not None}.values())
     gone = []
     for commit in family:
         archived = keep_every_n_steps is not None and commit.seq in mine and commit.step % keep_every_n_steps == 0
-        if commit.seq < oldest_kept and not archived:
+        if commit.seq < oldest_kept and not archived and commit.seq not in tagged:
             gone.append(commit.seq)
-    return sorted(gone)
+    return gone

@@ -8,13 +8,17 @@ from typing import Any, Protocol
 Message = dict[str, Any]
 Handler = Callable[[Message], None]
 
-COORDINATOR = -1
-
 
 class Transport(Protocol):
-    """Contract: messages from one sender to one receiver arrive once and in order, or `on_error` is called.
+    """Contract: what one rank posts reaches the coordinator once and in order, what rank 0 announces reaches every rank
+    once and in order, or `on_error` is called on the rank for which that no longer holds; it then hears nothing more.
+    ``{"t": "closed", "rank": ...}`` is the last that a rank posts: what ends behind it is no error.
 
-    `post` never blocks on the network and may be called from any thread; handlers run on the transport's threads.
+    The coordinator is told of a rank that can be known to be gone without having posted ``closed``:
+    ``{"t": "gone", "rank": ..., "why": ...}``. Not every transport knows, and none knows of a process that is stopped.
+
+    `post` and `announce` never wait for the network and may be called from any thread; handlers run on a thread of the
+    transport's, one at a time.
     """
 
     rank: int
@@ -24,8 +28,12 @@ class Transport(Protocol):
         self, on_message: Handler, on_coordinator_message: Handler | None, on_error: Callable[[str], None]
     ) -> None: ...
 
-    def post(self, destination: int, message: Message) -> None:
-        """`destination` is a rank or COORDINATOR."""
+    def post(self, message: Message) -> None:
+        """To the coordinator, on rank 0."""
+        ...
+
+    def announce(self, message: Message) -> None:
+        """To every rank, this one included. Rank 0 only."""
         ...
 
     def close(self, timeout_s: float) -> None:

@@ -6,7 +6,9 @@ import queue
 import threading
 from collections.abc import Callable
 
-from layerwise_dist.commit.transports import COORDINATOR, Handler, Message
+from layerwise_dist.commit.transports import Handler, Message
+
+_COORDINATOR = -1
 
 
 class LocalHub:
@@ -15,7 +17,7 @@ class LocalHub:
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
         self.queues: dict[int, queue.SimpleQueue[Message | None]] = {
-            place: queue.SimpleQueue() for place in (COORDINATOR, *range(world_size))
+            place: queue.SimpleQueue() for place in (_COORDINATOR, *range(world_size))
         }
 
 
@@ -32,15 +34,19 @@ class LocalTransport:
     ) -> None:
         self._spawn(self.rank, on_message)
         if on_coordinator_message is not None:
-            self._spawn(COORDINATOR, on_coordinator_message)
+            self._spawn(_COORDINATOR, on_coordinator_message)
 
-    def post(self, destination: int, message: Message) -> None:
-        self._hub.queues[destination].put(message)
+    def post(self, message: Message) -> None:
+        self._hub.queues[_COORDINATOR].put(message)
+
+    def announce(self, message: Message) -> None:
+        for rank in range(self.world_size):
+            self._hub.queues[rank].put(message)
 
     def close(self, timeout_s: float) -> None:
         self._hub.queues[self.rank].put(None)
         if len(self._threads) > 1:
-            self._hub.queues[COORDINATOR].put(None)
+            self._hub.queues[_COORDINATOR].put(None)
         for thread in self._threads:
             thread.join(timeout_s)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from layerwise_dist.frameworks.base import ParamView
 from layerwise_dist.frameworks.deepspeed.framework import DeepSpeedFramework
 from layerwise_dist.frameworks.deepspeed.support import accumulating
 from layerwise_dist.frameworks.flat import FlatState
-from layerwise_dist.frameworks.optimizers import UpdateEvents
+from layerwise_dist.frameworks.optimizers import UpdateEvents, group_origins
 
 log = logging.getLogger("layerwise_dist")
 
@@ -30,7 +30,7 @@ class DeepSpeedOptimizer(FlatState):
         for number, grouping in enumerate(self._units.groupings()):
             self._groups[grouping.group].append(number)
         self._views = super().views
-        self._hook: Any = None
+        self._hooks: list[Any] = []
         self._warn_of_large_units()
 
     def _warn_of_large_units(self) -> None:
@@ -62,21 +62,52 @@ class DeepSpeedOptimizer(FlatState):
     def units(self) -> list[list[int]]:
         return self._groups
 
+    # -- where the state of a unit is ---------------------------------------------------------------------------
+
+    def gather(self) -> None:
+        self._units.gather()
+
+    def state_of(self, number: int) -> Mapping[str, Any]:
+        return self._units.state(number)
+
+    def new_state(self, number: int, kind: str, dtype: torch.dtype) -> torch.Tensor:
+        return self._units.new_state(number, kind, dtype)
+
+    def put_state(self, number: int, state: Mapping[str, Any]) -> None:
+        self._units.put_state(number, state)
+
     def adopt(self, states: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any]) -> None:
         super().adopt(states, saved)
+        origins = group_origins(self._group_names(), saved["groups"])
+        self._framework.counters.put_schedule(origins, len(saved["groups"]))
         self._units.after_load()
 
     # -- updates ------------------------------------------------------------------------------------------------
 
+    @property
+    def layer_order(self) -> Sequence[str]:
+        """As ZeRO steps its units: a layer is there once the last of its units is."""
+        numbers = sorted(number for group in self._groups for number in group)
+        last = {view.layer: number for number in numbers for view in self._framework.views_in(number)}
+        return sorted(last, key=lambda layer: last[layer])
+
     def watch(self, events: UpdateEvents) -> None:
         engine, base = self._engine, self._units.base
-        take, steps = engine._take_model_step, 0
+        take = engine._take_model_step
+        numbers = [number for group in self._groups for number in group]
+        layers = {number: {view.layer for view in self._framework.views_in(number)} for number in numbers}
+        missing: dict[str, set[int]] = {}  # of each layer, the units that the running update has not stepped
+        steps = 0
 
         def take_model_step(*args: Any, **kwargs: Any) -> Any:
             """An accumulation window's update. Overflow is known only when it returns."""
             nonlocal steps
             events.update_starting()
             steps = 0
+            missing.clear()
+            for number, inside in layers.items():
+                for layer in inside:
+                    missing.setdefault(layer, set()).add(number)
             result = take(*args, **kwargs)
             applied = engine.was_step_applied()
             if applied and not steps:
@@ -90,16 +121,27 @@ class DeepSpeedOptimizer(FlatState):
             """ZeRO steps its inner optimizer unit by unit."""
             nonlocal steps
             steps += 1
-            events.overwriting()
+            events.overwriting({layer for number in self._units.stepped() for layer in layers.get(number, ())})
+
+        def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            done = set()
+            for number in self._units.stepped():
+                self._units.updated(number, wanted=events.wanted())
+                for layer in layers.get(number, ()):
+                    missing[layer].discard(number)
+                    if not missing[layer]:
+                        done.add(layer)
+            events.updated(done)
 
         engine._take_model_step = take_model_step
-        self._hook = base.register_step_pre_hook(before)
+        self._hooks = [base.register_step_pre_hook(before), base.register_step_post_hook(after)]
 
     def detach(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
+        if self._hooks:
             del self._engine._take_model_step  # the instance's; the class's own comes to light again
-        self._hook = None
+        self._hooks = []
 
 
 def _numel(view: ParamView) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from layerwise_dist.errors import MismatchError, UnsupportedError
+from layerwise_dist.frameworks.deepspeed.groups import spread
 from layerwise_dist.frameworks.deepspeed.units import Units, missing
 
 _COUNTED = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
@@ -17,6 +19,7 @@ class Counters:
 
     def __init__(self, engine: Any, units: Units) -> None:
         self._engine, self._wrapper = engine, units.wrapper
+        self._schedule: dict[str, Any] | None = None
         for name in ("custom_loss_scaler", "external_loss_scale"):
             if self._scaler is not None and not hasattr(self._wrapper, name):
                 raise UnsupportedError(missing(type(self._wrapper).__name__, name))
@@ -39,7 +42,10 @@ class Counters:
         }
 
     def put(self, taken: dict[str, Any]) -> None:
-        """Raises MismatchError where loss scaling or the LR scheduler is there in one of the two only."""
+        """All but the LR scheduler, which `put_schedule` puts back.
+
+        Raises MismatchError where loss scaling or the LR scheduler is there in one of the two only.
+        """
         engine, scaler = self._engine, self._scaler
         for what, live in (("loss_scale", scaler), ("lr_scheduler", engine.lr_scheduler)):
             if (taken[what] is None) != (live is None):
@@ -57,5 +63,11 @@ class Counters:
                     setattr(scaler, name, taken["loss_scale"][name])
             self._wrapper.custom_loss_scaler = external is not None
             self._wrapper.external_loss_scale = external
-        if engine.lr_scheduler is not None:
-            engine.lr_scheduler.load_state_dict(taken["lr_scheduler"])
+        self._schedule = taken["lr_scheduler"]
+
+    def put_schedule(self, origins: Sequence[int], groups: int) -> None:
+        """The LR scheduler's state of `put`; `origins` says of which of the saved `groups` each of this engine's is."""
+        schedule, self._schedule = self._schedule, None
+        if schedule is not None:
+            alike = list(origins) == list(range(groups))
+            self._engine.lr_scheduler.load_state_dict(schedule if alike else spread(schedule, origins, groups))

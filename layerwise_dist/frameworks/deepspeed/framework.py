@@ -46,7 +46,7 @@ class DeepSpeedFramework(FlatFramework):
         self._in_unit = [[self._by_param[id(p)] for p in grouping.params] for grouping in self.units.groupings()]
         self._numbers = sorted({fragment.unit for fragment in self.fragments.values()})
         self._shares = self._divide()
-        self._counters = Counters(engine, self.units)
+        self.counters = Counters(engine, self.units)
         for view in self.params:
             self.local(view.param)
 
@@ -132,8 +132,8 @@ class DeepSpeedFramework(FlatFramework):
     # -- what the engine has learnt -----------------------------------------------------------------------------
 
     def carry(self) -> Any:
-        return self._counters.take()
+        return self.counters.take()
 
     def take_up(self, carried: Any) -> None:
-        self._counters.put(carried)
+        self.counters.put(carried)
         self.units.before_load()

@@ -1,10 +1,11 @@
-"""One param group a layer, so that ZeRO's flat units are as many as layers."""
+"""One param group a layer, so that ZeRO's flat units are as many as layers, and LR schedulers fitted to them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from layerwise_dist.errors import UnsupportedError
@@ -41,3 +42,43 @@ def param_groups(model: nn.Module, base_groups: Iterable[dict[str, Any]] | None 
         prefix = f"{base['name']}/" if "name" in base else ""
         found += [{**base, "params": inside, "name": f"{prefix}{layer}"} for layer, inside in by_layer.items()]
     return found
+
+
+def split_groups(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: object = None) -> None:
+    """Splits the groups of an optimizer that is there already by layer, in place, and fits its LR scheduler to them.
+
+    Raises UnsupportedError as `param_groups`.
+    """
+    before = optimizer.param_groups
+    by_layer = [param_groups(model, [group]) for group in before]
+    optimizer.param_groups[:] = [group for layers in by_layer for group in layers]
+    if scheduler is not None:
+        origins = [number for number, layers in enumerate(by_layer) for _ in layers]
+        _fit(scheduler, origins, len(by_layer))
+
+
+# What an LR scheduler keeps for each group: torch's, then DeepSpeed's.
+_OF_EACH_GROUP = (
+    "base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums",
+    "delta_lrs", "min_lr", "min_moms", "max_moms", "org_lrs",
+)  # fmt: skip
+
+
+def spread(schedule: Mapping[str, Any], origins: Sequence[int], before: int) -> dict[str, Any]:
+    """The state of an LR scheduler of `before` groups for other groups, of which `origins` has each one's old group."""
+    fitted = dict(schedule)
+    for name in _OF_EACH_GROUP:
+        values = schedule.get(name)
+        if isinstance(values, (list, tuple)) and len(values) == before:
+            fitted[name] = type(values)([values[origin] for origin in origins])
+    if "_schedulers" in schedule:  # a scheduler of schedulers
+        fitted["_schedulers"] = [
+            spread(each, origins, before) if isinstance(each, Mapping) else _fit(each, origins, before)
+            for each in schedule["_schedulers"]
+        ]
+    return fitted
+
+
+def _fit(scheduler: Any, origins: Sequence[int], before: int) -> Any:
+    vars(scheduler).update(spread(vars(scheduler), origins, before))
+    return scheduler

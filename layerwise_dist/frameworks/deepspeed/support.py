@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from layerwise_dist.errors import UnsupportedError
+from layerwise_dist.frameworks.deepspeed.nvme import Zero3OnNvme
 from layerwise_dist.frameworks.deepspeed.units import (
     Bf16,
     FusedMasters,
@@ -19,13 +20,14 @@ from layerwise_dist.frameworks.deepspeed.units import (
 )
 
 WORKS = (
-    "what works: ZeRO stages 0 to 3 in fp32 and bf16, fp16 with loss scaling, CPU offload, with optimizers of "
-    "torch.optim or DeepSpeed's Adam, AdamW, Adagrad and Lion"
+    "what works: ZeRO stages 0 to 3 in fp32 and bf16, fp16 with loss scaling, CPU offload, NVMe offload with stage 3, "
+    "with optimizers of torch.optim or DeepSpeed's Adam, AdamW, Adagrad and Lion"
 )
 _ENGINE = (
     "module", "optimizer", "_take_model_step", "was_step_applied", "global_steps", "global_samples", "skipped_steps",
     "micro_steps", "gradient_accumulation_steps", "lr_scheduler", "_config",
-    "managed_gradient_accumulation", "_is_gradient_accumulation_boundary", "dp_world_size",
+    "managed_gradient_accumulation", "_is_gradient_accumulation_boundary", "dp_world_size", "random_ltd_enabled",
+    "curriculum_learning_enabled",
 )  # fmt: skip
 # Of DeepSpeed's own inner optimizers, those that keep all state in `state` and do nothing but update it in `step()`.
 _INNER = {"FusedAdam", "DeepSpeedCPUAdam", "DeepSpeedCPUAdagrad", "DeepSpeedCPULion", "FusedLion"}
@@ -82,7 +84,7 @@ def _units(wrapper: Any, rank: int) -> Units:
     elif name == "DeepSpeedZeroOptimizer":
         return Zero12(wrapper)
     elif name == "DeepSpeedZeroOptimizer_Stage3":
-        return Zero3(wrapper, rank)
+        return (Zero3OnNvme if getattr(wrapper, "swap_optimizer", False) else Zero3)(wrapper, rank)
     elif name == "BF16_Optimizer":
         return Bf16(wrapper)
     elif name == "FP16_Optimizer":
@@ -103,8 +105,7 @@ def _check_inner(base: object) -> None:
 def _refusals(engine: Any, world_size: int) -> list[tuple[str, bool]]:
     """Modes by name, and whether this engine is in one."""
     wrapper, zero = engine.optimizer, engine._config.zero_config
-    offloads = [getattr(zero, f"offload_{what}", None) for what in ("optimizer", "param")]
-    devices = [str(getattr(offload.device, "value", offload.device)) for offload in offloads if offload is not None]
+    device = getattr(zero.offload_param, "device", None)
     ratio = getattr(zero.offload_optimizer, "ratio", 1.0) if zero.offload_optimizer is not None else 1.0
     compiled = getattr(getattr(engine._config, "compile_config", None), "deepcompile", False)
     return [
@@ -117,7 +118,11 @@ def _refusals(engine: Any, world_size: int) -> list[tuple[str, bool]]:
         ("ZenFlow", bool(getattr(engine, "zenflow", False))),
         ("SuperOffload", type(wrapper).__name__ == "SuperOffloadOptimizer_Stage3"),
         ("DeepCompile", bool(compiled)),
-        ("NVMe offload", "nvme" in devices),
+        (
+            "frozen parameters under NVMe offload of parameters",
+            getattr(device, "value", device) == "nvme"
+            and not all(param.requires_grad for param in engine.module.parameters()),
+        ),
         ("partial (twin-flow) optimizer offload, a ratio below 1", ratio < 1.0),
         ("zero_hpz_partition_size above 1", getattr(zero, "zero_hpz_partition_size", 1) > 1),
         ("quantized weights (zero_quantized_weights)", bool(getattr(zero, "zero_quantized_weights", False))),
@@ -126,5 +131,7 @@ def _refusals(engine: Any, world_size: int) -> list[tuple[str, bool]]:
             getattr(wrapper, "torch_autocast_gradscaler", None) is not None
             or getattr(engine, "torch_autocast_z0_gradscaler", None) is not None,
         ),
+        ("random layer token dropping (random_ltd)", engine.random_ltd_enabled()),
+        ("curriculum learning with a data sampler (data_efficiency)", engine.curriculum_learning_enabled()),
         ("no optimizer", wrapper is None or type(wrapper).__name__ in ("DummyOptim", "DeepSpeedZeRoOffload")),
     ]

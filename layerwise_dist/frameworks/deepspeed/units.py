@@ -6,7 +6,7 @@ sub-group (ZeRO-3), a whole flat group, or one parameter (stage 0).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ class Units:
     def __init__(self, wrapper: Any) -> None:
         """Raises UnsupportedError naming an attribute that this version of DeepSpeed does not have."""
         self.wrapper = wrapper
+        self._numbers: dict[int, int] = {}
         for name in self.attributes:
             if not hasattr(wrapper, name):
                 raise UnsupportedError(missing(type(wrapper).__name__, name))
@@ -46,9 +47,29 @@ class Units:
         """The optimizer whose `step()` updates the units. ZeRO may put another one there, so it is asked each time."""
         return self.wrapper.optimizer
 
-    def tensor(self, number: int) -> torch.Tensor:
-        """The unit of that number, as it is now."""
+    def live(self, number: int) -> torch.Tensor:
+        """The unit of that number: what the inner optimizer has in its groups when it updates it."""
         raise NotImplementedError
+
+    def tensor(self, number: int) -> torch.Tensor:
+        """What is saved as the unit of that number, and restored into."""
+        return self.live(number)
+
+    def state(self, number: int) -> Mapping[str, Any]:
+        """What the inner optimizer keeps for the unit, by name; empty before its first update."""
+        return self.base.state.get(self.live(number), {})
+
+    def stepped(self) -> list[int]:
+        """Within a step of the inner optimizer: the units that it updates."""
+        found = []
+        for group in self.base.param_groups:
+            for unit in group["params"]:
+                number = self._numbers.get(id(unit))
+                if number is None or self.live(number) is not unit:
+                    self._numbers = {id(self.live(number)): number for number in range(len(self.groupings()))}
+                    number = self._numbers[id(unit)]
+                found.append(number)
+        return found
 
     def groupings(self) -> list[Grouping]:
         """Of each unit, where it belongs."""
@@ -64,8 +85,28 @@ class Units:
                 offset += param.numel()
         return found
 
+    def updated(self, number: int, *, wanted: bool) -> None:
+        """Right behind a unit's update; `wanted` says that what it leaves is to be saved."""
+
+    def gather(self) -> None:
+        """Before a capture: what `tensor` and `state` give has the contents that it stands for."""
+
+    # -- restore ------------------------------------------------------------------------------------------------
+
     def before_load(self) -> None:
         """Before masters and frozen parameters are overwritten by a restore. All ranks together."""
+
+    def new_state(self, number: int, kind: str, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor for state of the unit's shape, of zeros, which is what the padding at a partition's end has."""
+        unit = self.tensor(number)
+        return torch.zeros(unit.shape, dtype=dtype, device=unit.device)
+
+    def put_state(self, number: int, state: Mapping[str, Any]) -> None:
+        """The unit's state is this now, tensors of `new_state` included; empty for none."""
+        if state:
+            self.base.state[self.live(number)] = dict(state)
+        else:
+            self.base.state.pop(self.live(number), None)
 
     def after_load(self) -> None:
         """Derives what the model computes with from the masters. All ranks together."""
@@ -84,7 +125,7 @@ class Unwrapped(Units):
     def base(self) -> torch.optim.Optimizer:
         return self.wrapper
 
-    def tensor(self, number: int) -> torch.Tensor:
+    def live(self, number: int) -> torch.Tensor:
         return self._params[number]
 
     def groupings(self) -> list[Grouping]:
@@ -102,7 +143,7 @@ class UnfusedMasters(Units):
         super().__init__(wrapper)
         self._masters = [master for group in wrapper.fp32_groups for master in group]
 
-    def tensor(self, number: int) -> torch.Tensor:
+    def live(self, number: int) -> torch.Tensor:
         return self._masters[number]
 
     def groupings(self) -> list[Grouping]:
@@ -121,7 +162,7 @@ class FusedMasters(Units):
     attributes = ("optimizer", "fp16_groups", "fp32_groups_flat", "loss_scale_config")
     replicated = True
 
-    def tensor(self, number: int) -> torch.Tensor:
+    def live(self, number: int) -> torch.Tensor:
         return self.wrapper.fp32_groups_flat[number]
 
     def groupings(self) -> list[Grouping]:
@@ -140,7 +181,7 @@ class _Partitions(Units):
 
     _groups = _units = ""
 
-    def tensor(self, number: int) -> torch.Tensor:
+    def live(self, number: int) -> torch.Tensor:
         return getattr(self.wrapper, self._units)[number]
 
     def groupings(self) -> list[Grouping]:
@@ -204,7 +245,7 @@ class Zero3(Units):
         super().__init__(wrapper)
         self._rank = rank
 
-    def tensor(self, number: int) -> torch.Tensor:
+    def live(self, number: int) -> torch.Tensor:
         return self.wrapper.fp32_partitioned_groups_flat[number]
 
     def groupings(self) -> list[Grouping]:
@@ -226,8 +267,12 @@ class Zero3(Units):
 
     def after_load(self) -> None:
         for number in range(len(self.wrapper.fp16_groups)):
-            self.wrapper._reassign_or_swap_out_partitioned_parameters(number)
+            self.derive(number)
         self.wrapper.checkpoint_event_epilogue()
+
+    def derive(self, number: int) -> None:
+        """The low-precision copy of one unit."""
+        self.wrapper._reassign_or_swap_out_partitioned_parameters(number)
 
 
 def partition(param: Any, rank: int) -> tuple[int, int]:

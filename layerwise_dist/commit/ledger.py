@@ -1,0 +1,245 @@
+"""What one rank knows of its attempts, as a pure state machine: events go in, what is to be done comes out.
+
+No clock, no I/O, no threads: a simulation can drive it through any history. `participant.Participant` runs it.
+
+A shard that was reported durable is *in doubt*: whatever else happens, it is neither removed nor reused before rank 0's
+word is read, that the attempt was aborted or that its checkpoint was retired.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+from layerwise_dist.commit.coordinator import FIRST_GRANT
+from layerwise_dist.commit.transports import Message
+from layerwise_dist.storage.adapter import ShardReport
+from layerwise_dist.storage.layout import AttemptId
+
+LEVELS = ("staged", "durable", "committed")
+_ERROR_CHARS = 2000  # of another rank's message
+_REMEMBERED = 64  # aborted steps whose reason can be asked for
+
+
+class Write(Protocol):
+    """What a rank needs of `storage.adapter.ShardWrite`."""
+
+    attempt: AttemptId
+
+    def persist(self, timeout_s: float) -> ShardReport: ...
+    def abort(self) -> None: ...
+    def discard(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Post:
+    """Send this to the coordinator; in order with all others."""
+
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Persist:
+    """Make the shard durable, then say `persisted` or `failed`; in order with the next two."""
+
+    write: Write
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """Stop writing (nothing was begun if `write` is None), then say `gave_up` with all of this."""
+
+    attempt: AttemptId
+    error: str
+    write: Write | None
+    final: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Discard:
+    """Stop writing and remove this rank's files, then say `discarded`."""
+
+    write: Write
+
+
+@dataclass(frozen=True, slots=True)
+class Retire:
+    """The checkpoint's manifest is gone for good: its shard here may be reused."""
+
+    attempt: AttemptId
+
+
+Action = Post | Persist | GiveUp | Discard | Retire
+
+
+class Ledger:
+    """Each method that changes anything returns what is to be done for it, in order."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.reached: dict[str, int | None] = dict.fromkeys(LEVELS)
+        self.commits = self.aborts = self.skips = 0
+        self.stop: tuple[float, str] | None = None  # the boundary to raise at, and why
+        self.lost: str | None = None
+        self._aborted: dict[int, str] = {}
+        self._aborted_seqs: set[int] = set()
+        self._committed_seq = 0
+        self._undecided: dict[int, Write] = {}
+        self._busy: set[int] = set()
+        self._granted = float(FIRST_GRANT) if world_size > 1 else math.inf
+        self._tell = self._granted / 2  # the boundary from which on the coordinator wants to hear
+
+    # -- what the training thread does --------------------------------------------------------------------------
+
+    def began(self, attempt: AttemptId) -> None:
+        """The attempt's shard is on its way to this rank's disk, until it is durable or given up."""
+        self._busy.add(attempt.seq)
+
+    def sealed(self, write: Write) -> list[Action]:
+        """Nothing that training does can change the attempt any more."""
+        if write.attempt.seq in self._aborted_seqs:  # rank 0 decided before this rank had sealed it
+            return [Discard(write)]
+        self._undecided[write.attempt.seq] = write
+        return [Post(self._message("staged", write.attempt)), Persist(write)]
+
+    def failed(self, attempt: AttemptId, error: str, write: Write | None, *, final: bool = False) -> list[Action]:
+        """This rank gives the attempt up; the coordinator aborts it for all. `final`: and every later one, for good."""
+        self._busy.add(attempt.seq)
+        if write is not None:
+            if attempt.seq in self._aborted_seqs:
+                return [Discard(write)]
+            self._undecided[attempt.seq] = write
+        return [GiveUp(attempt, error, write, final)]
+
+    def skipped(self, attempt: AttemptId, reason: str) -> list[Action]:
+        """This rank takes no part in the attempt, which is no failure; the coordinator drops it for all."""
+        return [Post({**self._message("skipped", attempt), "reason": reason})]
+
+    def boundary(self, count: int) -> list[Action]:
+        """The rank is at this boundary, counted from the session's start."""
+        if count < self._tell:
+            return []
+        self._tell = math.inf
+        return [Post({"t": "at", "rank": self.rank, "b": count})]
+
+    def restored(self, step: int | None) -> None:
+        """After a restore the step counts from there: what a later, abandoned branch had reached says nothing now."""
+        self.reached = dict.fromkeys(LEVELS, step)
+        self._aborted.clear()
+
+    # -- what the background did --------------------------------------------------------------------------------
+
+    def wanted(self, write: Write) -> bool:
+        """Whether persisting still makes sense; if not, its clean-up was asked for."""
+        return write.attempt.seq in self._undecided
+
+    def persisted(self, attempt: AttemptId, report: ShardReport) -> list[Action]:
+        self._busy.discard(attempt.seq)
+        message = self._message("durable", attempt)
+        message.update(
+            file=report.file,
+            nbytes=report.nbytes,
+            header_bytes=report.header_bytes,
+            header_hash=f"{report.header_hash:016x}",
+        )
+        return [Post(message)]
+
+    def gave_up(self, gone: GiveUp) -> list[Action]:
+        self._busy.discard(gone.attempt.seq)
+        message = self._message("failed", gone.attempt)
+        message.update(error=gone.error[:_ERROR_CHARS], final=gone.final)
+        return [Post(message)]
+
+    def discarded(self, write: Write) -> None:
+        self._busy.discard(write.attempt.seq)
+
+    # -- what rank 0 says ---------------------------------------------------------------------------------------
+
+    def receive(self, message: Message) -> list[Action]:
+        kind = message["t"]
+        actions: list[Action] = []
+        if kind == "grant":
+            self._granted = max(self._granted, message["b"])
+            self._tell = message["tell"]
+        elif kind == "stop":
+            self.stop = (message["at"], f"checkpointing has stopped on all ranks: {message['reason']}")
+        elif kind in LEVELS:
+            for level in LEVELS[: LEVELS.index(kind) + 1]:
+                self.reached[level] = max(message["step"], self.reached[level] or 0)
+            if kind == "committed":
+                self.commits += 1
+                self._committed_seq = max(self._committed_seq, message["seq"])
+                self._undecided.pop(message["seq"], None)
+        elif kind == "aborted":
+            if message["skipped"]:
+                self.skips += 1
+            else:
+                self.aborts += 1
+            self._aborted_seqs = {seq for seq in self._aborted_seqs if seq > message["seq"] - 1024} | {message["seq"]}
+            self._aborted[message["step"]] = (
+                f"the checkpoint of step {message['step']} was aborted: {message['reason']}"
+            )
+            if len(self._aborted) > _REMEMBERED:
+                del self._aborted[min(self._aborted)]
+            write = self._undecided.pop(message["seq"], None)
+            if write is not None:
+                actions.append(Discard(write))
+        elif kind == "retired":
+            actions.append(Retire(AttemptId(message["epoch"], message["seq"], message["step"])))
+        return actions
+
+    def lose(self, why: str) -> None:
+        """The connection to rank 0 is gone, for good: what is in doubt stays so until the next start."""
+        self.lost = why
+
+    # -- what is known ------------------------------------------------------------------------------------------
+
+    @property
+    def on_disk_way(self) -> int:
+        """How many attempts' shards are on their way to this rank's disk."""
+        return len(self._busy)
+
+    @property
+    def undecided_steps(self) -> list[int]:
+        return sorted(write.attempt.step for write in self._undecided.values())
+
+    @property
+    def drained(self) -> bool:
+        """Whether nothing of this rank's waits for the disk or for a decision."""
+        return self.lost is not None or (not self._busy and (not self._undecided or self.stop is not None))
+
+    def may_pass(self, count: int) -> bool:
+        """Whether a rank at boundary `count` need not wait for the coordinator; it may have to raise."""
+        return self.lost is not None or self.stop is not None or count < self._granted
+
+    def must_raise(self, count: int) -> str | None:
+        """Why a rank raises at boundary `count`."""
+        if self.stop is not None and count >= self.stop[0]:
+            return self.stop[1]
+        return self.lost
+
+    def ended(self) -> str | None:
+        """Why the session has stopped, whichever step it is to be raised at."""
+        return self.stop[1] if self.stop is not None else self.lost
+
+    def has_reached(self, step: int, level: str) -> bool:
+        reached = self.reached[level]
+        return reached is not None and reached >= step
+
+    def hopeless(self, step: int) -> str | None:
+        """Why that step's checkpoint will not come."""
+        return self._aborted.get(step) or self.ended()
+
+    def is_committed(self, attempt: AttemptId) -> bool:
+        """Commits go in the order of seq, so one that was not aborted by then is among those up to the newest."""
+        return attempt.seq not in self._aborted_seqs and self._committed_seq >= attempt.seq
+
+    def is_hopeless(self, attempt: AttemptId) -> bool:
+        return attempt.seq in self._aborted_seqs or self.ended() is not None
+
+    def _message(self, kind: str, attempt: AttemptId) -> Message:
+        return {
+            "t": kind, "rank": self.rank, "world_size": self.world_size,
+            "seq": attempt.seq, "attempt": attempt.text, "step": attempt.step,
+        }  # fmt: skip

@@ -1,0 +1,155 @@
+"""What a script asks a `LayerwiseEngine` for by a call: save now, come back, wait."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from layerwise_dist.commit.metadata import ParentRef
+from layerwise_dist.errors import BoundaryError
+from layerwise_dist.restore import loader
+from layerwise_dist.restore.agreement import Wish, together
+from layerwise_dist.storage import typed_json
+
+if TYPE_CHECKING:
+    from layerwise_dist.engine import LayerwiseEngine
+
+log = logging.getLogger("layerwise_dist")
+
+
+class SaveAndRestore:
+    """A part of `LayerwiseEngine`, and of nothing else: it works on the engine's own attributes."""
+
+    # -- saving when asked -------------------------------------------------------------------------------------------
+
+    def save(
+        self: LayerwiseEngine, tag: str, client_state: Mapping[str, Any] | None = None, *,
+        timeout: float | None = None,
+    ) -> int:  # fmt: skip
+        """Saves the job as it is now under a name, and returns the step once that is committed. On all ranks alike.
+
+        For loops without steps() and end_step(): the iteration, if it has updated, ends here. The newest checkpoint
+        under a tag is never removed by retention. `client_state` is what `state=` takes as a dict, each rank's own;
+        `restore()` gives it back as `client_state`. `timeout` is in seconds, by default commit.timeout_s.
+
+        Raises BoundaryError (within an accumulation window, before `restore()`, in a loop with steps(), or with tags that
+        differ), StateError for a client_state that cannot be written, CommitError or DeadlineError.
+        """
+        timeout = self.config.commit.timeout_s if timeout is None else timeout
+        step, state = self._check_save(tag), dict(client_state or {})
+        together(self._participant, "save", lambda: typed_json.dumps(state, path="client_state"))
+        if not self._agree_to_save(tag):
+            self.drain(timeout)  # one on its way at a time, so that there is room
+            self._begin(step)
+        attempt = self._attempts.newest
+        if self._committer is not None:
+            self._committer.tags[attempt.seq] = tag
+        self._client_state = state
+        try:
+            mark = self._boundary.call()
+            if mark is not None and self._open is not None:
+                self._seal_open(mark)
+        finally:
+            self._client_state = None
+        self._end_leases()
+        self._participant.wait_for_attempt(attempt, timeout)
+        return attempt.step
+
+    def _check_save(self: LayerwiseEngine, tag: str) -> int:
+        """The step that would be saved."""
+        if self._closed:
+            raise BoundaryError("save() after close()")
+        if self._optimizer.mid_window:
+            raise BoundaryError("save() within an accumulation window: its gradients would be lost")
+        if not tag or len(tag) > 255 or not tag.isprintable():
+            raise ValueError(f"a tag has 1 to 255 printable characters: {tag!r}")
+        self._may_update()
+        return self._boundary.step_of_call
+
+    def _agree_to_save(self: LayerwiseEngine, tag: str) -> bool:
+        """Whether all ranks have a capture of this iteration open; if not, those that have one give it up."""
+
+        def decide(votes: list[list[Any]]) -> bool:
+            tags = {tag for tag, _ in votes}
+            if len(tags) > 1:
+                raise BoundaryError(f"save() under different tags on different ranks: {sorted(tags)}")
+            return all(is_open for _, is_open in votes)
+
+        agreed = self._participant.agree("save under a tag", [tag, self._open is not None], decide)
+        if not agreed and self._open is not None:
+            self._give_up("another rank could not begin it")
+        return bool(agreed)
+
+    def drain(self: LayerwiseEngine, timeout: float | None = None) -> None:
+        """Waits until nothing reads the model's memory any more and every checkpoint on its way is decided.
+
+        Call it before something changes parameters or optimizer state between iterations: DeepSpeed's
+        `offload_states()`, say. `timeout` is in seconds, by default commit.timeout_s; raises DeadlineError.
+        """
+        self._end_leases()
+        self._participant.drain(self.config.commit.timeout_s if timeout is None else timeout)
+
+    # -- restore ------------------------------------------------------------------------------------------------
+
+    def restore(
+        self: LayerwiseEngine, step: int | None = None, *, tag: str | None = None, saved: bool = False,
+        on_missing: str | None = None,
+    ) -> int:  # fmt: skip
+        """Loads the lineage's newest commit whose shards verify, the same on all ranks; returns its step, 0 if none.
+
+        With `step`, exactly that commit; with `tag`, the newest that `save()` made under it; with `saved`, the
+        lineage's newest that `save()` made at all. What was committed after it is abandoned: the lineage goes on from
+        there.
+        `on_missing` is "error" (the default with a step or tag) or "fresh" (the default without: start from 0).
+        Raises MismatchError (another model, optimizer, state or world size: nothing was loaded), NotFoundError,
+        DamageError (nothing verifies), OSError (the disk is in trouble), CommitError or DeadlineError.
+        """
+        if on_missing not in (None, "fresh", "error"):
+            raise ValueError(f"on_missing must be 'fresh' or 'error', not {on_missing!r}")
+        if (step is not None) + (tag is not None) + saved > 1:
+            raise ValueError("restore() takes one of step, tag and saved")
+        if (saved or tag is not None) and not self._boundary.told:
+            self._boundary.call()  # as save() does: what was open is of the iteration that ends here
+        if self._open is not None:
+            raise BoundaryError("restore() inside an iteration: end it first (steps() or end_step())")
+        wish = Wish(step, tag, saved)
+        self.drain()
+        fresh = (on_missing or ("error" if wish.certain else "fresh")) == "fresh"
+        found = self._restorer.newest(wish, fresh_if_missing=fresh)
+        self.restored_from = self.client_state = None
+        if found is None:
+            if wish != Wish() and not self._info.empty:
+                # A fresh start beside what is there, as attach(fresh=True) makes it.
+                self._follow(None, new_branch=True)
+            self._ready = True
+            return self._boundary.completed
+        attempt, loading, leaves = found
+        self._adopt(loading)
+        self._follow(ParentRef(seq=attempt.seq, attempt=attempt.text), new_branch=leaves)
+        self.restored_from = os.path.join(self.config.path, attempt.folder)
+        self._restorer.undefined = None
+        self._ready = True
+        log.info("rank %d: restored step %d", self._framework.rank, attempt.step)
+        return attempt.step
+
+    def _adopt(self: LayerwiseEngine, loading: loader.LoadPlan) -> None:
+        sealed = loading.sealed
+        self._optimizer.adopt(loading.states, sealed["optimizer"])
+        self._sealer.put(sealed)
+        self._updates = sealed["updates"]
+        self._boundary.start_at(sealed["step"])
+        self._boundary.restore(sealed["boundary"])
+        self.client_state = sealed["client_state"]
+        self._participant.restored(sealed["step"])
+
+    def _follow(self: LayerwiseEngine, head: ParentRef | None, *, new_branch: bool) -> None:
+        """From where the lineage goes on. A roll-back is made durable before the first step that follows it."""
+        seq = self._attempts.take_seq() if new_branch else None
+
+        def decide(_: list[Any]) -> None:
+            if self._committer is not None:
+                self._committer.follow(head, seq)
+
+        self._participant.agree("continue the lineage", None, decide)

@@ -1,0 +1,802 @@
+"""A model check of the commit: the real decisions, on a simulated clock, network, disk and set of processes.
+
+`Simulation` makes one transition after the other, drawn from a seed: a rank trains on, a disk does one operation, a
+message arrives, time passes, something breaks, a job starts again. Coordinator, Ledger, Committer, Owner,
+CheckpointMetadataManager and the start of a session are the engine's own; the disk is a MemoryEnv, which forgets what
+was not flushed. Each invariant is checked at the moment at which it could break, and raises `Broken`.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import random
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from layerwise_dist._native import testing
+from layerwise_dist.commit import ledger as rank_side
+from layerwise_dist.commit import coordinator as rank0
+from layerwise_dist.commit import session as sessions
+from layerwise_dist.commit.metadata import Branch as BranchRecord
+from layerwise_dist.commit.metadata import CheckpointMetadataManager, InDoubt, Inventory, decode
+from layerwise_dist.commit.metadata import Manifest as ManifestRecord
+from layerwise_dist.commit.transports import Message
+from layerwise_dist.errors import DirectoryError, OwnerError
+from layerwise_dist.storage import layout
+from layerwise_dist.storage.adapter import ShardReport
+from layerwise_dist.storage.layout import AttemptId
+
+ROOT = "/ckpt"
+TIMEOUT, DELAY, TICK = 10.0, 1.0, 2.0  # seconds: an attempt's deadline; the slowest message; the longest jump in time
+POLICIES = ("none", "all", "names", "data", "random")
+
+
+class Broken(AssertionError):
+    """An invariant does not hold."""
+
+
+class Killed(BaseException):
+    """The process that does this dies here."""
+
+
+def need(holds: bool, what: str) -> None:
+    if not holds:
+        raise Broken(what)
+
+
+def content(attempt: str, rank: int) -> bytes:
+    return f"{attempt} of rank {rank}".encode()
+
+
+# -- the disk ---------------------------------------------------------------------------------------------------------
+
+
+class Lock:
+    """A lock that can be lost without notice, as on a network file system."""
+
+    def __init__(self, disk: Disk, path: str) -> None:
+        self._disk, self._path = disk, path
+        disk.locks[path] = self
+
+    def read(self, cap: int) -> bytes:
+        return self._disk.read_file(self._path, cap)
+
+    def write(self, data: bytes) -> None:
+        real = self._disk.memory.lock(self._path)
+        try:
+            self._disk.step("lock_write", self._path)
+            real.write(data)
+        finally:
+            real.release()
+
+    def held_path_is_mine(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        if self._disk.locks.get(self._path) is self:
+            del self._disk.locks[self._path]
+
+
+class Disk:
+    """What the engine calls of an Env, on a MemoryEnv: each operation may fail or be the last of its process."""
+
+    def __init__(self, memory: Any, world: Simulation) -> None:
+        self.memory, self._world = memory, world
+        self.locks: dict[str, Lock] = {}
+        self.fault: tuple[int, str, int] | None = None  # how many operations of this kind (or "") go well before, errno
+        self.fuse: int | None = None
+        self.doubts = False  # the flush behind the next manifest's rename fails
+
+    def step(self, kind: str, path: str) -> None:
+        if self.fuse is not None:
+            self.fuse -= 1
+            if self.fuse < 0:
+                self.fuse = None
+                raise Killed
+        if self.fault is not None and self.fault[1] in (kind, ""):
+            left, wanted, number = self.fault
+            self.fault = (left - 1, wanted, number) if left else None
+            if not left:
+                self._world.count[f"fault {kind}"] += 1
+                raise OSError(number, "injected", path)
+
+    def list_dir(self, path: str) -> list[str]:
+        self.step("list_dir", path)
+        return self.memory.list_dir(path)
+
+    def stat(self, path: str) -> Any:
+        return self.memory.stat(path)
+
+    def read_file(self, path: str, cap: int) -> bytes:
+        self.step("read", path)
+        return self.memory.read_file(path, cap)
+
+    def make_dir(self, path: str, mode: int) -> None:
+        self.step("make_dir", path)
+        self.memory.make_dir(path, mode)
+
+    def write_file(self, path: str, data: bytes, mode: int) -> None:
+        self.step("write", path)
+        self.memory.write_file(path, data, mode)
+
+    def sync_dir(self, path: str) -> None:
+        self.step("sync_dir", path)
+        self.memory.sync_dir(path)
+
+    def rename(self, source: str, target: str) -> None:
+        self.step("rename", target)
+        if os.path.basename(target) == layout.MANIFEST:
+            self._world.manifest_appears(decode(self.memory.read_file(source, 1 << 20), ManifestRecord, source))
+            if self.doubts:
+                self.doubts, self.fault = False, (0, "sync_dir", errno.EIO)
+        elif (seq := layout.parse_branch(os.path.basename(target))) is not None:
+            self._world.branch_appears(seq, decode(self.memory.read_file(source, 1 << 20), BranchRecord, source))
+        self.memory.rename(source, target)
+
+    def unlink(self, path: str) -> None:
+        self.step("unlink", path)
+        folder, name = os.path.split(path)
+        if name.startswith("rank_") and name.endswith(".safetensors"):
+            self._world.shard_goes(layout.parse_folder(os.path.basename(folder)), name)
+        self.memory.unlink(path)
+
+    def remove_dir(self, path: str) -> None:
+        self.step("remove_dir", path)
+        self.memory.remove_dir(path)
+
+    def lock(self, path: str, mode: int) -> Lock:
+        self.step("lock", path)
+        if path in self.locks:
+            raise BlockingIOError(errno.EWOULDBLOCK, "held", path)
+        self.memory.lock(path, mode).release()
+        return Lock(self, path)
+
+    def durable(self) -> Any:
+        """What there is at the least if power fails now."""
+        return self.memory.crash(self.memory.log_size, 0, "none")
+
+
+def has_shard(memory: Any, attempt: AttemptId, rank: int) -> bool:
+    try:
+        return bytes(memory.read_file(f"{ROOT}/{attempt.folder}/{layout.shard_file(rank)}", 4096)) == content(
+            attempt.text, rank
+        )
+    except FileNotFoundError:
+        return False
+
+
+def has_manifest(memory: Any, attempt: AttemptId) -> bool:
+    try:
+        memory.stat(f"{ROOT}/{attempt.folder}/{layout.MANIFEST}")
+        return True
+    except FileNotFoundError:
+        return False
+
+
+# -- one run of a job -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Write:
+    """One rank's shard: a small file that goes through the same operations as a real one."""
+
+    attempt: AttemptId
+    rank: int
+
+    @property
+    def folder(self) -> str:
+        return f"{ROOT}/{self.attempt.folder}"
+
+    @property
+    def final(self) -> str:
+        return f"{self.folder}/{layout.shard_file(self.rank)}"
+
+
+class Rank:
+    """One rank's process: the real `Ledger`, a training loop, and the thread that does what Ledger asks for."""
+
+    def __init__(self, job: Job, rank: int) -> None:
+        self.job, self.rank = job, rank
+        self.ledger = rank_side.Ledger(rank, job.world_size)
+        self.alive, self.over = True, False
+        self.count, self.seq = 0, job.info.first_seq + job.branched
+        self.waits_since: float | None = None
+        self.work: deque[Any] = deque()
+        self.doing: Iterator[None] | None = None
+        self.staged_at: dict[int, float] = {}
+
+    @property
+    def disk(self) -> Disk:
+        return self.job.sim.disk
+
+    def do(self, actions: list[Any]) -> None:
+        for action in actions:
+            if isinstance(action, rank_side.Post):
+                if action.message["t"] == "staged":
+                    self.staged_at[action.message["seq"]] = self.job.sim.now
+                self.job.post_up(self.rank, action.message)
+            else:
+                self.work.append(action)
+
+    # -- training
+
+    def blocked(self) -> bool:
+        full = self.ledger.on_disk_way >= self.job.max_in_flight and not self.job.skips_when_full
+        return self.over or not self.alive or (full and self.waits_since is None)
+
+    def train(self) -> None:
+        """One iteration, or another look at the grant that it waits for."""
+        sim, dice = self.job.sim, self.job.sim.dice
+        if self.waits_since is None:
+            self.count += 1
+            step = self.job.start + self.count
+            if step % self.job.every == 0:
+                attempt = AttemptId(self.job.info.epoch, self.seq, step)
+                self.seq += 1
+                if self.ledger.on_disk_way >= self.job.max_in_flight:
+                    self.do(self.ledger.skipped(attempt, "full"))
+                else:
+                    self.ledger.began(attempt)
+                    self._capture(attempt, dice.random())
+            self.do(self.ledger.boundary(self.count))
+            self.waits_since = sim.now
+        if self.ledger.may_pass(self.count):
+            self.waits_since = None
+            if (reason := self.ledger.must_raise(self.count)) is not None:
+                if self.ledger.lost is None:
+                    self.job.raised[self.rank] = self.count
+                    need(
+                        len(set(self.job.raised.values())) == 1,
+                        f"ranks raise at different boundaries: {self.job.raised}",
+                    )
+                self.leave(reason)
+        elif sim.now - self.waits_since > TIMEOUT:
+            self.leave("DeadlineError")
+
+    def _capture(self, attempt: AttemptId, luck: float) -> None:
+        write = Write(attempt, self.rank)
+        try:
+            self.disk.make_dir(write.folder, 0o700)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            self.do(self.ledger.failed(attempt, str(error), None))
+            return
+        if luck < 0.02:
+            self.do(self.ledger.failed(attempt, "the lease is broken", write))
+        else:
+            self.do(self.ledger.sealed(write))
+
+    def leave(self, reason: str) -> None:
+        self.over = True
+        self.job.sim.count[f"left: {reason.split()[0]}"] += 1
+        self.job.post_up(self.rank, {"t": "closed", "rank": self.rank})
+
+    # -- the background
+
+    def background(self) -> None:
+        """One operation of the disk."""
+        if self.doing is None:
+            if not self.work:
+                return
+            # Any attempt's work may be done before another's, though each attempt's is done in its order.
+            first: dict[int, Any] = {}
+            for job in self.work:
+                first.setdefault((job.attempt if hasattr(job, "attempt") else job.write.attempt).seq, job)
+            job = self.job.sim.dice.choice(list(first.values()))
+            self.work.remove(job)
+            self.doing = self._job(job)
+        try:
+            next(self.doing)
+        except StopIteration:
+            self.doing = None
+
+    def _job(self, job: Any) -> Iterator[None]:
+        if isinstance(job, rank_side.Persist):
+            yield from self._persist(job.write)
+        elif isinstance(job, rank_side.GiveUp):
+            self.do(self.ledger.gave_up(job))
+        elif isinstance(job, rank_side.Discard):
+            yield from self._remove(job.write)
+            self.ledger.discarded(job.write)
+        else:
+            yield from self._remove(Write(job.attempt, self.rank))
+
+    def _persist(self, write: Write) -> Iterator[None]:
+        attempt = write.attempt
+        if not self.ledger.wanted(write):
+            return
+        data = content(attempt.text, self.rank)
+        operations: list[Callable[[], None]] = [
+            lambda: self.disk.write_file(write.final + layout.PARTIAL, data, 0o600),
+            lambda: self.disk.rename(write.final + layout.PARTIAL, write.final),
+            lambda: self.disk.sync_dir(write.folder),
+            lambda: self.disk.sync_dir(ROOT),
+        ]
+        for operation in operations:
+            try:
+                operation()
+            except OSError as error:
+                self.do(self.ledger.gave_up(rank_side.GiveUp(attempt, str(error), write, False)))
+                return
+            yield
+        self.do(
+            self.ledger.persisted(attempt, ShardReport(self.rank, layout.shard_file(self.rank), len(data), 4096, 0))
+        )
+
+    def _remove(self, write: Write) -> Iterator[None]:
+        for path in (write.final + layout.PARTIAL, write.final):
+            try:
+                self.disk.unlink(path)
+            except OSError:
+                pass
+            yield
+        try:
+            self.disk.remove_dir(write.folder)
+        except OSError:
+            pass
+
+
+class Job:
+    """One session: its ranks, its coordinator, and the messages between them."""
+
+    def __init__(
+        self, sim: Simulation, info: sessions.SessionInfo, committer: sessions.Committer, start: int, branched: bool
+    ) -> None:
+        dice = sim.dice
+        self.sim, self.info, self.committer, self.start, self.branched = sim, info, committer, start, int(branched)
+        self.world_size = sim.world_size
+        self.every, self.max_in_flight = dice.choice([1, 1, 2]), dice.choice([1, 2, 3])
+        self.skips_when_full = dice.random() < 0.3
+        self.tells_gone = dice.random() < 0.7
+        self.coordinator = rank0.Coordinator(
+            self.world_size,
+            timeout_s=TIMEOUT,
+            on_failure=dice.choice(["warn", "warn", "raise"]),
+            raise_after=4,
+            now=sim.now,
+        )
+        self.outputs: deque[rank0.Output] = deque()
+        self.ranks = [Rank(self, rank) for rank in range(self.world_size)]
+        self.up: list[deque[tuple[float, Message]]] = [deque() for _ in self.ranks]
+        self.down: list[deque[tuple[float, Message]]] = [deque() for _ in self.ranks]
+        self.cut: dict[int, float] = {}  # rank: when it hears of it
+        self.frozen = False
+        self.raised: dict[int, int] = {}
+        self.chain: list[int] = []
+
+    @property
+    def coordinates(self) -> bool:
+        return self.ranks[0].alive and not self.frozen
+
+    # -- messages
+
+    def post_up(self, rank: int, message: Message) -> None:
+        if rank not in self.cut and self.ranks[0].alive:
+            self.up[rank].append((self.sim.now, message))
+
+    def send(self, message: Message) -> None:
+        for rank in range(self.world_size):
+            if rank not in self.cut:
+                self.down[rank].append((self.sim.now, message))
+
+    def deliver_up(self, rank: int) -> None:
+        self.finish()
+        if self.up[rank]:  # it may have died over what it had to do
+            self.outputs.extend(self.coordinator.handle(self.up[rank].popleft()[1], self.sim.now))
+
+    def deliver_down(self, rank: int) -> None:
+        message = self.down[rank].popleft()[1]
+        self.ranks[rank].do(self.ranks[rank].ledger.receive(message))
+
+    # -- the coordinator's thread
+
+    def coordinate(self) -> None:
+        """One thing that the coordinator said is to be done."""
+        output = self.outputs.popleft()
+        sim = self.sim
+        if isinstance(output, rank0.Announce):
+            sim.announced(self, output.message)
+            self.send(output.message)
+        elif isinstance(output, rank0.WriteManifest):
+            problem: OSError | OwnerError | None = None
+            try:
+                self.committer.commit(output.seq, output.step, output.reports)
+            except (OSError, OwnerError) as error:
+                problem = error
+                sim.count[f"commit: {type(error).__name__}"] += 1
+            else:
+                sim.count["commit"] += 1
+                self.chain.append(output.seq)
+            self.outputs.extend(self.coordinator.wrote(output.seq, problem))
+        else:
+            try:
+                self.committer.retire(self.send)
+            except (OSError, OwnerError) as error:
+                sim.count[f"retire: {type(error).__name__}"] += 1
+            sim.retained(self)
+
+    def finish(self) -> None:
+        while self.outputs and self.coordinates:
+            self.sim.in_process(self, 0, self.coordinate)
+
+    def tick(self) -> None:
+        self.finish()
+        if self.coordinates:
+            self.outputs.extend(self.coordinator.tick(self.sim.now))
+            self.finish()
+
+    # -- what breaks
+
+    def sever(self, rank: int) -> None:
+        """The connection ends: a part of what is under way still arrives; the rank hears of it a little later."""
+        dice = self.sim.dice
+        for channel in (self.up[rank], self.down[rank]):
+            for _ in range(dice.randrange(len(channel) + 1)):
+                channel.pop()
+        self.cut.setdefault(rank, self.sim.now + dice.uniform(0, DELAY))
+        self._say_gone(rank)
+
+    def _say_gone(self, rank: int) -> None:
+        """What a transport that knows tells the coordinator, behind all that came from that rank."""
+        if self.tells_gone and self.ranks[0].alive and rank and not self.ranks[rank].over:
+            self.up[rank].append((self.sim.now, {"t": "gone", "rank": rank, "why": "its connection is gone"}))
+
+    def kill(self, rank: int) -> None:
+        if self.ranks[rank].alive:
+            self._say_gone(rank)
+        self.ranks[rank].alive = False
+        if rank == 0:
+            self.outputs.clear()
+            for channel in self.up:
+                channel.clear()
+            for other in range(self.world_size):
+                self.sever(other)
+        self.sim.count["kill rank 0" if rank == 0 else "kill"] += 1
+
+    def thaw(self) -> None:
+        """A stopped job wakes: its deadlines count from now."""
+        self.frozen = False
+        for rank in self.ranks:
+            rank.staged_at = dict.fromkeys(rank.staged_at, self.sim.now)
+        self.up, self.down = ([deque((self.sim.now, m) for _, m in c) for c in each] for each in (self.up, self.down))
+        self.cut = {rank: max(when, self.sim.now) for rank, when in self.cut.items()}
+
+
+# -- all of it --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Simulation:
+    """One directory and the jobs that run in it, one after the other and, when one was stopped, at once."""
+
+    seed: int
+    world_size: int = 0
+    keep_last: int = 0
+    now: float = 0.0
+    count: Counter[str] = field(default_factory=Counter)
+    trace: deque[str] = field(default_factory=lambda: deque(maxlen=60))
+
+    def __post_init__(self) -> None:
+        self.dice = random.Random(self.seed)
+        self.world_size = self.dice.choice([1, 2, 2, 3, 4])
+        self.keep_last = self.dice.choice([1, 1, 2, 3])
+        self.disk = Disk(testing.MemoryEnv(), self)
+        self.jobs: list[Job] = []
+        self.epoch = 0  # of the newest session
+        self.appeared: dict[int, AttemptId | None] = {}  # record by seq; None: a branch record
+        self.chains: dict[int, list[int]] = {}  # what must be there if this record is the newest
+        self.promised = 0  # the newest record that was announced
+        self.base: list[int] = []
+
+    # -- one transition
+
+    def step(self) -> None:
+        choices: list[tuple[float, str, Callable[[], None]]] = [(1.0, "time", self._time)]
+        for number, job in enumerate(self.jobs):
+            if not job.frozen:
+                choices += self._choices(number, job)
+        choices += [
+            (0.12, "fault", self._fault),
+            (0.02, "kill", self._kill),
+            (0.02, "sever", self._sever),
+            (0.03, "stop", self._stop),
+            (0.015, "power", self._power),
+            (0.015, "end all", self._end_all),
+        ]
+        if any(job.frozen for job in self.jobs):
+            choices.append((0.15, "wake", self._wake))
+        if not any(rank.alive and not rank.over for rank in self.current):
+            choices.append((2.0, "start", self.start))
+        weights = list(itertools.accumulate(weight for weight, _, _ in choices))
+        _, what, action = self.dice.choices(choices, cum_weights=weights)[0]
+        self.trace.append(f"{self.now:.2f} {what}")
+        action()
+
+    def _choices(self, number: int, job: Job) -> list[tuple[float, str, Callable[[], None]]]:
+        found: list[tuple[float, str, Callable[[], None]]] = []
+        for rank in job.ranks:
+            if not rank.alive:
+                continue
+            name = f"job {number} rank {rank.rank}"
+            if not rank.blocked():
+                found.append((1.0, f"{name} trains", lambda r=rank: self.in_process(job, r.rank, r.train)))
+            if rank.doing is not None or rank.work:
+                found.append((4.0, f"{name} writes", lambda r=rank: self.in_process(job, r.rank, r.background)))
+            if job.down[rank.rank]:
+                found.append((2.0, f"{name} hears", lambda r=rank: job.deliver_down(r.rank)))
+        if job.coordinates:
+            if job.outputs:
+                found.append((6.0, f"job {number} coordinates", lambda: self.in_process(job, 0, job.coordinate)))
+            found += [
+                (2.0, f"job {number} reads {channel[0][1]['t']} of rank {rank}", lambda r=rank: job.deliver_up(r))
+                for rank, channel in enumerate(job.up)
+                if channel
+            ]
+        return found
+
+    @property
+    def current(self) -> list[Rank]:
+        return self.jobs[-1].ranks if self.jobs and not self.jobs[-1].frozen else []
+
+    def in_process(self, job: Job, rank: int, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Killed:
+            self.trace.append(f"rank {rank} dies in it")
+            job.kill(rank)
+
+    # -- time
+
+    def _time(self) -> None:
+        until = self.now + self.dice.choice([0.01, 0.1, 0.5, TICK])
+        live = [job for job in self.jobs if not job.frozen]
+        for job in live:
+            self._bring_overdue(job, until)
+        self.now = until
+        for job in live:
+            job.tick()
+            self._in_time(job)
+
+    def _bring_overdue(self, job: Job, until: float) -> None:
+        """What no message may be late for: nothing is under way for longer than DELAY."""
+        for rank, when in list(job.cut.items()):
+            if when <= until and job.ranks[rank].ledger.lost is None:
+                job.ranks[rank].ledger.lose("the connection is gone")
+                self.count["lost"] += 1
+        for rank in range(job.world_size):
+            while job.coordinates and job.up[rank] and job.up[rank][0][0] + DELAY <= until:
+                job.deliver_up(rank)
+        job.finish()
+        for rank in range(job.world_size):
+            while job.down[rank] and job.down[rank][0][0] + DELAY <= until:
+                if not job.ranks[rank].alive:
+                    job.down[rank].clear()
+                    break
+                job.deliver_down(rank)
+
+    def _in_time(self, job: Job) -> None:
+        for rank in job.ranks:
+            if not rank.alive or rank.ledger.ended() is not None:
+                continue
+            for seq, since in list(rank.staged_at.items()):
+                if seq not in rank.ledger._undecided:
+                    del rank.staged_at[seq]
+                else:
+                    late = self.now - since
+                    need(
+                        late <= TIMEOUT + 2 * DELAY + 2 * TICK,
+                        f"rank {rank.rank}: seq {seq} is not decided after {late:g} s",
+                    )
+
+    # -- what breaks
+
+    def _fault(self) -> None:
+        if self.dice.random() < 0.1:
+            self.disk.doubts = True
+            return
+        kind = self.dice.choice(["sync_dir"] * 2 + ["write", "rename", "unlink", "make_dir", "read", "list_dir", ""])
+        self.disk.fault = (self.dice.randrange(8), kind, self.dice.choice([errno.EIO, errno.ENOSPC]))
+
+    def _living(self) -> list[tuple[Job, int]]:
+        return [(job, rank.rank) for job in self.jobs if not job.frozen for rank in job.ranks if rank.alive]
+
+    def _kill(self) -> None:
+        """One process, now or within the next operations of a disk, whoever does them."""
+        if self.dice.random() < 0.5:
+            self.disk.fuse = self.dice.randrange(12)
+        elif living := self._living():
+            job, rank = self.dice.choice(living)
+            job.kill(rank)
+
+    def _sever(self) -> None:
+        if living := self._living():
+            job, rank = self.dice.choice(living)
+            if rank:  # rank 0 has its coordinator within
+                job.sever(rank)
+                self.count["sever"] += 1
+
+    def _stop(self) -> None:
+        """SIGSTOP to a whole job, whose lock is then lost: a new one may begin beside it."""
+        if self.jobs and not self.jobs[-1].frozen:
+            self.jobs[-1].frozen = True
+            self.disk.locks.clear()
+            self.count["stop"] += 1
+
+    def _wake(self) -> None:
+        job = self.dice.choice([job for job in self.jobs if job.frozen])
+        job.thaw()
+        self.count["wake"] += 1
+
+    def _end_all(self) -> None:
+        """As an agent ends the rest of a job in which a rank died; often some survive a while, without their rank 0."""
+        for job in self.jobs:
+            for rank in job.ranks:
+                if rank.alive and (rank.rank == 0 or self.dice.random() < 0.7):
+                    job.kill(rank.rank)
+        self.disk.locks.clear()
+
+    def _power(self) -> None:
+        for job in self.jobs:
+            for rank in range(self.world_size):
+                job.kill(rank)
+        self.jobs.clear()
+        log = self.disk.memory.log_size
+        policy = self.dice.choice(POLICIES)
+        self.trace.append(f"what is left: {policy}")
+        self.disk = Disk(self.disk.memory.crash(log, self.dice.randrange(1 << 30), policy), self)
+        self.count["power"] += 1
+        found = self.check(self.disk.memory)
+        newest = max([*found.manifests, *found.branches], default=0)
+        for seq in [seq for seq in self.appeared if seq > newest]:  # was not announced, and is lost: its seq is free
+            del self.appeared[seq]
+
+    # -- a start
+
+    def start(self) -> None:
+        if self.jobs and not self.jobs[-1].frozen:
+            for rank in self.jobs[-1].ranks:  # what still lives of the last one is left to itself
+                rank.over = True
+            self.jobs[-1].kill(0)
+            self.disk.locks.clear()
+        manager = CheckpointMetadataManager(self.disk, ROOT)
+        try:
+            info, owner = sessions.claim(self.disk, ROOT, manager, file_mode=0o600, dir_mode=0o700, who="model")
+            self.epoch = info.epoch
+            committer = sessions.Committer(
+                manager, owner, info, world_size=self.world_size, framework="model", software={},
+                keep_last=self.keep_last, keep_every_n_steps=None,
+            )  # fmt: skip
+            inventory = self.check(self.disk.memory)
+            self._begin(info, committer, inventory)
+        except (DirectoryError, OwnerError, OSError) as error:
+            self.count[f"start: {type(error).__name__}"] += 1
+            self.disk.locks.clear()
+        except Killed:
+            self.disk.locks.clear()
+
+    def _begin(self, info: sessions.SessionInfo, committer: sessions.Committer, inventory: Inventory) -> None:
+        lineage = inventory.lineage()
+        luck = self.dice.random()
+        branch = bool(inventory.manifests) and luck < 0.25
+        chosen = lineage[0] if lineage else None
+        if branch:  # a roll back, or a fresh start beside what is there
+            chosen = self.dice.choice(list(inventory.manifests.values())) if luck < 0.18 else None
+        kept = [manifest.seq for manifest in reversed(inventory.chain(chosen.ref))] if chosen is not None else []
+        self.base = kept
+        committer.follow(chosen.ref if chosen is not None else None, info.first_seq if branch else None)
+        if branch:
+            self.count["branch"] += 1
+            self.promised = info.first_seq
+        job = Job(self, info, committer, chosen.step if chosen is not None else 0, branch)
+        job.chain = kept
+        self.jobs = [*self.jobs[-2:], job]
+        self.count["start"] += 1
+
+    # -- what must hold
+
+    def manifest_appears(self, manifest: ManifestRecord) -> None:
+        """A manifest is about to be renamed into place."""
+        attempt = manifest.attempt_id
+        disk = self.disk.durable()
+        for rank in range(self.world_size):
+            need(has_shard(disk, attempt, rank), f"{attempt}: a manifest, and rank {rank}'s shard is not durable")
+        need(attempt.epoch == self.epoch, f"{attempt}: an old epoch commits, the newest is {self.epoch}")
+        need(
+            attempt.seq not in self.appeared,
+            f"{attempt}: a second record of that seq: {self.appeared.get(attempt.seq)}",
+        )
+        newer = max(self.appeared, default=0)
+        need(attempt.seq > newer, f"{attempt}: committed behind seq {newer}")
+        job = next(job for job in reversed(self.jobs) if job.info.epoch == attempt.epoch)
+        self.appeared[attempt.seq] = attempt
+        self.chains[attempt.seq] = [*job.chain, attempt.seq]
+
+    def branch_appears(self, seq: int, branch: BranchRecord) -> None:
+        need(seq not in self.appeared, f"a second record of seq {seq}")
+        self.appeared[seq] = None
+        self.chains[seq] = list(self.base)
+
+    def shard_goes(self, attempt: AttemptId | None, name: str) -> None:
+        """A rank's durable shard is about to be removed, or written over."""
+        need(attempt is not None, f"{name} lies in no attempt's folder")
+        assert attempt is not None
+        for what, memory in (("there", self.disk.memory), ("not gone for good", self.disk.durable())):
+            need(not has_manifest(memory, attempt), f"{attempt}: {name} goes, and the manifest is {what}")
+
+    def announced(self, job: Job, message: Message) -> None:
+        if message["t"] == "committed":
+            attempt = AttemptId(job.info.epoch, message["seq"], message["step"])
+            taken_over = job.info.epoch != self.epoch  # and what it had committed in time may be retired by now
+            durable = has_manifest(self.disk.durable(), attempt)
+            need(durable or taken_over, f"{attempt} is announced, and its manifest is not durable")
+            self.promised = max(self.promised, message["seq"])
+        elif message["t"] == "aborted":
+            self.count["abort"] += 1
+            if "superseded" in message["reason"]:
+                self.count["superseded"] += 1
+            elif "waited" in message["reason"]:
+                self.count["deadline"] += 1
+            elif "gone" in message["reason"]:
+                self.count["gone"] += 1
+            attempt = AttemptId(job.info.epoch, message["seq"], message["step"])
+            need(not has_manifest(self.disk.memory, attempt), f"{attempt} is aborted, and its manifest is there")
+
+    def retained(self, job: Job) -> None:
+        if job.info.epoch != self.epoch:
+            return  # it may look at what the job that took over removed since
+        for memory in (self.disk.memory, self.disk.durable()):
+            self._intact(memory, job.chain)
+
+    def check(self, memory: Any) -> Inventory:
+        """What a directory holds: one lineage that goes on from what was announced, with all that it must keep."""
+        try:
+            inventory = CheckpointMetadataManager(memory, ROOT).inventory()
+        except FileNotFoundError:
+            inventory = Inventory({}, {}, {}, [])
+        need(not inventory.damaged, f"damaged: {inventory.damaged}")
+        newest = max([*inventory.manifests, *inventory.branches], default=0)
+        need(newest >= self.promised, f"the newest record is {newest}, {self.promised} was announced")
+        if newest:
+            need(newest in self.chains, f"record {newest} was never written")
+            self._intact(memory, self.chains[newest])
+            # What retention took may come back if its flush failed, so there can be holes, but nothing from elsewhere.
+            lineage = [manifest.seq for manifest in inventory.lineage()]
+            need(set(lineage) <= set(self.chains[newest]), f"the lineage is {lineage}, of {self.chains[newest]}")
+        for manifest in inventory.manifests.values():
+            whole = all(has_shard(memory, manifest.attempt_id, rank) for rank in range(self.world_size))
+            need(whole, f"{manifest.attempt_id} has a manifest, and not all of its shards")
+        return inventory
+
+    def _intact(self, memory: Any, chain: list[int]) -> None:
+        for seq in chain[-self.keep_last :]:
+            attempt = self.appeared[seq]
+            assert attempt is not None
+            shards = all(has_shard(memory, attempt, rank) for rank in range(self.world_size))
+            need(
+                has_manifest(memory, attempt) and shards,
+                f"{attempt} is among the {self.keep_last} newest, and not whole",
+            )
+
+
+def walk(seed: int, transitions: int, each: int = 800) -> Counter[str]:
+    """That many transitions, in runs of `each`, from seeds that follow on `seed`. Raises Broken with the run's seed."""
+    total: Counter[str] = Counter()
+    for run in range(-(-transitions // each)):
+        sim = Simulation(seed + run)
+        try:
+            for _ in range(each):
+                sim.step()
+                sim.count["transitions"] += 1
+            sim._power()
+        except Broken as error:
+            raise Broken(f"seed {sim.seed}: {error}; the end of the run:\n  " + "\n  ".join(sim.trace)) from error
+        total += sim.count
+    return total
+
+
+__all__ = ["Broken", "InDoubt", "Simulation", "walk"]

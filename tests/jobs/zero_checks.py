@@ -1,0 +1,283 @@
+"""Checks of DeepSpeed engines that are no trials of a whole training; run by zero.py. Each gives what was wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from kit import differences
+from zero_kit import STEPS, STOP, Job, Net, settings, trial
+
+import layerwise_dist.deepspeed as drop_in
+from layerwise_dist import errors
+from layerwise_dist.frameworks import deepspeed as room
+from layerwise_dist.frameworks.deepspeed import counters, nvme, units
+
+# -- what must be seen -----------------------------------------------------------------------------------------------
+
+
+def one_ulp(job: Job) -> None:
+    framework = room.DeepSpeedFramework(job.engine, dist.get_rank(), dist.get_world_size())
+    view = next(view for view in framework.params if view.fqn == "block.0.weight")
+    framework.local(view.param).view(torch.int32)[0] ^= 1
+
+
+def without(place: Any, name: str, case: str, root: str) -> list[str]:
+    """The trial with one step of the restore left out."""
+    original = getattr(place, name)
+    setattr(place, name, lambda *args: None)
+    try:
+        return trial(case, root)
+    finally:
+        setattr(place, name, original)
+
+
+def mutations(root: str) -> dict[str, bool]:
+    """By name, whether the trial saw it."""
+    return {
+        "one ulp of a master": bool(trial("2-bf16", f"{root}/ulp", one_ulp)),
+        "low-precision copies of ZeRO-2 not derived": bool(
+            without(units.Zero12, "after_load", "2-bf16", f"{root}/lp2")
+        ),
+        "low-precision copies of ZeRO-3 not derived": bool(without(units.Zero3, "after_load", "3-bf16", f"{root}/lp3")),
+        "counters not put back": bool(without(counters.Counters, "put", "1-fp32-accumulate3", f"{root}/counters")),
+    }
+
+
+def nvme_mutation(root: str) -> list[str]:
+    """A mirror that is not copied behind the update is an older one, or zeros."""
+    return [] if without(nvme.Zero3OnNvme, "_copy", "3-fp32-nvme", root) else ["not seen"]
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------
+
+
+def refused(change: Callable[[Any], None], message: str, root: str) -> list[str]:
+    job = Job("2-bf16", seed=1)
+    change(job.engine)
+    before = dict(vars(job.engine))
+    try:
+        job.attach(root).close()
+    except errors.UnsupportedError as error:
+        found = [] if message in str(error) else [f"{error} does not say {message!r}"]
+        return found + ([] if vars(job.engine) == before else ["something was left on the engine"])
+    return [f"not refused: {message}"]
+
+
+def refusals(root: str) -> list[str]:
+    class Strange(torch.optim.SGD):
+        __module__ = "deepspeed.strange"
+
+    def offload_to_nvme(engine: Any) -> None:
+        nvme = DeepSpeedZeroConfig(stage=3, offload_param={"device": "nvme"})
+        engine._config.zero_config.offload_param = nvme.offload_param
+
+    def lose_an_attribute(engine: Any) -> None:
+        del engine.optimizer.bit16_groups
+
+    def strange_optimizer(engine: Any) -> None:
+        engine.optimizer.optimizer.__class__ = Strange
+
+    def state_of_another_shape(engine: Any) -> None:
+        unit = engine.optimizer.single_partition_of_fp32_groups[0]
+        engine.optimizer.optimizer.state[unit]["factor"] = torch.zeros(3)
+
+    return [
+        *refused(lambda engine: setattr(engine, "zenflow", True), "ZenFlow", root),
+        *refused(lambda engine: setattr(engine, "has_moe_layers", True), "mixture-of-experts", root),
+        *refused(lambda engine: setattr(engine, "dp_world_size", 1), "tensor or sequence parallelism", root),
+        *refused(offload_to_nvme, "frozen parameters under NVMe offload of parameters", root),
+        *refused(lose_an_attribute, "DeepSpeedZeroOptimizer has no attribute 'bit16_groups'", root),
+        *refused(strange_optimizer, "optimizer Strange is not supported", root),
+        *refused(state_of_another_shape, "'factor' of shape [3]", root),
+        *refused(lambda engine: setattr(engine, "optimizer", None), "no optimizer", root),
+    ]
+
+
+def window_in_two(root: str) -> list[str]:
+    """steps() with one micro-batch as its body, at two micro-batches a window."""
+    job = Job("2-bf16-accumulate2", seed=1)
+    ckpt = job.attach(root)
+    try:
+        for _ in ckpt.steps(2):
+            job.micro_batch()
+    except errors.BoundaryError as error:
+        return [] if "within an accumulation window" in str(error) else [str(error)]
+    finally:
+        ckpt.close()
+    return ["a window was cut in two"]
+
+
+def other_stage(root: str) -> list[str]:
+    """A checkpoint of stage 1 is one of stage 2, and not one of stage 3: nothing is loaded then."""
+    found = []
+    job = Job("1-bf16", seed=1)
+    ckpt = job.attach(root)
+    job.train(ckpt, 2)
+    ckpt.close()
+    expected = job.contents()
+    job = Job("2-bf16", seed=2)
+    ckpt = job.attach(root)
+    ckpt.restore()
+    ckpt.close()
+    got = job.contents()
+    found += [name for name in differences(got, expected) if name != "rng"]
+    job = Job("3-bf16", seed=2)
+    before = job.contents()
+    ckpt = job.attach(root)
+    try:
+        ckpt.restore()
+        found.append("stage 3 took a checkpoint of stage 1")
+    except errors.MismatchError:
+        found += differences(job.contents(), before)
+    ckpt.close()
+    return found
+
+
+def regrouped(root: str) -> list[str]:
+    """A checkpoint of two groups goes on in one group a layer, with its learning rates and their schedule."""
+    job = Job("3-bf16-flat-cyclic", seed=1)
+    losses = job.train(None, STEPS)
+    expected, rates = job.contents(), job.rates()
+    job = Job("3-bf16-flat-cyclic", seed=1)
+    ckpt = job.attach(root)
+    job.train(ckpt, STOP)
+    ckpt.close()
+    job = Job("3-bf16-cyclic", seed=2)
+    ckpt = job.attach(root)
+    ckpt.restore()
+    found = [] if job.train(ckpt, STEPS) == losses[STOP:] else ["losses"]
+    ckpt.close()
+    got = job.contents()
+    for held in (got, expected):
+        held["scheduler"] = {key: value for key, value in held["scheduler"].items() if not isinstance(value, list)}
+    names = [name for name in differences(got, expected) if not name.startswith("group/")]
+    return found + names + ([] if job.rates() == rates else [f"rates {job.rates()}, expected {rates}"])
+
+
+def block_in_ds_config(root: str) -> list[str]:
+    """The block turns it on, `enabled: false` and no block leave the engine alone; the drop-in does all of it."""
+    found = []
+    for block, on in (({"dir": root}, True), ({"dir": root, "enabled": False}, False), (None, False)):
+        net = Net()
+        config = settings(2, {"bf16"})
+        config["optimizer"] = {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}
+        if block is not None:
+            config["layerwise_checkpoint"] = block
+        engine, *rest = drop_in.initialize(model=net, config=config)
+        hooked = "_take_model_step" in vars(engine)
+        if hooked != on or len(rest) != 3:
+            found.append(f"block {block}: hooked is {hooked}")
+        names = [group.get("name") for group in engine.optimizer.param_groups]
+        if sorted(names) != ["", "block.0", "block.3", "embed"]:
+            found.append(f"groups {names}")
+        engine.layerwise.close()
+        if "_take_model_step" in vars(engine):
+            found.append("close() left its hook")
+    if drop_in.zero is not deepspeed.zero:
+        found.append("other names are not DeepSpeed's own")
+    return found
+
+
+# -- scripts that stay as they are -----------------------------------------------------------------------------------
+
+
+class UserScript:
+    """A script for DeepSpeed that was changed by one import: it saves and loads by the engine's own calls."""
+
+    def __init__(self, root: str, seed: int, stage: int = 2) -> None:
+        torch.manual_seed(seed)
+        self.net = Net()
+        config = settings(stage, {"bf16", "accumulate2"})
+        config["layerwise_checkpoint"] = {"dir": root, "every_n_steps": None, "commit": {"timeout_s": 30.0}}
+        optimizer = torch.optim.AdamW([p for p in self.net.parameters() if p.requires_grad], lr=0.01)
+        self.engine, *_ = drop_in.initialize(model=self.net, optimizer=optimizer, config=config)
+        torch.manual_seed(1000 * seed + dist.get_rank())
+
+    def micro_batch(self) -> str:
+        tokens, targets = torch.randint(0, 19, (2, 6)), torch.randint(0, 19, (12,))
+        loss = torch.nn.functional.cross_entropy(self.engine(tokens).flatten(0, 1).float(), targets)
+        self.engine.backward(loss)
+        self.engine.step()
+        return loss.item().hex()
+
+    def train(self, windows: int) -> list[str]:
+        return [self.micro_batch() for _ in range(2 * windows)]
+
+    def refused(self, error: type[Exception], message: str, call: Callable[[], Any]) -> list[str]:
+        try:
+            call()
+        except error as raised:
+            return [] if message in str(raised) else [f"{raised} does not say {message!r}"]
+        return [f"not refused: {message}"]
+
+
+def calls(root: str) -> list[str]:
+    script = UserScript(f"{root}/whole", 1)
+    losses = script.train(STEPS)
+    script.engine.layerwise.close()
+
+    script = UserScript(f"{root}/ckpt", 1)
+    found = [] if script.engine.load_checkpoint(f"{root}/ckpt") == (None, None) else ["a checkpoint in an empty folder"]
+    script.train(STOP)
+    saved = script.engine.save_checkpoint(f"{root}/ckpt", client_state={"at": STOP, "rank": dist.get_rank()})
+    if saved is not True or script.engine.layerwise.committed_step != STOP:
+        found.append(f"save_checkpoint returned {saved} before its commit")
+    script.micro_batch()
+    found += script.refused(
+        errors.BoundaryError, "within an accumulation window", lambda: script.engine.save_checkpoint(f"{root}/ckpt")
+    )
+    found += script.refused(
+        errors.ConfigError, f"{root}/elsewhere", lambda: script.engine.save_checkpoint(f"{root}/elsewhere")
+    )
+    script.micro_batch()
+    script.engine.save_checkpoint(f"{root}/ckpt", tag=8, client_state={"at": STOP + 1})
+    script.engine.layerwise.close()
+
+    for tag, at in ((None, STOP + 1), (f"global_step{STOP}", STOP)):
+        script = UserScript(f"{root}/ckpt", 2)
+        path, state = script.engine.load_checkpoint(f"{root}/ckpt", tag)
+        expected = {"at": at} if tag is None else {"at": at, "rank": dist.get_rank()}
+        if state != expected or path is None or script.engine.global_steps != at:
+            found.append(f"load_checkpoint({tag}): {path}, {state}, global step {script.engine.global_steps}")
+        if script.train(STEPS - at) != losses[2 * at :]:
+            found.append(f"load_checkpoint({tag}): other losses")
+        found += script.refused(
+            errors.UnsupportedError,
+            "load_module_only=True",
+            lambda script=script: script.engine.load_checkpoint(f"{root}/ckpt", load_module_only=True),
+        )
+        script.engine.layerwise.close()
+    return found
+
+
+def from_deepspeeds_own(root: str) -> list[str]:
+    """A job that comes from DeepSpeed's own checkpoints loads its last one, and saves its own from then on."""
+    job = Job("2-bf16", seed=1)
+    job.train(None, STOP)
+    job.engine.save_checkpoint(f"{root}/theirs", client_state={"at": STOP})
+    expected = job.contents()
+    job = Job("2-bf16", seed=2)
+    ckpt = job.attach(f"{root}/ours")
+    drop_in.serve_checkpoint_calls(job.engine, ckpt)
+    _, state = job.engine.load_checkpoint(f"{root}/theirs")
+    found = [] if state["at"] == STOP else [f"client_state {state}"]
+    names = [name for name in differences(job.contents(), expected) if name not in ("rng", "forwards", "counters")]
+    job.engine.save_checkpoint(f"{root}/ours", "first")
+    ckpt.close()
+    job = Job("2-bf16", seed=3)
+    ckpt = job.attach(f"{root}/ours")
+    ckpt.restore(tag="first")
+    ckpt.close()
+    return found + names + [name for name in differences(job.contents(), expected) if name.startswith("master/")]
+
+
+CHECKS: dict[str, Callable[[str], Any]] = {
+    "refusals": refusals, "window": window_in_two, "stages": other_stage, "block": block_in_ds_config,
+    "calls": calls, "from DeepSpeed's own": from_deepspeeds_own, "regrouped": regrouped, "mutations": mutations,
+    "nvme mutation": nvme_mutation,
+}  # fmt: skip

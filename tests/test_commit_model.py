@@ -1,0 +1,134 @@
+"""The commit's own decisions under anything that can happen to them, and proof that each broken rule would be found.
+
+`tests/commit_model.py` is the model. A failure prints its seed: `walk(SEED, 1)` makes that run again.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import random
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from commit_model import Broken, walk
+
+from layerwise_dist.commit.ledger import Ledger
+from layerwise_dist.commit.coordinator import Coordinator
+from layerwise_dist.commit.metadata import CheckpointMetadataManager
+from layerwise_dist.commit.owner import Owner
+from layerwise_dist.commit.session import Committer
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    logging.disable(logging.WARNING)  # thousands of failures, all on purpose
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def test_no_history_of_crashes_losses_and_failures_breaks_a_rule_of_the_commit(long: bool) -> None:
+    seed = random.SystemRandom().randrange(1 << 30)
+    print(f"seed {seed}")
+    seen = walk(seed, 1_000_000 if long else 24_000)
+    print(dict(sorted(seen.items())))
+    for what, least in {
+        "commit": 200, "abort": 200, "superseded": 5, "deadline": 5, "lost": 20, "power": 30, "branch": 5, "wake": 10,
+        "gone": 5,         "commit: InDoubt": 1, "commit: OSError": 1, "commit: OwnerError": 3, "left: checkpointing": 5,
+    }.items():  # fmt: skip
+        assert seen[what] >= least, f"{what}: {seen[what]} times: the model does not test what it says"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A method of the engine with some of its text replaced, so that one rule of the commit does not hold."""
+
+    owner: type
+    method: str
+    replaced: dict[str, str]
+    finds: str
+    together_with: Mutation | None = None
+
+    def apply(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        if self.together_with is not None:
+            self.together_with.apply(monkeypatch)
+        source = textwrap.dedent(inspect.getsource(inspect.getattr_static(self.owner, self.method)))
+        for old, new in self.replaced.items():
+            assert source.count(old) == 1, f"{old!r} in {self.method}: {source.count(old)} times"
+            source = source.replace(old, new)
+        made: dict[str, Any] = {}
+        exec(compile(source, f"<mutated {self.method}>", "exec"), vars(sys.modules[self.owner.__module__]), made)
+        monkeypatch.setattr(self.owner, self.method, made[self.method])
+
+
+RULES = {
+    "a manifest needs every rank's shard": Mutation(
+        Coordinator, "_report",
+        {
+            "len(attempt.reports) == self._world_size": "len(attempt.reports) >= max(1, self._world_size - 1)",
+            "[attempt.reports[rank] for rank in range(self._world_size)]":
+                "[attempt.reports.get(rank, {**message, 'rank': rank, 'file': f'rank_{rank:05d}.safetensors'})"
+                " for rank in range(self._world_size)]",
+        },
+        "shard is not durable",
+    ),
+    "what is in doubt is not deleted before the decision is read": Mutation(
+        Ledger, "receive",
+        {'checkpointing has stopped on all ranks: {message[\'reason\']}")':
+            'x"); actions += map(Discard, self._undecided.values())'},
+        "goes, and the manifest is there",
+    ),
+    "what is durable everywhere is not deleted before the decision is read": Mutation(
+        Ledger, "receive",
+        {"for level in LEVELS[: LEVELS.index(kind) + 1]:":
+            'actions += [Discard(w) for s, w in self._undecided.items() if (kind, s) == ("durable", message["seq"])]\n'
+            "        for level in LEVELS[: LEVELS.index(kind) + 1]:"},
+        "goes, and the manifest is there|is not durable",
+    ),
+    "a shard stays until its manifest is gone for good": Mutation(
+        CheckpointMetadataManager, "withdraw", {"self.env.sync_dir(folder)": "pass"}, "not gone for good",
+    ),
+    "an old epoch commits nothing": Mutation(
+        Owner, "check", {"found.get(\"epoch\") != self.epoch or found.get(\"session\") != self._session": "False"},
+        "old epoch commits|committed behind|goes, and the manifest|is not durable",
+    ),
+    "a newer commit aborts older attempts, those that begin later too": Mutation(
+        Coordinator, "_report", {"if seq < self._last_committed:": "if False:"}, "committed behind",
+        Mutation(Coordinator, "_committed", {"if a.seq < attempt.seq]": "if False]"}, ""),
+    ),
+    "an attempt ends at its deadline": Mutation(
+        Coordinator, "tick", {"now - a.since > self._timeout_s": "False"}, "is not decided after",
+    ),
+    "committed is said when the manifest is durable": Mutation(
+        CheckpointMetadataManager, "_publish", {"self.env.sync_dir(folder)": "pass"}, "not durable|announced|not whole",
+    ),
+    "a failed manifest is not announced": Mutation(
+        Coordinator, "wrote", {"elif problem is not None:": "elif False:"}, "its manifest is not durable",
+    ),
+    "what is in doubt is not aborted": Mutation(
+        Coordinator, "wrote", {"isinstance(problem, InDoubt)": "False"}, "is aborted, and its manifest is there",
+    ),
+    "a session in doubt commits no more": Mutation(
+        Coordinator, "_report", {"elif self._finished is not None:": "elif False:"}, "committed behind|not whole|lineage",
+    ),
+    "keep_last newer commits are durable before one goes": Mutation(
+        Committer, "retire", {"keep_last=self._keep_last,": "keep_last=max(1, self._keep_last - 1),"}, "not whole",
+    ),
+    "a stop names one boundary": Mutation(
+        Ledger, "must_raise", {"count >= self.stop[0]": "True"}, "raise at different boundaries",
+    ),
+    "a roll back is durable before it is followed": Mutation(
+        Committer, "follow", {"self._manager.write_branch(branch)": "pass"}, "newest record|lineage",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_breaking_a_rule_is_found(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    RULES[rule].apply(monkeypatch)
+    with pytest.raises(Broken, match=RULES[rule].finds):
+        walk(1, 400_000)

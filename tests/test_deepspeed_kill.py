@@ -1,0 +1,193 @@
+"""DeepSpeed jobs that lose a rank, under every launcher: they go on bit for bit, and no checkpoint lacks a shard."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import DEEPSPEED, JOBS, Running, Warm
+
+if importlib.util.find_spec("deepspeed") is None:
+    pytest.skip("DeepSpeed is not installed (launch/setup.sh does it)", allow_module_level=True)
+
+from test_deepspeed import CASES, NVME, operator
+
+RANKS = 2
+ROOT = Path(__file__).parent.parent
+SEED = random.SystemRandom().randrange(10**6)
+
+
+def launched(start: Callable[..., Running], launcher: str, *arguments: Any, **env: Any) -> Running:
+    """One of launch/'s scripts, on two ranks; `env` is of the script, without LAYERWISE_."""
+    named = {f"LAYERWISE_{name.upper()}": str(value) for name, value in {"venv": sys.prefix, **env}.items()}
+    return start(["bash", str(ROOT / "launch" / launcher), *map(str, arguments)], {**DEEPSPEED, **named})
+
+
+# -- every mode, killed once -----------------------------------------------------------------------------------------
+
+
+def lines(out: Path, mode: str, rank: int) -> list[list[str]]:
+    return [line.split() for line in (out / f"{mode}.{rank}.log").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_a_rank_killed_at_any_step_in_any_mode_changes_no_bit(
+    start: Callable[..., Running], zero: Warm, tmp_path: Path, long: bool, launcher: str
+) -> None:
+    modes = CASES + (NVME if operator("async_io") else [])
+    if not long:
+        modes = random.Random(f"{SEED} {launcher}").sample(modes, 2 if launcher == "torchrun" else 1)
+    print(f"seed {SEED}, modes {' '.join(modes)}")
+    plain, killed = tmp_path / "plain", tmp_path / "killed"
+    plain.mkdir()
+    killed.mkdir()
+    zero.run("zero_kill.py", RANKS, "--plain", "--seed", 0, "--out", plain, *modes, timeout=1200 if long else 120)
+    job = launched(
+        start, f"{launcher}.sh", RANKS, "--seed", SEED, "--out", killed, *modes,
+        script=JOBS / "zero_kill.py", restarts=len(modes),
+    )  # fmt: skip
+    finished = job.wait(2400 if long else 150)
+    assert finished.returncode == 0 and "all modes are done" in finished.output, finished.output[-8000:]
+    for mode in modes:
+        assert (killed / f"{mode}.killed").exists()
+        for rank in range(RANKS):
+            expected = {number: loss for number, loss in lines(plain, mode, rank) if number != "start"}
+            told = lines(killed, mode, rank)
+            assert all(expected[number] == loss for number, loss in told if number != "start"), (mode, told, expected)
+            starts = [int(step) for number, step in told if number == "start"]
+            assert len(starts) == 2 and starts[0] == 0 < starts[1], (mode, starts)
+            held, wanted = (json.loads((out / f"{mode}.{rank}.json").read_text()) for out in (killed, plain))
+            assert [name for name in held.keys() | wanted.keys() if held.get(name) != wanted.get(name)] == [], mode
+
+
+# -- in the middle of a save -----------------------------------------------------------------------------------------
+
+
+def test_a_rank_killed_in_the_middle_of_a_save_leaves_no_checkpoint_without_its_shard(
+    zero: Warm, tmp_path: Path, long: bool
+) -> None:
+    kills = 20 if long else 3
+    updates = 4 * kills + 4
+    print(f"seed {SEED}")
+    zero.run("zero_saves.py", RANKS, tmp_path, SEED, kills, updates, max_restarts=kills, timeout=900 if long else 120)
+    seen = [json.loads(line) for line in (tmp_path / "seen.jsonl").read_text().splitlines()]
+    assert len(seen) == kills and all(each["good"] for each in seen), seen
+    assert len(kept := [each for each in seen if each["steps"]]) >= kills - 1, "but for a kill in the very first save"
+    logs = [[line.split() for line in (tmp_path / f"{rank}.log").read_text().splitlines()] for rank in range(RANKS)]
+    for log in logs:
+        assert int(log[-1][0]) == updates
+        losses: dict[str, set[str]] = {}
+        for step, loss, _ in log:
+            losses.setdefault(step, set()).add(loss)
+        assert all(len(each) == 1 for each in losses.values()), "a step that was made again was the same"
+        for (before, _, committed), (step, _, _) in zip(log, log[1:], strict=False):
+            if int(step) != int(before) + 1:
+                assert int(step) > int(committed), "the next start goes on at what had been reported, or behind it"
+    if long:
+        assert any(each["unfinished"] for each in seen), "some of the kills came in the middle"
+    assert kept
+
+
+def test_deepspeeds_own_save_names_a_checkpoint_without_the_killed_ranks_part_and_this_one_does_not(
+    zero: Warm, tmp_path: Path
+) -> None:
+    import contrast_deepspeed as contrast
+
+    found = {}
+    for name in ("theirs", "ours"):
+        job = zero.start(contrast.__file__, RANKS, tmp_path / name, name)
+        job.ends_within(60)
+        found[name] = contrast.state_of(tmp_path / name, name == "ours")
+    tag, files = found["theirs"]
+    assert tag == "global_step2" and len(files) == 1, "DeepSpeed's `latest` names what lacks rank 1's part"
+    tag, files = found["ours"]
+    assert tag == "global_step1" and len(files) == 2
+
+
+# -- the example, under the other launchers --------------------------------------------------------------------------
+
+STEPS = 12
+SHAPE = ["--dim", "32", "--layers", "2", "--heads", "2", "--context", "16", "--batch", "2", "--steps", str(STEPS)]
+EXAMPLE = ROOT / "examples" / "deepspeed"
+
+SRUN = """#!{python}
+import os, signal, subprocess, sys, time
+command = [word for number, word in enumerate(sys.argv[1:]) if number or not word.startswith("--")]
+ranks = int(os.environ["SLURM_NTASKS"])
+tasks = [
+    subprocess.Popen(command, env={{**os.environ, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}})
+    for rank in range(ranks)
+]
+while any(task.poll() is None for task in tasks):
+    if any(task.poll() for task in tasks):
+        for task in tasks:
+            task.kill()
+    time.sleep(0.05)
+sys.exit(max(code if code >= 0 else 128 - code for code in (task.wait() for task in tasks)))
+"""
+
+
+def losses(output: str) -> list[tuple[int, str]]:
+    """(step, loss in hexadecimal) as rank 0 printed them, launch after launch."""
+    return [
+        (int(step), loss) for step, loss in re.findall(r"^.*?step (\d+): loss \S+ \((\S+)\)$", output, re.MULTILINE)
+    ]
+
+
+def kill_one_rank(job: Running, variable: str, after: int) -> None:
+    """SIGKILL for one rank, once step `after` was printed."""
+    deadline = time.monotonic() + 60
+    while not any(step >= after for step, _ in losses(job.output())):
+        assert job.poll() is None and time.monotonic() < deadline, job.output()[-6000:]
+        time.sleep(0.01)
+    pid = job.rank_pid(random.randrange(RANKS), variable)
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("launcher", ["mpirun.sh", "slurm.sbatch"])
+def test_the_example_starts_and_starts_again_under(
+    start: Callable[..., Running], zero: Warm, tmp_path: Path, launcher: str
+) -> None:
+    """Slurm is a stub that starts as many tasks as srun would; docs/deepspeed.md says how the real one was tried."""
+    stage = random.choice(["zero1", "zero2", "zero3", "zero3_offload"])
+    arguments = ["--deepspeed_config", EXAMPLE / f"{stage}.json", *SHAPE]
+    if launcher == "mpirun.sh":
+        if shutil.which("mpirun") is None or importlib.util.find_spec("mpi4py") is None:
+            pytest.skip("mpirun or mpi4py is not installed (Debian: openmpi-bin; pip: mpi4py)")
+        ranks, variable, path = [RANKS], "OMPI_COMM_WORLD_RANK", os.environ["PATH"]
+    else:
+        stubs = tmp_path / "bin"
+        stubs.mkdir()
+        (stubs / "srun").write_text(SRUN.format(python=sys.executable))
+        (stubs / "scontrol").write_text("#!/bin/sh\necho localhost\n")
+        for stub in stubs.iterdir():
+            stub.chmod(0o755)
+        ranks, variable, path = [], "RANK", f"{stubs}:{os.environ['PATH']}"
+    slurm = {"SLURM_NTASKS": str(RANKS), "SLURM_JOB_NODELIST": "here", "SLURM_SUBMIT_DIR": str(ROOT)}
+    job = start(
+        ["bash", str(ROOT / "launch" / launcher), *map(str, [*ranks, *arguments, "--dir", tmp_path / "ckpt"])],
+        {**DEEPSPEED, **slurm, "PATH": path, "LAYERWISE_VENV": sys.prefix, "LAYERWISE_RESTARTS": "1"},
+    )
+    after = random.randint(2, STEPS - 4)
+    kill_one_rank(job, variable, after)
+    finished = job.wait(90)
+    assert finished.returncode == 0, f"{stage}, killed after step {after}:\n{finished.output[-6000:]}"
+    undisturbed = zero.run(str(EXAMPLE / "train.py"), RANKS, "--no-checkpoints", *arguments, timeout=60)
+    reference = dict(losses(undisturbed.output))
+    told = losses(finished.output)
+    assert len(reference) == STEPS and told[-1][0] == STEPS
+    assert all(loss == reference[step] for step, loss in told), (told, reference)
+    starts = [int(step) for step in re.findall(r"starting at step (\d+)", finished.output)]
+    assert len(starts) == 2 and starts[0] == 0 < starts[1], starts

@@ -1,0 +1,279 @@
+"""What every transport promises: once, in order, or an error; and nothing that waits for ever."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from layerwise_dist.commit.transports import Transport, rendezvous
+from layerwise_dist.commit.transports.frames import decode, encode, take_frames
+from layerwise_dist.commit.transports.links import Links
+from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
+from layerwise_dist.commit.transports.relay import ABOVE
+from layerwise_dist.commit.transports.rendezvous import Met, meet
+from layerwise_dist.commit.transports.store import over_tcp
+from layerwise_dist.errors import CommitError
+
+
+class Gathering:
+    """The gather of ranks that are threads of one process."""
+
+    def __init__(self, world_size: int) -> None:
+        self._barrier = threading.Barrier(world_size, timeout=30)
+        self._records: list[dict[str, Any]] = [{}] * world_size
+
+    def of(self, rank: int) -> rendezvous.Gather:
+        def gather(record: dict[str, Any]) -> list[dict[str, Any]]:
+            self._records[rank] = record
+            self._barrier.wait()
+            found = list(self._records)
+            self._barrier.wait()
+            return found
+
+        return gather
+
+
+def in_threads(world_size: int, body: Callable[[int], Any]) -> list[Any]:
+    """`body(rank)` on a thread each; its value or its exception, by rank."""
+    results: list[Any] = [None] * world_size
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = body(rank)
+        except Exception as error:  # noqa: BLE001
+            results[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(40)
+    assert not any(thread.is_alive() for thread in threads)
+    return results
+
+
+def all_meet(nodes: list[int], timeout_s: float = 20.0) -> list[Met]:
+    """`nodes` says on which pretended node each rank is."""
+    gathering = Gathering(len(nodes))
+    met = in_threads(len(nodes), lambda rank: meet(rank, gathering.of(rank), timeout_s, where=str(nodes[rank])))
+    assert all(isinstance(each, Met) for each in met), met
+    return met
+
+
+class Ears:
+    """What one rank hears."""
+
+    def __init__(self, transport: Transport) -> None:
+        self.transport = transport
+        self.heard: list[Any] = []
+        self.coordinator: list[Any] = []
+        self.errors: list[str] = []
+        self.changed = threading.Condition()
+        transport.start(
+            self._into(self.heard),
+            self._into(self.coordinator) if transport.rank == 0 else None,
+            self._into(self.errors),
+        )
+
+    def _into(self, place: list[Any]) -> Callable[[Any], None]:
+        def take(message: Any) -> None:
+            with self.changed:
+                place.append(message)
+                self.changed.notify_all()
+
+        return take
+
+    def wait(self, what: Callable[[], bool]) -> None:
+        with self.changed:
+            assert self.changed.wait_for(what, 20), (self.heard[-3:], self.coordinator[-3:], self.errors)
+
+
+NODES = {"one node": [0, 0, 0], "each its own": [0, 1, 2], "two nodes": [0, 0, 1, 1, 1], "mixed up": [0, 1, 0, 2, 1, 2]}
+
+
+def stores(nodes: list[int]) -> list[Ears]:
+    return [Ears(over_tcp(rank, len(nodes), met)) for rank, met in enumerate(all_meet(nodes))]
+
+
+def locals_(nodes: list[int]) -> list[Ears]:
+    hub = LocalHub(len(nodes))
+    return [Ears(LocalTransport(hub, rank)) for rank in range(len(nodes))]
+
+
+def leave(ranks: list[Ears]) -> None:
+    """As participants do: rank 0 stays until all have said that they closed."""
+    for ears in ranks:
+        ears.transport.post({"t": "closed", "rank": ears.transport.rank})
+    root = ranks[0]
+    closers = [threading.Thread(target=ears.transport.close, args=(10.0,)) for ears in ranks[1:]]
+    for closer in closers:
+        closer.start()
+    root.wait(lambda: sum(message["t"] == "closed" for message in root.coordinator) == len(ranks))
+    root.transport.close(10.0)
+    for closer in closers:
+        closer.join(15)
+        assert not closer.is_alive()
+
+
+@pytest.mark.parametrize("make", [stores, locals_], ids=["store", "local"])
+@pytest.mark.parametrize("nodes", NODES.values(), ids=NODES.keys())
+def test_what_is_posted_and_announced_arrives_once_and_in_order(
+    make: Callable[[list[int]], list[Ears]], nodes: list[int]
+) -> None:
+    threads, began = threading.active_count(), time.monotonic()
+    ranks, count = make(nodes), 300
+
+    def post(ears: Ears) -> None:
+        for number in range(count):
+            ears.transport.post(
+                {"t": "post", "rank": ears.transport.rank, "n": number, "text": "x" * (number % 50) ** 2}
+            )
+
+    def announce() -> None:
+        for number in range(count):
+            ranks[0].transport.announce({"t": "said", "n": number, "text": "y" * (number % 40) ** 2})
+
+    senders = [threading.Thread(target=post, args=(ears,)) for ears in ranks] + [threading.Thread(target=announce)]
+    for sender in senders:
+        sender.start()
+    for sender in senders:
+        sender.join(20)
+    ranks[0].wait(lambda: len(ranks[0].coordinator) >= count * len(nodes))
+    for rank, ears in enumerate(ranks):
+        assert [m["n"] for m in ranks[0].coordinator if m["rank"] == rank] == list(range(count))
+        ears.wait(lambda ears=ears: len(ears.heard) >= count)
+        assert [m["n"] for m in ears.heard] == list(range(count))
+    leave(ranks)
+    assert not any(ears.errors for ears in ranks)
+    assert not [m for m in ranks[0].coordinator if m["t"] == "gone"]
+    assert threading.active_count() == threads
+    assert time.monotonic() - began < 15
+
+
+def test_a_rank_that_ends_without_a_word_is_told_to_the_coordinator_with_those_that_speak_through_it() -> None:
+    ranks = stores([0, 0, 1, 1, 1])
+
+    def gone() -> list[int]:
+        return sorted(message["rank"] for message in ranks[0].coordinator if message["t"] == "gone")
+
+    ranks[3].transport.close(0.1)  # no word before it
+    ranks[0].wait(lambda: gone() == [3])
+    ranks[0].transport.announce({"t": "said"})
+    ranks[4].wait(lambda: len(ranks[4].heard) == 1)
+    for link in list(ranks[2].transport._connections._links.values()):  # the node's lowest rank dies
+        link.sock.shutdown(socket.SHUT_RDWR)
+    ranks[0].wait(lambda: gone() == [2, 3, 4])
+    ranks[4].wait(lambda: len(ranks[4].errors) == 1)
+    assert "rank 2, through which this node speaks to rank 0, is gone" in ranks[4].errors[0]
+    ranks[1].transport.post({"t": "post", "rank": 1})
+    ranks[0].wait(lambda: ranks[0].coordinator[-1] == {"t": "post", "rank": 1})
+    ranks[0].transport.close(0.1)
+    ranks[1].wait(lambda: len(ranks[1].errors) == 1)
+    for ears in ranks:
+        ears.transport.close(0.2)
+
+
+def test_a_stranger_on_the_port_is_sent_away_and_everybody_still_meets() -> None:
+    ports: list[int] = []
+    gathering = Gathering(2)
+    strangers: list[socket.socket] = []
+
+    def rank(number: int) -> Met:
+        real = gathering.of(number)
+
+        def gather(record: dict[str, Any]) -> list[dict[str, Any]]:
+            found = real(record)
+            if "port" in found[0] and number == 1:
+                ports.append(found[0]["port"])
+                for said in (b"", b"GET / HTTP/1.1\r\n\r\n", b"0" * 32 + b" 00000001\n", b"\xff" * 42):
+                    strangers.append(socket.create_connection(("127.0.0.1", ports[0]), timeout=5))
+                    strangers[-1].sendall(said)
+            return found
+
+        return meet(number, gather, 10.0, where="here")
+
+    first, second = in_threads(2, rank)
+    assert list(first.sockets) == [1] and list(second.sockets) == [ABOVE]
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", ports[0]), timeout=5)  # nobody listens any more
+    for sock in [*strangers, *first.sockets.values(), *second.sockets.values()]:
+        sock.close()
+
+
+@pytest.mark.parametrize("missing", [1, 2], ids=["the rank itself", "another"])
+def test_a_rank_that_cannot_connect_is_an_error_on_all_ranks_at_the_deadline(
+    monkeypatch: pytest.MonkeyPatch, missing: int
+) -> None:
+    real = rendezvous.connect
+
+    def connect(rank: int, hosts: list[str], port: int, token: str, deadline: float) -> socket.socket:
+        return real(rank, hosts, 1 if rank == missing else port, token, deadline)
+
+    monkeypatch.setattr(rendezvous, "connect", connect)
+    gathering = Gathering(3)
+    began = time.monotonic()
+    results = in_threads(3, lambda rank: meet(rank, gathering.of(rank), 1.0, where="here"))
+    assert all(isinstance(error, CommitError) for error in results)
+    assert len({str(error) for error in results}) == 1
+    assert f"rank(s) {missing} did not connect" in str(results[0])
+    assert 0.9 < time.monotonic() - began < 6
+
+
+def test_a_port_that_cannot_be_opened_is_an_error_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(expected: int, *, local: bool) -> socket.socket:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(rendezvous, "listen", refuse)
+    gathering = Gathering(2)
+    results = in_threads(2, lambda rank: meet(rank, gathering.of(rank), 1.0, where="here"))
+    assert ["rank 0 could not open a port" in str(error) for error in results] == [True, True]
+
+
+def test_frames_are_found_however_the_bytes_arrive() -> None:
+    messages = [[{"t": "x", "text": "é" * n}] for n in (0, 1, 1000)] + [[{"n": n} for n in range(50)], []]
+    stream = b"".join(map(encode, messages))
+    for size in (1, 3, 7, 1000, len(stream)):
+        bodies: list[bytes] = []
+        received = bytearray()
+        for begin in range(0, len(stream), size):
+            received += stream[begin : begin + size]
+            bodies += take_frames(received)
+        assert [encode([])[4:] if not body else body for body in bodies] == [encode(each)[4:] for each in messages]
+
+
+@pytest.mark.parametrize("sent", [b"\xff\xff\xff\xff", b"\0\0\0\x03abc"], ids=["too long", "no JSON"])
+def test_what_is_no_message_ends_the_connection(sent: bytes) -> None:
+    left, right = socket.socketpair()
+    ended: list[str] = []
+    done = threading.Event()
+
+    def on_end(key: int, why: str) -> None:
+        ended.append(why)
+        done.set()
+
+    links = Links({1: left})
+    links.start(lambda key, body: decode(body) and None, on_end)
+    right.sendall(sent)
+    assert done.wait(10) and "no message" in ended[0]
+    links.close(1.0)
+    right.close()
+
+
+def test_a_peer_that_reads_nothing_neither_blocks_nor_fills_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layerwise_dist.commit.transports.links._MOST_UNSENT", 1 << 20)
+    deaf, there = socket.socketpair()
+    ended = threading.Event()
+    links = Links({1: there})
+    links.start(lambda key, body: None, lambda key, why: ended.set())
+    frame = encode([{"text": "x" * 100_000}])
+    began = time.monotonic()
+    for _ in range(100):
+        links.call(lambda: links.send(1, frame))
+    assert ended.wait(10) and time.monotonic() - began < 5
+    links.close(1.0)
+    deaf.close()
