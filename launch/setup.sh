@@ -58,6 +58,7 @@ missing_packages() {
   can_compile xxhash.h || echo libxxhash-dev
   can_compile liburing.h || echo liburing-dev
   can_compile doctest/doctest.h || echo doctest-dev
+  command -v mpirun >/dev/null || echo openmpi-bin
 }
 
 install_packages() {
@@ -82,6 +83,7 @@ system_packages() {
   for package in $(missing_packages); do
     case $package in
       doctest-dev) say "doctest is missing: the native tests cannot be built (Debian: apt-get install doctest-dev)" ;;
+      openmpi-bin) say "mpirun is missing: launch/mpirun.sh cannot be tried (Debian: apt-get install openmpi-bin)" ;;
       ninja-build) say "ninja is missing: make is used instead (Debian: apt-get install ninja-build)" ;;
       python3) fail "Python 3.10 or newer is needed, found: $(python3 --version 2>&1 || true)" ;;
       *) required+=("$package") ;;
@@ -144,6 +146,9 @@ if ! python_module deepspeed; then
   quietly "${pip[@]}" wheel setuptools ninja packaging &&
     DS_BUILD_OPS=0 quietly "${pip[@]}" deepspeed --no-build-isolation ||
     fail "DeepSpeed could not be installed; the whole output is in $log"
+fi
+if command -v mpirun >/dev/null && ! python_module mpi4py; then
+  quietly "${pip[@]}" mpi4py || say "mpi4py could not be installed: launch/mpirun.sh cannot be tried"
 fi
 python_module scikit_build_core nanobind || quietly "${pip[@]}" "scikit-build-core>=0.10" "nanobind>=2.2"
 mark=$(fingerprint)
