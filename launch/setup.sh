@@ -147,6 +147,9 @@ if ! python_module deepspeed; then
     DS_BUILD_OPS=0 quietly "${pip[@]}" deepspeed --no-build-isolation ||
     fail "DeepSpeed could not be installed; the whole output is in $log"
 fi
+if command -v mpirun >/dev/null && ! python_module mpi4py; then
+  quietly "${pip[@]}" mpi4py || say "mpi4py could not be installed: launch/mpirun.sh cannot be tried"
+fi
 python_module scikit_build_core nanobind || quietly "${pip[@]}" "scikit-build-core>=0.10" "nanobind>=2.2"
 mark=$(fingerprint)
 say "building the native core and installing layerwise_dist"

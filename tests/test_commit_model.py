@@ -18,6 +18,7 @@ import pytest
 from commit_model import Broken, walk
 
 from layerwise_dist.commit.ledger import Ledger
+from layerwise_dist.commit.common_boundary import CommonBoundary, Hold
 from layerwise_dist.commit.coordinator import Coordinator
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.owner import Owner
@@ -38,7 +39,8 @@ def test_no_history_of_crashes_losses_and_failures_breaks_a_rule_of_the_commit(l
     print(dict(sorted(seen.items())))
     for what, least in {
         "commit": 200, "abort": 200, "superseded": 5, "deadline": 5, "lost": 20, "power": 30, "branch": 5, "wake": 10,
-        "gone": 5,         "commit: InDoubt": 1, "commit: OSError": 1, "commit: OwnerError": 3, "left: checkpointing": 5,
+        "gone": 5, "meeting": 20, "no meeting": 2, "left: together": 5,
+                "commit: InDoubt": 1, "commit: OSError": 1, "commit: OwnerError": 3, "left: checkpointing": 5,
     }.items():  # fmt: skip
         assert seen[what] >= least, f"{what}: {seen[what]} times: the model does not test what it says"
 
@@ -123,6 +125,23 @@ RULES = {
     ),
     "a roll back is durable before it is followed": Mutation(
         Committer, "follow", {"self._manager.write_branch(branch)": "pass"}, "newest record|lineage",
+    ),
+    "ranks meet where none has been": Mutation(
+        CommonBoundary, "held", {"max(current.held.values())": "min(current.held.values())"}, "meets",
+    ),
+    "a rank that was told to hold does not go on": Mutation(
+        Hold, "hold", {"min(self._limit, self._passed + 1)": "self._limit"}, "meets",
+    ),
+    "a rank that asked does not go on": Mutation(
+        Hold, "ask", {"self._limit = min(self._limit, at)": "self._passed += 0"}, "meets",
+        Mutation(Hold, "hold", {"min(self._limit, self._passed + 1)": "self._limit"}, ""),
+    ),
+    "a boundary that is not agreed on is given up": Mutation(
+        CommonBoundary, "tick", {"now - current.since <= self._timeout_s": "True"}, "has held for",
+    ),
+    "there is no meeting with a rank that left": Mutation(
+        CommonBoundary, "end", {"return self._give_up(why)": "return []"}, "has held for|meets",
+        Mutation(CommonBoundary, "tick", {"now - current.since <= self._timeout_s": "True"}, ""),
     ),
 }  # fmt: skip
 

@@ -25,7 +25,7 @@ from test_deepspeed import CASES, NVME, operator
 
 RANKS = 2
 ROOT = Path(__file__).parent.parent
-SEED = random.SystemRandom().randrange(10**6)
+SEED = int(os.environ.get("LAYERWISE_TEST_SEED", random.SystemRandom().randrange(10**6)))
 
 
 def launched(start: Callable[..., Running], launcher: str, *arguments: Any, **env: Any) -> Running:

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from layerwise_dist import errors
-from layerwise_dist.commit.ledger import Action, Ledger, Discard, GiveUp, Persist, Post, Retire, Write
+from layerwise_dist.commit.common_boundary import Meeting
+from layerwise_dist.commit.ledger import Action, Discard, GiveUp, Ledger, Persist, Post, Retire, Write
 from layerwise_dist.commit.transports import Message, Transport
 from layerwise_dist.errors import CommitError, DeadlineError, LayerwiseError
 from layerwise_dist.storage.layout import AttemptId
@@ -38,6 +39,7 @@ class Participant:
         self._rounds = 0
         self._closed_ranks: set[int] = set()
         self._gone: dict[int, str] = {}
+        self._leaving: Callable[[str], None] | None = None
         self._retire: Callable[[AttemptId], None] | None = None
         self._work: queue.SimpleQueue[Persist | GiveUp | Discard | None] = queue.SimpleQueue()
         self._worker = threading.Thread(target=self._run, name="layerwise-persist", daemon=True)
@@ -114,8 +116,11 @@ class Participant:
         with self._changed:
             return self._changed.wait_for(lambda: self._ledger.on_disk_way < max_in_flight, timeout_s)
 
-    def boundary(self, count: int) -> None:
-        """Call at each boundary, counted from the session's start. Raises CommitError at the step all ranks raise at."""
+    def boundary(self, count: int) -> Meeting | None:
+        """Call at each boundary, counted from the session's start. What all ranks do at it, if they have agreed on it.
+
+        Raises CommitError at the boundary at which all ranks raise.
+        """
         with self._changed:
             self._do(self._ledger.boundary(count))
             if not self._ledger.may_pass(count):
@@ -128,6 +133,16 @@ class Participant:
                 )
             if (reason := self._ledger.must_raise(count)) is not None:
                 raise CommitError(reason)
+            return self._ledger.passed(count)
+
+    def ask(self, *, leave: bool, why: str) -> None:
+        """For one boundary at which all ranks save, or save and leave; `boundary` says when it is there. Any thread."""
+        with self._changed:
+            self._do(self._ledger.ask(leave=leave, why=why))
+
+    def when_leaving(self, leaving: Callable[[str], None]) -> None:
+        """`leaving(why)` is called as soon as this rank hears that all will leave. It must not wait."""
+        self._leaving = leaving
 
     def ended(self) -> None:
         """At the end of a job: raises CommitError if the session has stopped, though the step to raise at is not reached."""
@@ -165,7 +180,7 @@ class Participant:
 
     def wait_for_attempt(self, attempt: AttemptId, timeout_s: float) -> None:
         """Until that very attempt is committed: another one may have the same step. Raises as `wait`."""
-        state = self._attempts
+        state = self._ledger
         with self._changed:
             self._wait_for(
                 lambda: state.is_committed(attempt) or state.is_hopeless(attempt),
@@ -277,8 +292,13 @@ class Participant:
             else:
                 self._do(self._ledger.receive(message))
             self._changed.notify_all()
-        if self.rank == 0 and message["t"] == "aborted" and message["failure"]:
+        kind = message["t"]
+        if kind in ("hold", "meet") and message["leave"] and self._leaving is not None:
+            self._leaving(message["why"])
+        if self.rank == 0 and kind == "aborted" and message["failure"]:
             log.warning("checkpoint of step %d aborted: %s", message["step"], message["reason"])
+        elif self.rank == 0 and kind == "meet" and message["b"] is None:
+            log.warning("no boundary could be agreed on for a checkpoint: %s", message["why"])
 
     def _on_error(self, text: str) -> None:
         with self._changed:

@@ -38,7 +38,8 @@ def _alone(wanted: str) -> None:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1:
         raise BoundaryError(
-            f"WORLD_SIZE is {launched}, but torch.distributed is not initialised: call init_process_group() before attach()"
+            f"WORLD_SIZE is {launched}, but torch.distributed is not initialised: call init_process_group() before "
+            "attach()"
         )
     if mpi.launched() > 1:
         raise ConfigError(

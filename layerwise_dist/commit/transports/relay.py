@@ -1,7 +1,7 @@
 """A tree of ranks with rank 0 at the top: what they say is passed up, what rank 0 announces is handed down.
 
-A rank with others below it gathers what they say for a moment, and sends it up in one frame. What comes down it hands on
-as it came. So what rank 0 has to do for a message does not grow with the number of ranks that speak through others.
+A rank with others below it gathers what they say for a moment, and sends it up in one frame. What comes down it hands
+on as it came. So what rank 0 has to do for a message does not grow with the number of ranks that speak through others.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Connections(Protocol):
 
 
 class RelayTransport:
-    """The Transport of one rank of the tree. Everything behind `post` and `announce` happens on the connections' thread."""
+    """The Transport of one rank of the tree. What follows on `post` and `announce` happens on the connections' thread."""
 
     def __init__(
         self, rank: int, world_size: int, connections: Connections, serves: dict[int, list[int]], above: str

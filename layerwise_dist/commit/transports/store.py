@@ -1,7 +1,7 @@
 """Messages between processes over a message store of the session's own, on rank 0, reached by TCP.
 
-The lowest rank of each node keeps one connection to rank 0, and the other ranks of the node one to it. So rank 0 has one
-connection for each node, and one for each other rank of its own.
+The lowest rank of each node keeps one connection to rank 0, and the other ranks of the node one to it. So rank 0 has
+one connection for each node, and one for each other rank of its own.
 """
 
 from __future__ import annotations
