@@ -27,6 +27,7 @@ from layerwise_dist.commit.coordinator import CoordinatorThread
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.session import Committer, SessionInfo
+from layerwise_dist.compiled import eager
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.errors import BoundaryError, DamageError, LayerwiseError
 from layerwise_dist.frameworks.base import Framework
@@ -109,8 +110,8 @@ class LayerwiseEngine(SaveAndRestore):
             by_call=config.every_n_steps is None,
         )  # fmt: skip
         self._hooks = [
-            *(root.register_forward_pre_hook(self._before_forward) for root in framework.roots),
-            *(module.register_forward_hook(self._behind_forward) for module in framework.forward_modules()),
+            *(root.register_forward_pre_hook(eager(self._before_forward)) for root in framework.roots),
+            *(module.register_forward_hook(eager(self._behind_forward)) for module in framework.forward_modules()),
             *(p.register_post_accumulate_grad_hook(self._during_backward) for p in framework.gradient_ready_params()),
         ]
         optimizer.watch(self)
