@@ -73,7 +73,12 @@ def train(
     params: Params = "34M",
     optimizer: Annotated[str, typer.Option("--optimizer", "-o", help="foreach or fused (AdamW).")] = "foreach",
     every: Annotated[str, typer.Option("--every", "-e", help="A checkpoint every so many steps.")] = "1,10",
-    ranks: Annotated[int, typer.Option("--ranks", "-r", min=1, help="More than 1: FSDP2 under torchrun.")] = 1,
+    ranks: Annotated[
+        int | None, typer.Option("--ranks", "-r", min=1, help="More than 1: FSDP2 under torchrun. DeepSpeed: 2.")
+    ] = None,
+    deepspeed: Annotated[
+        int | None, typer.Option("--deepspeed", metavar="STAGE", help="Train under DeepSpeed, ZeRO stage 2 or 3.")
+    ] = None,
     steps: Annotated[int, typer.Option("--steps", "-n", min=1, help="Measured steps a block.")] = 10,
     rounds: Rounds = 5,
     modes: Annotated[str, typer.Option("--modes", "-m", help="all, or names with commas between them.")] = "all",
@@ -86,22 +91,25 @@ def train(
     json: Json = False,
     markdown: Markdown = False,
 ) -> None:
-    """Step time, stall, memory and time to commit under this engine, torch.save, DCP and others."""
+    """Step time, stall, memory and time to commit under this engine, torch.save, DCP and others, or DeepSpeed's own."""
 
     def run(command: str) -> Findings:
         from layerwise_dist.bench.model import QUICK, SHAPES
-        from layerwise_dist.bench.train import MODES, TrainBench, run
+        from layerwise_dist.bench.train import TrainBench, modes_of, run
 
         _one_of("--params", params, SHAPES)
         _one_of("--optimizer", optimizer, ("foreach", "fused"))
+        if deepspeed not in (None, 2, 3):
+            raise ValueError(f"--deepspeed {deepspeed}: expected 2 or 3")
+        processes = ranks or (1 if deepspeed is None else 2)
         shape = QUICK if quick else SHAPES[params]
         if disk_bound:
-            shape = replace(shape, batch=ranks, context=16)
+            shape = replace(shape, batch=processes, context=16)
         shape = replace(shape, batch=batch or shape.batch, context=context or shape.context)
-        chosen = list(MODES) if modes == "all" else _words(modes)
+        chosen = list(modes_of(deepspeed)) if modes == "all" else _words(modes)
         asked = TrainBench(
-            shape=shape, optimizer=optimizer, every=_numbers(every, "--every"), ranks=ranks, modes=chosen,
-            steps=2 if quick else steps, rounds=1 if quick else rounds, quick=quick,
+            shape=shape, optimizer=optimizer, every=_numbers(every, "--every"), ranks=processes, modes=chosen,
+            steps=2 if quick else steps, rounds=1 if quick else rounds, quick=quick, deepspeed=deepspeed,
         )  # fmt: skip
         return run(asked, directory, command)
 
