@@ -180,7 +180,7 @@ class Participant:
 
     def wait_for_attempt(self, attempt: AttemptId, timeout_s: float) -> None:
         """Until that very attempt is committed: another one may have the same step. Raises as `wait`."""
-        state = self._attempts
+        state = self._ledger
         with self._changed:
             self._wait_for(
                 lambda: state.is_committed(attempt) or state.is_hopeless(attempt),
