@@ -48,9 +48,18 @@ class Attempts:
         self._seq += 1
         return self._seq - 1
 
-    def look(self) -> Survey:
-        """What there is now. Raises UnsupportedError, ConfigError."""
-        return self._surveyor.look(self._copying)
+    def look(self, *, sealing: bool = False) -> Survey:
+        """What there is now; `sealing`: at the boundary of a capture that is open. Raises UnsupportedError, ConfigError."""
+        return self._surveyor.look(self._copying, sealing=sealing)
+
+    def copy(self, names: set[str]) -> None:
+        """These tensors are no base's, though no optimizer updates them: from now on they are copied at the boundary."""
+        if names:
+            self._copying |= names
+            log.info(
+                "rank %d: %s changed at two checkpoints in a row: from now on copied at the boundary, with each of them",
+                self._rank, ", ".join(sorted(names)),
+            )  # fmt: skip
 
     def steady(self) -> Survey | None:
         """What there is, if all of it is where the last attempt found it: a capture can begin before the update is over."""

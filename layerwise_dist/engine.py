@@ -20,6 +20,7 @@ import torch
 
 from layerwise_dist.attempts import Attempts
 from layerwise_dist.boundary import Boundary, BoundaryMark
+from layerwise_dist.capture.frozen import FrozenBases
 from layerwise_dist.capture.lease import Capture, LeaseBroken
 from layerwise_dist.capture.objects import StateObjects
 from layerwise_dist.capture.sealed import Sealer
@@ -87,6 +88,7 @@ class LayerwiseEngine(SaveAndRestore, Together):
             config, framework.rank, self._surveyor, self._scheduler, adapter, participant,
             epoch=info.epoch, first_seq=info.first_seq,
         )  # fmt: skip
+        self._frozen = FrozenBases(adapter, always=config.audit == "always", timeout_s=config.fence_timeout_s)
         self._sealer = Sealer(framework, optimizer, objects)
         self._captures: list[Capture] = []  # sealed, and to be fenced before the next update
         self._open: Capture | None = None  # of this iteration
@@ -190,7 +192,7 @@ class LayerwiseEngine(SaveAndRestore, Together):
 
     def stats(self) -> dict[str, float | int]:
         """Counters of this rank since attach(): bytes, checkpoints, and how long the training thread was held up."""
-        return self._statistics.report(*self._participant.outcomes, self._adapter.buffers)
+        return self._statistics.report(*self._participant.outcomes, self._adapter.buffers, self._frozen)
 
     def trace(self, path: str | os.PathLike[str]) -> None:
         """Writes what happens to each layer in the next step that is saved, and when, into `path`.
@@ -215,6 +217,7 @@ class LayerwiseEngine(SaveAndRestore, Together):
         self._boundary.update_starting(in_closure=in_closure)
         if not in_closure:
             self._may_update()
+            self._frozen.before_update(lambda: self._optimizer.trained)
             self._update = _Update(again=self._open is not None)
 
     def wants_layers(self) -> bool:
@@ -384,10 +387,12 @@ class LayerwiseEngine(SaveAndRestore, Together):
     def _seal(self, capture: Capture, mark: BoundaryMark) -> None:
         if capture.step != mark.step:
             raise LeaseBroken(f"it was opened for step {capture.step}, the boundary is step {mark.step}")
-        found = self._attempts.look()
+        found = self._attempts.look(sealing=True)
         if found.key != capture.survey.key:
             self._may_be_early = False  # an optimizer that puts other tensors in place is captured behind its update
         self._attempts.learn(capture.seal(found), "the boundary")
+        capture.write.base, restless = self._frozen.seal(found, capture.write.attempt, wait=capture.certain)
+        self._attempts.copy(restless)
         capture.write.append_state(
             *self._sealer.take(mark.step, self._updates, mark.state(), found, self._client_state)
         )
@@ -441,6 +446,7 @@ class LayerwiseEngine(SaveAndRestore, Together):
             if self._committer is not None:
                 self._committer.close()
             self._attempts.close()
+            self._frozen.close()
             self._adapter.close()
             if self._preemption is not None:
                 self._preemption.close()

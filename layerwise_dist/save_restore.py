@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from layerwise_dist.commit.metadata import ParentRef
+from layerwise_dist.commit.records import ParentRef
 from layerwise_dist.errors import BoundaryError
 from layerwise_dist.restore import loader
 from layerwise_dist.restore.agreement import Wish, together
@@ -97,8 +97,10 @@ class SaveAndRestore:
         Call it before something changes parameters or optimizer state between iterations: DeepSpeed's
         `offload_states()`, say. `timeout` is in seconds, by default commit.timeout_s; raises DeadlineError.
         """
+        timeout = self.config.commit.timeout_s if timeout is None else timeout
         self._end_leases()
-        self._participant.drain(self.config.commit.timeout_s if timeout is None else timeout)
+        self._frozen.drain(timeout)
+        self._participant.drain(timeout)
 
     # -- restore ------------------------------------------------------------------------------------------------
 
@@ -127,6 +129,7 @@ class SaveAndRestore:
             raise BoundaryError("restore() inside an iteration: end it first (steps() or end_step())")
         wish = Wish(step, tag, saved)
         self.drain()
+        self._frozen.forget()
         fresh = (on_missing or ("error" if wish.certain else "fresh")) == "fresh"
         found = self._restorer.newest(wish, fresh_if_missing=fresh, partly=partly)
         self.restored_from = self.client_state = None
@@ -140,7 +143,9 @@ class SaveAndRestore:
         attempt, loading, leaves = found
         self._adopt(loading)
         self.lacking = loading.lacking
-        self._follow(ParentRef(seq=attempt.seq, attempt=attempt.text), new_branch=leaves)
+        kept = self._follow(ParentRef(seq=attempt.seq, attempt=attempt.text), new_branch=leaves)
+        if loading.base is not None and loading.base[0].attempt in kept:
+            self._frozen.restored(*loading.base)
         self.restored_from = os.path.join(self.config.path, attempt.folder)
         self._restorer.undefined = None
         self._ready = True
@@ -157,12 +162,14 @@ class SaveAndRestore:
         self.client_state = sealed["client_state"]
         self._participant.restored(sealed["step"])
 
-    def _follow(self: LayerwiseEngine, head: ParentRef | None, *, new_branch: bool) -> None:
-        """From where the lineage goes on. A roll-back is made durable before the first step that follows it."""
+    def _follow(self: LayerwiseEngine, head: ParentRef | None, *, new_branch: bool) -> list[str]:
+        """From where the lineage goes on. A roll-back is made durable before the first step that follows it.
+
+        Returns the bases that `head` refers to, which are there and stay as long as checkpoints refer to them.
+        """
         seq = self._attempts.take_seq() if new_branch else None
 
-        def decide(_: list[Any]) -> None:
-            if self._committer is not None:
-                self._committer.follow(head, seq)
+        def decide(_: list[Any]) -> list[str]:
+            return self._committer.follow(head, seq) if self._committer is not None else []
 
-        self._participant.agree("continue the lineage", None, decide)
+        return list(self._participant.agree("continue the lineage", None, decide))

@@ -54,11 +54,13 @@ class Statistics:
             for name, count in _bytes_of(*self._recent.pop(0)).items():
                 self._past[name] += count
 
-    def report(self, committed: int, aborted: int, skipped: int, pool: Any) -> dict[str, float | int]:
-        """`pool` is the `_native.BufferPool`, or None before the first checkpoint."""
+    def report(self, committed: int, aborted: int, skipped: int, pool: Any, frozen: Any) -> dict[str, float | int]:
+        """`pool` is the `_native.BufferPool`, or None before the first checkpoint; `frozen` the `FrozenBases`."""
         ordered = sorted(self._per_checkpoint)
         recent = [_bytes_of(*each) for each in self._recent]
         totals = {name: past + sum(each[name] for each in recent) for name, past in self._past.items()}
+
+        totals["bytes_written"] += frozen.bytes_written
 
         def percentile(share: float) -> float:
             return 1e3 * ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
@@ -69,6 +71,8 @@ class Statistics:
             "checkpoints_aborted": aborted,
             "checkpoints_skipped": skipped,
             "state_bytes": self._state_bytes,
+            "base_bytes": frozen.nbytes,
+            "bases_written": frozen.written,
             **totals,
             "copied_share": totals["bytes_copied"] / max(1, self._captured_bytes),
             "pool_bytes": pool.capacity if pool is not None else 0,

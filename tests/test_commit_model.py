@@ -118,13 +118,13 @@ RULES = {
         Coordinator, "_report", {"elif self._finished is not None:": "elif False:"}, "committed behind|not whole|lineage",
     ),
     "keep_last newer commits are durable before one goes": Mutation(
-        Committer, "retire", {"keep_last=self._keep_last,": "keep_last=max(1, self._keep_last - 1),"}, "not whole",
+        Committer, "_retire", {"keep_last=self._keep_last,": "keep_last=max(1, self._keep_last - 1),"}, "not whole",
     ),
     "a stop names one boundary": Mutation(
         Ledger, "must_raise", {"count >= self.stop[0]": "True"}, "raise at different boundaries",
     ),
     "a roll back is durable before it is followed": Mutation(
-        Committer, "follow", {"self._manager.write_branch(branch)": "pass"}, "newest record|lineage",
+        Committer, "_follow", {"self._manager.write_branch(branch)": "pass"}, "newest record|lineage",
     ),
     "ranks meet where none has been": Mutation(
         CommonBoundary, "held", {"max(current.held.values())": "min(current.held.values())"}, "meets",

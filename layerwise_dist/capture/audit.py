@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -19,6 +20,8 @@ from layerwise_dist.pieces import Piece
 FULL_FIRST = 3  # checkpoints
 ROUND = 100  # checkpoints in which the rotation comes round
 WINDOW_BYTES = 1 << 20
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +120,10 @@ def units(pieces: Sequence[Piece]) -> list[list[Window]]:
     return groups
 
 
-def share(groups: Sequence[Sequence[Window]], turn: int) -> list[Window]:
+def share(groups: Sequence[Sequence[T]], turn: int) -> list[T]:
     """Of the groups, those of the given turn: a hundredth of them, or one where there are fewer than a hundred."""
     if len(groups) < ROUND:
         return list(groups[turn % len(groups)]) if groups else []
     turn %= ROUND
     first, last = len(groups) * turn // ROUND, len(groups) * (turn + 1) // ROUND
-    return [window for group in groups[first:last] for window in group]
+    return [each for group in groups[first:last] for each in group]

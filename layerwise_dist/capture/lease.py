@@ -103,6 +103,11 @@ class Capture:
         return self._names(unseen)
 
     @property
+    def certain(self) -> bool:
+        """Whether all of it is read again, and written before the boundary is over."""
+        return self._audit.full
+
+    @property
     def settled(self) -> bool:
         """Whether the lease is judged."""
         return self._settled.is_set()

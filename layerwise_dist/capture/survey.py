@@ -21,6 +21,9 @@ from layerwise_dist.storage.shard import PACK_BELOW, Source
 
 # Extent of everything that is copied at the boundary. No module's name can clash: it has no layer's place in the tree.
 BOUNDARY_LAYER = "(boundary)"
+# Frozen parameters of fewer bytes on a rank are copied at every boundary: that costs less than the folder, the file and
+# three flushes of a base, and the checkpoints of a model with a few frozen scalars stay complete in themselves.
+LEAST_BASE_BYTES = 1 << 20
 
 
 Arrange = Callable[[Sequence[LayerSize]], list[list[str]]]
@@ -32,9 +35,11 @@ def _one_by_one(layers: Sequence[LayerSize]) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class Survey:
-    """`batches` are captured from the update on, by lease or by staging; `copied` pieces are copied at the boundary.
+    """`batches` are captured from the update on, by lease or by staging; `copied` pieces are copied at the boundary;
+    `frozen` ones, which no update changes, are written once and referred to (`capture/frozen.py`). `frozen_params` are
+    the parameters that these are of: a DTensor's version counter rises, and not that of its local part.
 
-    `key` changes exactly when a new layout is needed: a tensor came, went, moved, or changed its shape or dtype.
+    `key` changes exactly when the shard needs a new layout: a tensor came, went, moved, or changed its shape or dtype.
     `order` names each parameter's state in the optimizer's order, `scalars` (fqn, name, the state's dict) what of it is
     no tensor. `extra_states` are the modules with `get_extra_state()`. The lists run over all pieces of all batches:
     computed once, used at every checkpoint.
@@ -42,6 +47,8 @@ class Survey:
 
     batches: tuple[Batch, ...]
     copied: tuple[Piece, ...]
+    frozen: tuple[Piece, ...]
+    frozen_params: tuple[torch.Tensor, ...]
     order: dict[str, list[str]]
     scalars: tuple[tuple[str, str, Mapping[str, Any]], ...]
     extra_states: list[tuple[str, torch.nn.Module]]
@@ -87,6 +94,7 @@ class Survey:
 
     @cached_property
     def nbytes(self) -> int:
+        """Of one shard; frozen pieces are in none."""
         return sum(piece.slice.nbytes for piece in [*self.pieces, *self.copied])
 
     @cached_property
@@ -146,6 +154,7 @@ class Surveyor:
         self._framework, self._optimizer, self._capture, self._arrange = framework, optimizer, capture, arrange
         self._params = [view.param for view in framework.params]
         self._last: tuple[_Glance, Survey] | None = None
+        self._frozen: frozenset[int] = frozenset()
 
     def forget(self) -> None:
         """The next look makes a new survey: `arrange` has changed."""
@@ -155,12 +164,23 @@ class Surveyor:
         """Before a capture of all: what is not in memory comes there. Raises LayerwiseError or OSError."""
         self._optimizer.gather()
 
-    def look(self, copying: frozenset[str] = frozenset()) -> Survey:
-        """`copying` holds names (`<kind>/<fqn>`) that the audit found unsafe to lease. Raises UnsupportedError."""
+    def look(self, copying: frozenset[str] = frozenset(), *, sealing: bool = False) -> Survey:
+        """`copying` holds names (`<kind>/<fqn>`) that the audit found unsafe to lease. With `sealing`, what was frozen at
+        the last look still is: what an optimizer has been given since its last update is changed by its next one.
+
+        Raises UnsupportedError.
+        """
         glance = self._glance(copying)
-        if self._last is None or not _same(self._last[0], glance):
-            self._last = glance, self._survey(copying, glance.states)
+        frozen = self._frozen if sealing else self._still_frozen()
+        if self._last is None or frozen is not self._frozen or not _same(self._last[0], glance):
+            self._last = glance, self._survey(copying, glance.states, frozen if sealing else None)
         return self._last[1]
+
+    def _still_frozen(self) -> frozenset[int] | None:
+        """The parameters that were frozen at the last look, by id; None if one of them is no more."""
+        if self._frozen and not self._frozen.isdisjoint(id(view.param) for view in self._optimizer.trained):
+            return None
+        return self._frozen
 
     def _glance(self, copying: frozenset[str]) -> _Glance:
         states = self._optimizer.states(self._framework.params)
@@ -172,7 +192,12 @@ class Surveyor:
         addresses = self._framework.addresses([*self._params, *dense, *(buffer for _, buffer in buffers)])
         return _Glance(copying, states, names, [*map(len, states)], values, dense, buffers, addresses)
 
-    def _survey(self, copying: frozenset[str], states: list[Mapping[str, Any]]) -> Survey:
+    def _survey(
+        self, copying: frozenset[str], states: list[Mapping[str, Any]], frozen_ids: frozenset[int] | None
+    ) -> Survey:
+        """`frozen_ids`: which parameters may be frozen; None: this is the moment to find out."""
+        frozen = self._frozen_pieces(copying, frozen_ids)
+        self._frozen = frozenset(id(view.param) for view, _ in frozen)
         layers: dict[str, list[Piece]] = {}
         copied: list[Piece] = []
         order: dict[str, list[str]] = {}
@@ -187,7 +212,8 @@ class Surveyor:
                     copied.append(piece)
 
         for view, state in zip(self._framework.params, states, strict=True):
-            add(view, "param", view.param, id(view.param) in updated)
+            if id(view.param) not in self._frozen:
+                add(view, "param", view.param, id(view.param) in updated)
             if state:
                 order[view.fqn] = list(state)
             for name, value in state.items():
@@ -206,7 +232,31 @@ class Surveyor:
             for number, batch in enumerate(made)
             for piece in batch.pieces
         ) + tuple(piece.slice for piece in copied)
-        return Survey(made, tuple(copied), order, tuple(scalars), self._framework.extra_states(), key)
+        # Small tensors first and together, as in a batch.
+        frozen.sort(key=lambda found: found[1].slice.nbytes >= PACK_BELOW)
+        return Survey(
+            made, tuple(copied), tuple(piece for _, piece in frozen), tuple(view.param for view, _ in frozen),
+            order, tuple(scalars), self._framework.extra_states(), key,
+        )  # fmt: skip
+
+    def _frozen_pieces(
+        self, copying: frozenset[str], ids: frozenset[int] | None
+    ) -> list[tuple[ParamView, Piece]]:
+        """What this rank writes of parameters that no optimizer updates, if it is enough for a base."""
+        if ids is None:
+            ids = frozenset(id(view.param) for view in self._framework.params).difference(
+                id(view.param) for view in self._optimizer.trained
+            )
+        found: list[tuple[ParamView, Piece]] = []
+        for view in self._framework.params:
+            if id(view.param) not in ids:
+                continue
+            pieces = self._framework.pieces(view, "param", view.param, lease=False)
+            fit = all(p.dense and p.slice.name not in copying and not p.tensor.is_inference() for p in pieces)
+            if fit:
+                found += [(view, piece) for piece in pieces if piece.slice.numel]
+        enough = sum(piece.slice.nbytes for _, piece in found) >= LEAST_BASE_BYTES
+        return found if enough else []
 
     def _in_layer(self, piece: Piece, copying: frozenset[str]) -> bool:
         if not piece.on_host and self._capture == "lease":

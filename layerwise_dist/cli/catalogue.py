@@ -6,10 +6,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from layerwise_dist import _native
-from layerwise_dist.commit.metadata import CheckpointMetadataManager, Inventory, Manifest, ShardRecord
+from layerwise_dist.commit.metadata import CheckpointMetadataManager, Inventory
+from layerwise_dist.commit.records import BaseRecord, Manifest
+from layerwise_dist.commit.shards import open_base, open_shard
 from layerwise_dist.errors import DamageError
 from layerwise_dist.storage import layout
 from layerwise_dist.storage.layout import AttemptId
@@ -69,20 +71,39 @@ class Catalogue:
         raise WrongUsage(f"{self.root} has no committed checkpoint in its lineage; see layerwise ls, or give --step")
 
     def missing(self, manifest: Manifest) -> str | None:
-        """What a look at sizes alone finds wrong with the shards, or None."""
-        for record in manifest.shards:
-            path = self.manager.shard_path(manifest, record.rank)
+        """What a look at sizes alone finds wrong with the shards, or with what they refer to, or None."""
+        files = [(record.file, self.manager.shard_path(manifest, record.rank), record.nbytes) for record in manifest.shards]
+        for rank, base in bases_of(manifest):
+            path = self.manager.base_path(base.attempt, rank)
+            files.append((os.path.relpath(path, self.root), path, base.nbytes))
+        for name, path, expected in files:
             try:
                 kind, nbytes = self.manager.env.stat(path)
             except FileNotFoundError:
                 if self.still_there(manifest):
-                    return f"{record.file} is missing"
+                    return f"{name} is missing"
                 return None
             if kind != "file":
-                return f"{record.file} is not a regular file"
-            if nbytes != record.nbytes:
-                return f"{record.file} is {nbytes} bytes long, the manifest says {record.nbytes}"
+                return f"{name} is not a regular file"
+            if nbytes != expected:
+                return f"{name} is {nbytes} bytes long, the manifest says {expected}"
         return None
+
+    def bases(self) -> list[dict[str, Any]]:
+        """The folders of frozen parameters: of how many bytes, and which commits refer to them."""
+        found = []
+        for base in self.inventory.bases:
+            try:
+                nbytes, _ = measure(os.path.join(self.root, layout.base_folder(base)))
+            except FileNotFoundError:
+                continue  # removed while this looks
+            referring = [m for m in self.inventory.manifests.values() if base in m.bases]
+            found.append({
+                "attempt": base, "folder": layout.base_folder(base), "bytes": nbytes,
+                "seqs": sorted(manifest.seq for manifest in referring),
+                "steps": sorted({manifest.step for manifest in referring}),
+            })  # fmt: skip
+        return found
 
     def still_there(self, manifest: Manifest) -> bool:
         """Whether it is committed now: a job that runs retires old checkpoints, manifest first, while this reads."""
@@ -112,25 +133,26 @@ class Catalogue:
         return ", ".join(map(str, steps)) if len(steps) <= 8 else f"{len(steps)} between {steps[0]} and {steps[-1]}"
 
 
+def bases_of(manifest: Manifest) -> list[tuple[int, BaseRecord]]:
+    """The frozen parameters that it refers to, with their ranks."""
+    return [(record.rank, record.base) for record in manifest.shards if record.base is not None]
+
+
+def measure(folder: str) -> tuple[int, float]:
+    """(bytes of its files, time of its last change in seconds since 1970)."""
+    with os.scandir(folder) as entries:
+        return sum(entry.stat(follow_symlinks=False).st_size for entry in entries), os.stat(folder).st_mtime
+
+
 class ShardOpener:
-    """Opens the shards of one commit with their headers checked against its manifest."""
+    """Opens the files of one commit with their headers checked against its manifest. Raises DamageError or OSError."""
 
     def __init__(self, manager: CheckpointMetadataManager, manifest: Manifest, pool: object) -> None:
         self._manager, self._manifest, self._pool = manager, manifest, pool
 
-    def open(self, record: ShardRecord) -> Shard:
-        """Raises DamageError or OSError."""
-        path = self._manager.shard_path(self._manifest, record.rank)
-        shard = Shard(
-            self._manager.env, self._pool, path, nbytes=record.nbytes, header_bytes=record.header_bytes,
-            header_hash=int(record.header_hash, 16),
-        )  # fmt: skip
-        found = shard.index
-        expected = (self._manifest.attempt, self._manifest.step, record.rank, self._manifest.world_size)
-        if (found.attempt, found.step, found.rank, found.world_size) != expected:
-            raise DamageError(
-                f"shard {path}: its header is of attempt {found.attempt}, step {found.step}, rank {found.rank} of "
-                f"{found.world_size}; the manifest is of attempt {expected[0]}, step {expected[1]}, "
-                f"rank {expected[2]} of {expected[3]}"
-            )
-        return shard
+    def open(self, rank: int) -> Shard:
+        return open_shard(self._manager, self._pool, self._manifest, rank)
+
+    def open_base(self, rank: int) -> Shard | None:
+        """The frozen parameters that the rank's shard refers to."""
+        return open_base(self._manager, self._pool, self._manifest, rank)

@@ -6,7 +6,7 @@ import os
 import time
 from typing import Any
 
-from layerwise_dist.cli.catalogue import Catalogue
+from layerwise_dist.cli.catalogue import Catalogue, measure
 from layerwise_dist.cli.console import Answer, age, row, size, table
 from layerwise_dist.storage import layout
 
@@ -24,13 +24,16 @@ def ls(catalogue: Catalogue) -> Answer:
         {"seq": branch.seq, "continues_from_seq": branch.parent.seq if branch.parent else None}
         for _, branch in sorted(catalogue.inventory.branches.items())
     ]
-    right = ("step", "seq", "ranks", "size", "age")
+    right = ("step", "seq", "ranks", "size", "shared", "age")
     tags = ("tag",) if any(entry["tag"] for entry in entries) else ()
-    shown = table("step", "seq", "status", *tags, "ranks", "size", "age", "folder", right=right)
+    bases = catalogue.bases()
+    shared = ("shared",) if bases else ()
+    shown = table("step", "seq", "status", *tags, "ranks", "size", *shared, "age", "folder", right=right)
     for entry in entries:
         created = entry["created"]
         named = (entry["tag"],) if tags else ()
-        cells = (entry["step"], entry["seq"], entry["status"], *named, entry["ranks"], size(entry["bytes"]))
+        sizes = (size(entry["bytes"]), *((size(entry["base_bytes"]),) if shared else ()))
+        cells = (entry["step"], entry["seq"], entry["status"], *named, entry["ranks"], *sizes)
         row(
             shown,
             *("-" if cell is None else cell for cell in cells),
@@ -45,9 +48,12 @@ def ls(catalogue: Catalogue) -> Answer:
         parts.append(f"seq {branch['seq']}: {'started anew' if source is None else f'rolled back to seq {source}'}")
     if any(entry["status"] == "incomplete" for entry in entries):
         parts.append("incomplete: being written now, or left by a crash (the next start removes it)")
+    for base in bases:
+        of = f"shared by step(s) {', '.join(map(str, base['steps']))}" if base["steps"] else "of no checkpoint"
+        parts.append(f"{base['folder']}: frozen parameters, {size(base['bytes'])}, {of}")
     problems = [entry["problem"] for entry in entries if entry["problem"]]
     parts += [f"damaged: {problem}" for problem in problems]
-    data = {"dir": catalogue.root, "good": not problems, "checkpoints": entries, "branches": branches}
+    data = {"dir": catalogue.root, "good": not problems, "checkpoints": entries, "branches": branches, "bases": bases}
     return Answer(data, parts, good=not problems)
 
 
@@ -59,7 +65,7 @@ def _committed(catalogue: Catalogue) -> list[dict[str, Any]]:
             "step": manifest.step, "seq": manifest.seq, "attempt": manifest.attempt,
             "status": "damaged" if problem else catalogue.status(manifest), "tag": manifest.tag,
             "ranks": manifest.world_size,
-            "bytes": manifest.nbytes, "created": manifest.created, "folder": manifest.attempt_id.folder,
+            "bytes": manifest.nbytes, "base_bytes": manifest.base_nbytes, "created": manifest.created, "folder": manifest.attempt_id.folder,
             "problem": f"{manifest.attempt_id.folder}: {problem}" if problem else None,
         })  # fmt: skip
     return found
@@ -69,12 +75,12 @@ def _incomplete(catalogue: Catalogue) -> list[dict[str, Any]]:
     found = []
     for attempt in catalogue.inventory.unfinished:
         try:
-            nbytes, created = _measure(catalogue.folder(attempt))
+            nbytes, created = measure(catalogue.folder(attempt))
         except FileNotFoundError:
             continue  # collected while this looks
         found.append({
             "step": attempt.step, "seq": attempt.seq, "attempt": attempt.text, "status": "incomplete", "tag": None,
-            "ranks": None, "bytes": nbytes, "created": created, "folder": attempt.folder, "problem": None,
+            "ranks": None, "bytes": nbytes, "base_bytes": 0, "created": created, "folder": attempt.folder, "problem": None,
         })  # fmt: skip
     return found
 
@@ -86,18 +92,12 @@ def _damaged(catalogue: Catalogue) -> list[dict[str, Any]]:
         seq = attempt.seq if attempt else layout.parse_branch(name)
         path = os.path.join(catalogue.root, name)
         try:
-            nbytes, created = _measure(path) if attempt else (os.lstat(path).st_size, os.lstat(path).st_mtime)
+            nbytes, created = measure(path) if attempt else (os.lstat(path).st_size, os.lstat(path).st_mtime)
         except FileNotFoundError:
             continue
         found.append({
             "step": attempt.step if attempt else None, "seq": seq, "attempt": attempt.text if attempt else None,
-            "status": "damaged", "tag": None, "ranks": None, "bytes": nbytes, "created": created, "folder": name,
+            "status": "damaged", "tag": None, "ranks": None, "bytes": nbytes, "base_bytes": 0, "created": created, "folder": name,
             "problem": damage,
         })  # fmt: skip
     return found
-
-
-def _measure(folder: str) -> tuple[int, float]:
-    """(bytes of its files, time of its last change in seconds since 1970)."""
-    with os.scandir(folder) as entries:
-        return sum(entry.stat(follow_symlinks=False).st_size for entry in entries), os.stat(folder).st_mtime

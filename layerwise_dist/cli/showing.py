@@ -7,9 +7,10 @@ from typing import Any
 
 from layerwise_dist.cli.catalogue import Catalogue
 from layerwise_dist.cli.console import Answer, row, size, table
-from layerwise_dist.commit.metadata import Manifest
+from layerwise_dist.commit.records import Manifest
 from layerwise_dist.errors import DamageError
 from layerwise_dist.slices import Slice
+from layerwise_dist.storage import layout
 
 _LISTED = 20
 
@@ -40,19 +41,23 @@ def _read(catalogue: Catalogue, manifest: Manifest) -> tuple[list[Found], dict[s
     problems: list[str] = []
     with catalogue.shards(manifest) as opener:
         for record in manifest.shards:
-            shard: dict[str, Any] = {"rank": record.rank, "file": record.file, "bytes": record.nbytes}
-            shards.append(shard)
-            try:
-                index = opener.open(record).index
-            except DamageError as error:
-                problems.append(str(error))
-                continue
-            shard |= {"tensors": len(index.entries), "layers": len(index.layers), "blocks": len(index.blocks)}
-            shard["hash"] = "XXH3-64" if index.hashed else "none"
-            for name, entry in index.entries.items():
-                part = entry.slice
-                tensor = tensors.setdefault(name, _tensor(name, part))
-                tensor["parts"].append({"rank": record.rank, "begin": entry.begin, "end": entry.end, **_place(part)})
+            files = [({"rank": record.rank, "file": record.file, "bytes": record.nbytes}, opener.open)]
+            if record.base is not None:
+                file = f"{layout.base_folder(record.base.attempt)}/{record.file}"
+                files.append(({"rank": record.rank, "file": file, "bytes": record.base.nbytes}, opener.open_base))
+            for shard, open_it in files:
+                shards.append(shard)
+                try:
+                    index = open_it(record.rank).index
+                except DamageError as error:
+                    problems.append(str(error))
+                    continue
+                shard |= {"tensors": len(index.entries), "layers": len(index.layers), "blocks": len(index.blocks)}
+                shard["hash"] = "XXH3-64" if index.hashed else "none"
+                for name, entry in index.entries.items():
+                    tensor = tensors.setdefault(name, _tensor(name, entry.slice))
+                    place = {"begin": entry.begin, "end": entry.end, **_place(entry.slice)}
+                    tensor["parts"].append({"rank": record.rank, "file": shard["file"], **place})
     return shards, tensors, problems
 
 
@@ -65,6 +70,11 @@ def _place(part: Slice) -> dict[str, Any]:
     if part.is_flat:
         return {"start": part.start, "length": part.length}
     return {"offsets": list(part.offsets or ()), "lengths": list(part.lengths or ())}
+
+
+def _shared(manifest: Manifest) -> str:
+    folders = ", ".join(map(layout.base_folder, manifest.bases))
+    return f"{size(manifest.base_nbytes)} of frozen parameters in {folders}: to copy the checkpoint, copy that too"
 
 
 def _parts(data: dict[str, Any], manifest: Manifest, everything: bool) -> list[Any]:
@@ -85,6 +95,7 @@ def _parts(data: dict[str, Any], manifest: Manifest, everything: bool) -> list[A
         *((("tag", manifest.tag),) if manifest.tag is not None else ()),
         ("software", ", ".join(f"{name} {version}" for name, version in sorted(manifest.software.items()))),
         ("size", size(manifest.nbytes)),
+        *((("shared", _shared(manifest)),) if manifest.bases else ()),
     ):
         row(facts, name, value)
 

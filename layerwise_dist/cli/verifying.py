@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from layerwise_dist.cli.catalogue import Catalogue
+from layerwise_dist.cli.catalogue import Catalogue, bases_of
 from layerwise_dist.cli.console import Answer, row, size, table
-from layerwise_dist.commit.metadata import Manifest
+from layerwise_dist.commit.records import BaseRecord, Manifest
 from layerwise_dist.errors import DamageError
 from layerwise_dist.storage import layout
 
@@ -36,15 +36,18 @@ def verify(catalogue: Catalogue, step: int | None) -> Answer:
             if (attempt := layout.parse_folder(name)) is not None and attempt.step == step
         }
     began = time.monotonic()
-    with _progress(sum(manifest.nbytes for manifest in manifests)) as advance:
-        results = [_verify_one(catalogue, manifest, advance) for manifest in manifests]
+    bases = {(rank, base): base.nbytes for manifest in manifests for rank, base in bases_of(manifest)}
+    with _progress(sum(manifest.nbytes for manifest in manifests) + sum(bases.values())) as advance:
+        found = _Verifier(catalogue, advance)
+        results = [found.look(manifest) for manifest in manifests]
     seconds = time.monotonic() - began
 
-    damage = [*records.values(), *(line for result in results for line in result["damage"])]
-    nbytes = sum(result["bytes"] for result in results)
+    # What checkpoints share is damaged once.
+    damage = list(dict.fromkeys([*records.values(), *(line for result in results for line in result["damage"])]))
+    nbytes = sum(result["bytes"] for result in results) + sum(bases.values())
     data = {
         "dir": catalogue.root, "good": not damage, "checkpoints": results,
-        "damaged_records": [{"name": name, "damage": text} for name, text in records.items()],
+        "bases": found.told(), "damaged_records": [{"name": name, "damage": text} for name, text in records.items()],
         "bytes": nbytes, "seconds": seconds,
     }  # fmt: skip
     if not manifests and not records:
@@ -58,32 +61,68 @@ def verify(catalogue: Catalogue, step: int | None) -> Answer:
     if unhashed:
         parts.append(f"data not hashed: whether the tensors of step(s) {', '.join(unhashed)} are sound cannot be told")
     verdict = f"{len(damage)} damages found" if damage else "no damage found" if unhashed else "all sound"
+    for base in data["bases"]:
+        if base["damage"]:
+            parts.append(f"base {base['attempt']} of rank {base['rank']} is needed by step(s) {_listed(base['steps'])}")
     parts.append(f"{size(nbytes)} read in {seconds:.1f} s; {verdict}")
     return Answer(data, parts, good=not damage)
 
 
-def _verify_one(catalogue: Catalogue, manifest: Manifest, advance: Callable[[int], None]) -> dict[str, Any]:
-    damage: list[str] = []
-    hashed = True
-    with catalogue.shards(manifest) as opener:
-        for record in manifest.shards:
-            try:
-                shard = opener.open(record)
-                hashed &= shard.index.hashed
-                damage += shard.verify()
-            except DamageError as error:
-                damage.append(str(error))
-            except OSError as error:
-                damage.append(f"shard {catalogue.manager.shard_path(manifest, record.rank)}: cannot be read: {error}")
-            advance(record.nbytes)
-    result = "damaged" if damage else "sound" if hashed else "not hashed"
-    if damage and not catalogue.still_there(manifest):
-        damage, result = [], "retired"  # a job that runs removed it meanwhile
-    return {
-        "step": manifest.step, "seq": manifest.seq, "attempt": manifest.attempt, "status": catalogue.status(manifest),
-        "ranks": manifest.world_size, "bytes": manifest.nbytes, "folder": manifest.attempt_id.folder,
-        "result": result, "damage": damage,
-    }  # fmt: skip
+def _listed(steps: list[int]) -> str:
+    return ", ".join(map(str, steps))
+
+
+class _Verifier:
+    """Looks at checkpoints; at what several of them refer to, once."""
+
+    def __init__(self, catalogue: Catalogue, advance: Callable[[int], None]) -> None:
+        self._catalogue, self._advance = catalogue, advance
+        self._bases: dict[tuple[int, BaseRecord], list[str]] = {}  # damage, by rank and record
+        self._steps: dict[tuple[int, BaseRecord], list[int]] = {}
+
+    def look(self, manifest: Manifest) -> dict[str, Any]:
+        catalogue, damage, hashed = self._catalogue, list[str](), True
+        with catalogue.shards(manifest) as opener:
+            for record in manifest.shards:
+                path = catalogue.manager.shard_path(manifest, record.rank)
+                problems, full = _read(path, lambda rank=record.rank: opener.open(rank))
+                damage += problems
+                hashed &= full
+                self._advance(record.nbytes)
+            for rank, base in bases_of(manifest):
+                if (rank, base) not in self._bases:
+                    path = catalogue.manager.base_path(base.attempt, rank)
+                    self._bases[rank, base], _ = _read(path, lambda rank=rank: opener.open_base(rank))
+                    self._advance(base.nbytes)
+                damage += self._bases[rank, base]
+                self._steps.setdefault((rank, base), []).append(manifest.step)
+        result = "damaged" if damage else "sound" if hashed else "not hashed"
+        if damage and not catalogue.still_there(manifest):
+            damage, result = [], "retired"  # a job that runs removed it meanwhile
+        return {
+            "step": manifest.step, "seq": manifest.seq, "attempt": manifest.attempt, "status": catalogue.status(manifest),
+            "ranks": manifest.world_size, "bytes": manifest.nbytes, "base_bytes": manifest.base_nbytes,
+            "folder": manifest.attempt_id.folder, "result": result, "damage": damage,
+        }  # fmt: skip
+
+    def told(self) -> list[dict[str, Any]]:
+        """Of each base, by rank: what is wrong with it, and the steps of the checkpoints that need it."""
+        return [
+            {"attempt": base.attempt, "rank": rank, "bytes": base.nbytes, "damage": damage,
+             "steps": sorted(set(self._steps[rank, base]))}
+            for (rank, base), damage in self._bases.items()
+        ]  # fmt: skip
+
+
+def _read(path: str, open_it: Callable[[], Any]) -> tuple[list[str], bool]:
+    """(what is damaged in one file, whether it is hashed)."""
+    try:
+        shard = open_it()
+        return shard.verify(), shard.index.hashed
+    except DamageError as error:
+        return [str(error)], True
+    except OSError as error:
+        return [f"shard {path}: cannot be read: {error}"], True
 
 
 @contextmanager

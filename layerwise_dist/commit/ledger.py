@@ -9,7 +9,7 @@ word is read, that the attempt was aborted or that its checkpoint was retired.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from layerwise_dist.commit.common_boundary import Hold, Meeting
@@ -152,6 +152,7 @@ class Ledger:
             nbytes=report.nbytes,
             header_bytes=report.header_bytes,
             header_hash=f"{report.header_hash:016x}",
+            base=report.base and {**asdict(report.base), "header_hash": f"{report.base.header_hash:016x}"},
         )
         return [Post(message)]
 

@@ -7,141 +7,34 @@ a fresh start, durable before the first new checkpoint. The bytes are in docs/fo
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import re
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from layerwise_dist import _native
+from layerwise_dist.commit.records import Branch, Identity, Manifest, ParentRef, R, Record, bases_of, decode, encode
 from layerwise_dist.errors import DamageError
 from layerwise_dist.storage import layout
 from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage.retention import unneeded_bases
 
 log = logging.getLogger("layerwise_dist")
 
 MANIFEST_CAP = 256 << 20
-_TAIL = re.compile(rb',"checksum":"([0-9a-f]{16})"\}\n\Z')
-_TAIL_BYTES = len(b',"checksum":"0123456789abcdef"}\n')
-_HEX16 = r"^[0-9a-f]{16}$"
-MOST_ANCESTORS = 64
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class ParentRef(_Record):
-    seq: int = Field(ge=1, lt=1 << 32)
-    attempt: str = Field(pattern=_HEX16)
-
-
-class ShardRecord(_Record):
-    rank: int = Field(ge=0)
-    file: str
-    nbytes: int = Field(ge=0)
-    header_bytes: int = Field(ge=4096)
-    header_hash: str = Field(pattern=_HEX16)
-
-
-class Manifest(_Record):
-    """The global commit record. `step` is steps completed; `created` is seconds since 1970; sizes are bytes.
-
-    `ancestors` are the lineage's commits before `parent`, newest first: the way past a parent that is damaged.
-    `tag` is the name under which the script saved it; None for those that are made by themselves.
-    """
-
-    format: Literal["layerwise-manifest-1"] = "layerwise-manifest-1"
-    identity: str = Field(pattern=r"^[0-9a-f]{32}$")
-    session: str = Field(pattern=r"^[0-9a-f]{32}$")
-    epoch: int = Field(ge=1, lt=1 << 32)
-    seq: int = Field(ge=1, lt=1 << 32)
-    attempt: str = Field(pattern=_HEX16)
-    parent: ParentRef | None
-    ancestors: list[ParentRef] = Field(max_length=MOST_ANCESTORS)
-    step: int = Field(ge=0, lt=10**10)
-    world_size: int = Field(ge=1)
-    framework: str
-    boundary: str
-    tag: str | None = None
-    created: float
-    software: dict[str, str]
-    shards: list[ShardRecord]
-
-    @property
-    def attempt_id(self) -> AttemptId:
-        return AttemptId(self.epoch, self.seq, self.step)
-
-    @property
-    def ref(self) -> ParentRef:
-        return ParentRef(seq=self.seq, attempt=self.attempt)
-
-    def light(self) -> Manifest:
-        """Without the list of shards."""
-        return self.model_copy(update={"shards": []})
-
-    @property
-    def nbytes(self) -> int:
-        return sum(shard.nbytes for shard in self.shards)
-
-
-class Branch(_Record):
-    """A commit without data: from here on the lineage continues from `parent` (None: from nothing)."""
-
-    format: Literal["layerwise-branch-1"] = "layerwise-branch-1"
-    identity: str = Field(pattern=r"^[0-9a-f]{32}$")
-    session: str = Field(pattern=r"^[0-9a-f]{32}$")
-    seq: int = Field(ge=1, lt=1 << 32)
-    parent: ParentRef | None
-    ancestors: list[ParentRef] = Field(max_length=MOST_ANCESTORS)
-
-
-class Identity(_Record):
-    """Made once for a directory; ranks that read different ones do not share a file system."""
-
-    format: Literal["layerwise-identity-1"] = "layerwise-identity-1"
-    identity: str = Field(pattern=r"^[0-9a-f]{32}$")
-
-
-R = TypeVar("R", bound=_Record)
-
-
-def encode(record: _Record) -> bytes:
-    """One line of JSON whose last member is the XXH3-64 of all bytes before it."""
-    text = record.model_dump_json()
-    if not text.isascii():
-        text = json.dumps(json.loads(text), separators=(",", ":"))
-    body = text.encode()[:-1]
-    return body + b',"checksum":"%016x"}\n' % _native.xxh3_64(body)
-
-
-def decode(data: bytes, model: type[R], path: str) -> R:
-    """Raises DamageError naming `path` for anything but the exact bytes that `encode` makes."""
-    match = _TAIL.search(data[-_TAIL_BYTES:])
-    if match is None:
-        raise DamageError(f"{path}: cut or damaged: it does not end with a checksum")
-    body = data[:-_TAIL_BYTES]
-    if _native.xxh3_64(body) != int(match[1], 16):
-        raise DamageError(
-            f"{path}: damaged: its bytes hash to {_native.xxh3_64(body):016x}, it says {match[1].decode()}"
-        )
-    try:
-        return model.model_validate_json(body + b"}")
-    except ValidationError as error:
-        raise DamageError(f"{path}: not a record of this version: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """What lies in a directory: sound manifests and branch records by seq, damage, and everything without a manifest."""
+    """What lies in a directory: sound manifests and branch records by seq, damage, and everything without a manifest.
+
+    `bases` are the attempts of which there is a folder of frozen parameters.
+    """
 
     manifests: dict[int, Manifest]
     branches: dict[int, Branch]
     damaged: dict[str, str]
     unfinished: list[AttemptId]
+    bases: list[str] = field(default_factory=list)
 
     @property
     def empty(self) -> bool:
@@ -152,6 +45,7 @@ class Inventory:
         seqs = [*self.manifests, *self.branches, *(attempt.seq for attempt in self.unfinished)]
         seqs += [attempt.seq for name in self.damaged if (attempt := layout.parse_folder(name))]
         seqs += [seq for name in self.damaged if (seq := layout.parse_branch(name)) is not None]
+        seqs += [seq for _, seq in self._wrote_bases]
         return max(seqs, default=0)
 
     @property
@@ -170,7 +64,12 @@ class Inventory:
     def last_epoch(self) -> int:
         epochs = [manifest.epoch for manifest in self.manifests.values()] + [a.epoch for a in self.unfinished]
         epochs += [attempt.epoch for name in self.damaged if (attempt := layout.parse_folder(name))]
+        epochs += [epoch for epoch, _ in self._wrote_bases]
         return max(epochs, default=0)
+
+    @property
+    def _wrote_bases(self) -> list[tuple[int, int]]:
+        return [found for base in self.bases if (found := layout.parse_base(base)) is not None]
 
     def lineage(self, *, unbroken: bool = False) -> list[Manifest]:
         """The commits that restore may choose from, newest first.
@@ -206,7 +105,7 @@ class Inventory:
     def light(self) -> Inventory:
         """Without the lists of shards, which are most of it: enough to know the lineage by."""
         manifests = {seq: manifest.light() for seq, manifest in self.manifests.items()}
-        return Inventory(manifests, dict(self.branches), dict(self.damaged), list(self.unfinished))
+        return Inventory(manifests, dict(self.branches), dict(self.damaged), list(self.unfinished), list(self.bases))
 
     def roots(self) -> set[int]:
         """Seqs of the commits that descend from the same first commit as the lineage's newest, abandoned ones too."""
@@ -250,7 +149,7 @@ class CheckpointMetadataManager:
                         unfinished.append(attempt)
             except DamageError as error:
                 damaged[name] = str(error)
-        return Inventory(manifests, branches, damaged, unfinished)
+        return Inventory(manifests, branches, damaged, unfinished, self.bases())
 
     def read_manifest(self, attempt: AttemptId) -> Manifest:
         """Raises FileNotFoundError (no commit), DamageError, or OSError."""
@@ -262,13 +161,26 @@ class CheckpointMetadataManager:
             shard.file != layout.shard_file(shard.rank) for shard in manifest.shards
         ):
             raise DamageError(f"{path}: does not list one shard for each of {manifest.world_size} ranks")
+        if manifest.bases != bases_of(manifest.shards):
+            raise DamageError(f"{path}: lists other bases than its shards refer to")
         return manifest
+
+    def bases(self) -> list[str]:
+        """The attempts of which there is a folder of frozen parameters. Raises OSError."""
+        try:
+            names = self.env.list_dir(os.path.join(self.root, layout.BASES))
+        except FileNotFoundError:
+            return []
+        return [name for name in names if layout.parse_base(name) is not None]
 
     def manifest_path(self, attempt: AttemptId) -> str:
         return os.path.join(self.root, attempt.folder, layout.MANIFEST)
 
     def shard_path(self, manifest: Manifest, rank: int) -> str:
         return os.path.join(self.root, manifest.attempt_id.folder, layout.shard_file(rank))
+
+    def base_path(self, base: str, rank: int) -> str:
+        return os.path.join(self.root, layout.base_folder(base), layout.shard_file(rank))
 
     def read_identity(self) -> Identity:
         return self._read(os.path.join(self.root, layout.IDENTITY), Identity)
@@ -298,7 +210,7 @@ class CheckpointMetadataManager:
     def write_identity(self, identity: Identity) -> None:
         self._publish(self.root, layout.IDENTITY + ".tmp", layout.IDENTITY, identity)
 
-    def _publish(self, folder: str, temporary: str, final: str, record: _Record) -> None:
+    def _publish(self, folder: str, temporary: str, final: str, record: Record) -> None:
         source = os.path.join(folder, temporary)
         try:
             self.env.unlink(source)  # of an earlier try that failed half-way
@@ -340,17 +252,30 @@ class CheckpointMetadataManager:
         except OSError:
             pass  # a file that is not ours keeps it
 
+    def remove_base(self, base: str) -> None:
+        """Removes frozen parameters. REQUIRES: no manifest refers to them, or ever will, whatever a crash brings back."""
+        folder = os.path.join(self.root, layout.base_folder(base))
+        for name in self.env.list_dir(folder):
+            if layout.is_shard_file(name):
+                self._unlink(os.path.join(folder, name))
+        try:
+            self.env.remove_dir(folder)
+        except OSError:
+            pass  # a file that is not ours keeps it
+
     def collect_leftovers(self, inventory: Inventory) -> None:
         """Cleans up after dead sessions. REQUIRES: the owner lock is held, and no attempt of this session exists.
 
         What was read is made durable first: a session may have died between a manifest's rename or removal and its
         flush, and what this one builds on, or takes the shards of, must not change with a power failure.
         """
+        references_known = not inventory.damaged
         for attempt in inventory.unfinished:
             try:
                 self.env.sync_dir(os.path.join(self.root, attempt.folder))
                 self.collect(attempt)
             except OSError as error:
+                references_known = False  # if that was the flush, a crash may bring its manifest back
                 log.warning("leftovers of step %d stay until the next start: %s", attempt.step, error)
         for manifest in inventory.manifests.values():
             folder = os.path.join(self.root, manifest.attempt_id.folder)
@@ -361,6 +286,8 @@ class CheckpointMetadataManager:
         for name in self.env.list_dir(self.root):
             if layout.is_branch_tmp(name) or layout.is_spare(name) or name == layout.IDENTITY + ".tmp":
                 self._unlink(os.path.join(self.root, name))
+        for base in unneeded_bases(inventory.bases, inventory.manifests.values()) if references_known else ():
+            self.remove_base(base)
 
     def remove_branch(self, seq: int) -> None:
         self._unlink(os.path.join(self.root, layout.branch_file(seq)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import threading
 import time
 import uuid
 from collections import deque
@@ -15,24 +16,23 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from layerwise_dist.commit.coordinator import Coordinator, CoordinatorThread
-from layerwise_dist.commit.metadata import (
+from layerwise_dist.commit.metadata import CheckpointMetadataManager, InDoubt, Inventory
+from layerwise_dist.commit.owner import Owner
+from layerwise_dist.commit.participant import Participant
+from layerwise_dist.commit.records import (
     MOST_ANCESTORS,
     Branch,
-    CheckpointMetadataManager,
     Identity,
-    InDoubt,
-    Inventory,
     Manifest,
     ParentRef,
     ShardRecord,
+    bases_of,
 )
-from layerwise_dist.commit.owner import Owner
-from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.transports import Message, Transport
 from layerwise_dist.errors import DamageError, DirectoryError, OwnerError
 from layerwise_dist.storage import layout
 from layerwise_dist.storage.layout import AttemptId
-from layerwise_dist.storage.retention import retired
+from layerwise_dist.storage.retention import retired, unneeded_bases
 
 log = logging.getLogger("layerwise_dist")
 
@@ -65,12 +65,24 @@ class Committer:
         self._ancestors: list[ParentRef] = []
         # Its own records are the only new ones: what lies in the directory is read once, not at each commit.
         self._known: Inventory | None = None
+        self._doubted: list[Manifest] = []  # removed, which a crash may undo
+        self._bases_are_used = False
+        self._bases_tried: set[str] = set()  # to remove
+        # `follow` comes from the training thread, while the coordinator's may still retire behind the last commit.
+        self._lock = threading.Lock()
         self._announced: deque[AttemptId] = deque(maxlen=_REMEMBERED)
         self.boundary_kind = "explicit"
         self.tags: dict[int, str] = {}  # of attempts, by seq: set before they are sealed
 
-    def follow(self, head: ParentRef | None, branch_seq: int | None) -> None:
-        """The next commit continues from `head`. With `branch_seq`, a branch record makes that durable at once."""
+    def follow(self, head: ParentRef | None, branch_seq: int | None) -> list[str]:
+        """The next commit continues from `head`. With `branch_seq`, a branch record makes that durable at once.
+
+        Returns the bases that `head` refers to, which stay from now on until a commit refers to others.
+        """
+        with self._lock:
+            return self._follow(head, branch_seq)
+
+    def _follow(self, head: ParentRef | None, branch_seq: int | None) -> list[str]:
         self._known = self._manager.inventory().light()
         chain = self._known.chain(head) if head is not None else []
         ancestors = [manifest.ref for manifest in chain[1 : 1 + MOST_ANCESTORS]]
@@ -82,6 +94,7 @@ class Committer:
             self._manager.write_branch(branch)
             self._known.branches[branch_seq] = branch
         self._head, self._ancestors = head, ancestors
+        return chain[0].bases if chain else []
 
     def commit(self, seq: int, step: int, reports: list[Message]) -> None:
         """Raises OSError, InDoubt or OwnerError, as `Coordinator` expects."""
@@ -92,7 +105,8 @@ class Committer:
         manifest = Manifest(
             identity=self.info.identity, session=self.info.session, epoch=self.info.epoch, seq=seq, attempt=attempt.text,
             parent=self._head, ancestors=self._ancestors, step=step, world_size=self._world_size, framework=self._framework,
-            boundary=self.boundary_kind, tag=self.tags.pop(seq, None), created=time.time(), software=self._software, shards=shards,
+            boundary=self.boundary_kind, tag=self.tags.pop(seq, None), created=time.time(), software=self._software,
+            bases=bases_of(shards), shards=shards,
         )  # fmt: skip
         self.owner.check()
         self._manager.commit(manifest)
@@ -103,12 +117,17 @@ class Committer:
         self._head = manifest.ref
 
     def retire(self, announce: Callable[[Message], None]) -> None:
-        """Removes what retention no longer keeps, and branch records that a newer commit has made history.
+        """Removes what retention no longer keeps, branch records that a newer commit has made history, and frozen
+        parameters that no checkpoint refers to.
 
         Shards of this session are left to the ranks that wrote them, who may reuse them: it is announced to them once
         the manifest is gone for good. Those of earlier sessions are removed here, since nothing knows which queued
         writes may still reach them.
         """
+        with self._lock:
+            self._retire(announce)
+
+    def _retire(self, announce: Callable[[Message], None]) -> None:
         if self._known is None:
             self._known = self._manager.inventory().light()
         inventory = self._known
@@ -121,7 +140,7 @@ class Committer:
             try:
                 self._manager.withdraw(attempt)
             except InDoubt:
-                del inventory.manifests[seq]  # a flush that failed is not tried again
+                self._doubted.append(inventory.manifests.pop(seq))  # a flush that failed is not tried again
                 raise
             del inventory.manifests[seq]
             if self._of_this_session(attempt):
@@ -135,6 +154,22 @@ class Committer:
             for seq in [seq for seq in inventory.branches if seq < kept[-1].seq]:
                 self._manager.remove_branch(seq)
                 del inventory.branches[seq]
+        self._remove_bases(inventory)
+
+    def _remove_bases(self, inventory: Inventory) -> None:
+        """None as long as there may be references that are not known: in a damaged manifest, or in one whose removal by an
+        earlier session could not be flushed.
+        """
+        referring = [*inventory.manifests.values(), *self._doubted]
+        self._bases_are_used |= bool(inventory.bases) or any(manifest.bases for manifest in referring)
+        returning = any(attempt.epoch < self.info.epoch for attempt in inventory.unfinished)
+        if not self._bases_are_used or inventory.damaged or returning or self._head is None:
+            return
+        for base in unneeded_bases(self._manager.bases(), referring, below=self._head.seq):
+            if base not in self._bases_tried:
+                self._bases_tried.add(base)
+                self.owner.check()
+                self._manager.remove_base(base)
 
     def _of_this_session(self, attempt: AttemptId) -> bool:
         return attempt.epoch == self.info.epoch

@@ -195,6 +195,12 @@ class CompositeOptimizer(OptimizerAdapter):
         return [view for view in self._framework.params if view.fqn in self._owner]
 
     @property
+    def trained(self) -> list[ParamView]:
+        self._check_owners()
+        held = {view.fqn for member in self._members.values() for view in member.trained}
+        return [view for view in self._framework.params if view.fqn in held]
+
+    @property
     def layer_order(self) -> Sequence[str]:
         return list(dict.fromkeys(layer for member in self._members.values() for layer in member.layer_order))
 

@@ -166,6 +166,10 @@ class FSDP1FlatOptimizer(FlatState, TorchOptimizer):
     def base(self) -> torch.optim.Optimizer:
         return self._optimizer
 
+    @property
+    def trained(self) -> list[ParamView]:
+        return self.views  # what a view has is a shape only, so that nothing can be asked of it
+
     def units(self) -> list[list[int]]:
         return [[self.flat.number_of(unit) for unit in group["params"]] for group in self._optimizer.param_groups]
 

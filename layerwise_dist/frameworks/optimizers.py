@@ -68,6 +68,11 @@ class OptimizerAdapter:
         raise NotImplementedError
 
     @property
+    def trained(self) -> list[ParamView]:
+        """Those of `views` that an update may change, by all that is known of them. The rest may be frozen."""
+        return self.views
+
+    @property
     def state_views(self) -> list[ParamView]:
         """Those of `views` whose state this rank has, or may have."""
         return self.views
@@ -157,6 +162,18 @@ class TorchOptimizer(OptimizerAdapter):
         """Of the groups as they are now: one may have been added since."""
         updated = {id(param) for group in self._optimizer.param_groups for param in group["params"]}
         return [view for view in self._framework.params if id(view.param) in updated]
+
+    @property
+    def trained(self) -> list[ParamView]:
+        """Not those that need no gradient, have none, and were never updated: ``AdamW(model.parameters())`` of a model
+        with adapters holds its frozen base too, and passes it by.
+        """
+        states = self._state
+        return [
+            view
+            for view in self.views
+            if view.param.requires_grad or view.param.grad is not None or states.get(view.param)
+        ]
 
     @property
     def _state(self) -> MutableMapping[torch.Tensor, dict[str, Any]]:

@@ -41,6 +41,10 @@ class ZeroRedundancyAdapter(TorchOptimizer):
         return found
 
     @property
+    def trained(self) -> list[ParamView]:
+        return self.views  # every update sends all of them around
+
+    @property
     def _state(self) -> MutableMapping[torch.Tensor, dict[str, Any]]:
         return self._optimizer.optim.state
 

@@ -18,7 +18,8 @@ from layerwise_dist.pieces import DTYPES
 from layerwise_dist.restore.planner import ShardSet, Span, plan
 from layerwise_dist.slices import Slice
 from layerwise_dist.storage import typed_json
-from layerwise_dist.storage.reader import Entry
+from layerwise_dist.storage.base import BaseReport
+from layerwise_dist.storage.reader import Entry, Shard, ShardIndex
 
 _LISTED = 8
 
@@ -27,13 +28,15 @@ _LISTED = 8
 class LoadPlan:
     """One rank's restore, checked and ready. `sealed` is what the boundary saved (see `engine.LayerwiseEngine`).
 
-    `lacking` are the model's tensors (`<kind>/<fqn>`) that the checkpoint has not, and need not have.
+    `lacking` are the model's tensors (`<kind>/<fqn>`) that the checkpoint has not, and need not have. `base` is what is
+    known of the frozen parameters that this rank's shard refers to.
     """
 
     sealed: dict[str, Any]
     reads: list[tuple[torch.Tensor, list[Span]]] = field(default_factory=list)
     states: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     lacking: list[str] = field(default_factory=list)
+    base: tuple[BaseReport, ShardIndex] | None = None
 
 
 def prepare(
@@ -43,10 +46,11 @@ def prepare(
 
     Raises MismatchError listing every name that is missing, unexpected or of another shape; DamageError; OSError."""
     index = _index(shards, framework)
-    text, blob = shards.own.state()
-    sealed = typed_json.loads(text, blob, where=f"shard {shards.own.index.path}")
+    own = shards.own[0]
+    text, blob = own.state()
+    sealed = typed_json.loads(text, blob, where=f"shard {own.index.path}")
     if not isinstance(sealed, dict):
-        raise DamageError(f"shard {shards.own.index.path}: its state is not an object")
+        raise DamageError(f"shard {own.index.path}: its state is not an object")
     loading = LoadPlan(sealed)
     missing: list[str] = []
     shaped: list[str] = []
@@ -72,7 +76,7 @@ def prepare(
             by_fqn.setdefault(fqn, []).append(name)
     for view in optimizer.state_views:
         for name in by_fqn.pop(view.fqn, []):
-            rank, entry = index[name][0]
+            _, entry = index[name][0]
             tensor = optimizer.place(view, entry.slice, entry.wrapped)
             loading.states.setdefault(view.fqn, {})[entry.slice.kind] = tensor
             want(framework.need(view, entry.slice.kind, tensor), tensor)
@@ -93,9 +97,9 @@ def prepare(
     return loading
 
 
-def load(loading: LoadPlan, shards: ShardSet) -> None:
+def load(loading: LoadPlan) -> None:
     """Reads everything, verified block by block. On DamageError or OSError live tensors may be partly overwritten."""
-    by_rank: dict[int, list[tuple[int, int, int]]] = {}
+    by_shard: dict[int, tuple[Shard, list[tuple[int, int, int]]]] = {}
     staged: list[tuple[torch.Tensor, torch.Tensor]] = []
     for tensor, spans in loading.reads:
         target = tensor
@@ -103,21 +107,30 @@ def load(loading: LoadPlan, shards: ShardSet) -> None:
             target = torch.empty(tensor.shape, dtype=tensor.dtype)
             staged.append((tensor, target))
         for span in spans:
-            by_rank.setdefault(span.rank, []).append((span.begin, span.end, target.data_ptr() + span.offset))
-    for rank, ranges in by_rank.items():
-        shards.shard(rank).read_into(ranges)
+            _, ranges = by_shard.setdefault(id(span.shard), (span.shard, []))
+            ranges.append((span.begin, span.end, target.data_ptr() + span.offset))
+    for shard, ranges in by_shard.values():
+        shard.read_into(ranges)
     with torch.no_grad():
         for tensor, target in staged:
             tensor.copy_(target)
 
 
-def _index(shards: ShardSet, framework: Framework) -> dict[str, list[tuple[int, Entry]]]:
-    """Entries by name, this rank's first. Others' only of what ranks share: the rest is none of this rank's business."""
-    index = {name: [(shards.own.index.rank, entry)] for name, entry in shards.own.index.entries.items()}
-    for rank, shard in shards.others() if framework.shared_params or framework.shared_buffers else ():
+def _index(shards: ShardSet, framework: Framework) -> dict[str, list[tuple[Shard, Entry]]]:
+    """Entries by name, this rank's first. Others' only of what ranks share: the rest is none of this rank's business.
+
+    Raises DamageError for a tensor that is both in the shard and in its base.
+    """
+    index: dict[str, list[tuple[Shard, Entry]]] = {}
+    for shard in shards.own:
+        for name, entry in shard.index.entries.items():
+            if name in index:
+                raise DamageError(f"shard {shard.index.path}: {name} is also in {index[name][0][0].index.path}")
+            index[name] = [(shard, entry)]
+    for shard in shards.others() if framework.shared_params or framework.shared_buffers else ():
         for name, entry in shard.index.entries.items():
             if framework.shared(*name.split("/", 1)):
-                index.setdefault(name, []).append((rank, entry))
+                index.setdefault(name, []).append((shard, entry))
     return index
 
 

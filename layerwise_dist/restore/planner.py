@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from layerwise_dist.errors import MismatchError
@@ -12,42 +12,39 @@ from layerwise_dist.storage.reader import Entry, Shard
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Bytes `begin` to `end` of rank `rank`'s shard go to `offset` bytes into the wanted slice."""
+    """Bytes `begin` to `end` of a shard go to `offset` bytes into the wanted slice."""
 
-    rank: int
+    shard: Shard
     begin: int
     end: int
     offset: int
 
 
 class ShardSet:
-    """The shards of one commit, opened when first needed; this rank's own first."""
+    """The shards of one commit, opened when first needed; this rank's own first.
 
-    def __init__(self, own: int, world_size: int, open_shard: Callable[[int], Shard]) -> None:
-        self._own, self._world_size, self._open_shard = own, world_size, open_shard
-        self._open: dict[int, Shard] = {}
+    Each comes with the frozen parameters that it refers to, which are as good as in it.
+    """
 
-    def shard(self, rank: int) -> Shard:
+    def __init__(self, own: int, world_size: int, open_shards: Callable[[int], Sequence[Shard]]) -> None:
+        """`open_shards(rank)` gives that rank's shard, then its base if it has one."""
+        self._own, self._world_size, self._open_shards = own, world_size, open_shards
+        self._open: dict[int, Sequence[Shard]] = {}
+
+    def of(self, rank: int) -> Sequence[Shard]:
         if rank not in self._open:
-            self._open[rank] = self._open_shard(rank)
+            self._open[rank] = self._open_shards(rank)
         return self._open[rank]
 
     @property
-    def own(self) -> Shard:
-        return self.shard(self._own)
+    def own(self) -> Sequence[Shard]:
+        return self.of(self._own)
 
-    def others(self) -> Iterable[tuple[int, Shard]]:
-        return ((rank, self.shard(rank)) for rank in range(self._world_size) if rank != self._own)
-
-    def find(self, name: str, *, alone: bool) -> list[tuple[int, Entry]]:
-        """All entries of that name, this rank's first; with `alone`, only this rank's."""
-        found = [(self._own, self.own.index.entries.get(name))]
-        if not alone:
-            found += [(rank, shard.index.entries.get(name)) for rank, shard in self.others()]
-        return [(rank, entry) for rank, entry in found if entry is not None]
+    def others(self) -> Iterable[Shard]:
+        return (shard for rank in range(self._world_size) if rank != self._own for shard in self.of(rank))
 
 
-def plan(wanted: Slice, found: list[tuple[int, Entry]]) -> list[Span]:
+def plan(wanted: Slice, found: list[tuple[Shard, Entry]]) -> list[Span]:
     """Raises MismatchError when the entries do not give exactly the wanted slice."""
     if not found:
         raise MismatchError(f"{wanted.name} is missing from the checkpoint")
@@ -59,20 +56,23 @@ def plan(wanted: Slice, found: list[tuple[int, Entry]]) -> list[Span]:
             )
     if not wanted.numel and wanted.is_flat:
         return []
-    for rank, entry in found:
+    for shard, entry in found:
         if entry.slice == wanted:
-            return [Span(rank, entry.begin, entry.end, 0)]
+            return [Span(shard, entry.begin, entry.end, 0)]
     item = ITEM_BYTES[wanted.dtype]
-    ranges = sorted((entry.slice.start, rank, entry) for rank, entry in found if entry.slice.start is not None)
+    ranges = sorted(
+        ((entry.slice.start, shard, entry) for shard, entry in found if entry.slice.start is not None),
+        key=lambda item: (item[0], item[1].index.rank),
+    )
     if wanted.is_whole and ranges:
         spans, filled = [], 0
-        for start, rank, entry in ranges:
+        for start, shard, entry in ranges:
             if start == filled:
-                spans.append(Span(rank, entry.begin, entry.end, start * item))
+                spans.append(Span(shard, entry.begin, entry.end, start * item))
                 filled += entry.slice.numel
         if filled == wanted.numel:
             return spans
-    places = "; ".join(f"rank {rank}: {entry.slice.place()}" for rank, entry in found[:4])
+    places = "; ".join(f"rank {shard.index.rank}: {entry.slice.place()}" for shard, entry in found[:4])
     raise MismatchError(
         f"{wanted.name}: this rank needs {wanted.place()}, the checkpoint is cut otherwise ({places}); "
         "restoring into another sharding is not supported by this version"

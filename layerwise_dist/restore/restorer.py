@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from layerwise_dist.commit.metadata import CheckpointMetadataManager, Manifest
+from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.participant import Participant
+from layerwise_dist.commit.records import Manifest
+from layerwise_dist.commit.shards import open_base, open_shard
 from layerwise_dist.errors import DamageError, MismatchError, NotFoundError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
@@ -15,6 +17,7 @@ from layerwise_dist.restore.agreement import Wish
 from layerwise_dist.restore.loader import LoadPlan
 from layerwise_dist.restore.planner import ShardSet
 from layerwise_dist.storage.adapter import PCCheckAdapter
+from layerwise_dist.storage.base import BaseReport
 from layerwise_dist.storage.layout import AttemptId
 from layerwise_dist.storage.reader import Shard
 
@@ -75,22 +78,21 @@ class Restorer:
 
     def _load(self, attempt: AttemptId, partly: bool) -> LoadPlan | None:
         """One candidate, on all ranks: check everything, then read. None if damaged somewhere; other errors are raised."""
-        sound, checked = agreement.together(
+        sound, loading = agreement.together(
             self._participant, f"check step {attempt.step}", lambda: self._check(attempt, partly)
         )
         if not sound:
             return None
-        loading, shards = checked
         self._framework.take_up(loading.sealed["wrapper"])
         self.undefined = (
             f"the restore of step {attempt.step} did not finish: parameters and optimizer state are undefined"
         )
         sound, _ = agreement.together(
-            self._participant, f"load step {attempt.step}", lambda: loader.load(loading, shards)
+            self._participant, f"load step {attempt.step}", lambda: loader.load(loading)
         )
         return loading if sound else None
 
-    def _check(self, attempt: AttemptId, partly: bool) -> tuple[LoadPlan, ShardSet]:
+    def _check(self, attempt: AttemptId, partly: bool) -> LoadPlan:
         try:
             manifest = self._manager.read_manifest(attempt)
         except FileNotFoundError:
@@ -110,21 +112,13 @@ class Restorer:
         where = f"step {manifest.step} in {self._manager.root}"
         loading = loader.prepare(framework, self._optimizer, shards, where, partly=partly)
         self._check_objects(loading.sealed["objects"])
-        return loading, shards
+        record = manifest.shards[framework.rank].base
+        if record is not None:
+            report = BaseReport(record.attempt, record.nbytes, record.header_bytes, int(record.header_hash, 16))
+            loading.base = report, shards.own[1].index
+        return loading
 
-    def _open(self, manifest: Manifest, rank: int) -> Shard:
-        record = manifest.shards[rank]
-        shard = Shard(
-            self._adapter.env,
-            self._adapter.pool,
-            self._manager.shard_path(manifest, rank),
-            nbytes=record.nbytes,
-            header_bytes=record.header_bytes,
-            header_hash=int(record.header_hash, 16),
-        )
-        index = shard.index
-        if (index.attempt, index.step, index.rank) != (manifest.attempt, manifest.step, rank):
-            raise DamageError(
-                f"shard {index.path}: is rank {index.rank}'s of step {index.step}, attempt {index.attempt}"
-            )
-        return shard
+    def _open(self, manifest: Manifest, rank: int) -> list[Shard]:
+        pool = self._adapter.pool
+        base = open_base(self._manager, pool, manifest, rank)
+        return [open_shard(self._manager, pool, manifest, rank), *([base] if base is not None else [])]

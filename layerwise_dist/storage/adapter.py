@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from layerwise_dist import _native
 from layerwise_dist.errors import ConfigError, DeadlineError
 from layerwise_dist.storage import layout
+from layerwise_dist.storage.base import BaseFile, BaseReport
 from layerwise_dist.storage.gathered import GatheredExtent, gather
 from layerwise_dist.storage.layout import AttemptId
 from layerwise_dist.storage.recycling import Recycler
@@ -27,13 +28,17 @@ log = logging.getLogger("layerwise_dist")
 
 @dataclass(frozen=True, slots=True)
 class ShardReport:
-    """What a rank tells the coordinator once its shard is durable. Sizes in bytes, hash XXH3-64 of the header."""
+    """What a rank tells the coordinator once its shard is durable. Sizes in bytes, hash XXH3-64 of the header.
+
+    `base` is the file of frozen parameters that the shard refers to, durable too.
+    """
 
     rank: int
     file: str
     nbytes: int
     header_bytes: int
     header_hash: int
+    base: BaseReport | None = None
 
 
 class Laid(NamedTuple):
@@ -79,7 +84,7 @@ class PCCheckAdapter:
         self.recycler = Recycler(env, root, rank, limit=spares, file_mode=file_mode)
         self.env, self.root, self.rank, self.world_size = env, root, rank, world_size
         self.file_mode, self.dir_mode = file_mode, dir_mode
-        self._block_bytes, self._queue_depth = block_bytes, queue_depth
+        self.block_bytes, self._queue_depth = block_bytes, queue_depth
         self.backend = _choose_backend(backend, rank)
         self.buffers: Any = None
         self._pool: Any = None
@@ -103,7 +108,7 @@ class PCCheckAdapter:
     @property
     def bounce_bytes(self) -> int:
         """What the writer takes of the pool for itself."""
-        return self._queue_depth * self._block_bytes
+        return self._queue_depth * self.block_bytes
 
     def allocate_staging_buffer(self, size_mb: float) -> None:
         """Starts the writer, with one bounded piece of memory of `size_mb` MiB for bounce buffers, evacuation and staging.
@@ -115,7 +120,7 @@ class PCCheckAdapter:
             self._outgrown.append(self._pool)
         self.buffers = _native.BufferPool(int(size_mb * 2**20))
         core = "uring" if self.backend == "uring" else "posix"  # mapped files are written by threads
-        self._pool = _native.WriterPool(self._queue_depth, core, self.buffers, self._block_bytes)
+        self._pool = _native.WriterPool(self._queue_depth, core, self.buffers, self.block_bytes)
 
     @property
     def pool(self) -> Any:
@@ -126,7 +131,7 @@ class PCCheckAdapter:
 
     def lay_out(self, layers: Sequence[tuple[str, Sequence[Source]]], gathered: Collection[int]) -> Laid:
         """The static layout for these layers, of which `gathered` ones are written out of one buffer each."""
-        shard = ShardLayout(layers, self.memory_align, self._block_bytes)
+        shard = ShardLayout(layers, self.memory_align, self.block_bytes)
         segments, extents = gather(shard, gathered)
         plan = _native.Plan(shard.blocks, segments, shard.tensors + len(extents), shard.end)
         return Laid(shard, plan, extents)
@@ -141,18 +146,22 @@ class PCCheckAdapter:
         partial = os.path.join(folder, layout.shard_file(self.rank) + layout.PARTIAL)
         return ShardWrite(self, attempt, shard, self._writer(plan, partial), folder)
 
+    def begin_base(self, attempt: AttemptId, shard: ShardLayout, plan: Any) -> BaseFile:
+        """Creates this rank's file of frozen parameters. Raises OSError; nothing is queued yet."""
+        return BaseFile(self, attempt, shard, plan)
+
+    def writer_of(self, plan: Any, partial: str, *, hash: bool = True, reuse: str | None = None) -> Any:
+        """A `_native.ShardWriter` of a new file, or over a retired one. Raises OSError."""
+        return _native.ShardWriter(
+            self.env, self._pool, plan, partial, self.file_mode, self.direct, hash=hash, reuse=reuse
+        )
+
     def _writer(self, plan: Any, partial: str) -> Any:
         """Over a retired file if one waits, else into a new one. Raises OSError."""
-
-        def make(reuse: str | None) -> Any:
-            return _native.ShardWriter(
-                self.env, self._pool, plan, partial, self.file_mode, self.direct, hash=self.hash, reuse=reuse
-            )
-
         spare = self.recycler.take()
         if spare is not None:
             try:
-                return make(spare)
+                return self.writer_of(plan, partial, hash=self.hash, reuse=spare)
             except OSError as error:
                 log.warning("rank %d: a new file instead of a retired one: %s", self.rank, error)
                 for path in (spare, partial):
@@ -160,7 +169,7 @@ class PCCheckAdapter:
                         self.env.unlink(path)
                     except FileNotFoundError:
                         pass
-        return make(None)
+        return self.writer_of(plan, partial, hash=self.hash)
 
     def close(self) -> None:
         self.recycler.close()
@@ -183,6 +192,8 @@ class ShardWrite:
         self._adapter, self._writer = adapter, writer
         # Asked before the header is written; it raises if what the blocks were read from had changed by then.
         self.confirm: Callable[[float], None] = _nothing
+        # Waits until the frozen parameters that this shard refers to are durable, and says what they are.
+        self.base: Callable[[float], BaseReport] | None = None
         self._state: tuple[int, int] = (0, 0)
         self.state_bytes = 0  # of the state extent
         self._state_hash = 0
@@ -250,15 +261,17 @@ class ShardWrite:
         self._writer.append(data)
 
     def persist(self, timeout_s: float) -> ShardReport:
-        """Blocks, header, fdatasync, rename, directory flushes: afterwards the shard survives power loss.
+        """Blocks, the base, header, fdatasync, rename, directory flushes: afterwards the shard survives power loss, and
+        what it refers to.
 
         The order is the promise (docs/format.md, "Order of flushes"). Raises OSError, or DeadlineError when the
-        blocks are not written in `timeout_s` seconds; the attempt must then be aborted.
+        blocks are not written in `timeout_s` seconds, or what `confirm` and `base` raise; the attempt must then be aborted.
         """
         deadline = time.monotonic() + timeout_s
         self._written(timeout_s, deadline)
         self.confirm(max(0.0, deadline - time.monotonic()))
         self._written(timeout_s, deadline)  # what was still being staged at the first look
+        base = self.base(max(0.0, deadline - time.monotonic())) if self.base is not None else None
         adapter, env = self._adapter, self._adapter.env
         hashes = self._writer.hashes_hex()[: 16 * len(self.layout.blocks)] if adapter.hash else None
         header = self.layout.header(
@@ -266,7 +279,7 @@ class ShardWrite:
             hashes=hashes, state=self._state, state_hash=f"{self._state_hash:016x}",
         )  # fmt: skip
         self._writer.finish(header)
-        self.confirm = _nothing  # nothing is read any more: what it kept alive may go
+        self.confirm, self.base = _nothing, None  # nothing is read any more: what they kept alive may go
         name = layout.shard_file(adapter.rank)
         final = os.path.join(self.folder, name)
         env.rename(final + layout.PARTIAL, final)
@@ -277,7 +290,7 @@ class ShardWrite:
             log.warning("rank %d: %s took longer than %g s to flush", adapter.rank, self.folder, timeout_s)
         adapter.recycler.published(self.attempt, len(header))
         nbytes = self.layout.end + self.state_bytes
-        return ShardReport(adapter.rank, name, nbytes, len(header), _native.xxh3_64(header))
+        return ShardReport(adapter.rank, name, nbytes, len(header), _native.xxh3_64(header), base)
 
     def _written(self, timeout_s: float, deadline: float) -> None:
         if not self._writer.wait(max(0.0, deadline - time.monotonic())):
@@ -288,7 +301,7 @@ class ShardWrite:
     def abort(self) -> None:
         """Stops writing and closes; the poisoned file stays until `discard`. Never raises for a closed one."""
         self._writer.abort()
-        self.confirm = _nothing
+        self.confirm, self.base = _nothing, None
 
     def discard(self) -> None:
         """Removes this rank's files of a decided, uncommitted attempt; the last rank to leave removes the folder."""

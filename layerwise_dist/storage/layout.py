@@ -6,6 +6,7 @@
     <dir>/spare_<attempt>_<rank>
     <dir>/step_<step>-<attempt>/rank_<rank>.safetensors[.partial]
     <dir>/step_<step>-<attempt>/manifest.json[.tmp]
+    <dir>/base/<attempt>/rank_<rank>.safetensors[.partial]
 
 An attempt's id is sixteen hexadecimal digits: the epoch of the session that made it (eight) and its seq (eight).
 The epoch is counted up under the owner lock at each start, so no id is ever used twice.
@@ -13,6 +14,7 @@ The epoch is counted up under the owner lock at each start, so no id is ever use
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 
@@ -21,11 +23,13 @@ OWNER = "owner"
 MANIFEST = "manifest.json"
 MANIFEST_TMP = "manifest.json.tmp"
 PARTIAL = ".partial"
+BASES = "base"  # folder of the folders of frozen parameters, each named after the attempt that wrote it
 
 _STEP_DIR = re.compile(r"step_(\d{10})-([0-9a-f]{8})([0-9a-f]{8})\Z")
 _SHARD = re.compile(r"rank_(\d{5})\.safetensors(\.partial)?\Z")
 _BRANCH = re.compile(r"branch_(\d{10})\.json(\.tmp)?\Z")
 _SPARE = re.compile(r"spare_[0-9a-f]{16}_\d{5}\Z")
+_BASE = re.compile(r"([0-9a-f]{8})([0-9a-f]{8})\Z")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -64,6 +68,17 @@ def is_spare(name: str) -> bool:
     return _SPARE.match(name) is not None
 
 
+def base_folder(attempt: str) -> str:
+    """The folder, below the directory, of the frozen parameters that the attempt of this id wrote."""
+    return os.path.join(BASES, attempt)
+
+
+def parse_base(name: str) -> tuple[int, int] | None:
+    """Epoch and seq of the attempt that a folder of frozen parameters is named after, or None."""
+    match = _BASE.match(name)
+    return (int(match[1], 16), int(match[2], 16)) if match else None
+
+
 def branch_file(seq: int) -> str:
     return f"branch_{seq:010d}.json"
 
@@ -74,15 +89,25 @@ def parse_branch(name: str) -> int | None:
     return int(match[1]) if match and not match[2] else None
 
 
+def is_shard_file(name: str) -> bool:
+    """Whether it is a rank's file, finished or not: of an attempt, or of frozen parameters."""
+    return _SHARD.match(name) is not None
+
+
 def is_attempt_file(name: str) -> bool:
     """Whether a file inside an attempt's folder was named by this package (so that collection may delete it)."""
-    return name in (MANIFEST, MANIFEST_TMP) or _SHARD.match(name) is not None
+    return name in (MANIFEST, MANIFEST_TMP) or is_shard_file(name)
 
 
 def is_leftover_in_commit(name: str) -> bool:
     """Names that may lie in a committed folder after a crash and mean nothing there."""
+    return name == MANIFEST_TMP or is_partial(name)
+
+
+def is_partial(name: str) -> bool:
+    """Whether it is a rank's file that was not finished."""
     match = _SHARD.match(name)
-    return name == MANIFEST_TMP or (match is not None and match[2] is not None)
+    return match is not None and match[2] is not None
 
 
 def is_branch_tmp(name: str) -> bool:

@@ -1,9 +1,11 @@
-"""Which committed checkpoints may go. Pure: it names them, commit/ removes them."""
+"""Which committed checkpoints may go, and which frozen parameters. Pure: it names them, commit/ removes them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Protocol
+
+from layerwise_dist.storage import layout
 
 
 class Commit(Protocol):
@@ -13,6 +15,26 @@ class Commit(Protocol):
     def step(self) -> int: ...
     @property
     def tag(self) -> str | None: ...
+
+
+class Referring(Protocol):
+    @property
+    def bases(self) -> list[str]: ...
+
+
+def unneeded_bases(found: Iterable[str], manifests: Iterable[Referring], below: int | None = None) -> list[str]:
+    """Of the bases that were found, those that no manifest refers to. REQUIRES: every manifest is known.
+
+    While ranks write, only those of attempts before `below`, the newest commit's seq: what an attempt behind it refers to
+    is that commit's too, or its own, since no rank takes up again what it has stopped referring to.
+    """
+    needed = {base for manifest in manifests for base in manifest.bases}
+    gone = []
+    for base in found:
+        wrote = layout.parse_base(base)
+        if base not in needed and wrote is not None and (below is None or wrote[1] < below):
+            gone.append(base)
+    return gone
 
 
 def retired(
