@@ -21,13 +21,15 @@ from layerwise_dist._native import testing
 from layerwise_dist.commit import coordinator as rank0
 from layerwise_dist.commit import ledger as rank_side
 from layerwise_dist.commit import session as sessions
-from layerwise_dist.commit.metadata import Branch as BranchRecord
-from layerwise_dist.commit.metadata import CheckpointMetadataManager, InDoubt, Inventory, decode
-from layerwise_dist.commit.metadata import Manifest as ManifestRecord
+from layerwise_dist.commit.metadata import CheckpointMetadataManager, InDoubt, Inventory
+from layerwise_dist.commit.records import Branch as BranchRecord
+from layerwise_dist.commit.records import Manifest as ManifestRecord
+from layerwise_dist.commit.records import decode
 from layerwise_dist.commit.transports import Message
 from layerwise_dist.errors import DirectoryError, OwnerError
 from layerwise_dist.storage import layout
 from layerwise_dist.storage.adapter import ShardReport
+from layerwise_dist.storage.base import BaseReport
 from layerwise_dist.storage.layout import AttemptId
 
 ROOT = "/ckpt"
@@ -141,7 +143,11 @@ class Disk:
         self.step("unlink", path)
         folder, name = os.path.split(path)
         if name.startswith("rank_") and name.endswith(".safetensors"):
-            self._world.shard_goes(layout.parse_folder(os.path.basename(folder)), name)
+            place = os.path.basename(folder)
+            if layout.parse_base(place) is not None:
+                self._world.base_goes(place)
+            else:
+                self._world.shard_goes(layout.parse_folder(place), name)
         self.memory.unlink(path)
 
     def remove_dir(self, path: str) -> None:
@@ -169,6 +175,14 @@ def has_shard(memory: Any, attempt: AttemptId, rank: int) -> bool:
         return False
 
 
+def has_base(memory: Any, base: str, rank: int) -> bool:
+    try:
+        path = f"{ROOT}/{layout.base_folder(base)}/{layout.shard_file(rank)}"
+        return bytes(memory.read_file(path, 4096)) == content(base, rank)
+    except FileNotFoundError:
+        return False
+
+
 def has_manifest(memory: Any, attempt: AttemptId) -> bool:
     try:
         memory.stat(f"{ROOT}/{attempt.folder}/{layout.MANIFEST}")
@@ -182,10 +196,11 @@ def has_manifest(memory: Any, attempt: AttemptId) -> bool:
 
 @dataclass
 class Write:
-    """One rank's shard: a small file that goes through the same operations as a real one."""
+    """One rank's shard: a small file that goes through the same operations as a real one. It refers to `base`."""
 
     attempt: AttemptId
     rank: int
+    base: str = ""
 
     @property
     def folder(self) -> str:
@@ -208,6 +223,8 @@ class Rank:
         self.waits_since: float | None = None
         self.leaving: float | None = None
         self.holds_since: float | None = None
+        self.base = ""  # what its attempts refer to; "": the next one writes another
+        self.bases_written: dict[str, bool] = {}  # whether they are durable; once they were tried
         self.work: deque[Any] = deque()
         self.doing: Iterator[None] | None = None
         self.staged_at: dict[int, float] = {}
@@ -281,14 +298,19 @@ class Rank:
             self._capture(attempt, luck)
 
     def _capture(self, attempt: AttemptId, luck: float) -> None:
-        write = Write(attempt, self.rank)
-        try:
-            self.disk.make_dir(write.folder, 0o700)
-        except FileExistsError:
-            pass
-        except OSError as error:
-            self.do(self.ledger.failed(attempt, str(error), None))
-            return
+        changed = not self.base or luck > 0.8
+        self.base = attempt.text if changed else self.base
+        write = Write(attempt, self.rank, self.base)
+        bases = [f"{ROOT}/{layout.BASES}", f"{ROOT}/{layout.base_folder(self.base)}"] if changed else []
+        for folder in (write.folder, *bases):
+            try:
+                self.disk.make_dir(folder, 0o700)
+            except FileExistsError:
+                pass
+            except OSError as error:
+                self.base = ""
+                self.do(self.ledger.failed(attempt, str(error), None))
+                return
         if luck < 0.02:
             self.do(self.ledger.failed(attempt, "the lease is broken", write))
         else:
@@ -333,6 +355,19 @@ class Rank:
         if not self.ledger.wanted(write):
             return
         data = content(attempt.text, self.rank)
+        if write.base not in self.bases_written:
+            self.bases_written[write.base] = False
+            try:
+                for operation in self._base_operations(write.base):
+                    operation()
+                    yield
+            except OSError:
+                self.base = "" if self.base == write.base else self.base
+            else:
+                self.bases_written[write.base] = True
+        if not self.bases_written[write.base]:
+            self.do(self.ledger.gave_up(rank_side.GiveUp(attempt, "its base could not be written", write, False)))
+            return
         operations: list[Callable[[], None]] = [
             lambda: self.disk.write_file(write.final + layout.PARTIAL, data, 0o600),
             lambda: self.disk.rename(write.final + layout.PARTIAL, write.final),
@@ -346,9 +381,20 @@ class Rank:
                 self.do(self.ledger.gave_up(rank_side.GiveUp(attempt, str(error), write, False)))
                 return
             yield
-        self.do(
-            self.ledger.persisted(attempt, ShardReport(self.rank, layout.shard_file(self.rank), len(data), 4096, 0))
+        report = ShardReport(
+            self.rank, layout.shard_file(self.rank), len(data), 4096, 0, BaseReport(write.base, 0, 4096, 0)
         )
+        self.do(self.ledger.persisted(attempt, report))
+
+    def _base_operations(self, base: str) -> list[Callable[[], None]]:
+        bases, folder = f"{ROOT}/{layout.BASES}", f"{ROOT}/{layout.base_folder(base)}"
+        final = f"{folder}/{layout.shard_file(self.rank)}"
+        return [
+            lambda: self.disk.write_file(final + layout.PARTIAL, content(base, self.rank), 0o600),
+            lambda: self.disk.rename(final + layout.PARTIAL, final),
+            lambda: self.disk.sync_dir(folder),
+            lambda: self.disk.sync_dir(bases),
+        ]
 
     def _remove(self, write: Write) -> Iterator[None]:
         for path in (write.final + layout.PARTIAL, write.final):
@@ -516,6 +562,7 @@ class Simulation:
         self.epoch = 0  # of the newest session
         self.appeared: dict[int, AttemptId | None] = {}  # record by seq; None: a branch record
         self.chains: dict[int, list[int]] = {}  # what must be there if this record is the newest
+        self.bases: dict[int, list[str]] = {}  # what the manifest of that seq refers to, by rank
         self.promised = 0  # the newest record that was announced
         self.base: list[int] = []
 
@@ -716,6 +763,7 @@ class Simulation:
         newest = max([*found.manifests, *found.branches], default=0)
         for seq in [seq for seq in self.appeared if seq > newest]:  # was not announced, and is lost: its seq is free
             del self.appeared[seq]
+            self.bases.pop(seq, None)
 
     # -- a start
 
@@ -750,12 +798,15 @@ class Simulation:
             chosen = self.dice.choice(list(inventory.manifests.values())) if luck < 0.18 else None
         kept = [manifest.seq for manifest in reversed(inventory.chain(chosen.ref))] if chosen is not None else []
         self.base = kept
-        committer.follow(chosen.ref if chosen is not None else None, info.first_seq if branch else None)
+        bases = committer.follow(chosen.ref if chosen is not None else None, info.first_seq if branch else None)
         if branch:
             self.count["branch"] += 1
             self.promised = info.first_seq
         job = Job(self, info, committer, chosen.step if chosen is not None else 0, branch)
         job.chain = kept
+        for rank, base in zip(job.ranks, self.bases[chosen.seq] if chosen is not None else (), strict=False):
+            if base in bases and self.dice.random() < 0.8:
+                rank.base, rank.bases_written[base] = base, True
         self.jobs = [*self.jobs[-2:], job]
         self.count["start"] += 1
 
@@ -767,6 +818,10 @@ class Simulation:
         disk = self.disk.durable()
         for rank in range(self.world_size):
             need(has_shard(disk, attempt, rank), f"{attempt}: a manifest, and rank {rank}'s shard is not durable")
+            base = manifest.shards[rank].base
+            assert base is not None
+            need(has_base(disk, base.attempt, rank), f"{attempt}: a manifest, and rank {rank}'s base is not durable")
+        bases = [shard.base.attempt for shard in manifest.shards if shard.base is not None]
         need(attempt.epoch == self.epoch, f"{attempt}: an old epoch commits, the newest is {self.epoch}")
         need(
             attempt.seq not in self.appeared,
@@ -776,6 +831,7 @@ class Simulation:
         need(attempt.seq > newer, f"{attempt}: committed behind seq {newer}")
         job = next(job for job in reversed(self.jobs) if job.info.epoch == attempt.epoch)
         self.appeared[attempt.seq] = attempt
+        self.bases[attempt.seq] = bases
         self.chains[attempt.seq] = [*job.chain, attempt.seq]
 
     def branch_appears(self, seq: int, branch: BranchRecord) -> None:
@@ -789,6 +845,15 @@ class Simulation:
         assert attempt is not None
         for what, memory in (("there", self.disk.memory), ("not gone for good", self.disk.durable())):
             need(not has_manifest(memory, attempt), f"{attempt}: {name} goes, and the manifest is {what}")
+
+    def base_goes(self, base: str) -> None:
+        """A file of frozen parameters is about to be removed."""
+        self.count["base goes"] += 1
+        for seq in [seq for seq, bases in self.bases.items() if base in bases]:
+            attempt = self.appeared[seq]
+            assert attempt is not None
+            for what, memory in (("there", self.disk.memory), ("not gone for good", self.disk.durable())):
+                need(not has_manifest(memory, attempt), f"base {base} goes, and a manifest that needs it is {what}: {attempt}")
 
     def announced(self, job: Job, message: Message) -> None:
         if message["t"] == "committed":
@@ -832,6 +897,11 @@ class Simulation:
         for manifest in inventory.manifests.values():
             whole = all(has_shard(memory, manifest.attempt_id, rank) for rank in range(self.world_size))
             need(whole, f"{manifest.attempt_id} has a manifest, and not all of its shards")
+            bases = enumerate(self.bases[manifest.seq])
+            need(
+                all(has_base(memory, base, rank) for rank, base in bases),
+                f"{manifest.attempt_id} has a manifest, and not all of its bases",
+            )
         return inventory
 
     def _intact(self, memory: Any, chain: list[int]) -> None:

@@ -23,7 +23,9 @@ from torch import nn
 
 from layerwise_dist import _native, assembly
 from layerwise_dist._native import testing
-from layerwise_dist.commit.metadata import CheckpointMetadataManager, Inventory, Manifest
+from layerwise_dist.commit.metadata import CheckpointMetadataManager, Inventory
+from layerwise_dist.commit.records import Manifest
+from layerwise_dist.commit.shards import open_base, open_shard
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
 from layerwise_dist.config import load_config
 from layerwise_dist.engine import LayerwiseEngine
@@ -91,13 +93,14 @@ def settings(root: str = ROOT, **overrides: Any) -> Any:
     return load_config({**base, **overrides})
 
 
-def build(rank: int, salt: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Three layers, of which the middle one's weight is large enough (66 KiB) to be written in place."""
+def build(rank: int, salt: int = 0, frozen: bool = False) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Three layers, of which the middle one's weight is large enough (66 KiB) to be written in place; or it is `frozen`."""
     model = nn.Sequential(nn.Linear(6, 130), nn.Tanh(), nn.Linear(130, 130), nn.Tanh(), nn.Linear(130, 3))
     generator = torch.Generator().manual_seed(1000 * salt + rank)
     with torch.no_grad():
         for param in model.parameters():
             param.copy_(torch.randn(param.shape, generator=generator) * 0.1)
+    model[2].requires_grad_(not frozen)
     return model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 
 
@@ -136,10 +139,14 @@ def raw(tensor: torch.Tensor) -> bytes:
 
 @dataclass
 class Story:
-    """What happened in a directory. A position is (phase, step); (phase, 0) is the branch record that began it."""
+    """What happened in a directory. A position is (phase, step); (phase, 0) is the branch record that began it.
+
+    With `frozen`, a layer is; `survey.LEAST_BASE_BYTES` must let it have a base.
+    """
 
     env: Any
     root: str = ROOT
+    frozen: bool = False
     states: dict[tuple[int, int], dict[int, Tensors]] = field(default_factory=dict, repr=False)
     branches: dict[int, int] = field(default_factory=dict)
     published: dict[bytes, tuple[tuple[int, int], int]] = field(default_factory=dict, repr=False)
@@ -185,7 +192,7 @@ class Story:
         config: dict[str, Any],
     ) -> LayerwiseEngine:
         rank = transport.rank
-        model, optimizer = build(rank, phase)
+        model, optimizer = build(rank, phase, self.frozen)
         place = {"phase": 0, "step": 0}
         engine = assembly.assemble(
             model, optimizer, settings(self.root, **config), transport, self.env, state={"place": place}, fresh=fresh
@@ -338,7 +345,10 @@ class Story:
         for rank in range(manifest.world_size):
             path = manager.shard_path(manifest, rank)
             try:
-                tensors, place = read_shard(env, pool, path, manifest.shards[rank])
+                tensors, place = read_shard(open_shard(manager, pool, manifest, rank))
+                base = open_base(manager, pool, manifest, rank)
+                if base is not None:
+                    tensors |= read_tensors(base)
             except DamageError as error:
                 raise AssertionError(f"a manifest names a shard that does not verify: {error}") from error
             places.add((place["phase"], place["step"]))
@@ -354,7 +364,7 @@ class Story:
         """A whole job started on what a crash left: restores, compares every bit, with `go_on` saves again."""
 
         def run(transport: LocalTransport) -> tuple[int, dict[str, int], Tensors]:
-            model, optimizer = build(transport.rank, 77)
+            model, optimizer = build(transport.rank, 77, self.frozen)
             place = {"phase": 0, "step": 0}
             with assembly.assemble(
                 model, optimizer, settings(root or self.root, **config), transport, env, state={"place": place}
@@ -404,11 +414,13 @@ def content_hash(data: bytes) -> int:
     return _native.xxh3_64(data[8 + int.from_bytes(data[:8], "little") :])
 
 
-def read_shard(env: Any, pool: Any, path: str, record: Any) -> tuple[Tensors, dict[str, int]]:
+def read_shard(shard: Shard) -> tuple[Tensors, dict[str, int]]:
     """All tensors of a shard, and the position that its state says. Everything is verified; raises DamageError."""
-    shard = Shard(
-        env, pool, path, nbytes=record.nbytes, header_bytes=record.header_bytes, header_hash=int(record.header_hash, 16)
-    )
+    tensors = read_tensors(shard)
+    return tensors, typed_json.loads(*shard.state())["objects"]["place"]
+
+
+def read_tensors(shard: Shard) -> Tensors:
     problems = shard.verify()
     if problems:
         raise DamageError("; ".join(problems))
@@ -418,7 +430,7 @@ def read_shard(env: Any, pool: Any, path: str, record: Any) -> tuple[Tensors, di
         found[name] = torch.empty(entry.slice.local_shape, dtype=DTYPES[entry.slice.dtype])
         spans.append((entry.begin, entry.end, found[name].data_ptr()))
     shard.read_into(spans)
-    return found, typed_json.loads(*shard.state())["objects"]["place"]
+    return found
 
 
 @dataclass

@@ -39,7 +39,7 @@ def test_no_history_of_crashes_losses_and_failures_breaks_a_rule_of_the_commit(l
     print(dict(sorted(seen.items())))
     for what, least in {
         "commit": 200, "abort": 200, "superseded": 5, "deadline": 5, "lost": 20, "power": 30, "branch": 5, "wake": 10,
-        "gone": 5, "meeting": 20, "no meeting": 2, "left: together": 5,
+        "gone": 5, "base goes": 100, "meeting": 20, "no meeting": 2, "left: together": 5,
                 "commit: InDoubt": 1, "commit: OSError": 1, "commit: OwnerError": 3, "left: checkpointing": 5,
     }.items():  # fmt: skip
         assert seen[what] >= least, f"{what}: {seen[what]} times: the model does not test what it says"
@@ -119,6 +119,18 @@ RULES = {
     ),
     "keep_last newer commits are durable before one goes": Mutation(
         Committer, "_retire", {"keep_last=self._keep_last,": "keep_last=max(1, self._keep_last - 1),"}, "not whole",
+    ),
+    "a base stays as long as a manifest refers to it": Mutation(
+        Committer, "_remove_bases", {"[*inventory.manifests.values(), *self._doubted]": "[]"}, "and a manifest that needs it",
+    ),
+    "a base that attempts on their way may refer to stays": Mutation(
+        Committer, "_remove_bases", {"below=self._head.seq": "below=1 << 40"}, "rank .'s base is not durable",
+    ),
+    "a base stays until the manifest that refers to it is gone for good": Mutation(
+        Committer, "_remove_bases", {", *self._doubted]": "]"}, "and a manifest that needs it is not gone for good",
+    ),
+    "a start removes no base that a manifest refers to": Mutation(
+        CheckpointMetadataManager, "collect_leftovers", {"inventory.manifests.values()) if": "[]) if"}, "and a manifest that needs it",
     ),
     "a stop names one boundary": Mutation(
         Ledger, "must_raise", {"count >= self.stop[0]": "True"}, "raise at different boundaries",

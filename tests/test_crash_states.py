@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+import torch
 from crash_kit import POLICIES, MutantEnv, Mutation, Story
 
 from layerwise_dist._native import testing
+from layerwise_dist.capture import survey
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
+from layerwise_dist.commit.session import Committer
+from layerwise_dist.engine import LayerwiseEngine
 from layerwise_dist.errors import CommitError, DirectoryError
+from layerwise_dist.storage.base import BaseFile, BaseReport
 from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage.retention import unneeded_bases
 
 SMALL = {"queue_depth": 2, "block_kb": 32}
 
@@ -45,7 +52,30 @@ def branches(story: Story) -> None:
     story.session(4, 1, keep_last=2, fresh=True)
 
 
-STORIES = {story.__name__: story for story in (two_steps, in_flight, retention, reuse, branches)}
+def frozen(story: Story, last: int = 4) -> None:
+    """A base; a change of what is in it, and so another one; retention; a restart that goes on with it; a roll-back."""
+    story.frozen = True
+    story.session(1, 3, keep_last=1, at_step=merge_at(1))
+    if last > 3:
+        story.session(2, last, keep_last=2)
+        story.session(3, last, keep_last=2, restore=3, at_step=merge_at(3))
+
+
+def merge_at(wanted: int) -> Callable[[LayerwiseEngine, int], None]:
+    def merge(engine: LayerwiseEngine, step: int) -> None:
+        if step == wanted:
+            with torch.no_grad():
+                engine._framework.root[2].weight.add_(0.5)
+
+    return merge
+
+
+STORIES = {story.__name__: story for story in (two_steps, in_flight, retention, reuse, branches, frozen)}
+
+
+@pytest.fixture(autouse=True)
+def _bases_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(survey, "LEAST_BASE_BYTES", 1)
 
 
 def sweep(story: Story, seeds: int) -> int:
@@ -103,6 +133,10 @@ def three_reusing(story: Story) -> None:
     reuse(story, 3)
 
 
+def two_bases(story: Story) -> None:
+    frozen(story, 3)
+
+
 MUTATIONS = {
     "sync of the shards": (two_steps, Mutation("sync", "*/rank_*.partial")),
     "sync of rank 1's shard alone": (two_steps, Mutation("sync", "*/rank_00001*.partial")),
@@ -124,6 +158,10 @@ MUTATIONS = {
     "blanking of a retired header": (three_reusing, Mutation("write", "/ckpt/spare_*")),
     "sync of a blanked header": (three_reusing, Mutation("sync", "/ckpt/spare_*")),
     "sync of a shard in a reused file": (three_reusing, Mutation("sync", "*/step_0000000003*/rank_*.partial")),
+    "sync of a base": (two_bases, Mutation("sync", "/ckpt/base/*.partial")),
+    "rename of a base": (two_bases, Mutation("rename", "/ckpt/base/*", "publish")),
+    "sync_dir of a base's folder": (two_bases, Mutation("sync_dir", "/ckpt/base/*", "publish")),
+    "sync_dir of the folder of bases": (two_bases, Mutation("sync_dir", "/ckpt/base", "publish")),
     "sync of the identity": (two_steps, Mutation("sync", "*/identity.json*")),
     "sync_dir of the root after the identity": (two_steps, Mutation("sync_dir", "/ckpt", "_publish")),
     "sync of the owner's epoch": (two_steps, Mutation("sync", "*/owner")),
@@ -143,7 +181,8 @@ def test_leaving_out_one_flush_or_rename_is_found(left_out: str) -> None:
         sweep(story, 12)
 
 
-def test_announcing_what_is_retired_before_its_manifest_is_gone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def retire_one_commit_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of a manifest is said, and comes behind the next commit."""
     withdraw, late = CheckpointMetadataManager.withdraw, []
 
     def one_commit_later(manager: CheckpointMetadataManager, attempt: AttemptId) -> None:
@@ -152,9 +191,61 @@ def test_announcing_what_is_retired_before_its_manifest_is_gone_is_found(monkeyp
             withdraw(manager, late.pop(0))
 
     monkeypatch.setattr(CheckpointMetadataManager, "withdraw", one_commit_later)
+
+
+def test_announcing_what_is_retired_before_its_manifest_is_gone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    retire_one_commit_late(monkeypatch)
     story = Story(testing.MemoryEnv())
     three_reusing(story)
     with pytest.raises(AssertionError, match="^prefix"):
+        sweep(story, 4)
+
+
+class Deferred:
+    """An Env whose renames and flushes of directories are said to be done, and are done when `do` is called."""
+
+    def __init__(self, env: Any) -> None:
+        self._env, self._later = env, list[Callable[[], None]]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._env, name)
+
+    def rename(self, source: str, target: str) -> None:
+        self._later.append(lambda: self._env.rename(source, target))
+
+    def sync_dir(self, path: str) -> None:
+        self._later.append(lambda: self._env.sync_dir(path))
+
+    def do(self) -> None:
+        for operation in self._later:
+            operation()
+
+
+def test_reporting_a_shard_before_the_base_that_it_refers_to_is_durable_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    publish, late = BaseFile.publish, []
+
+    def early(file: BaseFile) -> BaseReport:
+        file._env = Deferred(file._env)
+        late.append(file._env)
+        return publish(file)
+
+    def behind_the_commit(engine: LayerwiseEngine, step: int) -> None:
+        if engine._adapter.rank == 0:
+            while late:
+                late.pop().do()
+
+    monkeypatch.setattr(BaseFile, "publish", early)
+    story = Story(testing.MemoryEnv(), frozen=True)
+    story.session(1, 2, at_step=behind_the_commit)
+    with pytest.raises(AssertionError, match="^prefix.*file is missing"):
+        sweep(story, 4)
+
+
+def test_removing_a_base_before_the_manifest_that_refers_to_it_is_gone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    retire_one_commit_late(monkeypatch)
+    story = Story(testing.MemoryEnv())
+    two_bases(story)
+    with pytest.raises(AssertionError, match="^prefix.*file is missing"):
         sweep(story, 4)
 
 
@@ -214,7 +305,7 @@ def test_a_checkpoint_is_not_removed_before_the_end_of_its_manifest_is_durable_e
     swept(story, 8, left_out)
 
 
-@pytest.mark.parametrize("run", [two_steps, three_reusing])
+@pytest.mark.parametrize("run", [two_steps, three_reusing, two_bases])
 def test_leftovers_of_a_crash_are_gone_after_the_next_start(run: Callable[[Story], None]) -> None:
     story = Story(testing.MemoryEnv())
     run(story)
@@ -224,6 +315,8 @@ def test_leftovers_of_a_crash_are_gone_after_the_next_start(run: Callable[[Story
         folders = [name for name in crashed.list_dir("/ckpt") if name.startswith("step_")]
         assert len(folders) in ([step] if run is two_steps else [1, 2] if step else [0])
         assert not [name for name in crashed.list_dir("/ckpt") if name.startswith("spare_")]
+        inventory = CheckpointMetadataManager(crashed, "/ckpt").inventory()
+        assert set(inventory.bases) == {base for m in inventory.manifests.values() for base in m.bases}
         for folder in folders:
             assert crashed.list_dir(f"/ckpt/{folder}") == [
                 "manifest.json",
@@ -251,3 +344,34 @@ def test_a_roll_back_that_a_restart_follows_stays_even_if_the_first_job_could_no
     assert story.restart(env) == 1
     env.mark("committed 2 0")
     swept(story, 4, left_out)
+
+
+@pytest.mark.parametrize("careless", [None, "collect_leftovers", "retire"])
+def test_a_base_stays_while_a_crash_may_bring_back_the_manifest_that_refers_to_it(
+    monkeypatch: pytest.MonkeyPatch, careless: str | None
+) -> None:
+    """Neither the job that withdrew the manifest nor the start behind it could flush that."""
+    env = MutantEnv(Mutation("sync_dir", "*/step_*1-*", "withdraw", forget=False))
+    story = Story(env, frozen=True)
+    story.session(1, 2, keep_last=1, at_step=merge_at(1))
+    assert env.mutated == 1
+    env.mutation = Mutation("sync_dir", "*/step_*1-*", "collect_leftovers", forget=False)
+    if careless is not None:
+        owner = Committer if careless == "retire" else CheckpointMetadataManager
+        method = getattr(owner, careless)
+
+        def and_bases(self: Any, *args: Any) -> None:
+            method(self, *args)
+            manager = getattr(self, "_manager", self)
+            inventory = manager.inventory()
+            for base in unneeded_bases(inventory.bases, inventory.manifests.values()):
+                manager.remove_base(base)
+
+        monkeypatch.setattr(owner, careless, and_bases)
+    story.session(2, 3, keep_last=1)
+    assert env.mutated == 2
+    if careless is None:
+        sweep(story, 1)
+    else:
+        with pytest.raises(AssertionError, match="^prefix.*file is missing"):
+            sweep(story, 1)
