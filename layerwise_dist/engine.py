@@ -217,7 +217,8 @@ class LayerwiseEngine(SaveAndRestore, Together):
         self._boundary.update_starting(in_closure=in_closure)
         if not in_closure:
             self._may_update()
-            self._frozen.before_update(lambda: self._optimizer.trained)
+            with self._statistics.stall("fence"):
+                self._frozen.before_update(lambda: self._optimizer.trained)
             self._update = _Update(again=self._open is not None)
 
     def wants_layers(self) -> bool:

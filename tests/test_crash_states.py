@@ -374,4 +374,4 @@ def test_a_base_stays_while_a_crash_may_bring_back_the_manifest_that_refers_to_i
         sweep(story, 1)
     else:
         with pytest.raises(AssertionError, match="^prefix.*file is missing"):
-            sweep(story, 1)
+            sweep(story, 12)

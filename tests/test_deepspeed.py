@@ -22,8 +22,8 @@ RANKS = 2
 CASES = [
     "0-fp32-clip-accumulate2", "0-bf16-inferred", "1-fp32-accumulate3-micro", "1-bf16-clip-accumulate2",
     "1-bf16-fp32grads",
-    "2-fp32-flat", "2-bf16-clip-recompute", "2-fp16-accumulate2", "2-bf16-offload-flat-reentrant",
-    "3-fp32-clip-accumulate2", "3-bf16-subgroups-inferred-accumulate2", "3-fp16-gather", "3-bf16-offloadall-sgd",
+    "2-fp32-flat", "2-bf16-clip-recompute-base", "2-fp16-accumulate2", "2-bf16-offload-flat-reentrant",
+    "3-fp32-clip-accumulate2", "3-bf16-subgroups-inferred-accumulate2", "3-fp16-gather-base", "3-bf16-offloadall-sgd",
 ]  # fmt: skip
 MORE = [
     "-".join([stage, precision, *features])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import threading
 from collections.abc import Collection, Iterable, Sequence
@@ -16,7 +17,6 @@ from layerwise_dist.storage.shard import ALIGN
 
 log = logging.getLogger("layerwise_dist")
 
-_RUN = 32  # blocks of a base that are with the writer at once: what a shard's own blocks may have to wait for
 _LOOK_S = 5.0  # a wait in the background is looked at so often; what it waits for has no deadline of its own
 _CLOSE_S = 30.0
 
@@ -24,21 +24,31 @@ Segment = tuple[int, int, int, int, int]
 
 
 class BaseFailed(LayerwiseError):
-    """Frozen parameters could not be written, or changed while they were. Ends the attempts that need them."""
+    """Frozen parameters could not be written, or changed before they were read. Ends the attempts that need them."""
 
 
 class Content:
-    """Tensors as the blocks of a file hold them: `segments` as in `ShardLayout`, `blocks` with offset and length."""
+    """Tensors as the blocks of a file hold them: `segments` as in `ShardLayout`, `blocks` with offset and length.
+
+    Attributes:
+        on_host: of each block, whether all of it is in host memory.
+    """
+
+    on_host: list[bool]
 
     def __init__(
         self, tensors: Sequence[torch.Tensor], blocks: Sequence[tuple[int, int]], segments: Iterable[Segment]
     ) -> None:
-        self.tensors = list(tensors)
-        self._lengths = [nbytes for _, nbytes in blocks]
+        self.lengths = [nbytes for _, nbytes in blocks]
         self._parts: list[list[tuple[int, int, int, int]]] = [[] for _ in blocks]
         for block, inside, tensor, offset, nbytes in segments:
             self._parts[block].append((tensor, offset, inside, nbytes))
-        self.on_host = [all(on_host(self.tensors[part[0]]) for part in parts) for parts in self._parts]
+        self.bind(tensors)
+
+    def bind(self, tensors: Sequence[torch.Tensor]) -> None:
+        """From now on these are the tensors, of the same sizes."""
+        self._tensors = list(tensors)
+        self.on_host = [all(on_host(self._tensors[part[0]]) for part in parts) for parts in self._parts]
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -47,53 +57,53 @@ class Content:
         return {tensor for tensor, _, _, _ in self._parts[block]}
 
     def blocks_of(self, tensors: Collection[int]) -> list[int]:
-        return [block for block in range(len(self)) if not self.tensors_of(block).isdisjoint(tensors)] if tensors else []
+        if not tensors:
+            return []
+        return [block for block in range(len(self)) if not self.tensors_of(block).isdisjoint(tensors)]
 
     def hash(self, block: int) -> int:
         """XXH3-64 of what the block would be now. Of device memory it waits for the device."""
-        parts, nbytes = self._parts[block], self._lengths[block]
-        tensor, offset, _, length = parts[0]
-        if length == nbytes and self.on_host[block]:
-            return _native.hash_memory(self.tensors[tensor].data_ptr() + offset, nbytes)
-        memory = torch.empty(nbytes, dtype=torch.uint8)
-        for to, source in self.pairs(block, memory):
-            to.copy_(source)
-        return _native.hash_memory(memory.data_ptr(), nbytes)
+        tensor, offset, _, length = self._parts[block][0]
+        if length == self.lengths[block] and self.on_host[block]:
+            return _native.hash_memory(self._tensors[tensor].data_ptr() + offset, length)
+        memory = torch.empty(self.lengths[block], dtype=torch.uint8)
+        self.lay([block], [memory])
+        return _native.hash_memory(memory.data_ptr(), len(memory))
 
-    def pairs(self, block: int, memory: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Which bytes of which tensor make the block in `memory`, a row of bytes whose gaps are zeroed here."""
-        parts = self._parts[block]
-        if sum(part[3] for part in parts) < self._lengths[block]:
-            memory.zero_()
-        rows = {tensor: self.tensors[tensor].detach().reshape(-1).view(torch.uint8) for tensor, _, _, _ in parts}
-        return [
-            (memory[inside : inside + nbytes], rows[tensor][offset : offset + nbytes])
-            for tensor, offset, inside, nbytes in parts
-        ]
+    def lay(self, blocks: Sequence[int], rows: Sequence[torch.Tensor]) -> None:
+        """Copies blocks into rows of bytes in host memory. Returns when that is done."""
+        by_device: dict[torch.device, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        for block, row in zip(blocks, rows, strict=True):
+            if sum(part[3] for part in self._parts[block]) < self.lengths[block]:
+                row.zero_()  # gaps
+            for number, offset, inside, nbytes in self._parts[block]:
+                tensor = self._tensors[number]
+                if on_host(tensor):  # not by torch, which would start a team of threads for this one
+                    ctypes.memmove(row.data_ptr() + inside, tensor.data_ptr() + offset, nbytes)
+                else:
+                    source = tensor.detach().reshape(-1).view(torch.uint8)[offset : offset + nbytes]
+                    by_device.setdefault(tensor.device, []).append((row[inside : inside + nbytes], source))
+        for device, pairs in by_device.items():
+            copies = copies_for(device)
+            copies.copy(pairs)
+            copies.record().synchronize()
 
 
 def on_host(tensor: torch.Tensor) -> bool:
-    """Whether the writer can read it in place."""
     return tensor.device.type == "cpu"
 
 
 class Writing:
     """A base on its way to the disk, by a thread of its own. Its tensors stay alive until they were read.
 
-    Host memory is written in place, other memory through a buffer of some blocks. Nobody fences it: no update changes what
-    is frozen, and what changed all the same has another hash.
+    A run of blocks is copied, then written from the copy. So what is in the file is what the writer has hashed, and it is
+    what the boundary had hashed or the base fails: whoever changed it meanwhile, no fence has to keep it from that.
     """
 
-    def __init__(
-        self, file: BaseFile, content: Content, gathered: Sequence[int], hashes: Sequence[int], names: Sequence[str]
-    ) -> None:
-        """`gathered` are the blocks that are not in host memory, `hashes` what the blocks are to hold, `names` the
-        tensors'.
-        """
+    def __init__(self, file: BaseFile, content: Content, hashes: Sequence[int], names: Sequence[str]) -> None:
+        """`hashes` are what the blocks are to hold, `names` the tensors'."""
         self._file, self._hashes, self._names = file, hashes, names
         self._content: Content | None = content
-        self._gathered = {block: len(content.tensors) + at for at, block in enumerate(gathered)}
-        file.set_addresses([tensor.data_ptr() for tensor in content.tensors] + [0] * len(gathered))
         self._report: BaseReport | None = None
         self._failure: Exception | None = None
         self._read, self._done = threading.Event(), threading.Event()
@@ -119,7 +129,9 @@ class Writing:
     def report(self, timeout_s: float) -> BaseReport:
         """Once the file is durable. Raises BaseFailed, DeadlineError. Thread-safe."""
         if not self._done.wait(timeout_s):
-            raise DeadlineError(f"the frozen parameters of {self._file.attempt.text} were still being written")
+            raise DeadlineError(
+                f"frozen parameters (base {self._file.attempt.text}) were still being written after {timeout_s:g} s"
+            )
         if self._failure is not None:
             raise BaseFailed(f"frozen parameters: {self._failure}")
         assert self._report is not None
@@ -136,8 +148,6 @@ class Writing:
     def _run(self) -> None:
         try:
             self._write()
-            self._content = None
-            self._read.set()
             self._report = self._file.publish()
         except Exception as error:  # of the disk, of the device: whoever waits for it has to know, not this thread
             self._failure = error
@@ -148,35 +158,25 @@ class Writing:
             self._done.set()
 
     def _write(self) -> None:
-        content = self._content
+        content, block_bytes = self._content, self._file.layout.block_bytes
         assert content is not None
-        block_bytes = self._file.layout.block_bytes
-        memory = torch.empty(_RUN * block_bytes + ALIGN if self._gathered else 0, dtype=torch.uint8)
+        memory = torch.empty(self._file.run * block_bytes + ALIGN, dtype=torch.uint8)
         memory = memory[-memory.data_ptr() % ALIGN :]
-        for first in range(0, len(content), _RUN):
-            run = range(first, min(first + _RUN, len(content)))
-            self._gather([block for block in run if block in self._gathered], content, memory)
+        self._file.set_addresses([memory.data_ptr() + place * block_bytes for place in range(self._file.run)])
+        for first in range(0, len(content), self._file.run):
+            run = range(first, min(first + self._file.run, len(content)))
+            rows = memory.split(block_bytes)
+            content.lay(run, [rows[place][: content.lengths[block]] for place, block in enumerate(run)])
+            if run.stop == len(content):
+                self._content = None
+                self._read.set()
             self._file.submit(first, len(run))
             while not self._file.wait(_LOOK_S):
                 pass
             for block in run:
                 if self._file.hash(block) != self._hashes[block]:
                     names = sorted(self._names[number] for number in content.tensors_of(block))
-                    raise BaseFailed(f"{', '.join(names[:3])} changed while it was being written")
-
-    def _gather(self, blocks: Sequence[int], content: Content, memory: torch.Tensor) -> None:
-        by_device: dict[torch.device, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        for place, block in enumerate(blocks):
-            nbytes = self._file.layout.blocks[block][1]
-            begin = place * self._file.layout.block_bytes
-            row = memory[begin : begin + nbytes]
-            self._file.set_address(self._gathered[block], row.data_ptr())
-            for to, source in content.pairs(block, row):
-                by_device.setdefault(source.device, []).append((to, source))
-        for device, pairs in by_device.items():
-            copies = copies_for(device)
-            copies.copy(pairs)
-            copies.record().synchronize()
+                    raise BaseFailed(f"{' or '.join(names[:3])} changed behind the boundary, before it was read")
 
     def _discard(self) -> None:
         try:

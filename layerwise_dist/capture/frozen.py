@@ -10,23 +10,23 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from layerwise_dist.capture.audit import FULL_FIRST, ROUND, share
-from layerwise_dist.capture.base_writing import Content, Writing, on_host
+from layerwise_dist.capture.base_writing import Content, Writing
 from layerwise_dist.capture.survey import Survey
 from layerwise_dist.errors import DeadlineError
 from layerwise_dist.frameworks.base import ParamView
 from layerwise_dist.pieces import Piece
 from layerwise_dist.slices import Slice
-from layerwise_dist.storage import base as base_file
 from layerwise_dist.storage.adapter import PCCheckAdapter
-from layerwise_dist.storage.base import BaseReport
+from layerwise_dist.storage.base import BaseFile, BaseReport
 from layerwise_dist.storage.layout import AttemptId
 from layerwise_dist.storage.reader import ShardIndex
-from layerwise_dist.storage.shard import Source, cut_segments
+from layerwise_dist.storage.shard import cut_segments
 
 log = logging.getLogger("layerwise_dist")
+
 
 @dataclass
 class _Base:
@@ -43,10 +43,6 @@ class _Base:
     nbytes: int
     writing: Writing | None = None  # None: another session wrote it
     age: int = 0  # checkpoints that it was looked at for
-    groups: list[list[int]] = field(default_factory=list)  # blocks in host memory, for the rotation
-
-    def __post_init__(self) -> None:
-        self.groups = [[block] for block, here in enumerate(self.content.on_host) if here]
 
     @property
     def gone(self) -> bool:
@@ -68,13 +64,9 @@ class FrozenBases:
         self._changed: set[str] = set()  # at the last boundary
         self._bytes_written = 0  # of those that are over
         self.written = 0  # bases begun
+        self.nbytes = 0  # of the file that the last checkpoint refers to
 
     # -- what there is ------------------------------------------------------------------------------------------
-
-    @property
-    def nbytes(self) -> int:
-        """Of the file that checkpoints refer to now; 0 if there is none."""
-        return self._base.nbytes if self._base is not None else 0
 
     @property
     def bytes_written(self) -> int:
@@ -94,6 +86,7 @@ class FrozenBases:
         """
         if not found.frozen:
             self.forget()
+            self.nbytes = 0
             return None, set()
         self._take_up(found)
         changed = self._changes(found) if self._base is not None and not self._base.gone else None
@@ -110,6 +103,7 @@ class FrozenBases:
                     "checkpoints that need them wait for that in the background",
                     self._adapter.rank, self._base.nbytes / 2**20, self._timeout_s,
                 )  # fmt: skip
+        self.nbytes = self._base.nbytes
         return self._base.report, again
 
     def forget(self) -> None:
@@ -161,27 +155,21 @@ class FrozenBases:
         self._base = self._known(found, content, hashes, lambda timeout_s: report, report.nbytes)
 
     def _begin(self, found: Survey, attempt: AttemptId) -> _Base:
-        adapter, pieces = self._adapter, found.frozen
-        align = adapter.memory_align
-        sources = [
-            Source(p.slice, p.tensor.data_ptr() % align if on_host(p.tensor) else 0, p.wrapped) for p in pieces
-        ]
-        shard = base_file.lay_out(sources, align, adapter.block_bytes)
-        tensors = [piece.tensor for piece in pieces]
-        content = Content(tensors, shard.blocks, shard.segments)
+        file = BaseFile(self._adapter, attempt, _parts(found.frozen))
+        blocks, segments = file.layout.blocks, file.layout.segments
+        tensors = [piece.tensor for piece in found.frozen]
+        content = Content(tensors, blocks, segments)
         hashes = [content.hash(block) for block in range(len(content))]
-        gathered = [block for block, here in enumerate(content.on_host) if not here]
-        file = adapter.begin_base(attempt, shard, base_file.plan(shard, gathered))
-        names = [piece.slice.name for piece in pieces]
-        writing = Writing(file, Content(tensors, shard.blocks, shard.segments), gathered, hashes, names)
+        names = [piece.slice.name for piece in found.frozen]
+        writing = Writing(file, Content(tensors, blocks, segments), hashes, names)
         self._forget_those_over()
         self._writings.append(writing)
         self.written += 1
         log.info(
             "rank %d: base %s is written: %.1f MiB of parameters that no optimizer updates; checkpoints refer to it",
-            adapter.rank, attempt.text, shard.end / 2**20,
+            self._adapter.rank, attempt.text, file.layout.end / 2**20,
         )  # fmt: skip
-        base = self._known(found, content, hashes, writing.report, shard.end)
+        base = self._known(found, content, hashes, writing.report, file.layout.end)
         base.writing = writing
         return base
 
@@ -200,7 +188,8 @@ class FrozenBases:
         if base.pieces is not found.frozen:
             if base.parts != _parts(found.frozen):
                 return None
-            base.pieces, base.content.tensors = found.frozen, [piece.tensor for piece in found.frozen]
+            base.pieces = found.frozen
+            base.content.bind([piece.tensor for piece in found.frozen])
         versions, addresses = _versions(found), _addresses(found.frozen)
         suspect = {
             number
@@ -224,9 +213,10 @@ class FrozenBases:
         """Which blocks this checkpoint looks at in any case."""
         if self._always or base.age < FULL_FIRST:
             return range(len(base.content))
-        blocks = share(base.groups, base.age - FULL_FIRST)
+        on_host = base.content.on_host
+        blocks = share([[block] for block, here in enumerate(on_host) if here], base.age - FULL_FIRST)
         if base.age % ROUND == ROUND - 1:
-            blocks += [block for block, here in enumerate(base.content.on_host) if not here]
+            blocks += [block for block, here in enumerate(on_host) if not here]
         return blocks
 
     def _tell(self, names: Collection[str], *, seen: bool) -> None:

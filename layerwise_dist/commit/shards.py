@@ -19,7 +19,9 @@ def open_shard(manager: CheckpointMetadataManager, pool: Any, manifest: Manifest
     )  # fmt: skip
     _check(shard, manifest, manifest.attempt, rank)
     if shard.index.step != manifest.step:
-        raise DamageError(f"shard {shard.index.path}: is of step {shard.index.step}, the manifest of step {manifest.step}")
+        raise DamageError(
+            f"shard {shard.index.path}: is of step {shard.index.step}, the manifest of step {manifest.step}"
+        )
     return shard
 
 

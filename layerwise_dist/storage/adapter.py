@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from layerwise_dist import _native
 from layerwise_dist.errors import ConfigError, DeadlineError
 from layerwise_dist.storage import layout
-from layerwise_dist.storage.base import BaseFile, BaseReport
+from layerwise_dist.storage.base import BaseReport
 from layerwise_dist.storage.gathered import GatheredExtent, gather
 from layerwise_dist.storage.layout import AttemptId
 from layerwise_dist.storage.recycling import Recycler
@@ -145,10 +145,6 @@ class PCCheckAdapter:
             pass  # another rank was first
         partial = os.path.join(folder, layout.shard_file(self.rank) + layout.PARTIAL)
         return ShardWrite(self, attempt, shard, self._writer(plan, partial), folder)
-
-    def begin_base(self, attempt: AttemptId, shard: ShardLayout, plan: Any) -> BaseFile:
-        """Creates this rank's file of frozen parameters. Raises OSError; nothing is queued yet."""
-        return BaseFile(self, attempt, shard, plan)
 
     def writer_of(self, plan: Any, partial: str, *, hash: bool = True, reuse: str | None = None) -> Any:
         """A `_native.ShardWriter` of a new file, or over a retired one. Raises OSError."""

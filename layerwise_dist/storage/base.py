@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from layerwise_dist import _native
+from layerwise_dist.slices import Slice
 from layerwise_dist.storage import layout
 from layerwise_dist.storage.layout import AttemptId
 from layerwise_dist.storage.shard import ShardLayout, Source, state_extent
@@ -24,16 +25,9 @@ _EXTENT = "(frozen)"
 _NO_STATE = state_extent(b"", b"")
 
 
-def lay_out(sources: Sequence[Source], memory_align: int, block_bytes: int) -> ShardLayout:
-    return ShardLayout([(_EXTENT, sources)], memory_align, block_bytes)
-
-
-def plan(shard: ShardLayout, gathered: Sequence[int]) -> Any:
-    """The native plan. These blocks are written from memory of their own each, numbered on from the layout's tensors."""
-    apart = dict(zip(gathered, range(shard.tensors, shard.tensors + len(gathered)), strict=True))
-    segments = [segment for segment in shard.segments if segment[0] not in apart]
-    segments += [(block, 0, tensor, 0, shard.blocks[block][1]) for block, tensor in apart.items()]
-    return _native.Plan(shard.blocks, sorted(segments), shard.tensors + len(apart), shard.end)
+# Blocks of so many bytes are with the writer at once. More would not be faster, and a shard's own blocks, which training
+# may wait for, come behind them.
+_RUN_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +41,24 @@ class BaseReport:
 
 
 class BaseFile:
-    """The file while it is written. Its blocks are hashed always, also with `hash: false`: that is how a change is found."""
+    """The file while it is written. Its blocks are hashed always, also with `hash: false`: that is how a change is found.
 
-    def __init__(self, adapter: PCCheckAdapter, attempt: AttemptId, shard: ShardLayout, plan: Any) -> None:
-        """Creates the folders and the partial file. Raises OSError."""
-        self.attempt, self.layout = attempt, shard
+    Attributes:
+        layout: which byte of which slice goes where.
+        run: blocks that may be with the writer at once.
+    """
+
+    def __init__(self, adapter: PCCheckAdapter, attempt: AttemptId, slices: Sequence[tuple[Slice, bool]]) -> None:
+        """Creates the folders and the partial file of these slices, each with whether the optimizer has it as a DTensor.
+
+        Raises OSError, or UnsupportedError for more than a header holds.
+        """
+        sources = [Source(part, wrapped=wrapped) for part, wrapped in slices]
+        self.attempt, self.layout = (
+            attempt,
+            ShardLayout([(_EXTENT, sources)], adapter.memory_align, adapter.block_bytes),
+        )
+        self.run = max(1, min(len(self.layout.blocks), _RUN_BYTES // adapter.block_bytes))
         self._env, self._adapter = adapter.env, adapter
         self._bases = os.path.join(adapter.root, layout.BASES)
         self._folder = os.path.join(adapter.root, layout.base_folder(attempt.text))
@@ -61,24 +68,21 @@ class BaseFile:
                 self._env.make_dir(folder, adapter.dir_mode)
             except FileExistsError:
                 pass  # of an earlier base, or another rank was first
+        # Each block comes out of one of `run` places in memory.
+        segments = [(block, 0, block % self.run, 0, nbytes) for block, (_, nbytes) in enumerate(self.layout.blocks)]
+        plan = _native.Plan(self.layout.blocks, segments, self.run, self.layout.end)
         self._writer = adapter.writer_of(plan, self._final + layout.PARTIAL)
-
-    @property
-    def blocks(self) -> int:
-        return len(self.layout.blocks)
 
     @property
     def bytes_written(self) -> int:
         return self._writer.bytes_written
 
     def set_addresses(self, addresses: Sequence[int]) -> None:
+        """Of the `run` places."""
         self._writer.set_addresses(addresses)
 
-    def set_address(self, tensor: int, address: int) -> None:
-        self._writer.set_address(tensor, address)
-
     def submit(self, first: int, count: int) -> None:
-        """Queues blocks. Their memory must stay mapped until `wait` says that they are written."""
+        """Queues at most `run` blocks, which lie in their places until `wait` says that they are written."""
         self._writer.submit(first, count)
 
     def wait(self, timeout_s: float) -> bool:
