@@ -83,7 +83,7 @@ system_packages() {
   for package in $(missing_packages); do
     case $package in
       doctest-dev) say "doctest is missing: the native tests cannot be built (Debian: apt-get install doctest-dev)" ;;
-      openmpi-bin) say "mpirun is missing: launch/mpirun.sh cannot be tried (Debian: apt-get install openmpi-bin)" ;;
+      openmpi-bin) say "mpirun is missing: tests over MPI are left out (Debian: apt-get install openmpi-bin)" ;;
       ninja-build) say "ninja is missing: make is used instead (Debian: apt-get install ninja-build)" ;;
       python3) fail "Python 3.10 or newer is needed, found: $(python3 --version 2>&1 || true)" ;;
       *) required+=("$package") ;;

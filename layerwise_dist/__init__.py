@@ -17,18 +17,26 @@ from layerwise_dist.errors import LayerwiseError
 
 if TYPE_CHECKING:
     from layerwise_dist.assembly import attach
+    from layerwise_dist.commit.metadata import CheckpointMetadataManager
     from layerwise_dist.config import LayerwiseConfig
     from layerwise_dist.engine import LayerwiseEngine
     from layerwise_dist.frameworks.deepspeed.groups import param_groups
     from layerwise_dist.graph import DependencyGraphBuilder
     from layerwise_dist.optimizer import LayerwiseOptimizer
+    from layerwise_dist.scheduler import LayerwiseCheckpointScheduler
+    from layerwise_dist.storage.adapter import PCCheckAdapter
+    from layerwise_dist.trainer import LayerwiseCheckpointTrainer
 
 __all__ = [
+    "CheckpointMetadataManager",
     "DependencyGraphBuilder",
+    "LayerwiseCheckpointScheduler",
+    "LayerwiseCheckpointTrainer",
     "LayerwiseConfig",
     "LayerwiseEngine",
     "LayerwiseError",
     "LayerwiseOptimizer",
+    "PCCheckAdapter",
     "__version__",
     "attach",
     "errors",
@@ -41,7 +49,11 @@ _LAZY = {
     "LayerwiseConfig": "config",
     "LayerwiseEngine": "engine",
     "param_groups": "frameworks.deepspeed.groups",
+    "CheckpointMetadataManager": "commit.metadata",
+    "LayerwiseCheckpointScheduler": "scheduler",
+    "LayerwiseCheckpointTrainer": "trainer",
     "LayerwiseOptimizer": "optimizer",
+    "PCCheckAdapter": "storage.adapter",
 }
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from layerwise_dist import _native
 from layerwise_dist._version import __version__
@@ -19,13 +18,11 @@ from layerwise_dist.capture.survey import Surveyor
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.session import open_session, start_coordinator
 from layerwise_dist.commit.transports import Transport
-from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
-from layerwise_dist.commit.transports.rendezvous import meet, over_default_group
-from layerwise_dist.commit.transports.store import StoreTransport
+from layerwise_dist.commit.transports.choice import open_transport
 from layerwise_dist.config import LayerwiseConfig, load_config
 from layerwise_dist.disabled import DisabledEngine
 from layerwise_dist.engine import LayerwiseEngine
-from layerwise_dist.errors import BoundaryError, ConfigError, UnsupportedError
+from layerwise_dist.errors import ConfigError, LayerwiseError, UnsupportedError
 from layerwise_dist.frameworks import Framework, accumulating, config_block, find_framework, find_optimizer, is_engine
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter, TorchOptimizer
 from layerwise_dist.layered import LayeredOptimizer
@@ -56,15 +53,6 @@ def attach(
 
     Raises ConfigError, UnsupportedError, StateError, OwnerError or DirectoryError; on every rank if on any.
     """
-    if dist.is_available() and dist.is_initialized():
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-    else:
-        rank, world_size = 0, 1
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
-        if launched > 1:
-            raise BoundaryError(
-                f"WORLD_SIZE is {launched}, but torch.distributed is not initialised: call init_process_group() before attach()"
-            )
     engines = [each for each in (models.values() if isinstance(models, Mapping) else [model]) if is_engine(each)]
     problem = None
     try:
@@ -74,20 +62,28 @@ def attach(
                 return disabled(engines)
         settings = load_config(config, **overrides)
     except ConfigError as error:
-        if world_size == 1:
-            raise
         settings, problem = LayerwiseConfig(), error  # the other ranks are told before it is raised
     if not settings.enabled:
         return disabled(engines)
-    transport: Transport = LocalTransport(LocalHub(1), 0)
-    if world_size > 1:
-        met = meet(rank, over_default_group(), settings.commit.timeout_s)
-        transport = StoreTransport(rank, world_size, met)
-    env = _native.NvmEnv() if settings.writer.backend == "nvm" else _native.PosixEnv()
+    try:
+        transport = open_transport(settings.commit.transport, settings.commit.timeout_s)
+    except LayerwiseError:
+        if problem is not None:
+            raise problem from None
+        raise
+    if problem is not None and transport.world_size == 1:
+        raise problem
+    env = _environment(settings)
     return assemble(
         model, optimizer, settings, transport, env,
         models=models, optimizers=optimizers, state=state, fresh=fresh, problem=problem,
     )  # fmt: skip
+
+
+def _environment(config: LayerwiseConfig) -> Any:
+    if config.mode == "mock":
+        return _native.MockEnv()
+    return _native.NvmEnv() if config.writer.backend == "nvm" else _native.PosixEnv()
 
 
 def common_block(engines: Sequence[Any]) -> Any:
@@ -150,7 +146,8 @@ def assemble(
         closers.append(objects.detach)
         who = f"pid {os.getpid()} on {socket.gethostname()}"
         info, manager, owner = open_session(
-            env, config.path, participant, file_mode=config.file_bits, dir_mode=config.dir_bits, who=who
+            env, config.path, participant, file_mode=config.file_bits, dir_mode=config.dir_bits, who=who,
+            mock=config.mode == "mock",
         )
         committer = coordinator = None
         if owner is not None:

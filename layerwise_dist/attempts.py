@@ -139,7 +139,7 @@ class Attempts:
             if least_pool_bytes(self._adapter.bounce_bytes, found, laid.gathered) <= self._adapter.buffers.capacity:
                 return
             self._stage.close()
-        self._adapter.open_pool(nbytes)
+        self._adapter.allocate_staging_buffer(size_mb=nbytes / 2**20)
         log.info(
             "rank %d: a pool of %.1f MiB for a state of %.1f MiB, of which %.1f MiB are staged (pool_mb = %s)",
             self._rank, nbytes / 2**20, found.nbytes / 2**20, found.staged_bytes / 2**20, self._config.pool_mb,

@@ -13,7 +13,7 @@ loader
     from before a grad-enabled training forward; an evaluation's loader never is, since a `for` lets go of its iterator
     when it ends.
 call
-    `ckpt.save()`: the iteration, if it has updated, ends there. Not together with explicit ones.
+    `ckpt.save()`: the iteration, if it has updated, ends there. In explicit loops only between `end_step()` and the next.
 inferred
     Everything else: the next training forward after an update, with the random numbers as of the update. Exact only if
     the loop draws nothing between the update and its end; warned of once.
@@ -86,7 +86,7 @@ class Boundary:
         self._on_boundary, self._taps, self._log, self._excuse = on_boundary, dict(taps), log, excuse
         self._thread = threading.get_ident()
         self._completed = self._idle = 0
-        self._explicit = False
+        self._explicit = self._in_steps = self._in_loop = False
         self._kind: Kind | None = None  # of the last boundary
         self._pending: PendingRng | None = None
         self._warned: set[str] = {"inferred"} if by_call else set()
@@ -120,10 +120,14 @@ class Boundary:
         self._completed = step
 
     # -- explicit boundaries ------------------------------------------------------------------------------------------
-    def explicit(self) -> None:
-        """Say that this loop will call `end_step()`: needed only if its first iteration updates more than once."""
+    def explicit(self, *, restored_in_loop: bool = False) -> None:
+        """Say that this loop will call `end_step()`: needed only if its first iteration updates more than once.
+
+        With `restored_in_loop` what follows restore() is what follows end_step(), a batch drawn by hand say, so that random
+        numbers can be put back by restore() itself, unless an attached loader tells better.
+        """
         self._check_thread("explicit()")
-        self._explicit = True
+        self._explicit, self._in_loop = True, restored_in_loop and not self._taps
 
     def steps(self, total: int) -> Iterator[int]:
         """Yield the steps from `completed` up to `total`, with a boundary at each back edge of the loop.
@@ -135,7 +139,9 @@ class Boundary:
         if self._pending is not None:
             self._pending.at_steps()
         while (step := self._completed) < total:
+            self._in_steps = True
             yield step
+            self._in_steps = False
             if self._completed != step:
                 raise BoundaryError(
                     f"steps() yielded step {step}, and its body counted {self._completed - step} boundaries itself: "
@@ -153,7 +159,7 @@ class Boundary:
             )
         self._explicit = True
         mark = self._mark("explicit")
-        if mark.rng_event == "boundary" and "end_step" not in self._warned:
+        if mark.rng_event == "boundary" and "end_step" not in self._warned and not self._in_loop:
             self._end = rng.glance()
 
     @property
@@ -163,12 +169,13 @@ class Boundary:
 
     @property
     def step_of_call(self) -> int:
-        """The step that `call()` would be of. Raises BoundaryError in a loop that tells its ends otherwise."""
+        """The step that `call()` would be of. Raises BoundaryError within an iteration whose end is told otherwise."""
         self._check_thread("save()")
-        if self._explicit:
+        if self._explicit and (self._in_steps or self._progress):
             raise BoundaryError(
-                "save() in a loop that tells where its iterations end by steps() or end_step(): those are saved as "
-                "every_n_steps says, and committed behind their end; wait(step) waits for one"
+                "save() within an iteration whose end is told by steps() or end_step(): those are saved as "
+                "every_n_steps says, and committed behind their end; wait(step) waits for one. Between end_step() and "
+                "the next iteration it may be called"
             )
         return self._completed + (self._progress > 0)
 
@@ -179,7 +186,7 @@ class Boundary:
         if self.step_of_call > self._completed:
             self._mark("call")
             return None
-        return self._make_mark("call", (), self._completed)[0]
+        return self._make_mark("explicit" if self._explicit else "call", (), self._completed)[0]
 
     # -- events of the optimizer and the model ------------------------------------------------------------------------
     def update_starting(self, in_closure: bool = False) -> None:
@@ -277,7 +284,7 @@ class Boundary:
             self._taps[name].restore(snapshot)
         self._reset_loop()
         self._end = None
-        self._pending = PendingRng(state, self._taps.keys())
+        self._pending = PendingRng(state, self._taps.keys(), here=self._in_loop)
 
     def close(self, *, seal: bool = True) -> bool:
         """Seal an iteration that has updated and was not ended (the loop was left by break). True if there was one.

@@ -56,13 +56,14 @@ class PendingRng:
     Args:
         state: of `BoundaryMark.state()`.
         attached: names of the loaders there are now.
+        here: this is the event at which those of an explicit boundary are to be put back.
     """
 
-    def __init__(self, state: dict[str, Any], attached: Collection[str]) -> None:
+    def __init__(self, state: dict[str, Any], attached: Collection[str], *, here: bool = False) -> None:
         self._state, self._put = state, False
         self._at = [name for name in state["at"] if name in attached]
         # A script that saves by a call restores by one, and draws its next batch behind either.
-        here = state["kind"] == "inferred" or (state["kind"] == "call" and not attached)
+        here |= state["kind"] == "inferred" or (state["kind"] == "call" and not attached)
         if here and state["rng_event"] == "boundary":
             self._set(state["rng"])
 

@@ -50,6 +50,11 @@ class WriterConfig(_Strict):
 
 
 class CommitConfig(_Strict):
+    transport: Literal["auto", "store", "mpi"] = Field(
+        "auto",
+        description="How ranks exchange messages. store: TCP connections of its own, found over torch.distributed; "
+        "mpi: an MPI communicator of its own; auto: store where torch.distributed is initialised, else mpi under mpirun.",
+    )
     timeout_s: float = Field(300.0, gt=0, description="Deadline of every wait for another rank, seconds.")
     on_failure: Literal["warn", "raise"] = Field(
         "warn", description="warn: a failed checkpoint is logged and training goes on; raise: all ranks raise."
@@ -65,6 +70,10 @@ class LayerwiseConfig(_Strict):
     )
     keep_last: int = Field(2, ge=1, description="Newest commits of the lineage that are kept.")
     keep_every_n_steps: int | None = Field(None, ge=1, description="Commits at multiples of this step stay for ever.")
+    mode: Literal["direct", "mock"] = Field(
+        "direct",
+        description="direct: this process writes; mock: all is done but the writing, which is counted (no directory).",
+    )
     update: Literal["auto", "whole", "pipelined_step", "in_backward"] = Field(
         "auto",
         description="whole: the optimizer steps as it does alone; pipelined_step: a step that is saved goes layer by "

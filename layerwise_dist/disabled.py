@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ class DisabledEngine:
 
     staged_step = durable_step = committed_step = None
     client_state = restored_from = None
+    lacking: tuple[str, ...] = ()
 
     def __init__(self, mid_window: Callable[[], bool] = lambda: False) -> None:
         """`mid_window` says whether gradients are being accumulated: an `end_step()` then counts nothing."""
@@ -18,8 +20,9 @@ class DisabledEngine:
         self._mid_window = mid_window
 
     def restore(
-        self, step: int | None = None, *, tag: str | None = None, saved: bool = False, on_missing: str | None = None
-    ) -> int:
+        self, step: int | None = None, *, tag: str | None = None, saved: bool = False, on_missing: str | None = None,
+        partly: bool = False,
+    ) -> int:  # fmt: skip
         return 0
 
     def save(self, tag: str, client_state: Mapping[str, Any] | None = None, *, timeout: float | None = None) -> int:
@@ -36,10 +39,13 @@ class DisabledEngine:
     def end_step(self) -> None:
         self.completed += not self._mid_window()
 
-    def explicit(self) -> None:
+    def explicit(self, *, restored_in_loop: bool = False) -> None:
         return None
 
     def wait(self, step: int, level: str = "committed", timeout: float | None = None) -> None:
+        return None
+
+    def trace(self, path: str | os.PathLike[str]) -> None:
         return None
 
     def stats(self) -> dict[str, float | int]:

@@ -27,6 +27,7 @@ from layerwise_dist.commit.coordinator import CoordinatorThread
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.session import Committer, SessionInfo
+from layerwise_dist.compiled import eager
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.errors import BoundaryError, DamageError, LayerwiseError
 from layerwise_dist.frameworks.base import Framework
@@ -60,6 +61,7 @@ class LayerwiseEngine(SaveAndRestore):
     Attributes:
         restored_from: the folder of the checkpoint that `restore()` loaded; None if it loaded none.
         client_state: what `save()` was given with that checkpoint; None if it was not made by `save()`.
+        lacking: the model's tensors (`<kind>/<fqn>`) that it had not; empty but for `restore(partly=True)`.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class LayerwiseEngine(SaveAndRestore):
         self._client_state: dict[str, Any] | None = None  # of a save() that is under way
         self.client_state: dict[str, Any] | None = None
         self.restored_from: str | None = None
+        self.lacking: list[str] = []
         self._restorer = Restorer(
             framework,
             optimizer,
@@ -107,8 +110,8 @@ class LayerwiseEngine(SaveAndRestore):
             by_call=config.every_n_steps is None,
         )  # fmt: skip
         self._hooks = [
-            *(root.register_forward_pre_hook(self._before_forward) for root in framework.roots),
-            *(module.register_forward_hook(self._behind_forward) for module in framework.forward_modules()),
+            *(root.register_forward_pre_hook(eager(self._before_forward)) for root in framework.roots),
+            *(module.register_forward_hook(eager(self._behind_forward)) for module in framework.forward_modules()),
             *(p.register_post_accumulate_grad_hook(self._during_backward) for p in framework.gradient_ready_params()),
         ]
         optimizer.watch(self)
@@ -137,9 +140,12 @@ class LayerwiseEngine(SaveAndRestore):
         if not self._optimizer.mid_window:
             self._boundary.end_step()
 
-    def explicit(self) -> None:
-        """Says before the loop that it will call `end_step()`, for loops with several updates an iteration."""
-        self._boundary.explicit()
+    def explicit(self, *, restored_in_loop: bool = False) -> None:
+        """Says before the loop that it will call `end_step()`, for loops with several updates an iteration.
+
+        With `restored_in_loop` nothing draws random numbers between `restore()` and the loop, so they are put back by it.
+        """
+        self._boundary.explicit(restored_in_loop=restored_in_loop)
 
     # -- what is where ------------------------------------------------------------------------------------------
 

@@ -13,7 +13,8 @@ class Arrivals:
     """Watches the gradients of `params` (by name) from one `reset()` to the next; `remove()` ends it.
 
     The event is torch's post-accumulate hook: behind the last use of the parameter, and under FSDP2 behind the
-    reduction. Under DDP it comes before the reduction. `on_arrival` is called in it with the parameter's name.
+    reduction. Under DDP it comes before the reduction, and under FSDP1 not at all: `wrapped_gradients` has others.
+    `on_arrival` is called in it with the parameter's name.
 
     Args:
         exact: also compare numbers, not only version counters: some kernels (GradScaler's unscale) do not count. It
@@ -33,12 +34,15 @@ class Arrivals:
         self._params = dict(params)
         self._on_arrival = on_arrival
         self.exact = exact
-        self._hooks = [
-            param.register_post_accumulate_grad_hook(lambda _, fqn=fqn: self._fired(fqn))
-            for fqn, param in self._params.items()
-            if param.requires_grad
-        ]
+        self._hooks = self._register()
         self.reset()
+
+    def _register(self) -> list[Any]:
+        """What makes `_fired` be called; each has a `remove()`."""
+        return [self._hook(fqn) for fqn, param in self._params.items() if param.requires_grad]
+
+    def _hook(self, fqn: str) -> Any:
+        return self._params[fqn].register_post_accumulate_grad_hook(lambda _: self._fired(fqn))
 
     def reset(self) -> None:
         self.fires = dict.fromkeys(self._params, 0)
@@ -79,14 +83,18 @@ class Arrivals:
         return [fqn for fqn, (grad, _) in self._seen.items() if grad.layout != torch.strided]
 
     def _fired(self, fqn: str) -> None:
-        grad = self._params[fqn].grad
         self.fires[fqn] += 1
         self._seen.pop(fqn, None)
+        self._note(fqn)
+        if self._on_arrival is not None:
+            self._on_arrival(fqn)
+
+    def _note(self, fqn: str) -> None:
+        """Takes the gradient as it is now for what arrived."""
+        grad = self._params[fqn].grad
         self._seen[fqn] = (grad, _version(grad))
         if self.exact and grad.layout == torch.strided:
             self._numbers[fqn] = _numbers(grad)
-        if self._on_arrival is not None:
-            self._on_arrival(fqn)
 
 
 def _version(grad: Any) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal
+from typing import Literal
 
 import networkx
 import torch
@@ -20,6 +20,7 @@ from layerwise_dist.autograd_walk import Walk, walk
 from layerwise_dist.errors import BoundaryError, UnsupportedError
 from layerwise_dist.frameworks.base import Framework, ParamView
 from layerwise_dist.gradients import Arrivals
+from layerwise_dist.wrapped_gradients import watch
 
 ROOT = "(root)"  # the layer of parameters that the model itself owns; no module's name has parentheses
 
@@ -64,7 +65,8 @@ class Observation:
     def __enter__(self) -> Observation:
         if self._arrivals is not None:
             raise BoundaryError("this observation is running already: one `with` at a time")
-        self._arrivals = Arrivals({view.fqn: view.param for view in self._builder.views if view.param.requires_grad})
+        params = {view.fqn: view.param for view in self._builder.views if view.param.requires_grad}
+        self._arrivals = watch(self._builder.model, params)
         self.fires = self._arrivals.fires
         return self
 
@@ -95,6 +97,7 @@ class DependencyGraphBuilder:
     Frozen layers are nodes, and not in the order. Trainable layers that the source did not see come last.
 
     Attributes:
+        model: as it was given.
         views: every parameter once, with its clean name, its layer and its aliases.
         layer_info: `LayerInfo` by the layer's name, in the model's order.
         layer_of: a parameter's name to its layer's.
@@ -105,6 +108,7 @@ class DependencyGraphBuilder:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.views: Sequence[ParamView] = Framework(model, 0, 1).params
         self.layer_info = _layers(self.views)
         self.fires: dict[str, int] = {}

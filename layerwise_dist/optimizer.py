@@ -18,9 +18,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from layerwise_dist.errors import BoundaryError, ConfigError, UnsupportedError
+from layerwise_dist.frameworks.averaging import Averaging
 from layerwise_dist.gradients import Arrivals
 from layerwise_dist.graph import DependencyGraphBuilder
 from layerwise_dist.subset_step import SubsetStep
+from layerwise_dist.wrapped_gradients import watch
 
 Mode = Literal["pipelined_step", "in_backward"]
 _MODES = ("pipelined_step", "in_backward")
@@ -128,7 +130,7 @@ class _Stepping:
         after: Callable[[str, int], None],
         active: Callable[[], bool] | None,
     ) -> None:
-        self.optimizer, self.graph, self._mode = optimizer, graph, mode
+        self.optimizer, self._model, self.graph, self._mode = optimizer, model, graph, mode
         self._before_layer, self._after_layer, self._active = before, after, active
         check_layered(optimizer, model, mode)
         self._subset_step = SubsetStep(optimizer)
@@ -161,7 +163,8 @@ class _Stepping:
         params = [param for group in self.optimizer.param_groups for param in group["params"]]
         on_arrival = self._arrived if self._mode == "in_backward" else None
         named = {self._names[id(param)]: param for param in params}
-        return Arrivals(named, on_arrival, exact=self._mode == "in_backward")
+        in_backward = self._mode == "in_backward"
+        return watch(self._model, named, on_arrival, exact=in_backward, reduced=in_backward)
 
     def _make_plan(self) -> None:
         """Each layer's parameters, by group, in the update order."""
@@ -235,7 +238,7 @@ class _Stepping:
         self._before_layer(layer, self._step)
         self._subset_step.step(subset, pins)
         if in_backward:
-            trainable = [param for part in self._plan[layer] for param in part if param.requires_grad]
+            trainable = _trainable(self._plan[layer])
             self._arrivals.accept([self._names[id(param)] for param in trainable])
             # Fused kernels do not count, and a node that still needs the old values must not run on the new ones.
             increment_version(trainable)
@@ -310,7 +313,7 @@ class _Stepping:
         groups = [group["params"] for group in self.optimizer.param_groups]
         self._pins = self._subset_step.pins([[p for p in part if reached[self._names[id(p)]]] for part in groups])
         for layer, subset in self._plan.items():
-            trainable = [param for part in subset for param in part if param.requires_grad]
+            trainable = _trainable(subset)
             if trainable and all(reached[self._names[id(param)]] for param in trainable):
                 self._missing[layer] = len(trainable)
         self._count()
@@ -339,21 +342,33 @@ def _nothing(layer: str, step: int) -> None:
     pass
 
 
+def _trainable(subset: Subset) -> list[nn.Parameter]:
+    """Those that can have a gradient here: of some, FSDP1 leaves this rank nothing."""
+    return [param for part in subset for param in part if param.requires_grad and param.numel()]
+
+
 def _with_gradients(subset: Subset) -> Subset:
     return [[param for param in part if param.grad is not None] for part in subset]
 
 
 def _check_wrapper(model: nn.Module) -> None:
+    if isinstance(model, DistributedDataParallel):
+        try:
+            Averaging.check(model)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"in_backward under DDP: {error}{_INSTEAD}") from None
+        return
     modules = list(model.modules())
     if any(isinstance(module, DistributedDataParallel) for module in modules):
-        raise UnsupportedError("in_backward under DDP: the gradient is not reduced yet when it arrives" + _INSTEAD)
-    if any(isinstance(module, FullyShardedDataParallel) for module in modules):
-        raise UnsupportedError("in_backward under FSDP1: its parameters announce no gradients" + _INSTEAD)
-    sharded = any(isinstance(param, DTensor) for param in model.parameters())
+        raise UnsupportedError("in_backward with DDP inside the model: give DDP itself as the model" + _INSTEAD)
+    units = [module for module in modules if isinstance(module, FullyShardedDataParallel)]
+    if not all(unit._use_orig_params for unit in units):
+        raise UnsupportedError("in_backward under FSDP1 needs use_orig_params=True" + _INSTEAD)
+    sharded = bool(units) or any(isinstance(param, DTensor) for param in model.parameters())
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and not sharded:
         raise UnsupportedError(
-            f"in_backward in a job of {dist.get_world_size()} ranks: of a model without FSDP2 it cannot be told when "
-            "its gradients are reduced" + _INSTEAD
+            f"in_backward in a job of {dist.get_world_size()} ranks: of a model without DDP or FSDP it cannot be told "
+            "when its gradients are reduced" + _INSTEAD
         )
 
 

@@ -30,8 +30,8 @@ class SaveAndRestore:
     ) -> int:  # fmt: skip
         """Saves the job as it is now under a name, and returns the step once that is committed. On all ranks alike.
 
-        For loops without steps() and end_step(): the iteration, if it has updated, ends here. The newest checkpoint
-        under a tag is never removed by retention. `client_state` is what `state=` takes as a dict, each rank's own;
+        In loops without steps() and end_step() the iteration, if it has updated, ends here; with end_step() it is called
+        between two iterations. The newest checkpoint under a tag is never removed by retention. `client_state` is what `state=` takes as a dict, each rank's own;
         `restore()` gives it back as `client_state`. `timeout` is in seconds, by default commit.timeout_s.
 
         Raises BoundaryError (within an accumulation window, before `restore()`, in a loop with steps(), or with tags that
@@ -95,7 +95,7 @@ class SaveAndRestore:
 
     def restore(
         self: LayerwiseEngine, step: int | None = None, *, tag: str | None = None, saved: bool = False,
-        on_missing: str | None = None,
+        on_missing: str | None = None, partly: bool = False,
     ) -> int:  # fmt: skip
         """Loads the lineage's newest commit whose shards verify, the same on all ranks; returns its step, 0 if none.
 
@@ -103,6 +103,8 @@ class SaveAndRestore:
         lineage's newest that `save()` made at all. What was committed after it is abandoned: the lineage goes on from
         there.
         `on_missing` is "error" (the default with a step or tag) or "fresh" (the default without: start from 0).
+        With `partly` the model may have parameters and buffers that the checkpoint has not: they stay as they are, and
+        `lacking` names them.
         Raises MismatchError (another model, optimizer, state or world size: nothing was loaded), NotFoundError,
         DamageError (nothing verifies), OSError (the disk is in trouble), CommitError or DeadlineError.
         """
@@ -117,8 +119,9 @@ class SaveAndRestore:
         wish = Wish(step, tag, saved)
         self.drain()
         fresh = (on_missing or ("error" if wish.certain else "fresh")) == "fresh"
-        found = self._restorer.newest(wish, fresh_if_missing=fresh)
+        found = self._restorer.newest(wish, fresh_if_missing=fresh, partly=partly)
         self.restored_from = self.client_state = None
+        self.lacking = []
         if found is None:
             if wish != Wish() and not self._info.empty:
                 # A fresh start beside what is there, as attach(fresh=True) makes it.
@@ -127,6 +130,7 @@ class SaveAndRestore:
             return self._boundary.completed
         attempt, loading, leaves = found
         self._adopt(loading)
+        self.lacking = loading.lacking
         self._follow(ParentRef(seq=attempt.seq, attempt=attempt.text), new_branch=leaves)
         self.restored_from = os.path.join(self.config.path, attempt.folder)
         self._restorer.undefined = None

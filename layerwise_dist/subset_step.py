@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.optimizer import _default_to_fused_or_foreach
 
 from layerwise_dist.errors import UnsupportedError
+from layerwise_dist.frameworks.zero_redundancy import ZeroRedundancyAdapter, is_zero_redundancy
 
 # Those that keep everything they know about a parameter in its own state, and nothing that counts in the group.
 _TORCH = (
@@ -33,7 +34,9 @@ class SubsetStep:
         kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
         if kind not in _KNOWN:
             why = (
-                "it evaluates a closure several times and its state spans all parameters"
+                ZeroRedundancyAdapter.whole_only
+                if is_zero_redundancy(optimizer)
+                else "it evaluates a closure several times and its state spans all parameters"
                 if isinstance(optimizer, torch.optim.LBFGS)
                 else "whether it counts something in its groups or across parameters is not known"
             )

@@ -1,7 +1,7 @@
 """A model check of the commit: the real decisions, on a simulated clock, network, disk and set of processes.
 
 `Simulation` makes one transition after the other, drawn from a seed: a rank trains on, a disk does one operation, a
-message arrives, time passes, something breaks, a job starts again. Coordinator, Attempts, Committer, Owner,
+message arrives, time passes, something breaks, a job starts again. Coordinator, Ledger, Committer, Owner,
 CheckpointMetadataManager and the start of a session are the engine's own; the disk is a MemoryEnv, which forgets what
 was not flushed. Each invariant is checked at the moment at which it could break, and raises `Broken`.
 """
@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from layerwise_dist._native import testing
-from layerwise_dist.commit import attempts as rank_side
 from layerwise_dist.commit import coordinator as rank0
+from layerwise_dist.commit import ledger as rank_side
 from layerwise_dist.commit import session as sessions
 from layerwise_dist.commit.metadata import Branch as BranchRecord
 from layerwise_dist.commit.metadata import CheckpointMetadataManager, InDoubt, Inventory, decode
@@ -197,14 +197,17 @@ class Write:
 
 
 class Rank:
-    """One rank's process: the real `Attempts`, a training loop, and the thread that does what Attempts asks for."""
+    """One rank's process: the real `Ledger`, a training loop, and the thread that does what Ledger asks for."""
 
     def __init__(self, job: Job, rank: int) -> None:
         self.job, self.rank = job, rank
-        self.attempts = rank_side.Attempts(rank, job.world_size)
+        self.ledger = rank_side.Ledger(rank, job.world_size)
         self.alive, self.over = True, False
+        self.stalled = False  # stopped for a while, alone
         self.count, self.seq = 0, job.info.first_seq + job.branched
         self.waits_since: float | None = None
+        self.leaving: float | None = None
+        self.holds_since: float | None = None
         self.work: deque[Any] = deque()
         self.doing: Iterator[None] | None = None
         self.staged_at: dict[int, float] = {}
@@ -225,37 +228,57 @@ class Rank:
     # -- training
 
     def blocked(self) -> bool:
-        full = self.attempts.on_disk_way >= self.job.max_in_flight and not self.job.skips_when_full
-        return self.over or not self.alive or (full and self.waits_since is None)
+        full = self.ledger.on_disk_way >= self.job.max_in_flight and not self.job.skips_when_full
+        return self.over or not self.alive or (full and self.waits_since is None and self.leaving is None)
 
     def train(self) -> None:
         """One iteration, or another look at the grant that it waits for."""
         sim, dice = self.job.sim, self.job.sim.dice
+        if self.leaving is not None:
+            if self.ledger.drained or sim.now - self.leaving > TIMEOUT:
+                self.over = True
+                self.job.post_up(self.rank, {"t": "closed", "rank": self.rank})
+            return
+        step = self.job.start + self.count + (self.waits_since is None)
         if self.waits_since is None:
             self.count += 1
-            step = self.job.start + self.count
             if step % self.job.every == 0:
-                attempt = AttemptId(self.job.info.epoch, self.seq, step)
-                self.seq += 1
-                if self.attempts.on_disk_way >= self.job.max_in_flight:
-                    self.do(self.attempts.skipped(attempt, "full"))
-                else:
-                    self.attempts.began(attempt)
-                    self._capture(attempt, dice.random())
-            self.do(self.attempts.boundary(self.count))
+                self._attempt(step, dice.random())
+            self.do(self.ledger.boundary(self.count))
             self.waits_since = sim.now
-        if self.attempts.may_pass(self.count):
+        if self.ledger.may_pass(self.count):
             self.waits_since = None
-            if (reason := self.attempts.must_raise(self.count)) is not None:
-                if self.attempts.lost is None:
+            if (reason := self.ledger.must_raise(self.count)) is not None:
+                if self.ledger.lost is None:
                     self.job.raised[self.rank] = self.count
                     need(
                         len(set(self.job.raised.values())) == 1,
                         f"ranks raise at different boundaries: {self.job.raised}",
                     )
                 self.leave(reason)
+                return
+            meeting = self.ledger.passed(self.count)
+            if meeting is None or meeting.common:
+                what = None if meeting is None else meeting.leave
+                said = self.job.meetings.setdefault(self.count, what)
+                need(said == what, f"boundary {self.count}: rank {self.rank} meets {what}, another {said}")
+            if meeting is not None:
+                sim.count["meeting" if meeting.common else "no meeting"] += 1
+                if meeting.common and step % self.job.every:
+                    self._attempt(step, dice.random())
+                if meeting.leave:
+                    self.leave("together")
         elif sim.now - self.waits_since > TIMEOUT:
             self.leave("DeadlineError")
+
+    def _attempt(self, step: int, luck: float) -> None:
+        attempt = AttemptId(self.job.info.epoch, self.seq, step)
+        self.seq += 1
+        if self.ledger.on_disk_way >= self.job.max_in_flight:
+            self.do(self.ledger.skipped(attempt, "full"))
+        else:
+            self.ledger.began(attempt)
+            self._capture(attempt, luck)
 
     def _capture(self, attempt: AttemptId, luck: float) -> None:
         write = Write(attempt, self.rank)
@@ -264,17 +287,16 @@ class Rank:
         except FileExistsError:
             pass
         except OSError as error:
-            self.do(self.attempts.failed(attempt, str(error), None))
+            self.do(self.ledger.failed(attempt, str(error), None))
             return
         if luck < 0.02:
-            self.do(self.attempts.failed(attempt, "the lease is broken", write))
+            self.do(self.ledger.failed(attempt, "the lease is broken", write))
         else:
-            self.do(self.attempts.sealed(write))
+            self.do(self.ledger.sealed(write))
 
     def leave(self, reason: str) -> None:
-        self.over = True
+        self.leaving = self.job.sim.now
         self.job.sim.count[f"left: {reason.split()[0]}"] += 1
-        self.job.post_up(self.rank, {"t": "closed", "rank": self.rank})
 
     # -- the background
 
@@ -299,16 +321,16 @@ class Rank:
         if isinstance(job, rank_side.Persist):
             yield from self._persist(job.write)
         elif isinstance(job, rank_side.GiveUp):
-            self.do(self.attempts.gave_up(job))
+            self.do(self.ledger.gave_up(job))
         elif isinstance(job, rank_side.Discard):
             yield from self._remove(job.write)
-            self.attempts.discarded(job.write)
+            self.ledger.discarded(job.write)
         else:
             yield from self._remove(Write(job.attempt, self.rank))
 
     def _persist(self, write: Write) -> Iterator[None]:
         attempt = write.attempt
-        if not self.attempts.wanted(write):
+        if not self.ledger.wanted(write):
             return
         data = content(attempt.text, self.rank)
         operations: list[Callable[[], None]] = [
@@ -321,11 +343,11 @@ class Rank:
             try:
                 operation()
             except OSError as error:
-                self.do(self.attempts.gave_up(rank_side.GiveUp(attempt, str(error), write, False)))
+                self.do(self.ledger.gave_up(rank_side.GiveUp(attempt, str(error), write, False)))
                 return
             yield
         self.do(
-            self.attempts.persisted(attempt, ShardReport(self.rank, layout.shard_file(self.rank), len(data), 4096, 0))
+            self.ledger.persisted(attempt, ShardReport(self.rank, layout.shard_file(self.rank), len(data), 4096, 0))
         )
 
     def _remove(self, write: Write) -> Iterator[None]:
@@ -367,6 +389,7 @@ class Job:
         self.cut: dict[int, float] = {}  # rank: when it hears of it
         self.frozen = False
         self.raised: dict[int, int] = {}
+        self.meetings: dict[int, bool | None] = {}  # by boundary: whether they leave; None: no meeting
         self.chain: list[int] = []
 
     @property
@@ -391,7 +414,9 @@ class Job:
 
     def deliver_down(self, rank: int) -> None:
         message = self.down[rank].popleft()[1]
-        self.ranks[rank].do(self.ranks[rank].attempts.receive(message))
+        if message["t"] == "meet":
+            self.ranks[rank].holds_since = None
+        self.ranks[rank].do(self.ranks[rank].ledger.receive(message))
 
     # -- the coordinator's thread
 
@@ -463,6 +488,7 @@ class Job:
         self.frozen = False
         for rank in self.ranks:
             rank.staged_at = dict.fromkeys(rank.staged_at, self.sim.now)
+            rank.holds_since = None
         self.up, self.down = ([deque((self.sim.now, m) for _, m in c) for c in each] for each in (self.up, self.down))
         self.cut = {rank: max(when, self.sim.now) for rank, when in self.cut.items()}
 
@@ -507,9 +533,13 @@ class Simulation:
             (0.03, "stop", self._stop),
             (0.015, "power", self._power),
             (0.015, "end all", self._end_all),
+            (0.1, "ask", self._ask),
+            (0.03, "stall", self._stall),
         ]
         if any(job.frozen for job in self.jobs):
             choices.append((0.15, "wake", self._wake))
+        if any(rank.stalled for job in self.jobs for rank in job.ranks):
+            choices.append((0.08, "go on", self._go_on))
         if not any(rank.alive and not rank.over for rank in self.current):
             choices.append((2.0, "start", self.start))
         weights = list(itertools.accumulate(weight for weight, _, _ in choices))
@@ -520,7 +550,7 @@ class Simulation:
     def _choices(self, number: int, job: Job) -> list[tuple[float, str, Callable[[], None]]]:
         found: list[tuple[float, str, Callable[[], None]]] = []
         for rank in job.ranks:
-            if not rank.alive:
+            if not rank.alive or rank.stalled:
                 continue
             name = f"job {number} rank {rank.rank}"
             if not rank.blocked():
@@ -565,8 +595,8 @@ class Simulation:
     def _bring_overdue(self, job: Job, until: float) -> None:
         """What no message may be late for: nothing is under way for longer than DELAY."""
         for rank, when in list(job.cut.items()):
-            if when <= until and job.ranks[rank].attempts.lost is None:
-                job.ranks[rank].attempts.lose("the connection is gone")
+            if when <= until and job.ranks[rank].ledger.lost is None:
+                job.ranks[rank].ledger.lose("the connection is gone")
                 self.count["lost"] += 1
         for rank in range(job.world_size):
             while job.coordinates and job.up[rank] and job.up[rank][0][0] + DELAY <= until:
@@ -576,15 +606,24 @@ class Simulation:
             while job.down[rank] and job.down[rank][0][0] + DELAY <= until:
                 if not job.ranks[rank].alive:
                     job.down[rank].clear()
+                if not job.ranks[rank].alive or job.ranks[rank].stalled:
                     break
                 job.deliver_down(rank)
 
     def _in_time(self, job: Job) -> None:
         for rank in job.ranks:
-            if not rank.alive or rank.attempts.ended() is not None:
+            if rank.stalled:
+                continue
+            if rank.ledger.holds and rank.alive and rank.ledger.ended() is None:
+                rank.holds_since = self.now if rank.holds_since is None else rank.holds_since
+                late = self.now - rank.holds_since
+                need(late <= TIMEOUT / 2 + 3 * DELAY + 2 * TICK, f"rank {rank.rank} has held for {late:g} s")
+            else:
+                rank.holds_since = None
+            if not rank.alive or rank.ledger.ended() is not None:
                 continue
             for seq, since in list(rank.staged_at.items()):
-                if seq not in rank.attempts._undecided:
+                if seq not in rank.ledger._undecided:
                     del rank.staged_at[seq]
                 else:
                     late = self.now - since
@@ -612,6 +651,29 @@ class Simulation:
         elif living := self._living():
             job, rank = self.dice.choice(living)
             job.kill(rank)
+
+    def _ask(self) -> None:
+        if living := self._living():
+            job, rank = self.dice.choice(living)
+            if not job.ranks[rank].over:
+                leave = self.dice.random() < 0.2
+                job.ranks[rank].do(job.ranks[rank].ledger.ask(leave=leave, why="asked"))
+                self.count["ask"] += 1
+
+    def _stall(self) -> None:
+        """SIGSTOP to one rank; rank 0's would stop its coordinator too, which stopping the whole job does."""
+        if living := [(job, rank) for job, rank in self._living() if rank]:
+            job, rank = self.dice.choice(living)
+            job.ranks[rank].stalled = True
+            self.count["stall"] += 1
+
+    def _go_on(self) -> None:
+        for job in self.jobs:
+            for rank in job.ranks:
+                if rank.stalled:
+                    rank.stalled, rank.holds_since = False, None
+                    rank.staged_at = dict.fromkeys(rank.staged_at, self.now)
+                    job.down[rank.rank] = deque((self.now, message) for _, message in job.down[rank.rank])
 
     def _sever(self) -> None:
         if living := self._living():
@@ -741,7 +803,7 @@ class Simulation:
                 self.count["superseded"] += 1
             elif "waited" in message["reason"]:
                 self.count["deadline"] += 1
-            elif "gone" in message["reason"]:
+            elif "left without" in message["reason"]:
                 self.count["gone"] += 1
             attempt = AttemptId(job.info.epoch, message["seq"], message["step"])
             need(not has_manifest(self.disk.memory, attempt), f"{attempt} is aborted, and its manifest is there")

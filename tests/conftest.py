@@ -252,13 +252,15 @@ class Warm:
         )  # fmt: skip
 
     def start(
-        self, script: str, nproc: int, *args: Any, env: Mapping[str, str] | None = None, max_restarts: int = 0
-    ) -> WarmJob:
+        self, script: str, nproc: int, *args: Any, env: Mapping[str, str] | None = None, max_restarts: int = 0,
+        **options: Any,
+    ) -> WarmJob:  # fmt: skip
+        """`options` are for torchrun's LaunchConfig."""
         self._count += 1
         log = self._folder / f"job_{self._count}.log"
         request = {
             "script": str(JOBS / script), "nproc": nproc, "args": [str(arg) for arg in args], "env": dict(env or {}),
-            "log": str(log), "max_restarts": max_restarts,
+            "log": str(log), "max_restarts": max_restarts, "options": options,
         }  # fmt: skip
         assert self._server.stdin is not None and self._server.stdout is not None
         self._server.stdin.write(json.dumps(request) + "\n")

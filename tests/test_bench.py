@@ -268,3 +268,24 @@ def test_a_stall_belongs_to_the_checkpoint_that_caused_it() -> None:
     """Open and seal in the step that is due, the fence in the one behind it."""
     assert by_checkpoint([5.0, 6.0], 1) == [5.0, 6.0]
     assert by_checkpoint([1.0, 0.0, 4.0, 1.0, 0.0, 7.0], 3) == [5.0, 8.0]
+
+
+def test_steps_by_layers_are_measured_against_the_optimizers_own() -> None:
+    result = CliRunner().invoke(app, ["bench", "layers", "--quick", "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)["results"]
+    assert [row["kernel"] for row in found] == ["foreach", "fused"]
+    assert all(row["fast_to_plain"]["median"] > 0 for row in found)
+
+
+@pytest.mark.parametrize("update", ["whole", "in_backward"])
+def test_a_step_is_traced_and_drawn(tmp_path: Path, update: str) -> None:
+    out, picture = tmp_path / "trace.json", tmp_path / "trace.svg"
+    code, text, _ = call("trace", tmp_path, "--quick", "--json", "--update", update, "--out", out, "--picture", picture)
+    assert code == 0
+    rows = json.loads(text)["rows"]
+    assert (rows["updates"]["first_begins_ms"] < rows["gradients"]["last_ends_ms"]) == (update == "in_backward")
+    assert {event["ph"] for event in json.loads(out.read_text())["traceEvents"]} == {"M", "i", "X"}
+    assert picture.read_text().lstrip().startswith("<?xml")
+    assert call("trace", tmp_path, "--quick", "--picture", "x.bmp", "--out", out)[0] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["trace.json", "trace.svg"]

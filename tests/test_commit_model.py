@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 from commit_model import Broken, walk
 
-from layerwise_dist.commit.attempts import Attempts
+from layerwise_dist.commit.common_boundary import CommonBoundary, Hold
 from layerwise_dist.commit.coordinator import Coordinator
+from layerwise_dist.commit.ledger import Ledger
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.owner import Owner
 from layerwise_dist.commit.session import Committer
@@ -38,7 +39,8 @@ def test_no_history_of_crashes_losses_and_failures_breaks_a_rule_of_the_commit(l
     print(dict(sorted(seen.items())))
     for what, least in {
         "commit": 200, "abort": 200, "superseded": 5, "deadline": 5, "lost": 20, "power": 30, "branch": 5, "wake": 10,
-        "gone": 5,         "commit: InDoubt": 1, "commit: OSError": 1, "commit: OwnerError": 3, "left: checkpointing": 5,
+        "gone": 5, "meeting": 20, "no meeting": 2, "left: together": 5,
+                "commit: InDoubt": 1, "commit: OSError": 1, "commit: OwnerError": 3, "left: checkpointing": 5,
     }.items():  # fmt: skip
         assert seen[what] >= least, f"{what}: {seen[what]} times: the model does not test what it says"
 
@@ -77,13 +79,13 @@ RULES = {
         "shard is not durable",
     ),
     "what is in doubt is not deleted before the decision is read": Mutation(
-        Attempts, "receive",
+        Ledger, "receive",
         {'checkpointing has stopped on all ranks: {message[\'reason\']}")':
             'x"); actions += map(Discard, self._undecided.values())'},
         "goes, and the manifest is there",
     ),
     "what is durable everywhere is not deleted before the decision is read": Mutation(
-        Attempts, "receive",
+        Ledger, "receive",
         {"for level in LEVELS[: LEVELS.index(kind) + 1]:":
             'actions += [Discard(w) for s, w in self._undecided.items() if (kind, s) == ("durable", message["seq"])]\n'
             "        for level in LEVELS[: LEVELS.index(kind) + 1]:"},
@@ -119,10 +121,27 @@ RULES = {
         Committer, "retire", {"keep_last=self._keep_last,": "keep_last=max(1, self._keep_last - 1),"}, "not whole",
     ),
     "a stop names one boundary": Mutation(
-        Attempts, "must_raise", {"count >= self.stop[0]": "True"}, "raise at different boundaries",
+        Ledger, "must_raise", {"count >= self.stop[0]": "True"}, "raise at different boundaries",
     ),
     "a roll back is durable before it is followed": Mutation(
         Committer, "follow", {"self._manager.write_branch(branch)": "pass"}, "newest record|lineage",
+    ),
+    "ranks meet where none has been": Mutation(
+        CommonBoundary, "held", {"max(current.held.values())": "min(current.held.values())"}, "meets",
+    ),
+    "a rank that was told to hold does not go on": Mutation(
+        Hold, "hold", {"min(self._limit, self._passed + 1)": "self._limit"}, "meets",
+    ),
+    "a rank that asked does not go on": Mutation(
+        Hold, "ask", {"self._limit = min(self._limit, at)": "self._passed += 0"}, "meets",
+        Mutation(Hold, "hold", {"min(self._limit, self._passed + 1)": "self._limit"}, ""),
+    ),
+    "a boundary that is not agreed on is given up": Mutation(
+        CommonBoundary, "tick", {"now - current.since <= self._timeout_s": "True"}, "has held for",
+    ),
+    "there is no meeting with a rank that left": Mutation(
+        CommonBoundary, "end", {"return self._give_up(why)": "return []"}, "has held for|meets",
+        Mutation(CommonBoundary, "tick", {"now - current.since <= self._timeout_s": "True"}, ""),
     ),
 }  # fmt: skip
 

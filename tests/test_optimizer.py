@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Warm
 from models import Reused
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
@@ -583,15 +584,27 @@ def test_a_first_step_that_is_layered_makes_the_state_in_another_order_and_the_s
     assert all(torch.equal(bits(a), bits(b)) for a, b in zip(plain[0].parameters(), model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize(("wrapper", "ranks", "cases"), [("ddp", 3, 6), ("fsdp2", 2, 9)])
+@pytest.mark.parametrize(
+    ("ranks", "wrappers", "cases", "refusals"),
+    [
+        # A third rank changes in which order numbers are added.
+        (3, ("ddp", "ddp-views", "mutations"), 22, ("a communication hook is registered", "find_unused_parameters", "static_graph", "DDP inside", "is sparse")),
+        (2, ("fsdp2", "fsdp1", "fsdp1-flat"), 24, ("use_orig_params=True",)),
+        (4, ("hsdp", "tp"), 15, ()),
+    ],
+    ids=["ddp", "fsdp", "meshes"],
+)  # fmt: skip
 def test_layers_are_exact_under_wrappers_and_in_backward_is_refused_where_it_is_not(
-    torchrun: Callable[..., Any], wrapper: str, ranks: int, cases: int
+    warm: Warm, ranks: int, wrappers: tuple[str, ...], cases: int, refusals: tuple[str, ...]
 ) -> None:
-    finished = torchrun("layers.py", ranks, wrapper, timeout=120)
+    finished = warm.run("layers.py", ranks, *wrappers, timeout=120)
     assert finished.lines("differs ") == [] and len(finished.lines("exact ")) == ranks * cases
+    assert finished.lines("accepted") == []
     refused = "\n".join(finished.lines("refused "))
-    assert refused.count(f"a job of {ranks} ranks") == ranks  # the model without its wrapper
-    if wrapper == "ddp":
-        assert refused.count("under DDP") == ranks
-    else:
-        assert refused.count("between its arrival and step()") == ranks  # clipping
+    wrappers = tuple(name for name in wrappers if name != "mutations")
+    assert refused.count(f"a job of {ranks} ranks") == ranks * len(wrappers)  # the model without its wrapper
+    assert finished.lines("unseen") == []
+    clipped = len({"ddp", "fsdp2", "fsdp1"}.intersection(wrappers))
+    assert refused.count("between its arrival and step()") == ranks * clipped
+    for why in refusals:
+        assert refused.count(why) >= ranks, why

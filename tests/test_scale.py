@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from layerwise_dist.commit.attempts import Attempts, Post
 from layerwise_dist.commit.coordinator import Announce, Coordinator, RetireOld, WriteManifest
+from layerwise_dist.commit.ledger import Ledger, Post
 from layerwise_dist.storage.adapter import ShardReport
 from layerwise_dist.storage.layout import AttemptId
 
@@ -29,11 +29,11 @@ class Load:
 
     def run(self) -> Load:
         coordinator = Coordinator(self.ranks, timeout_s=60.0, on_failure="raise", raise_after=1, now=0.0)
-        attempts = [Attempts(rank, self.ranks) for rank in range(self.ranks)]
+        ledgers = [Ledger(rank, self.ranks) for rank in range(self.ranks)]
         for step in range(1, self.steps + 1):
             attempt, now = AttemptId(1, step, step), float(step)
-            said = [a for each in attempts for a in [*each.sealed(Sealed(attempt)), *each.boundary(step)]]  # type: ignore[arg-type]
-            for each in attempts:
+            said = [a for each in ledgers for a in [*each.sealed(Sealed(attempt)), *each.boundary(step)]]  # type: ignore[arg-type]
+            for each in ledgers:
                 said += each.persisted(attempt, ShardReport(each.rank, "x", 1, 4096, 0))
             messages = [action.message for action in said if isinstance(action, Post)]
             self.posted += len(messages)
@@ -48,7 +48,7 @@ class Load:
             assert sum(isinstance(output, RetireOld) for output in outputs) == 1
             said_to_all = [output.message for output in outputs if isinstance(output, Announce)]
             self.announced += len(said_to_all)
-            for each in attempts:
+            for each in ledgers:
                 for message in said_to_all:
                     each.receive(message)
                 assert each.may_pass(step) and each.has_reached(step, "committed")

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from layerwise_dist.commit.transports import Transport, rendezvous
-from layerwise_dist.commit.transports.links import Link, Links, encode
+from layerwise_dist.commit.transports.frames import decode, encode, take_frames
+from layerwise_dist.commit.transports.links import Links
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
-from layerwise_dist.commit.transports.rendezvous import ABOVE, Met, meet
-from layerwise_dist.commit.transports.store import StoreTransport
+from layerwise_dist.commit.transports.relay import ABOVE
+from layerwise_dist.commit.transports.rendezvous import Met, meet
+from layerwise_dist.commit.transports.store import over_tcp
 from layerwise_dist.errors import CommitError
 
 
@@ -95,7 +97,7 @@ NODES = {"one node": [0, 0, 0], "each its own": [0, 1, 2], "two nodes": [0, 0, 1
 
 
 def stores(nodes: list[int]) -> list[Ears]:
-    return [Ears(StoreTransport(rank, len(nodes), met)) for rank, met in enumerate(all_meet(nodes))]
+    return [Ears(over_tcp(rank, len(nodes), met)) for rank, met in enumerate(all_meet(nodes))]
 
 
 def locals_(nodes: list[int]) -> list[Ears]:
@@ -163,7 +165,7 @@ def test_a_rank_that_ends_without_a_word_is_told_to_the_coordinator_with_those_t
     ranks[0].wait(lambda: gone() == [3])
     ranks[0].transport.announce({"t": "said"})
     ranks[4].wait(lambda: len(ranks[4].heard) == 1)
-    for link in list(ranks[2].transport._links._links.values()):  # the node's lowest rank dies
+    for link in list(ranks[2].transport._connections._links.values()):  # the node's lowest rank dies
         link.sock.shutdown(socket.SHUT_RDWR)
     ranks[0].wait(lambda: gone() == [2, 3, 4])
     ranks[4].wait(lambda: len(ranks[4].errors) == 1)
@@ -236,14 +238,12 @@ def test_frames_are_found_however_the_bytes_arrive() -> None:
     messages = [[{"t": "x", "text": "é" * n}] for n in (0, 1, 1000)] + [[{"n": n} for n in range(50)], []]
     stream = b"".join(map(encode, messages))
     for size in (1, 3, 7, 1000, len(stream)):
-        left, right = socket.socketpair()
-        link = Link(1, left)
         bodies: list[bytes] = []
+        received = bytearray()
         for begin in range(0, len(stream), size):
-            link.received += stream[begin : begin + size]
-            bodies += link.frames()
+            received += stream[begin : begin + size]
+            bodies += take_frames(received)
         assert [encode([])[4:] if not body else body for body in bodies] == [encode(each)[4:] for each in messages]
-        left.close(), right.close()
 
 
 @pytest.mark.parametrize("sent", [b"\xff\xff\xff\xff", b"\0\0\0\x03abc"], ids=["too long", "no JSON"])
@@ -256,10 +256,8 @@ def test_what_is_no_message_ends_the_connection(sent: bytes) -> None:
         ended.append(why)
         done.set()
 
-    from layerwise_dist.commit.transports.links import decode
-
-    links = Links({1: left}, lambda key, body: decode(body) and None, on_end)
-    links.start()
+    links = Links({1: left})
+    links.start(lambda key, body: decode(body) and None, on_end)
     right.sendall(sent)
     assert done.wait(10) and "no message" in ended[0]
     links.close(1.0)
@@ -270,8 +268,8 @@ def test_a_peer_that_reads_nothing_neither_blocks_nor_fills_the_memory(monkeypat
     monkeypatch.setattr("layerwise_dist.commit.transports.links._MOST_UNSENT", 1 << 20)
     deaf, there = socket.socketpair()
     ended = threading.Event()
-    links = Links({1: there}, lambda key, body: None, lambda key, why: ended.set())
-    links.start()
+    links = Links({1: there})
+    links.start(lambda key, body: None, lambda key, why: ended.set())
     frame = encode([{"text": "x" * 100_000}])
     began = time.monotonic()
     for _ in range(100):

@@ -18,14 +18,15 @@ from typing import Any
 
 from layerwise_dist import _native
 from layerwise_dist.bench.light import LightRank, LightWrite, Switchboard
-from layerwise_dist.commit.attempts import Attempts, Post
+from layerwise_dist.commit.ledger import Ledger, Post
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.session import claim, start_coordinator
 from layerwise_dist.commit.transports import Message
-from layerwise_dist.commit.transports.links import Links, decode, encode
+from layerwise_dist.commit.transports.frames import decode, encode
+from layerwise_dist.commit.transports.links import Links
 from layerwise_dist.commit.transports.rendezvous import Met, accept, connect, listen, meet
-from layerwise_dist.commit.transports.store import StoreTransport
+from layerwise_dist.commit.transports.store import over_tcp
 from layerwise_dist.storage import layout
 from layerwise_dist.storage.adapter import ShardReport
 from layerwise_dist.storage.layout import AttemptId
@@ -60,7 +61,7 @@ def root(ranks: int, on_node: int, commits: int, folder: str) -> None:
     say(port=server.getsockname()[1], token=token)
     sockets = accept(server, set(expected), token, time.monotonic() + _DEADLINE_S)
     server.close()
-    transport = StoreTransport(0, ranks, Met(sockets, expected))
+    transport = over_tcp(0, ranks, Met(sockets, expected))
     env = _native.PosixEnv()
     manager = CheckpointMetadataManager(env, folder)
     info, owner = claim(env, folder, manager, file_mode=0o600, dir_mode=0o700, who="bench")
@@ -71,7 +72,7 @@ def root(ranks: int, on_node: int, commits: int, folder: str) -> None:
     # Only now, since it starts the transport: the others speak at once.
     participant = Participant(transport, timeout_s=_DEADLINE_S, coordinator=coordinator.post)
     participant.recycle(lambda attempt: LightWrite(env, folder, attempt, 0).discard())
-    links = transport._links
+    links = transport._connections
     clocks = {"all": time.CLOCK_PROCESS_CPUTIME_ID}
     for thread in threading.enumerate():
         if thread.name in ("layerwise-messages", "layerwise-coordinator"):
@@ -99,7 +100,7 @@ def root(ranks: int, on_node: int, commits: int, folder: str) -> None:
 
 
 class _Sealed:
-    """What `Attempts` asks of a shard: its attempt."""
+    """What `Ledger` asks of a shard: its attempt."""
 
     def __init__(self, attempt: AttemptId) -> None:
         self.attempt = attempt
@@ -113,20 +114,20 @@ class Crowd:
         serves = connections(ranks, on_node)
         deadline = time.monotonic() + _DEADLINE_S
         sockets = {key: connect(key, ["127.0.0.1"], port, token, deadline) for key in serves}
-        self._attempts = {key: [Attempts(rank, ranks) for rank in served] for key, served in serves.items()}
+        self._ledgers = {key: [Ledger(rank, ranks) for rank in served] for key, served in serves.items()}
         self._body = b""
         self._messages: list[Message] = []
         self._heard = dict.fromkeys(serves, 0)
         self._waiting = set(serves)
         self._step = 0
         self._done = threading.Event()
-        self.links = Links(sockets, self._hear, lambda key, why: None)
-        self.links.start()
+        self.links = Links(sockets)
+        self.links.start(self._hear, lambda key, why: None)
 
     def checkpoint(self, step: int) -> tuple[float, float]:
         """Seconds until all have heard of the commit: from the first word, and from the last report."""
         attempt = AttemptId(self._epoch, self._first_seq + step - 1, step)
-        self._step, self._waiting = step, set(self._attempts)
+        self._step, self._waiting = step, set(self._ledgers)
         self._done.clear()
         began = time.perf_counter()
         self.links.call(lambda: self._say_all("staged", attempt, step))
@@ -139,7 +140,7 @@ class Crowd:
         return ended - began, ended - reported[0]
 
     def _say_all(self, what: str, attempt: AttemptId, step: int) -> None:
-        for key, ranks in self._attempts.items():
+        for key, ranks in self._ledgers.items():
             messages: list[Message] = []
             for rank in ranks:
                 if what == "staged":
@@ -156,7 +157,7 @@ class Crowd:
         if body != self._body:  # every node hears the same
             self._body, self._messages = body, decode(body)
         for message in self._messages:
-            for rank in self._attempts[key]:
+            for rank in self._ledgers[key]:
                 rank.receive(message)
             if message["t"] == "committed" and message["step"] == self._step:
                 self._waiting.discard(key)
@@ -165,7 +166,7 @@ class Crowd:
 
     def close(self) -> None:
         def leave() -> None:
-            for key, ranks in self._attempts.items():
+            for key, ranks in self._ledgers.items():
                 self.links.send(key, encode({"t": "closed", "rank": rank.rank} for rank in ranks))
 
         self.links.call(leave)
@@ -209,7 +210,7 @@ def job(ranks: int, on_node: int, commits: int, folder: str) -> None:
 def _rank(rank: int, board: Switchboard, on_node: int, commits: int, folder: str) -> None:
     gather = board.of(rank)
     met = meet(rank, gather, _DEADLINE_S, where=str(rank // on_node))
-    transport = StoreTransport(rank, len(gather({})), met)
+    transport = over_tcp(rank, len(gather({})), met)
     light = LightRank(transport, folder, timeout_s=_DEADLINE_S)
     times = []
     cpu = time.process_time()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+
+from layerwise_dist.processes import terminable
 
 
 class NoRoom(Exception):
@@ -27,7 +26,7 @@ def workplace(directory: str, *, disk_bytes: int, memory_bytes: int) -> Iterator
     free = os.statvfs(directory)
     _enough(disk_bytes, free.f_bavail * free.f_frsize, f"free space in {directory}")
     _enough(memory_bytes, available_memory(), "memory")
-    with _terminable():
+    with terminable():
         folder = Path(tempfile.mkdtemp(prefix="layerwise-bench-", dir=directory))
         try:
             yield folder
@@ -50,20 +49,3 @@ def _enough(needed: int, there: int, what: str) -> None:
             f"the benchmark needs {needed / 1e9:.1f} GB of {what}, and there are {there / 1e9:.1f} GB: "
             "choose smaller sizes or another place"
         )
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends the body as Ctrl-C does, so that nothing is left behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

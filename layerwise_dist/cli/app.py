@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from layerwise_dist._version import __version__
-from layerwise_dist.cli import bench, console, doctoring, listing, showing, verifying
+from layerwise_dist.cli import bench, console, doctoring, listing, selftesting, showing, verifying
 from layerwise_dist.cli.catalogue import Catalogue, WrongUsage
 from layerwise_dist.errors import ConfigError, DamageError
 
@@ -27,7 +27,7 @@ app.add_typer(bench.app, name="bench")
 def layerwise(
     context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
 ) -> None:
-    """Looks at checkpoint directories of layerwise_dist.
+    """Looks at checkpoint directories of layerwise_dist, and at machines.
 
     Exit code: 0 all is well, 1 looked and it is bad (something is damaged, a disk is unfit), 2 wrong usage.
     """
@@ -88,6 +88,19 @@ def doctor(
         )
 
     _answer(look, json)
+
+
+@app.command("selftest")
+def selftest(
+    directory: Annotated[str, typer.Argument(metavar="[DIR]", help="On the disk that checkpoints go to.")] = ".",
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the step at which the job is killed.")] = None,
+    json: Json = False,
+) -> None:
+    """Does it work on this machine? Trains on two ranks, kills the job, resumes it, and compares every bit.
+
+    Takes under a minute, in a folder of its own below DIR, which is removed.
+    """
+    _answer(lambda: selftesting.selftest(directory, seed=seed), json)
 
 
 def _finish(command: Callable[[Catalogue], console.Answer], directory: str, json: bool) -> None:

@@ -6,12 +6,14 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.text import Text
 
 from layerwise_dist.cli import console
+from layerwise_dist.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
     from layerwise_dist.bench.figures import Findings
@@ -170,6 +172,48 @@ def commit(
     _finish(run, json, markdown)
 
 
+@app.command("layers")
+def layers(rounds: Rounds = 9, quick: Quick = False, json: Json = False, markdown: Markdown = False) -> None:
+    """An optimizer's step as it is, and one layer at a time; writes nothing."""
+
+    def run(command: str) -> Findings:
+        from layerwise_dist.bench.layers import LayersBench, Model, run
+
+        return run(LayersBench((Model(4, 8),), 1, 2) if quick else LayersBench(rounds=rounds), command)
+
+    _finish(run, json, markdown)
+
+
+@app.command("trace")
+def trace(
+    directory: Dir,
+    update: Annotated[str, typer.Option("--update", "-u", help="whole, pipelined_step or in_backward.")] = "in_backward",
+    params: Params = "34M",
+    optimizer: Annotated[str, typer.Option("--optimizer", "-o", help="foreach or fused (AdamW).")] = "foreach",
+    out: Annotated[str, typer.Option("--out", metavar="FILE", help="Where the trace goes.")] = "trace.json",
+    picture: Annotated[
+        str | None, typer.Option("--picture", metavar="FILE", help="Draw it too: .png, .svg or .pdf.")
+    ] = None,
+    quick: Quick = False,
+    json: Json = False,
+    markdown: Markdown = False,
+) -> None:
+    """What happens to each layer in one checkpointed step, and when: JSON that Perfetto opens."""
+
+    def run(command: str) -> Findings:
+        from layerwise_dist.bench.model import QUICK, SHAPES
+        from layerwise_dist.bench.trace import TraceBench, run
+
+        _one_of("--params", params, SHAPES)
+        _one_of("--optimizer", optimizer, ("foreach", "fused"))
+        _one_of("--update", update, ("whole", "pipelined_step", "in_backward"))
+        shape = QUICK if quick else SHAPES[params]
+        asked = TraceBench(shape, update, optimizer, Path(out), Path(picture) if picture else None)
+        return run(asked, directory, command)
+
+    _finish(run, json, markdown)
+
+
 def _one_of(option: str, value: str, allowed: Iterable[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{option} {value!r}: expected {' or '.join(allowed)}")
@@ -182,7 +226,7 @@ def _finish(run: Callable[[str], Findings], json: bool, markdown: bool) -> NoRet
 
     try:
         found = run(shlex.join(["layerwise", *_typed()]))
-    except (NoRoom, ValueError) as error:
+    except (NoRoom, ValueError, ConfigError, UnsupportedError) as error:
         _fail(str(error), 2, json)
     except BenchFailed as error:
         _fail(str(error), 1, json)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from layerwise_dist.commit.common_boundary import CommonBoundary
 from layerwise_dist.commit.metadata import InDoubt
 from layerwise_dist.commit.transports import Message
 from layerwise_dist.errors import OwnerError
@@ -77,11 +78,12 @@ class Coordinator:
         self._failures = 0
         self._stopped = False
         self._finished: str | None = None  # why nothing is committed any more
-        self._gone: set[int] = set()
+        self._silent: set[int] = set()  # that have left or are gone
         self._at = [0.0] * world_size
         self._untold = set(range(world_size))  # whose next `at` is awaited
         self._granted = float(FIRST_GRANT) if world_size > 1 else math.inf
         self._pace: tuple[float, float] = (now, 0.0)
+        self._common = CommonBoundary(world_size, timeout_s / 2)  # ranks that wait for it have `timeout_s`
         self._out: list[Output] = []
 
     def handle(self, message: Message, now: float) -> list[Output]:
@@ -91,6 +93,12 @@ class Coordinator:
             self._advance(message["rank"], float(message["b"]), now)
         elif kind == "closed":
             self._advance(message["rank"], math.inf, now)
+            self._say_all(self._common.end(f"rank {message['rank']} has left"))
+            self._miss(message["rank"])
+        elif kind == "ask":
+            self._say_all(self._common.ask(message, now))
+        elif kind == "held":
+            self._say_all(self._common.held(message))
         elif kind == "gone":
             self._lose(message["rank"], message["why"])
         elif kind in ("staged", "durable", "failed", "skipped"):
@@ -104,6 +112,7 @@ class Coordinator:
             self._abort(
                 attempt, f"waited {self._timeout_s:g} s for rank(s) {', '.join(map(str, missing))}", failure=True
             )
+        self._say_all(self._common.tick(now))
         return self._taken()
 
     def wrote(self, seq: int, problem: OSError | OwnerError | None) -> list[Output]:
@@ -129,7 +138,7 @@ class Coordinator:
     @property
     def idle(self) -> bool:
         """Whether no attempt waits for anything."""
-        return not self._open
+        return not self._open and self._common.idle
 
     # -- attempts -----------------------------------------------------------------------------------------------
 
@@ -166,10 +175,10 @@ class Coordinator:
                 attempt.staged.add(message["rank"])
                 if len(attempt.staged) == self._world_size:
                     self._say({"t": "staged", "seq": seq, "step": attempt.step})
-            self._miss_gone(attempt)
+            self._abort_if_missed(attempt)
         else:
             attempt.reports[message["rank"]] = message
-            self._miss_gone(attempt)
+            self._abort_if_missed(attempt)
             if len(attempt.reports) == self._world_size:
                 self._say({"t": "durable", "seq": seq, "step": attempt.step})
                 self._writing = attempt
@@ -203,14 +212,18 @@ class Coordinator:
 
     def _lose(self, rank: int, why: str) -> None:
         """A rank will report nothing more. What it has reported already may still become a checkpoint."""
-        self._gone.add(rank)
         self._stop(f"rank {rank} is gone: {why}")
-        for attempt in list(self._open.values()):
-            self._miss_gone(attempt)
+        self._miss(rank)
 
-    def _miss_gone(self, attempt: _Attempt) -> None:
-        if missing := sorted(rank for rank in self._gone if rank not in attempt.reports):
-            self._abort(attempt, f"rank(s) {', '.join(map(str, missing))} are gone", failure=True)
+    def _miss(self, rank: int) -> None:
+        """Nothing more comes from this rank."""
+        self._silent.add(rank)
+        for attempt in list(self._open.values()):
+            self._abort_if_missed(attempt)
+
+    def _abort_if_missed(self, attempt: _Attempt) -> None:
+        if missing := sorted(rank for rank in self._silent if rank not in attempt.reports):
+            self._abort(attempt, f"rank(s) {', '.join(map(str, missing))} left without a report", failure=True)
 
     # -- stopping at one boundary -------------------------------------------------------------------------------
 
@@ -225,6 +238,7 @@ class Coordinator:
             self._stopped = True
             at = -1 if math.isinf(self._granted) else int(self._granted)
             self._say({"t": "stop", "at": at, "reason": reason})
+            self._say_all(self._common.end(reason))
 
     def _advance(self, rank: int, boundary: float, now: float) -> None:
         """Once every rank has said that it is past half of what is granted, more is."""
@@ -247,6 +261,9 @@ class Coordinator:
 
     def _say(self, message: Message) -> None:
         self._out.append(Announce(message))
+
+    def _say_all(self, messages: list[Message]) -> None:
+        self._out += map(Announce, messages)
 
     def _taken(self) -> list[Output]:
         out, self._out = self._out, []

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from layerwise_dist import errors
-from layerwise_dist.commit.attempts import Action, Attempts, Discard, GiveUp, Persist, Post, Retire, Write
+from layerwise_dist.commit.common_boundary import Meeting
+from layerwise_dist.commit.ledger import Action, Discard, GiveUp, Ledger, Persist, Post, Retire, Write
 from layerwise_dist.commit.transports import Message, Transport
 from layerwise_dist.errors import CommitError, DeadlineError, LayerwiseError
 from layerwise_dist.storage.layout import AttemptId
@@ -19,7 +20,7 @@ log = logging.getLogger("layerwise_dist")
 
 
 class Participant:
-    """Runs this rank's `Attempts`, and what all ranks agree on.
+    """Runs this rank's `Ledger`, and what all ranks agree on.
 
     Thread-safe. Every wait has a deadline of `timeout_s` seconds or its own, and says for whom it waited.
     """
@@ -30,7 +31,7 @@ class Participant:
         """`coordinator` takes the coordinator's messages on rank 0; it may be set later by `serve`."""
         self.rank, self.world_size = transport.rank, transport.world_size
         self._transport, self._timeout_s = transport, timeout_s
-        self._attempts = Attempts(self.rank, self.world_size)
+        self._ledger = Ledger(self.rank, self.world_size)
         self._changed = threading.Condition()
         self._serve = coordinator
         self._agreeing: dict[str, dict[int, Any]] = {}
@@ -38,6 +39,7 @@ class Participant:
         self._rounds = 0
         self._closed_ranks: set[int] = set()
         self._gone: dict[int, str] = {}
+        self._leaving: Callable[[str], None] | None = None
         self._retire: Callable[[AttemptId], None] | None = None
         self._work: queue.SimpleQueue[Persist | GiveUp | Discard | None] = queue.SimpleQueue()
         self._worker = threading.Thread(target=self._run, name="layerwise-persist", daemon=True)
@@ -93,67 +95,80 @@ class Participant:
     def staged(self, write: Write) -> None:
         """The attempt is sealed here: nothing that training does can change it any more. Persists in the background."""
         with self._changed:
-            self._do(self._attempts.sealed(write))
+            self._do(self._ledger.sealed(write))
 
     def began(self, attempt: AttemptId) -> None:
         with self._changed:
-            self._attempts.began(attempt)
+            self._ledger.began(attempt)
 
     def failed(self, attempt: AttemptId, error: str, write: Write | None, *, final: bool = False) -> None:
         """This rank gives the attempt up; the coordinator aborts it for all. `final`: and every later one, for good."""
         with self._changed:
-            self._do(self._attempts.failed(attempt, error, write, final=final))
+            self._do(self._ledger.failed(attempt, error, write, final=final))
 
     def skipped(self, attempt: AttemptId, reason: str) -> None:
         """This rank takes no part in the attempt, which is no failure; the coordinator drops it for all."""
         with self._changed:
-            self._do(self._attempts.skipped(attempt, reason))
+            self._do(self._ledger.skipped(attempt, reason))
 
     def wait_room(self, max_in_flight: int, timeout_s: float) -> bool:
         """Whether fewer than `max_in_flight` shards are on their way to this rank's disk, waiting for the disk only."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._attempts.on_disk_way < max_in_flight, timeout_s)
+            return self._changed.wait_for(lambda: self._ledger.on_disk_way < max_in_flight, timeout_s)
 
-    def boundary(self, count: int) -> None:
-        """Call at each boundary, counted from the session's start. Raises CommitError at the step all ranks raise at."""
+    def boundary(self, count: int) -> Meeting | None:
+        """Call at each boundary, counted from the session's start. What all ranks do at it, if they have agreed on it.
+
+        Raises CommitError at the boundary at which all ranks raise.
+        """
         with self._changed:
-            self._do(self._attempts.boundary(count))
-            if not self._attempts.may_pass(count):
+            self._do(self._ledger.boundary(count))
+            if not self._ledger.may_pass(count):
                 self._wait_for(
-                    lambda: self._attempts.may_pass(count),
+                    lambda: self._ledger.may_pass(count),
                     time.monotonic() + self._timeout_s,
                     lambda: (
                         f"boundary {count}: waited {self._timeout_s:g} s for the coordinator on rank 0 to say go on"
                     ),
                 )
-            if (reason := self._attempts.must_raise(count)) is not None:
+            if (reason := self._ledger.must_raise(count)) is not None:
                 raise CommitError(reason)
+            return self._ledger.passed(count)
+
+    def ask(self, *, leave: bool, why: str) -> None:
+        """For one boundary at which all ranks save, or save and leave; `boundary` says when it is there. Any thread."""
+        with self._changed:
+            self._do(self._ledger.ask(leave=leave, why=why))
+
+    def when_leaving(self, leaving: Callable[[str], None]) -> None:
+        """`leaving(why)` is called as soon as this rank hears that all will leave. It must not wait."""
+        self._leaving = leaving
 
     def ended(self) -> None:
         """At the end of a job: raises CommitError if the session has stopped, though the step to raise at is not reached."""
         with self._changed:
-            if (reason := self._attempts.ended()) is not None:
+            if (reason := self._ledger.ended()) is not None:
                 raise CommitError(reason)
 
     def reached(self, level: str) -> int | None:
         with self._changed:
-            return self._attempts.reached[level]
+            return self._ledger.reached[level]
 
     @property
     def outcomes(self) -> tuple[int, int, int]:
         """Checkpoints committed, aborted and skipped since the session's start."""
         with self._changed:
-            return self._attempts.commits, self._attempts.aborts, self._attempts.skips
+            return self._ledger.commits, self._ledger.aborts, self._ledger.skips
 
     def restored(self, step: int | None) -> None:
         """After a restore the step counts from there: what a later, abandoned branch had reached says nothing now."""
         with self._changed:
-            self._attempts.restored(step)
+            self._ledger.restored(step)
 
     def wait(self, step: int, level: str, timeout_s: float | None) -> None:
         """Raises CommitError when that step's checkpoint was aborted, DeadlineError at the timeout (seconds)."""
         timeout = self._timeout_s if timeout_s is None else timeout_s
-        state = self._attempts
+        state = self._ledger
         with self._changed:
             self._wait_for(
                 lambda: state.has_reached(step, level) or state.hopeless(step) is not None,
@@ -165,7 +180,7 @@ class Participant:
 
     def wait_for_attempt(self, attempt: AttemptId, timeout_s: float) -> None:
         """Until that very attempt is committed: another one may have the same step. Raises as `wait`."""
-        state = self._attempts
+        state = self._ledger
         with self._changed:
             self._wait_for(
                 lambda: state.is_committed(attempt) or state.is_hopeless(attempt),
@@ -179,11 +194,9 @@ class Participant:
         """Waits until every attempt of this rank is decided. Raises DeadlineError naming the steps that are not."""
         with self._changed:
             self._wait_for(
-                lambda: self._attempts.drained,
+                lambda: self._ledger.drained,
                 time.monotonic() + timeout_s,
-                lambda: (
-                    f"close: waited {timeout_s:g} s for rank 0 to decide on step(s) {self._attempts.undecided_steps}"
-                ),
+                lambda: f"close: waited {timeout_s:g} s for rank 0 to decide on step(s) {self._ledger.undecided_steps}",
             )
 
     def close(self, timeout_s: float) -> None:
@@ -193,14 +206,14 @@ class Participant:
         if self.rank == 0:
             with self._changed:
                 here = self._changed.wait_for(
-                    lambda: len(self._closed_ranks) == self.world_size or self._attempts.lost is not None, timeout_s
+                    lambda: len(self._closed_ranks) == self.world_size or self._ledger.lost is not None, timeout_s
                 )
                 if not here:
                     missing = sorted(set(range(self.world_size)) - self._closed_ranks)
                     log.warning("close: rank(s) %s did not close within %g s", missing, timeout_s)
         self._work.put(None)
         self._worker.join(max(0.1, deadline - time.monotonic()))
-        self._transport.close(max(0.1, min(5.0, deadline - time.monotonic())))
+        self._transport.close(max(0.1, deadline - time.monotonic()))
 
     # -- background ---------------------------------------------------------------------------------------------
 
@@ -226,7 +239,7 @@ class Participant:
 
     def _persist(self, write: Write) -> None:
         with self._changed:
-            if not self._attempts.wanted(write):
+            if not self._ledger.wanted(write):
                 return  # aborted meanwhile; its clean-up is queued behind this
         try:
             report = write.persist(self._timeout_s)
@@ -234,7 +247,7 @@ class Participant:
             self._give_up(GiveUp(write.attempt, str(error), write, False))
             return
         with self._changed:
-            self._do(self._attempts.persisted(write.attempt, report))
+            self._do(self._ledger.persisted(write.attempt, report))
             self._changed.notify_all()
 
     def _give_up(self, job: GiveUp) -> None:
@@ -242,7 +255,7 @@ class Participant:
         if job.write is not None:
             job.write.abort()
         with self._changed:
-            self._do(self._attempts.gave_up(job))
+            self._do(self._ledger.gave_up(job))
             self._changed.notify_all()
 
     def _discard(self, write: Write) -> None:
@@ -254,7 +267,7 @@ class Participant:
                 "rank %d: leftovers of step %d stay until the next start: %s", self.rank, write.attempt.step, error
             )
         with self._changed:
-            self._attempts.discarded(write)
+            self._ledger.discarded(write)
             self._changed.notify_all()
 
     def _on_coordinator_message(self, message: Message) -> None:
@@ -277,18 +290,23 @@ class Participant:
             if message["t"] == "agreed":
                 self._decisions[message["key"]] = message["decision"]
             else:
-                self._do(self._attempts.receive(message))
+                self._do(self._ledger.receive(message))
             self._changed.notify_all()
-        if self.rank == 0 and message["t"] == "aborted" and message["failure"]:
+        kind = message["t"]
+        if kind in ("hold", "meet") and message["leave"] and self._leaving is not None:
+            self._leaving(message["why"])
+        if self.rank == 0 and kind == "aborted" and message["failure"]:
             log.warning("checkpoint of step %d aborted: %s", message["step"], message["reason"])
+        elif self.rank == 0 and kind == "meet" and message["b"] is None:
+            log.warning("no boundary could be agreed on for a checkpoint: %s", message["why"])
 
     def _on_error(self, text: str) -> None:
         with self._changed:
-            self._attempts.lose(f"rank {self.rank}: {text}")
+            self._ledger.lose(f"rank {self.rank}: {text}")
             self._changed.notify_all()
 
     def _wait_for(self, predicate: Callable[[], Any], deadline: float, message: Callable[[], str]) -> None:
-        state = self._attempts
+        state = self._ledger
         if not self._changed.wait_for(lambda: bool(predicate()) or state.lost is not None, deadline - time.monotonic()):
             raise DeadlineError(message())
         if not predicate():

@@ -171,10 +171,12 @@ def start_coordinator(
 
 
 def open_session(
-    env: Any, root: str, participant: Participant, *, file_mode: int, dir_mode: int, who: str
+    env: Any, root: str, participant: Participant, *, file_mode: int, dir_mode: int, who: str, mock: bool = False
 ) -> tuple[SessionInfo, CheckpointMetadataManager, Owner | None]:
     """All ranks together. Rank 0 makes the directory, takes the lock and collects leftovers; the others check that
     they see the same directory. Raises OwnerError or DirectoryError on every rank alike.
+
+    With `mock`, each rank's Env is a directory of its own that nothing was ever in: the others make theirs too.
     """
     manager = CheckpointMetadataManager(env, root, file_mode=file_mode)
     held: list[Owner] = []
@@ -188,6 +190,9 @@ def open_session(
         info = SessionInfo(**participant.agree("open the checkpoint directory", None, decide))
         problem = None
         try:
+            if mock and participant.rank > 0:
+                _make_dirs(env, root, dir_mode)
+                manager.write_identity(Identity(identity=info.identity))
             _check_directory(env, root, manager, info)
         except (OSError, DamageError) as error:
             problem = str(error)

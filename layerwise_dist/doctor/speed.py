@@ -231,7 +231,7 @@ class Shards:
             layers.append((f"layer.{index}", [Source(part, address % self._adapter.memory_align)]))
             self._addresses.append(address)
         self._laid = self._adapter.lay_out(layers, ())
-        self._adapter.open_pool(self._adapter.bounce_bytes)
+        self._adapter.allocate_staging_buffer(size_mb=self._adapter.bounce_bytes / 2**20)
         self._numbers = itertools.count(1)
 
     def __enter__(self) -> Shards:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from layerwise_dist.frameworks.averaging import Averaging
 from layerwise_dist.frameworks.base import ParamView
 
 log = logging.getLogger("layerwise_dist")
@@ -62,7 +63,8 @@ class BucketOrder:
         if not self._rebuilds or self._root._get_ddp_logging_data().get("has_rebuilt_buckets") or not known:
             return
         if torch.distributed.get_world_size(self._root.process_group) > 2:
-            if self._root.static_graph or self._root._comm_hooks:
+            ours = Averaging.find(self._root)
+            if self._root.static_graph or (self._root._comm_hooks and ours is None):
                 what = "static_graph=True" if self._root.static_graph else "a communication hook"
                 log.warning(
                     "DistributedDataParallel with %s: its bucket layout cannot be taken up, so the first iteration after "
@@ -70,7 +72,13 @@ class BucketOrder:
                     what,
                 )
             else:
-                self._replay(order)
+                if ours is not None:
+                    ours.silent = True
+                try:
+                    self._replay(order)
+                finally:
+                    if ours is not None:
+                        ours.silent = False
         self._seen = list(order)
         self.detach()
 

@@ -75,7 +75,7 @@ def adapt(framework: Framework, optimizer: object, torch_adapter: TorchAdapter) 
         elif flat := _flat_parts(framework, optimizer):
             special = FSDP1FlatOptimizer(flat[0], optimizer)
         if special is not None and torch_adapter is not TorchOptimizer:
-            raise UnsupportedError(f"updates layer by layer: {special.whole_only}; use update = 'auto'")
+            raise UnsupportedError(f"{special.kind}, layer by layer: {special.whole_only}; use update = 'auto'")
         return special or torch_adapter(framework, optimizer)
     if optimizer is not None and optimizer is not framework.engine.optimizer:
         raise UnsupportedError("a DeepSpeed engine has its optimizer: call attach(engine) without one")

@@ -151,6 +151,8 @@ class FlatState(OptimizerAdapter):
     # -- restore ------------------------------------------------------------------------------------------------
 
     def check(self, saved: Mapping[str, Any]) -> list[str]:
+        if saved.get("lacking"):
+            return ["parameters that the checkpoint lacks cannot be left as they are where several lie in one tensor"]
         return check_groups(self.kind, self._group_names(), saved)
 
     def place(self, view: ParamView, entry: Slice, wrapped: bool) -> torch.Tensor:

@@ -97,7 +97,10 @@ class OptimizerAdapter:
         return {"class": self.kind, "groups": self.hyper_parameters()}
 
     def check(self, saved: Mapping[str, Any]) -> list[str]:
-        """What of a checkpoint's ``optimizer`` state does not fit this one, for a MismatchError; empty if it fits."""
+        """What of a checkpoint's ``optimizer`` state does not fit this one, for a MismatchError; empty if it fits.
+
+        ``lacking`` in it names parameters that the checkpoint has not, and need not have; of `adopt`'s too.
+        """
         raise NotImplementedError
 
     def place(self, view: ParamView, entry: Slice, wrapped: bool) -> torch.Tensor:
@@ -266,18 +269,22 @@ def check_groups(kind: str, live: Sequence[Sequence[str]], saved: Mapping[str, A
     if saved["class"] != kind:
         problems.append(f"the checkpoint's optimizer is {saved['class']}, this one is {kind}")
     try:
-        group_origins(live, saved["groups"])
+        group_origins(live, saved)
     except ValueError as error:
         problems.append(str(error))
     return problems
 
 
-def group_origins(live: Sequence[Sequence[str]], saved: Sequence[Mapping[str, Any]]) -> list[int]:
+def group_origins(live: Sequence[Sequence[str]], saved_state: Mapping[str, Any]) -> list[int | None]:
     """Of each live group (names of its parameters), the number of the saved group that its hyper-parameters are of.
 
-    Groups may have been split since, or merged where their hyper-parameters were equal. Raises ValueError in words.
+    Groups may have been split since, or merged where their hyper-parameters were equal. Of a group of which the
+    checkpoint has nothing, and need not ("lacking"), it is None. Raises ValueError in words.
     """
+    saved: Sequence[Mapping[str, Any]] = saved_state["groups"]
+    lacking = set(saved_state.get("lacking", ()))
     kept = [list(group["params"]) for group in saved]
+    live = [[name for name in group if name not in lacking] for group in live] if lacking else live
     if [list(group) for group in live] == kept:
         return list(range(len(kept)))
     group_of = {name: number for number, names in enumerate(kept) for name in names}
@@ -287,9 +294,12 @@ def group_origins(live: Sequence[Sequence[str]], saved: Sequence[Mapping[str, An
         raise ValueError(
             f"the optimizer's groups hold other parameters: {lengths[0]} here, {lengths[1]} in the checkpoint"
         )
-    origins = []
+    origins: list[int | None] = []
     for number, names in enumerate(live):
         sources = sorted({group_of[name] for name in names})
+        if not sources and lacking:
+            origins.append(None)
+            continue
         if not sources:
             raise ValueError(
                 f"group {number} of the optimizer is empty, and its groups are not those of the checkpoint"
@@ -323,9 +333,11 @@ def in_order(state: Mapping[str, Any], order: Iterable[str]) -> dict[str, Any]:
 
 def adopt_groups(groups: Sequence[dict[str, Any]], names: Sequence[Sequence[str]], saved: Mapping[str, Any]) -> None:
     """Puts the saved hyper-parameters into the live groups, whose parameters are `names`."""
-    origins = group_origins(names, saved["groups"])
+    origins = group_origins(names, saved)
     alike = origins == list(range(len(saved["groups"])))
     for group, origin in zip(groups, origins, strict=True):
+        if origin is None:
+            continue
         for key, value in saved["groups"][origin].items():
             if key == "params" or key in KERNEL_KEYS or (key == "name" and not alike):
                 continue

@@ -25,15 +25,23 @@ _LISTED = 8
 
 @dataclass
 class LoadPlan:
-    """One rank's restore, checked and ready. `sealed` is what the boundary saved (see `engine.LayerwiseEngine`)."""
+    """One rank's restore, checked and ready. `sealed` is what the boundary saved (see `engine.LayerwiseEngine`).
+
+    `lacking` are the model's tensors (`<kind>/<fqn>`) that the checkpoint has not, and need not have.
+    """
 
     sealed: dict[str, Any]
     reads: list[tuple[torch.Tensor, list[Span]]] = field(default_factory=list)
     states: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    lacking: list[str] = field(default_factory=list)
 
 
-def prepare(framework: Framework, optimizer: OptimizerAdapter, shards: ShardSet, where: str) -> LoadPlan:
-    """Raises MismatchError listing every name that is missing, unexpected or of another shape; DamageError; OSError."""
+def prepare(
+    framework: Framework, optimizer: OptimizerAdapter, shards: ShardSet, where: str, *, partly: bool = False
+) -> LoadPlan:
+    """With `partly`, the model may have tensors that the checkpoint has not; they stay as they are.
+
+    Raises MismatchError listing every name that is missing, unexpected or of another shape; DamageError; OSError."""
     index = _index(shards, framework)
     text, blob = shards.own.state()
     sealed = typed_json.loads(text, blob, where=f"shard {shards.own.index.path}")
@@ -68,6 +76,9 @@ def prepare(framework: Framework, optimizer: OptimizerAdapter, shards: ShardSet,
             tensor = optimizer.place(view, entry.slice, entry.wrapped)
             loading.states.setdefault(view.fqn, {})[entry.slice.kind] = tensor
             want(framework.need(view, entry.slice.kind, tensor), tensor)
+    if partly:
+        loading.lacking, missing = missing, []
+        sealed["optimizer"]["lacking"] = [name.split("/", 1)[1] for name in loading.lacking]
     unexpected = sorted(name for name in index if name not in wanted_names)
     problems = (
         shaped[:_LISTED]

@@ -37,7 +37,9 @@ class Restorer:
         self._check_objects = check_objects
         self.undefined: str | None = None
 
-    def newest(self, wish: Wish, *, fresh_if_missing: bool) -> tuple[AttemptId, LoadPlan, bool] | None:
+    def newest(
+        self, wish: Wish, *, fresh_if_missing: bool, partly: bool = False
+    ) -> tuple[AttemptId, LoadPlan, bool] | None:
         """The best candidate that verifies on all ranks, loaded, and whether newer commits are left behind with it.
 
         None: nothing is there, and that may be. Raises as `LayerwiseEngine.restore`.
@@ -50,7 +52,7 @@ class Restorer:
                 raise
             return None
         for attempt, leaves in offered:
-            loading = self._load(attempt)
+            loading = self._load(attempt, partly)
             if loading is not None:
                 return attempt, loading, leaves
         if offered or self._holds_damage():
@@ -71,10 +73,10 @@ class Restorer:
 
         return self._participant.agree("look for damaged records", None, decide)
 
-    def _load(self, attempt: AttemptId) -> LoadPlan | None:
+    def _load(self, attempt: AttemptId, partly: bool) -> LoadPlan | None:
         """One candidate, on all ranks: check everything, then read. None if damaged somewhere; other errors are raised."""
         sound, checked = agreement.together(
-            self._participant, f"check step {attempt.step}", lambda: self._check(attempt)
+            self._participant, f"check step {attempt.step}", lambda: self._check(attempt, partly)
         )
         if not sound:
             return None
@@ -88,7 +90,7 @@ class Restorer:
         )
         return loading if sound else None
 
-    def _check(self, attempt: AttemptId) -> tuple[LoadPlan, ShardSet]:
+    def _check(self, attempt: AttemptId, partly: bool) -> tuple[LoadPlan, ShardSet]:
         try:
             manifest = self._manager.read_manifest(attempt)
         except FileNotFoundError:
@@ -105,7 +107,8 @@ class Restorer:
                 "restoring into another wrapper, or other models, is not supported by this version"
             )
         shards = ShardSet(framework.rank, framework.world_size, lambda rank: self._open(manifest, rank))
-        loading = loader.prepare(framework, self._optimizer, shards, f"step {manifest.step} in {self._manager.root}")
+        where = f"step {manifest.step} in {self._manager.root}"
+        loading = loader.prepare(framework, self._optimizer, shards, where, partly=partly)
         self._check_objects(loading.sealed["objects"])
         return loading, shards
 

@@ -70,7 +70,7 @@ class PCCheckAdapter:
         block_bytes: int = 1 << 20, direct_io: bool = True, file_mode: int = 0o600, dir_mode: int = 0o700,
         spares: int = 0, hash: bool = True,
     ) -> None:  # fmt: skip
-        """`open_pool` starts the writer. `spares`: how many files of retired checkpoints may wait to be written over;
+        """`allocate_staging_buffer` starts the writer. `spares`: how many files of retired checkpoints may wait to be written over;
         0: they are removed. `hash`: whether tensors are hashed; header and state always are.
 
         With `backend` "nvm", `env` is an NvmEnv. Raises ConfigError where "uring" is refused or "nvm" finds no DAX.
@@ -105,15 +105,15 @@ class PCCheckAdapter:
         """What the writer takes of the pool for itself."""
         return self._queue_depth * self._block_bytes
 
-    def open_pool(self, nbytes: int) -> None:
-        """Starts the writer. `nbytes` bounds the memory for bounce buffers, evacuation and staging.
+    def allocate_staging_buffer(self, size_mb: float) -> None:
+        """Starts the writer, with one bounded piece of memory of `size_mb` MiB for bounce buffers, evacuation and staging.
 
         Later than the adapter is made, since how much is right depends on the state, which the first update makes. Once
         more for a larger pool: what is on its way keeps the old one, which stays until `close`.
         """
         if self._pool is not None:
             self._outgrown.append(self._pool)
-        self.buffers = _native.BufferPool(nbytes)
+        self.buffers = _native.BufferPool(int(size_mb * 2**20))
         core = "uring" if self.backend == "uring" else "posix"  # mapped files are written by threads
         self._pool = _native.WriterPool(self._queue_depth, core, self.buffers, self._block_bytes)
 

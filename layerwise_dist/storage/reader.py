@@ -247,7 +247,9 @@ class Shard:
 
     def describe(self, block: int) -> str:
         offset, length = self.index.blocks[block]
-        names = [name for name, e in self.index.entries.items() if e.begin < offset + length and offset < e.end]
+        held = {name: min(e.end, offset + length) - max(e.begin, offset) for name, e in self.index.entries.items()}
+        # The most likely first: what has most of the block.
+        names = sorted((name for name, nbytes in held.items() if nbytes > 0), key=lambda name: -held[name])
         what = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "padding"
         expected = self.index.hashes[block]
         problem = "is cut" if expected is None else f"hashes otherwise than the header says ({expected:016x})"

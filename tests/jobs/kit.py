@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,6 +69,24 @@ def _flatten(name: str, value: Any, into: dict[str, Any]) -> None:
             _flatten(f"{name}/{key}", item, into)
     else:
         into[name] = value.hex() if isinstance(value, float) else value
+
+
+def odd_model(seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """A small model of odd sizes that draws random numbers, and its optimizer."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(33, 65), torch.nn.Dropout(0.2), torch.nn.Linear(65, 7))
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def digest(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """A hash of `contents`."""
+    seen = hashlib.sha256()
+    for name, value in sorted(contents(model, optimizer).items()):
+        seen.update(name.encode())
+        raw = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if isinstance(value, torch.Tensor) else b""
+        seen.update(raw or repr(value).encode())
+    return seen.hexdigest()
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:

@@ -124,10 +124,10 @@ class Engines(Job):
     """Two DeepSpeed engines, of which one accumulates two micro-batches and the other skips every other iteration."""
 
     def build(self) -> None:
-        import zero
+        import zero_kit
 
         seed = torch.initial_seed()
-        self.jobs = {"actor": zero.Job("2-bf16-accumulate2", seed), "critic": zero.Job("2-fp32-clip", seed + 10)}
+        self.jobs = {"actor": zero_kit.Job("2-bf16-accumulate2", seed), "critic": zero_kit.Job("2-fp32-clip", seed + 10)}
         self.models = {name: job.engine for name, job in self.jobs.items()}
 
     def step(self, number: int) -> list[str]:
@@ -189,9 +189,9 @@ def main() -> None:
         paths = [scratch]
         dist.broadcast_object_list(paths, src=0)
         if "engines" in cases:
-            import zero
+            import zero_kit
 
-            zero.deepspeed.init_distributed("gloo")
+            zero_kit.prepare()
         for case in cases:
             results[case] = trial(CASES[case], f"{paths[0]}/{case}")
         (out / f"{rank}.json").write_text(json.dumps(results))

@@ -2,7 +2,8 @@
 
     warm.py [MODULE...]
 
-imports the modules too. Requests come as JSON lines on standard input: {"script", "nproc", "args", "env", "log", "max_restarts"}. Answers: {"pid": ...}
+imports the modules too. Requests come as JSON lines on standard input: {"script", "nproc", "args", "env", "log", "max_restarts", "options"},
+the last of which are for LaunchConfig. Answers: {"pid": ...}
 when the agent runs, in a session of its own together with its ranks. The agent's exit code is written to `<log>.rc`.
 """
 
@@ -36,10 +37,13 @@ def run(path: str, args: list[str]) -> None:
 
 
 def agent(request: dict) -> int:
+    options = {
+        "min_nodes": 1, "max_nodes": 1, "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": str(os.getpid()),
+        "rdzv_configs": {"timeout": 60}, **request["options"],
+    }  # fmt: skip
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=request["nproc"], rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-        rdzv_configs={"timeout": 60}, run_id=str(os.getpid()), max_restarts=request["max_restarts"], monitor_interval=0.05,
-        start_method="fork",
+        nproc_per_node=request["nproc"], max_restarts=request["max_restarts"], monitor_interval=0.05,
+        start_method="fork", **options,
     )  # fmt: skip
     try:
         elastic_launch(config, run)(request["script"], request["args"])

@@ -2,7 +2,7 @@
 
     wrappers.py OUT CASE...      OUT/<rank>.json is {case: [problems]}
 
-A CASE is one of `CHECKS` with a wrapper of exactness.py, as `written:hsdp`, or `trial:fsdp1:adamw-fused:all`.
+A CASE is one of `CHECKS` with a wrapper of exactness.py, as `written:hsdp`, or `trial:fsdp1:adamw-fused:all[:UPDATE]`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import exactness
 import torch
 import torch.distributed as dist
 from exactness import Job, trial
@@ -172,8 +173,8 @@ def refusals(wrapper: str, folder: str) -> list[str]:
         problems += refused(model, torch.optim.SGD(model.parameters(), lr=0.1), message, folder)
     for wrapper, update, message in (
         ("fsdp1-flat", "pipelined_step", "one flat parameter a wrapped module"),
-        ("zero", "pipelined_step", "steps an optimizer of its own"),
-        ("zero", "in_backward", "steps an optimizer of its own"),
+        ("zero", "pipelined_step", "it steps an optimizer of its own"),
+        ("zero", "in_backward", "it steps an optimizer of its own"),
     ):
         job = Job(wrapper, "adamw-fused", "bare", seed=1)
         problems += refused(job.model, job.optimizer, message, folder, update=update)
@@ -201,7 +202,9 @@ def main() -> None:
             what, _, which = case.partition(":")
             root = f"{paths[0]}/{number}"
             if what == "trial":
-                results[case] = trial(*which.split(":"), root)
+                wrapper, optimizer, feature, update = [*which.split(":"), "auto"][:4]
+                exactness.UPDATE = update
+                results[case] = trial(wrapper, optimizer, feature, root)
             else:
                 results[case] = CHECKS[what](which, root)
         (out / f"{rank}.json").write_text(json.dumps(results))

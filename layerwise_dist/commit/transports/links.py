@@ -1,48 +1,32 @@
 """TCP connections of one process, served by one thread: frames in, frames out, and the word that one has ended.
 
-A frame is a length of four bytes and a JSON array of messages. A connection is never made again: what was sent on it
-arrives once and in order, or it ends, and both sides hear of it. No call waits for the network.
+A connection is never made again: what was sent on it arrives once and in order, or it ends, and both sides hear of it.
+No call waits for the network.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
-import json
 import logging
 import selectors
 import socket
-import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-from layerwise_dist.commit.transports import Message
+from layerwise_dist.commit.transports.frames import take_frames
 
 log = logging.getLogger("layerwise_dist")
 
-_LENGTH = struct.Struct("!I")
-_MOST_IN_FRAME = 256 << 20
 _MOST_UNSENT = 256 << 20  # bytes that a peer which reads nothing may make us keep
 _CHUNK = 1 << 18
 _IOVECS = 64
 # A peer's machine that vanished without a word is noticed after about this long; a process that is stopped is not,
 # since its kernel still answers.
 _SILENCE_S = 30
-
-
-def encode(messages: Iterable[Message]) -> bytes:
-    return framed(json.dumps(list(messages), separators=(",", ":")).encode())
-
-
-def framed(body: bytes) -> bytes:
-    return _LENGTH.pack(len(body)) + body
-
-
-def decode(body: bytes) -> list[Message]:
-    return json.loads(body)
 
 
 class Link:
@@ -56,32 +40,13 @@ class Link:
         self.writing = False
         self.open = True
 
-    def frames(self) -> list[bytes]:
-        """The whole frames that have arrived, without their lengths. Raises ValueError for what is none."""
-        found, place, data = [], 0, self.received
-        while len(data) - place >= _LENGTH.size:
-            (size,) = _LENGTH.unpack_from(data, place)
-            if size > _MOST_IN_FRAME:
-                raise ValueError(f"a frame of {size} bytes")
-            if len(data) - place - _LENGTH.size < size:
-                break
-            found.append(bytes(memoryview(data)[place + _LENGTH.size : place + _LENGTH.size + size]))
-            place += _LENGTH.size + size
-        if place:
-            del data[:place]
-        return found
-
 
 class Links:
-    """`on_frame(key, body)` and `on_end(key, why)` are called on the thread of this object, one at a time."""
+    """`relay.Connections` over sockets."""
 
-    def __init__(
-        self,
-        sockets: dict[int, socket.socket],
-        on_frame: Callable[[int, bytes], None],
-        on_end: Callable[[int, str], None],
-    ) -> None:
-        self._on_frame, self._on_end = on_frame, on_end
+    def __init__(self, sockets: dict[int, socket.socket]) -> None:
+        self._on_frame: Callable[[int, bytes], None] = _ignore
+        self._on_end: Callable[[int, str], None] = _ignore
         self._selector = selectors.DefaultSelector()
         self._links = {key: Link(key, sock) for key, sock in sockets.items()}
         self._calls: deque[Callable[[], None]] = deque()
@@ -98,7 +63,8 @@ class Links:
         self.frames_in = self.frames_out = self.bytes_in = self.bytes_out = 0
         self._thread = threading.Thread(target=self._run, name="layerwise-messages", daemon=True)
 
-    def start(self) -> None:
+    def start(self, on_frame: Callable[[int, bytes], None], on_end: Callable[[int, str], None]) -> None:
+        self._on_frame, self._on_end = on_frame, on_end
         self._thread.start()
 
     def call(self, action: Callable[[], None]) -> None:
@@ -201,7 +167,7 @@ class Links:
             self._end(link, error.strerror or str(error))
             return
         try:
-            for body in link.frames():
+            for body in take_frames(link.received):
                 self.frames_in += 1
                 self.bytes_in += len(body)
                 self._on_frame(link.key, body)
@@ -265,6 +231,10 @@ class Links:
         self._selector.close()
         self._ear.close()
         self._waker.close()
+
+
+def _ignore(key: int, what: object) -> None:
+    return None
 
 
 def _prepare(sock: socket.socket) -> None:

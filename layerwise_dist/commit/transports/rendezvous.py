@@ -21,9 +21,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from layerwise_dist.commit.transports.relay import ABOVE
 from layerwise_dist.errors import CommitError
 
-ABOVE = -1
 _RECORD = 1024  # bytes of one rank's record in a gather
 _HELLO_S = 10.0
 

@@ -78,7 +78,7 @@ class DeepSpeedOptimizer(FlatState):
 
     def adopt(self, states: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any]) -> None:
         super().adopt(states, saved)
-        origins = group_origins(self._group_names(), saved["groups"])
+        origins = group_origins(self._group_names(), saved)
         self._framework.counters.put_schedule(origins, len(saved["groups"]))
         self._units.after_load()
 

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
+from layerwise_dist.commit.common_boundary import Hold, Meeting
 from layerwise_dist.commit.coordinator import FIRST_GRANT
 from layerwise_dist.commit.transports import Message
 from layerwise_dist.storage.adapter import ShardReport
@@ -73,7 +74,7 @@ class Retire:
 Action = Post | Persist | GiveUp | Discard | Retire
 
 
-class Attempts:
+class Ledger:
     """Each method that changes anything returns what is to be done for it, in order."""
 
     def __init__(self, rank: int, world_size: int) -> None:
@@ -88,6 +89,7 @@ class Attempts:
         self._undecided: dict[int, Write] = {}
         self._busy: set[int] = set()
         self._granted = float(FIRST_GRANT) if world_size > 1 else math.inf
+        self._hold = Hold(rank)
         self._tell = self._granted / 2  # the boundary from which on the coordinator wants to hear
 
     # -- what the training thread does --------------------------------------------------------------------------
@@ -122,6 +124,14 @@ class Attempts:
             return []
         self._tell = math.inf
         return [Post({"t": "at", "rank": self.rank, "b": count})]
+
+    def passed(self, count: int) -> Meeting | None:
+        """The rank goes on behind this boundary; what all have agreed to do at it."""
+        return self._hold.passed(count)
+
+    def ask(self, *, leave: bool, why: str) -> list[Action]:
+        """For one boundary at which all ranks save, or save and leave. This rank waits at its next until it is known."""
+        return [*map(Post, self._hold.ask(leave=leave, why=why))]
 
     def restored(self, step: int | None) -> None:
         """After a restore the step counts from there: what a later, abandoned branch had reached says nothing now."""
@@ -185,6 +195,10 @@ class Attempts:
             write = self._undecided.pop(message["seq"], None)
             if write is not None:
                 actions.append(Discard(write))
+        elif kind == "hold":
+            actions += map(Post, self._hold.hold(message))
+        elif kind == "meet":
+            self._hold.meet(message)
         elif kind == "retired":
             actions.append(Retire(AttemptId(message["epoch"], message["seq"], message["step"])))
         return actions
@@ -211,7 +225,14 @@ class Attempts:
 
     def may_pass(self, count: int) -> bool:
         """Whether a rank at boundary `count` need not wait for the coordinator; it may have to raise."""
-        return self.lost is not None or self.stop is not None or count < self._granted
+        if self.lost is not None or self.stop is not None:
+            return True
+        return count < self._granted and self._hold.may_pass(count)
+
+    @property
+    def holds(self) -> bool:
+        """Whether this rank has promised not to pass its next boundary before it hears where all meet."""
+        return self._hold.holds
 
     def must_raise(self, count: int) -> str | None:
         """Why a rank raises at boundary `count`."""

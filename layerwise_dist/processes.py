@@ -1,10 +1,11 @@
-"""Processes that a benchmark starts: none of them outlives it."""
+"""Processes that a benchmark or the self-test starts: none of them outlives it."""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -38,3 +39,20 @@ def running(command: list[str], errors: Any, environment: Mapping[str, str]) -> 
         job.wait()
         if job.stdout is not None:
             job.stdout.close()
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM ends the body as Ctrl-C does, so that nothing is left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,17 @@
+"""What of this package torch.compile finds in a model, and leaves alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def eager(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """`hook` for a module's forward, which is never traced.
+
+    Nothing can have been compiled as long as torch's compiler is not even imported, which takes a second.
+    """
+    return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook

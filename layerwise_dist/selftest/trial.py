@@ -1,0 +1,161 @@
+"""One trial: train, train again with checkpoints and SIGKILL in the middle, start once more, compare every bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from layerwise_dist.processes import running, terminable
+
+MARK = "@layerwise-selftest "
+RANKS, STEPS = 2, 20
+_DEADLINE_S = 120.0
+_FREE_BYTES = 256 << 20
+
+
+class TrialFailed(Exception):
+    """A job did not do what it should; the message has the end of its output."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at."""
+
+    what: str
+    good: bool
+    found: str
+
+
+@dataclass
+class _Run:
+    """What one start of the job said."""
+
+    start: int = 0
+    losses: dict[int, str] = field(default_factory=dict)
+    committed: int = 0
+    left: list[str] = field(default_factory=list)
+
+    def take(self, told: dict[str, Any]) -> None:
+        self.start = told.get("start", self.start)
+        if "step" in told:
+            self.losses[told["step"]] = told["loss"]
+            self.committed = max(self.committed, told["committed"] or 0)
+        self.left = told.get("left", self.left)
+
+
+class Trial:
+    """Runs in a folder of its own below `directory`, which is removed whatever happens, Ctrl-C included."""
+
+    def __init__(self, directory: str, *, say: Callable[[str], None], seed: int | None = None) -> None:
+        """`say` is told what is going on; `seed` says at which step the job is killed, for a trial to be repeated.
+
+        Raises OSError for a directory that cannot be written or has too little room.
+        """
+        free = os.statvfs(directory)
+        if free.f_bavail * free.f_frsize < _FREE_BYTES:
+            raise OSError(f"{directory} has less than {_FREE_BYTES >> 20} MiB of free space")
+        self._directory, self._say = directory, say
+        self.kill_at = random.Random(seed).randint(5, STEPS - 5)
+
+    def run(self) -> list[Check]:
+        """Raises TrialFailed when a job ends otherwise than it should, or not within two minutes."""
+        with terminable():
+            folder = Path(tempfile.mkdtemp(prefix="layerwise-selftest-", dir=self._directory))
+            try:
+                return self._run(folder)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _run(self, folder: Path) -> list[Check]:
+        checkpoints = str(folder / "checkpoints")
+        self._say(f"training {STEPS} steps on {RANKS} ranks without checkpoints")
+        plain = self._start(folder, None)
+        self._say(f"again with a checkpoint every step, and SIGKILL for all of it after step {self.kill_at}")
+        killed = self._start(folder, checkpoints, kill_at=self.kill_at)
+        self._say("starting it once more")
+        resumed = self._start(folder, checkpoints)
+        return self._compare(plain, killed, resumed)
+
+    def _start(self, folder: Path, checkpoints: str | None, kill_at: int | None = None) -> _Run:
+        spec = json.dumps({"steps": STEPS, "dir": checkpoints})
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+        command = [sys.executable, *launcher, "-m", "layerwise_dist.selftest.job", spec]
+        errors, run = folder / "errors.txt", _Run()
+        with open(errors, "wb") as file, running(command, file, {"OMP_NUM_THREADS": "1"}) as job:
+            assert job.stdout is not None
+            watchdog = threading.Timer(_DEADLINE_S, _kill, [job.pid])
+            watchdog.start()
+            began = time.monotonic()
+            try:
+                for line in job.stdout:
+                    if line.startswith(MARK):
+                        run.take(json.loads(line[len(MARK) :]))
+                    if kill_at is not None and kill_at in run.losses:
+                        _kill(job.pid)
+                        return run
+                code = job.wait()
+            finally:
+                watchdog.cancel()
+        if code != 0 or not run.left:
+            late = f", after {_DEADLINE_S:g} s" if time.monotonic() - began >= _DEADLINE_S else ""
+            tail = errors.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
+            raise TrialFailed("\n".join([f"the job ended with exit code {code}{late}:", *tail]))
+        return run
+
+    def _compare(self, plain: _Run, killed: _Run, resumed: _Run) -> list[Check]:
+        def same(run: _Run) -> Check:
+            other = [step for step, loss in run.losses.items() if loss != plain.losses.get(step)]
+            where = f"steps {min(run.losses)} to {max(run.losses)}" if run.losses else "no step"
+            found = f"{where} have the same losses" if not other else f"step {other[0]} has another loss"
+            return Check("", not other and bool(run.losses), found)
+
+        went = same(killed)
+        back = 0 < killed.committed <= resumed.start < STEPS
+        after = same(resumed)
+        left = [rank for rank, (one, two) in enumerate(zip(plain.left, resumed.left, strict=True)) if one != two]
+        ends = "parameters, moments and random numbers are equal bit for bit"
+        return [
+            Check("training with checkpoints is training without them", went.good, went.found),
+            Check(
+                "the restart goes on at a committed step", back,
+                f"step {resumed.start}; the killed job had told of step {killed.committed} as committed",
+            ),
+            Check("what was resumed is what was never interrupted", after.good, after.found),
+            Check("it ends in the same state", not left, ends if not left else f"rank {left[0]} holds other bits"),
+        ]  # fmt: skip
+
+
+def _kill(session: int) -> None:
+    """All of the job: torchrun, in a session of its own, and its ranks, which have sessions of theirs or not."""
+    for pid in _descendants(session):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+def _descendants(root: int) -> list[int]:
+    """`root` and all processes below it, parents first."""
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                stat = Path(f"/proc/{entry}/stat").read_text()
+            except OSError:
+                continue
+            children.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(int(entry))
+    found = [root]
+    for pid in found:
+        found += children.get(pid, [])
+    return found

@@ -1,0 +1,84 @@
+"""Restarts under torchrun's agents with fewer ranks than before, and with as many again."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from conftest import Warm, WarmJob
+
+DEADLINE = 90.0
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def told(out: Path) -> list[dict[str, Any]]:
+    path = out / "told.jsonl"
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+
+def await_told(out: Path, jobs: list[WarmJob], what: Callable[[list[dict[str, Any]]], bool]) -> list[dict[str, Any]]:
+    deadline = time.monotonic() + DEADLINE
+    while not what(told(out)):
+        assert time.monotonic() < deadline, "\n".join(job.output()[-3000:] for job in jobs) + f"\n{told(out)}"
+        time.sleep(0.05)
+    return told(out)
+
+
+def test_a_restart_with_fewer_ranks_is_a_named_error_and_one_with_as_many_goes_on(warm: Warm, tmp_path: Path) -> None:
+    """torchrun --nnodes 1:2, two agents: one is lost with its rank, and the other goes on alone."""
+    (tmp_path / "hold").touch()
+
+    def agents(total: int) -> list[WarmJob]:
+        options = {
+            "min_nodes": 1, "max_nodes": 2, "rdzv_endpoint": f"127.0.0.1:{free_port()}", "run_id": "elastic",
+            "rdzv_configs": {"timeout": 60, "last_call_timeout": 1, "keep_alive_interval": 1, "keep_alive_max_attempt": 2},
+        }  # fmt: skip
+        arguments = ("elastic.py", 1, tmp_path / "ckpt", tmp_path, total)
+        return [warm.start(*arguments, max_restarts=3, **options) for _ in range(2)]
+
+    jobs = agents(0)
+    seen = await_told(tmp_path, jobs, lambda lines: sum("committed" in line for line in lines) == 2)
+    assert {(line["world"], line["start"]) for line in seen if "start" in line} == {(2, 0)}
+    # The first agent to come has the rendezvous's store: it stays. It is the one of which the other's rank is no child.
+    lost = next(job for job in jobs if not hosts(job))
+    left = next(job for job in jobs if job is not lost)
+    lost.kill()
+    seen = await_told(tmp_path, jobs, lambda lines: any("error" in line for line in lines))
+    (found,) = (line for line in seen if "error" in line)
+    assert found["world"] == 1
+    assert "was written by 2 ranks, this job has 1" in found["error"]
+    assert left.wait(DEADLINE).returncode == 0, "the script took the error and ended well"
+    (tmp_path / "hold").unlink()
+    before = len(seen)
+    jobs = agents(1)
+    for job in jobs:
+        assert job.wait(DEADLINE).returncode == 0, job.output()[-3000:]
+    after = told(tmp_path)[before:]
+    starts = {line["start"] for line in after if "start" in line}
+    assert len(starts) == 1 and min(starts) >= 3, "the newest commit of two ranks"
+    assert len([line for line in after if "end" in line]) == 2
+    for line in (line for line in after if "end" in line):
+        assert line["threads"] == line["in_attach"] == ["MainThread"], "the job's process groups are the job's"
+
+
+def hosts(job: WarmJob) -> bool:
+    """Whether this agent's process listens for the rendezvous."""
+    inodes = set()
+    for link in Path(f"/proc/{job.pid}/fd").iterdir():
+        try:
+            inodes.add(str(link.readlink()))
+        except OSError:
+            continue
+    listening = [
+        line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+    ]
+    return any(fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes for fields in listening)

@@ -1,0 +1,68 @@
+"""The examples run as they stand, and go on after a kill as if there had been none."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+
+
+def run(folder: Path, *command: str | Path, kill_after: str | None = None, timeout: float = 100) -> str:
+    """All that it prints; with `kill_after`, SIGKILL as soon as a line matches that."""
+    job = subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    told, deadline = [], time.monotonic() + timeout
+    try:
+        assert job.stdout is not None
+        for line in job.stdout:
+            told.append(line)
+            assert time.monotonic() < deadline, "".join(told)
+            if kill_after is not None and re.search(kill_after, line):
+                job.send_signal(signal.SIGKILL)
+                job.wait(30)
+                return "".join(told)
+        assert job.wait(30) == 0 and kill_after is None, "".join(told)
+    finally:
+        job.kill()
+        job.wait()
+    return "".join(told)
+
+
+def test_the_cnn_goes_on_within_an_epoch_and_ends_as_if_it_had_not_been_killed(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install scikit-learn")
+    script = EXAMPLES / "digits_cnn.py"
+    whole = run(tmp_path, script, "--dir", "whole")
+    accuracy = re.search(r"test accuracy (\S+)", whole)
+    assert accuracy and float(accuracy[1]) > 0.8 and whole.count("epoch") == 3
+    run(tmp_path, script, "--dir", "cut", kill_after=r"step  31 ")
+    resumed = run(tmp_path, script, "--dir", "cut")
+    start = re.search(r"starting behind step (\d+)", resumed)
+    assert start and 20 < int(start[1]) < 94
+    losses = {line for line in whole.splitlines() if line.startswith("step")}
+    assert {line for line in resumed.splitlines() if line.startswith("step")} < losses
+    assert resumed.splitlines()[-1] == whole.splitlines()[-1]
+    again = run(tmp_path, script, "--dir", "cut")
+    assert again.splitlines()[-1] == whole.splitlines()[-1] and "step  " not in again
+
+
+def test_the_smallest_script_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+    run(tmp_path, EXAMPLES / "mnist_mlp.py", kill_after=r"step  50")
+    told = run(tmp_path, EXAMPLES / "mnist_mlp.py")
+    done = re.search(r"(\d+) steps done; not in a checkpoint: nothing", told)
+    assert done and 40 <= int(done[1]) < 200 and "step 200" in told
+
+
+def test_every_example_has_a_line_in_the_readme() -> None:
+    text = (ROOT / "README.md").read_text()
+    for path in [*EXAMPLES.glob("*.py"), EXAMPLES / "deepspeed" / "train.py"]:
+        if path.name != "gpt_model.py":
+            assert str(path.relative_to(ROOT)) in text, path

@@ -1,0 +1,142 @@
+"""The transport over MPI, in jobs that a real mpirun started."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import JOBS, Running
+
+from layerwise_dist.commit.transports import mpi
+
+MPIRUN = shutil.which("mpirun")
+needs_mpi = pytest.mark.skipif(
+    MPIRUN is None or importlib.util.find_spec("mpi4py") is None,
+    reason="mpirun or mpi4py is missing (Debian: apt-get install openmpi-bin; pip install mpi4py)",
+)
+DEADLINE = 90.0
+
+
+def command(ranks: int, *args: Any) -> list[str]:
+    options = ["--oversubscribe", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1"]
+    if os.geteuid() == 0:
+        options.append("--allow-run-as-root")
+    assert MPIRUN is not None
+    return [MPIRUN, *options, "-n", str(ranks), sys.executable, str(JOBS / "mpi.py"), *map(str, args)]
+
+
+def told(out: Path, ranks: int) -> list[dict[str, Any]]:
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def run(start: Callable[..., Running], out: Path, ranks: int, *args: Any) -> list[dict[str, Any]]:
+    for rank in range(ranks):
+        (out / f"{rank}.json").unlink(missing_ok=True)
+    finished = start(command(ranks, *args)).wait(DEADLINE)
+    assert finished.returncode == 0, finished.output[-6000:]
+    return told(out, ranks)
+
+
+def test_every_rank_but_the_first_is_right_below_one_that_speaks_for_it() -> None:
+    for size in (1, 2, 9, 10, 73, 74, 1000):
+        for rank in range(size):
+            below = mpi._below(rank, size)
+            assert list(below) == [other for other in range(1, size) if (other - 1) // mpi._FANOUT == rank]
+            for child, ranks in below.items():
+                under = mpi._below(child, size)
+                assert sorted(ranks) == sorted([child, *(other for each in under.values() for other in each)])
+
+
+@needs_mpi
+def test_messages_over_mpi_arrive_once_and_in_order_and_nothing_is_left(
+    start: Callable[..., Running], tmp_path: Path
+) -> None:
+    for result in run(start, tmp_path, 10, "messages", tmp_path, tmp_path):  # two levels below rank 0
+        assert result == {"good": [True, True], "threads": ["MainThread"]}
+
+
+@needs_mpi
+def test_a_job_under_mpirun_that_loses_a_rank_ends_and_resumes_bit_for_bit(
+    start: Callable[..., Running], tmp_path: Path
+) -> None:
+    began = time.monotonic()
+    job = start(command(2, "train", tmp_path / "ckpt", tmp_path, 9, 4))
+    assert job.wait(DEADLINE).returncode != 0, "mpirun says that a rank died"
+    assert time.monotonic() - began < 60
+    found = run(start, tmp_path, 2, "train", tmp_path / "ckpt", tmp_path, 9, -1)
+    assert [each["start"] for each in found] == [4, 4]
+    assert [each["hash"] for each in found] == [uninterrupted(rank, 9) for rank in range(2)]
+
+
+def uninterrupted(rank: int, total: int) -> str:
+    """What a rank of tests/jobs/mpi.py holds at the end, without the engine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(JOBS))
+        from kit import digest, odd_model
+    before = torch.get_num_threads()
+    model, optimizer = odd_model(rank)
+    for _ in range(total):
+        model(torch.randn(4, 33)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.set_num_threads(before)
+    return digest(model, optimizer)
+
+
+@needs_mpi
+def test_a_stopped_rank_gives_the_others_errors_within_the_deadline(
+    start: Callable[..., Running], tmp_path: Path
+) -> None:
+    job = start(command(3, "stopped", tmp_path / "ckpt", tmp_path))
+    try:
+        deadline = time.monotonic() + 60
+        while not all((tmp_path / f"{rank}.json").exists() for rank in (0, 2)):
+            assert time.monotonic() < deadline and job.poll() is None, job.output()[-6000:]
+            time.sleep(0.05)
+    finally:
+        job.kill()
+    for rank in (0, 2):
+        result = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert "rank(s) 1" in result["error"] or "rank 0 to say go on" in result["error"], result
+        assert result["seconds"] < 3 * 2.0 + 5
+
+
+@needs_mpi
+@pytest.mark.parametrize("wanted", ["serialized", "single"])
+def test_an_mpi_without_threads_is_a_clear_error_on_all_ranks(
+    start: Callable[..., Running], tmp_path: Path, wanted: str
+) -> None:
+    for result in run(start, tmp_path, 2, "level", tmp_path / "ckpt", tmp_path, wanted):
+        assert result["error"].startswith(f"commit.transport = 'mpi': MPI runs with MPI_THREAD_{wanted.upper()}")
+
+
+def test_without_mpi4py_a_job_under_mpirun_is_told_what_to_install_or_to_call(tmp_path: Path) -> None:
+    script = (
+        "import sys; sys.modules['mpi4py'] = None\n"
+        "import torch, layerwise_dist as lwd\n"
+        "model = torch.nn.Linear(1, 1)\n"
+        "for wanted in ('auto', 'mpi', 'store'):\n"
+        "    try:\n"
+        "        lwd.attach(model, torch.optim.SGD(model.parameters()), commit={'transport': wanted})\n"
+        "    except lwd.errors.ConfigError as error:\n"
+        "        print(wanted, error)\n"
+    )
+    env = {**os.environ, "OMPI_COMM_WORLD_SIZE": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=60, cwd=tmp_path
+    )
+    auto, asked, store = done.stdout.splitlines()
+    for line in (auto, asked):
+        assert "needs mpi4py" in line and "pip install 'layerwise_dist[mpi]'" in line and "init_process_group()" in line
+    assert "mpirun started 2 processes" in store and "'mpi' or 'auto'" in store
+    assert not os.listdir(tmp_path)

@@ -1,0 +1,71 @@
+"""`layerwise selftest`: it passes where all is well, and each of its checks can fail."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from layerwise_dist.cli.app import app
+from layerwise_dist.selftest.trial import STEPS, Trial, _Run
+
+COMMAND = [sys.executable, "-c", "from layerwise_dist.cli import main; main()", "selftest"]
+
+
+def test_it_kills_resumes_compares_and_leaves_nothing(tmp_path: Path) -> None:
+    done = subprocess.run([*COMMAND, str(tmp_path), "--json"], capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout)
+    assert told["good"] and [check["good"] for check in told["checks"]] == [True] * 4
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_leaves_no_file(tmp_path: Path) -> None:
+    job = subprocess.Popen([*COMMAND, str(tmp_path)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 30
+        while not list(tmp_path.iterdir()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(30) != 0
+    finally:
+        job.kill()
+        job.communicate()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_each_check_can_fail(tmp_path: Path) -> None:
+    losses = {step: float(step).hex() for step in range(1, STEPS + 1)}
+    plain = _Run(0, losses, 0, ["a", "b"])
+    killed = _Run(0, {step: losses[step] for step in range(1, 8)}, 6, [])
+    resumed = _Run(6, {step: losses[step] for step in range(7, STEPS + 1)}, STEPS, ["a", "b"])
+    trial = Trial(str(tmp_path), say=lambda text: None)
+
+    def verdicts(killed: _Run = killed, resumed: _Run = resumed) -> list[bool]:
+        return [check.good for check in trial._compare(plain, killed, resumed)]
+
+    assert verdicts() == [True] * 4
+    assert verdicts(killed=replace(killed, losses={**killed.losses, 3: "0x1p+9"})) == [False, True, True, True]
+    assert verdicts(resumed=replace(resumed, start=5)) == [True, False, True, True]
+    assert verdicts(killed=replace(killed, committed=0)) == [True, False, True, True]
+    assert verdicts(resumed=replace(resumed, losses={**resumed.losses, 9: "0x1p+9"})) == [True, True, False, True]
+    assert verdicts(resumed=replace(resumed, left=["a", "c"])) == [True, True, True, False]
+
+
+def test_a_directory_that_is_not_there_is_wrong_usage(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["selftest", str(tmp_path / "none")])
+    assert result.exit_code == 2
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_a_seed_repeats_the_step(tmp_path: Path, seed: int) -> None:
+    one, two = (Trial(str(tmp_path), say=lambda text: None, seed=seed).kill_at for _ in range(2))
+    assert one == two
