@@ -106,16 +106,6 @@ def _torch_adapter(update: str) -> Callable[[Framework, object], OptimizerAdapte
     return lambda framework, optimizer: LayeredOptimizer(framework, optimizer, update)
 
 
-def _check_layers(update: str, model: object, models: object, optimizers: object) -> None:
-    reason = ""
-    if is_engine(model):
-        reason = "DeepSpeed steps its optimizer itself, unit by unit"
-    elif models is not None or optimizers is not None:
-        reason = "models and optimizers by name are updated as a whole"
-    if reason:
-        raise UnsupportedError(f"update = {update!r}: {reason}; use 'auto'")
-
-
 def assemble(
     model: torch.nn.Module | None, optimizer: torch.optim.Optimizer | None, config: LayerwiseConfig, transport: Transport,
     env: Any, *, models: Mapping[str, torch.nn.Module] | None = None,
@@ -136,9 +126,11 @@ def assemble(
             if problem is not None:
                 raise problem
             found = framework or find_framework(model, models, rank, world_size)
-            if config.update not in ("auto", "whole"):
-                _check_layers(config.update, model, models, optimizers)
-            adapter = find_optimizer(found, optimizer, optimizers, _torch_adapter(config.update))
+            if config.update not in ("auto", "whole") and (models is not None or optimizers is not None):
+                raise UnsupportedError(
+                    f"update = {config.update!r}: models and optimizers by name are updated as a whole; use 'auto'"
+                )
+            adapter = find_optimizer(found, optimizer, optimizers, _torch_adapter(config.update), config.update)
             check_pool(config.pool_mb, config.bounce_bytes, Surveyor(found, adapter, config.capture).look())
             return found, adapter, StateObjects(state)
 
