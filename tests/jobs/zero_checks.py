@@ -204,6 +204,10 @@ def in_backward(root: str) -> list[str]:
         job = Job(case, seed=1)
         found += expect(errors.UnsupportedError, f"'in_backward': .*{reason}", lambda job=job: job.attach(root))
 
+    job = Job("2-bf16-inbackward", seed=1)
+    del job.engine.optimizer.ipg_buckets
+    found += expect(errors.UnsupportedError, "has no attribute 'ipg_buckets'", lambda: job.attach(root))
+
     def ends(error: type[Exception], message: str, *windows: dict[str, float]) -> list[str]:
         """Windows with these options after one another end with that error."""
         job = Job("3-bf16-inbackward", seed=1)

@@ -18,7 +18,12 @@ from layerwise_dist.errors import BoundaryError, UnsupportedError
 from layerwise_dist.frameworks.base import ParamView
 from layerwise_dist.frameworks.deepspeed.nvme import Zero3OnNvme
 from layerwise_dist.frameworks.deepspeed.stages import Stage, Stage0, Stage3, Stages1And2
-from layerwise_dist.frameworks.deepspeed.units import Units, Unwrapped, Zero3, Zero12
+from layerwise_dist.frameworks.deepspeed.units import Units, Unwrapped, Zero3, Zero12, missing
+
+_ENGINE = (
+    "is_gradient_accumulation_boundary", "gradient_accumulation_steps", "managed_gradient_accumulation",
+    "gradient_clipping", "fp16_enabled",
+)  # fmt: skip
 
 
 class InBackward:
@@ -30,6 +35,9 @@ class InBackward:
 
     def __init__(self, engine: Any, units: Units, views: Sequence[ParamView]) -> None:
         """`views` are the trained parameters."""
+        for name in _ENGINE:
+            if not hasattr(engine, name):
+                raise UnsupportedError(missing("the engine", name))
         reason = _why_not(engine, units)
         if reason:
             raise UnsupportedError(f"update = 'in_backward': {reason}; use 'auto'")
