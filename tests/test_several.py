@@ -43,6 +43,12 @@ def test_models_under_ddp_at_three_ranks_resume_from_every_step_bit_for_bit(warm
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == {"gan": []}
 
 
+def test_models_under_all_wrappers_at_once_resume_from_every_step_bit_for_bit(warm: Warm, tmp_path: Path) -> None:
+    warm.run("several.py", 2, tmp_path, "mixed", timeout=90)
+    for rank in range(2):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == {"mixed": []}
+
+
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 def test_two_deepspeed_engines_resume_from_every_step_bit_for_bit(
     torchrun: Callable[..., Finished], tmp_path: Path
