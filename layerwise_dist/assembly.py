@@ -26,6 +26,7 @@ from layerwise_dist.errors import ConfigError, LayerwiseError, UnsupportedError
 from layerwise_dist.frameworks import Framework, accumulating, config_block, find_framework, find_optimizer, is_engine
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter, TorchOptimizer
 from layerwise_dist.layered import LayeredOptimizer
+from layerwise_dist.preemption import Preemption, check_thread
 from layerwise_dist.restore.agreement import together
 from layerwise_dist.storage.adapter import PCCheckAdapter
 from layerwise_dist.storage.recycling import recycles
@@ -135,6 +136,8 @@ def assemble(
         def examine() -> tuple[Framework, OptimizerAdapter, StateObjects]:
             if problem is not None:
                 raise problem
+            if config.preemption.enabled:
+                check_thread()
             found = framework or find_framework(model, models, rank, world_size)
             if config.update not in ("auto", "whole"):
                 _check_layers(config.update, model, models, optimizers)
@@ -172,9 +175,17 @@ def assemble(
 
         _, adapter = together(participant, "start the writer", start_writer)
         participant.recycle(adapter.recycler.retire)
+        preemption = None
+        if config.preemption.enabled:
+            preemption = Preemption(
+                rank, grace_s=config.preemption.grace_s, exit_code=config.preemption.exit_code,
+                ask=lambda why: participant.ask(leave=True, why=why),
+            )  # fmt: skip
+            closers.append(preemption.close)
+            participant.when_leaving(preemption.leaving)
         return LayerwiseEngine(
             found, updates, config, objects, adapter=adapter, manager=manager, info=info, participant=participant,
-            committer=committer, coordinator=coordinator, fresh=fresh,
+            committer=committer, coordinator=coordinator, fresh=fresh, preemption=preemption,
         )  # fmt: skip
     except BaseException:
         for close in reversed(closers):

@@ -62,6 +62,14 @@ class CommitConfig(_Strict):
     raise_after: int = Field(5, ge=1, description="With warn: raise anyway after so many failures in a row.")
 
 
+class PreemptionConfig(_Strict):
+    enabled: bool = Field(
+        False, description="On SIGTERM of any rank all ranks commit one common step and leave; else it is left alone."
+    )
+    grace_s: float = Field(25.0, gt=0, description="Seconds from the signal in which the process leaves, whatever happens.")
+    exit_code: int = Field(143, ge=0, le=255, description="Exit code of a process that leaves so; 143 is SIGTERM's.")
+
+
 class LayerwiseConfig(_Strict):
     enabled: bool = Field(True, description="false: attach() hooks nothing and every call is a no-op.")
     dir: str = Field("checkpoints", min_length=1, description="Directory of the checkpoints; ~ is expanded.")
@@ -102,6 +110,7 @@ class LayerwiseConfig(_Strict):
     )
     writer: WriterConfig = Field(default_factory=WriterConfig)
     commit: CommitConfig = Field(default_factory=CommitConfig)
+    preemption: PreemptionConfig = Field(default_factory=PreemptionConfig)
     file_mode: str = Field("0600", description="Mode of the files, octal; directories get the search bits added.")
 
     @field_validator("pool_mb", mode="before")
@@ -201,7 +210,7 @@ def _explain(where: str, error: ValidationError) -> str:
         if item["type"] == "extra_forbidden":
             model: type[BaseModel] = LayerwiseConfig
             for part in item["loc"][:-1]:
-                model = {"writer": WriterConfig, "commit": CommitConfig}[str(part)]
+                model = {"writer": WriterConfig, "commit": CommitConfig, "preemption": PreemptionConfig}[str(part)]
             lines.append(f"{where}: unknown key {key!r}; known are {', '.join(sorted(model.model_fields))}")
         elif not key:  # of the whole; the message names the keys
             lines.append(f"{where}: {item['msg']}")

@@ -25,8 +25,10 @@ class DisabledEngine:
     ) -> int:  # fmt: skip
         return 0
 
-    def save(self, tag: str, client_state: Mapping[str, Any] | None = None, *, timeout: float | None = None) -> int:
-        return self.completed
+    def save(
+        self, tag: str | None = None, client_state: Mapping[str, Any] | None = None, *, timeout: float | None = None
+    ) -> int | None:
+        return None if tag is None else self.completed
 
     def drain(self, timeout: float | None = None) -> None:
         return None

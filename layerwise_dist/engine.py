@@ -7,6 +7,7 @@ boundary (seal); everything behind the seal runs in the background.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import threading
@@ -32,11 +33,13 @@ from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.errors import BoundaryError, DamageError, LayerwiseError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
+from layerwise_dist.preemption import Preemption
 from layerwise_dist.restore.restorer import Restorer
 from layerwise_dist.save_restore import SaveAndRestore
 from layerwise_dist.scheduler import BLOCKS_A_BATCH, LayerwiseCheckpointScheduler
 from layerwise_dist.statistics import Statistics
 from layerwise_dist.storage.adapter import PCCheckAdapter
+from layerwise_dist.together import Together
 from layerwise_dist.trace import StepTrace
 
 log = logging.getLogger("layerwise_dist")
@@ -56,7 +59,7 @@ class _Update:
     drained: bool = False
 
 
-class LayerwiseEngine(SaveAndRestore):
+class LayerwiseEngine(SaveAndRestore, Together):
     """Checkpoints what is trained on this rank: models and their optimizers. All methods belong to the training thread.
 
     Made by `attach()`. As a context manager it closes itself; left by an exception, it gives up what is not sealed.
@@ -70,11 +73,12 @@ class LayerwiseEngine(SaveAndRestore):
     def __init__(
         self, framework: Framework, optimizer: OptimizerAdapter, config: LayerwiseConfig, objects: StateObjects, *,
         adapter: PCCheckAdapter, manager: CheckpointMetadataManager, info: SessionInfo, participant: Participant,
-        committer: Committer | None, coordinator: CoordinatorThread | None, fresh: bool,
+        committer: Committer | None, coordinator: CoordinatorThread | None, fresh: bool, preemption: Preemption | None,
     ) -> None:  # fmt: skip
         self.config, self._framework, self._optimizer, self._objects = config, framework, optimizer, objects
         self._adapter, self._manager, self._info = adapter, manager, info
         self._participant, self._committer, self._coordinator = participant, committer, coordinator
+        self._preemption = preemption
         self._statistics = Statistics()
         self._thread = threading.get_ident()
         self._scheduler = LayerwiseCheckpointScheduler(
@@ -358,18 +362,19 @@ class LayerwiseEngine(SaveAndRestore):
             )
         self._end_trace()
         self._boundaries += 1
-        if self._optimizer.several and self._open is None and mark.updated and self._scheduler.due(mark.step):
+        due = self._scheduler.due(mark.step)
+        if self._optimizer.several and self._open is None and mark.updated and due:
             # Which update is an iteration's last is known here only. Each optimizer's part is then captured once.
             with self._statistics.stall("open"):
                 self._begin(mark.step)
         if self._open is not None:
             self._seal_open(mark)
-        elif not mark.updated and self._scheduler.due(mark.step):
+        elif not mark.updated and due:
             self._scheduler.postpone()
         if self._trace is not None:
             self._trace.sealed()
         self._scales = [scaler.get_scale() for scaler in self._objects.scalers] if not mark.updated else []
-        self._participant.boundary(self._boundaries)
+        self._pass_boundary(mark, due and mark.updated)
 
     def _seal_open(self, mark: BoundaryMark) -> None:
         capture = self._open
@@ -411,11 +416,11 @@ class LayerwiseEngine(SaveAndRestore):
         """
         self._close(orderly=sys.exc_info()[0] is None)
 
-    def _close(self, *, orderly: bool) -> None:
+    def _close(self, *, orderly: bool, limit_s: float = math.inf) -> None:
         if self._closed:
             return
         self._closed = True
-        timeout = self.config.commit.timeout_s if orderly else min(10.0, self.config.commit.timeout_s)
+        timeout = min(limit_s, self.config.commit.timeout_s if orderly else min(10.0, self.config.commit.timeout_s))
         problem: LayerwiseError | None = None
         try:
             self._boundary.close(seal=orderly)
@@ -442,6 +447,8 @@ class LayerwiseEngine(SaveAndRestore):
                 self._committer.close()
             self._attempts.close()
             self._adapter.close()
+            if self._preemption is not None:
+                self._preemption.close()
         if problem is not None:
             if orderly:
                 raise problem

@@ -8,10 +8,9 @@ from typing import Any
 
 import networkx
 
-from layerwise_dist.errors import ConfigError, UnsupportedError
+from layerwise_dist.pictures import new_figure
 from layerwise_dist.units import size
 
-_SUFFIXES = (".png", ".svg", ".pdf")
 _ROW, _BOX, _LANE, _WIDTH = 0.5, 0.36, 0.16, 5.2  # inches
 _MAX_PIXELS = 60000  # a side of a png
 _MAX_LANES = 24
@@ -19,23 +18,14 @@ _MAX_LANES = 24
 
 def draw(graph: networkx.DiGraph, path: str | os.PathLike[str]) -> None:
     """Writes the picture; raises ConfigError for a suffix that is none of .png .svg .pdf."""
-    path = Path(path)
-    if path.suffix.lower() not in _SUFFIXES:
-        raise ConfigError(f"{path.name}: a graph is drawn as one of {', '.join(_SUFFIXES)}")
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.patches import FancyBboxPatch
-    except ImportError as error:
-        raise UnsupportedError(
-            "drawing a graph needs matplotlib: pip install 'layerwise_dist[viz]', or pip install matplotlib"
-        ) from error
-
     rows = {layer: index for index, layer in enumerate(graph.nodes)}
     long = [(rows[a], rows[b]) for a, b in graph.edges if rows[b] - rows[a] != 1]
     lanes = _lanes(long)
     right = _WIDTH + 0.3 + _LANE * (1 + max(lanes.values(), default=0))
     height = 0.7 + _ROW * len(rows)
-    figure = Figure(figsize=(right + 0.2, height))
+    figure = new_figure(Path(path), (right + 0.2, height))
+    from matplotlib.patches import FancyBboxPatch
+
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_xlim(-0.1, right + 0.1)
     axes.set_ylim(height, 0)

@@ -25,18 +25,27 @@ class SaveAndRestore:
     # -- saving when asked -------------------------------------------------------------------------------------------
 
     def save(
-        self: LayerwiseEngine, tag: str, client_state: Mapping[str, Any] | None = None, *,
+        self: LayerwiseEngine, tag: str | None = None, client_state: Mapping[str, Any] | None = None, *,
         timeout: float | None = None,
-    ) -> int:  # fmt: skip
-        """Saves the job as it is now under a name, and returns the step once that is committed. On all ranks alike.
+    ) -> int | None:  # fmt: skip
+        """Without a tag: asks for a checkpoint of the next boundary, due or not, and returns at once, with None. If all
+        ranks ask within one iteration, it is that one's end; if one asks, all save the first boundary that none of them
+        has passed, the same or soon after it.
 
-        In loops without steps() and end_step() the iteration, if it has updated, ends here; with end_step() it is called
-        between two iterations. The newest checkpoint under a tag is never removed by retention. `client_state` is what `state=` takes as a dict, each rank's own;
+        With a tag: saves the job as it is now under that name, and returns the step once it is committed. On all ranks
+        alike. In loops without steps() and end_step() the iteration, if it has updated, ends here; with end_step() it is
+        called between two iterations. The newest checkpoint under a tag is never removed by retention. `client_state` is
+        what `state=` takes as a dict, each rank's own;
         `restore()` gives it back as `client_state`. `timeout` is in seconds, by default commit.timeout_s.
 
-        Raises BoundaryError (within an accumulation window, before `restore()`, in a loop with steps(), or with tags that
-        differ), StateError for a client_state that cannot be written, CommitError or DeadlineError.
+        With a tag it raises BoundaryError (within an accumulation window or an iteration of steps(), before `restore()`,
+        or with tags that differ), StateError for a client_state that cannot be written, CommitError or DeadlineError.
         """
+        if tag is None:
+            if client_state is not None:
+                raise ValueError("client_state is saved under a tag only")
+            self._ask_to_save()
+            return None
         timeout = self.config.commit.timeout_s if timeout is None else timeout
         step, state = self._check_save(tag), dict(client_state or {})
         together(self._participant, "save", lambda: typed_json.dumps(state, path="client_state"))

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-
 # A batch's last block is seldom full: with four blocks or more a batch, few writes are short.
 BLOCKS_A_BATCH = 4
 

@@ -33,6 +33,7 @@ class StepTrace:
         self._open: dict[str, int] = {}
         self._capture: Any = None
         self._sealed = False
+        self._layers_of: dict[str, list[str]] = {}  # of each batch, by its name
         self._hooks = [
             view.param.register_post_accumulate_grad_hook(lambda _, layer=view.layer: self._gradient(layer))
             for view in views
@@ -67,7 +68,9 @@ class StepTrace:
             return
         self._capture = capture
         for number in batches:
-            self.captures[capture.survey.batches[number].name] = time.monotonic_ns()
+            batch = capture.survey.batches[number]
+            self.captures[batch.name] = time.monotonic_ns()
+            self._layers_of[batch.name] = [layer or "(root)" for layer in batch.layers]
 
     def sealed(self) -> None:
         """The step is over; what was captured is its checkpoint."""
@@ -105,6 +108,8 @@ class StepTrace:
 
         def add(row: str, name: str, begin: int, end: int | None = None) -> None:
             event = {"pid": 0, "tid": _ROWS.index(row), "name": name or "(root)", "ts": (begin - self._began) / 1e3}
+            if name in self._layers_of and row in ("captures", "writes"):
+                event["args"] = {"layers": self._layers_of[name]}
             found.append(event | ({"ph": "i", "s": "t"} if end is None else {"ph": "X", "dur": (end - begin) / 1e3}))
 
         for name, begin, end in self.phases:

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from layerwise_dist._native import testing
-from layerwise_dist.commit import ledger as rank_side
 from layerwise_dist.commit import coordinator as rank0
+from layerwise_dist.commit import ledger as rank_side
 from layerwise_dist.commit import session as sessions
 from layerwise_dist.commit.metadata import Branch as BranchRecord
 from layerwise_dist.commit.metadata import CheckpointMetadataManager, InDoubt, Inventory, decode

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -101,6 +103,25 @@ def test_training_is_measured_under_each_way_to_checkpoint(
     assert rows["layerwise", every[0]]["copied_share"]["median"] > 0
 
 
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_training_under_deepspeed_is_measured_against_its_own_saves(tmp_path: Path) -> None:
+    stage = random.choice([2, 3])
+    asked = ("--deepspeed", stage, "--every", "1", "--modes", "layerwise,save-checkpoint,fast")
+    found = quick(tmp_path, "train", *asked)
+    assert found["deepspeed"] == stage and found["ranks"] == 2
+    built = stage == 2 or "save_checkpoint, fast writer" not in found["not_run"]
+    assert built or "async_io operator is not built" in found["not_run"].pop("save_checkpoint, fast writer")
+    assert found["not_run"] == {}
+    rows = {row["mode"]: row for row in found["results"]}
+    assert set(rows) == {"none", "layerwise", "save-checkpoint", *(["fast"] if built else [])}
+    assert found["state_bytes"] >= 12 * found["model"]["parameters"]
+    for mode in rows.keys() - {"none"}:
+        row = rows[mode]
+        assert set(row["ratio_to_plain"]) == set(row["ratio_to_save_checkpoint"]) == set(row["committed_s"]) == SPREAD
+        assert 0 < row["stall_ms_p50"] <= row["stall_ms_p99"]
+        assert row["flushes"] == ("yes" if mode == "layerwise" else "no")
+
+
 def test_a_peer_that_is_not_installed_is_named_and_the_rest_is_measured(tmp_path: Path) -> None:
     """A package of that name that cannot be imported stands for none."""
     (tmp_path / "shadow").mkdir()
@@ -161,6 +182,8 @@ def test_too_little_memory_is_an_error_too(tmp_path: Path, monkeypatch: pytest.M
         (("writer", "--tensors", "0"), "--tensors '0': expected whole numbers above 0"),
         (("train", "--modes", "dcp,hope"), "mode 'hope': there are layerwise, "),
         (("train", "--params", "7B"), "--params '7B': expected 34M or 98M"),
+        (("train", "--deepspeed", "1"), "--deepspeed 1: expected 2 or 3"),
+        (("train", "--deepspeed", "2", "--modes", "dcp"), "mode 'dcp': there are layerwise, "),
         (("train", "--optimizer", "sgd"), "--optimizer 'sgd': expected foreach or fused"),
     ],
 )
@@ -245,3 +268,24 @@ def test_a_stall_belongs_to_the_checkpoint_that_caused_it() -> None:
     """Open and seal in the step that is due, the fence in the one behind it."""
     assert by_checkpoint([5.0, 6.0], 1) == [5.0, 6.0]
     assert by_checkpoint([1.0, 0.0, 4.0, 1.0, 0.0, 7.0], 3) == [5.0, 8.0]
+
+
+def test_steps_by_layers_are_measured_against_the_optimizers_own() -> None:
+    result = CliRunner().invoke(app, ["bench", "layers", "--quick", "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)["results"]
+    assert [row["kernel"] for row in found] == ["foreach", "fused"]
+    assert all(row["fast_to_plain"]["median"] > 0 for row in found)
+
+
+@pytest.mark.parametrize("update", ["whole", "in_backward"])
+def test_a_step_is_traced_and_drawn(tmp_path: Path, update: str) -> None:
+    out, picture = tmp_path / "trace.json", tmp_path / "trace.svg"
+    code, text, _ = call("trace", tmp_path, "--quick", "--json", "--update", update, "--out", out, "--picture", picture)
+    assert code == 0
+    rows = json.loads(text)["rows"]
+    assert (rows["updates"]["first_begins_ms"] < rows["gradients"]["last_ends_ms"]) == (update == "in_backward")
+    assert {event["ph"] for event in json.loads(out.read_text())["traceEvents"]} == {"M", "i", "X"}
+    assert picture.read_text().lstrip().startswith("<?xml")
+    assert call("trace", tmp_path, "--quick", "--picture", "x.bmp", "--out", out)[0] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["trace.json", "trace.svg"]

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 from commit_model import Broken, walk
 
-from layerwise_dist.commit.ledger import Ledger
 from layerwise_dist.commit.common_boundary import CommonBoundary, Hold
 from layerwise_dist.commit.coordinator import Coordinator
+from layerwise_dist.commit.ledger import Ledger
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.owner import Owner
 from layerwise_dist.commit.session import Committer

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from typing import Any
 
 from layerwise_dist import _native
@@ -191,6 +192,8 @@ def job(ranks: int, on_node: int, commits: int, folder: str) -> None:
             try:
                 _rank(rank, board, on_node, commits, folder)
                 code = 0
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(code)
         pids.append(pid)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +87,6 @@ def windows(shape: Shape, ranks: int) -> Tensor:
     return torch.randint(_VOCABULARY, (max(1, shape.batch // ranks), shape.context + 1))
 
 
-def adamw(model: nn.Module, implementation: str) -> torch.optim.AdamW:
+def adamw(params: Any, implementation: str) -> torch.optim.AdamW:
     """`implementation` is "foreach" or "fused"."""
-    return torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, **{implementation: True})
+    return torch.optim.AdamW(params, lr=1e-4, weight_decay=0.1, **{implementation: True})

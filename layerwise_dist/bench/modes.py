@@ -77,9 +77,12 @@ class Layerwise(Mode):
     def start(self, folder: Path) -> None:
         self._closed = False
         settings = {"every_n_steps": self.every, **self.settings}
-        self._engine = lwd.attach(self.model, self.optimizer, dir=str(folder / "layerwise"), **settings)
+        self._engine = self.attach(folder, settings)
         self._engine.explicit()
         self._watch = _Watch(self.to_committed)
+
+    def attach(self, folder: Path, settings: dict[str, Any]) -> Any:
+        return lwd.attach(self.model, self.optimizer, dir=str(folder / "layerwise"), **settings)
 
     def end_iteration(self, step: int) -> None:
         self._engine.end_step()

@@ -72,7 +72,7 @@ class _Loads:
 
         self._bench, self._folder = bench, folder
         self._model = GPT(bench.shape)
-        self._optimizer = adamw(self._model, "foreach")
+        self._optimizer = adamw(self._model.parameters(), "foreach")
         with self._attached() as engine:
             engine.restore()
             engine.explicit()

@@ -19,9 +19,8 @@ from layerwise_dist.bench import machine
 from layerwise_dist.bench.failure import BenchFailed
 from layerwise_dist.bench.figures import Chart, Findings, Spread
 from layerwise_dist.bench.model import Shape
-from layerwise_dist.bench.modes import MODES
 from layerwise_dist.bench.progress import Bar, bar
-from layerwise_dist.bench.train_worker import MARK
+from layerwise_dist.bench.train_worker import MARK, modes_of
 from layerwise_dist.bench.workplace import workplace
 from layerwise_dist.processes import running
 from layerwise_dist.units import size
@@ -42,13 +41,26 @@ class TrainBench:
     rounds: int
     modes: Sequence[str]
     quick: bool
+    deepspeed: int | None = None  # ZeRO stage
+
+    @property
+    def baseline(self) -> tuple[str, str]:
+        """(mode, title of its column) that the others are compared with, beside training without checkpoints."""
+        return ("dcp-async", "DCP async") if self.deepspeed is None else ("save-checkpoint", "save_checkpoint")
+
+    @property
+    def trained_under(self) -> str:
+        if self.deepspeed is not None:
+            return f"DeepSpeed, ZeRO-{self.deepspeed} in fp32, {self.ranks} ranks of torchrun."
+        return "one process." if self.ranks == 1 else f"FSDP2, {self.ranks} ranks of torchrun."
 
 
 def run(bench: TrainBench, directory: str, command: str) -> Findings:
     """Raises NoRoom, OSError, ValueError for an unknown mode, and BenchFailed if the training ends badly."""
+    known = modes_of(bench.deepspeed)
     for name in bench.modes:
-        if name not in MODES:
-            raise ValueError(f"mode {name!r}: there are {', '.join(MODES)}")
+        if name not in known:
+            raise ValueError(f"mode {name!r}: there are {', '.join(known)}")
     state = 12 * bench.shape.parameters
     blocks = bench.rounds * len(bench.every) * (2 * len(bench.modes) + 1)
     space = workplace(
@@ -94,13 +106,13 @@ def _launch(bench: TrainBench, folder: Path, heard: _Heard) -> None:
     spec = {
         "shape": asdict(bench.shape), "optimizer": bench.optimizer, "every": list(bench.every), "steps": bench.steps,
         "rounds": bench.rounds, "modes": list(bench.modes), "quick": bench.quick, "threads": threads,
-        "folder": str(folder), "disk_bytes": _RAW_BYTES,
+        "folder": str(folder), "disk_bytes": _RAW_BYTES, "deepspeed": bench.deepspeed,
     }  # fmt: skip
     launcher = [sys.executable]
-    if bench.ranks > 1:
+    if bench.ranks > 1 or bench.deepspeed is not None:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={bench.ranks}"]
     command = [*launcher, "-m", "layerwise_dist.bench.train_worker", json.dumps(spec)]
-    environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
     errors = folder / "errors.txt"
     with open(errors, "wb") as file, running(command, file, environment) as job:
         assert job.stdout is not None
@@ -156,6 +168,8 @@ def _findings(bench: TrainBench, command: str, about: dict[str, Any], heard: _He
     usable = [mode for mode in heard.tried if mode["problem"] is None]
     rows: list[dict[str, Any]] = []
     charts = []
+    baseline, column = bench.baseline
+    key = f"ratio_to_{baseline.replace('-', '_')}"
     for every in bench.every:
         figures = {mode["mode"]: _Figures(heard, mode["mode"], every) for mode in usable}
         bare = [block for block in heard.blocks if (block["mode"], block["every"]) == ("none", every)]
@@ -163,22 +177,21 @@ def _findings(bench: TrainBench, command: str, about: dict[str, Any], heard: _He
         rows.append({"mode": "none", "title": "no checkpoints", "every": every, "step_s": plain.data()})
         chart = Chart(
             f"A checkpoint every {f'{every} steps' if every > 1 else 'step'}",
-            ["", "step, s", "÷ plain", "÷ DCP async", "stall p50, ms", "p99, ms", "to committed, s", "MB/s",
+            ["", "step, s", "÷ plain", f"÷ {column}", "stall p50, ms", "p99, ms", "to committed, s", "MB/s",
              "extra memory ÷ state", "÷ max(step, disk)", "flushed"], 1,
         )  # fmt: skip
         chart.rows.append(["no checkpoints", plain.text(1, 3), "1", *["-"] * 8])
         for mode in usable:
-            found = _row(mode, figures[mode["mode"]], figures.get("dcp-async"), every, total, rank_bytes)
+            found = _row(mode, figures[mode["mode"]], figures.get(baseline), key, every, total, rank_bytes)
             rows.append(found)
-            chart.rows.append(_cells(found))
+            chart.rows.append(_cells(found, key))
         charts.append(chart)
     missing = {mode["title"]: mode["problem"] for mode in heard.tried if mode["problem"] is not None}
     disk = Spread.of(heard.disk)
     shape = bench.shape
     notes = [
         f"GPT, {shape.parameters / 1e6:.1f}M parameters (dim {shape.dim}, {shape.layers} layers), batch {shape.batch} "
-        f"of {shape.context} bytes, AdamW ({bench.optimizer}), state {size(total)}; "
-        + ("one process." if bench.ranks == 1 else f"FSDP2, {bench.ranks} ranks of torchrun."),
+        f"of {shape.context} bytes, AdamW ({bench.optimizer}), state {size(total)}; {bench.trained_under}",
         f"{bench.rounds} rounds of blocks in turn, {bench.steps} steps or one interval a block; the steps at a block's "
         "beginning (audits, files that are new) are not counted. Median over the blocks (least–greatest).",
         f"Raw direct writes in the same run: {disk.text(1e-9)} GB/s.",
@@ -186,14 +199,15 @@ def _findings(bench: TrainBench, command: str, about: dict[str, Any], heard: _He
     ]
     data = {
         "model": {**asdict(shape), "parameters": shape.parameters}, "optimizer": bench.optimizer, "ranks": bench.ranks,
-        "steps": bench.steps, "rounds": bench.rounds, "state_bytes": total, "disk_bytes_per_s": disk.data(),
+        "deepspeed": bench.deepspeed, "steps": bench.steps, "rounds": bench.rounds, "state_bytes": total,
+        "disk_bytes_per_s": disk.data(),
         "results": rows, "not_run": missing,
     }  # fmt: skip
     return Findings(command, about, data, charts, notes)
 
 
 def _row(
-    mode: dict[str, Any], mine: _Figures, dcp_async: _Figures | None, every: int, total: int, rank_bytes: int
+    mode: dict[str, Any], mine: _Figures, baseline: _Figures | None, key: str, every: int, total: int, rank_bytes: int
 ) -> dict[str, Any]:
     def spread(values: Sequence[float]) -> dict[str, float] | None:
         return Spread.of(values).data() if values else None
@@ -205,19 +219,19 @@ def _row(
         "extra_peak_to_state": spread([extra / rank_bytes for extra in mine.extra]),
     }  # fmt: skip
     if mode["mode"] == "layerwise-off-step":
-        keys = ("ratio_to_dcp_async", "stall_ms_p50", "stall_ms_p99", "committed_s", "bytes_per_s", "copied_share",
+        keys = (key, "stall_ms_p50", "stall_ms_p99", "committed_s", "bytes_per_s", "copied_share",
                 "ratio_to_disk_bound")  # fmt: skip
         return {**row, **dict.fromkeys(keys)}
-    to_dcp = [a / b for a, b in zip(mine.ratios, dcp_async.ratios, strict=True)] if dcp_async else []
+    to_baseline = [a / b for a, b in zip(mine.ratios, baseline.ratios, strict=True)] if baseline else []
     return {
-        **row, "ratio_to_dcp_async": spread(to_dcp),
+        **row, key: spread(to_baseline),
         "stall_ms_p50": mine.percentile(0.5), "stall_ms_p99": mine.percentile(0.99),
         "committed_s": spread(mine.committed), "bytes_per_s": spread([total / took for took in mine.committed]),
         "copied_share": spread(mine.copied), "ratio_to_disk_bound": spread(mine.disk_bound),
     }  # fmt: skip
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def _cells(row: dict[str, Any], baseline: str) -> list[str]:
     def text(key: str, scale: float = 1.0, digits: int = 2) -> str:
         found = row[key]
         if isinstance(found, dict):
@@ -225,7 +239,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         return "-" if found is None else f"{found:.{digits}f}"
 
     return [
-        row["title"], text("step_s", digits=3), text("ratio_to_plain", digits=3), text("ratio_to_dcp_async"),
+        row["title"], text("step_s", digits=3), text("ratio_to_plain", digits=3), text(baseline),
         text("stall_ms_p50", digits=1), text("stall_ms_p99", digits=1), text("committed_s"),
         text("bytes_per_s", 1e-6, 0), text("extra_peak_to_state"), text("ratio_to_disk_bound"), row["flushes"],
     ]  # fmt: skip

@@ -23,13 +23,20 @@ import torch
 import torch.distributed as dist
 
 from layerwise_dist.bench import memory
-from layerwise_dist.bench.model import GPT, Shape, adamw, windows
+from layerwise_dist.bench.deepspeed_modes import DEEPSPEED_MODES
+from layerwise_dist.bench.model import Shape, windows
 from layerwise_dist.bench.modes import MODES, Mode
 from layerwise_dist.bench.raw import RawFile
+from layerwise_dist.bench.trainings import DeepSpeedTraining, Training
 
 MARK = "@layerwise-bench "
 _PR_SET_PDEATHSIG = 1
 _GROUP_TIMEOUT = datetime.timedelta(seconds=120)
+
+
+def modes_of(deepspeed: int | None) -> dict[str, type[Mode]]:
+    """By name, the ways to checkpoint a training with that ZeRO stage, or without DeepSpeed."""
+    return MODES if deepspeed is None else DEEPSPEED_MODES
 
 
 class Worker:
@@ -41,23 +48,21 @@ class Worker:
         self._ranks = int(os.environ.get("WORLD_SIZE", "1"))
         self._rank = int(os.environ.get("RANK", "0"))
         self._folder = Path(spec["folder"])
-        if self._ranks > 1:
+        if self._ranks > 1 or spec["deepspeed"] is not None:
             dist.init_process_group("gloo", timeout=_GROUP_TIMEOUT)
         torch.manual_seed(0)
-        self._model = GPT(self._shape)
-        if self._ranks > 1:
-            from torch.distributed.device_mesh import init_device_mesh
-            from torch.distributed.fsdp import fully_shard
+        if spec["deepspeed"] is None:
+            self._training = Training(self._shape, spec["optimizer"], self._ranks)
+        else:
+            self._training = DeepSpeedTraining(self._shape, spec["optimizer"], self._ranks, spec["deepspeed"])
+        self._modes = modes_of(spec["deepspeed"])
+        self._iterate(self._mode(Mode, 1), 1)  # makes the optimizer's state
 
-            mesh = init_device_mesh("cpu", (self._ranks,))
-            for block in self._model.blocks:
-                fully_shard(block, mesh=mesh)
-            fully_shard(self._model, mesh=mesh)
-        self._optimizer = adamw(self._model, spec["optimizer"])
-        self._iterate(Mode(self._model, self._optimizer, 1, self._ranks), 1)  # makes the optimizer's state
+    def _mode(self, kind: type[Mode], every: int) -> Mode:
+        return kind(self._training.model, self._training.optimizer, every, self._ranks)
 
     def run(self) -> None:
-        state = self._all(self._state_bytes())
+        state = self._all(self._training.state_bytes())
         self._say({"state_bytes": state})
         modes = [name for name in self._spec["modes"] if self._works(name)]
         disk = None
@@ -77,7 +82,7 @@ class Worker:
     def _works(self, name: str) -> bool:
         """Whether the mode can be used here, by one step of it; says why not."""
         self._say({"now": f"trying {name}"})
-        mode = MODES[name](self._model, self._optimizer, 1, self._ranks)
+        mode = self._mode(self._modes[name], 1)
         problem = None
         try:
             mode.start(self._new_folder())
@@ -92,7 +97,7 @@ class Worker:
         return not problems
 
     def _block(self, name: str, every: int) -> dict[str, Any]:
-        mode = (MODES[name] if name != "none" else Mode)(self._model, self._optimizer, every, self._ranks)
+        mode = self._mode(self._modes[name] if name != "none" else Mode, every)
         warm = every if self._spec["quick"] else mode.warm_steps()
         steps = -(-self._spec["steps"] // every) * every
         self._barrier()
@@ -118,9 +123,9 @@ class Worker:
 
     def _iterate(self, mode: Mode, step: int) -> float:
         began = time.perf_counter()
-        self._model(windows(self._shape, self._ranks)).backward()
+        self._training.backward(self._training.model(windows(self._shape, self._ranks)))
         mode.update()
-        self._optimizer.zero_grad()
+        self._training.optimizer.zero_grad()
         mode.end_iteration(step)
         return time.perf_counter() - began
 
@@ -139,12 +144,6 @@ class Worker:
             os.sync()
         self._barrier()
 
-    def _state_bytes(self) -> int:
-        tensors = list(self._model.parameters())
-        tensors += [value for state in self._optimizer.state.values() for value in state.values()]
-        local = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors)
-        return sum(tensor.numel() * tensor.element_size() for tensor in local)
-
     def _all(self, mine: Any) -> list[Any]:
         """Every rank's value, by rank."""
         if self._ranks == 1:
@@ -162,9 +161,7 @@ class Worker:
             print(MARK + json.dumps(what), flush=True)
 
     def close(self) -> None:
-        """FSDP's threads must be gone before the interpreter goes."""
-        del self._model, self._optimizer
-        gc.collect()
+        self._training.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -6,12 +6,14 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.text import Text
 
 from layerwise_dist.cli import console
+from layerwise_dist.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
     from layerwise_dist.bench.figures import Findings
@@ -71,7 +73,12 @@ def train(
     params: Params = "34M",
     optimizer: Annotated[str, typer.Option("--optimizer", "-o", help="foreach or fused (AdamW).")] = "foreach",
     every: Annotated[str, typer.Option("--every", "-e", help="A checkpoint every so many steps.")] = "1,10",
-    ranks: Annotated[int, typer.Option("--ranks", "-r", min=1, help="More than 1: FSDP2 under torchrun.")] = 1,
+    ranks: Annotated[
+        int | None, typer.Option("--ranks", "-r", min=1, help="More than 1: FSDP2 under torchrun. DeepSpeed: 2.")
+    ] = None,
+    deepspeed: Annotated[
+        int | None, typer.Option("--deepspeed", metavar="STAGE", help="Train under DeepSpeed, ZeRO stage 2 or 3.")
+    ] = None,
     steps: Annotated[int, typer.Option("--steps", "-n", min=1, help="Measured steps a block.")] = 10,
     rounds: Rounds = 5,
     modes: Annotated[str, typer.Option("--modes", "-m", help="all, or names with commas between them.")] = "all",
@@ -84,22 +91,25 @@ def train(
     json: Json = False,
     markdown: Markdown = False,
 ) -> None:
-    """Step time, stall, memory and time to commit under this engine, torch.save, DCP and others."""
+    """Step time, stall, memory and time to commit under this engine, torch.save, DCP and others, or DeepSpeed's own."""
 
     def run(command: str) -> Findings:
         from layerwise_dist.bench.model import QUICK, SHAPES
-        from layerwise_dist.bench.train import MODES, TrainBench, run
+        from layerwise_dist.bench.train import TrainBench, modes_of, run
 
         _one_of("--params", params, SHAPES)
         _one_of("--optimizer", optimizer, ("foreach", "fused"))
+        if deepspeed not in (None, 2, 3):
+            raise ValueError(f"--deepspeed {deepspeed}: expected 2 or 3")
+        processes = ranks or (1 if deepspeed is None else 2)
         shape = QUICK if quick else SHAPES[params]
         if disk_bound:
-            shape = replace(shape, batch=ranks, context=16)
+            shape = replace(shape, batch=processes, context=16)
         shape = replace(shape, batch=batch or shape.batch, context=context or shape.context)
-        chosen = list(MODES) if modes == "all" else _words(modes)
+        chosen = list(modes_of(deepspeed)) if modes == "all" else _words(modes)
         asked = TrainBench(
-            shape=shape, optimizer=optimizer, every=_numbers(every, "--every"), ranks=ranks, modes=chosen,
-            steps=2 if quick else steps, rounds=1 if quick else rounds, quick=quick,
+            shape=shape, optimizer=optimizer, every=_numbers(every, "--every"), ranks=processes, modes=chosen,
+            steps=2 if quick else steps, rounds=1 if quick else rounds, quick=quick, deepspeed=deepspeed,
         )  # fmt: skip
         return run(asked, directory, command)
 
@@ -162,6 +172,48 @@ def commit(
     _finish(run, json, markdown)
 
 
+@app.command("layers")
+def layers(rounds: Rounds = 9, quick: Quick = False, json: Json = False, markdown: Markdown = False) -> None:
+    """An optimizer's step as it is, and one layer at a time; writes nothing."""
+
+    def run(command: str) -> Findings:
+        from layerwise_dist.bench.layers import LayersBench, Model, run
+
+        return run(LayersBench((Model(4, 8),), 1, 2) if quick else LayersBench(rounds=rounds), command)
+
+    _finish(run, json, markdown)
+
+
+@app.command("trace")
+def trace(
+    directory: Dir,
+    update: Annotated[str, typer.Option("--update", "-u", help="whole, pipelined_step or in_backward.")] = "in_backward",
+    params: Params = "34M",
+    optimizer: Annotated[str, typer.Option("--optimizer", "-o", help="foreach or fused (AdamW).")] = "foreach",
+    out: Annotated[str, typer.Option("--out", metavar="FILE", help="Where the trace goes.")] = "trace.json",
+    picture: Annotated[
+        str | None, typer.Option("--picture", metavar="FILE", help="Draw it too: .png, .svg or .pdf.")
+    ] = None,
+    quick: Quick = False,
+    json: Json = False,
+    markdown: Markdown = False,
+) -> None:
+    """What happens to each layer in one checkpointed step, and when: JSON that Perfetto opens."""
+
+    def run(command: str) -> Findings:
+        from layerwise_dist.bench.model import QUICK, SHAPES
+        from layerwise_dist.bench.trace import TraceBench, run
+
+        _one_of("--params", params, SHAPES)
+        _one_of("--optimizer", optimizer, ("foreach", "fused"))
+        _one_of("--update", update, ("whole", "pipelined_step", "in_backward"))
+        shape = QUICK if quick else SHAPES[params]
+        asked = TraceBench(shape, update, optimizer, Path(out), Path(picture) if picture else None)
+        return run(asked, directory, command)
+
+    _finish(run, json, markdown)
+
+
 def _one_of(option: str, value: str, allowed: Iterable[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{option} {value!r}: expected {' or '.join(allowed)}")
@@ -174,7 +226,7 @@ def _finish(run: Callable[[str], Findings], json: bool, markdown: bool) -> NoRet
 
     try:
         found = run(shlex.join(["layerwise", *_typed()]))
-    except (NoRoom, ValueError) as error:
+    except (NoRoom, ValueError, ConfigError, UnsupportedError) as error:
         _fail(str(error), 2, json)
     except BenchFailed as error:
         _fail(str(error), 1, json)

@@ -243,8 +243,8 @@ def _prepare(sock: socket.socket) -> None:
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         options += [
             (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
-            (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _SILENCE_S // 3),
-            (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _SILENCE_S // 6),
+            (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, _SILENCE_S // 3)),
+            (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, _SILENCE_S // 6)),
             (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
             (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _SILENCE_S),
         ]

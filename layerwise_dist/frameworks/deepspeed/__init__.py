@@ -2,6 +2,9 @@
 
 from layerwise_dist.frameworks.deepspeed.adapter import DeepSpeedOptimizer
 from layerwise_dist.frameworks.deepspeed.framework import DeepSpeedFramework
+from layerwise_dist.frameworks.deepspeed.groups import param_groups
 from layerwise_dist.frameworks.deepspeed.support import accumulating, config_block, is_engine
 
-__all__ = ["DeepSpeedFramework", "DeepSpeedOptimizer", "accumulating", "config_block", "is_engine"]
+__all__ = [
+    "DeepSpeedFramework", "DeepSpeedOptimizer", "accumulating", "config_block", "is_engine", "param_groups",
+]  # fmt: skip

@@ -1,0 +1,74 @@
+"""A job that is told to leave. Every rank tells what it does in OUT/<rank>.jsonl.
+
+    preempt.py DIR OUT TOTAL GRACE [stop]
+
+With `stop`, the last rank stops itself (SIGSTOP) at step 3, so that the others sit in a collective.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from kit import digest, process_group
+from torch.nn.parallel import DistributedDataParallel
+
+import layerwise_dist as lwd
+
+
+def main() -> None:
+    folder, out, total, grace, stop = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), sys.argv[5:]
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    file = os.open(out / f"{rank}.jsonl", os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
+
+    def tell(**what: Any) -> None:
+        os.write(file, (json.dumps(what) + "\n").encode())
+
+    calls: list[int] = []
+
+    def mine(number: int, frame: Any) -> None:
+        calls.append(number)
+
+    signal.signal(signal.SIGTERM, mine)
+    ckpt, model = None, None
+    with process_group():
+        torch.manual_seed(3)
+        model = DistributedDataParallel(
+            torch.nn.Sequential(torch.nn.Linear(9, 30), torch.nn.Dropout(0.3), torch.nn.Linear(30, 4))
+        )
+        torch.manual_seed(100 + rank)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        preemption = {"enabled": True, "grace_s": grace, "exit_code": 77}
+        ckpt = lwd.attach(
+            model, optimizer, dir=folder, every_n_steps=1000, preemption=preemption, commit={"timeout_s": 30.0}
+        )
+        tell(start=ckpt.restore(), pid=os.getpid(), agent=os.getppid())
+        try:
+            for step in ckpt.steps(total):
+                model(torch.randn(4, 9)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                tell(step=step)
+                if stop and step == 3 and rank == world - 1:
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                time.sleep(0.01 if total > 100 else 0)
+            tell(end=digest(model, optimizer))
+            ckpt.close()
+        except SystemExit as left:
+            tell(
+                left=left.code, at=ckpt.completed, committed=ckpt._participant.reached("committed"), calls=calls,
+                restored=signal.getsignal(signal.SIGTERM) is mine, wakeup=signal.set_wakeup_fd(-1),
+            )  # fmt: skip
+            raise
+        finally:
+            del model, optimizer, ckpt
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""SIGTERM: one common step is committed, all leave with the code that was configured, and nothing hangs. And `save()`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Warm, WarmJob
+from crash_kit import build, in_ranks, settings, tensors_of, train
+
+import layerwise_dist as lwd
+from layerwise_dist import assembly, preemption
+from layerwise_dist._native import PosixEnv
+from layerwise_dist.commit.metadata import CheckpointMetadataManager
+from layerwise_dist.commit.transports.local import LocalTransport
+from layerwise_dist.errors import ConfigError
+from layerwise_dist.preemption import Preemption
+
+RANKS, DEADLINE = 2, 60.0
+
+
+def told(out: Path, rank: int) -> list[dict[str, Any]]:
+    path = out / f"{rank}.jsonl"
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+
+def await_step(out: Path, job: WarmJob, step: int) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not all(any(line.get("step", -1) >= step for line in told(out, rank)) for rank in range(RANKS)):
+        assert time.monotonic() < deadline and job.poll() is None, job.output()[-4000:]
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("signalled", ["one rank", "the agent"])
+def test_all_ranks_commit_one_step_and_leave_when_one_is_told_to(warm: Warm, tmp_path: Path, signalled: str) -> None:
+    job = warm.start("preempt.py", RANKS, tmp_path / "ckpt", tmp_path, 100_000, 20)
+    await_step(tmp_path, job, 5)
+    began = time.monotonic()
+    os.kill(told(tmp_path, 1)[0]["pid"] if signalled == "one rank" else job.pid, signal.SIGTERM)
+    job.wait(DEADLINE)
+    assert time.monotonic() - began < 15
+    left = [told(tmp_path, rank)[-1] for rank in range(RANKS)]
+    at = left[0]["at"]
+    for rank in range(RANKS):
+        assert left[rank]["left"] == 77 and left[rank]["at"] == left[rank]["committed"] == at >= 5, left
+        assert told(tmp_path, rank)[-2]["step"] == at - 1, "nothing was trained behind it"
+        assert left[rank]["restored"] and left[rank]["wakeup"] == -1
+    assert left[1]["calls"] == [signal.SIGTERM], "the script's own handler ran too"
+    assert CheckpointMetadataManager(PosixEnv(), str(tmp_path / "ckpt")).inventory().lineage()[0].step == at
+    if signalled == "one rank":
+        plain = tmp_path / "plain"
+        plain.mkdir()
+        warm.run("preempt.py", RANKS, plain / "ckpt", plain, at + 3, 20)
+        warm.run("preempt.py", RANKS, tmp_path / "ckpt", tmp_path, at + 3, 20)
+        for rank in range(RANKS):
+            lines = told(tmp_path, rank)
+            assert [line["start"] for line in lines if "start" in line] == [0, at]
+            assert lines[-1]["end"] == told(plain, rank)[-1]["end"], "bit for bit the run that was never told to leave"
+
+
+def test_a_rank_in_a_dead_collective_leaves_at_its_deadline(warm: Warm, tmp_path: Path) -> None:
+    job = warm.start("preempt.py", RANKS, tmp_path / "ckpt", tmp_path, 100_000, 2, "stop")
+    await_step(tmp_path, job, 3)
+    time.sleep(0.5)  # rank 0 is in the all-reduce of step 4 by now
+    pid = told(tmp_path, 0)[0]["pid"]
+    began = time.monotonic()
+    os.kill(pid, signal.SIGTERM)
+    while pid in job.pids():
+        assert time.monotonic() - began < 2 + 6
+        time.sleep(0.02)
+    assert time.monotonic() - began > 1.5
+    deadline = time.monotonic() + 10
+    while "77" not in job.output() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    job.kill()
+    assert "the process ends here (exit code 77)" in job.output()
+    assert "step" in told(tmp_path, 0)[-1], "the main thread never came out of it"
+
+
+def test_when_one_rank_dies_the_others_leave_in_time(warm: Warm, tmp_path: Path) -> None:
+    """torchrun then sends SIGTERM to the rest, and SIGKILL 30 seconds later."""
+    job = warm.start("preempt.py", RANKS, tmp_path / "ckpt", tmp_path, 100_000, 5)
+    await_step(tmp_path, job, 3)
+    began = time.monotonic()
+    os.kill(told(tmp_path, 1)[0]["pid"], signal.SIGKILL)
+    assert job.wait(DEADLINE).returncode != 0
+    assert time.monotonic() - began < 5 + 8
+
+
+# -- save() -----------------------------------------------------------------------------------------------------------
+
+
+def steps_saved(root: Path, body: Callable[[Any, int, int], None], total: int, **config: Any) -> list[int]:
+    """Trains two ranks to `total`; `body(engine, rank, step)` runs in each iteration. The steps that were committed."""
+    held: dict[tuple[int, int], Any] = {}
+
+    def run(transport: LocalTransport) -> None:
+        model, optimizer = build(transport.rank)
+        options = settings(str(root), **{"every_n_steps": 1000, "keep_last": 100, **config})
+        with assembly.assemble(model, optimizer, options, transport, PosixEnv()) as engine:
+            for step in engine.steps(total):
+                body(engine, transport.rank, step)
+                train(model, optimizer, transport.rank, 0, step)
+                held[transport.rank, step + 1] = tensors_of(model, optimizer)
+
+    in_ranks(run)
+    found = CheckpointMetadataManager(PosixEnv(), str(root)).inventory().lineage()
+    return sorted(manifest.step for manifest in found)
+
+
+def test_save_on_all_ranks_commits_the_end_of_that_iteration(tmp_path: Path) -> None:
+    def body(engine: Any, rank: int, step: int) -> None:
+        if step in (2, 7):
+            time.sleep(0.05 * rank)
+            assert engine.save() is None
+            engine.save()  # once more changes nothing
+
+    assert steps_saved(tmp_path, body, 12) == [3, 8]
+
+
+def test_save_on_one_rank_makes_all_commit_one_boundary_soon_after(tmp_path: Path) -> None:
+    def body(engine: Any, rank: int, step: int) -> None:
+        if (rank, step) in ((1, 3), (0, 9)):
+            engine.save()
+        time.sleep(0.01)
+
+    first, second = steps_saved(tmp_path, body, 30)
+    assert first >= 4 and 10 <= second < 30
+
+
+def test_save_of_a_step_that_is_due_commits_it_once(tmp_path: Path) -> None:
+    def body(engine: Any, rank: int, step: int) -> None:
+        if step in (2, 3):
+            engine.save()
+
+    assert steps_saved(tmp_path / "each", body, 5, every_n_steps=1) == [1, 2, 3, 4, 5]
+    assert steps_saved(tmp_path / "fourth", body, 9, every_n_steps=4) == [3, 4, 8]
+
+
+def test_save_waits_for_room_though_when_full_is_skip(tmp_path: Path) -> None:
+    def body(engine: Any, rank: int, step: int) -> None:
+        engine.save()
+
+    assert steps_saved(tmp_path, body, 6, when_full="skip", max_in_flight=1) == [1, 2, 3, 4, 5, 6]
+
+
+def test_save_takes_a_state_only_with_a_tag_and_nothing_once_closed(tmp_path: Path) -> None:
+    model, optimizer = build(0)
+    engine = lwd.attach(model, optimizer, dir=str(tmp_path))
+    with pytest.raises(ValueError, match="under a tag"):
+        engine.save(client_state={"epoch": 1})
+    engine.close()
+    with pytest.raises(lwd.errors.BoundaryError, match="after close"):
+        engine.save()
+
+
+# -- the signal -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What the other ranks were asked for. The process, which is the tests', does not end."""
+    ended: list[int] = []
+    monkeypatch.setattr(preemption, "end_process", ended.append)
+    yield []
+    for thread in threading.enumerate():
+        if thread.name == "layerwise-grace":
+            thread.join(10)
+            assert ended == [9]
+
+
+def watch(heard: list[str]) -> Preemption:
+    return Preemption(3, grace_s=0.3, exit_code=9, ask=heard.append)
+
+
+def await_heard(heard: list[str]) -> None:
+    deadline = time.monotonic() + 10
+    while not heard:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_the_signal_is_heard_while_the_main_thread_runs_no_python(heard: list[str]) -> None:
+    before, calls = signal.getsignal(signal.SIGTERM), []
+    signal.signal(signal.SIGTERM, lambda number, frame: calls.append(number))
+    ours, far = socket.socketpair()
+    ours.setblocking(False)
+    wakeup = signal.set_wakeup_fd(ours.fileno())
+    try:
+        watching = watch(heard)
+        killer = threading.Thread(target=lambda: (time.sleep(0.1), os.kill(os.getpid(), signal.SIGTERM)))
+        killer.start()
+        deaf = torch.randn(900, 900)
+        while killer.is_alive():
+            deaf = (deaf @ deaf).clamp(-1, 1)
+        await_heard(heard)
+        assert heard == ["SIGTERM on rank 3"] and watching.begun
+        assert 0 <= watching.remaining_s <= 0.3
+        far.settimeout(5)
+        assert far.recv(1) == bytes([signal.SIGTERM]), "who listened before still hears"
+        assert calls == [signal.SIGTERM]
+        watching.close()
+        watching.close()
+        assert signal.getsignal(signal.SIGTERM)(1, None) is None and calls == [signal.SIGTERM, 1]
+        assert signal.set_wakeup_fd(-1) == ours.fileno()
+        with pytest.raises(SystemExit) as left:
+            watching.leave()
+        assert left.value.code == 9
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.set_wakeup_fd(wakeup)
+        ours.close(), far.close()
+
+
+def test_a_forked_child_dies_of_its_own_sigterm_and_the_parent_does_not_hear_of_it(heard: list[str]) -> None:
+    watching = watch(heard)
+    try:
+        ready, tell = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.write(tell, b"x")
+            time.sleep(30)
+            os._exit(0)
+        os.read(ready, 1)
+        os.kill(pid, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
+        time.sleep(0.1)
+        assert not heard and not watching.begun
+        os.close(ready), os.close(tell)
+    finally:
+        watching.close()
+
+
+def test_attach_on_another_thread_is_an_error(tmp_path: Path) -> None:
+    errors: list[Exception] = []
+
+    def run() -> None:
+        model, optimizer = build(0)
+        try:
+            lwd.attach(model, optimizer, dir=str(tmp_path), preemption={"enabled": True})
+        except ConfigError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(30)
+    assert "preemption.enabled needs attach() on the main thread" in str(errors[0])
