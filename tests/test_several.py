@@ -91,7 +91,7 @@ def test_mutation_an_optimizer_that_is_not_restored_is_caught(tmp_path: Path, mo
 
 
 def _on_a_slow_disk(root: Path) -> tuple[list[bool], list[torch.Tensor], Any]:
-    """Trains two models by turns; whether the second's lease went on behind the first's update, and the last weights."""
+    """Trains two models by turns; whether the second's lease went on behind the first's update, the last weights."""
     env = testing.FaultEnv(PosixEnv())
     env.delay("write", "*rank_*", 0.01)
     nets = {"one": nn.Linear(256, 256), "two": nn.Linear(256, 256)}
@@ -318,7 +318,7 @@ def test_a_checkpoint_of_other_models_or_optimizers_is_refused_by_their_names(tm
     one, two = nets["one"], nets["two"]
     adam = torch.optim.AdamW(two.parameters())
     others: list[tuple[dict[str, nn.Module], dict[str, Any], str]] = [
-        ({"one": one, "three": two}, {"a": sgd(one), "b": sgd(two)}, "one:plain,two:plain, this job has one:plain,three:plain"),
+        ({"one": one, "three": two}, {"a": sgd(one), "b": sgd(two)}, "two:plain, this job has one:plain,three:plain"),
         (nets, {"a": sgd(one), "c": sgd(two)}, r"optimizers \['a', 'b'\], attached are \['a', 'c'\]"),
         (nets, {"a": sgd(one)}, r"optimizers \['a', 'b'\], attached are \['a'\]"),
         (nets, {"a": sgd(two), "b": sgd(one)}, "a: the optimizer's groups hold other parameters"),

@@ -225,9 +225,8 @@ class CompositeOptimizer(OptimizerAdapter):
     def check(self, saved: Mapping[str, Any]) -> list[str]:
         there = saved.get("optimizers", {})
         if there.keys() != self._members.keys():
-            return [
-                f"the checkpoint holds optimizers {sorted(there) or 'without names'}, attached are {sorted(self._members)}"
-            ]
+            kept, here = sorted(there) or "without names", sorted(self._members)
+            return [f"the checkpoint holds optimizers {kept}, attached are {here}"]
         return [f"{name}: {problem}" for name, each in self._members.items() for problem in each.check(there[name])]
 
     def place(self, view: ParamView, entry: Slice, wrapped: bool) -> torch.Tensor:

@@ -54,7 +54,7 @@ def _wrap(model: nn.Module) -> nn.Module:
 
 
 class Gan(Job):
-    """Two updates of the critic, one of the generator; then its average is moved by hand. The rate of one is scheduled."""
+    """Two updates of the critic, one of the generator; then its average is moved by hand. One's rate is scheduled."""
 
     def build(self) -> None:
         generator = nn.Sequential(nn.Linear(3, 17), nn.BatchNorm1d(17), nn.ReLU(), nn.Linear(17, 5))
