@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from kit import contents, differences, process_group
+from kit import contents, differences, process_group, square
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -69,9 +68,9 @@ def build(wrapper: str, kernel: dict[str, Any]) -> tuple[nn.Module, torch.optim.
     else:
         mesh = None
         if wrapper == "hsdp":
-            mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+            mesh = square("replicas", "shards")
         elif wrapper == "tp":
-            whole = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shards", "tensors"))
+            whole = square("shards", "tensors")
             mesh = whole["shards"]
             plan = {
                 "block.0": ColwiseParallel(output_layouts=Replicate()),
