@@ -92,7 +92,7 @@ def common_block(engines: Sequence[Any]) -> Any:
     blocks = [block for block in map(config_block, engines) if block is not None]
     if any(block != blocks[0] for block in blocks):
         raise ConfigError(
-            "the engines' ds_configs hold different layerwise_checkpoint blocks: give a block to one, or to all the same"
+            "the engines' ds_configs have different layerwise_checkpoint blocks: give a block to one, or the same to all"
         )
     return blocks[0] if blocks else None
 
@@ -108,8 +108,8 @@ def _torch_adapter(update: str) -> Callable[[Framework, object], OptimizerAdapte
 
 
 def assemble(
-    model: torch.nn.Module | None, optimizer: torch.optim.Optimizer | None, config: LayerwiseConfig, transport: Transport,
-    env: Any, *, models: Mapping[str, torch.nn.Module] | None = None,
+    model: torch.nn.Module | None, optimizer: torch.optim.Optimizer | None, config: LayerwiseConfig,
+    transport: Transport, env: Any, *, models: Mapping[str, torch.nn.Module] | None = None,
     optimizers: Mapping[str, torch.optim.Optimizer] | None = None,
     state: dict[str, Any] | None = None, fresh: bool = False, framework: Framework | None = None,
     problem: ConfigError | None = None,

@@ -20,8 +20,8 @@ from layerwise_dist.frameworks.optimizers import OptimizerAdapter, TorchOptimize
 from layerwise_dist.frameworks.zero_redundancy import ZeroRedundancyAdapter, is_zero_redundancy
 
 _WORKS = (
-    "what works: a plain nn.Module, DistributedDataParallel around one, FSDP2 (torch.distributed.fsdp.fully_shard), FSDP1 "
-    "(FullyShardedDataParallel), or the engine that deepspeed.initialize() returns"
+    "what works: a plain nn.Module, DistributedDataParallel around one, FSDP2 (torch.distributed.fsdp.fully_shard), "
+    "FSDP1 (FullyShardedDataParallel), or the engine that deepspeed.initialize() returns"
 )
 
 TorchAdapter = Callable[[Framework, object], OptimizerAdapter]

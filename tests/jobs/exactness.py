@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from kit import contents, differences, process_group
+from kit import contents, differences, process_group, square
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -90,7 +89,7 @@ class Job:
             _, *kinds = wrapper.split("-")
             options = {"device_id": torch.device("cpu"), "use_orig_params": "flat" not in kinds}
             if "hybrid" in kinds:
-                options["device_mesh"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+                options["device_mesh"] = square("replicas", "shards")
             strategies = {"gradients": "SHARD_GRAD_OP", "whole": "NO_SHARD", "hybrid": "HYBRID_SHARD"}
             for kind in kinds and strategies.keys() & kinds:
                 options["sharding_strategy"] = ShardingStrategy[strategies[kind]]
@@ -99,9 +98,9 @@ class Job:
         elif wrapper in ("fsdp2", "hsdp", "tp"):
             mesh = None
             if wrapper == "hsdp":
-                mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+                mesh = square("replicas", "shards")
             elif wrapper == "tp":
-                whole = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shards", "tensors"))
+                whole = square("shards", "tensors")
                 mesh = whole["shards"]
                 parallelize_module(net.block, whole["tensors"], {"0": ColwiseParallel(), "3": RowwiseParallel()})
             fully_shard(net.block, mesh=mesh)
