@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from layerwise_dist.commit.metadata import ParentRef
+from layerwise_dist.commit.session import follow
 from layerwise_dist.errors import BoundaryError
 from layerwise_dist.restore import loader
 from layerwise_dist.restore.agreement import Wish, together
@@ -160,9 +161,4 @@ class SaveAndRestore:
     def _follow(self: LayerwiseEngine, head: ParentRef | None, *, new_branch: bool) -> None:
         """From where the lineage goes on. A roll-back is made durable before the first step that follows it."""
         seq = self._attempts.take_seq() if new_branch else None
-
-        def decide(_: list[Any]) -> None:
-            if self._committer is not None:
-                self._committer.follow(head, seq)
-
-        self._participant.agree("continue the lineage", None, decide)
+        follow(self._participant, self._committer, head, seq)

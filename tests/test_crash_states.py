@@ -111,11 +111,11 @@ MUTATIONS = {
     "sync_dir of the attempt's folder after the shards": (two_steps, Mutation("sync_dir", "*/step_*", "persist")),
     "sync_dir of the root after the shards": (two_steps, Mutation("sync_dir", "/ckpt", "persist")),
     "sync of the manifest": (two_steps, Mutation("sync", "*/manifest.json.tmp")),
-    "rename of the manifest": (two_steps, Mutation("rename", "*/manifest.json", "_publish")),
-    "sync_dir of the folder after the manifest": (two_steps, Mutation("sync_dir", "*/step_*", "_publish")),
+    "rename of the manifest": (two_steps, Mutation("rename", "*/manifest.json", "_into_place")),
+    "sync_dir of the folder after the manifest": (two_steps, Mutation("sync_dir", "*/step_*", "_into_place")),
     "sync of the branch record": (one_branch, Mutation("sync", "*/branch_*")),
-    "rename of the branch record": (one_branch, Mutation("rename", "*/branch_*.json", "_publish")),
-    "sync_dir of the root after the branch record": (one_branch, Mutation("sync_dir", "/ckpt", "_publish")),
+    "rename of the branch record": (one_branch, Mutation("rename", "*/branch_*.json", "_into_place")),
+    "sync_dir of the root after the branch record": (one_branch, Mutation("sync_dir", "/ckpt", "_into_place")),
     "sync_dir after a retired manifest": (one_retired, Mutation("sync_dir", "*/step_*", "withdraw")),
     "sync_dir after a retired manifest whose shards are reused": (
         three_reusing,
@@ -125,9 +125,9 @@ MUTATIONS = {
     "sync of a blanked header": (three_reusing, Mutation("sync", "/ckpt/spare_*")),
     "sync of a shard in a reused file": (three_reusing, Mutation("sync", "*/step_0000000003*/rank_*.partial")),
     "sync of the identity": (two_steps, Mutation("sync", "*/identity.json*")),
-    "sync_dir of the root after the identity": (two_steps, Mutation("sync_dir", "/ckpt", "_publish")),
+    "sync_dir of the root after the identity": (two_steps, Mutation("sync_dir", "/ckpt", "_into_place")),
     "sync of the owner's epoch": (two_steps, Mutation("sync", "*/owner")),
-    "sync_dir above the root": (two_steps, Mutation("sync_dir", "/", "_make_dirs")),
+    "sync_dir above the root": (two_steps, Mutation("sync_dir", "/", "make_dirs")),
 }
 
 
@@ -160,7 +160,7 @@ def test_announcing_what_is_retired_before_its_manifest_is_gone_is_found(monkeyp
 
 AT_START = pytest.mark.parametrize(
     "left_out",
-    [None, Mutation("sync_dir", "*/step_*", "collect_leftovers")],
+    [None, Mutation("sync_dir", "*/step_*", "flush_records")],
     ids=["whole", "without the flush at the start"],
 )
 
@@ -179,7 +179,7 @@ def test_what_a_restart_reports_as_committed_survives_power_loss_even_if_the_fir
     left_out: Mutation | None,
 ) -> None:
     """A job ends between the manifest's rename and its flush. The next one finds it and must flush it first."""
-    env = MutantEnv(Mutation("sync_dir", "*/step_*2-*", "_publish", forget=False))
+    env = MutantEnv(Mutation("sync_dir", "*/step_*2-*", "_into_place", forget=False))
     story = Story(env)
     with pytest.raises(CommitError):
         story.session(1, 3)
@@ -191,7 +191,7 @@ def test_what_a_restart_reports_as_committed_survives_power_loss_even_if_the_fir
 
 
 def test_a_directory_that_one_start_made_and_could_not_flush_is_flushed_by_the_next() -> None:
-    env = MutantEnv(Mutation("sync_dir", "/", "_make_dirs", forget=False))
+    env = MutantEnv(Mutation("sync_dir", "/", "make_dirs", forget=False))
     story = Story(env)
     with pytest.raises(DirectoryError):
         story.session(1, 1)
@@ -233,7 +233,7 @@ def test_leftovers_of_a_crash_are_gone_after_the_next_start(run: Callable[[Story
 
 
 @pytest.mark.parametrize(
-    "left_out", [None, Mutation("sync_dir", "/ckpt", "__init__")], ids=["whole", "without the owner's flush"]
+    "left_out", [None, Mutation("sync_dir", "/ckpt", "begin")], ids=["whole", "without the owner's flush"]
 )
 def test_a_roll_back_that_a_restart_follows_stays_even_if_the_first_job_could_not_flush_it(
     left_out: Mutation | None,
@@ -241,7 +241,7 @@ def test_a_roll_back_that_a_restart_follows_stays_even_if_the_first_job_could_no
     env = MutantEnv()
     story = Story(env)
     story.session(1, 2)
-    env.mutation = Mutation("sync_dir", "/ckpt", "_publish", forget=False)
+    env.mutation = Mutation("sync_dir", "/ckpt", "_into_place", forget=False)
     with pytest.raises((OSError, CommitError)):
         story.session(2, 2, restore=1)
     assert env.mutated == 1

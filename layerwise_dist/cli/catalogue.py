@@ -68,9 +68,16 @@ class Catalogue:
             raise DamageError(damage)
         raise WrongUsage(f"{self.root} has no committed checkpoint in its lineage; see layerwise ls, or give --step")
 
+    def here(self, manifest: Manifest) -> list[ShardRecord]:
+        """The shards that lie in this directory, or should: all, but for those of other nodes where each has its own."""
+        for ranks in manifest.places or ():
+            if any(os.path.lexists(self.manager.shard_path(manifest, rank)) for rank in ranks):
+                return [manifest.shards[rank] for rank in ranks]
+        return manifest.shards
+
     def missing(self, manifest: Manifest) -> str | None:
         """What a look at sizes alone finds wrong with the shards, or None."""
-        for record in manifest.shards:
+        for record in self.here(manifest):
             path = self.manager.shard_path(manifest, record.rank)
             try:
                 kind, nbytes = self.manager.env.stat(path)

@@ -39,7 +39,7 @@ def _read(catalogue: Catalogue, manifest: Manifest) -> tuple[list[Found], dict[s
     tensors: dict[str, dict[str, Any]] = {}
     problems: list[str] = []
     with catalogue.shards(manifest) as opener:
-        for record in manifest.shards:
+        for record in catalogue.here(manifest):
             shard: dict[str, Any] = {"rank": record.rank, "file": record.file, "bytes": record.nbytes}
             shards.append(shard)
             try:

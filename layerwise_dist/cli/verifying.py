@@ -51,7 +51,8 @@ def verify(catalogue: Catalogue, step: int | None) -> Answer:
         return Answer(data, [f"{catalogue.root}: no committed checkpoints to verify"])
     shown = table("step", "seq", "status", "ranks", "size", "result", right=("step", "seq", "ranks", "size"))
     for result in results:
-        cells = (result[name] for name in ("step", "seq", "status", "ranks"))
+        ranks, whole = result["ranks_here"], result["ranks"]
+        cells = (result["step"], result["seq"], result["status"], whole if ranks == whole else f"{ranks} of {whole}")
         row(shown, *cells, size(result["bytes"]), result["result"], style=_STYLE[result["result"]])
     parts: list[Any] = [f"Verified in {catalogue.root}", shown, *(f"damaged: {line}" for line in damage)]
     unhashed = [str(result["step"]) for result in results if result["result"] == "not hashed"]
@@ -65,8 +66,9 @@ def verify(catalogue: Catalogue, step: int | None) -> Answer:
 def _verify_one(catalogue: Catalogue, manifest: Manifest, advance: Callable[[int], None]) -> dict[str, Any]:
     damage: list[str] = []
     hashed = True
+    here = catalogue.here(manifest)
     with catalogue.shards(manifest) as opener:
-        for record in manifest.shards:
+        for record in here:
             try:
                 shard = opener.open(record)
                 hashed &= shard.index.hashed
@@ -81,7 +83,7 @@ def _verify_one(catalogue: Catalogue, manifest: Manifest, advance: Callable[[int
         damage, result = [], "retired"  # a job that runs removed it meanwhile
     return {
         "step": manifest.step, "seq": manifest.seq, "attempt": manifest.attempt, "status": catalogue.status(manifest),
-        "ranks": manifest.world_size, "bytes": manifest.nbytes, "folder": manifest.attempt_id.folder,
+        "ranks": manifest.world_size, "ranks_here": len(here), "bytes": sum(record.nbytes for record in here), "folder": manifest.attempt_id.folder,
         "result": result, "damage": damage,
     }  # fmt: skip
 
