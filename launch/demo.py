@@ -28,6 +28,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from layerwise_dist.processes import descendants, kill_all
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "examples" / "train_gpt.py"
 RANKS = 2
@@ -51,38 +53,12 @@ def adopt_orphans() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
 
 
-def descendants() -> list[int]:
-    """Live processes below this one. A process group misses trainers: torchrun gives each a session of its own."""
-    parents: dict[int, int] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                state, parent = Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()[:2]
-            except OSError:
-                continue
-            if state not in "ZX":
-                parents[int(entry)] = int(parent)
-    found = {os.getpid()}
-    while more := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= more
-    return sorted(found - {os.getpid()})
-
-
 def kill_everything() -> int:
     """SIGKILL to all processes below this one until none is left; returns how many there were."""
-    first: int | None = None
-    deadline = time.monotonic() + 30
-    while alive := descendants():
-        first = len(alive) if first is None else first
-        for pid in alive:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-        if time.monotonic() > deadline:
-            raise DemoFailed(f"processes {alive} are still alive 30 s after SIGKILL")
-        time.sleep(0.02)
-    return first or 0
+    try:
+        return kill_all(lambda: descendants(os.getpid()))
+    except RuntimeError as error:
+        raise DemoFailed(str(error)) from None
 
 
 # -- one run --------------------------------------------------------------------------------------------------------

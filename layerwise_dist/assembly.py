@@ -92,7 +92,7 @@ def common_block(engines: Sequence[Any]) -> Any:
     blocks = [block for block in map(config_block, engines) if block is not None]
     if any(block != blocks[0] for block in blocks):
         raise ConfigError(
-            "the engines' ds_configs hold different layerwise_checkpoint blocks: give a block to one, or to all the same"
+            "the engines' ds_configs have different layerwise_checkpoint blocks: give a block to one, or the same to all"
         )
     return blocks[0] if blocks else None
 
@@ -107,19 +107,9 @@ def _torch_adapter(update: str) -> Callable[[Framework, object], OptimizerAdapte
     return lambda framework, optimizer: LayeredOptimizer(framework, optimizer, update)
 
 
-def _check_layers(update: str, model: object, models: object, optimizers: object) -> None:
-    reason = ""
-    if is_engine(model):
-        reason = "DeepSpeed steps its optimizer itself, unit by unit"
-    elif models is not None or optimizers is not None:
-        reason = "models and optimizers by name are updated as a whole"
-    if reason:
-        raise UnsupportedError(f"update = {update!r}: {reason}; use 'auto'")
-
-
 def assemble(
-    model: torch.nn.Module | None, optimizer: torch.optim.Optimizer | None, config: LayerwiseConfig, transport: Transport,
-    env: Any, *, models: Mapping[str, torch.nn.Module] | None = None,
+    model: torch.nn.Module | None, optimizer: torch.optim.Optimizer | None, config: LayerwiseConfig,
+    transport: Transport, env: Any, *, models: Mapping[str, torch.nn.Module] | None = None,
     optimizers: Mapping[str, torch.optim.Optimizer] | None = None,
     state: dict[str, Any] | None = None, fresh: bool = False, framework: Framework | None = None,
     problem: ConfigError | None = None,
@@ -139,9 +129,11 @@ def assemble(
             if config.preemption.enabled:
                 check_thread()
             found = framework or find_framework(model, models, rank, world_size)
-            if config.update not in ("auto", "whole"):
-                _check_layers(config.update, model, models, optimizers)
-            adapter = find_optimizer(found, optimizer, optimizers, _torch_adapter(config.update))
+            if config.update not in ("auto", "whole") and (models is not None or optimizers is not None):
+                raise UnsupportedError(
+                    f"update = {config.update!r}: models and optimizers by name are updated as a whole; use 'auto'"
+                )
+            adapter = find_optimizer(found, optimizer, optimizers, _torch_adapter(config.update), config.update)
             check_pool(config.pool_mb, config.bounce_bytes, Surveyor(found, adapter, config.capture).look())
             return found, adapter, StateObjects(state)
 

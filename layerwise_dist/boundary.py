@@ -309,9 +309,9 @@ class Boundary:
 
     def _untold(self, what: str) -> BoundaryError:
         return BoundaryError(
-            f"{what} since boundary {self._completed}, and nothing told where the iteration ends (several optimizers, or "
-            "several updates an iteration as in GAN or PPO): loop with `for step in ckpt.steps(total)`, or call explicit() "
-            "before the loop and end_step() at the end of its body"
+            f"{what} since boundary {self._completed}, and nothing told where the iteration ends (several optimizers, "
+            "or several updates an iteration as in GAN or PPO): loop with `for step in ckpt.steps(total)`, or call "
+            "explicit() before the loop and end_step() at the end of its body"
         )
 
     def _in_for(self) -> bool:

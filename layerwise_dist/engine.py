@@ -47,9 +47,12 @@ log = logging.getLogger("layerwise_dist")
 
 @dataclass(slots=True)
 class _Update:
-    """One update of an optimizer. `again`: an earlier one of this iteration has opened the attempt already."""
+    """One update of an optimizer. `again`: an earlier one of this iteration has opened the attempt already. `layers`: the
+    only ones that it can change, or None.
+    """
 
     again: bool
+    layers: Collection[str] | None = None
     fenced: bool = False  # all of it
     asked: bool = False  # whether the attempt can be opened before the update is over
     early: bool = False  # it was, or could not be
@@ -210,12 +213,12 @@ class LayerwiseEngine(SaveAndRestore, Together):
 
     # -- updates ------------------------------------------------------------------------------------------------
 
-    def update_starting(self, *, in_closure: bool = False) -> None:
+    def update_starting(self, *, in_closure: bool = False, layers: Collection[str] | None = None) -> None:
         """An update of the optimizer begins (`UpdateEvents`, as are the next five)."""
         self._boundary.update_starting(in_closure=in_closure)
         if not in_closure:
             self._may_update()
-            self._update = _Update(again=self._open is not None)
+            self._update = _Update(self._open is not None, layers)
 
     def wants_layers(self) -> bool:
         """Whether the update that comes had better go layer by layer: it is saved, or what is read in place is in its way."""
@@ -232,6 +235,7 @@ class LayerwiseEngine(SaveAndRestore, Together):
         if update.fenced:
             return
         update.fenced = layers is None
+        layers = update.layers if layers is None else layers
         if self._trace is not None:
             self._trace.overwriting(layers)
         with self._statistics.stall("fence"):
@@ -263,7 +267,7 @@ class LayerwiseEngine(SaveAndRestore, Together):
         assert update is not None, "update_starting() comes first"
         if not update.fenced:
             with self._statistics.stall("fence"):
-                self._end_leases(overwrite=True)
+                self._end_leases(update.layers, overwrite=True)
         self._statistics.update_over()
         if self._trace is not None:
             self._trace.update_done()
@@ -377,7 +381,8 @@ class LayerwiseEngine(SaveAndRestore, Together):
         assert capture is not None
         with self._statistics.stall("seal"):
             if self._guarded(capture, lambda: self._seal(capture, mark)):
-                self._captures.append(capture)
+                # What is left of older ones (layers that no optimizer has updated since) is in this one as well.
+                self._captures = [*(each for each in self._captures if not each.settled), capture]
         self._open = None
         self._scheduler.done()
 

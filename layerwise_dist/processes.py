@@ -1,4 +1,4 @@
-"""Processes that a benchmark or the self-test starts: none of them outlives it."""
+"""Processes that benchmark, self-test and demo start: none of them outlives those."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 _GRACE_S = 10.0
@@ -39,6 +41,43 @@ def running(command: list[str], errors: Any, environment: Mapping[str, str]) -> 
         job.wait()
         if job.stdout is not None:
             job.stdout.close()
+
+
+def descendants(root: int) -> list[int]:
+    """Live processes below `root`. A process group misses some: torchrun gives each rank a session of its own."""
+    parents: dict[int, int] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                state, parent = Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()[:2]
+            except OSError:
+                continue
+            if state not in "ZX":
+                parents[int(entry)] = int(parent)
+    found = {root}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return sorted(found - {root})
+
+
+def kill_all(find: Callable[[], list[int]], timeout_s: float = 30.0) -> int:
+    """SIGKILL for what `find` lists, in that order, until it lists nothing more; returns how many it listed first.
+
+    Raises RuntimeError naming what is alive after `timeout_s` seconds.
+    """
+    first: int | None = None
+    deadline = time.monotonic() + timeout_s
+    while alive := find():
+        first = len(alive) if first is None else first
+        for pid in alive:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"processes {alive} survive SIGKILL for {timeout_s:g} s")
+        time.sleep(0.01)
+    return first or 0
 
 
 @contextmanager

@@ -84,7 +84,7 @@ class BucketArrivals(Arrivals):
                 self._fired(self._names[id(param)])
 
     def _ended(self) -> None:
-        """The last node has run; DDP's own callback, which puts gradients into place, comes next, and ours behind it."""
+        """The last node has run. DDP's own callback, which puts gradients into place, comes next, ours behind it."""
         self._give_back()
         torch.autograd.Variable._execution_engine.queue_callback(self._in_place)
 
@@ -100,8 +100,8 @@ class UnitArrivals(Arrivals):
     """Under FSDP1 with use_orig_params=True: its units call what stands as an optimizer in a parameter's
     `_in_backward_optimizers`, with the reduced gradient of this rank's part in place.
 
-    A parameter of which this rank has nothing never arrives. Parameters that FSDP ignores arrive as any others, and so do
-    flat ones (use_orig_params=False), before they are reduced.
+    A parameter of which this rank has nothing never arrives. Parameters that FSDP ignores arrive as any others, and so
+    do flat ones (use_orig_params=False), before they are reduced.
     """
 
     def __init__(

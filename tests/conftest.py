@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from layerwise_dist.processes import kill_all
+
 JOBS = Path(__file__).parent / "jobs"
 DEEPSPEED = {"DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}  # environment of its jobs
 _TOKEN = "LAYERWISE_TEST_JOB"
@@ -101,16 +103,7 @@ class Running:
     def kill(self) -> None:
         """SIGKILL for all, the launcher first, until none is left."""
         self._process.kill()
-        deadline = time.monotonic() + 20
-        while alive := self.pids():
-            for pid in alive:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"processes {alive} survive SIGKILL")
-            time.sleep(0.01)
+        kill_all(self.pids, 20)
         self._process.wait(20)
 
     def output(self) -> str:
@@ -203,16 +196,7 @@ class WarmJob:
 
     def kill(self) -> None:
         """SIGKILL for all, the agent first, until none is left."""
-        deadline = time.monotonic() + 20
-        while alive := self.pids():
-            for pid in sorted(alive, key=lambda pid: pid != self.pid):
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"processes {alive} survive SIGKILL")
-            time.sleep(0.01)
+        kill_all(lambda: sorted(self.pids(), key=lambda pid: pid != self.pid), 20)
 
     def output(self) -> str:
         return self._log.read_text(errors="replace") if self._log.exists() else ""

@@ -25,6 +25,15 @@ CASES = [
     "2-fp32-flat", "2-bf16-clip-recompute", "2-fp16-accumulate2", "2-bf16-offload-flat-reentrant",
     "3-fp32-clip-accumulate2", "3-bf16-subgroups-inferred-accumulate2", "3-fp16-gather", "3-bf16-offloadall-sgd",
 ]  # fmt: skip
+IN_BACKWARD = [
+    "0-fp32-inbackward-accumulate2", "1-bf16-inbackward", "2-fp32-inbackward-recompute", "3-bf16-inbackward-accumulate2",
+]  # fmt: skip
+MORE_IN_BACKWARD = [
+    "0-fp32-sgd-recompute-inbackward", "0-fp32-inbackward-flat-inferred", "1-fp32-overlap-inbackward",
+    "2-bf16-fp32grads-inbackward", "2-bf16-flat-inbackward-recompute", "2-bf16-robin-inbackward",
+    "2-fp32-overlap-inbackward", "1-bf16-inbackward-cyclic", "3-bf16-gather-subgroups-inbackward-inferred",
+    "3-fp32-sgd-recompute-inbackward", "3-bf16-reentrant-inbackward", "3-fp32-inbackward-accumulate3-micro",
+]  # fmt: skip
 MORE = [
     "-".join([stage, precision, *features])
     for stage, precision, features in itertools.product(
@@ -55,10 +64,19 @@ def test_every_stage_and_precision_trains_and_resumes_bit_for_bit(zero: Warm, tm
         assert found == {case: [] for case in cases}
 
 
+def test_updates_in_the_backward_are_what_deepspeeds_own_step_makes_bit_for_bit(
+    zero: Warm, tmp_path: Path, long: bool
+) -> None:
+    cases = [*IN_BACKWARD, *(MORE_IN_BACKWARD if long else ()), "in backward mutation"]
+    for found in results(zero, tmp_path / "out", *cases, timeout=1200 if long else 150):
+        assert found == {case: [] for case in cases}
+
+
 def test_three_ranks_pad_and_cut_otherwise_and_resume_as_well(zero: Warm, tmp_path: Path, long: bool) -> None:
     if not long:
         pytest.skip("--long")
     cases = ["0-bf16-clip", "1-bf16-fp32grads", "2-bf16-accumulate2", "3-fp32-clip", "3-bf16-subgroups-gather"]
+    cases += ["1-bf16-inbackward", "2-bf16-inbackward", "3-bf16-inbackward"]
     for found in results(zero, tmp_path / "out", *cases, ranks=3):
         assert found == {case: [] for case in cases}
 
@@ -108,7 +126,7 @@ def build(folder: Path) -> bool | str:
 
 
 def test_what_cannot_be_served_is_refused_by_name_and_misuse_is_an_error(zero: Warm, tmp_path: Path) -> None:
-    cases = ["refusals", "window", "stages", "block", "regrouped", "calls", "from DeepSpeed's own"]
+    cases = ["refusals", "window", "in backward", "stages", "block", "regrouped", "calls", "from DeepSpeed's own"]
     for found in results(zero, tmp_path / "out", *cases):
         assert found == {case: [] for case in cases}
 

@@ -17,6 +17,9 @@ from torch import nn
 
 import layerwise_dist as lwd
 from layerwise_dist import assembly, errors
+from layerwise_dist._native import PosixEnv, testing
+from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
+from layerwise_dist.config import load_config
 from layerwise_dist.frameworks import composite
 
 sys.path.insert(0, str(Path(__file__).parent / "jobs"))
@@ -38,6 +41,12 @@ def test_models_under_ddp_at_three_ranks_resume_from_every_step_bit_for_bit(warm
     warm.run("several.py", 3, tmp_path, "gan", timeout=90)
     for rank in range(3):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == {"gan": []}
+
+
+def test_models_under_all_wrappers_at_once_resume_from_every_step_bit_for_bit(warm: Warm, tmp_path: Path) -> None:
+    warm.run("several.py", 2, tmp_path, "mixed", timeout=90)
+    for rank in range(2):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == {"mixed": []}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
@@ -76,6 +85,62 @@ def test_mutation_an_optimizer_that_is_not_restored_is_caught(tmp_path: Path, mo
 
     monkeypatch.setattr(composite.CompositeOptimizer, "adopt", forget)
     assert any("state/" in problem for problem in trial(Gan, str(tmp_path)))
+
+
+# -- fences ----------------------------------------------------------------------------------------------------------
+
+
+def _on_a_slow_disk(root: Path) -> tuple[list[bool], list[torch.Tensor], Any]:
+    """Trains two models by turns; whether the second's lease went on behind the first's update, the last weights."""
+    env = testing.FaultEnv(PosixEnv())
+    env.delay("write", "*rank_*", 0.01)
+    nets = {"one": nn.Linear(256, 256), "two": nn.Linear(256, 256)}
+    optimizers = {name: torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9) for name, net in nets.items()}
+    options: dict[str, Any] = {
+        "writer": {"queue_depth": 1, "block_kb": 64, "backend": "posix"}, "fence_timeout_s": 2,
+        "commit": {"on_failure": "raise", "timeout_s": 10},
+    }  # fmt: skip
+    config = load_config(None, dir=str(root), pool_mb=8, **options)
+    ckpt = assembly.assemble(
+        None, None, config, LocalTransport(LocalHub(1), 0), env, models=nets, optimizers=optimizers
+    )
+    went_on = []
+    with ckpt:
+        for _ in ckpt.steps(6):
+            for name, net in nets.items():
+                net(torch.ones(256)).square().sum().backward()
+                optimizers[name].step()
+                optimizers[name].zero_grad()
+                if name == "one":
+                    left = [capture for capture in ckpt._captures if not capture.settled]
+                    went_on += [bool(capture.survey.batches_with(["two"]) & capture._unjudged) for capture in left]
+            ckpt.wait(ckpt.completed, "staged", timeout=20) if ckpt.completed else None
+    return went_on, [param.detach().clone() for param in nets["two"].parameters()], ckpt
+
+
+def test_an_update_waits_for_its_own_parameters_only_and_every_checkpoint_is_right(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    went_on, (weight, bias), ckpt = _on_a_slow_disk(tmp_path)
+    assert any(went_on), "the first optimizer's update waited for the second's parameters"
+    assert ckpt.stats()["checkpoints_committed"] >= 5 and ckpt.committed_step == 6
+    saved = load_file(_last(tmp_path))
+    assert torch.equal(saved["param/two.weight"], weight) and torch.equal(saved["param/two.bias"], bias)
+
+
+def test_mutation_an_update_that_fences_another_s_parameters_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starting = composite._Counted.update_starting
+
+    def elsewhere(self: Any, *, in_closure: bool = False, layers: Any = None) -> None:
+        if self._name == "two":
+            self._starting(in_closure=in_closure, layers={"one"})
+        else:
+            starting(self, in_closure=in_closure)
+
+    monkeypatch.setattr(composite._Counted, "update_starting", elsewhere)
+    with pytest.raises(errors.CommitError, match="two.weight.*changed between the boundary and the next update"):
+        _on_a_slow_disk(tmp_path)
 
 
 # -- what is in the file ---------------------------------------------------------------------------------------------
@@ -253,7 +318,7 @@ def test_a_checkpoint_of_other_models_or_optimizers_is_refused_by_their_names(tm
     one, two = nets["one"], nets["two"]
     adam = torch.optim.AdamW(two.parameters())
     others: list[tuple[dict[str, nn.Module], dict[str, Any], str]] = [
-        ({"one": one, "three": two}, {"a": sgd(one), "b": sgd(two)}, "one:plain,two:plain, this job has one:plain,three:plain"),
+        ({"one": one, "three": two}, {"a": sgd(one), "b": sgd(two)}, "two:plain, this job has one:plain,three:plain"),
         (nets, {"a": sgd(one), "c": sgd(two)}, r"optimizers \['a', 'b'\], attached are \['a', 'c'\]"),
         (nets, {"a": sgd(one)}, r"optimizers \['a', 'b'\], attached are \['a'\]"),
         (nets, {"a": sgd(two), "b": sgd(one)}, "a: the optimizer's groups hold other parameters"),

@@ -1,4 +1,4 @@
-"""FSDP1, HSDP, tensor parallelism under FSDP2, and ZeroRedundancyOptimizer: exact, and each element where it belongs."""
+"""FSDP1, HSDP, tensor parallelism under FSDP2, ZeroRedundancyOptimizer: exact, and each element where it belongs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from conftest import Warm
 
 THREE = [
     "trial:fsdp1:adamw-fused:all", "trial:fsdp1:sgd-momentum:closure", "trial:fsdp1-flat:adamw-foreach:all",
-    "trial:zero:adamw-fused:all", "trial:ddp:adamw-fused:bare:in_backward", "trial:ddp:sgd-momentum:batchnorm:in_backward",
+    "trial:zero:adamw-fused:all",
+    "trial:ddp:adamw-fused:bare:in_backward", "trial:ddp:sgd-momentum:batchnorm:in_backward",
     "trial:fsdp1:adamw-fused:bare:in_backward", "trial:fsdp1:adamw-foreach:clipping:pipelined_step",
     "written:fsdp1", "written:fsdp1-flat", "written:zero", "rollback:fsdp1-flat",
     "mutation:fsdp1", "refusals", "cuts:fsdp1>fsdp1-flat", "cuts:fsdp1>fsdp2", "cuts:zero>ddp", "cuts:ddp>zero",
 ]  # fmt: skip
 FOUR = [
-    "trial:hsdp:adamw-fused:all", "trial:tp:adamw-foreach:unused", "trial:tp:sgd-momentum:accumulation", "trial:hsdp:sgd-momentum:bare:in_backward",
+    "trial:hsdp:adamw-fused:all", "trial:tp:adamw-foreach:unused", "trial:tp:sgd-momentum:accumulation",
+    "trial:hsdp:sgd-momentum:bare:in_backward",
     "written:hsdp", "written:tp", "written:fsdp1-hybrid", "cuts:hsdp>fsdp2", "cuts:fsdp2>hsdp", "cuts:tp>fsdp2",
 ]  # fmt: skip
 OPTIMIZERS = ("sgd-momentum", "adamw-foreach", "adamw-fused")

@@ -41,7 +41,7 @@ def run(bench: TraceBench, directory: str, command: str) -> Findings:
 
 def _train(bench: TraceBench, folder: Path) -> None:
     model = GPT(bench.shape)
-    optimizer = adamw(model, bench.optimizer)
+    optimizer = adamw(model.parameters(), bench.optimizer)
     with (
         lwd.attach(model, optimizer, dir=str(folder / "checkpoints"), update=bench.update) as engine,
         bar(_STEPS) as progress,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -225,9 +225,8 @@ class CompositeOptimizer(OptimizerAdapter):
     def check(self, saved: Mapping[str, Any]) -> list[str]:
         there = saved.get("optimizers", {})
         if there.keys() != self._members.keys():
-            return [
-                f"the checkpoint holds optimizers {sorted(there) or 'without names'}, attached are {sorted(self._members)}"
-            ]
+            kept, here = sorted(there) or "without names", sorted(self._members)
+            return [f"the checkpoint holds optimizers {kept}, attached are {here}"]
         return [f"{name}: {problem}" for name, each in self._members.items() for problem in each.check(there[name])]
 
     def place(self, view: ParamView, entry: Slice, wrapped: bool) -> torch.Tensor:
@@ -243,7 +242,7 @@ class CompositeOptimizer(OptimizerAdapter):
 
     def watch(self, events: UpdateEvents) -> None:
         for name, member in self._members.items():
-            member.watch(_Counted(events, self.updates, name))
+            member.watch(_Counted(events, self.updates, name, member))
 
     def detach(self) -> None:
         for member in self._members.values():
@@ -253,11 +252,15 @@ class CompositeOptimizer(OptimizerAdapter):
 class _Counted:
     """`UpdateEvents` of one of several optimizers, passed on."""
 
-    def __init__(self, events: UpdateEvents, updates: dict[str, int], name: str) -> None:
-        self._updates, self._name = updates, name
-        self.update_starting, self.overwriting = events.update_starting, events.overwriting
+    def __init__(self, events: UpdateEvents, updates: dict[str, int], name: str, member: OptimizerAdapter) -> None:
+        self._updates, self._name, self._member = updates, name, member
+        self._starting, self.overwriting = events.update_starting, events.overwriting
         self.wants_layers, self.updated, self.wanted = events.wants_layers, events.updated, events.wanted
         self._done = events.update_done
+
+    def update_starting(self, *, in_closure: bool = False, layers: Collection[str] | None = None) -> None:
+        """Only its own layers: what is leased of the others' stays leased."""
+        self._starting(in_closure=in_closure, layers={view.layer for view in self._member.views})
 
     def update_done(self, *, applied: bool) -> None:
         self._updates[self._name] += applied

@@ -20,8 +20,8 @@ from layerwise_dist.frameworks.optimizers import OptimizerAdapter, TorchOptimize
 from layerwise_dist.frameworks.zero_redundancy import ZeroRedundancyAdapter, is_zero_redundancy
 
 _WORKS = (
-    "what works: a plain nn.Module, DistributedDataParallel around one, FSDP2 (torch.distributed.fsdp.fully_shard), FSDP1 "
-    "(FullyShardedDataParallel), or the engine that deepspeed.initialize() returns"
+    "what works: a plain nn.Module, DistributedDataParallel around one, FSDP2 (torch.distributed.fsdp.fully_shard), "
+    "FSDP1 (FullyShardedDataParallel), or the engine that deepspeed.initialize() returns"
 )
 
 TorchAdapter = Callable[[Framework, object], OptimizerAdapter]
@@ -38,16 +38,18 @@ def find_framework(model: object, models: Mapping[str, object] | None, rank: int
 
 
 def find_optimizer(
-    framework: Framework, optimizer: object, optimizers: Mapping[str, object] | None, torch_adapter: TorchAdapter
-) -> OptimizerAdapter:
+    framework: Framework, optimizer: object, optimizers: Mapping[str, object] | None, torch_adapter: TorchAdapter,
+    update: str = "auto",
+) -> OptimizerAdapter:  # fmt: skip
     """The adapter of one optimizer, or of several by name. DeepSpeed engines bring their own, under the model's name.
 
-    `torch_adapter` makes that of one of torch's. Raises UnsupportedError.
+    `torch_adapter` makes that of one of torch's; `update`, the configuration's, is for an engine's. Raises
+    UnsupportedError.
     """
     parts = framework.parts if isinstance(framework, CompositeFramework) else {}
     engines = {name: part for name, part in parts.items() if isinstance(part, DeepSpeedFramework)}
     if optimizers is None and not engines:
-        return adapt(framework, optimizer, torch_adapter)
+        return adapt(framework, optimizer, torch_adapter, update)
     if optimizer is not None:
         raise UnsupportedError(
             "attach() takes one optimizer, or optimizers={name: optimizer}; the latter beside engines"
@@ -63,7 +65,9 @@ def find_optimizer(
     )
 
 
-def adapt(framework: Framework, optimizer: object, torch_adapter: TorchAdapter) -> OptimizerAdapter:
+def adapt(
+    framework: Framework, optimizer: object, torch_adapter: TorchAdapter, update: str = "auto"
+) -> OptimizerAdapter:
     """The adapter of `optimizer`: `torch_adapter` of one of torch's, a DeepSpeed engine's own if None.
 
     Raises UnsupportedError.
@@ -79,7 +83,7 @@ def adapt(framework: Framework, optimizer: object, torch_adapter: TorchAdapter) 
         return special or torch_adapter(framework, optimizer)
     if optimizer is not None and optimizer is not framework.engine.optimizer:
         raise UnsupportedError("a DeepSpeed engine has its optimizer: call attach(engine) without one")
-    return DeepSpeedOptimizer(framework)
+    return DeepSpeedOptimizer(framework, update)
 
 
 def _flat_parts(framework: Framework, optimizer: object) -> list[FSDP1Framework]:

@@ -1,7 +1,7 @@
 """Parameters that lie in flat tensors: which part of which is whose, and the optimizer's state of those by parameter.
 
-A *unit* is one tensor in an optimizer's groups that holds parts of one or more parameters, as FSDP1's flat parameters and
-ZeRO's partitions do. Its optimizer state has its shape, or is a scalar.
+A *unit* is one tensor in an optimizer's groups that holds parts of one or more parameters, as FSDP1's flat parameters
+and ZeRO's partitions do. Its optimizer state has its shape, or is a scalar.
 """
 
 from __future__ import annotations

@@ -82,8 +82,8 @@ class FSDP2Framework(Framework):
             return torch.empty(entry.global_shape, dtype=dtype, device=device)
         if entry.global_shape != tuple(param.shape):
             raise MismatchError(
-                f"optimizer state {entry.name} is a DTensor of shape {list(entry.global_shape)}, its parameter here has "
-                f"{list(param.shape)}"
+                f"optimizer state {entry.name} is a DTensor of shape {list(entry.global_shape)}, its parameter here "
+                f"has {list(param.shape)}"
             )
         return torch.empty_like(param, dtype=dtype, requires_grad=False)
 

@@ -24,8 +24,11 @@ NO_STATE: Mapping[str, Any] = {}  # of a parameter without any; one object, sinc
 class UpdateEvents(Protocol):
     """What an adapter tells of its optimizer's updates, on the training thread. The engine implements it."""
 
-    def update_starting(self, *, in_closure: bool = False) -> None:
-        """An iteration's update begins. With `in_closure` its closure runs first, then this is called again."""
+    def update_starting(self, *, in_closure: bool = False, layers: Collection[str] | None = None) -> None:
+        """An iteration's update begins. With `in_closure` its closure runs first, then this is called again.
+
+        With `layers` it can change nothing but those; one of several optimizers says so.
+        """
 
     def wants_layers(self) -> bool:
         """Whether it is worth while that the update that comes goes layer by layer, if it can. Before `update_starting`."""

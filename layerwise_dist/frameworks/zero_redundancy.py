@@ -29,8 +29,8 @@ class ZeroRedundancyAdapter(TorchOptimizer):
         super().__init__(framework, optimizer)
         if optimizer._overlap_with_ddp:
             raise UnsupportedError(
-                "ZeroRedundancyOptimizer with overlap_with_ddp=True updates in DDP's communication hook, where no step is "
-                "seen; without it, it works"
+                "ZeroRedundancyOptimizer with overlap_with_ddp=True updates in DDP's communication hook, where no step "
+                "is seen; without it, it works"
             )
         self.kind = f"ZeroRedundancyOptimizer({type(optimizer.optim).__qualname__})"
 

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import threading
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from layerwise_dist.processes import running, terminable
+from layerwise_dist.processes import descendants, kill_all, running, terminable
 
 MARK = "@layerwise-selftest "
 RANKS, STEPS = 2, 20
@@ -136,26 +135,7 @@ class Trial:
         ]  # fmt: skip
 
 
-def _kill(session: int) -> None:
-    """All of the job: torchrun, in a session of its own, and its ranks, which have sessions of theirs or not."""
-    for pid in _descendants(session):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-
-
-def _descendants(root: int) -> list[int]:
-    """`root` and all processes below it, parents first."""
-    children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                stat = Path(f"/proc/{entry}/stat").read_text()
-            except OSError:
-                continue
-            children.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(int(entry))
-    found = [root]
-    for pid in found:
-        found += children.get(pid, [])
-    return found
+def _kill(agent: int) -> None:
+    """All of the job: torchrun, and its ranks below it."""
+    below = descendants(agent)
+    kill_all(lambda: [pid for pid in (agent, *below) if Path(f"/proc/{pid}/exe").exists()])

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from kit import contents, differences, process_group
+from kit import contents, differences, process_group, square
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import layerwise_dist as lwd
 
@@ -49,9 +49,15 @@ class Net(nn.Module):
         self.head = nn.Linear(13, 19, bias=False)
         if "tied" in features:
             self.head.weight = self.embed.weight
+        if "frozen" in features:
+            self.embed.requires_grad_(False)
+        self.reused, self.recompute = "reused" in features, "recompute" in features
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.head(self.norm(self.block(self.embed(tokens))))
+        hidden = self.embed(tokens)
+        for _ in range(1 + self.reused):
+            hidden = checkpoint(self.block, hidden, use_reentrant=False) if self.recompute else self.block(hidden)
+        return self.head(self.norm(hidden))
 
 
 class Job:
@@ -67,6 +73,11 @@ class Job:
         self.wrap()
         self.optimizer = self.make(optimizer)
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, [2, 4], 0.3)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2, enabled="scaler" in self.features)
+        if "compile" in self.features:
+            torch._dynamo.reset()
+            self.model = torch.compile(self.model, backend="aot_eager")
+        self.steps = {"done": 0}
         rank = dist.get_rank() if dist.is_initialized() else 0
         torch.manual_seed(1000 * seed + (rank // 2 if wrapper == "tp" else rank))  # two ranks see the same batches there
         self.closure = "closure" in self.features or optimizer == "lbfgs"
@@ -90,7 +101,7 @@ class Job:
             _, *kinds = wrapper.split("-")
             options = {"device_id": torch.device("cpu"), "use_orig_params": "flat" not in kinds}
             if "hybrid" in kinds:
-                options["device_mesh"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+                options["device_mesh"] = square("replicas", "shards")
             strategies = {"gradients": "SHARD_GRAD_OP", "whole": "NO_SHARD", "hybrid": "HYBRID_SHARD"}
             for kind in kinds and strategies.keys() & kinds:
                 options["sharding_strategy"] = ShardingStrategy[strategies[kind]]
@@ -99,9 +110,9 @@ class Job:
         elif wrapper in ("fsdp2", "hsdp", "tp"):
             mesh = None
             if wrapper == "hsdp":
-                mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+                mesh = square("replicas", "shards")
             elif wrapper == "tp":
-                whole = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shards", "tensors"))
+                whole = square("shards", "tensors")
                 mesh = whole["shards"]
                 parallelize_module(net.block, whole["tensors"], {"0": ColwiseParallel(), "3": RowwiseParallel()})
             fully_shard(net.block, mesh=mesh)
@@ -120,7 +131,8 @@ class Job:
                 elif self.wrapper in ("fsdp2", "hsdp", "tp"):
                     self.net.set_requires_gradient_sync(last)
                 loss = nn.functional.cross_entropy(self.model(tokens), targets) / len(batches)
-                loss.backward()
+                overflow = "scaler" in self.features and self.steps["done"] == 3
+                self.scaler.scale(loss * torch.inf if overflow else loss).backward()
                 total = total + loss.detach()
             if "clipping" in self.features:
                 if self.wrapper.startswith("fsdp1"):
@@ -133,7 +145,9 @@ class Job:
             loss = self.optimizer.step(compute)
         else:
             loss = compute()
-            self.optimizer.step()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.steps["done"] += 1
         if "schedule" in self.features:
             self.scheduler.step()
         return loss.item().hex()
@@ -149,38 +163,36 @@ def trial(wrapper: str, optimizer: str, feature: str, root: str, sabotage: bool 
         commit = {"timeout_s": 30.0, "on_failure": "raise"}
         config = {"dir": f"{root}/{folder}", "audit": "always", "capture": CAPTURE, "update": UPDATE, "keep_last": keep}
         config |= {"commit": commit, "writer": {"block_kb": 4}}  # so that each layer goes for itself
-        return lwd.attach(job.model, job.optimizer, config, state={"scheduler": job.scheduler})
+        state = {"scheduler": job.scheduler, "scaler": job.scaler, "steps": job.steps}
+        return lwd.attach(job.model, job.optimizer, config, state=state)
 
     def compare(what: str, job: Job, found: list[str], wanted: list[str]) -> list[str]:
         problems = [] if found == wanted else [f"{what}: losses {found}, expected {wanted}"]
         return problems + [f"{what}: {name}" for name in differences(job.contents(), expected)]
 
     job = Job(wrapper, optimizer, feature, seed=1)
-    ckpt = attach(job, "on", 1)
-    problems = compare("engine on", job, [job.step() for _ in ckpt.steps(STEPS)], losses)
-    ckpt.close()
+    with attach(job, "on", 1) as ckpt:
+        problems = compare("engine on", job, [job.step() for _ in ckpt.steps(STEPS)], losses)
     if ckpt.committed_step != STEPS:
         problems.append(f"engine on: committed step is {ckpt.committed_step}")
 
     job = Job(wrapper, optimizer, feature, seed=1)
-    ckpt = attach(job, "stopped", 1)
-    for _ in ckpt.steps(STOP):
-        job.step()
-    ckpt.close()
+    with attach(job, "stopped", 1) as ckpt:
+        for _ in ckpt.steps(STOP):
+            job.step()
     job = Job(wrapper, optimizer, feature, seed=2)
     if wrapper not in ("ddp", "zero") or feature == "closure":
         # Live optimizer state and gradients to be overwritten. Not for every DDP: an iteration before the restore
         # would lay its buckets out, and hide whether their order is taken up (three ranks then add in another order).
         job.step()
-    ckpt = attach(job, "stopped", 1)
-    if ckpt.restore() != STOP:
-        problems.append("resumed: from another step")
-    if sabotage:
-        with torch.no_grad():
-            tensor = job.net.embed.weight
-            tensor.view(torch.int32)[0, 0] ^= 1  # one ulp
-    problems += compare("resumed", job, [job.step() for _ in ckpt.steps(STEPS)], losses[STOP:])
-    ckpt.close()
+    with attach(job, "stopped", 1) as ckpt:
+        if ckpt.restore() != STOP:
+            problems.append("resumed: from another step")
+        if sabotage:
+            with torch.no_grad():
+                tensor = job.net.embed.weight
+                tensor.view(torch.int32)[0, 0] ^= 1  # one ulp
+        problems += compare("resumed", job, [job.step() for _ in ckpt.steps(STEPS)], losses[STOP:])
     return problems
 
 

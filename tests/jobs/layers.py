@@ -1,7 +1,7 @@
 """Training by layers against plain training, in one job.
 
-layers.py WRAPPER|mutations...     for each wrapper, each rank prints `exact <case>` or `differs <case>` for each case, and
-                         `refused <why>` for what is refused
+layers.py WRAPPER|mutations...     for each wrapper, each rank prints `exact <case>` or `differs <case>` for each case,
+                                   and `refused <why>` for what is refused
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from kit import contents, differences, process_group
+from kit import contents, differences, process_group, square
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -69,9 +68,9 @@ def build(wrapper: str, kernel: dict[str, Any]) -> tuple[nn.Module, torch.optim.
     else:
         mesh = None
         if wrapper == "hsdp":
-            mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+            mesh = square("replicas", "shards")
         elif wrapper == "tp":
-            whole = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shards", "tensors"))
+            whole = square("shards", "tensors")
             mesh = whole["shards"]
             plan = {
                 "block.0": ColwiseParallel(output_layouts=Replicate()),
@@ -139,8 +138,8 @@ def compare(wrapper: str, tries: list[tuple[dict[str, Any], str, str]]) -> list[
             say(f"exact {what}")
         else:
             different.append(what)
-        # The first of the four steps is observed. Layers that are frozen, or of which FSDP1 leaves a rank nothing, come in
-        # the step.
+        # The first of the four steps is observed. Layers that are frozen, or of which FSDP1 leaves a rank nothing, come
+        # in the step.
         if mode == "in_backward" and any(n - step * layers < layers / 2 for step, n in enumerate(early) if step):
             different.append(f"{what}: updated before the steps: {early} of {layers} layers")
         optimizer.detach()

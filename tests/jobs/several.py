@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from kit import contents, differences, process_group
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import layerwise_dist as lwd
@@ -53,7 +54,7 @@ def _wrap(model: nn.Module) -> nn.Module:
 
 
 class Gan(Job):
-    """Two updates of the critic, one of the generator; then its average is moved by hand. The rate of one is scheduled."""
+    """Two updates of the critic, one of the generator; then its average is moved by hand. One's rate is scheduled."""
 
     def build(self) -> None:
         generator = nn.Sequential(nn.Linear(3, 17), nn.BatchNorm1d(17), nn.ReLU(), nn.Linear(17, 5))
@@ -120,6 +121,37 @@ class ActorCritic(Job):
         return [loss.item().hex()]
 
 
+class Mixed(Job):
+    """Every wrapper once, one after the other, each with its optimizer; each other iteration leaves two of them out."""
+
+    def build(self) -> None:
+        options = {"device_id": torch.device("cpu")}
+        nets = {name: nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 5)) for name in "abcde"}
+        fully_shard(nets["c"])
+        self.models = {
+            "a": DistributedDataParallel(nets["a"]),
+            "b": FullyShardedDataParallel(nets["b"], use_orig_params=False, **options),
+            "c": nets["c"],
+            "d": FullyShardedDataParallel(nets["d"], use_orig_params=True, **options),
+            "e": nets["e"],
+        }
+        self.optimizers = {
+            f"of-{name}": torch.optim.AdamW(model.parameters(), lr=0.01) for name, model in self.models.items()
+        }
+
+    def step(self, number: int) -> list[str]:
+        x = torch.randn(3, 5)
+        for name in "abcde":
+            x = self.models[name](x)
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+        loss = x.square().mean()
+        loss.backward()
+        for name in "abcde" if number % 2 else "acd":
+            self.optimizers[f"of-{name}"].step()
+        return [loss.item().hex()]
+
+
 class Engines(Job):
     """Two DeepSpeed engines, of which one accumulates two micro-batches and the other skips every other iteration."""
 
@@ -127,7 +159,10 @@ class Engines(Job):
         import zero_kit
 
         seed = torch.initial_seed()
-        self.jobs = {"actor": zero_kit.Job("2-bf16-accumulate2", seed), "critic": zero_kit.Job("2-fp32-clip", seed + 10)}
+        self.jobs = {
+            "actor": zero_kit.Job("2-bf16-accumulate2", seed),
+            "critic": zero_kit.Job("2-fp32-clip", seed + 10),
+        }
         self.models = {name: job.engine for name, job in self.jobs.items()}
 
     def step(self, number: int) -> list[str]:
@@ -179,7 +214,7 @@ def trial(make: Callable[[int], Job], root: str, **options: Any) -> list[str]:
     return problems
 
 
-CASES: dict[str, Callable[[int], Job]] = {"gan": Gan, "actor-critic": ActorCritic, "engines": Engines}
+CASES: dict[str, Callable[[int], Job]] = {"gan": Gan, "actor-critic": ActorCritic, "engines": Engines, "mixed": Mixed}
 
 
 def main() -> None:

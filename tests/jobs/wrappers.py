@@ -91,7 +91,7 @@ def written(wrapper: str, folder: str) -> list[str]:
             count = counts.get(name, moments.get(name))
             if count is not None:
                 region(count, place, found).add_(1)
-        # Modules that tensor parallelism passes by are on a part of the mesh only, so both ranks beside it have their own.
+        # Modules that tensor parallelism passes by are on a part of the mesh only: both ranks beside it have their own.
         twice = ("embed", "head") if wrapper == "tp" else ()
         copies = {"fsdp1-hybrid": 2, "fsdp1-whole": dist.get_world_size()}.get(wrapper, 1)
         for name, count in {**counts, **moments}.items():
@@ -162,10 +162,15 @@ def mutation(wrapper: str, folder: str) -> list[str]:
 def refusals(wrapper: str, folder: str) -> list[str]:
     cpu = {"device_id": torch.device("cpu")}
     conv = nn.Sequential(nn.Conv2d(3, 5, 3)).to(memory_format=torch.channels_last)
+
+    def both() -> nn.Module:
+        one, two = nn.Linear(4, 4), nn.Linear(4, 4)
+        return nn.Sequential(DistributedDataParallel(one), FullyShardedDataParallel(two, **cpu))
+
     tries: list[tuple[Callable[[], nn.Module], str]] = [
         (lambda: FullyShardedDataParallel(nn.Linear(4, 4), cpu_offload=CPUOffload(True), **cpu), "CPU offload"),
         (lambda: FullyShardedDataParallel(conv, use_orig_params=True, **cpu), "0.weight of the root is not row-major"),
-        (lambda: nn.Sequential(DistributedDataParallel(nn.Linear(4, 4)), FullyShardedDataParallel(nn.Linear(4, 4), **cpu)), "DistributedDataParallel inside another"),
+        (both, "DistributedDataParallel inside another"),
     ]  # fmt: skip
     problems = []
     for make, message in tries:

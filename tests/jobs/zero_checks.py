@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ import layerwise_dist.deepspeed as drop_in
 from layerwise_dist import errors
 from layerwise_dist.frameworks import deepspeed as room
 from layerwise_dist.frameworks.deepspeed import counters, nvme, units
+from layerwise_dist.frameworks.deepspeed import in_backward as in_backward_room
 
 # -- what must be seen -----------------------------------------------------------------------------------------------
 
@@ -183,6 +185,65 @@ def block_in_ds_config(root: str) -> list[str]:
     return found
 
 
+# -- updates in the backward -----------------------------------------------------------------------------------------
+
+NOT_IN_BACKWARD = {
+    "3-bf16-inbackward-clip": "gradient_clipping",
+    "2-fp16-inbackward": "loss scaling",
+    "2-bf16-inbackward-offload": "is offloaded",
+    "1-bf16-inbackward-fp32grads": "BF16_Optimizer casts all gradients",
+    "0-bf16-inbackward": "casts all gradients",
+    "2-bf16-inbackward-accumulate2": "sum up 2 micro-batches",
+}
+
+
+def in_backward(root: str) -> list[str]:
+    """What it is refused for, by reason, and what ends it when an iteration is unlike the first."""
+    found = []
+    for case, reason in NOT_IN_BACKWARD.items():
+        job = Job(case, seed=1)
+        found += expect(errors.UnsupportedError, f"'in_backward': .*{reason}", lambda job=job: job.attach(root))
+
+    job = Job("2-bf16-inbackward", seed=1)
+    del job.engine.optimizer.ipg_buckets
+    found += expect(errors.UnsupportedError, "has no attribute 'ipg_buckets'", lambda: job.attach(root))
+
+    def ends(error: type[Exception], message: str, *windows: dict[str, float]) -> list[str]:
+        """Windows with these options after one another end with that error."""
+        job = Job("3-bf16-inbackward", seed=1)
+
+        def run() -> None:
+            with job.attach(f"{root}/{message}") as ckpt:
+                for step in ckpt.steps(len(windows)):
+                    a_window(job, **windows[step])
+
+        return expect(error, message, run)
+
+    found += ends(errors.UnsupportedError, "more than once in a backward", {"backwards": 2})
+    found += ends(errors.BoundaryError, "got another gradient behind its update", {}, {"backwards": 2})
+    found += ends(errors.BoundaryError, "hyper-parameters changed between", {}, {"faster": 0.01})
+    found += ends(errors.BoundaryError, "gradients are not finite", {}, {"scale": float("nan")})
+    return found
+
+
+def a_window(job: Job, backwards: int = 1, faster: float = 0.0, scale: float = 1.0) -> None:
+    for _ in range(backwards):
+        job.engine.backward(job.engine(torch.randint(0, 19, (2, 6))).float().square().mean() * scale)
+    for group in job.engine.optimizer.param_groups:
+        group["lr"] += faster
+    job.engine.step()
+
+
+def in_backward_mutation(root: str) -> list[str]:
+    """Units that `engine.step()` steps once more."""
+    original = in_backward_room.InBackward._is_stepped
+    in_backward_room.InBackward._is_stepped = lambda self, number: False  # type: ignore[method-assign]
+    try:
+        return [] if trial("2-bf16-inbackward", root) else ["not seen"]
+    finally:
+        in_backward_room.InBackward._is_stepped = original  # type: ignore[method-assign]
+
+
 # -- scripts that stay as they are -----------------------------------------------------------------------------------
 
 
@@ -208,12 +269,13 @@ class UserScript:
     def train(self, windows: int) -> list[str]:
         return [self.micro_batch() for _ in range(2 * windows)]
 
-    def refused(self, error: type[Exception], message: str, call: Callable[[], Any]) -> list[str]:
-        try:
-            call()
-        except error as raised:
-            return [] if message in str(raised) else [f"{raised} does not say {message!r}"]
-        return [f"not refused: {message}"]
+
+def expect(error: type[Exception], message: str, call: Callable[[], Any]) -> list[str]:
+    try:
+        call()
+    except error as raised:
+        return [] if re.search(message, str(raised)) else [f"{raised} does not say {message!r}"]
+    return [f"no error: {message}"]
 
 
 def calls(root: str) -> list[str]:
@@ -228,12 +290,10 @@ def calls(root: str) -> list[str]:
     if saved is not True or script.engine.layerwise.committed_step != STOP:
         found.append(f"save_checkpoint returned {saved} before its commit")
     script.micro_batch()
-    found += script.refused(
+    found += expect(
         errors.BoundaryError, "within an accumulation window", lambda: script.engine.save_checkpoint(f"{root}/ckpt")
     )
-    found += script.refused(
-        errors.ConfigError, f"{root}/elsewhere", lambda: script.engine.save_checkpoint(f"{root}/elsewhere")
-    )
+    found += expect(errors.ConfigError, f"{root}/elsewhere", lambda: script.engine.save_checkpoint(f"{root}/elsewhere"))
     script.micro_batch()
     script.engine.save_checkpoint(f"{root}/ckpt", tag=8, client_state={"at": STOP + 1})
     script.engine.layerwise.close()
@@ -246,7 +306,7 @@ def calls(root: str) -> list[str]:
             found.append(f"load_checkpoint({tag}): {path}, {state}, global step {script.engine.global_steps}")
         if script.train(STEPS - at) != losses[2 * at :]:
             found.append(f"load_checkpoint({tag}): other losses")
-        found += script.refused(
+        found += expect(
             errors.UnsupportedError,
             "load_module_only=True",
             lambda script=script: script.engine.load_checkpoint(f"{root}/ckpt", load_module_only=True),
@@ -279,5 +339,5 @@ def from_deepspeeds_own(root: str) -> list[str]:
 CHECKS: dict[str, Callable[[str], Any]] = {
     "refusals": refusals, "window": window_in_two, "stages": other_stage, "block": block_in_ds_config,
     "calls": calls, "from DeepSpeed's own": from_deepspeeds_own, "regrouped": regrouped, "mutations": mutations,
-    "nvme mutation": nvme_mutation,
+    "nvme mutation": nvme_mutation, "in backward": in_backward, "in backward mutation": in_backward_mutation,
 }  # fmt: skip

@@ -92,6 +92,9 @@ def settings(stage: int, features: set[str], scratch: str = "") -> dict[str, Any
         zero["sub_group_size"] = 300
     if "gather" in features:  # no parameter stays gathered between iterations
         zero["stage3_param_persistence_threshold"] = 0
+    if "inbackward" in features:
+        zero["reduce_bucket_size"] = 400  # so that gradients are reduced while the backward goes on
+        config.setdefault("gradient_clipping", 0.0)  # it is 1.0 otherwise
     if "robin" in features:
         zero["round_robin_gradients"] = True
     if "overlap" in features:
@@ -119,6 +122,8 @@ class Job:
         after_micro_batch: Callable[[int, str], None] = lambda done, loss: None,
     ) -> None:  # fmt: skip
         self._before, self._after = before_micro_batch, after_micro_batch
+        self._stepped: Any = None
+        self.early = 0  # the most units that were updated in one backward
         stage, *features = case.split("-")
         self.features = set(features)
         nn.functional.linear = _LINEAR  # ZeRO-3 puts another one there, which rounds otherwise, for all the process
@@ -151,7 +156,12 @@ class Job:
 
     def attach(self, folder: str) -> Any:
         commit = {"timeout_s": 30.0, "on_failure": "raise"}
-        return lwd.attach(self.engine, config={"dir": folder, "audit": "always", "keep_last": 1, "commit": commit})
+        config = {"dir": folder, "audit": "always", "keep_last": 1, "commit": commit}
+        if "inbackward" in self.features:
+            config["update"] = "in_backward"
+        ckpt = lwd.attach(self.engine, config=config)
+        self._stepped = ckpt._optimizer._in_backward
+        return ckpt
 
     def micro_batch(self) -> str:
         self._before(self.engine.micro_steps)
@@ -162,6 +172,8 @@ class Job:
         targets = torch.randint(0, 19, (12,), generator=generator)
         loss = nn.functional.cross_entropy(self.engine(tokens).flatten(0, 1).float(), targets)
         self.engine.backward(loss)
+        if self._stepped is not None:
+            self.early = max(self.early, len(self._stepped._stepped))
         self.engine.step()
         self._after(self.engine.micro_steps, loss.item().hex())
         return loss.item().hex()
@@ -235,6 +247,8 @@ def trial(case: str, root: str, sabotage: Callable[[Job], None] | None = None) -
     compare("checkpoints on", job, found, losses)
     if ckpt.stats()["checkpoints_committed"] != STEPS - skipped:
         problems.append(f"checkpoints on: {ckpt.stats()['checkpoints_committed']} committed, {skipped} skipped")
+    if (job.early > 1) != ("inbackward" in case):
+        problems.append(f"{job.early} units were updated in the backward")
 
     job = Job(case, 1, root)
     ckpt = job.attach(f"{root}/stopped")

@@ -12,6 +12,7 @@ import torch
 from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.base import ParamView
 from layerwise_dist.frameworks.deepspeed.framework import DeepSpeedFramework
+from layerwise_dist.frameworks.deepspeed.in_backward import InBackward
 from layerwise_dist.frameworks.deepspeed.support import accumulating
 from layerwise_dist.frameworks.flat import FlatState
 from layerwise_dist.frameworks.optimizers import UpdateEvents, group_origins
@@ -22,7 +23,8 @@ log = logging.getLogger("layerwise_dist")
 class DeepSpeedOptimizer(FlatState):
     """The engine's optimizer behind ZeRO's units."""
 
-    def __init__(self, framework: DeepSpeedFramework) -> None:
+    def __init__(self, framework: DeepSpeedFramework, update: str = "auto") -> None:
+        """`update` is the configuration's. Raises UnsupportedError for what it is not exact with, or cannot be."""
         self._init_flat(framework)
         self._framework, self._engine, self._units = framework, framework.engine, framework.units
         self.kind = type(self._units.base).__qualname__
@@ -31,6 +33,13 @@ class DeepSpeedOptimizer(FlatState):
             self._groups[grouping.group].append(number)
         self._views = super().views
         self._hooks: list[Any] = []
+        self._in_backward: InBackward | None = None
+        if update == "in_backward":
+            self._in_backward = InBackward(self._engine, self._units, self._views)
+        elif update == "pipelined_step":
+            raise UnsupportedError(
+                "update = 'pipelined_step': ZeRO steps its optimizer unit by unit itself; use 'auto'"
+            )
         self._warn_of_large_units()
 
     def _warn_of_large_units(self) -> None:
@@ -97,19 +106,34 @@ class DeepSpeedOptimizer(FlatState):
         numbers = [number for group in self._groups for number in group]
         layers = {number: {view.layer for view in self._framework.views_in(number)} for number in numbers}
         missing: dict[str, set[int]] = {}  # of each layer, the units that the running update has not stepped
-        steps = 0
+        in_backward, begun, steps = self._in_backward, False, 0
 
-        def take_model_step(*args: Any, **kwargs: Any) -> Any:
-            """An accumulation window's update. Overflow is known only when it returns."""
-            nonlocal steps
+        def begin() -> None:
+            nonlocal begun, steps
             events.update_starting()
-            steps = 0
+            begun, steps = True, 0
             missing.clear()
             for number, inside in layers.items():
                 for layer in inside:
                     missing.setdefault(layer, set()).add(number)
+
+        def begin_in_backward() -> bool:
+            if events.wants_layers():
+                begin()
+            return begun
+
+        def take_model_step(*args: Any, **kwargs: Any) -> Any:
+            """An accumulation window's update. Overflow is known only when it returns."""
+            nonlocal begun
+            if in_backward is not None:
+                in_backward.before_step()
+            if not begun:
+                begin()
+            begun = False
             result = take(*args, **kwargs)
             applied = engine.was_step_applied()
+            if in_backward is not None:
+                in_backward.after_step(applied=applied)
             if applied and not steps:
                 raise UnsupportedError(
                     f"DeepSpeed updated without calling step() of its {type(base).__name__}: no update was seen"
@@ -135,12 +159,16 @@ class DeepSpeedOptimizer(FlatState):
 
         engine._take_model_step = take_model_step
         self._hooks = [base.register_step_pre_hook(before), base.register_step_post_hook(after)]
+        if in_backward is not None:
+            in_backward.watch(begin_in_backward)
 
     def detach(self) -> None:
         for hook in self._hooks:
             hook.remove()
         if self._hooks:
             del self._engine._take_model_step  # the instance's; the class's own comes to light again
+            if self._in_backward is not None:
+                self._in_backward.detach()
         self._hooks = []
 
 

@@ -29,9 +29,9 @@ class Checkpoints(Protocol):
 class CheckpointCalls:
     """Takes the place of the two calls on one engine, with DeepSpeed's own signatures and return values.
 
-    `save_checkpoint` returns once the checkpoint is committed. Its directory must be the configuration's, since only
-    one is written to. `load_checkpoint` without a tag takes the newest that `save_checkpoint` made, as DeepSpeed's does;
-    from any other directory DeepSpeed's own loads.
+    `save_checkpoint` returns once the checkpoint is committed. Its directory must be the configuration's: no other is
+    written to. `load_checkpoint` without a tag takes the newest that `save_checkpoint` made, as DeepSpeed's does; from
+    any other directory DeepSpeed's own loads.
     """
 
     def __init__(self, engine: Any, ckpt: Checkpoints) -> None:

@@ -1,7 +1,7 @@
 """DeepSpeed's flat tensors by name: which elements of which parameter lie where in what the inner optimizer updates.
 
-A *unit* (`flat.py`) is one tensor in the inner optimizer's groups: a rank's flat part of a param group (ZeRO-1, 2), of a
-sub-group (ZeRO-3), a whole flat group, or one parameter (stage 0).
+A *unit* (`flat.py`) is one tensor in the inner optimizer's groups: a rank's flat part of a param group (ZeRO-1, 2), of
+a sub-group (ZeRO-3), a whole flat group, or one parameter (stage 0).
 """
 
 from __future__ import annotations

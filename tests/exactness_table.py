@@ -1,0 +1,111 @@
+"""Makes docs/exactness.md: every wrapper, way to update, optimizer and feature, tried one by one.
+
+    .venv/bin/python tests/exactness_table.py > docs/exactness.md
+
+Takes some 25 minutes on two cores. A cell that is neither exact nor refused ends it with exit code 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+WORLDS = [
+    ("plain", 1), ("ddp", 2), ("ddp", 3), ("fsdp2", 2), ("fsdp1", 2), ("fsdp1-flat", 2), ("zero", 2), ("hsdp", 4),
+    ("tp", 4),
+]  # fmt: skip
+TITLES = {
+    "plain": "a plain module", "ddp": "DistributedDataParallel", "fsdp2": "FSDP2 (`fully_shard`)", "fsdp1": "FSDP1",
+    "fsdp1-flat": "FSDP1, `use_orig_params=False`", "zero": "ZeroRedundancyOptimizer in DDP", "hsdp": "HSDP (FSDP2, 2 x 2)",
+    "tp": "tensor parallelism in FSDP2 (2 x 2)",
+}  # fmt: skip
+UPDATES = ("whole", "pipelined_step", "in_backward")
+OPTIMIZERS = ("sgd-momentum", "adamw-foreach", "adamw-fused")
+FEATURES = {
+    "bare": "nothing else", "clipping": "clip", "accumulation": "accumulation", "schedule": "schedule", "scaler": "scaler",
+    "tied": "tied", "reused": "reused block", "recompute": "activation checkpointing", "unused": "unused parameter",
+    "frozen": "frozen base", "compile": "compile",
+}  # fmt: skip
+JOB = Path(__file__).parent / "jobs" / "cells.py"
+EXACT = "="
+
+
+def cells(
+    wrapper: str, ranks: int, updates: tuple[str, ...] = UPDATES, optimizers: tuple[str, ...] = OPTIMIZERS,
+    features: tuple[str, ...] = tuple(FEATURES),
+) -> dict[str, str]:  # fmt: skip
+    """What `jobs/cells.py` found, which must be the same on all ranks."""
+    with tempfile.TemporaryDirectory() as out:
+        launcher = [sys.executable]
+        if ranks > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        job = [str(JOB), wrapper, out, ",".join(updates), ",".join(optimizers), ",".join(features)]
+        done = subprocess.run([*launcher, *job], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise SystemExit(f"{wrapper} on {ranks} ranks ended with {done.returncode}:\n{done.stderr[-4000:]}")
+        found = [json.loads((Path(out) / f"{rank}.json").read_text()) for rank in range(ranks)]
+    for rank, other in enumerate(found[1:], 1):
+        for case, verdict in other.items():
+            if verdict.split(":")[0] != found[0][case].split(":")[0]:
+                raise SystemExit(f"{wrapper}, {case}: rank 0 says {found[0][case]}, rank {rank} {verdict}")
+    return found[0]
+
+
+class Notes:
+    """Reasons, numbered in the order in which they come up."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def cell(self, verdicts: list[str]) -> str:
+        """One cell of the table, for all optimizers."""
+        shown = [EXACT if verdict == "exact" else self._note(verdict) for verdict in verdicts]
+        return shown[0] if len(set(shown)) == 1 else " / ".join(shown)
+
+    def _note(self, verdict: str) -> str:
+        text = re.sub(r"rank \d: ", "", verdict)
+        text = re.sub(r"(gradient|parameter|parameters) (of )?(?=[a-z_]*[.\d])[\w.]+", r"\1 \2a parameter", text)
+        text = re.sub(r"gradient of [a-z]+\.[\w.]+", "gradient of a parameter", text)
+        if text not in self.texts:
+            self.texts.append(text)
+        return str(1 + self.texts.index(text))
+
+
+def table(found: dict[tuple[str, int], dict[str, str]]) -> str:
+    notes = Notes()
+    head = ["wrapper", "ranks", "update", *FEATURES.values()]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for (wrapper, ranks), verdicts in found.items():
+        for update in UPDATES:
+            row = [
+                notes.cell([verdicts[f"{update} {optimizer} {feature}"] for optimizer in OPTIMIZERS])
+                for feature in FEATURES
+            ]
+            lines.append("| " + " | ".join([TITLES[wrapper], str(ranks), f"`{update}`", *row]) + " |")
+    lines += ["", *(f"{number}. {text}" for number, text in enumerate(notes.texts, 1))]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    found = {}
+    for wrapper, ranks in WORLDS:
+        print(f"{wrapper} on {ranks} rank(s)", file=sys.stderr, flush=True)
+        found[wrapper, ranks] = cells(wrapper, ranks)
+    wrong = [
+        f"{wrapper}, {ranks} ranks, {case}: {verdict}"
+        for (wrapper, ranks), verdicts in found.items()
+        for case, verdict in verdicts.items()
+        if verdict.startswith("WRONG")
+    ]
+    print((Path(__file__).parent / "exactness_head.md").read_text().rstrip() + "\n\n" + table(found))
+    if wrong:
+        raise SystemExit("\n".join(["these cells are wrong:", *wrong]))
+
+
+if __name__ == "__main__":
+    main()
