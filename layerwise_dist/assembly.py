@@ -16,7 +16,7 @@ from layerwise_dist.capture.objects import StateObjects
 from layerwise_dist.capture.room import check_pool
 from layerwise_dist.capture.survey import Surveyor
 from layerwise_dist.commit.participant import Participant
-from layerwise_dist.commit.session import open_session, start_coordinator
+from layerwise_dist.commit.session import open_session, start_coordinator, start_keeper
 from layerwise_dist.commit.transports import Transport
 from layerwise_dist.commit.transports.choice import open_transport
 from layerwise_dist.config import LayerwiseConfig, load_config
@@ -142,11 +142,20 @@ def assemble(
         who = f"pid {os.getpid()} on {socket.gethostname()}"
         info, manager, owner = open_session(
             env, config.path, participant, file_mode=config.file_bits, dir_mode=config.dir_bits, who=who,
-            mock=config.mode == "mock",
+            fresh=fresh, mock=config.mode == "mock",
         )
         committer = coordinator = None
         if owner is not None:
             closers.append(owner.release)
+        if not info.shared and (found.shared_params or found.shared_buffers):
+            raise UnsupportedError(
+                f"{config.path} is not one directory but {len(info.places)} (of ranks {str(info.places)[:80]}): under {found.name} "
+                "ranks read what others wrote, so all must see one directory. Where each rank writes all that it needs "
+                "(plain, FSDP2 with full shards) disks of the nodes will do"
+            )
+        if owner is not None and rank != 0:
+            start_keeper(participant, manager, owner, info)
+        elif owner is not None:
             software = {"layerwise_dist": __version__, "torch": torch.__version__, "python": platform.python_version()}
             committer, coordinator = start_coordinator(
                 transport, manager, owner, info, framework=found.name, software=software, keep_last=config.keep_last,
@@ -154,7 +163,7 @@ def assemble(
                 on_failure=config.commit.on_failure, raise_after=config.commit.raise_after,
             )  # fmt: skip
             closers.append(lambda: coordinator.close(1.0))
-            participant.serve(coordinator.post)
+            participant.serve(coordinator.post, coordinator.quiet)
 
         def start_writer() -> PCCheckAdapter:
             return PCCheckAdapter(

@@ -25,7 +25,7 @@ from layerwise_dist.capture.lease import Capture, LeaseBroken
 from layerwise_dist.capture.objects import StateObjects
 from layerwise_dist.capture.sealed import Sealer
 from layerwise_dist.capture.survey import Surveyor
-from layerwise_dist.commit.coordinator import CoordinatorThread
+from layerwise_dist.commit.coordinator_thread import CoordinatorThread
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.session import Committer, SessionInfo

@@ -7,7 +7,8 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from layerwise_dist.commit.records import ParentRef
+from layerwise_dist.commit.metadata import ParentRef
+from layerwise_dist.commit.session import follow
 from layerwise_dist.errors import BoundaryError
 from layerwise_dist.restore import loader
 from layerwise_dist.restore.agreement import Wish, together
@@ -168,8 +169,4 @@ class SaveAndRestore:
         Returns the bases that `head` refers to, which are there and stay as long as checkpoints refer to them.
         """
         seq = self._attempts.take_seq() if new_branch else None
-
-        def decide(_: list[Any]) -> list[str]:
-            return self._committer.follow(head, seq) if self._committer is not None else []
-
-        return list(self._participant.agree("continue the lineage", None, decide))
+        return follow(self._participant, self._committer, head, seq)

@@ -19,12 +19,13 @@ from typing import Any
 
 from layerwise_dist._native import testing
 from layerwise_dist.commit import coordinator as rank0
+from layerwise_dist.commit import coordinator_thread, opening
 from layerwise_dist.commit import ledger as rank_side
 from layerwise_dist.commit import session as sessions
-from layerwise_dist.commit.metadata import CheckpointMetadataManager, InDoubt, Inventory
-from layerwise_dist.commit.records import Branch as BranchRecord
-from layerwise_dist.commit.records import Manifest as ManifestRecord
-from layerwise_dist.commit.records import decode
+from layerwise_dist.commit.keeper import HEARS, Keeper
+from layerwise_dist.commit.metadata import Branch as BranchRecord
+from layerwise_dist.commit.metadata import CheckpointMetadataManager, InDoubt, Inventory, decode
+from layerwise_dist.commit.metadata import Manifest as ManifestRecord
 from layerwise_dist.commit.transports import Message
 from layerwise_dist.errors import DirectoryError, OwnerError
 from layerwise_dist.storage import layout
@@ -86,8 +87,8 @@ class Lock:
 class Disk:
     """What the engine calls of an Env, on a MemoryEnv: each operation may fail or be the last of its process."""
 
-    def __init__(self, memory: Any, world: Simulation) -> None:
-        self.memory, self._world = memory, world
+    def __init__(self, memory: Any, world: Simulation, place: int) -> None:
+        self.memory, self._world, self.place = memory, world, place
         self.locks: dict[str, Lock] = {}
         self.fault: tuple[int, str, int] | None = None  # how many operations of this kind (or "") go well before, errno
         self.fuse: int | None = None
@@ -132,11 +133,14 @@ class Disk:
     def rename(self, source: str, target: str) -> None:
         self.step("rename", target)
         if os.path.basename(target) == layout.MANIFEST:
-            self._world.manifest_appears(decode(self.memory.read_file(source, 1 << 20), ManifestRecord, source))
+            manifest = decode(self.memory.read_file(source, 1 << 20), ManifestRecord, source)
+            self._world.manifest_appears(self.place, manifest)
             if self.doubts:
                 self.doubts, self.fault = False, (0, "sync_dir", errno.EIO)
         elif (seq := layout.parse_branch(os.path.basename(target))) is not None:
-            self._world.branch_appears(seq, decode(self.memory.read_file(source, 1 << 20), BranchRecord, source))
+            self._world.branch_appears(
+                self.place, seq, decode(self.memory.read_file(source, 1 << 20), BranchRecord, source)
+            )
         self.memory.rename(source, target)
 
     def unlink(self, path: str) -> None:
@@ -226,12 +230,14 @@ class Rank:
         self.base = ""  # what its attempts refer to; "": the next one writes another
         self.bases_written: dict[str, bool] = {}  # whether they are durable; once they were tried
         self.work: deque[Any] = deque()
+        self.keeper: Keeper | None = None
+        self.to_keep: deque[Message] = deque()
         self.doing: Iterator[None] | None = None
         self.staged_at: dict[int, float] = {}
 
     @property
     def disk(self) -> Disk:
-        return self.job.sim.disk
+        return self.job.sim.disk_of(self.rank)
 
     def do(self, actions: list[Any]) -> None:
         for action in actions:
@@ -339,6 +345,13 @@ class Rank:
         except StopIteration:
             self.doing = None
 
+    def keep(self) -> None:
+        """One thing that the coordinator asked a keeper for."""
+        assert self.keeper is not None
+        answer = self.keeper.handle(self.to_keep.popleft())
+        if answer is not None:
+            self.job.post_up(self.rank, answer)
+
     def _job(self, job: Any) -> Iterator[None]:
         if isinstance(job, rank_side.Persist):
             yield from self._persist(job.write)
@@ -381,9 +394,8 @@ class Rank:
                 self.do(self.ledger.gave_up(rank_side.GiveUp(attempt, str(error), write, False)))
                 return
             yield
-        report = ShardReport(
-            self.rank, layout.shard_file(self.rank), len(data), 4096, 0, BaseReport(write.base, 0, 4096, 0)
-        )
+        base = BaseReport(write.base, len(content(write.base, self.rank)), 4096, 0)
+        report = ShardReport(self.rank, layout.shard_file(self.rank), len(data), 4096, 0, base)
         self.do(self.ledger.persisted(attempt, report))
 
     def _base_operations(self, base: str) -> list[Callable[[], None]]:
@@ -409,25 +421,60 @@ class Rank:
             pass
 
 
+class Pen:
+    """The real committer, and what is counted of it."""
+
+    def __init__(self, committer: sessions.Committer, job: Job) -> None:
+        self._committer, self._job, self._count = committer, job, job.sim.count
+
+    def compose(self, seq: int, step: int, reports: list[Message]) -> str:
+        return self._committer.compose(seq, step, reports)
+
+    def commit(self, seq: int, step: int, reports: list[Message]) -> None:
+        try:
+            self._committer.commit(seq, step, reports)
+        except (OSError, OwnerError) as error:
+            self._count[f"commit: {type(error).__name__}"] += 1
+            raise
+        self._count["commit"] += 1
+        self._job.chain.append(seq)
+
+    def retire(self, withdrawn: Callable[[AttemptId], None]) -> None:
+        try:
+            self._committer.retire(withdrawn)
+        except (OSError, OwnerError) as error:
+            self._count[f"retire: {type(error).__name__}"] += 1
+            raise
+        finally:
+            self._job.sim.retained(self._job)
+
+    def collect_old(self, attempt: AttemptId) -> None:
+        self._committer.collect_old(attempt)
+
+    def unneeded(self) -> list[str]:
+        return self._committer.unneeded()
+
+    def remove_bases(self, bases: list[str]) -> None:
+        self._committer.remove_bases(bases)
+
+
 class Job:
     """One session: its ranks, its coordinator, and the messages between them."""
 
     def __init__(
-        self, sim: Simulation, info: sessions.SessionInfo, committer: sessions.Committer, start: int, branched: bool
+        self, sim: Simulation, info: opening.SessionInfo, committer: sessions.Committer, start: int, branched: bool
     ) -> None:
         dice = sim.dice
-        self.sim, self.info, self.committer, self.start, self.branched = sim, info, committer, start, int(branched)
+        self.sim, self.info, self.start, self.branched = sim, info, start, int(branched)
+        self.pen = Pen(committer, self)
         self.world_size = sim.world_size
         self.every, self.max_in_flight = dice.choice([1, 1, 2]), dice.choice([1, 2, 3])
         self.skips_when_full = dice.random() < 0.3
         self.tells_gone = dice.random() < 0.7
         self.coordinator = rank0.Coordinator(
-            self.world_size,
-            timeout_s=TIMEOUT,
-            on_failure=dice.choice(["warn", "warn", "raise"]),
-            raise_after=4,
-            now=sim.now,
-        )
+            self.world_size, timeout_s=TIMEOUT, on_failure=dice.choice(["warn", "warn", "raise"]), raise_after=4,
+            now=sim.now, keepers=[place[0] for place in info.places[1:]],
+        )  # fmt: skip
         self.outputs: deque[rank0.Output] = deque()
         self.ranks = [Rank(self, rank) for rank in range(self.world_size)]
         self.up: list[deque[tuple[float, Message]]] = [deque() for _ in self.ranks]
@@ -462,6 +509,8 @@ class Job:
         message = self.down[rank].popleft()[1]
         if message["t"] == "meet":
             self.ranks[rank].holds_since = None
+        if message["t"] in HEARS and self.ranks[rank].keeper is not None:
+            self.ranks[rank].to_keep.append(message)
         self.ranks[rank].do(self.ranks[rank].ledger.receive(message))
 
     # -- the coordinator's thread
@@ -469,27 +518,10 @@ class Job:
     def coordinate(self) -> None:
         """One thing that the coordinator said is to be done."""
         output = self.outputs.popleft()
-        sim = self.sim
         if isinstance(output, rank0.Announce):
-            sim.announced(self, output.message)
-            self.send(output.message)
-        elif isinstance(output, rank0.WriteManifest):
-            problem: OSError | OwnerError | None = None
-            try:
-                self.committer.commit(output.seq, output.step, output.reports)
-            except (OSError, OwnerError) as error:
-                problem = error
-                sim.count[f"commit: {type(error).__name__}"] += 1
-            else:
-                sim.count["commit"] += 1
-                self.chain.append(output.seq)
-            self.outputs.extend(self.coordinator.wrote(output.seq, problem))
-        else:
-            try:
-                self.committer.retire(self.send)
-            except (OSError, OwnerError) as error:
-                sim.count[f"retire: {type(error).__name__}"] += 1
-            sim.retained(self)
+            self.sim.announced(self, output.message)
+        more = coordinator_thread.perform(self.coordinator, self.pen, self.send, output)
+        self.outputs.extendleft(reversed(more))
 
     def finish(self) -> None:
         while self.outputs and self.coordinates:
@@ -557,7 +589,8 @@ class Simulation:
         self.dice = random.Random(self.seed)
         self.world_size = self.dice.choice([1, 2, 2, 3, 4])
         self.keep_last = self.dice.choice([1, 1, 2, 3])
-        self.disk = Disk(testing.MemoryEnv(), self)
+        self.places = self._divide()
+        self.disks = [Disk(testing.MemoryEnv(), self, place) for place in range(len(self.places))]
         self.jobs: list[Job] = []
         self.epoch = 0  # of the newest session
         self.appeared: dict[int, AttemptId | None] = {}  # record by seq; None: a branch record
@@ -565,6 +598,21 @@ class Simulation:
         self.bases: dict[int, list[str]] = {}  # what the manifest of that seq refers to, by rank
         self.promised = 0  # the newest record that was announced
         self.base: list[int] = []
+
+    def _divide(self) -> list[list[int]]:
+        """Most often all ranks share one directory; else each node has its own."""
+        ranks = list(range(self.world_size))
+        if self.dice.random() < 0.6 or self.world_size == 1:
+            return [ranks]
+        cuts = sorted(self.dice.sample(range(1, self.world_size), self.dice.randrange(1, self.world_size)))
+        return [ranks[a:b] for a, b in zip([0, *cuts], [*cuts, self.world_size], strict=True)]
+
+    def disk_of(self, rank: int) -> Disk:
+        return next(self.disks[number] for number, place in enumerate(self.places) if rank in place)
+
+    def unlock(self) -> None:
+        for disk in self.disks:
+            disk.locks.clear()
 
     # -- one transition
 
@@ -604,6 +652,8 @@ class Simulation:
                 found.append((1.0, f"{name} trains", lambda r=rank: self.in_process(job, r.rank, r.train)))
             if rank.doing is not None or rank.work:
                 found.append((4.0, f"{name} writes", lambda r=rank: self.in_process(job, r.rank, r.background)))
+            if rank.to_keep:
+                found.append((4.0, f"{name} keeps", lambda r=rank: self.in_process(job, r.rank, r.keep)))
             if job.down[rank.rank]:
                 found.append((2.0, f"{name} hears", lambda r=rank: job.deliver_down(r.rank)))
         if job.coordinates:
@@ -675,18 +725,19 @@ class Simulation:
                 else:
                     late = self.now - since
                     need(
-                        late <= TIMEOUT + 2 * DELAY + 2 * TICK,
+                        late <= (1 + (len(self.places) > 1)) * TIMEOUT + 3 * DELAY + 2 * TICK,
                         f"rank {rank.rank}: seq {seq} is not decided after {late:g} s",
                     )
 
     # -- what breaks
 
     def _fault(self) -> None:
+        disk = self.dice.choice(self.disks)
         if self.dice.random() < 0.1:
-            self.disk.doubts = True
+            disk.doubts = True
             return
         kind = self.dice.choice(["sync_dir"] * 2 + ["write", "rename", "unlink", "make_dir", "read", "list_dir", ""])
-        self.disk.fault = (self.dice.randrange(8), kind, self.dice.choice([errno.EIO, errno.ENOSPC]))
+        disk.fault = (self.dice.randrange(8), kind, self.dice.choice([errno.EIO, errno.ENOSPC]))
 
     def _living(self) -> list[tuple[Job, int]]:
         return [(job, rank.rank) for job in self.jobs if not job.frozen for rank in job.ranks if rank.alive]
@@ -694,7 +745,7 @@ class Simulation:
     def _kill(self) -> None:
         """One process, now or within the next operations of a disk, whoever does them."""
         if self.dice.random() < 0.5:
-            self.disk.fuse = self.dice.randrange(12)
+            self.dice.choice(self.disks).fuse = self.dice.randrange(12)
         elif living := self._living():
             job, rank = self.dice.choice(living)
             job.kill(rank)
@@ -733,7 +784,7 @@ class Simulation:
         """SIGSTOP to a whole job, whose lock is then lost: a new one may begin beside it."""
         if self.jobs and not self.jobs[-1].frozen:
             self.jobs[-1].frozen = True
-            self.disk.locks.clear()
+            self.unlock()
             self.count["stop"] += 1
 
     def _wake(self) -> None:
@@ -747,23 +798,30 @@ class Simulation:
             for rank in job.ranks:
                 if rank.alive and (rank.rank == 0 or self.dice.random() < 0.7):
                     job.kill(rank.rank)
-        self.disk.locks.clear()
+        self.unlock()
 
     def _power(self) -> None:
-        for job in self.jobs:
-            for rank in range(self.world_size):
-                job.kill(rank)
-        self.jobs.clear()
-        log = self.disk.memory.log_size
-        policy = self.dice.choice(POLICIES)
-        self.trace.append(f"what is left: {policy}")
-        self.disk = Disk(self.disk.memory.crash(log, self.dice.randrange(1 << 30), policy), self)
+        """In all nodes, or in one: its disk comes back with what was flushed and some of the rest, its ranks are gone."""
+        everywhere = self.dice.random() < 0.7 or len(self.places) == 1
+        struck = range(len(self.places)) if everywhere else [self.dice.randrange(len(self.places))]
+        for place in struck:
+            for job in self.jobs:
+                for rank in self.places[place]:
+                    job.kill(rank)
+            policy, memory = self.dice.choice(POLICIES), self.disks[place].memory
+            self.trace.append(f"what is left in {place}: {policy}")
+            self.disks[place] = Disk(memory.crash(memory.log_size, self.dice.randrange(1 << 30), policy), self, place)
+        if everywhere:
+            self.jobs.clear()
         self.count["power"] += 1
-        found = self.check(self.disk.memory)
-        newest = max([*found.manifests, *found.branches], default=0)
-        for seq in [seq for seq in self.appeared if seq > newest]:  # was not announced, and is lost: its seq is free
-            del self.appeared[seq]
-            self.bases.pop(seq, None)
+        self.check()
+        if everywhere:
+            newest = max(self._records(), default=0)
+            for seq in [
+                seq for seq in self.appeared if seq > newest
+            ]:  # was not announced, and is lost: its seq is free
+                del self.appeared[seq]
+                self.bases.pop(seq, None)
 
     # -- a start
 
@@ -772,24 +830,39 @@ class Simulation:
             for rank in self.jobs[-1].ranks:  # what still lives of the last one is left to itself
                 rank.over = True
             self.jobs[-1].kill(0)
-            self.disk.locks.clear()
-        manager = CheckpointMetadataManager(self.disk, ROOT)
+            self.unlock()
+        managers = [CheckpointMetadataManager(disk, ROOT) for disk in self.disks]
+        places = [
+            opening.Place(disk, ROOT, manager, ranks=ranks, file_mode=0o600, dir_mode=0o700, who="model")
+            for disk, manager, ranks in zip(self.disks, managers, self.places, strict=True)
+        ]
         try:
-            info, owner = sessions.claim(self.disk, ROOT, manager, file_mode=0o600, dir_mode=0o700, who="model")
-            self.epoch = info.epoch
+            plan = opening.merge([place.look() for place in places], ROOT, fresh=False)
+            texts = {name: text for place in places for name, text in place.texts(plan).items()}
+            self.epoch = plan.epoch
+            wanting = [why for place in places for why in place.settle(plan, texts)]
+            need(not wanting, f"the start finds {wanting}")
+            owners = [place.owner for place in places]
+            assert owners[0] is not None
             committer = sessions.Committer(
-                manager, owner, info, world_size=self.world_size, framework="model", software={},
+                managers[0], owners[0], plan.info(self.places), world_size=self.world_size, framework="model", software={},
                 keep_last=self.keep_last, keep_every_n_steps=None,
             )  # fmt: skip
-            inventory = self.check(self.disk.memory)
-            self._begin(info, committer, inventory)
+            self.check(everywhere=True)
+            job = self._begin(plan.info(self.places), committer, managers)
+            for ranks, manager, owner in list(zip(self.places, managers, owners, strict=True))[1:]:
+                assert owner is not None
+                job.ranks[ranks[0]].keeper = Keeper(ranks[0], manager, owner, job.info)
         except (DirectoryError, OwnerError, OSError) as error:
             self.count[f"start: {type(error).__name__}"] += 1
-            self.disk.locks.clear()
+            self.unlock()
         except Killed:
-            self.disk.locks.clear()
+            self.unlock()
 
-    def _begin(self, info: sessions.SessionInfo, committer: sessions.Committer, inventory: Inventory) -> None:
+    def _begin(
+        self, info: opening.SessionInfo, committer: sessions.Committer, managers: list[CheckpointMetadataManager]
+    ) -> Job:
+        inventory = CheckpointMetadataManager(self.disks[0].memory, ROOT).inventory()
         lineage = inventory.lineage()
         luck = self.dice.random()
         branch = bool(inventory.manifests) and luck < 0.25
@@ -798,8 +871,11 @@ class Simulation:
             chosen = self.dice.choice(list(inventory.manifests.values())) if luck < 0.18 else None
         kept = [manifest.seq for manifest in reversed(inventory.chain(chosen.ref))] if chosen is not None else []
         self.base = kept
-        bases = committer.follow(chosen.ref if chosen is not None else None, info.first_seq if branch else None)
-        if branch:
+        head = chosen.ref if chosen is not None else None
+        text, bases = committer.follow(head, info.first_seq if branch else None)
+        if text is not None:
+            for manager in managers[1:]:
+                manager.write_branch(decode(text.encode(), BranchRecord, "branch"))
             self.count["branch"] += 1
             self.promised = info.first_seq
         job = Job(self, info, committer, chosen.step if chosen is not None else 0, branch)
@@ -809,14 +885,24 @@ class Simulation:
                 rank.base, rank.bases_written[base] = base, True
         self.jobs = [*self.jobs[-2:], job]
         self.count["start"] += 1
+        return job
 
     # -- what must hold
 
-    def manifest_appears(self, manifest: ManifestRecord) -> None:
+    def manifest_appears(self, place: int, manifest: ManifestRecord) -> None:
         """A manifest is about to be renamed into place."""
         attempt = manifest.attempt_id
-        disk = self.disk.durable()
+        if attempt.seq in self.appeared and (place or self.appeared[attempt.seq] == attempt):
+            # Another node's copy, or one that comes back from there.
+            need(self.appeared[attempt.seq] == attempt, f"{attempt}: {self.appeared[attempt.seq]} has that seq")
+            need(
+                any(has_manifest(disk.durable(), attempt) for disk in self.disks),
+                f"{attempt}: published, not committed",
+            )
+            return
+        need(place == 0, f"{attempt} is published before rank 0 has written it")
         for rank in range(self.world_size):
+            disk = self.disk_of(rank).durable()
             need(has_shard(disk, attempt, rank), f"{attempt}: a manifest, and rank {rank}'s shard is not durable")
             base = manifest.shards[rank].base
             assert base is not None
@@ -834,8 +920,11 @@ class Simulation:
         self.bases[attempt.seq] = bases
         self.chains[attempt.seq] = [*job.chain, attempt.seq]
 
-    def branch_appears(self, seq: int, branch: BranchRecord) -> None:
-        need(seq not in self.appeared, f"a second record of seq {seq}")
+    def branch_appears(self, place: int, seq: int, branch: BranchRecord) -> None:
+        if seq in self.appeared:
+            need(self.appeared[seq] is None, f"a second record of seq {seq}")
+            return
+        need(place == 0, f"branch record {seq} is kept before rank 0 has written it")
         self.appeared[seq] = None
         self.chains[seq] = list(self.base)
 
@@ -843,8 +932,10 @@ class Simulation:
         """A rank's durable shard is about to be removed, or written over."""
         need(attempt is not None, f"{name} lies in no attempt's folder")
         assert attempt is not None
-        for what, memory in (("there", self.disk.memory), ("not gone for good", self.disk.durable())):
-            need(not has_manifest(memory, attempt), f"{attempt}: {name} goes, and the manifest is {what}")
+        for disk in self.disks:
+            for what, memory in (("there", disk.memory), ("not gone for good", disk.durable())):
+                where = f"in place {disk.place} {what}"
+                need(not has_manifest(memory, attempt), f"{attempt}: {name} goes, and the manifest is {where}")
 
     def base_goes(self, base: str) -> None:
         """A file of frozen parameters is about to be removed."""
@@ -852,67 +943,78 @@ class Simulation:
         for seq in [seq for seq, bases in self.bases.items() if base in bases]:
             attempt = self.appeared[seq]
             assert attempt is not None
-            for what, memory in (("there", self.disk.memory), ("not gone for good", self.disk.durable())):
-                need(not has_manifest(memory, attempt), f"base {base} goes, and a manifest that needs it is {what}: {attempt}")
+            for disk in self.disks:
+                for what, memory in (("there", disk.memory), ("not gone for good", disk.durable())):
+                    where = f"in place {disk.place} {what}"
+                    need(not has_manifest(memory, attempt), f"base {base} goes, and the manifest {attempt} is {where}")
 
     def announced(self, job: Job, message: Message) -> None:
         if message["t"] == "committed":
             attempt = AttemptId(job.info.epoch, message["seq"], message["step"])
             taken_over = job.info.epoch != self.epoch  # and what it had committed in time may be retired by now
-            durable = has_manifest(self.disk.durable(), attempt)
+            durable = all(has_manifest(disk.durable(), attempt) for disk in self.disks)
             need(durable or taken_over, f"{attempt} is announced, and its manifest is not durable")
             self.promised = max(self.promised, message["seq"])
         elif message["t"] == "aborted":
             self.count["abort"] += 1
-            if "superseded" in message["reason"]:
-                self.count["superseded"] += 1
-            elif "waited" in message["reason"]:
-                self.count["deadline"] += 1
-            elif "left without" in message["reason"]:
-                self.count["gone"] += 1
+            for what in ("superseded", "left without", "waited", "keeps the manifests"):
+                self.count[what] += what in message["reason"]
             attempt = AttemptId(job.info.epoch, message["seq"], message["step"])
-            need(not has_manifest(self.disk.memory, attempt), f"{attempt} is aborted, and its manifest is there")
+            there = any(has_manifest(disk.memory, attempt) for disk in self.disks)
+            need(not there, f"{attempt} is aborted, and its manifest is there")
 
     def retained(self, job: Job) -> None:
-        if job.info.epoch != self.epoch:
-            return  # it may look at what the job that took over removed since
-        for memory in (self.disk.memory, self.disk.durable()):
-            self._intact(memory, job.chain)
+        """What retention leaves: only what was announced counts."""
+        if job.info.epoch == self.epoch:  # else it may look at what the job that took over removed since
+            known = [seq for seq in job.chain if seq <= self.promised]
+            self._intact(known, [disk.memory for disk in self.disks], everywhere=True)
+            self._intact(known, [disk.durable() for disk in self.disks], everywhere=True)
 
-    def check(self, memory: Any) -> Inventory:
-        """What a directory holds: one lineage that goes on from what was announced, with all that it must keep."""
-        try:
-            inventory = CheckpointMetadataManager(memory, ROOT).inventory()
-        except FileNotFoundError:
-            inventory = Inventory({}, {}, {}, [])
-        need(not inventory.damaged, f"damaged: {inventory.damaged}")
-        newest = max([*inventory.manifests, *inventory.branches], default=0)
+    def _inventories(self) -> list[Inventory]:
+        found = []
+        for disk in self.disks:
+            try:
+                found.append(CheckpointMetadataManager(disk.memory, ROOT).inventory())
+            except FileNotFoundError:
+                found.append(Inventory({}, {}, {}, []))
+        return found
+
+    def _records(self) -> list[int]:
+        return [seq for each in self._inventories() for seq in [*each.manifests, *each.branches]]
+
+    def check(self, *, everywhere: bool = False) -> None:
+        """What the directories hold: one lineage that goes on from what was announced, with all that it must keep."""
+        inventories = self._inventories()
+        for inventory in inventories:
+            need(not inventory.damaged, f"damaged: {inventory.damaged}")
+        newest = max(self._records(), default=0)
         need(newest >= self.promised, f"the newest record is {newest}, {self.promised} was announced")
         if newest:
             need(newest in self.chains, f"record {newest} was never written")
-            self._intact(memory, self.chains[newest])
-            # What retention took may come back if its flush failed, so there can be holes, but nothing from elsewhere.
-            lineage = [manifest.seq for manifest in inventory.lineage()]
-            need(set(lineage) <= set(self.chains[newest]), f"the lineage is {lineage}, of {self.chains[newest]}")
-        for manifest in inventory.manifests.values():
-            whole = all(has_shard(memory, manifest.attempt_id, rank) for rank in range(self.world_size))
-            need(whole, f"{manifest.attempt_id} has a manifest, and not all of its shards")
-            bases = enumerate(self.bases[manifest.seq])
-            need(
-                all(has_base(memory, base, rank) for rank, base in bases),
-                f"{manifest.attempt_id} has a manifest, and not all of its bases",
-            )
-        return inventory
+            self._intact(self.chains[newest], [disk.memory for disk in self.disks], everywhere=everywhere)
+        for number, inventory in enumerate(inventories):
+            if everywhere and newest:
+                # What retention took may come back if its flush failed: there can be holes, but nothing from elsewhere.
+                lineage = [manifest.seq for manifest in inventory.lineage()]
+                need(set(lineage) <= set(self.chains[newest]), f"the lineage is {lineage}, of {self.chains[newest]}")
+            for manifest in inventory.manifests.values():
+                attempt = manifest.attempt_id
+                whole = all(has_shard(self.disk_of(rank).memory, attempt, rank) for rank in range(self.world_size))
+                need(whole, f"{attempt} has a manifest in place {number}, and not all of its shards")
+                bases = enumerate(self.bases[manifest.seq])
+                whole = all(has_base(self.disk_of(rank).memory, base, rank) for rank, base in bases)
+                need(whole, f"{attempt} has a manifest in place {number}, and not all of its bases")
 
-    def _intact(self, memory: Any, chain: list[int]) -> None:
+    def _intact(self, chain: list[int], memories: list[Any], *, everywhere: bool) -> None:
         for seq in chain[-self.keep_last :]:
             attempt = self.appeared[seq]
             assert attempt is not None
-            shards = all(has_shard(memory, attempt, rank) for rank in range(self.world_size))
-            need(
-                has_manifest(memory, attempt) and shards,
-                f"{attempt} is among the {self.keep_last} newest, and not whole",
+            there = [has_manifest(memory, attempt) for memory in memories]
+            whole = all(
+                has_shard(memories[place], attempt, rank) for place, ranks in enumerate(self.places) for rank in ranks
             )
+            kept = (all if everywhere else any)(there) and whole
+            need(kept, f"{attempt} is among the {self.keep_last} newest, and not whole")
 
 
 def walk(seed: int, transitions: int, each: int = 800) -> Counter[str]:

@@ -145,11 +145,11 @@ MUTATIONS = {
     "sync_dir of the attempt's folder after the shards": (two_steps, Mutation("sync_dir", "*/step_*", "persist")),
     "sync_dir of the root after the shards": (two_steps, Mutation("sync_dir", "/ckpt", "persist")),
     "sync of the manifest": (two_steps, Mutation("sync", "*/manifest.json.tmp")),
-    "rename of the manifest": (two_steps, Mutation("rename", "*/manifest.json", "_publish")),
-    "sync_dir of the folder after the manifest": (two_steps, Mutation("sync_dir", "*/step_*", "_publish")),
+    "rename of the manifest": (two_steps, Mutation("rename", "*/manifest.json", "_into_place")),
+    "sync_dir of the folder after the manifest": (two_steps, Mutation("sync_dir", "*/step_*", "_into_place")),
     "sync of the branch record": (one_branch, Mutation("sync", "*/branch_*")),
-    "rename of the branch record": (one_branch, Mutation("rename", "*/branch_*.json", "_publish")),
-    "sync_dir of the root after the branch record": (one_branch, Mutation("sync_dir", "/ckpt", "_publish")),
+    "rename of the branch record": (one_branch, Mutation("rename", "*/branch_*.json", "_into_place")),
+    "sync_dir of the root after the branch record": (one_branch, Mutation("sync_dir", "/ckpt", "_into_place")),
     "sync_dir after a retired manifest": (one_retired, Mutation("sync_dir", "*/step_*", "withdraw")),
     "sync_dir after a retired manifest whose shards are reused": (
         three_reusing,
@@ -163,9 +163,9 @@ MUTATIONS = {
     "sync_dir of a base's folder": (two_bases, Mutation("sync_dir", "/ckpt/base/*", "publish")),
     "sync_dir of the folder of bases": (two_bases, Mutation("sync_dir", "/ckpt/base", "publish")),
     "sync of the identity": (two_steps, Mutation("sync", "*/identity.json*")),
-    "sync_dir of the root after the identity": (two_steps, Mutation("sync_dir", "/ckpt", "_publish")),
+    "sync_dir of the root after the identity": (two_steps, Mutation("sync_dir", "/ckpt", "_into_place")),
     "sync of the owner's epoch": (two_steps, Mutation("sync", "*/owner")),
-    "sync_dir above the root": (two_steps, Mutation("sync_dir", "/", "_make_dirs")),
+    "sync_dir above the root": (two_steps, Mutation("sync_dir", "/", "make_dirs")),
 }
 
 
@@ -251,7 +251,7 @@ def test_removing_a_base_before_the_manifest_that_refers_to_it_is_gone_is_found(
 
 AT_START = pytest.mark.parametrize(
     "left_out",
-    [None, Mutation("sync_dir", "*/step_*", "collect_leftovers")],
+    [None, Mutation("sync_dir", "*/step_*", "flush_records")],
     ids=["whole", "without the flush at the start"],
 )
 
@@ -270,7 +270,7 @@ def test_what_a_restart_reports_as_committed_survives_power_loss_even_if_the_fir
     left_out: Mutation | None,
 ) -> None:
     """A job ends between the manifest's rename and its flush. The next one finds it and must flush it first."""
-    env = MutantEnv(Mutation("sync_dir", "*/step_*2-*", "_publish", forget=False))
+    env = MutantEnv(Mutation("sync_dir", "*/step_*2-*", "_into_place", forget=False))
     story = Story(env)
     with pytest.raises(CommitError):
         story.session(1, 3)
@@ -282,7 +282,7 @@ def test_what_a_restart_reports_as_committed_survives_power_loss_even_if_the_fir
 
 
 def test_a_directory_that_one_start_made_and_could_not_flush_is_flushed_by_the_next() -> None:
-    env = MutantEnv(Mutation("sync_dir", "/", "_make_dirs", forget=False))
+    env = MutantEnv(Mutation("sync_dir", "/", "make_dirs", forget=False))
     story = Story(env)
     with pytest.raises(DirectoryError):
         story.session(1, 1)
@@ -326,7 +326,7 @@ def test_leftovers_of_a_crash_are_gone_after_the_next_start(run: Callable[[Story
 
 
 @pytest.mark.parametrize(
-    "left_out", [None, Mutation("sync_dir", "/ckpt", "__init__")], ids=["whole", "without the owner's flush"]
+    "left_out", [None, Mutation("sync_dir", "/ckpt", "begin")], ids=["whole", "without the owner's flush"]
 )
 def test_a_roll_back_that_a_restart_follows_stays_even_if_the_first_job_could_not_flush_it(
     left_out: Mutation | None,
@@ -334,7 +334,7 @@ def test_a_roll_back_that_a_restart_follows_stays_even_if_the_first_job_could_no
     env = MutantEnv()
     story = Story(env)
     story.session(1, 2)
-    env.mutation = Mutation("sync_dir", "/ckpt", "_publish", forget=False)
+    env.mutation = Mutation("sync_dir", "/ckpt", "_into_place", forget=False)
     with pytest.raises((OSError, CommitError)):
         story.session(2, 2, restore=1)
     assert env.mutated == 1

@@ -224,7 +224,7 @@ def test_a_failed_flush_of_a_shard_is_never_tried_again(tmp_path: Path) -> None:
     ]
 
 
-DOUBT = Mutation("sync_dir", "*/step_0000000002*", "_publish", forget=False)
+DOUBT = Mutation("sync_dir", "*/step_0000000002*", "_into_place", forget=False)
 
 
 def test_a_commit_in_doubt_deletes_nothing_and_stops_the_session() -> None:
@@ -265,7 +265,7 @@ def test_a_failed_last_checkpoint_is_a_warning_unless_the_config_says_raise(
 @pytest.mark.parametrize("why", ["raise", "doubt"])
 def test_close_raises_on_all_ranks_when_the_last_checkpoint_stopped_the_session(why: str) -> None:
     mutation = (
-        DOUBT if why == "doubt" else Mutation("rename", "*/step_0000000002*/manifest.json", "_publish", forget=False)
+        DOUBT if why == "doubt" else Mutation("rename", "*/step_0000000002*/manifest.json", "_into_place", forget=False)
     )
     env = MutantEnv(mutation)
     commit = {"timeout_s": 20.0, "on_failure": "raise" if why == "raise" else "warn"}

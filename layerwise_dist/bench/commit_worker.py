@@ -21,8 +21,9 @@ from layerwise_dist import _native
 from layerwise_dist.bench.light import LightRank, LightWrite, Switchboard
 from layerwise_dist.commit.ledger import Ledger, Post
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
+from layerwise_dist.commit.opening import Place, merge
 from layerwise_dist.commit.participant import Participant
-from layerwise_dist.commit.session import claim, start_coordinator
+from layerwise_dist.commit.session import start_coordinator
 from layerwise_dist.commit.transports import Message
 from layerwise_dist.commit.transports.frames import decode, encode
 from layerwise_dist.commit.transports.links import Links
@@ -65,9 +66,13 @@ def root(ranks: int, on_node: int, commits: int, folder: str) -> None:
     transport = over_tcp(0, ranks, Met(sockets, expected))
     env = _native.PosixEnv()
     manager = CheckpointMetadataManager(env, folder)
-    info, owner = claim(env, folder, manager, file_mode=0o600, dir_mode=0o700, who="bench")
+    place = Place(env, folder, manager, ranks=range(ranks), file_mode=0o600, dir_mode=0o700, who="bench")
+    plan = merge([place.look()], folder, fresh=True)
+    place.settle(plan, {})
+    assert place.owner is not None
+    info = plan.info([list(range(ranks))])
     committer, coordinator = start_coordinator(
-        transport, manager, owner, info, framework="light", software={}, keep_last=2, keep_every_n_steps=None,
+        transport, manager, place.owner, info, framework="light", software={}, keep_last=2, keep_every_n_steps=None,
         timeout_s=_DEADLINE_S, on_failure="raise", raise_after=1,
     )  # fmt: skip
     # Only now, since it starts the transport: the others speak at once.

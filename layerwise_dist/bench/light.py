@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 from layerwise_dist import _native
+from layerwise_dist.commit.metadata import ParentRef
 from layerwise_dist.commit.participant import Participant
-from layerwise_dist.commit.session import open_session, start_coordinator
+from layerwise_dist.commit.session import follow, open_session, start_coordinator, start_keeper
 from layerwise_dist.commit.transports import Transport
 from layerwise_dist.commit.transports.rendezvous import Gather
 from layerwise_dist.storage import layout
@@ -87,25 +88,28 @@ class LightRank:
             self.env, root, self.participant, file_mode=0o600, dir_mode=0o700, who=f"pid {os.getpid()}"
         )
         self.participant.recycle(self._remove)
-        if owner is not None:
+        if owner is not None and self.rank == 0:
             self.committer, self.coordinator = start_coordinator(
                 transport, manager, owner, self.info, framework="light", software={}, keep_last=keep_last,
                 keep_every_n_steps=None, timeout_s=timeout_s, on_failure=on_failure, raise_after=raise_after,
             )  # fmt: skip
-            self.participant.serve(self.coordinator.post)
+            self.participant.serve(self.coordinator.post, self.coordinator.quiet)
+        elif owner is not None:
+            start_keeper(self.participant, manager, owner, self.info)
         self._seq, self._count = self.info.first_seq, 0
         self.start = self._follow(manager)
 
     def _follow(self, manager: Any) -> int:
         """The lineage goes on from its newest commit. Its step, 0 if there is none."""
 
-        def decide(_: list[Any]) -> int:
-            assert self.committer is not None
+        def newest(_: list[Any]) -> list[int] | None:
             lineage = manager.inventory().lineage()
-            self.committer.follow(lineage[0].ref if lineage else None, None)
-            return lineage[0].step if lineage else 0
+            return [lineage[0].epoch, lineage[0].seq, lineage[0].step] if lineage else None
 
-        return self.participant.agree("continue the lineage", None, decide)
+        found = self.participant.agree("choose a checkpoint", None, newest)
+        head = AttemptId(*found) if found else None
+        follow(self.participant, self.committer, ParentRef(seq=head.seq, attempt=head.text) if head else None, None)
+        return head.step if head else 0
 
     def checkpoint(self) -> int:
         """One iteration that is checkpointed, up to its boundary; raises as a boundary does. Returns the step."""

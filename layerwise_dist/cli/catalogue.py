@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from layerwise_dist import _native
 from layerwise_dist.commit.metadata import CheckpointMetadataManager, Inventory
-from layerwise_dist.commit.records import BaseRecord, Manifest
+from layerwise_dist.commit.records import BaseRecord, Manifest, ShardRecord
 from layerwise_dist.commit.shards import open_base, open_shard
 from layerwise_dist.errors import DamageError
 from layerwise_dist.storage import layout
@@ -70,10 +70,22 @@ class Catalogue:
             raise DamageError(damage)
         raise WrongUsage(f"{self.root} has no committed checkpoint in its lineage; see layerwise ls, or give --step")
 
+    def here(self, manifest: Manifest) -> list[ShardRecord]:
+        """The shards that lie in this directory, or should: all, but for those of other nodes where each has its own."""
+        for ranks in manifest.places or ():
+            if any(os.path.lexists(self.manager.shard_path(manifest, rank)) for rank in ranks):
+                return [manifest.shards[rank] for rank in ranks]
+        return manifest.shards
+
+    def bases_here(self, manifest: Manifest) -> list[tuple[int, BaseRecord]]:
+        """The frozen parameters that those refer to, with their ranks."""
+        return [(record.rank, record.base) for record in self.here(manifest) if record.base is not None]
+
     def missing(self, manifest: Manifest) -> str | None:
         """What a look at sizes alone finds wrong with the shards, or with what they refer to, or None."""
-        files = [(record.file, self.manager.shard_path(manifest, record.rank), record.nbytes) for record in manifest.shards]
-        for rank, base in bases_of(manifest):
+        shards = self.here(manifest)
+        files = [(record.file, self.manager.shard_path(manifest, record.rank), record.nbytes) for record in shards]
+        for rank, base in self.bases_here(manifest):
             path = self.manager.base_path(base.attempt, rank)
             files.append((os.path.relpath(path, self.root), path, base.nbytes))
         for name, path, expected in files:
@@ -131,11 +143,6 @@ class Catalogue:
         if not steps:
             return "none"
         return ", ".join(map(str, steps)) if len(steps) <= 8 else f"{len(steps)} between {steps[0]} and {steps[-1]}"
-
-
-def bases_of(manifest: Manifest) -> list[tuple[int, BaseRecord]]:
-    """The frozen parameters that it refers to, with their ranks."""
-    return [(record.rank, record.base) for record in manifest.shards if record.base is not None]
 
 
 def measure(folder: str) -> tuple[int, float]:

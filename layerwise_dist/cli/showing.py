@@ -40,7 +40,7 @@ def _read(catalogue: Catalogue, manifest: Manifest) -> tuple[list[Found], dict[s
     tensors: dict[str, dict[str, Any]] = {}
     problems: list[str] = []
     with catalogue.shards(manifest) as opener:
-        for record in manifest.shards:
+        for record in catalogue.here(manifest):
             files = [({"rank": record.rank, "file": record.file, "bytes": record.nbytes}, opener.open)]
             if record.base is not None:
                 file = f"{layout.base_folder(record.base.attempt)}/{record.file}"

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from layerwise_dist.cli.catalogue import Catalogue, bases_of
+from layerwise_dist.cli.catalogue import Catalogue
 from layerwise_dist.cli.console import Answer, row, size, table
 from layerwise_dist.commit.records import BaseRecord, Manifest
 from layerwise_dist.errors import DamageError
@@ -36,8 +36,9 @@ def verify(catalogue: Catalogue, step: int | None) -> Answer:
             if (attempt := layout.parse_folder(name)) is not None and attempt.step == step
         }
     began = time.monotonic()
-    bases = {(rank, base): base.nbytes for manifest in manifests for rank, base in bases_of(manifest)}
-    with _progress(sum(manifest.nbytes for manifest in manifests) + sum(bases.values())) as advance:
+    bases = {(rank, base): base.nbytes for manifest in manifests for rank, base in catalogue.bases_here(manifest)}
+    total = sum(record.nbytes for manifest in manifests for record in catalogue.here(manifest)) + sum(bases.values())
+    with _progress(total) as advance:
         found = _Verifier(catalogue, advance)
         results = [found.look(manifest) for manifest in manifests]
     seconds = time.monotonic() - began
@@ -54,7 +55,8 @@ def verify(catalogue: Catalogue, step: int | None) -> Answer:
         return Answer(data, [f"{catalogue.root}: no committed checkpoints to verify"])
     shown = table("step", "seq", "status", "ranks", "size", "result", right=("step", "seq", "ranks", "size"))
     for result in results:
-        cells = (result[name] for name in ("step", "seq", "status", "ranks"))
+        ranks, whole = result["ranks_here"], result["ranks"]
+        cells = (result["step"], result["seq"], result["status"], whole if ranks == whole else f"{ranks} of {whole}")
         row(shown, *cells, size(result["bytes"]), result["result"], style=_STYLE[result["result"]])
     parts: list[Any] = [f"Verified in {catalogue.root}", shown, *(f"damaged: {line}" for line in damage)]
     unhashed = [str(result["step"]) for result in results if result["result"] == "not hashed"]
@@ -82,14 +84,15 @@ class _Verifier:
 
     def look(self, manifest: Manifest) -> dict[str, Any]:
         catalogue, damage, hashed = self._catalogue, list[str](), True
+        here, bases = catalogue.here(manifest), catalogue.bases_here(manifest)
         with catalogue.shards(manifest) as opener:
-            for record in manifest.shards:
+            for record in here:
                 path = catalogue.manager.shard_path(manifest, record.rank)
                 problems, full = _read(path, lambda rank=record.rank: opener.open(rank))
                 damage += problems
                 hashed &= full
                 self._advance(record.nbytes)
-            for rank, base in bases_of(manifest):
+            for rank, base in bases:
                 if (rank, base) not in self._bases:
                     path = catalogue.manager.base_path(base.attempt, rank)
                     self._bases[rank, base], _ = _read(path, lambda rank=rank: opener.open_base(rank))
@@ -101,7 +104,8 @@ class _Verifier:
             damage, result = [], "retired"  # a job that runs removed it meanwhile
         return {
             "step": manifest.step, "seq": manifest.seq, "attempt": manifest.attempt, "status": catalogue.status(manifest),
-            "ranks": manifest.world_size, "bytes": manifest.nbytes, "base_bytes": manifest.base_nbytes,
+            "ranks": manifest.world_size, "ranks_here": len(here), "bytes": sum(record.nbytes for record in here),
+            "base_bytes": sum(base.nbytes for _, base in bases),
             "folder": manifest.attempt_id.folder, "result": result, "damage": damage,
         }  # fmt: skip
 

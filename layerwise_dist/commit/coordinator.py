@@ -1,7 +1,7 @@
 """The rank-0 coordinator: decides, alone, which attempts become checkpoints.
 
 `Coordinator` is a pure state machine: a message or the time goes in, what is to be done comes out. It reads no clock,
-does no I/O and knows no threads, so that a simulation can drive it through any history; `CoordinatorThread` runs it.
+does no I/O and knows no threads, so that a simulation can drive it through any history. A `CoordinatorThread` runs it.
 Commits go strictly by seq: a newer one aborts older attempts.
 """
 
@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import logging
 import math
-import queue
-import threading
-import time
-from collections.abc import Callable
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
 
 from layerwise_dist.commit.common_boundary import CommonBoundary
 from layerwise_dist.commit.metadata import InDoubt
 from layerwise_dist.commit.transports import Message
 from layerwise_dist.errors import OwnerError
+from layerwise_dist.storage.layout import AttemptId
 
 log = logging.getLogger("layerwise_dist")
 
@@ -45,11 +42,27 @@ class WriteManifest:
 
 
 @dataclass(frozen=True, slots=True)
+class ComposeManifest:
+    """Make this attempt's manifest, but do not write it; then say `Coordinator.composed`."""
+
+    seq: int
+    step: int
+    reports: list[Message]
+
+
+@dataclass(frozen=True, slots=True)
 class RetireOld:
-    """A commit is durable: remove what retention no longer keeps."""
+    """A commit is durable: remove the manifests that retention no longer keeps, then say `Coordinator.withdrawn`."""
 
 
-Output = Announce | WriteManifest | RetireOld
+@dataclass(frozen=True, slots=True)
+class Retired:
+    """This checkpoint's manifest is gone for good, wherever it was: what is left of it may go."""
+
+    attempt: AttemptId
+
+
+Output = Announce | WriteManifest | ComposeManifest | RetireOld | Retired
 
 
 @dataclass
@@ -57,22 +70,34 @@ class _Attempt:
     seq: int
     attempt: str
     step: int
-    since: float
+    since: float  # the deadline counts from here
     staged: set[int] = field(default_factory=set)
     reports: dict[int, Message] = field(default_factory=dict)
+    ready: bool = False  # all have reported
+    asked: str = ""  # of the keepers: prepare or publish
+    keepers: set[int] = field(default_factory=set)  # that have not answered
 
 
 class Coordinator:
-    """Every method that changes anything takes `now` (seconds, of any monotonic clock) and returns what is to be done,
-    in order. A `WriteManifest` is the last of its list; `wrote` is called with its end before anything else is.
+    """Every method that changes anything returns what is to be done, in order. `now` is seconds of any monotonic clock.
+    `WriteManifest` and `ComposeManifest` are the last of their list; their end is said before anything else is.
+
+    One attempt at a time is *current*: all have reported, and its manifest is on its way. With keepers (of directories
+    that rank 0 does not see) they first *prepare* it; then rank 0 writes it, which is the commit; then they *publish* it.
     """
 
-    def __init__(self, world_size: int, *, timeout_s: float, on_failure: str, raise_after: int, now: float) -> None:
+    def __init__(
+        self, world_size: int, *, timeout_s: float, on_failure: str, raise_after: int, now: float,
+        keepers: Collection[int] = (),
+    ) -> None:  # fmt: skip
         """Attempts that are not decided in `timeout_s` seconds are aborted."""
+        self._keepers, self._now = frozenset(keepers), now
+        self._current: _Attempt | None = None
+        self._withdrawing: dict[int, tuple[list[AttemptId], set[int]]] = {}
+        self._batches = 0
         self._world_size, self._timeout_s = world_size, timeout_s
         self._patience = 1 if on_failure == "raise" else raise_after
         self._open: dict[int, _Attempt] = {}
-        self._writing: _Attempt | None = None
         self._decided: set[int] = set()
         self._last_committed = 0
         self._failures = 0
@@ -88,6 +113,7 @@ class Coordinator:
 
     def handle(self, message: Message, now: float) -> list[Output]:
         """Takes one rank's message."""
+        self._now = now
         kind = message["t"]
         if kind == "at":
             self._advance(message["rank"], float(message["b"]), now)
@@ -103,15 +129,17 @@ class Coordinator:
             self._lose(message["rank"], message["why"])
         elif kind in ("staged", "durable", "failed", "skipped"):
             self._report(kind, message, now)
+        elif kind == "kept":
+            self._kept(message)
         return self._taken()
 
     def tick(self, now: float) -> list[Output]:
         """Ends attempts whose deadline has passed, naming the ranks that were waited for."""
+        self._now = now
         for attempt in [a for a in self._open.values() if now - a.since > self._timeout_s]:
-            missing = sorted(set(range(self._world_size)) - set(attempt.reports))
-            self._abort(
-                attempt, f"waited {self._timeout_s:g} s for rank(s) {', '.join(map(str, missing))}", failure=True
-            )
+            missing = sorted(attempt.keepers or set(range(self._world_size)) - set(attempt.reports))
+            whom = f"for rank(s) {', '.join(map(str, missing))}" if missing else "behind an older attempt"
+            self._give_up(attempt, f"waited {self._timeout_s:g} s {whom}")
         self._say_all(self._common.tick(now))
         return self._taken()
 
@@ -119,7 +147,7 @@ class Coordinator:
         """How the `WriteManifest` of `seq` ended. OSError: nothing was committed; InDoubt or OwnerError: nothing may be
         committed by this session any more.
         """
-        attempt, self._writing = self._writing, None
+        attempt = self._current
         if attempt is None or attempt.seq != seq:
             raise ValueError(f"no manifest of seq {seq} is being written")
         if isinstance(problem, InDoubt):
@@ -131,14 +159,41 @@ class Coordinator:
             self._finish(str(problem))
         elif problem is not None:
             self._abort(attempt, f"the manifest could not be written: {problem}", failure=True)
+        elif self._keepers:
+            attempt.since = self._now
+            self._ask_keepers(attempt, "publish", {})
         else:
             self._committed(attempt)
+        return self._taken()
+
+    def composed(self, seq: int, text: str, problem: OSError | OwnerError | None) -> list[Output]:
+        """The manifest's text, or what `wrote` takes."""
+        attempt = self._current
+        if problem is not None or attempt is None:
+            return self.wrote(seq, problem)
+        self._ask_keepers(attempt, "prepare", {"manifest": text})
+        return self._taken()
+
+    def withdrawn(self, attempts: list[AttemptId]) -> list[Output]:
+        """Rank 0 has removed these manifests, durably."""
+        if self._keepers and attempts:
+            self._batches += 1
+            self._withdrawing[self._batches] = attempts, set(self._keepers)
+            listed = [[a.epoch, a.seq, a.step] for a in attempts]
+            self._say({"t": "withdraw", "batch": self._batches, "attempts": listed})
+        else:
+            self._out += map(Retired, attempts)
         return self._taken()
 
     @property
     def idle(self) -> bool:
         """Whether no attempt waits for anything."""
         return not self._open and self._common.idle
+
+    @property
+    def settled(self) -> bool:
+        """Whether it is idle, and what was retired is gone everywhere."""
+        return self.idle and not self._withdrawing
 
     # -- attempts -----------------------------------------------------------------------------------------------
 
@@ -181,9 +236,66 @@ class Coordinator:
             self._abort_if_missed(attempt)
             if len(attempt.reports) == self._world_size:
                 self._say({"t": "durable", "seq": seq, "step": attempt.step})
-                self._writing = attempt
-                reports = [attempt.reports[rank] for rank in range(self._world_size)]
-                self._out.append(WriteManifest(seq, attempt.step, reports))
+                attempt.ready = True
+
+    # -- manifests ----------------------------------------------------------------------------------------------
+
+    def _proceed(self) -> None:
+        """With the oldest attempt that is ready, if none is current."""
+        if self._current is not None:
+            return
+        for attempt in sorted((a for a in self._open.values() if a.ready), key=lambda a: a.seq):
+            if self._may_commit(attempt):
+                self._current = attempt
+                self._out.append((ComposeManifest if self._keepers else WriteManifest)(*self._reported(attempt)))
+                return
+
+    def _may_commit(self, attempt: _Attempt) -> bool:
+        if self._finished is not None:
+            self._abort(attempt, f"this session has stopped committing: {self._finished}", failure=False)
+        return self._finished is None
+
+    def _reported(self, attempt: _Attempt) -> tuple[int, int, list[Message]]:
+        return attempt.seq, attempt.step, [attempt.reports[rank] for rank in range(self._world_size)]
+
+    def _ask_keepers(self, attempt: _Attempt, what: str, more: Message) -> None:
+        attempt.asked, attempt.keepers = what, set(self._keepers)
+        self._say({"t": what, "seq": attempt.seq, "step": attempt.step, **more})
+        for rank in sorted(self._keepers & self._silent)[:1]:
+            self._give_up(attempt, f"rank {rank}, which keeps the manifests of its node, left")
+
+    def _kept(self, message: Message) -> None:
+        """A keeper did what it was asked for, or could not."""
+        rank, problem = message["rank"], message["error"]
+        if message["what"] == "withdraw":
+            attempts, waiting = self._withdrawing.get(message["batch"], ([], set()))
+            waiting.discard(rank)
+            if problem is not None:
+                log.warning("rank %d could not remove old manifests: %s", rank, problem)
+                self._withdrawing.pop(message["batch"], None)  # nobody may touch what is left of those
+            elif not waiting and self._withdrawing.pop(message["batch"], None):
+                self._out += map(Retired, attempts)
+            return
+        attempt = self._current
+        if attempt is None or (attempt.seq, attempt.asked) != (message["seq"], message["what"]):
+            return
+        attempt.keepers.discard(rank)
+        if problem is not None:
+            self._give_up(attempt, f"rank {rank}, which keeps the manifests of its node: {problem}")
+        elif attempt.keepers:
+            return
+        elif attempt.asked == "publish":
+            self._committed(attempt)
+        elif self._may_commit(attempt):
+            self._out.append(WriteManifest(*self._reported(attempt)))
+
+    def _give_up(self, attempt: _Attempt, reason: str) -> None:
+        """An attempt whose manifest rank 0 has written is a checkpoint, whatever becomes of it elsewhere."""
+        if attempt.asked == "publish":
+            self._close(attempt)
+            self._finish(f"step {attempt.step} is committed, but its manifest is not on every node: {reason}")
+        else:
+            self._abort(attempt, reason, failure=True)
 
     def _committed(self, attempt: _Attempt) -> None:
         self._close(attempt)
@@ -209,6 +321,8 @@ class Coordinator:
     def _close(self, attempt: _Attempt) -> None:
         del self._open[attempt.seq]
         self._decided.add(attempt.seq)
+        if attempt is self._current:
+            self._current = None
 
     def _lose(self, rank: int, why: str) -> None:
         """A rank will report nothing more. What it has reported already may still become a checkpoint."""
@@ -218,6 +332,10 @@ class Coordinator:
     def _miss(self, rank: int) -> None:
         """Nothing more comes from this rank."""
         self._silent.add(rank)
+        if rank in self._keepers:
+            self._withdrawing.clear()  # nobody may touch what is left of those
+        if self._current is not None and rank in self._current.keepers:
+            self._give_up(self._current, f"rank {rank}, which keeps the manifests of its node, left")
         for attempt in list(self._open.values()):
             self._abort_if_missed(attempt)
 
@@ -266,66 +384,6 @@ class Coordinator:
         self._out += map(Announce, messages)
 
     def _taken(self) -> list[Output]:
+        self._proceed()
         out, self._out = self._out, []
         return out
-
-
-class CoordinatorThread:
-    """Runs the coordinator on rank 0, and does what it says: messages, manifests, and retention behind a commit."""
-
-    def __init__(
-        self, coordinator: Coordinator, *, send: Callable[[Message], None],
-        commit: Callable[[int, int, list[Message]], None], retire: Callable[[], None],
-    ) -> None:  # fmt: skip
-        """`send(message)` reaches every rank, in order. `commit(seq, step, reports)` makes the manifest durable; it
-        raises OSError, InDoubt or OwnerError as `Coordinator.wrote` takes them. `retire` may raise OSError or OwnerError.
-        """
-        self._coordinator = coordinator
-        self._send, self._commit, self._retire = send, commit, retire
-        self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="layerwise-coordinator", daemon=True)
-        self._thread.start()
-
-    def post(self, message: Message) -> None:
-        self._inbox.put(message)
-
-    def close(self, timeout_s: float) -> None:
-        self._inbox.put(None)
-        self._thread.join(timeout_s)
-
-    def _run(self) -> None:
-        while True:
-            message = self._next()
-            if message is None:
-                return
-            if message:
-                self._do(self._coordinator.handle(message, time.monotonic()))
-            self._do(self._coordinator.tick(time.monotonic()))
-
-    def _next(self) -> Any:
-        try:
-            return self._inbox.get(timeout=0.2 if not self._coordinator.idle else 5.0)
-        except queue.Empty:
-            return {}
-
-    def _do(self, outputs: list[Output]) -> None:
-        for output in outputs:
-            if isinstance(output, Announce):
-                self._send(output.message)
-            elif isinstance(output, WriteManifest):
-                self._do(self._coordinator.wrote(output.seq, self._write(output)))
-            else:
-                self._remove_old()
-
-    def _write(self, output: WriteManifest) -> OSError | OwnerError | None:
-        try:
-            self._commit(output.seq, output.step, output.reports)
-        except (OSError, OwnerError) as error:
-            return error
-        return None
-
-    def _remove_old(self) -> None:
-        try:
-            self._retire()
-        except (OSError, OwnerError) as error:
-            log.warning("an old checkpoint could not be removed: %s", error)

@@ -9,115 +9,37 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Collection
+from typing import Any, TypeVar
 
-from layerwise_dist.commit.records import Branch, Identity, Manifest, ParentRef, R, Record, bases_of, decode, encode
+from layerwise_dist.commit.records import (
+    MOST_ANCESTORS,
+    Branch,
+    Identity,
+    Inventory,
+    Manifest,
+    ParentRef,
+    Record,
+    ShardRecord,
+    bases_of,
+    decode,
+    encode,
+)
 from layerwise_dist.errors import DamageError
 from layerwise_dist.storage import layout
 from layerwise_dist.storage.layout import AttemptId
 from layerwise_dist.storage.retention import unneeded_bases
 
+__all__ = [
+    "MOST_ANCESTORS", "Branch", "CheckpointMetadataManager", "Identity", "InDoubt", "Inventory", "Manifest", "ParentRef",
+    "ShardRecord", "decode", "encode",
+]  # fmt: skip
+
 log = logging.getLogger("layerwise_dist")
 
 MANIFEST_CAP = 256 << 20
 
-
-@dataclass(frozen=True, slots=True)
-class Inventory:
-    """What lies in a directory: sound manifests and branch records by seq, damage, and everything without a manifest.
-
-    `bases` are the attempts of which there is a folder of frozen parameters.
-    """
-
-    manifests: dict[int, Manifest]
-    branches: dict[int, Branch]
-    damaged: dict[str, str]
-    unfinished: list[AttemptId]
-    bases: list[str] = field(default_factory=list)
-
-    @property
-    def empty(self) -> bool:
-        return not self.manifests and not self.damaged
-
-    @property
-    def last_seq(self) -> int:
-        seqs = [*self.manifests, *self.branches, *(attempt.seq for attempt in self.unfinished)]
-        seqs += [attempt.seq for name in self.damaged if (attempt := layout.parse_folder(name))]
-        seqs += [seq for name in self.damaged if (seq := layout.parse_branch(name)) is not None]
-        seqs += [seq for _, seq in self._wrote_bases]
-        return max(seqs, default=0)
-
-    @property
-    def lost_branch(self) -> str | None:
-        """What is wrong with a damaged branch record that is newer than all sound records, if there is one.
-
-        Where the lineage goes on from is then unknown: following the newest commit could bring an abandoned branch back.
-        """
-        newest = max([*self.manifests, *self.branches], default=0)
-        for name, problem in self.damaged.items():
-            if (layout.parse_branch(name) or 0) > newest:
-                return problem
-        return None
-
-    @property
-    def last_epoch(self) -> int:
-        epochs = [manifest.epoch for manifest in self.manifests.values()] + [a.epoch for a in self.unfinished]
-        epochs += [attempt.epoch for name in self.damaged if (attempt := layout.parse_folder(name))]
-        epochs += [epoch for epoch, _ in self._wrote_bases]
-        return max(epochs, default=0)
-
-    @property
-    def _wrote_bases(self) -> list[tuple[int, int]]:
-        return [found for base in self.bases if (found := layout.parse_base(base)) is not None]
-
-    def lineage(self, *, unbroken: bool = False) -> list[Manifest]:
-        """The commits that restore may choose from, newest first.
-
-        A commit that is missing or damaged is passed over: its child knows what came before it. `unbroken` ends there
-        instead, as retention does, which touches nothing that it does not wholly understand.
-        """
-        records: dict[int, Manifest | Branch] = {**self.manifests, **self.branches}
-        if not records:
-            return []
-        newest = records[max(records)]
-        return ([newest] if isinstance(newest, Manifest) else []) + self._before(newest, unbroken)
-
-    def chain(self, head: ParentRef) -> list[Manifest]:
-        """The lineage as it was when `head` was its newest commit, newest first; empty if that is not there."""
-        manifest = self._sound(head, head.seq + 1)
-        return [manifest, *self._before(manifest, False)] if manifest else []
-
-    def _before(self, record: Manifest | Branch, unbroken: bool) -> list[Manifest]:
-        chain: list[Manifest] = []
-        older: Manifest | Branch | None = record
-        while older is not None:
-            ways = ([older.parent] if older.parent else []) + ([] if unbroken else older.ancestors)
-            older = next((found for way in ways if (found := self._sound(way, older.seq)) is not None), None)
-            if older is not None:
-                chain.append(older)
-        return chain
-
-    def _sound(self, ref: ParentRef, below: int) -> Manifest | None:
-        found = self.manifests.get(ref.seq)
-        return found if found is not None and ref.seq < below and found.attempt == ref.attempt else None
-
-    def light(self) -> Inventory:
-        """Without the lists of shards, which are most of it: enough to know the lineage by."""
-        manifests = {seq: manifest.light() for seq, manifest in self.manifests.items()}
-        return Inventory(manifests, dict(self.branches), dict(self.damaged), list(self.unfinished), list(self.bases))
-
-    def roots(self) -> set[int]:
-        """Seqs of the commits that descend from the same first commit as the lineage's newest, abandoned ones too."""
-        chain = self.lineage(unbroken=True)
-        if not chain:
-            return set()
-        family = {manifest.seq for manifest in chain}
-        for seq in sorted(self.manifests):
-            parent = self.manifests[seq].parent
-            if parent is not None and parent.seq in family:
-                family.add(seq)
-        return family
+R = TypeVar("R", bound=Record)
 
 
 class CheckpointMetadataManager:
@@ -210,14 +132,30 @@ class CheckpointMetadataManager:
     def write_identity(self, identity: Identity) -> None:
         self._publish(self.root, layout.IDENTITY + ".tmp", layout.IDENTITY, identity)
 
+    def prepare(self, manifest: Manifest) -> None:
+        """The first half of `commit`: its bytes are durable under another name. Raises OSError."""
+        self._write(os.path.join(self.root, manifest.attempt_id.folder, layout.MANIFEST_TMP), manifest)
+
+    def publish(self, attempt: AttemptId) -> None:
+        """The second half, of what was prepared. Raises as `commit`."""
+        self._into_place(os.path.join(self.root, attempt.folder), layout.MANIFEST_TMP, layout.MANIFEST)
+
+    def unprepare(self, attempt: AttemptId) -> None:
+        """What was prepared will not be published. Raises OSError."""
+        folder = os.path.join(self.root, attempt.folder)
+        self._unlink(os.path.join(folder, layout.MANIFEST_TMP))
+        self._remove_if_empty(folder)
+
     def _publish(self, folder: str, temporary: str, final: str, record: Record) -> None:
-        source = os.path.join(folder, temporary)
-        try:
-            self.env.unlink(source)  # of an earlier try that failed half-way
-        except FileNotFoundError:
-            pass
-        self.env.write_file(source, encode(record), self._file_mode)
-        self.env.rename(source, os.path.join(folder, final))
+        self._write(os.path.join(folder, temporary), record)
+        self._into_place(folder, temporary, final)
+
+    def _write(self, path: str, record: Record) -> None:
+        self._unlink(path)  # of an earlier try that failed half-way
+        self.env.write_file(path, encode(record), self._file_mode)
+
+    def _into_place(self, folder: str, temporary: str, final: str) -> None:
+        self.env.rename(os.path.join(folder, temporary), os.path.join(folder, final))
         try:
             self.env.sync_dir(folder)
         except OSError as error:
@@ -247,47 +185,80 @@ class CheckpointMetadataManager:
         for name in names:
             if layout.is_attempt_file(name):
                 self._unlink(os.path.join(folder, name))
-        try:
-            self.env.remove_dir(folder)
-        except OSError:
-            pass  # a file that is not ours keeps it
+        self._remove_if_empty(folder)
 
     def remove_base(self, base: str) -> None:
         """Removes frozen parameters. REQUIRES: no manifest refers to them, or ever will, whatever a crash brings back."""
         folder = os.path.join(self.root, layout.base_folder(base))
-        for name in self.env.list_dir(folder):
+        try:
+            names = list(self.env.list_dir(folder))
+        except FileNotFoundError:
+            return
+        for name in names:
             if layout.is_shard_file(name):
                 self._unlink(os.path.join(folder, name))
+        self._remove_if_empty(folder)
+
+    def _remove_if_empty(self, folder: str) -> None:
         try:
             self.env.remove_dir(folder)
         except OSError:
-            pass  # a file that is not ours keeps it
+            pass  # a file that is not ours, or another rank's, keeps it
 
-    def collect_leftovers(self, inventory: Inventory) -> None:
-        """Cleans up after dead sessions. REQUIRES: the owner lock is held, and no attempt of this session exists.
+    def flush_records(self, inventory: Inventory) -> list[AttemptId]:
+        """Makes what was read durable: a session may have died between a manifest's rename or removal and its flush, and
+        what the next one builds on, or takes the shards of, must not change with a power failure.
 
-        What was read is made durable first: a session may have died between a manifest's rename or removal and its
-        flush, and what this one builds on, or takes the shards of, must not change with a power failure.
+        REQUIRES: the owner lock is held. Returns unfinished attempts of which it failed: nobody may touch those.
+        Raises OSError if it failed of a commit.
         """
-        references_known = not inventory.damaged
+        for manifest in inventory.manifests.values():
+            self.env.sync_dir(os.path.join(self.root, manifest.attempt_id.folder))
+        doubtful = []
         for attempt in inventory.unfinished:
             try:
                 self.env.sync_dir(os.path.join(self.root, attempt.folder))
-                self.collect(attempt)
             except OSError as error:
-                references_known = False  # if that was the flush, a crash may bring its manifest back
                 log.warning("leftovers of step %d stay until the next start: %s", attempt.step, error)
+                doubtful.append(attempt)
+        return doubtful
+
+    def collect_leftovers(self, inventory: Inventory, kept: Collection[AttemptId] = ()) -> None:
+        """Cleans up after dead sessions, but for what is `kept`: there may be a manifest of it, here or elsewhere.
+
+        REQUIRES: as `flush_records`, which was called for every place; no attempt of this session exists.
+        """
+        committed = {manifest.attempt_id for manifest in inventory.manifests.values()}
+        references_known = not inventory.damaged and committed.issuperset(kept)
+        for attempt in inventory.unfinished:
+            if attempt not in kept:
+                try:
+                    self.collect(attempt)
+                except OSError as error:
+                    log.warning("leftovers of step %d stay until the next start: %s", attempt.step, error)
         for manifest in inventory.manifests.values():
             folder = os.path.join(self.root, manifest.attempt_id.folder)
-            self.env.sync_dir(folder)
             for name in self.env.list_dir(folder):
                 if layout.is_leftover_in_commit(name):
                     self._unlink(os.path.join(folder, name))
         for name in self.env.list_dir(self.root):
-            if layout.is_branch_tmp(name) or layout.is_spare(name) or name == layout.IDENTITY + ".tmp":
+            if layout.is_leftover(name):
                 self._unlink(os.path.join(self.root, name))
         for base in unneeded_bases(inventory.bases, inventory.manifests.values()) if references_known else ():
             self.remove_base(base)
+
+    def record_text(self, name: str) -> str:
+        """A record as it lies in its file; `name` is a folder's, or a branch record's. Raises OSError or DamageError."""
+        attempt = layout.parse_folder(name)
+        if attempt is not None:
+            return encode(self.read_manifest(attempt)).decode()
+        return encode(self._read(os.path.join(self.root, name), Branch)).decode()
+
+    def remove_branches(self, below: int) -> None:
+        """All branch records with a lower seq. Raises OSError."""
+        for name in self.env.list_dir(self.root):
+            if (layout.parse_branch(name) or below) < below:
+                self._unlink(os.path.join(self.root, name))
 
     def remove_branch(self, seq: int) -> None:
         self._unlink(os.path.join(self.root, layout.branch_file(seq)))

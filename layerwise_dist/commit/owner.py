@@ -19,21 +19,29 @@ class Owner:
     and woken on a network file system): `check` before each commit finds that the file names another epoch.
     """
 
-    def __init__(self, env: Any, root: str, session: str, *, last_epoch: int, file_mode: int, who: str) -> None:
-        """Raises OwnerError naming the holder, or OSError. The new epoch is durable when this returns."""
-        self._path = os.path.join(root, layout.OWNER)
-        self._env, self._session = env, session
+    def __init__(self, env: Any, root: str, *, file_mode: int, who: str) -> None:
+        """Takes the lock; `previous` is the epoch of the session before. Raises OwnerError naming the holder, or OSError."""
+        self._root, self._path = root, os.path.join(root, layout.OWNER)
+        self._env, self._who = env, who
+        self.epoch, self._session = 0, ""
         try:
             self._lock = env.lock(self._path, file_mode)
         except BlockingIOError:
             raise OwnerError(
                 f"{root} is owned by another live job ({_holder(env, self._path)}): stop it, or use another dir"
             ) from None
-        previous = _parse(self._lock.read(_CAP)).get("epoch", 0)
-        self.epoch = max(previous, last_epoch) + 1
-        text = json.dumps({"epoch": self.epoch, "session": session, "who": who}, separators=(",", ":"))
+        try:
+            self.previous: int = _parse(self._lock.read(_CAP)).get("epoch", 0)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def begin(self, session: str, epoch: int) -> None:
+        """From here on commits are `session`'s, under `epoch`, which is durable when this returns. Raises OSError."""
+        text = json.dumps({"epoch": epoch, "session": session, "who": self._who}, separators=(",", ":"))
         self._lock.write(text.encode())
-        env.sync_dir(root)
+        self._env.sync_dir(self._root)
+        self.epoch, self._session = epoch, session
 
     def check(self) -> None:
         """Raises OwnerError when the directory has a newer owner."""

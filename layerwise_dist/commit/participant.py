@@ -11,6 +11,7 @@ from typing import Any
 
 from layerwise_dist import errors
 from layerwise_dist.commit.common_boundary import Meeting
+from layerwise_dist.commit.keeper import HEARS, KeeperThread
 from layerwise_dist.commit.ledger import Action, Discard, GiveUp, Ledger, Persist, Post, Retire, Write
 from layerwise_dist.commit.transports import Message, Transport
 from layerwise_dist.errors import CommitError, DeadlineError, LayerwiseError
@@ -41,13 +42,29 @@ class Participant:
         self._gone: dict[int, str] = {}
         self._leaving: Callable[[str], None] | None = None
         self._retire: Callable[[AttemptId], None] | None = None
+        self._keeper: KeeperThread | None = None
+        self._quiet: Callable[[float], None] | None = None
+        self.apart = False  # whether there are directories that rank 0 does not see
         self._work: queue.SimpleQueue[Persist | GiveUp | Discard | None] = queue.SimpleQueue()
         self._worker = threading.Thread(target=self._run, name="layerwise-persist", daemon=True)
         self._worker.start()
         transport.start(self._on_message, self._on_coordinator_message if self.rank == 0 else None, self._on_error)
 
-    def serve(self, coordinator: Callable[[Message], None]) -> None:
-        self._serve = coordinator
+    def serve(self, coordinator: Callable[[Message], None], quiet: Callable[[float], None] | None = None) -> None:
+        """`quiet(timeout_s)` waits until the coordinator waits for nothing."""
+        self._serve, self._quiet = coordinator, quiet
+
+    def keep(self, keeper: KeeperThread) -> None:
+        """This rank keeps the records of the ranks that share its directory; until `close`."""
+        self._keeper = keeper
+
+    def keep_branch(self, text: str) -> None:
+        """A branch record, if this rank keeps any. Raises OSError, InDoubt or OwnerError."""
+        if self._keeper is not None:
+            self._keeper.keeper.keep_branch(text)
+
+    def post(self, message: Message) -> None:
+        self._transport.post(message)
 
     def recycle(self, retire: Callable[[AttemptId], None]) -> None:
         """`retire` is told of each checkpoint of this session whose manifest rank 0 removed durably. It must not wait."""
@@ -55,12 +72,14 @@ class Participant:
 
     # -- agreement ----------------------------------------------------------------------------------------------
 
-    def agree(self, what: str, payload: Any, decide: Callable[[list[Any]], Any]) -> Any:
+    def agree(
+        self, what: str, payload: Any, decide: Callable[[list[Any]], Any], *, timeout_s: float | None = None
+    ) -> Any:
         """All ranks call it in the same order; rank 0's `decide(payloads by rank)` is returned on every rank.
 
         A LayerwiseError raised by `decide` is raised on all ranks. Raises DeadlineError naming the ranks waited for.
         """
-        timeout = self._timeout_s
+        timeout = self._timeout_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + timeout
         self._rounds += 1
         key = f"{self._rounds}:{what}"
@@ -202,6 +221,8 @@ class Participant:
     def close(self, timeout_s: float) -> None:
         """Leaves. Rank 0 stays until all others have left or the deadline passed: the store lives in it."""
         deadline = time.monotonic() + timeout_s
+        if self.apart and self._ledger.ended() is None:
+            self._end_together(timeout_s)
         self._transport.post({"t": "closed", "rank": self.rank})
         if self.rank == 0:
             with self._changed:
@@ -214,6 +235,20 @@ class Participant:
         self._work.put(None)
         self._worker.join(max(0.1, deadline - time.monotonic()))
         self._transport.close(max(0.1, deadline - time.monotonic()))
+        if self._keeper is not None:
+            self._keeper.close(max(0.1, deadline - time.monotonic()))
+
+    def _end_together(self, timeout_s: float) -> None:
+        """What retention removes, it removes in every directory, and keepers do that while they are here."""
+
+        def quiet(_: list[Any]) -> None:
+            if self._quiet is not None:
+                self._quiet(timeout_s / 2)
+
+        try:
+            self.agree("end together", None, quiet, timeout_s=timeout_s)
+        except LayerwiseError as error:
+            log.warning("rank %d: leftovers of retired checkpoints stay until the next start: %s", self.rank, error)
 
     # -- background ---------------------------------------------------------------------------------------------
 
@@ -293,6 +328,8 @@ class Participant:
                 self._do(self._ledger.receive(message))
             self._changed.notify_all()
         kind = message["t"]
+        if self._keeper is not None and kind in HEARS:
+            self._keeper.put(message)
         if kind in ("hold", "meet") and message["leave"] and self._leaving is not None:
             self._leaving(message["why"])
         if self.rank == 0 and kind == "aborted" and message["failure"]:

@@ -1,22 +1,27 @@
-"""The records of a checkpoint directory, and their bytes (docs/format.md): one line of JSON that ends with its own hash."""
+"""The records of a directory: manifests, branch records and its identity; and what they make together: the lineage.
+
+The bytes are in docs/format.md.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from layerwise_dist import _native
 from layerwise_dist.errors import DamageError
+from layerwise_dist.storage import layout
 from layerwise_dist.storage.layout import AttemptId
 
-MOST_ANCESTORS = 64
 _TAIL = re.compile(rb',"checksum":"([0-9a-f]{16})"\}\n\Z')
 _TAIL_BYTES = len(b',"checksum":"0123456789abcdef"}\n')
 _HEX16 = r"^[0-9a-f]{16}$"
+MOST_ANCESTORS = 64
 
 
 class Record(BaseModel):
@@ -66,6 +71,7 @@ class Manifest(Record):
     world_size: int = Field(ge=1)
     framework: str
     boundary: str
+    places: list[list[int]] | None = None  # ranks whose shards lie in one directory, where not all do
     tag: str | None = None
     created: float
     software: dict[str, str]
@@ -144,3 +150,100 @@ def decode(data: bytes, model: type[R], path: str) -> R:
         return model.model_validate_json(body + b"}")
     except ValidationError as error:
         raise DamageError(f"{path}: not a record of this version: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """What lies in a directory: sound manifests and branch records by seq, damage, and everything without a manifest.
+
+    `bases` are the attempts of which there is a folder of frozen parameters.
+    """
+
+    manifests: dict[int, Manifest]
+    branches: dict[int, Branch]
+    damaged: dict[str, str]
+    unfinished: list[AttemptId]
+    bases: list[str] = field(default_factory=list)
+
+    @property
+    def empty(self) -> bool:
+        return not self.manifests and not self.damaged
+
+    @property
+    def last_seq(self) -> int:
+        seqs = [*self.manifests, *self.branches, *(attempt.seq for attempt in self.unfinished)]
+        seqs += [attempt.seq for name in self.damaged if (attempt := layout.parse_folder(name))]
+        seqs += [seq for name in self.damaged if (seq := layout.parse_branch(name)) is not None]
+        seqs += [seq for _, seq in self._wrote_bases]
+        return max(seqs, default=0)
+
+    @property
+    def lost_branch(self) -> str | None:
+        """What is wrong with a damaged branch record that is newer than all sound records, if there is one.
+
+        Where the lineage goes on from is then unknown: following the newest commit could bring an abandoned branch back.
+        """
+        newest = max([*self.manifests, *self.branches], default=0)
+        for name, problem in self.damaged.items():
+            if (layout.parse_branch(name) or 0) > newest:
+                return problem
+        return None
+
+    @property
+    def last_epoch(self) -> int:
+        epochs = [manifest.epoch for manifest in self.manifests.values()] + [a.epoch for a in self.unfinished]
+        epochs += [attempt.epoch for name in self.damaged if (attempt := layout.parse_folder(name))]
+        epochs += [epoch for epoch, _ in self._wrote_bases]
+        return max(epochs, default=0)
+
+    @property
+    def _wrote_bases(self) -> list[tuple[int, int]]:
+        return [found for base in self.bases if (found := layout.parse_base(base)) is not None]
+
+    def lineage(self, *, unbroken: bool = False) -> list[Manifest]:
+        """The commits that restore may choose from, newest first.
+
+        A commit that is missing or damaged is passed over: its child knows what came before it. `unbroken` ends there
+        instead, as retention does, which touches nothing that it does not wholly understand.
+        """
+        records: dict[int, Manifest | Branch] = {**self.manifests, **self.branches}
+        if not records:
+            return []
+        newest = records[max(records)]
+        return ([newest] if isinstance(newest, Manifest) else []) + self._before(newest, unbroken)
+
+    def chain(self, head: ParentRef) -> list[Manifest]:
+        """The lineage as it was when `head` was its newest commit, newest first; empty if that is not there."""
+        manifest = self._sound(head, head.seq + 1)
+        return [manifest, *self._before(manifest, False)] if manifest else []
+
+    def _before(self, record: Manifest | Branch, unbroken: bool) -> list[Manifest]:
+        chain: list[Manifest] = []
+        older: Manifest | Branch | None = record
+        while older is not None:
+            ways = ([older.parent] if older.parent else []) + ([] if unbroken else older.ancestors)
+            older = next((found for way in ways if (found := self._sound(way, older.seq)) is not None), None)
+            if older is not None:
+                chain.append(older)
+        return chain
+
+    def _sound(self, ref: ParentRef, below: int) -> Manifest | None:
+        found = self.manifests.get(ref.seq)
+        return found if found is not None and ref.seq < below and found.attempt == ref.attempt else None
+
+    def light(self) -> Inventory:
+        """Without the lists of shards, which are most of it: enough to know the lineage by."""
+        manifests = {seq: manifest.light() for seq, manifest in self.manifests.items()}
+        return Inventory(manifests, dict(self.branches), dict(self.damaged), list(self.unfinished), list(self.bases))
+
+    def roots(self) -> set[int]:
+        """Seqs of the commits that descend from the same first commit as the lineage's newest, abandoned ones too."""
+        chain = self.lineage(unbroken=True)
+        if not chain:
+            return set()
+        family = {manifest.seq for manifest in chain}
+        for seq in sorted(self.manifests):
+            parent = self.manifests[seq].parent
+            if parent is not None and parent.seq in family:
+                family.add(seq)
+        return family

@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import threading
 import time
-import uuid
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from layerwise_dist.commit.coordinator import Coordinator, CoordinatorThread
-from layerwise_dist.commit.metadata import CheckpointMetadataManager, InDoubt, Inventory
-from layerwise_dist.commit.owner import Owner
-from layerwise_dist.commit.participant import Participant
-from layerwise_dist.commit.records import (
+from layerwise_dist.commit.coordinator import Coordinator
+from layerwise_dist.commit.coordinator_thread import CoordinatorThread
+from layerwise_dist.commit.keeper import Keeper, KeeperThread
+from layerwise_dist.commit.metadata import (
     MOST_ANCESTORS,
     Branch,
+    CheckpointMetadataManager,
     Identity,
+    InDoubt,
+    Inventory,
     Manifest,
     ParentRef,
     ShardRecord,
     bases_of,
+    encode,
 )
+from layerwise_dist.commit.opening import Place, Plan, SessionInfo, as_plan, as_tree, make_dirs, merge
+from layerwise_dist.commit.owner import Owner
+from layerwise_dist.commit.participant import Participant, describe_error, rebuild_error
+from layerwise_dist.commit.places import find_places
 from layerwise_dist.commit.transports import Message, Transport
-from layerwise_dist.errors import DamageError, DirectoryError, OwnerError
+from layerwise_dist.errors import DirectoryError, LayerwiseError, OwnerError
 from layerwise_dist.storage import layout
 from layerwise_dist.storage.layout import AttemptId
 from layerwise_dist.storage.retention import retired, unneeded_bases
@@ -38,17 +42,6 @@ log = logging.getLogger("layerwise_dist")
 
 _REMEMBERED = 64  # retired attempts whose folders are looked after at the end
 _SHARDS = TypeAdapter(list[ShardRecord])
-
-
-@dataclass(frozen=True, slots=True)
-class SessionInfo:
-    """What all ranks know of the session. `first_seq` is the seq of its first attempt."""
-
-    session: str
-    identity: str
-    epoch: int
-    first_seq: int
-    empty: bool
 
 
 class Committer:
@@ -65,24 +58,28 @@ class Committer:
         self._ancestors: list[ParentRef] = []
         # Its own records are the only new ones: what lies in the directory is read once, not at each commit.
         self._known: Inventory | None = None
-        self._doubted: list[Manifest] = []  # removed, which a crash may undo
+        self._draft: Manifest | None = None
+        # Removed here, and perhaps not for good: a flush failed, or they are still to be removed elsewhere.
+        self._returning: dict[AttemptId, Manifest] = {}
         self._bases_are_used = False
-        self._bases_tried: set[str] = set()  # to remove
+        self._bases_named: set[str] = set()  # as unneeded
         # `follow` comes from the training thread, while the coordinator's may still retire behind the last commit.
         self._lock = threading.Lock()
         self._announced: deque[AttemptId] = deque(maxlen=_REMEMBERED)
         self.boundary_kind = "explicit"
         self.tags: dict[int, str] = {}  # of attempts, by seq: set before they are sealed
 
-    def follow(self, head: ParentRef | None, branch_seq: int | None) -> list[str]:
+    def follow(self, head: ParentRef | None, branch_seq: int | None) -> tuple[str | None, list[str]]:
         """The next commit continues from `head`. With `branch_seq`, a branch record makes that durable at once.
 
-        Returns the bases that `head` refers to, which stay from now on until a commit refers to others.
+        Returns the branch record's text, and the bases that `head` refers to, which stay from now on until a commit refers
+        to others.
         """
         with self._lock:
             return self._follow(head, branch_seq)
 
-    def _follow(self, head: ParentRef | None, branch_seq: int | None) -> list[str]:
+    def _follow(self, head: ParentRef | None, branch_seq: int | None) -> tuple[str | None, list[str]]:
+        text = None
         self._known = self._manager.inventory().light()
         chain = self._known.chain(head) if head is not None else []
         ancestors = [manifest.ref for manifest in chain[1 : 1 + MOST_ANCESTORS]]
@@ -93,21 +90,20 @@ class Committer:
             )
             self._manager.write_branch(branch)
             self._known.branches[branch_seq] = branch
+            text = encode(branch).decode()
         self._head, self._ancestors = head, ancestors
-        return chain[0].bases if chain else []
+        return text, chain[0].bases if chain else []
+
+    def compose(self, seq: int, step: int, reports: list[Message]) -> str:
+        """The manifest that `commit` will write, as it will lie in the file. Raises OwnerError."""
+        self.owner.check()
+        self._draft = self._manifest(seq, step, reports)
+        return encode(self._draft).decode()
 
     def commit(self, seq: int, step: int, reports: list[Message]) -> None:
-        """Raises OSError, InDoubt or OwnerError, as `Coordinator` expects."""
-        attempt = AttemptId(self.info.epoch, seq, step)
-        shards = _SHARDS.validate_python(
-            [{name: report[name] for name in ShardRecord.model_fields} for report in reports]
-        )
-        manifest = Manifest(
-            identity=self.info.identity, session=self.info.session, epoch=self.info.epoch, seq=seq, attempt=attempt.text,
-            parent=self._head, ancestors=self._ancestors, step=step, world_size=self._world_size, framework=self._framework,
-            boundary=self.boundary_kind, tag=self.tags.pop(seq, None), created=time.time(), software=self._software,
-            bases=bases_of(shards), shards=shards,
-        )  # fmt: skip
+        """Raises OSError, InDoubt or OwnerError, as `Coordinator.wrote` takes them."""
+        draft, self._draft = self._draft, None
+        manifest = draft if draft is not None and draft.seq == seq else self._manifest(seq, step, reports)
         self.owner.check()
         self._manager.commit(manifest)
         if self._known is not None:
@@ -116,18 +112,27 @@ class Committer:
             self._ancestors = [self._head, *self._ancestors][:MOST_ANCESTORS]
         self._head = manifest.ref
 
-    def retire(self, announce: Callable[[Message], None]) -> None:
-        """Removes what retention no longer keeps, branch records that a newer commit has made history, and frozen
-        parameters that no checkpoint refers to.
+    def _manifest(self, seq: int, step: int, reports: list[Message]) -> Manifest:
+        attempt = AttemptId(self.info.epoch, seq, step)
+        shards = _SHARDS.validate_python(
+            [{name: report[name] for name in ShardRecord.model_fields} for report in reports]
+        )
+        return Manifest(
+            identity=self.info.identity, session=self.info.session, epoch=self.info.epoch, seq=seq, attempt=attempt.text,
+            parent=self._head, ancestors=self._ancestors, step=step, world_size=self._world_size, framework=self._framework,
+            boundary=self.boundary_kind, tag=self.tags.pop(seq, None), created=time.time(), software=self._software,
+            places=self.info.places if len(self.info.places) > 1 else None, bases=bases_of(shards), shards=shards,
+        )  # fmt: skip
 
-        Shards of this session are left to the ranks that wrote them, who may reuse them: it is announced to them once
-        the manifest is gone for good. Those of earlier sessions are removed here, since nothing knows which queued
-        writes may still reach them.
+    def retire(self, withdrawn: Callable[[AttemptId], None]) -> None:
+        """Removes the manifests that retention no longer keeps, and branch records that a newer commit has made history.
+
+        Raises OSError, InDoubt or OwnerError; `withdrawn` is told of each manifest that is gone for good here.
         """
         with self._lock:
-            self._retire(announce)
+            self._retire(withdrawn)
 
-    def _retire(self, announce: Callable[[Message], None]) -> None:
+    def _retire(self, withdrawn: Callable[[AttemptId], None]) -> None:
         if self._known is None:
             self._known = self._manager.inventory().light()
         inventory = self._known
@@ -140,39 +145,53 @@ class Committer:
             try:
                 self._manager.withdraw(attempt)
             except InDoubt:
-                self._doubted.append(inventory.manifests.pop(seq))  # a flush that failed is not tried again
+                self._returning[attempt] = inventory.manifests.pop(seq)  # a flush that failed is not tried again
                 raise
-            del inventory.manifests[seq]
-            if self._of_this_session(attempt):
-                self._announced.append(attempt)
-                announce({"t": "retired", "epoch": attempt.epoch, "seq": attempt.seq, "step": attempt.step})
-            else:
-                self._manager.collect(attempt)
+            self._returning[attempt] = inventory.manifests.pop(seq)
+            withdrawn(attempt)
         self._ancestors = [ref for ref in self._ancestors if ref.seq not in gone]
         kept = lineage[: self._keep_last]
         if len(kept) == self._keep_last:
             for seq in [seq for seq in inventory.branches if seq < kept[-1].seq]:
                 self._manager.remove_branch(seq)
                 del inventory.branches[seq]
-        self._remove_bases(inventory)
 
-    def _remove_bases(self, inventory: Inventory) -> None:
-        """None as long as there may be references that are not known: in a damaged manifest, or in one whose removal by an
+    def collect_old(self, attempt: AttemptId) -> None:
+        """Shards of this session are left to the ranks that wrote them, who may reuse them. Those of earlier sessions are
+        removed here, since nothing knows which queued writes may still reach them.
+        """
+        with self._lock:
+            self._returning.pop(attempt, None)
+        if attempt.epoch == self.info.epoch:
+            self._announced.append(attempt)
+        else:
+            self.owner.check()
+            self._manager.collect(attempt)
+
+    def unneeded(self) -> list[str]:
+        """Bases that no checkpoint refers to, or ever will; each is named once. Raises OSError.
+
+        None as long as there may be references that are not known: in a damaged manifest, or in one whose removal by an
         earlier session could not be flushed.
         """
-        referring = [*inventory.manifests.values(), *self._doubted]
-        self._bases_are_used |= bool(inventory.bases) or any(manifest.bases for manifest in referring)
-        returning = any(attempt.epoch < self.info.epoch for attempt in inventory.unfinished)
-        if not self._bases_are_used or inventory.damaged or returning or self._head is None:
-            return
-        for base in unneeded_bases(self._manager.bases(), referring, below=self._head.seq):
-            if base not in self._bases_tried:
-                self._bases_tried.add(base)
-                self.owner.check()
-                self._manager.remove_base(base)
+        with self._lock:
+            inventory, head = self._known, self._head
+            if inventory is None or head is None:
+                return []
+            referring = [*inventory.manifests.values(), *self._returning.values()]
+            self._bases_are_used |= bool(inventory.bases) or any(manifest.bases for manifest in referring)
+            unknown = inventory.damaged or any(attempt.epoch < self.info.epoch for attempt in inventory.unfinished)
+            if not self._bases_are_used or unknown:
+                return []
+            found = unneeded_bases(self._manager.bases(), referring, below=head.seq)
+            found = [base for base in found if base not in self._bases_named]
+            self._bases_named.update(found)
+            return found
 
-    def _of_this_session(self, attempt: AttemptId) -> bool:
-        return attempt.epoch == self.info.epoch
+    def remove_bases(self, bases: Iterable[str]) -> None:
+        for base in bases:
+            self.owner.check()
+            self._manager.remove_base(base)
 
     def close(self) -> None:
         """REQUIRES: all ranks have left, or are given up. What they did not take of retired attempts is removed."""
@@ -197,121 +216,111 @@ def start_coordinator(
         keep_last=keep_last, keep_every_n_steps=keep_every_n_steps,
     )  # fmt: skip
     logic = Coordinator(
-        transport.world_size, timeout_s=timeout_s, on_failure=on_failure, raise_after=raise_after, now=time.monotonic()
-    )
-    coordinator = CoordinatorThread(
-        logic, send=transport.announce, commit=committer.commit, retire=lambda: committer.retire(transport.announce)
-    )
-    return committer, coordinator
+        transport.world_size, timeout_s=timeout_s, on_failure=on_failure, raise_after=raise_after, now=time.monotonic(),
+        keepers=[place[0] for place in info.places[1:]],
+    )  # fmt: skip
+    return committer, CoordinatorThread(logic, committer, transport.announce)
+
+
+def start_keeper(participant: Participant, manager: CheckpointMetadataManager, owner: Owner, info: SessionInfo) -> None:
+    """The part of another keeper than rank 0, from `open_session` on, until the participant is closed."""
+    participant.keep(KeeperThread(Keeper(participant.rank, manager, owner, info), participant.post))
 
 
 def open_session(
-    env: Any, root: str, participant: Participant, *, file_mode: int, dir_mode: int, who: str, mock: bool = False
-) -> tuple[SessionInfo, CheckpointMetadataManager, Owner | None]:
-    """All ranks together. Rank 0 makes the directory, takes the lock and collects leftovers; the others check that
-    they see the same directory. Raises OwnerError or DirectoryError on every rank alike.
+    env: Any, root: str, participant: Participant, *, file_mode: int, dir_mode: int, who: str, fresh: bool = False,
+    mock: bool = False,
+) -> tuple[SessionInfo, CheckpointMetadataManager, Owner | None]:  # fmt: skip
+    """All ranks together. Who shares a directory finds out that it does; the lowest rank of each place takes the lock,
+    brings what is committed elsewhere, and collects leftovers. Raises OwnerError or DirectoryError on every rank alike.
 
-    With `mock`, each rank's Env is a directory of its own that nothing was ever in: the others make theirs too.
+    With `mock`, each rank's Env is a directory of its own that nothing was ever in and nothing will be.
     """
     manager = CheckpointMetadataManager(env, root, file_mode=file_mode)
-    held: list[Owner] = []
-
-    def decide(_: list[Any]) -> dict[str, Any]:
-        info, owner = claim(env, root, manager, file_mode=file_mode, dir_mode=dir_mode, who=who)
-        held.append(owner)
-        return {name: getattr(info, name) for name in SessionInfo.__slots__}
-
+    modes = {"file_mode": file_mode, "dir_mode": dir_mode}
+    rank = participant.rank
+    places = [list(range(participant.world_size))] if mock else find_places(env, root, participant, **modes)
+    ranks = next(place for place in places if rank in place)
+    place = Place(env, root, manager, ranks=ranks, who=who, **modes) if rank == ranks[0] else None
     try:
-        info = SessionInfo(**participant.agree("open the checkpoint directory", None, decide))
-        problem = None
-        try:
-            if mock and participant.rank > 0:
-                _make_dirs(env, root, dir_mode)
+        plan = _plan(participant, place, root, fresh=fresh)
+        texts: dict[str, str] = {}
+        if plan.lacking:
+            given = _said(lambda: place.texts(plan) if place is not None else {})
+            texts = participant.agree("bring what is committed to all", given, _collected)
+        info = plan.info(places)
+        participant.apart = not info.shared
+
+        settled = _said(lambda: place.settle(plan, texts) if place is not None else [])
+        for why in participant.agree("settle the checkpoint directory", settled, _settled):
+            log.warning("%s", why)
+
+        def check() -> list[str]:
+            if mock and place is None:
+                make_dirs(env, root, dir_mode)
                 manager.write_identity(Identity(identity=info.identity))
             _check_directory(env, root, manager, info)
-        except (OSError, DamageError) as error:
-            problem = str(error)
+            return []
 
-        def all_see(problems: list[str | None]) -> None:
-            bad = [f"rank {rank}: {text}" for rank, text in enumerate(problems) if text]
-            if bad:
-                raise DirectoryError("; ".join(bad))
-
-        participant.agree("see the same checkpoint directory", problem, all_see)
+        participant.agree("see the same checkpoint directory", _said(check), _settled)
     except BaseException:
-        for owner in held:
-            owner.release()
+        if place is not None:
+            place.release()
         raise
-    return info, manager, held[0] if held else None
+    return info, manager, place.owner if place is not None else None
 
 
-def claim(
-    env: Any, root: str, manager: CheckpointMetadataManager, *, file_mode: int, dir_mode: int, who: str
-) -> tuple[SessionInfo, Owner]:
-    """Rank 0's part of `open_session`: the directory is this session's now. Raises OwnerError or DirectoryError."""
-    doing = f"write in {root}"
+def _plan(participant: Participant, place: Place | None, root: str, *, fresh: bool) -> Plan:
+    def decide(votes: list[dict[str, Any]]) -> dict[str, Any]:
+        return as_tree(merge([found for found in _values(votes) if found is not None], root, fresh=fresh))
+
+    seen = _said(lambda: place.look() if place is not None else None)
+    return as_plan(participant.agree("open the checkpoint directory", seen, decide))
+
+
+def _said(action: Callable[[], Any]) -> dict[str, Any]:
     try:
-        _make_dirs(env, root, dir_mode)
-        doing = f"read the records in {root}"
-        before = manager.inventory()
-        doing = f"write in {root}"
-        session = uuid.uuid4().hex
-        owner = Owner(env, root, session, last_epoch=before.last_epoch, file_mode=file_mode, who=who)
-    except OSError as error:
-        raise DirectoryError(f"rank 0 cannot {doing}: {error}") from error
-    try:
-        # Read again under the lock: the former owner may have committed between the first look and its end.
-        inventory = manager.inventory()
-        try:
-            identity = manager.read_identity()
-        except FileNotFoundError:
-            identity = Identity(identity=uuid.uuid4().hex)
-            manager.write_identity(identity)
-        manager.collect_leftovers(inventory)
-        return SessionInfo(session, identity.identity, owner.epoch, inventory.last_seq + 1, inventory.empty), owner
-    except DamageError as error:
-        owner.release()
-        raise DirectoryError(str(error)) from error
-    except BaseException:
-        owner.release()
-        raise
+        return {"value": action()}
+    except (LayerwiseError, OSError) as error:
+        return {"error": describe_error(error)}
 
 
-# Of a flush of a directory above ours: we may not read it (so nothing in it is ours), or its kind has no flush.
-_NOT_OURS = {errno.EACCES, errno.EPERM, errno.EINVAL, errno.EROFS, errno.EOPNOTSUPP}
+def _values(votes: list[dict[str, Any]]) -> list[Any]:
+    """Raises the first rank's error as it is."""
+    for vote in votes:
+        if "error" in vote:
+            raise rebuild_error(vote["error"])
+    return [vote["value"] for vote in votes]
 
 
-def _make_dirs(env: Any, root: str, mode: int) -> None:
-    """Makes `root` and what is missing above it, and flushes all names on the way there.
+def _collected(votes: list[dict[str, Any]]) -> dict[str, str]:
+    return {name: text for given in _values(votes) for name, text in given.items()}
 
-    Those that are there already too: a start that made them may have died, or failed, before they were durable.
+
+def _settled(votes: list[dict[str, Any]]) -> list[str]:
+    bad = [f"rank {rank}: {vote['error']['message']}" for rank, vote in enumerate(votes) if "error" in vote]
+    if bad:
+        raise DirectoryError("; ".join(bad))
+    return [why for vote in votes for why in vote["value"]]
+
+
+def follow(
+    participant: Participant, committer: Committer | None, head: ParentRef | None, branch_seq: int | None
+) -> list[str]:
+    """All ranks together: the next commit continues from `head`. With `branch_seq`, a branch record makes that durable, in
+    every place, before it returns. Raises OSError, InDoubt or OwnerError on every rank.
+
+    Returns the bases that `head` refers to, which are there and stay as long as checkpoints refer to them.
     """
-    missing = []
-    path = root
-    while True:
-        try:
-            kind, _ = env.stat(path)
-            if kind == "link":
-                kind = env.stat(os.path.join(path, "."))[0]
-            if kind != "dir":
-                raise DirectoryError(f"{path} is not a directory")
-            break
-        except FileNotFoundError:
-            missing.append(path)
-            path = os.path.dirname(path)
-    while path != (parent := os.path.dirname(path)):
-        try:
-            env.sync_dir(parent)
-        except OSError as error:
-            if error.errno not in _NOT_OURS:
-                raise
-        path = parent
-    for path in reversed(missing):
-        try:
-            env.make_dir(path, mode)
-        except FileExistsError:
-            pass
-        env.sync_dir(os.path.dirname(path))
+
+    def decide(_: list[Any]) -> tuple[str | None, list[str]]:
+        return committer.follow(head, branch_seq) if committer is not None else (None, [])
+
+    text, bases = participant.agree("continue the lineage", None, decide)
+    if text is not None and participant.apart:
+        kept = _said(lambda: participant.keep_branch(text))
+        participant.agree("continue the lineage everywhere", kept, _values)
+    return list(bases)
 
 
 def _check_directory(env: Any, root: str, manager: CheckpointMetadataManager, info: SessionInfo) -> None:
@@ -319,7 +328,7 @@ def _check_directory(env: Any, root: str, manager: CheckpointMetadataManager, in
         found = manager.read_identity().identity
     except FileNotFoundError:
         raise DirectoryError(
-            f"{os.path.join(root, layout.IDENTITY)}, which rank 0 made, is not there: is a mount missing?"
+            f"{os.path.join(root, layout.IDENTITY)}, which was made for all ranks, is not there: is a mount missing?"
         ) from None
     if found != info.identity:
         raise DirectoryError(

@@ -28,6 +28,7 @@ BASES = "base"  # folder of the folders of frozen parameters, each named after t
 _STEP_DIR = re.compile(r"step_(\d{10})-([0-9a-f]{8})([0-9a-f]{8})\Z")
 _SHARD = re.compile(r"rank_(\d{5})\.safetensors(\.partial)?\Z")
 _BRANCH = re.compile(r"branch_(\d{10})\.json(\.tmp)?\Z")
+_PROBE = re.compile(r"probe_[0-9a-f]{32}_\d{5}\Z")
 _SPARE = re.compile(r"spare_[0-9a-f]{16}_\d{5}\Z")
 _BASE = re.compile(r"([0-9a-f]{8})([0-9a-f]{8})\Z")
 
@@ -110,6 +111,13 @@ def is_partial(name: str) -> bool:
     return match is not None and match[2] is not None
 
 
-def is_branch_tmp(name: str) -> bool:
-    match = _BRANCH.match(name)
-    return match is not None and match[2] is not None
+def probe_file(token: str, rank: int) -> str:
+    """What a rank makes for the others to look for, to find out who shares a directory; `token` is 32 hex digits."""
+    return f"probe_{token}_{rank:05d}"
+
+
+def is_leftover(name: str) -> bool:
+    """Names that may lie in the directory itself after a crash and mean nothing to the next session."""
+    branch = _BRANCH.match(name)
+    unfinished = branch is not None and branch[2] is not None
+    return unfinished or is_spare(name) or _PROBE.match(name) is not None or name == IDENTITY + ".tmp"

@@ -21,6 +21,7 @@ from typing import Any
 
 from layerwise_dist import _native
 from layerwise_dist.bench.light import LightRank, Switchboard
+from layerwise_dist.commit import places
 from layerwise_dist.commit.transports import links, rendezvous
 from layerwise_dist.commit.transports.store import over_tcp
 from layerwise_dist.errors import CommitError, LayerwiseError
@@ -96,6 +97,13 @@ def move_to(namespace: str) -> None:
     os.close(file)
 
 
+def start(transport: Any, spec: dict[str, Any], failure: Failure) -> LightRank:
+    return LightRank(
+        transport, spec["dir"], env=StagedEnv(failure.at), timeout_s=spec["timeout"], on_failure=spec["on_failure"],
+        raise_after=100, at=failure.at,
+    )  # fmt: skip
+
+
 def rank_main(rank: int, board: Switchboard, spec: dict[str, Any]) -> None:
     file = os.open(f"{spec['out']}/{rank}.jsonl", os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
 
@@ -105,19 +113,24 @@ def rank_main(rank: int, board: Switchboard, spec: dict[str, Any]) -> None:
     failure = Failure(spec, rank)
     if "namespace" in spec and rank == spec["ranks"] - 1:
         move_to(spec["namespace"])
+    node = spec["node_of"][rank] if "node_of" in spec else None
+    if node is not None:  # nodes are pretended: what tells them apart is patched, and each has a directory
+        places.place = lambda: f"node {node}"
+        spec = {**spec, "dir": f"{spec['dir']}-{node}"}
     if "silence" in spec:
         links._SILENCE_S = spec["silence"]
-    met = rendezvous.meet(rank, board.of(rank), 20.0)
+    met = rendezvous.meet(rank, board.of(rank), 20.0, where=None if node is None else str(node))
     transport = over_tcp(rank, spec["ranks"], met)
 
     def cut() -> None:
         transport._connections.call(lambda: [link.sock.shutdown(2) for link in transport._connections._links.values()])
 
     failure.cut = cut
-    light = LightRank(
-        transport, spec["dir"], env=StagedEnv(failure.at), timeout_s=spec["timeout"], on_failure=spec["on_failure"],
-        raise_after=100, at=failure.at,
-    )  # fmt: skip
+    try:
+        light = start(transport, spec, failure)
+    except LayerwiseError as error:
+        tell(refused=f"{type(error).__name__}: {error}")
+        return
     tell(start=light.start, pid=os.getpid())
     count, began = 0, time.monotonic()
     try:

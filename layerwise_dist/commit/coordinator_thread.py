@@ -1,0 +1,144 @@
+"""The thread on rank 0 that runs a `Coordinator`, and does what it says."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from layerwise_dist.commit.coordinator import (
+    Announce,
+    ComposeManifest,
+    Coordinator,
+    Output,
+    Retired,
+    RetireOld,
+    WriteManifest,
+)
+from layerwise_dist.commit.transports import Message
+from layerwise_dist.errors import OwnerError
+from layerwise_dist.storage.layout import AttemptId
+
+log = logging.getLogger("layerwise_dist")
+
+
+class Pen(Protocol):
+    """What is written for the coordinator (`session.Committer`). All may raise OSError, InDoubt or OwnerError."""
+
+    def compose(self, seq: int, step: int, reports: list[Message]) -> str: ...
+    def commit(self, seq: int, step: int, reports: list[Message]) -> None: ...
+
+    def retire(self, withdrawn: Callable[[AttemptId], None]) -> None:
+        """Removes the manifests that retention no longer keeps; tells of each that is gone durably."""
+        ...
+
+    def collect_old(self, attempt: AttemptId) -> None:
+        """What is left of it may go; ranks look after what they wrote in this session."""
+        ...
+
+    def unneeded(self) -> list[str]:
+        """Bases that no checkpoint refers to any more, each named once."""
+        ...
+
+    def remove_bases(self, bases: list[str]) -> None: ...
+
+
+def perform(coordinator: Coordinator, pen: Pen, send: Callable[[Message], None], output: Output) -> list[Output]:
+    """Does one thing that the coordinator said. What it says to that comes next."""
+    if isinstance(output, Announce):
+        send(output.message)
+    elif isinstance(output, WriteManifest):
+        problem: OSError | OwnerError | None = None
+        try:
+            pen.commit(output.seq, output.step, output.reports)
+        except (OSError, OwnerError) as error:
+            problem = error
+        return coordinator.wrote(output.seq, problem)
+    elif isinstance(output, ComposeManifest):
+        try:
+            return coordinator.composed(output.seq, pen.compose(output.seq, output.step, output.reports), None)
+        except (OSError, OwnerError) as error:
+            return coordinator.composed(output.seq, "", error)
+    elif isinstance(output, Retired):
+        attempt = output.attempt
+        send({"t": "retired", "epoch": attempt.epoch, "seq": attempt.seq, "step": attempt.step})
+        try:
+            pen.collect_old(attempt)
+        except (OSError, OwnerError) as error:
+            log.warning("leftovers of step %d stay until the next start: %s", attempt.step, error)
+        _remove_bases(pen, send)
+    elif isinstance(output, RetireOld):
+        gone: list[AttemptId] = []
+        try:
+            pen.retire(gone.append)
+        except (OSError, OwnerError) as error:
+            log.warning("an old checkpoint could not be removed: %s", error)
+        _remove_bases(pen, send)
+        return coordinator.withdrawn(gone)
+    return []
+
+
+def _remove_bases(pen: Pen, send: Callable[[Message], None]) -> None:
+    """Everywhere. One that is on other nodes only, since no checkpoint ever referred to it, stays until the next start."""
+    try:
+        if unneeded := pen.unneeded():
+            send({"t": "unneeded", "bases": unneeded})
+            pen.remove_bases(unneeded)
+    except (OSError, OwnerError) as error:
+        log.warning("frozen parameters that no checkpoint refers to stay until the next start: %s", error)
+
+
+class CoordinatorThread:
+    """From the constructor on, until `close`."""
+
+    def __init__(self, coordinator: Coordinator, pen: Pen, send: Callable[[Message], None]) -> None:
+        """`send(message)` reaches every rank, in order."""
+        self._coordinator, self._pen, self._send = coordinator, pen, send
+        self._inbox: queue.SimpleQueue[Message | queue.SimpleQueue[bool] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="layerwise-coordinator", daemon=True)
+        self._thread.start()
+
+    def post(self, message: Message) -> None:
+        self._inbox.put(message)
+
+    def quiet(self, timeout_s: float) -> None:
+        """Waits until all that was posted is done and nothing is waited for, at most `timeout_s` seconds."""
+        deadline = time.monotonic() + timeout_s
+        settled = False
+        while not settled and time.monotonic() < deadline:
+            answer: queue.SimpleQueue[bool] = queue.SimpleQueue()
+            self._inbox.put(answer)
+            try:
+                settled = answer.get(timeout=max(0.01, deadline - time.monotonic()))
+            except queue.Empty:
+                return
+            if not settled:
+                time.sleep(0.005)
+
+    def close(self, timeout_s: float) -> None:
+        self._inbox.put(None)
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while True:
+            message = self._next()
+            if message is None:
+                return
+            if isinstance(message, queue.SimpleQueue):
+                message.put(self._coordinator.settled)
+            elif message:
+                self._do(self._coordinator.handle(message, time.monotonic()))
+            self._do(self._coordinator.tick(time.monotonic()))
+
+    def _next(self) -> Any:
+        try:
+            return self._inbox.get(timeout=0.2 if not self._coordinator.idle else 5.0)
+        except queue.Empty:
+            return {}
+
+    def _do(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            self._do(perform(self._coordinator, self._pen, self._send, output))

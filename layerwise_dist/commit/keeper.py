@@ -1,0 +1,123 @@
+"""What is kept in a directory that rank 0 does not see: manifests, by the lowest rank of those that share it."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from typing import Any
+
+from layerwise_dist.commit.metadata import Branch, CheckpointMetadataManager, Manifest, decode
+from layerwise_dist.commit.opening import SessionInfo
+from layerwise_dist.commit.owner import Owner
+from layerwise_dist.commit.transports import Message
+from layerwise_dist.errors import DamageError, OwnerError
+from layerwise_dist.storage.layout import AttemptId
+
+log = logging.getLogger("layerwise_dist")
+
+HEARS = ("prepare", "publish", "aborted", "withdraw", "retired", "unneeded")
+
+
+class Keeper:
+    """Does what the coordinator asks of keepers, one thing after the other."""
+
+    def __init__(self, rank: int, manager: CheckpointMetadataManager, owner: Owner, info: SessionInfo) -> None:
+        self.rank, self.owner = rank, owner
+        self._manager, self._info = manager, info
+        self._prepared: set[int] = set()
+
+    def handle(self, message: Message) -> Message | None:
+        """The answer, for what is asked; what is told needs none."""
+        kind = message["t"]
+        if kind == "aborted":
+            self._drop(message["seq"], message["step"])
+        elif kind == "retired":
+            self._collect(AttemptId(message["epoch"], message["seq"], message["step"]))
+        elif kind == "unneeded":
+            self._remove_bases(message["bases"])
+        else:
+            error = self._tried(kind, message)
+            place = {"batch": message["batch"]} if kind == "withdraw" else {"seq": message["seq"]}
+            return {"t": "kept", "what": kind, "rank": self.rank, "error": error, **place}
+        return None
+
+    def keep_branch(self, text: str) -> None:
+        """A roll-back, or a fresh start, as rank 0 wrote it. Raises OSError, InDoubt or OwnerError."""
+        self.owner.check()
+        self._manager.write_branch(decode(text.encode(), Branch, "the branch record of rank 0"))
+
+    def _tried(self, kind: str, message: Message) -> str | None:
+        try:
+            self.owner.check()
+            if kind == "prepare":
+                manifest = decode(message["manifest"].encode(), Manifest, "the manifest of rank 0")
+                self._prepared.add(manifest.seq)
+                self._manager.prepare(manifest)
+            elif kind == "publish":
+                self._manager.publish(self._attempt(message["seq"], message["step"]))
+                self._prepared.discard(message["seq"])
+            else:
+                self._withdraw([AttemptId(*each) for each in message["attempts"]])
+        except (OSError, OwnerError, DamageError) as error:
+            return str(error)[:2000]
+        return None
+
+    def _withdraw(self, attempts: list[AttemptId]) -> None:
+        for attempt in attempts:
+            self._manager.withdraw(attempt)
+        # A roll-back before a commit that is history is history too.
+        self._manager.remove_branches(max(attempt.seq for attempt in attempts))
+
+    def _drop(self, seq: int, step: int) -> None:
+        """What was prepared is in the way of nothing but the folder's end."""
+        if seq in self._prepared:
+            self._prepared.discard(seq)
+            try:
+                self._manager.unprepare(self._attempt(seq, step))
+            except OSError as error:
+                log.warning("rank %d: leftovers of step %d stay until the next start: %s", self.rank, step, error)
+
+    def _collect(self, attempt: AttemptId) -> None:
+        """Ranks look after what they wrote in this session."""
+        if attempt.epoch != self._info.epoch:
+            try:
+                self.owner.check()
+                self._manager.collect(attempt)
+            except (OSError, OwnerError) as error:
+                log.warning("rank %d: leftovers of step %d stay: %s", self.rank, attempt.step, error)
+
+    def _remove_bases(self, bases: list[str]) -> None:
+        try:
+            for base in bases:
+                self.owner.check()
+                self._manager.remove_base(base)
+        except (OSError, OwnerError) as error:
+            log.warning("rank %d: frozen parameters that no checkpoint refers to stay: %s", self.rank, error)
+
+    def _attempt(self, seq: int, step: int) -> AttemptId:
+        return AttemptId(self._info.epoch, seq, step)
+
+
+class KeeperThread:
+    """Runs a Keeper; `post` takes its answers. It waits for its disk only."""
+
+    def __init__(self, keeper: Keeper, post: Any) -> None:
+        self.keeper, self._post = keeper, post
+        self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="layerwise-keeper", daemon=True)
+        self._thread.start()
+
+    def put(self, message: Message) -> None:
+        self._inbox.put(message)
+
+    def close(self, timeout_s: float) -> None:
+        self._inbox.put(None)
+        self._thread.join(timeout_s)
+        self.keeper.owner.release()
+
+    def _run(self) -> None:
+        while (message := self._inbox.get()) is not None:
+            answer = self.keeper.handle(message)
+            if answer is not None:
+                self._post(answer)

@@ -1,0 +1,252 @@
+"""The start of a session in one directory, and what several directories make together.
+
+A *place* is a directory with the ranks that share it; its lowest rank is its *keeper*. With a shared file system there is
+one place, kept by rank 0. With a disk in each node there are several, and a checkpoint exists if its manifest lies in any
+of them: what a crash left in some only is brought to the others here.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from layerwise_dist.commit.metadata import Branch, CheckpointMetadataManager, Identity, Manifest, decode
+from layerwise_dist.commit.owner import Owner
+from layerwise_dist.errors import DamageError, DirectoryError
+from layerwise_dist.storage import layout
+from layerwise_dist.storage.layout import AttemptId
+
+log = logging.getLogger("layerwise_dist")
+
+
+@dataclass(frozen=True, slots=True)
+class SessionInfo:
+    """What all ranks know of the session. `first_seq` is the seq of its first attempt; `places` are the ranks of each."""
+
+    session: str
+    identity: str
+    epoch: int
+    first_seq: int
+    empty: bool
+    places: list[list[int]]
+
+    @property
+    def shared(self) -> bool:
+        """Whether all ranks see one directory."""
+        return len(self.places) == 1
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What all keepers do. `kept`: attempts that nobody collects, since there may be a manifest of them somewhere.
+    `lacking`: (file name of a record, who has it, who has not).
+    """
+
+    session: str
+    identity: str
+    epoch: int
+    first_seq: int
+    empty: bool
+    kept: list[list[int]]
+    lacking: list[tuple[str, int, list[int]]]
+
+    def info(self, places: list[list[int]]) -> SessionInfo:
+        return SessionInfo(self.session, self.identity, self.epoch, self.first_seq, self.empty, places)
+
+
+class Place:
+    """A keeper's part. In order: `look`, `texts` if it is asked for some, `settle`; `release` if anything fails."""
+
+    def __init__(
+        self, env: Any, root: str, manager: CheckpointMetadataManager, *, ranks: Sequence[int], file_mode: int,
+        dir_mode: int, who: str,
+    ) -> None:  # fmt: skip
+        self._env, self._root, self._manager = env, root, manager
+        self._ranks, self._file_mode, self._dir_mode, self._who = list(ranks), file_mode, dir_mode, who
+        self.owner: Owner | None = None
+
+    def look(self) -> dict[str, Any]:
+        """Takes the directory, and says what is in it. Raises OwnerError or DirectoryError."""
+        doing = f"write in {self._root}"
+        try:
+            make_dirs(self._env, self._root, self._dir_mode)
+            self.owner = Owner(self._env, self._root, file_mode=self._file_mode, who=self._who)
+            doing = f"read the records in {self._root}"
+            found = self._manager.inventory()
+            doubtful = self._manager.flush_records(found)
+            try:
+                identity = self._manager.read_identity().identity
+            except FileNotFoundError:
+                identity = None
+        except DamageError as error:
+            raise DirectoryError(str(error)) from error
+        except DirectoryError:
+            raise
+        except OSError as error:
+            raise DirectoryError(f"rank {self._ranks[0]} cannot {doing}: {error}") from error
+        return {
+            "host": socket.gethostname(), "ranks": self._ranks, "identity": identity,
+            "epoch": max(self.owner.previous, found.last_epoch), "last_seq": found.last_seq, "empty": found.empty,
+            "manifests": [[m.epoch, m.seq, m.step] for m in found.manifests.values()], "branches": sorted(found.branches),
+            "doubtful": [[each.epoch, each.seq, each.step] for each in doubtful],
+        }  # fmt: skip
+
+    def texts(self, plan: Plan) -> dict[str, str]:
+        """The records that only this place can give to others, by name."""
+        mine = [name for name, holder, _ in plan.lacking if holder == self._ranks[0]]
+        return {name: self._manager.record_text(name) for name in mine}
+
+    def settle(self, plan: Plan, texts: dict[str, str]) -> list[str]:
+        """The directory is this session's now, holds every record that it can hold, and no leftovers of dead attempts.
+
+        Returns what could not be brought here. Raises OSError or DamageError.
+        """
+        assert self.owner is not None
+        self.owner.begin(plan.session, plan.epoch)
+        try:
+            self._manager.read_identity()
+        except FileNotFoundError:
+            self._manager.write_identity(Identity(identity=plan.identity))
+        wanting = []
+        for name, _, lacking in plan.lacking:
+            if self._ranks[0] in lacking and (why := self._bring(name, texts[name])) is not None:
+                wanting.append(why)
+        kept = {AttemptId(*each) for each in plan.kept}
+        self._manager.collect_leftovers(self._manager.inventory(), kept)
+        return wanting
+
+    def _bring(self, name: str, text: str) -> str | None:
+        """Writes a record of another place's here. A manifest only if its shards are here: else why not."""
+        if (seq := layout.parse_branch(name)) is not None:
+            self._manager.write_branch(decode(text.encode(), Branch, layout.branch_file(seq)))
+            return None
+        manifest = decode(text.encode(), Manifest, name)
+        for rank in self._ranks:
+            if (lost := self._lost(manifest, rank)) is not None:
+                return f"step {manifest.step} is not whole: rank {rank} has no {lost} on {socket.gethostname()}"
+        self._manager.prepare(manifest)
+        self._manager.publish(manifest.attempt_id)
+        return None
+
+    def _lost(self, manifest: Manifest, rank: int) -> str | None:
+        """Of the files that the manifest names for a rank, one that is not here in its size."""
+        files = {self._manager.shard_path(manifest, rank): -1}
+        if rank < manifest.world_size:
+            record = manifest.shards[rank]
+            files = {self._manager.shard_path(manifest, rank): record.nbytes}
+            if record.base is not None:
+                files[self._manager.base_path(record.base.attempt, rank)] = record.base.nbytes
+        for path, nbytes in files.items():
+            try:
+                if self._env.stat(path)[1] != nbytes:
+                    return path
+            except FileNotFoundError:
+                return path
+        return None
+
+    def release(self) -> None:
+        if self.owner is not None:
+            self.owner.release()
+
+
+def merge(found: list[dict[str, Any]], root: str, *, fresh: bool) -> Plan:
+    """What the places make together. Raises DirectoryError where they cannot be of one job's disks."""
+    identities = {each["identity"] for each in found if each["identity"] is not None}
+    if len(identities) > 1:
+        said = "; ".join(f"{_whose(each)}: {each['identity']}" for each in found if each["identity"] is not None)
+        raise DirectoryError(f"{root} holds checkpoints of different jobs ({said}): is a mount missing?")
+    manifests = {each[1]: each for place in found for each in sorted(place["manifests"])}
+    bare = [each for each in found if each["identity"] is None]
+    full = [each for each in found if not each["empty"]]
+    if bare and full and not fresh:
+        newest = max((each[2] for each in manifests.values()), default=0)
+        raise DirectoryError(
+            f"{'; '.join(map(_whose, bare))}: {root} holds nothing, and {'; '.join(map(_whose, full))}: checkpoints up to "
+            f"step {newest}. Was a disk replaced, or is a mount missing? Bring that node's directory back from a copy, or "
+            "start anew with attach(fresh=True)"
+        )
+    lacking = []
+    for attempt in manifests.values():
+        lacking.append((AttemptId(*attempt).folder, [place for place in found if attempt in place["manifests"]]))
+    for seq in sorted({seq for place in found for seq in place["branches"]}):
+        lacking.append((layout.branch_file(seq), [place for place in found if seq in place["branches"]]))
+    return Plan(
+        session=uuid.uuid4().hex,
+        identity=identities.pop() if identities else uuid.uuid4().hex,
+        epoch=max(each["epoch"] for each in found) + 1,
+        first_seq=max(each["last_seq"] for each in found) + 1,
+        empty=all(each["empty"] for each in found),
+        kept=[*manifests.values(), *(each for place in found for each in place["doubtful"])],
+        lacking=[
+            (name, have[0]["ranks"][0], [each["ranks"][0] for each in found if each not in have])
+            for name, have in lacking
+            if len(have) < len(found)
+        ],
+    )
+
+
+def _whose(found: dict[str, Any]) -> str:
+    ranks = found["ranks"]
+    return f"rank{'s' if len(ranks) > 1 else ''} {_spans(ranks)} on {found['host']}"
+
+
+def _spans(ranks: list[int]) -> str:
+    """``0-3, 8``"""
+    spans: list[list[int]] = []
+    for rank in ranks:
+        if spans and spans[-1][1] == rank - 1:
+            spans[-1][1] = rank
+        else:
+            spans.append([rank, rank])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def as_plan(tree: dict[str, Any]) -> Plan:
+    return Plan(**{**tree, "lacking": [tuple(each) for each in tree["lacking"]]})
+
+
+def as_tree(plan: Plan) -> dict[str, Any]:
+    return asdict(plan)
+
+
+# Of a flush of a directory above ours: we may not read it (so nothing in it is ours), or its kind has no flush.
+_NOT_OURS = {errno.EACCES, errno.EPERM, errno.EINVAL, errno.EROFS, errno.EOPNOTSUPP}
+
+
+def make_dirs(env: Any, root: str, mode: int) -> None:
+    """Makes `root` and what is missing above it, and flushes all names on the way there.
+
+    Those that are there already too: a start that made them may have died, or failed, before they were durable.
+    """
+    missing = []
+    path = root
+    while True:
+        try:
+            kind, _ = env.stat(path)
+            if kind == "link":
+                kind = env.stat(os.path.join(path, "."))[0]
+            if kind != "dir":
+                raise DirectoryError(f"{path} is not a directory")
+            break
+        except FileNotFoundError:
+            missing.append(path)
+            path = os.path.dirname(path)
+    while path != (parent := os.path.dirname(path)):
+        try:
+            env.sync_dir(parent)
+        except OSError as error:
+            if error.errno not in _NOT_OURS:
+                raise
+        path = parent
+    for path in reversed(missing):
+        try:
+            env.make_dir(path, mode)
+        except FileExistsError:
+            pass
+        env.sync_dir(os.path.dirname(path))
