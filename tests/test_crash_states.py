@@ -355,7 +355,7 @@ def test_a_base_stays_while_a_crash_may_bring_back_the_manifest_that_refers_to_i
     story = Story(env, frozen=True)
     story.session(1, 2, keep_last=1, at_step=merge_at(1))
     assert env.mutated == 1
-    env.mutation = Mutation("sync_dir", "*/step_*1-*", "collect_leftovers", forget=False)
+    env.mutation = Mutation("sync_dir", "*/step_*1-*", "flush_records", forget=False)
     if careless is not None:
         owner = Committer if careless == "retire" else CheckpointMetadataManager
         method = getattr(owner, careless)
