@@ -96,7 +96,7 @@ def test_what_is_swapped_to_nvme_is_saved_and_restored_bit_for_bit(zero: Warm, t
         built = build(tmp_path)
     if isinstance(built, str):
         pytest.skip(built)
-    cases = [*(NVME if long else NVME[1:2]), "nvme mutation"]
+    cases = [*(NVME if long else NVME[1:2]), "nvme mutation", "nvme full", "nvme saved"]
     for found in results(zero, tmp_path / "out", *cases, timeout=600 if long else 150):
         assert found == {case: [] for case in cases}
 
