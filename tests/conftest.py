@@ -20,7 +20,12 @@ import pytest
 from layerwise_dist.processes import kill_all
 
 JOBS = Path(__file__).parent / "jobs"
-DEEPSPEED = {"DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}  # environment of its jobs
+# The environment of DeepSpeed's jobs. What it compiles lies in this virtual environment: a DeepSpeed in another place
+# would compile it anew.
+DEEPSPEED = {
+    "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore", "TORCH_EXTENSIONS_DIR": f"{sys.prefix}/torch_extensions",
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # ninja may be in the virtual environment only
+}  # fmt: skip
 _TOKEN = "LAYERWISE_TEST_JOB"
 # torch looks up the names of the addresses that its stores hear from; a name server that loses one question in ten would
 # hold each of these jobs up for five seconds.

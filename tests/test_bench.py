@@ -104,7 +104,10 @@ def test_training_is_measured_under_each_way_to_checkpoint(
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
-def test_training_under_deepspeed_is_measured_against_its_own_saves(tmp_path: Path) -> None:
+def test_training_under_deepspeed_is_measured_against_its_own_saves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions")
     stage = random.choice([2, 3])
     asked = ("--deepspeed", stage, "--every", "1", "--modes", "layerwise,save-checkpoint,fast")
     found = quick(tmp_path, "train", *asked)

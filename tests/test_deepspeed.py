@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from conftest import DEEPSPEED, Warm
 
+from layerwise_dist.bench.deepspeed_modes import operator_is_built
+
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed (launch/setup.sh does it)", allow_module_level=True)
 
@@ -26,7 +28,8 @@ CASES = [
     "3-fp32-clip-accumulate2", "3-bf16-subgroups-inferred-accumulate2", "3-fp16-gather-base", "3-bf16-offloadall-sgd",
 ]  # fmt: skip
 IN_BACKWARD = [
-    "0-fp32-inbackward-accumulate2", "1-bf16-inbackward", "2-fp32-inbackward-recompute", "3-bf16-inbackward-accumulate2",
+    "0-fp32-inbackward-accumulate2", "1-bf16-inbackward", "2-fp32-inbackward-recompute",
+    "3-bf16-inbackward-accumulate2",
 ]  # fmt: skip
 MORE_IN_BACKWARD = [
     "0-fp32-sgd-recompute-inbackward", "0-fp32-inbackward-flat-inferred", "1-fp32-overlap-inbackward",
@@ -93,17 +96,13 @@ def test_what_is_swapped_to_nvme_is_saved_and_restored_bit_for_bit(zero: Warm, t
         built = build(tmp_path)
     if isinstance(built, str):
         pytest.skip(built)
-    cases = [*(NVME if long else NVME[1:2]), "nvme mutation"]
+    cases = [*(NVME if long else NVME[1:2]), "nvme mutation", "nvme full", "nvme saved"]
     for found in results(zero, tmp_path / "out", *cases, timeout=600 if long else 150):
         assert found == {case: [] for case in cases}
 
 
 def operator(name: str) -> bool:
-    """Whether DeepSpeed finds that operator built."""
-    from torch.utils.cpp_extension import get_default_build_root
-
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root()))
-    return any(root.glob(f"**/{name}/{name}.so"))
+    return operator_is_built(DEEPSPEED["TORCH_EXTENSIONS_DIR"], name)
 
 
 def build(folder: Path) -> bool | str:
@@ -112,11 +111,10 @@ def build(folder: Path) -> bool | str:
         "from deepspeed.ops.op_builder import AsyncIOBuilder as Op\n"
         "assert Op().is_compatible(), 'incompatible'\nOp().load()"
     )
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # ninja may be in the virtual environment only
     with open(folder / "build.log", "wb") as output:
         done = subprocess.run(
-            [sys.executable, "-c", code], env={**os.environ, **DEEPSPEED, "PATH": path}, timeout=1200,
-            stdout=output, stderr=subprocess.STDOUT,
+            [sys.executable, "-c", code], env={**os.environ, **DEEPSPEED}, timeout=1200, stdout=output,
+            stderr=subprocess.STDOUT,
         )  # fmt: skip
     if done.returncode == 0:
         return True

@@ -166,7 +166,7 @@ def test_the_example_starts_and_starts_again_under(
     if launcher == "mpirun.sh":
         if shutil.which("mpirun") is None or importlib.util.find_spec("mpi4py") is None:
             pytest.skip("mpirun or mpi4py is not installed (Debian: openmpi-bin; pip: mpi4py)")
-        ranks, variable, path = [RANKS], "OMPI_COMM_WORLD_RANK", os.environ["PATH"]
+        ranks, variable, path = [RANKS], "OMPI_COMM_WORLD_RANK", DEEPSPEED["PATH"]
     else:
         stubs = tmp_path / "bin"
         stubs.mkdir()
@@ -174,7 +174,7 @@ def test_the_example_starts_and_starts_again_under(
         (stubs / "scontrol").write_text("#!/bin/sh\necho localhost\n")
         for stub in stubs.iterdir():
             stub.chmod(0o755)
-        ranks, variable, path = [], "RANK", f"{stubs}:{os.environ['PATH']}"
+        ranks, variable, path = [], "RANK", f"{stubs}:{DEEPSPEED['PATH']}"
     slurm = {"SLURM_NTASKS": str(RANKS), "SLURM_JOB_NODELIST": "here", "SLURM_SUBMIT_DIR": str(ROOT)}
     job = start(
         ["bash", str(ROOT / "launch" / launcher), *map(str, [*ranks, *arguments, "--dir", tmp_path / "ckpt"])],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import time
@@ -129,6 +130,21 @@ class DecoupledSaveCheckpoint(FastSaveCheckpoint):
         super()._let_go()
 
 
+def operator_is_built(root: str, name: str) -> bool:
+    """Whether the installed DeepSpeed finds that operator built below `root`, and need not compile it for minutes.
+
+    Another DeepSpeed's would be compiled anew, and one whose compiler was killed is waited for without end.
+    """
+    found = importlib.util.find_spec("deepspeed")
+    if found is None or found.origin is None:
+        return False
+    sources = str(Path(found.origin).parent)
+    return any(
+        sources in (library.parent / "build.ninja").read_text() and not (library.parent / "lock").exists()
+        for library in Path(root).glob(f"**/{name}/{name}.so")
+    )
+
+
 def _stand_in_for_operators() -> None:
     """DeepSpeed's operators for the fast writer. Raises NotHere if the one for asynchronous I/O was not built before.
 
@@ -136,8 +152,8 @@ def _stand_in_for_operators() -> None:
     """
     from torch.utils.cpp_extension import get_default_build_root
 
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root()))
-    if not any(root.glob("**/async_io/async_io.so")):
+    root = os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root())
+    if not operator_is_built(root, "async_io"):
         raise NotHere("DeepSpeed's async_io operator is not built (libaio's header, then AsyncIOBuilder().load())")
     # It looks for ninja all the same, which may be in the virtual environment only.
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from kit import differences
 from zero_kit import STEPS, STOP, Job, Net, settings, trial
 
+import layerwise_dist as lwd
 import layerwise_dist.deepspeed as drop_in
 from layerwise_dist import errors
 from layerwise_dist.frameworks import deepspeed as room
@@ -53,6 +55,51 @@ def mutations(root: str) -> dict[str, bool]:
 def nvme_mutation(root: str) -> list[str]:
     """A mirror that is not copied behind the update is an older one, or zeros."""
     return [] if without(nvme.Zero3OnNvme, "_copy", "3-fp32-nvme", root) else ["not seen"]
+
+
+def nvme_full(root: str) -> list[str]:
+    """A disk without room for a state's mirrors: that checkpoint fails, training goes on, and the next is whole."""
+    original, made = nvme._in_a_file, []
+
+    def full(folder: str, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        made.append(numel)
+        # The two masters' come at attach(); those of the state at the first update, for each unit and once it is over.
+        if len(made) in (4, 5, 6):
+            raise OSError(28, "No space left on device", folder)
+        return original(folder, numel, dtype)
+
+    os.makedirs(root, exist_ok=True)
+    job = Job("3-fp32-nvme", 1, root)
+    losses = job.train(None, STEPS)
+    nvme._in_a_file = full
+    try:
+        job = Job("3-fp32-nvme", 1, root)
+        config = {"dir": f"{root}/full", "commit": {"timeout_s": 30.0, "raise_after": 3}}
+        with lwd.attach(job.engine, config=config) as ckpt:
+            found = [] if job.train(ckpt, STEPS) == losses else ["other losses"]
+    finally:
+        nvme._in_a_file = original
+    stats = ckpt.stats()
+    counts = stats["checkpoints_committed"], stats["checkpoints_aborted"]
+    return found + ([] if counts == (STEPS - 1, 1) else [f"{counts} committed and aborted, mirrors {made}"])
+
+
+def nvme_saved(root: str) -> list[str]:
+    """Saved when asked, behind an update that was not to be saved: read from DeepSpeed's swap files again."""
+    os.makedirs(root, exist_ok=True)
+    job = Job("3-fp32-nvme", 1, root)
+    losses = job.train(None, STEPS)
+    expected = job.contents()
+    config = {"dir": f"{root}/saved", "every_n_steps": None, "commit": {"timeout_s": 30.0}}
+    job = Job("3-fp32-nvme", 1, root)
+    with lwd.attach(job.engine, config=config) as ckpt:
+        job.train(None, STOP)
+        ckpt.save("asked")
+    job = Job("3-fp32-nvme", 2, root)
+    with lwd.attach(job.engine, config=config) as ckpt:
+        ckpt.restore(tag="asked")
+        found = [] if job.train(None, STEPS - STOP) == losses[STOP:] else ["losses"]
+    return found + differences(job.contents(), expected)
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------
@@ -339,5 +386,6 @@ def from_deepspeeds_own(root: str) -> list[str]:
 CHECKS: dict[str, Callable[[str], Any]] = {
     "refusals": refusals, "window": window_in_two, "stages": other_stage, "block": block_in_ds_config,
     "calls": calls, "from DeepSpeed's own": from_deepspeeds_own, "regrouped": regrouped, "mutations": mutations,
-    "nvme mutation": nvme_mutation, "in backward": in_backward, "in backward mutation": in_backward_mutation,
+    "nvme mutation": nvme_mutation, "nvme full": nvme_full, "nvme saved": nvme_saved,
+    "in backward": in_backward, "in backward mutation": in_backward_mutation,
 }  # fmt: skip

@@ -11,6 +11,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -68,14 +69,17 @@ class Zero3OnNvme(Zero3):
         if number in self._swapped:
             self._stale.add(number)
             if wanted:
-                self._copy(number)
+                with suppress(OSError):  # no room for the mirror: `gather` meets it again, where it ends the checkpoint
+                    self._copy(number)
 
     def gather(self) -> None:
         """Reads what changed and was not copied then from its swap files. Not while an update runs."""
         for number in sorted(self._stale):
             self.wrapper._optimizer_states_and_gradient_swap_in(number)
-            self._copy(number)
-            self.wrapper._release_swap_buffers(number)
+            try:
+                self._copy(number)
+            finally:
+                self.wrapper._release_swap_buffers(number)
 
     def _copy(self, number: int) -> None:
         with torch.no_grad():

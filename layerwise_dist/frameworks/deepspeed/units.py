@@ -67,7 +67,9 @@ class Units:
                 number = self._numbers.get(id(unit))
                 if number is None or self.live(number) is not unit:
                     self._numbers = {id(self.live(number)): number for number in range(len(self.groupings()))}
-                    number = self._numbers[id(unit)]
+                    number = self._numbers.get(id(unit))
+                if number is None:
+                    raise UnsupportedError("the optimizer updates a tensor that it did not hold at attach()")
                 found.append(number)
         return found
 
