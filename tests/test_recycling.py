@@ -224,7 +224,7 @@ def test_files_of_an_earlier_session_are_never_reused(tmp_path: Path, monkeypatc
         recycler.published(attempt, 4096)
         retire(recycler, attempt)
 
-    monkeypatch.setattr(Committer, "_of_this_session", lambda committer, attempt: True)
+    monkeypatch.setattr(Committer, "collect_old", lambda committer, attempt: committer._announced.append(attempt))
     monkeypatch.setattr(Recycler, "retire", trusting)
     with pytest.raises(AssertionError, match="does not verify|damaged|not what rank"):
         late_writes(tmp_path / "trusting", spares_from=3)

@@ -8,12 +8,13 @@
 #
 # Needs Debian or Ubuntu: the kernel is downloaded by apt-get and unpacked below build/vm, never installed. Programs that
 # are missing are installed by apt-get when root runs this. Where that is not possible it prints "SKIP: <why>" and
-# succeeds. LAYERWISE_VM_TIMEOUT is the deadline of the machine in seconds (300).
+# succeeds. LAYERWISE_VM_TIMEOUT is the deadline of the machine in seconds (900: it is emulated, and
+# the Python tests run beside it).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export PATH=$PATH:/usr/sbin:/sbin  # mke2fs, depmod: for users whose PATH leaves them out
 vm=build/vm
-timeout_s=${LAYERWISE_VM_TIMEOUT:-300}
+timeout_s=${LAYERWISE_VM_TIMEOUT:-900}
 qemu=
 work=
 
