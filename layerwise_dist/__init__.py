@@ -5,6 +5,8 @@
     for step in ckpt.steps(total):
         ...
     ckpt.close()
+
+docs/guide.md tells the rest.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports torch only when something that needs it is asked for: the command line starts in a fraction of the time."""
+    """Imports torch only when something that needs it is asked for: the command line starts much faster."""
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib

@@ -53,7 +53,9 @@ class PosixEnv(Env):
     def __init__(self) -> None: ...
 
 class MockEnv(Env):
-    """Touches no disk: keeps names and records, and counts what of shards would be written (csrc/include/layerwise/mock_env.h)."""
+    """Touches no disk: keeps names and records, and counts what of shards would be written
+    (csrc/include/layerwise/mock_env.h).
+    """
 
     def __init__(self) -> None: ...
     @property

@@ -92,7 +92,8 @@ def common_block(engines: Sequence[Any]) -> Any:
     blocks = [block for block in map(config_block, engines) if block is not None]
     if any(block != blocks[0] for block in blocks):
         raise ConfigError(
-            "the engines' ds_configs have different layerwise_checkpoint blocks: give a block to one, or the same to all"
+            "the engines' ds_configs have different layerwise_checkpoint blocks: give a block to one, or the "
+            "same to all"
         )
     return blocks[0] if blocks else None
 
@@ -141,15 +142,22 @@ def assemble(
         closers.append(objects.detach)
         who = f"pid {os.getpid()} on {socket.gethostname()}"
         info, manager, owner = open_session(
-            env, config.path, participant, file_mode=config.file_bits, dir_mode=config.dir_bits, who=who,
-            fresh=fresh, mock=config.mode == "mock",
+            env,
+            config.path,
+            participant,
+            file_mode=config.file_bits,
+            dir_mode=config.dir_bits,
+            who=who,
+            fresh=fresh,
+            mock=config.mode == "mock",
         )
         committer = coordinator = None
         if owner is not None:
             closers.append(owner.release)
         if not info.shared and (found.shared_params or found.shared_buffers):
             raise UnsupportedError(
-                f"{config.path} is not one directory but {len(info.places)} (of ranks {str(info.places)[:80]}): under {found.name} "
+                f"{config.path} is not one directory but {len(info.places)} (of ranks {str(info.places)[:80]}): "
+                f"under {found.name} "
                 "ranks read what others wrote, so all must see one directory. Where each rank writes all that it needs "
                 "(plain, FSDP2 with full shards) disks of the nodes will do"
             )

@@ -49,20 +49,26 @@ class Attempts:
         return self._seq - 1
 
     def look(self, *, sealing: bool = False) -> Survey:
-        """What there is now; `sealing`: at the boundary of a capture that is open. Raises UnsupportedError, ConfigError."""
+        """What there is now; `sealing`: at the boundary of a capture that is open.
+
+        Raises UnsupportedError, ConfigError.
+        """
         return self._surveyor.look(self._copying, sealing=sealing)
 
     def copy(self, names: set[str]) -> None:
-        """These tensors are no base's, though no optimizer updates them: from now on they are copied at the boundary."""
+        """These tensors are no base's, though no optimizer updates them: they are copied at the boundary now."""
         if names:
             self._copying |= names
             log.info(
-                "rank %d: %s changed at two checkpoints in a row: from now on copied at the boundary, with each of them",
+                "rank %d: %s changed at two checkpoints in a row: from now on copied at the boundary, with each "
+                "of them",
                 self._rank, ", ".join(sorted(names)),
             )  # fmt: skip
 
     def steady(self) -> Survey | None:
-        """What there is, if all of it is where the last attempt found it: a capture can begin before the update is over."""
+        """What there is, if all of it is where the last attempt found it: a capture can begin before the update is
+        over.
+        """
         found = self.look() if self._last is not None else None
         return found if found is self._last else None
 

@@ -13,7 +13,8 @@ loader
     from before a grad-enabled training forward; an evaluation's loader never is, since a `for` lets go of its iterator
     when it ends.
 call
-    `ckpt.save()`: the iteration, if it has updated, ends there. In explicit loops only between `end_step()` and the next.
+    `ckpt.save()`: the iteration, if it has updated, ends there. In explicit loops only between `end_step()` and the
+    next.
 inferred
     Everything else: the next training forward after an update, with the random numbers as of the update. Exact only if
     the loop draws nothing between the update and its end; warned of once.
@@ -123,8 +124,8 @@ class Boundary:
     def explicit(self, *, restored_in_loop: bool = False) -> None:
         """Say that this loop will call `end_step()`: needed only if its first iteration updates more than once.
 
-        With `restored_in_loop` what follows restore() is what follows end_step(), a batch drawn by hand say, so that random
-        numbers can be put back by restore() itself, unless an attached loader tells better.
+        With `restored_in_loop` what follows restore() is what follows end_step(), a batch drawn by hand say, so that
+        random numbers can be put back by restore() itself, unless an attached loader tells better.
         """
         self._check_thread("explicit()")
         self._explicit, self._in_loop = True, restored_in_loop and not self._taps
@@ -324,9 +325,7 @@ class Boundary:
         self._on_boundary(mark)
         return mark
 
-    def _make_mark(
-        self, kind: Kind | Literal["close"], at: tuple[str, ...], step: int
-    ) -> tuple[BoundaryMark, Kind]:
+    def _make_mark(self, kind: Kind | Literal["close"], at: tuple[str, ...], step: int) -> tuple[BoundaryMark, Kind]:
         closing = kind == "close"
         resume: Kind = (
             ("explicit" if self._explicit else self._kind or ("loader" if self._in_for() else "inferred"))

@@ -53,7 +53,8 @@ class CommitConfig(_Strict):
     transport: Literal["auto", "store", "mpi"] = Field(
         "auto",
         description="How ranks exchange messages. store: TCP connections of its own, found over torch.distributed; "
-        "mpi: an MPI communicator of its own; auto: store where torch.distributed is initialised, else mpi under mpirun.",
+        "mpi: an MPI communicator of its own; auto: store where torch.distributed is initialised, else mpi "
+        "under mpirun.",
     )
     timeout_s: float = Field(300.0, gt=0, description="Deadline of every wait for another rank, seconds.")
     on_failure: Literal["warn", "raise"] = Field(
@@ -66,7 +67,9 @@ class PreemptionConfig(_Strict):
     enabled: bool = Field(
         False, description="On SIGTERM of any rank all ranks commit one common step and leave; else it is left alone."
     )
-    grace_s: float = Field(25.0, gt=0, description="Seconds from the signal in which the process leaves, whatever happens.")
+    grace_s: float = Field(
+        25.0, gt=0, description="Seconds from the signal in which the process leaves, whatever happens."
+    )
     exit_code: int = Field(143, ge=0, le=255, description="Exit code of a process that leaves so; 143 is SIGTERM's.")
 
 
@@ -99,7 +102,8 @@ class LayerwiseConfig(_Strict):
         "step.",
     )
     pool_mb: Literal["auto"] | int = Field(
-        "auto", description="Memory for bounce buffers, evacuation and staging, MiB, 8 or more; auto: logged once known."
+        "auto",
+        description="Memory for bounce buffers, evacuation and staging, MiB, 8 or more; auto: logged once known.",
     )
     hash: bool = Field(True, description="false: data is written without hashes, so damage to it cannot be found.")
     fence_timeout_s: float = Field(60.0, gt=0, description="Longest wait of an update for the writes of its tensors.")

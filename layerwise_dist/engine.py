@@ -48,8 +48,8 @@ log = logging.getLogger("layerwise_dist")
 
 @dataclass(slots=True)
 class _Update:
-    """One update of an optimizer. `again`: an earlier one of this iteration has opened the attempt already. `layers`: the
-    only ones that it can change, or None.
+    """One update of an optimizer. `again`: an earlier one of this iteration has opened the attempt already. `layers`:
+    the only ones that it can change, or None.
     """
 
     again: bool
@@ -83,8 +83,10 @@ class LayerwiseEngine(SaveAndRestore, Together):
         self._statistics = Statistics()
         self._thread = threading.get_ident()
         self._scheduler = LayerwiseCheckpointScheduler(
-            every_n_steps=config.every_n_steps, batch_bytes=BLOCKS_A_BATCH * config.writer.block_kb << 10, when_full=config.when_full,
-            wait_s=config.fence_timeout_s, room=lambda timeout_s: participant.wait_room(config.max_in_flight, timeout_s),
+            every_n_steps=config.every_n_steps, batch_bytes=BLOCKS_A_BATCH * config.writer.block_kb << 10,
+            when_full=config.when_full,
+            wait_s=config.fence_timeout_s,
+            room=lambda timeout_s: participant.wait_room(config.max_in_flight, timeout_s),
         )  # fmt: skip
         self._surveyor = Surveyor(framework, optimizer, config.capture, self._scheduler.arrange)
         self._attempts = Attempts(
@@ -152,7 +154,8 @@ class LayerwiseEngine(SaveAndRestore, Together):
     def explicit(self, *, restored_in_loop: bool = False) -> None:
         """Says before the loop that it will call `end_step()`, for loops with several updates an iteration.
 
-        With `restored_in_loop` nothing draws random numbers between `restore()` and the loop, so they are put back by it.
+        With `restored_in_loop` nothing draws random numbers between `restore()` and the loop, so they are put back by
+        it.
         """
         self._boundary.explicit(restored_in_loop=restored_in_loop)
 
@@ -180,7 +183,8 @@ class LayerwiseEngine(SaveAndRestore, Together):
     def wait(self, step: int, level: str = "committed", timeout: float | None = None) -> None:
         """Waits until `step` or a newer one is "staged", "durable" or "committed".
 
-        `timeout` is in seconds, by default commit.timeout_s. Raises CommitError if that checkpoint was aborted, DeadlineError at the timeout, ValueError for another level.
+        `timeout` is in seconds, by default commit.timeout_s. Raises CommitError if that checkpoint was aborted,
+        DeadlineError at the timeout, ValueError for another level.
         """
         if level not in ("staged", "durable", "committed"):
             raise ValueError(f"level must be 'staged', 'durable' or 'committed', not {level!r}")
@@ -201,7 +205,8 @@ class LayerwiseEngine(SaveAndRestore, Together):
         """Writes what happens to each layer in the next step that is saved, and when, into `path`.
 
         JSON in the Trace Event Format, which Perfetto (ui.perfetto.dev) opens: gradients, updates, captures and writes.
-        It is there at the first boundary behind that step's writes, or at `close()`. Raises BoundaryError while one runs.
+        It is there at the first boundary behind that step's writes, or at `close()`. Raises BoundaryError while one
+        runs.
         """
         if self._trace is not None:
             raise BoundaryError(
@@ -225,7 +230,9 @@ class LayerwiseEngine(SaveAndRestore, Together):
             self._update = _Update(self._open is not None, layers)
 
     def wants_layers(self) -> bool:
-        """Whether the update that comes had better go layer by layer: it is saved, or what is read in place is in its way."""
+        """Whether the update that comes had better go layer by layer: it is saved, or what is read in place is in its
+        way.
+        """
         return self._scheduler.due(self._boundary.completed + 1) or not all(c.settled for c in self._captures)
 
     def wanted(self) -> bool:
@@ -248,7 +255,7 @@ class LayerwiseEngine(SaveAndRestore, Together):
                 update.drained = self._guarded(self._open, self._open.drain)
 
     def updated(self, layers: Collection[str]) -> None:
-        """These layers will not change again in this update: what is complete of a due checkpoint is captured at once."""
+        """These layers change no more in this update: what is complete of a due checkpoint is captured at once."""
         update = self._update
         assert update is not None, "update_starting() comes first"
         if self._trace is not None:
@@ -361,8 +368,10 @@ class LayerwiseEngine(SaveAndRestore, Together):
     def _on_boundary(self, mark: BoundaryMark) -> None:
         if self._optimizer.mid_window:
             raise BoundaryError(
-                "an iteration ended within an accumulation window: steps() counts windows, so all micro-batches of one belong "
-                "into its body; a loop over micro-batches calls explicit() before it and end_step() at the end of its body"
+                "an iteration ended within an accumulation window: steps() counts windows, so all micro-batches "
+                "of one belong "
+                "into its body; a loop over micro-batches calls explicit() before it and end_step() at the end "
+                "of its body"
             )
         self._end_trace()
         self._boundaries += 1

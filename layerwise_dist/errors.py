@@ -40,11 +40,14 @@ class OwnerError(LayerwiseError, RuntimeError):
 
 
 class DirectoryError(LayerwiseError, OSError):
-    """The checkpoint directory is not what it must be: not writable, another mount than rank 0 sees, not a directory."""
+    """The checkpoint directory is not what it must be: not writable, not the mount that rank 0 sees, no directory."""
 
 
 class DamageError(LayerwiseError):
-    """Bytes on disk that are not what was committed: cut, flipped, or of another checkpoint. Names file, tensor, block."""
+    """Bytes on disk that are not what was committed: cut, flipped, or of another checkpoint.
+
+    Names file, tensor, block.
+    """
 
 
 class MismatchError(LayerwiseError):

@@ -332,7 +332,7 @@ class _Stepping:
 
 
 def check_layered(optimizer: torch.optim.Optimizer, model: nn.Module, mode: Mode) -> None:
-    """Raises UnsupportedError with the reason if this optimizer, or this wrapper, cannot be stepped by layers exactly."""
+    """Raises UnsupportedError with the reason if this optimizer, or wrapper, cannot be stepped by layers exactly."""
     SubsetStep(optimizer)
     if mode == "in_backward":
         _check_wrapper(model)

@@ -56,7 +56,10 @@ class Preemption:
         _active.add(self)
 
     def leaving(self, why: str) -> None:
-        """All ranks leave: from now on the process has `grace_s` seconds. From any thread; only the first call counts."""
+        """All ranks leave: from now on the process has `grace_s` seconds.
+
+        From any thread; only the first call counts.
+        """
         with self._lock:
             if self._deadline is not None:
                 return

@@ -34,13 +34,14 @@ class SaveAndRestore:
         has passed, the same or soon after it.
 
         With a tag: saves the job as it is now under that name, and returns the step once it is committed. On all ranks
-        alike. In loops without steps() and end_step() the iteration, if it has updated, ends here; with end_step() it is
-        called between two iterations. The newest checkpoint under a tag is never removed by retention. `client_state` is
-        what `state=` takes as a dict, each rank's own;
+        alike. In loops without steps() and end_step() the iteration, if it has updated, ends here; with end_step() it
+        is called between two iterations. The newest checkpoint under a tag is never removed by retention.
+        `client_state` is what `state=` takes as a dict, each rank's own;
         `restore()` gives it back as `client_state`. `timeout` is in seconds, by default commit.timeout_s.
 
-        With a tag it raises BoundaryError (within an accumulation window or an iteration of steps(), before `restore()`,
-        or with tags that differ), StateError for a client_state that cannot be written, CommitError or DeadlineError.
+        With a tag it raises BoundaryError (within an accumulation window or an iteration of steps(), before
+        `restore()`, or with tags that differ), StateError for a client_state that cannot be written, CommitError or
+        DeadlineError.
         """
         if tag is None:
             if client_state is not None:

@@ -12,7 +12,10 @@ BLOCKS_A_BATCH = 4
 
 @dataclass(frozen=True, slots=True)
 class LayerSize:
-    """One layer of this rank: `nbytes` of parameters and optimizer state. `staged`: copied out instead of read in place."""
+    """One layer of this rank: `nbytes` of parameters and optimizer state.
+
+    `staged`: copied out instead of read in place.
+    """
 
     name: str
     nbytes: int
@@ -22,8 +25,8 @@ class LayerSize:
 class LayerwiseCheckpointScheduler:
     """Decides when a step is saved and how its layers go to the writer. One for a rank; belongs to the training thread.
 
-    *When*: every `every_n_steps`-th step (none by itself with None), a step that was asked for (`request`), and the next applied update behind one
-    that was due and skipped (`postpone`).
+    *When*: every `every_n_steps`-th step (none by itself with None), a step that was asked for (`request`), and the
+    next applied update behind one that was due and skipped (`postpone`).
 
     *How*: layers in the update order, small ones together in *batches* of at least `batch_bytes`, so that writes are
     few and large. A batch is captured when the last of its layers was updated (`updated`).
@@ -99,7 +102,10 @@ class LayerwiseCheckpointScheduler:
         self._handed = set()
 
     def updated(self, layers: Iterable[str]) -> list[int]:
-        """Numbers of the batches of which these were the last layers to be updated. Names without a batch are passed by."""
+        """Numbers of the batches of which these were the last layers to be updated.
+
+        Names without a batch are passed by.
+        """
         ready = []
         for name in layers:
             number = self._batch_of.get(name)
@@ -112,7 +118,7 @@ class LayerwiseCheckpointScheduler:
         return ready
 
     def flush(self) -> list[int]:
-        """Numbers of the batches that were not handed out since `begin`: the update is over, and all may be captured."""
+        """Numbers of the batches not handed out since `begin`: the update is over, and all may be captured."""
         left = [number for number in range(len(self._members)) if number not in self._handed]
         self._handed.update(left)
         return left

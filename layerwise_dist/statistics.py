@@ -86,7 +86,7 @@ class Statistics:
 
 
 def _bytes_of(write: Any, staged: int, sealed: int) -> dict[str, int]:
-    """What one capture has written and copied so far; `bytes_sealed`, the boundary's copies, is not in `bytes_copied`."""
+    """What one capture wrote and copied so far; `bytes_sealed`, the boundary's copies, is not in `bytes_copied`."""
     return {
         "writes": write.writes,
         "bytes_written": write.bytes_written,

@@ -1,4 +1,4 @@
-"""A step's trace as a picture: time from left to right, a line for each layer, what happened to it as bars and marks."""
+"""A step's trace as a picture: time from left to right, a line a layer, what happened to it as bars and marks."""
 
 from __future__ import annotations
 

@@ -33,18 +33,19 @@ class LayerwiseCheckpointTrainer:
             trainer.step()
         trainer.shutdown()
 
-    An iteration ends with `step()`, so an LR schedule belongs into it: ``trainer.step(scheduler=scheduler)``. Every argument
-    but the first two stands for keys of the configuration, and goes on top of `config`; docs/from-pccheck.md has the
-    table.
+    An iteration ends with `step()`, so an LR schedule belongs into it: ``trainer.step(scheduler=scheduler)``. Every
+    argument but the first two stands for keys of the configuration, and goes on top of `config`; docs/from-pccheck.md
+    has the table.
 
     Args:
         use_pccheck: False writes nothing (``mode: mock``): all else is done, and what would be written is counted.
-        use_monitor: a writer process of its own; not in this version.
-        num_threads: writes in flight at once (``writer.queue_depth``).
-        max_async: checkpoints on their way to the disk at once (``max_in_flight``). With more wanted, `step()` waits.
-        batch_size_mb: MiB that are captured and written together at least: small layers are joined until they have as much;
+        use_monitor: a writer process of its own; not in this version. num_threads: writes in flight at once
+        (``writer.queue_depth``). max_async: checkpoints on their way to the disk at once (``max_in_flight``). With more
+        wanted, `step()` waits. batch_size_mb: MiB that are captured and written together at least: small layers are
+        joined until they have as much;
             a single write is a quarter of it (``writer.block_kb``).
-        ratio: the pool for staging and evacuation (``pool_mb``) as a multiple of the parameters that this rank holds, in
+        ratio: the pool for staging and evacuation (``pool_mb``) as a multiple of the parameters that this rank holds,
+        in
             bytes; without it the pool is sized by itself.
         checkpoint_dir: ``dir``.
         is_distributed, rank, world_size: what the script believes; an error if torch.distributed says otherwise.
@@ -100,13 +101,14 @@ class LayerwiseCheckpointTrainer:
     def step(self, closure: Callable[[], Any] | None = None, *, scheduler: LRScheduler | None = None) -> Any:
         """Updates the model, and ends the iteration: if a checkpoint is due, it goes to the disk in the background.
 
-        `scheduler` is stepped in between. Returns what the optimizer's `step()` returns. Raises CommitError when all ranks
-        stop because checkpoints fail.
+        `scheduler` is stepped in between. Returns what the optimizer's `step()` returns. Raises CommitError when all
+        ranks stop because checkpoints fail.
         """
         if not self._warned and self._epochs() != self._scheduled:
             self._warned = True
             log.warning(
-                "an LR scheduler was stepped behind trainer.step(), where its iteration was over and saved: a resume would "
+                "an LR scheduler was stepped behind trainer.step(), where its iteration was over and saved: a "
+                "resume would "
                 "be one step of it short. Let trainer.step(scheduler=scheduler) do it"
             )
         result = self._optimizer.step() if closure is None else self._optimizer.step(closure)
@@ -124,7 +126,8 @@ class LayerwiseCheckpointTrainer:
         self._optimizer.zero_grad(set_to_none=set_to_none)
 
     def save_full_checkpoint(self, tag: str = "full") -> int:
-        """Saves everything as it is now under a name, and returns the step once it is committed. Between two iterations.
+        """Saves everything as it is now under a name, and returns the step once it is committed. Between two
+        iterations.
 
         Retention keeps the newest of each name. On all ranks alike.
         """
@@ -134,8 +137,9 @@ class LayerwiseCheckpointTrainer:
         """Loads the newest committed checkpoint, or that of `step` or `tag`; returns the layers that it had not.
 
         Those stay as they are; all of them, if there is no checkpoint. Optimizer state, buffers, random numbers and
-        `state` are loaded too. Call it right before the loop: random numbers are as they were when `step()` returned. Raises MismatchError, and loads nothing, if it holds what this model has not or in
-        another shape; otherwise as `LayerwiseEngine.restore`.
+        `state` are loaded too. Call it right before the loop: random numbers are as they were when `step()` returned.
+        Raises MismatchError, and loads nothing, if it holds what this model has not or in another shape; otherwise as
+        `LayerwiseEngine.restore`.
         """
         self.engine.restore(step, tag=tag, partly=True)
         self._scheduled = self._epochs()
@@ -170,6 +174,7 @@ def _check_job(is_distributed: bool | None, rank: int | None, world_size: int | 
     wrong = [f"{name} = {value}" for name, value in given.items() if value is not None and value != found[name]]
     if wrong:
         raise ConfigError(
-            f"{', '.join(wrong)}: torch.distributed is {'' if there else 'not '}initialised, with rank {found['rank']} of "
+            f"{', '.join(wrong)}: torch.distributed is {'' if there else 'not '}initialised, with rank "
+            f"{found['rank']} of "
             f"{found['world_size']}; call init_process_group() first, or leave the argument out"
         )

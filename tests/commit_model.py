@@ -801,7 +801,7 @@ class Simulation:
         self.unlock()
 
     def _power(self) -> None:
-        """In all nodes, or in one: its disk comes back with what was flushed and some of the rest, its ranks are gone."""
+        """In all nodes, or in one: its disk comes back with what was flushed and parts of the rest; ranks are gone."""
         everywhere = self.dice.random() < 0.7 or len(self.places) == 1
         struck = range(len(self.places)) if everywhere else [self.dice.randrange(len(self.places))]
         for place in struck:
@@ -845,7 +845,8 @@ class Simulation:
             owners = [place.owner for place in places]
             assert owners[0] is not None
             committer = sessions.Committer(
-                managers[0], owners[0], plan.info(self.places), world_size=self.world_size, framework="model", software={},
+                managers[0], owners[0], plan.info(self.places), world_size=self.world_size, framework="model",
+                software={},
                 keep_last=self.keep_last, keep_every_n_steps=None,
             )  # fmt: skip
             self.check(everywhere=True)

@@ -27,8 +27,8 @@ DEEPSPEED = {
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # ninja may be in the virtual environment only
 }  # fmt: skip
 _TOKEN = "LAYERWISE_TEST_JOB"
-# torch looks up the names of the addresses that its stores hear from; a name server that loses one question in ten would
-# hold each of these jobs up for five seconds.
+# torch looks up the names of the addresses that its stores hear from; a name server that loses one question in ten
+# would hold each of these jobs up for five seconds.
 QUICK = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "RES_OPTIONS": "timeout:1 attempts:1"}
 
 
@@ -62,7 +62,9 @@ class Finished:
 
 
 class Running:
-    """A command and all its descendants, known by a token in their environment: torchrun gives ranks sessions of their own."""
+    """A command and all its descendants, known by a token in their environment: torchrun gives ranks sessions of their
+    own.
+    """
 
     def __init__(self, command: list[str], env: Mapping[str, str] | None = None) -> None:
         self._mark = f"{_TOKEN}={uuid.uuid4().hex}".encode()
@@ -95,7 +97,10 @@ class Running:
         return found
 
     def rank_pid(self, rank: int, variable: str = "RANK") -> int | None:
-        """The process of one rank, or None when it is not (or no longer) there. `variable` is the launcher's name of it."""
+        """The process of one rank, or None when it is not (or no longer) there.
+
+        `variable` is the launcher's name of it.
+        """
         wanted = f"{variable}={rank}".encode()
         for pid in self.pids():
             try:
@@ -117,7 +122,10 @@ class Running:
         return os.pread(self._log.fileno(), size, 0).decode(errors="replace")
 
     def wait(self, timeout: float) -> Finished:
-        """Waits for the launcher; fails the test with the output so far at `timeout` seconds. Nothing is left behind."""
+        """Waits for the launcher; fails the test with the output so far at `timeout` seconds.
+
+        Nothing is left behind.
+        """
         try:
             self._process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -141,7 +149,7 @@ def torchrun_command(script: str | os.PathLike[str], nproc: int, *args: Any, max
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Running]]:
-    """Starts a command in the background: `start([...], env=...)`; it is killed when the test ends, if it still runs."""
+    """Starts a command in the background: `start([...], env=...)`; killed when the test ends, if it still runs."""
     running: list[Running] = []
 
     def begin(command: list[str], env: Mapping[str, str] | None = None) -> Running:
@@ -166,7 +174,9 @@ def torchrun(start: Callable[..., Running]) -> Callable[..., Finished]:
     ) -> Finished:  # fmt: skip
         finished = start(torchrun_command(script, nproc, *args, max_restarts=max_restarts), env).wait(timeout)
         if check and finished.returncode:
-            pytest.fail(f"{script} on {nproc} ranks ended with {finished.returncode}; output:\n{finished.output[-8000:]}")
+            pytest.fail(
+                f"{script} on {nproc} ranks ended with {finished.returncode}; output:\n{finished.output[-8000:]}"
+            )
         return finished
 
     return run
@@ -259,10 +269,14 @@ class Warm:
         self._jobs.append(WarmJob(json.loads(answer)["pid"], log))
         return self._jobs[-1]
 
-    def run(self, script: str, nproc: int, *args: Any, timeout: float = 60.0, check: bool = True, **options: Any) -> Finished:
+    def run(
+        self, script: str, nproc: int, *args: Any, timeout: float = 60.0, check: bool = True, **options: Any
+    ) -> Finished:
         finished = self.start(script, nproc, *args, **options).wait(timeout)
         if check and finished.returncode:
-            pytest.fail(f"{script} on {nproc} ranks ended with {finished.returncode}; output:\n{finished.output[-8000:]}")
+            pytest.fail(
+                f"{script} on {nproc} ranks ended with {finished.returncode}; output:\n{finished.output[-8000:]}"
+            )
         return finished
 
     def close(self) -> None:

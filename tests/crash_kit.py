@@ -94,7 +94,9 @@ def settings(root: str = ROOT, **overrides: Any) -> Any:
 
 
 def build(rank: int, salt: int = 0, frozen: bool = False) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Three layers, of which the middle one's weight is large enough (66 KiB) to be written in place; or it is `frozen`."""
+    """Three layers, of which the middle one's weight is large enough (66 KiB) to be written in place; or it is
+    `frozen`.
+    """
     model = nn.Sequential(nn.Linear(6, 130), nn.Tanh(), nn.Linear(130, 130), nn.Tanh(), nn.Linear(130, 3))
     generator = torch.Generator().manual_seed(1000 * salt + rank)
     with torch.no_grad():

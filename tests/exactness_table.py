@@ -21,13 +21,15 @@ WORLDS = [
 ]  # fmt: skip
 TITLES = {
     "plain": "a plain module", "ddp": "DistributedDataParallel", "fsdp2": "FSDP2 (`fully_shard`)", "fsdp1": "FSDP1",
-    "fsdp1-flat": "FSDP1, `use_orig_params=False`", "zero": "ZeroRedundancyOptimizer in DDP", "hsdp": "HSDP (FSDP2, 2 x 2)",
+    "fsdp1-flat": "FSDP1, `use_orig_params=False`", "zero": "ZeroRedundancyOptimizer in DDP",
+    "hsdp": "HSDP (FSDP2, 2 x 2)",
     "tp": "tensor parallelism in FSDP2 (2 x 2)",
 }  # fmt: skip
 UPDATES = ("whole", "pipelined_step", "in_backward")
 OPTIMIZERS = ("sgd-momentum", "adamw-foreach", "adamw-fused")
 FEATURES = {
-    "bare": "nothing else", "clipping": "clip", "accumulation": "accumulation", "schedule": "schedule", "scaler": "scaler",
+    "bare": "nothing else", "clipping": "clip", "accumulation": "accumulation", "schedule": "schedule",
+    "scaler": "scaler",
     "tied": "tied", "reused": "reused block", "recompute": "activation checkpointing", "unused": "unused parameter",
     "frozen": "frozen base", "compile": "compile",
 }  # fmt: skip
@@ -45,7 +47,9 @@ def cells(
         if ranks > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         job = [str(JOB), wrapper, out, ",".join(updates), ",".join(optimizers), ",".join(features)]
-        done = subprocess.run([*launcher, *job], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        done = subprocess.run(
+            [*launcher, *job], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+        )
         if done.returncode != 0:
             raise SystemExit(f"{wrapper} on {ranks} ranks ended with {done.returncode}:\n{done.stderr[-4000:]}")
         found = [json.loads((Path(out) / f"{rank}.json").read_text()) for rank in range(ranks)]

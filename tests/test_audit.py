@@ -1,4 +1,6 @@
-"""Changes that no version counter shows are found by reading again: at once in the first checkpoints, then within a hundred."""
+"""Changes that no version counter shows are found by reading again: at once in the first checkpoints, then within a
+hundred.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def surveyed(*sizes: int) -> Any:
     [(1,), (0, 3), (1000, 262144, 7), (300_000,) * 3, (5,) * 400, (262144,) * 99, (262144,) * 130, (40_000_000,)],
     ids=lambda sizes: f"{len(sizes)} of {sizes[-1]}",
 )
-def test_a_hundred_checkpoints_in_a_row_audit_every_byte_and_none_much_more_than_its_share(sizes: tuple[int, ...]) -> None:
+def test_a_hundred_checkpoints_in_a_row_audit_every_byte_and_none_much_more_than_its_share(
+    sizes: tuple[int, ...],
+) -> None:
     survey = surveyed(*sizes)
     groups = audit.units(survey.pieces)
     total = sum(piece.slice.nbytes for piece in survey.pieces)
@@ -89,7 +93,9 @@ def test_a_blind_write_that_begins_late_is_found_within_a_hundred_checkpoints_an
             if found() and not found_at:
                 found_at = number + 1
     assert audit.FULL_FIRST < found_at <= audit.FULL_FIRST + groups + 1, caplog.text
-    named = [record.getMessage() for record in caplog.records if "without raising its version counter" in record.getMessage()]
+    named = [
+        record.getMessage() for record in caplog.records if "without raising its version counter" in record.getMessage()
+    ]
     assert len(named) == 1 and "param/6.weight" in named[0], "named once; copied at the boundary from then on"
     aborted = [record.getMessage() for record in caplog.records if "failed" in record.getMessage()]
     assert bool(aborted) == (when == "after the boundary"), "before the boundary the right contents are still to be had"

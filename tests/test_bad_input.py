@@ -43,7 +43,11 @@ def saved(folder: Path, total: int = 2) -> tuple[nn.Module, Any]:
 
 def files(folder: Path) -> dict[str, bytes]:
     """Everything in a directory but the owner file, which names the newest session."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "owner"}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "owner"
+    }
 
 
 # -- the configuration -------------------------------------------------------------------------------------------------
@@ -106,7 +110,12 @@ def test_a_bad_configuration_names_the_key_its_value_and_what_is_allowed(
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [("{", "not JSON"), ("[1]", "expected an object, found list"), ('{"layerwise_checkpoint": 3}', "expected an object, found int")]
+    ("text", "says"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "expected an object, found list"),
+        ('{"layerwise_checkpoint": 3}', "expected an object, found int"),
+    ],
 )
 def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, text: str, says: str) -> None:
     path = tmp_path / "config.json"
@@ -168,7 +177,10 @@ ckpt.close()
 
 def test_a_directory_that_another_live_job_owns_names_the_holder_and_is_free_when_that_died(tmp_path: Path) -> None:
     holder = subprocess.Popen(
-        [sys.executable, "-c", _HOLDER, str(tmp_path / "ckpt")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", _HOLDER, str(tmp_path / "ckpt")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         assert holder.stdout is not None and holder.stdout.readline().strip() == "holding"
@@ -197,7 +209,7 @@ def test_stepping_in_a_directory_with_checkpoints_needs_restore_or_fresh(tmp_pat
     with pytest.raises(errors.BoundaryError, match=r"already holds checkpoints: call restore\(\).*fresh=True"):
         train(ckpt, model, optimizer, 1)
     ckpt.close()
-    assert all(torch.equal(was, now) for was, now in zip(weights, model.parameters()))
+    assert all(torch.equal(was, now) for was, now in zip(weights, model.parameters(), strict=True))
     assert files(tmp_path) == before
 
 
@@ -220,7 +232,9 @@ def test_fresh_starts_a_new_lineage_beside_the_old_checkpoints(tmp_path: Path) -
 def test_an_optimizer_of_other_parameters_is_refused(tmp_path: Path) -> None:
     model, _ = job()
     _, other = job(width=7)
-    with pytest.raises(errors.UnsupportedError, match=r"AdamW: parameter 0 of group 0 \(shape \[7, 3\]\) is not one of the model's"):
+    with pytest.raises(
+        errors.UnsupportedError, match=r"AdamW: parameter 0 of group 0 \(shape \[7, 3\]\) is not one of the model's"
+    ):
         lwd.attach(model, other, dir=str(tmp_path))
     with pytest.raises(errors.UnsupportedError, match="needs a torch.optim.Optimizer, not Linear"):
         lwd.attach(model, nn.Linear(1, 1), dir=str(tmp_path))  # type: ignore[arg-type]
@@ -260,14 +274,18 @@ def test_wrappers_that_cannot_be_captured_are_refused_by_name(tmp_path: Path) ->
     ],
     ids=["object", "nested", "function", "name"],
 )
-def test_a_state_object_that_cannot_be_written_is_refused_at_once_with_its_path(tmp_path: Path, state: Any, path: str) -> None:
+def test_a_state_object_that_cannot_be_written_is_refused_at_once_with_its_path(
+    tmp_path: Path, state: Any, path: str
+) -> None:
     model, optimizer = job()
     with pytest.raises(errors.StateError) as caught:
         lwd.attach(model, optimizer, dir=str(tmp_path), state=state)
     assert caught.value.path == path and path in str(caught.value)
 
 
-def test_a_state_object_that_turns_bad_later_fails_its_checkpoint_with_the_path(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_state_object_that_turns_bad_later_fails_its_checkpoint_with_the_path(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model, optimizer = job()
     extra: dict[str, Any] = {"fine": 1}
     with lwd.attach(model, optimizer, dir=str(tmp_path), state={"extra": extra}) as ckpt:
@@ -314,7 +332,7 @@ def test_a_checkpoint_of_another_model_lists_what_differs_and_loads_nothing(tmp_
     unexpected = next(line for line in text.splitlines() if "unexpected in the checkpoint" in line)
     assert "param/1.bias" in unexpected
     now = [*model.parameters(), *model.buffers()]
-    assert all(torch.equal(was, tensor) for was, tensor in zip(live, now)) and not optimizer.state
+    assert all(torch.equal(was, tensor) for was, tensor in zip(live, now, strict=True)) and not optimizer.state
     assert torch.equal(random, torch.get_rng_state())
     with pytest.raises(errors.BoundaryError, match="already holds checkpoints"):
         optimizer.step()
@@ -328,7 +346,7 @@ def refuse(folder: Path, model: nn.Module, optimizer: Any, **options: Any) -> st
     with pytest.raises(errors.MismatchError) as caught:
         ckpt.restore()
     ckpt.close()
-    assert all(torch.equal(was, now) for was, now in zip(live, model.parameters()))
+    assert all(torch.equal(was, now) for was, now in zip(live, model.parameters(), strict=True))
     return str(caught.value)
 
 
@@ -440,5 +458,7 @@ def test_the_nvm_backend_where_there_is_no_dax_is_an_error_that_says_so(tmp_path
 
 def test_a_launched_job_without_a_process_group_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(errors.BoundaryError, match=r"WORLD_SIZE is 2, but .* call init_process_group\(\) before attach"):
+    with pytest.raises(
+        errors.BoundaryError, match=r"WORLD_SIZE is 2, but .* call init_process_group\(\) before attach"
+    ):
         lwd.attach(*job(), dir=str(tmp_path))

@@ -109,7 +109,8 @@ RULES = {
         Coordinator, "tick", {"now - a.since > self._timeout_s": "False"}, "is not decided after",
     ),
     "committed is said when the manifest is durable": Mutation(
-        CheckpointMetadataManager, "_into_place", {"self.env.sync_dir(folder)": "pass"}, "not durable|announced|not whole",
+        CheckpointMetadataManager, "_into_place", {"self.env.sync_dir(folder)": "pass"},
+        "not durable|announced|not whole",
     ),
     "a failed manifest is not announced": Mutation(
         Coordinator, "wrote", {"elif problem is not None:": "elif False:"}, "its manifest is not durable",
@@ -119,7 +120,8 @@ RULES = {
     ),
     "a session in doubt commits no more": Mutation(
         Coordinator, "_may_commit", {"return self._finished is None": "return True",
-                                     "if self._finished is not None:": "if False:"}, "committed behind|not whole|lineage",
+                                     "if self._finished is not None:": "if False:"},
+                                     "committed behind|not whole|lineage",
         Mutation(Coordinator, "_report", {"elif self._finished is not None:": "elif False:"}, ""),
     ),
     "keep_last newer commits are durable before one goes": Mutation(
@@ -133,7 +135,8 @@ RULES = {
         Committer, "unneeded", {"below=head.seq": "below=1 << 40"}, "rank .'s base is not durable",
     ),
     "a base stays until the manifest that refers to it is gone for good": Mutation(
-        Committer, "_retire", {"self._returning[attempt] = inventory.manifests.pop(seq)  #": "del inventory.manifests[seq]  #"},
+        Committer, "_retire",
+        {"self._returning[attempt] = inventory.manifests.pop(seq)  #": "del inventory.manifests[seq]  #"},
         "base .* goes, and the manifest .* not gone for good",
     ),
     "a base stays while any node keeps the manifest": Mutation(

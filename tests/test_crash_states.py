@@ -221,7 +221,9 @@ class Deferred:
             operation()
 
 
-def test_reporting_a_shard_before_the_base_that_it_refers_to_is_durable_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reporting_a_shard_before_the_base_that_it_refers_to_is_durable_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     publish, late = BaseFile.publish, []
 
     def early(file: BaseFile) -> BaseReport:
@@ -241,7 +243,9 @@ def test_reporting_a_shard_before_the_base_that_it_refers_to_is_durable_is_found
         sweep(story, 4)
 
 
-def test_removing_a_base_before_the_manifest_that_refers_to_it_is_gone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_removing_a_base_before_the_manifest_that_refers_to_it_is_gone_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     retire_one_commit_late(monkeypatch)
     story = Story(testing.MemoryEnv())
     two_bases(story)

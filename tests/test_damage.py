@@ -197,7 +197,7 @@ def test_a_bad_manifest_in_the_middle_does_not_hide_what_is_before_it(disk: Disk
 
 
 def test_a_bad_manifest_in_the_middle_never_brings_an_abandoned_branch_back(disk: Disk) -> None:
-    """Steps 2 and 3 were rolled back from; the new step 2 has a damaged parent: restore passes over both, to nothing."""
+    """Steps 2 and 3 were rolled back; the new step 2 has a damaged parent: restore passes over both, to nothing."""
     oldest = disk.commits[-1]
     disk.story.session(2, 3, restore=1, keep_last=9)
     lineage = disk.manager.inventory().lineage()

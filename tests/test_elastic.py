@@ -40,7 +40,8 @@ def test_a_restart_with_fewer_ranks_is_a_named_error_and_one_with_as_many_goes_o
     def agents(total: int) -> list[WarmJob]:
         options = {
             "min_nodes": 1, "max_nodes": 2, "rdzv_endpoint": f"127.0.0.1:{free_port()}", "run_id": "elastic",
-            "rdzv_configs": {"timeout": 60, "last_call_timeout": 1, "keep_alive_interval": 1, "keep_alive_max_attempt": 2},
+            "rdzv_configs": {"timeout": 60, "last_call_timeout": 1, "keep_alive_interval": 1,
+                             "keep_alive_max_attempt": 2},
         }  # fmt: skip
         arguments = ("elastic.py", 1, tmp_path / "ckpt", tmp_path, total)
         return [warm.start(*arguments, max_restarts=3, **options) for _ in range(2)]

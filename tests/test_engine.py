@@ -1,4 +1,6 @@
-"""The engine as a script sees it: steps and levels, retention, what a checkpoint holds, and loops that resume from every step."""
+"""The engine as a script sees it: steps and levels, retention, what a checkpoint holds, and loops that resume from
+every step.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,9 @@ def test_a_step_is_staged_then_durable_then_committed(tmp_path: Path) -> None:
         for level in ("staged", "durable", "committed"):
             ckpt.wait(12, level, timeout=20)
         assert (ckpt.staged_step, ckpt.durable_step, ckpt.committed_step) == (12, 12, 12)
-        with pytest.raises(errors.DeadlineError, match=r"step 13 was not committed after 0.05 s; the newest that is: step 12"):
+        with pytest.raises(
+            errors.DeadlineError, match=r"step 13 was not committed after 0.05 s; the newest that is: step 12"
+        ):
             ckpt.wait(13, timeout=0.05)
         with pytest.raises(ValueError, match="level must be"):
             ckpt.wait(12, "saved")
@@ -119,7 +123,10 @@ def test_an_exception_in_the_loop_is_not_hidden_and_half_an_iteration_is_not_sav
                 if step == 2:
                     raise ZeroDivisionError
     assert committed(tmp_path) == [1, 2]
-    assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("step_")) == ["identity.json", "owner"]
+    assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("step_")) == [
+        "identity.json",
+        "owner",
+    ]
     assert len(list(tmp_path.glob("step_*"))) == 2, "nothing is left of the attempt that was given up"
 
 
@@ -137,7 +144,9 @@ def test_an_exception_in_the_loop_is_not_hidden_and_half_an_iteration_is_not_sav
     ],
     ids=str,
 )
-def test_retention_keeps_what_it_says_and_nothing_else(tmp_path: Path, options: dict[str, Any], stay: list[int]) -> None:
+def test_retention_keeps_what_it_says_and_nothing_else(
+    tmp_path: Path, options: dict[str, Any], stay: list[int]
+) -> None:
     model, optimizer = job()
     with lwd.attach(model, optimizer, dir=str(tmp_path), max_in_flight=64, **options) as ckpt:
         for step in ckpt.steps(10):
@@ -163,7 +172,9 @@ def test_every_file_is_named_as_documented_and_nobody_else_may_read_it(tmp_path:
             expected = dir_bits if path.is_dir() else file_bits
             assert stat.S_IMODE(path.stat().st_mode) == expected, path
             name = str(path.relative_to(folder))
-            assert re.fullmatch(r"\.|identity\.json|owner|step_\d{10}-[0-9a-f]{16}(/(manifest\.json|rank_\d{5}\.safetensors))?", name), name
+            assert re.fullmatch(
+                r"\.|identity\.json|owner|step_\d{10}-[0-9a-f]{16}(/(manifest\.json|rank_\d{5}\.safetensors))?", name
+            ), name
 
 
 def test_a_symbolic_link_in_place_of_a_shard_is_refused(tmp_path: Path) -> None:
@@ -178,7 +189,7 @@ def test_a_symbolic_link_in_place_of_a_shard_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="symbolic links") as caught:
         restored(tmp_path / "ckpt", model, optimizer)
     assert str(shard) in str(caught.value)
-    assert all(torch.equal(was, now) for was, now in zip(live, model.parameters()))
+    assert all(torch.equal(was, now) for was, now in zip(live, model.parameters(), strict=True))
 
 
 # -- what a checkpoint holds -------------------------------------------------------------------------------------------
@@ -237,7 +248,9 @@ def test_an_odd_model_resumes_bit_for_bit(tmp_path: Path) -> None:
         first = run(model, optimizer, ckpt.steps(3))
     model, optimizer = odd(1)
     for param in model.parameters():
-        param.grad = torch.ones_like(param) if param.requires_grad else None  # also of `unused`, which has none in the run
+        param.grad = (
+            torch.ones_like(param) if param.requires_grad else None
+        )  # also of `unused`, which has none in the run
     with lwd.attach(model, optimizer, dir=str(tmp_path), audit="always") as ckpt:
         assert ckpt.restore() == 3
         assert model.unused.weight.grad is None and model.conv.weight.grad is not None
@@ -247,7 +260,7 @@ def test_an_odd_model_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 
 class WideAdam(torch.optim.Optimizer):
-    """Keeps float32 moments of bfloat16 parameters, a plain number and a nested list, as mixed-precision optimizers do."""
+    """Keeps float32 moments of bfloat16 parameters, a number and a nested list, as mixed-precision optimizers do."""
 
     def __init__(self, params: Any, lr: float = 0.1) -> None:
         super().__init__(params, {"lr": lr, "history": [1.5]})
@@ -290,7 +303,9 @@ def test_float32_moments_of_bfloat16_parameters_are_not_cast(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("broadcast", [True, False], ids=["rank 0's buffers", "buffers of each rank"])
-def test_ddp_replicas_with_channels_last_and_frozen_parameters_resume_bit_for_bit(warm: Warm, tmp_path: Path, broadcast: bool) -> None:
+def test_ddp_replicas_with_channels_last_and_frozen_parameters_resume_bit_for_bit(
+    warm: Warm, tmp_path: Path, broadcast: bool
+) -> None:
     warm.run("replicas.py", 2, tmp_path, int(broadcast), timeout=60)
     for rank in range(2):
         told = json.loads((tmp_path / f"{rank}.json").read_text())
@@ -360,7 +375,9 @@ def test_weights_changed_behind_the_update_are_saved_as_they_are_at_the_boundary
         assert [name for name in differences(contents(model, optimizer), at[step]) if name != "rng"] == []
 
 
-def changed_after_each_boundary(folder: Path, rows: int, change: Callable[[torch.Tensor], Any]) -> tuple[int, int, list[int]]:
+def changed_after_each_boundary(
+    folder: Path, rows: int, change: Callable[[torch.Tensor], Any]
+) -> tuple[int, int, list[int]]:
     """Trains 40 steps, each of which ends with all weights equal, and begins by changing them while they are written.
 
     Returns how many checkpoints were aborted and committed, and the steps of committed ones that hold unequal weights.
@@ -388,7 +405,9 @@ def changed_after_each_boundary(folder: Path, rows: int, change: Callable[[torch
             optimizer.step()
             optimizer.zero_grad()
             with torch.no_grad():
-                model.weight.fill_(step % 7 + 2)  # written once more at the boundary: the writer is still at it behind it
+                model.weight.fill_(
+                    step % 7 + 2
+                )  # written once more at the boundary: the writer is still at it behind it
     assert committed(folder)[-1] == 40, "the last one, which nothing changed, is committed"
     return aborted, sound, torn
 
@@ -472,13 +491,23 @@ class Script:
         self.loader = DataLoader(Noisy(), batch_size=2, shuffle=True)
         self.val = DataLoader(Noisy(), batch_size=4, shuffle=True)
         self.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
-        self.ema = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+        self.ema = torch.optim.swa_utils.AveragedModel(
+            self.model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+        )
         self.at = {"epoch": 0, "step": 0}
         self.losses: dict[int, str] = {}
 
     def attach(self, folder: Path) -> Any:
-        state = {"scheduler": self.scheduler, "loader": self.loader, "scaler": self.scaler, "ema": self.ema, "at": self.at}
-        return lwd.attach(self.model, self.optimizer, dir=str(folder), state=state, keep_last=100, audit="always", max_in_flight=64)
+        state = {
+            "scheduler": self.scheduler,
+            "loader": self.loader,
+            "scaler": self.scaler,
+            "ema": self.ema,
+            "at": self.at,
+        }
+        return lwd.attach(
+            self.model, self.optimizer, dir=str(folder), state=state, keep_last=100, audit="always", max_in_flight=64
+        )
 
     def train(self, batch: torch.Tensor) -> None:
         loss = self.model(batch).square().mean()
@@ -589,7 +618,9 @@ LOOPS: dict[str, Callable[[Script, Any], None]] = {
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_a_resume_from_every_step_is_exact_or_was_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
+def test_a_resume_from_every_step_is_exact_or_was_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
     script = Script(0)
     ckpt = script.attach(tmp_path / "whole")
     with ckpt:

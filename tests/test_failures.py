@@ -1,6 +1,7 @@
 """A rank, or rank 0 with its coordinator, fails at any stage of an attempt: what the others do, and what is on disk.
 
-Real processes and connections, without models (tests/jobs/failing.py). A sample by default, the whole table with --long.
+Real processes and connections, without models (tests/jobs/failing.py). A sample by default, the whole table with
+--long.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def table() -> list[Case]:
 SAMPLE = [
     Case("kill", 2, "write"), Case("kill", 2, "after"), Case("kill", 0, "manifest_rename"), Case("stop", 2, "flush"),
     Case("stop", 0, "manifest_write"), Case("cut", 2, "rename"), Case("late", 2, "flush", "warn"),
-    Case("full", 2, "write", "warn"), Case("full", 0, "manifest_write", "raise"), Case("broken", 0, "manifest_flush", "warn"),
+    Case("full", 2, "write", "warn"), Case("full", 0, "manifest_write", "raise"),
+    Case("broken", 0, "manifest_flush", "warn"),
 ]  # fmt: skip
 
 

@@ -72,7 +72,11 @@ def resumed(root: Path, job: lora.Job, expected: dict[str, Any], **options: Any)
 
 
 @pytest.mark.usefixtures("any_size")
-@pytest.mark.parametrize("options", [{}, {"audit": "always"}, {"capture": "stage"}, {"hash": False}, {"update": "in_backward"}, BLOCKS], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"audit": "always"}, {"capture": "stage"}, {"hash": False}, {"update": "in_backward"}, BLOCKS],
+    ids=str,
+)
 def test_adapters_train_and_resume_bit_for_bit_with_and_without_checkpoints(
     tmp_path: Path, options: dict[str, Any]
 ) -> None:

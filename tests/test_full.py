@@ -75,7 +75,12 @@ def test_a_checkpoint_every_step_on_a_slow_disk_is_never_an_error(
 
 
 def test_one_rank_without_room_makes_all_ranks_skip_that_step_and_only_that(tmp_path: Path) -> None:
-    options = {"max_in_flight": 1, "when_full": "skip", "keep_last": STEPS, "commit": {"on_failure": "raise", "timeout_s": 20.0}}
+    options = {
+        "max_in_flight": 1,
+        "when_full": "skip",
+        "keep_last": STEPS,
+        "commit": {"on_failure": "raise", "timeout_s": 20.0},
+    }
     ranks = job(slow("sync", 0.02), tmp_path, slow_rank=1, **options)
     stats = [each for _, each in ranks]
     assert stats[0]["checkpoints_skipped"] == stats[1]["checkpoints_skipped"] > 0
@@ -96,7 +101,9 @@ def test_waiting_for_a_step_that_was_skipped_says_so(tmp_path: Path) -> None:
             for step in engine.steps(3):
                 train(model, optimizer, 0, 0, step)
                 if step == 2:
-                    with pytest.raises(errors.CommitError, match=r"step 2 was aborted: rank 0: 1 checkpoint is in flight .*'skip'"):
+                    with pytest.raises(
+                        errors.CommitError, match=r"step 2 was aborted: rank 0: 1 checkpoint is in flight .*'skip'"
+                    ):
                         engine.wait(2, timeout=20)
 
     in_ranks(run, world=1)
@@ -106,7 +113,7 @@ torch.set_num_threads(1)
 
 
 def test_a_commit_does_not_wait_for_the_next_update(tmp_path: Path) -> None:
-    """Written while the forward's result is looked at, judged at the backward's first gradient: nothing else is called."""
+    """Written while the forward's result is looked at, judged at the backward's first gradient, and nowhere else."""
 
     def run(transport: LocalTransport) -> None:
         model, optimizer = build(0)

@@ -47,7 +47,11 @@ def reference(warm: Warm, folder: Path, wrapper: str, ranks: int) -> tuple[list[
     warm.run("kill.py", ranks, wrapper, folder / "ckpt", folder, "--total", TOTAL, "--keep", KEEP, timeout=DEADLINE)
     took = time.monotonic() - began
     told = read(folder, ranks)
-    return [{line["step"]: line["loss"] for line in lines if "step" in line} for lines in told], [lines[-1]["hash"] for lines in told], took
+    return (
+        [{line["step"]: line["loss"] for line in lines if "step" in line} for lines in told],
+        [lines[-1]["hash"] for lines in told],
+        took,
+    )
 
 
 def check(out: Path, ranks: int, losses: list[dict[int, str]], finals: list[str]) -> int:
@@ -73,7 +77,9 @@ def check(out: Path, ranks: int, losses: list[dict[int, str]], finals: list[str]
     newest = resumed = 0
     for number in sorted(set(order), key=lambda text: [int(part) for part in text.split(".")]):
         for step in starts[number]:
-            assert step >= newest, f"launch {number} started from step {step}, but {newest} had been reported as committed"
+            assert step >= newest, (
+                f"launch {number} started from step {step}, but {newest} had been reported as committed"
+            )
             resumed += step > 0
         newest = max(newest, seen[number])
     check_folder(out / "ckpt", ranks, KEEP)
@@ -147,7 +153,9 @@ def test_torchrun_restarts_a_killed_rank_and_later_the_whole_killed_job(
     losses, finals, _ = reference(warm, tmp_path / "reference", wrapper, ranks)
     out = tmp_path / "trial"
     out.mkdir()
-    command = torchrun_command("kill.py", ranks, wrapper, out / "ckpt", out, "--total", TOTAL, "--keep", KEEP, max_restarts=1)
+    command = torchrun_command(
+        "kill.py", ranks, wrapper, out / "ckpt", out, "--total", TOTAL, "--keep", KEEP, max_restarts=1
+    )
 
     def wait_for(what: Callable[[list[dict[str, Any]]], bool]) -> None:
         deadline = time.monotonic() + DEADLINE
@@ -176,18 +184,25 @@ def test_torchrun_restarts_a_killed_rank_and_later_the_whole_killed_job(
 
 
 @pytest.mark.parametrize(("wrapper", "ranks"), [("plain", 1), ("ddp", 2)])
-def test_after_a_roll_back_and_a_crash_the_new_branch_is_restored(warm: Warm, tmp_path: Path, wrapper: str, ranks: int) -> None:
+def test_after_a_roll_back_and_a_crash_the_new_branch_is_restored(
+    warm: Warm, tmp_path: Path, wrapper: str, ranks: int
+) -> None:
     run = ("kill.py", ranks, wrapper, tmp_path / "ckpt", tmp_path, "--keep", 20)
     warm.run(*run, "--total", 10, timeout=DEADLINE)
-    # Back to 5 with another learning rate, so that the branches cannot be taken for one another; SIGKILL in step index 7.
+    # Back to 5 with another learning rate, so that the branches cannot be taken for one another; SIGKILL in step index
+    # 7.
     crashed = warm.run(*run, "--total", 10, "--restore", 5, "--lr", 0.5, "--die-at", 7, timeout=DEADLINE, check=False)
     assert crashed.returncode != 0
     warm.run(*run, "--total", 9, timeout=DEADLINE)
     for lines in read(tmp_path, ranks):
         first, branch, after = launches(lines)
-        assert branch[1]["start"] == 5 and branch[1]["hash"] == next(line["hash"] for line in first if line.get("step") == 4)
+        assert branch[1]["start"] == 5 and branch[1]["hash"] == next(
+            line["hash"] for line in first if line.get("step") == 4
+        )
         assert branch[-1].get("step", 7) == 7
-        assert after[1]["start"] == 7, "the newest commit of the branch, which had been reported, and not the abandoned step 10"
+        assert after[1]["start"] == 7, (
+            "the newest commit of the branch, which had been reported, and not the abandoned step 10"
+        )
         assert after[1]["hash"] == next(line["hash"] for line in branch if line.get("step") == 6)
         assert after[1]["hash"] != next(line["hash"] for line in first if line.get("step") == 6)
 

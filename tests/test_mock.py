@@ -19,7 +19,9 @@ from layerwise_dist.config import load_config
 STEPS = 6
 
 
-def trained(root: Path, mode: str, keep: int = 10, **options: Any) -> tuple[lwd.LayerwiseEngine, dict[str, torch.Tensor]]:
+def trained(
+    root: Path, mode: str, keep: int = 10, **options: Any
+) -> tuple[lwd.LayerwiseEngine, dict[str, torch.Tensor]]:
     model, optimizer = build()
     with lwd.attach(model, optimizer, dir=str(root), mode=mode, keep_last=keep, max_in_flight=8, **options) as ckpt:
         assert ckpt.restore() == 0

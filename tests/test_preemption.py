@@ -1,4 +1,7 @@
-"""SIGTERM: one common step is committed, all leave with the code that was configured, and nothing hangs. And `save()`."""
+"""SIGTERM: one common step is committed, all leave with the code that was configured, and nothing hangs.
+
+And `save()`.
+"""
 
 from __future__ import annotations
 

@@ -199,7 +199,10 @@ def test_a_reader_that_has_a_retired_shard_mapped_keeps_seeing_its_bytes(tmp_pat
 
 
 def late_writes(root: Path, spares_from: int | None = None) -> tuple[int, int]:
-    """Writes of a killed session land in its shard after a second session has gone on. The position that is there then."""
+    """Writes of a killed session land in its shard after a second session has gone on.
+
+    The position that is there then.
+    """
     story = Story(PosixEnv(), str(root))
     story.session(1, 2, keep_last=2, writer=WRITER)
     held = [os.open(path, os.O_PATH) for path in root.glob("step_*/rank_*.safetensors")]  # no opener: the kernel's own

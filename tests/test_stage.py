@@ -1,4 +1,4 @@
-"""Leases that end early by evacuation, and staging: what is copied, what waits for what, and that nothing else changes."""
+"""Leases that end early by evacuation, and staging: what is copied, what waits for what, and no other change."""
 
 from __future__ import annotations
 
@@ -52,7 +52,12 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def attach(model: nn.Module, optimizer: torch.optim.Optimizer, root: Path, env: Any = None, **options: Any) -> Any:
-    base = {"dir": str(root), "keep_last": 100, "writer": {"queue_depth": 1, "block_kb": 64}, "commit": {"timeout_s": 30.0}}
+    base = {
+        "dir": str(root),
+        "keep_last": 100,
+        "writer": {"queue_depth": 1, "block_kb": 64},
+        "commit": {"timeout_s": 30.0},
+    }
     return assembly.assemble(
         model, optimizer, load_config({**base, **options}), LocalTransport(LocalHub(1), 0), env or PosixEnv()
     )
@@ -122,7 +127,9 @@ def _watched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_watched")
-def test_with_room_in_the_pool_the_fence_does_not_wait_for_the_disk_and_every_checkpoint_is_right(tmp_path: Path) -> None:
+def test_with_room_in_the_pool_the_fence_does_not_wait_for_the_disk_and_every_checkpoint_is_right(
+    tmp_path: Path,
+) -> None:
     pending, stats = fenced(tmp_path, pool_mb=16)
     assert max(pending[3:]) > LAYERS, "blocks are still on their way when the update goes on"
     assert stats["bytes_evacuated"] > 0 and stats["pool_peak_bytes"] > stats["bytes_evacuated"] / 8
@@ -258,7 +265,9 @@ def test_a_layer_that_its_state_makes_too_large_is_an_error_on_its_rank_and_stop
     assert isinstance(told[0], errors.CommitError) and re.search(stopped, str(told[0])), told
 
 
-def test_a_pool_that_stays_full_ends_the_attempt_and_training_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_pool_that_stays_full_ends_the_attempt_and_training_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model, optimizer = build()
     options = {"capture": "stage", "fence_timeout_s": 0.2, "max_in_flight": 4, "commit": {"raise_after": 100}}
     env = slow(0.3)

@@ -1,4 +1,4 @@
-"""`layerwise bench layers`: an optimizer's step as it is, on LayerwiseOptimizer's fast path, and one layer at a time."""
+"""`layerwise bench layers`: an optimizer's step as it is, on LayerwiseOptimizer's fast path, and layer by layer."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def run(bench: LayersBench, command: str) -> Findings:
             cells = [spreads[way].text(1e3) for way in _WAYS]
             chart.rows.append([model.title, kernel, *cells, Spread.of(fast).text(1, 3), Spread.of(slow).text()])
     notes = [
-        f"{bench.rounds} rounds of {bench.steps} steps a way; a step is the median of its block. Median (least–greatest) "
+        f"{bench.rounds} rounds of {bench.steps} steps a way; a step is the median of its block. Median "
+        f"(least–greatest) "
         "over the rounds.",
         "fast path: LayerwiseOptimizer where nothing is to be saved; by layers: where something is.",
     ]

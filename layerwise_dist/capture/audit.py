@@ -1,8 +1,8 @@
 """The audit: reads captured memory again and compares, for changes that no version counter shows.
 
 The first checkpoints are audited in full. After that each one audits the next hundredth of the bytes in host memory, so
-that every byte is looked at once in a hundred checkpoints, and none of them pays for all. Looking at device memory makes
-the host wait for the device whatever its size, so that is done in every hundredth checkpoint.
+that every byte is looked at once in a hundred checkpoints, and none of them pays for all. Looking at device memory
+makes the host wait for the device whatever its size, so that is done in every hundredth checkpoint.
 """
 
 from __future__ import annotations

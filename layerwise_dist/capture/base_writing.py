@@ -96,8 +96,8 @@ def on_host(tensor: torch.Tensor) -> bool:
 class Writing:
     """A base on its way to the disk, by a thread of its own. Its tensors stay alive until they were read.
 
-    A run of blocks is copied, then written from the copy. So what is in the file is what the writer has hashed, and it is
-    what the boundary had hashed or the base fails: whoever changed it meanwhile, no fence has to keep it from that.
+    A run of blocks is copied, then written from the copy. So what is in the file is what the writer has hashed, and it
+    is what the boundary had hashed or the base fails: whoever changed it meanwhile, no fence has to keep it from that.
     """
 
     def __init__(self, file: BaseFile, content: Content, hashes: Sequence[int], names: Sequence[str]) -> None:

@@ -1,8 +1,8 @@
 """Frozen parameters: written once, into a base, to which checkpoints refer as long as it holds what the memory holds.
 
 That is decided at each boundary by hashes: of the blocks whose tensors moved or whose version counters rose, and of the
-next hundredth of all, as the audit goes round. All are looked at in the first checkpoints behind a base's beginning. What
-the writer read is held against the same hashes, so a change while a base is written is found, whoever makes it.
+next hundredth of all, as the audit goes round. All are looked at in the first checkpoints behind a base's beginning.
+What the writer read is held against the same hashes, so a change while a base is written is found, whoever makes it.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ class FrozenBases:
     ) -> tuple[Callable[[float], BaseReport] | None, set[str]]:
         """What the attempt refers to: a call that waits until it is durable; None if nothing is frozen.
 
-        Begins a new base if there is none that holds what the memory holds. With `wait`, or if what is frozen has changed,
-        and so may change again, the boundary waits until that was read. Also returns the names of tensors that had changed
-        at two boundaries in a row: they are no base's. Raises OSError.
+        Begins a new base if there is none that holds what the memory holds. With `wait`, or if what is frozen has
+        changed, and so may change again, the boundary waits until that was read. Also returns the names of tensors that
+        had changed at two boundaries in a row: they are no base's. Raises OSError.
         """
         if not found.frozen:
             self.forget()
@@ -111,7 +111,7 @@ class FrozenBases:
         self._base = self._restored = None
 
     def restored(self, report: BaseReport, index: ShardIndex) -> None:
-        """A base was loaded and verified just now: the next checkpoint refers to it, if it is all that is frozen then."""
+        """A base was loaded and verified: the next checkpoint refers to it, if it is all that is frozen then."""
         self._restored = report, index
 
     # -- at other times -----------------------------------------------------------------------------------------

@@ -1,4 +1,6 @@
-"""One checkpoint's capture on one rank: batch by batch behind the update, sealed at the boundary, fenced before the next."""
+"""One checkpoint's capture on one rank: batch by batch behind the update, sealed at the boundary, fenced before the
+next.
+"""
 
 from __future__ import annotations
 

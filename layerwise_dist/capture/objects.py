@@ -49,7 +49,8 @@ class StateObjects:
         missing, extra = sorted(self._objects.keys() - saved.keys()), sorted(saved.keys() - self._objects.keys())
         if missing or extra:
             raise MismatchError(
-                f"state objects differ: the checkpoint lacks {missing}, and holds {extra}, which attach(state=...) does not name"
+                f"state objects differ: the checkpoint lacks {missing}, and holds {extra}, which "
+                f"attach(state=...) does not name"
             )
 
     def put(self, saved: dict[str, Any]) -> None:

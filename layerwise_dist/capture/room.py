@@ -62,7 +62,8 @@ def _check(pool_mb: int, bounce: int, survey: Survey, staged: list[int]) -> None
     if bounce + largest > pool_mb * _MIB:
         name = _staged(survey)[staged.index(largest)].name
         raise ConfigError(
-            f"pool_mb = {pool_mb}: staging layer {name!r} takes {largest} bytes beside {bounce} bytes of bounce buffers "
+            f"pool_mb = {pool_mb}: staging layer {name!r} takes {largest} bytes beside {bounce} bytes of bounce "
+            f"buffers "
             f"(writer.queue_depth x writer.block_kb): at least {-(-(bounce + largest) // _MIB)} are needed, or 'auto'"
         )
 
@@ -76,7 +77,7 @@ def _staged(survey: Survey) -> list[Batch]:
 
 
 def available_memory() -> int:
-    """Bytes that this process may still take without swapping: the machine's, or its control group's if that is less."""
+    """Bytes that this process may still take without swapping: the machine's, or its control group's if less."""
     available = 1 << 62
     for line in _lines("/proc/meminfo"):
         if line.startswith("MemAvailable:"):

@@ -146,7 +146,10 @@ class Stage:
     """
 
     def __init__(self, pool: Any, *, pinned: bool = False) -> None:
-        """`pool` is a `_native.BufferPool`. With `pinned`, all of it that is free is page-locked for CUDA until `close`."""
+        """`pool` is a `_native.BufferPool`.
+
+        With `pinned`, all of it that is free is page-locked for CUDA until `close`.
+        """
         self._pool = pool
         self._pinned = _pin(pool) if pinned else None
         self._copies: dict[torch.device, Copies] = {}
@@ -166,7 +169,8 @@ class Stage:
         buffer = self._pool.acquire(extent.nbytes, max(0.0, deadline - time.monotonic()))
         if buffer is None:
             raise StageError(
-                f"a layer of {extent.nbytes} bytes found no room in the pool (pool_mb) within fence_timeout_s: the disk "
+                f"a layer of {extent.nbytes} bytes found no room in the pool (pool_mb) within fence_timeout_s: "
+                f"the disk "
                 "does not keep up"
             )
         launched = self._launch(buffer, extent, tensors)
@@ -179,7 +183,9 @@ class Stage:
             self._start()
         return [partial(copies.wait, mark) for copies, mark in launched]
 
-    def _launch(self, buffer: Any, extent: GatheredExtent, tensors: Sequence[torch.Tensor]) -> list[tuple[Copies, Mark]]:
+    def _launch(
+        self, buffer: Any, extent: GatheredExtent, tensors: Sequence[torch.Tensor]
+    ) -> list[tuple[Copies, Mark]]:
         # The views end with this call: a buffer that something still looks into cannot be passed on.
         views = lay_views(torch.frombuffer(buffer, dtype=torch.uint8, count=extent.nbytes), extent, tensors)
         by_device: dict[torch.device, list[tuple[torch.Tensor, torch.Tensor]]] = {}
@@ -223,7 +229,7 @@ class Stage:
 
 
 def _pin(pool: Any) -> int | None:
-    """Page-locks the free rest of the pool, which is in one piece before anything was staged; its address if it could."""
+    """Page-locks the free rest of the pool, in one piece before anything was staged; its address if it could."""
     rest = pool.acquire(pool.capacity - pool.in_use, 0.0)
     address, nbytes = rest.address, rest.nbytes
     rest.release()
@@ -231,7 +237,8 @@ def _pin(pool: Any) -> int | None:
     if int(error) == 0:
         return address
     log.warning(
-        "%d bytes of the pool cannot be page-locked (CUDA error %s): copies of device memory hold the training thread up; a "
+        "%d bytes of the pool cannot be page-locked (CUDA error %s): copies of device memory hold the training "
+        "thread up; a "
         "smaller pool_mb may help",
         nbytes, error,
     )  # fmt: skip

@@ -89,7 +89,7 @@ class Survey:
 
     @cached_property
     def gathered(self) -> list[int]:
-        """Numbers of the extents that are written out of one buffer: the staged batches, and what the boundary copies."""
+        """Numbers of the extents that are written out of one buffer: staged batches, and what the boundary copies."""
         return [number for number, batch in enumerate(self.batches) if batch.staged] + [len(self.batches)]
 
     @cached_property
@@ -165,8 +165,8 @@ class Surveyor:
         self._optimizer.gather()
 
     def look(self, copying: frozenset[str] = frozenset(), *, sealing: bool = False) -> Survey:
-        """`copying` holds names (`<kind>/<fqn>`) that the audit found unsafe to lease. With `sealing`, what was frozen at
-        the last look still is: what an optimizer has been given since its last update is changed by its next one.
+        """`copying` holds names (`<kind>/<fqn>`) that the audit found unsafe to lease. With `sealing`, what was frozen
+        at the last look still is: what an optimizer has been given since its last update is changed by its next one.
 
         Raises UnsupportedError.
         """
@@ -239,9 +239,7 @@ class Surveyor:
             order, tuple(scalars), self._framework.extra_states(), key,
         )  # fmt: skip
 
-    def _frozen_pieces(
-        self, copying: frozenset[str], ids: frozenset[int] | None
-    ) -> list[tuple[ParamView, Piece]]:
+    def _frozen_pieces(self, copying: frozenset[str], ids: frozenset[int] | None) -> list[tuple[ParamView, Piece]]:
         """What this rank writes of parameters that no optimizer updates, if it is enough for a base."""
         if ids is None:
             ids = frozenset(id(view.param) for view in self._framework.params).difference(

@@ -187,7 +187,9 @@ def layers(rounds: Rounds = 9, quick: Quick = False, json: Json = False, markdow
 @app.command("trace")
 def trace(
     directory: Dir,
-    update: Annotated[str, typer.Option("--update", "-u", help="whole, pipelined_step or in_backward.")] = "in_backward",
+    update: Annotated[
+        str, typer.Option("--update", "-u", help="whole, pipelined_step or in_backward.")
+    ] = "in_backward",
     params: Params = "34M",
     optimizer: Annotated[str, typer.Option("--optimizer", "-o", help="foreach or fused (AdamW).")] = "foreach",
     out: Annotated[str, typer.Option("--out", metavar="FILE", help="Where the trace goes.")] = "trace.json",

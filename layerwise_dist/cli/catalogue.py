@@ -71,7 +71,7 @@ class Catalogue:
         raise WrongUsage(f"{self.root} has no committed checkpoint in its lineage; see layerwise ls, or give --step")
 
     def here(self, manifest: Manifest) -> list[ShardRecord]:
-        """The shards that lie in this directory, or should: all, but for those of other nodes where each has its own."""
+        """The shards that lie in this directory, or should: all but those of other nodes, where each has its own."""
         for ranks in manifest.places or ():
             if any(os.path.lexists(self.manager.shard_path(manifest, rank)) for rank in ranks):
                 return [manifest.shards[rank] for rank in ranks]

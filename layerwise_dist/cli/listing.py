@@ -65,7 +65,8 @@ def _committed(catalogue: Catalogue) -> list[dict[str, Any]]:
             "step": manifest.step, "seq": manifest.seq, "attempt": manifest.attempt,
             "status": "damaged" if problem else catalogue.status(manifest), "tag": manifest.tag,
             "ranks": manifest.world_size,
-            "bytes": manifest.nbytes, "base_bytes": manifest.base_nbytes, "created": manifest.created, "folder": manifest.attempt_id.folder,
+            "bytes": manifest.nbytes, "base_bytes": manifest.base_nbytes, "created": manifest.created,
+            "folder": manifest.attempt_id.folder,
             "problem": f"{manifest.attempt_id.folder}: {problem}" if problem else None,
         })  # fmt: skip
     return found
@@ -80,7 +81,8 @@ def _incomplete(catalogue: Catalogue) -> list[dict[str, Any]]:
             continue  # collected while this looks
         found.append({
             "step": attempt.step, "seq": attempt.seq, "attempt": attempt.text, "status": "incomplete", "tag": None,
-            "ranks": None, "bytes": nbytes, "base_bytes": 0, "created": created, "folder": attempt.folder, "problem": None,
+            "ranks": None, "bytes": nbytes, "base_bytes": 0, "created": created, "folder": attempt.folder,
+            "problem": None,
         })  # fmt: skip
     return found
 
@@ -97,7 +99,8 @@ def _damaged(catalogue: Catalogue) -> list[dict[str, Any]]:
             continue
         found.append({
             "step": attempt.step if attempt else None, "seq": seq, "attempt": attempt.text if attempt else None,
-            "status": "damaged", "tag": None, "ranks": None, "bytes": nbytes, "base_bytes": 0, "created": created, "folder": name,
+            "status": "damaged", "tag": None, "ranks": None, "bytes": nbytes, "base_bytes": 0, "created": created,
+            "folder": name,
             "problem": damage,
         })  # fmt: skip
     return found

@@ -103,7 +103,8 @@ class _Verifier:
         if damage and not catalogue.still_there(manifest):
             damage, result = [], "retired"  # a job that runs removed it meanwhile
         return {
-            "step": manifest.step, "seq": manifest.seq, "attempt": manifest.attempt, "status": catalogue.status(manifest),
+            "step": manifest.step, "seq": manifest.seq, "attempt": manifest.attempt,
+            "status": catalogue.status(manifest),
             "ranks": manifest.world_size, "ranks_here": len(here), "bytes": sum(record.nbytes for record in here),
             "base_bytes": sum(base.nbytes for _, base in bases),
             "folder": manifest.attempt_id.folder, "result": result, "damage": damage,

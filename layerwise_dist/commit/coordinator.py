@@ -83,7 +83,8 @@ class Coordinator:
     `WriteManifest` and `ComposeManifest` are the last of their list; their end is said before anything else is.
 
     One attempt at a time is *current*: all have reported, and its manifest is on its way. With keepers (of directories
-    that rank 0 does not see) they first *prepare* it; then rank 0 writes it, which is the commit; then they *publish* it.
+    that rank 0 does not see) they first *prepare* it; then rank 0 writes it, which is the commit; then they *publish*
+    it.
     """
 
     def __init__(
@@ -218,7 +219,8 @@ class Coordinator:
             self._abort(
                 attempt,
                 f"rank {message['rank']} reports attempt {message['attempt']} of step {message['step']} in a world of "
-                f"{message['world_size']}, others attempt {attempt.attempt} of step {attempt.step} in {self._world_size}",
+                f"{message['world_size']}, others attempt {attempt.attempt} of step {attempt.step} in "
+                f"{self._world_size}",
                 failure=True,
             )
         elif kind == "failed":

@@ -82,7 +82,10 @@ def perform(coordinator: Coordinator, pen: Pen, send: Callable[[Message], None],
 
 
 def _remove_bases(pen: Pen, send: Callable[[Message], None]) -> None:
-    """Everywhere. One that is on other nodes only, since no checkpoint ever referred to it, stays until the next start."""
+    """Everywhere.
+
+    One that is on other nodes only, since no checkpoint ever referred to it, stays until the next start.
+    """
     try:
         if unneeded := pen.unneeded():
             send({"t": "unneeded", "bases": unneeded})

@@ -130,7 +130,10 @@ class Ledger:
         return self._hold.passed(count)
 
     def ask(self, *, leave: bool, why: str) -> list[Action]:
-        """For one boundary at which all ranks save, or save and leave. This rank waits at its next until it is known."""
+        """For one boundary at which all ranks save, or save and leave.
+
+        This rank waits at its next until it is known.
+        """
         return [*map(Post, self._hold.ask(leave=leave, why=why))]
 
     def restored(self, step: int | None) -> None:

@@ -31,7 +31,8 @@ from layerwise_dist.storage.layout import AttemptId
 from layerwise_dist.storage.retention import unneeded_bases
 
 __all__ = [
-    "MOST_ANCESTORS", "Branch", "CheckpointMetadataManager", "Identity", "InDoubt", "Inventory", "Manifest", "ParentRef",
+    "MOST_ANCESTORS", "Branch", "CheckpointMetadataManager", "Identity", "InDoubt", "Inventory", "Manifest",
+    "ParentRef",
     "ShardRecord", "decode", "encode",
 ]  # fmt: skip
 
@@ -51,7 +52,10 @@ class CheckpointMetadataManager:
     # -- reading ------------------------------------------------------------------------------------------------
 
     def inventory(self) -> Inventory:
-        """Reads every record. A damaged one is listed, never raised; OSError is raised: it says nothing of the bytes."""
+        """Reads every record.
+
+        A damaged one is listed, never raised; OSError is raised: it says nothing of the bytes.
+        """
         manifests: dict[int, Manifest] = {}
         branches: dict[int, Branch] = {}
         damaged: dict[str, str] = {}
@@ -188,7 +192,10 @@ class CheckpointMetadataManager:
         self._remove_if_empty(folder)
 
     def remove_base(self, base: str) -> None:
-        """Removes frozen parameters. REQUIRES: no manifest refers to them, or ever will, whatever a crash brings back."""
+        """Removes frozen parameters.
+
+        REQUIRES: no manifest refers to them, or ever will, whatever a crash brings back.
+        """
         folder = os.path.join(self.root, layout.base_folder(base))
         try:
             names = list(self.env.list_dir(folder))
@@ -206,8 +213,8 @@ class CheckpointMetadataManager:
             pass  # a file that is not ours, or another rank's, keeps it
 
     def flush_records(self, inventory: Inventory) -> list[AttemptId]:
-        """Makes what was read durable: a session may have died between a manifest's rename or removal and its flush, and
-        what the next one builds on, or takes the shards of, must not change with a power failure.
+        """Makes what was read durable: a session may have died between a manifest's rename or removal and its flush,
+        and what the next one builds on, or takes the shards of, must not change with a power failure.
 
         REQUIRES: the owner lock is held. Returns unfinished attempts of which it failed: nobody may touch those.
         Raises OSError if it failed of a commit.
@@ -248,7 +255,10 @@ class CheckpointMetadataManager:
             self.remove_base(base)
 
     def record_text(self, name: str) -> str:
-        """A record as it lies in its file; `name` is a folder's, or a branch record's. Raises OSError or DamageError."""
+        """A record as it lies in its file; `name` is a folder's, or a branch record's.
+
+        Raises OSError or DamageError.
+        """
         attempt = layout.parse_folder(name)
         if attempt is not None:
             return encode(self.read_manifest(attempt)).decode()

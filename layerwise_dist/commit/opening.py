@@ -1,8 +1,8 @@
 """The start of a session in one directory, and what several directories make together.
 
-A *place* is a directory with the ranks that share it; its lowest rank is its *keeper*. With a shared file system there is
-one place, kept by rank 0. With a disk in each node there are several, and a checkpoint exists if its manifest lies in any
-of them: what a crash left in some only is brought to the others here.
+A *place* is a directory with the ranks that share it; its lowest rank is its *keeper*. With a shared file system there
+is one place, kept by rank 0. With a disk in each node there are several, and a checkpoint exists if its manifest lies
+in any of them: what a crash left in some only is brought to the others here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ log = logging.getLogger("layerwise_dist")
 
 @dataclass(frozen=True, slots=True)
 class SessionInfo:
-    """What all ranks know of the session. `first_seq` is the seq of its first attempt; `places` are the ranks of each."""
+    """What all ranks know of the session.
+
+    `first_seq` is the seq of its first attempt; `places` are the ranks of each.
+    """
 
     session: str
     identity: str
@@ -93,7 +96,8 @@ class Place:
         return {
             "host": socket.gethostname(), "ranks": self._ranks, "identity": identity,
             "epoch": max(self.owner.previous, found.last_epoch), "last_seq": found.last_seq, "empty": found.empty,
-            "manifests": [[m.epoch, m.seq, m.step] for m in found.manifests.values()], "branches": sorted(found.branches),
+            "manifests": [[m.epoch, m.seq, m.step] for m in found.manifests.values()],
+            "branches": sorted(found.branches),
             "doubtful": [[each.epoch, each.seq, each.step] for each in doubtful],
         }  # fmt: skip
 
@@ -167,8 +171,10 @@ def merge(found: list[dict[str, Any]], root: str, *, fresh: bool) -> Plan:
     if bare and full and not fresh:
         newest = max((each[2] for each in manifests.values()), default=0)
         raise DirectoryError(
-            f"{'; '.join(map(_whose, bare))}: {root} holds nothing, and {'; '.join(map(_whose, full))}: checkpoints up to "
-            f"step {newest}. Was a disk replaced, or is a mount missing? Bring that node's directory back from a copy, or "
+            f"{'; '.join(map(_whose, bare))}: {root} holds nothing, and {'; '.join(map(_whose, full))}: "
+            f"checkpoints up to "
+            f"step {newest}. Was a disk replaced, or is a mount missing? Bring that node's directory back from "
+            f"a copy, or "
             "start anew with attach(fresh=True)"
         )
     lacking = []

@@ -20,7 +20,10 @@ class Owner:
     """
 
     def __init__(self, env: Any, root: str, *, file_mode: int, who: str) -> None:
-        """Takes the lock; `previous` is the epoch of the session before. Raises OwnerError naming the holder, or OSError."""
+        """Takes the lock; `previous` is the epoch of the session before.
+
+        Raises OwnerError naming the holder, or OSError.
+        """
         self._root, self._path = root, os.path.join(root, layout.OWNER)
         self._env, self._who = env, who
         self.epoch, self._session = 0, ""

@@ -67,7 +67,10 @@ class Participant:
         self._transport.post(message)
 
     def recycle(self, retire: Callable[[AttemptId], None]) -> None:
-        """`retire` is told of each checkpoint of this session whose manifest rank 0 removed durably. It must not wait."""
+        """`retire` is told of each checkpoint of this session whose manifest rank 0 removed durably.
+
+        It must not wait.
+        """
         self._retire = retire
 
     # -- agreement ----------------------------------------------------------------------------------------------
@@ -89,7 +92,9 @@ class Participant:
                 votes = self._agreeing.setdefault(key, {})
                 self._wait_for(
                     lambda: len(votes) == self.world_size or self._gone.keys() - votes, deadline,
-                    lambda: f"{what}: waited {timeout:g} s for rank(s) {sorted(set(range(self.world_size)) - set(votes))}",
+                    lambda: (
+                        f"{what}: waited {timeout:g} s for rank(s) {sorted(set(range(self.world_size)) - set(votes))}"
+                    ),
                 )  # fmt: skip
                 del self._agreeing[key]
                 gone = {rank: why for rank, why in self._gone.items() if rank not in votes}
@@ -164,7 +169,9 @@ class Participant:
         self._leaving = leaving
 
     def ended(self) -> None:
-        """At the end of a job: raises CommitError if the session has stopped, though the step to raise at is not reached."""
+        """At the end of a job: raises CommitError if the session has stopped, though the step to raise at is not
+        reached.
+        """
         with self._changed:
             if (reason := self._ledger.ended()) is not None:
                 raise CommitError(reason)
@@ -192,7 +199,9 @@ class Participant:
             self._wait_for(
                 lambda: state.has_reached(step, level) or state.hopeless(step) is not None,
                 time.monotonic() + timeout,
-                lambda: f"step {step} was not {level} after {timeout:g} s; the newest that is: step {state.reached[level]}",
+                lambda: (
+                    f"step {step} was not {level} after {timeout:g} s; the newest that is: step {state.reached[level]}"
+                ),
             )  # fmt: skip
             if not state.has_reached(step, level):
                 raise CommitError(state.hopeless(step) or "")

@@ -119,7 +119,8 @@ def _grouped(votes: list[dict[str, Any]], root: str) -> list[list[int]]:
         other = of_node.setdefault(vote["node"], rank)
         if keepers[other] != keepers[rank]:
             raise DirectoryError(
-                f"rank {other} and rank {rank} are both on {vote['host']}, and {root} is not one directory for them: is "
+                f"rank {other} and rank {rank} are both on {vote['host']}, and {root} is not one directory for "
+                f"them: is "
                 "`dir` relative, or a mount missing?"
             )
     places: dict[int, list[int]] = {}

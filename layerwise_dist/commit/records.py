@@ -181,7 +181,8 @@ class Inventory:
     def lost_branch(self) -> str | None:
         """What is wrong with a damaged branch record that is newer than all sound records, if there is one.
 
-        Where the lineage goes on from is then unknown: following the newest commit could bring an abandoned branch back.
+        Where the lineage goes on from is then unknown: following the newest commit could bring an abandoned branch
+        back.
         """
         newest = max([*self.manifests, *self.branches], default=0)
         for name, problem in self.damaged.items():

@@ -72,8 +72,8 @@ class Committer:
     def follow(self, head: ParentRef | None, branch_seq: int | None) -> tuple[str | None, list[str]]:
         """The next commit continues from `head`. With `branch_seq`, a branch record makes that durable at once.
 
-        Returns the branch record's text, and the bases that `head` refers to, which stay from now on until a commit refers
-        to others.
+        Returns the branch record's text, and the bases that `head` refers to, which stay from now on until a commit
+        refers to others.
         """
         with self._lock:
             return self._follow(head, branch_seq)
@@ -118,14 +118,17 @@ class Committer:
             [{name: report[name] for name in ShardRecord.model_fields} for report in reports]
         )
         return Manifest(
-            identity=self.info.identity, session=self.info.session, epoch=self.info.epoch, seq=seq, attempt=attempt.text,
-            parent=self._head, ancestors=self._ancestors, step=step, world_size=self._world_size, framework=self._framework,
+            identity=self.info.identity, session=self.info.session, epoch=self.info.epoch, seq=seq,
+            attempt=attempt.text,
+            parent=self._head, ancestors=self._ancestors, step=step, world_size=self._world_size,
+            framework=self._framework,
             boundary=self.boundary_kind, tag=self.tags.pop(seq, None), created=time.time(), software=self._software,
             places=self.info.places if len(self.info.places) > 1 else None, bases=bases_of(shards), shards=shards,
         )  # fmt: skip
 
     def retire(self, withdrawn: Callable[[AttemptId], None]) -> None:
-        """Removes the manifests that retention no longer keeps, and branch records that a newer commit has made history.
+        """Removes the manifests that retention no longer keeps, and branch records that a newer commit has made
+        history.
 
         Raises OSError, InDoubt or OwnerError; `withdrawn` is told of each manifest that is gone for good here.
         """
@@ -157,8 +160,8 @@ class Committer:
                 del inventory.branches[seq]
 
     def collect_old(self, attempt: AttemptId) -> None:
-        """Shards of this session are left to the ranks that wrote them, who may reuse them. Those of earlier sessions are
-        removed here, since nothing knows which queued writes may still reach them.
+        """Shards of this session are left to the ranks that wrote them, who may reuse them. Those of earlier sessions
+        are removed here, since nothing knows which queued writes may still reach them.
         """
         with self._lock:
             self._returning.pop(attempt, None)
@@ -307,8 +310,8 @@ def _settled(votes: list[dict[str, Any]]) -> list[str]:
 def follow(
     participant: Participant, committer: Committer | None, head: ParentRef | None, branch_seq: int | None
 ) -> list[str]:
-    """All ranks together: the next commit continues from `head`. With `branch_seq`, a branch record makes that durable, in
-    every place, before it returns. Raises OSError, InDoubt or OwnerError on every rank.
+    """All ranks together: the next commit continues from `head`. With `branch_seq`, a branch record makes that durable,
+    in every place, before it returns. Raises OSError, InDoubt or OwnerError on every rank.
 
     Returns the bases that `head` refers to, which are there and stay as long as checkpoints refer to them.
     """

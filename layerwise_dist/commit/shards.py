@@ -26,7 +26,10 @@ def open_shard(manager: CheckpointMetadataManager, pool: Any, manifest: Manifest
 
 
 def open_base(manager: CheckpointMetadataManager, pool: Any, manifest: Manifest, rank: int) -> Shard | None:
-    """The frozen parameters that a rank's shard refers to, as a shard; None if it refers to none. Raises as `open_shard`."""
+    """The frozen parameters that a rank's shard refers to, as a shard; None if it refers to none.
+
+    Raises as `open_shard`.
+    """
     record = manifest.shards[rank].base
     if record is None:
         return None
@@ -42,6 +45,7 @@ def _check(shard: Shard, manifest: Manifest, attempt: str, rank: int) -> None:
     found, expected = shard.index, (attempt, rank, manifest.world_size)
     if (found.attempt, found.rank, found.world_size) != expected:
         raise DamageError(
-            f"shard {found.path}: its header is of attempt {found.attempt}, rank {found.rank} of {found.world_size}; the "
+            f"shard {found.path}: its header is of attempt {found.attempt}, rank {found.rank} of "
+            f"{found.world_size}; the "
             f"manifest is of attempt {attempt}, rank {rank} of {manifest.world_size}"
         )

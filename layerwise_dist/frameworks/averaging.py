@@ -93,8 +93,9 @@ class Averaging:
             self._ready[id(param)] = param.grad.data_ptr()
 
     def _divide(self, bucket: dist.GradBucket, ranks: int) -> None:
-        """Before the sum, as DDP does it: with three ranks or more the bits depend on it. What it copies into the bucket
-        it multiplies by 1/ranks; a gradient that lies there already it divides by ranks, which may round otherwise.
+        """Before the sum, as DDP does it: with three ranks or more the bits depend on it. What it copies into the
+        bucket it multiplies by 1/ranks; a gradient that lies there already it divides by ranks, which may round
+        otherwise.
         """
         if not self._root.gradient_as_bucket_view or bucket.buffer().layout != torch.strided:
             bucket.buffer().mul_(1.0 / ranks)

@@ -150,7 +150,7 @@ def put_gradient(param: torch.Tensor, present: bool) -> None:
 
 
 class _Tree:
-    """What hangs in the module tree: looked at in every checkpoint, walked only when something came, went or changed."""
+    """What hangs in the module tree: looked at in every checkpoint, walked when something came, went or changed."""
 
     def __init__(self, root: nn.Module, prefix: str) -> None:
         self._root, self._prefix = root, prefix

@@ -1,9 +1,9 @@
 """DDP's gradient buckets, which decide in which order more than two ranks add.
 
-DDP lays its buckets out anew after the first iteration, in the order in which gradients became ready. A resumed job would
-reduce its first iteration in the first layout, the uninterrupted one reduced it in the second; with three ranks or more a
-ring adds an element's parts in an order that depends on its place in the bucket, and the bits differ. So the order is
-observed, saved, and taken up by a resumed job before its first iteration.
+DDP lays its buckets out anew after the first iteration, in the order in which gradients became ready. A resumed job
+would reduce its first iteration in the first layout, the uninterrupted one reduced it in the second; with three ranks
+or more a ring adds an element's parts in an order that depends on its place in the bucket, and the bits differ. So the
+order is observed, saved, and taken up by a resumed job before its first iteration.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class BucketOrder:
             if self._root.static_graph or (self._root._comm_hooks and ours is None):
                 what = "static_graph=True" if self._root.static_graph else "a communication hook"
                 log.warning(
-                    "DistributedDataParallel with %s: its bucket layout cannot be taken up, so the first iteration after "
+                    "DistributedDataParallel with %s: its bucket layout cannot be taken up, so the first "
+                    "iteration after "
                     "this restore may differ in the last bits from an uninterrupted run",
                     what,
                 )

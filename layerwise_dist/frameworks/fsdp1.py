@@ -1,7 +1,8 @@
 """FSDP1 (`FullyShardedDataParallel`): each rank has a flat range of its units, which begins and ends within rows.
 
 With `use_orig_params=True` the optimizer holds the user's parameters, whose data are one-dimensional views of the
-range; otherwise it holds the flat parameters. Both are saved as flat ranges of the user's parameters, under their names.
+range; otherwise it holds the flat parameters. Both are saved as flat ranges of the user's parameters, under their
+names.
 """
 
 from __future__ import annotations

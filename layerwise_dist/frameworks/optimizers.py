@@ -31,11 +31,14 @@ class UpdateEvents(Protocol):
         """
 
     def wants_layers(self) -> bool:
-        """Whether it is worth while that the update that comes goes layer by layer, if it can. Before `update_starting`."""
+        """Whether it is worth while that the update that comes goes layer by layer, if it can.
+
+        Before `update_starting`.
+        """
 
     def overwriting(self, layers: Collection[str] | None = None) -> None:
-        """Parameters and state of these layers, or of all, are about to be overwritten. An update that goes part by part
-        calls it for each part.
+        """Parameters and state of these layers, or of all, are about to be overwritten. An update that goes part by
+        part calls it for each part.
         """
 
     def updated(self, layers: Collection[str]) -> None:
@@ -276,7 +279,7 @@ class TorchOptimizer(OptimizerAdapter):
 
 
 def found_inf(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a GradScaler has this update skipped: a fused optimizer is stepped then too, and skips inside its kernel."""
+    """Whether a GradScaler has this update skipped: a fused optimizer is stepped then too, and skips in its kernel."""
     found = getattr(optimizer, "found_inf", None)
     return isinstance(found, torch.Tensor) and bool(found.item())
 

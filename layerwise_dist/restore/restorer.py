@@ -77,7 +77,10 @@ class Restorer:
         return self._participant.agree("look for damaged records", None, decide)
 
     def _load(self, attempt: AttemptId, partly: bool) -> LoadPlan | None:
-        """One candidate, on all ranks: check everything, then read. None if damaged somewhere; other errors are raised."""
+        """One candidate, on all ranks: check everything, then read.
+
+        None if damaged somewhere; other errors are raised.
+        """
         sound, loading = agreement.together(
             self._participant, f"check step {attempt.step}", lambda: self._check(attempt, partly)
         )
@@ -87,9 +90,7 @@ class Restorer:
         self.undefined = (
             f"the restore of step {attempt.step} did not finish: parameters and optimizer state are undefined"
         )
-        sound, _ = agreement.together(
-            self._participant, f"load step {attempt.step}", lambda: loader.load(loading)
-        )
+        sound, _ = agreement.together(self._participant, f"load step {attempt.step}", lambda: loader.load(loading))
         return loading if sound else None
 
     def _check(self, attempt: AttemptId, partly: bool) -> LoadPlan:
@@ -100,7 +101,8 @@ class Restorer:
         framework = self._framework
         if manifest.world_size != framework.world_size:
             raise MismatchError(
-                f"step {manifest.step} was written by {manifest.world_size} ranks, this job has {framework.world_size}: "
+                f"step {manifest.step} was written by {manifest.world_size} ranks, this job has "
+                f"{framework.world_size}: "
                 "restoring into another world size is not supported by this version"
             )
         if manifest.framework != framework.name:

@@ -75,8 +75,8 @@ class PCCheckAdapter:
         block_bytes: int = 1 << 20, direct_io: bool = True, file_mode: int = 0o600, dir_mode: int = 0o700,
         spares: int = 0, hash: bool = True,
     ) -> None:  # fmt: skip
-        """`allocate_staging_buffer` starts the writer. `spares`: how many files of retired checkpoints may wait to be written over;
-        0: they are removed. `hash`: whether tensors are hashed; header and state always are.
+        """`allocate_staging_buffer` starts the writer. `spares`: how many files of retired checkpoints may wait to be
+        written over; 0: they are removed. `hash`: whether tensors are hashed; header and state always are.
 
         With `backend` "nvm", `env` is an NvmEnv. Raises ConfigError where "uring" is refused or "nvm" finds no DAX.
         """
@@ -111,7 +111,8 @@ class PCCheckAdapter:
         return self._queue_depth * self.block_bytes
 
     def allocate_staging_buffer(self, size_mb: float) -> None:
-        """Starts the writer, with one bounded piece of memory of `size_mb` MiB for bounce buffers, evacuation and staging.
+        """Starts the writer, with one bounded piece of memory of `size_mb` MiB for bounce buffers, evacuation and
+        staging.
 
         Later than the adapter is made, since how much is right depends on the state, which the first update makes. Once
         more for a larger pool: what is on its way keeps the old one, which stays until `close`.
@@ -220,7 +221,10 @@ class ShardWrite:
         self._writer.set_addresses(addresses)
 
     def submit(self, first: int, count: int) -> None:
-        """Queues the blocks of `count` layers. Their tensors must not change until `evacuate` or `wait_written` says so."""
+        """Queues the blocks of `count` layers.
+
+        Their tensors must not change until `evacuate` or `wait_written` says so.
+        """
         extents = self.layout.extents[first : first + count]
         if blocks := sum(extent.blocks for extent in extents):
             self._writer.submit(extents[0].first_block, blocks)
@@ -246,7 +250,7 @@ class ShardWrite:
         return self._writer.wait(timeout_s)
 
     def block_times(self) -> list[tuple[int, int]]:
-        """When each block of the layers was started and was over: nanoseconds of `time.monotonic_ns()`, 0 if not yet."""
+        """When each block of the layers began and ended: nanoseconds of `time.monotonic_ns()`, 0 if not yet."""
         return self._writer.block_times()
 
     def append_state(self, text: bytes, blob: bytes) -> None:
@@ -260,8 +264,8 @@ class ShardWrite:
         """Blocks, the base, header, fdatasync, rename, directory flushes: afterwards the shard survives power loss, and
         what it refers to.
 
-        The order is the promise (docs/format.md, "Order of flushes"). Raises OSError, or DeadlineError when the
-        blocks are not written in `timeout_s` seconds, or what `confirm` and `base` raise; the attempt must then be aborted.
+        The order is the promise (docs/format.md, "Order of flushes"). Raises OSError, or DeadlineError when the blocks
+        are not written in `timeout_s` seconds, or what `confirm` and `base` raise; the attempt must then be aborted.
         """
         deadline = time.monotonic() + timeout_s
         self._written(timeout_s, deadline)

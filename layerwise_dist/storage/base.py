@@ -1,7 +1,7 @@
 """A rank's frozen parameters in a file of their own, a shard without state, which many checkpoints refer to.
 
-`<dir>/base/<attempt>/rank_<rank>.safetensors` is named after the attempt that wrote it. No manifest is beside it: it counts
-as long as a checkpoint's manifest names it. The order of flushes is in docs/format.md.
+`<dir>/base/<attempt>/rank_<rank>.safetensors` is named after the attempt that wrote it. No manifest is beside it: it
+counts as long as a checkpoint's manifest names it. The order of flushes is in docs/format.md.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _EXTENT = "(frozen)"
 _NO_STATE = state_extent(b"", b"")
 
 
-# Blocks of so many bytes are with the writer at once. More would not be faster, and a shard's own blocks, which training
-# may wait for, come behind them.
+# Blocks of so many bytes are with the writer at once. More would not be faster, and a shard's own blocks, which
+# training may wait for, come behind them.
 _RUN_BYTES = 32 << 20
 
 
@@ -41,7 +41,8 @@ class BaseReport:
 
 
 class BaseFile:
-    """The file while it is written. Its blocks are hashed always, also with `hash: false`: that is how a change is found.
+    """The file while it is written. Its blocks are hashed always, also with `hash: false`: that is how a change is
+    found.
 
     Attributes:
         layout: which byte of which slice goes where.
@@ -49,7 +50,8 @@ class BaseFile:
     """
 
     def __init__(self, adapter: PCCheckAdapter, attempt: AttemptId, slices: Sequence[tuple[Slice, bool]]) -> None:
-        """Creates the folders and the partial file of these slices, each with whether the optimizer has it as a DTensor.
+        """Creates the folders and the partial file of these slices, each with whether the optimizer has it as a
+        DTensor.
 
         Raises OSError, or UnsupportedError for more than a header holds.
         """

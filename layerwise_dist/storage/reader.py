@@ -116,7 +116,8 @@ def _index(path: str, size: int, base: int, tree: dict[str, Any]) -> ShardIndex:
     layers, blocks = _layers(json.loads(metadata["layers"]), base, block_bytes, special[STATE_JSON][0])
     hashes = _hashes(metadata["hashes"], metadata.get("hash"), len(blocks))
     return ShardIndex(
-        path, size, metadata["attempt"], _count(metadata["step"]), _count(metadata["rank"]), _count(metadata["world_size"]),
+        path, size, metadata["attempt"], _count(metadata["step"]), _count(metadata["rank"]),
+        _count(metadata["world_size"]),
         entries, layers, blocks, hashes, special[STATE_JSON], special[STATE_BYTES], int(metadata["state_hash"], 16),
     )  # fmt: skip
 
@@ -207,13 +208,15 @@ class Shard:
         data = self._reader.read(begin, end - begin)
         if len(data) != end - begin or _native.xxh3_64(data) != index.state_hash:
             raise DamageError(
-                f"shard {index.path} of step {index.step}: the state block hashes otherwise than {index.state_hash:016x}"
+                f"shard {index.path} of step {index.step}: the state block hashes otherwise than "
+                f"{index.state_hash:016x}"
             )
         text, blob = index.state_json, index.state_bytes
         return data[text[0] - begin : text[1] - begin], data[blob[0] - begin : blob[1] - begin]
 
     def read_into(self, spans: list[tuple[int, int, int]]) -> None:
-        """Copies byte ranges (begin, end, memory address) of the file out; every hashed block touched is verified first.
+        """Copies byte ranges (begin, end, memory address) of the file out; every hashed block touched is verified
+        first.
 
         Nothing of a bad block is copied, but other blocks may have been when DamageError is raised.
         REQUIRES: ranges lie in the layers, and the memory stays alive and unshared until the call returns.
@@ -235,7 +238,10 @@ class Shard:
             raise DamageError("; ".join(self.describe(numbers[block]) for block in bad[:5]))
 
     def verify(self) -> list[str]:
-        """Reads everything; returns one message a bad block (empty: as committed, where it is hashed). Raises OSError."""
+        """Reads everything; returns one message a bad block (empty: as committed, where it is hashed).
+
+        Raises OSError.
+        """
         index = self.index
         blocks = [(*block, expected) for block, expected in zip(index.blocks, index.hashes, strict=True)]
         messages = [self.describe(block) for block in self._reader.read_blocks(blocks, [])]

@@ -25,8 +25,8 @@ class Referring(Protocol):
 def unneeded_bases(found: Iterable[str], manifests: Iterable[Referring], below: int | None = None) -> list[str]:
     """Of the bases that were found, those that no manifest refers to. REQUIRES: every manifest is known.
 
-    While ranks write, only those of attempts before `below`, the newest commit's seq: what an attempt behind it refers to
-    is that commit's too, or its own, since no rank takes up again what it has stopped referring to.
+    While ranks write, only those of attempts before `below`, the newest commit's seq: what an attempt behind it refers
+    to is that commit's too, or its own, since no rank takes up again what it has stopped referring to.
     """
     needed = {base for manifest in manifests for base in manifest.bases}
     gone = []
@@ -42,9 +42,10 @@ def retired(
 ) -> list[int]:
     """Seqs that retention may remove, oldest first.
 
-    `lineage` is newest first; `family` also holds the abandoned branches that grew from the same first commit.
-    A commit goes only when `keep_last` newer commits of the lineage are durable; multiples of `keep_every_n_steps`
-    in the lineage stay, and so does the newest commit under each tag. Checkpoints of unrelated lineages (a `fresh=True` start in the same directory) are not named.
+    `lineage` is newest first; `family` also holds the abandoned branches that grew from the same first commit. A commit
+    goes only when `keep_last` newer commits of the lineage are durable; multiples of `keep_every_n_steps` in the
+    lineage stay, and so does the newest commit under each tag. Checkpoints of unrelated lineages (a `fresh=True` start
+    in the same directory) are not named.
     """
     if len(lineage) <= keep_last:
         return []

@@ -166,8 +166,8 @@ class ShardLayout:
     ) -> bytes:
         """The header region: 8-byte little-endian length, JSON, spaces up to `header_bytes`.
 
-        `hashes` holds sixteen hexadecimal digits a block of the layers, None if they were not hashed; `state` the lengths (bytes) of the two parts
-        of the state extent, which starts at `end`; `state_hash` is its XXH3-64.
+        `hashes` holds sixteen hexadecimal digits a block of the layers, None if they were not hashed; `state` the
+        lengths (bytes) of the two parts of the state extent, which starts at `end`; `state_hash` is its XXH3-64.
         """
         metadata = {
             "format": FORMAT,

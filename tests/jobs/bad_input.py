@@ -1,6 +1,6 @@
 """What two ranks get for input that is bad on one of them, or on both: OUT/<rank>.json is {what: [error, message]}.
 
-    bad_input.py OUT      OUT/one holds a checkpoint of one rank; OUT/two gets one of two
+bad_input.py OUT      OUT/one holds a checkpoint of one rank; OUT/two gets one of two
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
             ckpt.restore()
         finally:
             ckpt.close()
-            assert all(torch.equal(was, now) for was, now in zip(before, model.parameters()))
+            assert all(torch.equal(was, now) for was, now in zip(before, model.parameters(), strict=True))
         return ckpt
 
     with process_group() as rank:
@@ -69,7 +69,10 @@ def main() -> None:
         odd = net()
         if rank:
             odd.register_buffer("only_here", torch.zeros(1))
-        tried("one rank's model", lambda: restore(DistributedDataParallel(odd, broadcast_buffers=False, init_sync=False), "two"))
+        tried(
+            "one rank's model",
+            lambda: restore(DistributedDataParallel(odd, broadcast_buffers=False, init_sync=False), "two"),
+        )
         tried("one rank's directory", lambda: attach(plain, "e" if rank == 0 else "missing/mount"))
         tried("one rank's writer", lambda: attach(plain, "f", writer={"backend": "nvm" if rank else "posix"}))
         wide = net(700_000) if rank else plain  # 11 MB in its first layer

@@ -1,6 +1,6 @@
 """At each step: gradients of a DDP that has run on, against those of a new one around the same contents.
 
-    buckets.py take_up|leave      rank 0 prints `differing <steps>`
+buckets.py take_up|leave      rank 0 prints `differing <steps>`
 """
 
 from __future__ import annotations
@@ -34,11 +34,14 @@ def main() -> None:
                 resumed = DDPFramework(again, rank, world)
                 resumed.take_up(framework.carry())
                 assert resumed.carry() == framework.carry()
-                assert all(a.grad is None or torch.equal(a.grad, b.grad) for a, b in zip(again.parameters(), model.parameters()))
+                assert all(
+                    a.grad is None or torch.equal(a.grad, b.grad)
+                    for a, b in zip(again.parameters(), model.parameters(), strict=True)
+                )
             for one in (model, again):
                 one.zero_grad()
                 one(inputs).square().mean().backward()
-            pairs = zip(model.parameters(), again.parameters())
+            pairs = zip(model.parameters(), again.parameters(), strict=True)
             differing += not all(torch.equal(a.grad, b.grad) for a, b in pairs)
             optimizer.step()
             del again, one, pairs

@@ -2,8 +2,8 @@
 
     cells.py WRAPPER OUT UPDATE,UPDATE... OPTIMIZER,OPTIMIZER... FEATURE,FEATURE...
 
-OUT/<rank>.json is {"update optimizer feature": "exact" | "refused: why" | "torch: why" | "WRONG: what"}. "torch" says that
-plain training itself raises.
+OUT/<rank>.json is {"update optimizer feature": "exact" | "refused: why" | "torch: why" | "WRONG: what"}. "torch" says
+that plain training itself raises.
 """
 
 from __future__ import annotations

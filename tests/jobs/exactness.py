@@ -64,7 +64,9 @@ class Job:
     """One training script. Everything random comes from the global generator, which every rank seeds differently."""
 
     def __init__(self, wrapper: str, optimizer: str, feature: str, seed: int) -> None:
-        self.features = {feature} if feature != "all" else {"clipping", "accumulation", "schedule", "tied", "batchnorm", "unused"}
+        self.features = (
+            {feature} if feature != "all" else {"clipping", "accumulation", "schedule", "tied", "batchnorm", "unused"}
+        )
         torch.manual_seed(seed)
         # Tensor parallelism wants to be even; what each rank has of the rest is odd all the same.
         self.net = Net(self.features, 30 if wrapper == "tp" else 29)
@@ -79,7 +81,9 @@ class Job:
             self.model = torch.compile(self.model, backend="aot_eager")
         self.steps = {"done": 0}
         rank = dist.get_rank() if dist.is_initialized() else 0
-        torch.manual_seed(1000 * seed + (rank // 2 if wrapper == "tp" else rank))  # two ranks see the same batches there
+        torch.manual_seed(
+            1000 * seed + (rank // 2 if wrapper == "tp" else rank)
+        )  # two ranks see the same batches there
         self.closure = "closure" in self.features or optimizer == "lbfgs"
 
     def contents(self) -> dict[str, Any]:
@@ -201,7 +205,11 @@ def main() -> None:
     wrapper, CAPTURE, UPDATE = [*sys.argv[1].split(":"), "auto", "auto"][:3]
     out, features = Path(sys.argv[2]), sys.argv[3:] or FEATURES
     optimizers = [name for name in OPTIMIZERS if (wrapper == "plain" and UPDATE == "auto") or name != "lbfgs"]
-    cases = [(name, feature) for name in optimizers for feature in (features if name != "lbfgs" else ("bare", "schedule", "tied"))]
+    cases = [
+        (name, feature)
+        for name in optimizers
+        for feature in (features if name != "lbfgs" else ("bare", "schedule", "tied"))
+    ]
     results: dict[str, list[str]] = {}
     with process_group() as rank, tempfile.TemporaryDirectory() as scratch:
         paths = [scratch]

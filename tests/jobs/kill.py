@@ -1,6 +1,6 @@
 """A job that is killed and started again. Every rank tells what it does in OUT/<rank>.jsonl, one write a line.
 
-    kill.py WRAPPER DIR OUT [--total N] [--keep N] [--restore N] [--lr X] [--die-at N]
+kill.py WRAPPER DIR OUT [--total N] [--keep N] [--restore N] [--lr X] [--die-at N]
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ import layerwise_dist as lwd
 def digest(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     seen = hashlib.sha256()
     for name, value in sorted(contents(model, optimizer).items()):
-        if name == "rng" or (name.startswith("buffer/") and isinstance(model, DistributedDataParallel) and dist.get_rank()):
+        if name == "rng" or (
+            name.startswith("buffer/") and isinstance(model, DistributedDataParallel) and dist.get_rank()
+        ):
             continue  # the first is put back when steps() starts, the others by DDP's broadcast at the next forward
         seen.update(name.encode())
         if isinstance(value, torch.Tensor):

@@ -1,4 +1,4 @@
-"""What the jobs share: a process group that is torn down in order, and bit-exact comparison of everything a job holds."""
+"""What the jobs share: a process group that is torn down in order, and bit-exact comparison of all that a job holds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def process_group() -> Iterator[int]:
         # The agent's store outlives a restart of its ranks, keys and all: a prefix for each attempt keeps them apart.
         store, rank, world_size = next(dist.rendezvous("env://"))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        dist.init_process_group("gloo", store=dist.PrefixStore(f"attempt_{attempt}", store), rank=rank, world_size=world_size)
+        dist.init_process_group(
+            "gloo", store=dist.PrefixStore(f"attempt_{attempt}", store), rank=rank, world_size=world_size
+        )
     try:
         yield int(os.environ.get("RANK", "0"))
     finally:
@@ -46,7 +48,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def contents(model: torch.nn.Module, *optimizers: torch.optim.Optimizer) -> dict[str, Any]:
-    """All that a job's future depends on, copied: parameters, gradient presence, buffers, optimizers, random numbers."""
+    """All that a job's future depends on, copied: parameters, gradient presence, buffers, optimizers, RNG."""
     held: dict[str, Any] = {}
     names = {}
     for name, param in model.named_parameters():
@@ -92,7 +94,11 @@ def digest(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> str:
     seen = hashlib.sha256()
     for name, value in sorted(contents(model, optimizer).items()):
         seen.update(name.encode())
-        raw = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if isinstance(value, torch.Tensor) else b""
+        raw = (
+            value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            if isinstance(value, torch.Tensor)
+            else b""
+        )
         seen.update(raw or repr(value).encode())
     return seen.hexdigest()
 
@@ -106,7 +112,11 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
             found.append(name)
         elif isinstance(mine, torch.Tensor):
             alike = (mine.dtype, mine.shape, mine.stride()) == (yours.dtype, yours.shape, yours.stride())
-            if not alike or mine.contiguous().reshape(-1).view(torch.uint8).tolist() != yours.contiguous().reshape(-1).view(torch.uint8).tolist():
+            if (
+                not alike
+                or mine.contiguous().reshape(-1).view(torch.uint8).tolist()
+                != yours.contiguous().reshape(-1).view(torch.uint8).tolist()
+            ):
                 found.append(name)
         elif mine != yours:
             found.append(name)

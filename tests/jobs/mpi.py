@@ -1,4 +1,7 @@
-"""What a job under mpirun does, by name: mpi.py messages|train|stopped|level DIR OUT [...]. OUT/<rank>.json has the result."""
+"""What a job under mpirun does, by name: mpi.py messages|train|stopped|level DIR OUT [...].
+
+OUT/<rank>.json has the result.
+"""
 
 from __future__ import annotations
 

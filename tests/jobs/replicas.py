@@ -1,6 +1,7 @@
-"""DDP with channels_last convolutions, a frozen layer and batch statistics that differ between ranks; saved and resumed.
+"""DDP with channels_last convolutions, a frozen layer and batch statistics that differ between ranks; saved and
+resumed.
 
-    replicas.py OUT BROADCAST_BUFFERS      OUT/<rank>.json is what differs
+replicas.py OUT BROADCAST_BUFFERS      OUT/<rank>.json is what differs
 """
 
 from __future__ import annotations
@@ -33,7 +34,13 @@ def main() -> None:
     with process_group() as rank:
 
         def attach(model: nn.Module, optimizer: Any) -> Any:
-            return lwd.attach(model, optimizer, dir=str(out / "ckpt"), audit="always", commit={"timeout_s": 20.0, "on_failure": "raise"})
+            return lwd.attach(
+                model,
+                optimizer,
+                dir=str(out / "ckpt"),
+                audit="always",
+                commit={"timeout_s": 20.0, "on_failure": "raise"},
+            )
 
         def train(ckpt: Any, model: nn.Module, optimizer: Any, total: int) -> None:
             for _ in ckpt.steps(total):
@@ -57,7 +64,11 @@ def main() -> None:
         ckpt.close()
         mine = {name: value for name, value in found.items() if name.startswith("buffer/")}
         told = {
-            "differences": [name for name in differences(found, expected) if name != "rng" and not (broadcast and name.startswith("buffer/"))],
+            "differences": [
+                name
+                for name in differences(found, expected)
+                if name != "rng" and not (broadcast and name.startswith("buffer/"))
+            ],
             "buffers differed between ranks": differences(everywhere[0], everywhere[1]) != [],
             "buffers are rank 0's": differences(mine, everywhere[0]) == [],
         }

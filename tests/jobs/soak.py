@@ -1,6 +1,6 @@
 """Commits in a row, and what each rank holds of the system meanwhile; OUT/<rank>.json has it.
 
-    soak.py DIR OUT COMMITS
+soak.py DIR OUT COMMITS
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Rank 0 stops itself (SIGSTOP) in the middle; rank 1, which needs no collective, tells what each wait of its gives.
 
-    stopped.py DIR OUT TIMEOUT
+stopped.py DIR OUT TIMEOUT
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     warm.py [MODULE...]
 
-imports the modules too. Requests come as JSON lines on standard input: {"script", "nproc", "args", "env", "log", "max_restarts", "options"},
-the last of which are for LaunchConfig. Answers: {"pid": ...}
-when the agent runs, in a session of its own together with its ranks. The agent's exit code is written to `<log>.rc`.
+imports the modules too. Requests come as JSON lines on standard input: {"script", "nproc", "args", "env", "log",
+"max_restarts", "options"}, the last of which are for LaunchConfig. Answers: {"pid": ...} when the agent runs, in a
+session of its own together with its ranks. The agent's exit code is written to `<log>.rc`.
 """
 
 import importlib
@@ -26,8 +26,8 @@ import layerwise_dist.assembly  # noqa: F401
 
 
 def run(path: str, args: list[str]) -> None:
-    # A rank that torchrun starts is a new program. A forked one has the agent's handlers, which Python runs only between
-    # two bytecodes: within a collective that waits for a dead rank, SIGTERM would be put off for ever.
+    # A rank that torchrun starts is a new program. A forked one has the agent's handlers, which Python runs only
+    # between two bytecodes: within a collective that waits for a dead rank, SIGTERM would be put off for ever.
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -38,7 +38,8 @@ def run(path: str, args: list[str]) -> None:
 
 def agent(request: dict) -> int:
     options = {
-        "min_nodes": 1, "max_nodes": 1, "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": str(os.getpid()),
+        "min_nodes": 1, "max_nodes": 1, "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0",
+        "run_id": str(os.getpid()),
         "rdzv_configs": {"timeout": 60}, **request["options"],
     }  # fmt: skip
     config = LaunchConfig(

@@ -45,7 +45,10 @@ class Connections(Protocol):
 
 
 class RelayTransport:
-    """The Transport of one rank of the tree. What follows on `post` and `announce` happens on the connections' thread."""
+    """The Transport of one rank of the tree.
+
+    What follows on `post` and `announce` happens on the connections' thread.
+    """
 
     def __init__(
         self, rank: int, world_size: int, connections: Connections, serves: dict[int, list[int]], above: str
