@@ -368,10 +368,9 @@ class LayerwiseEngine(SaveAndRestore, Together):
     def _on_boundary(self, mark: BoundaryMark) -> None:
         if self._optimizer.mid_window:
             raise BoundaryError(
-                "an iteration ended within an accumulation window: steps() counts windows, so all micro-batches "
-                "of one belong "
-                "into its body; a loop over micro-batches calls explicit() before it and end_step() at the end "
-                "of its body"
+                "an iteration ended within an accumulation window: steps() counts windows, so all micro-batches of one "
+                "belong into its body; a loop over micro-batches calls explicit() before it and end_step() at the "
+                "end of its body"
             )
         self._end_trace()
         self._boundaries += 1

@@ -61,6 +61,19 @@ def test_the_smallest_script_goes_on_where_it_was_killed(tmp_path: Path) -> None
     assert done and 40 <= int(done[1]) < 200 and "step 200" in told
 
 
+def test_frozen_weights_are_written_once_and_again_when_the_adapters_are_merged(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install scikit-learn")
+    script = EXAMPLES / "lora.py"
+    whole = run(tmp_path, script, "--dir", "whole", "--steps", "50")
+    assert "written 2 time(s)" in whole and re.search(r"step 51; accuracy (\S+)", whole)
+    run(tmp_path, script, "--dir", "cut", "--steps", "50", kill_after=r"step  25 ")
+    resumed = run(tmp_path, script, "--dir", "cut", "--steps", "50")
+    start = re.search(r"starting behind step (\d+)", resumed)
+    assert start and 20 <= int(start[1]) < 50
+    assert "written 1 time(s)" in resumed  # the merged ones
+    assert resumed.splitlines()[-1] == whole.splitlines()[-1]
+
+
 def test_every_example_has_a_line_in_the_readme() -> None:
     text = (ROOT / "README.md").read_text()
     for path in [*EXAMPLES.glob("*.py"), EXAMPLES / "deepspeed" / "train.py"]:
