@@ -98,7 +98,9 @@ def main() -> None:
             print(f"step {step:3d}  loss {loss.item():.4f}", flush=True)
     ckpt.close()
     stats = ckpt.stats()
-    print(f"frozen weights: {stats['base_bytes'] / 2**20:.1f} MiB, written {stats['bases_written']} time(s) by this run")
+    print(
+        f"frozen weights: {stats['base_bytes'] / 2**20:.1f} MiB, written {stats['bases_written']} time(s) by this run"
+    )
     print(f"committed: step {ckpt.committed_step}; accuracy {accuracy(model, turned, classes):.4f}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -18,8 +19,10 @@ EXAMPLES = ROOT / "examples"
 def run(folder: Path, *command: str | Path, kill_after: str | None = None, timeout: float = 100) -> str:
     """All that it prints; with `kill_after`, SIGKILL as soon as a line matches that."""
     job = subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+        [sys.executable, *map(str, command)], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        # Other tests run beside this one: threads that wait for each other in loops would take all the time there is.
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
     told, deadline = [], time.monotonic() + timeout
     try:
         assert job.stdout is not None
