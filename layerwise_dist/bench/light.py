@@ -20,6 +20,7 @@ from layerwise_dist.commit.transports.rendezvous import Gather
 from layerwise_dist.storage import layout
 from layerwise_dist.storage.adapter import ShardReport
 from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage.removal import remove
 
 
 def shard_bytes(attempt: AttemptId, rank: int) -> bytes:
@@ -61,15 +62,8 @@ class LightWrite:
         return None
 
     def discard(self) -> None:
-        for path in (self._final + layout.PARTIAL, self._final):
-            try:
-                self._env.unlink(path)
-            except FileNotFoundError:
-                pass
-        try:
-            self._env.remove_dir(self._folder)
-        except OSError:
-            pass  # others are still in it
+        name = os.path.basename(self._final)
+        remove(self._env, self._folder, (name + layout.PARTIAL, name))
 
 
 class LightRank:

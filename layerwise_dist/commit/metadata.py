@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 from layerwise_dist.commit.records import (
@@ -28,6 +28,7 @@ from layerwise_dist.commit.records import (
 from layerwise_dist.errors import DamageError
 from layerwise_dist.storage import layout
 from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage.removal import remove
 from layerwise_dist.storage.retention import unneeded_bases
 
 __all__ = [
@@ -147,8 +148,7 @@ class CheckpointMetadataManager:
     def unprepare(self, attempt: AttemptId) -> None:
         """What was prepared will not be published. Raises OSError."""
         folder = os.path.join(self.root, attempt.folder)
-        self._unlink(os.path.join(folder, layout.MANIFEST_TMP))
-        self._remove_if_empty(folder)
+        remove(self.env, folder, [layout.MANIFEST_TMP])
 
     def _publish(self, folder: str, temporary: str, final: str, record: Record) -> None:
         self._write(os.path.join(folder, temporary), record)
@@ -181,36 +181,22 @@ class CheckpointMetadataManager:
 
     def collect(self, attempt: AttemptId) -> None:
         """Removes an attempt that has no manifest: only files that this package named, and the folder if empty."""
-        folder = os.path.join(self.root, attempt.folder)
-        try:
-            names = list(self.env.list_dir(folder))
-        except FileNotFoundError:
-            return
-        for name in names:
-            if layout.is_attempt_file(name):
-                self._unlink(os.path.join(folder, name))
-        self._remove_if_empty(folder)
+        self._remove(attempt.folder, layout.is_attempt_file)
 
     def remove_base(self, base: str) -> None:
         """Removes frozen parameters.
 
         REQUIRES: no manifest refers to them, or ever will, whatever a crash brings back.
         """
-        folder = os.path.join(self.root, layout.base_folder(base))
+        self._remove(layout.base_folder(base), layout.is_shard_file)
+
+    def _remove(self, name: str, ours: Callable[[str], bool]) -> None:
+        folder = os.path.join(self.root, name)
         try:
             names = list(self.env.list_dir(folder))
         except FileNotFoundError:
             return
-        for name in names:
-            if layout.is_shard_file(name):
-                self._unlink(os.path.join(folder, name))
-        self._remove_if_empty(folder)
-
-    def _remove_if_empty(self, folder: str) -> None:
-        try:
-            self.env.remove_dir(folder)
-        except OSError:
-            pass  # a file that is not ours, or another rank's, keeps it
+        remove(self.env, folder, filter(ours, names))
 
     def flush_records(self, inventory: Inventory) -> list[AttemptId]:
         """Makes what was read durable: a session may have died between a manifest's rename or removal and its flush,

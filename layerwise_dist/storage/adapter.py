@@ -21,6 +21,7 @@ from layerwise_dist.storage.base import BaseReport
 from layerwise_dist.storage.gathered import GatheredExtent, gather
 from layerwise_dist.storage.layout import AttemptId
 from layerwise_dist.storage.recycling import Recycler
+from layerwise_dist.storage.removal import remove
 from layerwise_dist.storage.shard import ShardLayout, Source, state_extent
 
 log = logging.getLogger("layerwise_dist")
@@ -305,15 +306,6 @@ class ShardWrite:
 
     def discard(self) -> None:
         """Removes this rank's files of a decided, uncommitted attempt; the last rank to leave removes the folder."""
-        env = self._adapter.env
         self._adapter.recycler.forget(self.attempt)
         name = layout.shard_file(self._adapter.rank)
-        for victim in (name + layout.PARTIAL, name):
-            try:
-                env.unlink(os.path.join(self.folder, victim))
-            except FileNotFoundError:
-                pass
-        try:
-            env.remove_dir(self.folder)
-        except OSError:
-            pass  # other ranks' files are still there, or the folder is gone: the next start collects it
+        remove(self._adapter.env, self.folder, (name + layout.PARTIAL, name))

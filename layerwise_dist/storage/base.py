@@ -15,6 +15,7 @@ from layerwise_dist import _native
 from layerwise_dist.slices import Slice
 from layerwise_dist.storage import layout
 from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage.removal import remove
 from layerwise_dist.storage.shard import ShardLayout, Source, state_extent
 
 if TYPE_CHECKING:
@@ -122,12 +123,5 @@ class BaseFile:
     def discard(self) -> None:
         """Removes the file, published or not. REQUIRES: no attempt refers to it, or ever will. Raises OSError."""
         self.abort()
-        for victim in (self._final + layout.PARTIAL, self._final):
-            try:
-                self._env.unlink(victim)
-            except FileNotFoundError:
-                pass
-        try:
-            self._env.remove_dir(self._folder)
-        except OSError:
-            pass  # other ranks' files are in it
+        name = os.path.basename(self._final)
+        remove(self._env, self._folder, (name + layout.PARTIAL, name))

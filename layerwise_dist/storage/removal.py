@@ -1,0 +1,27 @@
+"""Takes files out of a folder that others may be using too."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+
+def remove(env: Any, folder: str, names: Iterable[str]) -> None:
+    """Unlinks these files of `folder`, those that are there; the last one to leave removes the folder. Raises OSError.
+
+    What else is in the folder, another rank's files or some that are not ours, keeps it.
+    """
+    for name in names:
+        try:
+            env.unlink(os.path.join(folder, name))
+        except FileNotFoundError:
+            pass
+    remove_if_empty(env, folder)
+
+
+def remove_if_empty(env: Any, folder: str) -> None:
+    try:
+        env.remove_dir(folder)
+    except OSError:
+        pass  # it is not empty, or gone: if it is ours the next start collects it
