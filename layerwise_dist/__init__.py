@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from layerwise_dist.commit.metadata import CheckpointMetadataManager
     from layerwise_dist.config import LayerwiseConfig
     from layerwise_dist.engine import LayerwiseEngine
+    from layerwise_dist.frameworks.averaging import register_comm_hook
     from layerwise_dist.frameworks.deepspeed.groups import param_groups
     from layerwise_dist.graph import DependencyGraphBuilder
     from layerwise_dist.optimizer import LayerwiseOptimizer
@@ -43,6 +44,7 @@ __all__ = [
     "attach",
     "errors",
     "param_groups",
+    "register_comm_hook",
 ]
 
 _LAZY = {
@@ -51,6 +53,7 @@ _LAZY = {
     "LayerwiseConfig": "config",
     "LayerwiseEngine": "engine",
     "param_groups": "frameworks.deepspeed.groups",
+    "register_comm_hook": "frameworks.averaging",
     "CheckpointMetadataManager": "commit.metadata",
     "LayerwiseCheckpointScheduler": "scheduler",
     "LayerwiseCheckpointTrainer": "trainer",

@@ -1,4 +1,4 @@
-"""A communication hook of DDP that does what DDP does without one, bit for bit, and tells of each bucket."""
+"""Communication hooks of DDP that tell of each bucket: one that does what DDP does without, bit for bit; or the script's."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from layerwise_dist.errors import UnsupportedError
 # Of a bucket: its number in this backward, its parameters, the reduced gradients that will be theirs, and the future
 # that says when they are.
 Listener = Callable[[int, Sequence[nn.Parameter], Sequence[torch.Tensor], Any], None]
+Hook = Callable[[Any, dist.GradBucket], torch.futures.Future[Any]]
 
 
 class Averaging:
@@ -55,7 +56,10 @@ class Averaging:
         if Averaging.find(root) is not None:
             return
         if root._comm_hooks:
-            reason = "a communication hook is registered, and DDP takes one only"
+            reason = (
+                "a communication hook is registered, and DDP takes one only: register it by "
+                "layerwise_dist.register_comm_hook(model, state, hook)"
+            )
         elif root.static_graph:
             reason = "with static_graph=True it is not known in a backward which gradients are still to come"
         elif root.find_unused_parameters:
@@ -80,13 +84,16 @@ class Averaging:
     def run(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         if self._root._join_config.enable:
             raise UnsupportedError("DDP's join() divides by another number of ranks than in_backward has been told")
-        group = self._root.process_group
-        buffer = bucket.buffer()
-        self._divide(bucket, dist.get_world_size(group))
-        future = dist.all_reduce(buffer, group=group, async_op=True).get_future().then(lambda done: done.value()[0])
+        future = self._reduce(bucket)
         for listener in () if self.silent else self._listeners:
             listener(bucket.index(), bucket.parameters(), bucket.gradients(), future)
         return future
+
+    def _reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        group = self._root.process_group
+        self._divide(bucket, dist.get_world_size(group))
+        work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
+        return work.get_future().then(lambda done: done.value()[0])
 
     def _note(self, param: torch.Tensor) -> None:
         if param.grad.layout == torch.strided:
@@ -105,6 +112,40 @@ class Averaging:
                 gradient.div_(ranks)
             else:
                 gradient.mul_(1.0 / ranks)
+
+
+class Following(Averaging):
+    """Does what a hook of the script's does."""
+
+    def __init__(self, root: DistributedDataParallel, state: object, hook: Hook) -> None:
+        super().__init__(root)
+        self._state, self._hook = state, hook
+
+    def _reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        if self.silent:
+            return super()._reduce(bucket)  # a backward that is not the script's: its hook may keep a state
+        buffer = bucket.buffer()
+
+        def into_bucket(done: torch.futures.Future[Any]) -> torch.Tensor:
+            value = done.value()
+            value = value[0] if isinstance(value, (list, tuple)) else value
+            if value.data_ptr() != buffer.data_ptr():
+                buffer.copy_(value)  # where listeners look for gradients; DDP would copy from the value
+            return buffer
+
+        return self._hook(self._state, bucket).then(into_bucket)
+
+
+def register_comm_hook(model: DistributedDataParallel, state: object, hook: Hook) -> None:
+    """Registers a communication hook of the script's as `model.register_comm_hook(state, hook)` does, followed.
+
+    DDP takes one hook only. Of this one it can be told which gradients are reduced when, as `update: in_backward` has to
+    know. The hook's results are what they are without this. Raises RuntimeError as DDP's own method, TypeError for
+    another model than DistributedDataParallel.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        raise TypeError(f"register_comm_hook: the model is to be a DistributedDataParallel, not {type(model).__name__}")
+    model.register_comm_hook(Following(model, state, hook), _average)
 
 
 @dataclass(frozen=True)

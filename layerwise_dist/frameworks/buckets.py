@@ -67,9 +67,8 @@ class BucketOrder:
             if self._root.static_graph or (self._root._comm_hooks and ours is None):
                 what = "static_graph=True" if self._root.static_graph else "a communication hook"
                 log.warning(
-                    "DistributedDataParallel with %s: its bucket layout cannot be taken up, so the first "
-                    "iteration after "
-                    "this restore may differ in the last bits from an uninterrupted run",
+                    "DistributedDataParallel with %s: its bucket layout cannot be taken up, so the first iteration "
+                    "after this restore may differ in the last bits from an uninterrupted run",
                     what,
                 )
             else:

@@ -27,7 +27,7 @@ from models import Reused  # noqa: E402
 
 from layerwise_dist import LayerwiseOptimizer, wrapped_gradients  # noqa: E402
 from layerwise_dist.errors import UnsupportedError  # noqa: E402
-from layerwise_dist.frameworks.averaging import Averaging  # noqa: E402
+from layerwise_dist.frameworks.averaging import Averaging, Following, register_comm_hook  # noqa: E402
 from layerwise_dist.wrapped_gradients import BucketArrivals  # noqa: E402
 
 KERNELS: list[dict[str, Any]] = [{"foreach": True}, {"foreach": False}, {"fused": True}]
@@ -51,13 +51,28 @@ def say(text: str) -> None:
     os.write(1, f"{text}\n".encode())
 
 
-def build(wrapper: str, kernel: dict[str, Any]) -> tuple[nn.Module, torch.optim.Optimizer]:
+def rounded(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """Sums in bfloat16, and gives another tensor than the bucket's."""
+    halves = bucket.buffer().to(torch.bfloat16).div_(dist.get_world_size())
+    return dist.all_reduce(halves, async_op=True).get_future().then(lambda done: done.value()[0].to(torch.float32))
+
+
+rounded.__annotations__.clear()  # DDP takes annotations for types, and these are strings
+
+
+def build(wrapper: str, kernel: dict[str, Any], *, ours: bool = True) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(5)
     model: nn.Module = Reused(unused=False)
     if wrapper == "ddp":
         model = DistributedDataParallel(model, **SMALL)
     elif wrapper == "ddp-views":
         model = DistributedDataParallel(model, gradient_as_bucket_view=True, **SMALL)
+    elif wrapper == "ddp-hook":
+        model = DistributedDataParallel(model, **SMALL)
+        if ours:
+            register_comm_hook(model, None, rounded)
+        else:
+            model.register_comm_hook(None, rounded)
     elif wrapper.startswith("fsdp1"):
         options = {"device_id": torch.device("cpu"), "use_orig_params": wrapper == "fsdp1"}
         if not options["use_orig_params"]:
@@ -105,6 +120,12 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, wrapper: str, feat
 
 def cases(wrapper: str) -> list[tuple[dict[str, Any], str, str]]:
     """(kernel, mode, feature)"""
+    if wrapper == "ddp-hook":
+        return [
+            (KERNELS[0], "in_backward", ""),
+            (KERNELS[0], "in_backward", "accumulation"),
+            (KERNELS[0], "pipelined_step", "clip"),
+        ]
     found = []
     for kernel in KERNELS:
         for feature in ("", "clip") if wrapper != "tp" else ("",):  # torch clips no parameters of two meshes
@@ -120,7 +141,7 @@ def compare(wrapper: str, tries: list[tuple[dict[str, Any], str, str]]) -> list[
     """Says of each what it is; returns those that differ."""
     different: list[str] = []
     for kernel, mode, feature in tries:
-        plain, layered = build(wrapper, kernel), build(wrapper, kernel)
+        plain, layered = build(wrapper, kernel, ours=False), build(wrapper, kernel)
         calls: list[str] = []
         early: list[int] = []
         optimizer = LayerwiseOptimizer(
@@ -156,10 +177,12 @@ def mutations() -> None:
     for what, place, name, instead in (
         ("a division in place of DDP's product", Averaging, "_divide", lambda _, bucket, n: bucket.buffer().div_(n)),
         ("gradients from before the reduction", BucketArrivals, "_lend", lambda *_: None),
+        ("the bucket, where a hook gives another tensor", Following, "_reduce", lambda ours, b: ours._hook(None, b)),
     ):
         original = getattr(place, name)
         setattr(place, name, instead)
-        say(f"{'seen' if compare('ddp', [(KERNELS[0], 'in_backward', '')]) else 'unseen'} {what}")
+        wrapper = "ddp-hook" if place is Following else "ddp"
+        say(f"{'seen' if compare(wrapper, [(KERNELS[0], 'in_backward', '')]) else 'unseen'} {what}")
         setattr(place, name, original)
 
 
