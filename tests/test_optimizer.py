@@ -590,7 +590,10 @@ def test_a_first_step_that_is_layered_makes_the_state_in_another_order_and_the_s
         # A third rank changes in which order numbers are added.
         (
             3, ("ddp", "ddp-views", "ddp-hook", "mutations"), 25,
-            ("layerwise_dist.register_comm_hook(model, state, hook)", "find_unused_parameters", "static_graph", "DDP inside", "is sparse"),
+            (
+                "register_comm_hook(model, state, hook)", "find_unused_parameters", "static_graph", "DDP inside",
+                "is sparse",
+            ),
         ),
         (2, ("fsdp2", "fsdp1", "fsdp1-flat"), 24, ("use_orig_params=True",)),
         (4, ("hsdp", "tp"), 15, ()),

@@ -162,9 +162,11 @@ SHARD_TEST_CASE("misuse is refused and changes nothing") {
 SHARD_TEST_CASE("a pending block is not submitted again, and a wait ends at its timeout") {
   ShardFixture f(1);
   Tensor tensor(Pattern(4096));
+  GatedSink gate;
+  f.pool->Submit(&gate, 0, 1);
+  gate.WaitForRuns(1);
   auto writer = f.Writer(f.Simple(1));
   REQUIRE_OK(writer->SetAddress(0, tensor.address()));
-  REQUIRE_OK(f.env.Delay("write", "/s", 0.05));
   REQUIRE_OK(writer->Submit(0, 1));
   CHECK(writer->Submit(0, 1).code() == Status::Code::kFailedPrecondition);
   CHECK(writer->Finish(Header()).code() == Status::Code::kFailedPrecondition);
@@ -172,7 +174,8 @@ SHARD_TEST_CASE("a pending block is not submitted again, and a wait ends at its 
   CHECK(!writer->Wait(-1));
   CHECK(!writer->BlockHash(0).has_value());
   CHECK(writer->counts().pending == 1);
-  CHECK(writer->Wait(10));
+  gate.Open();
+  CHECK(writer->Wait(60));
 }
 
 SHARD_TEST_CASE("a failed block poisons the file and cancels the rest") {
@@ -226,7 +229,7 @@ SHARD_TEST_CASE("creation fails where the space cannot be reserved") {
 SHARD_TEST_CASE("abort cancels what is queued and waits for what runs") {
   ShardFixture f(1);
   Tensor tensor(Pattern(64 * 4096));
-  REQUIRE_OK(f.env.Delay("write", "/s", 0.01));
+  REQUIRE_OK(f.env.Delay("write", "/s", 0.3));
   auto writer = f.Writer(f.Simple(64));
   REQUIRE_OK(writer->SetAddress(0, tensor.address()));
   REQUIRE_OK(writer->Submit(0, 64));
@@ -246,7 +249,7 @@ SHARD_TEST_CASE("abort cancels what is queued and waits for what runs") {
 SHARD_TEST_CASE("destruction aborts") {
   ShardFixture f(2);
   Tensor tensor(Pattern(64 * 4096));
-  REQUIRE_OK(f.env.Delay("write", "/s", 0.01));
+  REQUIRE_OK(f.env.Delay("write", "/s", 0.3));
   auto writer = f.Writer(f.Simple(64));
   REQUIRE_OK(writer->SetAddress(0, tensor.address()));
   REQUIRE_OK(writer->Submit(0, 64));
@@ -258,7 +261,7 @@ SHARD_TEST_CASE("destruction aborts") {
 SHARD_TEST_CASE("a closed pool fails what is queued") {
   ShardFixture f(1);
   Tensor tensor(Pattern(8 * 4096));
-  REQUIRE_OK(f.env.Delay("write", "/s", 0.01));
+  REQUIRE_OK(f.env.Delay("write", "/s", 0.3));
   auto writer = f.Writer(f.Simple(8));
   REQUIRE_OK(writer->SetAddress(0, tensor.address()));
   REQUIRE_OK(writer->Submit(0, 8));

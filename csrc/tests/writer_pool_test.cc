@@ -1,8 +1,11 @@
 #include "layerwise/writer_pool.h"
 
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <future>
 #include <vector>
 
 #include "shard_fixture.h"
@@ -51,6 +54,22 @@ SHARD_TEST_CASE("closing cancels what is queued and waits for what runs") {
   CHECK(sink.ran().size() + sink.cancelled().size() == 4);
   pool->Submit(&sink, 7, 1);
   CHECK(sink.cancelled().back() == 7);
+}
+
+SHARD_TEST_CASE("threads of a pool yield to the threads that train") {
+  struct Sink final : BlockSink {
+    bool StartBlock(size_t, AlignedBuffer*, BlockWrite*) override {
+      seen.set_value(getpriority(PRIO_PROCESS, 0));  // of the calling thread
+      return false;
+    }
+    void CancelBlock(size_t) override {}
+    std::promise<int> seen;
+  } sink;
+  std::unique_ptr<WriterPool> pool;
+  REQUIRE_OK(WriterPool::Create({.backend = backend_under_test, .depth = 1}, &pool));
+  pool->Submit(&sink, 0, 1);
+  CHECK(sink.seen.get_future().get() == std::min(getpriority(PRIO_PROCESS, 0) + 5, 19));
+  pool->Close();
 }
 
 SHARD_TEST_CASE("a pool has a sane depth") {

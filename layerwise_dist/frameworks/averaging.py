@@ -1,4 +1,4 @@
-"""Communication hooks of DDP that tell of each bucket: one that does what DDP does without, bit for bit; or the script's."""
+"""Communication hooks of DDP that tell of each bucket: what DDP does without one, bit for bit; or the script's own."""
 
 from __future__ import annotations
 
@@ -139,8 +139,8 @@ class Following(Averaging):
 def register_comm_hook(model: DistributedDataParallel, state: object, hook: Hook) -> None:
     """Registers a communication hook of the script's as `model.register_comm_hook(state, hook)` does, followed.
 
-    DDP takes one hook only. Of this one it can be told which gradients are reduced when, as `update: in_backward` has to
-    know. The hook's results are what they are without this. Raises RuntimeError as DDP's own method, TypeError for
+    DDP takes one hook only. Of this one it can be told which gradients are reduced when, as `update: in_backward` has
+    to know. The hook's results are what they are without this. Raises RuntimeError as DDP's own method, TypeError for
     another model than DistributedDataParallel.
     """
     if not isinstance(model, DistributedDataParallel):

@@ -125,7 +125,7 @@ boot() {
   [ "$rc" != 124 ] || fail "not done after $timeout_s s; its console is in $vm/console.log"
   [ "$rc" = 0 ] || fail "qemu ended with exit code $rc; its console is in $vm/console.log"
   tr -d '\r' <"$vm/console.log" | grep -qx 'VM-RESULT OK' || {
-    tr -d '\r' <"$vm/console.log" | grep -v SKIP | tail -n 60
+    tr -d '\r' <"$vm/console.log" | grep -E -B 4 -A 6 'ERROR:|FATAL|VM-RESULT' | tail -n 100
     fail "tests failed in it; its console is in $vm/console.log"
   }
 }
