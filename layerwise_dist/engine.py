@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from layerwise_dist import at_exit
 from layerwise_dist.attempts import Attempts
 from layerwise_dist.boundary import Boundary, BoundaryMark
 from layerwise_dist.capture.frozen import FrozenBases
@@ -128,6 +129,7 @@ class LayerwiseEngine(SaveAndRestore, Together):
         optimizer.watch(self)
         if fresh and not info.empty:
             self._follow(None, new_branch=True)
+        at_exit.opened(self)
 
     # -- the loop -----------------------------------------------------------------------------------------------
 
@@ -428,16 +430,21 @@ class LayerwiseEngine(SaveAndRestore, Together):
         Called while an exception is on its way, it gives up what is not sealed. Safe to call twice.
         Raises CommitError or DeadlineError when the last checkpoints could not be committed.
         """
-        self._close(orderly=sys.exc_info()[0] is None)
+        self.end(orderly=sys.exc_info()[0] is None)
 
-    def _close(self, *, orderly: bool, limit_s: float = math.inf) -> None:
+    def end(self, *, orderly: bool, limit_s: float = math.inf, seal: bool = True) -> None:
+        """`close()` within `limit_s` seconds. Not `orderly`: as with an exception on its way; raises nothing then.
+
+        Without `seal`, an iteration that has updated and not ended is given up.
+        """
         if self._closed:
             return
         self._closed = True
+        at_exit.closed(self)
         timeout = min(limit_s, self.config.commit.timeout_s if orderly else min(10.0, self.config.commit.timeout_s))
         problem: LayerwiseError | None = None
         try:
-            self._boundary.close(seal=orderly)
+            self._boundary.close(seal=orderly and seal)
             self._give_up("the job ended before this step did")
             self._end_leases()
             self._end_trace(timeout)
@@ -473,4 +480,4 @@ class LayerwiseEngine(SaveAndRestore, Together):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self._close(orderly=kind is None)
+        self.end(orderly=kind is None)

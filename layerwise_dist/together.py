@@ -59,7 +59,7 @@ class Together:
                 self._commit_in_time(mark)
         except LayerwiseError as error:
             log.warning("rank %d: leaving without step %d: %s", self._framework.rank, mark.step, error)
-        self._close(orderly=False, limit_s=max(0.1, self._preemption.remaining_s - _FAREWELL_S / 2))
+        self.end(orderly=False, limit_s=max(0.1, self._preemption.remaining_s - _FAREWELL_S / 2))
         self._preemption.leave()
 
     def _commit_in_time(self: LayerwiseEngine, mark: BoundaryMark) -> None:

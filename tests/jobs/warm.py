@@ -7,12 +7,15 @@ imports the modules too. Requests come as JSON lines on standard input: {"script
 session of its own together with its ranks. The agent's exit code is written to `<log>.rc`.
 """
 
+import faulthandler
 import importlib
 import json
+import mmap
 import os
 import runpy
 import signal
 import sys
+import time
 
 import numpy  # noqa: F401
 import torch
@@ -24,8 +27,23 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import layerwise_dist.assembly  # noqa: F401
 
+_RESTARTS, _RANKS = 64, 64
 
-def run(path: str, args: list[str]) -> None:
+
+def wait_for_all_forks(begun: mmap.mmap) -> None:
+    """`begun` is what an agent and its ranks share: of each restart, which of its ranks were forked.
+
+    A rank that connects makes the agent's store look up its name. A rank that is forked meanwhile has the locks of
+    that look-up, held by nobody: it would wait for them in its own connect.
+    """
+    place = int(os.environ["TORCHELASTIC_RESTART_COUNT"]) * _RANKS
+    begun[place + int(os.environ["LOCAL_RANK"])] = 1
+    while not all(begun[place : place + int(os.environ["LOCAL_WORLD_SIZE"])]):
+        time.sleep(0.001)
+
+
+def run(begun: mmap.mmap, path: str, args: list[str]) -> None:
+    wait_for_all_forks(begun)
     # A rank that torchrun starts is a new program. A forked one has the agent's handlers, which Python runs only
     # between two bytecodes: within a collective that waits for a dead rank, SIGTERM would be put off for ever.
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
@@ -47,7 +65,7 @@ def agent(request: dict) -> int:
         start_method="fork", **options,
     )  # fmt: skip
     try:
-        elastic_launch(config, run)(request["script"], request["args"])
+        elastic_launch(config, run)(mmap.mmap(-1, _RESTARTS * _RANKS), request["script"], request["args"])
         return 0
     except BaseException as error:  # noqa: BLE001
         print(f"{type(error).__name__}: {error}", flush=True)
@@ -74,6 +92,8 @@ def main() -> None:
             os.dup2(null, 0)
             os.dup2(log, 1)
             os.dup2(log, 2)
+            # Of the ranks too: where they are, if the test has waited for too long.
+            faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
             code = agent(request)
             with open(request["log"] + ".rc.tmp", "w") as file:
                 file.write(str(code))
