@@ -150,7 +150,7 @@ fi
 if command -v mpirun >/dev/null && ! python_module mpi4py; then
   quietly "${pip[@]}" mpi4py || say "mpi4py could not be installed: launch/mpirun.sh cannot be tried"
 fi
-python_module scikit_build_core nanobind || quietly "${pip[@]}" "scikit-build-core>=0.10" "nanobind>=2.2"
+python_module scikit_build_core nanobind || quietly "${pip[@]}" "scikit-build-core>=1.1" "nanobind>=3.1"
 mark=$(fingerprint)
 say "building the native core and installing layerwise_dist"
 CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)} \

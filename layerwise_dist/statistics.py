@@ -20,7 +20,7 @@ class Statistics:
         self._past = dict.fromkeys(_COUNTED, 0)
         self._captures = 0
         self._state_bytes = self._captured_bytes = 0
-        self._stalls: dict[str, float] = {}
+        self._stalls = dict.fromkeys(("open", "seal", "settle", "fence"), 0.0)
         self._per_checkpoint: list[float] = []
         self._pending = 0.0
         self._paid = 0  # captures whose cost is known
@@ -33,7 +33,7 @@ class Statistics:
             yield
         finally:
             took = time.perf_counter() - began
-            self._stalls[where] = self._stalls.get(where, 0.0) + took
+            self._stalls[where] += took
             self._pending += took
 
     def update_over(self) -> None:

@@ -142,7 +142,10 @@ class TorchOptimizer(OptimizerAdapter):
     def __init__(self, framework: Framework, optimizer: object) -> None:
         """Raises UnsupportedError unless `optimizer` is a torch optimizer of this model's own parameters."""
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise UnsupportedError(f"attach() needs a torch.optim.Optimizer, not {type(optimizer).__name__}")
+            raise UnsupportedError(
+                f"attach() needs a torch.optim.Optimizer, not {type(optimizer).__name__} (models without one: "
+                "attach(models={name: model, ...}, optimizers={...}))"
+            )
         self.kind = type(optimizer).__qualname__
         self._framework, self._optimizer = framework, optimizer
         self._names = framework.names()
