@@ -28,7 +28,10 @@ class Write(Protocol):
 
     attempt: AttemptId
 
-    def persist(self, timeout_s: float) -> ShardReport: ...
+    def persist(self, timeout_s: float) -> ShardReport | None:
+        """None: another process makes it durable, and reports it; `Ledger.written` says when it is."""
+        ...
+
     def abort(self) -> None: ...
     def discard(self) -> None: ...
 
@@ -55,6 +58,7 @@ class GiveUp:
     error: str
     write: Write | None
     final: bool
+    told: bool = False  # the script has read of it already
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,14 +109,16 @@ class Ledger:
         self._undecided[write.attempt.seq] = write
         return [Post(self._message("staged", write.attempt)), Persist(write)]
 
-    def failed(self, attempt: AttemptId, error: str, write: Write | None, *, final: bool = False) -> list[Action]:
+    def failed(
+        self, attempt: AttemptId, error: str, write: Write | None, *, final: bool = False, told: bool = False
+    ) -> list[Action]:
         """This rank gives the attempt up; the coordinator aborts it for all. `final`: and every later one, for good."""
         self._busy.add(attempt.seq)
         if write is not None:
             if attempt.seq in self._aborted_seqs:
                 return [Discard(write)]
             self._undecided[attempt.seq] = write
-        return [GiveUp(attempt, error, write, final)]
+        return [GiveUp(attempt, error, write, final, told)]
 
     def skipped(self, attempt: AttemptId, reason: str) -> list[Action]:
         """This rank takes no part in the attempt, which is no failure; the coordinator drops it for all."""
@@ -158,6 +164,10 @@ class Ledger:
             base=report.base and {**asdict(report.base), "header_hash": f"{report.base.header_hash:016x}"},
         )
         return [Post(message)]
+
+    def written(self, attempt: AttemptId) -> None:
+        """Another process has made the shard durable, and says so to the coordinator itself."""
+        self._busy.discard(attempt.seq)
 
     def gave_up(self, gone: GiveUp) -> list[Action]:
         self._busy.discard(gone.attempt.seq)

@@ -44,6 +44,7 @@ class Participant:
         self._retire: Callable[[AttemptId], None] | None = None
         self._keeper: KeeperThread | None = None
         self._quiet: Callable[[float], None] | None = None
+        self.tells = self.rank == 0  # whether it warns of what became of all ranks' checkpoints
         self.apart = False  # whether there are directories that rank 0 does not see
         self._work: queue.SimpleQueue[Persist | GiveUp | Discard | None] = queue.SimpleQueue()
         self._worker = threading.Thread(target=self._run, name="layerwise-persist", daemon=True)
@@ -125,10 +126,21 @@ class Participant:
         with self._changed:
             self._ledger.began(attempt)
 
-    def failed(self, attempt: AttemptId, error: str, write: Write | None, *, final: bool = False) -> None:
-        """This rank gives the attempt up; the coordinator aborts it for all. `final`: and every later one, for good."""
+    def failed(
+        self, attempt: AttemptId, error: str, write: Write | None, *, final: bool = False, told: bool = False
+    ) -> None:
+        """This rank gives the attempt up; the coordinator aborts it for all. `final`: and every later one, for good.
+
+        `told`: it was warned of already.
+        """
         with self._changed:
-            self._do(self._ledger.failed(attempt, error, write, final=final))
+            self._do(self._ledger.failed(attempt, error, write, final=final, told=told))
+
+    def written(self, attempt: AttemptId) -> None:
+        """Another process, which reports it itself, has made this rank's shard durable."""
+        with self._changed:
+            self._ledger.written(attempt)
+            self._changed.notify_all()
 
     def skipped(self, attempt: AttemptId, reason: str) -> None:
         """This rank takes no part in the attempt, which is no failure; the coordinator drops it for all."""
@@ -291,11 +303,13 @@ class Participant:
             self._give_up(GiveUp(write.attempt, str(error), write, False))
             return
         with self._changed:
-            self._do(self._ledger.persisted(write.attempt, report))
+            if report is not None:
+                self._do(self._ledger.persisted(write.attempt, report))
             self._changed.notify_all()
 
     def _give_up(self, job: GiveUp) -> None:
-        log.warning("rank %d: checkpoint of step %d failed: %s", self.rank, job.attempt.step, job.error)
+        if not job.told:
+            log.warning("rank %d: checkpoint of step %d failed: %s", self.rank, job.attempt.step, job.error)
         if job.write is not None:
             job.write.abort()
         with self._changed:
@@ -341,9 +355,9 @@ class Participant:
             self._keeper.put(message)
         if kind in ("hold", "meet") and message["leave"] and self._leaving is not None:
             self._leaving(message["why"])
-        if self.rank == 0 and kind == "aborted" and message["failure"]:
+        if self.tells and kind == "aborted" and message["failure"]:
             log.warning("checkpoint of step %d aborted: %s", message["step"], message["reason"])
-        elif self.rank == 0 and kind == "meet" and message["b"] is None:
+        elif self.tells and kind == "meet" and message["b"] is None:
             log.warning("no boundary could be agreed on for a checkpoint: %s", message["why"])
 
     def _on_error(self, text: str) -> None:
