@@ -132,6 +132,7 @@ def assemble(
     """
     rank, world_size = transport.rank, transport.world_size
     participant = Participant(transport, timeout_s=config.commit.timeout_s, coordinator=None)
+    participant.through_monitor = monitor is not None
     closers: list[Any] = [*([monitor.close] if monitor is not None else []), lambda: participant.close(1.0)]
     try:
 

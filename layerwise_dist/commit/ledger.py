@@ -87,6 +87,7 @@ class Ledger:
         self.commits = self.aborts = self.skips = 0
         self.stop: tuple[float, str] | None = None  # the boundary to raise at, and why
         self.lost: str | None = None
+        self._lost_at = -math.inf  # the boundary to raise that at
         self._aborted: dict[int, str] = {}
         self._aborted_seqs: set[int] = set()
         self._committed_seq = 0
@@ -217,9 +218,15 @@ class Ledger:
             actions.append(Retire(AttemptId(message["epoch"], message["seq"], message["step"])))
         return actions
 
-    def lose(self, why: str) -> None:
-        """The connection to rank 0 is gone, for good: what is in doubt stays so until the next start."""
-        self.lost = why
+    def lose(self, why: str, *, at_once: bool = True) -> None:
+        """The connection to rank 0 is gone, for good: what is in doubt stays so until the next start.
+
+        Without `at_once` the other ranks' training goes on, and this rank raises where they will: at the last boundary
+        that was granted.
+        """
+        if self.lost is None:
+            self.lost = why
+            self._lost_at = -math.inf if at_once or math.isinf(self._granted) else self._granted
 
     # -- what is known ------------------------------------------------------------------------------------------
 
@@ -237,6 +244,11 @@ class Ledger:
         """Whether nothing of this rank's waits for the disk or for a decision."""
         return self.lost is not None or (not self._busy and (not self._undecided or self.stop is not None))
 
+    @property
+    def settled(self) -> bool:
+        """Whether it is drained, and whatever was undecided when the session stopped is decided too."""
+        return self.lost is not None or not (self._busy or self._undecided)
+
     def may_pass(self, count: int) -> bool:
         """Whether a rank at boundary `count` need not wait for the coordinator; it may have to raise."""
         if self.lost is not None or self.stop is not None:
@@ -252,7 +264,7 @@ class Ledger:
         """Why a rank raises at boundary `count`."""
         if self.stop is not None and count >= self.stop[0]:
             return self.stop[1]
-        return self.lost
+        return self.lost if count >= self._lost_at else None
 
     def ended(self) -> str | None:
         """Why the session has stopped, whichever step it is to be raised at."""

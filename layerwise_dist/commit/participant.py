@@ -45,6 +45,7 @@ class Participant:
         self._keeper: KeeperThread | None = None
         self._quiet: Callable[[float], None] | None = None
         self.tells = self.rank == 0  # whether it warns of what became of all ranks' checkpoints
+        self.through_monitor = False  # whose end is not that of another rank's training
         self.apart = False  # whether there are directories that rank 0 does not see
         self._work: queue.SimpleQueue[Persist | GiveUp | Discard | None] = queue.SimpleQueue()
         self._worker = threading.Thread(target=self._run, name="layerwise-persist", daemon=True)
@@ -150,7 +151,11 @@ class Participant:
     def wait_room(self, max_in_flight: int, timeout_s: float) -> bool:
         """Whether fewer than `max_in_flight` shards are on their way to this rank's disk, waiting for the disk only."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._ledger.on_disk_way < max_in_flight, timeout_s)
+            return self._changed.wait_for(lambda: self._has_room(max_in_flight), timeout_s)
+
+    def _has_room(self, max_in_flight: int) -> bool:
+        lost = self.through_monitor and self._ledger.lost is not None  # then nothing is on its way
+        return lost or self._ledger.on_disk_way < max_in_flight
 
     def boundary(self, count: int) -> Meeting | None:
         """Call at each boundary, counted from the session's start. What all ranks do at it, if they have agreed on it.
@@ -230,11 +235,14 @@ class Participant:
             if not state.is_committed(attempt):
                 raise CommitError(state.hopeless(attempt.step) or "")
 
-    def drain(self, timeout_s: float) -> None:
-        """Waits until every attempt of this rank is decided. Raises DeadlineError naming the steps that are not."""
+    def drain(self, timeout_s: float, *, stopped: bool = False) -> None:
+        """Waits until every attempt of this rank is decided; of a session that has stopped only if `stopped` says so.
+
+        Raises DeadlineError naming the steps that are not.
+        """
         with self._changed:
             self._wait_for(
-                lambda: self._ledger.drained,
+                lambda: self._ledger.settled if stopped else self._ledger.drained,
                 time.monotonic() + timeout_s,
                 lambda: f"close: waited {timeout_s:g} s for rank 0 to decide on step(s) {self._ledger.undecided_steps}",
             )
@@ -362,7 +370,7 @@ class Participant:
 
     def _on_error(self, text: str) -> None:
         with self._changed:
-            self._ledger.lose(f"rank {self.rank}: {text}")
+            self._ledger.lose(f"rank {self.rank}: {text}", at_once=not self.through_monitor)
             self._changed.notify_all()
 
     def _wait_for(self, predicate: Callable[[], Any], deadline: float, message: Callable[[], str]) -> None:

@@ -96,10 +96,10 @@ class MonitorLink:
         while not self._bye.wait(0.05) and self.lost is None and time.monotonic() < deadline:
             pass
 
-    def close(self, timeout_s: float = _FAREWELL_S) -> None:
+    def close(self) -> None:
         """Lets go of the monitor: of one that has not said that it is done, as if this process had died."""
-        self.wire.close(min(1.0, timeout_s))
-        self.process.close(timeout_s)
+        self.wire.close(1.0)
+        self.process.close(_FAREWELL_S if self._bye.is_set() else 1.0)
 
     # -- inside -------------------------------------------------------------------------------------------------
 

@@ -149,7 +149,7 @@ class MonitorSession:
             if self.holder is not None:
                 self.holder.give_up(orphaned)
         try:
-            self._participant.drain(timeout_s)
+            self._participant.drain(timeout_s, stopped=True)
         except LayerwiseError as error:
             log.warning("rank %d: the monitor leaves without a decision: %s", self._rank, error)
         self._participant.close(max(0.1, deadline - time.monotonic()))
