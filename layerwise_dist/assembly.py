@@ -148,6 +148,11 @@ def assemble(
                 )
             adapter = find_optimizer(found, optimizer, optimizers, _torch_adapter(config.update), config.update)
             pooled = monitor is not None
+            if pooled and found.swapped:
+                raise UnsupportedError(
+                    "mode = 'monitor' with an optimizer offloaded to NVMe: its mirrors are as large as what was "
+                    "offloaded, and a pool for copies of them would be too; use mode 'direct'"
+                )
             survey = Surveyor(found, adapter, config.captured_by, bases=not pooled).look()
             check_pool(config.pool_mb, config.bounce_bytes, survey, pooled=pooled)
             return found, adapter, StateObjects(state)

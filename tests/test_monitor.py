@@ -356,6 +356,18 @@ def test_close_gives_back_every_descriptor_and_ends_a_monitor_that_is_stopped(tm
         assert sorted(os.listdir("/proc/self/fd")) == before
 
 
+@pytest.mark.parametrize("mode", ["2-bf16-clip-monitor", "3-fp32-monitor"])
+def test_under_deepspeed_a_killed_rank_changes_no_bit(zero: Warm, tmp_path: Path, mode: str) -> None:
+    plain, killed = tmp_path / "plain", tmp_path / "killed"
+    plain.mkdir(), killed.mkdir()
+    zero.run("zero_kill.py", 2, "--plain", "--seed", 1, "--out", plain, mode, timeout=120)
+    zero.run("zero_kill.py", 2, "--seed", 1, "--out", killed, mode, timeout=120, max_restarts=1)
+    for rank in range(2):
+        assert (killed / f"{mode}.{rank}.json").read_text() == (plain / f"{mode}.{rank}.json").read_text()
+        starts = [line for line in (killed / f"{mode}.{rank}.log").read_text().splitlines() if "start" in line]
+        assert len(starts) == 2 and starts[0] == "start 0" != starts[1]
+
+
 def test_a_forked_child_of_the_trainer_does_not_keep_its_monitor_alive(warm: Warm, tmp_path: Path) -> None:
     """As a worker of a data loader, which may live for seconds longer."""
     job = warm.start("monitored.py", 1, "plain", tmp_path / "ckpt", tmp_path, "--total", 3, "--end", "fork")

@@ -105,7 +105,7 @@ class Coordinator:
         self._stopped = False
         self._finished: str | None = None  # why nothing is committed any more
         self._silent: set[int] = set()  # that have left or are gone
-        self._orphaned: set[int] = set()  # whose training has ended; their monitors still report
+        self._orphaned: set[int] = set()  # whose monitors have lost them, and still report
         self._at = [0.0] * world_size
         self._untold = set(range(world_size))  # whose next `at` is awaited
         self._granted = float(FIRST_GRANT) if world_size > 1 else math.inf
@@ -127,10 +127,8 @@ class Coordinator:
             self._say_all(self._common.ask(message, now))
         elif kind == "held":
             self._say_all(self._common.held(message))
-        elif kind == "gone":
-            self._lose(message["rank"], message["why"])
-        elif kind == "orphaned":
-            self._bereave(message["rank"], message["why"])
+        elif kind in ("gone", "orphaned"):
+            self._lose(message["rank"], message["why"], orphaned=kind == "orphaned")
         elif kind in ("staged", "durable", "failed", "skipped"):
             self._report(kind, message, now)
         elif kind == "kept":
@@ -329,17 +327,17 @@ class Coordinator:
         if attempt is self._current:
             self._current = None
 
-    def _lose(self, rank: int, why: str) -> None:
-        """A rank will report nothing more. What it has reported already may still become a checkpoint."""
+    def _lose(self, rank: int, why: str, *, orphaned: bool) -> None:
+        """A rank will stage nothing more. What it has reported as durable, or its monitor, if that has lost it, as
+        staged, may still become a checkpoint.
+        """
         self._stop(f"rank {rank} is gone: {why}")
-        self._miss(rank)
-
-    def _bereave(self, rank: int, why: str) -> None:
-        """A rank's monitor has lost its training: what it holds all of may become a checkpoint, and nothing else."""
-        self._stop(f"rank {rank} is gone: {why}")
-        self._orphaned.add(rank)
-        for attempt in list(self._open.values()):
-            self._abort_if_missed(attempt)
+        if orphaned:
+            self._orphaned.add(rank)
+            for attempt in list(self._open.values()):
+                self._abort_if_missed(attempt)
+        else:
+            self._miss(rank)
 
     def _miss(self, rank: int) -> None:
         """Nothing more comes from this rank."""
@@ -352,10 +350,10 @@ class Coordinator:
             self._abort_if_missed(attempt)
 
     def _abort_if_missed(self, attempt: _Attempt) -> None:
-        if missing := sorted(rank for rank in self._silent if rank not in attempt.reports):
-            self._abort(attempt, f"rank(s) {', '.join(map(str, missing))} left without a report", failure=True)
-        elif missing := sorted(self._orphaned - attempt.staged):
-            self._abort(attempt, f"rank(s) {', '.join(map(str, missing))} ended before they staged it", failure=True)
+        left = sorted(self._silent - attempt.reports.keys())
+        if missing := left or sorted(self._orphaned - attempt.staged):
+            how = "left without a report" if left else "ended before they staged it"
+            self._abort(attempt, f"rank(s) {', '.join(map(str, missing))} {how}", failure=True)
 
     # -- stopping at one boundary -------------------------------------------------------------------------------
 

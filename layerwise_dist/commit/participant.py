@@ -130,10 +130,7 @@ class Participant:
     def failed(
         self, attempt: AttemptId, error: str, write: Write | None, *, final: bool = False, told: bool = False
     ) -> None:
-        """This rank gives the attempt up; the coordinator aborts it for all. `final`: and every later one, for good.
-
-        `told`: it was warned of already.
-        """
+        """This rank gives it up; the coordinator aborts it for all. `final`: and all later ones. `told`: warned of."""
         with self._changed:
             self._do(self._ledger.failed(attempt, error, write, final=final, told=told))
 
@@ -151,11 +148,9 @@ class Participant:
     def wait_room(self, max_in_flight: int, timeout_s: float) -> bool:
         """Whether fewer than `max_in_flight` shards are on their way to this rank's disk, waiting for the disk only."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._has_room(max_in_flight), timeout_s)
-
-    def _has_room(self, max_in_flight: int) -> bool:
-        lost = self.through_monitor and self._ledger.lost is not None  # then nothing is on its way
-        return lost or self._ledger.on_disk_way < max_in_flight
+            gone = self.through_monitor  # with a monitor that is lost nothing is on its way any more
+            state = self._ledger
+            return self._changed.wait_for(lambda: state.on_disk_way < max_in_flight or (gone and state.lost), timeout_s)
 
     def boundary(self, count: int) -> Meeting | None:
         """Call at each boundary, counted from the session's start. What all ranks do at it, if they have agreed on it.
