@@ -105,7 +105,7 @@ class Coordinator:
         self._stopped = False
         self._finished: str | None = None  # why nothing is committed any more
         self._silent: set[int] = set()  # that have left or are gone
-        self._orphaned: set[int] = set()  # whose monitors have lost them, and still report
+        self._orphaned: set[int] = set()  # gone, and their monitors still report
         self._at = [0.0] * world_size
         self._untold = set(range(world_size))  # whose next `at` is awaited
         self._granted = float(FIRST_GRANT) if world_size > 1 else math.inf
@@ -328,9 +328,7 @@ class Coordinator:
             self._current = None
 
     def _lose(self, rank: int, why: str, *, orphaned: bool) -> None:
-        """A rank will stage nothing more. What it has reported as durable, or its monitor, if that has lost it, as
-        staged, may still become a checkpoint.
-        """
+        """What it has reported as durable, or its monitor, if that has lost it, as staged, may become a checkpoint."""
         self._stop(f"rank {rank} is gone: {why}")
         if orphaned:
             self._orphaned.add(rank)
