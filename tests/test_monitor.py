@@ -327,6 +327,45 @@ def test_whatever_ends_a_job_nothing_of_it_stays(warm: Warm, tmp_path: Path, how
     nothing_half_done(tmp_path / "ckpt")
 
 
+def test_saves_under_a_tag_traces_and_updates_by_layers_are_as_in_direct_mode(tmp_path: Path) -> None:
+    def trained(mode: str, folder: str, steps: int) -> tuple[Any, dict[str, Any]]:
+        torch.manual_seed(7)
+        model = torch.nn.Sequential(torch.nn.Linear(300, 200), torch.nn.ReLU(), torch.nn.Linear(200, 100))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        state = {"big": {"table": torch.arange(150_000)}}  # more than goes through the pool at once
+        with lwd.attach(
+            model, optimizer, dir=str(tmp_path / folder), mode=mode, update="pipelined_step", every_n_steps=2,
+            state=state, audit="always", writer={"block_kb": 64}, keep_last=20,
+        ) as engine:  # fmt: skip
+            if engine.restore(tag="best", on_missing="fresh"):
+                assert engine.client_state == {"score": 0.5} and torch.equal(
+                    state["big"]["table"], torch.arange(150_000)
+                )
+            if mode == "monitor" and not engine.completed:
+                engine.trace(tmp_path / "trace.json")
+            for _ in engine.steps(steps):
+                model(torch.randn(4, 300)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            if steps == 5:
+                state["big"]["table"] = torch.arange(150_000)
+                assert engine.save("best", {"score": 0.5}) == 5
+            assert engine.stats()["checkpoints_aborted"] == 0
+            return engine.completed, {name: value.clone() for name, value in model.state_dict().items()}
+
+    for steps in (5, 9):
+        direct, monitored = trained("direct", "direct", steps), trained("monitor", "monitor", steps)
+        assert direct[0] == monitored[0] == steps
+        assert all(torch.equal(direct[1][name], monitored[1][name]) for name in direct[1])
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert [event for event in events if event["ph"] == "X" and event["tid"] == 4 and event["dur"] > 0], "no writes"
+    for name in ("direct", "monitor"):
+        found = CheckpointMetadataManager(PosixEnv(), str(tmp_path / name)).inventory().lineage()
+        assert [(each.step, each.tag) for each in reversed(found)] == [
+            (2, None), (4, None), (5, "best"), (6, None), (8, None)
+        ]  # fmt: skip
+
+
 def test_close_gives_back_every_descriptor_and_ends_a_monitor_that_is_stopped(tmp_path: Path) -> None:
     def trained(name: str, stop: bool) -> int:
         model = torch.nn.Linear(20, 20)

@@ -21,7 +21,7 @@ from layerwise_dist.storage.adapter import Laid
 from layerwise_dist.storage.base import BaseReport
 from layerwise_dist.storage.gathered import gather
 from layerwise_dist.storage.layout import AttemptId
-from layerwise_dist.storage.shard import ShardLayout, Source
+from layerwise_dist.storage.shard import ShardLayout, Source, state_extent
 
 _STATE_PIECE = 256 << 10  # bytes of the state that go through the pool at once
 _ASK_S = 10.0
@@ -88,7 +88,7 @@ class StagedWrite:
     def append_state(self, text: bytes, blob: bytes) -> None:
         """Gives the monitor what the boundary sealed, piece by piece. Raises NoRoom."""
         data = text + blob
-        self._lengths, self.state_bytes = (len(text), len(blob)), len(data)
+        self._lengths, self.state_bytes = (len(text), len(blob)), len(state_extent(text, blob))
         for begin in range(0, len(data), _STATE_PIECE):
             self._adapter.give_bytes(self, data[begin : begin + _STATE_PIECE])
 
