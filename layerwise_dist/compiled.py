@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 
 def eager(hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -15,3 +16,10 @@ def eager(hook: Callable[..., Any]) -> Callable[..., Any]:
     Nothing can have been compiled as long as torch's compiler is not even imported, which takes a second.
     """
     return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
+
+
+def without_compiled_wrapper(model: nn.Module) -> nn.Module:
+    """The module that `torch.compile(model)` was given, which is called when the result is; else `model` itself."""
+    while type(model).__name__ == "OptimizedModule" and isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        model = inner
+    return model

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from layerwise_dist.compiled import without_compiled_wrapper
 from layerwise_dist.errors import BoundaryError, ConfigError, UnsupportedError
 from layerwise_dist.frameworks.averaging import Averaging
 from layerwise_dist.gradients import Arrivals
@@ -130,9 +131,10 @@ class _Stepping:
         after: Callable[[str, int], None],
         active: Callable[[], bool] | None,
     ) -> None:
-        self.optimizer, self._model, self.graph, self._mode = optimizer, model, graph, mode
+        self.optimizer, self.graph, self._mode = optimizer, graph, mode
+        self._model = without_compiled_wrapper(model)
         self._before_layer, self._after_layer, self._active = before, after, active
-        check_layered(optimizer, model, mode)
+        check_layered(optimizer, self._model, mode)
         self._subset_step = SubsetStep(optimizer)
         self._names = {id(view.param): view.fqn for view in graph.views}
         self._plan_of: list[list[int]] = []
@@ -335,7 +337,7 @@ def check_layered(optimizer: torch.optim.Optimizer, model: nn.Module, mode: Mode
     """Raises UnsupportedError with the reason if this optimizer, or wrapper, cannot be stepped by layers exactly."""
     SubsetStep(optimizer)
     if mode == "in_backward":
-        _check_wrapper(model)
+        _check_wrapper(without_compiled_wrapper(model))
 
 
 def _nothing(layer: str, step: int) -> None:

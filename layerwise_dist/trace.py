@@ -115,7 +115,8 @@ class StepTrace:
         for name, begin, end in self.phases:
             add("training", name, begin, end)
         for layer, at in self.gradients.items():
-            add("gradients", layer, at)
+            # An update in the backward is made by a hook that runs before ours on the same gradient.
+            add("gradients", layer, min(at, self.updates.get(layer, (at,))[0]))
         for layer, (begin, end) in self.updates.items():
             add("updates", layer, begin, end)
         for batch, at in self.captures.items():

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from conftest import Finished
+from exactness_table import FEATURES, OPTIMIZERS, UPDATES, cells, read, reason
+from exactness_table import WORLDS as TABLE
 
 # 5 steps each of {momentum, AdamW foreach, AdamW fused} x 9 features of a training script; plain also LBFGS.
 WORLDS = [
@@ -35,3 +37,19 @@ def test_training_with_the_engine_on_and_resumed_training_are_bit_identical(
         sabotaged = results.pop("sabotaged", ["only plain tries that"])
         assert sabotaged
         assert {name: problems for name, problems in results.items() if problems} == {}
+
+
+def test_the_table_in_the_docs_is_whole_and_what_is_tried_again_is_as_it_says(long: bool) -> None:
+    told = read((Path(__file__).parent.parent / "docs" / "exactness.md").read_text())
+    assert len(told) == len(TABLE) * len(UPDATES) * len(OPTIMIZERS) * len(FEATURES)
+    assert not [case for case, verdict in told.items() if not verdict.startswith(("exact", "refused: ", "torch: "))]
+    again = [
+        ("plain", 1, UPDATES, OPTIMIZERS, tuple(FEATURES)),
+        ("ddp", 2, ("in_backward",), OPTIMIZERS[1:2], tuple(FEATURES)),
+        ("fsdp1-flat", 2, ("whole", "pipelined_step"), OPTIMIZERS[:1], ("clipping", "frozen")),
+    ]
+    for wrapper, ranks, updates, optimizers, features in again[not long :]:
+        found = cells(wrapper, ranks, updates, optimizers, features)
+        for case, verdict in found.items():
+            update, optimizer, feature = case.split()
+            assert reason(verdict) == told[wrapper, ranks, update, optimizer, feature], (wrapper, ranks, case)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import re
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,98 +11,10 @@ from typing import Any
 
 import pytest
 from conftest import Running, Warm, torchrun_command
+from kill_kit import DEADLINE, KEEP, check, check_folder, kill_rank, launches, read, reference
 
 WORLDS = [("plain", 1), ("ddp", 2), ("fsdp2", 2), ("ddp", 3), ("fsdp2", 3)]
-TOTAL, KEEP = 20, 2
-DEADLINE = 90.0
-
-
-def read(out: Path, ranks: int) -> list[list[dict[str, Any]]]:
-    """What each rank told; a line that a kill cut short is left out."""
-    told = []
-    for rank in range(ranks):
-        path = out / f"{rank}.jsonl"
-        text = path.read_text() if path.exists() else ""
-        told.append([json.loads(line) for line in text.split("\n")[:-1]])
-    return told
-
-
-def launches(lines: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """One rank's lines, launch by launch."""
-    parts: list[list[dict[str, Any]]] = []
-    for line in lines:
-        if "launched" in line:
-            parts.append([])
-        parts[-1].append(line)
-    return parts
-
-
-def reference(warm: Warm, folder: Path, wrapper: str, ranks: int) -> tuple[list[dict[int, str]], list[str], float]:
-    """Losses by step and the final hash of each rank of a run that nobody killed, and the seconds it took."""
-    folder.mkdir()
-    began = time.monotonic()
-    warm.run("kill.py", ranks, wrapper, folder / "ckpt", folder, "--total", TOTAL, "--keep", KEEP, timeout=DEADLINE)
-    took = time.monotonic() - began
-    told = read(folder, ranks)
-    return (
-        [{line["step"]: line["loss"] for line in lines if "step" in line} for lines in told],
-        [lines[-1]["hash"] for lines in told],
-        took,
-    )
-
-
-def check(out: Path, ranks: int, losses: list[dict[int, str]], finals: list[str]) -> int:
-    """What must be true of a job that was killed and at last ended. Returns how many restarts resumed."""
-    told = read(out, ranks)
-    assert [lines[-1].get("end") for lines in told] == [TOTAL] * ranks
-    assert [lines[-1]["hash"] for lines in told] == finals
-    for rank, lines in enumerate(told):
-        wrong = [line for line in lines if "step" in line and line["loss"] != losses[rank][line["step"]]]
-        assert not wrong, f"rank {rank}: losses differ: {wrong}"
-    # A rank that was killed before it could say `launched` has one launch fewer: launches are matched by their number.
-    starts: dict[str, set[int]] = {}
-    seen: dict[str, int] = {}
-    order: list[str] = []
-    for lines in told:
-        for part in launches(lines):
-            number = part[0]["launched"]
-            order.append(number)
-            starts.setdefault(number, set()).update(line["start"] for line in part if "start" in line)
-            known = [line["committed"] for line in part if line.get("committed") is not None]
-            seen[number] = max([seen.get(number, 0), *known])
-    assert all(len(found) <= 1 for found in starts.values()), f"ranks started from different steps: {starts}"
-    newest = resumed = 0
-    for number in sorted(set(order), key=lambda text: [int(part) for part in text.split(".")]):
-        for step in starts[number]:
-            assert step >= newest, (
-                f"launch {number} started from step {step}, but {newest} had been reported as committed"
-            )
-            resumed += step > 0
-        newest = max(newest, seen[number])
-    check_folder(out / "ckpt", ranks, KEEP)
-    return resumed
-
-
-def check_folder(root: Path, ranks: int, keep: int) -> None:
-    """Exactly the committed checkpoints that are kept, and nothing of dead attempts."""
-    names = sorted(path.name for path in root.iterdir())
-    folders = [name for name in names if name.startswith("step_")]
-    assert [name for name in names if name not in folders] == ["identity.json", "owner"]
-    assert [int(re.match(r"step_(\d+)-", name)[1]) for name in folders] == list(range(TOTAL - keep + 1, TOTAL + 1))
-    wanted = sorted(["manifest.json", *(f"rank_{rank:05d}.safetensors" for rank in range(ranks))])
-    assert all(sorted(os.listdir(root / name)) == wanted for name in folders)
-
-
-def kill_rank(out: Path, rank: int, alive: list[int]) -> bool:
-    """SIGKILL to one rank, found by what it told; False when it is not there."""
-    path = out / f"{rank}.jsonl"
-    if not path.exists():
-        return False
-    pids = [json.loads(line)["pid"] for line in path.read_text().split("\n")[:-1] if '"pid"' in line]
-    if not pids or pids[-1] not in alive:
-        return False
-    os.kill(pids[-1], signal.SIGKILL)
-    return True
+TOTAL = 20
 
 
 @pytest.mark.timeout(3600)
@@ -113,7 +22,7 @@ def test_a_job_killed_at_any_moment_goes_on_from_one_committed_step(warm: Warm, 
     seed = random.SystemRandom().randrange(1 << 32)
     print(f"seed {seed}")
     dice = random.Random(seed)
-    known = {(w, n): reference(warm, tmp_path / f"reference-{w}-{n}", w, n) for w, n in WORLDS}
+    known = {(w, n): reference(warm, tmp_path / f"reference-{w}-{n}", w, n, TOTAL) for w, n in WORLDS}
     kills = resumed = 0
     for number in range(200 if long else 20):
         wrapper, ranks = WORLDS[number % len(WORLDS)]
@@ -138,7 +47,8 @@ def test_a_job_killed_at_any_moment_goes_on_from_one_committed_step(warm: Warm, 
             done += 1
         kills += done
         try:
-            resumed += check(out, ranks, losses, finals)
+            resumed += check(out, ranks, losses, finals, TOTAL)
+            check_folder(out / "ckpt", range(ranks), TOTAL)
         except AssertionError as error:
             raise AssertionError(f"seed {seed}, trial {number} ({wrapper}, {ranks} ranks): {error}") from error
     print(f"{kills} kills, {resumed} resumes from a step above 0")
@@ -150,7 +60,7 @@ def test_torchrun_restarts_a_killed_rank_and_later_the_whole_killed_job(
     warm: Warm, start: Callable[..., Running], tmp_path: Path, wrapper: str, ranks: int
 ) -> None:
     """The command line itself: one rank dies, --max-restarts brings all back; then everything dies."""
-    losses, finals, _ = reference(warm, tmp_path / "reference", wrapper, ranks)
+    losses, finals, _ = reference(warm, tmp_path / "reference", wrapper, ranks, TOTAL)
     out = tmp_path / "trial"
     out.mkdir()
     command = torchrun_command(
@@ -180,7 +90,7 @@ def test_torchrun_restarts_a_killed_rank_and_later_the_whole_killed_job(
     # The last launch's start is the same on all ranks; so is the restart's, unless the kill came before a rank said it.
     assert len({[line["start"] for line in lines if "start" in line][-1] for lines in told}) == 1
     assert len(first) < 2 or len(second) < 2 or first[1] == second[1]
-    check_folder(out / "ckpt", ranks, KEEP)
+    check_folder(out / "ckpt", range(ranks), TOTAL)
 
 
 @pytest.mark.parametrize(("wrapper", "ranks"), [("plain", 1), ("ddp", 2)])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -14,29 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from conftest import JOBS, Running
+from conftest import Running
+from mpi_kit import command, needs_mpi, told, uninterrupted
 
 from layerwise_dist.commit.transports import mpi
 
-MPIRUN = shutil.which("mpirun")
-needs_mpi = pytest.mark.skipif(
-    MPIRUN is None or importlib.util.find_spec("mpi4py") is None,
-    reason="mpirun or mpi4py is missing (Debian: apt-get install openmpi-bin; pip install mpi4py)",
-)
 DEADLINE = 90.0
-
-
-def command(ranks: int, *args: Any) -> list[str]:
-    options = ["--oversubscribe", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1"]
-    if os.geteuid() == 0:
-        options.append("--allow-run-as-root")
-    assert MPIRUN is not None
-    return [MPIRUN, *options, "-n", str(ranks), sys.executable, str(JOBS / "mpi.py"), *map(str, args)]
-
-
-def told(out: Path, ranks: int) -> list[dict[str, Any]]:
-    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
 def run(start: Callable[..., Running], out: Path, ranks: int, *args: Any) -> list[dict[str, Any]]:
@@ -76,21 +57,6 @@ def test_a_job_under_mpirun_that_loses_a_rank_ends_and_resumes_bit_for_bit(
     found = run(start, tmp_path, 2, "train", tmp_path / "ckpt", tmp_path, 9, -1)
     assert [each["start"] for each in found] == [4, 4]
     assert [each["hash"] for each in found] == [uninterrupted(rank, 9) for rank in range(2)]
-
-
-def uninterrupted(rank: int, total: int) -> str:
-    """What a rank of tests/jobs/mpi.py holds at the end, without the engine."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(JOBS))
-        from kit import digest, odd_model
-    before = torch.get_num_threads()
-    model, optimizer = odd_model(rank)
-    for _ in range(total):
-        model(torch.randn(4, 33)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    torch.set_num_threads(before)
-    return digest(model, optimizer)
 
 
 @needs_mpi

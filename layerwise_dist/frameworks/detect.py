@@ -9,6 +9,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from layerwise_dist.compiled import without_compiled_wrapper
 from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.composite import CompositeFramework, CompositeOptimizer, check_names
@@ -108,6 +109,7 @@ def detect(model: object, rank: int, world_size: int, prefix: str = "") -> Frame
         raise UnsupportedError(f"DeepSpeed's {type(model).__name__} is not supported by this version; {_WORKS}")
     if any(isinstance(module, nn.Module) and type(module).__name__ == "DataParallel" for module in model.modules()):
         raise UnsupportedError(f"nn.DataParallel is not supported; {_WORKS}")
+    model = without_compiled_wrapper(model)
     sharded = any(isinstance(param, DTensor) for param in model.parameters())
     flat = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
     replicas = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]

@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import cache
 from typing import Any
 
@@ -27,8 +28,9 @@ def process_group() -> Iterator[int]:
         store, rank, world_size = next(dist.rendezvous("env://"))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(
-            "gloo", store=dist.PrefixStore(f"attempt_{attempt}", store), rank=rank, world_size=world_size
-        )
+            "gloo", store=dist.PrefixStore(f"attempt_{attempt}", store), rank=rank, world_size=world_size,
+            timeout=timedelta(seconds=float(os.environ.get("COLLECTIVE_S", "1800"))),
+        )  # fmt: skip
     try:
         yield int(os.environ.get("RANK", "0"))
     finally:
