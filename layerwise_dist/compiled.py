@@ -20,6 +20,8 @@ def eager(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 def without_compiled_wrapper(model: nn.Module) -> nn.Module:
     """The module that `torch.compile(model)` was given, which is called when the result is; else `model` itself."""
-    while type(model).__name__ == "OptimizedModule" and isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+    while type(model).__name__ == "OptimizedModule" and isinstance(
+        inner := getattr(model, "_orig_mod", None), nn.Module
+    ):
         model = inner
     return model

@@ -50,7 +50,6 @@ class MonitorProcess:
         finally:
             theirs.close()
         self.pid = self._process.pid
-        self._inherited = [self.socket.fileno(), self.memory]
         _live.add(self)
 
     def ended(self, timeout_s: float) -> str | None:
@@ -78,15 +77,16 @@ class MonitorProcess:
                     timeout_s,
                 )  # fmt: skip
                 self._process.returncode = 0  # nobody waits for it any more
-        os.close(self.memory)
+        if self.memory >= 0:
+            os.close(self.memory)
+            self.memory = -1
 
     def leave_to_parent(self) -> None:
         """In a forked child, which must not keep what the monitor learns of this process's death by."""
-        for descriptor in self._inherited:
-            try:
+        for descriptor in (self.socket.detach(), self.memory):
+            if descriptor >= 0:
                 os.close(descriptor)
-            except OSError:
-                pass  # closed before the fork
+        self.memory = -1
 
 
 def _environment() -> dict[str, str]:
