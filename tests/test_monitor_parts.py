@@ -225,13 +225,15 @@ def _said(outputs: list[Any]) -> list[tuple[Any, ...]]:
     return [(message["t"], message.get("seq")) for message in messages]
 
 
-def test_of_an_orphaned_rank_what_it_had_staged_goes_on_and_the_rest_is_aborted() -> None:
-    coordinator = Coordinator(2, timeout_s=30, on_failure="warn", raise_after=5, now=0.0)
+@pytest.mark.parametrize("on_failure", ["warn", "raise"])
+def test_of_an_orphaned_rank_what_it_had_staged_goes_on_and_the_rest_is_aborted(on_failure: str) -> None:
+    coordinator = Coordinator(2, timeout_s=30, on_failure=on_failure, raise_after=5, now=0.0)
     for rank, seq in ((0, 1), (1, 1), (0, 2)):
         coordinator.handle(_message("staged", rank, seq), 0.0)
     said = _said(coordinator.handle({"t": "orphaned", "rank": 1, "why": "killed"}, 1.0))
     assert ("stop", None) in said and ("aborted", 2) in said and ("aborted", 1) not in said
     assert _said(coordinator.handle(_message("staged", 0, 3), 1.0)) == [("aborted", 3)], "rank 1 will never stage it"
+    coordinator.handle(_message("failed", 0, 4, error="and another thing", final=True), 1.0)
     coordinator.handle(_message("durable", 0, 1), 2.0)
     assert _said(coordinator.handle(_message("durable", 1, 1), 2.0))[-1] == ("WriteManifest", 1)
     assert ("committed", 1) in _said(coordinator.wrote(1, None))

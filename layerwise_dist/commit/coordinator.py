@@ -201,7 +201,7 @@ class Coordinator:
 
     def _report(self, kind: str, message: Message, now: float) -> None:
         seq = message["seq"]
-        if kind == "failed" and message["final"]:
+        if kind == "failed" and message["final"] and not self._orphaned:
             self._finish(f"checkpoint of step {message['step']} failed: rank {message['rank']}: {message['error']}")
         if seq in self._decided:
             return
@@ -312,7 +312,7 @@ class Coordinator:
 
     def _abort(self, attempt: _Attempt, reason: str, *, failure: bool, skipped: bool = False) -> None:
         self._close(attempt)
-        if failure:
+        if failure and not self._orphaned:  # else all have stopped, and what monitors hold is still to be committed
             self._failures += 1
             if self._failures >= self._patience:  # said first: a rank that closes once this is decided must know it
                 self._finish(f"checkpoint of step {attempt.step} failed: {reason}")
