@@ -22,9 +22,11 @@ from layerwise_dist.capture import stage
 from layerwise_dist.commit.coordinator import Coordinator
 from layerwise_dist.commit.ledger import Ledger
 from layerwise_dist.commit.owner import Owner
+from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
 from layerwise_dist.config import load_config
 from layerwise_dist.monitor.gathering import Gathering
 from layerwise_dist.monitor.holding import Holder
+from layerwise_dist.monitor.relaying import RelayingTransport, wrapped
 from layerwise_dist.monitor.wire import Wire
 from layerwise_dist.storage.adapter import PCCheckAdapter
 
@@ -249,6 +251,24 @@ def test_a_rank_whose_monitor_died_raises_at_the_last_granted_boundary() -> None
     alone = Ledger(0, 1)
     alone.lose("gone", at_once=False)
     assert alone.must_raise(1) == "gone"
+
+
+def test_only_the_training_process_answers_for_its_boundaries() -> None:
+    """A monitor passes none: its answer would have all meet at one that is long past."""
+    hub = LocalHub(1)
+    told: list[Any] = []
+    transport = RelayingTransport(LocalTransport(hub, 0), told.append)
+    heard: list[str] = []
+    transport.start(lambda message: heard.append(message["t"]), lambda message: None, lambda why: None)
+    kinds = ["grant", "hold", "meet", "staged", "agreed", "stop", "committed"]
+    for kind in kinds:
+        transport.announce({"t": kind})
+    transport.announce(wrapped({"t": "agreed", "key": "1"}))
+    transport.listen()
+    transport.close(10)
+    assert heard == ["staged", "agreed", "stop", "committed"]
+    passed_on = [message["m"]["t"] for message in told]
+    assert passed_on == ["grant", "hold", "meet", "staged", "stop", "committed", "agreed"]
 
 
 # -- holding ----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from layerwise_dist.commit.transports import Handler, Message, Transport
 
 # Of a training process to the others: rank 0's decides, not the coordinator.
 _WRAPPED = "of training"
+# About boundaries, which a monitor does not pass: only its training process may answer.
+_OF_BOUNDARIES = ("grant", "hold", "meet")
 
 
 def wrapped(message: Message) -> Message:
@@ -38,7 +40,8 @@ class RelayingTransport:
             if message["t"] == _WRAPPED:
                 self._pass_on({"t": "heard", "m": message["m"]})
                 return
-            on_message(message)  # first: what the training process answers must find it done
+            if message["t"] not in _OF_BOUNDARIES:
+                on_message(message)  # first: what the training process answers must find it done
             if message["t"] != "agreed":
                 self._pass_on({"t": "heard", "m": message})
 
