@@ -15,10 +15,11 @@ from layerwise_dist._version import __version__
 from layerwise_dist.capture.objects import StateObjects
 from layerwise_dist.capture.room import check_pool
 from layerwise_dist.capture.survey import Surveyor
+from layerwise_dist.commit.opening import PATIENCE_SHARE
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.session import open_session, start_coordinator, start_keeper
 from layerwise_dist.commit.transports import Transport
-from layerwise_dist.commit.transports.choice import open_transport
+from layerwise_dist.commit.transports.choice import find_ranks, open_transport
 from layerwise_dist.config import LayerwiseConfig, load_config
 from layerwise_dist.disabled import DisabledEngine
 from layerwise_dist.engine import LayerwiseEngine
@@ -26,10 +27,12 @@ from layerwise_dist.errors import ConfigError, LayerwiseError, UnsupportedError
 from layerwise_dist.frameworks import Framework, accumulating, config_block, find_framework, find_optimizer, is_engine
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter, TorchOptimizer
 from layerwise_dist.layered import LayeredOptimizer
+from layerwise_dist.monitor.connection import MonitorLink, start_monitor
+from layerwise_dist.monitor.opening import Parts, open_monitored
+from layerwise_dist.monitor.transport import MonitorTransport
 from layerwise_dist.preemption import Preemption, check_thread
 from layerwise_dist.restore.agreement import together
-from layerwise_dist.storage.adapter import PCCheckAdapter
-from layerwise_dist.storage.recycling import recycles
+from layerwise_dist.writing import open_writer
 
 
 def attach(
@@ -66,8 +69,15 @@ def attach(
         settings, problem = LayerwiseConfig(), error  # the other ranks are told before it is raised
     if not settings.enabled:
         return disabled(engines)
+    monitor: MonitorLink | None = None
+    transport: Transport
     try:
-        transport = open_transport(settings.commit.transport, settings.commit.timeout_s)
+        if settings.mode == "monitor":
+            rank, world_size, gather = find_ranks(settings.commit.transport)
+            monitor = start_monitor(settings, rank, world_size, gather)
+            transport = MonitorTransport(monitor, rank, world_size)
+        else:
+            transport = open_transport(settings.commit.transport, settings.commit.timeout_s)
     except LayerwiseError:
         if problem is not None:
             raise problem from None
@@ -77,7 +87,7 @@ def attach(
     env = _environment(settings)
     return assemble(
         model, optimizer, settings, transport, env,
-        models=models, optimizers=optimizers, state=state, fresh=fresh, problem=problem,
+        models=models, optimizers=optimizers, state=state, fresh=fresh, problem=problem, monitor=monitor,
     )  # fmt: skip
 
 
@@ -113,15 +123,17 @@ def assemble(
     transport: Transport, env: Any, *, models: Mapping[str, torch.nn.Module] | None = None,
     optimizers: Mapping[str, torch.optim.Optimizer] | None = None,
     state: dict[str, Any] | None = None, fresh: bool = False, framework: Framework | None = None,
-    problem: ConfigError | None = None,
+    problem: ConfigError | None = None, monitor: MonitorLink | None = None,
 ) -> LayerwiseEngine:  # fmt: skip
     """`attach()` behind its two seams: any `Transport`, any `Env`. Rank and world size are the transport's.
 
-    With `problem`, this rank's configuration is bad and `config` stands in for it: all ranks raise `problem`.
+    With `monitor`, `transport` goes through it, and `env` is what this process reads by. With `problem`, this rank's
+    configuration is bad and `config` stands in for it: all ranks raise `problem`.
     """
     rank, world_size = transport.rank, transport.world_size
     participant = Participant(transport, timeout_s=config.commit.timeout_s, coordinator=None)
-    closers: list[Any] = [lambda: participant.close(1.0)]
+    participant.through_monitor = monitor is not None
+    closers: list[Any] = [*([monitor.close] if monitor is not None else []), lambda: participant.close(1.0)]
     try:
 
         def examine() -> tuple[Framework, OptimizerAdapter, StateObjects]:
@@ -135,55 +147,22 @@ def assemble(
                     f"update = {config.update!r}: models and optimizers by name are updated as a whole; use 'auto'"
                 )
             adapter = find_optimizer(found, optimizer, optimizers, _torch_adapter(config.update), config.update)
-            check_pool(config.pool_mb, config.bounce_bytes, Surveyor(found, adapter, config.capture).look())
+            pooled = monitor is not None
+            if pooled and found.swapped:
+                raise UnsupportedError(
+                    "mode = 'monitor' with an optimizer offloaded to NVMe: its mirrors are as large as what was "
+                    "offloaded, and a pool for copies of them would be too; use mode 'direct'"
+                )
+            survey = Surveyor(found, adapter, config.captured_by, bases=not pooled).look()
+            check_pool(config.pool_mb, config.bounce_bytes, survey, pooled=pooled)
             return found, adapter, StateObjects(state)
 
         _, (found, updates, objects) = together(participant, "attach", examine)
         closers.append(objects.detach)
-        who = f"pid {os.getpid()} on {socket.gethostname()}"
-        info, manager, owner = open_session(
-            env,
-            config.path,
-            participant,
-            file_mode=config.file_bits,
-            dir_mode=config.dir_bits,
-            who=who,
-            fresh=fresh,
-            mock=config.mode == "mock",
-        )
-        committer = coordinator = None
-        if owner is not None:
-            closers.append(owner.release)
-        if not info.shared and (found.shared_params or found.shared_buffers):
-            raise UnsupportedError(
-                f"{config.path} is not one directory but {len(info.places)} (of ranks {str(info.places)[:80]}): "
-                f"under {found.name} "
-                "ranks read what others wrote, so all must see one directory. Where each rank writes all that it needs "
-                "(plain, FSDP2 with full shards) disks of the nodes will do"
-            )
-        if owner is not None and rank != 0:
-            start_keeper(participant, manager, owner, info)
-        elif owner is not None:
-            software = {"layerwise_dist": __version__, "torch": torch.__version__, "python": platform.python_version()}
-            committer, coordinator = start_coordinator(
-                transport, manager, owner, info, framework=found.name, software=software, keep_last=config.keep_last,
-                keep_every_n_steps=config.keep_every_n_steps, timeout_s=config.commit.timeout_s,
-                on_failure=config.commit.on_failure, raise_after=config.commit.raise_after,
-            )  # fmt: skip
-            closers.append(lambda: coordinator.close(1.0))
-            participant.serve(coordinator.post, coordinator.quiet)
-
-        def start_writer() -> PCCheckAdapter:
-            return PCCheckAdapter(
-                env, config.path, rank=rank, world_size=world_size, backend=config.writer.backend,
-                queue_depth=config.writer.queue_depth, block_bytes=config.writer.block_kb << 10,
-                direct_io=config.writer.direct_io == "auto", hash=config.hash, file_mode=config.file_bits,
-                dir_mode=config.dir_bits,
-                spares=config.max_in_flight + 1 if recycles(env, config.path, config.writer.recycle) else 0,
-            )  # fmt: skip
-
-        _, adapter = together(participant, "start the writer", start_writer)
-        participant.recycle(adapter.recycler.retire)
+        if monitor is not None:
+            parts = open_monitored(monitor, env, config, participant, found.name, _software(), fresh=fresh)
+        else:
+            parts = _open_direct(config, env, transport, participant, found, fresh, closers)
         preemption = None
         if config.preemption.enabled:
             preemption = Preemption(
@@ -193,10 +172,57 @@ def assemble(
             closers.append(preemption.close)
             participant.when_leaving(preemption.leaving)
         return LayerwiseEngine(
-            found, updates, config, objects, adapter=adapter, manager=manager, info=info, participant=participant,
-            committer=committer, coordinator=coordinator, fresh=fresh, preemption=preemption,
+            found, updates, config, objects, adapter=parts.adapter, manager=parts.manager, info=parts.info,
+            participant=participant, committer=parts.pen, coordinator=parts.coordinator, fresh=fresh,
+            preemption=preemption,
         )  # fmt: skip
     except BaseException:
         for close in reversed(closers):
             close()
         raise
+
+
+def _software() -> dict[str, str]:
+    return {"layerwise_dist": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _open_direct(
+    config: LayerwiseConfig, env: Any, transport: Transport, participant: Participant, found: Framework, fresh: bool,
+    closers: list[Any],
+) -> Parts:  # fmt: skip
+    """This process takes the directory, decides on rank 0, and writes. What is to be undone goes into `closers`."""
+    rank, world_size = transport.rank, transport.world_size
+    info, manager, owner = open_session(
+        env,
+        config.path,
+        participant,
+        file_mode=config.file_bits,
+        dir_mode=config.dir_bits,
+        who=f"pid {os.getpid()} on {socket.gethostname()}",
+        fresh=fresh,
+        mock=config.mode == "mock",
+        patience_s=PATIENCE_SHARE * config.commit.timeout_s,
+    )
+    committer = coordinator = None
+    if owner is not None:
+        closers.append(owner.release)
+    if not info.shared and (found.shared_params or found.shared_buffers):
+        raise UnsupportedError(
+            f"{config.path} is not one directory but {len(info.places)} (of ranks {str(info.places)[:80]}): "
+            f"under {found.name} "
+            "ranks read what others wrote, so all must see one directory. Where each rank writes all that it needs "
+            "(plain, FSDP2 with full shards) disks of the nodes will do"
+        )
+    if owner is not None and rank != 0:
+        start_keeper(participant, manager, owner, info)
+    elif owner is not None:
+        committer, coordinator = start_coordinator(
+            transport, manager, owner, info, framework=found.name, software=_software(), keep_last=config.keep_last,
+            keep_every_n_steps=config.keep_every_n_steps, timeout_s=config.commit.timeout_s,
+            on_failure=config.commit.on_failure, raise_after=config.commit.raise_after,
+        )  # fmt: skip
+        closers.append(lambda: coordinator.close(1.0))
+        participant.serve(coordinator.post, coordinator.quiet)
+    _, adapter = together(participant, "start the writer", lambda: open_writer(env, config, rank, world_size))
+    participant.recycle(adapter.recycler.retire)
+    return Parts(adapter, manager, info, committer, coordinator)

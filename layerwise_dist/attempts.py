@@ -148,10 +148,11 @@ class Attempts:
         """Opens the pool; and a larger one if a layer outgrew it, by the state of an optimizer that came later."""
         nbytes = pool_bytes(
             self._config.pool_mb, self._adapter.bounce_bytes, found, laid.gathered,
-            max_in_flight=self._config.max_in_flight,
+            max_in_flight=self._config.max_in_flight, pooled=self._adapter.pooled,
         )  # fmt: skip
         if self._stage is not None:
-            if least_pool_bytes(self._adapter.bounce_bytes, found, laid.gathered) <= self._adapter.buffers.capacity:
+            least = least_pool_bytes(self._adapter.bounce_bytes, found, laid.gathered, pooled=self._adapter.pooled)
+            if least <= self._adapter.buffers.capacity:
                 return
             self._stage.close()
         self._adapter.allocate_staging_buffer(size_mb=nbytes / 2**20)

@@ -81,9 +81,11 @@ class LayerwiseConfig(_Strict):
     )
     keep_last: int = Field(2, ge=1, description="Newest commits of the lineage that are kept.")
     keep_every_n_steps: int | None = Field(None, ge=1, description="Commits at multiples of this step stay for ever.")
-    mode: Literal["direct", "mock"] = Field(
+    mode: Literal["direct", "monitor", "mock"] = Field(
         "direct",
-        description="direct: this process writes; mock: all is done but the writing, which is counted (no directory).",
+        description="direct: this process writes; monitor: a process of its own does, which finishes what was "
+        "staged on all ranks though the training is killed; mock: all is done but the writing, which is counted (no "
+        "directory).",
     )
     update: Literal["auto", "whole", "pipelined_step", "in_backward"] = Field(
         "auto",
@@ -142,6 +144,32 @@ class LayerwiseConfig(_Strict):
                 f"{self.bounce_bytes >> 10} KiB of the pool"
             )
         return self
+
+    @model_validator(mode="after")
+    def _monitored(self) -> LayerwiseConfig:
+        if self.mode != "monitor":
+            return self
+        if self.capture == "lease":
+            raise ValueError(
+                "capture = 'lease' with mode 'monitor': another process cannot read a tensor in place, and what it "
+                "has must outlive this one; use 'auto' or 'stage', or mode 'direct'"
+            )
+        if self.commit.transport == "mpi":
+            raise ValueError(
+                "commit.transport = 'mpi' with mode 'monitor': monitors are no processes of mpirun's; use 'auto' or "
+                "'store' with torch.distributed initialised, or mode 'direct'"
+            )
+        if self.writer.backend == "nvm":
+            raise ValueError(
+                "writer.backend = 'nvm' with mode 'monitor': persistent memory is written as fast as another process "
+                "could be given it; use mode 'direct', or another backend"
+            )
+        return self
+
+    @property
+    def captured_by(self) -> Literal["auto", "lease", "stage"]:
+        """`capture`; "stage" where another process writes."""
+        return "stage" if self.mode == "monitor" else self.capture
 
     @property
     def bounce_bytes(self) -> int:

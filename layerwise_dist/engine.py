@@ -29,7 +29,7 @@ from layerwise_dist.capture.survey import Surveyor
 from layerwise_dist.commit.coordinator_thread import CoordinatorThread
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.participant import Participant
-from layerwise_dist.commit.session import Committer, SessionInfo
+from layerwise_dist.commit.session import Pen, SessionInfo
 from layerwise_dist.compiled import eager
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.errors import BoundaryError, DamageError, LayerwiseError
@@ -75,7 +75,7 @@ class LayerwiseEngine(SaveAndRestore, Together):
     def __init__(
         self, framework: Framework, optimizer: OptimizerAdapter, config: LayerwiseConfig, objects: StateObjects, *,
         adapter: PCCheckAdapter, manager: CheckpointMetadataManager, info: SessionInfo, participant: Participant,
-        committer: Committer | None, coordinator: CoordinatorThread | None, fresh: bool, preemption: Preemption | None,
+        committer: Pen | None, coordinator: CoordinatorThread | None, fresh: bool, preemption: Preemption | None,
     ) -> None:  # fmt: skip
         self.config, self._framework, self._optimizer, self._objects = config, framework, optimizer, objects
         self._adapter, self._manager, self._info = adapter, manager, info
@@ -89,7 +89,9 @@ class LayerwiseEngine(SaveAndRestore, Together):
             wait_s=config.fence_timeout_s,
             room=lambda timeout_s: participant.wait_room(config.max_in_flight, timeout_s),
         )  # fmt: skip
-        self._surveyor = Surveyor(framework, optimizer, config.capture, self._scheduler.arrange)
+        self._surveyor = Surveyor(
+            framework, optimizer, config.captured_by, self._scheduler.arrange, bases=not adapter.pooled
+        )
         self._attempts = Attempts(
             config, framework.rank, self._surveyor, self._scheduler, adapter, participant,
             epoch=info.epoch, first_seq=info.first_seq,

@@ -56,7 +56,7 @@ class SaveAndRestore:
             self._begin(step)
         attempt = self._attempts.newest
         if self._committer is not None:
-            self._committer.tags[attempt.seq] = tag
+            self._committer.tag(attempt.seq, tag)
         self._client_state = state
         try:
             mark = self._boundary.call()

@@ -15,7 +15,7 @@ from layerwise_dist.assembly import attach
 from layerwise_dist.config import LayerwiseConfig, load_config
 from layerwise_dist.disabled import DisabledEngine
 from layerwise_dist.engine import LayerwiseEngine
-from layerwise_dist.errors import ConfigError, UnsupportedError
+from layerwise_dist.errors import ConfigError
 from layerwise_dist.graph import ROOT, DependencyGraphBuilder
 from layerwise_dist.scheduler import BLOCKS_A_BATCH
 
@@ -39,7 +39,7 @@ class LayerwiseCheckpointTrainer:
 
     Args:
         use_pccheck: False writes nothing (``mode: mock``): all else is done, and what would be written is counted.
-        use_monitor: a writer process of its own; not in this version. num_threads: writes in flight at once
+        use_monitor: a process of its own writes (``mode: monitor``). num_threads: writes in flight at once
         (``writer.queue_depth``). max_async: checkpoints on their way to the disk at once (``max_in_flight``). With more
         wanted, `step()` waits. batch_size_mb: MiB that are captured and written together at least: small layers are
         joined until they have as much;
@@ -55,7 +55,7 @@ class LayerwiseCheckpointTrainer:
     Attributes:
         engine: the LayerwiseEngine behind it, with all that is not here.
 
-    Raises as `attach()`; UnsupportedError for `use_monitor`, ConfigError for arguments that contradict the job.
+    Raises as `attach()`; ConfigError for arguments that contradict the job.
     """
 
     def __init__(
@@ -67,11 +67,13 @@ class LayerwiseCheckpointTrainer:
         fresh: bool = False,
     ) -> None:  # fmt: skip
         _check_job(is_distributed, rank, world_size)
-        if use_monitor:
-            raise UnsupportedError("use_monitor=True: this version has no writer process of its own; use False")
+        if use_monitor and not use_pccheck:
+            raise ConfigError("use_monitor=True with use_pccheck=False: there is nothing for a monitor to write")
         self._model, self._optimizer = model, optimizer
         settings = load_config(config)
         changed: dict[str, Any] = {} if use_pccheck else {"mode": "mock"}
+        if use_monitor:
+            changed["mode"] = "monitor"
         writer: dict[str, Any] = {}
         if num_threads is not None:
             writer["queue_depth"] = num_threads

@@ -226,6 +226,7 @@ class Rank:
         self.count, self.seq = 0, job.info.first_seq + job.branched
         self.waits_since: float | None = None
         self.leaving: float | None = None
+        self.orphaned = False  # what is left is its monitor
         self.holds_since: float | None = None
         self.base = ""  # what its attempts refer to; "": the next one writes another
         self.bases_written: dict[str, bool] = {}  # whether they are durable; once they were tried
@@ -258,7 +259,7 @@ class Rank:
         """One iteration, or another look at the grant that it waits for."""
         sim, dice = self.job.sim, self.job.sim.dice
         if self.leaving is not None:
-            if self.ledger.drained or sim.now - self.leaving > TIMEOUT:
+            if (self.ledger.settled if self.orphaned else self.ledger.drained) or sim.now - self.leaving > TIMEOUT:
                 self.over = True
                 self.job.post_up(self.rank, {"t": "closed", "rank": self.rank})
             return
@@ -321,6 +322,12 @@ class Rank:
             self.do(self.ledger.failed(attempt, "the lease is broken", write))
         else:
             self.do(self.ledger.sealed(write))
+
+    def bereave(self) -> None:
+        """Its training process dies; its monitor finishes what it holds."""
+        self.orphaned = True
+        self.job.post_up(self.rank, {"t": "orphaned", "rank": self.rank, "why": "killed"})
+        self.leave("orphaned")
 
     def leave(self, reason: str) -> None:
         self.leaving = self.job.sim.now
@@ -482,6 +489,7 @@ class Job:
         self.cut: dict[int, float] = {}  # rank: when it hears of it
         self.frozen = False
         self.raised: dict[int, int] = {}
+        self.staged: set[int] = set()  # by all
         self.meetings: dict[int, bool | None] = {}  # by boundary: whether they leave; None: no meeting
         self.chain: list[int] = []
 
@@ -625,6 +633,7 @@ class Simulation:
             (0.12, "fault", self._fault),
             (0.02, "kill", self._kill),
             (0.02, "sever", self._sever),
+            (0.03, "orphan", self._orphan),
             (0.03, "stop", self._stop),
             (0.015, "power", self._power),
             (0.015, "end all", self._end_all),
@@ -779,6 +788,14 @@ class Simulation:
             if rank:  # rank 0 has its coordinator within
                 job.sever(rank)
                 self.count["sever"] += 1
+
+    def _orphan(self) -> None:
+        """SIGKILL to one training process, or to all of a job."""
+        if self.jobs and not self.jobs[-1].frozen:
+            ranks = [rank for rank in self.jobs[-1].ranks if rank.alive and not rank.over and not rank.orphaned]
+            for rank in ranks if self.dice.random() < 0.5 else ranks[:1]:
+                rank.bereave()
+                self.count["orphan"] += 1
 
     def _stop(self) -> None:
         """SIGSTOP to a whole job, whose lock is then lost: a new one may begin beside it."""
@@ -963,6 +980,11 @@ class Simulation:
             attempt = AttemptId(job.info.epoch, message["seq"], message["step"])
             there = any(has_manifest(disk.memory, attempt) for disk in self.disks)
             need(not there, f"{attempt} is aborted, and its manifest is there")
+            orphaned = "ended before" in message["reason"]
+            self.count["ended before"] += orphaned
+            need(not (orphaned and attempt.seq in job.staged), f"{attempt} is given up, and had been staged by all")
+        elif message["t"] == "staged":
+            job.staged.add(message["seq"])
 
     def retained(self, job: Job) -> None:
         """What retention leaves: only what was announced counts."""

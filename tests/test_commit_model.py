@@ -41,6 +41,7 @@ def test_no_history_of_crashes_losses_and_failures_breaks_a_rule_of_the_commit(l
     for what, least in {
         "commit": 80, "abort": 200, "superseded": 3, "waited": 5, "lost": 20, "power": 30, "branch": 5, "wake": 10,
         "left without": 5, "base goes": 100, "meeting": 20, "left: together": 5,
+        "orphan": 20, "ended before": 5,
                 "commit: InDoubt": 1, "commit: OSError": 1, "commit: OwnerError": 3, "left: checkpointing": 5,
     }.items():  # fmt: skip
         assert seen[what] >= least, f"{what}: {seen[what]} times: the model does not test what it says"
@@ -105,6 +106,13 @@ RULES = {
         Coordinator, "_report", {"if seq < self._last_committed:": "if False:"}, "committed behind",
         Mutation(Coordinator, "_committed", {"if a.seq < attempt.seq]": "if False]"}, ""),
     ),
+    "what all monitors hold is not given up when a training process dies": Mutation(
+        Coordinator, "_abort_if_missed", {"self._orphaned - attempt.staged": "self._orphaned"},
+        "had been staged by all",
+    ),
+    "what all monitors hold is not given up because another attempt fails behind that": Mutation(
+        Coordinator, "_abort", {"failure and not self._orphaned": "failure"}, "had been staged by all",
+    ),
     "an attempt ends at its deadline": Mutation(
         Coordinator, "tick", {"now - a.since > self._timeout_s": "False"}, "is not decided after",
     ),
@@ -132,7 +140,7 @@ RULES = {
         "base .* goes, and the manifest",
     ),
     "a base that attempts on their way may refer to stays": Mutation(
-        Committer, "unneeded", {"below=head.seq": "below=1 << 40"}, "rank .'s base is not durable",
+        Committer, "unneeded", {"below=head.seq": "below=1 << 40"}, "rank .'s base is not durable|not all of its bases",
     ),
     "a base stays until the manifest that refers to it is gone for good": Mutation(
         Committer, "_retire",

@@ -24,6 +24,7 @@ if importlib.util.find_spec("deepspeed") is None:
 from test_deepspeed import CASES, NVME, operator
 
 RANKS = 2
+MONITORED = ["2-bf16-clip-monitor", "3-fp32-monitor"]
 ROOT = Path(__file__).parent.parent
 SEED = int(os.environ.get("LAYERWISE_TEST_SEED", random.SystemRandom().randrange(10**6)))
 
@@ -45,7 +46,7 @@ def lines(out: Path, mode: str, rank: int) -> list[list[str]]:
 def test_a_rank_killed_at_any_step_in_any_mode_changes_no_bit(
     start: Callable[..., Running], zero: Warm, tmp_path: Path, long: bool, launcher: str
 ) -> None:
-    modes = CASES + (NVME if operator("async_io") else [])
+    modes = CASES + MONITORED + (NVME if operator("async_io") else [])
     if not long:
         modes = random.Random(f"{SEED} {launcher}").sample(modes, 2 if launcher == "torchrun" else 1)
     print(f"seed {SEED}, modes {' '.join(modes)}")

@@ -43,9 +43,11 @@ def await_step(out: Path, job: WarmJob, step: int) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("signalled", ["one rank", "the agent"])
-def test_all_ranks_commit_one_step_and_leave_when_one_is_told_to(warm: Warm, tmp_path: Path, signalled: str) -> None:
-    job = warm.start("preempt.py", RANKS, tmp_path / "ckpt", tmp_path, 100_000, 20)
+@pytest.mark.parametrize(("signalled", "mode"), [("one rank", ""), ("the agent", ""), ("one rank", "monitor")])
+def test_all_ranks_commit_one_step_and_leave_when_one_is_told_to(
+    warm: Warm, tmp_path: Path, signalled: str, mode: str
+) -> None:
+    job = warm.start("preempt.py", RANKS, tmp_path / "ckpt", tmp_path, 100_000, 20, mode)
     await_step(tmp_path, job, 5)
     began = time.monotonic()
     os.kill(told(tmp_path, 1)[0]["pid"] if signalled == "one rank" else job.pid, signal.SIGTERM)
@@ -59,7 +61,7 @@ def test_all_ranks_commit_one_step_and_leave_when_one_is_told_to(warm: Warm, tmp
         assert left[rank]["restored"] and left[rank]["wakeup"] == -1
     assert left[1]["calls"] == [signal.SIGTERM], "the script's own handler ran too"
     assert CheckpointMetadataManager(PosixEnv(), str(tmp_path / "ckpt")).inventory().lineage()[0].step == at
-    if signalled == "one rank":
+    if signalled == "one rank" and not mode:
         plain = tmp_path / "plain"
         plain.mkdir()
         warm.run("preempt.py", RANKS, plain / "ckpt", plain, at + 3, 20)

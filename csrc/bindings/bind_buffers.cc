@@ -1,5 +1,7 @@
 #include "bind_buffers.h"
 
+#include <nanobind/stl/vector.h>
+
 #include <cstdint>
 #include <memory>
 #include <utility>
@@ -17,6 +19,38 @@ void InitBuffers(PyBuffers* self, int64_t nbytes) {
   new (self) PyBuffers{std::move(pool)};
 }
 
+nb::object Wrapped(PyBuffers& buffers, BufferPool::Buffer memory) {
+  auto made = std::make_unique<PyBuffer>();
+  made->pool = buffers.it;
+  made->it = std::move(memory);
+  return nb::cast(made.release(), nb::rv_policy::take_ownership);
+}
+
+uint64_t Unsigned(int64_t value) {
+  if (value < 0) throw StatusError(Status::InvalidArgument(std::to_string(value) + " is negative"));
+  return static_cast<uint64_t>(value);
+}
+
+nb::tuple Shared(int file, int64_t nbytes) {
+  auto made = std::make_unique<PyBuffers>();
+  uint64_t begin = 0;
+  const uint64_t n = Unsigned(nbytes);
+  Unlocked([&] { return BufferPool::CreateShared(file, n, &begin, &made->it); });
+  return nb::make_tuple(nb::cast(made.release(), nb::rv_policy::take_ownership), begin);
+}
+
+PyBuffers* Attached(int file, int64_t begin, int64_t nbytes, int wake) {
+  auto made = std::make_unique<PyBuffers>();
+  Check(BufferPool::Attach(file, Unsigned(begin), Unsigned(nbytes), wake, &made->it));
+  return made.release();
+}
+
+nb::object Adopt(PyBuffers& buffers, int64_t place, int64_t nbytes) {
+  BufferPool::Buffer memory;
+  Check(buffers.it->Adopt(Unsigned(place), Unsigned(nbytes), &memory));
+  return Wrapped(buffers, std::move(memory));
+}
+
 nb::object Acquire(PyBuffers& buffers, int64_t nbytes, double timeout_s) {
   if (nbytes < 1) throw StatusError(Status::InvalidArgument("a buffer of " + std::to_string(nbytes) + " bytes"));
   const size_t n = static_cast<size_t>(nbytes);
@@ -28,10 +62,7 @@ nb::object Acquire(PyBuffers& buffers, int64_t nbytes, double timeout_s) {
     return static_cast<bool>(memory);
   });
   if (!memory) return nb::none();
-  auto made = std::make_unique<PyBuffer>();
-  made->pool = buffers.it;
-  made->it = std::move(memory);
-  return nb::cast(made.release(), nb::rv_policy::take_ownership);
+  return Wrapped(buffers, std::move(memory));
 }
 
 uintptr_t Address(PyBuffer& buffer) {
@@ -68,11 +99,23 @@ PyType_Slot buffer_slots[] = {{Py_bf_getbuffer, reinterpret_cast<void*>(GetView)
 void BindBuffers(nb::module_& m) {
   nb::class_<PyBuffer>(m, "PoolBuffer", nb::type_slots(buffer_slots))
       .def_prop_ro("address", &Address)
+      .def_prop_ro("place",
+                   [](PyBuffer& buffer) {
+                     if (!buffer.it) {
+                       throw StatusError(Status::FailedPrecondition("the place of a released buffer"));
+                     }
+                     return buffer.it.place();
+                   })
       .def_prop_ro("nbytes", [](PyBuffer& buffer) { return buffer.it.size(); })
       .def("release", &Release);
 
   nb::class_<PyBuffers>(m, "BufferPool")
       .def("__init__", &InitBuffers, nb::arg("nbytes"))
+      .def_static("shared", &Shared, nb::arg("file"), nb::arg("nbytes"))
+      .def_static("attached", &Attached, nb::arg("file"), nb::arg("begin"), nb::arg("nbytes"), nb::arg("wake"),
+                  nb::rv_policy::take_ownership)
+      .def("adopt", &Adopt, nb::arg("place"), nb::arg("nbytes"))
+      .def("take_returned", [](PyBuffers& buffers) { return buffers.it->TakeReturned(); })
       .def("acquire", &Acquire, nb::arg("nbytes"), nb::arg("timeout_s"))
       .def_prop_ro("capacity", [](PyBuffers& buffers) { return buffers.it->capacity(); })
       .def_prop_ro("in_use", [](PyBuffers& buffers) { return buffers.it->in_use(); })

@@ -1,14 +1,20 @@
 #include "layerwise/buffer_pool.h"
 
+#include <fcntl.h>
+#include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <condition_variable>
+#include <limits>
 #include <map>
 #include <mutex>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "deadline.h"
 
@@ -16,7 +22,8 @@ namespace layerwise {
 
 class BufferPool::State {
  public:
-  State(char* base, size_t capacity) : process_(getpid()), base_(base), capacity_(capacity) {
+  State(char* base, size_t capacity, uint64_t begin, bool attached, int wake)
+      : process_(getpid()), base_(base), capacity_(capacity), begin_(begin), attached_(attached), wake_(wake) {
     free_[0] = capacity;
   }
   ~State() { munmap(base_, capacity_); }
@@ -36,10 +43,32 @@ class BufferPool::State {
     return base_ + offset;
   }
 
+  // nullptr if it is not all free.
+  char* TakeAt(size_t offset, size_t n) {
+    const size_t size = RoundUp(n, kAlign);
+    std::lock_guard lock(mutex_);
+    auto it = free_.upper_bound(offset);
+    if (it == free_.begin()) return nullptr;
+    --it;
+    const size_t start = it->first;
+    const size_t end = start + it->second;
+    if (end < offset + size) return nullptr;
+    free_.erase(it);
+    if (start < offset) free_[start] = offset - start;
+    if (offset + size < end) free_[offset + size] = end - offset - size;
+    in_use_ += size;
+    peak_ = std::max(peak_, in_use_);
+    return base_ + offset;
+  }
+
+  uint64_t PlaceOf(const char* data) const { return begin_ + static_cast<uint64_t>(data - base_); }
+  uint64_t begin() const { return begin_; }
+
   void Give(char* data, size_t n) {
     size_t offset = static_cast<size_t>(data - base_);
     size_t size = RoundUp(n, kAlign);
     std::lock_guard lock(mutex_);
+    if (attached_) returned_.push_back(PlaceOf(data));
     in_use_ -= size;
     auto after = free_.lower_bound(offset);
     if (after != free_.end() && after->first == offset + size) {
@@ -55,6 +84,12 @@ class BufferPool::State {
     }
     free_[offset] = size;
     room_.notify_all();
+    if (wake_ >= 0) static_cast<void>(eventfd_write(wake_, 1));
+  }
+
+  std::vector<uint64_t> TakeReturned() {
+    std::lock_guard lock(mutex_);
+    return std::exchange(returned_, {});
   }
 
   size_t in_use() const {
@@ -84,11 +119,22 @@ class BufferPool::State {
   const int process_;
   char* const base_;
   const size_t capacity_;
+  const uint64_t begin_;
+  const bool attached_;
+  const int wake_;
   mutable std::mutex mutex_;
   std::condition_variable room_;
+  std::vector<uint64_t> returned_;
   std::map<size_t, size_t> free_;  // offset: length; neighbours are merged
   size_t in_use_ = 0;
   size_t peak_ = 0;
+};
+
+// In a forked child the mutex may be held, and waited on, by threads that it lacks.
+struct BufferPool::Destroy {
+  void operator()(State* state) const {
+    if (!state->forked()) delete state;
+  }
 };
 
 BufferPool::Buffer& BufferPool::Buffer::operator=(Buffer&& other) noexcept {
@@ -116,14 +162,78 @@ Status BufferPool::Create(size_t bytes, std::shared_ptr<BufferPool>* pool) {
   void* const base = mmap(nullptr, capacity, PROT_READ | PROT_WRITE,
                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (base == MAP_FAILED) return Status::IoError(errno, what, "");
-  // In a forked child the mutex may be held, and waited on, by threads that it lacks.
-  const auto destroy = [](State* state) {
-    if (!state->forked()) delete state;
-  };
-  std::shared_ptr<State> state(new State(static_cast<char*>(base), capacity), destroy);
+  std::shared_ptr<State> state(new State(static_cast<char*>(base), capacity, 0, false, -1), Destroy{});
   pool->reset(new BufferPool(std::move(state)));
   return Status::Ok();
 }
+
+Status BufferPool::CreateShared(int file, size_t bytes, uint64_t* begin, std::shared_ptr<BufferPool>* pool) {
+  if (bytes == 0) return Status::InvalidArgument("a buffer pool of 0 bytes");
+  const std::string what = "make a shared buffer pool of " + std::to_string(bytes) + " bytes";
+  struct stat info {};
+  if (fstat(file, &info) != 0) return Status::IoError(errno, what, "");
+  const uint64_t end = RoundUp(static_cast<uint64_t>(info.st_size), kAlign);
+  constexpr auto kMost = static_cast<uint64_t>(std::numeric_limits<off_t>::max()) - kAlign;
+  if (bytes > kMost || end > kMost - bytes) return Status::IoError(ENOMEM, what, "");
+  const size_t capacity = RoundUp(bytes, kAlign);
+  int error = 0;
+  do {
+    error = fallocate(file, 0, static_cast<off_t>(end), static_cast<off_t>(capacity)) == 0 ? 0 : errno;
+  } while (error == EINTR);
+  if (error != 0) return Status::IoError(error == ENOSPC ? ENOMEM : error, what, "");
+  if (fcntl(file, F_ADD_SEALS, F_SEAL_SHRINK) != 0) return Status::IoError(errno, what, "");
+  *begin = end;
+  return Map(file, end, capacity, false, -1, what, pool);
+}
+
+Status BufferPool::Attach(int file, uint64_t begin, size_t bytes, int wake, std::shared_ptr<BufferPool>* pool) {
+  const std::string what =
+      "map the shared buffer pool of " + std::to_string(bytes) + " bytes at " + std::to_string(begin);
+  struct stat info {};
+  if (fstat(file, &info) != 0) return Status::IoError(errno, what, "");
+  const auto size = static_cast<uint64_t>(info.st_size);
+  if (bytes == 0 || bytes % kAlign != 0 || begin % kAlign != 0 || begin > size || bytes > size - begin) {
+    return Status::InvalidArgument(what + ": the file has " + std::to_string(size));
+  }
+  const int seals = fcntl(file, F_GET_SEALS);
+  if (seals < 0 || (seals & F_SEAL_SHRINK) == 0) return Status::InvalidArgument(what + ": it may be cut short");
+  return Map(file, begin, bytes, true, wake, what, pool);
+}
+
+Status BufferPool::Map(int file, uint64_t begin, size_t capacity, bool attached, int wake, const std::string& what,
+                       std::shared_ptr<BufferPool>* pool) {
+  void* const base =
+      mmap(nullptr, capacity, PROT_READ | PROT_WRITE, MAP_SHARED, file, static_cast<off_t>(begin));
+  if (base == MAP_FAILED) return Status::IoError(errno, what, "");
+  // A worker that this process forks must not keep the memory when both sides are gone.
+  if (madvise(base, capacity, MADV_DONTFORK) != 0) {
+    const int error = errno;
+    munmap(base, capacity);
+    return Status::IoError(error, what, "");
+  }
+  std::shared_ptr<State> state(new State(static_cast<char*>(base), capacity, begin, attached, wake), Destroy{});
+  pool->reset(new BufferPool(std::move(state)));
+  return Status::Ok();
+}
+
+Status BufferPool::Adopt(uint64_t place, size_t n, Buffer* buffer) {
+  const uint64_t begin = state_->begin();
+  const size_t capacity = state_->capacity();
+  char* data = nullptr;
+  if (n > 0 && n <= capacity && place % kAlign == 0 && place >= begin && place - begin <= capacity - n) {
+    data = state_->TakeAt(static_cast<size_t>(place - begin), n);
+  }
+  if (data == nullptr) {
+    return Status::InvalidArgument("no free buffer of " + std::to_string(n) + " bytes at " + std::to_string(place) +
+                                   " of a pool of " + std::to_string(capacity) + " at " + std::to_string(begin));
+  }
+  *buffer = Wrap(data, n);
+  return Status::Ok();
+}
+
+std::vector<uint64_t> BufferPool::TakeReturned() { return state_->TakeReturned(); }
+
+uint64_t BufferPool::Buffer::place() const { return state_->PlaceOf(data_); }
 
 BufferPool::Buffer BufferPool::Wrap(char* data, size_t n) {
   Buffer buffer;

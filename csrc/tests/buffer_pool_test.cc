@@ -1,11 +1,15 @@
 #include "layerwise/buffer_pool.h"
 
+#include <fcntl.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <cerrno>
 #include <chrono>
 #include <cstring>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -96,7 +100,143 @@ TEST_CASE("many threads share a pool") {
   CHECK(pool->in_use() == 0);
 }
 
+namespace {
+
+struct MemoryFile {
+  MemoryFile() : fd(memfd_create("layerwise-test", MFD_CLOEXEC | MFD_ALLOW_SEALING)) { REQUIRE(fd >= 0); }
+  ~MemoryFile() { close(fd); }
+  const int fd;
+};
+
+std::shared_ptr<BufferPool> MakeShared(int file, size_t bytes, uint64_t* begin) {
+  std::shared_ptr<BufferPool> pool;
+  REQUIRE_OK(BufferPool::CreateShared(file, bytes, begin, &pool));
+  return pool;
+}
+
+bool Invalid(const Status& status) { return status.code() == Status::Code::kInvalidArgument; }
+
+}  // namespace
+
+TEST_CASE("a shared pool: what one side stages the other takes up by its place, and gives back") {
+  MemoryFile file;
+  uint64_t begin = 1;
+  auto owner = MakeShared(file.fd, 4 * 4096 - 1, &begin);
+  CHECK(begin == 0);
+  CHECK(owner->capacity() == 4 * 4096);
+  const int wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+  REQUIRE(wake >= 0);
+  std::shared_ptr<BufferPool> other;
+  REQUIRE_OK(BufferPool::Attach(file.fd, begin, owner->capacity(), wake, &other));
+  auto first = owner->TryAcquire(1);
+  auto staged = owner->TryAcquire(5000);
+  REQUIRE(staged);
+  CHECK(staged.place() == 4096);
+  const std::string data = Pattern(staged.size());
+  std::memcpy(staged.data(), data.data(), data.size());
+
+  BufferPool::Buffer taken;
+  REQUIRE_OK(other->Adopt(staged.place(), staged.size(), &taken));
+  CHECK(std::string(taken.data(), taken.size()) == data);
+  CHECK(other->in_use() == 2 * 4096);
+  CHECK(other->TakeReturned().empty());
+  uint64_t count = 0;
+  CHECK(eventfd_read(wake, &count) != 0);
+  taken.Release();
+  CHECK(eventfd_read(wake, &count) == 0);
+  CHECK(other->TakeReturned() == std::vector<uint64_t>{4096});
+  CHECK(other->TakeReturned().empty());
+  CHECK(other->in_use() == 0);
+  CHECK(owner->in_use() == 3 * 4096);  // the owner hears of it from whoever reads the places
+  CHECK(owner->TakeReturned().empty());
+  close(wake);
+}
+
+TEST_CASE("what is no free buffer of a shared pool is refused") {
+  MemoryFile file;
+  uint64_t begin = 0;
+  auto first = MakeShared(file.fd, 4096, &begin);
+  auto owner = MakeShared(file.fd, 4 * 4096, &begin);
+  CHECK(begin == 4096);  // behind the other
+  std::shared_ptr<BufferPool> other;
+  REQUIRE_OK(BufferPool::Attach(file.fd, begin, 4 * 4096, -1, &other));
+  BufferPool::Buffer middle;
+  REQUIRE_OK(other->Adopt(begin + 4096, 4097, &middle));
+  BufferPool::Buffer no;
+  CHECK(Invalid(other->Adopt(begin + 4096, 1, &no)));          // taken
+  CHECK(Invalid(other->Adopt(begin, 2 * 4096, &no)));          // in part
+  CHECK(Invalid(other->Adopt(begin + 1, 1, &no)));             // not aligned
+  CHECK(Invalid(other->Adopt(0, 4096, &no)));                  // before it
+  CHECK(Invalid(other->Adopt(begin + 3 * 4096, 4097, &no)));   // beyond it
+  CHECK(Invalid(other->Adopt(begin + 4 * 4096, 1, &no)));
+  CHECK(Invalid(other->Adopt(begin, 0, &no)));
+  CHECK(Invalid(other->Adopt(UINT64_MAX - 4095, 4096, &no)));
+  CHECK(Invalid(other->Adopt(begin, SIZE_MAX, &no)));
+  CHECK(!no);
+  BufferPool::Buffer before;
+  BufferPool::Buffer behind;
+  REQUIRE_OK(other->Adopt(begin, 4096, &before));
+  REQUIRE_OK(other->Adopt(begin + 3 * 4096, 4096, &behind));
+  middle.Release();
+  before.Release();
+  behind.Release();
+  CHECK(other->TryAcquire(4 * 4096));  // the pieces are one again
+}
+
+TEST_CASE("a shared pool is made only in a memory file, and mapped only where nobody can cut it short") {
+  MemoryFile file;
+  std::shared_ptr<BufferPool> pool;
+  uint64_t begin = 0;
+  CHECK(Invalid(BufferPool::CreateShared(file.fd, 0, &begin, &pool)));
+  CHECK_ERRNO(BufferPool::CreateShared(-1, 4096, &begin, &pool), EBADF);
+  CHECK_ERRNO(BufferPool::CreateShared(file.fd, SIZE_MAX, &begin, &pool), ENOMEM);
+  REQUIRE(ftruncate(file.fd, 8192) == 0);
+  CHECK(Invalid(BufferPool::Attach(file.fd, 0, 4096, -1, &pool)));  // not sealed yet
+  REQUIRE_OK(BufferPool::CreateShared(file.fd, 4096, &begin, &pool));
+  CHECK(begin == 8192);
+  CHECK(ftruncate(file.fd, 4096) != 0);
+  CHECK(Invalid(BufferPool::Attach(file.fd, 0, 0, -1, &pool)));
+  CHECK(Invalid(BufferPool::Attach(file.fd, 0, 4095, -1, &pool)));
+  CHECK(Invalid(BufferPool::Attach(file.fd, 1, 4096, -1, &pool)));
+  CHECK(Invalid(BufferPool::Attach(file.fd, 8192, 8192, -1, &pool)));
+  CHECK(Invalid(BufferPool::Attach(file.fd, UINT64_MAX - 4095, 4096, -1, &pool)));
+  CHECK_ERRNO(BufferPool::Attach(-1, 0, 4096, -1, &pool), EBADF);
+  ScratchDir scratch;
+  const int disk = open((scratch / "file").c_str(), O_CREAT | O_RDWR | O_CLOEXEC, 0600);
+  REQUIRE(disk >= 0);
+  CHECK_ERRNO(BufferPool::CreateShared(disk, 4096, &begin, &pool), EINVAL);
+  close(disk);
+}
+
 #if !defined(__SANITIZE_THREAD__)
+TEST_CASE("a shared pool is not mapped in a forked child, and the other side is another process") {
+  MemoryFile file;
+  uint64_t begin = 0;
+  auto owner = MakeShared(file.fd, 2 * 4096, &begin);
+  auto staged = owner->TryAcquire(4096);
+  std::memset(staged.data(), 7, staged.size());
+  const pid_t child = fork();
+  REQUIRE(child >= 0);
+  if (child == 0) {
+    alarm(20);
+    unsigned char seen = 0;
+    if (mincore(staged.data(), 4096, &seen) == 0) _exit(1);
+    std::shared_ptr<BufferPool> other;
+    BufferPool::Buffer taken;
+    if (!BufferPool::Attach(file.fd, begin, owner->capacity(), -1, &other).ok()) _exit(2);
+    if (!other->Adopt(staged.place(), 4096, &taken).ok()) _exit(3);
+    if (taken.data()[4095] != 7) _exit(4);
+    taken.data()[0] = 8;
+    staged.Release();
+    owner.reset();
+    _exit(0);
+  }
+  int status = -1;
+  REQUIRE(waitpid(child, &status, 0) == child);
+  CHECK(status == 0);
+  CHECK(staged.data()[0] == 8);
+}
+
 TEST_CASE("a forked child drops a pool and buffers that others wait for") {
   auto pool = MakePool(4096);
   auto held = pool->TryAcquire(4096);

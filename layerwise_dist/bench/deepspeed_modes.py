@@ -13,7 +13,15 @@ from typing import Any
 import torch
 
 import layerwise_dist as lwd
-from layerwise_dist.bench.modes import Layerwise, LayerwiseNoHash, LayerwiseOffStep, Mode, NotHere, Peer
+from layerwise_dist.bench.modes import (
+    Layerwise,
+    LayerwiseMonitor,
+    LayerwiseNoHash,
+    LayerwiseOffStep,
+    Mode,
+    NotHere,
+    Peer,
+)
 
 
 class _Attached:
@@ -28,6 +36,10 @@ class DeepSpeedLayerwise(_Attached, Layerwise):
 
 
 class DeepSpeedLayerwiseNoHash(_Attached, LayerwiseNoHash):
+    pass
+
+
+class DeepSpeedLayerwiseMonitor(_Attached, LayerwiseMonitor):
     pass
 
 
@@ -171,6 +183,7 @@ def _stand_in_for_operators() -> None:
 DEEPSPEED_MODES: dict[str, type[Mode]] = {
     "layerwise": DeepSpeedLayerwise,
     "layerwise-nohash": DeepSpeedLayerwiseNoHash,
+    "layerwise-monitor": DeepSpeedLayerwiseMonitor,
     "layerwise-off-step": DeepSpeedLayerwiseOffStep,
     "save-checkpoint": SaveCheckpoint,
     "fast": FastSaveCheckpoint,

@@ -110,6 +110,13 @@ class LayerwiseNoHash(Layerwise):
     settings = {"hash": False}
 
 
+class LayerwiseMonitor(Layerwise):
+    """Written by a process of its own."""
+
+    name = "layerwise-monitor"
+    settings = {"mode": "monitor"}
+
+
 class LayerwisePipelined(Layerwise):
     name = "layerwise-pipelined"
     settings = {"update": "pipelined_step"}
@@ -297,6 +304,7 @@ class TorchCheckpointing(FuturePeer):
 MODES: dict[str, type[Mode]] = {
     "layerwise": Layerwise,
     "layerwise-nohash": LayerwiseNoHash,
+    "layerwise-monitor": LayerwiseMonitor,
     "layerwise-pipelined": LayerwisePipelined,
     "layerwise-in-backward": LayerwiseInBackward,
     "layerwise-off-step": LayerwiseOffStep,

@@ -207,14 +207,16 @@ class Capture:
         extent = self._gathered[number]
         if not extent.nbytes:
             return
+        self.bytes_sealed += sum(piece.slice.nbytes for piece in survey.copied)
+        if self.write.pooled:
+            buffer = self._stage.room(extent.nbytes, time.monotonic() + self._timeout_s)
+            _lay_rest(torch.frombuffer(buffer, dtype=torch.uint8, count=extent.nbytes), extent, survey)
+            self.write.submit_gathered(number, extent.tensor, buffer)
+            return
         memory = torch.empty(extent.nbytes + ALIGN, dtype=torch.uint8)
         begin = -memory.data_ptr() % ALIGN
         self._sealed = memory[begin : begin + extent.nbytes]
-        parts = [piece.part for piece in survey.copied]
-        views = lay_views(self._sealed, extent, [*survey.tensors, *parts])
-        for index, view in views.items():
-            view.copy_(parts[index - len(survey.tensors)])
-        self.bytes_sealed += sum(piece.slice.nbytes for piece in survey.copied)
+        _lay_rest(self._sealed, extent, survey)
         self.write.set_address(extent.tensor, self._sealed.data_ptr())
         self.write.submit(number, 1)
 
@@ -268,3 +270,10 @@ class Capture:
 
     def _too_slow(self) -> LeaseBroken:
         return LeaseBroken(f"its tensors were still being written after fence_timeout_s = {self._timeout_s:g} s")
+
+
+def _lay_rest(memory: torch.Tensor, extent: GatheredExtent, survey: Survey) -> None:
+    """What the boundary copies, as it lies in the file."""
+    parts = [piece.part for piece in survey.copied]
+    for index, view in lay_views(memory, extent, [*survey.tensors, *parts]).items():
+        view.copy_(parts[index - len(survey.tensors)])

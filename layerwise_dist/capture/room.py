@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from layerwise_dist.capture.survey import Survey
+from layerwise_dist.capture.survey import BOUNDARY_LAYER, Survey
 from layerwise_dist.errors import ConfigError
 from layerwise_dist.pieces import Batch
 from layerwise_dist.storage.gathered import GatheredExtent
@@ -21,7 +21,7 @@ _MEMORY_SHARE = 4  # of the memory that is available, one part in so many is the
 
 def pool_bytes(
     pool_mb: int | Literal["auto"], bounce: int, survey: Survey, gathered: Mapping[int, GatheredExtent], *,
-    max_in_flight: int,
+    max_in_flight: int, pooled: bool = False,
 ) -> int:  # fmt: skip
     """Bytes of the pool: as configured, or found for this rank's state. `bounce` bytes of it are taken by the writer.
 
@@ -31,9 +31,11 @@ def pool_bytes(
     - for staging, all staged layers `max_in_flight` times over, but not more than a quarter of the memory that is
       available now, and never less than the largest layer.
 
+    With `pooled`, what the boundary copies goes through the pool too.
+
     Raises ConfigError if a staged layer does not fit.
     """
-    staged = _staged_bytes(survey, gathered)
+    staged = _staged_bytes(survey, gathered, pooled)
     largest = max(staged, default=0)
     if pool_mb == "auto":
         leased = survey.nbytes - survey.staged_bytes
@@ -43,24 +45,28 @@ def pool_bytes(
     return pool_mb * _MIB
 
 
-def least_pool_bytes(bounce: int, survey: Survey, gathered: Mapping[int, GatheredExtent]) -> int:
+def least_pool_bytes(
+    bounce: int, survey: Survey, gathered: Mapping[int, GatheredExtent], *, pooled: bool = False
+) -> int:
     """Bytes without which some layer can never be staged."""
-    return bounce + max(_staged_bytes(survey, gathered), default=0)
+    return bounce + max(_staged_bytes(survey, gathered, pooled), default=0)
 
 
-def check_pool(pool_mb: int | Literal["auto"], bounce: int, survey: Survey) -> None:
+def check_pool(pool_mb: int | Literal["auto"], bounce: int, survey: Survey, *, pooled: bool = False) -> None:
     """What `pool_bytes` will refuse for sure, as far as it can be known before the first update makes the state.
 
     Raises ConfigError if the tensors that a staged layer has by now do not fit.
     """
     if pool_mb != "auto":
-        _check(pool_mb, bounce, survey, [batch.nbytes for batch in _staged(survey)])
+        rest = [sum(piece.slice.nbytes for piece in survey.copied)] if pooled else []
+        _check(pool_mb, bounce, survey, [batch.nbytes for batch in _staged(survey)] + rest)
 
 
 def _check(pool_mb: int, bounce: int, survey: Survey, staged: list[int]) -> None:
     largest = max(staged, default=0)
     if bounce + largest > pool_mb * _MIB:
-        name = _staged(survey)[staged.index(largest)].name
+        names = [*(batch.name for batch in _staged(survey)), BOUNDARY_LAYER]
+        name = names[staged.index(largest)]
         raise ConfigError(
             f"pool_mb = {pool_mb}: staging layer {name!r} takes {largest} bytes beside {bounce} bytes of bounce "
             f"buffers "
@@ -68,8 +74,10 @@ def _check(pool_mb: int, bounce: int, survey: Survey, staged: list[int]) -> None
         )
 
 
-def _staged_bytes(survey: Survey, gathered: Mapping[int, GatheredExtent]) -> list[int]:
-    return [gathered[number].nbytes for number, batch in enumerate(survey.batches) if batch.staged]
+def _staged_bytes(survey: Survey, gathered: Mapping[int, GatheredExtent], pooled: bool) -> list[int]:
+    """Of each staged batch; with `pooled`, then of what the boundary copies."""
+    found = [gathered[number].nbytes for number, batch in enumerate(survey.batches) if batch.staged]
+    return [*found, gathered[len(survey.batches)].nbytes] if pooled else found
 
 
 def _staged(survey: Survey) -> list[Batch]:

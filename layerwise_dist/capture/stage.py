@@ -166,13 +166,7 @@ class Stage:
         thread must call before the layer's next update. Raises StageError when the pool has no room until `deadline`
         (of time.monotonic, seconds).
         """
-        buffer = self._pool.acquire(extent.nbytes, max(0.0, deadline - time.monotonic()))
-        if buffer is None:
-            raise StageError(
-                f"a layer of {extent.nbytes} bytes found no room in the pool (pool_mb) within fence_timeout_s: "
-                f"the disk "
-                "does not keep up"
-            )
+        buffer = self.room(extent.nbytes, deadline)
         launched = self._launch(buffer, extent, tensors)
         marks = [mark for _, mark in launched]
         if all(mark.query() for mark in marks):
@@ -182,6 +176,16 @@ class Stage:
             self._later.put((handover, marks, partial(give, buffer)))
             self._start()
         return [partial(copies.wait, mark) for copies, mark in launched]
+
+    def room(self, nbytes: int, deadline: float) -> Any:
+        """A buffer of the pool. Raises StageError when there is none until `deadline` (of time.monotonic, seconds)."""
+        buffer = self._pool.acquire(nbytes, max(0.0, deadline - time.monotonic()))
+        if buffer is None:
+            raise StageError(
+                f"a layer of {nbytes} bytes found no room in the pool (pool_mb) within fence_timeout_s: the disk does "
+                "not keep up"
+            )
+        return buffer
 
     def _launch(
         self, buffer: Any, extent: GatheredExtent, tensors: Sequence[torch.Tensor]

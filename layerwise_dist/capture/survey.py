@@ -145,12 +145,14 @@ class Surveyor:
 
     def __init__(
         self, framework: Framework, optimizer: OptimizerAdapter, capture: str = "auto",
-        arrange: Arrange = _one_by_one,
+        arrange: Arrange = _one_by_one, *, bases: bool = True,
     ) -> None:  # fmt: skip
         """`capture` is the configuration's: "auto" (lease host memory, stage device memory), "lease" or "stage".
 
-        `arrange` puts layers into batches.
+        `arrange` puts layers into batches. Without `bases` frozen parameters are copied at each boundary, as buffers
+        are.
         """
+        self._bases = bases
         self._framework, self._optimizer, self._capture, self._arrange = framework, optimizer, capture, arrange
         self._params = [view.param for view in framework.params]
         self._last: tuple[_Glance, Survey] | None = None
@@ -254,7 +256,7 @@ class Surveyor:
             if fit:
                 found += [(view, piece) for piece in pieces if piece.slice.numel]
         enough = sum(piece.slice.nbytes for _, piece in found) >= LEAST_BASE_BYTES
-        return found if enough else []
+        return found if enough and self._bases else []
 
     def _in_layer(self, piece: Piece, copying: frozenset[str]) -> bool:
         if not piece.on_host and self._capture == "lease":

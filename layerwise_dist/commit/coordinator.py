@@ -105,6 +105,7 @@ class Coordinator:
         self._stopped = False
         self._finished: str | None = None  # why nothing is committed any more
         self._silent: set[int] = set()  # that have left or are gone
+        self._orphaned: set[int] = set()  # gone, and their monitors still report
         self._at = [0.0] * world_size
         self._untold = set(range(world_size))  # whose next `at` is awaited
         self._granted = float(FIRST_GRANT) if world_size > 1 else math.inf
@@ -126,8 +127,8 @@ class Coordinator:
             self._say_all(self._common.ask(message, now))
         elif kind == "held":
             self._say_all(self._common.held(message))
-        elif kind == "gone":
-            self._lose(message["rank"], message["why"])
+        elif kind in ("gone", "orphaned"):
+            self._lose(message["rank"], message["why"], orphaned=kind == "orphaned")
         elif kind in ("staged", "durable", "failed", "skipped"):
             self._report(kind, message, now)
         elif kind == "kept":
@@ -200,7 +201,7 @@ class Coordinator:
 
     def _report(self, kind: str, message: Message, now: float) -> None:
         seq = message["seq"]
-        if kind == "failed" and message["final"]:
+        if kind == "failed" and message["final"] and not self._orphaned:
             self._finish(f"checkpoint of step {message['step']} failed: rank {message['rank']}: {message['error']}")
         if seq in self._decided:
             return
@@ -311,7 +312,7 @@ class Coordinator:
 
     def _abort(self, attempt: _Attempt, reason: str, *, failure: bool, skipped: bool = False) -> None:
         self._close(attempt)
-        if failure:
+        if failure and not self._orphaned:  # else all have stopped, and what monitors hold is still to be committed
             self._failures += 1
             if self._failures >= self._patience:  # said first: a rank that closes once this is decided must know it
                 self._finish(f"checkpoint of step {attempt.step} failed: {reason}")
@@ -326,10 +327,15 @@ class Coordinator:
         if attempt is self._current:
             self._current = None
 
-    def _lose(self, rank: int, why: str) -> None:
-        """A rank will report nothing more. What it has reported already may still become a checkpoint."""
+    def _lose(self, rank: int, why: str, *, orphaned: bool) -> None:
+        """What it has reported as durable, or its monitor, if that has lost it, as staged, may become a checkpoint."""
         self._stop(f"rank {rank} is gone: {why}")
-        self._miss(rank)
+        if orphaned:
+            self._orphaned.add(rank)
+            for attempt in list(self._open.values()):
+                self._abort_if_missed(attempt)
+        else:
+            self._miss(rank)
 
     def _miss(self, rank: int) -> None:
         """Nothing more comes from this rank."""
@@ -342,8 +348,10 @@ class Coordinator:
             self._abort_if_missed(attempt)
 
     def _abort_if_missed(self, attempt: _Attempt) -> None:
-        if missing := sorted(rank for rank in self._silent if rank not in attempt.reports):
-            self._abort(attempt, f"rank(s) {', '.join(map(str, missing))} left without a report", failure=True)
+        left = sorted(self._silent - attempt.reports.keys())
+        if missing := left or sorted(self._orphaned - attempt.staged):
+            how = "left without a report" if left else "ended before they staged it"
+            self._abort(attempt, f"rank(s) {', '.join(map(str, missing))} {how}", failure=True)
 
     # -- stopping at one boundary -------------------------------------------------------------------------------
 

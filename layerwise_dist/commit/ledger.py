@@ -28,7 +28,10 @@ class Write(Protocol):
 
     attempt: AttemptId
 
-    def persist(self, timeout_s: float) -> ShardReport: ...
+    def persist(self, timeout_s: float) -> ShardReport | None:
+        """None: another process makes it durable, and reports it; `Ledger.written` says when it is."""
+        ...
+
     def abort(self) -> None: ...
     def discard(self) -> None: ...
 
@@ -55,6 +58,7 @@ class GiveUp:
     error: str
     write: Write | None
     final: bool
+    told: bool = False  # the script has read of it already
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,7 @@ class Ledger:
         self.commits = self.aborts = self.skips = 0
         self.stop: tuple[float, str] | None = None  # the boundary to raise at, and why
         self.lost: str | None = None
+        self._lost_at = -math.inf  # the boundary to raise that at
         self._aborted: dict[int, str] = {}
         self._aborted_seqs: set[int] = set()
         self._committed_seq = 0
@@ -105,14 +110,16 @@ class Ledger:
         self._undecided[write.attempt.seq] = write
         return [Post(self._message("staged", write.attempt)), Persist(write)]
 
-    def failed(self, attempt: AttemptId, error: str, write: Write | None, *, final: bool = False) -> list[Action]:
+    def failed(
+        self, attempt: AttemptId, error: str, write: Write | None, *, final: bool = False, told: bool = False
+    ) -> list[Action]:
         """This rank gives the attempt up; the coordinator aborts it for all. `final`: and every later one, for good."""
         self._busy.add(attempt.seq)
         if write is not None:
             if attempt.seq in self._aborted_seqs:
                 return [Discard(write)]
             self._undecided[attempt.seq] = write
-        return [GiveUp(attempt, error, write, final)]
+        return [GiveUp(attempt, error, write, final, told)]
 
     def skipped(self, attempt: AttemptId, reason: str) -> list[Action]:
         """This rank takes no part in the attempt, which is no failure; the coordinator drops it for all."""
@@ -158,6 +165,10 @@ class Ledger:
             base=report.base and {**asdict(report.base), "header_hash": f"{report.base.header_hash:016x}"},
         )
         return [Post(message)]
+
+    def written(self, attempt: AttemptId) -> None:
+        """Another process has made the shard durable, and says so to the coordinator itself."""
+        self._busy.discard(attempt.seq)
 
     def gave_up(self, gone: GiveUp) -> list[Action]:
         self._busy.discard(gone.attempt.seq)
@@ -207,9 +218,15 @@ class Ledger:
             actions.append(Retire(AttemptId(message["epoch"], message["seq"], message["step"])))
         return actions
 
-    def lose(self, why: str) -> None:
-        """The connection to rank 0 is gone, for good: what is in doubt stays so until the next start."""
-        self.lost = why
+    def lose(self, why: str, *, at_once: bool = True) -> None:
+        """The connection to rank 0 is gone, for good: what is in doubt stays so until the next start.
+
+        Without `at_once` the other ranks' training goes on, and this rank raises where they will: at the last boundary
+        that was granted.
+        """
+        if self.lost is None:
+            self.lost = why
+            self._lost_at = -math.inf if at_once or math.isinf(self._granted) else self._granted
 
     # -- what is known ------------------------------------------------------------------------------------------
 
@@ -227,6 +244,11 @@ class Ledger:
         """Whether nothing of this rank's waits for the disk or for a decision."""
         return self.lost is not None or (not self._busy and (not self._undecided or self.stop is not None))
 
+    @property
+    def settled(self) -> bool:
+        """Whether it is drained, and whatever was undecided when the session stopped is decided too."""
+        return self.lost is not None or not (self._busy or self._undecided)
+
     def may_pass(self, count: int) -> bool:
         """Whether a rank at boundary `count` need not wait for the coordinator; it may have to raise."""
         if self.lost is not None or self.stop is not None:
@@ -242,7 +264,7 @@ class Ledger:
         """Why a rank raises at boundary `count`."""
         if self.stop is not None and count >= self.stop[0]:
             return self.stop[1]
-        return self.lost
+        return self.lost if count >= self._lost_at else None
 
     def ended(self) -> str | None:
         """Why the session has stopped, whichever step it is to be raised at."""

@@ -24,6 +24,10 @@ from layerwise_dist.storage.layout import AttemptId
 
 log = logging.getLogger("layerwise_dist")
 
+# Of commit.timeout_s: how long a monitor may take to finish when its job has ended, and how long a job that was started
+# again waits for it. So it is never an error to start again.
+FINISHING_SHARE, PATIENCE_SHARE = 0.5, 0.75
+
 
 @dataclass(frozen=True, slots=True)
 class SessionInfo:
@@ -68,10 +72,11 @@ class Place:
 
     def __init__(
         self, env: Any, root: str, manager: CheckpointMetadataManager, *, ranks: Sequence[int], file_mode: int,
-        dir_mode: int, who: str,
+        dir_mode: int, who: str, patience_s: float = 0.0, monitored: bool = False,
     ) -> None:  # fmt: skip
         self._env, self._root, self._manager = env, root, manager
         self._ranks, self._file_mode, self._dir_mode, self._who = list(ranks), file_mode, dir_mode, who
+        self._patience_s, self._monitored = patience_s, monitored
         self.owner: Owner | None = None
 
     def look(self) -> dict[str, Any]:
@@ -79,7 +84,10 @@ class Place:
         doing = f"write in {self._root}"
         try:
             make_dirs(self._env, self._root, self._dir_mode)
-            self.owner = Owner(self._env, self._root, file_mode=self._file_mode, who=self._who)
+            self.owner = Owner(
+                self._env, self._root, file_mode=self._file_mode, who=self._who, patience_s=self._patience_s,
+                monitored=self._monitored,
+            )  # fmt: skip
             doing = f"read the records in {self._root}"
             found = self._manager.inventory()
             doubtful = self._manager.flush_records(found)

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import threading
+import time
 from typing import Any
 
 from layerwise_dist.errors import OwnerError
 from layerwise_dist.storage import layout
 
+log = logging.getLogger("layerwise_dist")
+
 _CAP = 4096
+# A monitor notices at once that its training process died, and says so in the file. Until then it looks like the
+# monitor of a live job.
+_GRACE_S = 2.0
+_LOOK_S = 0.02
 
 
 class Owner:
@@ -19,20 +28,21 @@ class Owner:
     and woken on a network file system): `check` before each commit finds that the file names another epoch.
     """
 
-    def __init__(self, env: Any, root: str, *, file_mode: int, who: str) -> None:
+    def __init__(
+        self, env: Any, root: str, *, file_mode: int, who: str, patience_s: float = 0.0, monitored: bool = False
+    ) -> None:
         """Takes the lock; `previous` is the epoch of the session before.
+
+        A monitor that holds it, and whose job has ended, is waited for, at most `patience_s` seconds. `monitored`: this
+        process is a monitor.
 
         Raises OwnerError naming the holder, or OSError.
         """
         self._root, self._path = root, os.path.join(root, layout.OWNER)
-        self._env, self._who = env, who
+        self._env, self._who, self._monitored = env, who, monitored
         self.epoch, self._session = 0, ""
-        try:
-            self._lock = env.lock(self._path, file_mode)
-        except BlockingIOError:
-            raise OwnerError(
-                f"{root} is owned by another live job ({_holder(env, self._path)}): stop it, or use another dir"
-            ) from None
+        self._writing = threading.Lock()  # `end` may come while another thread checks
+        self._lock = _take(env, root, self._path, file_mode, patience_s, _GRACE_S if monitored else 0.0)
         try:
             self.previous: int = _parse(self._lock.read(_CAP)).get("epoch", 0)
         except BaseException:
@@ -41,16 +51,29 @@ class Owner:
 
     def begin(self, session: str, epoch: int) -> None:
         """From here on commits are `session`'s, under `epoch`, which is durable when this returns. Raises OSError."""
-        text = json.dumps({"epoch": epoch, "session": session, "who": self._who}, separators=(",", ":"))
-        self._lock.write(text.encode())
+        self._write(epoch, session, {"monitor": True} if self._monitored else {})
         self._env.sync_dir(self._root)
         self.epoch, self._session = epoch, session
+
+    def end(self) -> None:
+        """This session only finishes what it has begun: who waits for the lock will get it. Any thread.
+
+        Raises OSError.
+        """
+        if self._session:
+            self._write(self.epoch, self._session, {"monitor": True, "ends": True})
+
+    def _write(self, epoch: int, session: str, more: dict[str, bool]) -> None:
+        text = json.dumps({"epoch": epoch, "session": session, "who": self._who, **more}, separators=(",", ":"))
+        with self._writing:
+            self._lock.write(text.encode())
 
     def check(self) -> None:
         """Raises OwnerError when the directory has a newer owner."""
         if not self._lock.held_path_is_mine():
             raise OwnerError(f"{self._path} was replaced: this session (epoch {self.epoch}) owns the directory no more")
-        found = _parse(self._lock.read(_CAP))
+        with self._writing:
+            found = _parse(self._lock.read(_CAP))
         if found.get("epoch") != self.epoch or found.get("session") != self._session:
             raise OwnerError(
                 f"{self._path} names epoch {found.get('epoch')}, this session has epoch {self.epoch}: "
@@ -70,8 +93,36 @@ def _parse(data: bytes) -> dict[str, Any]:
     return tree if type(epoch) is int and 0 <= epoch < 1 << 32 else {}
 
 
-def _holder(env: Any, path: str) -> str:
+def _take(env: Any, root: str, path: str, file_mode: int, patience_s: float, grace_s: float) -> Any:
+    """The lock. `grace_s`: how long a holder is waited for that does not say what it is."""
+    began = time.monotonic()
+    told = False
+    while True:
+        try:
+            return env.lock(path, file_mode)
+        except BlockingIOError:
+            pass
+        holder = _holder(env, path)
+        limit = patience_s if holder.get("ends") else min(patience_s, _GRACE_S if holder.get("monitor") else grace_s)
+        who = str(holder.get("who", "unknown"))[:200]
+        if time.monotonic() - began >= limit:
+            if holder.get("ends"):
+                raise OwnerError(
+                    f"{root}: waited {limit:g} s for {who}, which finishes the last checkpoints of a job that has "
+                    "ended and has not let go of the directory: kill it, or start again later"
+                )
+            raise OwnerError(f"{root} is owned by another live job ({who}): stop it, or use another dir")
+        if holder.get("ends") and not told:
+            told = True
+            log.warning(
+                "%s: waiting at most %g s for %s, which finishes the last checkpoints of a job that has ended",
+                root, limit, who,
+            )  # fmt: skip
+        time.sleep(_LOOK_S)
+
+
+def _holder(env: Any, path: str) -> dict[str, Any]:
     try:
-        return str(_parse(env.read_file(path, _CAP)).get("who", "unknown"))[:200]
+        return _parse(env.read_file(path, _CAP))
     except OSError as error:
-        return f"unreadable: {error}"
+        return {"who": f"unreadable: {error}"}

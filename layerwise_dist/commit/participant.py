@@ -44,6 +44,8 @@ class Participant:
         self._retire: Callable[[AttemptId], None] | None = None
         self._keeper: KeeperThread | None = None
         self._quiet: Callable[[float], None] | None = None
+        self.tells = self.rank == 0  # whether it warns of what became of all ranks' checkpoints
+        self.through_monitor = False  # whose end is not that of another rank's training
         self.apart = False  # whether there are directories that rank 0 does not see
         self._work: queue.SimpleQueue[Persist | GiveUp | Discard | None] = queue.SimpleQueue()
         self._worker = threading.Thread(target=self._run, name="layerwise-persist", daemon=True)
@@ -125,10 +127,18 @@ class Participant:
         with self._changed:
             self._ledger.began(attempt)
 
-    def failed(self, attempt: AttemptId, error: str, write: Write | None, *, final: bool = False) -> None:
-        """This rank gives the attempt up; the coordinator aborts it for all. `final`: and every later one, for good."""
+    def failed(
+        self, attempt: AttemptId, error: str, write: Write | None, *, final: bool = False, told: bool = False
+    ) -> None:
+        """This rank gives it up; the coordinator aborts it for all. `final`: and all later ones. `told`: warned of."""
         with self._changed:
-            self._do(self._ledger.failed(attempt, error, write, final=final))
+            self._do(self._ledger.failed(attempt, error, write, final=final, told=told))
+
+    def written(self, attempt: AttemptId) -> None:
+        """Another process, which reports it itself, has made this rank's shard durable."""
+        with self._changed:
+            self._ledger.written(attempt)
+            self._changed.notify_all()
 
     def skipped(self, attempt: AttemptId, reason: str) -> None:
         """This rank takes no part in the attempt, which is no failure; the coordinator drops it for all."""
@@ -138,7 +148,9 @@ class Participant:
     def wait_room(self, max_in_flight: int, timeout_s: float) -> bool:
         """Whether fewer than `max_in_flight` shards are on their way to this rank's disk, waiting for the disk only."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._ledger.on_disk_way < max_in_flight, timeout_s)
+            gone = self.through_monitor  # with a monitor that is lost nothing is on its way any more
+            state = self._ledger
+            return self._changed.wait_for(lambda: state.on_disk_way < max_in_flight or (gone and state.lost), timeout_s)
 
     def boundary(self, count: int) -> Meeting | None:
         """Call at each boundary, counted from the session's start. What all ranks do at it, if they have agreed on it.
@@ -218,11 +230,14 @@ class Participant:
             if not state.is_committed(attempt):
                 raise CommitError(state.hopeless(attempt.step) or "")
 
-    def drain(self, timeout_s: float) -> None:
-        """Waits until every attempt of this rank is decided. Raises DeadlineError naming the steps that are not."""
+    def drain(self, timeout_s: float, *, stopped: bool = False) -> None:
+        """Waits until every attempt of this rank is decided; of a session that has stopped only if `stopped` says so.
+
+        Raises DeadlineError naming the steps that are not.
+        """
         with self._changed:
             self._wait_for(
-                lambda: self._ledger.drained,
+                lambda: self._ledger.settled if stopped else self._ledger.drained,
                 time.monotonic() + timeout_s,
                 lambda: f"close: waited {timeout_s:g} s for rank 0 to decide on step(s) {self._ledger.undecided_steps}",
             )
@@ -291,11 +306,13 @@ class Participant:
             self._give_up(GiveUp(write.attempt, str(error), write, False))
             return
         with self._changed:
-            self._do(self._ledger.persisted(write.attempt, report))
+            if report is not None:
+                self._do(self._ledger.persisted(write.attempt, report))
             self._changed.notify_all()
 
     def _give_up(self, job: GiveUp) -> None:
-        log.warning("rank %d: checkpoint of step %d failed: %s", self.rank, job.attempt.step, job.error)
+        if not job.told:
+            log.warning("rank %d: checkpoint of step %d failed: %s", self.rank, job.attempt.step, job.error)
         if job.write is not None:
             job.write.abort()
         with self._changed:
@@ -341,14 +358,14 @@ class Participant:
             self._keeper.put(message)
         if kind in ("hold", "meet") and message["leave"] and self._leaving is not None:
             self._leaving(message["why"])
-        if self.rank == 0 and kind == "aborted" and message["failure"]:
+        if self.tells and kind == "aborted" and message["failure"]:
             log.warning("checkpoint of step %d aborted: %s", message["step"], message["reason"])
-        elif self.rank == 0 and kind == "meet" and message["b"] is None:
+        elif self.tells and kind == "meet" and message["b"] is None:
             log.warning("no boundary could be agreed on for a checkpoint: %s", message["why"])
 
     def _on_error(self, text: str) -> None:
         with self._changed:
-            self._ledger.lose(f"rank {self.rank}: {text}")
+            self._ledger.lose(f"rank {self.rank}: {text}", at_once=not self.through_monitor)
             self._changed.notify_all()
 
     def _wait_for(self, predicate: Callable[[], Any], deadline: float, message: Callable[[], str]) -> None:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import TypeAdapter
 
@@ -44,6 +44,19 @@ _REMEMBERED = 64  # retired attempts whose folders are looked after at the end
 _SHARDS = TypeAdapter(list[ShardRecord])
 
 
+class Pen(Protocol):
+    """What rank 0's training thread says of commits, and asks for."""
+
+    boundary_kind: str
+
+    def tag(self, seq: int, tag: str) -> None:
+        """Of an attempt, before it is sealed."""
+        ...
+
+    def follow(self, head: ParentRef | None, branch_seq: int | None) -> tuple[str | None, list[str]]: ...
+    def close(self) -> None: ...
+
+
 class Committer:
     """Rank 0's pen: the owner lock, the lineage's head, and what is written when all shards are durable."""
 
@@ -67,7 +80,11 @@ class Committer:
         self._lock = threading.Lock()
         self._announced: deque[AttemptId] = deque(maxlen=_REMEMBERED)
         self.boundary_kind = "explicit"
-        self.tags: dict[int, str] = {}  # of attempts, by seq: set before they are sealed
+        self._tags: dict[int, str] = {}  # of attempts, by seq
+
+    def tag(self, seq: int, tag: str) -> None:
+        """The attempt is committed under this name. Said before it is sealed."""
+        self._tags[seq] = tag
 
     def follow(self, head: ParentRef | None, branch_seq: int | None) -> tuple[str | None, list[str]]:
         """The next commit continues from `head`. With `branch_seq`, a branch record makes that durable at once.
@@ -122,7 +139,7 @@ class Committer:
             attempt=attempt.text,
             parent=self._head, ancestors=self._ancestors, step=step, world_size=self._world_size,
             framework=self._framework,
-            boundary=self.boundary_kind, tag=self.tags.pop(seq, None), created=time.time(), software=self._software,
+            boundary=self.boundary_kind, tag=self._tags.pop(seq, None), created=time.time(), software=self._software,
             places=self.info.places if len(self.info.places) > 1 else None, bases=bases_of(shards), shards=shards,
         )  # fmt: skip
 
@@ -232,19 +249,23 @@ def start_keeper(participant: Participant, manager: CheckpointMetadataManager, o
 
 def open_session(
     env: Any, root: str, participant: Participant, *, file_mode: int, dir_mode: int, who: str, fresh: bool = False,
-    mock: bool = False,
+    mock: bool = False, patience_s: float = 0.0, monitored: bool = False,
 ) -> tuple[SessionInfo, CheckpointMetadataManager, Owner | None]:  # fmt: skip
     """All ranks together. Who shares a directory finds out that it does; the lowest rank of each place takes the lock,
     brings what is committed elsewhere, and collects leftovers. Raises OwnerError or DirectoryError on every rank alike.
 
-    With `mock`, each rank's Env is a directory of its own that nothing was ever in and nothing will be.
+    `patience_s` is how long a monitor is waited for that finishes the checkpoints of a job which has ended; `monitored`
+    says that this process is one. With `mock`, each rank's Env is a directory of its own that nothing was ever in and
+    nothing will be.
     """
     manager = CheckpointMetadataManager(env, root, file_mode=file_mode)
     modes = {"file_mode": file_mode, "dir_mode": dir_mode}
     rank = participant.rank
     places = [list(range(participant.world_size))] if mock else find_places(env, root, participant, **modes)
     ranks = next(place for place in places if rank in place)
-    place = Place(env, root, manager, ranks=ranks, who=who, **modes) if rank == ranks[0] else None
+    place = None
+    if rank == ranks[0]:
+        place = Place(env, root, manager, ranks=ranks, who=who, patience_s=patience_s, monitored=monitored, **modes)
     try:
         plan = _plan(participant, place, root, fresh=fresh)
         texts: dict[str, str] = {}
@@ -308,7 +329,7 @@ def _settled(votes: list[dict[str, Any]]) -> list[str]:
 
 
 def follow(
-    participant: Participant, committer: Committer | None, head: ParentRef | None, branch_seq: int | None
+    participant: Participant, committer: Pen | None, head: ParentRef | None, branch_seq: int | None
 ) -> list[str]:
     """All ranks together: the next commit continues from `head`. With `branch_seq`, a branch record makes that durable,
     in every place, before it returns. Raises OSError, InDoubt or OwnerError on every rank.

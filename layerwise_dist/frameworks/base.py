@@ -34,6 +34,8 @@ class Framework:
     shared_buffers = False
     # Whether a rank needs what others wrote of parameters and their state: they hold them alike, or parts of them.
     shared_params = False
+    # Whether what an optimizer updates is in memory only during its update.
+    swapped = False
     # Whether it keeps parameters in memory of its own, so that none of them can belong to a second model.
     exclusive = False
 

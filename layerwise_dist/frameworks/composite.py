@@ -44,6 +44,7 @@ class CompositeFramework(Framework):
         self.parts = dict(parts)
         self.name = ",".join(f"{name}:{part.name}" for name, part in sorted(self.parts.items()))
         self.shared_params = any(part.shared_params for part in self.parts.values())
+        self.swapped = any(part.swapped for part in self.parts.values())
         self.shared_buffers = any(part.shared_buffers for part in self.parts.values())
         self._holder: dict[int, Framework] = {}  # by the parameter's id; the views keep it alive
         self.params = self._merge()

@@ -71,6 +71,8 @@ class PCCheckAdapter:
     Not thread-safe: `begin` belongs to the training thread; an attempt's `persist` may run on one other thread.
     """
 
+    pooled = False  # whether all that is written must lie in the pool
+
     def __init__(
         self, env: Any, root: str, *, rank: int, world_size: int, backend: str = "auto", queue_depth: int = 4,
         block_bytes: int = 1 << 20, direct_io: bool = True, file_mode: int = 0o600, dir_mode: int = 0o700,
@@ -182,6 +184,8 @@ def _nothing(timeout_s: float) -> None:
 
 class ShardWrite:
     """One rank's shard of one attempt, from the first block to the durable file."""
+
+    pooled = False  # as the adapter's
 
     def __init__(
         self, adapter: PCCheckAdapter, attempt: AttemptId, shard: ShardLayout, writer: Any, folder: str

@@ -1,6 +1,6 @@
 """A job that is told to leave. Every rank tells what it does in OUT/<rank>.jsonl.
 
-    preempt.py DIR OUT TOTAL GRACE [stop]
+    preempt.py DIR OUT TOTAL GRACE [stop] [monitor]
 
 With `stop`, the last rank stops itself (SIGSTOP) at step 3, so that the others sit in a collective.
 """
@@ -46,8 +46,9 @@ def main() -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         preemption = {"enabled": True, "grace_s": grace, "exit_code": 77}
         ckpt = lwd.attach(
-            model, optimizer, dir=folder, every_n_steps=1000, preemption=preemption, commit={"timeout_s": 30.0}
-        )
+            model, optimizer, dir=folder, every_n_steps=1000, preemption=preemption, commit={"timeout_s": 30.0},
+            mode="monitor" if "monitor" in stop else "direct",
+        )  # fmt: skip
         tell(start=ckpt.restore(), pid=os.getpid(), agent=os.getppid())
         try:
             for step in ckpt.steps(total):
@@ -55,7 +56,7 @@ def main() -> None:
                 optimizer.step()
                 optimizer.zero_grad()
                 tell(step=step)
-                if stop and step == 3 and rank == world - 1:
+                if "stop" in stop and step == 3 and rank == world - 1:
                     os.kill(os.getpid(), signal.SIGSTOP)
                 time.sleep(0.01 if total > 100 else 0)
             tell(end=digest(model, optimizer))

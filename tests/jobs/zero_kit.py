@@ -158,6 +158,8 @@ class Job:
     def attach(self, folder: str) -> Any:
         commit = {"timeout_s": 30.0, "on_failure": "raise"}
         config = {"dir": folder, "audit": "always", "keep_last": 1, "commit": commit}
+        if "monitor" in self.features:
+            config["mode"] = "monitor"
         if "inbackward" in self.features:
             config["update"] = "in_backward"
         ckpt = lwd.attach(self.engine, config=config)

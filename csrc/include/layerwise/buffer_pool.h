@@ -2,8 +2,11 @@
 #define LAYERWISE_BUFFER_POOL_H_
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "layerwise/aligned_buffer.h"
 #include "layerwise/status.h"
@@ -20,8 +23,17 @@ namespace layerwise {
 // Writing itself never waits here: a WriterPool takes its bounce buffers when it is
 // made and keeps them, and evacuation only takes what is free.
 //
+// Shared. A pool may lie in a memory file (memfd_create) instead, which two processes
+// map: what one stages, the other writes. One side, the owner (CreateShared), hands
+// buffers out; it passes on where one begins, and keeps it. The other (Attach) takes
+// up what it is told of (Adopt), and learns which of those are released (TakeReturned),
+// to tell the owner. So neither side trusts memory that the other may change for
+// anything but content. The file has no name, and goes with the last process that has
+// it.
+//
 // Threads: every method may be called by several threads at once. In a child made by
-// fork only the destructors may be called; there they do nothing.
+// fork only the destructors may be called; there they do nothing. Shared memory is not
+// mapped there.
 class BufferPool {
   class State;
 
@@ -38,6 +50,7 @@ class BufferPool {
 
     char* data() const { return data_; }  // aligned to kAlign; undefined content
     size_t size() const { return size_; }
+    uint64_t place() const;  // in the memory file of a shared pool, else in the pool. REQUIRES: not empty
     explicit operator bool() const { return data_ != nullptr; }
     void Release();  // idempotent
 
@@ -50,6 +63,28 @@ class BufferPool {
 
   // InvalidArgument if bytes is 0; ENOMEM. The capacity is rounded up to kAlign.
   static Status Create(size_t bytes, std::shared_ptr<BufferPool>* pool);
+
+  // Lays a pool behind what the memory file `file` holds; several pools may lie in one.
+  // The memory is taken at once, so that no later touch can fail for want of it, and
+  // the file sealed, so that neither side can cut it short under the other. The
+  // descriptor stays the caller's. *begin: where the pool begins in the file.
+  // As Create; EINVAL for what is no memory file that may be sealed.
+  static Status CreateShared(int file, size_t bytes, uint64_t* begin, std::shared_ptr<BufferPool>* pool);
+
+  // The other side of a pool that begins at `begin` and has `bytes` bytes. Whenever a
+  // buffer is released, the eventfd `wake` is counted up, unless it is -1. Both
+  // descriptors stay the caller's, `wake` as long as there are buffers.
+  // InvalidArgument for what the file does not hold, or for a file that may be cut
+  // short.
+  static Status Attach(int file, uint64_t begin, size_t bytes, int wake, std::shared_ptr<BufferPool>* pool);
+
+  // The buffer of n bytes at `place`. InvalidArgument unless it lies wholly in the pool, on a
+  // multiple of kAlign, and is not taken.
+  Status Adopt(uint64_t place, size_t n, Buffer* buffer);
+
+  // Of an attached pool: the places of the buffers that were released since the last
+  // call.
+  std::vector<uint64_t> TakeReturned();
 
   // A buffer of n bytes. REQUIRES: n > 0.
   Buffer TryAcquire(size_t n);
@@ -64,6 +99,9 @@ class BufferPool {
  private:
   explicit BufferPool(std::shared_ptr<State> state) : state_(std::move(state)) {}
   Buffer Wrap(char* data, size_t n);
+  static Status Map(int file, uint64_t begin, size_t capacity, bool attached, int wake, const std::string& what,
+                    std::shared_ptr<BufferPool>* pool);
+  struct Destroy;
 
   const std::shared_ptr<State> state_;
 };

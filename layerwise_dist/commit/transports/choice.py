@@ -8,9 +8,9 @@ import torch.distributed as dist
 
 from layerwise_dist.commit.transports import Transport, mpi
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
-from layerwise_dist.commit.transports.rendezvous import over_default_group
+from layerwise_dist.commit.transports.rendezvous import Gather, over_default_group
 from layerwise_dist.commit.transports.store import open_store
-from layerwise_dist.errors import BoundaryError, ConfigError
+from layerwise_dist.errors import BoundaryError, ConfigError, UnsupportedError
 
 
 def open_transport(wanted: str, timeout_s: float) -> Transport:
@@ -25,13 +25,32 @@ def open_transport(wanted: str, timeout_s: float) -> Transport:
         return mpi.open_mpi(
             dist.get_rank() if distributed else None, dist.get_world_size() if distributed else None, timeout_s
         )
-    if not distributed:
-        _alone(wanted)
-        return LocalTransport(LocalHub(1), 0)
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank, world_size = _by_torch(wanted)
     if world_size == 1:
         return LocalTransport(LocalHub(1), 0)
     return open_store(rank, world_size, over_default_group(), timeout_s)
+
+
+def find_ranks(wanted: str) -> tuple[int, int, Gather | None]:
+    """Rank, world size, and how records of all ranks are gathered (None: there is one), for transports that other
+    processes open in the ranks' place. Raises UnsupportedError under mpirun without torch.distributed; else as
+    `open_transport`.
+    """
+    distributed = dist.is_available() and dist.is_initialized()
+    if wanted == "auto" and not distributed and mpi.launched() > 1:
+        raise UnsupportedError(
+            "mode = 'monitor': monitors exchange messages over TCP, and find each other over torch.distributed: call "
+            "init_process_group() before attach(), or use mode 'direct'"
+        )
+    rank, world_size = _by_torch(wanted)
+    return rank, world_size, over_default_group() if world_size > 1 else None
+
+
+def _by_torch(wanted: str) -> tuple[int, int]:
+    if not (dist.is_available() and dist.is_initialized()):
+        _alone(wanted)
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 
 def _alone(wanted: str) -> None:

@@ -36,6 +36,7 @@ class DeepSpeedFramework(FlatFramework):
         """Raises UnsupportedError for a mode that cannot be captured exactly."""
         self.engine = engine
         self.units = find_units(engine, rank, world_size)
+        self.swapped = self.units.swapped
         super().__init__(engine.module, rank, world_size, prefix)
         trained = self.units.fragments()
         self._by_param = {id(view.param): view for view in self.params}

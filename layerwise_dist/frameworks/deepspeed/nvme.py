@@ -28,6 +28,7 @@ class Zero3OnNvme(Zero3):
     Units below a MiB are not swapped by DeepSpeed, and have no mirror.
     """
 
+    swapped = True
     attributes = (
         *Zero3.attributes, "optimizer_swapper", "fp16_partitioned_groups_flat_numel", "_swappable_optimizer_subgroup",
         "_optimizer_states_and_gradient_swap_in", "_optimizer_states_and_gradient_swap_out", "_release_swap_buffers",

@@ -28,11 +28,11 @@ class Grouping:
 class Units:
     """How one of DeepSpeed's optimizers lays its masters out. `attributes` are those it is asked for, by name.
 
-    `replicated` says that all ranks hold all masters alike.
+    `replicated` says that all ranks hold all masters alike, `swapped` that some are in memory only while updated.
     """
 
     attributes: tuple[str, ...] = ()
-    replicated = False
+    replicated = swapped = False
 
     def __init__(self, wrapper: Any) -> None:
         """Raises UnsupportedError naming an attribute that this version of DeepSpeed does not have."""

@@ -1,0 +1,1 @@
+"""The writer in a process of its own: what all ranks have staged is committed though every training process dies."""

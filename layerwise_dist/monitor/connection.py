@@ -1,0 +1,162 @@
+"""A rank's monitor, as its training process sees it: started, asked, listened to, and ended."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from layerwise_dist.commit.participant import rebuild_error
+from layerwise_dist.commit.transports import Handler, Message
+from layerwise_dist.commit.transports.rendezvous import Gather
+from layerwise_dist.config import LayerwiseConfig
+from layerwise_dist.errors import CommitError, DeadlineError, LayerwiseError
+from layerwise_dist.monitor.gathering import Gathering
+from layerwise_dist.monitor.process import MonitorProcess
+from layerwise_dist.monitor.wire import Wire
+
+log = logging.getLogger("layerwise_dist")
+
+_FAREWELL_S = 5.0
+
+
+class MonitorLink:
+    """From `start_monitor` until `close`. Thread-safe but for `close`; handlers run on the wire's thread."""
+
+    def __init__(self, rank: int, process: MonitorProcess) -> None:
+        self.rank, self.process = rank, process
+        self.lost: str | None = None  # why nothing more comes
+        self._numbers = itertools.count()
+        self._answers: dict[int, queue.SimpleQueue[Message]] = {}
+        self._asked: queue.SimpleQueue[Message] | None = None  # what the monitor asks for while a question is open
+        self._handlers: dict[str, Handler] = {"log": self._relog, "answer": self._answered, "gather": self._gather}
+        self._on_lost: list[Callable[[str], None]] = []
+        self._lock = threading.Lock()
+        self._bye = threading.Event()
+        self._handlers["bye"] = lambda _: self._bye.set()
+        self.wire = Wire(process.socket, self._take, self._ended)
+        self.wire.start()
+
+    def send(self, message: Message) -> None:
+        self.wire.send(message)
+
+    def on(self, kind: str, handler: Handler) -> None:
+        """`handler` takes the messages of that kind. REQUIRES: none of it can have come."""
+        self._handlers[kind] = handler
+
+    def on_lost(self, handler: Callable[[str], None]) -> None:
+        """`handler(why)` is called once the monitor is gone, at once if it is."""
+        with self._lock:
+            self._on_lost.append(handler)
+            lost = self.lost
+        if lost is not None:
+            handler(lost)
+
+    def ask(self, what: str, message: Message, timeout_s: float, gather: Gather | None = None) -> Any:
+        """The answer, for which it waits at most `timeout_s` seconds; meanwhile gathers for the monitor.
+
+        Raises what the monitor raised, CommitError if it is gone, DeadlineError.
+        """
+        number, inbox = next(self._numbers), queue.SimpleQueue[Message]()
+        with self._lock:
+            self._answers[number] = inbox
+            if gather is not None:
+                self._asked = inbox
+        self.send({**message, "id": number})
+        deadline = time.monotonic() + timeout_s
+        try:
+            while True:
+                if self.lost is not None:
+                    raise CommitError(f"{what}: {self.lost}")
+                try:
+                    found = inbox.get(timeout=max(0.0, deadline - time.monotonic()))
+                except queue.Empty:
+                    raise DeadlineError(
+                        f"{what}: waited {timeout_s:g} s for rank {self.rank}'s monitor (pid {self.process.pid})"
+                    ) from None
+                if found["t"] == "gather":
+                    assert gather is not None
+                    self.send({"t": "gathered", "records": gather(found["record"])})
+                elif "error" in found:
+                    raise rebuild_error(found["error"])
+                elif found["t"] == "answer":
+                    return found["value"]
+        finally:
+            with self._lock:
+                del self._answers[number]
+                self._asked = None
+
+    def leave(self, timeout_s: float) -> None:
+        """Waits until the monitor has done all that it was asked for, at most so many seconds."""
+        deadline = time.monotonic() + timeout_s
+        while not self._bye.wait(0.05) and self.lost is None and time.monotonic() < deadline:
+            pass
+
+    def close(self) -> None:
+        """Lets go of the monitor: of one that has not said that it is done, as if this process had died."""
+        self.wire.close(1.0)
+        self.process.close(_FAREWELL_S if self._bye.is_set() else 1.0)
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _take(self, message: Message) -> None:
+        handler = self._handlers.get(message["t"])
+        if handler is None:
+            raise ValueError(f"a message of the unknown kind {message['t'][:40]!r}")
+        handler(message)
+
+    def _answered(self, message: Message) -> None:
+        with self._lock:
+            inbox = self._answers.get(message["id"])
+        if inbox is not None:  # else nobody waits any more
+            inbox.put(message)
+
+    def _gather(self, message: Message) -> None:
+        with self._lock:
+            inbox = self._asked
+        if inbox is not None:
+            inbox.put(message)
+
+    def _relog(self, message: Message) -> None:
+        log.log(message["level"], "%s", message["text"])
+
+    def _ended(self, why: str) -> None:
+        if self._bye.is_set():
+            return
+        how = self.process.ended(1.0) or why
+        lost = f"its monitor (pid {self.process.pid}) is gone: {how}"
+        with self._lock:
+            self.lost = lost
+            waiting, handlers = list(self._answers.values()), list(self._on_lost)
+        for inbox in waiting:
+            inbox.put({"t": "lost"})
+        for handler in handlers:
+            handler(lost)
+
+
+def start_monitor(config: LayerwiseConfig, rank: int, world_size: int, gather: Gather | None) -> MonitorLink:
+    """Collective. The monitors of all ranks run and have met; `gather` is None for one rank.
+
+    Raises CommitError on all ranks, naming the one whose monitor could not be started or reached.
+    """
+    timeout_s = config.commit.timeout_s
+    gathering = Gathering(rank, gather) if gather is not None else None
+    link: MonitorLink | None = None
+    try:
+        link = MonitorLink(rank, MonitorProcess())
+        settings = {**config.model_dump(mode="json"), "dir": config.path}
+        start = {"t": "start", "config": settings, "rank": rank, "world_size": world_size}
+        link.ask("start the monitor", start, timeout_s, gathering)
+    except (LayerwiseError, OSError) as error:
+        if gathering is not None:
+            gathering.give_up(f"its monitor did not start: {error}")
+        if link is not None:
+            link.close()
+        if isinstance(error, LayerwiseError):
+            raise
+        raise CommitError(f"rank {rank}: its monitor did not start: {error}") from error
+    return link

@@ -1,0 +1,77 @@
+"""The monitor's Transport: what it hears it also passes to its training process, whose wrapped messages it carries."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from layerwise_dist.commit.transports import Handler, Message, Transport
+
+# Of a training process to the others: rank 0's decides, not the coordinator.
+_WRAPPED = "of training"
+# About boundaries, which a monitor does not pass: only its training process may answer.
+_OF_BOUNDARIES = ("grant", "hold", "meet")
+
+
+def wrapped(message: Message) -> Message:
+    return {"t": _WRAPPED, "m": message}
+
+
+class RelayingTransport:
+    """Another Transport, and a training process that hears all of it but what monitors agree on among themselves."""
+
+    def __init__(self, transport: Transport, tell: Callable[[Message], None]) -> None:
+        self.rank, self.world_size = transport.rank, transport.world_size
+        self._transport, self._tell = transport, tell
+        self._lock = threading.Lock()
+        self._early: list[Message] | None = []  # for a training process that does not listen yet
+
+    def listen(self) -> None:
+        """The training process hears from now on, and what it has missed."""
+        with self._lock:
+            early, self._early = self._early or [], None
+            for message in early:
+                self._tell(message)
+
+    def start(
+        self, on_message: Handler, on_coordinator_message: Handler | None, on_error: Callable[[str], None]
+    ) -> None:
+        def heard(message: Message) -> None:
+            if message["t"] == _WRAPPED:
+                self._pass_on({"t": "heard", "m": message["m"]})
+                return
+            if message["t"] not in _OF_BOUNDARIES:
+                on_message(message)  # first: what the training process answers must find it done
+            if message["t"] != "agreed":
+                self._pass_on({"t": "heard", "m": message})
+
+        def asked(message: Message) -> None:
+            if message["t"] == _WRAPPED:
+                self._pass_on({"t": "asked", "m": message["m"]})
+                return
+            assert on_coordinator_message is not None
+            on_coordinator_message(message)
+            if message["t"] in ("closed", "gone"):
+                self._pass_on({"t": "asked", "m": message})
+
+        def lost(why: str) -> None:
+            on_error(why)
+            self._pass_on({"t": "lost", "why": why})
+
+        self._transport.start(heard, asked if on_coordinator_message is not None else None, lost)
+
+    def post(self, message: Message) -> None:
+        self._transport.post(message)
+
+    def announce(self, message: Message) -> None:
+        self._transport.announce(message)
+
+    def close(self, timeout_s: float) -> None:
+        self._transport.close(timeout_s)
+
+    def _pass_on(self, message: Message) -> None:
+        with self._lock:
+            if self._early is not None:
+                self._early.append(message)
+            else:
+                self._tell(message)

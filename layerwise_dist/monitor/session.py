@@ -1,0 +1,161 @@
+"""What a monitor does for its rank from the start of a session to its end: directory, writer, coordinator."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from layerwise_dist import _native
+from layerwise_dist.commit.metadata import ParentRef
+from layerwise_dist.commit.opening import PATIENCE_SHARE
+from layerwise_dist.commit.participant import Participant
+from layerwise_dist.commit.session import Committer, open_session, start_coordinator
+from layerwise_dist.commit.transports import Message
+from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
+from layerwise_dist.commit.transports.rendezvous import Gather
+from layerwise_dist.commit.transports.store import open_store
+from layerwise_dist.config import LayerwiseConfig
+from layerwise_dist.errors import LayerwiseError, UnsupportedError
+from layerwise_dist.monitor.holding import Holder
+from layerwise_dist.monitor.relaying import RelayingTransport, wrapped
+from layerwise_dist.restore.agreement import together
+from layerwise_dist.storage.adapter import PCCheckAdapter
+from layerwise_dist.writing import open_writer
+
+log = logging.getLogger("layerwise_dist")
+
+
+class MonitorSession:
+    """Belongs to the monitor's main thread, but for `orphaned`.
+
+    Attributes:
+        holder: takes what is staged; None before `open`.
+    """
+
+    def __init__(
+        self, config: LayerwiseConfig, rank: int, world_size: int, gather: Gather, tell: Callable[[Message], None]
+    ) -> None:
+        """Collective, with the monitors of the other ranks. Raises CommitError."""
+        self._config, self._rank, self._tell = config, rank, tell
+        inner = (
+            open_store(rank, world_size, gather, config.commit.timeout_s)
+            if world_size > 1
+            else LocalTransport(LocalHub(1), 0)
+        )
+        self._transport = RelayingTransport(inner, tell)
+        self._participant = Participant(self._transport, timeout_s=config.commit.timeout_s, coordinator=None)
+        self._participant.tells = False  # the training process does
+        self._adapter: PCCheckAdapter | None = None
+        self._coordinator: Any = None
+        self._committer: Committer | None = None
+        self._owner: Any = None
+        self.holder: Holder | None = None
+
+    # -- the start ----------------------------------------------------------------------------------------------
+
+    def listen(self) -> None:
+        self._transport.listen()
+
+    def open(self, message: Message, trainer: int, memory: int, wake: int) -> Message:
+        """All monitors together: the directory is this session's. What the training process must know of it.
+
+        Raises as `open_session`, and UnsupportedError where not all ranks see one directory; on every rank alike.
+        """
+        config, participant = self._config, self._participant
+        env = _native.PosixEnv()
+        info, manager, self._owner = open_session(
+            env, config.path, participant, file_mode=config.file_bits, dir_mode=config.dir_bits,
+            who=f"the monitor (pid {os.getpid()}) of pid {trainer} on {socket.gethostname()}", fresh=message["fresh"],
+            patience_s=PATIENCE_SHARE * config.commit.timeout_s, monitored=True,
+        )  # fmt: skip
+        if not info.shared:
+            raise UnsupportedError(
+                f"mode = 'monitor': {config.path} is not one directory but {len(info.places)} (of ranks "
+                f"{str(info.places)[:80]}): all ranks must see one; use mode 'direct' with disks of nodes"
+            )
+        if self._owner is not None:
+            self._committer, self._coordinator = start_coordinator(
+                self._transport, manager, self._owner, info, framework=message["framework"],
+                software=message["software"], keep_last=config.keep_last,
+                keep_every_n_steps=config.keep_every_n_steps, timeout_s=config.commit.timeout_s,
+                on_failure=config.commit.on_failure, raise_after=config.commit.raise_after,
+            )  # fmt: skip
+            participant.serve(self._coordinator.post, self._coordinator.quiet)
+
+        def start_writer() -> PCCheckAdapter:
+            adapter = open_writer(env, config, self._rank, participant.world_size)
+            adapter.allocate_staging_buffer(size_mb=adapter.bounce_bytes / 2**20)  # what is staged lies elsewhere
+            return adapter
+
+        _, adapter = together(participant, "start the writer", start_writer)
+        self._adapter = adapter
+        participant.recycle(adapter.recycler.retire)
+        self.holder = Holder(adapter, participant, info.epoch, memory, wake, self._tell)
+        return {
+            "info": asdict(info), "direct": adapter.direct, "memory_align": adapter.memory_align,
+        }  # fmt: skip
+
+    # -- what the training process says -------------------------------------------------------------------------
+
+    def post(self, message: Message) -> None:
+        """Of the training process to the coordinator, or to rank 0's."""
+        kind = message["t"]
+        if kind == "failed" and self.holder is not None:
+            self.holder.failed(message)
+        elif kind == "agree":
+            self._transport.post(wrapped(message))
+        else:
+            self._transport.post(message)
+
+    def announce(self, message: Message) -> None:
+        self._transport.announce(wrapped(message))
+
+    def boundary_kind(self, kind: str) -> None:
+        if self._committer is not None:
+            self._committer.boundary_kind = kind
+
+    def tag(self, seq: int, tag: str) -> None:
+        if self._committer is not None:
+            self._committer.tag(seq, tag)
+
+    def follow(self, head: dict[str, Any] | None, branch_seq: int | None) -> tuple[str | None, list[str]]:
+        """Raises OSError, InDoubt or OwnerError."""
+        assert self._committer is not None
+        return self._committer.follow(ParentRef.model_validate(head) if head is not None else None, branch_seq)
+
+    # -- the end ------------------------------------------------------------------------------------------------
+
+    def orphaned(self, why: str) -> None:
+        """The training process is gone: whoever waits for the directory is told that it will be free."""
+        if self._owner is not None:
+            try:
+                self._owner.end()
+            except OSError as error:
+                log.warning("%s", error)
+
+    def finish(self, timeout_s: float, *, orphaned: str | None = None) -> None:
+        """Makes durable what is held, waits for rank 0's decisions, and leaves; rank 0 last.
+
+        `orphaned` is why the training process will say no more: what it had not sealed is given up for all ranks.
+        """
+        deadline = time.monotonic() + timeout_s
+        if orphaned is not None:
+            self._transport.post({"t": "orphaned", "rank": self._rank, "why": orphaned})
+            if self.holder is not None:
+                self.holder.give_up(orphaned)
+        try:
+            self._participant.drain(timeout_s, stopped=True)
+        except LayerwiseError as error:
+            log.warning("rank %d: the monitor leaves without a decision: %s", self._rank, error)
+        self._participant.close(max(0.1, deadline - time.monotonic()))
+        if self._coordinator is not None:
+            self._coordinator.close(max(0.1, deadline - time.monotonic()))
+        if self._committer is not None:
+            self._committer.close()
+        if self._adapter is not None:
+            self._adapter.close()

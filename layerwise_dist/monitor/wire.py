@@ -1,0 +1,56 @@
+"""What a training process and its monitor say to each other: small JSON objects in frames over one socket.
+
+Everything is in order, and `send` waits for nobody. The socket's end is the word that the other process is gone.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable
+
+from layerwise_dist.commit.transports import Handler, Message
+from layerwise_dist.commit.transports.frames import decode, encode
+from layerwise_dist.commit.transports.links import Links
+
+_OTHER = 0  # the key of the only connection
+
+
+class Wire:
+    """One end. Handlers run on a thread of its own, one at a time."""
+
+    def __init__(self, sock: socket.socket, on_message: Handler, on_end: Callable[[str], None]) -> None:
+        """Nothing arrives before `start`. `on_end(why)` comes once, unless this side closes first."""
+        self._on_message, self._on_end = on_message, on_end
+        self._links = Links({_OTHER: sock})
+        self._lock = threading.Lock()
+        self._outbox: list[Message] = []
+
+    def start(self) -> None:
+        self._links.start(self._arrived, lambda _, why: self._on_end(why))
+
+    def send(self, message: Message) -> None:
+        """From any thread."""
+        with self._lock:
+            self._outbox.append(message)
+            if len(self._outbox) > 1:
+                return  # the thread was asked to look
+        self._links.call(self._flush)
+
+    def close(self, timeout_s: float) -> None:
+        """Sends what is unsent, then ends, within so many seconds."""
+        self._links.close(timeout_s)
+
+    def _flush(self) -> None:
+        with self._lock:
+            messages, self._outbox = self._outbox, []
+        self._links.send(_OTHER, encode(messages))
+
+    def _arrived(self, _: int, body: bytes) -> None:
+        messages = decode(body)
+        if not isinstance(messages, list):
+            raise ValueError(f"a frame that holds a {type(messages).__name__}")
+        for message in messages:
+            if not isinstance(message, dict) or not isinstance(message.get("t"), str):
+                raise ValueError("an object without a kind")
+            self._on_message(message)

@@ -1,0 +1,83 @@
+"""A monitor that is slow, or does one thing wrong, as a test wants it: odd_monitor.py NAME SOCKET MEMORY PID."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+from layerwise_dist.commit.coordinator import Coordinator
+from layerwise_dist.monitor import serving
+from layerwise_dist.monitor.__main__ import main
+from layerwise_dist.monitor.holding import Holder
+from layerwise_dist.monitor.serving import MonitorServer
+from layerwise_dist.monitor.session import MonitorSession
+from layerwise_dist.storage.adapter import ShardWrite
+
+
+def slow() -> None:
+    """No mutation: a shard takes its time between its staging and its flush."""
+    persist = ShardWrite.persist
+
+    def persist_later(self: ShardWrite, timeout_s: float) -> Any:
+        time.sleep(1.0)
+        return persist(self, timeout_s)
+
+    ShardWrite.persist = persist_later
+
+
+def early() -> None:
+    """Acknowledges an attempt when it begins, before anything of it is here."""
+    begin = Holder.begin
+
+    def begin_and_acknowledge(self: Holder, message: Any) -> None:
+        begin(self, message)
+        attempt = self._coming[message["seq"]].write.attempt
+        self._participant.post(self._participant._ledger._message("staged", attempt))
+
+    Holder.begin = begin_and_acknowledge
+
+
+def first() -> None:
+    """The coordinator takes one rank's acknowledgement for everybody's."""
+    report = Coordinator._report
+
+    def report_for_all(self: Coordinator, kind: str, message: Any, now: float) -> None:
+        for rank in range(self._world_size) if kind == "staged" else [message["rank"]]:
+            report(self, kind, {**message, "rank": rank}, now)
+
+    Coordinator._report = report_for_all
+
+
+def hasty() -> None:
+    """Ends with its training process, whatever it holds. Slow, so that it holds something."""
+    slow()
+    gone = MonitorServer._trainer_gone
+
+    def leave(self: MonitorServer, why: str) -> None:
+        os._exit(0)
+        gone(self, why)
+
+    MonitorServer._trainer_gone = leave
+
+
+def immortal() -> None:
+    """Never notices that its training process is gone."""
+    MonitorServer._trainer_gone = lambda self, why: None
+    serving._end_in = lambda seconds: None
+
+
+def lenient() -> None:
+    """Keeps what was not sealed, instead of giving it up for all ranks."""
+    finish = MonitorSession.finish
+
+    def finish_quietly(self: MonitorSession, timeout_s: float, *, orphaned: str | None = None) -> None:
+        finish(self, timeout_s)
+
+    MonitorSession.finish = finish_quietly
+
+
+if __name__ == "__main__":
+    globals()[sys.argv.pop(1)]()
+    main()
