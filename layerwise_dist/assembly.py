@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import socket
@@ -32,7 +33,10 @@ from layerwise_dist.monitor.opening import Parts, open_monitored
 from layerwise_dist.monitor.transport import MonitorTransport
 from layerwise_dist.preemption import Preemption, check_thread
 from layerwise_dist.restore.agreement import together
+from layerwise_dist.storage.network import memory_by_magic
 from layerwise_dist.writing import open_writer
+
+log = logging.getLogger("layerwise_dist")
 
 
 def attach(
@@ -163,6 +167,8 @@ def assemble(
             parts = open_monitored(monitor, env, config, participant, found.name, _software(), fresh=fresh)
         else:
             parts = _open_direct(config, env, transport, participant, found, fresh, closers)
+        if rank == 0 and config.mode != "mock" and (memory := memory_by_magic(env.file_system(config.path))):
+            log.warning("%s is on %s: what is committed survives this job, not the machine's end", config.path, memory)
         preemption = None
         if config.preemption.enabled:
             preemption = Preemption(

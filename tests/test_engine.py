@@ -12,6 +12,7 @@ import re
 import shutil
 import stat
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -654,3 +655,13 @@ def test_a_resume_from_every_step_is_exact_or_was_warned_of(
 @pytest.fixture(autouse=True)
 def _logs(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, logger="layerwise_dist")
+
+
+def test_a_directory_in_memory_is_said_to_be_one(caplog: pytest.LogCaptureFixture) -> None:
+    if not os.path.ismount("/dev/shm"):
+        pytest.skip("/dev/shm is not mounted")
+    model = torch.nn.Linear(2, 2)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as root:
+        with lwd.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), dir=root):
+            pass
+    assert "is on tmpfs: what is committed survives this job, not the machine's end" in caplog.text

@@ -1,4 +1,4 @@
-"""File systems whose files other machines, or a process in user space, may hold open, lock and write to unseen.
+"""File systems that are not a local disk: what other machines, or a process in user space, may write to unseen; memory.
 
 The one list of them, by both names that Linux gives a file system: the number of statfs(2) and the type in mountinfo.
 """
@@ -51,3 +51,11 @@ def name_by_type(kind: str) -> str | None:
     `fuseblk` is none: a local disk, though statfs(2) gives it FUSE's number, and a process writes to it.
     """
     return _BY_TYPE.get("fuse" if kind.startswith("fuse.") else kind)
+
+
+_MEMORY = {0x01021994: "tmpfs", 0x858458F6: "ramfs"}
+
+
+def memory_by_magic(magic: int) -> str | None:
+    """The name of the file system in memory with this f_type of statfs(2), which no power loss survives."""
+    return _MEMORY.get(magic)
