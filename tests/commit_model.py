@@ -29,9 +29,8 @@ from layerwise_dist.commit.metadata import Manifest as ManifestRecord
 from layerwise_dist.commit.transports import Message
 from layerwise_dist.errors import DirectoryError, OwnerError
 from layerwise_dist.storage import layout
-from layerwise_dist.storage.adapter import ShardReport
-from layerwise_dist.storage.base import BaseReport
 from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage.reports import BaseReport, ShardReport
 
 ROOT = "/ckpt"
 TIMEOUT, DELAY, TICK = 10.0, 1.0, 2.0  # seconds: an attempt's deadline; the slowest message; the longest jump in time

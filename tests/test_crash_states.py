@@ -20,8 +20,9 @@ from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.session import Committer
 from layerwise_dist.engine import LayerwiseEngine
 from layerwise_dist.errors import CommitError, DirectoryError
-from layerwise_dist.storage.base import BaseFile, BaseReport
+from layerwise_dist.storage.base import BaseFile
 from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage.reports import BaseReport
 from layerwise_dist.storage.retention import unneeded_bases
 
 SMALL = {"queue_depth": 2, "block_kb": 32}

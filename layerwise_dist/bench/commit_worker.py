@@ -30,8 +30,8 @@ from layerwise_dist.commit.transports.links import Links
 from layerwise_dist.commit.transports.rendezvous import Met, accept, connect, listen, meet
 from layerwise_dist.commit.transports.store import over_tcp
 from layerwise_dist.storage import layout
-from layerwise_dist.storage.adapter import ShardReport
 from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage.reports import ShardReport
 
 _WARM_UP = 2  # commits before the first that counts
 _DEADLINE_S = 120.0

@@ -18,9 +18,9 @@ from layerwise_dist.commit.session import follow, open_session, start_coordinato
 from layerwise_dist.commit.transports import Transport
 from layerwise_dist.commit.transports.rendezvous import Gather
 from layerwise_dist.storage import layout
-from layerwise_dist.storage.adapter import ShardReport
 from layerwise_dist.storage.layout import AttemptId
 from layerwise_dist.storage.removal import remove
+from layerwise_dist.storage.reports import ShardReport
 
 
 def shard_bytes(attempt: AttemptId, rank: int) -> bytes:

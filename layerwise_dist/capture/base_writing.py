@@ -12,7 +12,8 @@ import torch
 from layerwise_dist import _native
 from layerwise_dist.capture.stage import copies_for
 from layerwise_dist.errors import DeadlineError, LayerwiseError
-from layerwise_dist.storage.base import BaseFile, BaseReport
+from layerwise_dist.storage.base import BaseFile
+from layerwise_dist.storage.reports import BaseReport
 from layerwise_dist.storage.shard import ALIGN
 
 log = logging.getLogger("layerwise_dist")

@@ -20,9 +20,10 @@ from layerwise_dist.frameworks.base import ParamView
 from layerwise_dist.pieces import Piece
 from layerwise_dist.slices import Slice
 from layerwise_dist.storage.adapter import PCCheckAdapter
-from layerwise_dist.storage.base import BaseFile, BaseReport
+from layerwise_dist.storage.base import BaseFile
 from layerwise_dist.storage.layout import AttemptId
 from layerwise_dist.storage.reader import ShardIndex
+from layerwise_dist.storage.reports import BaseReport
 from layerwise_dist.storage.shard import cut_segments
 
 log = logging.getLogger("layerwise_dist")

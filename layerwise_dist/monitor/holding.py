@@ -16,8 +16,9 @@ from layerwise_dist import _native
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.transports import Message
 from layerwise_dist.slices import Slice
-from layerwise_dist.storage.adapter import Laid, PCCheckAdapter, ShardReport, ShardWrite
+from layerwise_dist.storage.adapter import Laid, PCCheckAdapter, ShardWrite
 from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage.reports import ShardReport
 from layerwise_dist.storage.shard import Source
 
 log = logging.getLogger("layerwise_dist")

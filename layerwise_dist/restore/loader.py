@@ -18,8 +18,8 @@ from layerwise_dist.pieces import DTYPES
 from layerwise_dist.restore.planner import ShardSet, Span, plan
 from layerwise_dist.slices import Slice
 from layerwise_dist.storage import typed_json
-from layerwise_dist.storage.base import BaseReport
 from layerwise_dist.storage.reader import Entry, Shard, ShardIndex
+from layerwise_dist.storage.reports import BaseReport
 
 _LISTED = 8
 

@@ -17,9 +17,9 @@ from layerwise_dist.restore.agreement import Wish
 from layerwise_dist.restore.loader import LoadPlan
 from layerwise_dist.restore.planner import ShardSet
 from layerwise_dist.storage.adapter import PCCheckAdapter
-from layerwise_dist.storage.base import BaseReport
 from layerwise_dist.storage.layout import AttemptId
 from layerwise_dist.storage.reader import Shard
+from layerwise_dist.storage.reports import BaseReport
 
 
 class Restorer:

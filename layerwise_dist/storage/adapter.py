@@ -11,35 +11,19 @@ import logging
 import os
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from layerwise_dist import _native
 from layerwise_dist.errors import ConfigError, DeadlineError
 from layerwise_dist.storage import layout
-from layerwise_dist.storage.base import BaseReport
 from layerwise_dist.storage.gathered import GatheredExtent, gather
 from layerwise_dist.storage.layout import AttemptId
 from layerwise_dist.storage.recycling import Recycler
 from layerwise_dist.storage.removal import remove
+from layerwise_dist.storage.reports import BaseReport, ShardReport
 from layerwise_dist.storage.shard import ShardLayout, Source, state_extent
 
 log = logging.getLogger("layerwise_dist")
-
-
-@dataclass(frozen=True, slots=True)
-class ShardReport:
-    """What a rank tells the coordinator once its shard is durable. Sizes in bytes, hash XXH3-64 of the header.
-
-    `base` is the file of frozen parameters that the shard refers to, durable too.
-    """
-
-    rank: int
-    file: str
-    nbytes: int
-    header_bytes: int
-    header_hash: int
-    base: BaseReport | None = None
 
 
 class Laid(NamedTuple):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from layerwise_dist import _native
@@ -16,6 +15,7 @@ from layerwise_dist.slices import Slice
 from layerwise_dist.storage import layout
 from layerwise_dist.storage.layout import AttemptId
 from layerwise_dist.storage.removal import remove
+from layerwise_dist.storage.reports import BaseReport
 from layerwise_dist.storage.shard import ShardLayout, Source, state_extent
 
 if TYPE_CHECKING:
@@ -29,16 +29,6 @@ _NO_STATE = state_extent(b"", b"")
 # Blocks of so many bytes are with the writer at once. More would not be faster, and a shard's own blocks, which
 # training may wait for, come behind them.
 _RUN_BYTES = 32 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class BaseReport:
-    """What a manifest says of a rank's base: who wrote it, sizes in bytes, and the XXH3-64 of its header."""
-
-    attempt: str
-    nbytes: int
-    header_bytes: int
-    header_hash: int
 
 
 class BaseFile:
