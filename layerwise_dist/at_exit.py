@@ -10,13 +10,14 @@ import atexit
 import logging
 import os
 import sys
+import time
 from typing import Protocol
 
 from layerwise_dist.errors import LayerwiseError
 
 log = logging.getLogger("layerwise_dist")
 
-_LIMIT_S = 30.0
+_LIMIT_S = 30.0  # for all of them
 
 
 class Closable(Protocol):
@@ -44,11 +45,12 @@ def closed(engine: Closable) -> None:
 @atexit.register
 def _close_all() -> None:
     error = getattr(sys, "last_value", None)  # what ended the script, if something did
+    deadline = time.monotonic() + _LIMIT_S
     for engine in list(_open.values()) if _process == os.getpid() else []:
         if error is None:
             log.warning("close() was not called: done now, at the end of the script; an open iteration is not saved")
         try:
             # Where in an iteration sys.exit() was called is not known: only what had ended is whole.
-            engine.end(orderly=error is None, limit_s=_LIMIT_S, seal=False)
+            engine.end(orderly=error is None, limit_s=max(0.1, deadline - time.monotonic()), seal=False)
         except LayerwiseError as failed:
             log.error("the last checkpoints were not committed: %s", failed)

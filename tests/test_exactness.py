@@ -45,7 +45,7 @@ def test_the_table_in_the_docs_is_whole_and_what_is_tried_again_is_as_it_says(lo
     assert not [case for case, verdict in told.items() if not verdict.startswith(("exact", "refused: ", "torch: "))]
     again = [
         ("plain", 1, UPDATES, OPTIMIZERS, tuple(FEATURES)),
-        ("ddp", 2, ("in_backward",), OPTIMIZERS[1:2], tuple(FEATURES)),
+        ("ddp", 2, ("in_backward",), OPTIMIZERS[1:2], ("clipping", "accumulation", "unused", "compile")),
         ("fsdp1-flat", 2, ("whole", "pipelined_step"), OPTIMIZERS[:1], ("clipping", "frozen")),
     ]
     for wrapper, ranks, updates, optimizers, features in again[not long :]:

@@ -348,8 +348,9 @@ class Coordinator:
             self._abort_if_missed(attempt)
 
     def _abort_if_missed(self, attempt: _Attempt) -> None:
-        left = sorted(self._silent - attempt.reports.keys())
-        if missing := left or sorted(self._orphaned - attempt.staged):
+        # Of those that are gone, who are few: this is asked at every report.
+        left = sorted(rank for rank in self._silent if rank not in attempt.reports)
+        if missing := left or sorted(rank for rank in self._orphaned if rank not in attempt.staged):
             how = "left without a report" if left else "ended before they staged it"
             self._abort(attempt, f"rank(s) {', '.join(map(str, missing))} {how}", failure=True)
 
