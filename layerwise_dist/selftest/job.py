@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import layerwise_dist as lwd
+from layerwise_dist.commit.transports.rendezvous import over_default_group
 from layerwise_dist.selftest.trial import MARK
 
 _WIDTH, _LAYERS, _BATCH = 384, 4, 16
@@ -65,9 +66,8 @@ def train(steps: int, directory: str | None) -> None:
         say({"step": step + 1, "loss": loss.item().hex(), "committed": ckpt.committed_step if ckpt else None})
     if ckpt is not None:
         ckpt.close()
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, fingerprint(model, optimizer))
-    say({"left": everyone})
+    everyone = over_default_group()({"left": fingerprint(model, optimizer)})
+    say({"left": [each["left"] for each in everyone]})
 
 
 def main() -> None:

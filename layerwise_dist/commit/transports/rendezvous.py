@@ -279,8 +279,11 @@ def _listed(ranks: list[int]) -> str:
     return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
 
 
-def over_default_group() -> Gather:
-    """The gather over torch.distributed's default group; records are padded to one size."""
+def over_default_group(record_bytes: int = _RECORD) -> Gather:
+    """The gather over torch.distributed's default group; records are padded to one size, `record_bytes`.
+
+    It raises ValueError for a longer one.
+    """
     import torch
     import torch.distributed as dist
 
@@ -289,9 +292,9 @@ def over_default_group() -> Gather:
 
     def gather(record: dict[str, Any]) -> list[dict[str, Any]]:
         text = json.dumps(record).encode()
-        if len(text) > _RECORD:
+        if len(text) > record_bytes:
             raise ValueError(f"a record of {len(text)} bytes")
-        mine = torch.frombuffer(bytearray(text.ljust(_RECORD)), dtype=torch.uint8).to(device)
+        mine = torch.frombuffer(bytearray(text.ljust(record_bytes)), dtype=torch.uint8).to(device)
         every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(every, mine)
         return [json.loads(bytes(each.cpu().numpy())) for each in every]
