@@ -107,7 +107,8 @@ RULES = {
         Mutation(Coordinator, "_committed", {"if a.seq < attempt.seq]": "if False]"}, ""),
     ),
     "what all monitors hold is not given up when a training process dies": Mutation(
-        Coordinator, "_abort_if_missed", {"self._orphaned - attempt.staged": "self._orphaned"},
+        Coordinator, "_abort_if_missed",
+        {"self._orphaned if rank not in attempt.staged": "self._orphaned"},
         "had been staged by all",
     ),
     "what all monitors hold is not given up because another attempt fails behind that": Mutation(

@@ -22,6 +22,7 @@ from layerwise_dist.monitor.wire import Wire
 log = logging.getLogger("layerwise_dist")
 
 _FAREWELL_S = 5.0
+_START_S = 60.0  # at least, for a new process that imports: it has little to do with how long a commit may take
 
 
 class MonitorLink:
@@ -150,7 +151,7 @@ def start_monitor(config: LayerwiseConfig, rank: int, world_size: int, gather: G
         link = MonitorLink(rank, MonitorProcess())
         settings = {**config.model_dump(mode="json"), "dir": config.path}
         start = {"t": "start", "config": settings, "rank": rank, "world_size": world_size}
-        link.ask("start the monitor", start, timeout_s, gathering)
+        link.ask("start the monitor", start, max(timeout_s, _START_S), gathering)
     except (LayerwiseError, OSError) as error:
         if gathering is not None:
             gathering.give_up(f"its monitor did not start: {error}")
