@@ -334,10 +334,13 @@ class _Stepping:
 
 
 def check_layered(optimizer: torch.optim.Optimizer, model: nn.Module, mode: Mode) -> None:
-    """Raises UnsupportedError with the reason if this optimizer, or wrapper, cannot be stepped by layers exactly."""
+    """Raises UnsupportedError with the reason if this optimizer, or wrapper, cannot be stepped by layers exactly.
+
+    `model` is without the wrapper of torch.compile.
+    """
     SubsetStep(optimizer)
     if mode == "in_backward":
-        _check_wrapper(without_compiled_wrapper(model))
+        _check_wrapper(model)
 
 
 def _nothing(layer: str, step: int) -> None:
