@@ -154,7 +154,6 @@ class Surveyor:
         """
         self._bases = bases
         self._framework, self._optimizer, self._capture, self._arrange = framework, optimizer, capture, arrange
-        self._params = [view.param for view in framework.params]
         self._last: tuple[_Glance, Survey] | None = None
         self._frozen: frozenset[int] = frozenset()
 
@@ -185,13 +184,15 @@ class Surveyor:
         return self._frozen
 
     def _glance(self, copying: frozenset[str]) -> _Glance:
-        states = self._optimizer.states(self._framework.params)
+        framework = self._framework
+        states = self._optimizer.states(framework.params)
         values = [value for state in states for value in state.values()]
         last = self._last[0] if self._last is not None else None
         dense = last.dense if last is not None and _identical(values, last.values) else [*filter(_is_dense, values)]
-        buffers = self._framework.buffers()
+        buffers = framework.buffers()
         names = [name for state in states for name in state]
-        addresses = self._framework.addresses([*self._params, *dense, *(buffer for _, buffer in buffers)])
+        movable = [] if self._optimizer.state_stays else dense
+        addresses = framework.param_addresses() + framework.addresses([*movable, *(buffer for _, buffer in buffers)])
         return _Glance(copying, states, names, [*map(len, states)], values, dense, buffers, addresses)
 
     def _survey(

@@ -70,6 +70,10 @@ class Framework:
         """Where this rank's part of each tensor lies; cheaper than asking `local` for them."""
         return [tensor.data_ptr() for tensor in tensors]
 
+    def param_addresses(self) -> list[int]:
+        """Where this rank's parameters lie, be it several of them in one place: another list if one of them moved."""
+        return self.addresses([view.param for view in self.params])
+
     def names(self) -> dict[int, str]:
         """Of each tensor that an optimizer of this model may hold, by its id."""
         return {id(view.param): view.fqn for view in self.params}

@@ -92,19 +92,10 @@ class CompositeFramework(Framework):
         return part.local(tensor) if part is not None else tensor.detach()
 
     def addresses(self, tensors: Sequence[torch.Tensor]) -> list[int]:
-        found = [0] * len(tensors)
-        by_part: dict[int, list[int]] = {}
-        for number, tensor in enumerate(tensors):
-            holder = self._holder.get(id(tensor))
-            if holder is None:
-                found[number] = self._any_local(tensor).data_ptr()
-            else:
-                by_part.setdefault(id(holder), []).append(number)
-        for part in self.parts.values():
-            mine = by_part.get(id(part), [])
-            for number, address in zip(mine, part.addresses([tensors[number] for number in mine]), strict=True):
-                found[number] = address
-        return found
+        return [self._any_local(tensor).data_ptr() for tensor in tensors]
+
+    def param_addresses(self) -> list[int]:
+        return [address for part in self.parts.values() for address in part.param_addresses()]
 
     def names(self) -> dict[int, str]:
         return {key: name for part in reversed(self.parts.values()) for key, name in part.names().items()}

@@ -6,6 +6,7 @@ and ZeRO's partitions do. Its optimizer state has its shape, or is a scalar.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,10 +66,12 @@ class FlatState(OptimizerAdapter):
     """
 
     flat: FlatFramework
+    state_stays = True  # parts of what has moved are other parts
 
     def _init_flat(self, framework: FlatFramework) -> None:
         self.flat = framework
-        self._known: dict[int, tuple[list[Any], dict[str, dict[str, Any]]]] = {}
+        self._parts: dict[int, _Parts] = {}
+        self._states: tuple[Sequence[ParamView], list[Mapping[str, Any]]] = (), []
         self._loading: dict[int, dict[str, torch.Tensor]] = {}
 
     @property
@@ -108,24 +111,22 @@ class FlatState(OptimizerAdapter):
     # -- what there is ------------------------------------------------------------------------------------------
 
     def states(self, views: Sequence[ParamView]) -> list[Mapping[str, Any]]:
-        by_fqn: dict[str, dict[str, Any]] = {}
-        for number in self._numbers():
-            by_fqn.update(self._unit_states(number))
-        return [by_fqn.get(view.fqn, NO_STATE) for view in views]
-
-    def _unit_states(self, number: int) -> dict[str, dict[str, Any]]:
-        """Looked up anew each time, since tensors may be replaced; the same dicts while they were not."""
-        unit, state = self.flat.unit(number), self.state_of(number)
-        held = [unit, *((name, value if isinstance(value, torch.Tensor) else None) for name, value in state.items())]
-        known = self._known.get(number)
-        if known is None or not _same(known[0], held):
-            made = {view.fqn: self._fragment_states(view, unit, state) for view in self.flat.views_in(number)}
-            known = self._known[number] = held, made
-        scalars = {name: value for name, value in state.items() if not isinstance(value, torch.Tensor)}
-        if scalars:
-            for each in known[1].values():
-                each.update(scalars)
-        return known[1]
+        """The very same list while nothing changed: units are looked at anew each time, since tensors may be replaced,
+        or given other memory.
+        """
+        numbers, parts = self._numbers(), self._parts
+        changed = len(parts) != len(numbers) or self._states[0] is not views
+        for number in numbers:
+            unit, state = self.flat.unit(number), self.state_of(number)
+            known = parts.get(number)
+            if known is None or not known.are_of(unit, state):
+                by_fqn = {view.fqn: self._fragment_states(view, unit, state) for view in self.flat.views_in(number)}
+                parts[number] = _Parts(unit, state, by_fqn)
+                changed = True
+        if changed:
+            by_fqn = {fqn: each for number in numbers for fqn, each in parts[number].by_fqn.items()}
+            self._states = views, [by_fqn.get(view.fqn, NO_STATE) for view in views]
+        return self._states[1]
 
     def _fragment_states(self, view: ParamView, unit: torch.Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -188,10 +189,35 @@ class FlatState(OptimizerAdapter):
         adopt_groups(self.base.param_groups, self._group_names(), saved)
 
 
-def _same(known: Sequence[Any], held: Sequence[Any]) -> bool:
-    """The same unit, with the same names and the very same tensors in its state."""
-    return (
-        len(known) == len(held)
-        and known[0] is held[0]
-        and all(was[0] == now[0] and was[1] is now[1] for was, now in zip(known[1:], held[1:], strict=True))
-    )
+class _Parts:
+    """A unit's state cut into that of its parameters, by their names. `unit` and `state` are what it was cut from."""
+
+    def __init__(self, unit: torch.Tensor, state: Mapping[str, Any], by_fqn: dict[str, dict[str, Any]]) -> None:
+        self.by_fqn = by_fqn
+        self._unit, self._names, self._values = unit, [*state], [*state.values()]
+        self._tensors = [value for value in self._values if isinstance(value, torch.Tensor)]
+        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
+
+    def are_of(self, unit: torch.Tensor, state: Mapping[str, Any]) -> bool:
+        """Whether they are parts of these: the very same tensors, in the same places. Scalars are brought up to date."""
+        if unit is not self._unit or [*state] != self._names:
+            return False
+        values = [*state.values()]
+        if not all(map(operator.is_, values, self._values)) and not self._take_scalars(values):
+            return False
+        return [tensor.data_ptr() for tensor in self._tensors] == self._addresses
+
+    def _take_scalars(self, values: list[Any]) -> bool:
+        """False if more than scalars changed."""
+        now = [value for value in values if isinstance(value, torch.Tensor)]
+        if len(now) != len(self._tensors) or not all(map(operator.is_, now, self._tensors)):
+            return False
+        scalars = {
+            name: value
+            for name, value in zip(self._names, values, strict=True)
+            if not isinstance(value, torch.Tensor)
+        }
+        for each in self.by_fqn.values():
+            each.update(scalars)
+        self._values = values
+        return True

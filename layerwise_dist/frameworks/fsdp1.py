@@ -108,15 +108,8 @@ class FSDP1Framework(FlatFramework):
             return tensor.detach()
         return self.fragment_of(view, self.unit(self.fragments[view.fqn].unit))
 
-    def addresses(self, tensors: Sequence[torch.Tensor]) -> list[int]:
-        def address(tensor: torch.Tensor) -> int:
-            view = self._by_param.get(id(tensor))
-            if view is None or view.fqn not in self.fragments:
-                return tensor.data_ptr()
-            # The offset within the unit never changes, so the unit's own address tells.
-            return self.unit(self.fragments[view.fqn].unit).data_ptr()
-
-        return [address(tensor) for tensor in tensors]
+    def param_addresses(self) -> list[int]:
+        return self.addresses(self._units)  # where a parameter begins within its unit never changes
 
     def gradient_ready_params(self) -> list[nn.Parameter]:
         return []  # they announce no gradients

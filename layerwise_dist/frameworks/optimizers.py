@@ -58,10 +58,11 @@ class OptimizerAdapter:
     Attributes:
         kind: its class's name, as it is saved.
         several: whether it stands for optimizers that update one by one, so that no update ends an iteration.
+        state_stays: whether tensors of `states` lie where they lie; others can be given other memory (``.data = ...``).
     """
 
     kind: str
-    several = False
+    several = state_stays = False
 
     @property
     def layer_order(self) -> Sequence[str]:

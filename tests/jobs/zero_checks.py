@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -185,6 +186,28 @@ def other_stage(root: str) -> list[str]:
         found += differences(job.contents(), before)
     ckpt.close()
     return found
+
+
+def given_other_memory(case: str, root: str) -> list[str]:
+    """Masters and state that get other memory between two iterations, as `engine.offload_states()` does it."""
+    job = Job(case, seed=1)
+    losses = job.train(None, STEPS)
+    expected = job.contents()
+    job = Job(case, seed=1)
+    ckpt = job.attach(root)
+    job.train(ckpt, STOP - 1)
+    framework = room.DeepSpeedFramework(job.engine, dist.get_rank(), dist.get_world_size())
+    for number in range(len(framework.units.groupings())):
+        for held in (framework.units.tensor(number), *framework.units.state(number).values()):
+            held.data = held.data.clone()
+    job.train(ckpt, STOP)
+    ckpt.close()
+    job = Job(case, seed=2)
+    ckpt = job.attach(root)
+    found = [] if ckpt.restore() == STOP else ["another step"]
+    found += [] if job.train(ckpt, STEPS) == losses[STOP:] else ["losses"]
+    ckpt.close()
+    return found + differences(job.contents(), expected)
 
 
 def regrouped(root: str) -> list[str]:
@@ -388,4 +411,5 @@ CHECKS: dict[str, Callable[[str], Any]] = {
     "calls": calls, "from DeepSpeed's own": from_deepspeeds_own, "regrouped": regrouped, "mutations": mutations,
     "nvme mutation": nvme_mutation, "nvme full": nvme_full, "nvme saved": nvme_saved,
     "in backward": in_backward, "in backward mutation": in_backward_mutation,
+    "other memory 2": partial(given_other_memory, "2-bf16"), "other memory 3": partial(given_other_memory, "3-bf16"),
 }  # fmt: skip

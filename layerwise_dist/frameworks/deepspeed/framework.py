@@ -46,6 +46,7 @@ class DeepSpeedFramework(FlatFramework):
         self.fragments = {view.fqn: trained[id(view.param)] for view in self.params if id(view.param) in trained}
         self._in_unit = [[self._by_param[id(p)] for p in grouping.params] for grouping in self.units.groupings()]
         self._numbers = sorted({fragment.unit for fragment in self.fragments.values()})
+        self._untrained = [view.param for view in self.params if view.fqn not in self.fragments]
         self._shares = self._divide()
         self.counters = Counters(engine, self.units)
         for view in self.params:
@@ -79,18 +80,10 @@ class DeepSpeedFramework(FlatFramework):
             return tensor.ds_tensor.detach().view(-1)[: partition(tensor, self.rank)[1]]
         return tensor.detach()
 
-    def addresses(self, tensors: Sequence[torch.Tensor]) -> list[int]:
-        masters = {number: self.units.tensor(number).data_ptr() for number in self._numbers}
-
-        def address(tensor: torch.Tensor) -> int:
-            view = self._by_param.get(id(tensor))
-            if view is None:
-                return tensor.data_ptr()
-            fragment = self.fragments.get(view.fqn)
-            # The offset within the unit never changes, so the unit's own address tells.
-            return masters[fragment.unit] if fragment is not None else getattr(tensor, "ds_tensor", tensor).data_ptr()
-
-        return [address(tensor) for tensor in tensors]
+    def param_addresses(self) -> list[int]:
+        # Where a parameter begins within its unit never changes.
+        units = self.addresses([self.units.tensor(number) for number in self._numbers])
+        return units + self.addresses([getattr(param, "ds_tensor", param) for param in self._untrained])
 
     def gradient_ready_params(self) -> list[nn.Parameter]:
         return []  # ZeRO's own hooks take gradients away as they come
