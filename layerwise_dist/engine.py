@@ -253,6 +253,8 @@ class LayerwiseEngine(SaveAndRestore, Together):
         layers = update.layers if layers is None else layers
         if self._trace is not None:
             self._trace.overwriting(layers)
+        if not self._captures and not update.again:
+            return  # as nearly always in an update that goes unit by unit
         with self._statistics.stall("fence"):
             self._end_leases(layers, overwrite=True)
             if update.again and not update.drained and self._open is not None:
@@ -264,7 +266,7 @@ class LayerwiseEngine(SaveAndRestore, Together):
         assert update is not None, "update_starting() comes first"
         if self._trace is not None:
             self._trace.updated(layers)
-        if update.again or not self._may_be_early:
+        if update.again or not self._may_be_early or not layers:
             return
         with self._statistics.stall("open"):
             if not update.asked:
@@ -326,8 +328,7 @@ class LayerwiseEngine(SaveAndRestore, Together):
     def _end_leases(self, layers: Collection[str] | None = None, *, overwrite: bool = False) -> None:
         for capture in self._captures:
             self._attempts.learn(capture.fence(layers, overwrite=overwrite), "the next update")
-        if layers is None:
-            self._captures.clear()
+        self._captures = [capture for capture in self._captures if not capture.over] if layers is not None else []
 
     def _guarded(self, capture: Capture, action: Callable[[], Any]) -> bool:
         """Runs a step of a capture; if its lease is broken the attempt ends for all ranks, and training goes on."""

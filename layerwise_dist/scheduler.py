@@ -8,6 +8,9 @@ from typing import Literal
 
 # A batch's last block is seldom full: with four blocks or more a batch, few writes are short.
 BLOCKS_A_BATCH = 4
+# Each batch costs the training thread some 50 µs, so that more of them than this are made larger, to four times as much
+# at the most: what waits longer for its write must still be little beside the state.
+FEW_BATCHES = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +32,7 @@ class LayerwiseCheckpointScheduler:
     next applied update behind one that was due and skipped (`postpone`).
 
     *How*: layers in the update order, small ones together in *batches* of at least `batch_bytes`, so that writes are
-    few and large. A batch is captured when the last of its layers was updated (`updated`).
+    few and large, and more than that where there would be many. A batch is captured when the last of its layers was updated (`updated`).
 
     *How many*: `room` says whether one more checkpoint may be on its way to the disk (back-pressure).
     """
@@ -84,10 +87,12 @@ class LayerwiseCheckpointScheduler:
         """The batches, as names, for layers in the model's order. Staged layers and others are never in one batch."""
         last = len(self._order)
         ordered = sorted(layers, key=lambda layer: self._order.get(layer.name, last))
+        share = sum(layer.nbytes for layer in layers) // FEW_BATCHES
+        least = max(self._batch_bytes, min(share, 4 * self._batch_bytes))
         batches: list[list[str]] = []
-        nbytes, staged = self._batch_bytes, False
+        nbytes, staged = least, False
         for layer in ordered:
-            if nbytes >= self._batch_bytes or layer.staged != staged:
+            if nbytes >= least or layer.staged != staged:
                 batches.append([])
                 nbytes, staged = 0, layer.staged
             batches[-1].append(layer.name)

@@ -7,7 +7,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -61,9 +60,10 @@ class Capture:
 
         Raises StageError.
         """
+        tensors = self.survey.tensors
         for number in batches:
-            for piece in self.survey.pieces_of[number]:
-                self._versions[piece] = self.survey.tensors[piece]._version
+            pieces = self.survey.pieces_of[number]
+            self._versions[pieces.start : pieces.stop] = [tensors[piece]._version for piece in pieces]
         self._audit.note_leased(self.survey, batches)
         for first, count in self._leased_runs(batches):
             self.write.submit(first, count)
@@ -113,6 +113,11 @@ class Capture:
     def settled(self) -> bool:
         """Whether the lease is judged."""
         return self._settled.is_set()
+
+    @property
+    def over(self) -> bool:
+        """Whether no fence has anything to do any more. A full audit looks once more before each batch is changed."""
+        return self._settled.is_set() and (not self._audit.full or not self._unjudged)
 
     def settle(self) -> set[str]:
         """Judges the capture, if no more of the tensors' memory is needed by now. On the training thread only.
@@ -177,10 +182,18 @@ class Capture:
 
     def _leased_runs(self, batches: Iterable[int]) -> Iterator[tuple[int, int]]:
         """Leased ones of these batches that follow one another in the file, as (first, count)."""
-        leased = sorted(number for number in batches if not self.survey.batches[number].staged)
-        for _, run in groupby(enumerate(leased), key=lambda item: item[1] - item[0]):
-            numbers = [number for _, number in run]
-            yield numbers[0], len(numbers)
+        first = count = 0
+        for number in sorted(batches):
+            if self.survey.batches[number].staged:
+                continue
+            if count and number == first + count:
+                count += 1
+                continue
+            if count:
+                yield first, count
+            first, count = number, 1
+        if count:
+            yield first, count
 
     def _stage_batches(self, numbers: Iterable[int]) -> None:
         deadline = time.monotonic() + self._timeout_s

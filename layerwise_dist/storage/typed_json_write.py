@@ -103,7 +103,8 @@ class Writer:
         k = ""
         try:
             for k, v in d.items():
-                out[k] = self.value(v)
+                stays = _STAYS.get(type(v))  # param groups by the hundred are made of these
+                out[k] = v if stays is not None and stays(v) else self.value(v)
         except Problem as problem:
             problem.steps.append(f"[{short(k)}]")
             raise
@@ -261,6 +262,10 @@ _WRITERS: dict[type, Callable[[Writer, Any], Any]] = {
     torch.dtype: lambda w, v: {TAG: "dtype", "v": str(v).removeprefix("torch.")},
     torch.device: lambda w, v: {TAG: "device", "type": v.type, "index": v.index},
     Prepared: lambda w, v: w.place(v.text),
+}  # fmt: skip
+# Of what type and when a value is its own tree.
+_STAYS: dict[type, Callable[[Any], bool]] = {
+    type(None): lambda v: True, bool: lambda v: True, float: math.isfinite, str: str.isascii,
 }  # fmt: skip
 _CONTAINERS = {list, tuple, set, frozenset, dict, OrderedDict, Counter, defaultdict, deque, slice}
 
