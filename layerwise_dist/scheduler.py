@@ -8,8 +8,8 @@ from typing import Literal
 
 # A batch's last block is seldom full: with four blocks or more a batch, few writes are short.
 BLOCKS_A_BATCH = 4
-# Each batch costs the training thread some 50 µs, so that more of them than this are made larger, to four times as much
-# at the most: what waits longer for its write must still be little beside the state.
+# Each batch costs the training thread some Python and a wake-up of the writer. More of them than this are made larger,
+# to four times as much at the most: what waits longer for its write must be little beside the state.
 FEW_BATCHES = 12
 
 
@@ -32,7 +32,8 @@ class LayerwiseCheckpointScheduler:
     next applied update behind one that was due and skipped (`postpone`).
 
     *How*: layers in the update order, small ones together in *batches* of at least `batch_bytes`, so that writes are
-    few and large, and more than that where there would be many. A batch is captured when the last of its layers was updated (`updated`).
+    few and large, and of more than that where there would be many. A batch is captured when the last of its layers was
+    updated (`updated`).
 
     *How many*: `room` says whether one more checkpoint may be on its way to the disk (back-pressure).
     """

@@ -199,7 +199,7 @@ class _Parts:
         self._addresses = [tensor.data_ptr() for tensor in self._tensors]
 
     def are_of(self, unit: torch.Tensor, state: Mapping[str, Any]) -> bool:
-        """Whether they are parts of these: the very same tensors, in the same places. Scalars are brought up to date."""
+        """Whether they are parts of these very tensors, in the same places. Brings scalars up to date."""
         if unit is not self._unit or [*state] != self._names:
             return False
         values = [*state.values()]
@@ -213,9 +213,7 @@ class _Parts:
         if len(now) != len(self._tensors) or not all(map(operator.is_, now, self._tensors)):
             return False
         scalars = {
-            name: value
-            for name, value in zip(self._names, values, strict=True)
-            if not isinstance(value, torch.Tensor)
+            name: value for name, value in zip(self._names, values, strict=True) if not isinstance(value, torch.Tensor)
         }
         for each in self.by_fqn.values():
             each.update(scalars)
