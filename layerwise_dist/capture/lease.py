@@ -53,7 +53,7 @@ class Capture:
         self.bytes_staged = self.bytes_sealed = 0
         # Gathered extents get their memory when there is something in it.
         others = len(survey.copied) + len(gathered)
-        write.set_addresses([tensor.data_ptr() for tensor in survey.tensors] + [0] * others)
+        write.set_addresses(survey.addresses + [0] * others)
 
     def take(self, batches: Collection[int]) -> None:
         """Captures these batches as they are now. REQUIRES: nothing of them is queued (`drain`).

@@ -63,6 +63,11 @@ class Survey:
         return [piece.tensor for piece in self.pieces]
 
     @cached_property
+    def addresses(self) -> list[int]:
+        """Of all pieces; where one of them moves, there is another survey."""
+        return [tensor.data_ptr() for tensor in self.tensors]
+
+    @cached_property
     def batch_of(self) -> list[int]:
         """Of each piece, the number of its batch."""
         return [number for number, batch in enumerate(self.batches) for _ in batch.pieces]
@@ -186,14 +191,18 @@ class Surveyor:
     def _glance(self, copying: frozenset[str]) -> _Glance:
         framework = self._framework
         states = self._optimizer.states(framework.params)
-        values = [value for state in states for value in state.values()]
         last = self._last[0] if self._last is not None else None
-        dense = last.dense if last is not None and _identical(values, last.values) else [*filter(_is_dense, values)]
+        if last is not None and states is last.states:  # then nothing came or went, says who gave it
+            names, sizes, values, dense = last.names, last.sizes, last.values, last.dense
+        else:
+            names = [name for state in states for name in state]
+            sizes = [*map(len, states)]
+            values = [value for state in states for value in state.values()]
+            dense = last.dense if last is not None and _identical(values, last.values) else [*filter(_is_dense, values)]
         buffers = framework.buffers()
-        names = [name for state in states for name in state]
         movable = [] if self._optimizer.state_stays else dense
         addresses = framework.param_addresses() + framework.addresses([*movable, *(buffer for _, buffer in buffers)])
-        return _Glance(copying, states, names, [*map(len, states)], values, dense, buffers, addresses)
+        return _Glance(copying, states, names, sizes, values, dense, buffers, addresses)
 
     def _survey(
         self, copying: frozenset[str], states: list[Mapping[str, Any]], frozen_ids: frozenset[int] | None
@@ -305,7 +314,7 @@ def _same(one: _Glance, other: _Glance) -> bool:
                 for was, now in zip(one.values, other.values, strict=True)
             )
         )
-        and _identical(one.states, other.states)
+        and (one.states is other.states or _identical(one.states, other.states))
     )
 
 

@@ -96,7 +96,8 @@ class OptimizerAdapter:
         """The state of each parameter by name, empty where there is none. Tensors are what `Framework.need` and
         `Framework.pieces` take.
 
-        The very same objects while nothing came, went or moved: the survey compares identities.
+        The very same objects while nothing came, went or moved: the survey compares identities. The very same list says
+        so of all that is no scalar.
         """
         raise NotImplementedError
 

@@ -81,7 +81,8 @@ class Writer:
         out: list[Any] = []
         try:
             for v in values:
-                out.append(self.value(v))
+                stays = _STAYS.get(type(v))
+                out.append(v if stays is not None and stays(v) else self.value(v))
         except Problem as problem:
             problem.steps.append(f"[{len(out)}]")
             raise
@@ -161,7 +162,7 @@ def _write_bytes(w: Writer, v: bytes | bytearray) -> Any:
 
 def _write_sequence(w: Writer, v: list[Any] | tuple[Any, ...]) -> Any:
     kinds = set(map(type, v))
-    if kinds == {str} and type(v) is list and all(map(is_utf8, v)):
+    if kinds == {str} and type(v) is list and (all(map(str.isascii, v)) or all(map(is_utf8, v))):
         return list(v)  # names, by the hundred in every checkpoint
     if len(v) > VECTOR_ABOVE:
         dtype = "<i8" if kinds == {int} else "<f8" if kinds == {float} else None
@@ -181,7 +182,7 @@ def _write_set(w: Writer, v: set[Any] | frozenset[Any]) -> Any:
 
 
 def _write_dict(w: Writer, v: dict[Any, Any]) -> Any:
-    if {str}.issuperset(map(type, v)) and TAG not in v and all(map(is_utf8, v)):
+    if {str}.issuperset(map(type, v)) and TAG not in v and (all(map(str.isascii, v)) or all(map(is_utf8, v))):
         return w.fields(v)
     return {TAG: "dict", "v": w.pairs(v)}
 
