@@ -11,8 +11,7 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.session import Pen, SessionInfo
 from layerwise_dist.compiled import eager
 from layerwise_dist.config import LayerwiseConfig
-from layerwise_dist.errors import BoundaryError, DamageError, LayerwiseError
+from layerwise_dist.errors import BoundaryError, LayerwiseError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.preemption import Preemption
@@ -43,25 +42,12 @@ from layerwise_dist.statistics import Statistics
 from layerwise_dist.storage.adapter import PCCheckAdapter
 from layerwise_dist.together import Together
 from layerwise_dist.trace import StepTrace
+from layerwise_dist.updates import Update, Updates
 
 log = logging.getLogger("layerwise_dist")
 
 
-@dataclass(slots=True)
-class _Update:
-    """One update of an optimizer. `again`: an earlier one of this iteration has opened the attempt already. `layers`:
-    the only ones that it can change, or None.
-    """
-
-    again: bool
-    layers: Collection[str] | None = None
-    fenced: bool = False  # all of it
-    asked: bool = False  # whether the attempt can be opened before the update is over
-    early: bool = False  # it was, or could not be
-    drained: bool = False
-
-
-class LayerwiseEngine(SaveAndRestore, Together):
+class LayerwiseEngine(Updates, SaveAndRestore, Together):
     """Checkpoints what is trained on this rank: models and their optimizers. All methods belong to the training thread.
 
     Made by `attach()`. As a context manager it closes itself; left by an exception, it gives up what is not sealed.
@@ -100,7 +86,7 @@ class LayerwiseEngine(SaveAndRestore, Together):
         self._sealer = Sealer(framework, optimizer, objects)
         self._captures: list[Capture] = []  # sealed, and to be fenced before the next update
         self._open: Capture | None = None  # of this iteration
-        self._update: _Update | None = None
+        self._update: Update | None = None
         self._may_be_early = not optimizer.several
         self._updates = self._boundaries = 0
         self._trace: StepTrace | None = None
@@ -221,130 +207,6 @@ class LayerwiseEngine(SaveAndRestore, Together):
     def _end_trace(self, wait_s: float = 0.0) -> None:
         if self._trace is not None and self._trace.save_if_complete(wait_s):
             self._trace = None
-
-    # -- updates ------------------------------------------------------------------------------------------------
-
-    def update_starting(self, *, in_closure: bool = False, layers: Collection[str] | None = None) -> None:
-        """An update of the optimizer begins (`UpdateEvents`, as are the next five)."""
-        self._boundary.update_starting(in_closure=in_closure)
-        if not in_closure:
-            self._may_update()
-            with self._statistics.stall("fence"):
-                self._frozen.before_update(lambda: self._optimizer.trained)
-            self._update = _Update(self._open is not None, layers)
-
-    def wants_layers(self) -> bool:
-        """Whether the update that comes had better go layer by layer: it is saved, or what is read in place is in its
-        way.
-        """
-        return self._scheduler.due(self._boundary.completed + 1) or not all(c.settled for c in self._captures)
-
-    def wanted(self) -> bool:
-        """Whether what the running update leaves is to be saved."""
-        return self._scheduler.due(self._boundary.completed + 1)
-
-    def overwriting(self, layers: Collection[str] | None = None) -> None:
-        """What is leased of these layers, or of all, is written or copied away; else its attempt ends."""
-        update = self._update
-        assert update is not None, "update_starting() comes first"
-        if update.fenced:
-            return
-        update.fenced = layers is None
-        layers = update.layers if layers is None else layers
-        if self._trace is not None:
-            self._trace.overwriting(layers)
-        if not self._captures and not update.again:
-            return  # as nearly always in an update that goes unit by unit
-        with self._statistics.stall("fence"):
-            self._end_leases(layers, overwrite=True)
-            if update.again and not update.drained and self._open is not None:
-                update.drained = self._guarded(self._open, self._open.drain)
-
-    def updated(self, layers: Collection[str]) -> None:
-        """These layers change no more in this update: what is complete of a due checkpoint is captured at once."""
-        update = self._update
-        assert update is not None, "update_starting() comes first"
-        if self._trace is not None:
-            self._trace.updated(layers)
-        if update.again or not self._may_be_early or not layers:
-            return
-        with self._statistics.stall("open"):
-            if not update.asked:
-                update.asked = True
-                step = self._boundary.completed + 1
-                found = self._attempts.steady() if self._scheduler.due(step) else None
-                if found is not None:
-                    update.early, self._open = True, self._attempts.open(step, found)
-            if self._open is not None:
-                self._take(self._open, self._scheduler.updated(layers))
-
-    def update_done(self, *, applied: bool) -> None:
-        """Opens an attempt, if one is due, or captures anew what an earlier update of this iteration had opened."""
-        update, self._update = self._update, None
-        assert update is not None, "update_starting() comes first"
-        if not update.fenced:
-            with self._statistics.stall("fence"):
-                self._end_leases(update.layers, overwrite=True)
-        self._statistics.update_over()
-        if self._trace is not None:
-            self._trace.update_done()
-        if not applied:
-            self._boundary.update_skipped()
-            return
-        self._updates += 1
-        self._boundary.update_done()
-        step = self._boundary.completed + 1
-        with self._statistics.stall("open"):
-            if update.again:
-                if self._open is not None and update.drained:
-                    self._guarded(self._open, self._open.take_all)
-                return
-            if self._open is None and not update.early and not self._optimizer.several and self._scheduler.due(step):
-                self._begin(step)
-            elif self._open is not None:
-                self._take(self._open, self._scheduler.flush())
-
-    def _begin(self, step: int) -> None:
-        """Opens the attempt of `step` behind its update, and captures all."""
-        if self._scheduler.set_order(self._optimizer.layer_order):
-            self._surveyor.forget()
-        self._open = self._attempts.open(step)
-        if self._open is not None:
-            self._take(self._open, self._scheduler.flush())
-
-    def _may_update(self) -> None:
-        if self._restorer.undefined is not None:
-            raise DamageError(self._restorer.undefined)
-        if not self._ready:
-            raise BoundaryError(
-                f"{self.config.path} already holds checkpoints: call restore() before the first step, or "
-                "attach(fresh=True) to start anew beside them"
-            )
-
-    def _take(self, capture: Capture, batches: Collection[int]) -> None:
-        if batches and self._guarded(capture, lambda: capture.take(batches)) and self._trace is not None:
-            self._trace.captured(capture, batches)
-
-    def _end_leases(self, layers: Collection[str] | None = None, *, overwrite: bool = False) -> None:
-        for capture in self._captures:
-            self._attempts.learn(capture.fence(layers, overwrite=overwrite), "the next update")
-        self._captures = [capture for capture in self._captures if not capture.over] if layers is not None else []
-
-    def _guarded(self, capture: Capture, action: Callable[[], Any]) -> bool:
-        """Runs a step of a capture; if its lease is broken the attempt ends for all ranks, and training goes on."""
-        try:
-            action()
-            return True
-        except (LayerwiseError, OSError) as error:
-            self._participant.failed(capture.write.attempt, str(error), capture.write)
-            if capture is self._open:
-                self._open = None
-            return False
-
-    def _give_up(self, reason: str) -> None:
-        if self._open is not None:
-            self._participant.failed(self._open.write.attempt, reason, self._open.write)
-            self._open = None
 
     # -- boundaries ---------------------------------------------------------------------------------------------
 

@@ -205,6 +205,9 @@ class _Parts:
         values = [*state.values()]
         if not all(map(operator.is_, values, self._values)) and not self._take_scalars(values):
             return False
+        return self._in_place()
+
+    def _in_place(self) -> bool:
         return [tensor.data_ptr() for tensor in self._tensors] == self._addresses
 
     def _take_scalars(self, values: list[Any]) -> bool:

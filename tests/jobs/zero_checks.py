@@ -19,6 +19,7 @@ import layerwise_dist as lwd
 import layerwise_dist.deepspeed as drop_in
 from layerwise_dist import errors
 from layerwise_dist.frameworks import deepspeed as room
+from layerwise_dist.frameworks import flat
 from layerwise_dist.frameworks.deepspeed import counters, nvme, units
 from layerwise_dist.frameworks.deepspeed import in_backward as in_backward_room
 
@@ -50,7 +51,17 @@ def mutations(root: str) -> dict[str, bool]:
         ),
         "low-precision copies of ZeRO-3 not derived": bool(without(units.Zero3, "after_load", "3-bf16", f"{root}/lp3")),
         "counters not put back": bool(without(counters.Counters, "put", "1-fp32-accumulate3", f"{root}/counters")),
+        "state that got other memory not looked for": bool(not_looked_for(f"{root}/memory")),
     }
+
+
+def not_looked_for(root: str) -> list[str]:
+    original = flat._Parts._in_place
+    flat._Parts._in_place = lambda parts: True
+    try:
+        return given_other_memory("3-bf16", root)
+    finally:
+        flat._Parts._in_place = original
 
 
 def nvme_mutation(root: str) -> list[str]:
