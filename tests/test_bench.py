@@ -74,10 +74,11 @@ def test_the_writer_is_measured_in_each_backend_and_use_against_raw_writes(tmp_p
 @pytest.mark.parametrize(
     ("ranks", "every", "modes"),
     [
-        (1, (1, 2), ("layerwise", "layerwise-monitor", "layerwise-off-step", "torch-save", "dcp", "dcp-async")),
+        (1, (1,), ("layerwise", "layerwise-monitor", "layerwise-off-step", "torch-save", "dcp", "dcp-async")),
+        (1, (1, 2), ("layerwise", "dcp-async")),
         (2, (2,), ("layerwise", "torch-save", "dcp-async")),
     ],
-    ids=["one process", "FSDP2 on two ranks"],
+    ids=["one process", "two intervals", "FSDP2 on two ranks"],
 )
 def test_training_is_measured_under_each_way_to_checkpoint(
     tmp_path: Path, ranks: int, every: tuple[int, ...], modes: tuple[str, ...]

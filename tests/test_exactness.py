@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def test_the_table_in_the_docs_is_whole_and_what_is_tried_again_is_as_it_says(lo
         ("ddp", 2, ("in_backward",), OPTIMIZERS[1:2], ("clipping", "accumulation", "unused", "compile")),
         ("fsdp1-flat", 2, ("whole", "pipelined_step"), OPTIMIZERS[:1], ("clipping", "frozen")),
     ]
-    for wrapper, ranks, updates, optimizers, features in again[not long :]:
+    for wrapper, ranks, updates, optimizers, features in again if long else [random.choice(again[1:])]:
         found = cells(wrapper, ranks, updates, optimizers, features)
         for case, verdict in found.items():
             update, optimizer, feature = case.split()
