@@ -462,7 +462,7 @@ def test_a_start_removes_what_nothing_refers_to_unless_a_manifest_is_damaged(tmp
     (tmp_path / "base" / "of somebody else").mkdir()
     path = next(tmp_path.glob("step_0000000001-*/manifest.json"))
     good = path.read_bytes()
-    path.write_bytes(good[:-9] + b"0" + good[-8:])
+    path.write_bytes(good[:-9] + bytes([good[-9] ^ 1]) + good[-8:])
 
     def start() -> None:
         job = lora.Job("plain", 2)
