@@ -138,7 +138,7 @@ class Updates:
     def _end_leases(self: LayerwiseEngine, layers: Collection[str] | None = None, *, overwrite: bool = False) -> None:
         for capture in self._captures:
             self._attempts.learn(capture.fence(layers, overwrite=overwrite), "the next update")
-        self._captures = [capture for capture in self._captures if not capture.over] if layers is not None else []
+        self._captures = [capture for capture in self._captures if not capture.over]
 
     def _guarded(self: LayerwiseEngine, capture: Capture, action: Callable[[], Any]) -> bool:
         """Runs a step of a capture; if its lease is broken the attempt ends for all ranks, and training goes on."""

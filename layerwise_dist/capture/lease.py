@@ -7,6 +7,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -182,18 +183,10 @@ class Capture:
 
     def _leased_runs(self, batches: Iterable[int]) -> Iterator[tuple[int, int]]:
         """Leased ones of these batches that follow one another in the file, as (first, count)."""
-        first = count = 0
-        for number in sorted(batches):
-            if self.survey.batches[number].staged:
-                continue
-            if count and number == first + count:
-                count += 1
-                continue
-            if count:
-                yield first, count
-            first, count = number, 1
-        if count:
-            yield first, count
+        leased = sorted(number for number in batches if not self.survey.batches[number].staged)
+        for _, run in groupby(enumerate(leased), key=lambda item: item[1] - item[0]):
+            numbers = [number for _, number in run]
+            yield numbers[0], len(numbers)
 
     def _stage_batches(self, numbers: Iterable[int]) -> None:
         deadline = time.monotonic() + self._timeout_s

@@ -129,18 +129,26 @@ class Survey:
 
 
 @dataclass(frozen=True, slots=True)
-class _Glance:
-    """The very objects that a survey was made of. `values` keeps them alive, so that no other takes their identity.
+class _Held:
+    """The optimizer's state at a glance. `values` keeps it alive, so that nothing else takes its identity.
 
     `dense` are those of the values that are tensors with an address.
     """
 
-    copying: frozenset[str]
     states: list[Mapping[str, Any]]
     names: list[str]
     sizes: list[int]
     values: list[Any]
     dense: list[torch.Tensor]
+    addresses: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Glance:
+    """The very objects that a survey was made of; `addresses` are those of parameters and buffers."""
+
+    copying: frozenset[str]
+    held: _Held
     buffers: list[tuple[str, torch.Tensor]]
     addresses: list[int]
 
@@ -179,7 +187,7 @@ class Surveyor:
         glance = self._glance(copying)
         frozen = self._frozen if sealing else self._still_frozen()
         if self._last is None or frozen is not self._frozen or not _same(self._last[0], glance):
-            self._last = glance, self._survey(copying, glance.states, frozen if sealing else None)
+            self._last = glance, self._survey(copying, glance.held.states, frozen if sealing else None)
         return self._last[1]
 
     def _still_frozen(self) -> frozenset[int] | None:
@@ -191,18 +199,17 @@ class Surveyor:
     def _glance(self, copying: frozenset[str]) -> _Glance:
         framework = self._framework
         states = self._optimizer.states(framework.params)
-        last = self._last[0] if self._last is not None else None
-        if last is not None and states is last.states:  # then nothing came or went, says who gave it
-            names, sizes, values, dense = last.names, last.sizes, last.values, last.dense
-        else:
-            names = [name for state in states for name in state]
-            sizes = [*map(len, states)]
-            values = [value for state in states for value in state.values()]
-            dense = last.dense if last is not None and _identical(values, last.values) else [*filter(_is_dense, values)]
+        last = self._last[0].held if self._last is not None else None
+        held = last if last is not None and states is last.states else self._hold(states, last)
         buffers = framework.buffers()
-        movable = [] if self._optimizer.state_stays else dense
-        addresses = framework.param_addresses() + framework.addresses([*movable, *(buffer for _, buffer in buffers)])
-        return _Glance(copying, states, names, sizes, values, dense, buffers, addresses)
+        addresses = framework.param_addresses() + framework.addresses([buffer for _, buffer in buffers])
+        return _Glance(copying, held, buffers, addresses)
+
+    def _hold(self, states: list[Mapping[str, Any]], last: _Held | None) -> _Held:
+        values = [value for state in states for value in state.values()]
+        dense = last.dense if last is not None and _identical(values, last.values) else [*filter(_is_dense, values)]
+        names = [name for state in states for name in state]
+        return _Held(states, names, [*map(len, states)], values, dense, self._framework.addresses(dense))
 
     def _survey(
         self, copying: frozenset[str], states: list[Mapping[str, Any]], frozen_ids: frozenset[int] | None
@@ -303,18 +310,25 @@ def _same(one: _Glance, other: _Glance) -> bool:
     """Whether all tensors are the same objects in the same places. State that is no tensor may have another value."""
     return (
         one.addresses == other.addresses
-        and one.names == other.names
-        and one.sizes == other.sizes
         and one.copying == other.copying
         and one.buffers is other.buffers
+        and (one.held is other.held or _same_state(one.held, other.held))
+    )
+
+
+def _same_state(one: _Held, other: _Held) -> bool:
+    return (
+        one.addresses == other.addresses
+        and one.names == other.names
+        and one.sizes == other.sizes
         and (
-            one.dense is other.dense  # as `_glance` has it when all values are the same objects
+            one.dense is other.dense  # as `_hold` has it when all values are the same objects
             or all(
                 was is now or not (_is_dense(was) or _is_dense(now))
                 for was, now in zip(one.values, other.values, strict=True)
             )
         )
-        and (one.states is other.states or _identical(one.states, other.states))
+        and _identical(one.states, other.states)
     )
 
 

@@ -67,7 +67,7 @@ class Framework:
         return tensor.detach()
 
     def addresses(self, tensors: Sequence[torch.Tensor]) -> list[int]:
-        """Where this rank's part of each tensor lies; cheaper than asking `local` for them."""
+        """Where this rank's part of each buffer or tensor of state lies; cheaper than asking `local` for them."""
         return [tensor.data_ptr() for tensor in tensors]
 
     def param_addresses(self) -> list[int]:

@@ -66,7 +66,6 @@ class FlatState(OptimizerAdapter):
     """
 
     flat: FlatFramework
-    state_stays = True  # parts of what has moved are other parts
 
     def _init_flat(self, framework: FlatFramework) -> None:
         self.flat = framework
@@ -194,31 +193,25 @@ class _Parts:
 
     def __init__(self, unit: torch.Tensor, state: Mapping[str, Any], by_fqn: dict[str, dict[str, Any]]) -> None:
         self.by_fqn = by_fqn
-        self._unit, self._names, self._values = unit, [*state], [*state.values()]
-        self._tensors = [value for value in self._values if isinstance(value, torch.Tensor)]
-        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
+        self._unit, self._names, self._tensors = unit, [*state], _tensors(state)
+        self._addresses = [tensor.data_ptr() for tensor in self._tensors.values()]
 
     def are_of(self, unit: torch.Tensor, state: Mapping[str, Any]) -> bool:
         """Whether they are parts of these very tensors, in the same places. Brings scalars up to date."""
-        if unit is not self._unit or [*state] != self._names:
+        tensors = _tensors(state)
+        if unit is not self._unit or [*state] != self._names or [*tensors] != [*self._tensors]:
             return False
-        values = [*state.values()]
-        if not all(map(operator.is_, values, self._values)) and not self._take_scalars(values):
+        if not all(map(operator.is_, tensors.values(), self._tensors.values())) or not self._in_place():
             return False
-        return self._in_place()
+        if len(tensors) < len(state):
+            scalars = {name: value for name, value in state.items() if name not in tensors}
+            for each in self.by_fqn.values():
+                each.update(scalars)
+        return True
 
     def _in_place(self) -> bool:
-        return [tensor.data_ptr() for tensor in self._tensors] == self._addresses
+        return [tensor.data_ptr() for tensor in self._tensors.values()] == self._addresses
 
-    def _take_scalars(self, values: list[Any]) -> bool:
-        """False if more than scalars changed."""
-        now = [value for value in values if isinstance(value, torch.Tensor)]
-        if len(now) != len(self._tensors) or not all(map(operator.is_, now, self._tensors)):
-            return False
-        scalars = {
-            name: value for name, value in zip(self._names, values, strict=True) if not isinstance(value, torch.Tensor)
-        }
-        for each in self.by_fqn.values():
-            each.update(scalars)
-        self._values = values
-        return True
+
+def _tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}

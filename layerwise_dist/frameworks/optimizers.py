@@ -58,11 +58,10 @@ class OptimizerAdapter:
     Attributes:
         kind: its class's name, as it is saved.
         several: whether it stands for optimizers that update one by one, so that no update ends an iteration.
-        state_stays: whether tensors of `states` lie where they lie; others can be given other memory (``.data = ...``).
     """
 
     kind: str
-    several = state_stays = False
+    several = False
 
     @property
     def layer_order(self) -> Sequence[str]:
@@ -97,7 +96,7 @@ class OptimizerAdapter:
         `Framework.pieces` take.
 
         The very same objects while nothing came, went or moved: the survey compares identities. The very same list says
-        so of all that is no scalar.
+        that all that is no scalar is as it was, and where it was.
         """
         raise NotImplementedError
 

@@ -9,7 +9,7 @@ import math
 import struct
 import uuid
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -144,6 +144,10 @@ def is_utf8(v: str) -> bool:
     return True
 
 
+def are_utf8(strings: Collection[str]) -> bool:
+    return all(map(str.isascii, strings)) or all(map(is_utf8, strings))
+
+
 def _write_int(w: Writer, v: int) -> Any:
     return v if -(1 << 63) <= v < 1 << 63 else {TAG: "int", "v": format(v, "x")}
 
@@ -162,7 +166,7 @@ def _write_bytes(w: Writer, v: bytes | bytearray) -> Any:
 
 def _write_sequence(w: Writer, v: list[Any] | tuple[Any, ...]) -> Any:
     kinds = set(map(type, v))
-    if kinds == {str} and type(v) is list and (all(map(str.isascii, v)) or all(map(is_utf8, v))):
+    if kinds == {str} and type(v) is list and are_utf8(v):
         return list(v)  # names, by the hundred in every checkpoint
     if len(v) > VECTOR_ABOVE:
         dtype = "<i8" if kinds == {int} else "<f8" if kinds == {float} else None
@@ -182,7 +186,7 @@ def _write_set(w: Writer, v: set[Any] | frozenset[Any]) -> Any:
 
 
 def _write_dict(w: Writer, v: dict[Any, Any]) -> Any:
-    if {str}.issuperset(map(type, v)) and TAG not in v and (all(map(str.isascii, v)) or all(map(is_utf8, v))):
+    if {str}.issuperset(map(type, v)) and TAG not in v and are_utf8(v):
         return w.fields(v)
     return {TAG: "dict", "v": w.pairs(v)}
 
