@@ -665,3 +665,14 @@ def test_a_directory_in_memory_is_said_to_be_one(caplog: pytest.LogCaptureFixtur
         with lwd.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), dir=root):
             pass
     assert "is on tmpfs: what is committed survives this job, not the machine's end" in caplog.text
+
+
+def test_a_model_of_which_all_is_copied_at_the_boundary_is_durable_when_waited_for(tmp_path: Path) -> None:
+    model = torch.nn.Conv2d(64, 512, 3, bias=False).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with lwd.attach(model, optimizer, dir=str(tmp_path), config={"commit": {"timeout_s": 10}}) as ckpt:
+        for _ in ckpt.steps(5):
+            model(torch.ones(1, 64, 8, 8)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ckpt.wait(5, "durable")

@@ -161,8 +161,8 @@ class Capture:
         Returns the names of tensors that changed since the boundary in a way only the audit saw.
         """
         batches = self._unjudged & (self._unjudged if layers is None else self.survey.batches_with(layers))
-        if not batches:
-            return set()
+        if not batches and (self._unjudged or self._settled.is_set()):
+            return set()  # and not where all is copied at the boundary: that is judged by the first fence
         unseen: set[str] = set()
         try:
             if overwrite:
