@@ -147,7 +147,8 @@ class PCCheckAdapter:
             try:
                 return self.writer_of(plan, partial, hash=self.hash, reuse=spare)
             except OSError as error:
-                log.warning("rank %d: a new file instead of a retired one: %s", self.rank, error)
+                level = logging.DEBUG if error.errno == errno.EBUSY else logging.WARNING  # a reader is nobody's fault
+                log.log(level, "rank %d: a new file instead of a retired one: %s", self.rank, error)
                 for path in (spare, partial):
                     try:
                         self.env.unlink(path)
