@@ -104,7 +104,7 @@ def load(loading: LoadPlan) -> None:
     for tensor, spans in loading.reads:
         target = tensor
         if tensor.device.type != "cpu" or not tensor.is_contiguous():
-            target = torch.empty(tensor.shape, dtype=tensor.dtype)
+            target = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
             staged.append((tensor, target))
         for span in spans:
             _, ranges = by_shard.setdefault(id(span.shard), (span.shard, []))
