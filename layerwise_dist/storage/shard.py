@@ -72,7 +72,8 @@ class ShardLayout:
         self._tables = self._static_tables()
         entries = _entry_text(spans)
         blocks = sum(-(-extent.nbytes // self.block_bytes) for extent in self.extents)
-        room = len(entries) + sum(len(json.dumps(table)) for table in self._tables.values())
+        # In bytes, as the file has it: a table is a string within JSON, so that its quotes are escaped once more.
+        room = len(entries.encode()) + sum(len(_compact(table).encode()) for table in self._tables.values())
         self.header_bytes = round_up(8 + room + 16 * (blocks + 1) + _FIXED_ROOM, ALIGN)
         if self.header_bytes > HEADER_CAP:
             raise UnsupportedError(
