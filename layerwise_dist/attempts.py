@@ -100,7 +100,7 @@ class Attempts:
             write = self._adapter.begin(attempt, laid.shard, laid.plan)
         except (LayerwiseError, OSError) as error:
             final = isinstance(error, ConfigError)
-            self._participant.failed(attempt, str(error), None, final=final)
+            self._participant.failed(attempt, str(error), self._adapter.unbegun(attempt), final=final)
             if final:
                 raise
             return None
