@@ -76,23 +76,6 @@ bool FitsKernel(size_t n, uint64_t offset) {
   return offset <= static_cast<uint64_t>(INT64_MAX) && n <= static_cast<uint64_t>(INT64_MAX) - offset;
 }
 
-Descriptor& Descriptor::operator=(Descriptor&& other) noexcept {
-  if (this != &other) {
-    static_cast<void>(Close(""));
-    fd_ = other.Take();
-  }
-  return *this;
-}
-
-int Descriptor::Take() { return std::exchange(fd_, -1); }
-
-Status Descriptor::Close(const std::string& path) {
-  const int fd = Take();
-  // Linux frees the descriptor even when close is interrupted.
-  if (fd >= 0 && close(fd) != 0 && errno != EINTR) return PosixError("close", path);
-  return Status::Ok();
-}
-
 Status CreateExclusive(const std::string& path, uint32_t mode, Descriptor* fd) {
   *fd = Descriptor(open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, mode));
   if (!fd->valid()) return PosixError("create", path);

@@ -11,6 +11,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <string_view>
+#include <vector>
 
 #include "layerwise/aligned_buffer.h"
 #include "scratch.h"
@@ -367,6 +369,43 @@ TEST_CASE("a file that a child process has open is never reused") {
   CHECK(status == 0);
   CHECK(env.ReuseFile(dir / "new", dir / "newer", 0600, false, &file).ok());
   for (int fd : {ready[0], ready[1], done[0]}) close(fd);
+}
+
+TEST_CASE("a forked child keeps no file open, and destroying one there closes nothing of its own") {
+  ScratchDir dir;
+  Env& env = DiskEnv();
+  std::unique_ptr<WritableFile> out;
+  std::unique_ptr<ReadableFile> in;
+  REQUIRE_OK(env.WriteFile(dir / "in", "in", 0600));
+  REQUIRE_OK(env.NewWritableFile(dir / "out", 0600, false, &out));
+  REQUIRE_OK(env.NewReadableFile(dir / "in", false, &in));
+  const pid_t child = fork();
+  REQUIRE(child >= 0);
+  if (child == 0) {
+    int kept = 0, lost = 0;
+    std::vector<int> own;
+    for (int fd = 3; fd < 256; ++fd) {
+      char path[4096];
+      const ssize_t length = readlink(("/proc/self/fd/" + std::to_string(fd)).c_str(), path, sizeof(path));
+      const std::string_view target(path, length > 0 ? static_cast<size_t>(length) : 0);
+      kept += target.find(dir.path()) != std::string_view::npos;
+    }
+    for (int i = 0; i < 8; ++i) own.push_back(open("/dev/null", O_RDONLY));  // the numbers that became free
+    out.reset();
+    in.reset();
+    for (const int fd : own) lost += fcntl(fd, F_GETFD) < 0;
+    _exit(10 * kept + lost);
+  }
+  int status = 0;
+  REQUIRE(waitpid(child, &status, 0) == child);
+  REQUIRE(WIFEXITED(status));
+  CHECK(WEXITSTATUS(status) == 0);
+  REQUIRE_OK(out->Pwrite("out", 3, 0));  // the parent's are as they were
+  REQUIRE_OK(out->Close());
+  char content[2];
+  size_t got = 0;
+  REQUIRE_OK(in->Pread(content, 2, 0, &got));
+  CHECK(got == 2);
 }
 
 TEST_CASE("reuse replaces nothing and takes only regular files") {

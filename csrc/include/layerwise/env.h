@@ -134,7 +134,8 @@ class FileLock {
 // WritableFile::Sync (data, size) or SyncDir (names) covers. A rename is atomic:
 // after a crash either the old or the new names are there.
 //
-// Files may outlive calls on the Env, but not the Env itself.
+// Files may outlive calls on the Env, but not the Env itself. Those of the real file
+// systems are closed in children made by fork, where only their destructors may run.
 class Env {
  public:
   Env() = default;
