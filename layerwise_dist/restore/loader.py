@@ -14,7 +14,7 @@ import torch
 from layerwise_dist.errors import DamageError, MismatchError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
-from layerwise_dist.pieces import DTYPES
+from layerwise_dist.pieces import DTYPES, is_dense
 from layerwise_dist.restore.planner import ShardSet, Span, plan
 from layerwise_dist.slices import Slice
 from layerwise_dist.storage import typed_json
@@ -103,7 +103,7 @@ def load(loading: LoadPlan) -> None:
     staged: list[tuple[torch.Tensor, torch.Tensor]] = []
     for tensor, spans in loading.reads:
         target = tensor
-        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        if tensor.device.type != "cpu" or not is_dense(tensor):
             target = torch.empty(tensor.shape, dtype=tensor.dtype)
             staged.append((tensor, target))
         for span in spans:

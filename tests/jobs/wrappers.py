@@ -28,8 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import layerwise_dist as lwd
 from layerwise_dist import errors
-from layerwise_dist.frameworks.base import clean
 from layerwise_dist.frameworks.fsdp1 import FSDP1Framework
+from layerwise_dist.frameworks.names import CleanNames
 
 
 def attach(job: Job, folder: str, **options: Any) -> Any:
@@ -66,11 +66,11 @@ def whole(job: Job) -> Iterator[dict[str, torch.Tensor]]:
     """The user's parameters, whole, under clean names."""
     if job.wrapper.startswith("fsdp1"):
         with FullyShardedDataParallel.summon_full_params(job.model, writeback=False):
-            yield {clean(name): param.detach().clone() for name, param in job.model.named_parameters()}
+            yield {names[0]: param.detach().clone() for param, names in CleanNames(job.model).parameters()}
         return
     yield {
-        clean(name): (param.full_tensor() if isinstance(param, DTensor) else param).detach().clone()
-        for name, param in job.model.named_parameters()
+        names[0]: (param.full_tensor() if isinstance(param, DTensor) else param).detach().clone()
+        for param, names in CleanNames(job.model).parameters()
     }
 
 
