@@ -89,7 +89,7 @@ class Attempts:
         """A capture, of `found` if it is known what there is, of which nothing is taken yet. None if there is none of
         this step: rank 0, which drops it for all, then knows why, and training goes on.
 
-        Raises ConfigError or UnsupportedError for what no later attempt can do either; the other ranks stop at an agreed
+        Raises ConfigError or UnsupportedError for what no later attempt can do either; the other ranks stop at one
         boundary.
         """
         attempt = self.newest = AttemptId(self._epoch, self.take_seq(), step)

@@ -10,10 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from layerwise_dist.cli.catalogue import Catalogue
+from layerwise_dist.cli.catalogue import Catalogue, ShardOpener
 from layerwise_dist.cli.console import Answer, row, size, table
-from layerwise_dist.commit.records import BaseRecord, Manifest
+from layerwise_dist.commit.records import BaseRecord, Manifest, ShardRecord
 from layerwise_dist.errors import DamageError
+from layerwise_dist.slices import Slice
 from layerwise_dist.storage import layout
 
 _STYLE = {"sound": "green", "not hashed": "yellow", "damaged": "bold red", "retired": "dim"}
@@ -59,6 +60,12 @@ def verify(catalogue: Catalogue, step: int | None) -> Answer:
         cells = (result["step"], result["seq"], result["status"], whole if ranks == whole else f"{ranks} of {whole}")
         row(shown, *cells, size(result["bytes"]), result["result"], style=_STYLE[result["result"]])
     parts: list[Any] = [f"Verified in {catalogue.root}", shown, *(f"damaged: {line}" for line in damage)]
+    elsewhere = [result["step"] for result in results if result["ranks_here"] < result["ranks"]]
+    if elsewhere:
+        parts.append(
+            f"of step(s) {_listed(elsewhere)} only some ranks' shards lie here: whether all together hold every tensor "
+            "whole was not looked at"
+        )
     unhashed = [str(result["step"]) for result in results if result["result"] == "not hashed"]
     if unhashed:
         parts.append(f"data not hashed: whether the tensors of step(s) {', '.join(unhashed)} are sound cannot be told")
@@ -99,6 +106,8 @@ class _Verifier:
                     self._advance(base.nbytes)
                 damage += self._bases[rank, base]
                 self._steps.setdefault((rank, base), []).append(manifest.step)
+            damage += _unusable(manifest, here, opener)
+        damage = list(dict.fromkeys(damage))
         result = "damaged" if damage else "sound" if hashed else "not hashed"
         if damage and not catalogue.still_there(manifest):
             damage, result = [], "retired"  # a job that runs removed it meanwhile
@@ -117,6 +126,32 @@ class _Verifier:
              "steps": sorted(set(self._steps[rank, base]))}
             for (rank, base), damage in self._bases.items()
         ]  # fmt: skip
+
+
+def _unusable(manifest: Manifest, here: list[ShardRecord], opener: ShardOpener) -> list[str]:
+    """What a restore would not take of a commit, found as a restore finds it, but without a model.
+
+    Whether all shards together hold every tensor whole is seen only where all of them lie.
+    """
+    from layerwise_dist.restore import contents  # with torch, of whose tensors the sealed state is made
+
+    problems: list[str] = []
+    slices: dict[int, dict[str, Slice]] = {}
+    sealed: dict[int, dict[str, Any]] = {}
+    for record in here:
+        try:
+            base = opener.open_base(record.rank)
+            held = contents.read([opener.open(record.rank), *([base] if base else [])], manifest.framework)
+        except DamageError as error:
+            problems.append(str(error))
+        except OSError as error:
+            problems.append(f"rank {record.rank} of step {manifest.step}: cannot be read: {error}")
+        else:
+            slices[record.rank] = {name: entry.slice for name, (_, entry) in held.entries.items()}
+            sealed[record.rank] = held.sealed
+    if len(sealed) == manifest.world_size:
+        problems += contents.lacking(manifest, slices, sealed)
+    return problems
 
 
 def _read(path: str, open_it: Callable[[], Any]) -> tuple[list[str], bool]:
