@@ -10,11 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from layerwise_dist.cli.catalogue import Catalogue, ShardOpener
+from layerwise_dist.cli.catalogue import Catalogue
 from layerwise_dist.cli.console import Answer, row, size, table
-from layerwise_dist.commit.records import BaseRecord, Manifest, ShardRecord
+from layerwise_dist.commit.opening import unusable
+from layerwise_dist.commit.records import BaseRecord, Manifest
 from layerwise_dist.errors import DamageError
-from layerwise_dist.slices import Slice
 from layerwise_dist.storage import layout
 
 _STYLE = {"sound": "green", "not hashed": "yellow", "damaged": "bold red", "retired": "dim"}
@@ -36,11 +36,14 @@ def verify(catalogue: Catalogue, step: int | None) -> Answer:
             for name, damage in catalogue.inventory.damaged.items()
             if (attempt := layout.parse_folder(name)) is not None and attempt.step == step
         }
+    records |= unusable(catalogue.manager, empty=catalogue.inventory.empty)
+    from layerwise_dist.cli.restorable import unrestorable  # torch comes along, of whose tensors state is made
+
     began = time.monotonic()
     bases = {(rank, base): base.nbytes for manifest in manifests for rank, base in catalogue.bases_here(manifest)}
     total = sum(record.nbytes for manifest in manifests for record in catalogue.here(manifest)) + sum(bases.values())
     with _progress(total) as advance:
-        found = _Verifier(catalogue, advance)
+        found = _Verifier(catalogue, advance, unrestorable)
         results = [found.look(manifest) for manifest in manifests]
     seconds = time.monotonic() - began
 
@@ -84,8 +87,10 @@ def _listed(steps: list[int]) -> str:
 class _Verifier:
     """Looks at checkpoints; at what several of them refer to, once."""
 
-    def __init__(self, catalogue: Catalogue, advance: Callable[[int], None]) -> None:
-        self._catalogue, self._advance = catalogue, advance
+    def __init__(
+        self, catalogue: Catalogue, advance: Callable[[int], None], unrestorable: Callable[..., list[str]]
+    ) -> None:
+        self._catalogue, self._advance, self._unrestorable = catalogue, advance, unrestorable
         self._bases: dict[tuple[int, BaseRecord], list[str]] = {}  # damage, by rank and record
         self._steps: dict[tuple[int, BaseRecord], list[int]] = {}
 
@@ -106,7 +111,7 @@ class _Verifier:
                     self._advance(base.nbytes)
                 damage += self._bases[rank, base]
                 self._steps.setdefault((rank, base), []).append(manifest.step)
-            damage += _unusable(manifest, here, opener)
+            damage += self._unrestorable(manifest, here, opener)
         damage = list(dict.fromkeys(damage))
         result = "damaged" if damage else "sound" if hashed else "not hashed"
         if damage and not catalogue.still_there(manifest):
@@ -126,32 +131,6 @@ class _Verifier:
              "steps": sorted(set(self._steps[rank, base]))}
             for (rank, base), damage in self._bases.items()
         ]  # fmt: skip
-
-
-def _unusable(manifest: Manifest, here: list[ShardRecord], opener: ShardOpener) -> list[str]:
-    """What a restore would not take of a commit, found as a restore finds it, but without a model.
-
-    Whether all shards together hold every tensor whole is seen only where all of them lie.
-    """
-    from layerwise_dist.restore import contents  # with torch, of whose tensors the sealed state is made
-
-    problems: list[str] = []
-    slices: dict[int, dict[str, Slice]] = {}
-    sealed: dict[int, dict[str, Any]] = {}
-    for record in here:
-        try:
-            base = opener.open_base(record.rank)
-            held = contents.read([opener.open(record.rank), *([base] if base else [])], manifest.framework)
-        except DamageError as error:
-            problems.append(str(error))
-        except OSError as error:
-            problems.append(f"rank {record.rank} of step {manifest.step}: cannot be read: {error}")
-        else:
-            slices[record.rank] = {name: entry.slice for name, (_, entry) in held.entries.items()}
-            sealed[record.rank] = held.sealed
-    if len(sealed) == manifest.world_size:
-        problems += contents.lacking(manifest, slices, sealed)
-    return problems
 
 
 def _read(path: str, open_it: Callable[[], Any]) -> tuple[list[str], bool]:

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from layerwise_dist.cli.catalogue import Catalogue
+from layerwise_dist.cli.verifying import verify
 from layerwise_dist.frameworks.names import CleanNames, join
 
 
@@ -125,3 +127,11 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
         elif mine != yours:
             found.append(name)
     return found
+
+
+def unsound(folder: str) -> list[str]:
+    """What `layerwise verify` says of a directory's checkpoints, each of which is sound; rank 0 asks for all."""
+    if dist.is_initialized() and dist.get_rank():
+        return []
+    found = verify(Catalogue(folder), None).data
+    return [f"verify: {line}" for each in found["checkpoints"] for line in each["damage"]]

@@ -19,7 +19,7 @@ import exactness
 import torch
 import torch.distributed as dist
 from exactness import Job, trial
-from kit import differences, process_group
+from kit import differences, process_group, unsound
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel
@@ -100,7 +100,7 @@ def written(wrapper: str, folder: str) -> list[str]:
                 problems.append(f"{name}: written {count.unique().tolist()} times, {wanted} wanted")
     if max(bytes_of) > 0.6 * sum(bytes_of):
         problems.append(f"bytes of parameters by rank: {bytes_of}")
-    return problems
+    return problems + unsound(folder)
 
 
 def region(whole: torch.Tensor, place: dict[str, Any], part: torch.Tensor) -> torch.Tensor:
