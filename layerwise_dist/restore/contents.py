@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -66,10 +66,12 @@ def lacking(
             shapes = " and ".join(f"{dtype}{list(shape)}" for dtype, shape in sorted(alike))
             problems[f"{name}: it is one tensor of all ranks, and shards have {shapes}"] = None
     for rank, each in sealed.items():
-        for kinds, fqn in _named(each):
-            ranks = gathered(manifest, rank, kinds[0], fqn)
-            if not any((f"{kind}/{fqn}", ranks) in parts for kind in kinds):
-                problems[f"{kinds[0]}/{fqn}: rank {rank} had it at the boundary, and it is in no shard"] = None
+
+        def has(kind: str, fqn: str, rank: int = rank) -> bool:
+            return (f"{kind}/{fqn}", gathered(manifest, rank, kind, fqn)) in parts
+
+        for name in absent(each, has):
+            problems[f"{name}: rank {rank} had it at the boundary, and it is in no shard"] = None
     return [f"step {manifest.step}: {problem}" for problem in problems]
 
 
@@ -91,11 +93,13 @@ def _framework(manifest: Manifest, fqn: str) -> str:
     return _framework_of(manifest.framework).get(fqn.partition(".")[0], manifest.framework)
 
 
-def _named(sealed: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """(kinds of which it has one, name) of the tensors that a rank's sealed state says there are."""
+def absent(sealed: dict[str, Any], has: Callable[[str, str], bool]) -> Iterator[str]:
+    """Names of the parameters and tensors of optimizer state that a rank's sealed state speaks of, and that are not
+    there; `has` says it of a kind and a name.
+    """
     for optimizer in optimizers_of(sealed):
         for group in optimizer["groups"]:
-            yield from ((("param", "master"), fqn) for fqn in group["params"])
+            yield from (f"param/{fqn}" for fqn in group["params"] if not (has("param", fqn) or has("master", fqn)))
     scalars = sealed["optimizer"]["scalars"]
     for fqn, kinds in sealed["optimizer"]["order"].items():
-        yield from (((kind,), fqn) for kind in kinds if kind not in scalars.get(fqn, ()))
+        yield from (f"{kind}/{fqn}" for kind in kinds if kind not in scalars.get(fqn, ()) and not has(kind, fqn))

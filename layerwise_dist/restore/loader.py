@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from layerwise_dist.errors import MismatchError
+from layerwise_dist.errors import DamageError, MismatchError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.pieces import DTYPES, is_dense
@@ -48,6 +48,10 @@ def prepare(
     Raises MismatchError listing every name that is missing, unexpected or of another shape; DamageError; OSError."""
     own = contents.read(shards.own, framework.name)
     index, sealed = _index(own, shards, framework), own.sealed
+    if gone := list(contents.absent(sealed, lambda kind, fqn: f"{kind}/{fqn}" in index)):
+        raise DamageError(
+            f"{where}: rank {framework.rank} had {', '.join(gone[:_LISTED])} at the boundary, and no shard has it"
+        )
     loading = LoadPlan(sealed)
     missing: list[str] = []
     shaped: list[str] = []
