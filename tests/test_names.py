@@ -95,6 +95,22 @@ def test_modules_that_are_called_as_wrappers_call_theirs_keep_apart_what_they_ho
     assert state(again) == state(model)
 
 
+def test_names_that_no_file_system_would_like_are_names(tmp_path: Path) -> None:
+    def make(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(3, 3))
+        for name in ("a/b", "param/0", "(boundary)", ' "\\\n', "größe", "state/json"):
+            model[0].register_buffer(name, torch.randn(2))
+            model[0].register_parameter(f"{name} ", nn.Parameter(torch.randn(2)))
+            model.add_module(name, nn.Linear(3, 3))
+        return model
+
+    model, again = make(0), make(1)
+    train(tmp_path, model, 2)
+    assert train(tmp_path, again, 2) == 2
+    assert state(again) == state(model)
+
+
 def test_a_part_of_a_name_is_cut_where_a_wrapper_put_it_and_nowhere_else(one_rank: None) -> None:
     plain = [name for name, _ in nested().named_parameters()]
 
@@ -220,6 +236,7 @@ def test_cutting_names_wherever_they_occur_is_found(tmp_path: Path, monkeypatch:
         ([("state", "json")], "names of the format itself: .'state/json'"),
         ([("state", "bytes")], "names of the format itself: .'state/bytes'"),
         ([(".pad", "0")], "names of the format itself: .'.pad/0'"),
+        ([("param", "\ud800")], "names that are no Unicode text"),
     ],
 )
 def test_a_layout_with_a_name_twice_or_of_the_format_itself_is_refused(

@@ -203,7 +203,7 @@ class Odd(torch.optim.SGD):
             self.state[param]["odd"] = self.make()
 
 
-@pytest.mark.parametrize("kind", ["expanded", "overlapping windows", "subclass", "nested", "meta"])
+@pytest.mark.parametrize("kind", ["expanded", "overlapping windows", "subclass", "nested", "sparse", "meta"])
 def test_optimizer_state_that_cannot_be_filled_is_refused_at_the_first_checkpoint_that_has_it(
     tmp_path: Path, kind: str
 ) -> None:

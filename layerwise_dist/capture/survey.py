@@ -239,7 +239,7 @@ class Surveyor:
             if state:
                 order[view.fqn] = list(state)
             for name, value in state.items():
-                if _is_dense(value):
+                if isinstance(value, torch.Tensor):
                     self._check_name(name)
                     check_layout(f"{self._optimizer.kind}'s state {name} of {view.fqn}", value)
                     add(view, name, value, True)

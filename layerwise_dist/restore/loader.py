@@ -48,10 +48,6 @@ def prepare(
     Raises MismatchError listing every name that is missing, unexpected or of another shape; DamageError; OSError."""
     own = contents.read(shards.own, framework.name)
     index, sealed = _index(own, shards, framework), own.sealed
-    if gone := list(contents.absent(sealed, lambda kind, fqn: f"{kind}/{fqn}" in index)):
-        raise DamageError(
-            f"{where}: rank {framework.rank} had {', '.join(gone[:_LISTED])} at the boundary, and no shard has it"
-        )
     loading = LoadPlan(sealed)
     missing: list[str] = []
     shaped: list[str] = []
@@ -94,6 +90,10 @@ def prepare(
     if problems:
         raise MismatchError(
             f"{where} is not of this model and optimizer; nothing was loaded:\n  " + "\n  ".join(problems)
+        )
+    if gone := list(contents.absent(sealed, lambda kind, fqn: f"{kind}/{fqn}" in index)):
+        raise DamageError(
+            f"{where}: rank {framework.rank} had {', '.join(gone[:_LISTED])} at the boundary, and no shard has it"
         )
     return loading
 

@@ -97,11 +97,13 @@ class ShardLayout:
     def _check_names(self) -> None:
         """No reader takes a header with a name twice, and who reads a name must not get another tensor."""
         names = [source.slice.name for _, sources in self.layers for source in sources]
-        taken = [name for name in names if name in (STATE_JSON, STATE_BYTES) or name.startswith(_PAD)]
-        twice = [name for name, times in Counter(names).items() if times > 1]
-        if taken or twice:
-            problem = f"names of the format itself: {taken[:5]}" if taken else f"names that appear twice: {twice[:5]}"
-            raise UnsupportedError(f"this rank's shard would have {problem}; nothing was written")
+        problems = {
+            "names of the format itself": [n for n in names if n in (STATE_JSON, STATE_BYTES) or n.startswith(_PAD)],
+            "names that appear twice": [name for name, times in Counter(names).items() if times > 1],
+            "names that are no Unicode text": [n for n in names if n.encode(errors="ignore").decode() != n],
+        }
+        if said := [f"{problem}: {found[:5]}" for problem, found in problems.items() if found]:
+            raise UnsupportedError(f"this rank's shard would have {'; '.join(said)}; nothing was written")
 
     def _place(self) -> tuple[list[tuple[str, str, tuple[int, ...], int, int, int]], int]:
         """Spans (name, dtype, shape, begin, end, tensor or -1 for padding), offsets relative to the data's begin."""
