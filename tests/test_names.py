@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from models import Keeping
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, offload_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -195,12 +196,11 @@ def test_a_buffer_that_comes_later_and_takes_a_name_is_refused_at_its_first_chec
     model = nn.Sequential(Extra(nn.Linear(3, 3)))
     model[0].module.register_buffer("mean", torch.ones(3))
 
-    class Late(torch.optim.SGD):
-        def step(self, closure: Any = None) -> None:
-            super().step(closure)
-            if self.state_dict()["param_groups"][0].get("late"):
+    class Late(Keeping):
+        def keep(self, number: int, param: torch.Tensor, state: dict[Any, Any]) -> None:
+            state["updates"] = state.get("updates", 0) + 1
+            if state["updates"] == 2:
                 model[0].register_buffer("mean", torch.ones(3))
-            self.param_groups[0]["late"] = True
 
     with pytest.raises(errors.UnsupportedError, match=r"two buffers have the same name.*0\.mean"):
         train(tmp_path, model, 3, Late)
@@ -249,13 +249,11 @@ def test_a_layout_with_a_name_twice_or_of_the_format_itself_is_refused(
             ShardLayout(layers, 512, 4096)
 
 
-class Naming(torch.optim.SGD):
+class Naming(Keeping):
     name: Any = "a"
 
-    def step(self, closure: Any = None) -> None:
-        super().step(closure)
-        for param in self.param_groups[0]["params"]:
-            self.state[param][self.name] = torch.zeros(2)
+    def keep(self, number: int, param: torch.Tensor, state: dict[Any, Any]) -> None:
+        state[self.name] = torch.zeros(2)
 
 
 @pytest.mark.parametrize("name", ["", "a/b", ".pad", "state", "param", "buffer", "master", 3])

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from crash_kit import in_ranks, settings
+from models import Keeping
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 import layerwise_dist as lwd
-from layerwise_dist import errors, pieces
+from layerwise_dist import assembly, errors, pieces
+from layerwise_dist._native import PosixEnv
+from layerwise_dist.commit.transports.local import LocalTransport
+from layerwise_dist.frameworks.ddp import DDPFramework
 from layerwise_dist.restore import loader
 
 torch.set_num_threads(1)
@@ -65,19 +71,17 @@ class Views(nn.Module):
         return self.first(x).sum() + sum((each * each).abs().sum() for each in self.trained.values())
 
 
-class Conjugating(torch.optim.SGD):
+class Conjugating(Keeping):
     """Keeps state that is seen through a bit, as parts of its own row of memory."""
 
-    def step(self, closure: Any = None) -> None:
-        super().step(closure)
-        for number, param in enumerate(self.param_groups[0]["params"][:4]):
-            state = self.state[param]
+    def keep(self, number: int, param: torch.Tensor, state: dict[Any, Any]) -> None:
+        if number < 4:
             state["seen"] = torch.full((5, 9), number + 1j, dtype=torch.complex64).conj()[:, ::2]
             state["scale"] = torch._neg_view(torch.tensor(number + 0.5))
 
 
 def train(folder: Path, model: nn.Module, total: int, **config: Any) -> tuple[int, Any]:
-    optimizer = Conjugating(model.parameters(), lr=0.01, momentum=0.9)
+    optimizer = Conjugating(model.parameters(), lr=0.01)
     with lwd.attach(model, optimizer, dir=str(folder), commit={"on_failure": "raise"}, **config) as ckpt:
         restored = ckpt.restore()
         for _ in ckpt.steps(total):
@@ -120,6 +124,24 @@ def differing(folder: Path, **config: Any) -> list[str]:
 @pytest.mark.parametrize("capture", ["auto", "stage"])
 def test_what_a_view_shows_is_saved_and_comes_back_however_often(tmp_path: Path, capture: str) -> None:
     assert differing(tmp_path, capture=capture) == []
+
+
+def test_ranks_that_write_parts_of_a_view_each_write_what_it_shows(tmp_path: Path) -> None:
+    def run(transport: LocalTransport, models: list[Views]) -> tuple[int, dict[str, list[Any]]]:
+        model = models[transport.rank]
+        optimizer = torch.optim.SGD(model.first.parameters(), lr=0.1)
+        ddp = DDPFramework(model, transport.rank, 2)
+        where = settings(str(tmp_path))
+        with assembly.assemble(model, optimizer, where, transport, PosixEnv(), framework=ddp) as ckpt:
+            restored = ckpt.restore()
+            for _ in ckpt.steps(1):
+                model(torch.ones(3, 2)).sum().backward()
+                optimizer.step()
+        return restored, {name: value for name, value in values(model, optimizer).items() if "buffers_of" not in name}
+
+    same, other = [Views(1), Views(1)], [Views(2), Views(3)]
+    (_, held), _ = in_ranks(lambda transport: run(transport, same))
+    assert in_ranks(lambda transport: run(transport, other)) == [(1, held), (1, held)]
 
 
 @pytest.mark.parametrize("module", [pieces, loader])
@@ -189,18 +211,15 @@ def test_a_parameter_that_cannot_be_filled_is_refused_by_name(tmp_path: Path, ki
         train(tmp_path, nn.LazyLinear(3), 1)
 
 
-class Odd(torch.optim.SGD):
+class Odd(Keeping):
     """From its second update on, it keeps what no checkpoint can hold."""
 
     make: Any = None
 
-    def step(self, closure: Any = None) -> None:
-        super().step(closure)
-        param = self.param_groups[0]["params"][0]
-        self.state[param].setdefault("updates", 0)
-        self.state[param]["updates"] += 1
-        if self.state[param]["updates"] > 1:
-            self.state[param]["odd"] = self.make()
+    def keep(self, number: int, param: torch.Tensor, state: dict[Any, Any]) -> None:
+        state["updates"] = state.get("updates", 0) + 1
+        if state["updates"] > 1:
+            state["odd"] = self.make()
 
 
 @pytest.mark.parametrize("kind", ["expanded", "overlapping windows", "subclass", "nested", "sparse", "meta"])
@@ -219,5 +238,6 @@ def test_optimizer_state_that_cannot_be_filled_is_refused_at_the_first_checkpoin
             optimizer.step()
             done.append(step)
     assert len(done) == 1
-    ckpt.close()
+    with suppress(errors.CommitError):  # raised again, unless rank 0 has not decided by then that all stop
+        ckpt.close()
     assert [path.parent.name[:15] for path in tmp_path.glob("step_*/manifest.json")] == ["step_0000000001"]
