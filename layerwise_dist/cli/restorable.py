@@ -9,7 +9,7 @@ from layerwise_dist.cli.catalogue import ShardOpener
 from layerwise_dist.commit.records import Manifest, ShardRecord
 from layerwise_dist.errors import DamageError
 from layerwise_dist.restore import contents
-from layerwise_dist.slices import Slice
+from layerwise_dist.storage.reader import Entry
 
 
 def unrestorable(manifest: Manifest, here: Sequence[ShardRecord], opener: ShardOpener) -> list[str]:
@@ -18,7 +18,7 @@ def unrestorable(manifest: Manifest, here: Sequence[ShardRecord], opener: ShardO
     Whether all shards together hold every tensor whole is looked at only where all of them are here.
     """
     problems: list[str] = []
-    slices: dict[int, dict[str, Slice]] = {}
+    entries: dict[int, dict[str, Entry]] = {}
     sealed: dict[int, dict[str, Any]] = {}
     for record in here:
         try:
@@ -29,8 +29,8 @@ def unrestorable(manifest: Manifest, here: Sequence[ShardRecord], opener: ShardO
         except OSError as error:
             problems.append(f"rank {record.rank} of step {manifest.step}: cannot be read: {error}")
         else:
-            slices[record.rank] = {name: entry.slice for name, (_, entry) in held.entries.items()}
+            entries[record.rank] = {name: entry for name, (_, entry) in held.entries.items()}
             sealed[record.rank] = held.sealed
     if len(sealed) == manifest.world_size:
-        problems += contents.lacking(manifest, slices, sealed)
+        problems += contents.lacking(manifest, entries, sealed)
     return problems

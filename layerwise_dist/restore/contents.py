@@ -42,42 +42,48 @@ def entries(shards: Sequence[Shard]) -> Entries:
 
 
 def lacking(
-    manifest: Manifest, slices: Mapping[int, Mapping[str, Slice]], sealed: Mapping[int, dict[str, Any]]
+    manifest: Manifest, held: Mapping[int, Mapping[str, Entry]], sealed: Mapping[int, dict[str, Any]]
 ) -> list[str]:
     """What all shards together do not have and a restore needs, or have in two shapes: one message a tensor.
 
-    `slices` (by name) and `sealed` are those of every rank of the commit. Empty: of each tensor that is in any shard
+    `held` (by name) and `sealed` are those of every rank of the commit. Empty: of each tensor that is in any shard
     all elements are there, and so are all parameters and tensors of optimizer state that the sealed states name.
     """
-    parts: dict[tuple[str, Sequence[int]], list[Slice]] = {}
-    for rank, held in slices.items():
-        for name, part in held.items():
-            parts.setdefault((name, gathered(manifest, rank, part.kind, part.fqn)), []).append(part)
+    parts: dict[str, dict[Sequence[int], list[Slice]]] = {}
+    for rank, entries_of in held.items():
+        for name, entry in entries_of.items():
+            parts.setdefault(name, {}).setdefault(gathered(manifest, rank, entry), []).append(entry.slice)
     problems: dict[str, None] = {}
-    for (name, _), found in parts.items():
-        alike: dict[tuple[str, tuple[int, ...]], list[Slice]] = {}
-        for part in found:
-            alike.setdefault((part.dtype, part.global_shape), []).append(part)
-        for (_, shape), each in alike.items():
-            gap = None if any(part.is_whole for part in each) else first_gap(each)
-            if gap is not None:
-                problems[f"{name} of shape {list(shape)}: no shard has its element {list(gap)}"] = None
-        if len(alike) > 1 and _one_for_all(manifest, found[0]):
-            shapes = " and ".join(f"{dtype}{list(shape)}" for dtype, shape in sorted(alike))
-            problems[f"{name}: it is one tensor of all ranks, and shards have {shapes}"] = None
-    for rank, each in sealed.items():
+    for name, among in parts.items():
+        for found in among.values():
+            alike: dict[tuple[str, tuple[int, ...]], list[Slice]] = {}
+            for part in found:
+                alike.setdefault((part.dtype, part.global_shape), []).append(part)
+            for (_, shape), each in alike.items():
+                gap = None if any(part.is_whole for part in each) else first_gap(each)
+                if gap is not None:
+                    problems[f"{name} of shape {list(shape)}: no shard has its element {list(gap)}"] = None
+            if len(alike) > 1 and _one_for_all(manifest, found[0]):
+                shapes = " and ".join(f"{dtype}{list(shape)}" for dtype, shape in sorted(alike))
+                problems[f"{name}: it is one tensor of all ranks, and shards have {shapes}"] = None
+    for rank, state in sealed.items():
 
         def has(kind: str, fqn: str, rank: int = rank) -> bool:
-            return (f"{kind}/{fqn}", gathered(manifest, rank, kind, fqn)) in parts
+            name = f"{kind}/{fqn}"
+            return name in held[rank] or any(rank in ranks for ranks in parts.get(name, ()))
 
-        for name in absent(each, has):
+        for name in absent(state, has):
             problems[f"{name}: rank {rank} had it at the boundary, and it is in no shard"] = None
     return [f"step {manifest.step}: {problem}" for problem in problems]
 
 
-def gathered(manifest: Manifest, rank: int, kind: str, fqn: str) -> Sequence[int]:
-    """The ranks among which a tensor of that name is one and the same, so that their slices make it up together."""
-    return range(rank, rank + 1) if _framework(manifest, fqn) == "plain" else range(manifest.world_size)
+def gathered(manifest: Manifest, rank: int, entry: Entry) -> Sequence[int]:
+    """The ranks among which a tensor that this rank wrote, or a part of it, is one and the same: their slices under its
+    name make it up together. Hashable, and the same for all of them.
+    """
+    if _framework(manifest, entry.slice.fqn) == "plain":
+        return range(rank, rank + 1)
+    return range(manifest.world_size)
 
 
 def _one_for_all(manifest: Manifest, part: Slice) -> bool:
