@@ -13,8 +13,9 @@ import torch
 
 from layerwise_dist.errors import ConfigError, UnsupportedError
 from layerwise_dist.frameworks.base import Framework, ParamView
+from layerwise_dist.frameworks.names import check_unique
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
-from layerwise_dist.pieces import Batch, Piece, dtype_code
+from layerwise_dist.pieces import Batch, Piece, check_layout, dtype_code
 from layerwise_dist.scheduler import LayerSize
 from layerwise_dist.slices import Slice
 from layerwise_dist.storage.shard import PACK_BELOW, Source
@@ -24,6 +25,8 @@ BOUNDARY_LAYER = "(boundary)"
 # Frozen parameters of fewer bytes on a rank are copied at every boundary: that costs less than the folder, the file and
 # three flushes of a base, and the checkpoints of a model with a few frozen scalars stay complete in themselves.
 LEAST_BASE_BYTES = 1 << 20
+# What stands before the first slash in names of the file that are not the optimizer's.
+_OTHER_KINDS = ("param", "master", "buffer", "state", ".pad")
 
 
 Arrange = Callable[[Sequence[LayerSize]], list[list[str]]]
@@ -236,11 +239,14 @@ class Surveyor:
             if state:
                 order[view.fqn] = list(state)
             for name, value in state.items():
-                if _is_dense(value):
+                if isinstance(value, torch.Tensor):
                     self._check_name(name)
+                    check_layout(f"{self._optimizer.kind}'s state {name} of {view.fqn}", value)
                     add(view, name, value, True)
                 else:
                     scalars.append((view.fqn, name, state))
+        buffers = [fqn for fqn, _ in self._framework.buffers()]
+        check_unique("a parameter and a buffer", [view.fqn for view in self._framework.params] + buffers)
         for fqn, buffer in self._framework.written_buffers():
             local = self._framework.local(buffer)
             part = Slice.whole("buffer", fqn, dtype_code(buffer.dtype, f"buffer/{fqn}"), tuple(local.shape))
@@ -300,7 +306,7 @@ class Surveyor:
         return tuple(made)
 
     def _check_name(self, name: object) -> None:
-        if not isinstance(name, str) or "/" in name or name in ("param", "master", "buffer", "state"):
+        if not isinstance(name, str) or not name or "/" in name or name in _OTHER_KINDS:
             raise UnsupportedError(
                 f"{self._optimizer.kind} keeps state under {name!r}, which cannot name a tensor in the file"
             )

@@ -14,10 +14,11 @@ import torch
 from layerwise_dist.errors import DamageError, MismatchError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
-from layerwise_dist.pieces import DTYPES
+from layerwise_dist.pieces import DTYPES, is_dense
+from layerwise_dist.restore import contents
+from layerwise_dist.restore.contents import Held
 from layerwise_dist.restore.planner import ShardSet, Span, plan
 from layerwise_dist.slices import Slice
-from layerwise_dist.storage import typed_json
 from layerwise_dist.storage.reader import Entry, Shard, ShardIndex
 from layerwise_dist.storage.reports import BaseReport
 
@@ -45,12 +46,8 @@ def prepare(
     """With `partly`, the model may have tensors that the checkpoint has not; they stay as they are.
 
     Raises MismatchError listing every name that is missing, unexpected or of another shape; DamageError; OSError."""
-    index = _index(shards, framework)
-    own = shards.own[0]
-    text, blob = own.state()
-    sealed = typed_json.loads(text, blob, where=f"shard {own.index.path}")
-    if not isinstance(sealed, dict):
-        raise DamageError(f"shard {own.index.path}: its state is not an object")
+    own = contents.read(shards.own, framework.name)
+    index, sealed = _index(own, shards, framework), own.sealed
     loading = LoadPlan(sealed)
     missing: list[str] = []
     shaped: list[str] = []
@@ -94,6 +91,10 @@ def prepare(
         raise MismatchError(
             f"{where} is not of this model and optimizer; nothing was loaded:\n  " + "\n  ".join(problems)
         )
+    if gone := list(contents.absent(sealed, lambda kind, fqn: f"{kind}/{fqn}" in index)):
+        raise DamageError(
+            f"{where}: rank {framework.rank} had {', '.join(gone[:_LISTED])} at the boundary, and no shard has it"
+        )
     return loading
 
 
@@ -103,7 +104,7 @@ def load(loading: LoadPlan) -> None:
     staged: list[tuple[torch.Tensor, torch.Tensor]] = []
     for tensor, spans in loading.reads:
         target = tensor
-        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        if tensor.device.type != "cpu" or not is_dense(tensor):
             target = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
             staged.append((tensor, target))
         for span in spans:
@@ -116,21 +117,16 @@ def load(loading: LoadPlan) -> None:
             tensor.copy_(target)
 
 
-def _index(shards: ShardSet, framework: Framework) -> dict[str, list[tuple[Shard, Entry]]]:
+def _index(own: Held, shards: ShardSet, framework: Framework) -> dict[str, list[tuple[Shard, Entry]]]:
     """Entries by name, this rank's first. Others' only of what ranks share: the rest is none of this rank's business.
 
-    Raises DamageError for a tensor that is both in the shard and in its base.
+    Raises DamageError for a tensor that is both in another rank's shard and in its base.
     """
-    index: dict[str, list[tuple[Shard, Entry]]] = {}
-    for shard in shards.own:
-        for name, entry in shard.index.entries.items():
-            if name in index:
-                raise DamageError(f"shard {shard.index.path}: {name} is also in {index[name][0][0].index.path}")
-            index[name] = [(shard, entry)]
-    for shard in shards.others() if framework.shared_params or framework.shared_buffers else ():
-        for name, entry in shard.index.entries.items():
+    index = {name: [found] for name, found in own.entries.items()}
+    for other in shards.others() if framework.shared_params or framework.shared_buffers else ():
+        for name, found in contents.entries(other).items():
             if framework.shared(*name.split("/", 1)):
-                index.setdefault(name, []).append((shard, entry))
+                index.setdefault(name, []).append(found)
     return index
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from layerwise_dist.errors import UnsupportedError
-from layerwise_dist.frameworks.base import clean
+from layerwise_dist.frameworks.names import CleanNames
 
 
 def param_groups(model: nn.Module, base_groups: Iterable[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
@@ -23,9 +23,7 @@ def param_groups(model: nn.Module, base_groups: Iterable[dict[str, Any]] | None 
 
     Raises UnsupportedError for a parameter that is not the model's or is in two groups.
     """
-    layers = {}
-    for name, param in model.named_parameters():
-        layers[id(param)] = clean(name).rpartition(".")[0]
+    layers = {id(param): names[0].rpartition(".")[0] for param, names in CleanNames(model).parameters()}
     bases = (
         [{"params": [p for p in model.parameters() if p.requires_grad]}] if base_groups is None else list(base_groups)
     )
