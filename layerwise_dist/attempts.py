@@ -75,8 +75,8 @@ class Attempts:
             return None  # behind the update it is met again, where it fails the attempt
 
     def fail(self, attempt: AttemptId, error: LayerwiseError | OSError, write: ShardWrite | None) -> None:
-        """This rank gives an attempt up. What no later one can do either ends checkpoints for all, and is raised by each
-        rank at an agreed boundary; at once where there are no others.
+        """This rank gives an attempt up. What no later one can do either ends checkpoints for all ranks, which raise it
+        at an agreed boundary; a job of one rank raises it here.
 
         Raises ConfigError or UnsupportedError.
         """

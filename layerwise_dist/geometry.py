@@ -1,4 +1,4 @@
-"""Which memory tensors take and as what: address, shape, strides, dtype, and whether they are read negated or conjugated.
+"""Which memory tensors take, and as what: address, shape, strides, dtype, whether read as negated or conjugated.
 
 Torch changes all of these under the same Python object: by `.data`, `resize_`, `unsqueeze_`, `set_`, `half()`.
 """
@@ -28,8 +28,8 @@ class Geometry:
         """Whether these tensors take the same memory, in the same order, as the same elements."""
         if _addresses(tensors) != self._addresses:
             return False
-        # A sixth of the time that it takes to ask in Python. It also says no for what changes nothing here (inference
-        # mode, a tensor that is there twice), so the answer is looked up then.
+        # This takes a sixth of the time of asking in Python. It also says no where nothing of this changed (in inference
+        # mode, or if a tensor is there twice); then Python is asked.
         return self._guards.check(*tensors) or _layouts(tensors) == self._layouts
 
 

@@ -215,8 +215,8 @@ class Surveyor:
         return self._frozen.union(id(view.param) for view in glance.params if id(view.param) not in known)
 
     def _glance(self, copying: frozenset[str]) -> _Glance:
-        """The last one, if all tensors are the same objects in the same places. State that is no tensor may have another
-        value.
+        """The last one, if all tensors are the same objects in the same places: only state that is no tensor may have
+        another value.
         """
         framework, last = self._framework, self._last[0] if self._last is not None else None
         framework.follow()

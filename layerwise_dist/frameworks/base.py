@@ -51,8 +51,10 @@ class Framework:
         _check_materialised(self.params)
 
     def follow(self) -> None:
-        """Brings parameters, buffers and extra states up to what the module tree has now. `params` stays the very same
-        list while none of them came, went, or got another name. Raises UnsupportedError where the wrapper does not let that happen.
+        """Brings parameters, buffers and extra states up to what the module tree has now.
+
+        `params` stays the very same list while nothing in it came, went, or got another name. Raises UnsupportedError
+        where the wrapper does not allow for that.
         """
         found = self._tree.look()
         if found is self._in_tree:

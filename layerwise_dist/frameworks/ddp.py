@@ -27,8 +27,8 @@ class DDPFramework(Framework):
     name = "ddp"
     shared_params = True
     fixed = (
-        "DistributedDataParallel reduces gradients of, and keeps equal, only what it was given: wrap the changed model, "
-        "and attach() that"
+        "DistributedDataParallel reduces gradients of, and keeps equal, only what it was given: wrap the changed "
+        "model, and attach() that"
     )
 
     def __init__(self, root: nn.Module, rank: int, world_size: int, prefix: str = "") -> None:

@@ -57,7 +57,7 @@ class FSDP2Framework(Framework):
             if there is not each.sharded_param and not any(there is other for other in _stand_ins(each)):
                 raise UnsupportedError(
                     f"{changes(self._in_tree, found)} after attach(). FSDP2 puts back what it was given: copy values "
-                    "into the parameter that is there, use load_state_dict(), or wrap the changed model and attach() that"
+                    "into the parameter that is there, or wrap the changed model, and attach() that"
                 )
         super()._take_up(found)
         self._divide()

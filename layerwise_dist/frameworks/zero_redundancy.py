@@ -40,8 +40,8 @@ class ZeroRedundancyAdapter(TorchOptimizer):
         strays = [param for group in self._optimizer.param_groups for param in group["params"] if param not in owner]
         if strays:
             raise UnsupportedError(
-                f"{names[id(strays[0])]} was put into a param group of ZeroRedundancyOptimizer, which has given it to no "
-                "rank and does not update it: use add_param_group(), or make the optimizer anew"
+                f"{names[id(strays[0])]} was put into a param group of ZeroRedundancyOptimizer, which has given it to "
+                "no rank and does not update it: use add_param_group(), or make the optimizer anew"
             )
 
     @property

@@ -44,8 +44,9 @@ def prepare(
 ) -> LoadPlan:
     """With `partly`, the model may have tensors that the checkpoint has not; they stay as they are.
 
-    Raises MismatchError listing every name that is missing, unexpected or of another shape; UnsupportedError for a model
-    that cannot be saved any more; DamageError; OSError."""
+    Raises MismatchError listing every name that is missing, unexpected or of another shape; UnsupportedError for a
+    model that has become what cannot be saved; DamageError; OSError.
+    """
     framework.follow()
     index = _index(shards, framework)
     own = shards.own[0]

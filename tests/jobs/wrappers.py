@@ -22,7 +22,7 @@ from exactness import Job, trial
 from kit import differences, process_group
 from safetensors import safe_open
 from torch import nn
-from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel
+from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -194,7 +194,78 @@ def refused(model: nn.Module, optimizer: Any, message: str, folder: str, **optio
     return [f"not refused: {message}"]
 
 
-CHECKS = {"written": written, "cuts": cuts, "rollback": roll_back, "mutation": mutation, "refusals": refusals}
+# -- parameters that are replaced ------------------------------------------------------------------------------------
+
+
+def replaced(wrapper: str, folder: str) -> list[str]:
+    """A trained parameter that is replaced is an error on all ranks, by name, before anything more is committed."""
+    model = wrapped(wrapper)
+    inside = model.module if wrapper == "ddp" else model
+    optimizer = torch.optim.SGD(list(model[0].parameters()) if wrapper != "ddp" else model.parameters(), lr=0.1)
+    ckpt = lwd.attach(model, optimizer, dir=folder, commit={"timeout_s": 30.0})
+    message = ""
+    try:
+        for step in ckpt.steps(200):
+            if step == 2:
+                ckpt.wait(2)
+                inside[1].load_state_dict({k: v.clone() for k, v in inside[1].state_dict().items()}, assign=True)
+                if wrapper == "fsdp2":
+                    inside[0].load_state_dict({k: v.clone() for k, v in inside[0].state_dict().items()}, assign=True)
+            train(model, optimizer)
+    except errors.CommitError as error:
+        message = str(error)
+    ckpt.end(orderly=False)
+    wanted = {
+        "ddp": "1.weight, 1.bias were replaced by another Parameter after attach(). DistributedDataParallel",
+        "fsdp2": "SGD: parameter 0 of group 0 is the Parameter that was 0.weight",
+    }[wrapper]
+    problems = [] if wanted in message else [f"{message!r} does not say {wanted!r}"]
+    return problems + [f"committed {ckpt.committed_step}"] * (ckpt.committed_step != 2)
+
+
+def follows(wrapper: str, folder: str) -> list[str]:
+    """A frozen part that FSDP2 itself lets be replaced is saved as it is now, also where the boundary finds the model
+    gathered.
+    """
+    kept = []
+    for seed in (1, 2):
+        model = wrapped(wrapper, seed, reshard_after_forward=False)
+        optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+        ckpt = lwd.attach(model, optimizer, dir=folder, commit={"timeout_s": 30.0, "on_failure": "raise"})
+        ckpt.restore()
+        for step in ckpt.steps(4):
+            train(model, optimizer)
+            if step == 1:
+                new = {name: value.clone() + 1 for name, value in model[1].state_dict().items()}
+                model[1].load_state_dict(new, assign=True)
+                model[1].requires_grad_(False)
+            with torch.no_grad():
+                model(torch.ones(2, 8))  # stays gathered
+        ckpt.close()
+        kept.append([value.full_tensor().clone() for value in model.state_dict().values()])
+    return [] if all(map(torch.equal, *kept)) else ["resumed with something else"]
+
+
+def wrapped(wrapper: str, seed: int = 1, **options: Any) -> Any:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8).requires_grad_(False))
+    if wrapper == "ddp":
+        return DistributedDataParallel(model)
+    for layer in model:
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
+def train(model: nn.Module, optimizer: Any) -> None:
+    model(torch.ones(2, 8)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+CHECKS = {
+    "written": written, "cuts": cuts, "rollback": roll_back, "mutation": mutation, "refusals": refusals,
+    "replaced": replaced, "follows": follows,
+}  # fmt: skip
 
 
 def main() -> None:

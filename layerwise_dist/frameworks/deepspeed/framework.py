@@ -31,7 +31,7 @@ class DeepSpeedFramework(FlatFramework):
     # A rank needs what others wrote: its part of what is divided, and of a parameter of which it holds nothing.
     shared_params = True
     exclusive = True
-    fixed = "A DeepSpeed engine trains what it was given: call deepspeed.initialize() and attach() with the changed model"
+    fixed = "A DeepSpeed engine trains what it was given: make one of the changed model, and attach() that"
 
     def __init__(self, engine: Any, rank: int, world_size: int, prefix: str = "") -> None:
         """Raises UnsupportedError for a mode that cannot be captured exactly."""
