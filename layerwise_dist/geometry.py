@@ -16,21 +16,26 @@ class Geometry:
     """Of strided tensors, none of them a DTensor, as they were when this was made. Keeps no tensor alive."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self._addresses = _addresses(tensors)
-        self._layouts = _layouts(tensors)
-        self._guards = TensorGuards(
-            *tensors,
-            dynamic_dims_sizes=[list(shape) for shape, *_ in self._layouts],
-            dynamic_dims_strides=[list(strides) for _, strides, *_ in self._layouts],
-        )
+        self._addresses, self._layouts = _addresses(tensors), _layouts(tensors)
+        self._guards: TensorGuards | None = None
 
     def is_of(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether these tensors take the same memory, in the same order, as the same elements."""
         if _addresses(tensors) != self._addresses:
             return False
-        # This takes a sixth of the time of asking in Python. It also says no where nothing of this changed (in inference
-        # mode, or if a tensor is there twice); then Python is asked.
-        return self._guards.check(*tensors) or _layouts(tensors) == self._layouts
+        # Guards take a sixth of the time of asking in Python. They also say no where nothing of this changed (in
+        # inference mode, or if a tensor is there twice); then Python is asked.
+        if self._guards is not None and self._guards.check(*tensors):
+            return True
+        if _layouts(tensors) != self._layouts:
+            return False
+        if self._guards is None:
+            self._guards = TensorGuards(
+                *tensors,
+                dynamic_dims_sizes=[list(shape) for shape, *_ in self._layouts],
+                dynamic_dims_strides=[list(strides) for _, strides, *_ in self._layouts],
+            )
+        return True
 
 
 def _addresses(tensors: Sequence[torch.Tensor]) -> list[int]:

@@ -20,6 +20,7 @@ import layerwise_dist as lwd
 from layerwise_dist import errors, geometry
 from layerwise_dist.capture import survey
 from layerwise_dist.frameworks import base
+from layerwise_dist.frameworks.optimizers import TorchOptimizer
 from layerwise_dist.geometry import Geometry
 
 sys.path.insert(0, str(Path(__file__).parent / "jobs"))
@@ -232,6 +233,18 @@ def test_a_teacher_among_several_models_is_followed_and_so_is_a_student_that_gro
     assert differences(resumed.contents() | contents(other_teacher), job.contents() | contents(teacher)) == []
 
 
+def test_an_update_of_a_parameter_that_is_not_known_yet_may_change_any_layer() -> None:
+    job = Job(1)
+    framework = base.Framework(job.model, 0, 1)
+    adapter = TorchOptimizer(framework, job.optimizer)
+    assert adapter.layers == {"one", "two"}
+    replace_alike(job)
+    assert adapter.layers is None
+    framework.follow()
+    adapter.states(framework.params)
+    assert adapter.layers == {"one", "two"}
+
+
 @pytest.mark.parametrize("change", [densify, add_trained, cull], ids=lambda change: change.__name__)
 def test_what_changes_between_update_and_boundary_costs_that_checkpoint_and_is_named(
     tmp_path: Path, change: Change, caplog: pytest.LogCaptureFixture
@@ -310,6 +323,7 @@ def test_geometry_is_address_shape_strides_dtype_and_lazy_bits(into: Callable[[t
     dtype = torch.complex64 if into is conjugate else torch.float32
     tensors = [torch.randn(4, 4), torch.randn(4, 4).to(dtype), torch.randn(())]
     known = Geometry(tensors)
+    assert known.is_of(tensors) and known.is_of(tensors)  # the second time by other means
     tensors[1].mul_(2)
     tensors[0].requires_grad_()
     assert known.is_of(tensors)
