@@ -197,28 +197,34 @@ def refused(model: nn.Module, optimizer: Any, message: str, folder: str, **optio
 # -- parameters that are replaced ------------------------------------------------------------------------------------
 
 
-def replaced(wrapper: str, folder: str) -> list[str]:
-    """A trained parameter that is replaced is an error on all ranks, by name, before anything more is committed."""
+def replaced(case: str, folder: str) -> list[str]:
+    """A parameter that is replaced where that is not followed is an error on all ranks, by name, before anything more is
+    committed: by assignment, and of FSDP also by hand.
+    """
+    wrapper, _, by_hand = case.partition("-")
     model = wrapped(wrapper)
     inside = model.module if wrapper == "ddp" else model
-    optimizer = torch.optim.SGD(list(model[0].parameters()) if wrapper != "ddp" else model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     ckpt = lwd.attach(model, optimizer, dir=folder, commit={"timeout_s": 30.0})
     message = ""
     try:
         for step in ckpt.steps(200):
             if step == 2:
                 ckpt.wait(2)
-                inside[1].load_state_dict({k: v.clone() for k, v in inside[1].state_dict().items()}, assign=True)
-                if wrapper == "fsdp2":
-                    inside[0].load_state_dict({k: v.clone() for k, v in inside[0].state_dict().items()}, assign=True)
             train(model, optimizer)
+            if step == 2 and by_hand:
+                inside[1].weight = nn.Parameter(inside[1].weight.detach().clone(), requires_grad=False)
+            elif step == 2:
+                inside.load_state_dict({k: v.clone() for k, v in inside.state_dict().items()}, assign=True)
     except errors.CommitError as error:
         message = str(error)
     ckpt.end(orderly=False)
     wanted = {
-        "ddp": "1.weight, 1.bias were replaced by another Parameter after attach(). DistributedDataParallel",
+        "ddp": "0.weight, 0.bias, 1.weight and 1 more were replaced by another Parameter after attach(). Distributed",
+        "fsdp1-hand": "1.weight was replaced by another Parameter after attach(). FSDP1 trains what it was given",
         "fsdp2": "SGD: parameter 0 of group 0 is the Parameter that was 0.weight",
-    }[wrapper]
+        "fsdp2-hand": "1.weight was replaced by another Parameter after attach(). FSDP2 puts back what it was given",
+    }[case]
     problems = [] if wanted in message else [f"{message!r} does not say {wanted!r}"]
     return problems + [f"committed {ckpt.committed_step}"] * (ckpt.committed_step != 2)
 
@@ -251,6 +257,8 @@ def wrapped(wrapper: str, seed: int = 1, **options: Any) -> Any:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8).requires_grad_(False))
     if wrapper == "ddp":
         return DistributedDataParallel(model)
+    if wrapper == "fsdp1":
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
     for layer in model:
         fully_shard(layer, **options)
     return fully_shard(model, **options)
