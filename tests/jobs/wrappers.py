@@ -198,8 +198,8 @@ def refused(model: nn.Module, optimizer: Any, message: str, folder: str, **optio
 
 
 def replaced(case: str, folder: str) -> list[str]:
-    """A parameter that is replaced where that is not followed is an error on all ranks, by name, before anything more is
-    committed: by assignment, and of FSDP also by hand.
+    """Parameters that are replaced where that is not followed, by assignment or by hand: an error on all ranks, by
+    name, before anything more is committed.
     """
     wrapper, _, by_hand = case.partition("-")
     model = wrapped(wrapper)
