@@ -141,14 +141,17 @@ class Updates:
         self._captures = [capture for capture in self._captures if not capture.over]
 
     def _guarded(self: LayerwiseEngine, capture: Capture, action: Callable[[], Any]) -> bool:
-        """Runs a step of a capture; if its lease is broken the attempt ends for all ranks, and training goes on."""
+        """Runs a step of a capture; if its lease is broken the attempt ends for all ranks, and training goes on.
+
+        Raises as `Attempts.fail`.
+        """
         try:
             action()
             return True
         except (LayerwiseError, OSError) as error:
-            self._participant.failed(capture.write.attempt, str(error), capture.write)
             if capture is self._open:
                 self._open = None
+            self._attempts.fail(capture.write.attempt, error, capture.write)
             return False
 
     def _give_up(self: LayerwiseEngine, reason: str) -> None:

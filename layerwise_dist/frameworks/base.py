@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
+from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.names import CleanNames, check_unique, join
 from layerwise_dist.pieces import Piece, check_layout, dtype_code
 from layerwise_dist.slices import Slice
@@ -36,12 +39,36 @@ class Framework:
     swapped = False
     # Whether it keeps parameters in memory of its own, so that none of them can belong to a second model.
     exclusive = False
+    # Why parameters cannot come, go or be replaced once the model is wrapped, and what to do; empty if they can.
+    fixed = ""
 
     def __init__(self, root: nn.Module, rank: int, world_size: int, prefix: str = "") -> None:
         """`prefix` is the model's name among several, and the first part of every name here; "" of a single one."""
         self.root, self.rank, self.world_size = root, rank, world_size
-        self.params = _views(root, prefix)
-        self._tree = _Tree(root, prefix)
+        self._tree = _Tree(root, prefix, self.stand_ins)
+        self.params = self._in_tree = self._tree.look()
+
+    def follow(self) -> None:
+        """Brings parameters, buffers and extra states up to what the module tree has now.
+
+        `params` stays the very same list while nothing in it came, went, or got another name. Raises UnsupportedError
+        where the wrapper does not allow for that.
+        """
+        found = self._tree.look()
+        if found is self._in_tree:
+            return
+        if self.fixed:
+            raise UnsupportedError(f"{changes(self._in_tree, found)} after attach(). {self.fixed}")
+        self._take_up(found)
+        self._in_tree = found
+
+    def _take_up(self, found: list[ParamView]) -> None:
+        """These are the parameters from now on."""
+        self.params = found
+
+    def stand_ins(self) -> Mapping[int, nn.Parameter]:
+        """Of what hangs in the module tree in place of a parameter, by its id, which one that is."""
+        return {}
 
     @property
     def roots(self) -> list[nn.Module]:
@@ -59,13 +86,13 @@ class Framework:
         """This rank's plain tensor behind `tensor`, sharing its memory."""
         return tensor.detach()
 
-    def addresses(self, tensors: Sequence[torch.Tensor]) -> list[int]:
-        """Where this rank's part of each buffer or tensor of state lies; cheaper than asking `local` for them."""
-        return [tensor.data_ptr() for tensor in tensors]
+    def in_memory(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """This rank's part of each buffer or tensor of state; cheaper than asking `local` for them."""
+        return tensors
 
-    def param_addresses(self) -> list[int]:
-        """Where this rank's parameters lie, be it several of them in one place: another list if one of them moved."""
-        return self.addresses([view.param for view in self.params])
+    def params_in_memory(self) -> Sequence[torch.Tensor]:
+        """The tensors that this rank's parameters lie in, be it several of them in one."""
+        return self.in_memory([view.param for view in self.params])
 
     def names(self) -> dict[int, str]:
         """Of each tensor that an optimizer of this model may hold, by its id."""
@@ -125,16 +152,16 @@ class Framework:
         """Removes whatever hooks the framework has put on the model."""
 
     def buffers(self) -> list[tuple[str, torch.Tensor]]:
-        """Persistent buffers under clean names, each once."""
-        return self._tree.look().buffers
+        """Persistent buffers under clean names, each once, as `follow` has found them."""
+        return self._tree.buffers
 
     def written_buffers(self) -> list[tuple[str, torch.Tensor]]:
         """Those of `buffers` that this rank writes."""
         return [] if self.shared_buffers and self.rank else self.buffers()
 
     def extra_states(self) -> list[tuple[str, nn.Module]]:
-        """Modules that define `get_extra_state()`."""
-        return self._tree.look().extra_states
+        """Modules that define `get_extra_state()`, as `follow` has found them."""
+        return self._tree.extra_states
 
 
 def put_gradient(param: torch.Tensor, present: bool) -> None:
@@ -148,57 +175,100 @@ def put_gradient(param: torch.Tensor, present: bool) -> None:
         (param.grad.requires_grad_(False) if param.grad.grad_fn is None else param.grad.detach_()).zero_()
 
 
-class _Tree:
-    """What hangs in the module tree: looked at in every checkpoint, walked when something came, went or changed."""
+_DICTS = operator.attrgetter("_modules", "_parameters", "_buffers")
+_HIDDEN = operator.attrgetter("_non_persistent_buffers_set")
 
-    def __init__(self, root: nn.Module, prefix: str) -> None:
-        self._root, self._prefix = root, prefix
+
+class _Tree:
+    """What hangs in the module tree: looked at in every checkpoint, walked when something came, went or changed.
+
+    `params` and `buffers` are the very same lists while all in them is the same under the same names.
+    """
+
+    def __init__(self, root: nn.Module, prefix: str, stand_ins: Callable[[], Mapping[int, nn.Parameter]]) -> None:
+        self._root, self._prefix, self._stand_ins = root, prefix, stand_ins
         self._modules: list[nn.Module] = []
-        self._stamp: tuple[Any, ...] | None = None
-        self._held: list[Any] = []  # keeps what the stamp names alive, so that nothing else can take its identity
+        self._names: list[Any] = []
+        self._held: list[Any] = []  # keeps all of it alive, so that nothing else can take its identity
+        self.params: list[ParamView] = []
         self.buffers: list[tuple[str, torch.Tensor]] = []
         self.extra_states: list[tuple[str, nn.Module]] = []
 
-    def look(self) -> _Tree:
-        if self._stamp is None or self._stamp != self._take_stamp():
+    def look(self) -> list[ParamView]:
+        """Brings the lists up to date, and returns `params`."""
+        if not self._modules or not self._is_as_it_was():
             self._walk()
-        return self
+        return self.params
 
-    def _take_stamp(self) -> tuple[Any, ...]:
-        modules = self._modules
-        return (
-            [id(child) for module in modules for child in module._modules.values()],
-            [name for module in modules for name in module._buffers],
-            [id(buffer) for module in modules for buffer in module._buffers.values()],
-            [len(module._non_persistent_buffers_set) for module in modules],
-        )
+    def _is_as_it_was(self) -> bool:
+        names, held = self._stamp()
+        return names == self._names and same_objects(held, self._held)
+
+    def _stamp(self) -> tuple[list[Any], list[Any]]:
+        """How many names each dict of each module has, and which; and all that has these names."""
+        dicts = [*chain.from_iterable(map(_DICTS, self._modules))]
+        hidden = [*map(_HIDDEN, self._modules)]
+        full = [*filter(None, dicts)]  # most are empty
+        names = [[*map(len, dicts)], [*chain.from_iterable(full)], [*map(len, hidden)], [*chain.from_iterable(hidden)]]
+        return names, [*chain.from_iterable(map(dict.values, full))]
 
     def _walk(self) -> None:
         self._modules = list(self._root.modules())
-        self._held = [buffer for module in self._modules for buffer in module._buffers.values()]
-        self._stamp = self._take_stamp()
-        names = CleanNames(self._root, self._prefix).of_module
+        clean = CleanNames(self._root, self._prefix)
+        params = _views(clean, self._stand_ins())
+        names = clean.of_module
         seen: set[int] = set()
-        self.buffers = []
+        buffers = []
         for module in self._modules:
             for name, buffer in module._buffers.items():
                 if buffer is not None and name not in module._non_persistent_buffers_set and id(buffer) not in seen:
                     seen.add(id(buffer))
-                    self.buffers.append((join(names[id(module)], name), buffer))
+                    buffers.append((join(names[id(module)], name), buffer))
+        for name, buffer in buffers:
+            check_layout(f"buffer {name}", buffer)
+        check_unique("two buffers", (name for name, _ in buffers))
+        if changes(self.params, params):
+            self.params = params
+        if [(name, id(buffer)) for name, buffer in buffers] != [(name, id(buffer)) for name, buffer in self.buffers]:
+            self.buffers = buffers
         self.extra_states = [
             (names[id(module)], module)
             for module in self._modules
             if type(module).get_extra_state is not nn.Module.get_extra_state
         ]
-        for name, buffer in self.buffers:
-            check_layout(f"buffer {name}", buffer)
-        check_unique("two buffers", (name for name, _ in self.buffers))
         check_unique("two modules with get_extra_state()", (name for name, _ in self.extra_states))
+        self._names, self._held = self._stamp()  # last: what could not be listed is not known at the next look either
 
 
-def _views(root: nn.Module, prefix: str) -> list[ParamView]:
+def same_objects(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Whether both have the very same objects, in the same order."""
+    return len(some) == len(others) and all(map(operator.is_, some, others))
+
+
+def changes(before: Sequence[ParamView], now: Sequence[ParamView]) -> str:
+    """What happened to a model's parameters, in words and by name; empty if nothing did."""
+    if [(view.fqn, id(view.param), view.aliases) for view in before] == [
+        (view.fqn, id(view.param), view.aliases) for view in now
+    ]:
+        return ""
+    was, there = ({view.fqn: view.param for view in views} for views in (before, now))
+    found = {
+        "replaced by another Parameter": [fqn for fqn in was if fqn in there and there[fqn] is not was[fqn]],
+        "added": [fqn for fqn in there if fqn not in was],
+        "removed": [fqn for fqn in was if fqn not in there],
+    }
+    words = [
+        f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''} "
+        f"{'were' if len(names) > 1 else 'was'} {what}"
+        for what, names in found.items()
+        if names
+    ]
+    return "; ".join(words) or "the order of the parameters, or which of them are tied, changed"
+
+
+def _views(names: CleanNames, stand_ins: Mapping[int, nn.Parameter]) -> list[ParamView]:
     views = []
-    for param, (first, *rest) in CleanNames(root, prefix).parameters():
+    for param, (first, *rest) in names.parameters(stand_ins):
         check_layout(f"parameter {first}", param)
         views.append(ParamView(first, first.rpartition(".")[0], param, tuple(rest)))
     check_unique("two parameters", (name for view in views for name in (view.fqn, *view.aliases)))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.base import Framework, ParamView
 from layerwise_dist.frameworks.buckets import BucketOrder
 from layerwise_dist.frameworks.shares import shares
@@ -25,6 +26,10 @@ class DDPFramework(Framework):
 
     name = "ddp"
     shared_params = True
+    fixed = (
+        "DistributedDataParallel reduces gradients of, and keeps equal, only what it was given: wrap the changed "
+        "model, and attach() that"
+    )
 
     def __init__(self, root: nn.Module, rank: int, world_size: int, prefix: str = "") -> None:
         super().__init__(root, rank, world_size, prefix)
@@ -32,6 +37,7 @@ class DDPFramework(Framework):
         sizes = [(view.param.numel(), view.param.element_size()) for view in self.params]
         cut = shares(sizes, rank, world_size)
         self._whole: set[str] = set()  # whose optimizer state is on one rank only
+        self._numels = {view.fqn: view.param.numel() for view in self.params}
         self._mine = {view.fqn: share for view, share in zip(self.params, cut, strict=True)}
         self._buckets = BucketOrder(root, self.params) if isinstance(root, DistributedDataParallel) else None
 
@@ -53,6 +59,11 @@ class DDPFramework(Framework):
             self._buckets.detach()
 
     def pieces(self, view: ParamView, kind: str, tensor: torch.Tensor, *, lease: bool) -> list[Piece]:
+        if view.param.numel() != self._numels[view.fqn]:
+            raise UnsupportedError(
+                f"parameter {view.fqn} had {self._numels[view.fqn]} elements at attach() and has {view.param.numel()} "
+                f"now. {self.fixed}"
+            )
         if tensor is not view.param and view.fqn in self._whole:
             return super().pieces(view, kind, tensor, lease=lease)
         whole = self.need(view, kind, tensor)

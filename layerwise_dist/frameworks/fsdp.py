@@ -5,7 +5,8 @@ Each rank writes its local part. Where a mesh replicates a part, one of the rank
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from layerwise_dist.errors import MismatchError, UnsupportedError
-from layerwise_dist.frameworks.base import Framework, ParamView
+from layerwise_dist.frameworks.base import Framework, ParamView, changes
 from layerwise_dist.frameworks.shares import owners
 from layerwise_dist.pieces import Piece, dtype_code
 from layerwise_dist.slices import Slice
@@ -31,6 +32,9 @@ class FSDP2Framework(Framework):
 
     def __init__(self, root: nn.Module, rank: int, world_size: int, prefix: str = "") -> None:
         super().__init__(root, rank, world_size, prefix)
+        self._divide()
+
+    def _divide(self) -> None:
         for view in self.params:
             if isinstance(view.param, DTensor):
                 _check_part(view)
@@ -40,14 +44,30 @@ class FSDP2Framework(Framework):
         self._owner = {view.fqn: owner for (view, _), owner in zip(replicated, owners(sizes), strict=True)}
         self.shared_params = bool(self._owner)
 
+    def stand_ins(self) -> Mapping[int, nn.Parameter]:
+        """The whole parameters, while those hang in the places of the sharded ones."""
+        return {id(other): each.sharded_param for each in _managed(self.root) for other in _stand_ins(each)}
+
+    def _take_up(self, found: list[ParamView]) -> None:
+        for each in _managed(self.root):
+            module, name = each._module_info.module, each._module_info.param_name
+            there = module._parameters.get(name)
+            if there is not each.sharded_param and not any(there is other for other in _stand_ins(each)):
+                raise UnsupportedError(
+                    f"{changes(self._in_tree, found)} after attach(). FSDP2 puts back what it was given: copy values "
+                    "into the parameter that is there, or wrap the changed model, and attach() that"
+                )
+        super()._take_up(found)
+        self._divide()
+
     def shared(self, kind: str, fqn: str) -> bool:
         return kind != "buffer" and fqn in self._owner
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
-    def addresses(self, tensors: Sequence[torch.Tensor]) -> list[int]:
-        return [(each._local_tensor if isinstance(each, DTensor) else each).data_ptr() for each in tensors]
+    def in_memory(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        return [each._local_tensor if isinstance(each, DTensor) else each for each in tensors]
 
     def gradient_ready_params(self) -> list[nn.Parameter]:
         return []  # with CPU offload such a hook makes FSDP2 wait for each gradient's copy
@@ -67,6 +87,8 @@ class FSDP2Framework(Framework):
         return Slice(kind, view.fqn, code, tuple(tensor.shape), offsets=tuple(offsets), lengths=tuple(shape))
 
     def pieces(self, view: ParamView, kind: str, tensor: torch.Tensor, *, lease: bool) -> list[Piece]:
+        if tensor is view.param and isinstance(tensor, DTensor):
+            _check_part(view)  # its local part may have got another shape
         # State that is laid out otherwise than its parameter may be cut where that is replicated: everybody writes it.
         alike = isinstance(tensor, DTensor) and _holders(tensor) == _holders(view.param)
         if alike and self._owner.get(view.fqn, self.rank) != self.rank:
@@ -86,6 +108,18 @@ class FSDP2Framework(Framework):
                 f"has {list(param.shape)}"
             )
         return torch.empty_like(param, dtype=dtype, requires_grad=False)
+
+
+def _managed(root: nn.Module) -> list[Any]:
+    """What FSDP2 knows of each parameter that it has sharded."""
+    states = [module._get_fsdp_state() for module in root.modules() if isinstance(module, FSDPModule)]
+    return [each for state in states for group in state._fsdp_param_groups for each in group.fsdp_params]
+
+
+def _stand_ins(managed: Any) -> list[nn.Parameter]:
+    """What hangs in the sharded parameter's place while it is gathered."""
+    found = [getattr(managed, name, None) for name in ("_unsharded_param", "_sharded_post_forward_param")]
+    return [param for param in found if param is not None]
 
 
 def _holders(tensor: torch.Tensor) -> tuple[int, ...]:

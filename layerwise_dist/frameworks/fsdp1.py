@@ -7,6 +7,7 @@ names.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from layerwise_dist.errors import UnsupportedError
-from layerwise_dist.frameworks.base import ParamView, put_gradient
+from layerwise_dist.frameworks.base import ParamView, changes, put_gradient
 from layerwise_dist.frameworks.flat import FlatFramework, FlatState, Fragment
 from layerwise_dist.frameworks.names import CleanNames, check_unique, join
 from layerwise_dist.frameworks.optimizers import TorchOptimizer
@@ -31,6 +32,7 @@ class FSDP1Framework(FlatFramework):
 
     name = "fsdp1"
     exclusive = True
+    fixed = "FSDP1 trains what it was given: wrap the changed model, and attach() that"
 
     def __init__(self, root: nn.Module, rank: int, world_size: int, prefix: str = "") -> None:
         """Raises UnsupportedError for CPU offload, tensor parallelism, and parameters that are not row-major."""
@@ -61,6 +63,15 @@ class FSDP1Framework(FlatFramework):
                 self._units.append(view.param)
         self._number = {id(unit): number for number, unit in enumerate(self._units)}
         self._by_param = {id(view.param): view for view in self.params}
+
+    def follow(self) -> None:
+        """Only to refuse. What is gathered hangs in the tree as plain tensors, and comes back in another order."""
+        found = self._tree.look()
+        there = {view.fqn for view in found}
+        before = [view for view in self._in_tree if view.fqn in there or view.fqn not in self.fragments]
+        by_name = operator.attrgetter("fqn")
+        if what := changes(sorted(before, key=by_name), sorted(found, key=by_name)):
+            raise UnsupportedError(f"{what} after attach(). {self.fixed}")
 
     def _add_unit(self, unit: torch.Tensor, views: list[ParamView], handle: Any, number: int | None = None) -> None:
         flat = handle.flat_param
@@ -109,8 +120,8 @@ class FSDP1Framework(FlatFramework):
             return tensor.detach()
         return self.fragment_of(view, self.unit(self.fragments[view.fqn].unit))
 
-    def param_addresses(self) -> list[int]:
-        return self.addresses(self._units)  # where a parameter begins within its unit never changes
+    def params_in_memory(self) -> Sequence[torch.Tensor]:
+        return self._units  # where a parameter begins within its unit never changes
 
     def gradient_ready_params(self) -> list[nn.Parameter]:
         return []  # they announce no gradients

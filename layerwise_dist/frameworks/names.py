@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
@@ -27,6 +27,8 @@ _IF_IMPORTED = (
     ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
     ("deepspeed.runtime.engine", "DeepSpeedEngine", "module"),
 )
+
+_NONE: Mapping[int, nn.Parameter] = {}
 
 
 class CleanNames:
@@ -53,12 +55,16 @@ class CleanNames:
             self._modules.append((clean, module))
             self.of_module.setdefault(id(module), clean)
 
-    def parameters(self) -> list[tuple[nn.Parameter, list[str]]]:
-        """Each parameter once, in the model's order, with all its names, the first of which is the one to go by."""
+    def parameters(self, stand_ins: Mapping[int, nn.Parameter] = _NONE) -> list[tuple[nn.Parameter, list[str]]]:
+        """Each parameter once, in the model's order, with all its names, the first of which is the one to go by.
+
+        `stand_ins` says, by the id of what hangs in the place of a parameter, which one that is.
+        """
         found: dict[int, tuple[nn.Parameter, dict[str, None]]] = {}
         for module_name, module in self._modules:
             for name, param in module._parameters.items():
                 if param is not None:
+                    param = stand_ins.get(id(param), param)
                     found.setdefault(id(param), (param, {}))[1][join(module_name, name)] = None
         return [(param, list(names)) for param, names in found.values()]
 

@@ -45,7 +45,10 @@ def prepare(
 ) -> LoadPlan:
     """With `partly`, the model may have tensors that the checkpoint has not; they stay as they are.
 
-    Raises MismatchError listing every name that is missing, unexpected or of another shape; DamageError; OSError."""
+    Raises MismatchError listing every name that is missing, unexpected or of another shape; UnsupportedError for a
+    model that has become what cannot be saved; DamageError; OSError.
+    """
+    framework.follow()
     own = contents.read(shards.own, framework.name)
     index, sealed = _index(own, shards, framework), own.sealed
     loading = LoadPlan(sealed)

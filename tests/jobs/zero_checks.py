@@ -157,7 +157,19 @@ def refusals(root: str) -> list[str]:
         *refused(strange_optimizer, "optimizer Strange is not supported", root),
         *refused(state_of_another_shape, "'factor' of shape [3]", root),
         *refused(lambda engine: setattr(engine, "optimizer", None), "no optimizer", root),
+        *replaced(),
     ]
+
+
+def replaced() -> list[str]:
+    """A Parameter that comes after attach() is none of the engine's."""
+    job = Job("2-bf16", seed=1)
+    framework = room.DeepSpeedFramework(job.engine, dist.get_rank(), dist.get_world_size())
+    framework.follow()
+    layer = next(module for module in job.engine.module.modules() if module._parameters)
+    name = next(iter(layer._parameters))
+    layer._parameters[name] = torch.nn.Parameter(layer._parameters[name].detach().clone())
+    return expect(errors.UnsupportedError, "replaced by another Parameter.*A DeepSpeed engine trains", framework.follow)
 
 
 def window_in_two(root: str) -> list[str]:

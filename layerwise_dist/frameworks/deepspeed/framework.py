@@ -31,6 +31,7 @@ class DeepSpeedFramework(FlatFramework):
     # A rank needs what others wrote: its part of what is divided, and of a parameter of which it holds nothing.
     shared_params = True
     exclusive = True
+    fixed = "A DeepSpeed engine trains what it was given: make one of the changed model, and attach() that"
 
     def __init__(self, engine: Any, rank: int, world_size: int, prefix: str = "") -> None:
         """Raises UnsupportedError for a mode that cannot be captured exactly."""
@@ -80,10 +81,10 @@ class DeepSpeedFramework(FlatFramework):
             return tensor.ds_tensor.detach().view(-1)[: partition(tensor, self.rank)[1]]
         return tensor.detach()
 
-    def param_addresses(self) -> list[int]:
+    def params_in_memory(self) -> Sequence[torch.Tensor]:
         # Where a parameter begins within its unit never changes.
-        units = self.addresses([self.units.tensor(number) for number in self._numbers])
-        return units + self.addresses([getattr(param, "ds_tensor", param) for param in self._untrained])
+        units = [self.units.tensor(number) for number in self._numbers]
+        return units + [getattr(param, "ds_tensor", param) for param in self._untrained]
 
     def gradient_ready_params(self) -> list[nn.Parameter]:
         return []  # ZeRO's own hooks take gradients away as they come
