@@ -18,7 +18,7 @@ from layerwise_dist.capture.room import check_pool
 from layerwise_dist.capture.survey import Surveyor
 from layerwise_dist.commit.opening import PATIENCE_SHARE
 from layerwise_dist.commit.participant import Participant
-from layerwise_dist.commit.session import open_session, start_coordinator, start_keeper
+from layerwise_dist.commit.session import SessionInfo, open_session, start_coordinator, start_keeper
 from layerwise_dist.commit.transports import Transport
 from layerwise_dist.commit.transports.choice import find_ranks, open_transport
 from layerwise_dist.config import LayerwiseConfig, load_config
@@ -188,6 +188,17 @@ def assemble(
         raise
 
 
+def _check_places(config: LayerwiseConfig, found: Framework, info: SessionInfo) -> None:
+    here = next(place for place in info.places if found.rank in place)
+    if not found.partners() <= set(here):
+        raise UnsupportedError(
+            f"{config.path} is not one directory but {len(info.places)} (of ranks {str(info.places)[:80]}): "
+            f"under {found.name} "
+            "ranks read what others wrote, so all must see one directory. Where each rank writes all that it needs "
+            "(plain, FSDP2 with full shards), or what ranks of one node hold, disks of the nodes will do"
+        )
+
+
 def _software() -> dict[str, str]:
     return {"layerwise_dist": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
@@ -212,13 +223,8 @@ def _open_direct(
     committer = coordinator = None
     if owner is not None:
         closers.append(owner.release)
-    if not info.shared and (found.shared_params or found.shared_buffers):
-        raise UnsupportedError(
-            f"{config.path} is not one directory but {len(info.places)} (of ranks {str(info.places)[:80]}): "
-            f"under {found.name} "
-            "ranks read what others wrote, so all must see one directory. Where each rank writes all that it needs "
-            "(plain, FSDP2 with full shards) disks of the nodes will do"
-        )
+    if not info.shared:
+        together(participant, "look for what others write", lambda: _check_places(config, found, info))
     if owner is not None and rank != 0:
         start_keeper(participant, manager, owner, info)
     elif owner is not None:

@@ -14,9 +14,8 @@ import torch
 from layerwise_dist.errors import ConfigError, UnsupportedError
 from layerwise_dist.frameworks.base import Framework, ParamView
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
-from layerwise_dist.pieces import Batch, Piece, dtype_code
+from layerwise_dist.pieces import Batch, Piece
 from layerwise_dist.scheduler import LayerSize
-from layerwise_dist.slices import Slice
 from layerwise_dist.storage.shard import PACK_BELOW, Source
 
 # Extent of everything that is copied at the boundary. No module's name can clash: it has no layer's place in the tree.
@@ -241,10 +240,7 @@ class Surveyor:
                     add(view, name, value, True)
                 else:
                     scalars.append((view.fqn, name, state))
-        for fqn, buffer in self._framework.written_buffers():
-            local = self._framework.local(buffer)
-            part = Slice.whole("buffer", fqn, dtype_code(buffer.dtype, f"buffer/{fqn}"), tuple(local.shape))
-            copied.append(Piece(part, local, lease=False))
+        copied += [Piece(part, local, lease=False) for part, local in self._framework.written_buffers()]
         made = self._batches(layers)
         key = tuple(
             (piece.slice, number, 0 if batch.staged else piece.tensor.data_ptr())

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -19,7 +20,7 @@ from layerwise_dist.frameworks.base import ParamView, clean, join, put_gradient
 from layerwise_dist.frameworks.flat import FlatFramework, FlatState, Fragment
 from layerwise_dist.frameworks.optimizers import TorchOptimizer
 from layerwise_dist.pieces import dtype_code
-from layerwise_dist.slices import Slice
+from layerwise_dist.slices import Slice, ranks_text
 
 
 class FSDP1Framework(FlatFramework):
@@ -36,6 +37,7 @@ class FSDP1Framework(FlatFramework):
         super().__init__(root, rank, world_size, prefix)
         self.fragments = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._among: dict[str, str] = {}  # the ranks that FSDP cuts it over
         self._units: list[torch.Tensor] = []
         self._sizes: list[int] = []  # of those that FSDP cuts: elements on this rank
         self._views_in: list[list[ParamView]] = []
@@ -64,6 +66,7 @@ class FSDP1Framework(FlatFramework):
     def _add_unit(self, unit: torch.Tensor, views: list[ParamView], handle: Any, number: int | None = None) -> None:
         flat = handle.flat_param
         places = range(len(views)) if number is None else [number]
+        cut_over = dist.get_process_group_ranks(handle.process_group) if handle.uses_sharded_strategy else ()
         for place, view in zip(places, views, strict=True):
             held = flat._shard_param_infos[place]
             length = held.numel_in_shard if held.in_shard else 0
@@ -71,6 +74,7 @@ class FSDP1Framework(FlatFramework):
             start = held.intra_param_start_idx if held.in_shard else 0
             self.fragments[view.fqn] = Fragment(len(self._units), start, offset, length)
             self._shapes[view.fqn] = tuple(flat._shapes[place])
+            self._among[view.fqn] = ranks_text(cut_over)
         self._units.append(unit)
         self._sizes.append(flat._sharded_size.numel() if number is None else length)
         self._views_in.append(views)
@@ -130,7 +134,8 @@ class FSDP1Framework(FlatFramework):
         if fragment is None or (tensor.dim() == 0 and tensor is not view.param):
             return super().need(view, kind, tensor)
         code = dtype_code(tensor.dtype, f"{kind}/{view.fqn}")
-        return Slice(kind, view.fqn, code, self._shapes[view.fqn], start=fragment.start, length=fragment.length)
+        shape, among = self._shapes[view.fqn], self._among[view.fqn]
+        return Slice(kind, view.fqn, code, shape, start=fragment.start, length=fragment.length, among=among)
 
     def state_shape(self, view: ParamView, entry: Slice) -> tuple[int, ...]:
         return tuple(view.param.shape) if entry.is_flat else entry.global_shape
