@@ -32,6 +32,7 @@ from layerwise_dist.monitor.connection import MonitorLink, start_monitor
 from layerwise_dist.monitor.opening import Parts, open_monitored
 from layerwise_dist.monitor.transport import MonitorTransport
 from layerwise_dist.preemption import Preemption, check_thread
+from layerwise_dist.replicas import Replicas
 from layerwise_dist.restore.agreement import together
 from layerwise_dist.storage.network import memory_by_magic
 from layerwise_dist.writing import open_writer
@@ -157,12 +158,16 @@ def assemble(
                     "mode = 'monitor' with an optimizer offloaded to NVMe: its mirrors are as large as what was "
                     "offloaded, and a pool for copies of them would be too; use mode 'direct'"
                 )
+            if config.replicas == "apart":
+                found.write_apart()
             survey = Surveyor(found, adapter, config.captured_by, bases=not pooled).look()
             check_pool(config.pool_mb, config.bounce_bytes, survey, pooled=pooled)
             return found, adapter, StateObjects(state)
 
         _, (found, updates, objects) = together(participant, "attach", examine)
         closers.append(objects.detach)
+        replicas = Replicas(found, updates, participant)
+        replicas.meet()
         if monitor is not None:
             parts = open_monitored(monitor, env, config, participant, found.name, _software(), fresh=fresh)
         else:
@@ -180,7 +185,7 @@ def assemble(
         return LayerwiseEngine(
             found, updates, config, objects, adapter=parts.adapter, manager=parts.manager, info=parts.info,
             participant=participant, committer=parts.pen, coordinator=parts.coordinator, fresh=fresh,
-            preemption=preemption,
+            preemption=preemption, replicas=replicas,
         )  # fmt: skip
     except BaseException:
         for close in reversed(closers):
