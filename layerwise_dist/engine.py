@@ -244,8 +244,6 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
         self._end_trace()
         self._boundaries += 1
         due = self._scheduler.due(mark.step)
-        if self._replicas.heed():
-            self._surveyor.forget()
         here = self._optimizer.several or (due and self._compare_replicas())
         if here and self._open is None and mark.updated and due:
             # Which update is an iteration's last is known here only. Each optimizer's part is then captured once.

@@ -81,6 +81,7 @@ class Updates:
         with self._statistics.stall("open"):
             if not update.asked:
                 update.asked = True
+                self._heed_replicas()
                 step = self._boundary.completed + 1
                 found = self._attempts.steady() if self._scheduler.due(step) else None
                 if found is not None:
@@ -123,9 +124,14 @@ class Updates:
         """Opens the attempt of `step` behind its update, and captures all."""
         if self._scheduler.set_order(self._optimizer.layer_order):
             self._surveyor.forget()
+        self._heed_replicas()
         self._open = self._attempts.open(step)
         if self._open is not None:
             self._take(self._open, self._scheduler.flush())
+
+    def _heed_replicas(self: LayerwiseEngine) -> None:
+        if self._replicas.heed():
+            self._surveyor.forget()
 
     def _may_update(self: LayerwiseEngine) -> None:
         if self._restorer.undefined is not None:

@@ -55,12 +55,11 @@ def plan(wanted: Slice, found: list[tuple[Shard, Entry]]) -> list[Span]:
                 f"{wanted.name}: the checkpoint has {entry.slice.dtype}{list(entry.slice.global_shape)}, "
                 f"the model {wanted.dtype}{list(wanted.global_shape)}"
             )
-    for shard, entry in found:
+    for _, entry in found:
         if entry.slice.among != wanted.among:
             raise MismatchError(
-                f"{wanted.name}: in the checkpoint rank {shard.index.rank} holds it {_with(entry.slice.among)}, "
-                f"here this rank holds it {_with(wanted.among)}; restoring into other groups of ranks is not supported "
-                "by this version"
+                f"{wanted.name}: in the checkpoint {_held(entry.slice.among)}, here {_held(wanted.among)}: restoring "
+                "into other groups of ranks is not supported by this version"
             )
     if not wanted.numel and wanted.is_flat:
         return []
@@ -87,5 +86,5 @@ def plan(wanted: Slice, found: list[tuple[Shard, Entry]]) -> list[Span]:
     )
 
 
-def _with(among: str) -> str:
-    return f"together with others, as ranks {among}" if among else "for itself alone"
+def _held(among: str) -> str:
+    return f"ranks {among} hold it together" if among else "each rank has its own"
