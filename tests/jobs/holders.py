@@ -257,9 +257,9 @@ def later(folder: str, **options: Any) -> list[str]:
             ckpt.wait(step)
 
     try:
-        job.train(ckpt, 300, after=after)
+        job.train(ckpt, 40, after=after)
         ckpt.close()
-        return ["not found in 300 steps"]
+        return ["not found in 40 steps"]
     except errors.CommitError as error:
         completed = everywhere(ckpt.completed)
         ckpt.end(orderly=False)
