@@ -3,6 +3,9 @@
 Before a session's first checkpoint all ranks compare what is there, and hashes of it. From then on each says with each
 checkpoint which tensors it takes for shared, and hashes of a few of them in turn; the coordinator commits nothing for
 which these differ.
+
+That parameters are equal is the wrapper's word: where they are not, that is an error. Of optimizer state no wrapper
+says anything: where it is not the same on all ranks, each of them saves its own.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -28,7 +32,8 @@ from layerwise_dist.storage.layout import AttemptId
 
 log = logging.getLogger("layerwise_dist")
 
-MOST_WINDOWS = 8  # of at most WINDOW_BYTES each, that a checkpoint's sample hashes
+MOST_WINDOWS = 4  # of at most WINDOW_BYTES each, that a checkpoint's sample hashes
+_CHUNK_BYTES = 64 << 20  # of device memory that are on the host at once
 _LISTED = 3
 
 
@@ -60,16 +65,22 @@ class Common:
         """Of each piece, all of it."""
         return [_hash(piece.tensor, 0, piece.slice.nbytes) for piece in self.pieces]
 
-    def sample(self, turn: int) -> tuple[str, str]:
-        """The hash of the turn's windows, and what is in them, in words. Host memory comes round in a hundred turns if
-        it is no more than that; device memory, for which the host has to wait, is looked at in every hundredth.
+    def sample(self, turn: int) -> tuple[str, str, str]:
+        """Of the turn's windows: a hash of those of parameters, one of those of state, and which parameters these are
+        of, in words. Host memory comes round in a hundred turns, if it is no more than so many windows; device memory,
+        for which the host has to wait, is looked at in every hundredth.
         """
         chosen = in_turn(self._on_host, turn)
         if turn % ROUND == ROUND - 1:
             chosen += in_turn(self._elsewhere, turn // ROUND)
-        names = list(dict.fromkeys(self.pieces[window.piece].slice.name for window in chosen))
-        hashes = (_hash(self.pieces[each.piece].tensor, each.begin, each.end) for each in chosen)
-        return _digest(hashes), _listed(names, " or ")
+        params: dict[str, list[str]] = {}
+        state: list[str] = []
+        for window in chosen:
+            piece = self.pieces[window.piece]
+            name = piece.slice.name
+            hashes = params.setdefault(name, []) if _is_param(name) else state
+            hashes.append(_hash(piece.tensor, window.begin, window.end))
+        return _digest(chain(*params.values())), _digest(state), _listed(list(params), " or ")
 
 
 def in_turn(windows: Sequence[Any], turn: int) -> list[Any]:
@@ -105,8 +116,8 @@ class Replicas:
     def agree(self) -> bool:
         """Before a checkpoint is begun, at the same place on all ranks, unless it is `agreed`: everything is compared.
 
-        State that is not there on all that should share it is written whole by each rank that has it. Whether there is
-        such state, so that the layout is another one. Raises UnsupportedError for other values.
+        State that is not the same on all that should share it is written whole by each rank that has it. Whether there
+        is such state, so that the layout is another one. Raises UnsupportedError for parameters that differ.
         """
         if self.agreed:
             return False
@@ -124,8 +135,8 @@ class Replicas:
         return was
 
     def _compare(self, what: str, common: dict[str, Common], *, contents: bool) -> tuple[bool, set[str]]:
-        """Whether anybody shares anything, and names of parameters whose state is not on all ranks that should share
-        it. In general that takes a few bytes a rank: only where something differs, everything is listed.
+        """Whether anybody shares anything, and names of parameters whose state is not the same on all ranks that should
+        share it. In general that takes a few bytes a rank: only where something differs, everything is listed.
         """
         rows: dict[str, list[list[str]]] = {}
         vote: dict[str, Any] = {}
@@ -199,40 +210,39 @@ def _differing(votes: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def judge(texts: Sequence[str], votes: Sequence[dict[str, list[list[str]]]]) -> list[str]:
-    """Rank 0's: of what each rank of `texts` holds (name, place, hash), the parameters whose state not all of them
-    have; for ranks of which it is known that they do not hold the same.
+    """Rank 0's: of what each rank of `texts` holds (name, place, hash), the parameters whose state is not the same on
+    all of them; for ranks of which it is known that they do not hold the same.
 
-    Raises UnsupportedError for parameters that not all have, or have in another order, and for what has other values.
+    Raises UnsupportedError for parameters that not all have, or have in another order, or that have other values.
     """
     unlike: set[str] = set()
     for text in texts:
         ranks = ranks_of(text, len(votes))
         held = {rank: {(name, place): hash for name, place, hash in votes[rank].get(text, [])} for rank in ranks}
+        differing: dict[str, list[str]] = {}  # parameters, by which ranks agree
         for name, place in dict.fromkeys(key for each in held.values() for key in each):
-            kind, _, fqn = name.partition("/")
-            lacking = [rank for rank in ranks if (name, place) not in held[rank]]
-            if lacking and kind in ("param", "master"):
+            by_hash: dict[str | None, list[int]] = {}
+            for rank in ranks:
+                by_hash.setdefault(held[rank].get((name, place)), []).append(rank)
+            if len(by_hash) == 1:
+                continue
+            if not _is_param(name):
+                unlike.add(name.partition("/")[2])
+            elif lacking := by_hash.get(None):
                 raise UnsupportedError(
                     f"the wrapper says that ranks {text} hold {name} ({place}) alike, and rank {lacking[0]} has no "
                     "such parameter: what they hold must have the same names and shapes"
                 )
-            if lacking:
-                unlike.add(fqn)
-        differing: dict[str, list[str]] = {}  # by which ranks agree
-        for key in held[ranks[0]]:
-            by_hash: dict[str | None, list[int]] = {}
-            for rank in ranks:
-                by_hash.setdefault(held[rank].get(key), []).append(rank)
-            if len(by_hash) > 1 and key[0].partition("/")[2] not in unlike:
+            else:
                 sides = " and ".join(f"rank {ranks_text(side) or side[0]}" for side in by_hash.values())
-                differing.setdefault(sides, []).append(key[0])
+                differing.setdefault(sides, []).append(name)
         for sides, names in differing.items():
             raise UnsupportedError(unequal(_listed(names, ", "), sides))
         if not unlike:
             raise UnsupportedError(f"ranks {text} hold the same parameters, but not in the same order")
     if unlike:
         log.warning(
-            "not all ranks that should share it have the same optimizer state for %s: each saves its own of these",
+            "ranks that should share it do not have the same optimizer state for %s: each saves its own of these",
             _listed(sorted(unlike), ", "),
         )
     return sorted(unlike)
@@ -243,14 +253,24 @@ def _place(part: Slice) -> tuple[str, str]:
     return part.name, f"{part.dtype} {part.global_shape} {where}"
 
 
+def _is_param(name: str) -> bool:
+    return name.startswith(("param/", "master/"))
+
+
 def _hash(tensor: torch.Tensor, begin: int, end: int) -> str:
-    """Of these bytes, wherever they lie; pieces that are not row-major are hashed as if they were."""
-    data = tensor.detach().reshape(-1).view(torch.uint8)[begin:end]
+    """Of these bytes, wherever they lie; a tensor that is not row-major is hashed as if it were."""
+    in_place = tensor.device.type == "cpu" and tensor.is_contiguous()
+    data = None if in_place else tensor.detach().reshape(-1).view(torch.uint8)
     hashes = []
-    for at in range(0, data.numel(), 64 * WINDOW_BYTES):
-        part = data[at : at + 64 * WINDOW_BYTES].cpu()
-        hashes.append(f"{_native.hash_memory(part.data_ptr(), part.numel()):016x}")
-    return _digest(hashes) if len(hashes) != 1 else hashes[0]
+    for at in range(begin, end, _CHUNK_BYTES):
+        stop = min(end, at + _CHUNK_BYTES)
+        if data is None:
+            hashed = _native.hash_memory(tensor.data_ptr() + at, stop - at)
+        else:
+            copy = data[at:stop].cpu()
+            hashed = _native.hash_memory(copy.data_ptr(), stop - at)
+        hashes.append(f"{hashed:016x}")
+    return _digest(hashes)
 
 
 def _digest(texts: Any) -> str:

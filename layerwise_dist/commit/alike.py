@@ -14,7 +14,7 @@ _WAY_OUT = (
 
 @dataclass(frozen=True, slots=True)
 class Unlike:
-    """Of `ranks`, two do not hold the same: other values (`final`), or state that not all of them have."""
+    """Of `ranks`, two do not hold the same: other parameters (`final`), or not the same optimizer state."""
 
     ranks: str
     why: str
@@ -25,22 +25,22 @@ class Alike:
     """Of one attempt: for each group of ranks what the first of them said, with which all others must agree."""
 
     def __init__(self) -> None:
-        self._first: dict[str, tuple[int, str, str]] = {}
+        self._first: dict[str, tuple[int, str, str, str]] = {}
 
     def compare(self, message: Message) -> Unlike | None:
         """Takes one rank's ``alike``: the first group in it that does not fit what another rank said."""
         rank = message["rank"]
-        for ranks, listing, sample, what in message["groups"]:
-            other, listed, sampled = self._first.setdefault(ranks, (rank, listing, sample))
+        for ranks, listing, params, state, what in message["groups"]:
+            other, *first = self._first.setdefault(ranks, (rank, listing, params, state))
             sides = f"ranks {min(rank, other)} and {max(rank, other)}"
-            if listed != listing:
+            if first[0] == listing and first[1] != params:
+                return Unlike(ranks, unequal(what, sides), final=True)
+            if first != [listing, params, state]:  # of another listing the samples are of other tensors
                 why = (
                     f"{sides} do not have the same optimizer state for what ranks {ranks} are said to hold alike; from "
                     "now on each of them saves its own"
                 )
                 return Unlike(ranks, why, final=False)
-            if sampled != sample:
-                return Unlike(ranks, unequal(what, sides), final=True)
         return None
 
 

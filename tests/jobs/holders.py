@@ -49,12 +49,13 @@ class Net(nn.Module):
 class OneOwner(torch.optim.Optimizer):
     """Keeps the momentum of each parameter on one rank, which sends the parameter around, as distributed Muon does.
 
-    With `from_step` it does so from that step on, and before all ranks keep all of it.
+    With `from_step` it does so from that step on, and before all ranks keep all of it. With `noise` each rank has state
+    of its own beside that.
     """
 
-    def __init__(self, params: Any, from_step: int = 0) -> None:
+    def __init__(self, params: Any, from_step: int = 0, *, noise: bool = False) -> None:
         super().__init__(params, {"lr": 0.1})
-        self.steps, self.from_step = 0, from_step
+        self.steps, self.from_step, self.noise = 0, from_step, noise
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -66,6 +67,8 @@ class OneOwner(torch.optim.Optimizer):
             else:
                 momentum = self.state[param].setdefault("momentum", torch.zeros_like(param))
                 param.sub_(momentum.mul_(0.9).add_(param.grad), alpha=0.1)
+            if self.noise:
+                self.state[param].setdefault("noise", torch.zeros_like(param)).normal_()
             if alone:
                 dist.broadcast(param.detach(), owner)
 
@@ -171,17 +174,23 @@ def groups(folder: str) -> list[str]:
     return problems
 
 
-def stages(folder: str) -> list[str]:
+def stages(folder: str, alike: bool = True, **options: Any) -> list[str]:
     """FSDP2, two stages that replicate on two ranks each."""
     mesh = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("stage", "replicate", "shard"))
 
     def make() -> Any:
-        torch.manual_seed(torch.initial_seed() // 10 + dist.get_rank() // 2)  # the same on the ranks of a stage
+        if alike:  # on the ranks of a stage
+            torch.manual_seed(torch.initial_seed() // 10 + dist.get_rank() // 2)
         net = Net(norm=False)
         fully_shard(net, mesh=mesh["replicate", "shard"])
         return net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
 
-    return saved_and_resumed(make, folder)
+    return saved_and_resumed(make, folder, options=options)
+
+
+def stages_apart(folder: str) -> list[str]:
+    """Each rank saves its own of what a mesh replicates, where that is wanted."""
+    return stages(folder, alike=False, replicas="apart")
 
 
 def owner(folder: str) -> list[str]:
@@ -212,6 +221,11 @@ def owner_later(folder: str) -> list[str]:
             found = restored(ckpt, step) or differences(again.held(), seen[step])
             problems += [f"step {step}: {name}" for name in found if name != "rng"]
     return problems
+
+
+def own_state(folder: str) -> list[str]:
+    """State that is on all ranks, and not the same, is each rank's own."""
+    return saved_and_resumed(wrapped(Net(norm=False), lambda params: OneOwner(params, 99, noise=True)), folder)
 
 
 def local(folder: str) -> list[str]:
@@ -273,7 +287,20 @@ def later_monitored(folder: str) -> list[str]:
 
 CASES = {
     case.__name__: case
-    for case in (ignored, groups, stages, owner, owner_later, local, apart, averaging, later, later_monitored)
+    for case in (
+        ignored,
+        groups,
+        stages,
+        stages_apart,
+        owner,
+        owner_later,
+        own_state,
+        local,
+        apart,
+        averaging,
+        later,
+        later_monitored,
+    )
 }
 
 
