@@ -24,6 +24,10 @@ class Slice:
     Either a box (`offsets` and `lengths`, one number a dimension, in elements) or a flat range of the global tensor
     in row-major order (`start` and `length`, in elements); the other pair is None.
     `kind` is ``param``, ``buffer`` or the optimizer's name of the state, such as ``exp_avg``.
+
+    A name alone does not make a global tensor: pipeline stages and experts have other tensors under the same names on
+    other ranks. `among` are the ranks that hold this one, as `ranks_text` has them: what others wrote under the same
+    name is a part of it only if it is among the same ranks. Empty: this rank holds all of it, for itself alone.
     """
 
     kind: str
@@ -34,10 +38,11 @@ class Slice:
     lengths: tuple[int, ...] | None = None
     start: int | None = None
     length: int | None = None
+    among: str = ""
 
     @staticmethod
-    def whole(kind: str, fqn: str, dtype: str, shape: tuple[int, ...]) -> Slice:
-        return Slice(kind, fqn, dtype, shape, offsets=(0,) * len(shape), lengths=shape)
+    def whole(kind: str, fqn: str, dtype: str, shape: tuple[int, ...], among: str = "") -> Slice:
+        return Slice(kind, fqn, dtype, shape, offsets=(0,) * len(shape), lengths=shape, among=among)
 
     @property
     def name(self) -> str:
@@ -135,3 +140,38 @@ def _unravel(element: int, shape: tuple[int, ...]) -> tuple[int, ...]:
         element, index = divmod(element, size)
         found.append(index)
     return tuple(reversed(found))
+
+
+def ranks_text(ranks: Iterable[int]) -> str:
+    """Several ranks in ascending order: ``0,1``, ``0-7``, ``0-24/8`` (every eighth); empty for one or none."""
+    found = sorted(ranks)
+    parts, at = [], 0
+    while len(found) > 1 and at < len(found):
+        end, step = at, found[at + 1] - found[at] if at + 1 < len(found) else 1
+        while end + 1 < len(found) and found[end + 1] - found[end] == step:
+            end += 1
+        if end < at + 2:
+            end = at
+            parts.append(str(found[at]))
+        else:
+            parts.append(f"{found[at]}-{found[end]}" + (f"/{step}" if step > 1 else ""))
+        at = end + 1
+    return ",".join(parts)
+
+
+def ranks_of(text: str, world_size: int) -> tuple[int, ...]:
+    """The ranks of a `ranks_text`. Raises ValueError unless it is one, of ranks below `world_size`."""
+    found: list[int] = []
+    bad = ValueError(f"{text!r} is no list of ranks of a world of {world_size}")
+    for part in text.split(",") if text else ():
+        run, _, step = part.partition("/")
+        begin, _, end = run.partition("-")
+        if not all(number.isdecimal() and len(number) < 8 for number in (begin, end or "0", step or "1")):
+            raise bad
+        first, last = int(begin), int(end or begin)
+        if last >= world_size or (found and first <= found[-1]) or not int(step or 1):
+            raise bad
+        found += range(first, last + 1, int(step or 1))
+    if ranks_text(found) != text:
+        raise bad
+    return tuple(found)

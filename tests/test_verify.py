@@ -7,6 +7,7 @@ import random
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -255,14 +256,14 @@ def shorten(rank: int, piece: Piece) -> list[Piece]:
     part = piece.slice
     if rank != 1 or part.name != "param/2.weight" or not part.is_flat:
         return [piece]
-    less = Slice(part.kind, part.fqn, part.dtype, part.global_shape, start=part.start + 1, length=part.length - 1)
+    less = replace(part, start=part.start + 1, length=part.length - 1)
     return [Piece(less, piece.tensor[1:].clone(), False)]
 
 
 def otherwise(rank: int, piece: Piece) -> list[Piece]:
     if rank != 1 or piece.slice.name != "param/2.weight":
         return [piece]
-    part = Slice(piece.slice.kind, piece.slice.fqn, "F32", (131, 130), start=0, length=131)
+    part = Slice("param", "2.weight", "F32", (131, 130), start=0, length=131, among=piece.slice.among)
     return [Piece(part, torch.zeros(131), False)]
 
 
@@ -272,7 +273,7 @@ LOST: list[tuple[type[Framework], Callable[[int, Piece], list[Piece]], str]] = [
     (DDPFramework, drop("momentum_buffer/4.bias"), "momentum_buffer/4.bias: rank 0 had it"),
     (DDPFramework, drop("momentum_buffer/2.weight", (0,)), r"no shard has its element \[0, 0\]"),
     (DDPFramework, shorten, r"param/2.weight of shape \[130, 130\]: no shard has its element"),
-    (DDPFramework, otherwise, r"it is one tensor of all ranks, and shards have F32\[130, 130\] and F32\[131, 130\]"),
+    (DDPFramework, otherwise, r"it is one tensor of ranks 0,1, and shards have F32\[130, 130\] and F32\[131, 130\]"),
     (Framework, drop("param/2.weight", (1,)), "param/2.weight: rank 1 had it"),
     (Framework, drop("momentum_buffer/2.bias", (0,)), "momentum_buffer/2.bias: rank 0 had it"),
 ]

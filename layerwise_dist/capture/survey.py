@@ -15,9 +15,8 @@ from layerwise_dist.frameworks.base import Framework, ParamView, same_objects
 from layerwise_dist.frameworks.names import check_unique
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.geometry import Geometry
-from layerwise_dist.pieces import Batch, Piece, check_layout, dtype_code
+from layerwise_dist.pieces import Batch, Piece, check_layout
 from layerwise_dist.scheduler import LayerSize
-from layerwise_dist.slices import Slice
 from layerwise_dist.storage.shard import PACK_BELOW, Source
 
 # Extent of everything that is copied at the boundary. No module's name can clash: it has no layer's place in the tree.
@@ -287,10 +286,7 @@ class Surveyor:
                     scalars.append((view.fqn, name, state))
         buffers = [fqn for fqn, _ in self._framework.buffers()]
         check_unique("a parameter and a buffer", [view.fqn for view in self._framework.params] + buffers)
-        for fqn, buffer in self._framework.written_buffers():
-            local = self._framework.local(buffer)
-            part = Slice.whole("buffer", fqn, dtype_code(buffer.dtype, f"buffer/{fqn}"), tuple(local.shape))
-            copied.append(Piece(part, local, lease=False))
+        copied += [Piece(part, local, lease=False) for part, local in self._framework.written_buffers()]
         made = self._batches(layers)
         key = tuple(
             (piece.slice, number, 0 if batch.staged else piece.tensor.data_ptr())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -14,7 +14,7 @@ from torch import nn
 from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.names import CleanNames, check_unique, join
 from layerwise_dist.pieces import Piece, check_layout, dtype_code
-from layerwise_dist.slices import Slice
+from layerwise_dist.slices import Slice, ranks_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +31,8 @@ class Framework:
     """A plain module, or one replica that nobody keeps equal: every rank writes all that it holds."""
 
     name = "plain"
-    # Whether one rank's buffers stand for all ranks', so that only rank 0 writes them.
-    shared_buffers = False
-    # Whether a rank needs what others wrote of parameters and their state: they hold them alike, or parts of them.
-    shared_params = False
+    # Whether every rank writes all that it holds, be it that others hold the same (`replicas: apart`).
+    apart = False
     # Whether what an optimizer updates is in memory only during its update.
     swapped = False
     # Whether it keeps parameters in memory of its own, so that none of them can belong to a second model.
@@ -45,6 +43,8 @@ class Framework:
     def __init__(self, root: nn.Module, rank: int, world_size: int, prefix: str = "") -> None:
         """`prefix` is the model's name among several, and the first part of every name here; "" of a single one."""
         self.root, self.rank, self.world_size = root, rank, world_size
+        self._whole: set[str] = set()  # whose state is not the same on all ranks, by the optimizer's word
+        self._unlike: frozenset[str] = frozenset()  # and by what was found
         self._tree = _Tree(root, prefix, self.stand_ins)
         self.params = self._in_tree = self._tree.look()
 
@@ -75,12 +75,40 @@ class Framework:
         """The modules whose forward is a forward of the training."""
         return [self.root]
 
-    def shared(self, kind: str, fqn: str) -> bool:
-        """Whether this rank may need what other ranks wrote under that name."""
-        return self.shared_buffers if kind == "buffer" else self.shared_params
+    def sharers(self, view: ParamView) -> tuple[int, ...]:
+        """The ranks, this one included, that may have written what this rank needs of a parameter and its state: they
+        hold it alike, or parts of it. Empty if this rank writes all that it holds.
+        """
+        return ()
 
-    def keep_state_whole(self, fqns: Sequence[str]) -> None:
+    def alike(self, view: ParamView, kind: str, tensor: torch.Tensor) -> tuple[int, ...]:
+        """The ranks, this one included, that hold this very tensor alike, so that one of them writes each part of it
+        for all; empty if this rank writes all of it. They are the same for all state of a parameter, or none.
+        """
+        unlike = tensor is not view.param and (view.fqn in self._whole or view.fqn in self._unlike)
+        return () if self.apart or unlike else self._replicas(view, tensor)
+
+    def _replicas(self, view: ParamView, tensor: torch.Tensor) -> tuple[int, ...]:
+        """`alike`, by the wrapper's word alone."""
+        return ()
+
+    def partners(self) -> set[int]:
+        """All ranks that `sharers` and buffers name."""
+        named = {self.sharers(view) for view in self.params}
+        named |= {ranks_of(part.among, self.world_size) for part, _ in self.buffer_slices()}
+        return {rank for ranks in named for rank in ranks}
+
+    def keep_state_whole(self, fqns: Collection[str]) -> None:
         """Optimizer state of these parameters is not the same on all ranks: who has some writes all of it."""
+        self._whole.update(fqns)
+
+    def keep_unlike(self, fqns: Collection[str]) -> None:
+        """The same, of what was found to be so; what was found before is forgotten."""
+        self._unlike = frozenset(fqns)
+
+    def write_apart(self) -> None:
+        """From now on every rank writes all that it holds."""
+        self.apart = True
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         """This rank's plain tensor behind `tensor`, sharing its memory."""
@@ -155,9 +183,17 @@ class Framework:
         """Persistent buffers under clean names, each once, as `follow` has found them."""
         return self._tree.buffers
 
-    def written_buffers(self) -> list[tuple[str, torch.Tensor]]:
-        """Those of `buffers` that this rank writes."""
-        return [] if self.shared_buffers and self.rank else self.buffers()
+    def buffer_slices(self) -> list[tuple[Slice, torch.Tensor]]:
+        """Each of `buffers` as restore must fill it, with this rank's plain tensor."""
+        found = []
+        for fqn, buffer in self.buffers():
+            local, code = self.local(buffer), dtype_code(buffer.dtype, f"buffer/{fqn}")
+            found.append((Slice.whole("buffer", fqn, code, tuple(local.shape)), local))
+        return found
+
+    def written_buffers(self) -> list[tuple[Slice, torch.Tensor]]:
+        """Those of `buffer_slices` that this rank writes."""
+        return self.buffer_slices()
 
     def extra_states(self) -> list[tuple[str, nn.Module]]:
         """Modules that define `get_extra_state()`, as `follow` has found them."""

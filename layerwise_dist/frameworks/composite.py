@@ -48,9 +48,7 @@ class CompositeFramework(Framework):
         self.rank, self.world_size = some.rank, some.world_size
         self.parts = dict(parts)
         self.name = ",".join(f"{name}:{part.name}" for name, part in sorted(self.parts.items()))
-        self.shared_params = any(part.shared_params for part in self.parts.values())
         self.swapped = any(part.swapped for part in self.parts.values())
-        self.shared_buffers = any(part.shared_buffers for part in self.parts.values())
         self._holder: dict[int, Framework]  # by the parameter's id; the views keep it alive
         self._merged: list[list[ParamView]] = []
         self.follow()
@@ -89,13 +87,23 @@ class CompositeFramework(Framework):
     def roots(self) -> list[nn.Module]:
         return [root for part in self.parts.values() for root in part.roots]
 
-    def shared(self, kind: str, fqn: str) -> bool:
-        part = self.parts.get(fqn.partition(".")[0])
-        return part is not None and part.shared(kind, fqn)
+    def sharers(self, view: ParamView) -> tuple[int, ...]:
+        return self._part(view).sharers(view)
 
-    def keep_state_whole(self, fqns: Sequence[str]) -> None:
+    def alike(self, view: ParamView, kind: str, tensor: torch.Tensor) -> tuple[int, ...]:
+        return self._part(view).alike(view, kind, tensor)
+
+    def keep_state_whole(self, fqns: Collection[str]) -> None:
         for part in self.parts.values():
             part.keep_state_whole(fqns)
+
+    def keep_unlike(self, fqns: Collection[str]) -> None:
+        for part in self.parts.values():
+            part.keep_unlike(fqns)
+
+    def write_apart(self) -> None:
+        for part in self.parts.values():
+            part.write_apart()
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         holder = self._holder.get(id(tensor))
@@ -166,7 +174,10 @@ class CompositeFramework(Framework):
             self._buffers = lists, merged
         return merged
 
-    def written_buffers(self) -> list[tuple[str, torch.Tensor]]:
+    def buffer_slices(self) -> list[tuple[Slice, torch.Tensor]]:
+        return [each for part in self.parts.values() for each in part.buffer_slices()]
+
+    def written_buffers(self) -> list[tuple[Slice, torch.Tensor]]:
         return [each for part in self.parts.values() for each in part.written_buffers()]
 
     def extra_states(self) -> list[tuple[str, nn.Module]]:

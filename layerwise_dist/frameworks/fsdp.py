@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -18,11 +19,12 @@ from layerwise_dist.errors import MismatchError, UnsupportedError
 from layerwise_dist.frameworks.base import Framework, ParamView, changes
 from layerwise_dist.frameworks.shares import owners
 from layerwise_dist.pieces import Piece, dtype_code
-from layerwise_dist.slices import Slice
+from layerwise_dist.slices import Slice, ranks_text
 
 
 class FSDP2Framework(Framework):
-    """A part is on all ranks along a mesh dimension whose placement is `Replicate`, and these count as equal.
+    """A part is on all ranks along a mesh dimension whose placement is `Replicate`, and these count as equal. A tensor
+    is that of its mesh: ranks on another one (of another pipeline stage) have another tensor, whatever its name.
 
     What is replicated by being on no mesh, or on a smaller one (modules that tensor parallelism passes by), is each
     rank's own: nothing keeps it equal by force.
@@ -42,7 +44,8 @@ class FSDP2Framework(Framework):
         replicated = [(view, ranks) for view, ranks in replicated if len(ranks) > 1]
         sizes = [(ranks, self.local(view.param).nbytes) for view, ranks in replicated]
         self._owner = {view.fqn: owner for (view, _), owner in zip(replicated, owners(sizes), strict=True)}
-        self.shared_params = bool(self._owner)
+        self._sharers = {view.fqn: ranks for view, ranks in replicated}
+        self._among: dict[DeviceMesh, str] = {}
 
     def stand_ins(self) -> Mapping[int, nn.Parameter]:
         """The whole parameters, while those hang in the places of the sharded ones."""
@@ -60,8 +63,18 @@ class FSDP2Framework(Framework):
         super()._take_up(found)
         self._divide()
 
-    def shared(self, kind: str, fqn: str) -> bool:
-        return kind != "buffer" and fqn in self._owner
+    def sharers(self, view: ParamView) -> tuple[int, ...]:
+        return self._sharers.get(view.fqn, ())
+
+    def _replicas(self, view: ParamView, tensor: torch.Tensor) -> tuple[int, ...]:
+        # State that is laid out otherwise than its parameter may be cut where that is replicated: everybody writes it.
+        alike = isinstance(tensor, DTensor) and _holders(tensor) == _holders(view.param)
+        return self.sharers(view) if alike else ()
+
+    def _mesh_text(self, mesh: DeviceMesh) -> str:
+        if mesh not in self._among:
+            self._among[mesh] = ranks_text(mesh.mesh.reshape(-1).tolist())
+        return self._among[mesh]
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
@@ -84,14 +97,15 @@ class FSDP2Framework(Framework):
             return super().need(view, kind, tensor)
         shape, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
         code = dtype_code(tensor.dtype, f"{kind}/{view.fqn}")
-        return Slice(kind, view.fqn, code, tuple(tensor.shape), offsets=tuple(offsets), lengths=tuple(shape))
+        among = self._mesh_text(tensor.device_mesh)
+        return Slice(
+            kind, view.fqn, code, tuple(tensor.shape), offsets=tuple(offsets), lengths=tuple(shape), among=among
+        )
 
     def pieces(self, view: ParamView, kind: str, tensor: torch.Tensor, *, lease: bool) -> list[Piece]:
         if tensor is view.param and isinstance(tensor, DTensor):
             _check_part(view)  # its local part may have got another shape
-        # State that is laid out otherwise than its parameter may be cut where that is replicated: everybody writes it.
-        alike = isinstance(tensor, DTensor) and _holders(tensor) == _holders(view.param)
-        if alike and self._owner.get(view.fqn, self.rank) != self.rank:
+        if self.alike(view, kind, tensor) and self._owner[view.fqn] != self.rank:
             return []
         return super().pieces(view, kind, tensor, lease=lease)
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -21,7 +22,7 @@ from layerwise_dist.frameworks.flat import FlatFramework, FlatState, Fragment
 from layerwise_dist.frameworks.names import CleanNames, check_unique, join
 from layerwise_dist.frameworks.optimizers import TorchOptimizer
 from layerwise_dist.pieces import dtype_code
-from layerwise_dist.slices import Slice
+from layerwise_dist.slices import Slice, ranks_text
 
 
 class FSDP1Framework(FlatFramework):
@@ -39,6 +40,7 @@ class FSDP1Framework(FlatFramework):
         super().__init__(root, rank, world_size, prefix)
         self.fragments = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._among: dict[str, str] = {}  # the ranks that FSDP cuts it over
         self._units: list[torch.Tensor] = []
         self._sizes: list[int] = []  # of those that FSDP cuts: elements on this rank
         self._views_in: list[list[ParamView]] = []
@@ -76,6 +78,7 @@ class FSDP1Framework(FlatFramework):
     def _add_unit(self, unit: torch.Tensor, views: list[ParamView], handle: Any, number: int | None = None) -> None:
         flat = handle.flat_param
         places = range(len(views)) if number is None else [number]
+        cut_over = dist.get_process_group_ranks(handle.process_group) if handle.uses_sharded_strategy else ()
         for place, view in zip(places, views, strict=True):
             held = flat._shard_param_infos[place]
             length = held.numel_in_shard if held.in_shard else 0
@@ -83,6 +86,7 @@ class FSDP1Framework(FlatFramework):
             start = held.intra_param_start_idx if held.in_shard else 0
             self.fragments[view.fqn] = Fragment(len(self._units), start, offset, length)
             self._shapes[view.fqn] = tuple(flat._shapes[place])
+            self._among[view.fqn] = ranks_text(cut_over)
         self._units.append(unit)
         self._sizes.append(flat._sharded_size.numel() if number is None else length)
         self._views_in.append(views)
@@ -142,7 +146,8 @@ class FSDP1Framework(FlatFramework):
         if fragment is None or (tensor.dim() == 0 and tensor is not view.param):
             return super().need(view, kind, tensor)
         code = dtype_code(tensor.dtype, f"{kind}/{view.fqn}")
-        return Slice(kind, view.fqn, code, self._shapes[view.fqn], start=fragment.start, length=fragment.length)
+        shape, among = self._shapes[view.fqn], self._among[view.fqn]
+        return Slice(kind, view.fqn, code, shape, start=fragment.start, length=fragment.length, among=among)
 
     def state_shape(self, view: ParamView, entry: Slice) -> tuple[int, ...]:
         return tuple(view.param.shape) if entry.is_flat else entry.global_shape

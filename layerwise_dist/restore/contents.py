@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from layerwise_dist.commit.metadata import Manifest
 from layerwise_dist.errors import DamageError
-from layerwise_dist.frameworks.composite import framework_of
 from layerwise_dist.restore.sealed_state import optimizers_of, read_state
-from layerwise_dist.slices import Slice, first_gap
+from layerwise_dist.slices import Slice, first_gap, ranks_of, ranks_text
 from layerwise_dist.storage.reader import Entry, Shard
 
 Entries = dict[str, tuple[Shard, Entry]]
@@ -55,7 +53,7 @@ def lacking(
             parts.setdefault(name, {}).setdefault(gathered(manifest, rank, entry), []).append(entry.slice)
     problems: dict[str, None] = {}
     for name, among in parts.items():
-        for found in among.values():
+        for ranks, found in among.items():
             alike: dict[tuple[str, tuple[int, ...]], list[Slice]] = {}
             for part in found:
                 alike.setdefault((part.dtype, part.global_shape), []).append(part)
@@ -63,9 +61,9 @@ def lacking(
                 gap = None if any(part.is_whole for part in each) else first_gap(each)
                 if gap is not None:
                     problems[f"{name} of shape {list(shape)}: no shard has its element {list(gap)}"] = None
-            if len(alike) > 1 and _one_for_all(manifest, found[0]):
+            if len(alike) > 1:
                 shapes = " and ".join(f"{dtype}{list(shape)}" for dtype, shape in sorted(alike))
-                problems[f"{name}: it is one tensor of all ranks, and shards have {shapes}"] = None
+                problems[f"{name}: it is one tensor of ranks {ranks_text(ranks)}, and shards have {shapes}"] = None
     for rank, state in sealed.items():
 
         def has(kind: str, fqn: str, rank: int = rank) -> bool:
@@ -81,22 +79,7 @@ def gathered(manifest: Manifest, rank: int, entry: Entry) -> Sequence[int]:
     """The ranks among which a tensor that this rank wrote, or a part of it, is one and the same: their slices under its
     name make it up together. Hashable, and the same for all of them.
     """
-    if _framework(manifest, entry.slice.fqn) == "plain":
-        return range(rank, rank + 1)
-    return range(manifest.world_size)
-
-
-def _one_for_all(manifest: Manifest, part: Slice) -> bool:
-    """Whether a restore takes what any rank wrote under that name for this rank's too, or for a part of it."""
-    return part.kind != "buffer" and _framework(manifest, part.fqn) in ("ddp", "deepspeed")
-
-
-_framework_of = cache(framework_of)
-
-
-def _framework(manifest: Manifest, fqn: str) -> str:
-    """Of the model that a name belongs to."""
-    return _framework_of(manifest.framework).get(fqn.partition(".")[0], manifest.framework)
+    return ranks_of(entry.slice.among, manifest.world_size) or (rank,)
 
 
 def absent(sealed: dict[str, Any], has: Callable[[str, str], bool]) -> Iterator[str]:

@@ -6,7 +6,8 @@ Names, shapes, dtypes and the boundary's state are all checked before the first 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,11 +15,11 @@ import torch
 from layerwise_dist.errors import DamageError, MismatchError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
-from layerwise_dist.pieces import DTYPES, is_dense
+from layerwise_dist.pieces import is_dense
 from layerwise_dist.restore import contents
 from layerwise_dist.restore.contents import Held
 from layerwise_dist.restore.planner import ShardSet, Span, plan
-from layerwise_dist.slices import Slice
+from layerwise_dist.slices import Slice, ranks_of
 from layerwise_dist.storage.reader import Entry, Shard, ShardIndex
 from layerwise_dist.storage.reports import BaseReport
 
@@ -49,8 +50,12 @@ def prepare(
     model that has become what cannot be saved; DamageError; OSError.
     """
     framework.follow()
+    buffers = framework.buffer_slices()
+    sharers = {view.fqn: framework.sharers(view) for view in framework.params}
+    sharing = {part.name: ranks_of(part.among, framework.world_size) for part, _ in buffers}
     own = contents.read(shards.own, framework.name)
-    index, sealed = _index(own, shards, framework), own.sealed
+    index = _index(own, shards, framework.partners(), lambda name, fqn: sharing.get(name) or sharers.get(fqn, ()))
+    sealed = own.sealed
     loading = LoadPlan(sealed)
     missing: list[str] = []
     shaped: list[str] = []
@@ -59,6 +64,8 @@ def prepare(
     def want(wanted: Slice, tensor: torch.Tensor) -> None:
         wanted_names.add(wanted.name)
         found = index.get(wanted.name, [])
+        if found and not found[0][1].slice.among:  # this rank wrote it for itself alone, so that is what it gets
+            wanted = replace(wanted, among="")
         try:
             loading.reads.append((framework.local(tensor), plan(wanted, found)))
         except MismatchError as error:
@@ -66,9 +73,8 @@ def prepare(
 
     for view in framework.params:
         want(framework.need(view, "param", view.param), view.param)
-    for fqn, buffer in framework.buffers():
-        local = framework.local(buffer)
-        want(Slice.whole("buffer", fqn, _code(local), tuple(local.shape)), local)
+    for part, local in buffers:
+        want(part, local)
     by_fqn: dict[str, list[str]] = {}
     for name in index:
         kind, fqn = name.split("/", 1)
@@ -120,16 +126,19 @@ def load(loading: LoadPlan) -> None:
             tensor.copy_(target)
 
 
-def _index(own: Held, shards: ShardSet, framework: Framework) -> dict[str, list[tuple[Shard, Entry]]]:
-    """Entries by name, this rank's first. Others' only of what ranks share: the rest is none of this rank's business.
+def _index(
+    own: Held, shards: ShardSet, partners: Iterable[int], sharers: Callable[[str, str], Collection[int]]
+) -> dict[str, list[tuple[Shard, Entry]]]:
+    """Entries by name, this rank's first. Of the shards of `partners` only what they share with this rank: the rest is
+    none of its business, though it may have the same name. `sharers(name, fqn)` are the ranks that share it here.
 
     Raises DamageError for a tensor that is both in another rank's shard and in its base.
     """
     index = {name: [found] for name, found in own.entries.items()}
-    for other in shards.others() if framework.shared_params or framework.shared_buffers else ():
-        for name, found in contents.entries(other).items():
-            if framework.shared(*name.split("/", 1)):
-                index.setdefault(name, []).append(found)
+    for other in shards.others(partners):
+        for name, (shard, entry) in contents.entries(other).items():
+            if entry.slice.among and shard.index.rank in sharers(name, entry.slice.fqn):
+                index.setdefault(name, []).append((shard, entry))
     return index
 
 
@@ -138,7 +147,3 @@ def _listing(what: str, names: list[str]) -> list[str]:
         return []
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return [f"{what}: {', '.join(names[:_LISTED])}{more}"]
-
-
-def _code(tensor: torch.Tensor) -> str:
-    return next(code for code, dtype in DTYPES.items() if dtype == tensor.dtype)

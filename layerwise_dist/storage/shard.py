@@ -145,6 +145,8 @@ class ShardLayout:
                     place = {"shape": list(part.global_shape), "start": part.start}
                 elif not part.is_whole:
                     place = {"shape": list(part.global_shape), "offsets": list(part.offsets or ())}
+                if part.among:
+                    place["among"] = part.among
                 if source.wrapped:
                     place["wrapped"] = True
                 if place:

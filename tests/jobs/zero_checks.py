@@ -151,6 +151,7 @@ def refusals(root: str) -> list[str]:
     return [
         *refused(lambda engine: setattr(engine, "zenflow", True), "ZenFlow", root),
         *refused(lambda engine: setattr(engine, "has_moe_layers", True), "mixture-of-experts", root),
+        *refused(lambda engine: setattr(next(engine.module.parameters()), "allreduce", False), "as of experts", root),
         *refused(lambda engine: setattr(engine, "dp_world_size", 1), "tensor or sequence parallelism", root),
         *refused(offload_to_nvme, "frozen parameters under NVMe offload of parameters", root),
         *refused(lose_an_attribute, "DeepSpeedZeroOptimizer has no attribute 'bit16_groups'", root),
