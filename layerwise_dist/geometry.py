@@ -18,23 +18,25 @@ class Geometry:
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._addresses, self._layouts = _addresses(tensors), _layouts(tensors)
         self._guards: TensorGuards | None = None
+        self._guardable = True
 
     def is_of(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether these tensors take the same memory, in the same order, as the same elements."""
         if _addresses(tensors) != self._addresses:
             return False
-        # Guards take a sixth of the time of asking in Python. They also say no where nothing of this changed (in
-        # inference mode, or if a tensor is there twice); then Python is asked.
+        # Guards take a sixth of the time of asking in Python. They also say no where nothing of this changed (but
+        # requires_grad, or inference mode, or if a tensor is there twice); then Python is asked.
         if self._guards is not None and self._guards.check(*tensors):
             return True
         if _layouts(tensors) != self._layouts:
             return False
-        if self._guards is None:
+        if self._guardable:
             self._guards = TensorGuards(
                 *tensors,
                 dynamic_dims_sizes=[list(shape) for shape, *_ in self._layouts],
                 dynamic_dims_strides=[list(strides) for _, strides, *_ in self._layouts],
             )
+            self._guardable = self._guards.check(*tensors)
         return True
 
 

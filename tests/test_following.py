@@ -20,6 +20,7 @@ import layerwise_dist as lwd
 from layerwise_dist import errors, geometry
 from layerwise_dist.capture import survey
 from layerwise_dist.frameworks import base
+from layerwise_dist.frameworks.ddp import DDPFramework
 from layerwise_dist.frameworks.optimizers import TorchOptimizer
 from layerwise_dist.geometry import Geometry
 
@@ -465,6 +466,20 @@ def test_an_optimizer_that_updates_what_is_not_in_the_model_is_refused_by_name_b
     with pytest.raises(errors.CommitError, match=REFUSED[change]):
         ckpt.close()
     assert ckpt.committed_step == 2
+
+
+def test_replicas_that_share_a_parameter_refuse_it_with_another_number_of_elements() -> None:
+    job = Job(1)
+    framework = DDPFramework(job.model, 1, 2)
+    surveyor = survey.Surveyor(framework, TorchOptimizer(framework, job.optimizer))
+    surveyor.look()
+    turn(job.model["frozen"].weight)
+    surveyor.look()
+    cut(job.model["frozen"].weight)
+    with pytest.raises(errors.UnsupportedError, match="frozen.weight had 16 elements at attach.. and has 12 now"):
+        surveyor.look()
+    with pytest.raises(errors.UnsupportedError, match="frozen.weight had 16 elements"):
+        surveyor.look()
 
 
 @pytest.mark.parametrize("update", ["pipelined_step", "in_backward"])
