@@ -147,7 +147,7 @@ class _Stepping:
         self._arrivals: Arrivals | None = self._watch() if self._observing else None
         # Of the backward that is going on, with in_backward.
         self._is_active: bool | None = None
-        self._missing: dict[str, int] = {}
+        self._missing: dict[str, set[str]] = {}  # by layer, names of the parameters whose gradients it waits for
         self._updated: set[str] = set()
         self._pins: list[dict[str, bool]] = []
         self._pre = optimizer.register_step_pre_hook(self._before)
@@ -240,10 +240,10 @@ class _Stepping:
         self._before_layer(layer, self._step)
         self._subset_step.step(subset, pins)
         if in_backward:
-            trainable = _trainable(self._plan[layer])
-            self._arrivals.accept([self._names[id(param)] for param in trainable])
+            updated = [param for part in subset for param in part]
+            self._arrivals.accept([self._names[id(param)] for param in updated])
             # Fused kernels do not count, and a node that still needs the old values must not run on the new ones.
-            increment_version(trainable)
+            increment_version(updated)
         self._after_layer(layer, self._step)
 
     def _count(self) -> None:
@@ -295,10 +295,11 @@ class _Stepping:
                 "backward without a step(). The parameters hold an update of a part of the gradient: go back to a "
                 "checkpoint, and use mode='pipelined_step'"
             )
-        if self._missing.get(layer) is None:
+        missing = self._missing.get(layer)
+        if missing is None:
             return  # not all of its parameters were reached in the observation: it is updated in step()
-        self._missing[layer] -= self._arrivals.fires[fqn] == 1
-        if self._missing[layer] == 0 and layer not in self._updated:
+        missing.discard(fqn)
+        if not missing and layer not in self._updated:
             self._updated.add(layer)
             with torch.no_grad():
                 self._update(layer, _with_gradients(self._plan[layer]), self._pins, in_backward=True)
@@ -315,9 +316,10 @@ class _Stepping:
         groups = [group["params"] for group in self.optimizer.param_groups]
         self._pins = self._subset_step.pins([[p for p in part if reached[self._names[id(p)]]] for part in groups])
         for layer, subset in self._plan.items():
-            trainable = _trainable(subset)
-            if trainable and all(reached[self._names[id(param)]] for param in trainable):
-                self._missing[layer] = len(trainable)
+            names = {self._names[id(param)] for part in subset for param in part}
+            expected = {fqn for fqn in names if self._arrivals.expects(fqn)}
+            if expected and all(reached[fqn] for fqn in expected):
+                self._missing[layer] = expected
         self._count()
 
     def _judge(self, last: bool) -> None:
@@ -345,11 +347,6 @@ def check_layered(optimizer: torch.optim.Optimizer, model: nn.Module, mode: Mode
 
 def _nothing(layer: str, step: int) -> None:
     pass
-
-
-def _trainable(subset: Subset) -> list[nn.Parameter]:
-    """Those that can have a gradient here: of some, FSDP1 leaves this rank nothing."""
-    return [param for part in subset for param in part if param.requires_grad and param.numel()]
 
 
 def _with_gradients(subset: Subset) -> Subset:
