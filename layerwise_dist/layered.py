@@ -21,7 +21,7 @@ class LayeredOptimizer(TorchOptimizer):
     def __init__(self, framework: Framework, optimizer: object, mode: Mode) -> None:
         """Raises UnsupportedError for an optimizer or wrapper that `mode` is not exact with."""
         super().__init__(framework, optimizer)
-        check_layered(self._optimizer, framework.root, mode)
+        check_layered(self._optimizer, framework.root, mode, framework.params)
         self._mode: Mode = mode
         self._layerwise: LayerwiseOptimizer | None = None
         self._by_layers: bool | None = None  # this update; None before it began

@@ -6,7 +6,7 @@ step itself finds nothing to do; a post-step hook puts them back. docs/layers.md
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,8 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 from layerwise_dist.compiled import without_compiled_wrapper
 from layerwise_dist.errors import BoundaryError, ConfigError, UnsupportedError
 from layerwise_dist.frameworks.averaging import Averaging
+from layerwise_dist.frameworks.base import ParamView
 from layerwise_dist.gradients import Arrivals
 from layerwise_dist.graph import DependencyGraphBuilder
+from layerwise_dist.overlaps import LayersApart
 from layerwise_dist.subset_step import SubsetStep
 from layerwise_dist.wrapped_gradients import watch
 
@@ -134,12 +136,13 @@ class _Stepping:
         self.optimizer, self.graph, self._mode = optimizer, graph, mode
         self._model = without_compiled_wrapper(model)
         self._before_layer, self._after_layer, self._active = before, after, active
-        check_layered(optimizer, self._model, mode)
+        check_layered(optimizer, self._model, mode, graph.views)
         self._subset_step = SubsetStep(optimizer)
         self._names = {id(view.param): view.fqn for view in graph.views}
         self._plan_of: list[list[int]] = []
         self._plan: dict[str, Subset] = {}
         self._make_plan()
+        self._apart = LayersApart(graph.views)
         self._step, self._counted = 0, False  # updates begun, and whether this iteration's is one of them
         self._aside: list[tuple[nn.Parameter, torch.Tensor]] = []
         self._whole: list[str] = []  # layers to be captured behind a whole step
@@ -204,6 +207,8 @@ class _Stepping:
         self._count()
         if not active:
             return
+        if not self._updated:
+            self._apart.check(optimizer.param_groups)
         last = next(reversed(optimizer._optimizer_step_pre_hooks)) == self._pre.id
         if self._updated:
             self._judge(last)
@@ -310,6 +315,10 @@ class _Stepping:
         self._missing = {}
         if not self._is_active or self._is_regrouped():
             return  # with new groups the step updates all, and the next iteration is observed
+        try:
+            self._apart.check(self.optimizer.param_groups)
+        except UnsupportedError:
+            return  # nothing is updated in this backward, and the step raises it
         # Whatever was registered since then may change gradients, and is judged only if it ran before.
         self.optimizer._optimizer_step_pre_hooks.move_to_end(self._pre.id)
         reached = self.graph.fires
@@ -335,12 +344,13 @@ class _Stepping:
             )
 
 
-def check_layered(optimizer: torch.optim.Optimizer, model: nn.Module, mode: Mode) -> None:
-    """Raises UnsupportedError with the reason if this optimizer, or wrapper, cannot be stepped by layers exactly.
+def check_layered(optimizer: torch.optim.Optimizer, model: nn.Module, mode: Mode, views: Sequence[ParamView]) -> None:
+    """Raises UnsupportedError with the reason if this optimizer, wrapper or model cannot be stepped by layers exactly.
 
-    `model` is without the wrapper of torch.compile.
+    `model` is without the wrapper of torch.compile; `views` are all its parameters.
     """
     SubsetStep(optimizer)
+    LayersApart(views).check(optimizer.param_groups)
     if mode == "in_backward":
         _check_wrapper(model)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -14,6 +14,7 @@ import torch
 from layerwise_dist.errors import ConfigError, UnsupportedError
 from layerwise_dist.frameworks.base import Framework, ParamView
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
+from layerwise_dist.overlaps import overlaps
 from layerwise_dist.pieces import Batch, Piece, dtype_code
 from layerwise_dist.scheduler import LayerSize
 from layerwise_dist.slices import Slice
@@ -215,7 +216,8 @@ class Surveyor:
         self, copying: frozenset[str], states: list[Mapping[str, Any]], frozen_ids: frozenset[int] | None
     ) -> Survey:
         """`frozen_ids`: which parameters may be frozen; None: this is the moment to find out."""
-        frozen = self._frozen_pieces(copying, frozen_ids)
+        shared = self._shared(states)
+        frozen = self._frozen_pieces(copying, frozen_ids, shared)
         self._frozen = frozenset(id(view.param) for view, _ in frozen)
         layers: dict[str, list[Piece]] = {}
         copied: list[Piece] = []
@@ -224,6 +226,7 @@ class Surveyor:
         updated = {id(view.param) for view in self._optimizer.views}
 
         def add(view: ParamView, kind: str, tensor: torch.Tensor, may_lease: bool) -> None:
+            may_lease = may_lease and (kind, view.fqn) not in shared
             for piece in self._framework.pieces(view, kind, tensor, lease=may_lease):
                 if piece.lease and self._in_layer(piece, copying):
                     layers.setdefault(view.layer, []).append(piece)
@@ -258,7 +261,23 @@ class Surveyor:
             order, tuple(scalars), self._framework.extra_states(), key,
         )  # fmt: skip
 
-    def _frozen_pieces(self, copying: frozenset[str], ids: frozenset[int] | None) -> list[tuple[ParamView, Piece]]:
+    def _shared(self, states: list[Mapping[str, Any]]) -> set[tuple[str, str]]:
+        """Kind and name of parameters and state that share memory with each other or with a buffer, as other objects.
+
+        A change through one of those raises the version counter of that one only, so none can be read in place: all are
+        copied at the boundary, when each holds what the others do.
+        """
+        held: list[tuple[str, str, torch.Tensor]] = []
+        for view, state in zip(self._framework.params, states, strict=True):
+            held.append(("param", view.fqn, view.param))
+            held += [(name, view.fqn, value) for name, value in state.items() if _is_dense(value)]
+        held += [("buffer", fqn, buffer) for fqn, buffer in self._framework.buffers()]
+        pairs = overlaps([self._framework.local(tensor) for _, _, tensor in held])
+        return {held[place][:2] for pair in pairs if held[pair[0]][2] is not held[pair[1]][2] for place in pair}
+
+    def _frozen_pieces(
+        self, copying: frozenset[str], ids: frozenset[int] | None, shared: Collection[tuple[str, str]]
+    ) -> list[tuple[ParamView, Piece]]:
         """What this rank writes of parameters that no optimizer updates, if it is enough for a base."""
         if ids is None:
             ids = frozenset(id(view.param) for view in self._framework.params).difference(
@@ -266,7 +285,7 @@ class Surveyor:
             )
         found: list[tuple[ParamView, Piece]] = []
         for view in self._framework.params:
-            if id(view.param) not in ids:
+            if id(view.param) not in ids or ("param", view.fqn) in shared:
                 continue
             pieces = self._framework.pieces(view, "param", view.param, lease=False)
             fit = all(p.dense and p.slice.name not in copying and not p.tensor.is_inference() for p in pieces)
