@@ -142,7 +142,7 @@ def test_an_optimizer_that_puts_new_tensors_in_place_is_captured_behind_its_upda
                 optimizer.state[handle]["momentum_buffer"] = optimizer.state[handle]["momentum_buffer"].clone()
             update(model, optimizer, step)
         ckpt.wait(12)
-        assert ckpt.stats()["checkpoints_aborted"] <= 1
+        assert ckpt.stats()["checkpoints_aborted"] == 0
 
 
 def test_many_small_layers_make_few_large_writes(tmp_path: Path) -> None:
