@@ -239,10 +239,36 @@ def test_parameters_that_share_memory_are_saved_as_they_are_at_the_boundary(
     restored(tmp_path, share, clamped(tmp_path, share), least=8)
 
 
+@pytest.mark.parametrize("share", SHARING.values(), ids=SHARING)
+@pytest.mark.parametrize("mutated", [False, True])
+def test_a_checkpoint_of_two_tensors_is_refused_where_they_share_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: Callable[[Pair], None], mutated: bool
+) -> None:
+    """Without the look at what it says of both, the one that is filled last would win."""
+    if mutated:
+        monkeypatch.setattr("layerwise_dist.restore.loader.contradictions", lambda *_: [])
+    model = Pair()
+    optimizer = adam(model)
+    with attach(model, optimizer, tmp_path) as ckpt:
+        at = trained(model, optimizer, ckpt.steps(2))[2]
+    model = Pair()
+    share(model)
+    optimizer = adam(model)
+    was = contents(model, optimizer)
+    with attach(model, optimizer, tmp_path) as ckpt:
+        if mutated:
+            assert ckpt.restore() == 2 and not equal(contents(model, optimizer), at)
+            return
+        says = "param/(tokens|head).weight and param/(tokens|head).weight share memory here, and differ"
+        with pytest.raises(errors.MismatchError, match=says):
+            ckpt.restore()
+    assert equal(contents(model, optimizer), was), "nothing was loaded"
+
+
 def test_mutation_reading_shared_memory_in_place_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Surveyor, "_shared", lambda self, states: set())
     monkeypatch.setattr(Audit, "changed", lambda *_, **__: set())  # as where it looks at other bytes
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, errors.MismatchError)):
         restored(tmp_path, tie, clamped(tmp_path, tie), least=8)
 
 

@@ -272,8 +272,10 @@ class Surveyor:
             held.append(("param", view.fqn, view.param))
             held += [(name, view.fqn, value) for name, value in state.items() if _is_dense(value)]
         held += [("buffer", fqn, buffer) for fqn, buffer in self._framework.buffers()]
-        pairs = overlaps([self._framework.local(tensor) for _, _, tensor in held])
-        return {held[place][:2] for pair in pairs if held[pair[0]][2] is not held[pair[1]][2] for place in pair}
+        objects = list({id(tensor): tensor for _, _, tensor in held}.values())
+        pairs = overlaps([self._framework.local(tensor) for tensor in objects])
+        found = {id(objects[place]) for pair in pairs for place in pair}
+        return {(kind, fqn) for kind, fqn, tensor in held if id(tensor) in found}
 
     def _frozen_pieces(
         self, copying: frozenset[str], ids: frozenset[int] | None, shared: Collection[tuple[str, str]]

@@ -15,6 +15,7 @@ from layerwise_dist.errors import DamageError, MismatchError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.pieces import DTYPES
+from layerwise_dist.restore.contradictions import contradictions
 from layerwise_dist.restore.planner import ShardSet, Span, plan
 from layerwise_dist.slices import Slice
 from layerwise_dist.storage import typed_json
@@ -55,12 +56,14 @@ def prepare(
     missing: list[str] = []
     shaped: list[str] = []
     wanted_names: set[str] = set()
+    read_names: list[str] = []
 
     def want(wanted: Slice, tensor: torch.Tensor) -> None:
         wanted_names.add(wanted.name)
         found = index.get(wanted.name, [])
         try:
             loading.reads.append((framework.local(tensor), plan(wanted, found)))
+            read_names.append(wanted.name)
         except MismatchError as error:
             (shaped if found else missing).append(str(error) if found else wanted.name)
 
@@ -90,6 +93,7 @@ def prepare(
         + _listing("unexpected in the checkpoint", unexpected)
     )
     problems += optimizer.check(sealed["optimizer"])
+    problems += contradictions(read_names, loading.reads)[:_LISTED]
     if problems:
         raise MismatchError(
             f"{where} is not of this model and optimizer; nothing was loaded:\n  " + "\n  ".join(problems)
