@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from layerwise_dist.capture.audit import Rotation
+from layerwise_dist.capture.audit import Audit, Rotation
 from layerwise_dist.capture.lease import Capture
 from layerwise_dist.capture.pages import HugePages
 from layerwise_dist.capture.room import least_pool_bytes, pool_bytes
@@ -114,14 +114,19 @@ class Attempts:
         except (LayerwiseError, OSError) as error:
             self.fail(attempt, error, self._adapter.unbegun(attempt))
             return None
-        self._last = found
-        capture = Capture(
-            step, found, write, self._audits.next(found), self._stage, laid.gathered,
-            timeout_s=self._config.fence_timeout_s,
-        )  # fmt: skip
-        write.confirm = capture.confirm  # and with it, what is leased stays alive as long as it may be read
-        self._scheduler.begin()
-        return capture
+        return self._capture(step, found, laid, write, self._audits.next(found))
+
+    def again(self, capture: Capture) -> Capture:
+        """The attempt of `capture`, which is open, with what there is now: something came, went or moved since then.
+
+        Nothing of it is taken yet. Raises LayerwiseError or OSError.
+        """
+        capture.leave()
+        self._surveyor.gather()
+        found = self.look(sealing=True)
+        laid = self._lay_out(found)
+        capture.write.begin_again(laid)
+        return self._capture(capture.step, found, laid, capture.write, self._audits.again(found))
 
     def close_pages(self) -> None:
         """Ends what still changes pages; at once, since the model is let go of."""
@@ -133,6 +138,15 @@ class Attempts:
             self._stage.close()
 
     # -- inside -------------------------------------------------------------------------------------------------
+
+    def _capture(self, step: int, found: Survey, laid: Laid, write: ShardWrite, audit: Audit) -> Capture:
+        self._last = found
+        capture = Capture(
+            step, found, write, audit, self._stage, laid.gathered, timeout_s=self._config.fence_timeout_s
+        )  # fmt: skip
+        write.confirm = capture.confirm  # and with it, what is leased stays alive as long as it may be read
+        self._scheduler.begin()
+        return capture
 
     def _admitted(self, attempt: AttemptId) -> bool:
         """Whether there is room for one more attempt on its way to this rank's disk; if not, rank 0 knows by now."""

@@ -24,7 +24,7 @@ from layerwise_dist.capture.frozen import FrozenBases
 from layerwise_dist.capture.lease import Capture, LeaseBroken
 from layerwise_dist.capture.objects import StateObjects
 from layerwise_dist.capture.sealed import Sealer
-from layerwise_dist.capture.survey import Surveyor
+from layerwise_dist.capture.survey import Survey, Surveyor
 from layerwise_dist.commit.coordinator_thread import CoordinatorThread
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.participant import Participant
@@ -89,7 +89,7 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
         self._captures: list[Capture] = []  # sealed, and to be fenced before the next update
         self._open: Capture | None = None  # of this iteration
         self._update: Update | None = None
-        self._may_be_early = not optimizer.several
+        self._steady = True  # whether the last update that was saved left everything where it was
         self._updates = self._boundaries = 0
         self._trace: StepTrace | None = None
         self._ready = fresh or info.empty
@@ -271,18 +271,20 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
         capture = self._open
         assert capture is not None
         with self._statistics.stall("seal"):
-            if self._guarded(capture, lambda: self._seal(capture, mark)):
+            if self._guarded(capture, lambda: self._seal(mark)):
                 # What is left of older ones (layers that no optimizer has updated since) is in this one as well.
-                self._captures = [*(each for each in self._captures if not each.settled), capture]
+                self._captures = [*(each for each in self._captures if not each.settled), self._open]
         self._open = None
         self._scheduler.done()
 
-    def _seal(self, capture: Capture, mark: BoundaryMark) -> None:
+    def _seal(self, mark: BoundaryMark) -> None:
+        capture = self._open
+        assert capture is not None
         if capture.step != mark.step:
             raise LeaseBroken(f"it was opened for step {capture.step}, the boundary is step {mark.step}")
         found = self._attempts.look(sealing=True)
-        if found.key != capture.survey.key:
-            self._may_be_early = False  # an optimizer that puts other tensors in place is captured behind its update
+        if not capture.fits(found):
+            capture, found = self._capture_again(capture)
         self._attempts.learn(capture.seal(found), "the boundary")
         capture.write.base, restless = self._frozen.seal(found, capture.write.attempt, wait=capture.certain)
         self._attempts.copy(restless)
@@ -294,6 +296,15 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
             self._committer.boundary_kind = mark.resume_kind
         self._statistics.captured(capture, found.nbytes)
         self._participant.staged(capture.write)
+
+    def _capture_again(self, capture: Capture) -> tuple[Capture, Survey]:
+        """Something came, went or moved since the capture was opened: a layer has its first state, say."""
+        self._steady = False
+        self._open = capture = self._attempts.again(capture)
+        capture.take_all()
+        if self._trace is not None:
+            self._trace.captured(capture, range(len(capture.survey.batches)))
+        return capture, capture.survey
 
     def _scale_fell(self) -> bool:
         """Whether a GradScaler explains a boundary without an update: it saw an overflow and lowered its scale."""

@@ -44,6 +44,10 @@ class Arrivals:
     def _hook(self, fqn: str) -> Any:
         return self._params[fqn].register_post_accumulate_grad_hook(lambda _: self._fired(fqn))
 
+    def expects(self, fqn: str) -> bool:
+        """Whether this rank may have a gradient of the parameter: only for those can one wait."""
+        return self._params[fqn].requires_grad
+
     def reset(self) -> None:
         self.fires = dict.fromkeys(self._params, 0)
         self._seen: dict[str, tuple[Any, tuple[int, int]]] = {}  # in the order of the last arrivals

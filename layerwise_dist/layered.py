@@ -24,7 +24,7 @@ class LayeredOptimizer(TorchOptimizer):
         self._mode: Mode = mode
         self._layerwise: LayerwiseOptimizer | None = None
         super().__init__(framework, optimizer)
-        check_layered(self._optimizer, framework.root, mode)
+        check_layered(self._optimizer, framework.root, mode, framework.params)
         self._by_layers: bool | None = None  # this update; None before it began
         self._order: tuple[Any, list[str]] = (None, [])
 

@@ -6,7 +6,7 @@ step itself finds nothing to do; a post-step hook puts them back. docs/layers.md
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,8 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 from layerwise_dist.compiled import without_compiled_wrapper
 from layerwise_dist.errors import BoundaryError, ConfigError, UnsupportedError
 from layerwise_dist.frameworks.averaging import Averaging
+from layerwise_dist.frameworks.base import ParamView
 from layerwise_dist.gradients import Arrivals
 from layerwise_dist.graph import DependencyGraphBuilder
+from layerwise_dist.overlaps import LayersApart
 from layerwise_dist.subset_step import SubsetStep
 from layerwise_dist.wrapped_gradients import watch
 
@@ -134,12 +136,13 @@ class _Stepping:
         self.optimizer, self.graph, self._mode = optimizer, graph, mode
         self._model = without_compiled_wrapper(model)
         self._before_layer, self._after_layer, self._active = before, after, active
-        check_layered(optimizer, self._model, mode)
+        check_layered(optimizer, self._model, mode, graph.views)
         self._subset_step = SubsetStep(optimizer)
         self._names = {id(view.param): view.fqn for view in graph.views}
         self._plan_of: list[list[int]] = []
         self._plan: dict[str, Subset] = {}
         self._make_plan()
+        self._apart = LayersApart(graph.views)
         self._step, self._counted = 0, False  # updates begun, and whether this iteration's is one of them
         self._aside: list[tuple[nn.Parameter, torch.Tensor]] = []
         self._whole: list[str] = []  # layers to be captured behind a whole step
@@ -147,7 +150,7 @@ class _Stepping:
         self._arrivals: Arrivals | None = self._watch() if self._observing else None
         # Of the backward that is going on, with in_backward.
         self._is_active: bool | None = None
-        self._missing: dict[str, int] = {}
+        self._missing: dict[str, set[str]] = {}  # by layer, names of the parameters whose gradients it waits for
         self._updated: set[str] = set()
         self._pins: list[dict[str, bool]] = []
         self._pre = optimizer.register_step_pre_hook(self._before)
@@ -205,6 +208,8 @@ class _Stepping:
         self._count()
         if not active:
             return
+        if not self._updated:
+            self._apart.check(optimizer.param_groups)
         last = next(reversed(optimizer._optimizer_step_pre_hooks)) == self._pre.id
         if self._updated:
             self._judge(last)
@@ -241,10 +246,10 @@ class _Stepping:
         self._before_layer(layer, self._step)
         self._subset_step.step(subset, pins)
         if in_backward:
-            trainable = _trainable(self._plan[layer])
-            self._arrivals.accept([self._names[id(param)] for param in trainable])
+            updated = [param for part in subset for param in part]
+            self._arrivals.accept([self._names[id(param)] for param in updated])
             # Fused kernels do not count, and a node that still needs the old values must not run on the new ones.
-            increment_version(trainable)
+            increment_version(updated)
         self._after_layer(layer, self._step)
 
     def _count(self) -> None:
@@ -296,10 +301,11 @@ class _Stepping:
                 "backward without a step(). The parameters hold an update of a part of the gradient: go back to a "
                 "checkpoint, and use mode='pipelined_step'"
             )
-        if self._missing.get(layer) is None:
+        missing = self._missing.get(layer)
+        if missing is None:
             return  # not all of its parameters were reached in the observation: it is updated in step()
-        self._missing[layer] -= self._arrivals.fires[fqn] == 1
-        if self._missing[layer] == 0 and layer not in self._updated:
+        missing.discard(fqn)
+        if not missing and layer not in self._updated:
             self._updated.add(layer)
             with torch.no_grad():
                 self._update(layer, _with_gradients(self._plan[layer]), self._pins, in_backward=True)
@@ -310,15 +316,20 @@ class _Stepping:
         self._missing = {}
         if not self._is_active or self._is_regrouped():
             return  # with new groups the step updates all, and the next iteration is observed
+        try:
+            self._apart.check(self.optimizer.param_groups)
+        except UnsupportedError:
+            return  # nothing is updated in this backward, and the step raises it
         # Whatever was registered since then may change gradients, and is judged only if it ran before.
         self.optimizer._optimizer_step_pre_hooks.move_to_end(self._pre.id)
         reached = self.graph.fires
         groups = [group["params"] for group in self.optimizer.param_groups]
         self._pins = self._subset_step.pins([[p for p in part if reached[self._names[id(p)]]] for part in groups])
         for layer, subset in self._plan.items():
-            trainable = _trainable(subset)
-            if trainable and all(reached[self._names[id(param)]] for param in trainable):
-                self._missing[layer] = len(trainable)
+            names = {self._names[id(param)] for part in subset for param in part}
+            expected = {fqn for fqn in names if self._arrivals.expects(fqn)}
+            if expected and all(reached[fqn] for fqn in expected):
+                self._missing[layer] = expected
         self._count()
 
     def _judge(self, last: bool) -> None:
@@ -334,23 +345,19 @@ class _Stepping:
             )
 
 
-def check_layered(optimizer: torch.optim.Optimizer, model: nn.Module, mode: Mode) -> None:
-    """Raises UnsupportedError with the reason if this optimizer, or wrapper, cannot be stepped by layers exactly.
+def check_layered(optimizer: torch.optim.Optimizer, model: nn.Module, mode: Mode, views: Sequence[ParamView]) -> None:
+    """Raises UnsupportedError with the reason if this optimizer, wrapper or model cannot be stepped by layers exactly.
 
-    `model` is without the wrapper of torch.compile.
+    `model` is without the wrapper of torch.compile; `views` are all its parameters.
     """
     SubsetStep(optimizer)
+    LayersApart(views).check(optimizer.param_groups)
     if mode == "in_backward":
         _check_wrapper(model)
 
 
 def _nothing(layer: str, step: int) -> None:
     pass
-
-
-def _trainable(subset: Subset) -> list[nn.Parameter]:
-    """Those that can have a gradient here: of some, FSDP1 leaves this rank nothing."""
-    return [param for part in subset for param in part if param.requires_grad and param.numel()]
 
 
 def _with_gradients(subset: Subset) -> Subset:

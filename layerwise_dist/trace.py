@@ -66,7 +66,10 @@ class StepTrace:
         """`capture` is a `Capture`, of which these batches were taken now."""
         if self._sealed:
             return
-        self._capture = capture
+        if capture is not self._capture:  # captured anew, in other batches
+            self._capture = capture
+            self.captures.clear()
+            self._layers_of.clear()
         for number in batches:
             batch = capture.survey.batches[number]
             self.captures[batch.name] = time.monotonic_ns()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from layerwise_dist.capture.lease import Capture
+from layerwise_dist.capture.survey import Survey
 from layerwise_dist.errors import BoundaryError, DamageError, LayerwiseError
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ class Update:
     layers: Collection[str] | None = None
     fenced: bool = False  # all of it
     asked: bool = False  # whether the attempt can be opened before the update is over
+    found: Survey | None = None  # what there was then, if all of it was where the last attempt had it
     early: bool = False  # it was, or could not be
     drained: bool = False
 
@@ -76,16 +78,16 @@ class Updates:
         assert update is not None, "update_starting() comes first"
         if self._trace is not None:
             self._trace.updated(layers)
-        if update.again or not self._may_be_early or not layers or not self._replicas.agreed:
+        if update.again or self._optimizer.several or not layers or not self._replicas.agreed:
             return
         with self._statistics.stall("open"):
             if not update.asked:
                 update.asked = True
                 self._heed_replicas()
                 step = self._boundary.completed + 1
-                found = self._attempts.steady() if self._scheduler.due(step) else None
-                if found is not None:
-                    update.early, self._open = True, self._attempts.open(step, found)
+                update.found = self._attempts.steady() if self._scheduler.due(step) else None
+                if update.found is not None and self._steady:
+                    update.early, self._open = True, self._attempts.open(step, update.found)
             if self._open is not None:
                 self._take(self._open, self._scheduler.updated(layers))
 
@@ -112,6 +114,7 @@ class Updates:
                 return
             if self._open is None and not update.early and self._may_begin and self._scheduler.due(step):
                 self._begin(step)
+                self._steady |= self._open is not None and self._open.survey is update.found
             elif self._open is not None:
                 self._take(self._open, self._scheduler.flush())
 

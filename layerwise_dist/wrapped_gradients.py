@@ -115,10 +115,19 @@ class UnitArrivals(Arrivals):
         ]
         super().__init__(params, on_arrival, exact=exact)
 
+    def expects(self, fqn: str) -> bool:
+        return fqn not in self._elsewhere and super().expects(fqn)
+
     def _register(self) -> list[Any]:
         if any(handle._offload_params for handle in self._handles):
             raise UnsupportedError("FSDP1 with CPU offload drops each gradient that it has told of")
         names = {id(param): fqn for fqn, param in self._params.items()}
+        self._elsewhere = {
+            names[id(param)]
+            for handle in self._handles
+            for param, held in zip(handle.flat_param._params or (), handle.flat_param._shard_param_infos, strict=False)
+            if not held.in_shard and id(param) in names
+        }
         units = [(h, [p for p in h.flat_param._params or () if id(p) in names]) for h in self._handles]
         told = [param for _, params in units for param in params]
         if any(hasattr(param, "_in_backward_optimizers") for param in told):

@@ -87,3 +87,52 @@ class Keeping(torch.optim.Optimizer):
 
     def keep(self, number: int, param: Tensor, state: dict[Any, Any]) -> None:
         """Of the parameter of that number, those without a gradient not counted."""
+
+
+class Hollow(Reused):
+    """Has parameters without elements: the first and the last to be ready in a layer, one alone in its layer, and a
+    frozen one.
+    """
+
+    def __init__(self, unused: bool = False) -> None:
+        super().__init__(unused)
+        self.middle = HollowLinear(8, 8)
+        self.alone = HollowSum()
+        self.frozen.nothing = nn.Parameter(torch.empty(3, 0), requires_grad=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens) + self.alone()
+
+
+class HollowLinear(nn.Linear):
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__(width, out)
+        self.first, self.last = (nn.Parameter(torch.empty(0, 3)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + self.last.sum()) + self.first.sum()
+
+
+class HollowSum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.nothing = nn.Parameter(torch.empty(0))
+
+    def forward(self) -> Tensor:
+        return self.nothing.sum()
+
+
+class Sometimes(nn.Module):
+    """(batch, 8) to (batch, 8). In every second iteration it uses neither `other` nor the bias of `always`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.other = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.gain = nn.Parameter(torch.tensor(1.5))  # without dimensions
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        used = self.calls % 2 == 0
+        x = F.linear(x, self.always.weight, self.always.bias if used else None) * self.gain
+        return self.other(x) if used else x

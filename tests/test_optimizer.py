@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import Warm
-from models import Reused
+from models import Hollow, Reused, Sometimes
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.utils.checkpoint import checkpoint
 
 from layerwise_dist import DependencyGraphBuilder, LayerwiseOptimizer
 from layerwise_dist.errors import BoundaryError, ConfigError, UnsupportedError
+from layerwise_dist.gradients import Arrivals
+from layerwise_dist.optimizer import _Stepping
 from layerwise_dist.subset_step import SubsetStep
 
 STEPS = 4
@@ -81,15 +83,16 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().contiguous().view(-1).view(torch.uint8)
 
 
-def same(one: tuple[nn.Module, Any], two: tuple[nn.Module, Any]) -> bool:
-    """Parameters, gradients and optimizer state, bit for bit, and the order of the state."""
+def same(one: tuple[nn.Module, Any], two: tuple[nn.Module, Any], *, ordered: bool = True) -> bool:
+    """Parameters, gradients and optimizer state, bit for bit; with `ordered` also the order of the state."""
     for a, b in zip(one[0].parameters(), two[0].parameters(), strict=True):
         if not torch.equal(bits(a), bits(b)) or (a.grad is None) != (b.grad is None):
             return False
         if a.grad is not None and not torch.equal(bits(a.grad), bits(b.grad)):
             return False
     first, second = one[1].state_dict(), two[1].state_dict()
-    if list(first["state"]) != list(second["state"]) or first["param_groups"] != second["param_groups"]:
+    order = list if ordered else sorted
+    if order(first["state"]) != order(second["state"]) or first["param_groups"] != second["param_groups"]:
         return False
     return all(
         list(state) == list(second["state"][key])
@@ -307,6 +310,67 @@ def test_activation_checkpointing_without_reentrance_is_exact(mode: str) -> None
             LayerwiseOptimizer(optimizer, model, mode=mode)
         train(model, optimizer)
     assert same(*runs)
+
+
+def _hollow(mode: str | None, kernel: dict[str, Any], to_none: bool) -> tuple[Any, Any]:
+    torch.manual_seed(5)
+    model = Hollow()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, **kernel)
+    if mode is not None:
+        LayerwiseOptimizer(optimizer, model, mode=mode)
+    for step in range(STEPS):
+        optimizer.zero_grad(set_to_none=to_none)
+        backward(model, step)
+        optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_parameters_without_elements_are_waited_for_as_any_other(mode: str) -> None:
+    """They have state (a count of steps), so they are stepped when plain training steps them."""
+    for kernel in ({"foreach": True}, {"foreach": False}, {"fused": True}):
+        for to_none in (True, False):
+            layered = _hollow(mode, kernel, to_none)
+            assert same(_hollow(None, kernel, to_none), layered), (kernel, to_none)
+            assert all(layered[1].state[p]["step"] == STEPS for p in layered[0].parameters() if p.requires_grad)
+
+
+def test_mutation_a_layer_that_does_not_wait_for_its_empty_parameter_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    expects = Arrivals.expects
+    monkeypatch.setattr(Arrivals, "expects", lambda self, fqn: expects(self, fqn) and self._params[fqn].numel() > 0)
+    assert not same(_hollow(None, {}, True), _hollow("in_backward", {}, True))
+
+
+def test_mutation_an_empty_gradient_that_counts_for_others_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = _Stepping._begin
+
+    def miscounted(self: _Stepping) -> None:
+        begin(self)
+        self._missing.get("middle", set()).intersection_update({"middle.first"})
+
+    monkeypatch.setattr(_Stepping, "_begin", miscounted)
+    assert not same(_hollow(None, {}, True), _hollow("in_backward", {}, True))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("first", [0, 1])
+def test_parameters_that_only_some_iterations_use_are_exact(mode: str, first: int) -> None:
+    """Whatever the observed iteration used."""
+    for to_none in (True, False):
+        runs = []
+        for layered in (False, True):
+            torch.manual_seed(5)
+            model = Sometimes()
+            model.calls = first
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+            if layered:
+                LayerwiseOptimizer(optimizer, model, mode=mode)
+            for step in range(6):
+                optimizer.zero_grad(set_to_none=to_none)
+                model(torch.full((2, 8), float(step))).square().sum().backward()
+                optimizer.step()
+            runs.append((model, optimizer))
+        assert same(*runs, ordered=False), to_none
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -589,13 +653,13 @@ def test_a_first_step_that_is_layered_makes_the_state_in_another_order_and_the_s
     [
         # A third rank changes in which order numbers are added.
         (
-            3, ("ddp", "ddp-views", "ddp-hook", "mutations"), 25,
+            3, ("ddp", "ddp-views", "ddp-hook", "ddp-hollow", "mutations"), 27,
             (
                 "register_comm_hook(model, state, hook)", "find_unused_parameters", "static_graph", "DDP inside",
                 "is sparse",
             ),
         ),
-        (2, ("fsdp2", "fsdp1", "fsdp1-flat"), 24, ("use_orig_params=True",)),
+        (2, ("fsdp2", "fsdp1", "fsdp1-flat", "fsdp1-hollow"), 26, ("use_orig_params=True",)),
         (4, ("hsdp", "tp"), 15, ()),
     ],
     ids=["ddp", "fsdp", "meshes"],

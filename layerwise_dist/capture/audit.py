@@ -86,6 +86,11 @@ class Rotation:
         self._of: Survey | None = None
         self._units: list[list[Window]] = []
 
+    def again(self, survey: Survey) -> Audit:
+        """Of a checkpoint that is captured anew: it is the same one's turn."""
+        self._opened -= 1
+        return self.next(survey)
+
     def next(self, survey: Survey) -> Audit:
         number = self._opened
         self._opened += 1

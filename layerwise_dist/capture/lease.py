@@ -81,18 +81,23 @@ class Capture:
         if not given or not self.write.wait_written(max(0.0, deadline - time.monotonic())):
             raise self._too_slow()
 
+    def fits(self, survey: Survey) -> bool:
+        """Whether what there is lies as it did when the capture was opened, so that it can be sealed."""
+        return survey is self.survey or survey.key == self.survey.key
+
+    def leave(self) -> None:
+        """Before another capture writes the attempt: waits until nothing is being staged. Raises LeaseBroken or
+        StageError.
+        """
+        if not self._handover.wait(self._timeout_s):
+            raise self._too_slow()
+
     def seal(self, survey: Survey) -> set[str]:
-        """Brings the capture to the boundary's contents; `survey` is the boundary's own.
+        """Brings the capture to the boundary's contents; `survey` is the boundary's own. REQUIRES: `fits(survey)`.
 
         What was changed since the update (a clamp of the weights, say) is captured again, and what is in no batch is
         copied. Returns the names of tensors that changed in a way only the audit saw. Raises LeaseBroken or StageError.
         """
-        if survey is not self.survey and survey.key != self.survey.key:
-            names = survey.changed_since(self.survey) or ["what is saved in which order"]
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise LeaseBroken(
-                f"{', '.join(names[:3])}{more} came, went, moved or changed shape between the update and the boundary"
-            )
         moved = self._moved()
         if self._audit.staged(self.survey) and not self._handover.wait(self._timeout_s):
             raise self._too_slow()

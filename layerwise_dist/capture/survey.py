@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
@@ -15,6 +15,7 @@ from layerwise_dist.frameworks.base import Framework, ParamView, same_objects
 from layerwise_dist.frameworks.names import check_unique
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.geometry import Geometry
+from layerwise_dist.overlaps import overlaps
 from layerwise_dist.pieces import Batch, Piece, check_layout
 from layerwise_dist.scheduler import LayerSize
 from layerwise_dist.storage.shard import PACK_BELOW, Source
@@ -121,16 +122,6 @@ class Survey:
             for batch in self.batches
         ]
         return [*batches, (BOUNDARY_LAYER, [Source(piece.slice, 0, piece.wrapped) for piece in self.copied])]
-
-    def changed_since(self, other: Survey) -> list[str]:
-        """Names (`<kind>/<fqn>`) of what came, went, moved or changed its shape or dtype."""
-        here, there = self._places(), other._places()
-        return sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
-
-    def _places(self) -> dict[str, tuple[Any, ...]]:
-        found = zip(self.pieces, self.batch_of, self.addresses, strict=True)
-        places: dict[str, tuple[Any, ...]] = {piece.slice.name: (piece.slice, *place) for piece, *place in found}
-        return places | {piece.slice.name: (piece.slice,) for piece in self.copied}
 
     def live_scalars(self) -> dict[str, dict[str, Any]]:
         """The optimizer's state that is no tensor, as it is now, by parameter and name."""
@@ -257,7 +248,8 @@ class Surveyor:
         self, copying: frozenset[str], states: list[Mapping[str, Any]], frozen_ids: frozenset[int] | None
     ) -> Survey:
         """`frozen_ids`: which parameters may be frozen; None: this is the moment to find out."""
-        frozen = self._frozen_pieces(copying, frozen_ids)
+        shared = self._shared(states)
+        frozen = self._frozen_pieces(copying, frozen_ids, shared)
         self._frozen = frozenset(id(view.param) for view, _ in frozen)
         layers: dict[str, list[Piece]] = {}
         copied: list[Piece] = []
@@ -266,6 +258,7 @@ class Surveyor:
         updated = {id(view.param) for view in self._optimizer.views}
 
         def add(view: ParamView, kind: str, tensor: torch.Tensor, may_lease: bool) -> None:
+            may_lease = may_lease and (kind, view.fqn) not in shared
             for piece in self._framework.pieces(view, kind, tensor, lease=may_lease):
                 if piece.lease and self._in_layer(piece, copying):
                     layers.setdefault(view.layer, []).append(piece)
@@ -300,7 +293,25 @@ class Surveyor:
             order, tuple(scalars), self._framework.extra_states(), key,
         )  # fmt: skip
 
-    def _frozen_pieces(self, copying: frozenset[str], ids: frozenset[int] | None) -> list[tuple[ParamView, Piece]]:
+    def _shared(self, states: list[Mapping[str, Any]]) -> set[tuple[str, str]]:
+        """Kind and name of parameters and state that share memory with each other or with a buffer, as other objects.
+
+        A change through one of those raises the version counter of that one only, so none can be read in place: all are
+        copied at the boundary, when each holds what the others do.
+        """
+        held: list[tuple[str, str, torch.Tensor]] = []
+        for view, state in zip(self._framework.params, states, strict=True):
+            held.append(("param", view.fqn, view.param))
+            held += [(name, view.fqn, value) for name, value in state.items() if _is_dense(value)]
+        held += [("buffer", fqn, buffer) for fqn, buffer in self._framework.buffers()]
+        objects = list({id(tensor): tensor for _, _, tensor in held}.values())
+        pairs = overlaps([self._framework.local(tensor) for tensor in objects])
+        found = {id(objects[place]) for pair in pairs for place in pair}
+        return {(kind, fqn) for kind, fqn, tensor in held if id(tensor) in found}
+
+    def _frozen_pieces(
+        self, copying: frozenset[str], ids: frozenset[int] | None, shared: Collection[tuple[str, str]]
+    ) -> list[tuple[ParamView, Piece]]:
         """What this rank writes of parameters that no optimizer updates, if it is enough for a base."""
         if ids is None:
             ids = frozenset(id(view.param) for view in self._framework.params).difference(
@@ -308,7 +319,7 @@ class Surveyor:
             )
         found: list[tuple[ParamView, Piece]] = []
         for view in self._framework.params:
-            if id(view.param) not in ids:
+            if id(view.param) not in ids or ("param", view.fqn) in shared:
                 continue
             pieces = self._framework.pieces(view, "param", view.param, lease=False)
             fit = all(p.dense and p.slice.name not in copying and not p.tensor.is_inference() for p in pieces)

@@ -92,15 +92,21 @@ class Holder:
         self._layouts = {message["number"]: self._adapter.lay_out(layers, range(len(layers)))}
 
     def begin(self, message: Message) -> None:
+        """A shard, or once more one that is not sealed yet, with another layout."""
         attempt = AttemptId(self._epoch, message["seq"], message["step"])
         laid = self._layouts[message["layout"]]
+        before = self._coming.pop(attempt.seq, None)
         self._participant.began(attempt)
         try:
-            write = HeldWrite(self._adapter.begin(attempt, laid.shard, laid.plan), self._tell)
+            if before is not None:
+                write = before.write
+                write.shard.begin_again(laid)
+            else:
+                write = HeldWrite(self._adapter.begin(attempt, laid.shard, laid.plan), self._tell)
+                self._recent.append(write)
         except OSError as error:
-            self._participant.failed(attempt, str(error), self._adapter.unbegun(attempt))
+            self._participant.failed(attempt, str(error), before.write if before else self._adapter.unbegun(attempt))
             return
-        self._recent.append(write)
         self._coming[attempt.seq] = _Coming(write, laid)
 
     def give(self, message: Message) -> None:

@@ -66,6 +66,11 @@ class StagedWrite:
     def bytes_evacuated(self) -> int:
         return 0
 
+    def begin_again(self, laid: Laid) -> None:
+        """As `ShardWrite`'s. What was given comes back as ever."""
+        self.confirm, self.layout = _nothing, laid.shard
+        self._adapter.say_begin(self)
+
     def set_addresses(self, addresses: Sequence[int]) -> None:
         """Of memory that the monitor does not see."""
 
@@ -171,13 +176,18 @@ class StagingAdapter:
 
     def begin(self, attempt: AttemptId, shard: ShardLayout, plan: Any) -> StagedWrite:
         """The monitor begins the file; if it cannot, the coordinator aborts the attempt."""
-        assert self._newest is not None and self._newest[0] is shard, "lay_out() comes first"
         write = StagedWrite(self, attempt, shard)
         with self._changed:
             self._writes = {seq: each for seq, each in self._writes.items() if seq > attempt.seq - 64}
             self._writes[attempt.seq] = write
-        self.link.send({"t": "begin", "seq": attempt.seq, "step": attempt.step, "layout": self._newest[1]})
+        self.say_begin(write)
         return write
+
+    def say_begin(self, write: StagedWrite) -> None:
+        """Once more for an attempt that begins again, with another layout."""
+        assert self._newest is not None and self._newest[0] is write.layout, "lay_out() comes first"
+        attempt = write.attempt
+        self.link.send({"t": "begin", "seq": attempt.seq, "step": attempt.step, "layout": self._newest[1]})
 
     def unbegun(self, attempt: AttemptId) -> None:
         """What is left of an attempt that was not begun: the monitor's to remove."""

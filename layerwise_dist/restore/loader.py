@@ -18,6 +18,7 @@ from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.pieces import is_dense
 from layerwise_dist.restore import contents
 from layerwise_dist.restore.contents import Held
+from layerwise_dist.restore.contradictions import contradictions
 from layerwise_dist.restore.planner import ShardSet, Span, plan
 from layerwise_dist.slices import Slice, ranks_of
 from layerwise_dist.storage.reader import Entry, Shard, ShardIndex
@@ -60,6 +61,7 @@ def prepare(
     missing: list[str] = []
     shaped: list[str] = []
     wanted_names: set[str] = set()
+    read_names: list[str] = []
 
     def want(wanted: Slice, tensor: torch.Tensor) -> None:
         wanted_names.add(wanted.name)
@@ -68,6 +70,7 @@ def prepare(
             wanted = replace(wanted, among="")
         try:
             loading.reads.append((framework.local(tensor), plan(wanted, found)))
+            read_names.append(wanted.name)
         except MismatchError as error:
             (shaped if found else missing).append(str(error) if found else wanted.name)
 
@@ -96,6 +99,7 @@ def prepare(
         + _listing("unexpected in the checkpoint", unexpected)
     )
     problems += optimizer.check(sealed["optimizer"])
+    problems += contradictions(read_names, loading.reads)[:_LISTED]
     if problems:
         raise MismatchError(
             f"{where} is not of this model and optimizer; nothing was loaded:\n  " + "\n  ".join(problems)

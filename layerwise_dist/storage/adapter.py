@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
@@ -133,8 +134,7 @@ class PCCheckAdapter:
             self.env.make_dir(folder, self.dir_mode)
         except FileExistsError:
             pass  # another rank was first
-        partial = os.path.join(folder, layout.shard_file(self.rank) + layout.PARTIAL)
-        return ShardWrite(self, attempt, shard, self._writer(plan, partial), folder)
+        return ShardWrite(self, attempt, shard, self.shard_writer(plan, folder), folder)
 
     def unbegun(self, attempt: AttemptId) -> Unbegun:
         """An attempt that `begin` could not begin, or that failed before."""
@@ -146,8 +146,9 @@ class PCCheckAdapter:
             self.env, self._pool, plan, partial, self.file_mode, self.direct, hash=hash, reuse=reuse
         )
 
-    def _writer(self, plan: Any, partial: str) -> Any:
-        """Over a retired file if one waits, else into a new one. Raises OSError."""
+    def shard_writer(self, plan: Any, folder: str) -> Any:
+        """Of this rank's file in `folder`: over a retired one if one waits, else into a new one. Raises OSError."""
+        partial = os.path.join(folder, layout.shard_file(self.rank) + layout.PARTIAL)
         spare = self.recycler.take()
         if spare is not None:
             try:
@@ -186,6 +187,11 @@ def _nothing(timeout_s: float) -> None:
     return None
 
 
+def _end(writer: Any, keeping: object) -> None:
+    """Stops a writer; what it may still read lives until then."""
+    writer.abort()
+
+
 class ShardWrite:
     """One rank's shard of one attempt, from the first block to the durable file."""
 
@@ -200,6 +206,7 @@ class ShardWrite:
         self.confirm: Callable[[float], None] = _nothing
         # Waits until the frozen parameters that this shard refers to are durable, and says what they are.
         self.base: Callable[[float], BaseReport] | None = None
+        self._ending: list[threading.Thread] = []
         self._state: tuple[int, int] = (0, 0)
         self.state_bytes = 0  # of the state extent
         self._state_hash = 0
@@ -221,6 +228,21 @@ class ShardWrite:
     @property
     def bytes_evacuated(self) -> int:
         return self._writer.bytes_evacuated
+
+    def begin_again(self, laid: Laid) -> None:
+        """Another layout for the same attempt: what was written goes, with its file. REQUIRES: nothing is being staged,
+        and the state was not appended. Raises OSError.
+
+        Does not wait for blocks that are being written: they go into a file without a name.
+        """
+        self._adapter.env.unlink(os.path.join(self.folder, layout.shard_file(self._adapter.rank) + layout.PARTIAL))
+        # With `confirm`, what is leased stays alive until nothing reads it any more.
+        end = threading.Thread(target=_end, args=(self._writer, self.confirm), name="layerwise-end", daemon=True)
+        self._ending.append(end)
+        end.start()
+        self.confirm = _nothing
+        self._writer = self._adapter.shard_writer(laid.plan, self.folder)
+        self.layout = laid.shard
 
     def set_address(self, tensor: int, address: int) -> None:
         self._writer.set_address(tensor, address)
@@ -278,6 +300,8 @@ class ShardWrite:
         """
         deadline = time.monotonic() + timeout_s
         self._written(timeout_s, deadline)
+        for end in self._ending:
+            end.join(max(0.0, deadline - time.monotonic()))
         self.confirm(max(0.0, deadline - time.monotonic()))
         self._written(timeout_s, deadline)  # what was still being staged at the first look
         base = self.base(max(0.0, deadline - time.monotonic())) if self.base is not None else None
@@ -310,6 +334,8 @@ class ShardWrite:
     def abort(self) -> None:
         """Stops writing and closes; the poisoned file stays until `discard`. Never raises for a closed one."""
         self._writer.abort()
+        for end in self._ending:
+            end.join()
         self.confirm, self.base = _nothing, None
 
     def discard(self) -> None:

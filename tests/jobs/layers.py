@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from models import Reused  # noqa: E402
+from models import Hollow, Reused  # noqa: E402
 
 from layerwise_dist import LayerwiseOptimizer, wrapped_gradients  # noqa: E402
 from layerwise_dist.errors import UnsupportedError  # noqa: E402
@@ -62,7 +62,8 @@ rounded.__annotations__.clear()  # DDP takes annotations for types, and these ar
 
 def build(wrapper: str, kernel: dict[str, Any], *, ours: bool = True) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(5)
-    model: nn.Module = Reused(unused=False)
+    model: nn.Module = Reused(unused=False) if not wrapper.endswith("-hollow") else Hollow()
+    wrapper = wrapper.removesuffix("-hollow")
     if wrapper == "ddp":
         model = DistributedDataParallel(model, **SMALL)
     elif wrapper == "ddp-views":
@@ -120,6 +121,8 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, wrapper: str, feat
 
 def cases(wrapper: str) -> list[tuple[dict[str, Any], str, str]]:
     """(kernel, mode, feature)"""
+    if wrapper.endswith("-hollow"):
+        return [(KERNELS[0], "in_backward", ""), (KERNELS[1], "in_backward", "zeros")]
     if wrapper == "ddp-hook":
         return [
             (KERNELS[0], "in_backward", ""),

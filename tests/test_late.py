@@ -1,0 +1,245 @@
+"""State that comes, goes or moves between a capture's beginning and the boundary costs no checkpoint."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from crash_kit import in_ranks, settings
+from test_stage import attach, equal, slow, tensors
+from torch import Tensor, nn
+
+import layerwise_dist as lwd
+from layerwise_dist import assembly
+from layerwise_dist._native import PosixEnv, testing
+from layerwise_dist.attempts import Attempts
+from layerwise_dist.capture.lease import Capture
+from layerwise_dist.commit.transports.local import LocalTransport
+from layerwise_dist.errors import DamageError
+
+WIDTH, STEPS = 96, 10  # a layer has 36 KiB, and 108 KiB with AdamW's state
+
+
+class Experts(nn.Module):
+    """(batch, WIDTH) to (batch, WIDTH), through the experts that are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor, used: range) -> Tensor:
+        x = self.first(x)
+        return self.last(x + sum(self.experts[number](x) for number in used))
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=0.01)
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.01)
+
+
+def nothing(model: Experts, optimizer: torch.optim.Optimizer, step: int) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Case:
+    """`used`: the experts of each step; `behind`: what the script does between update and boundary."""
+
+    used: Callable[[int], range] = lambda step: range(1)
+    behind: Callable[[Experts, torch.optim.Optimizer, int], None] = nothing
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer] = adam
+    quiet: int = 6  # the step from which on nothing comes, goes or moves
+
+
+def _pop(model: Experts, optimizer: torch.optim.Optimizer, step: int) -> None:
+    if step == 4:
+        del optimizer.state[model.experts[0].weight]
+
+
+def _add(model: Experts, optimizer: torch.optim.Optimizer, step: int) -> None:
+    if step == 4:
+        optimizer.state[model.experts[0].weight]["ema"] = model.experts[0].weight.detach().clone()
+
+
+def _move(model: Experts, optimizer: torch.optim.Optimizer, step: int) -> None:
+    if step >= 4:
+        state = optimizer.state[model.first.weight]
+        state["exp_avg"] = state["exp_avg"].clone()
+
+
+def _momentum(model: Experts, optimizer: torch.optim.Optimizer, step: int) -> None:
+    optimizer.param_groups[0]["momentum"] = 0.9 if step >= 3 else 0.0
+
+
+CASES = {
+    "one layer comes late": Case(lambda step: range(2 if step >= 4 else 1)),
+    "one layer after the other": Case(lambda step: range(max(1, min(4, step - 2))), quiet=7),
+    "a layer is used in some steps": Case(lambda step: range(2 if step % 3 == 2 else 1)),
+    "state goes, and comes again": Case(behind=_pop),
+    "a tensor of state is added": Case(behind=_add),
+    "a tensor of state moves in every step": Case(behind=_move, quiet=STEPS),
+    "all layers get their state late": Case(behind=_momentum, optimizer=sgd),
+}
+
+
+def trained(case: Case, steps: Any, model: Experts, optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
+    held = {}
+    for step in steps:
+        x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(step))
+        model(x, case.used(step)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        case.behind(model, optimizer, step)
+        held[step + 1] = tensors(model, optimizer)
+    return held
+
+
+def check(root: Path, case: Case, at: dict[int, dict[str, Tensor]]) -> None:
+    """Every step is committed, and comes back as what training held at its boundary."""
+    found = [int(path.parent.name[5:15]) for path in root.glob("step_*/manifest.json")]
+    assert sorted(found) == sorted(at)
+    model = Experts()
+    optimizer = case.optimizer(model)
+    with attach(model, optimizer, root) as ckpt:
+        for step in sorted(found, reverse=True):
+            assert ckpt.restore(step) == step
+            assert equal(tensors(model, optimizer), at[step]), f"step {step}"
+
+
+@pytest.fixture
+def early(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps whose capture began before their update was over."""
+    steps: list[int] = []
+    real = Attempts.open
+
+    def opened(attempts: Attempts, step: int, found: Any = None) -> Any:
+        steps.extend([step] if found is not None else [])
+        return real(attempts, step, found)
+
+    monkeypatch.setattr(Attempts, "open", opened)
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        *((name, mode) for name in CASES for mode in ("pipelined_step", "in_backward")),
+        *((name, "whole") for name in ("state goes, and comes again", "a tensor of state moves in every step")),
+    ],
+)
+def test_state_that_comes_goes_or_moves_costs_no_checkpoint(
+    tmp_path: Path, early: list[int], name: str, mode: str
+) -> None:
+    case = CASES[name]
+    capture = "stage" if mode == "pipelined_step" else "lease"
+    model = Experts()
+    optimizer = case.optimizer(model)
+    options = {"update": mode, "capture": capture, "max_in_flight": 3, "commit": {"on_failure": "raise"}}
+    with attach(model, optimizer, tmp_path, slow(0.0005), **options) as ckpt:
+        at = trained(case, ckpt.steps(STEPS), model, optimizer)
+    plain = Experts()
+    assert equal(at[STEPS], trained(case, range(STEPS), plain, case.optimizer(plain))[STEPS])
+    check(tmp_path, case, at)
+    if mode != "whole":
+        assert set(range(case.quiet + 2, STEPS + 1)) <= set(early), "captured early again"
+
+
+def test_a_second_update_may_bring_state(tmp_path: Path) -> None:
+    """In one iteration: the first update's capture knows nothing of what the second one makes."""
+    for mode in ("whole", "pipelined_step"):
+        model = Experts()
+        optimizer = adam(model)
+        held = {}
+        with attach(model, optimizer, tmp_path / mode, update=mode, commit={"on_failure": "raise"}) as ckpt:
+            for step in ckpt.steps(5):
+                for number in (1, 2 + (step >= 3)):
+                    model(torch.ones(2, WIDTH), range(number)).square().mean().backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                held[step + 1] = tensors(model, optimizer)
+        check(tmp_path / mode, Case(), held)
+
+
+def test_where_every_update_moves_something_captures_begin_behind_it(tmp_path: Path, early: list[int]) -> None:
+    """Else each would be done twice."""
+    model = Experts()
+    optimizer = adam(model)
+    model.first.weight.register_post_accumulate_grad_hook(lambda _: _move(model, optimizer, ckpt.completed))
+    again: list[int] = []
+    with attach(model, optimizer, tmp_path, update="in_backward") as ckpt:
+        real = ckpt._attempts.again
+        ckpt._attempts.again = lambda capture: (again.append(capture.step), real(capture))[1]
+        at = trained(Case(), ckpt.steps(STEPS), model, optimizer)
+    assert again == [5] and max(early) == 5
+    check(tmp_path, Case(), at)
+
+
+def test_one_rank_may_have_a_late_layer_of_its_own(tmp_path: Path) -> None:
+    cases = [CASES["one layer after the other"], Case()]
+
+    def body(transport: LocalTransport) -> dict[int, dict[str, Tensor]]:
+        model = Experts()
+        optimizer = adam(model)
+        config = settings(str(tmp_path), update="pipelined_step", keep_last=99, commit={"on_failure": "raise"})
+        with assembly.assemble(model, optimizer, config, transport, PosixEnv()) as ckpt:
+            return trained(cases[transport.rank], ckpt.steps(STEPS), model, optimizer)
+
+    def again(transport: LocalTransport) -> None:
+        model = Experts()
+        optimizer = adam(model)
+        with assembly.assemble(model, optimizer, settings(str(tmp_path)), transport, PosixEnv()) as ckpt:
+            for step in range(STEPS, 0, -1):
+                assert ckpt.restore(step) == step
+                assert equal(tensors(model, optimizer), at[transport.rank][step]), f"step {step}"
+
+    at = in_ranks(body)
+    in_ranks(again)
+
+
+def test_in_monitor_mode_too(tmp_path: Path) -> None:
+    case = CASES["one layer after the other"]
+    model = Experts()
+    optimizer = case.optimizer(model)
+    options = {"update": "pipelined_step", "mode": "monitor", "keep_last": 99, "commit": {"on_failure": "raise"}}
+    with lwd.attach(model, optimizer, dir=str(tmp_path), **options) as ckpt:
+        at = trained(case, ckpt.steps(STEPS), model, optimizer)
+    check(tmp_path, case, at)
+
+
+@pytest.mark.parametrize("operation", ["unlink", "create"])
+def test_what_fails_when_a_capture_is_done_again_ends_that_attempt_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    case = CASES["one layer comes late"]
+    model = Experts()
+    optimizer = case.optimizer(model)
+    env = testing.FaultEnv(PosixEnv())
+    real = Capture.leave
+    fail = {"operation": operation, "path_pattern": "*rank_*", "errno": errno.EIO}
+    monkeypatch.setattr(Capture, "leave", lambda capture: (env.fail(**fail), real(capture)))
+    with attach(model, optimizer, tmp_path, env, update="pipelined_step", max_in_flight=3) as ckpt:
+        at = trained(case, ckpt.steps(STEPS), model, optimizer)
+    assert env.injected == 1
+    del at[5]
+    check(tmp_path, case, at)
+
+
+def test_mutation_a_late_layer_in_the_old_layout_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Capture, "fits", lambda capture, survey: True)
+    case = CASES["one layer comes late"]
+    model = Experts()
+    optimizer = case.optimizer(model)
+    with attach(model, optimizer, tmp_path, update="pipelined_step") as ckpt:
+        at = trained(case, ckpt.steps(STEPS), model, optimizer)
+    with pytest.raises((AssertionError, DamageError)):  # the sealed state speaks of what no shard has
+        check(tmp_path, case, at)
