@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from layerwise_dist.commit.metadata import ParentRef
+from layerwise_dist.commit.metadata import Inventory, ParentRef
 from layerwise_dist.commit.session import follow
 from layerwise_dist.errors import BoundaryError
 from layerwise_dist.restore import loader
@@ -133,13 +133,20 @@ class SaveAndRestore:
         self.drain()
         self._frozen.forget()
         fresh = (on_missing or ("error" if wish.certain else "fresh")) == "fresh"
-        found = self._restorer.newest(wish, fresh_if_missing=fresh, partly=partly)
+        try:
+            return self._restore(wish, fresh_if_missing=fresh, partly=partly)
+        finally:
+            if self._committer is not None:
+                self._committer.hold(False)
+
+    def _restore(self: LayerwiseEngine, wish: Wish, *, fresh_if_missing: bool, partly: bool) -> int:
+        found = self._restorer.newest(wish, self._held_inventory, fresh_if_missing=fresh_if_missing, partly=partly)
         self.restored_from = self.client_state = None
         self.lacking = []
         if found is None:
-            if wish != Wish() and not self._info.empty:
-                # A fresh start beside what is there, as attach(fresh=True) makes it.
-                self._follow(None, new_branch=True)
+            # If something else was asked for, this goes on beside what is there, as attach(fresh=True) does.
+            beside = not self._info.empty or self._participant.reached("committed") is not None
+            self._follow(None, new_branch=beside and wish != Wish())
             self._ready = True
             return self._boundary.completed
         attempt, loading, leaves = found
@@ -153,6 +160,12 @@ class SaveAndRestore:
         self._ready = True
         log.info("rank %d: restored step %d", self._framework.rank, attempt.step)
         return attempt.step
+
+    def _held_inventory(self: LayerwiseEngine) -> Inventory:
+        """What is there, on rank 0; retention removes none of it before the restore is over."""
+        assert self._committer is not None
+        self._committer.hold(True)
+        return self.metadata.inventory()
 
     def _adopt(self: LayerwiseEngine, loading: loader.LoadPlan) -> None:
         sealed = loading.sealed
