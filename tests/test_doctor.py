@@ -243,6 +243,16 @@ def test_the_state_s_size_is_taken_from_the_newest_checkpoint_and_what_is_there_
     assert kept["held"] == found["space"]["figures"]["held"]
     assert kept["needed"] == found["space"]["figures"]["needed"] + kept["staying"]
     assert sorted(os.listdir(tmp_path)) == before
+    with lwd.attach(model, optimizer, dir=str(tmp_path), keep_last=1, every_n_steps=None) as ckpt:
+        ckpt.restore()
+        for step in range(7):
+            model(torch.randn(2, 64)).sum().backward()
+            optimizer.step()
+            ckpt.save("first" if step == 0 else "second" if step == 3 else "last")
+    tagged = by_name(call_json(tmp_path)[1])["space"]["figures"]
+    sizes = [sum(file.stat().st_blocks * 512 for file in folder.iterdir()) for folder in tmp_path.glob("step_*")]
+    assert len(sizes) == 3 and tagged["held"] == tagged["staying"] == sum(sizes), "three tags, whatever went between"
+    assert tagged["needed"] == found["space"]["figures"]["needed"] + tagged["staying"]
 
 
 def test_the_options_and_the_configuration_reach_the_writer_and_the_findings(
