@@ -35,7 +35,7 @@ class SaveAndRestore:
 
         With a tag: saves the job as it is now under that name, and returns the step once it is committed. On all ranks
         alike. In loops without steps() and end_step() the iteration, if it has updated, ends here; with end_step() it
-        is called between two iterations. The newest checkpoint under a tag is never removed by retention.
+        is called between two iterations. Retention never removes what `restore(tag=...)` would take.
         `client_state` is what `state=` takes as a dict, each rank's own;
         `restore()` gives it back as `client_state`. `timeout` is in seconds, by default commit.timeout_s.
 
@@ -110,16 +110,17 @@ class SaveAndRestore:
         self: LayerwiseEngine, step: int | None = None, *, tag: str | None = None, saved: bool = False,
         on_missing: str | None = None, partly: bool = False,
     ) -> int:  # fmt: skip
-        """Loads the lineage's newest commit whose shards verify, the same on all ranks; returns its step, 0 if none.
+        """Loads the lineage's newest commit whose shards verify, the same on all ranks; returns its step. 0 if nothing
+        was ever committed in the lineage.
 
-        With `step`, exactly that commit; with `tag`, the newest that `save()` made under it; with `saved`, the
-        lineage's newest that `save()` made at all. What was committed after it is abandoned: the lineage goes on from
-        there.
+        With `step`, exactly that commit; with `tag`, the newest that `save()` made under it, the lineage's if it has one;
+        with `saved`, the lineage's newest that `save()` made at all. What was committed after it is abandoned: the
+        lineage goes on from there. It stays on the disk until the next commit.
         `on_missing` is "error" (the default with a step or tag) or "fresh" (the default without: start from 0).
         With `partly` the model may have parameters and buffers that the checkpoint has not: they stay as they are, and
         `lacking` names them.
         Raises MismatchError (another model, optimizer, state or world size: nothing was loaded), NotFoundError,
-        DamageError (nothing verifies), OSError (the disk is in trouble), CommitError or DeadlineError.
+        DamageError (nothing of the lineage verifies, or damage leaves open what that is), OSError (the disk is in trouble), CommitError or DeadlineError.
         """
         if on_missing not in (None, "fresh", "error"):
             raise ValueError(f"on_missing must be 'fresh' or 'error', not {on_missing!r}")

@@ -332,6 +332,40 @@ def test_what_is_asked_for_and_damaged_is_not_taken_from_another_branch(tmp_path
     assert step == 2 and torch.equal(weights, other)
 
 
+def test_a_checkpoint_that_was_copied_from_another_directory_is_no_part_of_the_lineage(tmp_path: Path) -> None:
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    with Job(other, 5, keep_last=9) as job:
+        job.train(2)
+        theirs = job.train(1)
+    with Job(mine, keep_last=9) as job:
+        job.train(2)
+    copy = manifest_of(other, 3).parent
+    shutil.copytree(copy, mine / copy.name)
+    with Job(mine, 9, keep_last=1) as job:
+        assert job.ckpt.restore(step=2) == 2
+        job.train(2)
+        settles(mine, [(3, None), (4, None)])
+    assert [manifest.step for manifest in inventory(mine).lineage()] == [4]
+    with Job(mine, 9, keep_last=1) as job:
+        assert job.ckpt.restore(step=3) == 3 and torch.equal(job.weights, theirs)
+    step, weights = restored(mine)
+    assert step == 3 and torch.equal(weights, theirs), "chosen by hand, it is gone on from"
+
+
+def test_of_two_checkpoints_with_one_seq_none_is_taken(tmp_path: Path) -> None:
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    with Job(other, 5, keep_last=9, every_n_steps=2) as job:
+        job.train(4)
+    with Job(mine, keep_last=9) as job:
+        first = job.train(1)
+        job.train(1)
+    copy = manifest_of(other, 4).parent
+    shutil.copytree(copy, mine / copy.name)
+    assert set(inventory(mine).damaged) == {copy.name, manifest_of(mine, 2).parent.name}
+    step, weights = restored(mine)
+    assert step == 1 and torch.equal(weights, first)
+
+
 # -- tags -------------------------------------------------------------------------------------------------------------
 
 

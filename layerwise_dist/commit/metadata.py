@@ -60,6 +60,7 @@ class CheckpointMetadataManager:
         branches: dict[int, Branch] = {}
         damaged: dict[str, str] = {}
         unfinished: list[AttemptId] = []
+        named: dict[int, str] = {}
         for name in self.env.list_dir(self.root):
             attempt, branch_seq = layout.parse_folder(name), layout.parse_branch(name)
             try:
@@ -70,9 +71,15 @@ class CheckpointMetadataManager:
                     branches[branch_seq] = record
                 elif attempt is not None:
                     try:
-                        manifests[attempt.seq] = self.read_manifest(attempt)
+                        manifest = self.read_manifest(attempt)
                     except FileNotFoundError:
                         unfinished.append(attempt)
+                        continue
+                    manifests[attempt.seq] = manifest
+                    if (other := named.setdefault(attempt.seq, name)) != name:
+                        del manifests[attempt.seq]  # which of them the lineage means can't be told
+                        damaged[other] = f"{other}: {name} has the same seq: one of them was copied here"
+                        raise DamageError(f"{name}: {other} has the same seq: one of them was copied here")
             except DamageError as error:
                 damaged[name] = str(error)
         return Inventory(manifests, branches, damaged, unfinished, self.bases())

@@ -268,14 +268,18 @@ class Inventory:
 
     def lineage(self) -> list[Manifest]:
         """The commits that restore may choose from, newest first: what the newest record descends from. None if that is
-        `lost`. A commit that is missing or damaged hides none before it.
+        `lost`. A commit that is missing or damaged hides none before it. One that was copied here from elsewhere counts
+        only if it is gone on from.
         """
         newest = self.newest
         if newest is None or self.lost is not None:
             return []
-        spans = newest.spans
-        found = [manifest for seq, manifest in self.manifests.items() if any(span.holds(seq) for span in spans)]
-        return sorted(found, key=lambda manifest: -manifest.seq)
+
+        def belongs(manifest: Manifest) -> bool:
+            mine = manifest.identity == newest.identity and any(span.holds(manifest.seq) for span in newest.spans)
+            return mine or manifest.ref == newest.parent
+
+        return sorted(filter(belongs, self.manifests.values()), key=lambda manifest: -manifest.seq)
 
     def lineage_damage(self) -> dict[AttemptId, str]:
         """What is wrong with damaged manifests that are, or may be, of the lineage."""
@@ -293,7 +297,8 @@ class Inventory:
         newest = self.newest
         if newest is None or self.lost is not None:
             return []
-        return [manifest for _, manifest in sorted(self.manifests.items()) if manifest.root == newest.root]
+        mine = (newest.identity, newest.root)
+        return [found for _, found in sorted(self.manifests.items()) if (found.identity, found.root) == mine]
 
     def is_next(self, manifest: Manifest) -> bool:
         """Whether the lineage goes on from this commit with nothing left behind: no newer commit of it, sound or
