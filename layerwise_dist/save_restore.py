@@ -113,14 +113,15 @@ class SaveAndRestore:
         """Loads the lineage's newest commit whose shards verify, the same on all ranks; returns its step. 0 if nothing
         was ever committed in the lineage.
 
-        With `step`, exactly that commit; with `tag`, the newest that `save()` made under it, the lineage's if it has one;
-        with `saved`, the lineage's newest that `save()` made at all. What was committed after it is abandoned: the
+        With `step`, exactly that commit; with `tag`, the newest that `save()` made under it, the lineage's if it has
+        one; with `saved`, the lineage's newest that `save()` made at all. What was committed after it is abandoned: the
         lineage goes on from there. It stays on the disk until the next commit.
         `on_missing` is "error" (the default with a step or tag) or "fresh" (the default without: start from 0).
         With `partly` the model may have parameters and buffers that the checkpoint has not: they stay as they are, and
         `lacking` names them.
         Raises MismatchError (another model, optimizer, state or world size: nothing was loaded), NotFoundError,
-        DamageError (nothing of the lineage verifies, or damage leaves open what that is), OSError (the disk is in trouble), CommitError or DeadlineError.
+        DamageError (nothing of the lineage verifies, or damage leaves open what that is), OSError (the disk is in
+        trouble), CommitError or DeadlineError.
         """
         if on_missing not in (None, "fresh", "error"):
             raise ValueError(f"on_missing must be 'fresh' or 'error', not {on_missing!r}")
