@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from layerwise_dist.commit.metadata import ParentRef
+from layerwise_dist.commit.metadata import Inventory, ParentRef
 from layerwise_dist.commit.session import follow
 from layerwise_dist.errors import BoundaryError
 from layerwise_dist.restore import loader
@@ -35,7 +35,7 @@ class SaveAndRestore:
 
         With a tag: saves the job as it is now under that name, and returns the step once it is committed. On all ranks
         alike. In loops without steps() and end_step() the iteration, if it has updated, ends here; with end_step() it
-        is called between two iterations. The newest checkpoint under a tag is never removed by retention.
+        is called between two iterations. Retention never removes what `restore(tag=...)` would take.
         `client_state` is what `state=` takes as a dict, each rank's own;
         `restore()` gives it back as `client_state`. `timeout` is in seconds, by default commit.timeout_s.
 
@@ -111,16 +111,18 @@ class SaveAndRestore:
         self: LayerwiseEngine, step: int | None = None, *, tag: str | None = None, saved: bool = False,
         on_missing: str | None = None, partly: bool = False,
     ) -> int:  # fmt: skip
-        """Loads the lineage's newest commit whose shards verify, the same on all ranks; returns its step, 0 if none.
+        """Loads the lineage's newest commit whose shards verify, the same on all ranks; returns its step. 0 if nothing
+        was ever committed in the lineage.
 
-        With `step`, exactly that commit; with `tag`, the newest that `save()` made under it; with `saved`, the
-        lineage's newest that `save()` made at all. What was committed after it is abandoned: the lineage goes on from
-        there.
+        With `step`, exactly that commit; with `tag`, the newest that `save()` made under it, the lineage's if it has
+        one; with `saved`, the lineage's newest that `save()` made at all. What was committed after it is abandoned: the
+        lineage goes on from there. It stays on the disk until the next commit.
         `on_missing` is "error" (the default with a step or tag) or "fresh" (the default without: start from 0).
         With `partly` the model may have parameters and buffers that the checkpoint has not: they stay as they are, and
         `lacking` names them.
         Raises MismatchError (another model, optimizer, state or world size: nothing was loaded), NotFoundError,
-        DamageError (nothing verifies), OSError (the disk is in trouble), CommitError or DeadlineError.
+        DamageError (nothing of the lineage verifies, or damage leaves open what that is), OSError (the disk is in
+        trouble), CommitError or DeadlineError.
         """
         if on_missing not in (None, "fresh", "error"):
             raise ValueError(f"on_missing must be 'fresh' or 'error', not {on_missing!r}")
@@ -134,13 +136,20 @@ class SaveAndRestore:
         self.drain()
         self._frozen.forget()
         fresh = (on_missing or ("error" if wish.certain else "fresh")) == "fresh"
-        found = self._restorer.newest(wish, fresh_if_missing=fresh, partly=partly)
+        try:
+            return self._restore(wish, fresh_if_missing=fresh, partly=partly)
+        finally:
+            if self._committer is not None:
+                self._committer.hold(False)
+
+    def _restore(self: LayerwiseEngine, wish: Wish, *, fresh_if_missing: bool, partly: bool) -> int:
+        found = self._restorer.newest(wish, self._held_inventory, fresh_if_missing=fresh_if_missing, partly=partly)
         self.restored_from = self.client_state = None
         self.lacking = []
         if found is None:
-            if wish != Wish() and not self._info.empty:
-                # A fresh start beside what is there, as attach(fresh=True) makes it.
-                self._follow(None, new_branch=True)
+            # If something else was asked for, this goes on beside what is there, as attach(fresh=True) does.
+            beside = not self._info.empty or self._participant.reached("committed") is not None
+            self._follow(None, new_branch=beside and wish != Wish())
             self._ready = True
             return self._boundary.completed
         attempt, loading, leaves = found
@@ -154,6 +163,12 @@ class SaveAndRestore:
         self._ready = True
         log.info("rank %d: restored step %d", self._framework.rank, attempt.step)
         return attempt.step
+
+    def _held_inventory(self: LayerwiseEngine) -> Inventory:
+        """What is there, on rank 0; retention removes none of it before the restore is over."""
+        assert self._committer is not None
+        self._committer.hold(True)
+        return self.metadata.inventory()
 
     def _adopt(self: LayerwiseEngine, loading: loader.LoadPlan) -> None:
         sealed = loading.sealed

@@ -27,7 +27,7 @@ from layerwise_dist.commit.metadata import Branch as BranchRecord
 from layerwise_dist.commit.metadata import CheckpointMetadataManager, InDoubt, Inventory, decode
 from layerwise_dist.commit.metadata import Manifest as ManifestRecord
 from layerwise_dist.commit.transports import Message
-from layerwise_dist.errors import DirectoryError, OwnerError
+from layerwise_dist.errors import DamageError, DirectoryError, OwnerError
 from layerwise_dist.storage import layout
 from layerwise_dist.storage.layout import AttemptId
 from layerwise_dist.storage.reports import BaseReport, ShardReport
@@ -251,6 +251,8 @@ class Rank:
     # -- training
 
     def blocked(self) -> bool:
+        if self.count == self.job.restores_at and self.waits_since is None and self.leaving is None:
+            return True
         full = self.ledger.on_disk_way >= self.job.max_in_flight and not self.job.skips_when_full
         return self.over or not self.alive or (full and self.waits_since is None and self.leaving is None)
 
@@ -321,6 +323,21 @@ class Rank:
             self.do(self.ledger.failed(attempt, "the lease is broken", write))
         else:
             self.do(self.ledger.sealed(write))
+
+    @property
+    def may_restore(self) -> bool:
+        return self.alive and not self.over and self.leaving is None and self.ledger.ended() is None
+
+    @property
+    def waits_to_restore(self) -> bool:
+        return self.count == self.job.restores_at and self.waits_since is None and self.ledger.settled
+
+    def restored(self, step: int, base: str | None, branched: bool) -> None:
+        self.seq += branched
+        self.base = ""
+        if base is not None:
+            self.base, self.bases_written[base] = base, True
+        self.ledger.restored(step)
 
     def bereave(self) -> None:
         """Its training process dies; its monitor finishes what it holds."""
@@ -472,7 +489,7 @@ class Job:
     ) -> None:
         dice = sim.dice
         self.sim, self.info, self.start, self.branched = sim, info, start, int(branched)
-        self.pen = Pen(committer, self)
+        self.committer, self.pen = committer, Pen(committer, self)
         self.world_size = sim.world_size
         self.every, self.max_in_flight = dice.choice([1, 1, 2]), dice.choice([1, 2, 3])
         self.skips_when_full = dice.random() < 0.3
@@ -491,6 +508,9 @@ class Job:
         self.staged: set[int] = set()  # by all
         self.meetings: dict[int, bool | None] = {}  # by boundary: whether they leave; None: no meeting
         self.chain: list[int] = []
+        self.descent: set[int] = set()
+        self.restores_at: int | None = None  # the boundary behind which all ranks do
+        self.chosen: ManifestRecord | None = None
 
     @property
     def coordinates(self) -> bool:
@@ -539,6 +559,77 @@ class Job:
         if self.coordinates:
             self.outputs.extend(self.coordinator.tick(self.sim.now))
             self.finish()
+
+    # -- restore(), in the middle of a job
+
+    def restore_choices(self) -> list[tuple[float, str, Callable[[], None]]]:
+        if self.restores_at is None:
+            at = max(rank.count for rank in self.ranks) + 1
+            return [(0.2, "is to restore", lambda: setattr(self, "restores_at", at))]
+        if not all(rank.may_restore for rank in self.ranks):
+            return [(1.0, "does not restore: a rank is gone", self.restore_ends)]
+        if not all(rank.waits_to_restore for rank in self.ranks):
+            return []
+        if self.chosen is None:
+            return [(2.0, "chooses", self.choose)]
+        return [
+            (1.0, f"restores {self.chosen.attempt_id}", self.restore),
+            (0.1, "fails to restore", self.restore_ends),
+        ]
+
+    def choose(self) -> None:
+        """Rank 0 does, from what is there; what a restore loads is whole on every rank."""
+        self.committer.hold(True)
+        try:
+            inventory = CheckpointMetadataManager(self.sim.disks[0], ROOT).inventory()
+        except OSError:
+            self.restore_ends()
+            return
+        found = [*inventory.lineage()[:1], *inventory.manifests.values()]
+        found = [each for each in found if all(has_manifest(disk.memory, each.attempt_id) for disk in self.sim.disks)]
+        if found:
+            self.chosen = self.sim.dice.choice(found)
+        else:
+            self.restore_ends()
+
+    def restore(self) -> None:
+        sim, chosen = self.sim, self.chosen
+        assert chosen is not None
+        there = all(has_manifest(disk.memory, chosen.attempt_id) for disk in sim.disks)
+        bases = sim.bases[chosen.seq]
+        whole = all(
+            has_shard(sim.disk_of(rank).memory, chosen.attempt_id, rank)
+            and has_base(sim.disk_of(rank).memory, base, rank)
+            for rank, base in enumerate(bases)
+        )
+        superseded = self.info.epoch != sim.epoch  # then another job removes what it likes
+        need((there and whole) or superseded, f"{chosen.attempt_id} is gone, and a restore has chosen it")
+        inventory = CheckpointMetadataManager(sim.disks[0].memory, ROOT).inventory()
+        branched = not inventory.is_next(chosen) or sim.dice.random() < 0.5
+        chain = sim.from_here_on(chosen, inventory)
+        seq = self.ranks[0].seq
+        need({rank.seq for rank in self.ranks} == {seq}, "ranks do not agree on the next seq")
+        try:
+            text, kept = self.committer.follow(chosen.ref, seq if branched else None)
+            if text is not None:
+                for disk in sim.disks[1:]:
+                    CheckpointMetadataManager(disk, ROOT).write_branch(decode(text.encode(), BranchRecord, "branch"))
+                sim.promised = seq
+        except (OSError, OwnerError, DamageError):
+            for rank in self.ranks:  # what was loaded follows nothing
+                rank.leave("restore()")
+        else:
+            self.chain, self.descent = list(chain), sim.base_descent
+            self.start = chosen.step - self.ranks[0].count
+            for rank, base in zip(self.ranks, bases, strict=True):
+                rank.restored(chosen.step, base if base in kept and sim.dice.random() < 0.8 else None, branched)
+            sim.count["restore"] += 1
+            sim.count["restore of an older one"] += inventory.lineage()[:1] != [chosen]
+        self.restore_ends()
+
+    def restore_ends(self) -> None:
+        self.chosen = self.restores_at = None
+        self.committer.hold(False)
 
     # -- what breaks
 
@@ -602,9 +693,11 @@ class Simulation:
         self.epoch = 0  # of the newest session
         self.appeared: dict[int, AttemptId | None] = {}  # record by seq; None: a branch record
         self.chains: dict[int, list[int]] = {}  # what must be there if this record is the newest
+        self.descents: dict[int, set[int]] = {}  # every commit that this record descends from, and itself
         self.bases: dict[int, list[str]] = {}  # what the manifest of that seq refers to, by rank
         self.promised = 0  # the newest record that was announced
-        self.base: list[int] = []
+        self.base: list[int] = []  # the chain, and all commits before, of the branch record that is written next
+        self.base_descent: set[int] = set()
 
     def _divide(self) -> list[list[int]]:
         """Most often all ranks share one directory; else each node has its own."""
@@ -666,11 +759,18 @@ class Simulation:
                 found.append((2.0, f"{name} hears", lambda r=rank: job.deliver_down(r.rank)))
         if job.coordinates:
             if job.outputs:
-                found.append((6.0, f"job {number} coordinates", lambda: self.in_process(job, 0, job.coordinate)))
+                slow = isinstance(job.outputs[0], rank0.RetireOld)  # the ranks may be told before it is done
+                found.append(
+                    (0.5 if slow else 6.0, f"job {number} coordinates", lambda: self.in_process(job, 0, job.coordinate))
+                )
             found += [
                 (2.0, f"job {number} reads {channel[0][1]['t']} of rank {rank}", lambda r=rank: job.deliver_up(r))
                 for rank, channel in enumerate(job.up)
                 if channel
+            ]
+            found += [
+                (weight, f"job {number} {what}", lambda a=action: self.in_process(job, 0, a))
+                for weight, what, action in job.restore_choices()
             ]
         return found
 
@@ -886,8 +986,7 @@ class Simulation:
         chosen = lineage[0] if lineage else None
         if branch:  # a roll back, or a fresh start beside what is there
             chosen = self.dice.choice(list(inventory.manifests.values())) if luck < 0.18 else None
-        kept = [manifest.seq for manifest in reversed(inventory.chain(chosen.ref))] if chosen is not None else []
-        self.base = kept
+        kept = self.from_here_on(chosen, inventory)
         head = chosen.ref if chosen is not None else None
         text, bases = committer.follow(head, info.first_seq if branch else None)
         if text is not None:
@@ -896,13 +995,21 @@ class Simulation:
             self.count["branch"] += 1
             self.promised = info.first_seq
         job = Job(self, info, committer, chosen.step if chosen is not None else 0, branch)
-        job.chain = kept
+        job.chain, job.descent = list(kept), self.base_descent
         for rank, base in zip(job.ranks, self.bases[chosen.seq] if chosen is not None else (), strict=False):
             if base in bases and self.dice.random() < 0.8:
                 rank.base, rank.bases_written[base] = base, True
         self.jobs = [*self.jobs[-2:], job]
         self.count["start"] += 1
         return job
+
+    def from_here_on(self, chosen: ManifestRecord | None, inventory: Inventory) -> list[int]:
+        """What must stay while nothing is committed behind `chosen`, oldest first."""
+        self.base, self.base_descent = [], set()
+        if chosen is not None:
+            self.base = [seq for seq in self.chains[chosen.seq] if seq in inventory.manifests]
+            self.base_descent = self.descents[chosen.seq]
+        return self.base
 
     # -- what must hold
 
@@ -936,6 +1043,7 @@ class Simulation:
         self.appeared[attempt.seq] = attempt
         self.bases[attempt.seq] = bases
         self.chains[attempt.seq] = [*job.chain, attempt.seq]
+        self.descents[attempt.seq] = job.descent = job.descent | {attempt.seq}
 
     def branch_appears(self, place: int, seq: int, branch: BranchRecord) -> None:
         if seq in self.appeared:
@@ -944,6 +1052,7 @@ class Simulation:
         need(place == 0, f"branch record {seq} is kept before rank 0 has written it")
         self.appeared[seq] = None
         self.chains[seq] = list(self.base)
+        self.descents[seq] = self.base_descent
 
     def shard_goes(self, attempt: AttemptId | None, name: str) -> None:
         """A rank's durable shard is about to be removed, or written over."""
@@ -1018,7 +1127,11 @@ class Simulation:
             if everywhere and newest:
                 # What retention took may come back if its flush failed: there can be holes, but nothing from elsewhere.
                 lineage = [manifest.seq for manifest in inventory.lineage()]
-                need(set(lineage) <= set(self.chains[newest]), f"the lineage is {lineage}, of {self.chains[newest]}")
+                mine = self.descents[newest]
+                need(set(lineage) <= mine, f"the lineage is {lineage}, of {sorted(mine)}")
+                first = max((seq for seq in mine if seq in inventory.manifests), default=None)
+                need(lineage[:1] == ([] if first is None else [first]), f"the lineage is {lineage}, of {sorted(mine)}")
+                self._damage_brings_nothing_back(inventory, mine)
             for manifest in inventory.manifests.values():
                 attempt = manifest.attempt_id
                 whole = all(has_shard(self.disk_of(rank).memory, attempt, rank) for rank in range(self.world_size))
@@ -1026,6 +1139,17 @@ class Simulation:
                 bases = enumerate(self.bases[manifest.seq])
                 whole = all(has_base(self.disk_of(rank).memory, base, rank) for rank, base in bases)
                 need(whole, f"{attempt} has a manifest in place {number}, and not all of its bases")
+
+    def _damage_brings_nothing_back(self, inventory: Inventory, mine: set[int]) -> None:
+        """However many of the newest manifests are damaged: what is left of the lineage is of it, or none is named."""
+        manifests, damaged = dict(inventory.manifests), dict[str, str]()
+        for seq in sorted(manifests, reverse=True):
+            damaged[manifests.pop(seq).attempt_id.folder] = "damaged"
+            left = Inventory(manifests, inventory.branches, damaged, inventory.unfinished)
+            lineage = [manifest.seq for manifest in left.lineage()]
+            need(set(lineage) <= mine, f"with damage from {seq} on, {lineage} comes back, not of {sorted(mine)}")
+            named = lineage or left.lineage_damage() or left.lost
+            need(bool(named) or not mine, f"with damage from {seq} on there is nothing")
 
     def _intact(self, chain: list[int], memories: list[Any], *, everywhere: bool) -> None:
         for seq in chain[-self.keep_last :]:

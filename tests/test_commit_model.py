@@ -41,7 +41,7 @@ def test_no_history_of_crashes_losses_and_failures_breaks_a_rule_of_the_commit(l
     for what, least in {
         "commit": 80, "abort": 200, "superseded": 3, "waited": 5, "lost": 20, "power": 30, "branch": 5, "wake": 10,
         "left without": 5, "base goes": 100, "meeting": 20, "left: together": 5,
-        "orphan": 20, "ended before": 5,
+        "orphan": 20, "ended before": 5, "restore": 10, "restore of an older one": 1,
                 "commit: InDoubt": 1, "commit: OSError": 1, "commit: OwnerError": 3, "left: checkpointing": 5,
     }.items():  # fmt: skip
         assert seen[what] >= least, f"{what}: {seen[what]} times: the model does not test what it says"
@@ -100,7 +100,7 @@ RULES = {
     ),
     "an old epoch commits nothing": Mutation(
         Owner, "check", {"found.get(\"epoch\") != self.epoch or found.get(\"session\") != self._session": "False"},
-        "old epoch commits|committed behind|goes, and the manifest|is not durable",
+        "old epoch commits|committed behind|goes, and the manifest|is not durable|comes back",
     ),
     "a newer commit aborts older attempts, those that begin later too": Mutation(
         Coordinator, "_report", {"if seq < self._last_committed:": "if False:"}, "committed behind",
@@ -130,11 +130,22 @@ RULES = {
     "a session in doubt commits no more": Mutation(
         Coordinator, "_may_commit", {"return self._finished is None": "return True",
                                      "if self._finished is not None:": "if False:"},
-                                     "committed behind|not whole|lineage",
+                                     "committed behind|not whole|lineage|base .* goes, and the manifest",
         Mutation(Coordinator, "_report", {"elif self._finished is not None:": "elif False:"}, ""),
     ),
     "keep_last newer commits are durable before one goes": Mutation(
         Committer, "_retire", {"keep_last=self._keep_last,": "keep_last=max(1, self._keep_last - 1),"}, "not whole",
+    ),
+    "what a restore has chosen stays until the lineage goes on from it": Mutation(
+        Committer, "hold", {"self._held = held": "pass"}, "is gone, and a restore has chosen it",
+    ),
+    "the newest branch record stays, so that damage brings no other branch back": Mutation(
+        Committer, "_retire",
+        {"sorted(inventory.branches)[:-1]": "[s for s in inventory.branches if s < max(inventory.manifests)]"},
+        "comes back",
+    ),
+    "a branch descends from what it left, and from nothing that came later": Mutation(
+        Committer, "_follow", {"parent.spans if": "[Span(first=0, last=branch_seq - 1)] if"}, "the lineage is",
     ),
     "a base stays as long as a manifest refers to it": Mutation(
         Committer, "unneeded", {"[*inventory.manifests.values(), *self._returning.values()]": "[]"},
@@ -160,7 +171,7 @@ RULES = {
         Ledger, "must_raise", {"count >= self.stop[0]": "True"}, "raise at different boundaries",
     ),
     "a roll back is durable before it is followed": Mutation(
-        Committer, "_follow", {"self._manager.write_branch(branch)": "pass"}, "newest record|lineage",
+        Committer, "_follow", {"self._manager.write_branch(record)": "pass"}, "newest record|lineage",
     ),
     "ranks meet where none has been": Mutation(
         CommonBoundary, "held", {"max(current.held.values())": "min(current.held.values())"}, "meets",

@@ -22,6 +22,7 @@ from layerwise_dist import _native
 from layerwise_dist.cli.app import app
 from layerwise_dist.config import LayerwiseConfig, load_config
 from layerwise_dist.doctor import examination, findings, kernel, place, speed
+from layerwise_dist.doctor.findings import Held
 from layerwise_dist.doctor.place import Device, Mount, Space
 from layerwise_dist.doctor.speed import Flushes, Manner, Rates, Shape, Shards
 from layerwise_dist.storage import network
@@ -87,7 +88,7 @@ def test_the_json_has_every_finding_with_its_figures(looked: dict[str, Any]) -> 
     found = by_name(looked)
     figures = {
         "file_system": {"type", "where", "mount_point", "source", "options", "device"},
-        "space": {"free", "total", "files_free", "held", "checkpoint", "needed"},
+        "space": {"free", "total", "files_free", "held", "staying", "checkpoint", "needed"},
         "direct_io": {"memory_align", "offset_align"},
         "io_uring": {"available", "backend"},
         "locked_memory": {"limit", "needed"},
@@ -238,8 +239,20 @@ def test_the_state_s_size_is_taken_from_the_newest_checkpoint_and_what_is_there_
     config = tmp_path.parent / "forever.json"
     config.write_text('{"keep_every_n_steps": 3}')
     kept = by_name(call_json(tmp_path, "--config", config)[1])["space"]["figures"]
-    assert kept["held"] < found["space"]["figures"]["held"], "the checkpoint of step 3 is never removed"
+    assert found["space"]["figures"]["staying"] == 0 < kept["staying"], "the checkpoint of step 3 is never removed"
+    assert kept["held"] == found["space"]["figures"]["held"]
+    assert kept["needed"] == found["space"]["figures"]["needed"] + kept["staying"]
     assert sorted(os.listdir(tmp_path)) == before
+    with lwd.attach(model, optimizer, dir=str(tmp_path), keep_last=1, every_n_steps=None) as ckpt:
+        ckpt.restore()
+        for step in range(7):
+            model(torch.randn(2, 64)).sum().backward()
+            optimizer.step()
+            ckpt.save("first" if step == 0 else "second" if step == 3 else "last")
+    tagged = by_name(call_json(tmp_path)[1])["space"]["figures"]
+    sizes = [sum(file.stat().st_blocks * 512 for file in folder.iterdir()) for folder in tmp_path.glob("step_*")]
+    assert len(sizes) == 3 and tagged["held"] == tagged["staying"] == sum(sizes), "three tags, whatever went between"
+    assert tagged["needed"] == found["space"]["figures"]["needed"] + tagged["staying"]
 
 
 def test_the_options_and_the_configuration_reach_the_writer_and_the_findings(
@@ -417,23 +430,23 @@ def test_a_library_that_swallows_flushes_is_found(monkeypatch: pytest.MonkeyPatc
 
 def test_a_disk_too_small_for_retention_is_bad_and_says_which_keep_last_fits() -> None:
     config = load_config(None, keep_last=10)
-    found = findings.of_space(Space(400 * MB, 10**9, 10**6), 200 * MB, 100 * MB, "as given", config)
+    found = findings.of_space(Space(400 * MB, 10**9, 10**6), Held(200 * MB, 0), 100 * MB, "as given", config)
     assert found.verdict == "bad" and found.figures["needed"] == 1300 * MB
     assert found.advice == "Free 700 MB, set keep_last to 3, or use a larger disk."
-    assert findings.of_space(Space(1100 * MB, 10**10, 10**6), 200 * MB, 100 * MB, "", config).verdict == "warn"
-    assert findings.of_space(Space(9000 * MB, 10**10, 10**6), 0, 100 * MB, "", config).verdict == "ok"
-    found = findings.of_space(Space(50 * MB, 10**9, 10**6), 0, 100 * MB, "", config)
+    assert findings.of_space(Space(1100 * MB, 10**10, 10**6), Held(200 * MB, 0), 100 * MB, "", config).verdict == "warn"
+    assert findings.of_space(Space(9000 * MB, 10**10, 10**6), Held(0, 0), 100 * MB, "", config).verdict == "ok"
+    found = findings.of_space(Space(50 * MB, 10**9, 10**6), Held(0, 0), 100 * MB, "", config)
     assert found.verdict == "bad" and "keep_last to" not in (found.advice or "")
-    assert findings.of_space(Space(9000 * MB, 10**10, 12), 0, 100 * MB, "", config).verdict == "warn"
-    assert findings.of_space(Space(50 * MB, 10**10, 12), 0, 100 * MB, "", config).verdict == "bad"
+    assert findings.of_space(Space(9000 * MB, 10**10, 12), Held(0, 0), 100 * MB, "", config).verdict == "warn"
+    assert findings.of_space(Space(50 * MB, 10**10, 12), Held(0, 0), 100 * MB, "", config).verdict == "bad"
     config = load_config(None, keep_every_n_steps=100)
-    found = findings.of_space(Space(10_500 * MB, 10**12, 10**6), 0, 1000 * MB, "", config)
+    found = findings.of_space(Space(10_500 * MB, 10**12, 10**6), Held(0, 0), 1000 * MB, "", config)
     assert found.verdict == "warn" and "full after 5" in (found.advice or "")
 
 
 def test_what_retention_needs_is_exactly_what_makes_it_bad() -> None:
     for free, verdict in ((499, "bad"), (500, "warn"), (600, "ok")):
-        assert findings.of_space(Space(free, 1000, None), 0, 100, "", CONFIG).verdict == verdict
+        assert findings.of_space(Space(free, 1000, None), Held(0, 0), 100, "", CONFIG).verdict == verdict
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from layerwise_dist import _native
 from layerwise_dist.commit.metadata import CheckpointMetadataManager, Inventory
 from layerwise_dist.commit.records import BaseRecord, Manifest, ShardRecord
 from layerwise_dist.commit.shards import open_base, open_shard
-from layerwise_dist.errors import DamageError
+from layerwise_dist.errors import DamageError, NotFoundError
+from layerwise_dist.restore.agreement import Wish, candidates
 from layerwise_dist.storage import layout
 from layerwise_dist.storage.layout import AttemptId
 from layerwise_dist.storage.reader import Shard
@@ -43,6 +44,14 @@ class Catalogue:
     def lineage(self) -> list[Manifest]:
         return self.inventory.lineage()
 
+    @cached_property
+    def damaged_records(self) -> dict[str, str]:
+        """What is wrong with records, by name: of their bytes, or that the newest branch goes on from nothing."""
+        found = self.inventory
+        if found.dangling is None or found.newest is None:
+            return found.damaged
+        return {**found.damaged, layout.branch_file(found.newest.seq): found.dangling}
+
     def status(self, manifest: Manifest) -> Status:
         """newest: what restore tries first; lineage: what it falls back to; abandoned: never chosen by itself."""
         seqs = [commit.seq for commit in self.lineage]
@@ -51,24 +60,21 @@ class Catalogue:
         return "newest" if manifest.seq == seqs[0] else "lineage"
 
     def of_step(self, step: int) -> Manifest:
-        """The commit of that step: the lineage's, else the newest abandoned one. Raises WrongUsage or DamageError."""
-        for manifest in [*self.lineage, *sorted(self.inventory.manifests.values(), key=lambda m: -m.seq)]:
-            if manifest.step == step:
-                return manifest
-        for name, damage in self.inventory.damaged.items():
-            attempt = layout.parse_folder(name)
-            if attempt is not None and attempt.step == step:
-                raise DamageError(damage)
-        steps = sorted({manifest.step for manifest in self.inventory.manifests.values()})
-        raise WrongUsage(f"{self.root} has no checkpoint of step {step}; it has {self._short(steps)}")
+        """What `restore(step=...)` takes. Raises WrongUsage or DamageError."""
+        try:
+            return candidates(self.inventory, Wish(step=step), self.root)[0]
+        except NotFoundError:
+            steps = sorted({manifest.step for manifest in self.inventory.manifests.values()})
+            raise WrongUsage(f"{self.root} has no checkpoint of step {step}; it has {self._short(steps)}") from None
 
     def newest(self) -> Manifest:
-        """What restore tries first. Raises WrongUsage, or DamageError when only damaged ones are there."""
-        if self.lineage:
-            return self.lineage[0]
-        for damage in self.inventory.damaged.values():
-            raise DamageError(damage)
-        raise WrongUsage(f"{self.root} has no committed checkpoint in its lineage; see layerwise ls, or give --step")
+        """What `restore()` tries first. Raises WrongUsage, or DamageError where `restore()` does."""
+        found = candidates(self.inventory, Wish(), self.root)
+        if not found:
+            raise WrongUsage(
+                f"{self.root} has no committed checkpoint in its lineage; see layerwise ls, or give --step"
+            )
+        return found[0]
 
     def here(self, manifest: Manifest) -> list[ShardRecord]:
         """The shards that lie in this directory, or should: all but those of other nodes, where each has its own."""

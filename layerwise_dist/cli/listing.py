@@ -91,7 +91,7 @@ def _incomplete(catalogue: Catalogue) -> list[dict[str, Any]]:
 
 def _damaged(catalogue: Catalogue) -> list[dict[str, Any]]:
     found = []
-    for name, damage in catalogue.inventory.damaged.items():
+    for name, damage in catalogue.damaged_records.items():
         attempt = layout.parse_folder(name)
         seq = attempt.seq if attempt else layout.parse_branch(name)
         path = os.path.join(catalogue.root, name)

@@ -28,7 +28,7 @@ def verify(catalogue: Catalogue, step: int | None) -> Answer:
     """
     if step is None:
         manifests = sorted(catalogue.inventory.manifests.values(), key=lambda manifest: -manifest.seq)
-        records = dict(catalogue.inventory.damaged)
+        records = dict(catalogue.damaged_records)
     else:
         manifests = [catalogue.of_step(step)]
         records = {

@@ -66,8 +66,7 @@ class Keeper:
     def _withdraw(self, attempts: list[AttemptId]) -> None:
         for attempt in attempts:
             self._manager.withdraw(attempt)
-        # A roll-back before a commit that is history is history too.
-        self._manager.remove_branches(max(attempt.seq for attempt in attempts))
+        self._manager.remove_old_branches()
 
     def _drop(self, seq: int, step: int) -> None:
         """What was prepared is in the way of nothing but the folder's end."""

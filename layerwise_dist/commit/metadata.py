@@ -1,8 +1,8 @@
 """Stage 5, `CheckpointMetadataManager`: writes, lists and validates manifests, and knows the lineage.
 
-A checkpoint exists exactly when its manifest does. The lineage is the chain of commits by parent that ends in the
-record with the highest seq; a branch record (`branch_<seq>.json`) is a commit without data: it makes a roll-back, or
-a fresh start, durable before the first new checkpoint. The bytes are in docs/format.md.
+A checkpoint exists exactly when its manifest does. The lineage is what the record with the highest seq descends from; a
+branch record (`branch_<seq>.json`) is a commit without data: it makes a roll-back, or a fresh start, durable before the
+first new checkpoint. The bytes are in docs/format.md.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 from layerwise_dist.commit.records import (
-    MOST_ANCESTORS,
     Branch,
     Identity,
     Inventory,
@@ -21,6 +20,7 @@ from layerwise_dist.commit.records import (
     ParentRef,
     Record,
     ShardRecord,
+    Span,
     bases_of,
     decode,
     encode,
@@ -32,9 +32,8 @@ from layerwise_dist.storage.removal import remove
 from layerwise_dist.storage.retention import unneeded_bases
 
 __all__ = [
-    "MOST_ANCESTORS", "Branch", "CheckpointMetadataManager", "Identity", "InDoubt", "Inventory", "Manifest",
-    "ParentRef",
-    "ShardRecord", "decode", "encode",
+    "Branch", "CheckpointMetadataManager", "Identity", "InDoubt", "Inventory", "Manifest", "ParentRef", "ShardRecord",
+    "Span", "decode", "encode",
 ]  # fmt: skip
 
 log = logging.getLogger("layerwise_dist")
@@ -61,6 +60,7 @@ class CheckpointMetadataManager:
         branches: dict[int, Branch] = {}
         damaged: dict[str, str] = {}
         unfinished: list[AttemptId] = []
+        named: dict[int, str] = {}
         for name in self.env.list_dir(self.root):
             attempt, branch_seq = layout.parse_folder(name), layout.parse_branch(name)
             try:
@@ -71,9 +71,15 @@ class CheckpointMetadataManager:
                     branches[branch_seq] = record
                 elif attempt is not None:
                     try:
-                        manifests[attempt.seq] = self.read_manifest(attempt)
+                        manifest = self.read_manifest(attempt)
                     except FileNotFoundError:
                         unfinished.append(attempt)
+                        continue
+                    manifests[attempt.seq] = manifest
+                    if (other := named.setdefault(attempt.seq, name)) != name:
+                        del manifests[attempt.seq]  # which of them the lineage means can't be told
+                        damaged[other] = f"{other}: {name} has the same seq: one of them was copied here"
+                        raise DamageError(f"{name}: {other} has the same seq: one of them was copied here")
             except DamageError as error:
                 damaged[name] = str(error)
         return Inventory(manifests, branches, damaged, unfinished, self.bases())
@@ -263,11 +269,11 @@ class CheckpointMetadataManager:
             return encode(self.read_manifest(attempt)).decode()
         return encode(self._read(os.path.join(self.root, name), Branch)).decode()
 
-    def remove_branches(self, below: int) -> None:
-        """All branch records with a lower seq. Raises OSError."""
-        for name in self.env.list_dir(self.root):
-            if (layout.parse_branch(name) or below) < below:
-                self._unlink(os.path.join(self.root, name))
+    def remove_old_branches(self) -> None:
+        """All but the newest, which tells which branch newer commits are of though they are damaged. Raises OSError."""
+        seqs = [seq for name in self.env.list_dir(self.root) if (seq := layout.parse_branch(name)) is not None]
+        for seq in sorted(seqs)[:-1]:
+            self.remove_branch(seq)
 
     def remove_branch(self, seq: int) -> None:
         self._unlink(os.path.join(self.root, layout.branch_file(seq)))

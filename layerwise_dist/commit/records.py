@@ -21,7 +21,6 @@ from layerwise_dist.storage.layout import AttemptId
 _TAIL = re.compile(rb',"checksum":"([0-9a-f]{16})"\}\n\Z')
 _TAIL_BYTES = len(b',"checksum":"0123456789abcdef"}\n')
 _HEX16 = r"^[0-9a-f]{16}$"
-MOST_ANCESTORS = 64
 
 
 class Record(BaseModel):
@@ -31,6 +30,16 @@ class Record(BaseModel):
 class ParentRef(Record):
     seq: int = Field(ge=1, lt=1 << 32)
     attempt: str = Field(pattern=_HEX16)
+
+
+class Span(Record):
+    """Commits of one branch: those whose seq is `first` to `last`."""
+
+    first: int = Field(ge=0, lt=1 << 32)
+    last: int = Field(ge=1, lt=1 << 32)
+
+    def holds(self, seq: int) -> bool:
+        return self.first <= seq <= self.last
 
 
 class BaseRecord(Record):
@@ -54,7 +63,9 @@ class ShardRecord(Record):
 class Manifest(Record):
     """The global commit record. `step` is steps completed; `created` is seconds since 1970; sizes are bytes.
 
-    `ancestors` are the lineage's commits before `parent`, newest first: the way past a parent that is damaged.
+    `branch` is the seq of the branch record that it was written after; 0 if there was none. One branch at a time is
+    written, so a branch is a range of seqs. `before` are those of older branches that it descends from, newest first.
+    `root` is the oldest branch that it descends from, which other branches may share.
     `tag` is the name under which the script saved it; None for those that are made by themselves.
     `bases` are the attempts that wrote what its shards refer to, in order, each once.
     """
@@ -66,7 +77,9 @@ class Manifest(Record):
     seq: int = Field(ge=1, lt=1 << 32)
     attempt: str = Field(pattern=_HEX16)
     parent: ParentRef | None
-    ancestors: list[ParentRef] = Field(max_length=MOST_ANCESTORS)
+    branch: int = Field(ge=0, lt=1 << 32)
+    before: list[Span]
+    root: int = Field(ge=0, lt=1 << 32)
     step: int = Field(ge=0, lt=10**10)
     world_size: int = Field(ge=1)
     framework: str
@@ -77,6 +90,11 @@ class Manifest(Record):
     software: dict[str, str]
     bases: list[str] = []
     shards: list[ShardRecord]
+
+    @property
+    def spans(self) -> list[Span]:
+        """The commits that it descends from, and itself."""
+        return [Span(first=self.branch, last=self.seq), *self.before]
 
     @property
     def attempt_id(self) -> AttemptId:
@@ -102,14 +120,26 @@ class Manifest(Record):
 
 
 class Branch(Record):
-    """A commit without data: from here on the lineage continues from `parent` (None: from nothing)."""
+    """A commit without data: from here on the lineage continues from `parent` (None: from nothing).
+
+    `before` and `root` are as in the manifests that follow.
+    """
 
     format: Literal["layerwise-branch-1"] = "layerwise-branch-1"
     identity: str = Field(pattern=r"^[0-9a-f]{32}$")
     session: str = Field(pattern=r"^[0-9a-f]{32}$")
     seq: int = Field(ge=1, lt=1 << 32)
     parent: ParentRef | None
-    ancestors: list[ParentRef] = Field(max_length=MOST_ANCESTORS)
+    before: list[Span]
+    root: int = Field(ge=0, lt=1 << 32)
+
+    @property
+    def branch(self) -> int:
+        return self.seq
+
+    @property
+    def spans(self) -> list[Span]:
+        return self.before
 
 
 class Identity(Record):
@@ -167,33 +197,122 @@ class Inventory:
 
     @property
     def empty(self) -> bool:
-        return not self.manifests and not self.damaged
+        return not self.manifests and not self.branches and not self.damaged
 
     @property
     def last_seq(self) -> int:
         seqs = [*self.manifests, *self.branches, *(attempt.seq for attempt in self.unfinished)]
-        seqs += [attempt.seq for name in self.damaged if (attempt := layout.parse_folder(name))]
-        seqs += [seq for name in self.damaged if (seq := layout.parse_branch(name)) is not None]
+        seqs += [*self._damaged_seqs, *self._damaged_branches]
         seqs += [seq for _, seq in self._wrote_bases]
         return max(seqs, default=0)
 
     @property
-    def lost_branch(self) -> str | None:
-        """What is wrong with a damaged branch record that is newer than all sound records, if there is one.
+    def newest(self) -> Manifest | Branch | None:
+        """The sound record that was written last."""
+        records: dict[int, Manifest | Branch] = {**self.manifests, **self.branches}
+        return records[max(records)] if records else None
 
-        Where the lineage goes on from is then unknown: following the newest commit could bring an abandoned branch
-        back.
+    @property
+    def damaged_commits(self) -> dict[AttemptId, str]:
+        """What is wrong with damaged manifests, by what the folder's name says."""
+        named = ((layout.parse_folder(name), problem) for name, problem in self.damaged.items())
+        return {attempt: problem for attempt, problem in named if attempt is not None}
+
+    @property
+    def _damaged_seqs(self) -> list[int]:
+        return [attempt.seq for attempt in self.damaged_commits]
+
+    @property
+    def newest_damage(self) -> int:
+        """The seq of the newest damaged manifest; 0 if there is none. Retention leaves what is older alone."""
+        return max(self._damaged_seqs, default=0)
+
+    @property
+    def _damaged_branches(self) -> dict[int, str]:
+        named = ((layout.parse_branch(name), problem) for name, problem in self.damaged.items())
+        return {seq: problem for seq, problem in named if seq is not None}
+
+    @property
+    def lost(self) -> str | None:
+        """Why it is not known where the lineage goes on, if it is not. Any guess could bring an abandoned branch back.
+
+        The newest branch record is never removed. So if newer commits than the newest sound record are damaged, either
+        they are of its own branch, or the damaged record of theirs is here.
         """
-        newest = max([*self.manifests, *self.branches], default=0)
-        for name, problem in self.damaged.items():
-            if (layout.parse_branch(name) or 0) > newest:
-                return problem
-        return None
+        newest = self.newest
+        for seq, problem in self._damaged_branches.items():
+            if newest is None or seq > newest.seq:
+                return f"{problem}; it said from which commit the newest branch goes on"
+        if newest is None or self.dangling is None:
+            return None
+        newer = [problem for attempt, problem in self.damaged_commits.items() if attempt.seq > newest.seq]
+        return "; ".join([*newer, self.dangling])
+
+    @property
+    def dangling(self) -> str | None:
+        """What is wrong with the newest sound record if it is a branch record that goes on from a commit which is gone.
+
+        Retention removes that only when there are newer commits on the branch.
+        """
+        newest = self.newest
+        parent = newest.parent if isinstance(newest, Branch) else None
+        if newest is None or parent is None or parent.seq in self._damaged_seqs:
+            return None
+        found = self.manifests.get(parent.seq)
+        if found is not None and found.ref == parent:
+            return None
+        return (
+            f"{layout.branch_file(newest.seq)}: the commit that it goes on from (seq {parent.seq}, attempt "
+            f"{parent.attempt}) is not there"
+        )
+
+    def lineage(self) -> list[Manifest]:
+        """The commits that restore may choose from, newest first: what the newest record descends from. None if that is
+        `lost`. A commit that is missing or damaged hides none before it. One that was copied here from elsewhere counts
+        only if it is gone on from.
+        """
+        newest = self.newest
+        if newest is None or self.lost is not None:
+            return []
+
+        def belongs(manifest: Manifest) -> bool:
+            mine = manifest.identity == newest.identity and any(span.holds(manifest.seq) for span in newest.spans)
+            return mine or manifest.ref == newest.parent
+
+        return sorted(filter(belongs, self.manifests.values()), key=lambda manifest: -manifest.seq)
+
+    def lineage_damage(self) -> dict[AttemptId, str]:
+        """What is wrong with damaged manifests that are, or may be, of the lineage."""
+        newest = self.newest
+        if newest is None:
+            return self.damaged_commits
+
+        def belongs(seq: int) -> bool:
+            return seq > newest.seq or any(span.holds(seq) for span in newest.spans)
+
+        return {attempt: problem for attempt, problem in self.damaged_commits.items() if belongs(attempt.seq)}
+
+    def family(self) -> list[Manifest]:
+        """The lineage, and the abandoned branches that have grown from the same start; oldest first."""
+        newest = self.newest
+        if newest is None or self.lost is not None:
+            return []
+        mine = (newest.identity, newest.root)
+        return [found for _, found in sorted(self.manifests.items()) if (found.identity, found.root) == mine]
+
+    def is_next(self, manifest: Manifest) -> bool:
+        """Whether the lineage goes on from this commit with nothing left behind: no newer commit of it, sound or
+        damaged.
+        """
+        newest = self.newest
+        if newest is None or self.newest_damage > newest.seq:
+            return False
+        return manifest.ref == (newest.ref if isinstance(newest, Manifest) else newest.parent)
 
     @property
     def last_epoch(self) -> int:
         epochs = [manifest.epoch for manifest in self.manifests.values()] + [a.epoch for a in self.unfinished]
-        epochs += [attempt.epoch for name in self.damaged if (attempt := layout.parse_folder(name))]
+        epochs += [attempt.epoch for attempt in self.damaged_commits]
         epochs += [epoch for epoch, _ in self._wrote_bases]
         return max(epochs, default=0)
 
@@ -201,50 +320,7 @@ class Inventory:
     def _wrote_bases(self) -> list[tuple[int, int]]:
         return [found for base in self.bases if (found := layout.parse_base(base)) is not None]
 
-    def lineage(self, *, unbroken: bool = False) -> list[Manifest]:
-        """The commits that restore may choose from, newest first.
-
-        A commit that is missing or damaged is passed over: its child knows what came before it. `unbroken` ends there
-        instead, as retention does, which touches nothing that it does not wholly understand.
-        """
-        records: dict[int, Manifest | Branch] = {**self.manifests, **self.branches}
-        if not records:
-            return []
-        newest = records[max(records)]
-        return ([newest] if isinstance(newest, Manifest) else []) + self._before(newest, unbroken)
-
-    def chain(self, head: ParentRef) -> list[Manifest]:
-        """The lineage as it was when `head` was its newest commit, newest first; empty if that is not there."""
-        manifest = self._sound(head, head.seq + 1)
-        return [manifest, *self._before(manifest, False)] if manifest else []
-
-    def _before(self, record: Manifest | Branch, unbroken: bool) -> list[Manifest]:
-        chain: list[Manifest] = []
-        older: Manifest | Branch | None = record
-        while older is not None:
-            ways = ([older.parent] if older.parent else []) + ([] if unbroken else older.ancestors)
-            older = next((found for way in ways if (found := self._sound(way, older.seq)) is not None), None)
-            if older is not None:
-                chain.append(older)
-        return chain
-
-    def _sound(self, ref: ParentRef, below: int) -> Manifest | None:
-        found = self.manifests.get(ref.seq)
-        return found if found is not None and ref.seq < below and found.attempt == ref.attempt else None
-
     def light(self) -> Inventory:
         """Without the lists of shards, which are most of it: enough to know the lineage by."""
         manifests = {seq: manifest.light() for seq, manifest in self.manifests.items()}
         return Inventory(manifests, dict(self.branches), dict(self.damaged), list(self.unfinished), list(self.bases))
-
-    def roots(self) -> set[int]:
-        """Seqs of the commits that descend from the same first commit as the lineage's newest, abandoned ones too."""
-        chain = self.lineage(unbroken=True)
-        if not chain:
-            return set()
-        family = {manifest.seq for manifest in chain}
-        for seq in sorted(self.manifests):
-            parent = self.manifests[seq].parent
-            if parent is not None and parent.seq in family:
-                family.add(seq)
-        return family

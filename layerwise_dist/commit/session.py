@@ -16,7 +16,6 @@ from layerwise_dist.commit.coordinator import Coordinator
 from layerwise_dist.commit.coordinator_thread import CoordinatorThread
 from layerwise_dist.commit.keeper import Keeper, KeeperThread
 from layerwise_dist.commit.metadata import (
-    MOST_ANCESTORS,
     Branch,
     CheckpointMetadataManager,
     Identity,
@@ -25,6 +24,7 @@ from layerwise_dist.commit.metadata import (
     Manifest,
     ParentRef,
     ShardRecord,
+    Span,
     bases_of,
     encode,
 )
@@ -33,7 +33,7 @@ from layerwise_dist.commit.owner import Owner
 from layerwise_dist.commit.participant import Participant, describe_error, rebuild_error
 from layerwise_dist.commit.places import find_places
 from layerwise_dist.commit.transports import Message, Transport
-from layerwise_dist.errors import DirectoryError, LayerwiseError, OwnerError
+from layerwise_dist.errors import DamageError, DirectoryError, LayerwiseError, OwnerError
 from layerwise_dist.storage import layout
 from layerwise_dist.storage.layout import AttemptId
 from layerwise_dist.storage.retention import retired, unneeded_bases
@@ -53,6 +53,10 @@ class Pen(Protocol):
         """Of an attempt, before it is sealed."""
         ...
 
+    def hold(self, held: bool) -> None:
+        """While a restore chooses and reads, nothing that it may have chosen is removed."""
+        ...
+
     def follow(self, head: ParentRef | None, branch_seq: int | None) -> tuple[str | None, list[str]]: ...
     def close(self) -> None: ...
 
@@ -68,7 +72,9 @@ class Committer:
         self._world_size, self._framework, self._software = world_size, framework, software
         self._keep_last, self._keep_every = keep_last, keep_every_n_steps
         self._head: ParentRef | None = None
-        self._ancestors: list[ParentRef] = []
+        self._branch = self._root = 0  # of the next manifest, as the record says; so is `_before`
+        self._before: list[Span] = []
+        self._held = False
         # Its own records are the only new ones: what lies in the directory is read once, not at each commit.
         self._known: Inventory | None = None
         self._draft: Manifest | None = None
@@ -86,30 +92,47 @@ class Committer:
         """The attempt is committed under this name. Said before it is sealed."""
         self._tags[seq] = tag
 
+    def hold(self, held: bool) -> None:
+        """From when this returns until it is called with False, `retire` and `unneeded` find nothing: the next commit
+        catches up. What is followed stays by itself until then, as the newest commit of the lineage.
+        """
+        with self._lock:  # so that what is being removed now is gone before anyone chooses
+            self._held = held
+
     def follow(self, head: ParentRef | None, branch_seq: int | None) -> tuple[str | None, list[str]]:
         """The next commit continues from `head`. With `branch_seq`, a branch record makes that durable at once.
 
-        Returns the branch record's text, and the bases that `head` refers to, which stay from now on until a commit
-        refers to others.
+        Without, `head` is the newest commit of the lineage, or None if it has none yet. Returns the branch record's
+        text, and the bases that `head` refers to, which stay from now on until a commit refers to others. Raises
+        OSError, InDoubt, OwnerError, or DamageError if `head` is not there.
         """
         with self._lock:
             return self._follow(head, branch_seq)
 
     def _follow(self, head: ParentRef | None, branch_seq: int | None) -> tuple[str | None, list[str]]:
         text = None
-        self._known = self._manager.inventory().light()
-        chain = self._known.chain(head) if head is not None else []
-        ancestors = [manifest.ref for manifest in chain[1 : 1 + MOST_ANCESTORS]]
-        if branch_seq is not None:
+        self._known = known = self._manager.inventory().light()
+        parent = known.manifests.get(head.seq) if head is not None else None
+        if head is not None and (parent is None or parent.ref != head):
+            raise DamageError(f"the commit to go on from (seq {head.seq}, attempt {head.attempt}) is no longer there")
+        if branch_seq is None:
+            newest = known.newest
+            branch, before, root = (newest.branch, newest.before, newest.root) if newest is not None else (0, [], 0)
+        else:
+            there = [*known.manifests, *(attempt.seq for attempt in known.damaged_commits)]
+            spans = parent.spans if parent is not None else []
+            branch, before = branch_seq, [span for span in spans if any(map(span.holds, there))]
+            root = parent.root if parent is not None else branch_seq
             self.owner.check()
-            branch = Branch(
-                identity=self.info.identity, session=self.info.session, seq=branch_seq, parent=head, ancestors=ancestors
-            )
-            self._manager.write_branch(branch)
-            self._known.branches[branch_seq] = branch
-            text = encode(branch).decode()
-        self._head, self._ancestors = head, ancestors
-        return text, chain[0].bases if chain else []
+            record = Branch(
+                identity=self.info.identity, session=self.info.session, seq=branch_seq, parent=head, before=before,
+                root=root,
+            )  # fmt: skip
+            self._manager.write_branch(record)
+            known.branches[branch_seq] = record
+            text = encode(record).decode()
+        self._head, self._branch, self._before, self._root = head, branch, before, root
+        return text, parent.bases if parent is not None else []
 
     def compose(self, seq: int, step: int, reports: list[Message]) -> str:
         """The manifest that `commit` will write, as it will lie in the file. Raises OwnerError."""
@@ -125,8 +148,6 @@ class Committer:
         self._manager.commit(manifest)
         if self._known is not None:
             self._known.manifests[seq] = manifest.light()
-        if self._head is not None:
-            self._ancestors = [self._head, *self._ancestors][:MOST_ANCESTORS]
         self._head = manifest.ref
 
     def _manifest(self, seq: int, step: int, reports: list[Message]) -> Manifest:
@@ -136,29 +157,29 @@ class Committer:
         )
         return Manifest(
             identity=self.info.identity, session=self.info.session, epoch=self.info.epoch, seq=seq,
-            attempt=attempt.text,
-            parent=self._head, ancestors=self._ancestors, step=step, world_size=self._world_size,
-            framework=self._framework,
+            attempt=attempt.text, parent=self._head, branch=self._branch, before=self._before, root=self._root,
+            step=step, world_size=self._world_size, framework=self._framework,
             boundary=self.boundary_kind, tag=self._tags.pop(seq, None), created=time.time(), software=self._software,
             places=self.info.places if len(self.info.places) > 1 else None, bases=bases_of(shards), shards=shards,
         )  # fmt: skip
 
     def retire(self, withdrawn: Callable[[AttemptId], None]) -> None:
-        """Removes the manifests that retention no longer keeps, and branch records that a newer commit has made
-        history.
+        """Removes the manifests that retention no longer keeps, and all branch records but the newest.
 
         Raises OSError, InDoubt or OwnerError; `withdrawn` is told of each manifest that is gone for good here.
         """
         with self._lock:
-            self._retire(withdrawn)
+            if not self._held:
+                self._retire(withdrawn)
 
     def _retire(self, withdrawn: Callable[[AttemptId], None]) -> None:
         if self._known is None:
             self._known = self._manager.inventory().light()
         inventory = self._known
-        lineage = inventory.lineage(unbroken=True)
-        family = [inventory.manifests[seq] for seq in inventory.roots()]
-        gone = retired(lineage, family, keep_last=self._keep_last, keep_every_n_steps=self._keep_every)
+        gone = retired(
+            inventory.lineage(), inventory.family(), keep_last=self._keep_last, keep_every_n_steps=self._keep_every,
+            above=inventory.newest_damage,
+        )  # fmt: skip
         for seq in gone:
             self.owner.check()
             attempt = inventory.manifests[seq].attempt_id
@@ -169,12 +190,10 @@ class Committer:
                 raise
             self._returning[attempt] = inventory.manifests.pop(seq)
             withdrawn(attempt)
-        self._ancestors = [ref for ref in self._ancestors if ref.seq not in gone]
-        kept = lineage[: self._keep_last]
-        if len(kept) == self._keep_last:
-            for seq in [seq for seq in inventory.branches if seq < kept[-1].seq]:
-                self._manager.remove_branch(seq)
-                del inventory.branches[seq]
+        for seq in sorted(inventory.branches)[:-1]:
+            self.owner.check()
+            self._manager.remove_branch(seq)
+            del inventory.branches[seq]
 
     def collect_old(self, attempt: AttemptId) -> None:
         """Shards of this session are left to the ranks that wrote them, who may reuse them. Those of earlier sessions
@@ -196,7 +215,7 @@ class Committer:
         """
         with self._lock:
             inventory, head = self._known, self._head
-            if inventory is None or head is None:
+            if inventory is None or head is None or self._held:
                 return []
             referring = [*inventory.manifests.values(), *self._returning.values()]
             self._bases_are_used |= bool(inventory.bases) or any(manifest.bases for manifest in referring)
@@ -332,7 +351,7 @@ def follow(
     participant: Participant, committer: Pen | None, head: ParentRef | None, branch_seq: int | None
 ) -> list[str]:
     """All ranks together: the next commit continues from `head`. With `branch_seq`, a branch record makes that durable,
-    in every place, before it returns. Raises OSError, InDoubt or OwnerError on every rank.
+    in every place, before it returns. Raises OSError, InDoubt, OwnerError or DamageError on every rank.
 
     Returns the bases that `head` refers to, which are there and stay as long as checkpoints refer to them.
     """

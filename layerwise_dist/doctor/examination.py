@@ -22,6 +22,7 @@ from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.doctor import findings, kernel, place, speed
 from layerwise_dist.doctor.findings import Finding
 from layerwise_dist.storage import layout
+from layerwise_dist.storage.retention import staying
 from layerwise_dist.units import size
 
 SCRATCH = ".layerwise-doctor-"
@@ -72,7 +73,7 @@ def examine(directory: str, plan: Plan, progress: Callable[[str], None] = lambda
     owned = here and kernel.is_locked(os.path.join(looked_at, layout.OWNER))
     add(findings.of_directory(report.directory, looked_at, here, owned))
     report.findings += findings.of_file_system(mount, device, kernel.flushes_are_hooked())
-    state, held = plan.state_bytes, 0
+    state, held = plan.state_bytes, findings.Held(0, 0)
     source = "as given"
     if here:
         try:
@@ -128,23 +129,28 @@ def _backend(config: LayerwiseConfig, refusal: str | None) -> str | None:
     return None if wanted == "uring" and refusal is not None else wanted
 
 
-def _checkpoints(root: str, keep_every: int | None) -> tuple[int | None, int]:
-    """(bytes of the newest commit of the lineage, bytes on disk that retention counts or removes). Raises OSError.
+def _checkpoints(root: str, keep_every: int | None) -> tuple[int | None, findings.Held]:
+    """(bytes of the newest commit of the lineage, what lies on the disk). Raises OSError.
 
-    Kept for ever, and so not counted: multiples of `keep_every`, damaged ones, lineages that a fresh start left.
+    Damaged commits, and lineages that a fresh start left, are not counted: nothing ever removes them.
     """
     inventory = CheckpointMetadataManager(_native.PosixEnv(), root).inventory()
-    lineage, family = inventory.lineage(), inventory.roots()
-    commits = [commit for seq, commit in inventory.manifests.items() if seq in family]
-    passing = [commit.attempt_id for commit in commits if keep_every is None or commit.step % keep_every]
-    held = 0
-    for attempt in [*passing, *inventory.unfinished]:
-        try:
-            with os.scandir(os.path.join(root, attempt.folder)) as entries:
-                held += sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in entries)
-        except FileNotFoundError:
-            pass  # a job that runs retired it meanwhile
+    lineage, family = inventory.lineage(), inventory.family()
+    stay = staying(lineage, family, keep_every_n_steps=keep_every, above=inventory.newest_damage)
+    commits = {commit.seq: _on_disk(os.path.join(root, commit.attempt_id.folder)) for commit in family}
+    bases = sum(_on_disk(os.path.join(root, layout.base_folder(base))) for base in inventory.bases)
+    unfinished = sum(_on_disk(os.path.join(root, attempt.folder)) for attempt in inventory.unfinished)
+    held = findings.Held(sum(commits.values()) + bases + unfinished, bases + sum(commits[seq] for seq in stay))
     return (lineage[0].nbytes if lineage else None), held
+
+
+def _on_disk(folder: str) -> int:
+    """Bytes that its files take."""
+    try:
+        with os.scandir(folder) as entries:
+            return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in entries)
+    except FileNotFoundError:
+        return 0  # a job that runs retired it meanwhile
 
 
 def _failed(error: OSError) -> Finding:

@@ -100,11 +100,21 @@ def of_file_system(mount: Mount | None, device: Device | None, hooked: str | Non
     return found
 
 
-def of_space(space: Space, held: int, state: int | None, source: str, config: LayerwiseConfig) -> Finding:
-    """`held`: bytes that are there already and that retention counts or removes; `state`: bytes of one checkpoint."""
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Bytes of checkpoints that are there already, and of those the ones that stay: under tags, multiples of
+    `keep_every_n_steps`, frozen parameters.
+    """
+
+    nbytes: int
+    staying: int
+
+
+def of_space(space: Space, held: Held, state: int | None, source: str, config: LayerwiseConfig) -> Finding:
+    """`state`: bytes of one checkpoint."""
     figures: dict[str, Any] = {
-        "free": space.free, "total": space.total, "files_free": space.files, "held": held, "checkpoint": state,
-        "needed": None,
+        "free": space.free, "total": space.total, "files_free": space.files, "held": held.nbytes,
+        "staying": held.staying, "checkpoint": state, "needed": None,
     }  # fmt: skip
     there = f"{size(space.free)} free of {size(space.total)}"
     few = space.files is not None and space.files < _FEW_FILES
@@ -118,14 +128,16 @@ def of_space(space: Space, held: int, state: int | None, source: str, config: La
         advice = "Give --state-bytes or --params to know whether that is enough: no checkpoint is here to tell from."
         return Finding("space", "ok", f"{there}.", advice, figures)
     copies = config.keep_last + config.max_in_flight + 1
-    needed, room = copies * state, space.free + held
+    needed, room = copies * state + held.staying, space.free + held.nbytes
     figures["needed"] = needed
+    more = f", and {size(held.staying)} that stay (tags, keep_every_n_steps, frozen parameters)" if held.staying else ""
     text = (
-        f"{there}{f' and {size(held)} in checkpoints' if held else ''}; retention needs {size(needed)}: keep_last "
-        f"{config.keep_last} + max_in_flight {config.max_in_flight} + 1, times {size(state)} ({source})."
+        f"{there}{f' and {size(held.nbytes)} in checkpoints' if held.nbytes else ''}; retention needs {size(needed)}: "
+        f"keep_last {config.keep_last} + max_in_flight {config.max_in_flight} + 1, times {size(state)} ({source})"
+        f"{more}."
     )
     if room < needed:
-        fits = room // state - config.max_in_flight - 1
+        fits = (room - held.staying) // state - config.max_in_flight - 1
         lower = f"set keep_last to {fits}, " if fits >= 1 else ""
         advice = f"Free {size(needed - room)}, {lower}or use a larger disk."
         return Finding("space", "bad", text, advice[0].upper() + advice[1:], figures)

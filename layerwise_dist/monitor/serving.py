@@ -91,6 +91,10 @@ class MonitorServer:
             session.boundary_kind(message["kind"])
         elif kind == "tag":
             session.tag(message["seq"], message["tag"])
+        elif kind == "hold":
+            self._answer(message, lambda: session.hold(True))
+        elif kind == "release":
+            session.hold(False)
         elif kind == "follow":
             self._answer(message, lambda: session.follow(message["head"], message["branch_seq"]))
         else:

@@ -123,8 +123,12 @@ class MonitorSession:
         if self._committer is not None:
             self._committer.tag(seq, tag)
 
+    def hold(self, held: bool) -> None:
+        if self._committer is not None:
+            self._committer.hold(held)
+
     def follow(self, head: dict[str, Any] | None, branch_seq: int | None) -> tuple[str | None, list[str]]:
-        """Raises OSError, InDoubt or OwnerError."""
+        """Raises OSError, InDoubt, OwnerError or DamageError."""
         assert self._committer is not None
         return self._committer.follow(ParentRef.model_validate(head) if head is not None else None, branch_seq)
 

@@ -268,6 +268,13 @@ class RemotePen:
     def tag(self, seq: int, tag: str) -> None:
         self._link.send({"t": "tag", "seq": seq, "tag": tag})
 
+    def hold(self, held: bool) -> None:
+        """Raises CommitError or DeadlineError if what is chosen can't be held; that it is over needs no answer."""
+        if held:
+            self._link.ask("hold retention", {"t": "hold"}, self._timeout_s)
+        else:
+            self._link.send({"t": "release"})
+
     def follow(self, head: ParentRef | None, branch_seq: int | None) -> tuple[str | None, list[str]]:
         """Raises OSError, InDoubt (as OSError) or OwnerError, as the monitor did; CommitError or DeadlineError."""
         message = {"t": "follow", "head": head and head.model_dump(mode="json"), "branch_seq": branch_seq}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from layerwise_dist.commit.metadata import CheckpointMetadataManager
+from layerwise_dist.commit.metadata import CheckpointMetadataManager, Inventory
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.records import Manifest
 from layerwise_dist.commit.shards import open_base, open_shard
@@ -41,15 +41,16 @@ class Restorer:
         self.undefined: str | None = None
 
     def newest(
-        self, wish: Wish, *, fresh_if_missing: bool, partly: bool = False
+        self, wish: Wish, read: Callable[[], Inventory], *, fresh_if_missing: bool, partly: bool = False
     ) -> tuple[AttemptId, LoadPlan, bool] | None:
         """The best candidate that verifies on all ranks, loaded, and whether newer commits are left behind with it.
+        `read` is called on rank 0: what it finds must stay until the lineage goes on from what is chosen.
 
         None: nothing is there, and that may be. Raises as `LayerwiseEngine.restore`.
         """
         root = self._manager.root
         try:
-            offered = agreement.offer(self._participant, self._manager.inventory, wish, root)
+            offered = agreement.offer(self._participant, read, wish, root)
         except NotFoundError:
             if not fresh_if_missing:
                 raise
@@ -58,8 +59,11 @@ class Restorer:
             loading = self._load(attempt, partly)
             if loading is not None:
                 return attempt, loading, leaves
-        if offered or self._holds_damage():
-            message = f"no checkpoint in {root} verifies (tried steps {[a.step for a, _ in offered]}); see the warnings"
+        if offered:
+            message = (
+                f"no checkpoint in {root} verifies (tried steps {[a.step for a, _ in offered]}); see the warnings. "
+                "Others are never chosen by themselves: restore(step=...) takes one"
+            )
             if self.undefined is not None:
                 message += "; parameters and optimizer state were partly overwritten and are undefined"
                 self.undefined = message
@@ -67,14 +71,6 @@ class Restorer:
         if not fresh_if_missing:
             raise NotFoundError(f"{root} holds no committed {wish}")
         return None
-
-    def _holds_damage(self) -> bool:
-        """Records are there, and none can be read: that is not a fresh start."""
-
-        def decide(_: list[Any]) -> bool:
-            return bool(self._manager.inventory().damaged)
-
-        return self._participant.agree("look for damaged records", None, decide)
 
     def _load(self, attempt: AttemptId, partly: bool) -> LoadPlan | None:
         """One candidate, on all ranks: check everything, then read.

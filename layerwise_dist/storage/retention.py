@@ -37,25 +37,40 @@ def unneeded_bases(found: Iterable[str], manifests: Iterable[Referring], below: 
     return gone
 
 
+def staying(
+    lineage: Sequence[Commit], family: Iterable[Commit], *, keep_every_n_steps: int | None, above: int = 0
+) -> set[int]:
+    """Seqs of commits that stay however many newer ones follow.
+
+    Multiples of `keep_every_n_steps` in the lineage; what `restore(tag=...)` finds, which is the lineage's newest under
+    each tag, or the newest under one that only abandoned branches have; and all that are older than `above`, the newest
+    damaged commit. `family` is all of the lineage and the abandoned branches that grew from the same start.
+    """
+    mine = {commit.seq for commit in lineage}
+    by_preference = sorted(family, key=lambda commit: (commit.seq in mine, commit.seq))
+    stay = set({commit.tag: commit.seq for commit in by_preference if commit.tag is not None}.values())
+    for commit in by_preference:
+        archived = keep_every_n_steps is not None and commit.seq in mine and commit.step % keep_every_n_steps == 0
+        if archived or commit.seq < above:
+            stay.add(commit.seq)
+    return stay
+
+
 def retired(
-    lineage: Sequence[Commit], family: Iterable[Commit], *, keep_last: int, keep_every_n_steps: int | None
+    lineage: Sequence[Commit],
+    family: Sequence[Commit],
+    *,
+    keep_last: int,
+    keep_every_n_steps: int | None,
+    above: int = 0,
 ) -> list[int]:
     """Seqs that retention may remove, oldest first.
 
-    `lineage` is newest first; `family` also holds the abandoned branches that grew from the same first commit. A commit
-    goes only when `keep_last` newer commits of the lineage are durable; multiples of `keep_every_n_steps` in the
-    lineage stay, and so does the newest commit under each tag. Checkpoints of unrelated lineages (a `fresh=True` start
-    in the same directory) are not named.
+    `lineage` is newest first. A commit goes only when `keep_last` newer commits of the lineage are durable, and it is
+    not `staying`. Checkpoints of unrelated lineages (a `fresh=True` start in the same directory) are not of the family.
     """
     if len(lineage) <= keep_last:
         return []
     oldest_kept = lineage[keep_last - 1].seq
-    mine = {commit.seq for commit in lineage}
-    family = sorted(family, key=lambda commit: commit.seq)
-    tagged = set({commit.tag: commit.seq for commit in family if commit.tag is not None}.values())
-    gone = []
-    for commit in family:
-        archived = keep_every_n_steps is not None and commit.seq in mine and commit.step % keep_every_n_steps == 0
-        if commit.seq < oldest_kept and not archived and commit.seq not in tagged:
-            gone.append(commit.seq)
-    return gone
+    stay = staying(lineage, family, keep_every_n_steps=keep_every_n_steps, above=above)
+    return sorted(commit.seq for commit in family if commit.seq < oldest_kept and commit.seq not in stay)
