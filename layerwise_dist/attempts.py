@@ -13,7 +13,7 @@ from layerwise_dist.capture.stage import Stage
 from layerwise_dist.capture.survey import Survey, Surveyor
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.config import LayerwiseConfig
-from layerwise_dist.errors import ConfigError, LayerwiseError
+from layerwise_dist.errors import ConfigError, LayerwiseError, UnsupportedError
 from layerwise_dist.scheduler import LayerwiseCheckpointScheduler
 from layerwise_dist.storage.adapter import Laid, PCCheckAdapter
 from layerwise_dist.storage.layout import AttemptId
@@ -69,7 +69,10 @@ class Attempts:
         """What there is, if all of it is where the last attempt found it: a capture can begin before the update is
         over.
         """
-        found = self.look() if self._last is not None else None
+        try:
+            found = self.look() if self._last is not None else None
+        except UnsupportedError:
+            return None  # `open` meets it too, and tells the other ranks
         return found if found is self._last else None
 
     def learn(self, names: set[str], until: str) -> None:
@@ -86,7 +89,8 @@ class Attempts:
         """A capture, of `found` if it is known what there is, of which nothing is taken yet. None if there is none of
         this step: rank 0, which drops it for all, then knows why, and training goes on.
 
-        Raises ConfigError for what no later attempt can do either; the other ranks stop at an agreed boundary.
+        Raises ConfigError or UnsupportedError for what no later attempt can do either; the other ranks stop at one
+        boundary.
         """
         attempt = self.newest = AttemptId(self._epoch, self.take_seq(), step)
         if not self._admitted(attempt):
@@ -99,8 +103,8 @@ class Attempts:
             laid = self._lay_out(found)
             write = self._adapter.begin(attempt, laid.shard, laid.plan)
         except (LayerwiseError, OSError) as error:
-            final = isinstance(error, ConfigError)
-            self._participant.failed(attempt, str(error), None, final=final)
+            final = isinstance(error, ConfigError | UnsupportedError)
+            self._participant.failed(attempt, str(error), self._adapter.unbegun(attempt), final=final)
             if final:
                 raise
             return None

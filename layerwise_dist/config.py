@@ -1,4 +1,4 @@
-"""One model for the ds_config block, a JSON file and keyword arguments (DESIGN: "Configuration").
+"""One model for the ds_config block, a JSON file and keyword arguments (docs/guide.md, "Configuration").
 
 Each field's description is its documentation; `LayerwiseConfig.model_json_schema()` exports them.
 """

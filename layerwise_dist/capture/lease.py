@@ -219,7 +219,7 @@ class Capture:
             _lay_rest(torch.frombuffer(buffer, dtype=torch.uint8, count=extent.nbytes), extent, survey)
             self.write.submit_gathered(number, extent.tensor, buffer)
             return
-        memory = torch.empty(extent.nbytes + ALIGN, dtype=torch.uint8)
+        memory = torch.empty(extent.nbytes + ALIGN, dtype=torch.uint8, device="cpu")
         begin = -memory.data_ptr() % ALIGN
         self._sealed = memory[begin : begin + extent.nbytes]
         _lay_rest(self._sealed, extent, survey)

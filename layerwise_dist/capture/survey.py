@@ -13,8 +13,9 @@ import torch
 
 from layerwise_dist.errors import ConfigError, UnsupportedError
 from layerwise_dist.frameworks.base import Framework, ParamView
+from layerwise_dist.frameworks.names import check_unique
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
-from layerwise_dist.pieces import Batch, Piece
+from layerwise_dist.pieces import Batch, Piece, check_layout
 from layerwise_dist.scheduler import LayerSize
 from layerwise_dist.storage.shard import PACK_BELOW, Source
 
@@ -23,6 +24,8 @@ BOUNDARY_LAYER = "(boundary)"
 # Frozen parameters of fewer bytes on a rank are copied at every boundary: that costs less than the folder, the file and
 # three flushes of a base, and the checkpoints of a model with a few frozen scalars stay complete in themselves.
 LEAST_BASE_BYTES = 1 << 20
+# What stands before the first slash in names of the file that are not the optimizer's.
+_OTHER_KINDS = ("param", "master", "buffer", "state", ".pad")
 
 
 Arrange = Callable[[Sequence[LayerSize]], list[list[str]]]
@@ -235,12 +238,16 @@ class Surveyor:
             if state:
                 order[view.fqn] = list(state)
             for name, value in state.items():
-                if _is_dense(value):
+                if isinstance(value, torch.Tensor):
                     self._check_name(name)
+                    check_layout(f"{self._optimizer.kind}'s state {name} of {view.fqn}", value)
                     add(view, name, value, True)
                 else:
                     scalars.append((view.fqn, name, state))
-        copied += [Piece(part, local, lease=False) for part, local in self._framework.written_buffers()]
+        written = self._framework.written_buffers()
+        buffers = [fqn for fqn, _ in self._framework.buffers()]
+        check_unique("a parameter and a buffer", [view.fqn for view in self._framework.params] + buffers)
+        copied += [Piece(part, local, lease=False) for part, local in written]
         made = self._batches(layers)
         key = tuple(
             (piece.slice, number, 0 if batch.staged else piece.tensor.data_ptr())
@@ -296,7 +303,7 @@ class Surveyor:
         return tuple(made)
 
     def _check_name(self, name: object) -> None:
-        if not isinstance(name, str) or "/" in name or name in ("param", "master", "buffer", "state"):
+        if not isinstance(name, str) or not name or "/" in name or name in _OTHER_KINDS:
             raise UnsupportedError(
                 f"{self._optimizer.kind} keeps state under {name!r}, which cannot name a tensor in the file"
             )

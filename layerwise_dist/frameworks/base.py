@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerwise_dist.errors import UnsupportedError
-from layerwise_dist.pieces import Piece, dtype_code
+from layerwise_dist.frameworks.names import CleanNames, check_unique, join
+from layerwise_dist.pieces import Piece, check_layout, dtype_code
 from layerwise_dist.slices import Slice, ranks_of
-
-_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +42,6 @@ class Framework:
         self._whole: set[str] = set()  # whose state is not the same on all ranks, by the optimizer's word
         self._unlike: frozenset[str] = frozenset()  # and by what was found
         self._tree = _Tree(root, prefix)
-        for view in self.params:
-            if view.param.is_meta:
-                raise UnsupportedError(
-                    f"parameter {view.fqn} is on the meta device: materialise the model before attach()"
-                )
 
     @property
     def roots(self) -> list[nn.Module]:
@@ -217,45 +210,32 @@ class _Tree:
         )
 
     def _walk(self) -> None:
-        named = list(self._root.named_modules())
-        self._modules = [module for _, module in named]
+        self._modules = list(self._root.modules())
         self._held = [buffer for module in self._modules for buffer in module._buffers.values()]
         self._stamp = self._take_stamp()
+        names = CleanNames(self._root, self._prefix).of_module
         seen: set[int] = set()
         self.buffers = []
-        for module_name, module in named:
+        for module in self._modules:
             for name, buffer in module._buffers.items():
                 if buffer is not None and name not in module._non_persistent_buffers_set and id(buffer) not in seen:
                     seen.add(id(buffer))
-                    self.buffers.append((join(self._prefix, clean(join(module_name, name))), buffer))
+                    self.buffers.append((join(names[id(module)], name), buffer))
         self.extra_states = [
-            (join(self._prefix, clean(name)), module)
-            for name, module in named
+            (names[id(module)], module)
+            for module in self._modules
             if type(module).get_extra_state is not nn.Module.get_extra_state
         ]
-
-
-def clean(name: str) -> str:
-    """A name without the parts that wrappers (DDP, FSDP, compile, activation checkpointing) put into it."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
-def join(prefix: str, name: str) -> str:
-    """The name of what is called `name` in the model that is called `prefix`; either may be empty."""
-    return f"{prefix}.{name}" if prefix and name else prefix or name
+        for name, buffer in self.buffers:
+            check_layout(f"buffer {name}", buffer)
+        check_unique("two buffers", (name for name, _ in self.buffers))
+        check_unique("two modules with get_extra_state()", (name for name, _ in self.extra_states))
 
 
 def _views(root: nn.Module, prefix: str) -> list[ParamView]:
-    names: dict[int, list[str]] = {}
-    tensors: dict[int, nn.Parameter] = {}
-    for name, param in root.named_parameters(remove_duplicate=False):
-        names.setdefault(id(param), []).append(join(prefix, clean(name)))
-        tensors[id(param)] = param
     views = []
-    for key, (first, *rest) in ((key, list(dict.fromkeys(found))) for key, found in names.items()):
-        views.append(ParamView(first, first.rpartition(".")[0], tensors[key], tuple(rest)))
-    taken = [view.fqn for view in views]
-    if len(set(taken)) != len(taken):
-        twice = sorted({fqn for fqn in taken if taken.count(fqn) > 1})
-        raise UnsupportedError(f"two parameters have the same name once wrappers' prefixes are removed: {twice[:5]}")
+    for param, (first, *rest) in CleanNames(root, prefix).parameters():
+        check_layout(f"parameter {first}", param)
+        views.append(ParamView(first, first.rpartition(".")[0], param, tuple(rest)))
+    check_unique("two parameters", (name for view in views for name in (view.fqn, *view.aliases)))
     return views

@@ -30,6 +30,11 @@ def check_names(what: str, named: object) -> None:
             raise UnsupportedError(f"{what}: {name!r} is no name: letters, digits, '_' and '-' are allowed")
 
 
+def framework_of(name: str) -> dict[str, str]:
+    """Of several models' `Framework.name`, the name of each one's framework by the model's name; empty of one's."""
+    return dict(each.split(":", 1) for each in name.split(",")) if ":" in name else {}
+
+
 class CompositeFramework(Framework):
     """Models by name; every name in it begins with the model's, which the parts have as their prefix.
 

@@ -16,8 +16,9 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from layerwise_dist.errors import UnsupportedError
-from layerwise_dist.frameworks.base import ParamView, clean, join, put_gradient
+from layerwise_dist.frameworks.base import ParamView, put_gradient
 from layerwise_dist.frameworks.flat import FlatFramework, FlatState, Fragment
+from layerwise_dist.frameworks.names import CleanNames, check_unique, join
 from layerwise_dist.frameworks.optimizers import TorchOptimizer
 from layerwise_dist.pieces import dtype_code
 from layerwise_dist.slices import Slice, ranks_text
@@ -41,20 +42,20 @@ class FSDP1Framework(FlatFramework):
         self._units: list[torch.Tensor] = []
         self._sizes: list[int] = []  # of those that FSDP cuts: elements on this rank
         self._views_in: list[list[ParamView]] = []
-        self._handles = list(_handles(root))
+        self._handles = _handles(root)
+        names = CleanNames(root, prefix)
         known = {id(view.param): view for view in self.params}
         stand_ins: dict[int, list[ParamView]] = {}  # for each flat parameter that the optimizer holds
-        for name, handle in self._handles:
-            _check(join(prefix, clean(name)) or "the root", handle)
+        for module, handle in self._handles:
+            _check(names.of_module[id(module)] or "the root", handle)
             flat = handle.flat_param
             if flat._params is None:
-                self._add_unit(
-                    flat, stand_ins.setdefault(id(flat), _stand_ins(join(prefix, clean(name)), handle)), handle
-                )
+                self._add_unit(flat, stand_ins.setdefault(id(flat), _stand_ins(names, handle)), handle)
                 continue
             for number, param in enumerate(flat._params):
                 self._add_unit(param, [known[id(param)]], handle, number)
         self.params = [each for view in self.params for each in stand_ins.get(id(view.param), [view])]
+        check_unique("two parameters", (name for view in self.params for name in (view.fqn, *view.aliases)))
         self.holds_flat = bool(stand_ins)
         for view in self.params:
             if view.fqn not in self.fragments:
@@ -173,30 +174,30 @@ class FSDP1FlatOptimizer(FlatState, TorchOptimizer):
         return [[self.flat.number_of(unit) for unit in group["params"]] for group in self._optimizer.param_groups]
 
 
-def _handles(root: nn.Module) -> list[tuple[str, Any]]:
-    """The handles of all wrapped modules that have parameters of their own, with the modules' names."""
+def _handles(root: nn.Module) -> list[tuple[nn.Module, Any]]:
+    """All wrapped modules that have parameters of their own, with their handles."""
     return [
-        (name, module._handle)
-        for name, module in root.named_modules()
+        (module, module._handle)
+        for module in root.modules()
         if isinstance(module, FullyShardedDataParallel) and module._handle is not None
     ]
 
 
-def _stand_ins(name: str, handle: Any) -> list[ParamView]:
+def _stand_ins(names: CleanNames, handle: Any) -> list[ParamView]:
     """A view of each parameter in a flat one. What they hold is a shape only: there is no such tensor."""
     flat = handle.flat_param
     aliases: dict[tuple[int, str], list[str]] = {}
     for shared in flat._shared_param_infos:
         aliases.setdefault((id(shared.prim_module), shared.prim_param_name), []).append(
-            join(name, clean(join(shared.module_name, shared.param_name)))
+            join(names.of_module[id(shared.module)], shared.param_name)
         )
     views = []
-    for fqn, shape, info in zip(flat._fqns, flat._shapes, flat._param_infos, strict=True):
+    for shape, info in zip(flat._shapes, flat._param_infos, strict=True):
         empty = torch.empty(shape, dtype=flat.dtype, device="meta")
-        full = join(name, clean(fqn))
+        layer = names.of_module[id(info.module)]
         views.append(
             ParamView(
-                full, full.rpartition(".")[0], nn.Parameter(empty, requires_grad=flat.requires_grad),
+                join(layer, info.param_name), layer, nn.Parameter(empty, requires_grad=flat.requires_grad),
                 tuple(aliases.get((id(info.module), info.param_name), ())),
             )
         )  # fmt: skip

@@ -15,9 +15,11 @@ import torch
 from layerwise_dist.errors import DamageError, MismatchError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
+from layerwise_dist.pieces import is_dense
+from layerwise_dist.restore import contents
+from layerwise_dist.restore.contents import Held
 from layerwise_dist.restore.planner import ShardSet, Span, plan
 from layerwise_dist.slices import Slice, ranks_of
-from layerwise_dist.storage import typed_json
 from layerwise_dist.storage.reader import Entry, Shard, ShardIndex
 from layerwise_dist.storage.reports import BaseReport
 
@@ -48,12 +50,9 @@ def prepare(
     buffers = framework.buffer_slices()
     sharers = {view.fqn: framework.sharers(view) for view in framework.params}
     sharing = {part.name: ranks_of(part.among, framework.world_size) for part, _ in buffers}
-    index = _index(shards, framework.partners(), lambda name, fqn: sharing.get(name) or sharers.get(fqn, ()))
-    own = shards.own[0]
-    text, blob = own.state()
-    sealed = typed_json.loads(text, blob, where=f"shard {own.index.path}")
-    if not isinstance(sealed, dict):
-        raise DamageError(f"shard {own.index.path}: its state is not an object")
+    own = contents.read(shards.own, framework.name)
+    index = _index(own, shards, framework.partners(), lambda name, fqn: sharing.get(name) or sharers.get(fqn, ()))
+    sealed = own.sealed
     loading = LoadPlan(sealed)
     missing: list[str] = []
     shaped: list[str] = []
@@ -98,6 +97,10 @@ def prepare(
         raise MismatchError(
             f"{where} is not of this model and optimizer; nothing was loaded:\n  " + "\n  ".join(problems)
         )
+    if gone := list(contents.absent(sealed, lambda kind, fqn: f"{kind}/{fqn}" in index)):
+        raise DamageError(
+            f"{where}: rank {framework.rank} had {', '.join(gone[:_LISTED])} at the boundary, and no shard has it"
+        )
     return loading
 
 
@@ -107,8 +110,8 @@ def load(loading: LoadPlan) -> None:
     staged: list[tuple[torch.Tensor, torch.Tensor]] = []
     for tensor, spans in loading.reads:
         target = tensor
-        if tensor.device.type != "cpu" or not tensor.is_contiguous():
-            target = torch.empty(tensor.shape, dtype=tensor.dtype)
+        if tensor.device.type != "cpu" or not is_dense(tensor):
+            target = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
             staged.append((tensor, target))
         for span in spans:
             _, ranges = by_shard.setdefault(id(span.shard), (span.shard, []))
@@ -121,21 +124,16 @@ def load(loading: LoadPlan) -> None:
 
 
 def _index(
-    shards: ShardSet, partners: Iterable[int], sharers: Callable[[str, str], Collection[int]]
+    own: Held, shards: ShardSet, partners: Iterable[int], sharers: Callable[[str, str], Collection[int]]
 ) -> dict[str, list[tuple[Shard, Entry]]]:
     """Entries by name, this rank's first. Of the shards of `partners` only what they share with this rank: the rest is
     none of its business, though it may have the same name. `sharers(name, fqn)` are the ranks that share it here.
 
-    Raises DamageError for a tensor that is both in the shard and in its base.
+    Raises DamageError for a tensor that is both in another rank's shard and in its base.
     """
-    index: dict[str, list[tuple[Shard, Entry]]] = {}
-    for shard in shards.own:
-        for name, entry in shard.index.entries.items():
-            if name in index:
-                raise DamageError(f"shard {shard.index.path}: {name} is also in {index[name][0][0].index.path}")
-            index[name] = [(shard, entry)]
-    for shard in shards.others(partners):
-        for name, entry in shard.index.entries.items():
+    index = {name: [found] for name, found in own.entries.items()}
+    for other in shards.others(partners):
+        for name, (shard, entry) in contents.entries(other).items():
             if entry.slice.among and shard.index.rank in sharers(name, entry.slice.fqn):
                 index.setdefault(name, []).append((shard, entry))
     return index

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from layerwise_dist.errors import MismatchError
-from layerwise_dist.slices import ITEM_BYTES, Slice
+from layerwise_dist.slices import ITEM_BYTES, Slice, cover
 from layerwise_dist.storage.reader import Entry, Shard
 
 
@@ -40,9 +40,9 @@ class ShardSet:
     def own(self) -> Sequence[Shard]:
         return self.of(self._own)
 
-    def others(self, ranks: Iterable[int]) -> Iterable[Shard]:
+    def others(self, ranks: Iterable[int]) -> Iterable[Sequence[Shard]]:
         """Those of these ranks, without its own, in the order of ranks."""
-        return (shard for rank in sorted(ranks) if rank != self._own for shard in self.of(rank))
+        return (self.of(rank) for rank in sorted(ranks) if rank != self._own)
 
 
 def plan(wanted: Slice, found: list[tuple[Shard, Entry]]) -> list[Span]:
@@ -67,17 +67,16 @@ def plan(wanted: Slice, found: list[tuple[Shard, Entry]]) -> list[Span]:
         if entry.slice == wanted:
             return [Span(shard, entry.begin, entry.end, 0)]
     item = ITEM_BYTES[wanted.dtype]
-    ranges = sorted(
-        ((entry.slice.start, shard, entry) for shard, entry in found if entry.slice.start is not None),
-        key=lambda item: (item[0], item[1].index.rank),
-    )
-    if wanted.is_whole and ranges:
-        spans, filled = [], 0
-        for start, shard, entry in ranges:
-            if start == filled:
-                spans.append(Span(shard, entry.begin, entry.end, start * item))
-                filled += entry.slice.numel
+    if wanted.is_whole:
+        flat = [(shard, entry) for shard, entry in found if entry.slice.is_flat]
+        ranges = [(entry.slice.start, entry.slice.start + entry.slice.numel) for _, entry in flat]
+        taken, filled = cover(ranges, wanted.numel)
         if filled == wanted.numel:
+            spans = []
+            for number, begin, end in taken:
+                shard, entry = flat[number]
+                first = entry.begin + (begin - ranges[number][0]) * item
+                spans.append(Span(shard, first, first + (end - begin) * item, begin * item))
             return spans
     places = "; ".join(f"rank {shard.index.rank}: {entry.slice.place()}" for shard, entry in found[:4])
     raise MismatchError(

@@ -19,7 +19,7 @@ import exactness
 import torch
 import torch.distributed as dist
 from exactness import Job, trial
-from kit import differences, process_group
+from kit import differences, process_group, unsound
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel
@@ -28,8 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import layerwise_dist as lwd
 from layerwise_dist import errors
-from layerwise_dist.frameworks.base import clean
 from layerwise_dist.frameworks.fsdp1 import FSDP1Framework
+from layerwise_dist.frameworks.names import CleanNames
 
 
 def attach(job: Job, folder: str, **options: Any) -> Any:
@@ -66,11 +66,11 @@ def whole(job: Job) -> Iterator[dict[str, torch.Tensor]]:
     """The user's parameters, whole, under clean names."""
     if job.wrapper.startswith("fsdp1"):
         with FullyShardedDataParallel.summon_full_params(job.model, writeback=False):
-            yield {clean(name): param.detach().clone() for name, param in job.model.named_parameters()}
+            yield {names[0]: param.detach().clone() for param, names in CleanNames(job.model).parameters()}
         return
     yield {
-        clean(name): (param.full_tensor() if isinstance(param, DTensor) else param).detach().clone()
-        for name, param in job.model.named_parameters()
+        names[0]: (param.full_tensor() if isinstance(param, DTensor) else param).detach().clone()
+        for param, names in CleanNames(job.model).parameters()
     }
 
 
@@ -100,7 +100,7 @@ def written(wrapper: str, folder: str) -> list[str]:
                 problems.append(f"{name}: written {count.unique().tolist()} times, {wanted} wanted")
     if max(bytes_of) > 0.6 * sum(bytes_of):
         problems.append(f"bytes of parameters by rank: {bytes_of}")
-    return problems
+    return problems + unsound(folder)
 
 
 def region(whole: torch.Tensor, place: dict[str, Any], part: torch.Tensor) -> torch.Tensor:

@@ -106,7 +106,7 @@ class DeepSpeedOptimizer(FlatState):
         numbers = [number for group in self._groups for number in group]
         layers = {number: {view.layer for view in self._framework.views_in(number)} for number in numbers}
         missing: dict[str, set[int]] = {}  # of each layer, the units that the running update has not stepped
-        in_backward, begun, steps = self._in_backward, False, 0
+        in_backward, begun, steps, linked = self._in_backward, False, 0, False
 
         def begin() -> None:
             nonlocal begun, steps
@@ -124,7 +124,7 @@ class DeepSpeedOptimizer(FlatState):
 
         def take_model_step(*args: Any, **kwargs: Any) -> Any:
             """An accumulation window's update. Overflow is known only when it returns."""
-            nonlocal begun
+            nonlocal begun, linked
             if in_backward is not None:
                 in_backward.before_step()
             if not begun:
@@ -138,6 +138,9 @@ class DeepSpeedOptimizer(FlatState):
                 raise UnsupportedError(
                     f"DeepSpeed updated without calling step() of its {type(base).__name__}: no update was seen"
                 )
+            if applied and not linked:
+                self._units.link_state()
+                linked = True
             events.update_done(applied=applied)
             return result
 
