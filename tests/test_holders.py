@@ -14,6 +14,7 @@ from conftest import Warm
 from layerwise_dist.commit.coordinator import Announce, Coordinator
 from layerwise_dist.errors import DamageError, MismatchError, UnsupportedError
 from layerwise_dist.replicas import MOST_WINDOWS, in_turn, judge
+from layerwise_dist.restore import contents
 from layerwise_dist.restore.loader import _index
 from layerwise_dist.restore.planner import ShardSet, plan
 from layerwise_dist.slices import Slice, ranks_of, ranks_text
@@ -114,7 +115,8 @@ def test_restore_takes_of_other_ranks_only_parts_of_the_same_tensor() -> None:
     def index(ranks: tuple[int, ...]) -> dict[str, Any]:
         opened.clear()
         shards = ShardSet(0, lambda rank: (opened.append(rank), [held[rank]])[1])
-        return _index(shards, ranks, lambda name, fqn: ranks)
+        own = contents.Held(contents.entries(shards.own), {})
+        return _index(own, shards, ranks, lambda name, fqn: ranks)
 
     wanted = Slice.whole("param", "w", "F32", (8,), "0,1")
     found = index((0, 1))
@@ -124,6 +126,19 @@ def test_restore_takes_of_other_ranks_only_parts_of_the_same_tensor() -> None:
     crossed = Slice.whole("param", "w", "F32", (8,), "0,2")
     with pytest.raises(MismatchError, match="ranks 0,1 hold it together, here ranks 0,2 hold it together"):
         plan(crossed, index((0, 2))["param/w"])
+
+
+def test_what_one_stage_holds_does_not_make_another_stage_whole() -> None:
+    def part(rank: int, among: str) -> dict[str, Entry]:
+        return shard(rank, Slice("param", "w", "F32", (8,), start=4 * (rank % 2), length=4, among=among)).index.entries
+
+    manifest: Any = SimpleNamespace(step=1, world_size=4, framework="ddp")
+    held = {0: part(0, "0,1"), 1: part(1, "0,1"), 2: part(2, "2,3"), 3: part(3, "2,3")}
+    assert contents.lacking(manifest, held, {}) == []
+    for rank in held:
+        assert contents.lacking(manifest, {**held, rank: {}}, {}) == [
+            f"step 1: param/w of shape [8]: no shard has its element [{4 * (rank % 2)}]"
+        ]
 
 
 # -- what is compared ------------------------------------------------------------------------------------------------
