@@ -26,7 +26,7 @@ from layerwise_dist.commit.participant import Participant, describe_error, rebui
 from layerwise_dist.errors import LayerwiseError, UnsupportedError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
-from layerwise_dist.pieces import Piece
+from layerwise_dist.pieces import Piece, is_dense
 from layerwise_dist.slices import Slice, ranks_of, ranks_text
 from layerwise_dist.storage.layout import AttemptId
 
@@ -259,8 +259,9 @@ def _is_param(name: str) -> bool:
 
 def _hash(tensor: torch.Tensor, begin: int, end: int) -> str:
     """Of these bytes, wherever they lie; a tensor that is not row-major is hashed as if it were."""
-    in_place = tensor.device.type == "cpu" and tensor.is_contiguous()
-    data = None if in_place else tensor.detach().reshape(-1).view(torch.uint8)
+    data = None
+    if tensor.device.type != "cpu" or not is_dense(tensor):
+        data = tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
     hashes = []
     for at in range(begin, end, _CHUNK_BYTES):
         stop = min(end, at + _CHUNK_BYTES)

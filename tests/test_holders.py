@@ -127,6 +127,19 @@ def test_restore_takes_of_other_ranks_only_parts_of_the_same_tensor() -> None:
         plan(crossed, index((0, 2))["param/w"])
 
 
+def test_what_one_stage_holds_does_not_make_another_stage_whole() -> None:
+    def part(rank: int, among: str) -> dict[str, Entry]:
+        return shard(rank, Slice("param", "w", "F32", (8,), start=4 * (rank % 2), length=4, among=among)).index.entries
+
+    manifest: Any = SimpleNamespace(step=1, world_size=4, framework="ddp")
+    held = {0: part(0, "0,1"), 1: part(1, "0,1"), 2: part(2, "2,3"), 3: part(3, "2,3")}
+    assert contents.lacking(manifest, held, {}) == []
+    for rank in held:
+        assert contents.lacking(manifest, {**held, rank: {}}, {}) == [
+            f"step 1: param/w of shape [8]: no shard has its element [{4 * (rank % 2)}]"
+        ]
+
+
 # -- what is compared ------------------------------------------------------------------------------------------------
 
 

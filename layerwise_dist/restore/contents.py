@@ -13,6 +13,7 @@ from layerwise_dist.slices import Slice, first_gap, ranks_of, ranks_text
 from layerwise_dist.storage.reader import Entry, Shard
 
 Entries = dict[str, tuple[Shard, Entry]]
+_ranks_of = cache(ranks_of)
 
 
 @dataclass(frozen=True, slots=True)
