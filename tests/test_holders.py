@@ -14,6 +14,7 @@ from conftest import Warm
 from layerwise_dist.commit.coordinator import Announce, Coordinator
 from layerwise_dist.errors import DamageError, MismatchError, UnsupportedError
 from layerwise_dist.replicas import MOST_WINDOWS, in_turn, judge
+from layerwise_dist.restore import contents
 from layerwise_dist.restore.contents import Held, entries
 from layerwise_dist.restore.loader import _index
 from layerwise_dist.restore.planner import ShardSet, plan

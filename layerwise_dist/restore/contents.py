@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from layerwise_dist.commit.metadata import Manifest
@@ -80,7 +81,7 @@ def gathered(manifest: Manifest, rank: int, entry: Entry) -> Sequence[int]:
     """The ranks among which a tensor that this rank wrote, or a part of it, is one and the same: their slices under its
     name make it up together. Hashable, and the same for all of them.
     """
-    return ranks_of(entry.slice.among, manifest.world_size) or (rank,)
+    return _ranks_of(entry.slice.among, manifest.world_size) or (rank,)
 
 
 def absent(sealed: dict[str, Any], has: Callable[[str, str], bool]) -> Iterator[str]:
