@@ -11,9 +11,7 @@ All other names are DeepSpeed's own.
 
 from __future__ import annotations
 
-import atexit
 import inspect
-import sys
 from typing import Any
 
 import deepspeed as _deepspeed
@@ -50,7 +48,6 @@ def initialize(
     engine, optimizer, loader, scheduler = _deepspeed.initialize(**given)
     engine.layerwise = attach(engine, state=layerwise_state, fresh=layerwise_fresh)
     serve_checkpoint_calls(engine, engine.layerwise)
-    atexit.register(_close, engine.layerwise)
     return engine, optimizer, loader, scheduler
 
 
@@ -61,12 +58,6 @@ def serve_checkpoint_calls(engine: Any, ckpt: LayerwiseEngine | DisabledEngine) 
     """
     if isinstance(ckpt, LayerwiseEngine):
         CheckpointCalls(engine, ckpt)
-
-
-def _close(ckpt: LayerwiseEngine | DisabledEngine) -> None:
-    """At exit; after an exception that ended the script, what is not sealed is given up."""
-    error = getattr(sys, "last_value", None)
-    ckpt.__exit__(type(error) if error is not None else None, error, None)
 
 
 def _bases(parameters: Any) -> list[dict[str, Any]] | None:
