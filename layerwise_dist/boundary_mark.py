@@ -64,7 +64,8 @@ class PendingRng:
 
     def __init__(self, state: dict[str, Any], attached: Collection[str], *, here: bool = False) -> None:
         self._state, self._put = state, False
-        self._starts, self._started = state.get("starts", []), False
+        self._starts = state.get("starts", [])
+        self._final = False  # put at the very event of the boundary, whatever comes
         self._at = [name for name in state["at"] if name in attached]
         # A script that saves by a call restores by one, and draws its next batch behind either.
         here |= state["kind"] == "inferred" or (state["kind"] == "call" and not attached)
@@ -82,15 +83,16 @@ class PendingRng:
 
     def at_start(self, name: str) -> None:
         """A loader that `state=` does not name is about to be started."""
-        if not self._started and name in self._starts:
+        if not self._final and name in self._starts:
             self._set(self._state["rng"])
-            self._started = True
+            self._final = True
 
     def at_steps(self) -> None:
         """`steps()` starts. A draw before it may have put the generators back already, but this is the better event;
         the start of a loader that comes next is a better one.
         """
-        if self._state["kind"] == "explicit" and not self._started:
+        if self._state["kind"] == "explicit" and not self._final:
+            self._final = True
             if self._state["rng_event"] == "boundary":
                 self._set(self._state["rng"])
             elif self._put:
