@@ -32,7 +32,8 @@ def initialize(
     """`deepspeed.initialize()` with parameters grouped by layer, then `layerwise_dist.attach(engine)`.
 
     Takes and returns what DeepSpeed's does. The checkpointing engine is `engine.layerwise`, closed at the process's
-    exit if not before (an iteration that is open then is not saved); it serves `engine.save_checkpoint()` and `engine.load_checkpoint()`. With no
+    exit if not before (an iteration that is open then is not saved); it serves `engine.save_checkpoint()` and
+    `engine.load_checkpoint()`. With no
     ``layerwise_checkpoint`` block in the configuration, or ``"enabled": false`` in it, the two are DeepSpeed's own.
     `layerwise_state` and `layerwise_fresh` are `attach()`'s `state` and `fresh`.
 
