@@ -43,8 +43,9 @@ def closed(engine: Closable) -> None:
 
 
 def begun() -> bool:
-    """Whether the process is on its way out: the script is over, and what was registered for the exit runs."""
-    return not threading.main_thread().is_alive()
+    """Whether the script is over, and this is called by what was registered for the process's exit."""
+    main = threading.main_thread()
+    return threading.current_thread() is main and not main.is_alive()
 
 
 def _close_all() -> None:

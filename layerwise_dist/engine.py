@@ -314,8 +314,7 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
 
         problem: LayerwiseError | None = None
         try:
-            if not self._trainer.is_alive():
-                self._thread = threading.get_ident()  # what it did is over: this one can judge as well
+            self._end_here()
             try:
                 # Where in an iteration the process's exit was asked for is not known: only what had ended is whole.
                 self._boundary.close(seal=orderly and not at_exit.begun())
@@ -355,6 +354,16 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
             if orderly:
                 raise problem
             log.warning("rank %d: close: %s", self._framework.rank, problem)
+
+    def _end_here(self) -> None:
+        """Once the training thread has ended, any other can judge what it has left behind. Raises BoundaryError before."""
+        if threading.get_ident() != self._thread:
+            if self._trainer.is_alive():
+                raise BoundaryError(
+                    f"close() on thread {threading.current_thread().name!r} while the one that trains, "
+                    f"{self._trainer.name!r}, goes on: it alone can tell that nothing changes what is still being read"
+                )
+            self._thread = threading.get_ident()
 
     def __enter__(self) -> LayerwiseEngine:
         return self

@@ -263,6 +263,27 @@ def test_an_engine_whose_thread_has_ended_is_closed_by_another(tmp_path: Path) -
     assert jobs[0].ckpt.committed_step == 1
 
 
+def test_an_engine_whose_thread_goes_on_is_not_closed_by_another(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    job.to(1)
+
+    def run(transport: LocalTransport) -> None:
+        with pytest.raises(errors.BoundaryError, match="while the one that trains"):
+            job.ckpt.close()
+
+    in_ranks(run, world=1)
+
+
+def test_a_failed_checkpoint_that_was_rolled_back_past_is_none_that_close_lacks(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    job.to(2)
+    job.ckpt.wait(2)
+    job.env.fail(operation="create", path_pattern="*step_0000000003*", errno=28)
+    job.to(3)
+    assert job.ckpt.restore() == 2
+    job.ckpt.close()
+
+
 # -- room --------------------------------------------------------------------------------------------------------------
 
 

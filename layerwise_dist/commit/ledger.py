@@ -148,6 +148,7 @@ class Ledger:
         """After a restore the step counts from there: what a later, abandoned branch had reached says nothing now."""
         self.reached = dict.fromkeys(LEVELS, step)
         self._aborted.clear()
+        self._failures.clear()
 
     # -- what the background did --------------------------------------------------------------------------------
 
