@@ -10,18 +10,16 @@ import atexit
 import logging
 import os
 import sys
-import time
+import threading
 from typing import Protocol
 
 from layerwise_dist.errors import LayerwiseError
 
 log = logging.getLogger("layerwise_dist")
 
-_LIMIT_S = 30.0  # for all of them
-
 
 class Closable(Protocol):
-    def end(self, *, orderly: bool, limit_s: float, seal: bool) -> None: ...
+    def end(self, *, orderly: bool) -> None: ...
 
 
 _open: dict[int, Closable] = {}  # by identity; alive until closed, since their threads are
@@ -29,12 +27,14 @@ _process = os.getpid()
 
 
 def opened(engine: Closable) -> None:
-    """Registers it, unless it is already."""
+    """Registers it, unless it is already. It is closed before whatever was registered earlier to end at the exit."""
     global _process
     if _process != os.getpid():  # a forked child: those of the parent are the parent's
         _open.clear()
         _process = os.getpid()
     _open[id(engine)] = engine
+    atexit.unregister(_close_all)
+    atexit.register(_close_all)
 
 
 def closed(engine: Closable) -> None:
@@ -42,15 +42,18 @@ def closed(engine: Closable) -> None:
     _open.pop(id(engine), None)
 
 
-@atexit.register
+def begun() -> bool:
+    """Whether the script is over, and this is called by what was registered for the process's exit."""
+    main = threading.main_thread()
+    return threading.current_thread() is main and not main.is_alive()
+
+
 def _close_all() -> None:
     error = getattr(sys, "last_value", None)  # what ended the script, if something did
-    deadline = time.monotonic() + _LIMIT_S
     for engine in list(_open.values()) if _process == os.getpid() else []:
         if error is None:
             log.warning("close() was not called: done now, at the end of the script; an open iteration is not saved")
         try:
-            # Where in an iteration sys.exit() was called is not known: only what had ended is whole.
-            engine.end(orderly=error is None, limit_s=max(0.1, deadline - time.monotonic()), seal=False)
+            engine.end(orderly=error is None)
         except LayerwiseError as failed:
             log.error("the last checkpoints were not committed: %s", failed)

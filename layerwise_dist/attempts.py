@@ -24,10 +24,11 @@ log = logging.getLogger("layerwise_dist")
 class Attempts:
     """Opens attempts on one rank, one after the other. Belongs to the training thread.
 
-    `newest` is the last one's number, whether it was opened or not.
+    `newest` is the last one's number, whether it was opened or not, and `before` that of the one before it.
     """
 
-    newest: AttemptId
+    newest: AttemptId | None = None
+    before: AttemptId | None = None
 
     def __init__(
         self, config: LayerwiseConfig, rank: int, surveyor: Surveyor, scheduler: LayerwiseCheckpointScheduler,
@@ -101,7 +102,8 @@ class Attempts:
 
         Raises as `fail`; the other ranks stop at an agreed boundary.
         """
-        attempt = self.newest = AttemptId(self._epoch, self.take_seq(), step)
+        attempt = AttemptId(self._epoch, self.take_seq(), step)
+        self.before, self.newest = self.newest, attempt
         if not self._admitted(attempt):
             return None
         self._participant.began(attempt)
@@ -142,7 +144,8 @@ class Attempts:
     def _capture(self, step: int, found: Survey, laid: Laid, write: ShardWrite, audit: Audit) -> Capture:
         self._last = found
         capture = Capture(
-            step, found, write, audit, self._stage, laid.gathered, timeout_s=self._config.fence_timeout_s
+            step, found, write, audit, self._stage, laid.gathered,
+            timeout_s=self._config.fence_timeout_s, verdict_wanted=self._participant.verdict_wanted,
         )  # fmt: skip
         write.confirm = capture.confirm  # and with it, what is leased stays alive as long as it may be read
         self._scheduler.begin()

@@ -38,6 +38,7 @@ from typing import Any, Literal, Protocol
 from layerwise_dist.boundary_mark import BoundaryMark, Kind, PendingRng, RngEvent
 from layerwise_dist.capture import rng
 from layerwise_dist.capture.loaders import LoaderTap
+from layerwise_dist.capture.loose import LooseLoaders, Started
 from layerwise_dist.errors import BoundaryError, MismatchError
 
 _IDLE_LIMIT = 3  # boundaries in a row without an observed update
@@ -93,7 +94,10 @@ class Boundary:
         self._warned: set[str] = {"inferred"} if by_call else set()
         self._feeds: set[LoaderTap] = set()  # alone since the last forward: certain
         self._may_feed: set[LoaderTap] = set()  # one of several: believed while nothing is certain
-        self._end: tuple[Any, ...] | None = None  # the generators at end_step(), until the next draw or forward
+        # The generators where end_step() was called or a loop over steps() ended, until what comes next.
+        self._end: tuple[Any, ...] | None = None
+        self._ended: list[Started] = []  # loaders that are not attached, and that the next iteration starts anew
+        self._loose = LooseLoaders(self._starting)
         self._reset_loop()
         for tap in self._taps.values():
             tap.on_draw, tap.on_iter = tap.on_draw or self.draw, tap.on_iter or self.iterating
@@ -137,18 +141,24 @@ class Boundary:
         """
         self._check_thread("steps()")
         self._explicit = True
+        if self._end is not None:
+            self._compare_end()
         if self._pending is not None:
             self._pending.at_steps()
         while (step := self._completed) < total:
             self._in_steps = True
-            yield step
-            self._in_steps = False
+            try:
+                yield step
+            finally:  # also where the loop is left
+                self._in_steps = False
             if self._completed != step:
                 raise BoundaryError(
                     f"steps() yielded step {step}, and its body counted {self._completed - step} boundaries itself: "
                     "use either steps() or end_step()"
                 )
             self._mark("explicit")
+            if step + 1 == total and "end" not in self._warned:
+                self._end = rng.glance()
 
     def end_step(self) -> None:
         """The iteration ends here."""
@@ -160,7 +170,7 @@ class Boundary:
             )
         self._explicit = True
         mark = self._mark("explicit")
-        if mark.rng_event == "boundary" and "end_step" not in self._warned and not self._in_loop:
+        if mark.rng_event == "boundary" and "end" not in self._warned and not self._in_loop:
             self._end = rng.glance()
 
     @property
@@ -226,6 +236,7 @@ class Boundary:
                 self._warn("event", problem)
         if self._end is not None:
             self._compare_end()
+        self._loose.forward()
         if self._progress and not self._explicit and not self._in_for():
             if self._several:
                 raise self._untold("a forward behind the update of one of several optimizers")
@@ -269,6 +280,18 @@ class Boundary:
         if self._progress and not self._explicit and tap not in self._ahead:
             self._iters.setdefault(tap, tap.snapshot())
 
+    def _starting(self, loader: Any, name: str) -> bool | None:
+        """A DataLoader is about to be started (`LooseLoaders`)."""
+        if threading.get_ident() != self._thread or any(tap.loader is loader for tap in self._taps.values()):
+            return None
+        if self._pending is not None:
+            self._pending.at_start(name)
+        if any(each.dataset is loader.dataset for each in self._ended):
+            if self._end is not None:
+                self._compare_end()
+            self._ended = []
+        return self._in_steps or any(tap.in_for for tap in self._taps.values())
+
     # -- coming back and ending ---------------------------------------------------------------------------------------
     def restore(self, state: dict[str, Any]) -> None:
         """Take up `BoundaryMark.state()`: loaders at once, random numbers at the event they were taken at.
@@ -284,7 +307,7 @@ class Boundary:
         for name, snapshot in state["loaders"].items():
             self._taps[name].restore(snapshot)
         self._reset_loop()
-        self._end = None
+        self._end, self._ended = None, []
         self._pending = PendingRng(state, self._taps.keys(), here=self._in_loop)
 
     def close(self, *, seal: bool = True) -> bool:
@@ -293,11 +316,14 @@ class Boundary:
         The position of a loader whose `for` was left counts, so that a longer run goes on within the epoch.
         `seal=False`: the job ends by an exception, and what is unsealed may be half an iteration.
         """
-        self._check_thread("close()")
-        if not (seal and self._progress):
-            return False
-        self._mark("close")
-        return True
+        try:
+            if not (seal and self._progress):
+                return False
+            self._check_thread("close()")
+            self._mark("close")
+            return True
+        finally:
+            self._loose.close()
 
     # -- inside -------------------------------------------------------------------------------------------------------
     @property
@@ -320,7 +346,10 @@ class Boundary:
 
     def _mark(self, kind: Kind | Literal["close"], at: tuple[str, ...] = ()) -> BoundaryMark:
         self._check_thread("a boundary")
+        doubts, self._ended = self._loose.boundary(closing=kind == "close")
         mark, resume = self._make_mark(kind, at, self._completed + 1)
+        for doubt in doubts:
+            self._warn(doubt, doubt)
         self._count(kind, resume)
         self._on_boundary(mark)
         return mark
@@ -358,7 +387,9 @@ class Boundary:
         else:
             random = (self._update_rng if inferred else None) or rng.take()
             at = at or tuple(tap.name for tap in feeding)
-        return BoundaryMark(step, kind, self._updates > 0, random, event, loaders, resume, at, after), resume
+        untold = resume == "explicit" and event == "boundary" and not feeding and not self._in_loop
+        starts = tuple(sorted({each.name for each in self._ended})) if untold else ()
+        return BoundaryMark(step, kind, self._updates > 0, random, event, loaders, resume, at, after, starts), resume
 
     def _count(self, kind: str, resume: Kind) -> None:
         self._idle = 0 if self._progress else self._idle + 1
@@ -407,10 +438,10 @@ class Boundary:
         end, self._end = self._end, None
         if end != rng.glance():
             self._warn(
-                "end_step",
-                "random numbers were drawn between end_step() and the next iteration's first batch or forward: a "
-                "resume is not exact there. Loop with `for step in ckpt.steps(total)`, "
-                "whose boundary is restored before them",
+                "end",
+                "random numbers were drawn between end_step() and the next iteration's first batch or forward, or "
+                f"between two loops over steps(): a resume from step {self._completed} is not exact there. Draw them "
+                "within the body of one `for step in ckpt.steps(total)`, whose boundary is restored before them",
             )
 
     def _check_thread(self, what: str) -> None:

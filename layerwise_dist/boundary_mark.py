@@ -26,6 +26,7 @@ class BoundaryMark:
         resume_kind: `kind`, or for "close" the kind that the loop had until then.
         at: names of the loaders at whose draw `rng` is to be put back; any loader if empty.
         rng_after: at an explicit boundary with rng_event "draw", the generators at the boundary itself; otherwise None.
+        starts: loaders that `state=` does not name, at whose start, which comes next, `rng` is to be put back.
     """
 
     step: int
@@ -37,6 +38,7 @@ class BoundaryMark:
     resume_kind: Kind
     at: tuple[str, ...]
     rng_after: rng.RngState | None
+    starts: tuple[str, ...] = ()
 
     def state(self) -> dict[str, Any]:
         """What `Boundary.restore` takes: plain values for typed JSON, sharing memory with the mark."""
@@ -46,6 +48,7 @@ class BoundaryMark:
             "rng_event": self.rng_event,
             "rng_after": self.rng_after,
             "at": list(self.at),
+            "starts": list(self.starts),
             "loaders": self.loaders,
         }
 
@@ -61,6 +64,8 @@ class PendingRng:
 
     def __init__(self, state: dict[str, Any], attached: Collection[str], *, here: bool = False) -> None:
         self._state, self._put = state, False
+        self._starts = state.get("starts", [])
+        self._final = False  # put at the very event of the boundary, whatever comes
         self._at = [name for name in state["at"] if name in attached]
         # A script that saves by a call restores by one, and draws its next batch behind either.
         here |= state["kind"] == "inferred" or (state["kind"] == "call" and not attached)
@@ -76,9 +81,18 @@ class PendingRng:
         if not self._put and (not self._at or name in self._at):
             self._set(self._state["rng"])
 
+    def at_start(self, name: str) -> None:
+        """A loader that `state=` does not name is about to be started."""
+        if not self._final and name in self._starts:
+            self._set(self._state["rng"])
+            self._final = True
+
     def at_steps(self) -> None:
-        """`steps()` starts. A draw before it may have put the generators back already, but this is the better event."""
-        if self._state["kind"] == "explicit":
+        """`steps()` starts. A draw before it may have put the generators back already, but this is the better event;
+        the start of a loader that comes next is a better one.
+        """
+        if self._state["kind"] == "explicit" and not self._final:
+            self._final = True
             if self._state["rng_event"] == "boundary":
                 self._set(self._state["rng"])
             elif self._put:
@@ -89,6 +103,11 @@ class PendingRng:
         if self._put:
             return None
         self._set(self._state["rng"])
+        if self._starts:
+            return (
+                f"the random numbers of the boundary are put back at the first forward, since no {self._starts[0]} was "
+                "started after restore(): this resume is not exact"
+            )
         if self._state["kind"] in ("explicit", "call") and self._state["rng_event"] == "boundary":
             return None
         loaders = ", ".join(self._at) or "an attached loader"

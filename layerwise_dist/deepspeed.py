@@ -11,9 +11,7 @@ All other names are DeepSpeed's own.
 
 from __future__ import annotations
 
-import atexit
 import inspect
-import sys
 from typing import Any
 
 import deepspeed as _deepspeed
@@ -34,7 +32,8 @@ def initialize(
     """`deepspeed.initialize()` with parameters grouped by layer, then `layerwise_dist.attach(engine)`.
 
     Takes and returns what DeepSpeed's does. The checkpointing engine is `engine.layerwise`, closed at the process's
-    exit if not before; it serves `engine.save_checkpoint()` and `engine.load_checkpoint()`. With no
+    exit if not before (an iteration that is open then is not saved); it serves `engine.save_checkpoint()` and
+    `engine.load_checkpoint()`. With no
     ``layerwise_checkpoint`` block in the configuration, or ``"enabled": false`` in it, the two are DeepSpeed's own.
     `layerwise_state` and `layerwise_fresh` are `attach()`'s `state` and `fresh`.
 
@@ -50,7 +49,6 @@ def initialize(
     engine, optimizer, loader, scheduler = _deepspeed.initialize(**given)
     engine.layerwise = attach(engine, state=layerwise_state, fresh=layerwise_fresh)
     serve_checkpoint_calls(engine, engine.layerwise)
-    atexit.register(_close, engine.layerwise)
     return engine, optimizer, loader, scheduler
 
 
@@ -61,12 +59,6 @@ def serve_checkpoint_calls(engine: Any, ckpt: LayerwiseEngine | DisabledEngine) 
     """
     if isinstance(ckpt, LayerwiseEngine):
         CheckpointCalls(engine, ckpt)
-
-
-def _close(ckpt: LayerwiseEngine | DisabledEngine) -> None:
-    """At exit; after an exception that ended the script, what is not sealed is given up."""
-    error = getattr(sys, "last_value", None)
-    ckpt.__exit__(type(error) if error is not None else None, error, None)
 
 
 def _bases(parameters: Any) -> list[dict[str, Any]] | None:

@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
         self._participant, self._committer, self._coordinator = participant, committer, coordinator
         self._preemption, self._replicas = preemption, replicas
         self._statistics = Statistics()
-        self._thread = threading.get_ident()
+        self._trainer, self._thread = threading.current_thread(), threading.get_ident()
+        participant.judge_by(self._settle)
         self._scheduler = LayerwiseCheckpointScheduler(
             every_n_steps=config.every_n_steps, batch_bytes=BLOCKS_A_BATCH * config.writer.block_kb << 10,
             when_full=config.when_full,
@@ -176,12 +178,10 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
         """Waits until `step` or a newer one is "staged", "durable" or "committed".
 
         `timeout` is in seconds, by default commit.timeout_s. Raises CommitError if that checkpoint was aborted,
-        DeadlineError at the timeout, ValueError for another level.
+        DeadlineError at the timeout, which ends nothing: it may be waited for again; ValueError for another level.
         """
         if level not in ("staged", "durable", "committed"):
             raise ValueError(f"level must be 'staged', 'durable' or 'committed', not {level!r}")
-        if level != "staged":
-            self._end_leases()
         self._participant.wait(step, level, timeout)
 
     @property
@@ -227,7 +227,9 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
             self._settle()
 
     def _settle(self) -> None:
-        """Between two operations of the training thread: leases whose blocks are written can be judged."""
+        """Between two operations of the training thread, and while it waits: leases whose blocks are written can be
+        judged.
+        """
         pending = [capture for capture in self._captures if not capture.settled]
         if pending and threading.get_ident() == self._thread:
             with self._statistics.stall("settle"):
@@ -316,31 +318,43 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
     def close(self) -> None:
         """Seals what is open, waits until everything is decided (commit.timeout_s), and lets go of model and directory.
 
-        Called while an exception is on its way, it gives up what is not sealed. Safe to call twice.
-        Raises CommitError or DeadlineError when the last checkpoints could not be committed.
+        Called while an exception is on its way (then for 10 s at most), or at the process's exit, it gives up what is
+        not sealed. Safe to call twice.
+        Raises CommitError when the last checkpoint was not committed, DeadlineError when that is not known in time.
         """
         self.end(orderly=sys.exc_info()[0] is None)
 
-    def end(self, *, orderly: bool, limit_s: float = math.inf, seal: bool = True) -> None:
-        """`close()` within `limit_s` seconds. Not `orderly`: as with an exception on its way; raises nothing then.
-
-        Without `seal`, an iteration that has updated and not ended is given up.
-        """
+    def end(self, *, orderly: bool, limit_s: float = math.inf) -> None:
+        """`close()` within `limit_s` seconds. Not `orderly`: as with an exception on its way; raises nothing then."""
         if self._closed:
             return
         self._closed = True
         at_exit.closed(self)
         timeout = min(limit_s, self.config.commit.timeout_s if orderly else min(10.0, self.config.commit.timeout_s))
+        deadline = time.monotonic() + timeout
+
+        def left() -> float:
+            return max(0.1, deadline - time.monotonic())
+
         problem: LayerwiseError | None = None
         try:
-            self._boundary.close(seal=orderly and seal)
+            self._end_here()
+            try:
+                # Where in an iteration the process's exit was asked for is not known: only what had ended is whole.
+                self._boundary.close(seal=orderly and not at_exit.begun())
+            except LayerwiseError as error:
+                problem = error  # of the iteration that was open; those before it are waited for all the same
+            last = self._attempts.newest if self._open is None else self._attempts.before
             self._give_up("the job ended before this step did")
-            self._end_leases()
-            self._end_trace(timeout)
-            self._participant.drain(timeout)
+            self._end_trace(left())
+            self._participant.drain(left())
             self._participant.ended()
+            if last is not None:
+                self._participant.saved(last, left())
         except LayerwiseError as error:
-            problem = error
+            problem = problem or error
+            for capture in self._captures:
+                capture.give_up(f"the job ended before it was judged: {error}")
         finally:
             for hook in self._hooks:
                 hook.remove()
@@ -350,9 +364,9 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
             self._objects.detach()
             self._attempts.close_pages()
             self._framework.detach()
-            self._participant.close(timeout)
+            self._participant.close(left())
             if self._coordinator is not None:
-                self._coordinator.close(timeout)
+                self._coordinator.close(left())
             if self._committer is not None:
                 self._committer.close()
             self._attempts.close()
@@ -364,6 +378,16 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
             if orderly:
                 raise problem
             log.warning("rank %d: close: %s", self._framework.rank, problem)
+
+    def _end_here(self) -> None:
+        """Once the training thread has ended, any other can judge what it left. Raises BoundaryError before that."""
+        if threading.get_ident() != self._thread:
+            if self._trainer.is_alive():
+                raise BoundaryError(
+                    f"close() on thread {threading.current_thread().name!r} while the one that trains, "
+                    f"{self._trainer.name!r}, goes on: it alone can tell that nothing changes what is still being read"
+                )
+            self._thread = threading.get_ident()
 
     def __enter__(self) -> LayerwiseEngine:
         return self

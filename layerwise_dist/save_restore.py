@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from layerwise_dist.commit.metadata import Inventory, ParentRef
 from layerwise_dist.commit.session import follow
-from layerwise_dist.errors import BoundaryError
+from layerwise_dist.errors import BoundaryError, DeadlineError
 from layerwise_dist.restore import loader
 from layerwise_dist.restore.agreement import Wish, together
 from layerwise_dist.storage import typed_json
@@ -37,7 +38,8 @@ class SaveAndRestore:
         alike. In loops without steps() and end_step() the iteration, if it has updated, ends here; with end_step() it
         is called between two iterations. Retention never removes what `restore(tag=...)` would take.
         `client_state` is what `state=` takes as a dict, each rank's own;
-        `restore()` gives it back as `client_state`. `timeout` is in seconds, by default commit.timeout_s.
+        `restore()` gives it back as `client_state`. `timeout` is in seconds, by default commit.timeout_s; a checkpoint
+        that is not committed by then is still on its way: `wait(step)` goes on waiting for it.
 
         With a tag it raises BoundaryError (within an accumulation window or an iteration of steps(), before
         `restore()`, or with tags that differ), StateError for a client_state that cannot be written, CommitError or
@@ -49,13 +51,16 @@ class SaveAndRestore:
             self._ask_to_save()
             return None
         timeout = self.config.commit.timeout_s if timeout is None else timeout
+        deadline = time.monotonic() + timeout
         step, state = self._check_save(tag), dict(client_state or {})
         together(self._participant, "save", lambda: typed_json.dumps(state, path="client_state"))
         if not self._agree_to_save(tag):
-            self.drain(timeout)  # one on its way at a time, so that there is room
+            # One on its way at a time, so that there is room. All begin it or none: their numbering stays in step.
+            together(self._participant, "save", lambda: self.drain(max(0.0, deadline - time.monotonic())))
             self._compare_replicas()
             self._begin(step)
         attempt = self._attempts.newest
+        assert attempt is not None
         if self._committer is not None:
             self._committer.tag(attempt.seq, tag)
         self._client_state = state
@@ -65,8 +70,7 @@ class SaveAndRestore:
                 self._seal_open(mark)
         finally:
             self._client_state = None
-        self._end_leases()
-        self._participant.wait_for_attempt(attempt, timeout)
+        self._participant.wait_for_attempt(attempt, max(0.0, deadline - time.monotonic()))
         return attempt.step
 
     def _check_save(self: LayerwiseEngine, tag: str) -> int:
@@ -101,9 +105,13 @@ class SaveAndRestore:
         `offload_states()`, say. `timeout` is in seconds, by default commit.timeout_s; raises DeadlineError.
         """
         timeout = self.config.commit.timeout_s if timeout is None else timeout
+        deadline = time.monotonic() + timeout
+        for capture in self._captures:
+            if not capture.wait_read(max(0.0, deadline - time.monotonic())):
+                raise DeadlineError(f"tensors of step {capture.step} were still being written after {timeout:g} s")
         self._end_leases()
-        self._frozen.drain(timeout)
-        self._participant.drain(timeout)
+        self._frozen.drain(max(0.0, deadline - time.monotonic()))
+        self._participant.drain(max(0.0, deadline - time.monotonic()))
 
     # -- restore ------------------------------------------------------------------------------------------------
 

@@ -45,8 +45,11 @@ class Together:
     def _save_here(self: LayerwiseEngine, mark: BoundaryMark) -> None:
         """An attempt that is opened at the boundary: nothing has changed since the update but what is copied now."""
         self._compare_replicas()
+        patience = self.config.fence_timeout_s
+        if self._preemption is not None and self._preemption.begun:
+            patience = min(patience, max(0.1, self._preemption.remaining_s - _FAREWELL_S))
         with self._statistics.stall("open"):
-            self._participant.wait_room(self.config.max_in_flight, self.config.fence_timeout_s)
+            self._participant.wait_room(self.config.max_in_flight, patience)
             self._begin(mark.step)
         if self._open is not None:
             self._seal_open(mark)
@@ -67,7 +70,7 @@ class Together:
         """What was given up is tried once more: every rank hears of that, and none goes on from here."""
         assert self._preemption is not None
         for again in (True, False):
-            self._end_leases()
+            assert self._attempts.newest is not None
             left = max(0.1, self._preemption.remaining_s - _FAREWELL_S)
             try:
                 self._participant.wait_for_attempt(self._attempts.newest, left)

@@ -68,7 +68,7 @@ class Updates:
         if not self._captures and not update.again:
             return  # as nearly always in an update that goes unit by unit
         with self._statistics.stall("fence"):
-            self._end_leases(layers, overwrite=True)
+            self._end_leases(layers)
             if update.again and not update.drained and self._open is not None:
                 update.drained = self._guarded(self._open, self._open.drain)
 
@@ -97,7 +97,7 @@ class Updates:
         assert update is not None, "update_starting() comes first"
         if not update.fenced:
             with self._statistics.stall("fence"):
-                self._end_leases(update.layers, overwrite=True)
+                self._end_leases(update.layers)
         self._statistics.update_over()
         if self._trace is not None:
             self._trace.update_done()
@@ -149,9 +149,10 @@ class Updates:
         if batches and self._guarded(capture, lambda: capture.take(batches)) and self._trace is not None:
             self._trace.captured(capture, batches)
 
-    def _end_leases(self: LayerwiseEngine, layers: Collection[str] | None = None, *, overwrite: bool = False) -> None:
+    def _end_leases(self: LayerwiseEngine, layers: Collection[str] | None = None) -> None:
+        """These layers, or all, are overwritten next."""
         for capture in self._captures:
-            self._attempts.learn(capture.fence(layers, overwrite=overwrite), "the next update")
+            self._attempts.learn(capture.fence(layers), "the next update")
         self._captures = [capture for capture in self._captures if not capture.over]
 
     def _guarded(self: LayerwiseEngine, capture: Capture, action: Callable[[], Any]) -> bool:

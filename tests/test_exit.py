@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import DEEPSPEED
 
 from layerwise_dist._native import PosixEnv
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
@@ -51,14 +54,99 @@ def test_a_forgotten_close_is_made_up_for_and_said(tmp_path: Path, end: str) -> 
 
 @pytest.mark.parametrize(
     ("at_14", "wanted", "words"),
-    [("raise ValueError('mine')", 1, "ValueError: mine"), ("sys.exit(3)", 3, ""), ("raise KeyboardInterrupt", -2, "")],
-    ids=["exception", "exit", "interrupt"],
+    [
+        ("raise ValueError('mine')", 1, "ValueError: mine"),
+        ("sys.exit(3)", 3, ""),
+        ("raise KeyboardInterrupt", -2, ""),
+        # A handler of the script's own runs before the library's, and knows no more of where the iteration was.
+        ("import atexit; atexit.register(ckpt.close); sys.exit(3)", 3, ""),
+        ("ckpt.wait(14); import os; os._exit(3)", 3, ""),
+    ],
+    ids=["exception", "exit", "interrupt", "handler", "at once"],
 )
 def test_a_script_that_is_left_keeps_its_exit_code(tmp_path: Path, at_14: str, wanted: int, words: str) -> None:
     code, told = run(tmp_path, at_14)
     assert code == wanted and words in told and "terminate called" not in told
     # The iteration that was left is not saved; those before it are on the disk.
     assert newest(tmp_path) == 14
+
+
+def test_mutation_an_exit_that_seals_what_is_open_is_caught(tmp_path: Path) -> None:
+    sealing = "from layerwise_dist import at_exit; at_exit.begun = lambda: False; sys.exit(3)"
+    code, _ = run(tmp_path, sealing)
+    assert code == 3 and newest(tmp_path) == 15, "which is half an iteration"
+
+
+SEVERAL = """
+import sys, threading, torch, layerwise_dist as lwd
+
+def make(name):
+    model = torch.nn.Linear(100, 100)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return model, optimizer, f"{name}/ckpt"
+
+def update(model, optimizer):
+    model(torch.randn(4, 100)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+def on_a_thread():
+    model, optimizer, folder = make("thread")
+    ckpt = lwd.attach(model, optimizer, dir=folder)
+    for step in ckpt.steps(3):
+        update(model, optimizer)
+    update(model, optimizer)
+
+trained, optimizer, folder = make("trainer")
+trainer = lwd.LayerwiseCheckpointTrainer(trained, optimizer, checkpoint_dir=folder)
+model, other, folder = make("engine")
+ckpt = lwd.attach(model, other, dir=folder)
+thread = threading.Thread(target=on_a_thread)
+thread.start()
+thread.join()
+for step in ckpt.steps(9):
+    trained(torch.randn(4, 100)).square().mean().backward()
+    trainer.step()
+    update(model, other)
+    if step == 4:
+        optimizer.step()
+        sys.exit(3)
+"""
+
+
+def test_several_engines_a_trainer_and_one_of_a_thread_are_all_left_alike(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", SEVERAL], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3, done.stderr
+    # The trainer's iteration ends with its step(); the others' were open.
+    assert [newest(tmp_path / name) for name in ("trainer", "engine", "thread")] == [5, 4, 3], done.stderr
+
+
+DROP_IN = """
+import sys, torch, torch.distributed as dist
+import layerwise_dist.deepspeed as deepspeed
+
+dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+model = torch.nn.Sequential(torch.nn.Linear(10, 10), torch.nn.Linear(10, 10))
+engine, *_ = deepspeed.initialize(model=model, config={
+    "train_batch_size": 2, "optimizer": {"type": "Adam", "params": {"torch_adam": True}},
+    "zero_optimization": {"stage": 1}, "layerwise_checkpoint": {"dir": "ckpt"},
+})
+for step in engine.layerwise.steps(9):
+    engine.backward(engine(torch.randn(2, 10)).square().mean())
+    engine.step()
+    if step == 3:
+        sys.exit(3)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_the_drop_in_for_deepspeed_leaves_an_open_iteration_unsaved_as_all_do(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", DROP_IN], cwd=tmp_path, capture_output=True, text=True, timeout=90,
+        env={**os.environ, **DEEPSPEED},
+    )  # fmt: skip
+    assert done.returncode == 3 and "close() was not called" in done.stderr, done.stderr
+    assert newest(tmp_path) == 3
 
 
 def test_a_forked_child_leaves_its_parents_engine_alone(tmp_path: Path) -> None:

@@ -368,7 +368,8 @@ def test_closing_gives_up_a_base_that_nothing_waits_for(slow: Slow, tmp_path: Pa
     slow.notes["bad"] = object()
     slow.steps(5)
     assert not slow.read
-    slow.ckpt.close()
+    with pytest.raises(errors.CommitError, match="the last checkpoint is not committed .* step 4.*: .* of step 5"):
+        slow.ckpt.close()
     assert slow.read and "0000000100000005" not in bases(tmp_path)
 
 

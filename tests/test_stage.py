@@ -117,9 +117,9 @@ def _watched(monkeypatch: pytest.MonkeyPatch) -> None:
 
     real = LayerwiseEngine._end_leases
 
-    def watched(engine: Any, *layers: Any, overwrite: bool = False) -> None:
+    def watched(engine: Any, *layers: Any) -> None:
         captures: list[Capture] = list(engine._captures)
-        real(engine, *layers, overwrite=overwrite)
+        real(engine, *layers)
         engine._last_pending = sum(capture.write._writer.pending for capture in captures)
 
     monkeypatch.setattr(LayerwiseEngine, "_end_leases", watched)
@@ -271,10 +271,12 @@ def test_a_pool_that_stays_full_ends_the_attempt_and_training_goes_on(
     model, optimizer = build()
     options = {"capture": "stage", "fence_timeout_s": 0.2, "max_in_flight": 4, "commit": {"raise_after": 100}}
     env = slow(0.3)
-    with attach(model, optimizer, tmp_path, env, pool_mb=8, **options) as ckpt:
-        for step in ckpt.steps(4):
-            update(model, optimizer, step)
-        env.clear()
+    ckpt = attach(model, optimizer, tmp_path, env, pool_mb=8, **options)
+    for step in ckpt.steps(4):
+        update(model, optimizer, step)
+    env.clear()
+    with pytest.raises(errors.CommitError, match="step 4 was aborted: .* fence_timeout_s"):
+        ckpt.close()
     assert equal(tensors(model, optimizer), plain(4)[4])
     assert "fence_timeout_s" in caplog.text
 
@@ -369,7 +371,9 @@ def test_a_device_that_fails_a_copy_ends_the_attempt_and_not_the_job(
 
     monkeypatch.setattr(stage, "copies_for", lambda device: Failing())
     model, optimizer = build()
-    with attach(model, optimizer, tmp_path, capture="stage", pool_mb=64, commit={"raise_after": 100}) as ckpt:
-        for step in ckpt.steps(3):
-            update(model, optimizer, step)
+    ckpt = attach(model, optimizer, tmp_path, capture="stage", pool_mb=64, commit={"raise_after": 100})
+    for step in ckpt.steps(3):
+        update(model, optimizer, step)
+    with pytest.raises(errors.CommitError, match="device-side assert"):
+        ckpt.close()
     assert "device-side assert" in caplog.text and ckpt.committed_step is None

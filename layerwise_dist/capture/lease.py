@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
@@ -38,17 +38,22 @@ class Capture:
 
     def __init__(
         self, step: int, survey: Survey, write: ShardWrite, audit: Audit, stage: Stage,
-        gathered: Mapping[int, GatheredExtent], *, timeout_s: float,
+        gathered: Mapping[int, GatheredExtent], *, timeout_s: float, verdict_wanted: Callable[[], None],
     ) -> None:  # fmt: skip
+        """`timeout_s`: the longest wait for the disk before memory is overwritten or captured again.
+
+        `verdict_wanted()` is called once all is written, if the training thread has not judged it by then.
+        """
         self.step, self.write, self.survey = step, write, survey
         self._audit, self._stage, self._gathered = audit, stage, gathered
-        self._timeout_s = timeout_s
+        self._timeout_s, self._verdict_wanted = timeout_s, verdict_wanted
         self._handover = Handover()
         self._fences: dict[int, list[Wait]] = {}
         self._sealed: torch.Tensor | None = None
         self._versions = [-1] * len(survey.tensors)
         self._staging = bool(survey.staged_bytes)  # whether a change could still get into what is staged
         self._unjudged = set(range(len(survey.batches)))
+        self._certain = False  # all of it was compared after it was written
         self._settled = threading.Event()
         self._verdict: str | None = None
         self.bytes_staged = self.bytes_sealed = 0
@@ -76,10 +81,13 @@ class Capture:
 
     def drain(self) -> None:
         """Waits until all that was queued is written and hashed. Raises LeaseBroken or StageError."""
-        deadline = time.monotonic() + self._timeout_s
-        given = self._handover.wait(self._timeout_s)
-        if not given or not self.write.wait_written(max(0.0, deadline - time.monotonic())):
+        if not self.wait_read(self._timeout_s):
             raise self._too_slow()
+
+    def wait_read(self, timeout_s: float) -> bool:
+        """Whether, within the time, all that was queued is written and hashed. Raises StageError."""
+        deadline = time.monotonic() + timeout_s
+        return self._handover.wait(timeout_s) and self.write.wait_written(max(0.0, deadline - time.monotonic()))
 
     def fits(self, survey: Survey) -> bool:
         """Whether what there is lies as it did when the capture was opened, so that it can be sealed."""
@@ -106,16 +114,16 @@ class Capture:
             self.drain()
             self.take({self.survey.batch_of[number] for number in unseen.union(moved)})
         self._copy_rest(survey)
-        if self._audit.full:
-            # What an audited checkpoint holds is certain: nothing may change it any more once it was compared.
-            self.drain()
+        # What an audited checkpoint holds is certain if all is written by now: nothing changes it any more. On a disk
+        # that is too slow for that it is compared once more when its lease ends, as any other.
+        self._certain = self._audit.full and self.wait_read(self._timeout_s)
         self.settle()
         return self._names(unseen)
 
     @property
     def certain(self) -> bool:
-        """Whether all of it is read again, and written before the boundary is over."""
-        return self._audit.full
+        """Whether all of it was read again, and written before the boundary was over."""
+        return self._certain
 
     @property
     def settled(self) -> bool:
@@ -124,8 +132,8 @@ class Capture:
 
     @property
     def over(self) -> bool:
-        """Whether no fence has anything to do any more. A full audit looks once more before each batch is changed."""
-        return self._settled.is_set() and (not self._audit.full or not self._unjudged)
+        """Whether no fence has anything to do any more. At a certain one it looks again before each batch changes."""
+        return self._settled.is_set() and (not self._certain or not self._unjudged)
 
     def settle(self) -> set[str]:
         """Judges the capture, if no more of the tensors' memory is needed by now. On the training thread only.
@@ -150,21 +158,23 @@ class Capture:
         StageError if something could not be staged.
         """
         deadline = time.monotonic() + timeout_s
-        if not self._settled.wait(timeout_s):
+        if not self._handover.wait(timeout_s):
+            raise LeaseBroken(f"copies of device memory were still being made after {timeout_s:g} s")
+        if not self._settled.is_set():
+            self._verdict_wanted()
+        if not self._settled.wait(max(0.0, deadline - time.monotonic())):
             raise LeaseBroken(
                 f"for {timeout_s:g} s after its boundary the training thread neither ran the model nor called the "
                 "engine, which alone can tell that the parameters did not change meanwhile; call wait() or close()"
             )
         if self._verdict:
             raise LeaseBroken(self._verdict)
-        if not self._handover.wait(max(0.0, deadline - time.monotonic())):
-            raise self._too_slow()
 
-    def fence(self, layers: Collection[str] | None = None, *, overwrite: bool = True) -> set[str]:
-        """Ends the capture's need of the tensors' memory; gives the attempt up when that is not to be had in time.
+    def fence(self, layers: Collection[str] | None = None) -> set[str]:
+        """Ends the capture's need of memory that is overwritten next, or the attempt if that takes too long.
 
-        With `layers`, only of the batches that these are in. With `overwrite` an update comes next: what is not written
-        yet is copied away as far as the pool has room, and the rest is waited for. Otherwise everything is waited for.
+        With `layers`, only of the batches that these are in. What is not written yet is copied away as far as the pool
+        has room, and the rest is waited for.
         Returns the names of tensors that changed since the boundary in a way only the audit saw.
         """
         batches = self._unjudged & (self._unjudged if layers is None else self.survey.batches_with(layers))
@@ -172,19 +182,20 @@ class Capture:
             return set()  # and not where all is copied at the boundary: that is judged by the first fence
         unseen: set[str] = set()
         try:
-            if overwrite:
-                self._free_memory(batches)
-            else:
-                self.drain()
+            self._free_memory(batches)
             unseen = self._judge(batches)
         except LayerwiseError as broken:
-            if not self._settled.is_set():
-                self._verdict = str(broken)
-                self._settled.set()
-        if self._audit.full:
+            self.give_up(str(broken))
+        if self._certain:
             unseen = self._names(self._audit.changed(self.survey, batches, leased_only=True).difference(self._moved()))
         self._unjudged -= batches
         return unseen
+
+    def give_up(self, reason: str) -> None:
+        """Ends the attempt, unless it is judged already."""
+        if not self._settled.is_set():
+            self._verdict = reason
+            self._settled.set()
 
     # -- inside -------------------------------------------------------------------------------------------------
 
@@ -247,9 +258,9 @@ class Capture:
         if self._settled.is_set():
             return set()
         moved = [number for number in self._moved() if self.survey.batch_of[number] in batches]
-        # A full audit had everything written before the boundary was over: what changes now was never read.
+        # What was written before the boundary was over is certain: what changes now was never read.
         unseen: set[int] = set()
-        if not self._audit.full:
+        if not self._certain:
             unseen = self._audit.changed(self.survey, batches, leased_only=True).difference(moved)
         if not self._broken([*moved, *unseen]) and self._unjudged <= set(batches):
             self._settled.set()

@@ -91,6 +91,7 @@ class Ledger:
         self.unlike: set[str] = set()  # ranks that do not share optimizer state, though they should
         self._aborted: dict[int, str] = {}
         self._aborted_seqs: set[int] = set()
+        self._failures: dict[int, str] = {}  # by seq, of those aborted that were not skipped
         self._committed_seq = 0
         self._undecided: dict[int, Write] = {}
         self._busy: set[int] = set()
@@ -148,6 +149,7 @@ class Ledger:
         """After a restore the step counts from there: what a later, abandoned branch had reached says nothing now."""
         self.reached = dict.fromkeys(LEVELS, step)
         self._aborted.clear()
+        self._failures.clear()
 
     # -- what the background did --------------------------------------------------------------------------------
 
@@ -205,11 +207,13 @@ class Ledger:
             if message["unlike"]:
                 self.unlike.add(message["unlike"])
             self._aborted_seqs = {seq for seq in self._aborted_seqs if seq > message["seq"] - 1024} | {message["seq"]}
-            self._aborted[message["step"]] = (
-                f"the checkpoint of step {message['step']} was aborted: {message['reason']}"
-            )
-            if len(self._aborted) > _REMEMBERED:
-                del self._aborted[min(self._aborted)]
+            reason = f"the checkpoint of step {message['step']} was aborted: {message['reason']}"
+            self._aborted[message["step"]] = reason
+            if not message["skipped"]:
+                self._failures[message["seq"]] = reason
+            for known in (self._aborted, self._failures):
+                if len(known) > _REMEMBERED:
+                    del known[min(known)]
             write = self._undecided.pop(message["seq"], None)
             if write is not None:
                 actions.append(Discard(write))
@@ -287,6 +291,13 @@ class Ledger:
 
     def is_hopeless(self, attempt: AttemptId) -> bool:
         return attempt.seq in self._aborted_seqs or self.ended() is not None
+
+    def is_decided(self, attempt: AttemptId) -> bool:
+        return attempt.seq in self._aborted_seqs or self.is_committed(attempt)
+
+    def failure(self, attempt: AttemptId) -> str | None:
+        """Why that attempt was aborted, unless it was skipped."""
+        return self._failures.get(attempt.seq)
 
     def _message(self, kind: str, attempt: AttemptId) -> Message:
         return {

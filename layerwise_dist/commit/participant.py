@@ -44,6 +44,8 @@ class Participant:
         self._retire: Callable[[AttemptId], None] | None = None
         self._keeper: KeeperThread | None = None
         self._quiet: Callable[[float], None] | None = None
+        self._judge: Callable[[], None] = lambda: None
+        self._verdicts_wanted = 0
         self.tells = self.rank == 0  # whether it warns of what became of all ranks' checkpoints
         self.through_monitor = False  # whose end is not that of another rank's training
         self.apart = False  # whether there are directories that rank 0 does not see
@@ -55,6 +57,19 @@ class Participant:
     def serve(self, coordinator: Callable[[Message], None], quiet: Callable[[float], None] | None = None) -> None:
         """`quiet(timeout_s)` waits until the coordinator waits for nothing."""
         self._serve, self._quiet = coordinator, quiet
+
+    def judge_by(self, judge: Callable[[], None]) -> None:
+        """`judge()` gives the verdicts that only the training thread can give, as far as they can be given by now; on
+        any other thread it does nothing. Every wait begins with it, and calls it again when a verdict is wanted: what
+        is waited for may need that verdict.
+        """
+        self._judge = judge
+
+    def verdict_wanted(self) -> None:
+        """A shard's blocks are written, and it now waits for the training thread's verdict. Any thread."""
+        with self._changed:
+            self._verdicts_wanted += 1
+            self._changed.notify_all()
 
     def keep(self, keeper: KeeperThread) -> None:
         """This rank keeps the records of the ranks that share its directory; until `close`."""
@@ -160,7 +175,9 @@ class Participant:
         with self._changed:
             gone = self.through_monitor  # with a monitor that is lost nothing is on its way any more
             state = self._ledger
-            return self._changed.wait_for(lambda: state.on_disk_way < max_in_flight or (gone and state.lost), timeout_s)
+            return self._until(
+                lambda: state.on_disk_way < max_in_flight or (gone and state.lost), time.monotonic() + timeout_s
+            )
 
     def boundary(self, count: int) -> Meeting | None:
         """Call at each boundary, counted from the session's start. What all ranks do at it, if they have agreed on it.
@@ -239,6 +256,20 @@ class Participant:
             )
             if not state.is_committed(attempt):
                 raise CommitError(state.hopeless(attempt.step) or "")
+
+    def saved(self, attempt: AttemptId, timeout_s: float) -> None:
+        """At a job's end: that this attempt, the last, was committed, or skipped for want of room. Raises as `wait`."""
+        state = self._ledger
+        with self._changed:
+            self._wait_for(
+                lambda: state.is_decided(attempt) or state.ended() is not None,
+                time.monotonic() + timeout_s,
+                lambda: f"close: waited {timeout_s:g} s for rank 0 to decide on step {attempt.step}",
+            )
+            if (reason := state.failure(attempt) or state.ended()) is not None:
+                newest = state.reached["committed"]
+                kept = "none is" if newest is None else f"the newest that is: step {newest}"
+                raise CommitError(f"the last checkpoint is not committed ({kept}): {reason}")
 
     def drain(self, timeout_s: float, *, stopped: bool = False) -> None:
         """Waits until every attempt of this rank is decided; of a session that has stopped only if `stopped` says so.
@@ -380,10 +411,25 @@ class Participant:
 
     def _wait_for(self, predicate: Callable[[], Any], deadline: float, message: Callable[[], str]) -> None:
         state = self._ledger
-        if not self._changed.wait_for(lambda: bool(predicate()) or state.lost is not None, deadline - time.monotonic()):
+        if not self._until(lambda: predicate() or state.lost is not None, deadline):
             raise DeadlineError(message())
         if not predicate():
             raise CommitError(state.lost or "")
+
+    def _until(self, predicate: Callable[[], Any], deadline: float) -> bool:
+        """Whether it holds by the deadline. REQUIRES: the lock is held once; it is let go of while judging."""
+        judged = -1
+        while not predicate():
+            if judged != self._verdicts_wanted:
+                judged = self._verdicts_wanted
+                self._changed.release()
+                try:
+                    self._judge()
+                finally:
+                    self._changed.acquire()
+            elif not self._changed.wait(max(0.0, deadline - time.monotonic())) and time.monotonic() >= deadline:
+                return bool(predicate())
+        return True
 
 
 def describe_error(error: Exception) -> dict[str, Any]:

@@ -81,6 +81,7 @@ class _Boundary(_Part):
     rng_after: _Rng | None
     at: list[str]
     loaders: dict[str, dict[str, Any]]
+    starts: list[str] = []
 
 
 class _Group(_Part):
