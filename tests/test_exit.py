@@ -125,6 +125,7 @@ DROP_IN = """
 import sys, torch, torch.distributed as dist
 import layerwise_dist.deepspeed as deepspeed
 
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # only inference uses it, and it takes a minute to build
 dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
 model = torch.nn.Sequential(torch.nn.Linear(10, 10), torch.nn.Linear(10, 10))
 engine, *_ = deepspeed.initialize(model=model, config={
