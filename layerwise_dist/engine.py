@@ -356,7 +356,7 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
             log.warning("rank %d: close: %s", self._framework.rank, problem)
 
     def _end_here(self) -> None:
-        """Once the training thread has ended, any other can judge what it has left behind. Raises BoundaryError before."""
+        """Once the training thread has ended, any other can judge what it has left. Raises BoundaryError before."""
         if threading.get_ident() != self._thread:
             if self._trainer.is_alive():
                 raise BoundaryError(
