@@ -122,9 +122,10 @@ def test_several_engines_a_trainer_and_one_of_a_thread_are_all_left_alike(tmp_pa
 
 
 DROP_IN = """
-import sys, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 import layerwise_dist.deepspeed as deepspeed
 
+os.environ["LOCAL_RANK"] = "0"
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # only inference uses it, and it takes a minute to build
 dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
 model = torch.nn.Sequential(torch.nn.Linear(10, 10), torch.nn.Linear(10, 10))
