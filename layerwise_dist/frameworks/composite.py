@@ -12,7 +12,8 @@ from torch import nn
 
 from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.base import Framework, ParamView
-from layerwise_dist.frameworks.optimizers import NO_STATE, OptimizerAdapter, UpdateEvents
+from layerwise_dist.frameworks.nested import NO_STATE
+from layerwise_dist.frameworks.optimizers import OptimizerAdapter, UpdateEvents
 from layerwise_dist.pieces import Piece
 from layerwise_dist.slices import Slice
 
