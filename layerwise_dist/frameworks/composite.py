@@ -255,11 +255,14 @@ class _Counted:
         self._updates, self._name, self._member = updates, name, member
         self._starting, self.overwriting = events.update_starting, events.overwriting
         self.wants_layers, self.updated, self.wanted = events.wants_layers, events.updated, events.wanted
-        self._done = events.update_done
+        self._done, self._closure = events.update_done, events.before_closure
 
     def update_starting(self, *, in_closure: bool = False, layers: Collection[str] | None = None) -> None:
         """Only its own layers: what is leased of the others' stays leased."""
         self._starting(in_closure=in_closure, layers={view.layer for view in self._member.views})
+
+    def before_closure(self, layers: Collection[str] | None = None) -> None:
+        self._closure({view.layer for view in self._member.views})
 
     def update_done(self, *, applied: bool) -> None:
         self._updates[self._name] += applied

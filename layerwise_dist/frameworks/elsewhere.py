@@ -39,12 +39,15 @@ _SAYS_NOTHING = [("bool", "True"), ("bool", "False"), ("NoneType", "None")]
 
 
 class Elsewhere:
-    """Of one optimizer. `kin` are itself and all that are inside it or around it, whose state is captured too."""
+    """Of one optimizer. `kin` are itself and all that are inside it or around it, whose state is captured too.
+
+    `watched` says that its class may have attributes that are state: it is of none of the packages known not to.
+    """
 
     def __init__(self, kind: str, optimizer: Optimizer, kin: Callable[[], Iterable[Optimizer]]) -> None:
         """Raises UnsupportedError for a `state_dict()` that cannot be called without a change of the training."""
         self.kind, self._optimizer, self._kin = kind, optimizer, kin
-        self._watched = not f"{type(optimizer).__module__}.".startswith(_PLAIN)
+        self.watched = not f"{type(optimizer).__module__}.".startswith(_PLAIN)
         self._looks: dict[str, Any] | None = None  # before the first update
         self._fixed: Any = None
         told = self._told()
@@ -53,7 +56,7 @@ class Elsewhere:
 
     def remember(self) -> None:
         """An update begins."""
-        if self._watched and self._looks is None:
+        if self.watched and self._looks is None:
             self._looks = self._attributes()
 
     def describe(self) -> dict[str, Any]:
@@ -167,9 +170,7 @@ class Elsewhere:
     def _captured(self) -> tuple[set[int], list[Any]]:
         """What is saved in another way: by identity, and as state dicts of the others."""
         kin = list(self._kin())
-        held = {id(part) for each in kin for part in (each.state, each.param_groups, *each.state.values())}
-        held.update(id(group) for each in kin for group in each.param_groups)
-        return held, [each.state_dict() for each in kin if each is not self._optimizer]
+        return _held(kin), [each.state_dict() for each in kin if each is not self._optimizer]
 
     # -- attributes ---------------------------------------------------------------------------------------------
 
@@ -211,6 +212,15 @@ def takes(optimizer: Optimizer) -> bool:
         or "load_state_dict" in vars(optimizer)
         or bool(getattr(optimizer, "_optimizer_load_state_dict_pre_hooks", None))
     )
+
+
+def _held(kin: Iterable[Optimizer]) -> set[int]:
+    """The optimizers, and what of them is saved as it is, by identity: no numbers or strings, which are anybody's."""
+    found: set[int] = set()
+    for each in kin:
+        found.update(map(id, (each, each.state, each.param_groups, *each.param_groups)))
+        found.update(id(value) for value in each.state.values() if isinstance(value, Mapping | list | torch.Tensor))
+    return found
 
 
 def _is_captured(value: Any, held: set[int], dicts: Sequence[Any]) -> bool:
@@ -277,8 +287,7 @@ class _Looks:
 
     def __init__(self, kin: Iterable[Optimizer]) -> None:
         kin = list(kin)
-        self._passed = {id(part) for each in kin for part in (each, each.state, each.param_groups, *each.param_groups)}
-        self._passed.update(id(state) for each in kin for state in each.state.values())
+        self._passed = _held(kin)
         self._tensors = [p for each in kin for group in each.param_groups for p in group["params"]]
         self._tensors += [
             t for each in kin for state in each.state.values() if isinstance(state, Mapping)

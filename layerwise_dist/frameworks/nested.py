@@ -35,6 +35,11 @@ class Nest:
             place: Elsewhere(self._called(place), each, self._members.values) for place, each in self._members.items()
         }
 
+    @property
+    def foreign(self) -> bool:
+        """Whether its class is of another package than those that are known to do nothing but update in `step()`."""
+        return self._elsewhere[""].watched
+
     def _called(self, place: str) -> str:
         return f"{self.kind}'s {place} ({type(self._members[place]).__qualname__})" if place else self.kind
 

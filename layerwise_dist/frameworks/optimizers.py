@@ -6,7 +6,10 @@ ask of its `OptimizerAdapter`, so that one whose state lies in flat, sharded uni
 
 from __future__ import annotations
 
+import sys
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +30,9 @@ class UpdateEvents(Protocol):
 
         With `layers` it can change nothing but those; one of several optimizers says so.
         """
+
+    def before_closure(self, layers: Collection[str] | None = None) -> None:
+        """Behind `update_starting(in_closure=True)`: these layers, or all, may change before its first call."""
 
     def wants_layers(self) -> bool:
         """Whether it is worth while that the update that comes goes layer by layer, if it can.
@@ -152,6 +158,8 @@ class TorchOptimizer(OptimizerAdapter):
         self._check_parameters()
         self._nest = Nest(self.kind, self._keeper, self._names)
         self._hooks: list[Any] = []
+        self._step: FrameType | None = None  # that runs, or was left by an exception
+        self._steps_within = 0
 
     def _check_parameters(self) -> None:
         for number, group in enumerate(self._optimizer.param_groups):
@@ -253,17 +261,31 @@ class TorchOptimizer(OptimizerAdapter):
 
     def watch(self, events: UpdateEvents) -> None:
         self._events = events
-        if not getattr(type(self._optimizer).step, "hooked", False):
-            self._optimizer._patch_step_function()  # as its __init__ does, which wrappers may have left out
+        _take_hooks(self._optimizer)
         self._hooks = [
-            self._optimizer.register_step_pre_hook(self._before),
-            self._optimizer.register_step_post_hook(self._after),
+            self._optimizer.register_step_pre_hook(self._begins),
+            self._optimizer.register_step_post_hook(self._ends),
         ]
 
     def detach(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+    def _begins(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Hooks run for the `step()` of a subclass, and again for its parent's within it: only the outer one counts."""
+        if self._step is not None and _is_running(self._step):
+            self._steps_within += 1
+            return None
+        self._step, self._steps_within = sys._getframe(1), 0
+        return self._before(optimizer, args, kwargs)
+
+    def _ends(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._steps_within:
+            self._steps_within -= 1
+            return
+        self._step = None
+        self._after(optimizer, args, kwargs)
 
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._nest.remember()
@@ -273,6 +295,8 @@ class TorchOptimizer(OptimizerAdapter):
             self._events.overwriting()
             return None
         self._events.update_starting(in_closure=True)
+        if self._nest.foreign:  # SAM, say, climbs before it evaluates
+            self._events.before_closure()
         wrapped = self._fenced(closure)
         if "closure" in kwargs:
             return args, {**kwargs, "closure": wrapped}
@@ -297,6 +321,14 @@ class TorchOptimizer(OptimizerAdapter):
         self._events.update_done(applied=not found_inf(optimizer))
 
 
+def _is_running(frame: FrameType) -> bool:
+    """Whether a call is under way, on this thread, further out."""
+    here: FrameType | None = sys._getframe(1)
+    while here is not None and here is not frame:
+        here = here.f_back
+    return here is not None
+
+
 def _check_made(optimizer: torch.optim.Optimizer) -> None:
     """Wrappers that inherit from `Optimizer`, and have not called its `__init__`, may have no hooks and no state."""
     needed = {"state", "param_groups", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"}
@@ -308,6 +340,15 @@ def _check_made(optimizer: torch.optim.Optimizer) -> None:
             f"keeps: call it there; or attach the optimizer inside it{f' ({inside})' if inside else ''}, if {kind} "
             "keeps nothing itself that a resume needs"
         )
+
+
+def _take_hooks(optimizer: torch.optim.Optimizer) -> None:
+    """Makes `step()` call hooks, as `Optimizer.__init__` does, which wrappers of their own kind leave out."""
+    for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+        if type(vars(optimizer)[name]) is dict:  # which a hook's handle cannot refer to
+            setattr(optimizer, name, OrderedDict(vars(optimizer)[name]))
+    if not getattr(type(optimizer).step, "hooked", False):
+        optimizer._patch_step_function()
 
 
 def found_inf(optimizer: torch.optim.Optimizer) -> bool:
