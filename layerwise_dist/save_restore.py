@@ -156,7 +156,8 @@ class SaveAndRestore:
 
     def _adopt(self: LayerwiseEngine, loading: loader.LoadPlan) -> None:
         sealed = loading.sealed
-        self._optimizer.adopt(loading.states, sealed["optimizer"])
+        # An optimizer's own load_state_dict() may run in it, and fail.
+        together(self._participant, "adopt", lambda: self._optimizer.adopt(loading.states, sealed["optimizer"]))
         self._sealer.put(sealed)
         self._updates = sealed["updates"]
         self._boundary.start_at(sealed["step"])

@@ -643,6 +643,25 @@ def test_a_state_dict_that_makes_state_is_refused_and_undone(tmp_path: Path) -> 
         ckpt.wait(2)
 
 
+def test_errors_of_an_optimizer_s_own_code_are_named(tmp_path: Path) -> None:
+    class NoStateDict(InState):
+        def state_dict(self) -> dict[str, Any]:
+            raise NotImplementedError("call distributed_state_dict()")
+
+    class NotLoaded(Told):
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            self.k = state_dict["misspelled"]
+
+    found = refused(tmp_path / "1", of(NoStateDict))
+    assert "state_dict() fails: NotImplementedError: call distributed_state_dict()" in found
+    model, optimizer = job(of(NotLoaded))
+    with lwd.attach(model, optimizer, dir=str(tmp_path / "2")) as ckpt:
+        train(ckpt, model, optimizer, 2)
+        ckpt.wait(2)
+        with pytest.raises(errors.UnsupportedError, match=r"load_state_dict\(\) fails: KeyError: 'misspelled'"):
+            ckpt.restore()
+
+
 def test_keys_and_values_that_another_process_cannot_use_are_refused(tmp_path: Path) -> None:
     def keyed(key: Any, value: Any = 1) -> Make:
         def make(model: nn.Module) -> torch.optim.Optimizer:

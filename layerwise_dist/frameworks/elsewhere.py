@@ -93,7 +93,8 @@ class Elsewhere:
         """
         told = saved.get("told") if takes(self._optimizer) else None
         if told:
-            self._optimizer.load_state_dict({**self._optimizer.state_dict(), **told})
+            whole = {**self._call("state_dict"), **told}
+            self._call("load_state_dict", whole)
             if not _alike(self._told(), told):
                 raise UnsupportedError(
                     f"{self.kind}: after its load_state_dict(), its state_dict() does not tell {sorted(told)} as it "
@@ -151,7 +152,7 @@ class Elsewhere:
         if not tells(optimizer):
             return {}
         sizes = [len(each.state) for each in self._kin()]
-        whole = optimizer.state_dict()
+        whole = self._call("state_dict")
         if sizes != [len(each.state) for each in self._kin()]:
             for each, size in zip(self._kin(), sizes, strict=True):
                 if not size:
@@ -166,6 +167,13 @@ class Elsewhere:
             return {}
         known = self._captured()
         return {name: value for name, value in whole.items() if not _is_captured(value, *known)}
+
+    def _call(self, name: str, *args: Any) -> Any:
+        """The optimizer's own code, whose errors are told on all ranks."""
+        try:
+            return getattr(self._optimizer, name)(*args)
+        except Exception as error:
+            raise UnsupportedError(f"{self.kind}'s {name}() fails: {type(error).__name__}: {error}") from error
 
     def _captured(self) -> tuple[set[int], list[Any]]:
         """What is saved in another way: by identity, and as state dicts of the others."""
