@@ -125,7 +125,7 @@ class Nest:
 
     def _check_family(self) -> None:
         found = find(self.outer)
-        if [(place, id(each)) for place, each in found.items()] != [(p, id(each)) for p, each in self.inside.items()]:
+        if found != self.inside:
             raise UnsupportedError(
                 f"{self.kind} has other optimizers inside it ({list(found)}) than at attach() ({list(self.inside)})"
             )
@@ -261,11 +261,9 @@ def find(outer: Optimizer) -> dict[str, Optimizer]:
                 seen.add(id(value))
                 found[place] = value
                 inside(value, place)
-        elif isinstance(value, list | tuple):
-            for number, each in enumerate(value):
-                look(each, f"{place}[{number}]")
-        elif isinstance(value, dict):
-            for key, each in value.items():
+        elif isinstance(value, list | tuple | dict) and id(value) not in seen:
+            seen.add(id(value))
+            for key, each in value.items() if isinstance(value, dict) else enumerate(value):
                 if isinstance(key, str | int):
                     look(each, f"{place}[{key!r}]")
 
