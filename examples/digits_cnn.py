@@ -48,6 +48,7 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
 
 
 def accuracy(model: nn.Module, test: TensorDataset) -> float:
+    """Of the model without DDP, whose forward would wait for the other ranks."""
     model.eval()
     with torch.no_grad():
         images, classes = test.tensors
@@ -70,8 +71,8 @@ def main() -> None:
     train, test = digits()
     sampler = DistributedSampler(train, seed=0) if distributed else None
     loader = DataLoader(train, batch_size=32, shuffle=sampler is None, sampler=sampler)
-    model: nn.Module = DigitsCNN()
-    model = nn.parallel.DistributedDataParallel(model) if distributed else model
+    cnn = DigitsCNN()
+    model = nn.parallel.DistributedDataParallel(cnn) if distributed else cnn
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     progress = {"epoch": 0}
 
@@ -79,7 +80,7 @@ def main() -> None:
     ckpt = lwd.attach(model, optimizer, dir=args.dir, state={"loader": loader, "progress": progress})
     start = ckpt.restore()
     if rank == 0:
-        print(f"starting behind step {start}, in epoch {progress['epoch'] + 1}", flush=True)
+        print(f"starting after step {start}, in epoch {progress['epoch'] + 1}", flush=True)
     while progress["epoch"] < args.epochs:
         if sampler is not None:
             sampler.set_epoch(progress["epoch"])
@@ -92,10 +93,10 @@ def main() -> None:
                 print(f"step {ckpt.completed + 1:3d}  loss {loss.item():.4f}", flush=True)
         progress["epoch"] += 1
         if rank == 0:
-            print(f"epoch {progress['epoch']}: {accuracy(model, test):.1%} of the test images are right", flush=True)
+            print(f"epoch {progress['epoch']}: {accuracy(cnn, test):.1%} of the test images are right", flush=True)
     ckpt.close()
     if rank == 0:
-        print(f"committed: step {ckpt.committed_step}; test accuracy {accuracy(model, test):.4f}")
+        print(f"committed: step {ckpt.committed_step}; test accuracy {accuracy(cnn, test):.4f}")
     if distributed:
         dist.destroy_process_group()
 

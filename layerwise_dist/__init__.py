@@ -71,3 +71,8 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    """With what is imported when it is asked for."""
+    return sorted({*globals(), *__all__})

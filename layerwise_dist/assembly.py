@@ -18,7 +18,7 @@ from layerwise_dist.capture.room import check_pool
 from layerwise_dist.capture.survey import Surveyor
 from layerwise_dist.commit.opening import PATIENCE_SHARE
 from layerwise_dist.commit.participant import Participant
-from layerwise_dist.commit.session import open_session, start_coordinator, start_keeper
+from layerwise_dist.commit.session import SessionInfo, open_session, start_coordinator, start_keeper
 from layerwise_dist.commit.transports import Transport
 from layerwise_dist.commit.transports.choice import find_ranks, open_transport
 from layerwise_dist.config import LayerwiseConfig, load_config
@@ -32,6 +32,7 @@ from layerwise_dist.monitor.connection import MonitorLink, start_monitor
 from layerwise_dist.monitor.opening import Parts, open_monitored
 from layerwise_dist.monitor.transport import MonitorTransport
 from layerwise_dist.preemption import Preemption, check_thread
+from layerwise_dist.replicas import Replicas
 from layerwise_dist.restore.agreement import together
 from layerwise_dist.storage import typed_json
 from layerwise_dist.storage.network import memory_by_magic
@@ -159,12 +160,16 @@ def assemble(
                     "mode = 'monitor' with an optimizer offloaded to NVMe: its mirrors are as large as what was "
                     "offloaded, and a pool for copies of them would be too; use mode 'direct'"
                 )
+            if config.replicas == "apart":
+                found.write_apart()
             survey = Surveyor(found, adapter, config.captured_by, bases=not pooled).look()
             check_pool(config.pool_mb, config.bounce_bytes, survey, pooled=pooled)
             return found, adapter, StateObjects(state)
 
         _, (found, updates, objects) = together(participant, "attach", examine)
         closers.append(objects.detach)
+        replicas = Replicas(found, updates, participant)
+        replicas.meet()
         if monitor is not None:
             parts = open_monitored(monitor, env, config, participant, found.name, _software(), fresh=fresh)
         else:
@@ -182,12 +187,23 @@ def assemble(
         return LayerwiseEngine(
             found, updates, config, objects, adapter=parts.adapter, manager=parts.manager, info=parts.info,
             participant=participant, committer=parts.pen, coordinator=parts.coordinator, fresh=fresh,
-            preemption=preemption,
+            preemption=preemption, replicas=replicas,
         )  # fmt: skip
     except BaseException:
         for close in reversed(closers):
             close()
         raise
+
+
+def _check_places(config: LayerwiseConfig, found: Framework, info: SessionInfo) -> None:
+    here = next(place for place in info.places if found.rank in place)
+    if not found.partners() <= set(here):
+        raise UnsupportedError(
+            f"{config.path} is not one directory but {len(info.places)} (of ranks {str(info.places)[:80]}): "
+            f"under {found.name} "
+            "ranks read what others wrote, so all must see one directory. Where each rank writes all that it needs "
+            "(plain, FSDP2 with full shards), or what ranks of one node hold, disks of the nodes will do"
+        )
 
 
 def _software() -> dict[str, str]:
@@ -214,13 +230,8 @@ def _open_direct(
     committer = coordinator = None
     if owner is not None:
         closers.append(owner.release)
-    if not info.shared and (found.shared_params or found.shared_buffers):
-        raise UnsupportedError(
-            f"{config.path} is not one directory but {len(info.places)} (of ranks {str(info.places)[:80]}): "
-            f"under {found.name} "
-            "ranks read what others wrote, so all must see one directory. Where each rank writes all that it needs "
-            "(plain, FSDP2 with full shards) disks of the nodes will do"
-        )
+    if not info.shared:
+        together(participant, "look for what others write", lambda: _check_places(config, found, info))
     if owner is not None and rank != 0:
         start_keeper(participant, manager, owner, info)
     elif owner is not None:

@@ -13,9 +13,9 @@ from layerwise_dist.capture.stage import Stage
 from layerwise_dist.capture.survey import Survey, Surveyor
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.config import LayerwiseConfig
-from layerwise_dist.errors import ConfigError, LayerwiseError
+from layerwise_dist.errors import ConfigError, LayerwiseError, UnsupportedError
 from layerwise_dist.scheduler import LayerwiseCheckpointScheduler
-from layerwise_dist.storage.adapter import Laid, PCCheckAdapter
+from layerwise_dist.storage.adapter import Laid, PCCheckAdapter, ShardWrite
 from layerwise_dist.storage.layout import AttemptId
 
 log = logging.getLogger("layerwise_dist")
@@ -69,8 +69,21 @@ class Attempts:
         """What there is, if all of it is where the last attempt found it: a capture can begin before the update is
         over.
         """
-        found = self.look() if self._last is not None else None
-        return found if found is self._last else None
+        try:
+            return self._last if self._last is not None and self.look() is self._last else None
+        except LayerwiseError:
+            return None  # behind the update it is met again, where it fails the attempt
+
+    def fail(self, attempt: AttemptId, error: LayerwiseError | OSError, write: ShardWrite | None) -> None:
+        """This rank gives an attempt up. What no later one can do either ends checkpoints for all ranks, which raise it
+        at an agreed boundary; a job of one rank raises it here.
+
+        Raises ConfigError or UnsupportedError.
+        """
+        final = isinstance(error, ConfigError | UnsupportedError)
+        self._participant.failed(attempt, str(error), write, final=final)
+        if isinstance(error, ConfigError) or (final and self._participant.world_size == 1):
+            raise error
 
     def learn(self, names: set[str], until: str) -> None:
         """These tensors were changed unseen: from now on they are copied at the boundary."""
@@ -86,7 +99,7 @@ class Attempts:
         """A capture, of `found` if it is known what there is, of which nothing is taken yet. None if there is none of
         this step: rank 0, which drops it for all, then knows why, and training goes on.
 
-        Raises ConfigError for what no later attempt can do either; the other ranks stop at an agreed boundary.
+        Raises as `fail`; the other ranks stop at an agreed boundary.
         """
         attempt = self.newest = AttemptId(self._epoch, self.take_seq(), step)
         if not self._admitted(attempt):
@@ -99,10 +112,7 @@ class Attempts:
             laid = self._lay_out(found)
             write = self._adapter.begin(attempt, laid.shard, laid.plan)
         except (LayerwiseError, OSError) as error:
-            final = isinstance(error, ConfigError)
-            self._participant.failed(attempt, str(error), None, final=final)
-            if final:
-                raise
+            self.fail(attempt, error, self._adapter.unbegun(attempt))
             return None
         self._last = found
         capture = Capture(

@@ -20,6 +20,7 @@ def eager(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 def without_compiled_wrapper(model: nn.Module) -> nn.Module:
     """The module that `torch.compile(model)` was given, which is called when the result is; else `model` itself."""
-    while type(model).__name__ == "OptimizedModule":
+    kind = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", ())
+    while isinstance(model, kind):
         model = model._orig_mod
     return model

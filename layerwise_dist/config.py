@@ -1,4 +1,4 @@
-"""One model for the ds_config block, a JSON file and keyword arguments (DESIGN: "Configuration").
+"""One model for the ds_config block, a JSON file and keyword arguments (docs/guide.md, "Configuration").
 
 Each field's description is its documentation; `LayerwiseConfig.model_json_schema()` exports them.
 """
@@ -96,6 +96,11 @@ class LayerwiseConfig(_Strict):
         "auto",
         description="lease: tensors are read in place until the next update; stage: copied right behind the update; "
         "auto: lease for host memory, stage for device memory.",
+    )
+    replicas: Literal["together", "apart"] = Field(
+        "together",
+        description="together: what a wrapper keeps equal on several ranks is written once, and held to be equal; "
+        "apart: each rank writes all that it holds, for replicas that are meant to differ.",
     )
     max_in_flight: int = Field(2, ge=1, le=64, description="Checkpoints that may be on their way to disk at once.")
     when_full: Literal["wait", "skip"] = Field(

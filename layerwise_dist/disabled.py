@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
+
+from layerwise_dist import _native
+from layerwise_dist.commit.metadata import CheckpointMetadataManager
 
 
 class DisabledEngine:
@@ -49,6 +53,13 @@ class DisabledEngine:
 
     def trace(self, path: str | os.PathLike[str]) -> None:
         return None
+
+    @cached_property
+    def metadata(self) -> CheckpointMetadataManager:
+        """Of a directory in which there is nothing."""
+        env = _native.MockEnv()
+        env.make_dir("/disabled", 0o700)
+        return CheckpointMetadataManager(env, "/disabled")
 
     def stats(self) -> dict[str, float | int]:
         return {}

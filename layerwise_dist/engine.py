@@ -35,6 +35,7 @@ from layerwise_dist.errors import BoundaryError, LayerwiseError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.preemption import Preemption
+from layerwise_dist.replicas import Replicas
 from layerwise_dist.restore.restorer import Restorer
 from layerwise_dist.save_restore import SaveAndRestore
 from layerwise_dist.scheduler import BLOCKS_A_BATCH, LayerwiseCheckpointScheduler
@@ -62,11 +63,12 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
         self, framework: Framework, optimizer: OptimizerAdapter, config: LayerwiseConfig, objects: StateObjects, *,
         adapter: PCCheckAdapter, manager: CheckpointMetadataManager, info: SessionInfo, participant: Participant,
         committer: Pen | None, coordinator: CoordinatorThread | None, fresh: bool, preemption: Preemption | None,
+        replicas: Replicas,
     ) -> None:  # fmt: skip
         self.config, self._framework, self._optimizer, self._objects = config, framework, optimizer, objects
         self._adapter, self._manager, self._info = adapter, manager, info
         self._participant, self._committer, self._coordinator = participant, committer, coordinator
-        self._preemption = preemption
+        self._preemption, self._replicas = preemption, replicas
         self._statistics = Statistics()
         self._thread = threading.get_ident()
         self._scheduler = LayerwiseCheckpointScheduler(
@@ -242,7 +244,8 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
         self._end_trace()
         self._boundaries += 1
         due = self._scheduler.due(mark.step)
-        if self._optimizer.several and self._open is None and mark.updated and due:
+        here = self._optimizer.several or (due and self._compare_replicas())
+        if here and self._open is None and mark.updated and due:
             # Which update is an iteration's last is known here only. Each optimizer's part is then captured once.
             with self._statistics.stall("open"):
                 self._begin(mark.step)
@@ -254,6 +257,15 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
             self._trace.sealed()
         self._scales = [scaler.get_scale() for scaler in self._objects.scalers] if not mark.updated else []
         self._pass_boundary(mark, due and mark.updated)
+
+    def _compare_replicas(self) -> bool:
+        """If that is to be done before a checkpoint begins: at one place on all ranks. Whether it was."""
+        if self._replicas.agreed:
+            return False
+        with self._statistics.stall("open"):
+            if self._replicas.agree():
+                self._surveyor.forget()
+        return True
 
     def _seal_open(self, mark: BoundaryMark) -> None:
         capture = self._open
@@ -277,6 +289,7 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
         capture.write.append_state(
             *self._sealer.take(mark.step, self._updates, mark.state(), found, self._client_state)
         )
+        self._replicas.report(capture.write.attempt, found)
         if self._committer is not None:
             self._committer.boundary_kind = mark.resume_kind
         self._statistics.captured(capture, found.nbytes)

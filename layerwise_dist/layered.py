@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import TorchOptimizer, UpdateEvents, found_inf
 from layerwise_dist.graph import ROOT
@@ -20,10 +21,10 @@ class LayeredOptimizer(TorchOptimizer):
 
     def __init__(self, framework: Framework, optimizer: object, mode: Mode) -> None:
         """Raises UnsupportedError for an optimizer or wrapper that `mode` is not exact with."""
-        super().__init__(framework, optimizer)
-        check_layered(self._optimizer, framework.root, mode)
         self._mode: Mode = mode
         self._layerwise: LayerwiseOptimizer | None = None
+        super().__init__(framework, optimizer)
+        check_layered(self._optimizer, framework.root, mode)
         self._by_layers: bool | None = None  # this update; None before it began
         self._order: tuple[Any, list[str]] = (None, [])
 
@@ -36,6 +37,16 @@ class LayeredOptimizer(TorchOptimizer):
         if self._order[0] is not graph.fires:
             self._order = graph.fires, [_layer(name) for name in graph.get_update_order()]
         return self._order[1]
+
+    def _check(self, names: Mapping[int, str]) -> None:
+        super()._check(names)
+        known = {id(view.param): view.fqn for view in self._layerwise.graph.views} if self._layerwise else names
+        held = [id(param) for group in self._optimizer.param_groups for param in group["params"]]
+        if strays := [names[each] for each in held if known.get(each) != names[each]]:
+            raise UnsupportedError(
+                f"update = {self._mode!r}: {strays[0]} came after attach(), and the order of layers is that of the "
+                "parameters there were: use update = 'whole', or close() and attach() anew"
+            )
 
     def watch(self, events: UpdateEvents) -> None:
         super().watch(events)

@@ -181,7 +181,8 @@ class _Stepping:
                 if fqn is None:
                     raise UnsupportedError(
                         f"parameter {place} of the optimizer's group {index}, of shape {tuple(param.shape)}, is not a "
-                        "parameter of the model, so it has no layer: give the model that owns it"
+                        "parameter of the model, so it has no layer: give the model that owns it. One that came since "
+                        "needs another LayerwiseOptimizer (with an engine: update = 'whole')"
                     )
                 plan.setdefault(self.graph.layer_of[fqn], [[] for _ in groups])[index].append(param)
         order = [*self.graph.get_update_order(), *self.graph.layer_info]

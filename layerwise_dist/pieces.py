@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.slices import Slice
@@ -48,8 +51,8 @@ class Piece:
 
     @property
     def dense(self) -> bool:
-        """Whether the elements lie in memory as the file wants them: row-major, without gaps."""
-        return self.tensor.is_contiguous()
+        """As `is_dense`, of `tensor`."""
+        return is_dense(self.tensor)
 
     @property
     def on_host(self) -> bool:
@@ -94,3 +97,49 @@ def dtype_code(dtype: torch.dtype, name: str) -> str:
             f"allowed are {', '.join(str(known).removeprefix('torch.') for known in DTYPE_CODES)}"
         )
     return code
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the memory of a tensor is what the file has of it: row-major, without gaps, and no value seen through a
+    conjugate or negative bit. Of any other tensor the values are copied, on the way out and on the way in.
+    """
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
+def check_layout(name: str, tensor: torch.Tensor) -> None:
+    """Raises UnsupportedError, naming the tensor, where its values cannot be copied out of memory and back in place.
+
+    `tensor` is a model's or an optimizer's, of a DTensor the local part counts.
+    """
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    if is_lazy(local):
+        raise UnsupportedError(f"{name} has no shape yet: run a forward of the model before attach()")
+    if local.is_meta:
+        raise UnsupportedError(f"{name} is on the meta device: materialise the model before attach()")
+    kind = "nested" if local.is_nested else str(local.layout).removeprefix("torch.")
+    problem = way_out = ""
+    if kind != "strided":
+        problem = f"is a {kind} tensor, which is not an array of elements in memory"
+        way_out = "keep its parts (values and indices, say) as tensors of their own"
+    elif is_traceable_wrapper_subclass(local):
+        problem = f"is a {type(local).__name__}, which has no memory of its own but stands for other tensors"
+        way_out = "keep those; of tensor subclasses only DTensors can be saved"
+    elif _overlaps(local):
+        strides = f"shape {list(local.shape)}, strides {list(local.stride())}"
+        problem = f"has several elements in one place in memory ({strides}), so a checkpoint cannot be filled into it"
+        way_out = "give each its own place with .contiguous() or .clone()"
+    if problem:
+        raise UnsupportedError(f"{name} {problem}: {way_out}; a buffer can also be left out, with persistent=False")
+
+
+def _overlaps(tensor: torch.Tensor) -> bool:
+    """Whether elements share memory, as those of `expand()` do; also where the strides alone cannot rule it out."""
+    if tensor.is_contiguous():
+        return False
+    reach = 0  # of the dimensions with smaller strides: how far their last element is from the first
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False

@@ -53,6 +53,7 @@ class SaveAndRestore:
         together(self._participant, "save", lambda: typed_json.dumps(state, path="client_state"))
         if not self._agree_to_save(tag):
             self.drain(timeout)  # one on its way at a time, so that there is room
+            self._compare_replicas()
             self._begin(step)
         attempt = self._attempts.newest
         if self._committer is not None:
@@ -156,6 +157,8 @@ class SaveAndRestore:
 
     def _adopt(self: LayerwiseEngine, loading: loader.LoadPlan) -> None:
         sealed = loading.sealed
+        if self._replicas.forget():
+            self._surveyor.forget()
         # An optimizer's own load_state_dict() may run in it, and fail.
         together(self._participant, "adopt", lambda: self._optimizer.adopt(loading.states, sealed["optimizer"]))
         self._sealer.put(sealed)

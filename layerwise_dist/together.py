@@ -44,6 +44,7 @@ class Together:
 
     def _save_here(self: LayerwiseEngine, mark: BoundaryMark) -> None:
         """An attempt that is opened at the boundary: nothing has changed since the update but what is copied now."""
+        self._compare_replicas()
         with self._statistics.stall("open"):
             self._participant.wait_room(self.config.max_in_flight, self.config.fence_timeout_s)
             self._begin(mark.step)

@@ -39,14 +39,13 @@ class LayerwiseCheckpointTrainer:
 
     Args:
         use_pccheck: False writes nothing (``mode: mock``): all else is done, and what would be written is counted.
-        use_monitor: a process of its own writes (``mode: monitor``). num_threads: writes in flight at once
-        (``writer.queue_depth``). max_async: checkpoints on their way to the disk at once (``max_in_flight``). With more
-        wanted, `step()` waits. batch_size_mb: MiB that are captured and written together at least: small layers are
-        joined until they have as much;
-            a single write is a quarter of it (``writer.block_kb``).
-        ratio: the pool for staging and evacuation (``pool_mb``) as a multiple of the parameters that this rank holds,
-        in
-            bytes; without it the pool is sized by itself.
+        use_monitor: a process of its own writes (``mode: monitor``).
+        num_threads: writes in flight at once (``writer.queue_depth``).
+        max_async: checkpoints in flight at once (``max_in_flight``). With more wanted, `step()` waits.
+        batch_size_mb: MiB that are captured and written together at least: small layers are joined until they have as
+            much. A single write is a quarter of it (``writer.block_kb``).
+        ratio: bytes of the pool for staging and evacuation (``pool_mb``) as a multiple of the bytes of the parameters
+            that this rank holds; without it the pool is sized by itself.
         checkpoint_dir: ``dir``.
         is_distributed, rank, world_size: what the script believes; an error if torch.distributed says otherwise.
         state: what else belongs to a step, as `attach()` takes it.

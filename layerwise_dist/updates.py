@@ -81,11 +81,12 @@ class Updates:
         assert update is not None, "update_starting() comes first"
         if self._trace is not None:
             self._trace.updated(layers)
-        if update.again or not self._may_be_early or not layers:
+        if update.again or not self._may_be_early or not layers or not self._replicas.agreed:
             return
         with self._statistics.stall("open"):
             if not update.asked:
                 update.asked = True
+                self._heed_replicas()
                 step = self._boundary.completed + 1
                 found = self._attempts.steady() if self._scheduler.due(step) else None
                 if found is not None:
@@ -114,18 +115,28 @@ class Updates:
                 if self._open is not None and update.drained:
                     self._guarded(self._open, self._open.take_all)
                 return
-            if self._open is None and not update.early and not self._optimizer.several and self._scheduler.due(step):
+            if self._open is None and not update.early and self._may_begin and self._scheduler.due(step):
                 self._begin(step)
             elif self._open is not None:
                 self._take(self._open, self._scheduler.flush())
+
+    @property
+    def _may_begin(self: LayerwiseEngine) -> bool:
+        """Whether an update that is due opens its checkpoint; else the boundary does."""
+        return self._replicas.agreed and not self._optimizer.several
 
     def _begin(self: LayerwiseEngine, step: int) -> None:
         """Opens the attempt of `step` behind its update, and captures all."""
         if self._scheduler.set_order(self._optimizer.layer_order):
             self._surveyor.forget()
+        self._heed_replicas()
         self._open = self._attempts.open(step)
         if self._open is not None:
             self._take(self._open, self._scheduler.flush())
+
+    def _heed_replicas(self: LayerwiseEngine) -> None:
+        if self._replicas.heed():
+            self._surveyor.forget()
 
     def _may_update(self: LayerwiseEngine) -> None:
         if self._restorer.undefined is not None:
@@ -146,14 +157,17 @@ class Updates:
         self._captures = [capture for capture in self._captures if not capture.over]
 
     def _guarded(self: LayerwiseEngine, capture: Capture, action: Callable[[], Any]) -> bool:
-        """Runs a step of a capture; if its lease is broken the attempt ends for all ranks, and training goes on."""
+        """Runs a step of a capture; if its lease is broken the attempt ends for all ranks, and training goes on.
+
+        Raises as `Attempts.fail`.
+        """
         try:
             action()
             return True
         except (LayerwiseError, OSError) as error:
-            self._participant.failed(capture.write.attempt, str(error), capture.write)
             if capture is self._open:
                 self._open = None
+            self._attempts.fail(capture.write.attempt, error, capture.write)
             return False
 
     def _give_up(self: LayerwiseEngine, reason: str) -> None:

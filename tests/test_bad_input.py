@@ -17,6 +17,7 @@ from torch import nn
 
 import layerwise_dist as lwd
 from layerwise_dist import errors
+from layerwise_dist.disabled import DisabledEngine
 
 torch.set_num_threads(1)
 
@@ -403,7 +404,20 @@ def test_disabled_hooks_nothing_and_writes_nothing(tmp_path: Path) -> None:
         assert hooks() == before
         ckpt.wait(3)
         assert (ckpt.completed, ckpt.committed_step) == (3, None)
+        assert ckpt.metadata.inventory().empty
     assert not (tmp_path / "none").exists()
+
+
+def test_a_disabled_engine_has_all_that_an_engine_has() -> None:
+    told = {"update_starting", "overwriting", "updated", "wanted", "wants_layers", "update_done", "end"}  # events
+    calls = {name for name in dir(lwd.LayerwiseEngine) if not name.startswith("_")} - told
+    values = {"client_state", "restored_from", "lacking"}  # that are set on the instance
+    assert {name for name in dir(DisabledEngine()) if not name.startswith("_")} == calls | values
+
+
+def test_what_the_package_exports_is_listed_and_there() -> None:
+    assert set(lwd.__all__) <= set(dir(lwd))
+    assert all(getattr(lwd, name) is not None for name in lwd.__all__)
 
 
 # -- several ranks -----------------------------------------------------------------------------------------------------

@@ -213,8 +213,11 @@ def test_a_new_directory_without_checkpoints_is_not_bad(checkpoints: Path) -> No
     assert call("show", checkpoints)[0] == 2
 
 
-def test_the_installed_command_works_and_imports_no_torch(trained: Path) -> None:
-    script = "import sys; from layerwise_dist.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
+def test_the_installed_command_works_and_imports_torch_only_to_read_state(trained: Path) -> None:
+    script = (
+        "import sys; from layerwise_dist.cli import main\n"
+        "try: main()\nfinally: assert 'torch' not in sys.modules or sys.argv[1] == 'verify'"
+    )
     for command in ("ls", "show", "verify"):
         done = subprocess.run(
             [sys.executable, "-c", script, command, str(trained)], capture_output=True, text=True, timeout=60

@@ -126,6 +126,7 @@ def build(folder: Path) -> bool | str:
 
 def test_what_cannot_be_served_is_refused_by_name_and_misuse_is_an_error(zero: Warm, tmp_path: Path) -> None:
     cases = ["refusals", "window", "in backward", "stages", "block", "regrouped", "calls", "from DeepSpeed's own"]
+    cases.append("frozen layers")
     for found in results(zero, tmp_path / "out", *cases):
         assert found == {case: [] for case in cases}
 

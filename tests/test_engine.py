@@ -676,3 +676,21 @@ def test_a_model_of_which_all_is_copied_at_the_boundary_is_durable_when_waited_f
             optimizer.step()
             optimizer.zero_grad()
         ckpt.wait(5, "durable")
+
+
+@pytest.mark.parametrize("letter", ["a", "\u00e9", "\u985e", "\U0001f9ea", '"', "\\", "\x7f", "\u2028"])
+def test_a_header_has_room_for_many_names_of_any_letters(tmp_path: Path, letter: str) -> None:
+    model = nn.ParameterDict({f"{letter * 20}{number}": nn.Parameter(torch.ones(2)) for number in range(300)})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    with lwd.attach(model, optimizer, dir=str(tmp_path), commit={"on_failure": "raise"}) as ckpt:
+        ckpt.explicit()
+        sum(param.sum() for param in model.values()).backward()
+        optimizer.step()
+        ckpt.end_step()
+        ckpt.wait(1)
+    wanted = {name: param.detach().clone() for name, param in model.items()}
+    with torch.no_grad():
+        for param in model.values():
+            param.zero_()
+    assert restored(tmp_path, model, optimizer) == 1
+    assert all(torch.equal(param, wanted[name]) for name, param in model.items())

@@ -56,13 +56,21 @@ def test_the_cnn_goes_on_within_an_epoch_and_ends_as_if_it_had_not_been_killed(t
     assert accuracy and float(accuracy[1]) > 0.8 and whole.count("epoch") == 3
     kill(tmp_path, script, "--dir", "cut", once="cut/step_00000000[2-4]?-*/manifest.json")
     resumed = run(tmp_path, script, "--dir", "cut")
-    first = re.search(r"starting behind step (\d+)", resumed)
+    first = re.search(r"starting after step (\d+)", resumed)
     assert first and 20 <= int(first[1]) < 94
     losses = {line for line in whole.splitlines() if line.startswith("step")}
     assert {line for line in resumed.splitlines() if line.startswith("step")} < losses
     assert resumed.splitlines()[-1] == whole.splitlines()[-1]
     again = run(tmp_path, script, "--dir", "cut")
     assert again.splitlines()[-1] == whole.splitlines()[-1] and "step  " not in again
+
+
+def test_the_cnn_trains_one_replica_a_rank_under_torchrun(tmp_path: Path) -> None:
+    """As its docstring says; rank 0 alone evaluates."""
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install scikit-learn")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    told = run(tmp_path, *torchrun, EXAMPLES / "digits_cnn.py", "--dir", "ddp", "--epochs", "1")
+    assert re.search(r"^epoch 1: \d\d.\d% of the test images are right$", told, re.M) and "committed: step 24" in told
 
 
 def test_the_smallest_script_goes_on_where_it_was_killed(tmp_path: Path) -> None:

@@ -13,11 +13,13 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from crash_kit import (
     MutantEnv,
     Mutation,
@@ -31,6 +33,7 @@ from crash_kit import (
     try_ranks,
 )
 
+import layerwise_dist as lwd
 from layerwise_dist import assembly
 from layerwise_dist._native import PosixEnv, testing
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
@@ -123,10 +126,11 @@ def _short_grants(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def left_behind(root: str) -> list[str]:
     """Attempt folders without a manifest."""
+    there = [name for name in os.listdir(root) if name.startswith("step_")]
     return [
         name
-        for name in os.listdir(root)
-        if name.startswith("step_") and "manifest.json" not in os.listdir(f"{root}/{name}")
+        for name in there
+        if not os.path.exists(f"{root}/{name}/manifest.json") and os.path.exists(f"{root}/{name}")
     ]
 
 
@@ -337,6 +341,34 @@ def test_a_full_disk_fails_one_checkpoint_and_later_ones_work_once_there_is_room
     assert outcome.survived == 1
     assert outcome.story.restart(PosixEnv(), root=str(root), keep_last=1, go_on=False) == 6
     assert not left_behind(str(root))
+
+
+@pytest.mark.parametrize("mode", ["direct", "monitor"])
+def test_what_a_failed_attempt_took_of_a_full_disk_is_given_back_at_once(small_disk: Path, mode: str) -> None:
+    """No start in between: another job's file comes and goes, and each time a checkpoint does not fit."""
+    root, ballast = small_disk / "ckpt", small_disk / "ballast"
+    model = torch.nn.Linear(200, 300)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    commit = {"raise_after": 100, "timeout_s": 30}
+    with lwd.attach(
+        model, optimizer, dir=str(root), keep_last=1, mode=mode, commit=commit, writer={"recycle": False}
+    ) as ckpt:
+        ckpt.explicit()
+        for step in range(1, 9):
+            full = step % 2 == 0
+            if full:
+                ballast.write_bytes(b"x" * (os.statvfs(small_disk).f_bavail * 4096 - 65536))
+            model(torch.ones(1, 200)).sum().backward()
+            optimizer.step()
+            ckpt.end_step()
+            with pytest.raises(CommitError, match="No space left") if full else nullcontext():
+                ckpt.wait(step)
+            deadline = time.monotonic() + 20
+            while left_behind(str(root)) and time.monotonic() < deadline:
+                time.sleep(0.01)  # removed in the background, once all ranks know that it is aborted
+            assert not left_behind(str(root))
+            ballast.unlink(missing_ok=True)
+    assert ckpt.stats()["checkpoints_aborted"] == 4
 
 
 def test_a_disk_that_stays_full_stops_nothing_until_raise_after(small_disk: Path) -> None:

@@ -47,6 +47,21 @@ def test_groups_that_were_split_or_merged_go_on_bit_for_bit(tmp_path: Path, spli
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), second.parameters(), strict=True))
 
 
+def test_a_group_always_has_a_trainable_parameter_if_its_base_has_one() -> None:
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(4)))
+    for layer in (0, 2):
+        model[layer].requires_grad_(False)
+    weights, biases = [[each.weight for each in model], [each.bias for each in model]]
+    groups = lwd.param_groups(model, [{"params": weights, "lr": 1.0}, {"params": biases}])
+    assert [group["name"] for group in groups] == ["1", "3", "1", "3"]
+    assert all(any(param.requires_grad for param in group["params"]) for group in groups)
+    assert sum((group["params"] for group in groups), []) == [weights[i] for i in (1, 0, 2, 3)] + [
+        biases[i] for i in (1, 0, 2, 3)
+    ]
+    frozen = lwd.param_groups(model, [{"params": weights[0]}])
+    assert [group["name"] for group in frozen] == ["0"]
+
+
 def test_groups_with_other_hyper_parameters_cannot_be_merged(tmp_path: Path) -> None:
     model, optimizer = job(True)
     with lwd.attach(model, optimizer, dir=str(tmp_path)) as ckpt:

@@ -228,7 +228,7 @@ def test_ranks_that_read_what_others_wrote_need_one_directory(two_nodes: None, t
     def body(transport: LocalTransport) -> None:
         model, optimizer = build(transport.rank)
         framework = Framework(model, transport.rank, 2)
-        framework.shared_params = True
+        framework.sharers = lambda view: (0, 1)
         node = settings(str(tmp_path / str(transport.rank)))
         assembly.assemble(model, optimizer, node, transport, PosixEnv(), framework=framework)
 

@@ -69,6 +69,7 @@ Status NvmWritableFile::Map(uint64_t end) {
     const bool refused = errno == EOPNOTSUPP || errno == EINVAL || errno == ENODEV;
     return refused ? Status::IoError(EOPNOTSUPP, "no DAX here: map with MAP_SYNC", path_) : PosixError("mmap", path_);
   }
+  static_cast<void>(madvise(base, length, MADV_DONTFORK));  // children would hold the space of a removed file
   segments_.push_back({begin, length, static_cast<char*>(base)});
   return Status::Ok();
 }
@@ -134,7 +135,9 @@ Status NvmWritableFile::Sync() {
 }
 
 Status NvmWritableFile::Close() {
-  for (const Segment& segment : segments_) munmap(segment.base, segment.length);
+  if (fd_.valid()) {  // a forked child does not have the mappings, and may have something else there
+    for (const Segment& segment : segments_) munmap(segment.base, segment.length);
+  }
   segments_.clear();
   return fd_.Close(path_);
 }

@@ -17,7 +17,7 @@ namespace layerwise {
 // is left to Sync is the file's size and space. Space is always allocated before it
 // is written, since a store into a full file system would kill the process.
 // Segments of the mapping stay until Close: threads write through them unlocked.
-// Close takes no lock, so that a forked child may destroy a file in use.
+// Close takes no lock of the file's, so that a forked child may destroy one in use.
 class NvmWritableFile final : public WritableFile {
  public:
   NvmWritableFile(std::string path, Descriptor fd) : path_(std::move(path)), fd_(std::move(fd)) {}

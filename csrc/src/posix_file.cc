@@ -10,6 +10,8 @@
 #include <cinttypes>
 #include <cstdio>
 #include <random>
+#include <system_error>
+#include <thread>
 #include <utility>
 
 #include "layerwise/aligned_buffer.h"
@@ -22,6 +24,25 @@ namespace {
 // Linux moves at most 2 GiB less a page a call; this stays aligned when it is cut.
 constexpr size_t kLargestIo = 1 << 30;
 
+// Whoever opens a leased file makes the kernel send SIGIO to the lease's owner, and that
+// ends a process which has no handler. So the owner becomes a thread that has exited: the
+// kernel then finds nobody to signal, whatever the process does with its signals.
+Status LeaseSilently(int fd, const std::string& path) {
+  Status status;
+  try {
+    std::thread([&] {
+      const f_owner_ex nobody = {F_OWNER_TID, gettid()};
+      if (fcntl(fd, F_SETOWN_EX, &nobody) != 0) status = PosixError("set the owner of a lease", path);
+    }).join();
+  } catch (const std::system_error& error) {
+    return Status::IoError(error.code().value(), "start a thread to lease", path);
+  }
+  if (!status.ok() || fcntl(fd, F_SETLEASE, F_WRLCK) == 0) return status;
+  const bool unknown = errno == EINVAL || errno == ENOSYS || errno == ENOLCK;
+  if (errno == EAGAIN) return Status::IoError(EBUSY, "reuse a file that is open elsewhere", path);
+  return Status::IoError(unknown ? EOPNOTSUPP : errno, "lease", path);
+}
+
 // EBUSY unless this descriptor is the only way to the file.
 Status CheckSoleUser(int fd, const std::string& path) {
   struct stat info;
@@ -30,10 +51,11 @@ Status CheckSoleUser(int fd, const std::string& path) {
   if (!S_ISREG(info.st_mode)) return Status::IoError(EINVAL, "reuse what is not a regular file", path);
   if (info.st_nlink != 1) return Status::IoError(EBUSY, "reuse a file with several names", path);
   // The kernel grants this lease only while nobody else has the file open or mapped.
-  if (fcntl(fd, F_SETLEASE, F_WRLCK) == 0 && fcntl(fd, F_SETLEASE, F_UNLCK) == 0) return Status::Ok();
-  if (errno == EAGAIN) return Status::IoError(EBUSY, "reuse a file that is open elsewhere", path);
-  const bool unknown = errno == EINVAL || errno == ENOSYS || errno == ENOLCK;
-  return Status::IoError(unknown ? EOPNOTSUPP : errno, "lease", path);
+  Status status = LeaseSilently(fd, path);
+  if (!status.ok()) return status;
+  const bool opened_since = fcntl(fd, F_GETLEASE) != F_WRLCK;  // by somebody who now waits for us
+  if (fcntl(fd, F_SETLEASE, F_UNLCK) != 0) return PosixError("give back the lease of", path);
+  return opened_since ? Status::IoError(EBUSY, "reuse a file that is being opened elsewhere", path) : status;
 }
 
 std::string ProbeName() {
@@ -52,23 +74,6 @@ Status PosixError(const char* operation, const std::string& path) {
 
 bool FitsKernel(size_t n, uint64_t offset) {
   return offset <= static_cast<uint64_t>(INT64_MAX) && n <= static_cast<uint64_t>(INT64_MAX) - offset;
-}
-
-Descriptor& Descriptor::operator=(Descriptor&& other) noexcept {
-  if (this != &other) {
-    static_cast<void>(Close(""));
-    fd_ = other.Take();
-  }
-  return *this;
-}
-
-int Descriptor::Take() { return std::exchange(fd_, -1); }
-
-Status Descriptor::Close(const std::string& path) {
-  const int fd = Take();
-  // Linux frees the descriptor even when close is interrupted.
-  if (fd >= 0 && close(fd) != 0 && errno != EINTR) return PosixError("close", path);
-  return Status::Ok();
 }
 
 Status CreateExclusive(const std::string& path, uint32_t mode, Descriptor* fd) {

@@ -4,6 +4,7 @@
 #include <optional>
 #include <string>
 
+#include "descriptor.h"
 #include "layerwise/env.h"
 
 namespace layerwise {
@@ -12,23 +13,6 @@ Status PosixError(const char* operation, const std::string& path);
 
 // Whether the range ends within the largest offset that a file may have.
 bool FitsKernel(size_t n, uint64_t offset);
-
-// A descriptor that closes itself. Threads: external synchronization.
-class Descriptor {
- public:
-  explicit Descriptor(int fd = -1) : fd_(fd) {}
-  Descriptor(Descriptor&& other) noexcept : fd_(other.Take()) {}
-  Descriptor& operator=(Descriptor&& other) noexcept;
-  ~Descriptor() { static_cast<void>(Close("")); }
-
-  bool valid() const { return fd_ >= 0; }
-  int get() const { return fd_; }
-  int Take();
-  Status Close(const std::string& path);  // idempotent
-
- private:
-  int fd_;
-};
 
 // Creates a file that must not exist, with exactly this mode.
 Status CreateExclusive(const std::string& path, uint32_t mode, Descriptor* fd);

@@ -1,29 +1,15 @@
 #include "posix_lock.h"
 
 #include <fcntl.h>
-#include <pthread.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <cerrno>
-#include <mutex>
 #include <utility>
-#include <vector>
 
 namespace layerwise {
 
 namespace {
-
-// Locks that are held. Never destroyed, since forks may come during exit.
-struct HeldLocks {
-  std::mutex mutex;
-  std::vector<PosixFileLock*> locks;
-};
-
-HeldLocks& Held() {
-  static auto* const held = new HeldLocks;
-  return *held;
-}
 
 // Opens the file, or creates it with exactly this mode.
 Status OpenOrCreate(const std::string& path, uint32_t mode, Descriptor* fd) {
@@ -58,28 +44,6 @@ Status PosixFileLock::Acquire(const std::string& path, uint32_t mode, std::uniqu
   }
   *lock = std::make_unique<PosixFileLock>(path, std::move(fd));
   return Status::Ok();
-}
-
-PosixFileLock::PosixFileLock(std::string path, Descriptor fd) : path_(std::move(path)), fd_(std::move(fd)) {
-  static const int registered = pthread_atfork(
-      [] { Held().mutex.lock(); }, [] { Held().mutex.unlock(); }, &PosixFileLock::CloseInChild);
-  static_cast<void>(registered);
-  std::lock_guard guard(Held().mutex);
-  Held().locks.push_back(this);
-}
-
-PosixFileLock::~PosixFileLock() { static_cast<void>(Release()); }
-
-void PosixFileLock::CloseInChild() {
-  for (PosixFileLock* lock : Held().locks) static_cast<void>(lock->fd_.Close(lock->path_));
-  Held().locks.clear();
-  Held().mutex.unlock();
-}
-
-Status PosixFileLock::Release() {
-  std::lock_guard guard(Held().mutex);
-  std::erase(Held().locks, this);
-  return fd_.Close(path_);
 }
 
 Status PosixFileLock::Write(std::string_view data) {

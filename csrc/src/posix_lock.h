@@ -3,29 +3,27 @@
 
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "layerwise/env.h"
 #include "posix_file.h"
 
 namespace layerwise {
 
-// An open-file-description lock. Children made by fork close their copy of the
-// descriptor at once: else the lock would live as long as the last of them.
+// An open-file-description lock. It lives as long as any copy of its descriptor, and
+// forked children close theirs at once.
 class PosixFileLock final : public FileLock {
  public:
   static Status Acquire(const std::string& path, uint32_t mode, std::unique_ptr<FileLock>* lock);
 
-  PosixFileLock(std::string path, Descriptor fd);
-  ~PosixFileLock() override;
+  PosixFileLock(std::string path, Descriptor fd) : path_(std::move(path)), fd_(std::move(fd)) {}
 
-  Status Release() override;
+  Status Release() override { return fd_.Close(path_); }
   Status Write(std::string_view data) override;
   Status Read(uint64_t cap, std::string* data) override;
   Status HeldPathIsMine(bool* mine) override;
 
  private:
-  static void CloseInChild();
-
   const std::string path_;
   Descriptor fd_;
 };

@@ -21,6 +21,20 @@ Status CheckRoom(const WriterPool& pool, const Plan& plan, const std::string& pa
                                  "; the pool's bounce buffers have " + std::to_string(pool.block_bytes()));
 }
 
+// A file without room for the plan does not stay: what was reserved of it goes back to
+// the disk, which is full.
+Status Reserve(Env* env, const Plan& plan, const std::string& path, std::unique_ptr<WritableFile> file,
+               std::unique_ptr<WritableFile>* reserved) {
+  Status status = plan.end() > 0 ? file->Allocate(plan.end()) : Status::Ok();
+  if (status.ok()) {
+    *reserved = std::move(file);
+  } else {
+    file.reset();
+    static_cast<void>(env->Unlink(path));  // the first error is the one to tell
+  }
+  return status;
+}
+
 }  // namespace
 
 Status ShardWriter::Create(Env* env, WriterPool* pool, std::shared_ptr<const Plan> plan,
@@ -30,7 +44,7 @@ Status ShardWriter::Create(Env* env, WriterPool* pool, std::shared_ptr<const Pla
   if (!status.ok()) return status;
   std::unique_ptr<WritableFile> file;
   status = env->NewWritableFile(path, mode, direct, &file);
-  if (status.ok() && plan->end() > 0) status = file->Allocate(plan->end());
+  if (status.ok()) status = Reserve(env, *plan, path, std::move(file), &file);
   if (!status.ok()) return status;
   writer->reset(new ShardWriter(pool, std::move(plan), path, std::move(file)));
   return Status::Ok();
@@ -43,7 +57,7 @@ Status ShardWriter::CreateOver(Env* env, WriterPool* pool, std::shared_ptr<const
   if (!status.ok()) return status;
   std::unique_ptr<WritableFile> file;
   status = env->ReuseFile(spare, path, mode, direct, &file);
-  if (status.ok() && plan->end() > 0) status = file->Allocate(plan->end());
+  if (status.ok()) status = Reserve(env, *plan, path, std::move(file), &file);
   if (!status.ok()) return status;
   writer->reset(new ShardWriter(pool, std::move(plan), path, std::move(file)));
   (*writer)->reused_ = true;

@@ -12,6 +12,7 @@
 #include <string>
 #include <utility>
 
+#include "descriptor.h"
 #include "layerwise/hash.h"
 #include "pieces.h"
 
@@ -66,8 +67,12 @@ class UringCore final : public PoolCore {
       const int error = SetUp(static_cast<unsigned>(slots_.size()) + 1, &ring_);
       made.set_value(error == 0 ? Status::Ok() : UringError(-error, "io_uring_queue_init", ""));
       if (error != 0) return;
+      // A child that held the ring would hold the files of the writes in it, and its memory.
+      KeepFromChildren(ring_.ring_fd);
+      static_cast<void>(io_uring_ring_dontfork(&ring_));
       Register();
       Work();
+      LeaveToChildren(ring_.ring_fd);
       io_uring_queue_exit(&ring_);
       // From here on nobody is asleep, so Wake does not touch it.
       CloseEvent();

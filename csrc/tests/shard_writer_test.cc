@@ -219,11 +219,19 @@ SHARD_TEST_CASE("a failed flush is never tried again") {
   }
 }
 
-SHARD_TEST_CASE("creation fails where the space cannot be reserved") {
+SHARD_TEST_CASE("creation fails where the space cannot be reserved, and leaves no file") {
   ShardFixture f;
   f.Fail("allocate", ENOSPC);
   std::unique_ptr<ShardWriter> writer;
+  FileInfo info;
   CHECK_ERRNO(ShardWriter::Create(&f.env, f.pool.get(), f.Simple(1), "/s", 0600, true, &writer), ENOSPC);
+  CHECK_ERRNO(f.disk.Stat("/s", &info), ENOENT);
+  REQUIRE_OK(f.disk.WriteFile("/old", std::string(4096, ' '), 0600));
+  f.Fail("allocate", ENOSPC);
+  CHECK_ERRNO(ShardWriter::CreateOver(&f.env, f.pool.get(), f.Simple(1), "/old", "/s", 0600, true, &writer), ENOSPC);
+  CHECK_ERRNO(f.disk.Stat("/old", &info), ENOENT);
+  CHECK_ERRNO(f.disk.Stat("/s", &info), ENOENT);
+  CHECK(writer == nullptr);
 }
 
 SHARD_TEST_CASE("abort cancels what is queued and waits for what runs") {

@@ -67,7 +67,7 @@ class Content:
         tensor, offset, _, length = self._parts[block][0]
         if length == self.lengths[block] and self.on_host[block]:
             return _native.hash_memory(self._tensors[tensor].data_ptr() + offset, length)
-        memory = torch.empty(self.lengths[block], dtype=torch.uint8)
+        memory = torch.empty(self.lengths[block], dtype=torch.uint8, device="cpu")
         self.lay([block], [memory])
         return _native.hash_memory(memory.data_ptr(), len(memory))
 
@@ -161,7 +161,7 @@ class Writing:
     def _write(self) -> None:
         content, block_bytes = self._content, self._file.layout.block_bytes
         assert content is not None
-        memory = torch.empty(self._file.run * block_bytes + ALIGN, dtype=torch.uint8)
+        memory = torch.empty(self._file.run * block_bytes + ALIGN, dtype=torch.uint8, device="cpu")
         memory = memory[-memory.data_ptr() % ALIGN :]
         self._file.set_addresses([memory.data_ptr() + place * block_bytes for place in range(self._file.run)])
         for first in range(0, len(content), self._file.run):

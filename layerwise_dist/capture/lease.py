@@ -88,8 +88,10 @@ class Capture:
         copied. Returns the names of tensors that changed in a way only the audit saw. Raises LeaseBroken or StageError.
         """
         if survey is not self.survey and survey.key != self.survey.key:
+            names = survey.changed_since(self.survey) or ["what is saved in which order"]
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise LeaseBroken(
-                "a tensor of the model or optimizer came, went or moved between the update and the boundary"
+                f"{', '.join(names[:3])}{more} came, went, moved or changed shape between the update and the boundary"
             )
         moved = self._moved()
         if self._audit.staged(self.survey) and not self._handover.wait(self._timeout_s):
@@ -219,7 +221,7 @@ class Capture:
             _lay_rest(torch.frombuffer(buffer, dtype=torch.uint8, count=extent.nbytes), extent, survey)
             self.write.submit_gathered(number, extent.tensor, buffer)
             return
-        memory = torch.empty(extent.nbytes + ALIGN, dtype=torch.uint8)
+        memory = torch.empty(extent.nbytes + ALIGN, dtype=torch.uint8, device="cpu")
         begin = -memory.data_ptr() % ALIGN
         self._sealed = memory[begin : begin + extent.nbytes]
         _lay_rest(self._sealed, extent, survey)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
 
 from layerwise_dist.errors import ConfigError, UnsupportedError
-from layerwise_dist.frameworks.base import Framework, ParamView
+from layerwise_dist.frameworks.base import Framework, ParamView, same_objects
+from layerwise_dist.frameworks.names import check_unique
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
-from layerwise_dist.pieces import Batch, Piece, dtype_code
+from layerwise_dist.geometry import Geometry
+from layerwise_dist.pieces import Batch, Piece, check_layout
 from layerwise_dist.scheduler import LayerSize
-from layerwise_dist.slices import Slice
 from layerwise_dist.storage.shard import PACK_BELOW, Source
 
 # Extent of everything that is copied at the boundary. No module's name can clash: it has no layer's place in the tree.
@@ -24,6 +24,8 @@ BOUNDARY_LAYER = "(boundary)"
 # Frozen parameters of fewer bytes on a rank are copied at every boundary: that costs less than the folder, the file and
 # three flushes of a base, and the checkpoints of a model with a few frozen scalars stay complete in themselves.
 LEAST_BASE_BYTES = 1 << 20
+# What stands before the first slash in names of the file that are not the optimizer's.
+_OTHER_KINDS = ("param", "master", "buffer", "state", ".pad")
 
 
 Arrange = Callable[[Sequence[LayerSize]], list[list[str]]]
@@ -120,6 +122,16 @@ class Survey:
         ]
         return [*batches, (BOUNDARY_LAYER, [Source(piece.slice, 0, piece.wrapped) for piece in self.copied])]
 
+    def changed_since(self, other: Survey) -> list[str]:
+        """Names (`<kind>/<fqn>`) of what came, went, moved or changed its shape or dtype."""
+        here, there = self._places(), other._places()
+        return sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+
+    def _places(self) -> dict[str, tuple[Any, ...]]:
+        found = zip(self.pieces, self.batch_of, self.addresses, strict=True)
+        places: dict[str, tuple[Any, ...]] = {piece.slice.name: (piece.slice, *place) for piece, *place in found}
+        return places | {piece.slice.name: (piece.slice,) for piece in self.copied}
+
     def live_scalars(self) -> dict[str, dict[str, Any]]:
         """The optimizer's state that is no tensor, as it is now, by parameter and name."""
         found: dict[str, dict[str, Any]] = {}
@@ -140,17 +152,18 @@ class _Held:
     sizes: list[int]
     values: list[Any]
     dense: list[torch.Tensor]
-    addresses: list[int]
+    geometry: Geometry
 
 
 @dataclass(frozen=True, slots=True)
 class _Glance:
-    """The very objects that a survey was made of; `addresses` are those of parameters and buffers."""
+    """The very objects that a survey was made of; `geometry` is that of parameters and buffers."""
 
     copying: frozenset[str]
     held: _Held
+    params: list[ParamView]
     buffers: list[tuple[str, torch.Tensor]]
-    addresses: list[int]
+    geometry: Geometry
 
 
 class Surveyor:
@@ -185,8 +198,8 @@ class Surveyor:
         Raises UnsupportedError.
         """
         glance = self._glance(copying)
-        frozen = self._frozen if sealing else self._still_frozen()
-        if self._last is None or frozen is not self._frozen or not _same(self._last[0], glance):
+        frozen = self._may_be_frozen(glance) if sealing else self._still_frozen()
+        if self._last is None or frozen is not self._frozen or glance is not self._last[0]:
             self._last = glance, self._survey(copying, glance.held.states, frozen if sealing else None)
         return self._last[1]
 
@@ -196,20 +209,49 @@ class Surveyor:
             return None
         return self._frozen
 
+    def _may_be_frozen(self, glance: _Glance) -> frozenset[int]:
+        """Those, and what has come since and no optimizer has been given."""
+        if self._last is None or glance.params is self._last[0].params:
+            return self._frozen
+        known = {id(view.param) for view in (*self._last[0].params, *self._optimizer.trained)}
+        return self._frozen.union(id(view.param) for view in glance.params if id(view.param) not in known)
+
     def _glance(self, copying: frozenset[str]) -> _Glance:
-        framework = self._framework
+        """The last one, if all tensors are the same objects in the same places: only state that is no tensor may have
+        another value.
+        """
+        framework, last = self._framework, self._last[0] if self._last is not None else None
+        framework.follow()
         states = self._optimizer.states(framework.params)
-        last = self._last[0].held if self._last is not None else None
-        held = last if last is not None and states is last.states else self._hold(states, last)
+        held = last.held if last is not None and states is last.held.states else self._hold(states, last and last.held)
         buffers = framework.buffers()
-        addresses = framework.param_addresses() + framework.addresses([buffer for _, buffer in buffers])
-        return _Glance(copying, held, buffers, addresses)
+        tensors = [*framework.params_in_memory(), *framework.in_memory([buffer for _, buffer in buffers])]
+        if (
+            last is not None
+            and last.copying == copying
+            and last.held is held
+            and last.params is framework.params
+            and last.buffers is buffers
+            and last.geometry.is_of(tensors)
+        ):
+            return last
+        return _Glance(copying, held, framework.params, buffers, Geometry(tensors))
 
     def _hold(self, states: list[Mapping[str, Any]], last: _Held | None) -> _Held:
-        values = [value for state in states for value in state.values()]
-        dense = last.dense if last is not None and _identical(values, last.values) else [*filter(_is_dense, values)]
-        names = [name for state in states for name in state]
-        return _Held(states, names, [*map(len, states)], values, dense, self._framework.addresses(dense))
+        """`last`, if nothing but values of state that is no tensor has changed."""
+        values = [*chain.from_iterable([state.values() for state in states])]
+        names, sizes = [*chain.from_iterable(states)], [*map(len, states)]
+        if (
+            last is not None
+            and names == last.names
+            and sizes == last.sizes
+            and same_objects(states, last.states)
+            and _same_tensors(values, last.values)
+            and last.geometry.is_of(self._framework.in_memory(last.dense))
+        ):
+            return last
+        dense = [*filter(_is_dense, values)]
+        return _Held(states, names, sizes, values, dense, Geometry(self._framework.in_memory(dense)))
 
     def _survey(
         self, copying: frozenset[str], states: list[Mapping[str, Any]], frozen_ids: frozenset[int] | None
@@ -236,15 +278,15 @@ class Surveyor:
             if state:
                 order[view.fqn] = list(state)
             for name, value in state.items():
-                if _is_dense(value):
+                if isinstance(value, torch.Tensor):
                     self._check_name(name)
+                    check_layout(f"{self._optimizer.kind}'s state {name} of {view.fqn}", value)
                     add(view, name, value, True)
                 else:
                     scalars.append((view.fqn, name, state))
-        for fqn, buffer in self._framework.written_buffers():
-            local = self._framework.local(buffer)
-            part = Slice.whole("buffer", fqn, dtype_code(buffer.dtype, f"buffer/{fqn}"), tuple(local.shape))
-            copied.append(Piece(part, local, lease=False))
+        buffers = [fqn for fqn, _ in self._framework.buffers()]
+        check_unique("a parameter and a buffer", [view.fqn for view in self._framework.params] + buffers)
+        copied += [Piece(part, local, lease=False) for part, local in self._framework.written_buffers()]
         made = self._batches(layers)
         key = tuple(
             (piece.slice, number, 0 if batch.staged else piece.tensor.data_ptr())
@@ -300,41 +342,19 @@ class Surveyor:
         return tuple(made)
 
     def _check_name(self, name: object) -> None:
-        if not isinstance(name, str) or "/" in name or name in ("param", "master", "buffer", "state"):
+        if not isinstance(name, str) or not name or "/" in name or name in _OTHER_KINDS:
             raise UnsupportedError(
                 f"{self._optimizer.kind} keeps state under {name!r}, which cannot name a tensor in the file"
             )
 
 
-def _same(one: _Glance, other: _Glance) -> bool:
-    """Whether all tensors are the same objects in the same places. State that is no tensor may have another value."""
-    return (
-        one.addresses == other.addresses
-        and one.copying == other.copying
-        and one.buffers is other.buffers
-        and (one.held is other.held or _same_state(one.held, other.held))
+def _same_tensors(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    """REQUIRES: as many of both."""
+    return same_objects(some, others) or all(
+        was is now or not (_is_dense(was) or _is_dense(now)) for was, now in zip(some, others, strict=True)
     )
-
-
-def _same_state(one: _Held, other: _Held) -> bool:
-    return (
-        one.addresses == other.addresses
-        and one.names == other.names
-        and one.sizes == other.sizes
-        and (
-            one.dense is other.dense  # as `_hold` has it when all values are the same objects
-            or all(
-                was is now or not (_is_dense(was) or _is_dense(now))
-                for was, now in zip(one.values, other.values, strict=True)
-            )
-        )
-        and _identical(one.states, other.states)
-    )
-
-
-def _identical(some: Sequence[Any], others: Sequence[Any]) -> bool:
-    return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
 def _is_dense(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and value.layout == torch.strided
+    """Whether it is a tensor with an address and strides. Others the survey refuses."""
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_nested

@@ -43,7 +43,7 @@ def put_json(data: dict[str, Any]) -> None:
 
 def table(*columns: str, right: tuple[str, ...] = (), folded: tuple[str, ...] = ()) -> Table:
     """A table whose rows `row` adds; cells of `folded` columns may wrap."""
-    made = Table()
+    made = Table(box=None, pad_edge=False, header_style="bold")  # no lines: it fits 80 columns, and can be copied from
     for column in columns:
         made.add_column(
             column,

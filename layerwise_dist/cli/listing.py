@@ -28,7 +28,9 @@ def ls(catalogue: Catalogue) -> Answer:
     tags = ("tag",) if any(entry["tag"] for entry in entries) else ()
     bases = catalogue.bases()
     shared = ("shared",) if bases else ()
-    shown = table("step", "seq", "status", *tags, "ranks", "size", *shared, "age", "folder", right=right)
+    shown = table(
+        "step", "seq", "status", *tags, "ranks", "size", *shared, "age", "folder", right=right, folded=("folder",)
+    )
     for entry in entries:
         created = entry["created"]
         named = (entry["tag"],) if tags else ()

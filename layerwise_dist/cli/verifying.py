@@ -12,6 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from layerwise_dist.cli.catalogue import Catalogue
 from layerwise_dist.cli.console import Answer, row, size, table
+from layerwise_dist.commit.opening import unusable
 from layerwise_dist.commit.records import BaseRecord, Manifest
 from layerwise_dist.errors import DamageError
 from layerwise_dist.storage import layout
@@ -35,11 +36,14 @@ def verify(catalogue: Catalogue, step: int | None) -> Answer:
             for name, damage in catalogue.inventory.damaged.items()
             if (attempt := layout.parse_folder(name)) is not None and attempt.step == step
         }
+    records |= unusable(catalogue.manager, empty=catalogue.inventory.empty)
+    from layerwise_dist.cli.restorable import unrestorable  # torch comes along, of whose tensors state is made
+
     began = time.monotonic()
     bases = {(rank, base): base.nbytes for manifest in manifests for rank, base in catalogue.bases_here(manifest)}
     total = sum(record.nbytes for manifest in manifests for record in catalogue.here(manifest)) + sum(bases.values())
     with _progress(total) as advance:
-        found = _Verifier(catalogue, advance)
+        found = _Verifier(catalogue, advance, unrestorable)
         results = [found.look(manifest) for manifest in manifests]
     seconds = time.monotonic() - began
 
@@ -59,6 +63,12 @@ def verify(catalogue: Catalogue, step: int | None) -> Answer:
         cells = (result["step"], result["seq"], result["status"], whole if ranks == whole else f"{ranks} of {whole}")
         row(shown, *cells, size(result["bytes"]), result["result"], style=_STYLE[result["result"]])
     parts: list[Any] = [f"Verified in {catalogue.root}", shown, *(f"damaged: {line}" for line in damage)]
+    elsewhere = [result["step"] for result in results if result["ranks_here"] < result["ranks"]]
+    if elsewhere:
+        parts.append(
+            f"of step(s) {_listed(elsewhere)} only some ranks' shards lie here: whether all together hold every tensor "
+            "whole was not looked at"
+        )
     unhashed = [str(result["step"]) for result in results if result["result"] == "not hashed"]
     if unhashed:
         parts.append(f"data not hashed: whether the tensors of step(s) {', '.join(unhashed)} are sound cannot be told")
@@ -77,8 +87,10 @@ def _listed(steps: list[int]) -> str:
 class _Verifier:
     """Looks at checkpoints; at what several of them refer to, once."""
 
-    def __init__(self, catalogue: Catalogue, advance: Callable[[int], None]) -> None:
-        self._catalogue, self._advance = catalogue, advance
+    def __init__(
+        self, catalogue: Catalogue, advance: Callable[[int], None], unrestorable: Callable[..., list[str]]
+    ) -> None:
+        self._catalogue, self._advance, self._unrestorable = catalogue, advance, unrestorable
         self._bases: dict[tuple[int, BaseRecord], list[str]] = {}  # damage, by rank and record
         self._steps: dict[tuple[int, BaseRecord], list[int]] = {}
 
@@ -99,6 +111,8 @@ class _Verifier:
                     self._advance(base.nbytes)
                 damage += self._bases[rank, base]
                 self._steps.setdefault((rank, base), []).append(manifest.step)
+            damage += self._unrestorable(manifest, here, opener)
+        damage = list(dict.fromkeys(damage))
         result = "damaged" if damage else "sound" if hashed else "not hashed"
         if damage and not catalogue.still_there(manifest):
             damage, result = [], "retired"  # a job that runs removed it meanwhile

@@ -12,6 +12,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+from layerwise_dist.commit.alike import Alike
 from layerwise_dist.commit.common_boundary import CommonBoundary
 from layerwise_dist.commit.metadata import InDoubt
 from layerwise_dist.commit.transports import Message
@@ -73,6 +74,7 @@ class _Attempt:
     since: float  # the deadline counts from here
     staged: set[int] = field(default_factory=set)
     reports: dict[int, Message] = field(default_factory=dict)
+    alike: Alike = field(default_factory=Alike)
     ready: bool = False  # all have reported
     asked: str = ""  # of the keepers: prepare or publish
     keepers: set[int] = field(default_factory=set)  # that have not answered
@@ -129,7 +131,7 @@ class Coordinator:
             self._say_all(self._common.held(message))
         elif kind in ("gone", "orphaned"):
             self._lose(message["rank"], message["why"], orphaned=kind == "orphaned")
-        elif kind in ("staged", "durable", "failed", "skipped"):
+        elif kind in ("alike", "staged", "durable", "failed", "skipped"):
             self._report(kind, message, now)
         elif kind == "kept":
             self._kept(message)
@@ -228,6 +230,11 @@ class Coordinator:
             self._abort(attempt, f"rank {message['rank']}: {message['error']}", failure=True)
         elif kind == "skipped":
             self._abort(attempt, f"rank {message['rank']}: {message['reason']}", failure=False, skipped=True)
+        elif kind == "alike":
+            if (unlike := attempt.alike.compare(message)) is not None:
+                if unlike.final:
+                    self._finish(unlike.why)
+                self._abort(attempt, unlike.why, failure=unlike.final, unlike="" if unlike.final else unlike.ranks)
         elif kind == "staged":
             if message["rank"] not in attempt.staged:
                 attempt.staged.add(message["rank"])
@@ -310,7 +317,7 @@ class Coordinator:
         self._decided = {seq for seq in self._decided if seq > attempt.seq - 1024}
         self._out.append(RetireOld())
 
-    def _abort(self, attempt: _Attempt, reason: str, *, failure: bool, skipped: bool = False) -> None:
+    def _abort(self, attempt: _Attempt, reason: str, *, failure: bool, skipped: bool = False, unlike: str = "") -> None:
         self._close(attempt)
         if failure and not self._orphaned:  # else all have stopped, and what monitors hold is still to be committed
             self._failures += 1
@@ -318,7 +325,7 @@ class Coordinator:
                 self._finish(f"checkpoint of step {attempt.step} failed: {reason}")
         self._say(
             {"t": "aborted", "seq": attempt.seq, "step": attempt.step, "reason": reason, "failure": failure,
-             "skipped": skipped}
+             "skipped": skipped, "unlike": unlike}
         )  # fmt: skip
 
     def _close(self, attempt: _Attempt) -> None:

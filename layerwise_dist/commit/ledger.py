@@ -88,6 +88,7 @@ class Ledger:
         self.stop: tuple[float, str] | None = None  # the boundary to raise at, and why
         self.lost: str | None = None
         self._lost_at = -math.inf  # the boundary to raise that at
+        self.unlike: set[str] = set()  # ranks that do not share optimizer state, though they should
         self._aborted: dict[int, str] = {}
         self._aborted_seqs: set[int] = set()
         self._committed_seq = 0
@@ -201,6 +202,8 @@ class Ledger:
                 self.skips += 1
             else:
                 self.aborts += 1
+            if message["unlike"]:
+                self.unlike.add(message["unlike"])
             self._aborted_seqs = {seq for seq in self._aborted_seqs if seq > message["seq"] - 1024} | {message["seq"]}
             self._aborted[message["step"]] = (
                 f"the checkpoint of step {message['step']} was aborted: {message['reason']}"

@@ -151,8 +151,21 @@ class CheckpointMetadataManager:
         remove(self.env, folder, [layout.MANIFEST_TMP])
 
     def _publish(self, folder: str, temporary: str, final: str, record: Record) -> None:
-        self._write(os.path.join(folder, temporary), record)
-        self._into_place(folder, temporary, final)
+        path = os.path.join(folder, temporary)
+        try:
+            self._write(path, record)
+            self._into_place(folder, temporary, final)
+        except InDoubt:
+            raise
+        except OSError:
+            self._clear(path)  # on a full disk, what could be written of it would stay until the next start
+            raise
+
+    def _clear(self, path: str) -> None:
+        try:
+            self._unlink(path)
+        except OSError as error:
+            log.warning("%s stays until the next start: %s", path, error)
 
     def _write(self, path: str, record: Record) -> None:
         self._unlink(path)  # of an earlier try that failed half-way

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from layerwise_dist.commit.metadata import Branch, CheckpointMetadataManager, Identity, Manifest, decode
-from layerwise_dist.commit.owner import Owner
+from layerwise_dist.commit.owner import Owner, read_owner
 from layerwise_dist.errors import DamageError, DirectoryError
 from layerwise_dist.storage import layout
 from layerwise_dist.storage.layout import AttemptId
@@ -165,6 +165,27 @@ class Place:
     def release(self) -> None:
         if self.owner is not None:
             self.owner.release()
+
+
+def unusable(manager: CheckpointMetadataManager, *, empty: bool) -> dict[str, str]:
+    """What keeps a session from beginning in a directory, by the file's name; what `Place.look` reads is read here.
+
+    `empty`: there is no checkpoint, so that nothing need be there.
+    """
+    problems: dict[str, str] = {}
+    try:
+        read_owner(manager.env, manager.root)
+    except OSError as error:
+        problems[layout.OWNER] = f"no job can take {os.path.join(manager.root, layout.OWNER)}: {error}"
+    path = os.path.join(manager.root, layout.IDENTITY)
+    try:
+        manager.read_identity()
+    except FileNotFoundError:
+        if not empty:
+            problems[layout.IDENTITY] = f"{path} is missing: only attach(fresh=True) would take the directory"
+    except (DamageError, OSError) as error:
+        problems[layout.IDENTITY] = str(error)
+    return problems
 
 
 def merge(found: list[dict[str, Any]], root: str, *, fresh: bool) -> Plan:

@@ -102,7 +102,7 @@ def _take(env: Any, root: str, path: str, file_mode: int, patience_s: float, gra
             return env.lock(path, file_mode)
         except BlockingIOError:
             pass
-        holder = _holder(env, path)
+        holder = _holder(env, root)
         limit = patience_s if holder.get("ends") else min(patience_s, _GRACE_S if holder.get("monitor") else grace_s)
         who = str(holder.get("who", "unknown"))[:200]
         if time.monotonic() - began >= limit:
@@ -121,8 +121,16 @@ def _take(env: Any, root: str, path: str, file_mode: int, patience_s: float, gra
         time.sleep(_LOOK_S)
 
 
-def _holder(env: Any, path: str) -> dict[str, Any]:
+def read_owner(env: Any, root: str) -> dict[str, Any]:
+    """What the file says, without the lock; nothing if it is torn, or not there. Raises OSError if it is no owner."""
     try:
-        return _parse(env.read_file(path, _CAP))
+        return _parse(env.read_file(os.path.join(root, layout.OWNER), _CAP))
+    except FileNotFoundError:
+        return {}
+
+
+def _holder(env: Any, root: str) -> dict[str, Any]:
+    try:
+        return read_owner(env, root)
     except OSError as error:
         return {"who": f"unreadable: {error}"}

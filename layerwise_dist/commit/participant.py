@@ -93,13 +93,13 @@ class Participant:
             with self._changed:
                 votes = self._agreeing.setdefault(key, {})
                 self._wait_for(
-                    lambda: len(votes) == self.world_size or self._gone.keys() - votes, deadline,
+                    lambda: len(votes) == self.world_size or self._left() - votes.keys(), deadline,
                     lambda: (
                         f"{what}: waited {timeout:g} s for rank(s) {sorted(set(range(self.world_size)) - set(votes))}"
                     ),
                 )  # fmt: skip
                 del self._agreeing[key]
-                gone = {rank: why for rank, why in self._gone.items() if rank not in votes}
+                gone = {rank: self._gone.get(rank, "it has left") for rank in self._left() - votes.keys()}
             try:
                 if gone:
                     raise CommitError(f"{what}: " + "; ".join(f"rank {rank}: {why}" for rank, why in gone.items()))
@@ -115,6 +115,10 @@ class Participant:
         if "error" in decision:
             raise rebuild_error(decision["error"])
         return decision["value"]
+
+    def _left(self) -> set[int]:
+        """Ranks from which nothing more comes."""
+        return self._closed_ranks | self._gone.keys()
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
@@ -144,6 +148,12 @@ class Participant:
         """This rank takes no part in the attempt, which is no failure; the coordinator drops it for all."""
         with self._changed:
             self._do(self._ledger.skipped(attempt, reason))
+
+    def take_unlike(self) -> set[str]:
+        """Ranks, as text, of which the coordinator has found since that not all have the same optimizer state."""
+        with self._changed:
+            found, self._ledger.unlike = self._ledger.unlike, set()
+            return found
 
     def wait_room(self, max_in_flight: int, timeout_s: float) -> bool:
         """Whether fewer than `max_in_flight` shards are on their way to this rank's disk, waiting for the disk only."""
@@ -358,7 +368,7 @@ class Participant:
             self._keeper.put(message)
         if kind in ("hold", "meet") and message["leave"] and self._leaving is not None:
             self._leaving(message["why"])
-        if self.tells and kind == "aborted" and message["failure"]:
+        if self.tells and kind == "aborted" and (message["failure"] or message["unlike"]):
             log.warning("checkpoint of step %d aborted: %s", message["step"], message["reason"])
         elif self.tells and kind == "meet" and message["b"] is None:
             log.warning("no boundary could be agreed on for a checkpoint: %s", message["why"])

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
 from layerwise_dist.errors import UnsupportedError
-from layerwise_dist.pieces import Piece, dtype_code
-from layerwise_dist.slices import Slice
-
-_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+from layerwise_dist.frameworks.names import CleanNames, check_unique, join
+from layerwise_dist.pieces import Piece, check_layout, dtype_code
+from layerwise_dist.slices import Slice, ranks_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,49 +31,96 @@ class Framework:
     """A plain module, or one replica that nobody keeps equal: every rank writes all that it holds."""
 
     name = "plain"
-    # Whether one rank's buffers stand for all ranks', so that only rank 0 writes them.
-    shared_buffers = False
-    # Whether a rank needs what others wrote of parameters and their state: they hold them alike, or parts of them.
-    shared_params = False
+    # Whether every rank writes all that it holds, be it that others hold the same (`replicas: apart`).
+    apart = False
     # Whether what an optimizer updates is in memory only during its update.
     swapped = False
     # Whether it keeps parameters in memory of its own, so that none of them can belong to a second model.
     exclusive = False
+    # Why parameters cannot come, go or be replaced once the model is wrapped, and what to do; empty if they can.
+    fixed = ""
 
     def __init__(self, root: nn.Module, rank: int, world_size: int, prefix: str = "") -> None:
         """`prefix` is the model's name among several, and the first part of every name here; "" of a single one."""
         self.root, self.rank, self.world_size = root, rank, world_size
-        self.params = _views(root, prefix)
-        self._tree = _Tree(root, prefix)
-        for view in self.params:
-            if view.param.is_meta:
-                raise UnsupportedError(
-                    f"parameter {view.fqn} is on the meta device: materialise the model before attach()"
-                )
+        self._whole: set[str] = set()  # whose state is not the same on all ranks, by the optimizer's word
+        self._unlike: frozenset[str] = frozenset()  # and by what was found
+        self._tree = _Tree(root, prefix, self.stand_ins)
+        self.params = self._in_tree = self._tree.look()
+
+    def follow(self) -> None:
+        """Brings parameters, buffers and extra states up to what the module tree has now.
+
+        `params` stays the very same list while nothing in it came, went, or got another name. Raises UnsupportedError
+        where the wrapper does not allow for that.
+        """
+        found = self._tree.look()
+        if found is self._in_tree:
+            return
+        if self.fixed:
+            raise UnsupportedError(f"{changes(self._in_tree, found)} after attach(). {self.fixed}")
+        self._take_up(found)
+        self._in_tree = found
+
+    def _take_up(self, found: list[ParamView]) -> None:
+        """These are the parameters from now on."""
+        self.params = found
+
+    def stand_ins(self) -> Mapping[int, nn.Parameter]:
+        """Of what hangs in the module tree in place of a parameter, by its id, which one that is."""
+        return {}
 
     @property
     def roots(self) -> list[nn.Module]:
         """The modules whose forward is a forward of the training."""
         return [self.root]
 
-    def shared(self, kind: str, fqn: str) -> bool:
-        """Whether this rank may need what other ranks wrote under that name."""
-        return self.shared_buffers if kind == "buffer" else self.shared_params
+    def sharers(self, view: ParamView) -> tuple[int, ...]:
+        """The ranks, this one included, that may have written what this rank needs of a parameter and its state: they
+        hold it alike, or parts of it. Empty if this rank writes all that it holds.
+        """
+        return ()
 
-    def keep_state_whole(self, fqns: Sequence[str]) -> None:
+    def alike(self, view: ParamView, kind: str, tensor: torch.Tensor) -> tuple[int, ...]:
+        """The ranks, this one included, that hold this very tensor alike, so that one of them writes each part of it
+        for all; empty if this rank writes all of it. They are the same for all state of a parameter, or none.
+        """
+        unlike = tensor is not view.param and (view.fqn in self._whole or view.fqn in self._unlike)
+        return () if self.apart or unlike else self._replicas(view, tensor)
+
+    def _replicas(self, view: ParamView, tensor: torch.Tensor) -> tuple[int, ...]:
+        """`alike`, by the wrapper's word alone."""
+        return ()
+
+    def partners(self) -> set[int]:
+        """All ranks that `sharers` and buffers name."""
+        named = {self.sharers(view) for view in self.params}
+        named |= {ranks_of(part.among, self.world_size) for part, _ in self.buffer_slices()}
+        return {rank for ranks in named for rank in ranks}
+
+    def keep_state_whole(self, fqns: Collection[str]) -> None:
         """Optimizer state of these parameters is not the same on all ranks: who has some writes all of it."""
+        self._whole.update(fqns)
+
+    def keep_unlike(self, fqns: Collection[str]) -> None:
+        """The same, of what was found to be so; what was found before is forgotten."""
+        self._unlike = frozenset(fqns)
+
+    def write_apart(self) -> None:
+        """From now on every rank writes all that it holds."""
+        self.apart = True
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         """This rank's plain tensor behind `tensor`, sharing its memory."""
         return tensor.detach()
 
-    def addresses(self, tensors: Sequence[torch.Tensor]) -> list[int]:
-        """Where this rank's part of each buffer or tensor of state lies; cheaper than asking `local` for them."""
-        return [tensor.data_ptr() for tensor in tensors]
+    def in_memory(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """This rank's part of each buffer or tensor of state; cheaper than asking `local` for them."""
+        return tensors
 
-    def param_addresses(self) -> list[int]:
-        """Where this rank's parameters lie, be it several of them in one place: another list if one of them moved."""
-        return self.addresses([view.param for view in self.params])
+    def params_in_memory(self) -> Sequence[torch.Tensor]:
+        """The tensors that this rank's parameters lie in, be it several of them in one."""
+        return self.in_memory([view.param for view in self.params])
 
     def names(self) -> dict[int, str]:
         """Of each tensor that an optimizer of this model may hold, by its id."""
@@ -132,16 +180,24 @@ class Framework:
         """Removes whatever hooks the framework has put on the model."""
 
     def buffers(self) -> list[tuple[str, torch.Tensor]]:
-        """Persistent buffers under clean names, each once."""
-        return self._tree.look().buffers
+        """Persistent buffers under clean names, each once, as `follow` has found them."""
+        return self._tree.buffers
 
-    def written_buffers(self) -> list[tuple[str, torch.Tensor]]:
-        """Those of `buffers` that this rank writes."""
-        return [] if self.shared_buffers and self.rank else self.buffers()
+    def buffer_slices(self) -> list[tuple[Slice, torch.Tensor]]:
+        """Each of `buffers` as restore must fill it, with this rank's plain tensor."""
+        found = []
+        for fqn, buffer in self.buffers():
+            local, code = self.local(buffer), dtype_code(buffer.dtype, f"buffer/{fqn}")
+            found.append((Slice.whole("buffer", fqn, code, tuple(local.shape)), local))
+        return found
+
+    def written_buffers(self) -> list[tuple[Slice, torch.Tensor]]:
+        """Those of `buffer_slices` that this rank writes."""
+        return self.buffer_slices()
 
     def extra_states(self) -> list[tuple[str, nn.Module]]:
-        """Modules that define `get_extra_state()`."""
-        return self._tree.look().extra_states
+        """Modules that define `get_extra_state()`, as `follow` has found them."""
+        return self._tree.extra_states
 
 
 def put_gradient(param: torch.Tensor, present: bool) -> None:
@@ -155,71 +211,101 @@ def put_gradient(param: torch.Tensor, present: bool) -> None:
         (param.grad.requires_grad_(False) if param.grad.grad_fn is None else param.grad.detach_()).zero_()
 
 
-class _Tree:
-    """What hangs in the module tree: looked at in every checkpoint, walked when something came, went or changed."""
+_DICTS = operator.attrgetter("_modules", "_parameters", "_buffers")
+_HIDDEN = operator.attrgetter("_non_persistent_buffers_set")
 
-    def __init__(self, root: nn.Module, prefix: str) -> None:
-        self._root, self._prefix = root, prefix
+
+class _Tree:
+    """What hangs in the module tree: looked at in every checkpoint, walked when something came, went or changed.
+
+    `params` and `buffers` are the very same lists while all in them is the same under the same names.
+    """
+
+    def __init__(self, root: nn.Module, prefix: str, stand_ins: Callable[[], Mapping[int, nn.Parameter]]) -> None:
+        self._root, self._prefix, self._stand_ins = root, prefix, stand_ins
         self._modules: list[nn.Module] = []
-        self._stamp: tuple[Any, ...] | None = None
-        self._held: list[Any] = []  # keeps what the stamp names alive, so that nothing else can take its identity
+        self._names: list[Any] = []
+        self._held: list[Any] = []  # keeps all of it alive, so that nothing else can take its identity
+        self.params: list[ParamView] = []
         self.buffers: list[tuple[str, torch.Tensor]] = []
         self.extra_states: list[tuple[str, nn.Module]] = []
 
-    def look(self) -> _Tree:
-        if self._stamp is None or self._stamp != self._take_stamp():
+    def look(self) -> list[ParamView]:
+        """Brings the lists up to date, and returns `params`."""
+        if not self._modules or not self._is_as_it_was():
             self._walk()
-        return self
+        return self.params
 
-    def _take_stamp(self) -> tuple[Any, ...]:
-        modules = self._modules
-        return (
-            [id(child) for module in modules for child in module._modules.values()],
-            [name for module in modules for name in module._buffers],
-            [id(buffer) for module in modules for buffer in module._buffers.values()],
-            [len(module._non_persistent_buffers_set) for module in modules],
-        )
+    def _is_as_it_was(self) -> bool:
+        names, held = self._stamp()
+        return names == self._names and same_objects(held, self._held)
+
+    def _stamp(self) -> tuple[list[Any], list[Any]]:
+        """How many names each dict of each module has, and which; and all that has these names."""
+        dicts = [*chain.from_iterable(map(_DICTS, self._modules))]
+        hidden = [*map(_HIDDEN, self._modules)]
+        full = [*filter(None, dicts)]  # most are empty
+        names = [[*map(len, dicts)], [*chain.from_iterable(full)], [*map(len, hidden)], [*chain.from_iterable(hidden)]]
+        return names, [*chain.from_iterable(map(dict.values, full))]
 
     def _walk(self) -> None:
-        named = list(self._root.named_modules())
-        self._modules = [module for _, module in named]
-        self._held = [buffer for module in self._modules for buffer in module._buffers.values()]
-        self._stamp = self._take_stamp()
+        self._modules = list(self._root.modules())
+        clean = CleanNames(self._root, self._prefix)
+        params = _views(clean, self._stand_ins())
+        names = clean.of_module
         seen: set[int] = set()
-        self.buffers = []
-        for module_name, module in named:
+        buffers = []
+        for module in self._modules:
             for name, buffer in module._buffers.items():
                 if buffer is not None and name not in module._non_persistent_buffers_set and id(buffer) not in seen:
                     seen.add(id(buffer))
-                    self.buffers.append((join(self._prefix, clean(join(module_name, name))), buffer))
+                    buffers.append((join(names[id(module)], name), buffer))
+        for name, buffer in buffers:
+            check_layout(f"buffer {name}", buffer)
+        check_unique("two buffers", (name for name, _ in buffers))
+        if changes(self.params, params):
+            self.params = params
+        if [(name, id(buffer)) for name, buffer in buffers] != [(name, id(buffer)) for name, buffer in self.buffers]:
+            self.buffers = buffers
         self.extra_states = [
-            (join(self._prefix, clean(name)), module)
-            for name, module in named
+            (names[id(module)], module)
+            for module in self._modules
             if type(module).get_extra_state is not nn.Module.get_extra_state
         ]
+        check_unique("two modules with get_extra_state()", (name for name, _ in self.extra_states))
+        self._names, self._held = self._stamp()  # last: what could not be listed is not known at the next look either
 
 
-def clean(name: str) -> str:
-    """A name without the parts that wrappers (DDP, FSDP, compile, activation checkpointing) put into it."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+def same_objects(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Whether both have the very same objects, in the same order."""
+    return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
-def join(prefix: str, name: str) -> str:
-    """The name of what is called `name` in the model that is called `prefix`; either may be empty."""
-    return f"{prefix}.{name}" if prefix and name else prefix or name
+def changes(before: Sequence[ParamView], now: Sequence[ParamView]) -> str:
+    """What happened to a model's parameters, in words and by name; empty if nothing did."""
+    if [(view.fqn, id(view.param), view.aliases) for view in before] == [
+        (view.fqn, id(view.param), view.aliases) for view in now
+    ]:
+        return ""
+    was, there = ({view.fqn: view.param for view in views} for views in (before, now))
+    found = {
+        "replaced by another Parameter": [fqn for fqn in was if fqn in there and there[fqn] is not was[fqn]],
+        "added": [fqn for fqn in there if fqn not in was],
+        "removed": [fqn for fqn in was if fqn not in there],
+    }
+    words = [
+        f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''} "
+        f"{'were' if len(names) > 1 else 'was'} {what}"
+        for what, names in found.items()
+        if names
+    ]
+    return "; ".join(words) or "the order of the parameters, or which of them are tied, changed"
 
 
-def _views(root: nn.Module, prefix: str) -> list[ParamView]:
-    names: dict[int, list[str]] = {}
-    tensors: dict[int, nn.Parameter] = {}
-    for name, param in root.named_parameters(remove_duplicate=False):
-        names.setdefault(id(param), []).append(join(prefix, clean(name)))
-        tensors[id(param)] = param
+def _views(names: CleanNames, stand_ins: Mapping[int, nn.Parameter]) -> list[ParamView]:
     views = []
-    for key, (first, *rest) in ((key, list(dict.fromkeys(found))) for key, found in names.items()):
-        views.append(ParamView(first, first.rpartition(".")[0], tensors[key], tuple(rest)))
-    taken = [view.fqn for view in views]
-    if len(set(taken)) != len(taken):
-        twice = sorted({fqn for fqn in taken if taken.count(fqn) > 1})
-        raise UnsupportedError(f"two parameters have the same name once wrappers' prefixes are removed: {twice[:5]}")
+    for param, (first, *rest) in names.parameters(stand_ins):
+        check_layout(f"parameter {first}", param)
+        views.append(ParamView(first, first.rpartition(".")[0], param, tuple(rest)))
+    check_unique("two parameters", (name for view in views for name in (view.fqn, *view.aliases)))
     return views

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from layerwise_dist.errors import UnsupportedError
-from layerwise_dist.frameworks.base import Framework, ParamView
+from layerwise_dist.frameworks.base import Framework, ParamView, same_objects
 from layerwise_dist.frameworks.nested import NO_STATE
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter, UpdateEvents
 from layerwise_dist.pieces import Piece
@@ -31,6 +31,11 @@ def check_names(what: str, named: object) -> None:
             raise UnsupportedError(f"{what}: {name!r} is no name: letters, digits, '_' and '-' are allowed")
 
 
+def framework_of(name: str) -> dict[str, str]:
+    """Of several models' `Framework.name`, the name of each one's framework by the model's name; empty of one's."""
+    return dict(each.split(":", 1) for each in name.split(",")) if ":" in name else {}
+
+
 class CompositeFramework(Framework):
     """Models by name; every name in it begins with the model's, which the parts have as their prefix.
 
@@ -44,24 +49,32 @@ class CompositeFramework(Framework):
         self.rank, self.world_size = some.rank, some.world_size
         self.parts = dict(parts)
         self.name = ",".join(f"{name}:{part.name}" for name, part in sorted(self.parts.items()))
-        self.shared_params = any(part.shared_params for part in self.parts.values())
         self.swapped = any(part.swapped for part in self.parts.values())
-        self.shared_buffers = any(part.shared_buffers for part in self.parts.values())
-        self._holder: dict[int, Framework] = {}  # by the parameter's id; the views keep it alive
-        self.params = self._merge()
+        self._holder: dict[int, Framework]  # by the parameter's id; the views keep it alive
+        self._merged: list[list[ParamView]] = []
+        self.follow()
         self._buffers: tuple[list[list[tuple[str, torch.Tensor]]], list[tuple[str, torch.Tensor]]] = [], []
+
+    def follow(self) -> None:
+        for part in self.parts.values():
+            part.follow()
+        lists = [part.params for part in self.parts.values()]
+        if not same_objects(lists, self._merged):
+            self.params = self._merge()
+            self._merged = lists
 
     def _merge(self) -> list[ParamView]:
         views: dict[int, ParamView] = {}
+        holder = self._holder = {}
         for part in self.parts.values():
             for view in part.params:
                 key = id(view.param)
                 known = views.get(key)
                 if known is None:
-                    views[key], self._holder[key] = view, part
-                elif part.exclusive or self._holder[key].exclusive:
+                    views[key], holder[key] = view, part
+                elif part.exclusive or holder[key].exclusive:
                     raise UnsupportedError(
-                        f"parameter {known.fqn} is also {view.fqn}: under {self._holder[key].name} and {part.name} a "
+                        f"parameter {known.fqn} is also {view.fqn}: under {holder[key].name} and {part.name} a "
                         "parameter can belong to one model only"
                     )
                 else:
@@ -75,13 +88,23 @@ class CompositeFramework(Framework):
     def roots(self) -> list[nn.Module]:
         return [root for part in self.parts.values() for root in part.roots]
 
-    def shared(self, kind: str, fqn: str) -> bool:
-        part = self.parts.get(fqn.partition(".")[0])
-        return part is not None and part.shared(kind, fqn)
+    def sharers(self, view: ParamView) -> tuple[int, ...]:
+        return self._part(view).sharers(view)
 
-    def keep_state_whole(self, fqns: Sequence[str]) -> None:
+    def alike(self, view: ParamView, kind: str, tensor: torch.Tensor) -> tuple[int, ...]:
+        return self._part(view).alike(view, kind, tensor)
+
+    def keep_state_whole(self, fqns: Collection[str]) -> None:
         for part in self.parts.values():
             part.keep_state_whole(fqns)
+
+    def keep_unlike(self, fqns: Collection[str]) -> None:
+        for part in self.parts.values():
+            part.keep_unlike(fqns)
+
+    def write_apart(self) -> None:
+        for part in self.parts.values():
+            part.write_apart()
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         holder = self._holder.get(id(tensor))
@@ -92,11 +115,14 @@ class CompositeFramework(Framework):
         part = next((part for part in self.parts.values() if part.is_wrapped(tensor)), None)
         return part.local(tensor) if part is not None else tensor.detach()
 
-    def addresses(self, tensors: Sequence[torch.Tensor]) -> list[int]:
-        return [self._any_local(tensor).data_ptr() for tensor in tensors]
+    def in_memory(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        for part in self.parts.values():
+            tensors = part.in_memory(tensors)
+        return tensors
 
-    def param_addresses(self) -> list[int]:
-        return [address for part in self.parts.values() for address in part.param_addresses()]
+    def params_in_memory(self) -> Sequence[torch.Tensor]:
+        tensors = [tensor for part in self.parts.values() for tensor in part.params_in_memory()]
+        return list({id(tensor): tensor for tensor in tensors}.values())  # a model may share them with another
 
     def names(self) -> dict[int, str]:
         return {key: name for part in reversed(self.parts.values()) for key, name in part.names().items()}
@@ -144,12 +170,15 @@ class CompositeFramework(Framework):
         """The very same list while no part's is another one."""
         lists = [part.buffers() for part in self.parts.values()]
         known, merged = self._buffers
-        if len(known) != len(lists) or any(now is not was for now, was in zip(lists, known, strict=True)):
+        if not same_objects(lists, known):
             merged = [each for buffers in lists for each in buffers]
             self._buffers = lists, merged
         return merged
 
-    def written_buffers(self) -> list[tuple[str, torch.Tensor]]:
+    def buffer_slices(self) -> list[tuple[Slice, torch.Tensor]]:
+        return [each for part in self.parts.values() for each in part.buffer_slices()]
+
+    def written_buffers(self) -> list[tuple[Slice, torch.Tensor]]:
         return [each for part in self.parts.values() for each in part.written_buffers()]
 
     def extra_states(self) -> list[tuple[str, nn.Module]]:
@@ -259,10 +288,10 @@ class _Counted:
 
     def update_starting(self, *, in_closure: bool = False, layers: Collection[str] | None = None) -> None:
         """Only its own layers: what is leased of the others' stays leased."""
-        self._starting(in_closure=in_closure, layers={view.layer for view in self._member.views})
+        self._starting(in_closure=in_closure, layers=self._member.layers)
 
     def before_closure(self, layers: Collection[str] | None = None) -> None:
-        self._closure({view.layer for view in self._member.views})
+        self._closure(self._member.layers)
 
     def update_done(self, *, applied: bool) -> None:
         self._updates[self._name] += applied

@@ -18,6 +18,7 @@ from layerwise_dist.frameworks.base import Framework, ParamView
 from layerwise_dist.frameworks.nested import NO_STATE, Nest
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.frameworks.param_groups import adopt_groups, check_groups, in_order
+from layerwise_dist.geometry import Geometry
 from layerwise_dist.pieces import DTYPES
 from layerwise_dist.slices import Slice
 
@@ -205,7 +206,7 @@ class _Parts:
     def __init__(self, unit: torch.Tensor, state: Mapping[str, Any], by_fqn: dict[str, dict[str, Any]]) -> None:
         self.by_fqn = by_fqn
         self._unit, self._names, self._tensors = unit, [*state], _tensors(state)
-        self._addresses = [tensor.data_ptr() for tensor in self._tensors.values()]
+        self._geometry = Geometry([*self._tensors.values()])
 
     def are_of(self, unit: torch.Tensor, state: Mapping[str, Any]) -> bool:
         """Whether they are parts of these very tensors, in the same places. Brings scalars up to date."""
@@ -221,7 +222,7 @@ class _Parts:
         return True
 
     def _in_place(self) -> bool:
-        return [tensor.data_ptr() for tensor in self._tensors.values()] == self._addresses
+        return self._geometry.is_of([*self._tensors.values()])
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -5,23 +5,26 @@ Each rank writes its local part. Where a mesh replicates a part, one of the rank
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from layerwise_dist.errors import MismatchError, UnsupportedError
-from layerwise_dist.frameworks.base import Framework, ParamView
+from layerwise_dist.frameworks.base import Framework, ParamView, changes
 from layerwise_dist.frameworks.shares import owners
 from layerwise_dist.pieces import Piece, dtype_code
-from layerwise_dist.slices import Slice
+from layerwise_dist.slices import Slice, ranks_text
 
 
 class FSDP2Framework(Framework):
-    """A part is on all ranks along a mesh dimension whose placement is `Replicate`, and these count as equal.
+    """A part is on all ranks along a mesh dimension whose placement is `Replicate`, and these count as equal. A tensor
+    is that of its mesh: ranks on another one (of another pipeline stage) have another tensor, whatever its name.
 
     What is replicated by being on no mesh, or on a smaller one (modules that tensor parallelism passes by), is each
     rank's own: nothing keeps it equal by force.
@@ -31,6 +34,9 @@ class FSDP2Framework(Framework):
 
     def __init__(self, root: nn.Module, rank: int, world_size: int, prefix: str = "") -> None:
         super().__init__(root, rank, world_size, prefix)
+        self._divide()
+
+    def _divide(self) -> None:
         for view in self.params:
             if isinstance(view.param, DTensor):
                 _check_part(view)
@@ -38,16 +44,43 @@ class FSDP2Framework(Framework):
         replicated = [(view, ranks) for view, ranks in replicated if len(ranks) > 1]
         sizes = [(ranks, self.local(view.param).nbytes) for view, ranks in replicated]
         self._owner = {view.fqn: owner for (view, _), owner in zip(replicated, owners(sizes), strict=True)}
-        self.shared_params = bool(self._owner)
+        self._sharers = {view.fqn: ranks for view, ranks in replicated}
+        self._among: dict[DeviceMesh, str] = {}
 
-    def shared(self, kind: str, fqn: str) -> bool:
-        return kind != "buffer" and fqn in self._owner
+    def stand_ins(self) -> Mapping[int, nn.Parameter]:
+        """The whole parameters, while those hang in the places of the sharded ones."""
+        return {id(other): each.sharded_param for each in _managed(self.root) for other in _stand_ins(each)}
+
+    def _take_up(self, found: list[ParamView]) -> None:
+        for each in _managed(self.root):
+            module, name = each._module_info.module, each._module_info.param_name
+            there = module._parameters.get(name)
+            if there is not each.sharded_param and not any(there is other for other in _stand_ins(each)):
+                raise UnsupportedError(
+                    f"{changes(self._in_tree, found)} after attach(). FSDP2 puts back what it was given: copy values "
+                    "into the parameter that is there, or wrap the changed model, and attach() that"
+                )
+        super()._take_up(found)
+        self._divide()
+
+    def sharers(self, view: ParamView) -> tuple[int, ...]:
+        return self._sharers.get(view.fqn, ())
+
+    def _replicas(self, view: ParamView, tensor: torch.Tensor) -> tuple[int, ...]:
+        # State that is laid out otherwise than its parameter may be cut where that is replicated: everybody writes it.
+        alike = isinstance(tensor, DTensor) and _holders(tensor) == _holders(view.param)
+        return self.sharers(view) if alike else ()
+
+    def _mesh_text(self, mesh: DeviceMesh) -> str:
+        if mesh not in self._among:
+            self._among[mesh] = ranks_text(mesh.mesh.reshape(-1).tolist())
+        return self._among[mesh]
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
-    def addresses(self, tensors: Sequence[torch.Tensor]) -> list[int]:
-        return [(each._local_tensor if isinstance(each, DTensor) else each).data_ptr() for each in tensors]
+    def in_memory(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        return [each._local_tensor if isinstance(each, DTensor) else each for each in tensors]
 
     def gradient_ready_params(self) -> list[nn.Parameter]:
         return []  # with CPU offload such a hook makes FSDP2 wait for each gradient's copy
@@ -64,12 +97,15 @@ class FSDP2Framework(Framework):
             return super().need(view, kind, tensor)
         shape, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
         code = dtype_code(tensor.dtype, f"{kind}/{view.fqn}")
-        return Slice(kind, view.fqn, code, tuple(tensor.shape), offsets=tuple(offsets), lengths=tuple(shape))
+        among = self._mesh_text(tensor.device_mesh)
+        return Slice(
+            kind, view.fqn, code, tuple(tensor.shape), offsets=tuple(offsets), lengths=tuple(shape), among=among
+        )
 
     def pieces(self, view: ParamView, kind: str, tensor: torch.Tensor, *, lease: bool) -> list[Piece]:
-        # State that is laid out otherwise than its parameter may be cut where that is replicated: everybody writes it.
-        alike = isinstance(tensor, DTensor) and _holders(tensor) == _holders(view.param)
-        if alike and self._owner.get(view.fqn, self.rank) != self.rank:
+        if tensor is view.param and isinstance(tensor, DTensor):
+            _check_part(view)  # its local part may have got another shape
+        if self.alike(view, kind, tensor) and self._owner[view.fqn] != self.rank:
             return []
         return super().pieces(view, kind, tensor, lease=lease)
 
@@ -86,6 +122,18 @@ class FSDP2Framework(Framework):
                 f"has {list(param.shape)}"
             )
         return torch.empty_like(param, dtype=dtype, requires_grad=False)
+
+
+def _managed(root: nn.Module) -> list[Any]:
+    """What FSDP2 knows of each parameter that it has sharded."""
+    states = [module._get_fsdp_state() for module in root.modules() if isinstance(module, FSDPModule)]
+    return [each for state in states for group in state._fsdp_param_groups for each in group.fsdp_params]
+
+
+def _stand_ins(managed: Any) -> list[nn.Parameter]:
+    """What hangs in the sharded parameter's place while it is gathered."""
+    found = [getattr(managed, name, None) for name in ("_unsharded_param", "_sharded_post_forward_param")]
+    return [param for param in found if param is not None]
 
 
 def _holders(tensor: torch.Tensor) -> tuple[int, ...]:

@@ -7,19 +7,22 @@ names.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from layerwise_dist.errors import UnsupportedError
-from layerwise_dist.frameworks.base import ParamView, clean, join, put_gradient
+from layerwise_dist.frameworks.base import ParamView, changes, put_gradient
 from layerwise_dist.frameworks.flat import FlatFramework, FlatState, Fragment
+from layerwise_dist.frameworks.names import CleanNames, check_unique, join
 from layerwise_dist.frameworks.optimizers import TorchOptimizer
 from layerwise_dist.pieces import dtype_code
-from layerwise_dist.slices import Slice
+from layerwise_dist.slices import Slice, ranks_text
 
 
 class FSDP1Framework(FlatFramework):
@@ -30,29 +33,31 @@ class FSDP1Framework(FlatFramework):
 
     name = "fsdp1"
     exclusive = True
+    fixed = "FSDP1 trains what it was given: wrap the changed model, and attach() that"
 
     def __init__(self, root: nn.Module, rank: int, world_size: int, prefix: str = "") -> None:
         """Raises UnsupportedError for CPU offload, tensor parallelism, and parameters that are not row-major."""
         super().__init__(root, rank, world_size, prefix)
         self.fragments = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._among: dict[str, str] = {}  # the ranks that FSDP cuts it over
         self._units: list[torch.Tensor] = []
         self._sizes: list[int] = []  # of those that FSDP cuts: elements on this rank
         self._views_in: list[list[ParamView]] = []
-        self._handles = list(_handles(root))
+        self._handles = _handles(root)
+        names = CleanNames(root, prefix)
         known = {id(view.param): view for view in self.params}
         stand_ins: dict[int, list[ParamView]] = {}  # for each flat parameter that the optimizer holds
-        for name, handle in self._handles:
-            _check(join(prefix, clean(name)) or "the root", handle)
+        for module, handle in self._handles:
+            _check(names.of_module[id(module)] or "the root", handle)
             flat = handle.flat_param
             if flat._params is None:
-                self._add_unit(
-                    flat, stand_ins.setdefault(id(flat), _stand_ins(join(prefix, clean(name)), handle)), handle
-                )
+                self._add_unit(flat, stand_ins.setdefault(id(flat), _stand_ins(names, handle)), handle)
                 continue
             for number, param in enumerate(flat._params):
                 self._add_unit(param, [known[id(param)]], handle, number)
         self.params = [each for view in self.params for each in stand_ins.get(id(view.param), [view])]
+        check_unique("two parameters", (name for view in self.params for name in (view.fqn, *view.aliases)))
         self.holds_flat = bool(stand_ins)
         for view in self.params:
             if view.fqn not in self.fragments:
@@ -61,9 +66,19 @@ class FSDP1Framework(FlatFramework):
         self._number = {id(unit): number for number, unit in enumerate(self._units)}
         self._by_param = {id(view.param): view for view in self.params}
 
+    def follow(self) -> None:
+        """Only to refuse. What is gathered hangs in the tree as plain tensors, and comes back in another order."""
+        found = self._tree.look()
+        there = {view.fqn for view in found}
+        before = [view for view in self._in_tree if view.fqn in there or view.fqn not in self.fragments]
+        by_name = operator.attrgetter("fqn")
+        if what := changes(sorted(before, key=by_name), sorted(found, key=by_name)):
+            raise UnsupportedError(f"{what} after attach(). {self.fixed}")
+
     def _add_unit(self, unit: torch.Tensor, views: list[ParamView], handle: Any, number: int | None = None) -> None:
         flat = handle.flat_param
         places = range(len(views)) if number is None else [number]
+        cut_over = dist.get_process_group_ranks(handle.process_group) if handle.uses_sharded_strategy else ()
         for place, view in zip(places, views, strict=True):
             held = flat._shard_param_infos[place]
             length = held.numel_in_shard if held.in_shard else 0
@@ -71,6 +86,7 @@ class FSDP1Framework(FlatFramework):
             start = held.intra_param_start_idx if held.in_shard else 0
             self.fragments[view.fqn] = Fragment(len(self._units), start, offset, length)
             self._shapes[view.fqn] = tuple(flat._shapes[place])
+            self._among[view.fqn] = ranks_text(cut_over)
         self._units.append(unit)
         self._sizes.append(flat._sharded_size.numel() if number is None else length)
         self._views_in.append(views)
@@ -108,8 +124,8 @@ class FSDP1Framework(FlatFramework):
             return tensor.detach()
         return self.fragment_of(view, self.unit(self.fragments[view.fqn].unit))
 
-    def param_addresses(self) -> list[int]:
-        return self.addresses(self._units)  # where a parameter begins within its unit never changes
+    def params_in_memory(self) -> Sequence[torch.Tensor]:
+        return self._units  # where a parameter begins within its unit never changes
 
     def gradient_ready_params(self) -> list[nn.Parameter]:
         return []  # they announce no gradients
@@ -130,7 +146,8 @@ class FSDP1Framework(FlatFramework):
         if fragment is None or (tensor.dim() == 0 and tensor is not view.param):
             return super().need(view, kind, tensor)
         code = dtype_code(tensor.dtype, f"{kind}/{view.fqn}")
-        return Slice(kind, view.fqn, code, self._shapes[view.fqn], start=fragment.start, length=fragment.length)
+        shape, among = self._shapes[view.fqn], self._among[view.fqn]
+        return Slice(kind, view.fqn, code, shape, start=fragment.start, length=fragment.length, among=among)
 
     def state_shape(self, view: ParamView, entry: Slice) -> tuple[int, ...]:
         return tuple(view.param.shape) if entry.is_flat else entry.global_shape
@@ -169,30 +186,30 @@ class FSDP1FlatOptimizer(FlatState, TorchOptimizer):
         return [[self.flat.number_of(unit) for unit in group["params"]] for group in self._optimizer.param_groups]
 
 
-def _handles(root: nn.Module) -> list[tuple[str, Any]]:
-    """The handles of all wrapped modules that have parameters of their own, with the modules' names."""
+def _handles(root: nn.Module) -> list[tuple[nn.Module, Any]]:
+    """All wrapped modules that have parameters of their own, with their handles."""
     return [
-        (name, module._handle)
-        for name, module in root.named_modules()
+        (module, module._handle)
+        for module in root.modules()
         if isinstance(module, FullyShardedDataParallel) and module._handle is not None
     ]
 
 
-def _stand_ins(name: str, handle: Any) -> list[ParamView]:
+def _stand_ins(names: CleanNames, handle: Any) -> list[ParamView]:
     """A view of each parameter in a flat one. What they hold is a shape only: there is no such tensor."""
     flat = handle.flat_param
     aliases: dict[tuple[int, str], list[str]] = {}
     for shared in flat._shared_param_infos:
         aliases.setdefault((id(shared.prim_module), shared.prim_param_name), []).append(
-            join(name, clean(join(shared.module_name, shared.param_name)))
+            join(names.of_module[id(shared.module)], shared.param_name)
         )
     views = []
-    for fqn, shape, info in zip(flat._fqns, flat._shapes, flat._param_infos, strict=True):
+    for shape, info in zip(flat._shapes, flat._param_infos, strict=True):
         empty = torch.empty(shape, dtype=flat.dtype, device="meta")
-        full = join(name, clean(fqn))
+        layer = names.of_module[id(info.module)]
         views.append(
             ParamView(
-                full, full.rpartition(".")[0], nn.Parameter(empty, requires_grad=flat.requires_grad),
+                join(layer, info.param_name), layer, nn.Parameter(empty, requires_grad=flat.requires_grad),
                 tuple(aliases.get((id(info.module), info.param_name), ())),
             )
         )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,8 +24,11 @@ class Nest:
     same groups) is the outermost one's, and saved once.
     """
 
-    def __init__(self, kind: str, outer: Optimizer, names: Mapping[int, str]) -> None:
-        """`names` are the parameters', by id. Raises UnsupportedError for what cannot be captured."""
+    def __init__(self, kind: str, outer: Optimizer, names: Callable[[], Mapping[int, str]] | None) -> None:
+        """`names` tells those of its parameters, by id; None if what it updates are no parameters of the model's.
+
+        Raises UnsupportedError for what cannot be captured.
+        """
         self.kind, self.outer, self._names = kind, outer, names
         self.inside = find(outer)
         self._members = {"": outer, **self.inside}
@@ -129,9 +132,11 @@ class Nest:
             raise UnsupportedError(
                 f"{self.kind} has other optimizers inside it ({list(found)}) than at attach() ({list(self.inside)})"
             )
-        if not self._names:
+        if self._names is None:
             return  # ZeRO takes its tensors out of the groups between updates
+        self._check_parameters()
         held = self._held()
+        self._joined = {key: each for key, each in self._joined.items() if key in held}
         for place, each in self._members.items():
             if not held.issuperset(map(id, each.state)):
                 for key in each.state:
@@ -161,7 +166,8 @@ class Nest:
         raise KeyError(place)
 
     def _group_names(self, groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-        return [[self._names[id(param)] for param in group["params"]] for group in groups]
+        names = self._names() if self._names is not None else {}
+        return [[names[id(param)] for param in group["params"]] for group in groups]
 
     def check(self, saved: Mapping[str, Any]) -> list[str]:
         """As `OptimizerAdapter.check`, of all but the outer one's class and groups."""

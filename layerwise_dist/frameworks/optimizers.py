@@ -78,6 +78,11 @@ class OptimizerAdapter:
         raise NotImplementedError
 
     @property
+    def layers(self) -> Collection[str] | None:
+        """The layers that an update can change now; None if that is not known."""
+        return {view.layer for view in self.views}
+
+    @property
     def trained(self) -> list[ParamView]:
         """Those of `views` that an update may change, by all that is known of them. The rest may be frozen."""
         return self.views
@@ -100,7 +105,8 @@ class OptimizerAdapter:
         `Framework.pieces` take.
 
         The very same objects while nothing came, went or moved: the survey compares identities. The very same list says
-        that all that is no scalar is as it was, and where it was.
+        that all that is no scalar is as it was, and where it was. Raises UnsupportedError if it updates what is not in
+        the model.
         """
         raise NotImplementedError
 
@@ -154,24 +160,52 @@ class TorchOptimizer(OptimizerAdapter):
         self.kind = type(optimizer).__qualname__
         _check_made(optimizer)
         self._framework, self._optimizer = framework, optimizer
-        self._names = framework.names()
-        self._check_parameters()
-        self._nest = Nest(self.kind, self._keeper, self._names)
+        self._listed: list[ParamView] = []  # of the framework, when `_names` were made; keeps their identities
+        self._names: dict[int, str] = {}
+        self._follow()
+        if not any(group["params"] for group in self._optimizer.param_groups):
+            raise UnsupportedError(f"{type(self._optimizer).__name__} has no parameters")
+        self._nest = Nest(self.kind, self._keeper, self._current_names)
         self._hooks: list[Any] = []
         self._step: FrameType | None = None  # that runs, or was left by an exception
         self._steps_within = 0
 
-    def _check_parameters(self) -> None:
+    def _follow(self) -> None:
+        """Takes up what the model's parameters are now. Raises UnsupportedError if the groups hold any other."""
+        if self._listed is self._framework.params:
+            return
+        names = self._framework.names()
+        self._check(names)
+        self._listed, self._names = self._framework.params, names
+
+    def _current_names(self) -> Mapping[int, str]:
+        self._follow()
+        return self._names
+
+    def _check(self, names: Mapping[int, str]) -> None:
+        """Whether it can go on with these parameters, by their ids. Raises UnsupportedError."""
         for number, group in enumerate(self._optimizer.param_groups):
             for position, param in enumerate(group["params"]):
-                if id(param) not in self._names:
-                    raise UnsupportedError(
-                        f"{type(self._optimizer).__name__}: parameter {position} of group {number} (shape "
-                        f"{list(param.shape)}) is not one of the model's. Build the optimizer after the model was "
-                        "wrapped, moved and materialised"
-                    )
-        if not any(group["params"] for group in self._optimizer.param_groups):
-            raise UnsupportedError(f"{type(self._optimizer).__name__} has no parameters")
+                if id(param) not in names:
+                    raise UnsupportedError(self._foreign(param, f"parameter {position} of group {number}", names))
+
+    def _foreign(self, param: torch.Tensor, place: str, names: Mapping[int, str]) -> str:
+        kind, name = type(self._optimizer).__name__, self._names.get(id(param))
+        if name is None:
+            return (
+                f"{kind}: {place} (shape {list(param.shape)}) is not one of the model's. Build the optimizer after the "
+                "model was wrapped, moved and materialised, of the parameters that are in it"
+            )
+        if name in names.values():
+            return (
+                f"{kind}: {place} is the Parameter that was {name}; the model has another one in its place, which is "
+                "not updated. Put the new one, and its state, into the param group, or copy values into the old one "
+                "(param.data.copy_, load_state_dict() without assign=True)"
+            )
+        return (
+            f"{kind}: {place} was {name}, which is no longer in the model under any name. Take it out of the param "
+            "group, or keep it in the model"
+        )
 
     # -- what there is ------------------------------------------------------------------------------------------
 
@@ -182,6 +216,12 @@ class TorchOptimizer(OptimizerAdapter):
         return [view for view in self._framework.params if id(view.param) in updated]
 
     @property
+    def layers(self) -> Collection[str] | None:
+        """None if a Parameter was put into a group since the model was last looked at."""
+        held = [id(param) for group in self._optimizer.param_groups for param in group["params"]]
+        return super().layers if self._names.keys() >= set(held) else None
+
+    @property
     def trained(self) -> list[ParamView]:
         """Not those that need no gradient, have none, and were never updated: ``AdamW(model.parameters())`` of a model
         with adapters holds its frozen base too, and passes it by.
@@ -189,7 +229,7 @@ class TorchOptimizer(OptimizerAdapter):
         views = self.views
         return [
             view
-            for view, state in zip(views, self.states(views), strict=True)
+            for view, state in zip(views, self._nest.states(views), strict=True)
             if view.param.requires_grad or view.param.grad is not None or state
         ]
 
@@ -199,14 +239,12 @@ class TorchOptimizer(OptimizerAdapter):
         return self._optimizer
 
     def states(self, views: Sequence[ParamView]) -> list[Mapping[str, Any]]:
+        self._follow()
         return self._nest.states(views)
 
     def hyper_parameters(self) -> list[dict[str, Any]]:
-        names = self._names
-        return [
-            {key: [names[id(p)] for p in value] if key == "params" else value for key, value in group.items()}
-            for group in self._optimizer.param_groups
-        ]
+        groups = zip(self._optimizer.param_groups, self._group_names(), strict=True)
+        return [{**group, "params": names} for group, names in groups]
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), **self._nest.describe()}
@@ -234,12 +272,12 @@ class TorchOptimizer(OptimizerAdapter):
             self._put(states, saved)
 
     def _put(self, states: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any]) -> None:
-        nest = self._nest
+        nest, names = self._nest, self._current_names()
         for place, keeper in nest.owners().items():
             for group in (keeper if place else self._optimizer).param_groups:
                 on_device = group.get("capturable") or group.get("fused")
                 for param in group["params"]:
-                    fqn = self._names[id(param)]
+                    fqn = names[id(param)]
                     loaded = nest.own(place, states.get(fqn, {}))
                     if on_device:  # where such kernels want their scalars
                         device = self._framework.local(param).device
@@ -255,7 +293,14 @@ class TorchOptimizer(OptimizerAdapter):
         nest.adopt_groups(saved)
 
     def _group_names(self) -> list[list[str]]:
-        return [[self._names[id(param)] for param in group["params"]] for group in self._optimizer.param_groups]
+        """Of the parameters of each group. Raises UnsupportedError if one is not the model's."""
+        self._follow()
+        names = self._names
+        try:
+            return [[names[id(param)] for param in group["params"]] for group in self._optimizer.param_groups]
+        except KeyError:
+            self._check(names)
+            raise
 
     # -- updates ------------------------------------------------------------------------------------------------
 

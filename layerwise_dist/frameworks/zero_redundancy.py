@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -33,6 +34,16 @@ class ZeroRedundancyAdapter(TorchOptimizer):
         super().__init__(framework, optimizer)
         self.kind = f"ZeroRedundancyOptimizer({type(optimizer.optim).__qualname__})"
         self._nest.refuse_inside("ZeroRedundancyOptimizer")
+
+    def _check(self, names: Mapping[int, str]) -> None:
+        super()._check(names)
+        owner = self._optimizer._param_to_rank
+        strays = [param for group in self._optimizer.param_groups for param in group["params"] if param not in owner]
+        if strays:
+            raise UnsupportedError(
+                f"{names[id(strays[0])]} was put into a param group of ZeroRedundancyOptimizer, which has given it to "
+                "no rank and does not update it: use add_param_group(), or make the optimizer anew"
+            )
 
     @property
     def views(self) -> list[ParamView]:

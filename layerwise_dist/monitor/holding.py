@@ -98,7 +98,7 @@ class Holder:
         try:
             write = HeldWrite(self._adapter.begin(attempt, laid.shard, laid.plan), self._tell)
         except OSError as error:
-            self._participant.failed(attempt, str(error), None)
+            self._participant.failed(attempt, str(error), self._adapter.unbegun(attempt))
             return
         self._recent.append(write)
         self._coming[attempt.seq] = _Coming(write, laid)

@@ -179,6 +179,9 @@ class StagingAdapter:
         self.link.send({"t": "begin", "seq": attempt.seq, "step": attempt.step, "layout": self._newest[1]})
         return write
 
+    def unbegun(self, attempt: AttemptId) -> None:
+        """What is left of an attempt that was not begun: the monitor's to remove."""
+
     # -- buffers ------------------------------------------------------------------------------------------------
 
     def give(self, write: StagedWrite, buffer: Any, message: Message) -> None:

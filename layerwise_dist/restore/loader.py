@@ -6,7 +6,8 @@ Names, shapes, dtypes and the boundary's state are all checked before the first 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ import torch
 from layerwise_dist.errors import DamageError, MismatchError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
-from layerwise_dist.pieces import DTYPES
+from layerwise_dist.pieces import is_dense
+from layerwise_dist.restore import contents
+from layerwise_dist.restore.contents import Held
 from layerwise_dist.restore.planner import ShardSet, Span, plan
-from layerwise_dist.slices import Slice
-from layerwise_dist.storage import typed_json
+from layerwise_dist.slices import Slice, ranks_of
 from layerwise_dist.storage.reader import Entry, Shard, ShardIndex
 from layerwise_dist.storage.reports import BaseReport
 
@@ -44,13 +46,16 @@ def prepare(
 ) -> LoadPlan:
     """With `partly`, the model may have tensors that the checkpoint has not; they stay as they are.
 
-    Raises MismatchError listing every name that is missing, unexpected or of another shape; DamageError; OSError."""
-    index = _index(shards, framework)
-    own = shards.own[0]
-    text, blob = own.state()
-    sealed = typed_json.loads(text, blob, where=f"shard {own.index.path}")
-    if not isinstance(sealed, dict):
-        raise DamageError(f"shard {own.index.path}: its state is not an object")
+    Raises MismatchError listing every name that is missing, unexpected or of another shape; UnsupportedError for a
+    model that has become what cannot be saved; DamageError; OSError.
+    """
+    framework.follow()
+    buffers = framework.buffer_slices()
+    sharers = {view.fqn: framework.sharers(view) for view in framework.params}
+    sharing = {part.name: ranks_of(part.among, framework.world_size) for part, _ in buffers}
+    own = contents.read(shards.own, framework.name)
+    index = _index(own, shards, framework.partners(), lambda name, fqn: sharing.get(name) or sharers.get(fqn, ()))
+    sealed = own.sealed
     loading = LoadPlan(sealed)
     missing: list[str] = []
     shaped: list[str] = []
@@ -59,6 +64,8 @@ def prepare(
     def want(wanted: Slice, tensor: torch.Tensor) -> None:
         wanted_names.add(wanted.name)
         found = index.get(wanted.name, [])
+        if found and not found[0][1].slice.among:  # this rank wrote it for itself alone, so that is what it gets
+            wanted = replace(wanted, among="")
         try:
             loading.reads.append((framework.local(tensor), plan(wanted, found)))
         except MismatchError as error:
@@ -66,9 +73,8 @@ def prepare(
 
     for view in framework.params:
         want(framework.need(view, "param", view.param), view.param)
-    for fqn, buffer in framework.buffers():
-        local = framework.local(buffer)
-        want(Slice.whole("buffer", fqn, _code(local), tuple(local.shape)), local)
+    for part, local in buffers:
+        want(part, local)
     by_fqn: dict[str, list[str]] = {}
     for name in index:
         kind, fqn = name.split("/", 1)
@@ -94,6 +100,10 @@ def prepare(
         raise MismatchError(
             f"{where} is not of this model and optimizer; nothing was loaded:\n  " + "\n  ".join(problems)
         )
+    if gone := list(contents.absent(sealed, lambda kind, fqn: f"{kind}/{fqn}" in index)):
+        raise DamageError(
+            f"{where}: rank {framework.rank} had {', '.join(gone[:_LISTED])} at the boundary, and no shard has it"
+        )
     return loading
 
 
@@ -103,8 +113,8 @@ def load(loading: LoadPlan) -> None:
     staged: list[tuple[torch.Tensor, torch.Tensor]] = []
     for tensor, spans in loading.reads:
         target = tensor
-        if tensor.device.type != "cpu" or not tensor.is_contiguous():
-            target = torch.empty(tensor.shape, dtype=tensor.dtype)
+        if tensor.device.type != "cpu" or not is_dense(tensor):
+            target = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
             staged.append((tensor, target))
         for span in spans:
             _, ranges = by_shard.setdefault(id(span.shard), (span.shard, []))
@@ -116,20 +126,18 @@ def load(loading: LoadPlan) -> None:
             tensor.copy_(target)
 
 
-def _index(shards: ShardSet, framework: Framework) -> dict[str, list[tuple[Shard, Entry]]]:
-    """Entries by name, this rank's first. Others' only of what ranks share: the rest is none of this rank's business.
+def _index(
+    own: Held, shards: ShardSet, partners: Iterable[int], sharers: Callable[[str, str], Collection[int]]
+) -> dict[str, list[tuple[Shard, Entry]]]:
+    """Entries by name, this rank's first. Of the shards of `partners` only what they share with this rank: the rest is
+    none of its business, though it may have the same name. `sharers(name, fqn)` are the ranks that share it here.
 
-    Raises DamageError for a tensor that is both in the shard and in its base.
+    Raises DamageError for a tensor that is both in another rank's shard and in its base.
     """
-    index: dict[str, list[tuple[Shard, Entry]]] = {}
-    for shard in shards.own:
-        for name, entry in shard.index.entries.items():
-            if name in index:
-                raise DamageError(f"shard {shard.index.path}: {name} is also in {index[name][0][0].index.path}")
-            index[name] = [(shard, entry)]
-    for shard in shards.others() if framework.shared_params or framework.shared_buffers else ():
-        for name, entry in shard.index.entries.items():
-            if framework.shared(*name.split("/", 1)):
+    index = {name: [found] for name, found in own.entries.items()}
+    for other in shards.others(partners):
+        for name, (shard, entry) in contents.entries(other).items():
+            if entry.slice.among and shard.index.rank in sharers(name, entry.slice.fqn):
                 index.setdefault(name, []).append((shard, entry))
     return index
 
@@ -139,7 +147,3 @@ def _listing(what: str, names: list[str]) -> list[str]:
         return []
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return [f"{what}: {', '.join(names[:_LISTED])}{more}"]
-
-
-def _code(tensor: torch.Tensor) -> str:
-    return next(code for code, dtype in DTYPES.items() if dtype == tensor.dtype)

@@ -110,7 +110,7 @@ class Restorer:
                 f"step {manifest.step} was written by {manifest.framework}, this job has {framework.name}: "
                 "restoring into another wrapper, or other models, is not supported by this version"
             )
-        shards = ShardSet(framework.rank, framework.world_size, lambda rank: self._open(manifest, rank))
+        shards = ShardSet(framework.rank, lambda rank: self._open(manifest, rank))
         where = f"step {manifest.step} in {self._manager.root}"
         loading = loader.prepare(framework, self._optimizer, shards, where, partly=partly)
         self._check_objects(loading.sealed["objects"])

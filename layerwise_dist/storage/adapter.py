@@ -19,7 +19,7 @@ from layerwise_dist.storage import layout
 from layerwise_dist.storage.gathered import GatheredExtent, gather
 from layerwise_dist.storage.layout import AttemptId
 from layerwise_dist.storage.recycling import Recycler
-from layerwise_dist.storage.removal import remove
+from layerwise_dist.storage.removal import remove, remove_if_empty
 from layerwise_dist.storage.reports import BaseReport, ShardReport
 from layerwise_dist.storage.shard import ShardLayout, Source, state_extent
 
@@ -125,7 +125,9 @@ class PCCheckAdapter:
         return Laid(shard, plan, extents)
 
     def begin(self, attempt: AttemptId, shard: ShardLayout, plan: Any) -> ShardWrite:
-        """Creates the attempt's folder and this rank's partial file. Raises OSError; nothing is queued yet."""
+        """Creates the attempt's folder and this rank's partial file. Raises OSError; nothing is queued yet, and
+        `unbegun` is what is left.
+        """
         folder = os.path.join(self.root, attempt.folder)
         try:
             self.env.make_dir(folder, self.dir_mode)
@@ -133,6 +135,10 @@ class PCCheckAdapter:
             pass  # another rank was first
         partial = os.path.join(folder, layout.shard_file(self.rank) + layout.PARTIAL)
         return ShardWrite(self, attempt, shard, self._writer(plan, partial), folder)
+
+    def unbegun(self, attempt: AttemptId) -> Unbegun:
+        """An attempt that `begin` could not begin, or that failed before."""
+        return Unbegun(self, attempt)
 
     def writer_of(self, plan: Any, partial: str, *, hash: bool = True, reuse: str | None = None) -> Any:
         """A `_native.ShardWriter` of a new file, or over a retired one. Raises OSError."""
@@ -147,7 +153,8 @@ class PCCheckAdapter:
             try:
                 return self.writer_of(plan, partial, hash=self.hash, reuse=spare)
             except OSError as error:
-                log.warning("rank %d: a new file instead of a retired one: %s", self.rank, error)
+                level = logging.DEBUG if error.errno == errno.EBUSY else logging.WARNING  # a reader is nobody's fault
+                log.log(level, "rank %d: a new file instead of a retired one: %s", self.rank, error)
                 for path in (spare, partial):
                     try:
                         self.env.unlink(path)
@@ -160,6 +167,19 @@ class PCCheckAdapter:
         for pool in (*self._outgrown, self._pool, self._readers):
             if pool is not None:
                 pool.close()
+
+
+class Unbegun:
+    """An attempt without a shard of this rank: at most its folder is there, which goes once no rank needs it."""
+
+    def __init__(self, adapter: PCCheckAdapter, attempt: AttemptId) -> None:
+        self._adapter, self.attempt = adapter, attempt
+
+    def abort(self) -> None:
+        """Nothing is being written."""
+
+    def discard(self) -> None:
+        remove_if_empty(self._adapter.env, os.path.join(self._adapter.root, self.attempt.folder))
 
 
 def _nothing(timeout_s: float) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from layerwise_dist import _native
 from layerwise_dist.errors import DamageError
-from layerwise_dist.slices import ITEM_BYTES, Slice
+from layerwise_dist.slices import ITEM_BYTES, Slice, ranks_of
 from layerwise_dist.storage.shard import ALIGN, FORMAT, HEADER_CAP, STATE_BYTES, STATE_JSON, UNHASHED, cut_segments
 
 
@@ -91,6 +91,8 @@ def _index(path: str, size: int, base: int, tree: dict[str, Any]) -> ShardIndex:
     block_bytes = _count(metadata["block_bytes"])
     if block_bytes % ALIGN or block_bytes == 0:
         raise ValueError(f"block_bytes {block_bytes}")
+    rank, world_size = _count(metadata["rank"]), _count(metadata["world_size"])
+    groups: set[str] = {""}  # of ranks, that were looked at
     entries: dict[str, Entry] = {}
     special: dict[str, tuple[int, int]] = {}
     cursor = 0
@@ -106,6 +108,11 @@ def _index(path: str, size: int, base: int, tree: dict[str, Any]) -> ShardIndex:
             special[name] = (base + begin, base + end)
         elif not name.startswith(".pad/"):
             place = places.pop(name, {})
+            among = place.get("among", "")
+            if among not in groups:
+                if type(among) is not str or rank not in ranks_of(among, world_size):
+                    raise ValueError(f"tensor {name}: ranks {among} hold it, and this is rank {rank}")
+                groups.add(among)
             entries[name] = Entry(
                 _slice(name, item["dtype"], shape, place), base + begin, base + end, bool(place.get("wrapped"))
             )
@@ -116,8 +123,7 @@ def _index(path: str, size: int, base: int, tree: dict[str, Any]) -> ShardIndex:
     layers, blocks = _layers(json.loads(metadata["layers"]), base, block_bytes, special[STATE_JSON][0])
     hashes = _hashes(metadata["hashes"], metadata.get("hash"), len(blocks))
     return ShardIndex(
-        path, size, metadata["attempt"], _count(metadata["step"]), _count(metadata["rank"]),
-        _count(metadata["world_size"]),
+        path, size, metadata["attempt"], _count(metadata["step"]), rank, world_size,
         entries, layers, blocks, hashes, special[STATE_JSON], special[STATE_BYTES], int(metadata["state_hash"], 16),
     )  # fmt: skip
 
@@ -153,21 +159,22 @@ def _hashes(text: str, kind: str | None, blocks: int) -> list[int | None]:
 
 def _slice(name: str, dtype: str, shape: tuple[int, ...], place: dict[str, Any]) -> Slice:
     kind, fqn = name.split("/", 1)
+    among = place.get("among", "")
     if "shape" not in place:
-        return Slice.whole(kind, fqn, dtype, shape)
+        return Slice.whole(kind, fqn, dtype, shape, among)
     whole = tuple(place["shape"])
     if "start" in place:
         (length,) = shape
         start = place["start"]
         if start < 0 or start + length > math.prod(whole):
             raise ValueError(f"tensor {name}: range outside its global tensor")
-        return Slice(kind, fqn, dtype, whole, start=start, length=length)
+        return Slice(kind, fqn, dtype, whole, start=start, length=length, among=among)
     offsets = tuple(place["offsets"])
     if not len(offsets) == len(shape) == len(whole):
         raise ValueError(f"tensor {name}: offsets of another number of dimensions")
     if any(o < 0 or o + n > g for o, n, g in zip(offsets, shape, whole, strict=True)):
         raise ValueError(f"tensor {name}: box outside its global tensor")
-    return Slice(kind, fqn, dtype, whole, offsets=offsets, lengths=shape)
+    return Slice(kind, fqn, dtype, whole, offsets=offsets, lengths=shape, among=among)
 
 
 def _count(text: str) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +22,7 @@ PACK_BELOW = 16 << 10
 UNHASHED = "none"
 STATE_JSON = "state/json"
 STATE_BYTES = "state/bytes"
+_PAD = ".pad/"
 _PACK_ALIGN = 64
 _FIXED_ROOM = 2048  # the fields of __metadata__ that are neither tables nor hashes, and the entries of the state extent
 
@@ -68,11 +70,13 @@ class ShardLayout:
     end: int = 0
 
     def __post_init__(self) -> None:
+        self._check_names()
         spans, data_bytes = self._place()
         self._tables = self._static_tables()
         entries = _entry_text(spans)
         blocks = sum(-(-extent.nbytes // self.block_bytes) for extent in self.extents)
-        room = len(entries) + sum(len(json.dumps(table)) for table in self._tables.values())
+        # In bytes, as the file has it: a table is a string within JSON, so that its quotes are escaped once more.
+        room = len(entries.encode()) + sum(len(_compact(table).encode()) for table in self._tables.values())
         self.header_bytes = round_up(8 + room + 16 * (blocks + 1) + _FIXED_ROOM, ALIGN)
         if self.header_bytes > HEADER_CAP:
             raise UnsupportedError(
@@ -91,6 +95,17 @@ class ShardLayout:
     def data_bytes(self) -> int:
         return self.end - self.header_bytes
 
+    def _check_names(self) -> None:
+        """No reader takes a header with a name twice, and who reads a name must not get another tensor."""
+        names = [source.slice.name for _, sources in self.layers for source in sources]
+        problems = {
+            "names of the format itself": [n for n in names if n in (STATE_JSON, STATE_BYTES) or n.startswith(_PAD)],
+            "names that appear twice": [name for name, times in Counter(names).items() if times > 1],
+            "names that are no Unicode text": [n for n in names if n.encode(errors="ignore").decode() != n],
+        }
+        if said := [f"{problem}: {found[:5]}" for problem, found in problems.items() if found]:
+            raise UnsupportedError(f"this rank's shard would have {'; '.join(said)}; nothing was written")
+
     def _place(self) -> tuple[list[tuple[str, str, tuple[int, ...], int, int, int]], int]:
         """Spans (name, dtype, shape, begin, end, tensor or -1 for padding), offsets relative to the data's begin."""
         spans: list[tuple[str, str, tuple[int, ...], int, int, int]] = []
@@ -99,7 +114,7 @@ class ShardLayout:
         def pad_to(offset: int) -> None:
             nonlocal cursor, pads
             if offset > cursor:
-                spans.append((f".pad/{pads}", "U8", (offset - cursor,), cursor, offset, -1))
+                spans.append((f"{_PAD}{pads}", "U8", (offset - cursor,), cursor, offset, -1))
                 pads += 1
                 cursor = offset
 
@@ -130,6 +145,8 @@ class ShardLayout:
                     place = {"shape": list(part.global_shape), "start": part.start}
                 elif not part.is_whole:
                     place = {"shape": list(part.global_shape), "offsets": list(part.offsets or ())}
+                if part.among:
+                    place["among"] = part.among
                 if source.wrapped:
                     place["wrapped"] = True
                 if place:
@@ -220,11 +237,11 @@ def state_spans(begin: int, text: int, blob: int, pads: int) -> list[tuple[str, 
     spans = [(STATE_JSON, "U8", (text,), begin, begin + text, -1)]
     middle = begin + round_up(text, _PACK_ALIGN)
     if middle > begin + text:
-        spans.append((f".pad/{pads}", "U8", (middle - begin - text,), begin + text, middle, -1))
+        spans.append((f"{_PAD}{pads}", "U8", (middle - begin - text,), begin + text, middle, -1))
     spans.append((STATE_BYTES, "U8", (blob,), middle, middle + blob, -1))
     end = begin + round_up(middle + blob - begin, ALIGN)
     if end > middle + blob:
-        spans.append((f".pad/{pads + 1}", "U8", (end - middle - blob,), middle + blob, end, -1))
+        spans.append((f"{_PAD}{pads + 1}", "U8", (end - middle - blob,), middle + blob, end, -1))
     return spans
 
 

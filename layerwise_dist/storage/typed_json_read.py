@@ -255,7 +255,7 @@ def _read_tensor(r: Reader, node: dict[str, Any], depth: int) -> torch.Tensor:
     if not (type(name) is str and name in DENSE):
         raise Problem(f"the tensor dtype {short(name)} is not known")
     shape, data = r.shaped(node, DENSE[name].itemsize)
-    made = torch.empty(data.size, dtype=torch.uint8)
+    made = torch.empty(data.size, dtype=torch.uint8, device="cpu")
     made.numpy()[:] = data
     try:
         return made.view(DENSE[name]).reshape(shape)

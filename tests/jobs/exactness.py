@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from kit import contents, differences, process_group, square
+from kit import contents, differences, process_group, square, unsound
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -197,7 +197,7 @@ def trial(wrapper: str, optimizer: str, feature: str, root: str, sabotage: bool 
                 tensor = job.net.embed.weight
                 tensor.view(torch.int32)[0, 0] ^= 1  # one ulp
         problems += compare("resumed", job, [job.step() for _ in ckpt.steps(STEPS)], losses[STOP:])
-    return problems
+    return problems + unsound(f"{root}/stopped")
 
 
 def main() -> None:

@@ -16,7 +16,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from layerwise_dist.frameworks.base import clean
+from layerwise_dist.cli.catalogue import Catalogue
+from layerwise_dist.cli.verifying import verify
+from layerwise_dist.frameworks.names import CleanNames, join
 
 
 @contextmanager
@@ -52,13 +54,15 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 def contents(model: torch.nn.Module, *optimizers: torch.optim.Optimizer) -> dict[str, Any]:
     """All that a job's future depends on, copied: parameters, gradient presence, buffers, optimizers, RNG."""
     held: dict[str, Any] = {}
-    names = {}
-    for name, param in model.named_parameters():
-        names[param] = clean(name)
-        held[f"param/{clean(name)}"] = local(param.detach()).clone()
-        held[f"grad?/{clean(name)}"] = param.grad is not None
-    for name, buffer in model.named_buffers():
-        held[f"buffer/{clean(name)}"] = local(buffer).clone()
+    clean, names = CleanNames(model), {}
+    for param, (name, *_) in clean.parameters():
+        names[param] = name
+        held[f"param/{name}"] = local(param.detach()).clone()
+        held[f"grad?/{name}"] = param.grad is not None
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                held[f"buffer/{join(clean.of_module[id(module)], name)}"] = local(buffer).clone()
     for optimizer in optimizers:
         for param, state in optimizer.state.items():
             for key, value in state.items():
@@ -123,3 +127,11 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
         elif mine != yours:
             found.append(name)
     return found
+
+
+def unsound(folder: str) -> list[str]:
+    """What `layerwise verify` says of a directory's checkpoints, each of which is sound; rank 0 asks for all."""
+    if dist.is_initialized() and dist.get_rank():
+        return []
+    found = verify(Catalogue(folder), None).data
+    return [f"verify: {line}" for each in found["checkpoints"] for line in each["damage"]]

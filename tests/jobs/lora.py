@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from kit import contents, differences, process_group
+from kit import contents, differences, process_group, unsound
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -118,7 +118,7 @@ def trial(wrapper: str, root: str, **options: Any) -> list[str]:
     compare("resumed", job, job.train(ckpt.steps(STEPS)), losses[STOP:])
     ckpt.close()
     count("resumed", ckpt, 0)
-    return problems
+    return problems + unsound(f"{root}/stopped")
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from kit import contents, differences, process_group
+from kit import contents, differences, process_group, unsound
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -211,7 +211,7 @@ def trial(make: Callable[[int], Job], root: str, **options: Any) -> list[str]:
             problems.append(f"not restored from {stop}")
         compare(f"resumed from {stop}", job, [job.step(number) for number in ckpt.steps(STEPS)], losses[stop:])
         ckpt.close()
-    return problems
+    return problems + unsound(root)
 
 
 CASES: dict[str, Callable[[int], Job]] = {"gan": Gan, "actor-critic": ActorCritic, "engines": Engines, "mixed": Mixed}

@@ -19,17 +19,17 @@ import exactness
 import torch
 import torch.distributed as dist
 from exactness import Job, trial
-from kit import differences, process_group
+from kit import differences, process_group, unsound
 from safetensors import safe_open
 from torch import nn
-from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel
+from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import layerwise_dist as lwd
 from layerwise_dist import errors
-from layerwise_dist.frameworks.base import clean
 from layerwise_dist.frameworks.fsdp1 import FSDP1Framework
+from layerwise_dist.frameworks.names import CleanNames
 
 
 def attach(job: Job, folder: str, **options: Any) -> Any:
@@ -66,11 +66,11 @@ def whole(job: Job) -> Iterator[dict[str, torch.Tensor]]:
     """The user's parameters, whole, under clean names."""
     if job.wrapper.startswith("fsdp1"):
         with FullyShardedDataParallel.summon_full_params(job.model, writeback=False):
-            yield {clean(name): param.detach().clone() for name, param in job.model.named_parameters()}
+            yield {names[0]: param.detach().clone() for param, names in CleanNames(job.model).parameters()}
         return
     yield {
-        clean(name): (param.full_tensor() if isinstance(param, DTensor) else param).detach().clone()
-        for name, param in job.model.named_parameters()
+        names[0]: (param.full_tensor() if isinstance(param, DTensor) else param).detach().clone()
+        for param, names in CleanNames(job.model).parameters()
     }
 
 
@@ -100,7 +100,7 @@ def written(wrapper: str, folder: str) -> list[str]:
                 problems.append(f"{name}: written {count.unique().tolist()} times, {wanted} wanted")
     if max(bytes_of) > 0.6 * sum(bytes_of):
         problems.append(f"bytes of parameters by rank: {bytes_of}")
-    return problems
+    return problems + unsound(folder)
 
 
 def region(whole: torch.Tensor, place: dict[str, Any], part: torch.Tensor) -> torch.Tensor:
@@ -194,7 +194,86 @@ def refused(model: nn.Module, optimizer: Any, message: str, folder: str, **optio
     return [f"not refused: {message}"]
 
 
-CHECKS = {"written": written, "cuts": cuts, "rollback": roll_back, "mutation": mutation, "refusals": refusals}
+# -- parameters that are replaced ------------------------------------------------------------------------------------
+
+
+def replaced(case: str, folder: str) -> list[str]:
+    """Parameters that are replaced where that is not followed, by assignment or by hand: an error on all ranks, by
+    name, before anything more is committed.
+    """
+    wrapper, _, by_hand = case.partition("-")
+    model = wrapped(wrapper)
+    inside = model.module if wrapper == "ddp" else model
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    ckpt = lwd.attach(model, optimizer, dir=folder, commit={"timeout_s": 30.0})
+    message = ""
+    try:
+        for step in ckpt.steps(200):
+            if step == 2:
+                ckpt.wait(2)
+            train(model, optimizer)
+            if step == 2 and by_hand:
+                inside[1].weight = nn.Parameter(inside[1].weight.detach().clone(), requires_grad=False)
+            elif step == 2:
+                inside.load_state_dict({k: v.clone() for k, v in inside.state_dict().items()}, assign=True)
+    except errors.CommitError as error:
+        message = str(error)
+    ckpt.end(orderly=False)
+    wanted = {
+        "ddp": "0.weight, 0.bias, 1.weight and 1 more were replaced by another Parameter after attach(). Distributed",
+        "fsdp1-hand": "1.weight was replaced by another Parameter after attach(). FSDP1 trains what it was given",
+        "fsdp2": "SGD: parameter 0 of group 0 is the Parameter that was 0.weight",
+        "fsdp2-hand": "1.weight was replaced by another Parameter after attach(). FSDP2 puts back what it was given",
+    }[case]
+    problems = [] if wanted in message else [f"{message!r} does not say {wanted!r}"]
+    return problems + [f"committed {ckpt.committed_step}"] * (ckpt.committed_step != 2)
+
+
+def follows(wrapper: str, folder: str) -> list[str]:
+    """A frozen part that FSDP2 itself lets be replaced is saved as it is now, also where the boundary finds the model
+    gathered.
+    """
+    kept = []
+    for seed in (1, 2):
+        model = wrapped(wrapper, seed, reshard_after_forward=False)
+        optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+        ckpt = lwd.attach(model, optimizer, dir=folder, commit={"timeout_s": 30.0, "on_failure": "raise"})
+        ckpt.restore()
+        for step in ckpt.steps(4):
+            train(model, optimizer)
+            if step == 1:
+                new = {name: value.clone() + 1 for name, value in model[1].state_dict().items()}
+                model[1].load_state_dict(new, assign=True)
+                model[1].requires_grad_(False)
+            with torch.no_grad():
+                model(torch.ones(2, 8))  # stays gathered
+        ckpt.close()
+        kept.append([value.full_tensor().clone() for value in model.state_dict().values()])
+    return [] if all(map(torch.equal, *kept)) else ["resumed with something else"]
+
+
+def wrapped(wrapper: str, seed: int = 1, **options: Any) -> Any:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8).requires_grad_(False))
+    if wrapper == "ddp":
+        return DistributedDataParallel(model)
+    if wrapper == "fsdp1":
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+    for layer in model:
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
+def train(model: nn.Module, optimizer: Any) -> None:
+    model(torch.ones(2, 8)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+CHECKS = {
+    "written": written, "cuts": cuts, "rollback": roll_back, "mutation": mutation, "refusals": refusals,
+    "replaced": replaced, "follows": follows,
+}  # fmt: skip
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.utils import safe_get_full_optimizer_state
 from kit import differences
 from zero_kit import STEPS, STOP, Job, Net, settings, trial
 
@@ -157,6 +158,7 @@ def refusals(root: str) -> list[str]:
     return [
         *refused(lambda engine: setattr(engine, "zenflow", True), "ZenFlow", root),
         *refused(lambda engine: setattr(engine, "has_moe_layers", True), "mixture-of-experts", root),
+        *refused(lambda engine: setattr(next(engine.module.parameters()), "allreduce", False), "as of experts", root),
         *refused(lambda engine: setattr(engine, "dp_world_size", 1), "tensor or sequence parallelism", root),
         *refused(offload_to_nvme, "frozen parameters under NVMe offload of parameters", root),
         *refused(lose_an_attribute, "DeepSpeedZeroOptimizer has no attribute 'bit16_groups'", root),
@@ -165,7 +167,19 @@ def refusals(root: str) -> list[str]:
         *refused(own_state_dict, "around the optimizer AdamW, which has a state_dict() of its own", root),
         *refused(one_inside, "DeepSpeed: AdamW with optimizers inside it (inner)", root),
         *refused(lambda engine: setattr(engine, "optimizer", None), "no optimizer", root),
+        *replaced(),
     ]
+
+
+def replaced() -> list[str]:
+    """A Parameter that comes after attach() is none of the engine's."""
+    job = Job("2-bf16", seed=1)
+    framework = room.DeepSpeedFramework(job.engine, dist.get_rank(), dist.get_world_size())
+    framework.follow()
+    layer = next(module for module in job.engine.module.modules() if module._parameters)
+    name = next(iter(layer._parameters))
+    layer._parameters[name] = torch.nn.Parameter(layer._parameters[name].detach().clone())
+    return expect(errors.UnsupportedError, "replaced by another Parameter.*A DeepSpeed engine trains", framework.follow)
 
 
 def window_in_two(root: str) -> list[str]:
@@ -426,10 +440,39 @@ def from_deepspeeds_own(root: str) -> list[str]:
     return found + names + [name for name in differences(job.contents(), expected) if name.startswith("master/")]
 
 
+def frozen_layers(root: str) -> list[str]:
+    """LoRA as it is usually written: the optimizer is given all parameters, and whole layers of them are frozen."""
+    found = []
+    for stage in (1, 2, 3):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(*(torch.nn.Linear(10, 10) for _ in range(4)))
+        model[0].requires_grad_(False)
+        model[2].requires_grad_(False)
+        config = {
+            "train_batch_size": dist.get_world_size(), "zero_optimization": {"stage": stage},
+            "zero_allow_untested_optimizer": True, "layerwise_checkpoint": {"dir": f"{root}/{stage}"},
+        }  # fmt: skip
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        engine, *_ = drop_in.initialize(model=model, optimizer=optimizer, config=config)
+        engine.layerwise.restore()
+        for _ in engine.layerwise.steps(2):
+            engine.backward(engine(torch.ones(1, 10)).square().mean())
+            engine.step()
+        trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
+        for name, param in trained.items():
+            # All ranks take part in each: a rank that raised would leave the others waiting.
+            moment = safe_get_full_optimizer_state(param, "exp_avg")
+            if moment is None or not moment.any():
+                found.append(f"stage {stage}: no state of {name}")
+        engine.layerwise.close()
+    return found
+
+
 CHECKS: dict[str, Callable[[str], Any]] = {
     "refusals": refusals, "window": window_in_two, "stages": other_stage, "block": block_in_ds_config,
     "calls": calls, "from DeepSpeed's own": from_deepspeeds_own, "regrouped": regrouped, "mutations": mutations,
     "nvme mutation": nvme_mutation, "nvme full": nvme_full, "nvme saved": nvme_saved,
     "in backward": in_backward, "in backward mutation": in_backward_mutation,
+    "frozen layers": frozen_layers,
     "other memory 2": partial(given_other_memory, "2-bf16"), "other memory 3": partial(given_other_memory, "3-bf16"),
 }  # fmt: skip

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
-from kit import differences
+from kit import differences, unsound
 from torch import nn
 
 import layerwise_dist as lwd
@@ -285,4 +285,4 @@ def trial(case: str, root: str, sabotage: Callable[[Job], None] | None = None) -
     compare("resumed", job, found, losses[start * job.engine.gradient_accumulation_steps() :])
     if [*bases, ckpt.stats()["bases_written"]] != ([1, 0] if "base" in case.split("-") else [0, 0]):
         problems.append(f"{[*bases, ckpt.stats()['bases_written']]} bases were written")
-    return problems
+    return problems + unsound(f"{root}/stopped")

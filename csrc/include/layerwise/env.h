@@ -134,7 +134,8 @@ class FileLock {
 // WritableFile::Sync (data, size) or SyncDir (names) covers. A rename is atomic:
 // after a crash either the old or the new names are there.
 //
-// Files may outlive calls on the Env, but not the Env itself.
+// Files may outlive calls on the Env, but not the Env itself. Those of the real file
+// systems are closed in children made by fork, where only their destructors may run.
 class Env {
  public:
   Env() = default;
@@ -163,7 +164,8 @@ class Env {
   // The rename comes first, so that from then on nobody finds the file under the
   // name that readers know, and who opened it before that is seen. No lock is needed
   // for this: readers take none, and only an open that the kernel is still working
-  // on is missed; that reader sees wrong hashes.
+  // on is missed; that reader sees wrong hashes. Nobody is signalled when a file is
+  // opened meanwhile, and no signal's disposition is touched.
   //
   // Survives a crash: the old content, in every sector that is not both overwritten
   // and flushed. The rename is durable once both directories are synced; until then

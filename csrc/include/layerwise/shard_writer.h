@@ -40,14 +40,15 @@ namespace layerwise {
 class ShardWriter final : public BlockSink {
  public:
   // Creates the file and reserves the plan's space in it. If the latter fails the
-  // file stays. REQUIRES: env and pool outlive the writer.
+  // file is removed again. REQUIRES: env and pool outlive the writer.
   static Status Create(Env* env, WriterPool* pool, std::shared_ptr<const Plan> plan,
                        const std::string& path, uint32_t mode, bool direct,
                        std::unique_ptr<ShardWriter>* writer);
 
   // As Create, over the retired file `spare`, which Env::ReuseFile turns into
   // `path`. Its old bytes stay where nothing is written; Finish cuts off what is
-  // behind the new end. After an error either name may exist.
+  // behind the new end. After an error either name may exist, unless it was that there
+  // is no space: then the file is removed.
   // REQUIRES: the old header is blank and flushed, so that no crash can leave it
   // above a mixture of old and new blocks.
   static Status CreateOver(Env* env, WriterPool* pool, std::shared_ptr<const Plan> plan,

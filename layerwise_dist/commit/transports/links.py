@@ -9,10 +9,12 @@ from __future__ import annotations
 import heapq
 import itertools
 import logging
+import os
 import selectors
 import socket
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -62,6 +64,15 @@ class Links:
         self._closing: float | None = None
         self.frames_in = self.frames_out = self.bytes_in = self.bytes_out = 0
         self._thread = threading.Thread(target=self._run, name="layerwise-messages", daemon=True)
+        _live.add(self)
+
+    def leave_to_parent(self) -> None:
+        """In a forked child, a worker of a data loader say: with its copies open nobody would hear of this process's
+        death before the child's.
+        """
+        for sock in (*(link.sock for link in self._links.values()), self._ear, self._waker):
+            sock.close()
+        self._selector.close()
 
     def start(self, on_frame: Callable[[int, bytes], None], on_end: Callable[[int, str], None]) -> None:
         self._on_frame, self._on_end = on_frame, on_end
@@ -235,6 +246,18 @@ class Links:
 
 def _ignore(key: int, what: object) -> None:
     return None
+
+
+_live: weakref.WeakSet[Links] = weakref.WeakSet()
+
+
+def _in_child() -> None:
+    for links in list(_live):
+        links.leave_to_parent()
+    _live.clear()
+
+
+os.register_at_fork(after_in_child=_in_child)
 
 
 def _prepare(sock: socket.socket) -> None:

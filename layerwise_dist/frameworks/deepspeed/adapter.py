@@ -30,7 +30,7 @@ class DeepSpeedOptimizer(FlatState):
         self._init_flat(framework)
         self._framework, self._engine, self._units = framework, framework.engine, framework.units
         self.kind = type(self._units.base).__qualname__
-        self._nest = Nest(self.kind, self._units.base, {})
+        self._nest = Nest(self.kind, self._units.base, None)
         self._nest.refuse_inside("DeepSpeed")
         self._groups: list[list[int]] = [[] for _ in self._units.base.param_groups]
         for number, grouping in enumerate(self._units.groupings()):
@@ -110,7 +110,7 @@ class DeepSpeedOptimizer(FlatState):
         numbers = [number for group in self._groups for number in group]
         layers = {number: {view.layer for view in self._framework.views_in(number)} for number in numbers}
         missing: dict[str, set[int]] = {}  # of each layer, the units that the running update has not stepped
-        in_backward, begun, steps = self._in_backward, False, 0
+        in_backward, begun, steps, linked = self._in_backward, False, 0, False
 
         def begin() -> None:
             nonlocal begun, steps
@@ -129,7 +129,7 @@ class DeepSpeedOptimizer(FlatState):
 
         def take_model_step(*args: Any, **kwargs: Any) -> Any:
             """An accumulation window's update. Overflow is known only when it returns."""
-            nonlocal begun
+            nonlocal begun, linked
             if in_backward is not None:
                 in_backward.before_step()
             if not begun:
@@ -143,6 +143,9 @@ class DeepSpeedOptimizer(FlatState):
                 raise UnsupportedError(
                     f"DeepSpeed updated without calling step() of its {type(base).__name__}: no update was seen"
                 )
+            if applied and not linked:
+                self._units.link_state()
+                linked = True
             events.update_done(applied=applied)
             return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from layerwise_dist.frameworks.deepspeed.units import global_shape, partition
 from layerwise_dist.frameworks.flat import FlatFramework
 from layerwise_dist.frameworks.shares import Share, shares
 from layerwise_dist.pieces import Piece, dtype_code
-from layerwise_dist.slices import Slice
+from layerwise_dist.slices import Slice, ranks_text
 
 
 class DeepSpeedFramework(FlatFramework):
@@ -28,9 +29,8 @@ class DeepSpeedFramework(FlatFramework):
     """
 
     name = "deepspeed"
-    # A rank needs what others wrote: its part of what is divided, and of a parameter of which it holds nothing.
-    shared_params = True
     exclusive = True
+    fixed = "A DeepSpeed engine trains what it was given: make one of the changed model, and attach() that"
 
     def __init__(self, engine: Any, rank: int, world_size: int, prefix: str = "") -> None:
         """Raises UnsupportedError for a mode that cannot be captured exactly."""
@@ -48,6 +48,8 @@ class DeepSpeedFramework(FlatFramework):
         self._numbers = sorted({fragment.unit for fragment in self.fragments.values()})
         self._untrained = [view.param for view in self.params if view.fqn not in self.fragments]
         self._shares = self._divide()
+        self._all = tuple(range(world_size))  # which is its data-parallel group: `support.py` refuses any other
+        self._among = ranks_text(self._all)
         self.counters = Counters(engine, self.units)
         for view in self.params:
             self.local(view.param)
@@ -80,46 +82,53 @@ class DeepSpeedFramework(FlatFramework):
             return tensor.ds_tensor.detach().view(-1)[: partition(tensor, self.rank)[1]]
         return tensor.detach()
 
-    def param_addresses(self) -> list[int]:
+    def params_in_memory(self) -> Sequence[torch.Tensor]:
         # Where a parameter begins within its unit never changes.
-        units = self.addresses([self.units.tensor(number) for number in self._numbers])
-        return units + self.addresses([getattr(param, "ds_tensor", param) for param in self._untrained])
+        units = [self.units.tensor(number) for number in self._numbers]
+        return units + [getattr(param, "ds_tensor", param) for param in self._untrained]
 
     def gradient_ready_params(self) -> list[nn.Parameter]:
         return []  # ZeRO's own hooks take gradients away as they come
 
     # -- which slices -------------------------------------------------------------------------------------------
 
+    def sharers(self, view: ParamView) -> tuple[int, ...]:
+        """All: a rank needs its part of what is divided, and what there is of a parameter of which it holds nothing."""
+        return self._all
+
+    def _replicas(self, view: ParamView, tensor: torch.Tensor) -> tuple[int, ...]:
+        return self._all if view.fqn in self._shares and self._among else ()
+
     def need(self, view: ParamView, kind: str, tensor: torch.Tensor) -> Slice:
         fragment = self.fragments.get(view.fqn)
-        shape = global_shape(view)
+        shape, among = global_shape(view), self._among
         if tensor is view.param:
             local = self.local(tensor)
             kind = "param" if fragment is None else "master"
             code = dtype_code(local.dtype, f"{kind}/{view.fqn}")
             if view.fqn in self._shares:
-                return Slice.whole(kind, view.fqn, code, shape)
+                return Slice.whole(kind, view.fqn, code, shape, among)
             start, length = partition(tensor, self.rank) if fragment is None else (fragment.start, fragment.length)
-            return Slice(kind, view.fqn, code, shape, start=start, length=length)
+            return Slice(kind, view.fqn, code, shape, start=start, length=length, among=among)
         code = dtype_code(tensor.dtype, f"{kind}/{view.fqn}")
         if tensor.dim() == 0:
-            return Slice.whole(kind, view.fqn, code, ())
+            return Slice.whole(kind, view.fqn, code, (), among)
         if view.fqn in self._shares:
-            return Slice.whole(kind, view.fqn, code, shape)
-        return Slice(kind, view.fqn, code, shape, start=fragment.start, length=fragment.length)
+            return Slice.whole(kind, view.fqn, code, shape, among)
+        return Slice(kind, view.fqn, code, shape, start=fragment.start, length=fragment.length, among=among)
 
     def pieces(self, view: ParamView, kind: str, tensor: torch.Tensor, *, lease: bool) -> list[Piece]:
         wanted, local = self.need(view, kind, tensor), self.local(tensor)
         share = self._shares.get(view.fqn)
         if share is None:
             return [Piece(wanted, local, lease)] if wanted.numel else []
+        if not self.alike(view, kind, tensor):
+            return [Piece(replace(wanted, among=""), local, lease)]
         if local.dim() == 0 and tensor is not view.param:
             return [Piece(wanted, local, lease)] if share.first else []
         if share.start >= share.end:
             return []
-        part = Slice(
-            wanted.kind, view.fqn, wanted.dtype, wanted.global_shape, start=share.start, length=share.end - share.start
-        )
+        part = replace(wanted, offsets=None, lengths=None, start=share.start, length=share.end - share.start)
         dense = local.is_contiguous()
         return [Piece(part, local.reshape(-1)[share.start : share.end] if dense else local, lease and dense)]
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from layerwise_dist.errors import UnsupportedError
-from layerwise_dist.frameworks.base import clean
+from layerwise_dist.frameworks.names import CleanNames
 
 
 def param_groups(model: nn.Module, base_groups: Iterable[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
@@ -17,13 +17,13 @@ def param_groups(model: nn.Module, base_groups: Iterable[dict[str, Any]] | None 
 
     Each of `base_groups` (as torch optimizers take them; by default one with all trainable parameters) is split into
     one group a layer, in the model's order, and keeps its hyper-parameters. ``name`` is the layer's, behind the name of
-    a base group that has one. An LR scheduler must be made for these groups, not for the base ones.
+    a base group that has one. Parameters of a layer that is wholly frozen go along with the base group's first layer
+    that is not: ZeRO takes no group without a trainable parameter. An LR scheduler must be made for these groups, not
+    for the base ones.
 
     Raises UnsupportedError for a parameter that is not the model's or is in two groups.
     """
-    layers = {}
-    for name, param in model.named_parameters():
-        layers[id(param)] = clean(name).rpartition(".")[0]
+    layers = {id(param): names[0].rpartition(".")[0] for param, names in CleanNames(model).parameters()}
     bases = (
         [{"params": [p for p in model.parameters() if p.requires_grad]}] if base_groups is None else list(base_groups)
     )
@@ -39,6 +39,9 @@ def param_groups(model: nn.Module, base_groups: Iterable[dict[str, Any]] | None 
                 raise UnsupportedError(f"parameter {position} of group {number} is in a group already")
             seen.add(id(param))
             by_layer.setdefault(layers[id(param)], []).append(param)
+        trained = [layer for layer, inside in by_layer.items() if any(param.requires_grad for param in inside)]
+        for layer in [layer for layer in by_layer if layer not in trained] if trained else ():
+            by_layer[trained[0]] += by_layer.pop(layer)
         prefix = f"{base['name']}/" if "name" in base else ""
         found += [{**base, "params": inside, "name": f"{prefix}{layer}"} for layer, inside in by_layer.items()]
     return found

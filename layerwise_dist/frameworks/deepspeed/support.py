@@ -121,6 +121,10 @@ def _refusals(engine: Any, world_size: int) -> list[tuple[str, bool]]:
             "model, tensor or sequence parallelism (a data-parallel group that is not all ranks)",
             engine.dp_world_size != world_size,
         ),
+        (
+            "parameters that it does not reduce over all ranks (`allreduce = False`, as of experts)",
+            not all(getattr(param, "allreduce", True) for param in engine.module.parameters()),
+        ),
         ("ZenFlow", bool(getattr(engine, "zenflow", False))),
         ("SuperOffload", type(wrapper).__name__ == "SuperOffloadOptimizer_Stage3"),
         ("DeepCompile", bool(compiled)),

@@ -90,6 +90,9 @@ class Units:
     def updated(self, number: int, *, wanted: bool) -> None:
         """Right behind a unit's update; `wanted` says that what it leaves is to be saved."""
 
+    def link_state(self) -> None:
+        """After the first update of all units: DeepSpeed's own ways to a parameter's state lead to it from now on."""
+
     def gather(self) -> None:
         """Before a capture: what `tensor` and `state` give has the contents that it stands for."""
 
@@ -203,13 +206,17 @@ class _Partitions(Units):
                     found[id(param)] = Fragment(number, part.start, master.start, master.numel)
         return found
 
+    def link_state(self) -> None:
+        # DeepSpeed's safe_get_* functions read views of the state. It makes those of all groups once, after the step of
+        # the first, when the others have no state yet; one rank then raises where the others wait for it.
+        self.wrapper._hp_optimizer_states_linked = False
+        self.wrapper._lazy_init_hp_params_optimizer_state()
+
     def after_load(self) -> None:
         wrapper = self.wrapper
         wrapper.update_lp_params()
-        # DeepSpeed's own views of the state, which its safe_get_* functions read, point at what was replaced.
         wrapper._link_all_hp_params()
-        wrapper._hp_optimizer_states_linked = False
-        wrapper._lazy_init_hp_params_optimizer_state()
+        self.link_state()
 
 
 _LINKS = (

@@ -1,0 +1,94 @@
+"""What the shards of one commit hold together, found without a model: for restore, and for `layerwise verify`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from layerwise_dist.commit.metadata import Manifest
+from layerwise_dist.errors import DamageError
+from layerwise_dist.restore.sealed_state import optimizers_of, read_state
+from layerwise_dist.slices import Slice, first_gap, ranks_of, ranks_text
+from layerwise_dist.storage.reader import Entry, Shard
+
+Entries = dict[str, tuple[Shard, Entry]]
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One rank's part of a commit: its tensors by name (`<kind>/<fqn>`), and the state that the boundary sealed."""
+
+    entries: Entries
+    sealed: dict[str, Any]
+
+
+def read(shards: Sequence[Shard], framework: str) -> Held:
+    """Of a rank's shard and, behind it, its base if it has one. Raises DamageError or OSError."""
+    return Held(entries(shards), read_state(shards[0], framework))
+
+
+def entries(shards: Sequence[Shard]) -> Entries:
+    """The tensors of a rank's shard and base together. Raises DamageError for one that is in both."""
+    found: Entries = {}
+    for shard in shards:
+        for name, entry in shard.index.entries.items():
+            if name in found:
+                raise DamageError(f"shard {shard.index.path}: {name} is also in {found[name][0].index.path}")
+            found[name] = shard, entry
+    return found
+
+
+def lacking(
+    manifest: Manifest, held: Mapping[int, Mapping[str, Entry]], sealed: Mapping[int, dict[str, Any]]
+) -> list[str]:
+    """What all shards together do not have and a restore needs, or have in two shapes: one message a tensor.
+
+    `held` (by name) and `sealed` are those of every rank of the commit. Empty: of each tensor that is in any shard
+    all elements are there, and so are all parameters and tensors of optimizer state that the sealed states name.
+    """
+    parts: dict[str, dict[Sequence[int], list[Slice]]] = {}
+    for rank, entries_of in held.items():
+        for name, entry in entries_of.items():
+            parts.setdefault(name, {}).setdefault(gathered(manifest, rank, entry), []).append(entry.slice)
+    problems: dict[str, None] = {}
+    for name, among in parts.items():
+        for ranks, found in among.items():
+            alike: dict[tuple[str, tuple[int, ...]], list[Slice]] = {}
+            for part in found:
+                alike.setdefault((part.dtype, part.global_shape), []).append(part)
+            for (_, shape), each in alike.items():
+                gap = None if any(part.is_whole for part in each) else first_gap(each)
+                if gap is not None:
+                    problems[f"{name} of shape {list(shape)}: no shard has its element {list(gap)}"] = None
+            if len(alike) > 1:
+                shapes = " and ".join(f"{dtype}{list(shape)}" for dtype, shape in sorted(alike))
+                problems[f"{name}: it is one tensor of ranks {ranks_text(ranks)}, and shards have {shapes}"] = None
+    for rank, state in sealed.items():
+
+        def has(kind: str, fqn: str, rank: int = rank) -> bool:
+            name = f"{kind}/{fqn}"
+            return name in held[rank] or any(rank in ranks for ranks in parts.get(name, ()))
+
+        for name in absent(state, has):
+            problems[f"{name}: rank {rank} had it at the boundary, and it is in no shard"] = None
+    return [f"step {manifest.step}: {problem}" for problem in problems]
+
+
+def gathered(manifest: Manifest, rank: int, entry: Entry) -> Sequence[int]:
+    """The ranks among which a tensor that this rank wrote, or a part of it, is one and the same: their slices under its
+    name make it up together. Hashable, and the same for all of them.
+    """
+    return ranks_of(entry.slice.among, manifest.world_size) or (rank,)
+
+
+def absent(sealed: dict[str, Any], has: Callable[[str, str], bool]) -> Iterator[str]:
+    """Names of the parameters and tensors of optimizer state that a rank's sealed state speaks of, and that are not
+    there; `has` says it of a kind and a name.
+    """
+    for optimizer in optimizers_of(sealed):
+        for group in optimizer["groups"]:
+            yield from (f"param/{fqn}" for fqn in group["params"] if not (has("param", fqn) or has("master", fqn)))
+    scalars = sealed["optimizer"]["scalars"]
+    for fqn, kinds in sealed["optimizer"]["order"].items():
+        yield from (f"{kind}/{fqn}" for kind in kinds if kind not in scalars.get(fqn, ()) and not has(kind, fqn))
