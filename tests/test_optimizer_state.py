@@ -365,7 +365,10 @@ def test_state_elsewhere_comes_back_in_the_same_process(tmp_path: Path) -> None:
 
 
 class WideTold(Told):
-    """Moments wider than their parameters, which torch's load_state_dict() casts."""
+    """Moments wider than their parameters, which torch's load_state_dict() casts; a told value that is made of them."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "sums": [state["moment"].sum() for state in self.state.values()]}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -650,6 +653,11 @@ def test_errors_of_an_optimizer_s_own_code_are_named(tmp_path: Path) -> None:
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
             self.k = state_dict["misspelled"]
 
+    class Clock(Told):
+        def state_dict(self) -> dict[str, Any]:
+            return {**super().state_dict(), "at": torch.rand(1)}
+
+    assert "tells ['k', 'at'], and other values at each call" in refused(tmp_path / "0", of(Clock))
     found = refused(tmp_path / "1", of(NoStateDict))
     assert "state_dict() fails: NotImplementedError: call distributed_state_dict()" in found
     model, optimizer = job(of(NotLoaded))

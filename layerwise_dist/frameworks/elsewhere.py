@@ -45,14 +45,15 @@ class Elsewhere:
     """
 
     def __init__(self, kind: str, optimizer: Optimizer, kin: Callable[[], Iterable[Optimizer]]) -> None:
-        """Raises UnsupportedError for a `state_dict()` that cannot be called without a change of the training."""
+        """Raises UnsupportedError for a `state_dict()` that fails, changes the training, or differs at each call."""
         self.kind, self._optimizer, self._kin = kind, optimizer, kin
         self.watched = not f"{type(optimizer).__module__}.".startswith(_PLAIN)
         self._looks: dict[str, Any] | None = None  # before the first update
-        self._fixed: Any = None
         told = self._told()
-        if not takes(optimizer):
-            self._fixed = _Looks(self._kin()).of(told)
+        if not _alike(told, self._told()):
+            raise UnsupportedError(f"{kind}'s state_dict() tells {[*told]}, and other values at each call")
+        # How it looks, if it must stay as it is.
+        self._fixed = _Looks(kin()).of(told) if told and not takes(optimizer) else {}
 
     def remember(self) -> None:
         """An update begins."""
@@ -66,9 +67,9 @@ class Elsewhere:
         changed and that no member tells.
         """
         told = self._told()
-        if not takes(self._optimizer) and _Looks(self._kin()).of(told) != self._fixed:
+        if (told or self._fixed) and not takes(self._optimizer) and _Looks(self._kin()).of(told) != self._fixed:
             raise UnsupportedError(
-                f"{self.kind}: what its state_dict() tells ({sorted(told)}) changes, and the load_state_dict() that it "
+                f"{self.kind}: what its state_dict() tells ({[*told]}) changes, and the load_state_dict() that it "
                 "has, torch.optim.Optimizer's, takes none of it back: define load_state_dict() too, or keep it in "
                 "optimizer.state[...] or in a group"
             )
@@ -81,9 +82,9 @@ class Elsewhere:
         """What of a checkpoint does not fit, before anything is loaded."""
         there, here = saved.get("told", {}), self._told()
         if there and not takes(self._optimizer) and not _alike(here, there):
-            return [f"the checkpoint holds {sorted(there)}, which {self.kind}'s load_state_dict() does not take"]
+            return [f"the checkpoint holds {[*there]}, which {self.kind}'s load_state_dict() does not take"]
         if here and not there:
-            return [f"{self.kind}'s state_dict() tells {sorted(here)}, which the checkpoint does not hold"]
+            return [f"{self.kind}'s state_dict() tells {[*here]}, which the checkpoint does not hold"]
         return []
 
     def put(self, saved: Mapping[str, Any]) -> bool:
@@ -95,11 +96,6 @@ class Elsewhere:
         if told:
             whole = {**self._call("state_dict"), **told}
             self._call("load_state_dict", whole)
-            if not _alike(self._told(), told):
-                raise UnsupportedError(
-                    f"{self.kind}: after its load_state_dict(), its state_dict() does not tell {sorted(told)} as it "
-                    "was given: state in them cannot be restored exactly"
-                )
         state, there = self._optimizer.state, saved.get("state", {})
         for key in [key for key in state if isinstance(key, str) and key not in there]:
             del state[key]
@@ -112,6 +108,15 @@ class Elsewhere:
                 state[key] = value.to(self._device) if key in saved.get("on_device", ()) else value
         self._looks = None
         return bool(told)
+
+    def confirm(self, saved: Mapping[str, Any]) -> None:
+        """When all is restored: raises UnsupportedError if `state_dict()` does not tell what the checkpoint holds."""
+        told = saved.get("told", {})
+        if not _alike(self._told(), told):
+            raise UnsupportedError(
+                f"{self.kind}: after its load_state_dict(), its state_dict() does not tell {[*told]} as it was given: "
+                "what they hold cannot be restored exactly"
+            )
 
     # -- under strings ------------------------------------------------------------------------------------------
 

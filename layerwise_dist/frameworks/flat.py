@@ -186,6 +186,7 @@ class FlatState(OptimizerAdapter):
         self._put(states, saved)
         if self._nest.put(saved):
             self._put(states, saved)
+            self._nest.confirm(saved)
         self._loading.clear()
 
     def _put(self, states: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any]) -> None:

@@ -134,7 +134,8 @@ class Nest:
             )
         if self._names is None:
             return  # ZeRO takes its tensors out of the groups between updates
-        self._check_parameters()
+        if self.inside:
+            self._check_parameters()
         held = self._held()
         self._joined = {key: each for key, each in self._joined.items() if key in held}
         for place, each in self._members.items():
@@ -203,12 +204,19 @@ class Nest:
 
         Returns whether a `load_state_dict()` was called, which casts both: they are to be put in place once more.
         """
-        each = saved.get("inside", {})
-        called = [part.put(each[place] if place else saved) for place, part in self._elsewhere.items()]
+        called = [part.put(self._of(place, saved)) for place, part in self._elsewhere.items()]
         self._check_family()
-        if any(called) and (problems := self.check(saved)):
-            raise UnsupportedError(f"{self.kind} is another one after its load_state_dict(): {'; '.join(problems)}")
         return any(called)
+
+    def confirm(self, saved: Mapping[str, Any]) -> None:
+        """When they are, behind a `load_state_dict()`. Raises UnsupportedError if it was not the way back."""
+        for place, part in self._elsewhere.items():
+            part.confirm(self._of(place, saved))
+        if problems := self.check(saved):
+            raise UnsupportedError(f"{self.kind} is another one after its load_state_dict(): {'; '.join(problems)}")
+
+    def _of(self, place: str, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+        return saved["inside"][place] if place else saved
 
 
 class _JoinedState(Mapping[str, Any]):

@@ -270,6 +270,7 @@ class TorchOptimizer(OptimizerAdapter):
         self._put(states, saved)
         if self._nest.put(saved):
             self._put(states, saved)
+            self._nest.confirm(saved)
 
     def _put(self, states: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any]) -> None:
         nest, names = self._nest, self._current_names()
