@@ -232,7 +232,8 @@ def _held(kin: Iterable[Optimizer]) -> set[int]:
     found: set[int] = set()
     for each in kin:
         found.update(map(id, (each, each.state, each.param_groups, *each.param_groups)))
-        found.update(id(value) for value in each.state.values() if isinstance(value, Mapping | list | torch.Tensor))
+        for values in (each.state, *each.param_groups):  # a default that is no number is that of every group, too
+            found.update(id(value) for value in values.values() if isinstance(value, Mapping | list | torch.Tensor))
     return found
 
 
