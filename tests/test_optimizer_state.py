@@ -16,7 +16,10 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.optim import PostLocalSGDOptimizer
 
 import layerwise_dist as lwd
-from layerwise_dist import errors
+from layerwise_dist import assembly, errors
+from layerwise_dist._native import PosixEnv, testing
+from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
+from layerwise_dist.config import load_config
 from layerwise_dist.frameworks import elsewhere, nested
 from layerwise_dist.storage import typed_json
 
@@ -212,7 +215,7 @@ class Sam(torch.optim.Optimizer):
         assert closure is not None
         for group in self.param_groups:
             for param in group["params"]:
-                self.state[param]["old"] = param.clone()
+                self.state[param].setdefault("old", torch.empty_like(param)).copy_(param)
                 param.add_(param.grad, alpha=group["rho"])
                 param.grad = None
         with torch.enable_grad():
@@ -739,6 +742,37 @@ def test_a_step_that_calls_its_parent_s_is_one_update(tmp_path: Path) -> None:
                 optimizer.fails = False  # type: ignore[attr-defined]
                 optimizer.step()
         ckpt.wait(4)
+
+
+def _lost_on_a_slow_disk(root: Path) -> int:
+    """How many checkpoints are, with an optimizer that changes parameters before it calls its closure."""
+    env = testing.FaultEnv(PosixEnv())
+    env.delay("write", "*rank_*", 0.01)
+    model = nn.Linear(128, 256)
+    optimizer = Sam(model.parameters())
+    config = load_config(
+        None, dir=str(root), pool_mb=8, fence_timeout_s=5, writer={"queue_depth": 1, "block_kb": 64, "backend": "posix"}
+    )
+    ckpt = assembly.assemble(model, optimizer, config, LocalTransport(LocalHub(1), 0), env)
+    with ckpt:
+        for _ in ckpt.steps(6):  # the first ones are written before their boundary is over, since all is audited
+
+            def backward() -> None:
+                model(torch.ones(2, 128)).square().mean().backward()
+
+            backward()
+            optimizer.step(backward)
+            optimizer.zero_grad()
+    return int(ckpt.stats()["checkpoints_aborted"])
+
+
+def test_what_an_optimizer_changes_before_its_closure_is_fenced(tmp_path: Path) -> None:
+    assert _lost_on_a_slow_disk(tmp_path) == 0
+
+
+def test_mutation_a_fence_only_behind_the_closure_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nested.Nest, "foreign", False)
+    assert _lost_on_a_slow_disk(tmp_path) > 0
 
 
 def test_torch_s_own_optimizers_are_not_asked_for_their_state_dict(
