@@ -34,6 +34,7 @@ from layerwise_dist.monitor.transport import MonitorTransport
 from layerwise_dist.preemption import Preemption, check_thread
 from layerwise_dist.replicas import Replicas
 from layerwise_dist.restore.agreement import together
+from layerwise_dist.storage import typed_json
 from layerwise_dist.storage.network import memory_by_magic
 from layerwise_dist.writing import open_writer
 
@@ -152,6 +153,7 @@ def assemble(
                     f"update = {config.update!r}: models and optimizers by name are updated as a whole; use 'auto'"
                 )
             adapter = find_optimizer(found, optimizer, optimizers, _torch_adapter(config.update), config.update)
+            typed_json.dumps(adapter.describe(), path="optimizer")  # what it cannot write is refused now
             pooled = monitor is not None
             if pooled and found.swapped:
                 raise UnsupportedError(

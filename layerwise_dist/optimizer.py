@@ -105,6 +105,8 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         optimizer = self.__dict__[_KEY].optimizer
         return type(optimizer).step(optimizer) if closure is None else type(optimizer).step(optimizer, closure)
 
+    step.hooked = True  # type: ignore[attr-defined]  # the original's step calls the hooks, which both share
+
     # Optimizers have versions of their own of what these call.
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__[_KEY].optimizer.__setstate__(state)

@@ -182,7 +182,8 @@ class SaveAndRestore:
         sealed = loading.sealed
         if self._replicas.forget():
             self._surveyor.forget()
-        self._optimizer.adopt(loading.states, sealed["optimizer"])
+        # An optimizer's own load_state_dict() may run in it, and fail.
+        together(self._participant, "adopt", lambda: self._optimizer.adopt(loading.states, sealed["optimizer"]))
         self._sealer.put(sealed)
         self._updates = sealed["updates"]
         self._boundary.start_at(sealed["step"])

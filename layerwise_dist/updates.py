@@ -37,13 +37,18 @@ class Updates:
     def update_starting(
         self: LayerwiseEngine, *, in_closure: bool = False, layers: Collection[str] | None = None
     ) -> None:
-        """An update of the optimizer begins (`UpdateEvents`, as are the next five)."""
+        """An update of the optimizer begins (`UpdateEvents`, as are the next six)."""
         self._boundary.update_starting(in_closure=in_closure)
         if not in_closure:
             self._may_update()
             with self._statistics.stall("fence"):
                 self._frozen.before_update(lambda: self._optimizer.trained)
             self._update = Update(self._open is not None, layers)
+
+    def before_closure(self: LayerwiseEngine, layers: Collection[str] | None = None) -> None:
+        """Fences what is sealed, though the closure has yet to run."""
+        with self._statistics.stall("fence"):
+            self._end_leases(layers, overwrite=True)
 
     def wants_layers(self: LayerwiseEngine) -> bool:
         """Whether the update that comes had better go layer by layer: it is saved, or what is read in place is in its

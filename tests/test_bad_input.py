@@ -409,8 +409,8 @@ def test_disabled_hooks_nothing_and_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_disabled_engine_has_all_that_an_engine_has() -> None:
-    told = {"update_starting", "overwriting", "updated", "wanted", "wants_layers", "update_done", "end"}  # events
-    calls = {name for name in dir(lwd.LayerwiseEngine) if not name.startswith("_")} - told
+    events = {"update_starting", "before_closure", "overwriting", "updated", "wanted", "wants_layers", "update_done"}
+    calls = {name for name in dir(lwd.LayerwiseEngine) if not name.startswith("_")} - {*events, "end"}
     values = {"client_state", "restored_from", "lacking"}  # that are set on the instance
     assert {name for name in dir(DisabledEngine()) if not name.startswith("_")} == calls | values
 

@@ -26,6 +26,7 @@ CASES = [
     "1-bf16-fp32grads",
     "2-fp32-flat", "2-bf16-clip-recompute-base", "2-fp16-accumulate2", "2-bf16-offload-flat-reentrant",
     "3-fp32-clip-accumulate2", "3-bf16-subgroups-inferred-accumulate2", "3-fp16-gather-base", "3-bf16-offloadall-sgd",
+    "2-bf16-keyed", "3-fp32-keyed-subgroups",
 ]  # fmt: skip
 IN_BACKWARD = [
     "0-fp32-inbackward-accumulate2", "1-bf16-inbackward", "2-fp32-inbackward-recompute",

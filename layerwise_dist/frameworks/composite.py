@@ -12,7 +12,8 @@ from torch import nn
 
 from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.base import Framework, ParamView, same_objects
-from layerwise_dist.frameworks.optimizers import NO_STATE, OptimizerAdapter, UpdateEvents
+from layerwise_dist.frameworks.nested import NO_STATE
+from layerwise_dist.frameworks.optimizers import OptimizerAdapter, UpdateEvents
 from layerwise_dist.pieces import Piece
 from layerwise_dist.slices import Slice
 
@@ -283,11 +284,14 @@ class _Counted:
         self._updates, self._name, self._member = updates, name, member
         self._starting, self.overwriting = events.update_starting, events.overwriting
         self.wants_layers, self.updated, self.wanted = events.wants_layers, events.updated, events.wanted
-        self._done = events.update_done
+        self._done, self._closure = events.update_done, events.before_closure
 
     def update_starting(self, *, in_closure: bool = False, layers: Collection[str] | None = None) -> None:
         """Only its own layers: what is leased of the others' stays leased."""
         self._starting(in_closure=in_closure, layers=self._member.layers)
+
+    def before_closure(self, layers: Collection[str] | None = None) -> None:
+        self._closure(self._member.layers)
 
     def update_done(self, *, applied: bool) -> None:
         self._updates[self._name] += applied

@@ -15,7 +15,9 @@ import torch
 
 from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.base import Framework, ParamView
-from layerwise_dist.frameworks.optimizers import NO_STATE, OptimizerAdapter, adopt_groups, check_groups, in_order
+from layerwise_dist.frameworks.nested import NO_STATE, Nest
+from layerwise_dist.frameworks.optimizers import OptimizerAdapter
+from layerwise_dist.frameworks.param_groups import adopt_groups, check_groups, in_order
 from layerwise_dist.geometry import Geometry
 from layerwise_dist.pieces import DTYPES
 from layerwise_dist.slices import Slice
@@ -67,6 +69,7 @@ class FlatState(OptimizerAdapter):
     """
 
     flat: FlatFramework
+    _nest: Nest
 
     def _init_flat(self, framework: FlatFramework) -> None:
         self.flat = framework
@@ -149,12 +152,15 @@ class FlatState(OptimizerAdapter):
     def _group_names(self) -> list[list[str]]:
         return [[view.fqn for number in numbers for view in self.flat.views_in(number)] for numbers in self.units()]
 
+    def describe(self) -> dict[str, Any]:
+        return {**OptimizerAdapter.describe(self), **self._nest.describe()}
+
     # -- restore ------------------------------------------------------------------------------------------------
 
     def check(self, saved: Mapping[str, Any]) -> list[str]:
         if saved.get("lacking"):
             return ["parameters that the checkpoint lacks cannot be left as they are where several lie in one tensor"]
-        return check_groups(self.kind, self._group_names(), saved)
+        return check_groups(self.kind, self._group_names(), saved) or self._nest.check(saved)
 
     def place(self, view: ParamView, entry: Slice, wrapped: bool) -> torch.Tensor:
         number = self.flat.unit_of(view)
@@ -177,6 +183,13 @@ class FlatState(OptimizerAdapter):
         return self.flat.unit(number).device if on_device else torch.device("cpu")
 
     def adopt(self, states: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any]) -> None:
+        self._put(states, saved)
+        if self._nest.put(saved):
+            self._put(states, saved)
+            self._nest.confirm(saved)
+        self._loading.clear()
+
+    def _put(self, states: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any]) -> None:
         for number in self._numbers():
             views, loaded = self.flat.views_in(number), self._loading.get(number, {})
             names = {name for view in views for name in states.get(view.fqn, {})}
@@ -185,7 +198,6 @@ class FlatState(OptimizerAdapter):
                 state.update(saved["scalars"].get(view.fqn, {}))
             order = dict.fromkeys(name for view in views for name in saved["order"].get(view.fqn, []))
             self.put_state(number, in_order(state, order) if state else {})
-        self._loading.clear()
         adopt_groups(self.base.param_groups, self._group_names(), saved)
 
 

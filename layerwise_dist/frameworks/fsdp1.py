@@ -172,6 +172,7 @@ class FSDP1FlatOptimizer(FlatState, TorchOptimizer):
     def __init__(self, framework: FSDP1Framework, optimizer: object) -> None:
         self._init_flat(framework)
         TorchOptimizer.__init__(self, framework, optimizer)
+        self._nest.refuse_inside("FSDP1 with use_orig_params=False")
 
     @property
     def base(self) -> torch.optim.Optimizer:

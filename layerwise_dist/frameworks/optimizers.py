@@ -6,19 +6,20 @@ ask of its `OptimizerAdapter`, so that one whose state lies in flat, sharded uni
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
 
 from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.base import Framework, ParamView
+from layerwise_dist.frameworks.nested import Nest, find
+from layerwise_dist.frameworks.param_groups import adopt_groups, check_groups, in_order
 from layerwise_dist.pieces import DTYPES
 from layerwise_dist.slices import Slice
-
-# Which kernel a group uses is this run's choice, not the checkpoint's: kernels are never switched by a restore.
-KERNEL_KEYS = frozenset({"foreach", "fused", "capturable", "differentiable"})
-NO_STATE: Mapping[str, Any] = {}  # of a parameter without any; one object, since identities are compared
 
 
 class UpdateEvents(Protocol):
@@ -29,6 +30,9 @@ class UpdateEvents(Protocol):
 
         With `layers` it can change nothing but those; one of several optimizers says so.
         """
+
+    def before_closure(self, layers: Collection[str] | None = None) -> None:
+        """Behind `update_starting(in_closure=True)`: these layers, or all, may change before its first call."""
 
     def wants_layers(self) -> bool:
         """Whether it is worth while that the update that comes goes layer by layer, if it can.
@@ -154,13 +158,17 @@ class TorchOptimizer(OptimizerAdapter):
                 "attach(models={name: model, ...}, optimizers={...}))"
             )
         self.kind = type(optimizer).__qualname__
+        _check_made(optimizer)
         self._framework, self._optimizer = framework, optimizer
         self._listed: list[ParamView] = []  # of the framework, when `_names` were made; keeps their identities
         self._names: dict[int, str] = {}
         self._follow()
         if not any(group["params"] for group in self._optimizer.param_groups):
             raise UnsupportedError(f"{type(self._optimizer).__name__} has no parameters")
+        self._nest = Nest(self.kind, self._keeper, self._current_names)
         self._hooks: list[Any] = []
+        self._step: FrameType | None = None  # that runs, or was left by an exception
+        self._steps_within = 0
 
     def _follow(self) -> None:
         """Takes up what the model's parameters are now. Raises UnsupportedError if the groups hold any other."""
@@ -169,6 +177,10 @@ class TorchOptimizer(OptimizerAdapter):
         names = self._framework.names()
         self._check(names)
         self._listed, self._names = self._framework.params, names
+
+    def _current_names(self) -> Mapping[int, str]:
+        self._follow()
+        return self._names
 
     def _check(self, names: Mapping[int, str]) -> None:
         """Whether it can go on with these parameters, by their ids. Raises UnsupportedError."""
@@ -214,35 +226,37 @@ class TorchOptimizer(OptimizerAdapter):
         """Not those that need no gradient, have none, and were never updated: ``AdamW(model.parameters())`` of a model
         with adapters holds its frozen base too, and passes it by.
         """
-        states = self._state
+        views = self.views
         return [
             view
-            for view in self.views
-            if view.param.requires_grad or view.param.grad is not None or states.get(view.param)
+            for view, state in zip(views, self._nest.states(views), strict=True)
+            if view.param.requires_grad or view.param.grad is not None or state
         ]
 
     @property
-    def _state(self) -> MutableMapping[torch.Tensor, dict[str, Any]]:
-        """By parameter, as the optimizer keeps it."""
-        return self._optimizer.state
+    def _keeper(self) -> torch.optim.Optimizer:
+        """The optimizer that keeps the state."""
+        return self._optimizer
 
     def states(self, views: Sequence[ParamView]) -> list[Mapping[str, Any]]:
         self._follow()
-        of = self._state
-        return [of.get(view.param, NO_STATE) for view in views]
+        return self._nest.states(views)
 
     def hyper_parameters(self) -> list[dict[str, Any]]:
         groups = zip(self._optimizer.param_groups, self._group_names(), strict=True)
         return [{**group, "params": names} for group, names in groups]
 
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), **self._nest.describe()}
+
     # -- restore ------------------------------------------------------------------------------------------------
 
     def check(self, saved: Mapping[str, Any]) -> list[str]:
-        return check_groups(self.kind, self._group_names(), saved)
+        return check_groups(self.kind, self._group_names(), saved) or self._nest.check(saved)
 
     def place(self, view: ParamView, entry: Slice, wrapped: bool) -> torch.Tensor:
         dtype, framework = DTYPES[entry.dtype], self._framework
-        live = self._state.get(view.param, {}).get(entry.kind)
+        live = self._nest.live(view.param, entry.kind)
         if (
             isinstance(live, torch.Tensor)
             and live.dtype == dtype
@@ -253,19 +267,31 @@ class TorchOptimizer(OptimizerAdapter):
         return framework.new_state(view, entry, dtype, wrapped)
 
     def adopt(self, states: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any]) -> None:
-        for group, names in zip(self._optimizer.param_groups, self._group_names(), strict=True):
-            on_device = group.get("capturable") or group.get("fused")
-            for param, fqn in zip(group["params"], names, strict=True):
-                loaded = states.get(fqn, {})
-                if on_device:  # where such kernels want their scalars
-                    device = self._framework.local(param).device
-                    loaded = {name: tensor if tensor.dim() else tensor.to(device) for name, tensor in loaded.items()}
-                state = in_order({**loaded, **saved["scalars"].get(fqn, {})}, saved["order"].get(fqn, []))
-                if state:
-                    self._state[param] = state
-                else:
-                    self._state.pop(param, None)
+        self._put(states, saved)
+        if self._nest.put(saved):
+            self._put(states, saved)
+            self._nest.confirm(saved)
+
+    def _put(self, states: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any]) -> None:
+        nest, names = self._nest, self._current_names()
+        for place, keeper in nest.owners().items():
+            for group in (keeper if place else self._optimizer).param_groups:
+                on_device = group.get("capturable") or group.get("fused")
+                for param in group["params"]:
+                    fqn = names[id(param)]
+                    loaded = nest.own(place, states.get(fqn, {}))
+                    if on_device:  # where such kernels want their scalars
+                        device = self._framework.local(param).device
+                        loaded = {name: each if each.dim() else each.to(device) for name, each in loaded.items()}
+                    scalars = nest.own(place, saved["scalars"].get(fqn, {}))
+                    order = nest.own(place, dict.fromkeys(saved["order"].get(fqn, [])))
+                    state = in_order({**loaded, **scalars}, order)
+                    if state:
+                        keeper.state[param] = state
+                    else:
+                        keeper.state.pop(param, None)
         adopt_groups(self._optimizer.param_groups, self._group_names(), saved)
+        nest.adopt_groups(saved)
 
     def _group_names(self) -> list[list[str]]:
         """Of the parameters of each group. Raises UnsupportedError if one is not the model's."""
@@ -281,9 +307,10 @@ class TorchOptimizer(OptimizerAdapter):
 
     def watch(self, events: UpdateEvents) -> None:
         self._events = events
+        _take_hooks(self._optimizer)
         self._hooks = [
-            self._optimizer.register_step_pre_hook(self._before),
-            self._optimizer.register_step_post_hook(self._after),
+            self._optimizer.register_step_pre_hook(self._begins),
+            self._optimizer.register_step_post_hook(self._ends),
         ]
 
     def detach(self) -> None:
@@ -291,13 +318,31 @@ class TorchOptimizer(OptimizerAdapter):
             hook.remove()
         self._hooks = []
 
+    def _begins(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Hooks run for the `step()` of a subclass, and again for its parent's within it: only the outer one counts."""
+        if self._step is not None and _is_running(self._step):
+            self._steps_within += 1
+            return None
+        self._step, self._steps_within = sys._getframe(1), 0
+        return self._before(optimizer, args, kwargs)
+
+    def _ends(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._steps_within:
+            self._steps_within -= 1
+            return
+        self._step = None
+        self._after(optimizer, args, kwargs)
+
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._nest.remember()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._events.update_starting()
             self._events.overwriting()
             return None
         self._events.update_starting(in_closure=True)
+        if self._nest.foreign:  # SAM, say, climbs before it evaluates
+            self._events.before_closure()
         wrapped = self._fenced(closure)
         if "closure" in kwargs:
             return args, {**kwargs, "closure": wrapped}
@@ -322,94 +367,37 @@ class TorchOptimizer(OptimizerAdapter):
         self._events.update_done(applied=not found_inf(optimizer))
 
 
+def _is_running(frame: FrameType) -> bool:
+    """Whether a call is under way, on this thread, further out."""
+    here: FrameType | None = sys._getframe(1)
+    while here is not None and here is not frame:
+        here = here.f_back
+    return here is not None
+
+
+def _check_made(optimizer: torch.optim.Optimizer) -> None:
+    """Wrappers that inherit from `Optimizer`, and have not called its `__init__`, may have no hooks and no state."""
+    needed = {"state", "param_groups", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"}
+    if not needed <= vars(optimizer).keys():
+        kind = type(optimizer).__name__
+        inside = " or ".join(f"optimizer.{place}" for place in find(optimizer))
+        raise UnsupportedError(
+            f"{kind} has not called torch.optim.Optimizer.__init__(), so that its updates cannot be seen, nor what it "
+            f"keeps: call it there; or attach the optimizer inside it{f' ({inside})' if inside else ''}, if {kind} "
+            "keeps nothing itself that a resume needs"
+        )
+
+
+def _take_hooks(optimizer: torch.optim.Optimizer) -> None:
+    """Makes `step()` call hooks, as `Optimizer.__init__` does, which wrappers of their own kind leave out."""
+    for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+        if type(vars(optimizer)[name]) is dict:  # which a hook's handle cannot refer to
+            setattr(optimizer, name, OrderedDict(vars(optimizer)[name]))
+    if not getattr(type(optimizer).step, "hooked", False):
+        optimizer._patch_step_function()
+
+
 def found_inf(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a GradScaler has this update skipped: a fused optimizer is stepped then too, and skips in its kernel."""
     found = getattr(optimizer, "found_inf", None)
     return isinstance(found, torch.Tensor) and bool(found.item())
-
-
-def check_groups(kind: str, live: Sequence[Sequence[str]], saved: Mapping[str, Any]) -> list[str]:
-    """Whether class and groups (the names of their parameters) fit those of the checkpoint; what does not, in words."""
-    if "optimizers" in saved:
-        return [f"the checkpoint holds optimizers {sorted(saved['optimizers'])} by name, this one has no name"]
-    problems = []
-    if saved["class"] != kind:
-        problems.append(f"the checkpoint's optimizer is {saved['class']}, this one is {kind}")
-    try:
-        group_origins(live, saved)
-    except ValueError as error:
-        problems.append(str(error))
-    return problems
-
-
-def group_origins(live: Sequence[Sequence[str]], saved_state: Mapping[str, Any]) -> list[int | None]:
-    """Of each live group (names of its parameters), the number of the saved group that its hyper-parameters are of.
-
-    Groups may have been split since, or merged where their hyper-parameters were equal. Of a group of which the
-    checkpoint has nothing, and need not ("lacking"), it is None. Raises ValueError in words.
-    """
-    saved: Sequence[Mapping[str, Any]] = saved_state["groups"]
-    lacking = set(saved_state.get("lacking", ()))
-    kept = [list(group["params"]) for group in saved]
-    live = [[name for name in group if name not in lacking] for group in live] if lacking else live
-    if [list(group) for group in live] == kept:
-        return list(range(len(kept)))
-    group_of = {name: number for number, names in enumerate(kept) for name in names}
-    here = {name for group in live for name in group}
-    if here != group_of.keys():
-        lengths = [len(group) for group in live], [len(names) for names in kept]
-        raise ValueError(
-            f"the optimizer's groups hold other parameters: {lengths[0]} here, {lengths[1]} in the checkpoint"
-        )
-    origins: list[int | None] = []
-    for number, names in enumerate(live):
-        sources = sorted({group_of[name] for name in names})
-        if not sources and lacking:
-            origins.append(None)
-            continue
-        if not sources:
-            raise ValueError(
-                f"group {number} of the optimizer is empty, and its groups are not those of the checkpoint"
-            )
-        for other in sources[1:]:
-            differing = _differing(saved[sources[0]], saved[other])
-            if differing:
-                raise ValueError(
-                    f"group {number} of the optimizer has parameters of groups {sources[0]} and {other} of the "
-                    f"checkpoint, which differ in {', '.join(differing)}"
-                )
-        origins.append(sources[0])
-    return origins
-
-
-def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    def equal(a: Any, b: Any) -> bool:
-        if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
-            return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and torch.equal(a, b)
-        return bool(a == b)
-
-    skipped = {"params", "name", *KERNEL_KEYS}
-    keys = sorted((one.keys() | other.keys()) - skipped)
-    return [key for key in keys if not (key in one and key in other and equal(one[key], other[key]))]
-
-
-def in_order(state: Mapping[str, Any], order: Iterable[str]) -> dict[str, Any]:
-    """The state in the order in which the optimizer had made it; names that are not in `order` come last."""
-    return {name: state[name] for name in dict.fromkeys([*order, *state])}
-
-
-def adopt_groups(groups: Sequence[dict[str, Any]], names: Sequence[Sequence[str]], saved: Mapping[str, Any]) -> None:
-    """Puts the saved hyper-parameters into the live groups, whose parameters are `names`."""
-    origins = group_origins(names, saved)
-    alike = origins == list(range(len(saved["groups"])))
-    for group, origin in zip(groups, origins, strict=True):
-        if origin is None:
-            continue
-        for key, value in saved["groups"][origin].items():
-            if key == "params" or key in KERNEL_KEYS or (key == "name" and not alike):
-                continue
-            if isinstance(group.get(key), torch.Tensor) and isinstance(value, torch.Tensor):
-                with torch.no_grad():
-                    group[key].copy_(value)
-            else:  # several groups may come from one
-                group[key] = value.clone() if isinstance(value, torch.Tensor) else value

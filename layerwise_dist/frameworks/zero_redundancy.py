@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,13 +26,14 @@ class ZeroRedundancyAdapter(TorchOptimizer):
     whole_only = "it steps an optimizer of its own on each rank, and sends all parameters around behind it"
 
     def __init__(self, framework: Framework, optimizer: Any) -> None:
-        super().__init__(framework, optimizer)
         if optimizer._overlap_with_ddp:
             raise UnsupportedError(
                 "ZeroRedundancyOptimizer with overlap_with_ddp=True updates in DDP's communication hook, where no step "
                 "is seen; without it, it works"
             )
+        super().__init__(framework, optimizer)
         self.kind = f"ZeroRedundancyOptimizer({type(optimizer.optim).__qualname__})"
+        self._nest.refuse_inside("ZeroRedundancyOptimizer")
 
     def _check(self, names: Mapping[int, str]) -> None:
         super()._check(names)
@@ -55,8 +56,8 @@ class ZeroRedundancyAdapter(TorchOptimizer):
         return self.views  # every update sends all of them around
 
     @property
-    def _state(self) -> MutableMapping[torch.Tensor, dict[str, Any]]:
-        return self._optimizer.optim.state
+    def _keeper(self) -> torch.optim.Optimizer:
+        return self._optimizer.optim
 
     @property
     def state_views(self) -> list[ParamView]:

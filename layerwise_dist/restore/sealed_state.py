@@ -88,9 +88,22 @@ class _Group(_Part):
     params: list[str]
 
 
-class _Optimizer(_Part):
+class _Elsewhere(_Part):
+    state: dict[str, Any] = {}
+    on_device: list[str] = []
+    told: dict[Any, Any] = {}
+
+
+class _Inside(_Elsewhere):
+    kind: str = Field(alias="class")
+    own_state: bool
+    groups: list[_Group] | None = None
+
+
+class _Optimizer(_Elsewhere):
     kind: str = Field(alias="class")
     groups: list[_Group]
+    inside: dict[str, _Inside] = {}
 
 
 class _OneOfSeveral(_Optimizer):

@@ -54,14 +54,15 @@ class OneOwner(torch.optim.Optimizer):
     """
 
     def __init__(self, params: Any, from_step: int = 0, *, noise: bool = False) -> None:
-        super().__init__(params, {"lr": 0.1})
-        self.steps, self.from_step, self.noise = 0, from_step, noise
+        super().__init__(params, {"lr": 0.1, "steps": 0})
+        self.from_step, self.noise = from_step, noise
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        self.steps += 1
-        for number, param in enumerate(self.param_groups[0]["params"]):
-            owner, alone = number % dist.get_world_size(), self.steps > self.from_step
+        group = self.param_groups[0]
+        group["steps"] += 1
+        for number, param in enumerate(group["params"]):
+            owner, alone = number % dist.get_world_size(), group["steps"] > self.from_step
             if alone and dist.get_rank() != owner:
                 self.state.pop(param, None)
             else:

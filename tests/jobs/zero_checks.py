@@ -148,6 +148,13 @@ def refusals(root: str) -> list[str]:
         unit = engine.optimizer.single_partition_of_fp32_groups[0]
         engine.optimizer.optimizer.state[unit]["factor"] = torch.zeros(3)
 
+    def own_state_dict(engine: Any) -> None:
+        engine.optimizer.optimizer.state_dict = dict
+
+    def one_inside(engine: Any) -> None:
+        base = engine.optimizer.optimizer
+        base.inner = torch.optim.SGD(base.param_groups[0]["params"], lr=0.1)
+
     return [
         *refused(lambda engine: setattr(engine, "zenflow", True), "ZenFlow", root),
         *refused(lambda engine: setattr(engine, "has_moe_layers", True), "mixture-of-experts", root),
@@ -157,6 +164,8 @@ def refusals(root: str) -> list[str]:
         *refused(lose_an_attribute, "DeepSpeedZeroOptimizer has no attribute 'bit16_groups'", root),
         *refused(strange_optimizer, "optimizer Strange is not supported", root),
         *refused(state_of_another_shape, "'factor' of shape [3]", root),
+        *refused(own_state_dict, "around the optimizer AdamW, which has a state_dict() of its own", root),
+        *refused(one_inside, "DeepSpeed: AdamW with optimizers inside it (inner)", root),
         *refused(lambda engine: setattr(engine, "optimizer", None), "no optimizer", root),
         *replaced(),
     ]

@@ -111,6 +111,17 @@ def prepare() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # only inference uses it
 
 
+class Keyed(torch.optim.SGD):
+    """Counts its steps under a string, and lets them fall with the count."""
+
+    def step(self, closure: Any = None) -> None:
+        count = self.state.setdefault("count", torch.zeros(()))  # type: ignore[call-overload]
+        count += 1
+        for group in self.param_groups:
+            group["momentum"] = 0.9 / float(count)
+        super().step()
+
+
 class Job:
     """One training script around one engine. Dropout and batches come from the global generator, one seed a rank.
 
@@ -141,8 +152,8 @@ class Job:
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.1},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
-        make = torch.optim.SGD if "sgd" in self.features else torch.optim.AdamW
-        optimizer = make(groups, lr=0.01, **({"momentum": 0.9} if "sgd" in self.features else {}))
+        make = Keyed if "keyed" in self.features else torch.optim.SGD if "sgd" in self.features else torch.optim.AdamW
+        optimizer = make(groups, lr=0.01, **({"momentum": 0.9} if issubclass(make, torch.optim.SGD) else {}))
         config, scheduler = settings(int(stage), self.features, scratch), None
         if "cyclic" in self.features:  # one that keeps something for each group
             rates = {"base_lr": [0.01, 0.02], "max_lr": [0.03, 0.05], "step_size_up": 4, "cycle_momentum": False}
@@ -222,6 +233,7 @@ class Job:
                 held[f"{name}/{view.fqn}"] = framework.fragment_of(view, value).clone() if whole else value
         for number, group in enumerate(base.param_groups):
             held[f"group/{number}"] = {key: value for key, value in group.items() if key != "params"}
+        held["keyed"] = {key: value for key, value in base.state.items() if isinstance(key, str)}
         held["counters"] = [engine.global_steps, engine.global_samples, engine.skipped_steps, engine.micro_steps]
         wrapper = framework.units.wrapper
         scaler = getattr(wrapper, "loss_scaler", None) or getattr(wrapper, "loss_scale_config", None)

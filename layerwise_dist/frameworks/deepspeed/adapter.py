@@ -15,7 +15,9 @@ from layerwise_dist.frameworks.deepspeed.framework import DeepSpeedFramework
 from layerwise_dist.frameworks.deepspeed.in_backward import InBackward
 from layerwise_dist.frameworks.deepspeed.support import accumulating
 from layerwise_dist.frameworks.flat import FlatState
-from layerwise_dist.frameworks.optimizers import UpdateEvents, group_origins
+from layerwise_dist.frameworks.nested import Nest
+from layerwise_dist.frameworks.optimizers import UpdateEvents
+from layerwise_dist.frameworks.param_groups import group_origins
 
 log = logging.getLogger("layerwise_dist")
 
@@ -28,6 +30,8 @@ class DeepSpeedOptimizer(FlatState):
         self._init_flat(framework)
         self._framework, self._engine, self._units = framework, framework.engine, framework.units
         self.kind = type(self._units.base).__qualname__
+        self._nest = Nest(self.kind, self._units.base, None)
+        self._nest.refuse_inside("DeepSpeed")
         self._groups: list[list[int]] = [[] for _ in self._units.base.param_groups]
         for number, grouping in enumerate(self._units.groupings()):
             self._groups[grouping.group].append(number)
@@ -110,6 +114,7 @@ class DeepSpeedOptimizer(FlatState):
 
         def begin() -> None:
             nonlocal begun, steps
+            self._nest.remember()
             events.update_starting()
             begun, steps = True, 0
             missing.clear()

@@ -18,6 +18,7 @@ from layerwise_dist.frameworks.deepspeed.units import (
     Zero12,
     missing,
 )
+from layerwise_dist.frameworks.elsewhere import tells
 
 WORKS = (
     "what works: ZeRO stages 0 to 3 in fp32 and bf16, fp16 with loss scaling, CPU offload, NVMe offload with stage 3, "
@@ -100,6 +101,11 @@ def _check_inner(base: object) -> None:
         raise UnsupportedError(f"DeepSpeed around {name}, which is no torch.optim.Optimizer, is not supported; {WORKS}")
     if isinstance(base, torch.optim.LBFGS) or (type(base).__module__.startswith("deepspeed.") and name not in _INNER):
         raise UnsupportedError(f"DeepSpeed around the optimizer {name} is not supported by this version; {WORKS}")
+    if tells(base):
+        raise UnsupportedError(
+            f"DeepSpeed around the optimizer {name}, which has a state_dict() of its own, is not supported: what it "
+            f"tells cannot be asked while ZeRO has its own tensors in the groups; {WORKS}"
+        )
 
 
 def _refusals(engine: Any, world_size: int) -> list[tuple[str, bool]]:
