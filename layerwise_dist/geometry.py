@@ -9,7 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch._C._dynamo.guards import TensorGuards  # in torch's C library: nothing of torch._dynamo is imported
+
+try:
+    from torch._C._dynamo.guards import TensorGuards  # of torch's C library: nothing of torch._dynamo is imported
+except ImportError:  # a private name. Without it Python is asked, which takes longer and says the same
+    TensorGuards = None  # type: ignore[assignment,misc]
 
 
 class Geometry:
@@ -18,7 +22,7 @@ class Geometry:
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._addresses, self._layouts = _addresses(tensors), _layouts(tensors)
         self._guards: TensorGuards | None = None
-        self._guardable = True
+        self._guardable = TensorGuards is not None
 
     def is_of(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether these tensors take the same memory, in the same order, as the same elements."""

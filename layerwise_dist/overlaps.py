@@ -51,7 +51,7 @@ def _share(one: torch.Tensor, other: torch.Tensor) -> bool:
     end = max(each.data_ptr() + of.span for each, of in zip((one, other), bytes_of, strict=True))
     if all(of.dense for of in bytes_of) or end - begin > _EXACT_BYTES:
         return True
-    flags = torch.zeros(end - begin, dtype=torch.bool)
+    flags = torch.zeros(end - begin, dtype=torch.bool, device="cpu")
     mine, theirs = (
         flags.as_strided(of.shape, of.strides, each.data_ptr() - begin)
         for each, of in zip((one, other), bytes_of, strict=True)

@@ -282,3 +282,29 @@ def test_what_shares_memory_with_something_trained_is_not_frozen() -> None:
     assert {piece.slice.name for piece in survey.copied} == {"param/trained.weight", "param/tied.weight"}
     model.register_buffer("alias", model["frozen"].weight.data)
     assert not Surveyor(framework, TorchOptimizer(framework, adam(model))).look().frozen
+
+
+@pytest.mark.parametrize("bit", [torch.conj, torch._neg_view], ids=["conj", "neg"])
+def test_two_views_of_one_memory_agree_by_their_values(tmp_path: Path, bit: Callable[[torch.Tensor], Any]) -> None:
+    """Their bytes in the file differ, since it holds values."""
+
+    class Twice(nn.Module):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.fc = nn.Linear(2, 2)
+            self.register_buffer("plain", torch.tensor([1 + 2j, 3 + 4j]) * scale)
+            self.register_buffer("seen", bit(self.plain))
+
+    def job(scale: float) -> tuple[Any, Any]:
+        model = Twice(scale)
+        return model, adam(model.fc)
+
+    model, optimizer = job(1.0)
+    with attach(model, optimizer, tmp_path) as ckpt:
+        for _ in ckpt.steps(2):
+            model.fc(torch.ones(2)).sum().backward()
+            optimizer.step()
+    model, optimizer = job(7.0)
+    with attach(model, optimizer, tmp_path) as ckpt:
+        assert ckpt.restore() == 2
+    assert model.plain.tolist() == [1 + 2j, 3 + 4j] and torch.equal(model.seen, bit(model.plain))

@@ -44,7 +44,7 @@ def _pairs(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
 
 def _read(tensor: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
     """What a tensor is to become, in memory of its own."""
-    found = torch.empty(tensor.shape, dtype=tensor.dtype)
+    found = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
     for span in spans:
         span.shard.read_into([(span.begin, span.end, found.data_ptr() + span.offset)])
     return found
@@ -54,16 +54,18 @@ def _agree(one: torch.Tensor, content: torch.Tensor, other: torch.Tensor, more: 
     """Whether both can hold what they are to become: tried in memory that lies as theirs does."""
     begin = min(one.data_ptr(), other.data_ptr()) // _ALIGN * _ALIGN
     end = max(each.data_ptr() + _extent(each) for each in (one, other))
-    memory = torch.empty(-(-(end - begin) // _ALIGN) * _ALIGN, dtype=torch.uint8)
-    first, second = (
-        memory.view(each.dtype).as_strided(
-            each.shape, each.stride(), (each.data_ptr() - begin) // each.element_size()
-        )
-        for each in (one, other)
-    )  # fmt: skip
+    memory = torch.empty(-(-(end - begin) // _ALIGN) * _ALIGN, dtype=torch.uint8, device="cpu")
+    first, second = (_seen_as(each, memory, each.data_ptr() - begin) for each in (one, other))
     first.copy_(content)
     second.copy_(more)
     return torch.equal(_bits(first), _bits(content))
+
+
+def _seen_as(tensor: torch.Tensor, memory: torch.Tensor, offset: int) -> torch.Tensor:
+    """That memory, from a byte offset on, as `tensor` sees its own."""
+    seen = memory.view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), offset // tensor.element_size())
+    seen = seen.conj() if tensor.is_conj() else seen
+    return torch._neg_view(seen) if tensor.is_neg() else seen
 
 
 def _extent(tensor: torch.Tensor) -> int:
@@ -72,4 +74,4 @@ def _extent(tensor: torch.Tensor) -> int:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)
+    return tensor.resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
