@@ -48,7 +48,7 @@ class Updates:
     def before_closure(self: LayerwiseEngine, layers: Collection[str] | None = None) -> None:
         """Fences what is sealed, though the closure has yet to run."""
         with self._statistics.stall("fence"):
-            self._end_leases(layers, overwrite=True)
+            self._end_leases(layers)
 
     def wants_layers(self: LayerwiseEngine) -> bool:
         """Whether the update that comes had better go layer by layer: it is saved, or what is read in place is in its
