@@ -195,11 +195,14 @@ def test_what_was_staged_right_before_the_kill_is_committed_and_the_next_start_w
     assert killed_once_staged(warm, tmp_path, "slow") == 2
     again = tmp_path / "again"
     again.mkdir()
-    job = warm.start("monitored.py", 2, "ddp", again / "ckpt", again, "--total", 2, "--end", "wait", "--odd", "slow")
+    job = warm.start("monitored.py", 2, "ddp", again / "ckpt", again, "--total", 2, "--end", "wait", "--odd", "held")
     await_that(lambda: 2 in values(again, "staged", 2), job.output)
     kill_trainers(job)
-    finished = warm.run("monitored.py", 2, "ddp", again / "ckpt", again, "--total", 0, timeout=DEADLINE)
-    assert "waiting at most 22.5 s for the monitor (pid" in finished.output
+    job = warm.start("monitored.py", 2, "ddp", again / "ckpt", again, "--total", 0)
+    await_that(lambda: "waiting at most 22.5 s for the monitor (pid" in job.output(), job.output)
+    (again / "go").touch()
+    finished = job.wait(DEADLINE)
+    assert finished.returncode == 0, finished.output
     assert [told(again, rank)[-2]["start"] for rank in range(2)] == [2, 2]
     assert [told(again, rank)[-2]["hash"] for rank in range(2)] == [references("ddp", 2)[r][2] for r in range(2)]
 

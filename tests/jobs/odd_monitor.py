@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from layerwise_dist.commit.coordinator import Coordinator
@@ -22,6 +23,19 @@ def slow() -> None:
 
     def persist_later(self: ShardWrite, timeout_s: float) -> Any:
         time.sleep(1.0)
+        return persist(self, timeout_s)
+
+    ShardWrite.persist = persist_later
+
+
+def held() -> None:
+    """No mutation: a shard is not flushed before there is a file `go` beside the directory."""
+    persist = ShardWrite.persist
+
+    def persist_later(self: ShardWrite, timeout_s: float) -> Any:
+        go, deadline = Path(self.folder).parent.parent / "go", time.monotonic() + 60
+        while not go.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
         return persist(self, timeout_s)
 
     ShardWrite.persist = persist_later
