@@ -246,7 +246,8 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
         self._end_trace()
         self._boundaries += 1
         due = self._scheduler.due(mark.step)
-        here = self._optimizer.several or (due and self._compare_replicas())
+        compared = due and self._compare_replicas()
+        here = compared or self._optimizer.several
         if here and self._open is None and mark.updated and due:
             # Which update is an iteration's last is known here only. Each optimizer's part is then captured once.
             with self._statistics.stall("open"):

@@ -110,7 +110,7 @@ class Replicas:
         to share. Raises UnsupportedError.
         """
         if self._needed:
-            self._needed, _ = self._compare("look for replicas", self._look(state=False), contents=False)
+            self._needed, _ = self._compare("look for replicas", contents=False)
             self.agreed = not self._needed
 
     def agree(self) -> bool:
@@ -122,7 +122,7 @@ class Replicas:
         if self.agreed:
             return False
         self._keep_unlike(set())
-        _, unlike = self._compare("compare replicas", self._look(state=True), contents=True)
+        _, unlike = self._compare("compare replicas", contents=True)
         self._keep_unlike(unlike)
         self.agreed = True
         return bool(unlike)
@@ -134,14 +134,15 @@ class Replicas:
         self._keep_unlike(set())
         return was
 
-    def _compare(self, what: str, common: dict[str, Common], *, contents: bool) -> tuple[bool, set[str]]:
+    def _compare(self, what: str, *, contents: bool) -> tuple[bool, set[str]]:
         """Whether anybody shares anything, and names of parameters whose state is not the same on all ranks that should
-        share it. In general that takes a few bytes a rank: only where something differs, everything is listed.
+        share it. In general that takes a few bytes a rank: only where something differs, everything is listed. Without
+        `contents`, only parameters are looked at, and not what is in them.
         """
         rows: dict[str, list[list[str]]] = {}
         vote: dict[str, Any] = {}
         try:
-            for ranks, each in common.items():
+            for ranks, each in self._look(state=contents).items():
                 hashes = each.hashes() if contents else [""] * len(each.pieces)
                 rows[ranks] = [[*_place(p.slice), hash] for p, hash in zip(each.pieces, hashes, strict=True)]
             vote = {"digests": {ranks: _digest(map(" ".join, found)) for ranks, found in rows.items()}}

@@ -18,6 +18,7 @@ from torch.distributed.optim import PostLocalSGDOptimizer
 import layerwise_dist as lwd
 from layerwise_dist import assembly, errors
 from layerwise_dist._native import PosixEnv, testing
+from layerwise_dist.capture.survey import Surveyor
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
 from layerwise_dist.config import load_config
 from layerwise_dist.frameworks import elsewhere, nested
@@ -786,3 +787,20 @@ def test_torch_s_own_optimizers_are_not_asked_for_their_state_dict(
     with lwd.attach(model, optimizer, dir=str(tmp_path)) as ckpt:
         train(ckpt, model, optimizer, 2)
     assert not calls
+
+
+def test_frozen_parameters_beside_optimizers_within_optimizers_are_surveyed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].requires_grad_(False)
+    optimizer = Container(list(model[1].parameters()))
+    surveys: list[None] = []
+    real = Surveyor._survey
+    monkeypatch.setattr(Surveyor, "_survey", lambda *args: (surveys.append(None), real(*args))[1])
+    with lwd.attach(model, optimizer, dir=str(tmp_path)) as ckpt:
+        for _ in ckpt.steps(6):
+            model(torch.ones(2, 4)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert len(surveys) <= 3  # at attach(), and when there is state

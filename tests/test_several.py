@@ -370,3 +370,30 @@ def test_a_layer_whose_state_comes_behind_another_optimizer_s_update_finds_room_
             if step:
                 ckpt.wait(step, timeout=20)
     assert ckpt.stats()["checkpoints_committed"] == 3 and ckpt.stats()["pool_bytes"] > 3 * 256 * 256 * 4
+
+
+def test_models_by_name_may_have_more_than_the_checkpoint_has_if_that_is_said(tmp_path: Path) -> None:
+    def run(total: int, *, more: bool, partly: bool) -> tuple[list[torch.Tensor], list[str]]:
+        torch.manual_seed(int(more))
+        models = nn.ModuleDict({"a": nn.Sequential(nn.Linear(3, 3)), "b": nn.Linear(3, 2)})
+        if more:
+            models["a"].append(nn.Linear(3, 3))
+        optimizers = {name: torch.optim.Adam(model.parameters()) for name, model in models.items()}
+        with lwd.attach(models=dict(models), optimizers=optimizers, dir=str(tmp_path)) as ckpt:
+            ckpt.restore(partly=partly)
+            found = [param.detach().clone() for param in (*models["a"][0].parameters(), *models["b"].parameters())]
+            for _ in ckpt.steps(total):
+                models["b"](models["a"](torch.ones(2, 3))).sum().backward()
+                for optimizer in optimizers.values():
+                    optimizer.step()
+        return found, ckpt.lacking
+
+    run(2, more=False, partly=False)
+    kept, lacking = run(2, more=False, partly=True)
+    assert lacking == []
+    with pytest.raises(errors.MismatchError, match="missing from the checkpoint: param/a.1.weight"):
+        run(2, more=True, partly=False)
+    found, lacking = run(3, more=True, partly=True)
+    assert lacking == ["param/a.1.weight", "param/a.1.bias"]
+    assert all(map(torch.equal, found, kept))
+    assert run(3, more=True, partly=False)[1] == []

@@ -255,7 +255,12 @@ class CompositeOptimizer(OptimizerAdapter):
         if there.keys() != self._members.keys():
             kept, here = sorted(there) or "without names", sorted(self._members)
             return [f"the checkpoint holds optimizers {kept}, attached are {here}"]
-        return [f"{name}: {problem}" for name, each in self._members.items() for problem in each.check(there[name])]
+        lacking = saved.get("lacking", [])
+        return [
+            f"{name}: {problem}"
+            for name, each in self._members.items()
+            for problem in each.check({**there[name], "lacking": lacking})
+        ]
 
     def place(self, view: ParamView, entry: Slice, wrapped: bool) -> torch.Tensor:
         return self._owner[view.fqn].place(view, entry, wrapped)

@@ -88,7 +88,13 @@ class Nest:
             if not all(issubclass(kind, Mapping) for kind in {*map(type, found)}):
                 raise UnsupportedError(f"{self.kind}: the state of a parameter is no dict")
             return found
-        return [self._joined.setdefault(id(view.param), _JoinedState(self, view.param)) for view in views]
+        states = [each.state for each in self.owners().values()]
+        return [
+            self._joined.setdefault(id(view.param), _JoinedState(self, view.param))
+            if any(view.param in state for state in states)
+            else NO_STATE
+            for view in views
+        ]
 
     def live(self, param: torch.Tensor, joined: str) -> Any:
         """The state under such a name; None if there is none."""

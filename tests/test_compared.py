@@ -1,0 +1,81 @@
+"""When ranks compare what they are said to hold alike: before the first checkpoint, whatever opens it, all together."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from crash_kit import settings, try_ranks
+from torch import nn
+
+from layerwise_dist import assembly
+from layerwise_dist._native import PosixEnv
+from layerwise_dist.commit.transports.local import LocalTransport
+from layerwise_dist.engine import LayerwiseEngine
+from layerwise_dist.errors import UnsupportedError
+from layerwise_dist.frameworks.ddp import DDPFramework
+
+
+def first_checkpoint(
+    path: Path, *, several: bool = False, spoil: Any = lambda rank, model, optimizers: None, timeout_s: float = 20.0
+) -> tuple[list[Any], float]:
+    """What two replicas raise at theirs, and after how many seconds; `spoil` runs behind the update."""
+
+    def body(transport: LocalTransport) -> None:
+        model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4), nn.Linear(4, 3))
+        for param in model.parameters():
+            nn.init.constant_(param, 0.1)  # the ranks are threads: they draw from the same random numbers
+        params = [[*model[0].parameters()], [*model[1].parameters(), *model[2].parameters()]]
+        optimizers = {
+            name: torch.optim.SGD(each, lr=0.1, momentum=0.9)
+            for name, each in zip("ab", params if several else [sum(params, [])], strict=False)
+        }
+        replicas = DDPFramework(model, transport.rank, 2)
+        config = settings(str(path), commit={"timeout_s": timeout_s, "on_failure": "raise"})
+        given: dict[str, Any] = {"optimizers": optimizers} if several else {}
+        optimizer = None if several else optimizers["a"]
+        with assembly.assemble(model, optimizer, config, transport, PosixEnv(), framework=replicas, **given) as ckpt:
+            for _ in ckpt.steps(1):
+                model(torch.ones(2, 6)).square().mean().backward()
+                for each in optimizers.values():
+                    each.step()
+                spoil(transport.rank, model, optimizers)
+
+    began = time.monotonic()
+    errors = [thread.error for thread in try_ranks(body)]
+    return errors, time.monotonic() - began
+
+
+def other_bias(rank: int, model: nn.Module, optimizers: Any) -> None:
+    with torch.no_grad():
+        model[2].bias.add_(rank)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_one_parameter_that_differs_is_found_at_the_first_checkpoint(tmp_path: Path, several: bool) -> None:
+    """No sample of a few tensors would do: the one that differs is the last of six."""
+    errors, _ = first_checkpoint(tmp_path, several=several, spoil=other_bias)
+    assert [type(error) for error in errors] == [UnsupportedError] * 2
+    assert all("different values of param/2.bias," in str(error) for error in errors)
+    assert first_checkpoint(tmp_path / "alike", several=several)[0] == [None, None]
+
+
+def test_mutation_several_optimizers_without_the_comparison_are_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LayerwiseEngine, "_compare_replicas", lambda engine: False)
+    errors, _ = first_checkpoint(tmp_path, several=True, spoil=other_bias)
+    assert not any("different values of param/2.bias," in str(error) for error in errors)
+
+
+def test_what_one_rank_cannot_compare_all_ranks_are_told_at_once(tmp_path: Path) -> None:
+    def odd_state(rank: int, model: nn.Module, optimizers: Any) -> None:
+        if rank == 1:
+            optimizers["a"].state[model[0].weight]["odd"] = torch.empty(4, dtype=torch.bits8)
+
+    errors, took = first_checkpoint(tmp_path, spoil=odd_state, timeout_s=40.0)
+    assert [type(error) for error in errors] == [UnsupportedError] * 2
+    assert all("rank 1: odd/0.weight has dtype" in str(error) for error in errors) and took < 20
