@@ -65,6 +65,17 @@ class Common:
         """Of each piece, all of it."""
         return [_hash(piece.tensor, 0, piece.slice.nbytes) for piece in self.pieces]
 
+    def new(self, known: set[str]) -> list[str]:
+        """What is not among these names, and a hash of it: all of it, since nobody has compared it yet. Empty if there
+        is nothing. `known` has it from then on.
+        """
+        pieces = [piece for piece in self.pieces if piece.slice.name not in known]
+        known.update(piece.slice.name for piece in pieces)
+        if not pieces:
+            return []
+        hashes = [_hash(piece.tensor, 0, piece.slice.nbytes) for piece in pieces]
+        return [_digest(piece.slice.name for piece in pieces), _digest(hashes)]
+
     def sample(self, turn: int) -> tuple[str, str, str]:
         """Of the turn's windows: a hash of those of parameters, one of those of state, and which parameters these are
         of, in words. Host memory comes round in a hundred turns, if it is no more than so many windows; device memory,
@@ -102,6 +113,7 @@ class Replicas:
         self._unlike: set[str] = set()
         self._of: Survey | None = None
         self._common: dict[str, Common] = {}
+        self._known: dict[str, set[str]] = {}  # names that were compared, by the ranks that hold them alike
 
     # -- all ranks together -------------------------------------------------------------------------------------
 
@@ -145,6 +157,8 @@ class Replicas:
             for ranks, each in self._look(state=contents).items():
                 hashes = each.hashes() if contents else [""] * len(each.pieces)
                 rows[ranks] = [[*_place(p.slice), hash] for p, hash in zip(each.pieces, hashes, strict=True)]
+            if contents:
+                self._known = {ranks: {name for name, *_ in found} for ranks, found in rows.items()}
             vote = {"digests": {ranks: _digest(map(" ".join, found)) for ranks, found in rows.items()}}
         except (LayerwiseError, OSError) as error:
             vote = {"error": describe_error(error)}
@@ -161,9 +175,13 @@ class Replicas:
         """At the boundary of an attempt, before it is said to be staged: what this rank takes for shared."""
         if not self._needed:
             return
+        new: dict[str, list[str]] = {}
         if found is not self._of:
             self._of, self._common = found, self._look(state=True)
-        groups = [[ranks, each.listing, *each.sample(attempt.seq)] for ranks, each in self._common.items()]
+            new = {ranks: each.new(self._known.setdefault(ranks, set())) for ranks, each in self._common.items()}
+        groups = [
+            [ranks, each.listing, *each.sample(attempt.seq), new.get(ranks, [])] for ranks, each in self._common.items()
+        ]
         if groups:
             self._participant.post(
                 {"t": "alike", "rank": self._participant.rank, "world_size": self._participant.world_size,

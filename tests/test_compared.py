@@ -13,10 +13,12 @@ from torch import nn
 
 from layerwise_dist import assembly
 from layerwise_dist._native import PosixEnv
+from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.transports.local import LocalTransport
 from layerwise_dist.engine import LayerwiseEngine
 from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.ddp import DDPFramework
+from layerwise_dist.replicas import Common
 
 
 def first_checkpoint(
@@ -79,3 +81,42 @@ def test_what_one_rank_cannot_compare_all_ranks_are_told_at_once(tmp_path: Path)
     errors, took = first_checkpoint(tmp_path, spoil=odd_state, timeout_s=40.0)
     assert [type(error) for error in errors] == [UnsupportedError] * 2
     assert all("rank 1: odd/0.weight has dtype" in str(error) for error in errors) and took < 20
+
+
+def late_state(path: Path, steps: int = 5) -> list[int]:
+    """Which steps are committed where each rank keeps something of its own under one name, from step 4 on."""
+
+    def body(transport: LocalTransport) -> None:
+        model = nn.Sequential(*[nn.Linear(6, 6) for _ in range(10)])
+        for param in model.parameters():
+            nn.init.constant_(param, 0.1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        replicas = DDPFramework(model, transport.rank, 2)
+        config = settings(str(path), keep_last=steps)
+        with assembly.assemble(model, optimizer, config, transport, PosixEnv(), framework=replicas) as ckpt:
+            ckpt.explicit()
+            for step in range(1, steps + 1):
+                model(torch.ones(2, 6)).square().mean().backward()
+                optimizer.step()
+                if step > 3:
+                    for param in model.parameters():
+                        optimizer.state[param]["own"] = torch.full_like(param, transport.rank)
+                ckpt.end_step()
+                ckpt.drain()
+
+    for thread in try_ranks(body):
+        if thread.error is not None:
+            raise thread.error
+    return sorted(manifest.step for manifest in CheckpointMetadataManager(PosixEnv(), str(path)).inventory().lineage())
+
+
+def test_state_that_comes_later_is_compared_whole_and_never_mixed(tmp_path: Path) -> None:
+    assert late_state(tmp_path) == [1, 2, 3, 5], "the first checkpoint that shows it is dropped, the next is right"
+
+
+def test_mutation_state_that_comes_later_and_is_only_sampled_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Common, "new", lambda common, known: [])
+    monkeypatch.setattr(Common, "sample", lambda common, turn: ("", "", ""))  # as where its turn is another tensor's
+    assert 4 in late_state(tmp_path, 4)

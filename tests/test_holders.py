@@ -176,7 +176,7 @@ def told(coordinator: Coordinator, *each: tuple[int, str]) -> list[dict[str, Any
     for rank, said in each:
         message = {
             "t": "alike", "rank": rank, "world_size": 3, "seq": 1, "attempt": "a", "step": 7,
-            "groups": [["0,2", "same", "same", "same", ""], ["0-2", *said, "param/w"]],
+            "groups": [["0,2", "same", "same", "same", "", []], ["0-2", *said[:3], "param/w", list(said[3:])]],
         }  # fmt: skip
         out += coordinator.handle(message, 0.0)
     return [output.message for output in out if isinstance(output, Announce)]
@@ -189,7 +189,14 @@ def test_what_differs_by_sample_ends_the_session_and_names_tensor_and_ranks() ->
     assert aborted["failure"] and not aborted["unlike"]
 
 
-@pytest.mark.parametrize("other", ["apt", "bqt"])  # another hash of state; other tensors, whose hashes say nothing
+@pytest.mark.parametrize("new", ["", "np", "nq", "mq"])
+def test_what_is_new_is_compared_whole_where_both_say_it(new: str) -> None:
+    found = told(coordinator(), (0, "apsnp"), (1, "aps" + new), (2, "apsnp"))
+    assert [each["unlike"] for each in found] == (["0-2"] if new == "nq" else [])
+
+
+# Another hash of state; other tensors, whose hashes say nothing.
+@pytest.mark.parametrize("other", ["apt", "bqt"])
 def test_state_that_comes_to_differ_costs_a_checkpoint_and_no_failure(other: str) -> None:
     (aborted,) = told(coordinator(), (0, "aps"), (1, other), (2, "aps"))
     assert (aborted["t"], aborted["failure"], aborted["unlike"]) == ("aborted", False, "0-2")

@@ -25,17 +25,19 @@ class Alike:
     """Of one attempt: for each group of ranks what the first of them said, with which all others must agree."""
 
     def __init__(self) -> None:
-        self._first: dict[str, tuple[int, str, str, str]] = {}
+        self._first: dict[str, tuple[int, str, str, str, list[str]]] = {}
 
     def compare(self, message: Message) -> Unlike | None:
         """Takes one rank's ``alike``: the first group in it that does not fit what another rank said."""
         rank = message["rank"]
-        for ranks, listing, params, state, what in message["groups"]:
-            other, *first = self._first.setdefault(ranks, (rank, listing, params, state))
+        for ranks, listing, params, state, what, new in message["groups"]:
+            other, *first, news = self._first.setdefault(ranks, (rank, listing, params, state, new))
             sides = f"ranks {min(rank, other)} and {max(rank, other)}"
             if first[0] == listing and first[1] != params:
                 return Unlike(ranks, unequal(what, sides), final=True)
-            if first != [listing, params, state]:  # of another listing the samples are of other tensors
+            # Of another listing the samples are of other tensors. What is new is said once: a rank that took no part in
+            # an attempt may say it of another one.
+            if first != [listing, params, state] or (news[:1] == new[:1] and news != new):
                 why = (
                     f"{sides} do not have the same optimizer state for what ranks {ranks} are said to hold alike; from "
                     "now on each of them saves its own"
