@@ -1,5 +1,6 @@
 #include "posix_file.h"
 
+#include <dirent.h>
 #include <fcntl.h>
 #include <linux/stat.h>
 #include <sys/stat.h>
@@ -9,6 +10,7 @@
 #include <cerrno>
 #include <cinttypes>
 #include <cstdio>
+#include <cstdlib>
 #include <random>
 #include <system_error>
 #include <thread>
@@ -24,20 +26,42 @@ namespace {
 // Linux moves at most 2 GiB less a page a call; this stays aligned when it is cut.
 constexpr size_t kLargestIo = 1 << 30;
 
-// Whoever opens a leased file makes the kernel send SIGIO to the lease's owner, and that
-// ends a process which has no handler. So the owner becomes a thread that has exited: the
-// kernel then finds nobody to signal, whatever the process does with its signals.
-Status LeaseSilently(int fd, const std::string& path) {
-  Status status;
-  try {
-    std::thread([&] {
-      const f_owner_ex nobody = {F_OWNER_TID, gettid()};
-      if (fcntl(fd, F_SETOWN_EX, &nobody) != 0) status = PosixError("set the owner of a lease", path);
-    }).join();
-  } catch (const std::system_error& error) {
-    return Status::IoError(error.code().value(), "start a thread to lease", path);
+// A thread of this process that is not its first; 0 if none is found.
+pid_t OtherThread() {
+  if (gettid() != getpid()) return gettid();
+  pid_t found = 0;
+  if (DIR* const tasks = opendir("/proc/self/task")) {
+    while (const dirent* const task = found == 0 ? readdir(tasks) : nullptr) {
+      const pid_t thread = static_cast<pid_t>(std::strtol(task->d_name, nullptr, 10));  // 0 for "." and ".."
+      if (thread != getpid()) found = thread;
+    }
+    closedir(tasks);
   }
-  if (!status.ok() || fcntl(fd, F_SETLEASE, F_WRLCK) == 0) return status;
+  return found;
+}
+
+// Whoever opens a leased file makes the kernel send SIGIO to the lease's owner, and that
+// ends a process which has no handler. So the owner becomes a process group of a number
+// that no group has, since it is a thread's: the kernel then finds nobody to signal,
+// whatever the process does with its signals.
+bool OwnedByNobody(int fd) {
+  const auto own = [fd](pid_t thread) {
+    const f_owner_ex nobody = {F_OWNER_PGRP, thread};
+    return fcntl(fd, F_SETOWN_EX, &nobody) == 0;
+  };
+  const pid_t other = OtherThread();
+  if (other != 0 && own(other)) return true;
+  bool owned = false;  // there is none, or it has just ended
+  try {
+    std::thread([&] { owned = own(gettid()); }).join();
+  } catch (const std::system_error&) {
+  }
+  return owned;
+}
+
+Status LeaseSilently(int fd, const std::string& path) {
+  if (!OwnedByNobody(fd)) return Status::IoError(EOPNOTSUPP, "lease without a signal", path);
+  if (fcntl(fd, F_SETLEASE, F_WRLCK) == 0) return Status::Ok();
   const bool unknown = errno == EINVAL || errno == ENOSYS || errno == ENOLCK;
   if (errno == EAGAIN) return Status::IoError(EBUSY, "reuse a file that is open elsewhere", path);
   return Status::IoError(unknown ? EOPNOTSUPP : errno, "lease", path);
