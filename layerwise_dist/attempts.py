@@ -41,6 +41,7 @@ class Attempts:
         self._layout: tuple[tuple[Any, ...], Laid] | None = None
         self._stage: Stage | None = None
         self._last: Survey | None = None
+        self._steady = False  # whether the last attempt, at its opening and at its boundary, found what it expected
         self._audits = Rotation(always=config.audit == "always")
         self._pages = HugePages(wanted=config.writer.huge_pages == "auto" and adapter.direct)
 
@@ -54,7 +55,10 @@ class Attempts:
 
         Raises UnsupportedError, ConfigError.
         """
-        return self._surveyor.look(self._copying, sealing=sealing)
+        found = self._surveyor.look(self._copying, sealing=sealing)
+        if sealing:
+            self._steady &= found is self._last
+        return found
 
     def copy(self, names: set[str]) -> None:
         """These tensors are no base's, though no optimizer updates them: they are copied at the boundary now."""
@@ -71,7 +75,7 @@ class Attempts:
         over.
         """
         try:
-            return self._last if self._last is not None and self.look() is self._last else None
+            return self._last if self._last is not None and (self._known() or self.look()) is self._last else None
         except LayerwiseError:
             return None  # behind the update it is met again, where it fails the attempt
 
@@ -110,7 +114,7 @@ class Attempts:
         try:
             if found is None:
                 self._surveyor.gather()
-                found = self.look()
+                found = self._expected()
             laid = self._lay_out(found)
             write = self._adapter.begin(attempt, laid.shard, laid.plan)
         except (LayerwiseError, OSError) as error:
@@ -140,6 +144,23 @@ class Attempts:
             self._stage.close()
 
     # -- inside -------------------------------------------------------------------------------------------------
+
+    def _expected(self) -> Survey:
+        """What there is, for a capture to begin with; it may be what there was at the last boundary.
+
+        Raises UnsupportedError, ConfigError.
+        """
+        if known := self._known():
+            return known
+        found = self.look()
+        self._steady = found is self._last
+        return found
+
+    def _known(self) -> Survey | None:
+        """What the last attempt captured, if it lay in its place both at its opening and at its boundary. A capture
+        begins with that unseen: its boundary looks, and does again what was elsewhere.
+        """
+        return self._surveyor.known(self._copying) if self._steady else None
 
     def _capture(self, step: int, found: Survey, laid: Laid, write: ShardWrite, audit: Audit) -> Capture:
         self._last = found
