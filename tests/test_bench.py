@@ -47,8 +47,13 @@ def quick(folder: Path, what: str, *args: object) -> dict[str, Any]:
     return found
 
 
-def test_commits_are_measured_with_simulated_ranks_and_with_processes(tmp_path: Path) -> None:
+def test_commits_are_measured_with_simulated_ranks_and_with_processes(
+    tmp_path: Path, traps: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing of what lies in the working directory runs."""
+    monkeypatch.chdir(traps)
     found = quick(tmp_path, "commit")
+    assert not (traps / "sprung").exists()
     assert [row["ranks"] for row in found["simulated"]] == [8, 64]
     assert [row["connections"] for row in found["simulated"]] == [3 + 1, 3 + 15]
     for row in found["simulated"]:
