@@ -7,15 +7,12 @@
 #include <cerrno>
 #include <thread>
 
-#include "layerwise/hash.h"
 #include "layerwise/posix_env.h"
 #include "shard_fixture.h"
 
 namespace layerwise {
 
 namespace {
-
-uint64_t HashOf(const std::string& data) { return Xxh3(data.data(), data.size()); }
 
 size_t CountIn(const std::vector<std::string>& trace, const std::string& entry) {
   return static_cast<size_t>(std::count(trace.begin(), trace.end(), entry));
