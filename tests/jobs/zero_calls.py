@@ -82,6 +82,8 @@ def calls(root: str) -> list[str]:
         )
     script.micro_batch()
     script.engine.save_checkpoint(f"{root}/ckpt", tag=8, client_state={"at": STOP + 1})
+    script.engine.save_checkpoint(f"{root}/tags", tag=f"of{dist.get_rank()}")  # ds_config has nothing against it
+    found += [] if script.engine.load_checkpoint(f"{root}/tags", "of0")[0] else ["rank 0's tag does not count"]
     script.close()
 
     for tag, at in ((None, STOP + 1), (f"global_step{STOP}", STOP)):
