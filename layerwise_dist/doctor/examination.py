@@ -136,9 +136,7 @@ def _checkpoints(root: str, keep_every: int | None, keep_tags: int | None) -> tu
     """
     inventory = CheckpointMetadataManager(_native.PosixEnv(), root).inventory()
     lineage, family = inventory.lineage(), inventory.family()
-    stay = staying(
-        lineage, family, keep_every_n_steps=keep_every, keep_tags=keep_tags, above=inventory.newest_damage
-    )
+    stay = staying(lineage, family, keep_every_n_steps=keep_every, keep_tags=keep_tags, above=inventory.newest_damage)
     commits = {commit.seq: _on_disk(os.path.join(root, commit.attempt_id.folder)) for commit in family}
     bases = sum(_on_disk(os.path.join(root, layout.base_folder(base))) for base in inventory.bases)
     unfinished = sum(_on_disk(os.path.join(root, attempt.folder)) for attempt in inventory.unfinished)
