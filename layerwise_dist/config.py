@@ -81,6 +81,12 @@ class LayerwiseConfig(_Strict):
     )
     keep_last: int = Field(2, ge=1, description="Newest commits of the lineage that are kept.")
     keep_every_n_steps: int | None = Field(None, ge=1, description="Commits at multiples of this step stay for ever.")
+    keep_tags: int | None = Field(
+        None,
+        ge=1,
+        description="Of tags that differ in their digits only, as save_checkpoint() makes them by itself, the newest "
+        "that are kept; null: all. A tag that is alone of its kind stays.",
+    )
     mode: Literal["direct", "monitor", "mock"] = Field(
         "direct",
         description="direct: this process writes; monitor: a process of its own does, which finishes what was "

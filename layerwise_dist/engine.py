@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -35,6 +35,7 @@ from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.errors import BoundaryError, LayerwiseError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
+from layerwise_dist.lent import Lent
 from layerwise_dist.preemption import Preemption
 from layerwise_dist.replicas import Replicas
 from layerwise_dist.restore.restorer import Restorer
@@ -60,12 +61,16 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
         lacking: the model's tensors (`<kind>/<fqn>`) that it had not; empty but for `restore(partly=True)`.
     """
 
+    # What a script is told that trains in a directory with checkpoints before it restored one.
+    _way_on = "call restore() before the first step, or attach(fresh=True) to start anew beside them"
+
     def __init__(
         self, framework: Framework, optimizer: OptimizerAdapter, config: LayerwiseConfig, objects: StateObjects, *,
         adapter: PCCheckAdapter, manager: CheckpointMetadataManager, info: SessionInfo, participant: Participant,
         committer: Pen | None, coordinator: CoordinatorThread | None, fresh: bool, preemption: Preemption | None,
-        replicas: Replicas,
+        replicas: Replicas, lender: LayerwiseEngine | None = None,
     ) -> None:  # fmt: skip
+        """With `lender`, `framework`, `optimizer` and `objects` are those that it has lent (`lent.Lent`)."""
         self.config, self._framework, self._optimizer, self._objects = config, framework, optimizer, objects
         self._adapter, self._manager, self._info = adapter, manager, info
         self._participant, self._committer, self._coordinator = participant, committer, coordinator
@@ -109,10 +114,13 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
         )
         self._closed = False
         self._scales: list[float] = []
-        self._boundary = Boundary(
-            self._on_boundary, objects.taps, log=log, excuse=self._scale_fell, several=optimizer.several,
-            by_call=config.every_n_steps is None,
-        )  # fmt: skip
+        if lender is not None:
+            self._boundary, self._updates = cast(Boundary, Lent(lender._boundary)), lender._updates
+        else:
+            self._boundary = Boundary(
+                self._on_boundary, objects.taps, log=log, excuse=self._scale_fell, several=optimizer.several,
+                by_call=config.every_n_steps is None,
+            )  # fmt: skip
         self._hooks = [
             *(root.register_forward_pre_hook(eager(self._before_forward)) for root in framework.roots),
             *(module.register_forward_hook(eager(self._behind_forward)) for module in framework.forward_modules()),
@@ -313,6 +321,13 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
         """Whether a GradScaler explains a boundary without an update: it saw an overflow and lowered its scale."""
         scales = [scaler.get_scale() for scaler in self._objects.scalers]
         return any(now < before for now, before in zip(scales, self._scales, strict=False))
+
+    def _lend(self) -> tuple[Framework, OptimizerAdapter, StateObjects]:
+        """What another engine needs to save what this one does."""
+        return cast(
+            tuple[Framework, OptimizerAdapter, StateObjects],
+            tuple(Lent(each) for each in (self._framework, self._optimizer, self._objects)),
+        )
 
     # -- the end ------------------------------------------------------------------------------------------------
 

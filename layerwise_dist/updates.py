@@ -145,10 +145,7 @@ class Updates:
         if self._restorer.undefined is not None:
             raise DamageError(self._restorer.undefined)
         if not self._ready:
-            raise BoundaryError(
-                f"{self.config.path} already holds checkpoints: call restore() before the first step, or "
-                "attach(fresh=True) to start anew beside them"
-            )
+            raise BoundaryError(f"{self.config.path} already holds checkpoints: {self._way_on}")
 
     def _take(self: LayerwiseEngine, capture: Capture, batches: Collection[int]) -> None:
         if batches and self._guarded(capture, lambda: capture.take(batches)) and self._trace is not None:
