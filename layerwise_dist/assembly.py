@@ -183,7 +183,7 @@ def assemble(
         if config.preemption.enabled:
             preemption = Preemption(
                 rank, grace_s=config.preemption.grace_s, exit_code=config.preemption.exit_code,
-                ask=lambda why: participant.ask(leave=True, why=why),
+                ask=lambda why: participant.ask(leave=True, why=why), failed=participant.broke,
             )  # fmt: skip
             closers.append(preemption.close)
             participant.when_leaving(preemption.leaving)
