@@ -128,12 +128,12 @@ class Updates:
         """Whether an update that is due opens its checkpoint; else the boundary does."""
         return self._replicas.agreed and not self._optimizer.several
 
-    def _begin(self: LayerwiseEngine, step: int) -> None:
+    def _begin(self: LayerwiseEngine, step: int, *, patience_s: float | None = None) -> None:
         """Opens the attempt of `step` behind its update, and captures all."""
         if self._scheduler.set_order(self._optimizer.layer_order):
             self._surveyor.forget()
         self._heed_replicas()
-        self._open = self._attempts.open(step)
+        self._open = self._attempts.open(step, patience_s=patience_s)
         if self._open is not None:
             self._take(self._open, self._scheduler.flush())
 
