@@ -15,6 +15,7 @@ from layerwise_dist.commit.keeper import HEARS, KeeperThread
 from layerwise_dist.commit.ledger import Action, Discard, GiveUp, Ledger, Persist, Post, Retire, Write
 from layerwise_dist.commit.transports import Message, Transport
 from layerwise_dist.errors import CommitError, DeadlineError, LayerwiseError
+from layerwise_dist.patience import stuck_calls
 from layerwise_dist.storage.layout import AttemptId
 
 log = logging.getLogger("layerwise_dist")
@@ -412,7 +413,7 @@ class Participant:
     def _wait_for(self, predicate: Callable[[], Any], deadline: float, message: Callable[[], str]) -> None:
         state = self._ledger
         if not self._until(lambda: predicate() or state.lost is not None, deadline):
-            raise DeadlineError(message())
+            raise DeadlineError(f"{message()}{stuck_calls()}")
         if not predicate():
             raise CommitError(state.lost or "")
 

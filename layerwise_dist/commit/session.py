@@ -58,7 +58,6 @@ class Pen(Protocol):
         ...
 
     def follow(self, head: ParentRef | None, branch_seq: int | None) -> tuple[str | None, list[str]]: ...
-    def close(self) -> None: ...
 
 
 class Committer:
@@ -233,7 +232,9 @@ class Committer:
             self._manager.remove_base(base)
 
     def close(self) -> None:
-        """REQUIRES: all ranks have left, or are given up. What they did not take of retired attempts is removed."""
+        """REQUIRES: all ranks have left, or are given up. What they did not take of retired attempts is removed. Raises
+        nothing.
+        """
         try:
             if self._announced:
                 self.owner.check()
@@ -241,7 +242,10 @@ class Committer:
                 self._manager.collect(attempt)
         except (OSError, OwnerError) as error:
             log.warning("leftovers of retired checkpoints stay until the next start: %s", error)
-        self.owner.release()
+        try:
+            self.owner.release()
+        except OSError as error:
+            log.warning("the directory is held until this process ends: %s", error)
 
 
 def start_coordinator(

@@ -239,13 +239,15 @@ class StagingAdapter:
             write.done(message["counts"])
             self._on_written(write.attempt)
 
-    def close(self) -> None:
-        """The pool ends with the last buffer; the monitor is let go of."""
-        if self._readers is not None:
-            self._readers.close()
+    def close(self, timeout_s: float) -> bool:
+        """The pool ends with the last buffer; the monitor is let go of. Whether the readers ended in time."""
+        closed = self._readers is None or self._readers.close(timeout_s)
+        if not closed:
+            _native.keep_forever(self)
         self.link.close()
         self._take_back(list(self._given))
         self._newest = None
+        return closed
 
 
 class RemotePen:
@@ -280,6 +282,3 @@ class RemotePen:
         message = {"t": "follow", "head": head and head.model_dump(mode="json"), "branch_seq": branch_seq}
         text, bases = self._link.ask("continue the lineage", message, self._timeout_s)
         return text, bases
-
-    def close(self) -> None:
-        """The monitor puts it down when it ends."""
