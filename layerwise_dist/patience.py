@@ -11,7 +11,7 @@ from layerwise_dist.errors import DeadlineError
 
 T = TypeVar("T")
 
-_LEAST_S = 0.5  # what is younger need not be stuck
+_LEAST_S = 0.2  # what is younger need not be stuck
 _LISTED = 3
 
 
