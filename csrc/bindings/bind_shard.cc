@@ -73,7 +73,7 @@ struct PyWriter {
 };
 
 struct PyReader {
-  std::unique_ptr<ShardReader> it;
+  std::shared_ptr<ShardReader> it;
 };
 
 uint64_t Count(int64_t value) {
@@ -87,12 +87,14 @@ WriterPool::Backend BackendOf(const std::string& name) {
   throw StatusError(Status::InvalidArgument("backend '" + name + "' is not one of: posix, uring"));
 }
 
-void InitPool(PyPool* self, int depth, const std::string& backend, PyBuffers* buffers, int64_t block_bytes) {
+void InitPool(PyPool* self, int depth, const std::string& backend, PyBuffers* buffers, int64_t block_bytes,
+              double patience_s) {
   WriterPool::Options options;
   options.backend = BackendOf(backend);
   options.depth = depth;
   if (buffers != nullptr) options.buffers = buffers->it;
   options.block_bytes = Count(block_bytes);
+  options.patience_s = patience_s;
   std::unique_ptr<WriterPool> pool;
   Check(WriterPool::Create(options, &pool));
   new (self) PyPool(std::move(pool));
@@ -288,7 +290,8 @@ void BindWriter(nb::module_& m) {
 void BindShard(nb::module_& m) {
   nb::class_<PyPool>(m, "WriterPool")
       .def("__init__", &InitPool, nb::arg("depth"), nb::arg("backend") = "posix",
-           nb::arg("buffers").none() = nb::none(), nb::arg("block_bytes") = 1 << 20)
+           nb::arg("buffers").none() = nb::none(), nb::arg("block_bytes") = 1 << 20,
+           nb::arg("patience_s") = kNoTimeout)
       .def_static("probe_uring", &ProbeUring)
       .def_prop_ro("backend",
                    [](PyPool& pool) {

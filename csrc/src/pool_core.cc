@@ -170,10 +170,11 @@ void PoolCore::RunErrands() {
   for (;;) {
     errand_.wait(lock, [this] { return closed_ || !errands_.empty(); });
     if (errands_.empty()) return;
-    const auto errand = std::move(errands_.front());
+    auto errand = std::move(errands_.front());
     errands_.pop_front();
     lock.unlock();
     errand(Status::Ok());
+    errand = nullptr;  // what it kept may call the pool when it goes
     lock.lock();
   }
 }

@@ -440,6 +440,7 @@ SHARD_TEST_CASE("a file that is begun again is made once the one before is out o
   target.before = before;
   REQUIRE_OK(ShardWriter::Order(&f.env, f.pool.get(), f.Simple(2), target, &writer));
   CHECK(before->Abort());
+  before.reset();
   REQUIRE_OK(writer->SetAddress(0, tensor.address()));
   REQUIRE_OK(writer->Submit(0, 2));
   REQUIRE(writer->Wait(10));

@@ -62,10 +62,11 @@ class PCCheckAdapter:
     def __init__(
         self, env: Any, root: str, *, rank: int, world_size: int, backend: str = "auto", queue_depth: int = 4,
         block_bytes: int = 1 << 20, direct_io: bool = True, file_mode: int = 0o600, dir_mode: int = 0o700,
-        spares: int = 0, hash: bool = True,
+        spares: int = 0, hash: bool = True, patience_s: float = 1e9,
     ) -> None:  # fmt: skip
         """`allocate_staging_buffer` starts the writer. `spares`: how many files of retired checkpoints may wait to be
-        written over; 0: they are removed. `hash`: whether tensors are hashed; header and state always are.
+        written over; 0: they are removed. `hash`: whether tensors are hashed; header and state always are. A disk from
+        which nothing comes for `patience_s` seconds is an OSError to who reads.
 
         With `backend` "nvm", `env` is an NvmEnv. Raises ConfigError where "uring" is refused or "nvm" finds no DAX.
         """
@@ -73,7 +74,7 @@ class PCCheckAdapter:
         self.recycler = Recycler(env, root, rank, limit=spares, file_mode=file_mode)
         self.env, self.root, self.rank, self.world_size = env, root, rank, world_size
         self.file_mode, self.dir_mode = file_mode, dir_mode
-        self.block_bytes, self._queue_depth = block_bytes, queue_depth
+        self.block_bytes, self._queue_depth, self._patience_s = block_bytes, queue_depth, patience_s
         self.backend = _choose_backend(backend, rank)
         self.buffers: Any = None
         self._pool: Any = None
@@ -117,7 +118,7 @@ class PCCheckAdapter:
     def pool(self) -> Any:
         """The threads that read, apart from the writer. Made when needed."""
         if self._readers is None:
-            self._readers = _native.WriterPool(self._queue_depth)
+            self._readers = _native.WriterPool(self._queue_depth, patience_s=self._patience_s)
         return self._readers
 
     def lay_out(self, layers: Sequence[tuple[str, Sequence[Source]]], gathered: Collection[int]) -> Laid:

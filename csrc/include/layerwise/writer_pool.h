@@ -81,6 +81,9 @@ class WriterPool {
     // Of `buffers`, depth * block_bytes are taken at once and kept, so that a shard
     // whose blocks are no longer than this never waits for memory.
     size_t block_bytes = 1 << 20;
+    // Seconds after which a ShardReader takes the disk for stuck: of an opening, or
+    // without a block that has come.
+    double patience_s = kNoTimeout;
   };
 
   // Whether kUring is to be had here; if not, the errno and the call that say why.
@@ -132,6 +135,7 @@ class WriterPool {
 
   Backend backend() const { return backend_; }
   int depth() const { return depth_; }
+  double patience_s() const { return patience_s_; }
   // nullptr if it was made without.
   BufferPool* buffers() const { return buffers_.get(); }
   // The longest block that fits a bounce buffer; SIZE_MAX without `buffers`.
@@ -149,6 +153,7 @@ class WriterPool {
   BufferPool::Buffer bounce_;
   const Backend backend_;
   const int depth_;
+  const double patience_s_;
   const size_t block_bytes_;
   std::unique_ptr<PoolCore> core_;
 };
