@@ -12,7 +12,7 @@ from layerwise_dist.errors import DeadlineError
 T = TypeVar("T")
 
 # Of commit.timeout_s, for one rank's disk: what it says is heard before the others' time is up.
-PATIENCE_SHARE = 0.5
+DISK_SHARE = 0.5
 
 _LEAST_S = 0.2  # what is younger need not be stuck
 _LISTED = 3

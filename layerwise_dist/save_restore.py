@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from layerwise_dist.commit.metadata import Inventory, ParentRef
 from layerwise_dist.commit.session import follow
 from layerwise_dist.errors import BoundaryError, DeadlineError
+from layerwise_dist.patience import within
 from layerwise_dist.restore import loader
 from layerwise_dist.restore.agreement import Wish, together
 from layerwise_dist.storage import typed_json
@@ -176,7 +177,7 @@ class SaveAndRestore:
         """What is there, on rank 0; retention removes none of it before the restore is over."""
         assert self._committer is not None
         self._committer.hold(True)
-        return self.metadata.inventory()
+        return within(self._participant.disk_s, "the look for checkpoints", self.metadata.inventory)
 
     def _adopt(self: LayerwiseEngine, loading: loader.LoadPlan) -> None:
         sealed = loading.sealed

@@ -16,11 +16,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
+from crash_kit import try_ranks
 from test_waits import Job, equal, restored
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from layerwise_dist import _native, errors
-from layerwise_dist.commit.metadata import CheckpointMetadataManager
+from layerwise_dist import _native, assembly, errors
+from layerwise_dist._native import PosixEnv, testing
+from layerwise_dist.commit.transports.local import LocalTransport
+from layerwise_dist.config import load_config
 from layerwise_dist.storage.adapter import PCCheckAdapter
 
 STUCK_S = 600.0
@@ -181,6 +185,7 @@ def test_a_file_that_cannot_be_made_ends_its_attempt_by_name_and_leaves_nothing(
 SCRIPT = """
 import os, sys, time
 import torch
+from crash_kit import try_ranks
 import layerwise_dist as lwd
 from layerwise_dist import assembly, at_exit
 from layerwise_dist._native import PosixEnv, WriterPool, testing
@@ -253,3 +258,69 @@ def test_a_process_with_a_stuck_call_keeps_its_exit_code_however_it_ends(tmp_pat
         said = (tmp_path / f"log{number}").read_text()
         assert code == 3, (cases[number], said)
         assert re.search(r"calls that have not returned: [^)]*step_0000000005", said), (cases[number], said)
+
+
+# -- what all ranks do together ----------------------------------------------------------------------------------------
+
+STARTS = {
+    "lock": ("lock", "*owner"),
+    "look": ("list_dir", "*"),
+    "record": ("rename", "*identity*"),
+}
+
+
+@pytest.mark.parametrize("call", STARTS)
+def test_a_start_on_a_stuck_disk_ends_in_time_on_all_ranks_and_names_the_call(tmp_path: Path, call: str) -> None:
+    jobs: list[Any] = []
+
+    def run(transport: LocalTransport) -> None:
+        env = testing.FaultEnv(PosixEnv())
+        jobs.append(env)
+        if transport.rank == 0:
+            env.delay(*STARTS[call], STUCK_S)
+        model = nn.Linear(4, 4)
+        config = load_config({"dir": str(tmp_path), "commit": {"timeout_s": 1.2}})
+        assembly.assemble(model, torch.optim.SGD(model.parameters(), lr=0.1), config, transport, env)
+
+    began = time.monotonic()
+    try:
+        for thread in try_ranks(run):
+            assert isinstance(thread.error, errors.LayerwiseError), thread.error
+            assert re.search(rf"{tmp_path}\S* for \d", str(thread.error)), thread.error
+        assert time.monotonic() - began < 5
+    finally:
+        for env in jobs:
+            env.clear()
+
+
+RESTORES = {
+    "record": ("read", "*manifest.json"),
+    "file": ("open", "*rank_*"),
+    "bytes": ("read", "*rank_*"),
+}
+
+
+@pytest.mark.parametrize("call", RESTORES)
+def test_a_restore_from_a_stuck_disk_ends_in_time_and_names_the_file(tmp_path: Path, call: str) -> None:
+    job = Job(tmp_path)
+    job.to(2)
+    job.ckpt.close()
+    again = Job(tmp_path, commit={"timeout_s": 1.2})
+    again.env.delay(*RESTORES[call], STUCK_S)
+    began = time.monotonic()
+    try:
+        with pytest.raises((errors.DeadlineError, OSError), match=rf"{tmp_path}/step_000000000\d"):
+            again.ckpt.restore()
+        assert time.monotonic() - began < 5, "the restore waited for the disk"
+    finally:
+        again.ckpt.end(orderly=False)
+        again.env.clear()
+
+
+def test_mutation_a_look_at_records_without_a_deadline_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("layerwise_dist.save_restore.within", lambda timeout_s, what, action: action())
+    monkeypatch.setattr("test_stuck.STUCK_S", 1.0)
+    with pytest.raises(AssertionError, match="waited 1.2 s for rank 0's decision"):
+        test_a_restore_from_a_stuck_disk_ends_in_time_and_names_the_file(tmp_path, "record")

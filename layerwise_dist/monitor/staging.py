@@ -17,7 +17,7 @@ from layerwise_dist.commit.transports import Message
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.errors import LayerwiseError
 from layerwise_dist.monitor.connection import MonitorLink
-from layerwise_dist.patience import PATIENCE_SHARE
+from layerwise_dist.patience import DISK_SHARE
 from layerwise_dist.storage.adapter import Laid
 from layerwise_dist.storage.gathered import gather
 from layerwise_dist.storage.layout import AttemptId
@@ -135,7 +135,7 @@ class StagingAdapter:
         self.direct, self.memory_align = bool(facts["direct"]), int(facts["memory_align"])
         self.block_bytes, self._queue_depth = config.writer.block_kb << 10, config.writer.queue_depth
         self.bounce_bytes = self.block_bytes * self._queue_depth
-        self._patience_s = PATIENCE_SHARE * config.commit.timeout_s
+        self._patience_s = DISK_SHARE * config.commit.timeout_s
         self.buffers: Any = None
         self._timeout_s, self._on_written = config.fence_timeout_s, written
         self._readers: Any = None

@@ -146,7 +146,7 @@ class PCCheckAdapter:
         return _native.ShardWriter(self.env, self._pool, plan, partial, self.file_mode, self.direct)
 
     def shard_writer(self, plan: Any, folder: str, before: Any = None) -> Any:
-        """Of this rank's file in `folder`, which is being made: over a retired one if one waits, else a new one; instead
+        """Of this rank's file in `folder`, which is being made: over a retired one if one waits, else new; instead
         of that of the writer `before`, which is given up.
         """
         return _native.ShardWriter.order(
