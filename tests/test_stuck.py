@@ -198,7 +198,7 @@ def run(call, operation, path, backend, end):
     env = testing.FaultEnv(PosixEnv())
     config = load_config({
         "dir": f"{backend}-{end}-{call}", "fence_timeout_s": 0.2, "commit": {"timeout_s": 2.0, "raise_after": 99},
-        "writer": {"backend": backend},
+        "writer": {"backend": backend, "recycle": False},  # over a retired file none is created
     })
     engines = []
     for name in ("one", "two") if end == "two" else ("one",):
@@ -250,7 +250,7 @@ def test_a_process_with_a_stuck_call_keeps_its_exit_code_however_it_ends(tmp_pat
     ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT.replace("CASES", repr(cases))], cwd=tmp_path, capture_output=True, text=True,
-        timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
     )  # fmt: skip
     codes = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
     assert len(codes) == len(cases), done.stderr
