@@ -31,6 +31,7 @@ from layerwise_dist.layered import LayeredOptimizer
 from layerwise_dist.monitor.connection import MonitorLink, start_monitor
 from layerwise_dist.monitor.opening import Parts, open_monitored
 from layerwise_dist.monitor.transport import MonitorTransport
+from layerwise_dist.patience import within
 from layerwise_dist.preemption import Preemption, check_thread
 from layerwise_dist.replicas import Replicas
 from layerwise_dist.restore.agreement import together
@@ -141,6 +142,10 @@ def assemble(
     participant = Participant(transport, timeout_s=config.commit.timeout_s, coordinator=None)
     participant.through_monitor = monitor is not None
     closers: list[Any] = [*([monitor.close] if monitor is not None else []), lambda: participant.close(1.0)]
+
+    def in_memory() -> str | None:
+        return memory_by_magic(env.file_system(config.path))
+
     try:
 
         def examine() -> tuple[Framework, OptimizerAdapter, StateObjects]:
@@ -177,7 +182,7 @@ def assemble(
             parts = open_monitored(monitor, env, config, participant, found.name, _software(), fresh=fresh)
         else:
             parts = _open_direct(config, env, transport, participant, found, fresh, closers)
-        if rank == 0 and config.mode != "mock" and (memory := memory_by_magic(env.file_system(config.path))):
+        if rank == 0 and config.mode != "mock" and (memory := within(participant.disk_s, "a look", in_memory)):
             log.warning("%s is on %s: what is committed survives this job, not the machine's end", config.path, memory)
         preemption = None
         if config.preemption.enabled:
@@ -246,6 +251,9 @@ def _open_direct(
         )  # fmt: skip
         closers.append(lambda: coordinator.close(1.0))
         participant.serve(coordinator.post, coordinator.quiet)
-    _, adapter = together(participant, "start the writer", lambda: open_writer(env, config, rank, world_size))
+    _, adapter = together(
+        participant, "start the writer",
+        lambda: within(participant.disk_s, "the writer's start", lambda: open_writer(env, config, rank, world_size)),
+    )  # fmt: skip
     participant.recycle(adapter.recycler.retire)
     return Parts(adapter, manager, info, committer, coordinator)

@@ -9,7 +9,7 @@ from layerwise_dist.capture.audit import Audit, Rotation
 from layerwise_dist.capture.lease import Capture
 from layerwise_dist.capture.pages import HugePages
 from layerwise_dist.capture.room import least_pool_bytes, pool_bytes
-from layerwise_dist.capture.stage import Stage
+from layerwise_dist.capture.stage import Stage, StageError
 from layerwise_dist.capture.survey import Survey, Surveyor
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.config import LayerwiseConfig
@@ -140,10 +140,9 @@ class Attempts:
         """Ends what still changes pages; at once, since the model is let go of."""
         self._pages.close()
 
-    def close(self) -> None:
-        """REQUIRES: nothing is staged any more."""
-        if self._stage is not None:
-            self._stage.close()
+    def close(self, timeout_s: float) -> bool:
+        """Whether it could be done in time. REQUIRES: nothing is staged any more."""
+        return self._stage is None or self._stage.close(timeout_s)
 
     # -- inside -------------------------------------------------------------------------------------------------
 
@@ -223,7 +222,11 @@ class Attempts:
             least = least_pool_bytes(self._adapter.bounce_bytes, found, laid.gathered, pooled=self._adapter.pooled)
             if least <= self._adapter.buffers.capacity:
                 return
-            self._stage.close()
+            if not self._stage.close(self._config.fence_timeout_s):
+                raise StageError(
+                    "copies into a pool that is now too small were still being made after fence_timeout_s = "
+                    f"{self._config.fence_timeout_s:g} s"
+                )
         self._adapter.allocate_staging_buffer(size_mb=nbytes / 2**20)
         log.info(
             "rank %d: a pool of %.1f MiB for a state of %.1f MiB, of which %.1f MiB are staged (pool_mb = %s)",

@@ -36,6 +36,7 @@ from layerwise_dist.errors import BoundaryError, LayerwiseError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.lent import Lent
+from layerwise_dist.patience import stuck_calls
 from layerwise_dist.preemption import Preemption
 from layerwise_dist.replicas import Replicas
 from layerwise_dist.restore.restorer import Restorer
@@ -48,6 +49,8 @@ from layerwise_dist.trace import StepTrace
 from layerwise_dist.updates import Update, Updates
 
 log = logging.getLogger("layerwise_dist")
+
+_LAST_S = 1.0  # for blocks that are being written when nothing else is waited for any more
 
 
 class LayerwiseEngine(Updates, SaveAndRestore, Together):
@@ -382,13 +385,17 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
             self._attempts.close_pages()
             self._framework.detach()
             self._participant.close(left())
-            if self._coordinator is not None:
-                self._coordinator.close(left())
-            if self._committer is not None:
-                self._committer.close()
-            self._attempts.close()
-            self._frozen.close()
-            self._adapter.close()
+            closed = [
+                self._coordinator is None or self._coordinator.close(left()),
+                self._attempts.close(left()),
+                self._frozen.close(left()),
+                self._adapter.close(max(_LAST_S, left())),
+            ]
+            if not all(closed):
+                log.warning(
+                    "rank %d: close: the disk is busy%s; this process leaves that to itself, and what it uses is kept",
+                    self._framework.rank, stuck_calls(),
+                )  # fmt: skip
             if self._preemption is not None:
                 self._preemption.close()
         if problem is not None:

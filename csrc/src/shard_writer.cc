@@ -9,6 +9,7 @@
 
 #include "block_runs.h"
 #include "deadline.h"
+#include "layerwise/calls.h"
 #include "layerwise/hash.h"
 
 namespace layerwise {
@@ -21,18 +22,51 @@ Status CheckRoom(const WriterPool& pool, const Plan& plan, const std::string& pa
                                  "; the pool's bounce buffers have " + std::to_string(pool.block_bytes()));
 }
 
+// What is there of it or not, the first error is the one to tell.
+void Remove(Env* env, const std::string& path) {
+  const OngoingCall call("unlink", path);
+  static_cast<void>(env->Unlink(path));
+}
+
+Status MakeFolder(Env* env, const std::string& folder, uint32_t mode) {
+  const OngoingCall call("make directory", folder);
+  const Status status = env->MakeDir(folder, mode);
+  return status.error_number() == EEXIST ? Status::Ok() : status;  // another rank was first
+}
+
 // A file without room for the plan does not stay: what was reserved of it goes back to
 // the disk, which is full.
-Status Reserve(Env* env, const Plan& plan, const std::string& path, std::unique_ptr<WritableFile> file,
-               std::unique_ptr<WritableFile>* reserved) {
-  Status status = plan.end() > 0 ? file->Allocate(plan.end()) : Status::Ok();
-  if (status.ok()) {
-    *reserved = std::move(file);
-  } else {
-    file.reset();
-    static_cast<void>(env->Unlink(path));  // the first error is the one to tell
+Status Reserve(Env* env, const Plan& plan, const std::string& path, std::unique_ptr<WritableFile>* file) {
+  if (plan.end() == 0) return Status::Ok();
+  Status status;
+  {
+    const OngoingCall call("allocate", path);
+    status = (*file)->Allocate(plan.end());
+  }
+  if (!status.ok()) {
+    file->reset();
+    Remove(env, path);
   }
   return status;
+}
+
+Status NewFile(Env* env, const Plan& plan, const std::string& path, uint32_t mode, bool direct,
+               std::unique_ptr<WritableFile>* file) {
+  Status status;
+  {
+    const OngoingCall call("create", path);
+    status = env->NewWritableFile(path, mode, direct, file);
+  }
+  return status.ok() ? Reserve(env, plan, path, file) : status;
+}
+
+Status OldFile(Env* env, const Plan& plan, const ShardWriter::Target& target, std::unique_ptr<WritableFile>* file) {
+  Status status;
+  {
+    const OngoingCall call("reuse", target.spare);
+    status = env->ReuseFile(target.spare, target.path, target.mode, target.direct, file);
+  }
+  return status.ok() ? Reserve(env, plan, target.path, file) : status;
 }
 
 }  // namespace
@@ -43,35 +77,32 @@ Status ShardWriter::Create(Env* env, WriterPool* pool, std::shared_ptr<const Pla
   Status status = CheckRoom(*pool, *plan, path);
   if (!status.ok()) return status;
   std::unique_ptr<WritableFile> file;
-  status = env->NewWritableFile(path, mode, direct, &file);
-  if (status.ok()) status = Reserve(env, *plan, path, std::move(file), &file);
+  status = NewFile(env, *plan, path, mode, direct, &file);
   if (!status.ok()) return status;
-  writer->reset(new ShardWriter(pool, std::move(plan), path, std::move(file)));
+  writer->reset(new ShardWriter(pool, std::move(plan), path));
+  (*writer)->Take(std::move(file));
   return Status::Ok();
 }
 
-Status ShardWriter::CreateOver(Env* env, WriterPool* pool, std::shared_ptr<const Plan> plan,
-                               const std::string& spare, const std::string& path, uint32_t mode, bool direct,
-                               std::unique_ptr<ShardWriter>* writer) {
-  Status status = CheckRoom(*pool, *plan, path);
+Status ShardWriter::Order(Env* env, WriterPool* pool, std::shared_ptr<const Plan> plan, Target target,
+                          std::unique_ptr<ShardWriter>* writer) {
+  Status status = CheckRoom(*pool, *plan, target.path);
   if (!status.ok()) return status;
-  std::unique_ptr<WritableFile> file;
-  status = env->ReuseFile(spare, path, mode, direct, &file);
-  if (status.ok()) status = Reserve(env, *plan, path, std::move(file), &file);
-  if (!status.ok()) return status;
-  writer->reset(new ShardWriter(pool, std::move(plan), path, std::move(file)));
-  (*writer)->reused_ = true;
+  std::unique_ptr<ShardWriter> made(new ShardWriter(pool, std::move(plan), target.path));
+  made->making_ = true;
+  pool->Hold(made.get());
+  pool->Hold(&made->evacuated_sink_);
+  pool->Run([self = made.get(), env, target = std::move(target)](const Status& refused) {
+    self->Fill(env, target, refused);
+  });
+  *writer = std::move(made);
   return Status::Ok();
 }
 
-ShardWriter::ShardWriter(WriterPool* pool, std::shared_ptr<const Plan> plan, std::string path,
-                         std::unique_ptr<WritableFile> file)
+ShardWriter::ShardWriter(WriterPool* pool, std::shared_ptr<const Plan> plan, std::string path)
     : pool_(pool),
       plan_(std::move(plan)),
       path_(std::move(path)),
-      file_(std::move(file)),
-      direct_(file_->direct()),
-      alignment_(file_->alignment()),
       process_(getpid()),
       addresses_(new std::atomic<uintptr_t>[plan_->tensors()]()),
       changed_(std::make_unique<std::condition_variable>()),
@@ -79,6 +110,60 @@ ShardWriter::ShardWriter(WriterPool* pool, std::shared_ptr<const Plan> plan, std
       hashes_(plan_->blocks().size(), 0),
       times_(plan_->blocks().size()),
       end_(plan_->end()) {}
+
+void ShardWriter::Take(std::unique_ptr<WritableFile> file) {
+  direct_ = file->direct();
+  alignment_ = file->alignment();
+  file_ = std::move(file);
+}
+
+// The errand of Order. It ends with the writer filled, or poisoned and nothing on disk.
+void ShardWriter::Fill(Env* env, const Target& target, Status refused) {
+  if (refused.ok()) refused = Make(env, target);
+  {
+    std::lock_guard lock(mutex_);
+    if (error_.ok()) error_ = std::move(refused);
+  }
+  // Blocks fail one by one if there is an error.
+  pool_->Release(this);
+  pool_->Release(&evacuated_sink_);
+  std::lock_guard lock(mutex_);
+  making_ = false;
+  changed_->notify_all();
+}
+
+Status ShardWriter::Make(Env* env, const Target& target) {
+  if (target.before != nullptr) {
+    std::unique_lock lock(target.before->mutex_);
+    target.before->changed_->wait(lock, [&] { return !target.before->making_; });
+  }
+  if (target.before != nullptr) Remove(env, target.path);
+  Status status = error();
+  if (!status.ok()) {
+    if (!target.spare.empty()) Remove(env, target.spare);
+    return status;
+  }
+  status = MakeFolder(env, target.folder, target.folder_mode);
+  if (!status.ok()) return status;
+  std::unique_ptr<WritableFile> file;
+  if (!target.spare.empty()) {
+    status = OldFile(env, *plan_, target, &file);
+    reused_ = status.ok();
+    if (!reused_) {
+      Remove(env, target.spare);
+      Remove(env, target.path);
+      std::lock_guard lock(mutex_);
+      reuse_refused_ = status;
+    }
+  }
+  if (file == nullptr) status = NewFile(env, *plan_, target.path, target.mode, target.direct, &file);
+  if (status.ok() && !(status = error()).ok()) {
+    file.reset();  // aborted meanwhile: whoever did so may have removed all that was there
+    Remove(env, target.path);
+  }
+  if (status.ok()) Take(std::move(file));
+  return status;
+}
 
 ShardWriter::~ShardWriter() {
   if (getpid() != process_) {
@@ -279,7 +364,7 @@ void ShardWriter::EndBlock(size_t index, BlockState state) {
 
 bool ShardWriter::Wait(double timeout_s) {
   std::unique_lock lock(mutex_);
-  return changed_->wait_until(lock, DeadlineAfter(timeout_s), [this] { return counts_.pending == 0; });
+  return changed_->wait_until(lock, DeadlineAfter(timeout_s), [this] { return !making_ && counts_.pending == 0; });
 }
 
 bool ShardWriter::WaitLeases(double timeout_s) {
@@ -300,6 +385,11 @@ std::vector<ShardWriter::Times> ShardWriter::times() const {
 Status ShardWriter::error() const {
   std::lock_guard lock(mutex_);
   return error_;
+}
+
+Status ShardWriter::reuse_refused() const {
+  std::lock_guard lock(mutex_);
+  return reuse_refused_;
 }
 
 std::optional<uint64_t> ShardWriter::BlockHash(size_t index) const {
@@ -325,6 +415,7 @@ Status ShardWriter::Poisoned() const {
 }
 
 Status ShardWriter::CheckFinish(std::string_view header) const {
+  if (making_) return Status::FailedPrecondition("finish of " + path_ + " before it is made");
   if (header.empty() || header.size() % kAlign != 0) {
     return Status::InvalidArgument("a header of " + std::to_string(header.size()) +
                                    " bytes; expected a multiple of " + std::to_string(kAlign));
@@ -350,10 +441,17 @@ Status ShardWriter::WriteHeader(std::string_view header) {
   Status status = buffer.Reserve(header.size());
   if (status.ok()) {
     std::memcpy(buffer.data(), header.data(), header.size());
+    const OngoingCall call("write", path_);
     status = file_->Pwrite(buffer.data(), header.size(), 0);
   }
-  if (status.ok() && reused_) status = file_->Truncate(std::max<uint64_t>(end_, header.size()));
-  if (status.ok()) status = file_->Sync();
+  if (status.ok() && reused_) {
+    const OngoingCall call("truncate", path_);
+    status = file_->Truncate(std::max<uint64_t>(end_, header.size()));
+  }
+  if (status.ok()) {
+    const OngoingCall call("flush", path_);
+    status = file_->Sync();
+  }
   const Status closed = file_->Close();
   return status.ok() ? closed : status;
 }
@@ -376,14 +474,15 @@ Status ShardWriter::Finish(std::string_view header) {
   return status;
 }
 
-void ShardWriter::Abort() {
+bool ShardWriter::Abort(double timeout_s) {
+  const Deadline deadline = DeadlineAfter(timeout_s);
   std::unique_lock lock(mutex_);
-  changed_->wait(lock, [this] { return state_ != State::kFinishing; });
-  if (state_ == State::kFinished) return;
+  if (!changed_->wait_until(lock, deadline, [this] { return state_ != State::kFinishing; })) return false;
+  if (state_ == State::kFinished) return true;
   if (error_.ok()) error_ = Status::IoError(ECANCELED, "aborted", path_);
   counts_.pending -= pool_->Withdraw(this) + pool_->Withdraw(&evacuated_sink_);
   if (counts_.pending == 0) changed_->notify_all();
-  changed_->wait(lock, [this] { return counts_.pending == 0; });
+  if (!changed_->wait_until(lock, deadline, [this] { return !making_ && counts_.pending == 0; })) return false;
   // Those that were withdrawn; nothing else is pending.
   std::replace(states_.begin(), states_.end(), BlockState::kPending, BlockState::kFailed);
   evacuated_.clear();
@@ -395,8 +494,9 @@ void ShardWriter::Abort() {
   if (state_ == State::kOpen) {
     state_ = State::kClosed;
     // Nothing relies on an aborted file, and an error of its close changes nothing.
-    static_cast<void>(file_->Close());
+    if (file_ != nullptr) static_cast<void>(file_->Close());
   }
+  return true;
 }
 
 }  // namespace layerwise

@@ -15,6 +15,7 @@ from layerwise_dist.commit.keeper import HEARS, KeeperThread
 from layerwise_dist.commit.ledger import Action, Discard, GiveUp, Ledger, Persist, Post, Retire, Write
 from layerwise_dist.commit.transports import Message, Transport
 from layerwise_dist.errors import CommitError, DeadlineError, LayerwiseError
+from layerwise_dist.patience import DISK_SHARE, stuck_calls
 from layerwise_dist.storage.layout import AttemptId
 
 log = logging.getLogger("layerwise_dist")
@@ -32,6 +33,7 @@ class Participant:
         """`coordinator` takes the coordinator's messages on rank 0; it may be set later by `serve`."""
         self.rank, self.world_size = transport.rank, transport.world_size
         self._transport, self._timeout_s = transport, timeout_s
+        self.disk_s = DISK_SHARE * timeout_s  # the longest wait for this rank's disk within what all ranks do
         self._ledger = Ledger(self.rank, self.world_size)
         self._changed = threading.Condition()
         self._serve = coordinator
@@ -433,7 +435,7 @@ class Participant:
     def _wait_for(self, predicate: Callable[[], Any], deadline: float, message: Callable[[], str]) -> None:
         state = self._ledger
         if not self._until(lambda: predicate() or state.lost is not None, deadline):
-            raise DeadlineError(message())
+            raise DeadlineError(f"{message()}{stuck_calls()}")
         if not predicate():
             raise CommitError(state.lost or "")
 
