@@ -91,7 +91,7 @@ class Updates:
                 self._heed_replicas()
                 step = self._boundary.completed + 1
                 update.found = self._attempts.steady() if self._scheduler.due(step) else None
-                if update.found is not None and self._steady:
+                if update.found is not None and self._steady and self._may_wait_for_room:
                     update.early, self._open = True, self._attempts.open(step, update.found)
             if self._open is not None:
                 self._take(self._open, self._scheduler.updated(layers))
@@ -122,6 +122,14 @@ class Updates:
                 self._steady |= self._open is not None and self._open.survey is update.found
             elif self._open is not None:
                 self._take(self._open, self._scheduler.flush())
+
+    @property
+    def _may_wait_for_room(self: LayerwiseEngine) -> bool:
+        """Whether an attempt may be opened before its update is over. In a backward other ranks may wait for this one,
+        and room for their verdicts: then only if there is room at once.
+        """
+        alone = self.config.update != "in_backward" or self._participant.world_size == 1
+        return alone or self._participant.in_flight < self.config.max_in_flight
 
     @property
     def _may_begin(self: LayerwiseEngine) -> bool:

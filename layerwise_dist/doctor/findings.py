@@ -153,8 +153,8 @@ def of_space(space: Space, held: Held, state: int | None, source: str, config: L
         return Finding("space", "warn", text, advice, figures)
     if room < figures["peak"]:
         advice = (
-            f"That is enough where steps take longer than a commit. Where they are shorter, {spares} more retired files "
-            f"may wait to be written over: free {size(figures['peak'] - room)}, or set writer.recycle to false."
+            f"That is enough where steps take longer than a commit. Where they are shorter, {spares} more retired "
+            f"files may wait to be written over: free {size(figures['peak'] - room)}, or set writer.recycle to false."
         )
         return Finding("space", "warn", text, advice, figures)
     if needed > _NEARLY_FULL * room:
