@@ -82,11 +82,8 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
         self._trainer, self._thread = threading.current_thread(), threading.get_ident()
         participant.judge_by(self._settle)
         self._scheduler = LayerwiseCheckpointScheduler(
-            every_n_steps=config.every_n_steps, batch_bytes=BLOCKS_A_BATCH * config.writer.block_kb << 10,
-            when_full=config.when_full,
-            wait_s=config.fence_timeout_s,
-            room=lambda timeout_s: participant.wait_room(config.max_in_flight, timeout_s),
-        )  # fmt: skip
+            every_n_steps=config.every_n_steps, batch_bytes=BLOCKS_A_BATCH * config.writer.block_kb << 10
+        )
         self._surveyor = Surveyor(
             framework, optimizer, config.captured_by, self._scheduler.arrange, bases=not adapter.pooled
         )
@@ -202,7 +199,10 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
 
     def stats(self) -> dict[str, float | int]:
         """Counters of this rank since attach(): bytes, checkpoints, and how long the training thread was held up."""
-        return self._statistics.report(*self._participant.outcomes, self._adapter.buffers, self._frozen)
+        return self._statistics.report(
+            *self._participant.outcomes, self._adapter.buffers, self._frozen,
+            newest=self._reached("committed"), in_flight=self._participant.in_flight,
+        )  # fmt: skip
 
     def trace(self, path: str | os.PathLike[str]) -> None:
         """Writes what happens to each layer in the next step that is saved, and when, into `path`.
@@ -256,6 +256,7 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
             )
         self._end_trace()
         self._boundaries += 1
+        self._statistics.passed(mark.step)
         due = self._scheduler.due(mark.step)
         compared = due and self._compare_replicas()
         here = compared or self._optimizer.several

@@ -268,6 +268,7 @@ class SaveAndRestore:
         self._sealer.put(sealed)
         self._updates = sealed["updates"]
         self._boundary.start_at(sealed["step"])
+        self._statistics.restored(sealed["step"])
         self._boundary.restore(sealed["boundary"])
         self.client_state = sealed["client_state"]
         self._participant.restored(sealed["step"])

@@ -137,7 +137,7 @@ RULES = {
         Committer, "_retire", {"keep_last=self._keep_last,": "keep_last=max(1, self._keep_last - 1),"}, "not whole",
     ),
     "what a restore has chosen stays until the lineage goes on from it": Mutation(
-        Committer, "hold", {"self._held = held": "pass"}, "is gone, and a restore has chosen it",
+        Committer, "hold", {"self._held = True": "pass"}, "is gone, and a restore has chosen it",
     ),
     "the newest branch record stays, so that damage brings no other branch back": Mutation(
         Committer, "_retire",
@@ -202,10 +202,11 @@ RULES = {
     ),
     "what is committed elsewhere is no leftover": Mutation(
         Place, "settle", {"{AttemptId(*each) for each in plan.kept}": "set()",
-                          "if self._ranks[0] in lacking and": "if False and"}, "goes, and the manifest is|not whole",
+                          "if self._ranks[0] in lacking and": "if False and"},
+        "goes, and the manifest is|not whole|the lineage is",
     ),
     "what is committed elsewhere is brought here": Mutation(
-        Place, "settle", {"if self._ranks[0] in lacking and": "if False and"}, "not whole",
+        Place, "settle", {"if self._ranks[0] in lacking and": "if False and"}, "not whole|the lineage is",
     ),
     "what a start reads is durable in every place before it collects": Mutation(
         Place, "look", {"self._manager.flush_records(found)": "[]"}, "not gone for good|not whole|newest record",
