@@ -11,15 +11,24 @@ import logging
 import os
 import sys
 import threading
-from typing import Protocol
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Protocol
 
-from layerwise_dist.errors import LayerwiseError
+from layerwise_dist.errors import LayerwiseError, UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger("layerwise_dist")
 
 
 class Closable(Protocol):
     def end(self, *, orderly: bool) -> None: ...
+
+    @property
+    def attached(self) -> tuple[list[torch.nn.Module], str]:
+        """The models that it hooks, and its directory."""
+        ...
 
 
 _open: dict[int, Closable] = {}  # by identity; alive until closed, since their threads are
@@ -45,6 +54,22 @@ def closed(engine: Closable) -> None:
 def open_engines() -> list[Closable]:
     """Those of this process that are not closed yet."""
     return list(_open.values()) if _process == os.getpid() else []
+
+
+def check_free(roots: Iterable[torch.nn.Module]) -> None:
+    """Raises UnsupportedError if an engine that is open has any of these models, or a part of one: each would save what
+    the other fences, and count the other's iterations.
+    """
+    wanted = {id(module) for root in roots for module in root.modules()}
+    for engine in open_engines():
+        models, directory = engine.attached
+        taken = [module for root in models for module in root.modules() if id(module) in wanted]
+        if taken:
+            raise UnsupportedError(
+                f"this model, or a part of it ({type(taken[0]).__name__}), is attached already, with checkpoints in "
+                f"{directory}: close() that first. Several models or optimizers of one loop belong into one "
+                "attach(models={...}, optimizers={...})"
+            )
 
 
 def begun() -> bool:
