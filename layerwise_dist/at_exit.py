@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from layerwise_dist.errors import LayerwiseError, UnsupportedError
@@ -25,23 +26,27 @@ log = logging.getLogger("layerwise_dist")
 class Closable(Protocol):
     def end(self, *, orderly: bool) -> None: ...
 
-    @property
-    def attached(self) -> tuple[list[torch.nn.Module], str]:
-        """The models that it hooks, and its directory."""
-        ...
+
+@dataclass(frozen=True)
+class _Open:
+    engine: Closable
+    models: list[torch.nn.Module]  # that it hooks
+    directory: str
 
 
-_open: dict[int, Closable] = {}  # by identity; alive until closed, since their threads are
+_open: dict[int, _Open] = {}  # by the engine's identity; alive until closed, since their threads are
 _process = os.getpid()
 
 
-def opened(engine: Closable) -> None:
-    """Registers it, unless it is already. It is closed before whatever was registered earlier to end at the exit."""
+def opened(engine: Closable, models: list[torch.nn.Module], directory: str) -> None:
+    """Registers it, with the models that it hooks and its directory, unless it is already. It is closed before whatever
+    was registered earlier to end at the exit.
+    """
     global _process
     if _process != os.getpid():  # a forked child: those of the parent are the parent's
         _open.clear()
         _process = os.getpid()
-    _open[id(engine)] = engine
+    _open[id(engine)] = _Open(engine, models, directory)
     atexit.unregister(_close_all)
     atexit.register(_close_all)
 
@@ -53,7 +58,7 @@ def closed(engine: Closable) -> None:
 
 def open_engines() -> list[Closable]:
     """Those of this process that are not closed yet."""
-    return list(_open.values()) if _process == os.getpid() else []
+    return [each.engine for each in _open.values()] if _process == os.getpid() else []
 
 
 def check_free(roots: Iterable[torch.nn.Module]) -> None:
@@ -61,13 +66,12 @@ def check_free(roots: Iterable[torch.nn.Module]) -> None:
     the other fences, and count the other's iterations.
     """
     wanted = {id(module) for root in roots for module in root.modules()}
-    for engine in open_engines():
-        models, directory = engine.attached
-        taken = [module for root in models for module in root.modules() if id(module) in wanted]
+    for each in list(_open.values()) if _process == os.getpid() else []:
+        taken = [module for root in each.models for module in root.modules() if id(module) in wanted]
         if taken:
             raise UnsupportedError(
                 f"this model, or a part of it ({type(taken[0]).__name__}), is attached already, with checkpoints in "
-                f"{directory}: close() that first. Several models or optimizers of one loop belong into one "
+                f"{each.directory}: close() that first. Several models or optimizers of one loop belong into one "
                 "attach(models={...}, optimizers={...})"
             )
 

@@ -134,7 +134,7 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
         optimizer.watch(self)
         if fresh and not info.empty:
             self._follow(None, new_branch=True)
-        at_exit.opened(self)
+        at_exit.opened(self, framework.roots, config.path)
 
     # -- the loop -----------------------------------------------------------------------------------------------
 
@@ -344,11 +344,6 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
             tuple(Lent(each) for each in (self._framework, self._optimizer, self._objects)),
         )
 
-    @property
-    def attached(self) -> tuple[list[torch.nn.Module], str]:
-        """The models that it hooks, and its directory."""
-        return self._framework.roots, self.config.path
-
     # -- the end ------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -424,7 +419,8 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
         yet. A loop whose ends are told by `end_step()` cannot say which is its last: what is saved is the job as it is
         now.
         """
-        last = seal and self._saves_last and self._unsaved and not self._optimizer.mid_window
+        can = not (self._attempts.ended or self._optimizer.mid_window)
+        last = seal and self._saves_last and self._unsaved and can
         if last:
             self._scheduler.request()
         leaving = self._preemption is not None and self._preemption.begun
