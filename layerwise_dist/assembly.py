@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from layerwise_dist import _native
+from layerwise_dist import _native, at_exit
 from layerwise_dist._version import __version__
 from layerwise_dist.capture.objects import StateObjects
 from layerwise_dist.capture.room import check_pool
@@ -156,6 +156,7 @@ def assemble(
             if config.preemption.enabled:
                 check_thread()
             found = framework or find_framework(model, models, rank, world_size)
+            at_exit.check_free(found.roots)
             if config.update not in ("auto", "whole") and (models is not None or optimizers is not None):
                 raise UnsupportedError(
                     f"update = {config.update!r}: models and optimizers by name are updated as a whole; use 'auto'"

@@ -24,11 +24,13 @@ log = logging.getLogger("layerwise_dist")
 class Attempts:
     """Opens attempts on one rank, one after the other. Belongs to the training thread.
 
-    `newest` is the last one's number, whether it was opened or not, and `before` that of the one before it.
+    `newest` is the last one's number, whether it was opened or not, and `before` that of the one before it. `ended`: one
+    failed as all that come would.
     """
 
     newest: AttemptId | None = None
     before: AttemptId | None = None
+    ended = False
 
     def __init__(
         self, config: LayerwiseConfig, rank: int, surveyor: Surveyor, scheduler: LayerwiseCheckpointScheduler,
@@ -87,6 +89,7 @@ class Attempts:
         Raises ConfigError or UnsupportedError.
         """
         final = isinstance(error, ConfigError | UnsupportedError)
+        self.ended |= final
         self._participant.failed(attempt, str(error), write, final=final)
         if isinstance(error, ConfigError) or (final and self._participant.world_size == 1):
             raise error

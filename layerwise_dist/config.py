@@ -79,6 +79,11 @@ class LayerwiseConfig(_Strict):
     every_n_steps: int | None = Field(
         1, ge=1, description="A checkpoint is due each time the step is a multiple of this; null: only when asked for."
     )
+    save_last: bool = Field(
+        True,
+        description="Also the last step of a loop over steps(), and the one that close() ends, be they no multiples of "
+        "every_n_steps.",
+    )
     keep_last: int = Field(2, ge=1, description="Newest commits of the lineage that are kept.")
     keep_every_n_steps: int | None = Field(None, ge=1, description="Commits at multiples of this step stay for ever.")
     keep_tags: int | None = Field(

@@ -266,7 +266,7 @@ class SaveAndRestore:
             self.client_state = sealed["client_state"]
             return
         self._sealer.put(sealed)
-        self._updates = sealed["updates"]
+        self._updates, self._unsaved = sealed["updates"], False
         self._boundary.start_at(sealed["step"])
         self._statistics.restored(sealed["step"])
         self._boundary.restore(sealed["boundary"])

@@ -110,6 +110,7 @@ class Updates:
             self._boundary.update_skipped()
             return
         self._updates += 1
+        self._unsaved = True
         self._boundary.update_done()
         step = self._boundary.completed + 1
         with self._statistics.stall("open"):
@@ -118,7 +119,7 @@ class Updates:
                     self._guarded(self._open, self._open.take_all)
                 return
             if self._open is None and not update.early and self._may_begin and self._scheduler.due(step):
-                self._begin(step)
+                self._begin(step, patience_s=self.config.fence_timeout_s if self._last else None)
                 self._steady |= self._open is not None and self._open.survey is update.found
             elif self._open is not None:
                 self._take(self._open, self._scheduler.flush())
@@ -141,6 +142,7 @@ class Updates:
         if self._scheduler.set_order(self._optimizer.layer_order):
             self._surveyor.forget()
         self._heed_replicas()
+        self._unsaved = False
         self._open = self._attempts.open(step, patience_s=patience_s)
         if self._open is not None:
             self._take(self._open, self._scheduler.flush())
