@@ -24,8 +24,8 @@ log = logging.getLogger("layerwise_dist")
 class Attempts:
     """Opens attempts on one rank, one after the other. Belongs to the training thread.
 
-    `newest` is the last one's number, whether it was opened or not, and `before` that of the one before it. `ended`: one
-    failed as all that come would.
+    `newest` is the last one's number, whether it was opened or not, and `before` that of the one before it. `ended`:
+    one failed as all that come would.
     """
 
     newest: AttemptId | None = None

@@ -99,6 +99,7 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
         self._steady = True  # whether the last update that was saved left everything where it was
         self._updates = self._boundaries = 0
         self._saves_last = config.save_last and config.every_n_steps is not None
+        self._saving_last = False  # whether close() saves what it ends
         self._last = False  # whether this iteration is the last of a loop over steps()
         # Whether anything was updated since an attempt was last begun, or restored. The same on all ranks: what became
         # of an attempt may not be.
@@ -266,7 +267,7 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
         due = self._scheduler.due(mark.step)
         self._unsaved &= not (due and mark.updated)
         compared = due and self._compare_replicas()
-        here = compared or self._optimizer.several or self._closed
+        here = compared or self._optimizer.several or self._saving_last
         if here and self._open is None and mark.updated and due:
             # Which update is an iteration's last is known here only. Each optimizer's part is then captured once.
             with self._statistics.stall("open"):
@@ -420,7 +421,7 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
         now.
         """
         can = not (self._attempts.ended or self._optimizer.mid_window)
-        last = seal and self._saves_last and self._unsaved and can
+        last = self._saving_last = seal and self._saves_last and self._unsaved and can
         if last:
             self._scheduler.request()
         leaving = self._preemption is not None and self._preemption.begun
