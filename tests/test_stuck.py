@@ -185,7 +185,6 @@ def test_a_file_that_cannot_be_made_ends_its_attempt_by_name_and_leaves_nothing(
 SCRIPT = """
 import os, sys, time
 import torch
-from crash_kit import try_ranks
 import layerwise_dist as lwd
 from layerwise_dist import assembly, at_exit
 from layerwise_dist._native import PosixEnv, WriterPool, testing
@@ -198,7 +197,7 @@ def run(call, operation, path, backend, end):
     env = testing.FaultEnv(PosixEnv())
     config = load_config({
         "dir": f"{backend}-{end}-{call}", "fence_timeout_s": 0.2, "commit": {"timeout_s": 2.0, "raise_after": 99},
-        "writer": {"backend": backend},
+        "writer": {"backend": backend, "recycle": False},
     })
     engines = []
     for name in ("one", "two") if end == "two" else ("one",):

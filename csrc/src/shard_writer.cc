@@ -475,6 +475,7 @@ Status ShardWriter::Finish(std::string_view header) {
 }
 
 bool ShardWriter::Abort(double timeout_s) {
+  if (getpid() != process_) return true;  // what is under way is the parent's
   const Deadline deadline = DeadlineAfter(timeout_s);
   std::unique_lock lock(mutex_);
   if (!changed_->wait_until(lock, deadline, [this] { return state_ != State::kFinishing; })) return false;
@@ -493,8 +494,12 @@ bool ShardWriter::Abort(double timeout_s) {
   changed_->notify_all();
   if (state_ == State::kOpen) {
     state_ = State::kClosed;
+    lock.unlock();  // a close may take as long as a flush
     // Nothing relies on an aborted file, and an error of its close changes nothing.
-    if (file_ != nullptr) static_cast<void>(file_->Close());
+    if (file_ != nullptr) {
+      const OngoingCall call("close", path_);
+      static_cast<void>(file_->Close());
+    }
   }
   return true;
 }
