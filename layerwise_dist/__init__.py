@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from layerwise_dist import errors
+from layerwise_dist import errors, unattached
 from layerwise_dist._version import __version__
 from layerwise_dist.errors import LayerwiseError
 
@@ -60,6 +60,9 @@ _LAZY = {
     "LayerwiseOptimizer": "optimizer",
     "PCCheckAdapter": "storage.adapter",
 }
+
+
+unattached.watch()
 
 
 def __getattr__(name: str) -> Any:

@@ -130,12 +130,13 @@ def assemble(
     transport: Transport, env: Any, *, models: Mapping[str, torch.nn.Module] | None = None,
     optimizers: Mapping[str, torch.optim.Optimizer] | None = None,
     state: dict[str, Any] | None = None, fresh: bool = False, framework: Framework | None = None,
-    problem: ConfigError | None = None, monitor: MonitorLink | None = None,
+    problem: ConfigError | None = None, monitor: MonitorLink | None = None, lender: LayerwiseEngine | None = None,
 ) -> LayerwiseEngine:  # fmt: skip
     """`attach()` behind its two seams: any `Transport`, any `Env`. Rank and world size are the transport's.
 
     With `monitor`, `transport` goes through it, and `env` is what this process reads by. With `problem`, this rank's
-    configuration is bad and `config` stands in for it: all ranks raise `problem`.
+    configuration is bad and `config` stands in for it: all ranks raise `problem`. With `lender`, the new engine saves
+    what that one does, and hooks nothing: it is for calls of `save()` while nothing is trained.
     """
     rank, world_size = transport.rank, transport.world_size
     participant = Participant(transport, timeout_s=config.commit.timeout_s, coordinator=None)
@@ -150,6 +151,8 @@ def assemble(
         def examine() -> tuple[Framework, OptimizerAdapter, StateObjects]:
             if problem is not None:
                 raise problem
+            if lender is not None:
+                return lender._lend()
             if config.preemption.enabled:
                 check_thread()
             found = framework or find_framework(model, models, rank, world_size)
@@ -192,7 +195,7 @@ def assemble(
         return LayerwiseEngine(
             found, updates, config, objects, adapter=parts.adapter, manager=parts.manager, info=parts.info,
             participant=participant, committer=parts.pen, coordinator=parts.coordinator, fresh=fresh,
-            preemption=preemption, replicas=replicas,
+            preemption=preemption, replicas=replicas, lender=lender,
         )  # fmt: skip
     except BaseException:
         for close in reversed(closers):
@@ -242,8 +245,9 @@ def _open_direct(
     elif owner is not None:
         committer, coordinator = start_coordinator(
             transport, manager, owner, info, framework=found.name, software=_software(), keep_last=config.keep_last,
-            keep_every_n_steps=config.keep_every_n_steps, timeout_s=config.commit.timeout_s,
-            on_failure=config.commit.on_failure, raise_after=config.commit.raise_after,
+            keep_every_n_steps=config.keep_every_n_steps, keep_tags=config.keep_tags,
+            timeout_s=config.commit.timeout_s, on_failure=config.commit.on_failure,
+            raise_after=config.commit.raise_after,
         )  # fmt: skip
         closers.append(lambda: coordinator.close(1.0))
         participant.serve(coordinator.post, coordinator.quiet)

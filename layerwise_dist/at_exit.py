@@ -42,6 +42,11 @@ def closed(engine: Closable) -> None:
     _open.pop(id(engine), None)
 
 
+def open_engines() -> list[Closable]:
+    """Those of this process that are not closed yet."""
+    return list(_open.values()) if _process == os.getpid() else []
+
+
 def begun() -> bool:
     """Whether the script is over, and this is called by what was registered for the process's exit."""
     main = threading.main_thread()
@@ -50,7 +55,7 @@ def begun() -> bool:
 
 def _close_all() -> None:
     error = getattr(sys, "last_value", None)  # what ended the script, if something did
-    for engine in list(_open.values()) if _process == os.getpid() else []:
+    for engine in open_engines():
         if error is None:
             log.warning("close() was not called: done now, at the end of the script; an open iteration is not saved")
         try:

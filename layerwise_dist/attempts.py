@@ -41,7 +41,9 @@ class Attempts:
         self._layout: tuple[tuple[Any, ...], Laid] | None = None
         self._stage: Stage | None = None
         self._last: Survey | None = None
+        self._steady = False  # whether the last attempt, at its opening and at its boundary, found what it expected
         self._audits = Rotation(always=config.audit == "always")
+        self._stuck = False  # rank 0 was waited for in vain, and there was no room since
         self._pages = HugePages(wanted=config.writer.huge_pages == "auto" and adapter.direct)
 
     def take_seq(self) -> int:
@@ -54,7 +56,10 @@ class Attempts:
 
         Raises UnsupportedError, ConfigError.
         """
-        return self._surveyor.look(self._copying, sealing=sealing)
+        found = self._surveyor.look(self._copying, sealing=sealing)
+        if sealing:
+            self._steady &= found is self._last
+        return found
 
     def copy(self, names: set[str]) -> None:
         """These tensors are no base's, though no optimizer updates them: they are copied at the boundary now."""
@@ -71,7 +76,7 @@ class Attempts:
         over.
         """
         try:
-            return self._last if self._last is not None and self.look() is self._last else None
+            return self._last if self._last is not None and (self._known() or self.look()) is self._last else None
         except LayerwiseError:
             return None  # behind the update it is met again, where it fails the attempt
 
@@ -96,21 +101,22 @@ class Attempts:
                 self._rank, ", ".join(sorted(names)), until,
             )  # fmt: skip
 
-    def open(self, step: int, found: Survey | None = None) -> Capture | None:
+    def open(self, step: int, found: Survey | None = None, *, patience_s: float | None = None) -> Capture | None:
         """A capture, of `found` if it is known what there is, of which nothing is taken yet. None if there is none of
-        this step: rank 0, which drops it for all, then knows why, and training goes on.
+        this step: rank 0, which drops it for all, then knows why, and training goes on. It waits for room at most
+        `patience_s` seconds, by default as `when_full` says.
 
         Raises as `fail`; the other ranks stop at an agreed boundary.
         """
         attempt = AttemptId(self._epoch, self.take_seq(), step)
         self.before, self.newest = self.newest, attempt
-        if not self._admitted(attempt):
+        if not self._admitted(attempt, patience_s):
             return None
         self._participant.began(attempt)
         try:
             if found is None:
                 self._surveyor.gather()
-                found = self.look()
+                found = self._expected()
             laid = self._lay_out(found)
             write = self._adapter.begin(attempt, laid.shard, laid.plan)
         except (LayerwiseError, OSError) as error:
@@ -140,6 +146,23 @@ class Attempts:
 
     # -- inside -------------------------------------------------------------------------------------------------
 
+    def _expected(self) -> Survey:
+        """What there is, for a capture to begin with; it may be what there was at the last boundary.
+
+        Raises UnsupportedError, ConfigError.
+        """
+        if known := self._known():
+            return known
+        found = self.look()
+        self._steady = found is self._last
+        return found
+
+    def _known(self) -> Survey | None:
+        """What the last attempt captured, if it lay in its place both at its opening and at its boundary. A capture
+        begins with that unseen: its boundary looks, and does again what was elsewhere.
+        """
+        return self._surveyor.known(self._copying) if self._steady else None
+
     def _capture(self, step: int, found: Survey, laid: Laid, write: ShardWrite, audit: Audit) -> Capture:
         self._last = found
         capture = Capture(
@@ -150,16 +173,35 @@ class Attempts:
         self._scheduler.begin()
         return capture
 
-    def _admitted(self, attempt: AttemptId) -> bool:
-        """Whether there is room for one more attempt on its way to this rank's disk; if not, rank 0 knows by now."""
-        if self._scheduler.admits():
-            return True
-        limit = self._config.max_in_flight
-        full = f"{limit} checkpoint{'s are' if limit > 1 else ' is'} in flight (max_in_flight)"
-        if self._config.when_full == "skip":
-            self._participant.skipped(attempt, f"{full}, and when_full is 'skip'")
+    def _admitted(self, attempt: AttemptId, patience_s: float | None) -> bool:
+        """Whether there is room for one more attempt in flight; if not, rank 0 knows by now.
+
+        Each rank waits or skips by what it has heard itself. If they differ, rank 0 drops the attempt on all.
+        """
+        config, limit = self._config, self._config.max_in_flight
+        if patience_s is not None:
+            disk_s = decision_s = patience_s
+        elif config.when_full == "wait":
+            disk_s, decision_s = config.fence_timeout_s, config.commit.timeout_s
         else:
+            disk_s = decision_s = 0.0
+        if self._stuck:
+            decision_s = 0.0  # a rank 0 that is stuck holds training up once, not at every step
+        vain = self._participant.wait_room(limit, disk_s=disk_s, decision_s=decision_s)
+        if vain is None:
+            self._stuck = False
+            return True
+        full = f"{limit} checkpoint{'s are' if limit > 1 else ' is'} in flight (max_in_flight)"
+        undecided = f"{full}; rank 0 has not decided on step(s) {self._participant.undecided_steps}"
+        if config.when_full == "skip":
+            self._participant.skipped(attempt, f"{full}, and when_full is 'skip'")
+        elif vain == "disk":
             self._participant.failed(attempt, f"{full} and the disk does not end one", None)
+        elif self._stuck:
+            self._participant.skipped(attempt, undecided)
+        else:
+            self._participant.failed(attempt, f"{undecided}, and was waited for {decision_s:g} s", None)
+        self._stuck |= vain == "rank 0" and decision_s > 0
         return False
 
     def _lay_out(self, found: Survey) -> Laid:

@@ -81,6 +81,12 @@ class LayerwiseConfig(_Strict):
     )
     keep_last: int = Field(2, ge=1, description="Newest commits of the lineage that are kept.")
     keep_every_n_steps: int | None = Field(None, ge=1, description="Commits at multiples of this step stay for ever.")
+    keep_tags: int | None = Field(
+        None,
+        ge=1,
+        description="Of tags that differ in their digits only, as save_checkpoint() makes them by itself, the newest "
+        "that are kept; null: all. A tag that is alone of its kind stays.",
+    )
     mode: Literal["direct", "monitor", "mock"] = Field(
         "direct",
         description="direct: this process writes; monitor: a process of its own does, which finishes what was "
@@ -102,11 +108,11 @@ class LayerwiseConfig(_Strict):
         description="together: what a wrapper keeps equal on several ranks is written once, and held to be equal; "
         "apart: each rank writes all that it holds, for replicas that are meant to differ.",
     )
-    max_in_flight: int = Field(2, ge=1, le=64, description="Checkpoints that may be on their way to disk at once.")
+    max_in_flight: int = Field(2, ge=1, le=64, description="Checkpoints that may be begun and not decided yet.")
     when_full: Literal["wait", "skip"] = Field(
         "wait",
-        description="With max_in_flight on their way. wait: the update waits for the disk; skip: no checkpoint of that "
-        "step.",
+        description="With max_in_flight begun and not decided. wait: the update waits for one to be; "
+        "skip: no checkpoint of that step.",
     )
     pool_mb: Literal["auto"] | int = Field(
         "auto",

@@ -12,16 +12,28 @@ All other names are DeepSpeed's own.
 from __future__ import annotations
 
 import inspect
+import logging
+import os
 from typing import Any
 
 import deepspeed as _deepspeed
 import torch
+from deepspeed import initialize as _initialize  # a script may put this module's in its place
 
+from layerwise_dist import unattached
 from layerwise_dist.assembly import attach
+from layerwise_dist.at_exit import open_engines
+from layerwise_dist.beside import OnCall
+from layerwise_dist.config import LayerwiseConfig, load_config
 from layerwise_dist.disabled import DisabledEngine
 from layerwise_dist.engine import LayerwiseEngine
+from layerwise_dist.errors import ConfigError
 from layerwise_dist.frameworks.deepspeed.calls import CheckpointCalls
 from layerwise_dist.frameworks.deepspeed.groups import param_groups, split_groups
+from layerwise_dist.frameworks.deepspeed.support import config_block
+
+log = logging.getLogger("layerwise_dist")
+unattached.watch()
 
 __all__ = ["initialize", "param_groups", "serve_checkpoint_calls"]
 
@@ -40,25 +52,57 @@ def initialize(
     Groups that are given, in `model_parameters` or in an optimizer, are split by layer and keep their hyper-parameters.
     An LR scheduler that is given with such an optimizer is fitted to them.
     """
-    given = inspect.signature(_deepspeed.initialize).bind(*args, **kwargs).arguments
+    given = inspect.signature(_initialize).bind(*args, **kwargs).arguments
     model, optimizer, scheduler = given.get("model"), given.get("optimizer"), given.get("lr_scheduler")
     if isinstance(optimizer, torch.optim.Optimizer):
         split_groups(model, optimizer, None if callable(scheduler) else scheduler)
     elif model is not None:
         given["model_parameters"] = param_groups(model, _bases(given.get("model_parameters")))
-    engine, optimizer, loader, scheduler = _deepspeed.initialize(**given)
-    engine.layerwise = attach(engine, state=layerwise_state, fresh=layerwise_fresh)
-    serve_checkpoint_calls(engine, engine.layerwise)
+    engine, optimizer, loader, scheduler = _initialize(**given)
+    folder, settings = {}, _settings(engine)
+    if settings.enabled and (own := _own_folder(settings.path)) != settings.path:
+        folder = {"dir": own}
+        log.warning(
+            "another engine of this process saves in %s: this one does in %s. Give each a directory of its own, or "
+            "attach both as one with layerwise_dist.attach(models={...})", settings.path, own
+        )  # fmt: skip
+    engine.layerwise = attach(engine, state=layerwise_state, fresh=layerwise_fresh, **folder)
+    serve_checkpoint_calls(engine, engine.layerwise, settings.path)
     return engine, optimizer, loader, scheduler
 
 
-def serve_checkpoint_calls(engine: Any, ckpt: LayerwiseEngine | DisabledEngine) -> None:
+def _settings(engine: Any) -> LayerwiseConfig:
+    """What its block says; of one that is bad `attach()` tells all ranks."""
+    try:
+        block = config_block(engine)
+        return LayerwiseConfig(enabled=False) if block is None else load_config(block)
+    except ConfigError:
+        return LayerwiseConfig(enabled=False)
+
+
+def _own_folder(path: str) -> str:
+    """`path`, or a folder in it if an engine of this process that is open saves there already."""
+    taken = {os.path.realpath(each.config.path) for each in open_engines() if isinstance(each, LayerwiseEngine)}
+    number, own = 1, path
+    while os.path.realpath(own) in taken:
+        number += 1
+        own = os.path.join(path, f"engine{number}")
+    return own
+
+
+def serve_checkpoint_calls(engine: Any, ckpt: LayerwiseEngine | DisabledEngine, asked_for: str | None = None) -> None:
     """From now on `engine.save_checkpoint()` and `engine.load_checkpoint()` make and restore checkpoints of `ckpt`.
 
-    `ckpt` is what `attach(engine)` returned; if it is disabled, the calls stay DeepSpeed's. Raises UnsupportedError.
+    `ckpt` is what `attach(engine)` returned; if it is disabled, the calls stay DeepSpeed's. `asked_for` is another
+    name under which the script knows the directory of `ckpt`. Raises UnsupportedError.
     """
     if isinstance(ckpt, LayerwiseEngine):
-        CheckpointCalls(engine, ckpt)
+        folder = ckpt.config.path if asked_for is None else asked_for
+        way_on = (
+            f"call engine.load_checkpoint({folder!r}) or engine.layerwise.restore() before the first step, or pass "
+            "layerwise_fresh=True to initialize() to start anew beside them"
+        )
+        CheckpointCalls(engine, OnCall(ckpt, way_on), folder)
 
 
 def _bases(parameters: Any) -> list[dict[str, Any]] | None:

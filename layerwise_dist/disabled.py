@@ -30,8 +30,9 @@ class DisabledEngine:
         return 0
 
     def save(
-        self, tag: str | None = None, client_state: Mapping[str, Any] | None = None, *, timeout: float | None = None
-    ) -> int | None:
+        self, tag: str | None = None, client_state: Mapping[str, Any] | None = None, *, timeout: float | None = None,
+        within_window: bool = False,
+    ) -> int | None:  # fmt: skip
         return None if tag is None else self.completed
 
     def drain(self, timeout: float | None = None) -> None:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -35,6 +35,7 @@ from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.errors import BoundaryError, LayerwiseError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
+from layerwise_dist.lent import Lent
 from layerwise_dist.patience import stuck_calls
 from layerwise_dist.preemption import Preemption
 from layerwise_dist.replicas import Replicas
@@ -63,12 +64,16 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
         lacking: the model's tensors (`<kind>/<fqn>`) that it had not; empty but for `restore(partly=True)`.
     """
 
+    # What a script is told that trains in a directory with checkpoints before it restored one.
+    _way_on = "call restore() before the first step, or attach(fresh=True) to start anew beside them"
+
     def __init__(
         self, framework: Framework, optimizer: OptimizerAdapter, config: LayerwiseConfig, objects: StateObjects, *,
         adapter: PCCheckAdapter, manager: CheckpointMetadataManager, info: SessionInfo, participant: Participant,
         committer: Pen | None, coordinator: CoordinatorThread | None, fresh: bool, preemption: Preemption | None,
-        replicas: Replicas,
+        replicas: Replicas, lender: LayerwiseEngine | None = None,
     ) -> None:  # fmt: skip
+        """With `lender`, `framework`, `optimizer` and `objects` are those that it has lent (`lent.Lent`)."""
         self.config, self._framework, self._optimizer, self._objects = config, framework, optimizer, objects
         self._adapter, self._manager, self._info = adapter, manager, info
         self._participant, self._committer, self._coordinator = participant, committer, coordinator
@@ -77,11 +82,8 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
         self._trainer, self._thread = threading.current_thread(), threading.get_ident()
         participant.judge_by(self._settle)
         self._scheduler = LayerwiseCheckpointScheduler(
-            every_n_steps=config.every_n_steps, batch_bytes=BLOCKS_A_BATCH * config.writer.block_kb << 10,
-            when_full=config.when_full,
-            wait_s=config.fence_timeout_s,
-            room=lambda timeout_s: participant.wait_room(config.max_in_flight, timeout_s),
-        )  # fmt: skip
+            every_n_steps=config.every_n_steps, batch_bytes=BLOCKS_A_BATCH * config.writer.block_kb << 10
+        )
         self._surveyor = Surveyor(
             framework, optimizer, config.captured_by, self._scheduler.arrange, bases=not adapter.pooled
         )
@@ -112,10 +114,13 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
         )
         self._closed = False
         self._scales: list[float] = []
-        self._boundary = Boundary(
-            self._on_boundary, objects.taps, log=log, excuse=self._scale_fell, several=optimizer.several,
-            by_call=config.every_n_steps is None,
-        )  # fmt: skip
+        if lender is not None:
+            self._boundary, self._updates = cast(Boundary, Lent(lender._boundary)), lender._updates
+        else:
+            self._boundary = Boundary(
+                self._on_boundary, objects.taps, log=log, excuse=self._scale_fell, several=optimizer.several,
+                by_call=config.every_n_steps is None,
+            )  # fmt: skip
         self._hooks = [
             *(root.register_forward_pre_hook(eager(self._before_forward)) for root in framework.roots),
             *(module.register_forward_hook(eager(self._behind_forward)) for module in framework.forward_modules()),
@@ -194,7 +199,10 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
 
     def stats(self) -> dict[str, float | int]:
         """Counters of this rank since attach(): bytes, checkpoints, and how long the training thread was held up."""
-        return self._statistics.report(*self._participant.outcomes, self._adapter.buffers, self._frozen)
+        return self._statistics.report(
+            *self._participant.outcomes, self._adapter.buffers, self._frozen,
+            newest=self._reached("committed"), in_flight=self._participant.in_flight,
+        )  # fmt: skip
 
     def trace(self, path: str | os.PathLike[str]) -> None:
         """Writes what happens to each layer in the next step that is saved, and when, into `path`.
@@ -248,6 +256,7 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
             )
         self._end_trace()
         self._boundaries += 1
+        self._statistics.passed(mark.step)
         due = self._scheduler.due(mark.step)
         compared = due and self._compare_replicas()
         here = compared or self._optimizer.several
@@ -316,6 +325,13 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
         """Whether a GradScaler explains a boundary without an update: it saw an overflow and lowered its scale."""
         scales = [scaler.get_scale() for scaler in self._objects.scalers]
         return any(now < before for now, before in zip(scales, self._scales, strict=False))
+
+    def _lend(self) -> tuple[Framework, OptimizerAdapter, StateObjects]:
+        """What another engine needs to save what this one does."""
+        return cast(
+            tuple[Framework, OptimizerAdapter, StateObjects],
+            tuple(Lent(each) for each in (self._framework, self._optimizer, self._objects)),
+        )
 
     # -- the end ------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,6 @@
-"""Processes that benchmark, self-test and demo start: none of them outlives those."""
+"""Processes that benchmark, self-test and demo start: none of them outlives those, or runs what lies where they were
+started.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +14,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import layerwise_dist
+
 _GRACE_S = 10.0
+
+
+def own_environment() -> dict[str, str]:
+    """For Python of this package's own: this very package is found, and nothing in the working directory is imported
+    (``python -m`` looks there first).
+    """
+    here = str(Path(layerwise_dist.__file__).parent.parent)
+    paths = [here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
 
 
 @contextmanager
 def running(command: list[str], errors: Any, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[str]]:
     """The command in a session of its own, all of which is gone when the body ends, however it does.
 
-    `errors` takes its standard error; `environment` goes on top of this process's.
+    `errors` takes its standard error; `environment` goes on top of `own_environment()`.
     """
     job = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL, text=True, start_new_session=True,
-        env={**os.environ, **environment},
+        env={**own_environment(), **environment},
     )  # fmt: skip
     try:
         yield job

@@ -8,9 +8,11 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from layerwise_dist.commit.metadata import Inventory, ParentRef
+from layerwise_dist import _native
+from layerwise_dist.commit.metadata import CheckpointMetadataManager, Inventory, ParentRef
 from layerwise_dist.commit.session import follow
-from layerwise_dist.errors import BoundaryError, DeadlineError
+from layerwise_dist.errors import BoundaryError, DamageError, DeadlineError
+from layerwise_dist.frameworks.parts import WHOLE, Parts
 from layerwise_dist.patience import within
 from layerwise_dist.restore import loader
 from layerwise_dist.restore.agreement import Wish, together
@@ -29,7 +31,7 @@ class SaveAndRestore:
 
     def save(
         self: LayerwiseEngine, tag: str | None = None, client_state: Mapping[str, Any] | None = None, *,
-        timeout: float | None = None,
+        timeout: float | None = None, within_window: bool = False,
     ) -> int | None:  # fmt: skip
         """Without a tag: asks for a checkpoint of the next boundary, due or not, and returns at once, with None. If all
         ranks ask within one iteration, it is that one's end; if one asks, all save the first boundary that none of them
@@ -40,7 +42,8 @@ class SaveAndRestore:
         is called between two iterations. Retention never removes what `restore(tag=...)` would take.
         `client_state` is what `state=` takes as a dict, each rank's own;
         `restore()` gives it back as `client_state`. `timeout` is in seconds, by default commit.timeout_s; a checkpoint
-        that is not committed by then is still on its way: `wait(step)` goes on waiting for it.
+        that is not committed by then is still on its way: `wait(step)` goes on waiting for it. `within_window` allows
+        it within an accumulation window too, whose gradients are then not saved: a resume begins the window anew.
 
         With a tag it raises BoundaryError (within an accumulation window or an iteration of steps(), before
         `restore()`, or with tags that differ), StateError for a client_state that cannot be written, CommitError or
@@ -53,7 +56,7 @@ class SaveAndRestore:
             return None
         timeout = self.config.commit.timeout_s if timeout is None else timeout
         deadline = time.monotonic() + timeout
-        step, state = self._check_save(tag), dict(client_state or {})
+        step, state = self._check_save(tag, within_window), dict(client_state or {})
         together(self._participant, "save", lambda: typed_json.dumps(state, path="client_state"))
         if not self._agree_to_save(tag):
             # One on its way at a time, so that there is room. All begin it or none: their numbering stays in step.
@@ -74,11 +77,11 @@ class SaveAndRestore:
         self._participant.wait_for_attempt(attempt, max(0.0, deadline - time.monotonic()))
         return attempt.step
 
-    def _check_save(self: LayerwiseEngine, tag: str) -> int:
-        """The step that would be saved."""
+    def _check_save(self: LayerwiseEngine, tag: str, within_window: bool) -> int:
+        """The step that `save(tag)` would save now. Raises as it does, before it asks other ranks anything."""
         if self._closed:
             raise BoundaryError("save() after close()")
-        if self._optimizer.mid_window:
+        if self._optimizer.mid_window and not within_window:
             raise BoundaryError("save() within an accumulation window: its gradients would be lost")
         if not tag or len(tag) > 255 or not tag.isprintable():
             raise ValueError(f"a tag has 1 to 255 printable characters: {tag!r}")
@@ -137,22 +140,88 @@ class SaveAndRestore:
             raise ValueError(f"on_missing must be 'fresh' or 'error', not {on_missing!r}")
         if (step is not None) + (tag is not None) + saved > 1:
             raise ValueError("restore() takes one of step, tag and saved")
-        if (saved or tag is not None) and not self._boundary.told:
-            self._boundary.call()  # as save() does: what was open is of the iteration that ends here
-        if self._open is not None:
-            raise BoundaryError("restore() inside an iteration: end it first (steps() or end_step())")
         wish = Wish(step, tag, saved)
-        self.drain()
-        self._frozen.forget()
         fresh = (on_missing or ("error" if wish.certain else "fresh")) == "fresh"
+        self._before_restore(wish)
         try:
             return self._restore(wish, fresh_if_missing=fresh, partly=partly)
         finally:
             if self._committer is not None:
                 self._committer.hold(False)
 
-    def _restore(self: LayerwiseEngine, wish: Wish, *, fresh_if_missing: bool, partly: bool) -> int:
-        found = self._restorer.newest(wish, self._held_inventory, fresh_if_missing=fresh_if_missing, partly=partly)
+    def _restore_parts(self: LayerwiseEngine, parts: Parts, *, tag: str | None, root: str | None = None) -> int:
+        """As `restore(tag=tag)`, or `restore(saved=True)` without a tag, of `parts` of the checkpoint.
+
+        `root` is another directory than this engine's, which is only read. With `parts.module_only` `completed`, random
+        numbers and `state` objects stay as they are.
+        """
+        if self._restorer.undefined is not None and parts != WHOLE:
+            raise DamageError(self._restorer.undefined)
+        wish = Wish(None, tag, tag is None)
+        self._before_restore(wish)
+        try:
+            if root is None:
+                return self._restore(wish, fresh_if_missing=tag is None, partly=False, parts=parts)
+            return self._restore_from(root, wish, parts)
+        finally:
+            if self._committer is not None:
+                self._committer.hold(False)
+
+    def _before_restore(self: LayerwiseEngine, wish: Wish) -> None:
+        if (wish.saved or wish.tag is not None) and not self._boundary.told:
+            self._end_for_call()  # as save() does: what was open is of the iteration that ends here
+        if self._open is not None:
+            raise BoundaryError("restore() inside an iteration: end it first (steps() or end_step())")
+        self.drain()
+        self._frozen.forget()
+
+    def _restore_from(self: LayerwiseEngine, root: str, wish: Wish, parts: Parts) -> int:
+        manager = CheckpointMetadataManager(_native.PosixEnv(), root)
+        restorer = self._restorer.of(manager)
+        self.restored_from = self.client_state = None
+        self.lacking = []
+        try:
+            found = restorer.newest(wish, manager.inventory, fresh_if_missing=not wish.certain, parts=parts)
+            if found is None:
+                return self._boundary.completed
+            attempt, loading, _ = found
+            self._adopt(loading, parts)
+        except BaseException:
+            self._restorer.undefined = restorer.undefined or self._restorer.undefined
+            raise
+        self.lacking = loading.lacking
+        self.restored_from = os.path.join(root, attempt.folder)
+        self._begin_behind_newest()
+        log.info("rank %d: restored step %d from %s", self._framework.rank, attempt.step, root)
+        return attempt.step
+
+    def _end_for_call(self: LayerwiseEngine) -> None:
+        """The iteration ends here if it has updated, as with `save(tag)`."""
+        self._boundary.call()
+
+    def _begin_behind_newest(self: LayerwiseEngine) -> None:
+        """The model comes from elsewhere. What is saved from now on follows the newest commit of the directory all the
+        same: until then, a restart finds that one. All ranks together.
+        """
+
+        def decide(_: list[Any]) -> list[Any]:
+            inventory = self.metadata.inventory()
+            newest = next(iter(inventory.lineage()), None)
+            if newest is None:
+                return [None, not inventory.empty]
+            return [[newest.seq, newest.attempt], not inventory.is_next(newest)]
+
+        head, leaves = self._participant.agree("continue what is in the directory", None, decide)
+        self._follow(None if head is None else ParentRef(seq=head[0], attempt=head[1]), new_branch=leaves)
+        self._restorer.undefined = None
+        self._ready = True
+
+    def _restore(
+        self: LayerwiseEngine, wish: Wish, *, fresh_if_missing: bool, partly: bool, parts: Parts = WHOLE
+    ) -> int:
+        found = self._restorer.newest(
+            wish, self._held_inventory, fresh_if_missing=fresh_if_missing, partly=partly, parts=parts
+        )
         self.restored_from = self.client_state = None
         self.lacking = []
         if found is None:
@@ -162,7 +231,7 @@ class SaveAndRestore:
             self._ready = True
             return self._boundary.completed
         attempt, loading, leaves = found
-        self._adopt(loading)
+        self._adopt(loading, parts)
         self.lacking = loading.lacking
         kept = self._follow(ParentRef(seq=attempt.seq, attempt=attempt.text), new_branch=leaves)
         if loading.base is not None and loading.base[0].attempt in kept:
@@ -179,15 +248,27 @@ class SaveAndRestore:
         self._committer.hold(True)
         return within(self._participant.disk_s, "the look for checkpoints", self.metadata.inventory)
 
-    def _adopt(self: LayerwiseEngine, loading: loader.LoadPlan) -> None:
+    def _adopt(self: LayerwiseEngine, loading: loader.LoadPlan, parts: Parts) -> None:
         sealed = loading.sealed
         if self._replicas.forget():
             self._surveyor.forget()
+
+        def adopt() -> None:
+            if parts.takes_optimizer:
+                self._optimizer.adopt(loading.states, sealed["optimizer"])
+            else:
+                self._optimizer.keep(sealed["optimizer"])
+
         # An optimizer's own load_state_dict() may run in it, and fail.
-        together(self._participant, "adopt", lambda: self._optimizer.adopt(loading.states, sealed["optimizer"]))
+        together(self._participant, "adopt", adopt)
+        if parts.module_only:
+            self._sealer.put_extra_states(sealed)
+            self.client_state = sealed["client_state"]
+            return
         self._sealer.put(sealed)
         self._updates = sealed["updates"]
         self._boundary.start_at(sealed["step"])
+        self._statistics.restored(sealed["step"])
         self._boundary.restore(sealed["boundary"])
         self.client_state = sealed["client_state"]
         self._participant.restored(sealed["step"])

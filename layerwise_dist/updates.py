@@ -91,7 +91,7 @@ class Updates:
                 self._heed_replicas()
                 step = self._boundary.completed + 1
                 update.found = self._attempts.steady() if self._scheduler.due(step) else None
-                if update.found is not None and self._steady:
+                if update.found is not None and self._steady and self._may_wait_for_room:
                     update.early, self._open = True, self._attempts.open(step, update.found)
             if self._open is not None:
                 self._take(self._open, self._scheduler.updated(layers))
@@ -124,16 +124,24 @@ class Updates:
                 self._take(self._open, self._scheduler.flush())
 
     @property
+    def _may_wait_for_room(self: LayerwiseEngine) -> bool:
+        """Whether an attempt may be opened before its update is over. In a backward other ranks may wait for this one,
+        and room for their verdicts: then only if there is room at once.
+        """
+        alone = self.config.update != "in_backward" or self._participant.world_size == 1
+        return alone or self._participant.in_flight < self.config.max_in_flight
+
+    @property
     def _may_begin(self: LayerwiseEngine) -> bool:
         """Whether an update that is due opens its checkpoint; else the boundary does."""
         return self._replicas.agreed and not self._optimizer.several
 
-    def _begin(self: LayerwiseEngine, step: int) -> None:
+    def _begin(self: LayerwiseEngine, step: int, *, patience_s: float | None = None) -> None:
         """Opens the attempt of `step` behind its update, and captures all."""
         if self._scheduler.set_order(self._optimizer.layer_order):
             self._surveyor.forget()
         self._heed_replicas()
-        self._open = self._attempts.open(step)
+        self._open = self._attempts.open(step, patience_s=patience_s)
         if self._open is not None:
             self._take(self._open, self._scheduler.flush())
 
@@ -145,10 +153,7 @@ class Updates:
         if self._restorer.undefined is not None:
             raise DamageError(self._restorer.undefined)
         if not self._ready:
-            raise BoundaryError(
-                f"{self.config.path} already holds checkpoints: call restore() before the first step, or "
-                "attach(fresh=True) to start anew beside them"
-            )
+            raise BoundaryError(f"{self.config.path} already holds checkpoints: {self._way_on}")
 
     def _take(self: LayerwiseEngine, capture: Capture, batches: Collection[int]) -> None:
         if batches and self._guarded(capture, lambda: capture.take(batches)) and self._trace is not None:

@@ -49,6 +49,15 @@ def pytest_sessionfinish() -> None:
     at_exit._open.clear()
 
 
+@pytest.fixture
+def traps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of files that Python would import from the working directory. `sprung` is there once one was."""
+    folder = tmp_path_factory.mktemp("traps")
+    for name in ("json", "socket", "torch", "numpy", "layerwise_dist"):
+        (folder / f"{name}.py").write_text(f"open({str(folder / 'sprung')!r}, 'w').close()\nraise SystemExit(3)\n")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def long(request: pytest.FixtureRequest) -> bool:
     """Whether the full sweeps were asked for."""

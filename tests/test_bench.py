@@ -47,8 +47,13 @@ def quick(folder: Path, what: str, *args: object) -> dict[str, Any]:
     return found
 
 
-def test_commits_are_measured_with_simulated_ranks_and_with_processes(tmp_path: Path) -> None:
+def test_commits_are_measured_with_simulated_ranks_and_with_processes(
+    tmp_path: Path, traps: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing of what lies in the working directory runs."""
+    monkeypatch.chdir(traps)
     found = quick(tmp_path, "commit")
+    assert not (traps / "sprung").exists()
     assert [row["ranks"] for row in found["simulated"]] == [8, 64]
     assert [row["connections"] for row in found["simulated"]] == [3 + 1, 3 + 15]
     for row in found["simulated"]:
@@ -75,10 +80,9 @@ def test_the_writer_is_measured_in_each_backend_and_use_against_raw_writes(tmp_p
     ("ranks", "every", "modes"),
     [
         (1, (1,), ("layerwise", "layerwise-monitor", "layerwise-off-step", "torch-save", "dcp", "dcp-async")),
-        (1, (1, 2), ("layerwise", "dcp-async")),
-        (2, (2,), ("layerwise", "torch-save", "dcp-async")),
+        (2, (1, 2), ("layerwise", "dcp-async")),
     ],
-    ids=["one process", "two intervals", "FSDP2 on two ranks"],
+    ids=["one process", "FSDP2 on two ranks, two intervals"],
 )
 def test_training_is_measured_under_each_way_to_checkpoint(
     tmp_path: Path, ranks: int, every: tuple[int, ...], modes: tuple[str, ...]
@@ -225,10 +229,9 @@ def processes_in(folder: Path) -> list[str]:
     [
         (("writer", "--rounds", "1000", "--sizes", "8M", "--tensors", "10"), signal.SIGINT),
         (("restore", "--rounds", "1000"), signal.SIGTERM),
-        (("train", "--every", "1"), signal.SIGTERM),
         (("train", "--every", "1", "--ranks", "2"), signal.SIGINT),
     ],
-    ids=["writer", "restore", "train", "train on two ranks"],
+    ids=["writer", "restore", "train on two ranks"],
 )
 def test_an_interrupted_benchmark_leaves_no_file_and_no_process(
     tmp_path: Path, what: tuple[str, ...], number: signal.Signals

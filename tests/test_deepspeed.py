@@ -125,10 +125,23 @@ def build(folder: Path) -> bool | str:
 
 
 def test_what_cannot_be_served_is_refused_by_name_and_misuse_is_an_error(zero: Warm, tmp_path: Path) -> None:
-    cases = ["refusals", "window", "in backward", "stages", "block", "regrouped", "calls", "from DeepSpeed's own"]
-    cases.append("frozen layers")
+    cases = ["refusals", "window", "in backward", "stages", "block", "regrouped", "frozen layers"]
     for found in results(zero, tmp_path / "out", *cases):
         assert found == {case: [] for case in cases}
+
+
+def test_scripts_save_and_load_by_deepspeeds_own_calls_as_they_are(zero: Warm, tmp_path: Path, long: bool) -> None:
+    cases = ["two directories, monitored"] if long else []
+    cases += ["calls", "two directories", "second engine", "untrained", "from DeepSpeed's own", "block alone"]
+    for found in results(zero, tmp_path / "out", *cases):
+        assert found == {case: [] for case in cases}
+
+
+def test_a_part_of_a_checkpoint_leaves_the_rest_as_it_was(zero: Warm, tmp_path: Path, long: bool) -> None:
+    more = ["0-fp32", "0-bf16", "1-bf16-fp32grads"] if long else []
+    cases = [f"parts {case}" for case in ["2-bf16", "3-bf16", *more]]
+    for found in results(zero, tmp_path / "out", *cases, "parts mutation"):
+        assert found == {case: [] for case in [*cases, "parts mutation"]}
 
 
 def test_masters_and_state_that_were_given_other_memory_are_saved_from_there(zero: Warm, tmp_path: Path) -> None:

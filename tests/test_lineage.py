@@ -116,8 +116,8 @@ def late(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
         if waits:
             done.set()
 
-    def meanwhile(self: LayerwiseEngine, loading: Any) -> None:
-        adopt(self, loading)
+    def meanwhile(self: LayerwiseEngine, loading: Any, parts: Any) -> None:
+        adopt(self, loading, parts)
         if begins.is_set():
             go.set()
             assert done.wait(30), "retention was not asked for anything"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,14 @@ from torch.utils.data import DataLoader, TensorDataset
 import layerwise_dist as lwd
 from layerwise_dist import assembly, errors
 from layerwise_dist._native import PosixEnv, testing
+from layerwise_dist.beside import OnCall
 from layerwise_dist.cli.catalogue import Catalogue
 from layerwise_dist.cli.listing import ls
 from layerwise_dist.cli.showing import show
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.transports.local import LocalTransport
+from layerwise_dist.engine import LayerwiseEngine
+from layerwise_dist.storage import retention
 
 CALLS = {"every_n_steps": None}
 
@@ -129,6 +134,67 @@ def test_the_same_step_may_be_saved_twice_and_a_name_given_anew(tmp_path: Path) 
             script.ckpt.restore(tag="worst")
 
 
+def save_many(folder: Path, **options: Any) -> list[tuple[int, str | None]]:
+    """What stays of one tag for each of five steps, and of another two that are each alone of their kind."""
+    with Script(folder, keep_last=1, **options) as script:
+        for step in range(1, 6):
+            script.train(1)
+            if step == 1:
+                script.ckpt.save("best")
+            if step == 2:
+                script.ckpt.save("epoch1-final")
+            script.ckpt.save(f"global_step{step}")
+    return commits(folder)
+
+
+def test_of_tags_that_differ_in_their_digits_keep_tags_keeps_the_newest_and_all_others(tmp_path: Path) -> None:
+    alone: list[tuple[int, str | None]] = [(1, "best"), (2, "epoch1-final")]
+    assert save_many(tmp_path / "two", keep_tags=2) == [*alone, (4, "global_step4"), (5, "global_step5")]
+    assert len(save_many(tmp_path / "all")) == 7
+    with Script(tmp_path / "two", keep_tags=1) as script:
+        assert script.ckpt.restore(tag="best") == 1
+        with pytest.raises(errors.NotFoundError, match="global_step4"):
+            script.ckpt.restore(tag="global_step3")
+
+
+def test_mutation_a_retention_that_takes_all_tags_for_one_kind_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retention, "_series", lambda tag: "")
+    assert (1, "best") not in save_many(tmp_path, keep_tags=2)
+
+
+def test_what_is_saved_in_another_directory_leaves_nothing_open_and_the_training_as_it_was(tmp_path: Path) -> None:
+    with Script(tmp_path / "plain", every_n_steps=1) as script:
+        losses = script.train(6)
+    open_at_first = 0
+    with Script(tmp_path / "here", every_n_steps=1) as script:
+        found = []
+        for step in range(1, 7):
+            found += script.train(1)
+            OnCall(script.ckpt, "").save(str(tmp_path / "best"), f"at{step}", {"at": step})
+            held = len(os.listdir("/proc/self/fd")) + threading.active_count()
+            open_at_first = open_at_first or held
+            assert held <= open_at_first + 2, "what a call opens it closes"
+        (tmp_path / "file").touch()
+        with pytest.raises(errors.DirectoryError):
+            OnCall(script.ckpt, "").save(str(tmp_path / "file"), "best", None)
+    assert found == losses
+    assert [step for step, _ in commits(tmp_path / "here")] == [5, 6]
+    assert commits(tmp_path / "best") == [(step, f"at{step}") for step in range(1, 7)], "one lineage, all tags"
+    with Script(tmp_path / "best", seed=1) as script:
+        assert script.ckpt.restore(tag="at4") == 4 and script.ckpt.client_state == {"at": 4}
+        assert script.train(2) == losses[4:]
+
+
+def test_mutation_a_session_that_does_not_follow_what_is_there_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LayerwiseEngine, "_begin_behind_newest", lambda self: None)
+    with pytest.raises(errors.BoundaryError, match="already holds checkpoints"):
+        test_what_is_saved_in_another_directory_leaves_nothing_open_and_the_training_as_it_was(tmp_path)
+
+
 def test_without_a_tag_only_what_was_saved_by_name_counts(tmp_path: Path) -> None:
     with Script(tmp_path, every_n_steps=1, keep_last=9) as script:
         script.train(2)
@@ -220,18 +286,22 @@ def test_ranks_that_disagree_are_told_so_and_can_still_save(tmp_path: Path) -> N
 
 
 def test_a_capture_that_one_rank_could_not_open_is_opened_anew_on_all(tmp_path: Path) -> None:
-    env = testing.FaultEnv(PosixEnv())
-
     def run(engine: Any, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> None:
         update(model, optimizer)
-        if rank:
-            env.fail(operation="create", path_pattern="*rank_00001*", errno=28)
         model(torch.ones(2, 6))
+        real = engine._adapter.begin
+
+        def begin(*args: Any) -> Any:
+            engine._adapter.begin = real
+            raise OSError(12, "Cannot allocate memory")
+
+        if rank:
+            engine._adapter.begin = begin
         update(model, optimizer)
         assert (engine._open is None) == bool(rank)
         assert engine.save("here") == 2
 
-    ranks(tmp_path, run, envs=(None, env), every_n_steps=1, commit={"on_failure": "warn", "timeout_s": 30.0})
+    ranks(tmp_path, run, every_n_steps=1, commit={"on_failure": "warn", "timeout_s": 30.0})
     assert commits(tmp_path)[-1] == (2, "here")
 
 

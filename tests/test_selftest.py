@@ -16,11 +16,15 @@ from typer.testing import CliRunner
 from layerwise_dist.cli.app import app
 from layerwise_dist.selftest.trial import STEPS, Trial, _Run
 
-COMMAND = [sys.executable, "-c", "from layerwise_dist.cli import main; main()", "selftest"]
+COMMAND = [sys.executable, "-P", "-c", "from layerwise_dist.cli import main; main()", "selftest"]
 
 
-def test_it_kills_resumes_compares_and_leaves_nothing(tmp_path: Path) -> None:
-    done = subprocess.run([*COMMAND, str(tmp_path), "--json"], capture_output=True, text=True, timeout=150, check=False)
+def test_it_kills_resumes_compares_and_leaves_nothing(tmp_path: Path, traps: Path) -> None:
+    """And runs nothing of what lies in the working directory."""
+    done = subprocess.run(
+        [*COMMAND, str(tmp_path), "--json"], cwd=traps, capture_output=True, text=True, timeout=150, check=False
+    )
+    assert not (traps / "sprung").exists()
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(done.stdout)
     assert told["good"] and [check["good"] for check in told["checks"]] == [True] * 4

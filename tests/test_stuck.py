@@ -197,7 +197,7 @@ def run(call, operation, path, backend, end):
     env = testing.FaultEnv(PosixEnv())
     config = load_config({
         "dir": f"{backend}-{end}-{call}", "fence_timeout_s": 0.2, "commit": {"timeout_s": 2.0, "raise_after": 99},
-        "writer": {"backend": backend, "recycle": False},
+        "writer": {"backend": backend, "recycle": False},  # over a retired file none is created
     })
     engines = []
     for name in ("one", "two") if end == "two" else ("one",):

@@ -14,6 +14,7 @@ from layerwise_dist.commit.transports import Transport, rendezvous
 from layerwise_dist.commit.transports.frames import decode, encode, take_frames
 from layerwise_dist.commit.transports.links import Links
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
+from layerwise_dist.commit.transports.proof import Line
 from layerwise_dist.commit.transports.relay import ABOVE
 from layerwise_dist.commit.transports.rendezvous import Met, meet
 from layerwise_dist.commit.transports.store import over_tcp
@@ -188,8 +189,8 @@ def test_a_stranger_on_the_port_is_sent_away_and_everybody_still_meets() -> None
 
         def gather(record: dict[str, Any]) -> list[dict[str, Any]]:
             found = real(record)
-            if "port" in found[0] and number == 1:
-                ports.append(found[0]["port"])
+            if "ports" in found[0] and number == 1:
+                ports.append(found[0]["ports"][0][1])
                 for said in (b"", b"GET / HTTP/1.1\r\n\r\n", b"0" * 32 + b" 00000001\n", b"\xff" * 42):
                     strangers.append(socket.create_connection(("127.0.0.1", ports[0]), timeout=5))
                     strangers[-1].sendall(said)
@@ -198,10 +199,10 @@ def test_a_stranger_on_the_port_is_sent_away_and_everybody_still_meets() -> None
         return meet(number, gather, 10.0, where="here")
 
     first, second = in_threads(2, rank)
-    assert list(first.sockets) == [1] and list(second.sockets) == [ABOVE]
+    assert list(first.lines) == [1] and list(second.lines) == [ABOVE]
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", ports[0]), timeout=5)  # nobody listens any more
-    for sock in [*strangers, *first.sockets.values(), *second.sockets.values()]:
+    for sock in [*strangers, *first.lines.values(), *second.lines.values()]:
         sock.close()
 
 
@@ -211,8 +212,8 @@ def test_a_rank_that_cannot_connect_is_an_error_on_all_ranks_at_the_deadline(
 ) -> None:
     real = rendezvous.connect
 
-    def connect(rank: int, hosts: list[str], port: int, token: str, deadline: float) -> socket.socket:
-        return real(rank, hosts, 1 if rank == missing else port, token, deadline)
+    def connect(rank: int, addresses: list[tuple[str, int]], token: str, deadline: float) -> Line:
+        return real(rank, [("127.0.0.1", 1)] if rank == missing else addresses, token, deadline)
 
     monkeypatch.setattr(rendezvous, "connect", connect)
     gathering = Gathering(3)
@@ -225,7 +226,7 @@ def test_a_rank_that_cannot_connect_is_an_error_on_all_ranks_at_the_deadline(
 
 
 def test_a_port_that_cannot_be_opened_is_an_error_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(expected: int, *, local: bool) -> socket.socket:
+    def refuse(hosts: list[str], expected: int) -> list[socket.socket]:
         raise OSError(24, "Too many open files")
 
     monkeypatch.setattr(rendezvous, "listen", refuse)
@@ -256,7 +257,7 @@ def test_what_is_no_message_ends_the_connection(sent: bytes) -> None:
         ended.append(why)
         done.set()
 
-    links = Links({1: left})
+    links = Links({1: Line(left)})
     links.start(lambda key, body: decode(body) and None, on_end)
     right.sendall(sent)
     assert done.wait(10) and "no message" in ended[0]
@@ -268,7 +269,7 @@ def test_a_peer_that_reads_nothing_neither_blocks_nor_fills_the_memory(monkeypat
     monkeypatch.setattr("layerwise_dist.commit.transports.links._MOST_UNSENT", 1 << 20)
     deaf, there = socket.socketpair()
     ended = threading.Event()
-    links = Links({1: there})
+    links = Links({1: Line(there)})
     links.start(lambda key, body: None, lambda key, why: ended.set())
     frame = encode([{"text": "x" * 100_000}])
     began = time.monotonic()

@@ -15,7 +15,9 @@ import sys
 import time
 import tracemalloc
 import warnings
+from argparse import Namespace
 from collections import Counter, OrderedDict, defaultdict, deque
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import numpy as np
@@ -46,6 +48,8 @@ def form(v):
         return kind, tuple(sorted(map(form, v), key=repr))
     if kind in (dict, OrderedDict, Counter):
         return kind, tuple((form(k), form(x)) for k, x in v.items())
+    if kind in (Namespace, SimpleNamespace):
+        return kind, form(vars(v))
     if kind is defaultdict:
         return kind, v.default_factory, tuple((form(k), form(x)) for k, x in v.items())
     if kind in (slice, range):
@@ -134,12 +138,20 @@ leaves |= st.lists(st.integers(-(2**63), 2**63 - 1), min_size=63, max_size=67)
 leaves |= st.lists(floats, min_size=65, max_size=67).map(tuple) | st.sets(keys, max_size=4) | keys
 
 
+def namespace(held):
+    made = Namespace()
+    vars(made).update(held)
+    return made
+
+
 def containers(inner):
     few = st.lists(inner, max_size=4)
     mappings = st.dictionaries(keys, inner, max_size=4)
     return st.one_of(
         few, few.map(tuple), st.dictionaries(texts, inner, max_size=4), mappings, mappings.map(OrderedDict),
-        mappings.map(Counter), st.builds(slice, inner, inner, inner), st.builds(deque, few, st.none() | st.integers(4,
+        mappings.map(Counter),
+        st.dictionaries(texts, inner, max_size=4).map(namespace), st.builds(slice, inner, inner, inner),
+        st.builds(deque, few, st.none() | st.integers(4,
         9)),
         st.builds(defaultdict, st.sampled_from([None, int, list, dict, float, set, str]), mappings),
     )  # fmt: skip
@@ -164,6 +176,7 @@ EXACT = [
     {1: "a", "1": "b", True + 1: "c", 0.5: 1, None: 2, (1, (b"x", "y")): 3, frozenset({1, frozenset()}): 4,
     range(3): 5},
     {math.nan: 1, -0.0: 2}, {math.nan, 1}, set(), frozenset(), OrderedDict(b=1, a=2), Counter({30: 2, "x": -1}),
+    Namespace(), Namespace(lr=0.1, names=("a",), more=SimpleNamespace(x={1: 2})), SimpleNamespace(y=[1.0]),
     defaultdict(None, {1: 2}), defaultdict(list, a=[1]), deque(), deque([1, 2], 2), deque(maxlen=0), slice(None),
     slice(1, (2,), "x"),
     range(0), range(5, -(2**80), -3), list(range(65)), tuple(range(65)), [True] * 65, [1] * 65 + [2**63],
@@ -561,7 +574,8 @@ ATTACKS = [
     (content(**{"!": "set", "v": [[]]}), b""), (content(**{"!": "set", "v": [1, True]}), b""),
     (content(**{"!": "dict", "v": [[{}, 1]]}), b""), (content(**{"!": "dict", "v": [[1, 1], [1, 2]]}), b""),
     (content(**{"!": "dict", "v": [[1]]}), b""), (content(**{"!": "dict", "v": [5]}), b""),
-    (content(**{"!": "Counter", "v": None}), b""),
+    (content(**{"!": "Counter", "v": None}), b""), (content(**{"!": "Namespace", "v": [[1, 2]]}), b""),
+    (content(**{"!": "SimpleNamespace", "v": {"a": 1}}), b""),
     (content(**{"!": "defaultdict", "of": "eval", "v": []}), b""), (content(**{"!": "defaultdict", "of": [],
     "v": []}), b""),
     (content(**{"!": "deque", "max": -1, "v": []}), b""), (content(**{"!": "deque", "max": 1, "v": [1, 2]}), b""),

@@ -11,8 +11,6 @@ namespace {
 
 constexpr size_t kBlocks = 64;
 
-uint64_t HashOf(const std::string& data) { return Xxh3(data.data(), data.size()); }
-
 // A writer whose pool has `room` buffers beside its one bounce buffer, and begins
 // nothing before Open.
 struct EvacuationFixture : ShardFixture {

@@ -2,6 +2,7 @@
 #define LAYERWISE_TESTS_SHARD_FIXTURE_H_
 
 #include <condition_variable>
+#include <cstdint>
 #include <cstring>
 #include <memory>
 #include <mutex>
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "fault_env.h"
+#include "layerwise/hash.h"
 #include "layerwise/shard_reader.h"
 #include "layerwise/shard_writer.h"
 #include "memory_env.h"
@@ -17,6 +19,8 @@
 #include "scratch.h"
 
 namespace layerwise {
+
+inline uint64_t HashOf(const std::string& data) { return Xxh3(data.data(), data.size()); }
 
 // Which backend the fixtures of the running test case get.
 inline WriterPool::Backend backend_under_test = WriterPool::Backend::kPosix;

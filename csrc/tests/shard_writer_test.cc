@@ -16,8 +16,6 @@ namespace layerwise {
 
 namespace {
 
-uint64_t HashOf(const std::string& data) { return Xxh3(data.data(), data.size()); }
-
 size_t CountIn(const std::vector<std::string>& trace, const std::string& entry) {
   return static_cast<size_t>(std::count(trace.begin(), trace.end(), entry));
 }

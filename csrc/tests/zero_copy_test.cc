@@ -8,7 +8,6 @@
 #include <random>
 
 #include "block_runs.h"
-#include "layerwise/hash.h"
 #include "layerwise/posix_env.h"
 #include "layerwise/shard_writer.h"
 #include "pieces.h"
@@ -20,8 +19,6 @@ namespace {
 
 using Blocks = std::vector<Plan::Block>;
 using Segments = std::vector<Plan::Segment>;
-
-uint64_t HashOf(const std::string& data) { return Xxh3(data.data(), data.size()); }
 
 // One tensor from `begin` of the data region on, cut into blocks of `block` bytes.
 std::shared_ptr<const Plan> Spread(size_t begin, size_t length, size_t block) {

@@ -25,9 +25,10 @@ from layerwise_dist.commit.opening import Place, merge
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.session import start_coordinator
 from layerwise_dist.commit.transports import Message
+from layerwise_dist.commit.transports.calls import accept, connect, listen
 from layerwise_dist.commit.transports.frames import decode, encode
 from layerwise_dist.commit.transports.links import Links
-from layerwise_dist.commit.transports.rendezvous import Met, accept, connect, listen, meet
+from layerwise_dist.commit.transports.rendezvous import Met, meet
 from layerwise_dist.commit.transports.store import over_tcp
 from layerwise_dist.storage import layout
 from layerwise_dist.storage.layout import AttemptId
@@ -59,11 +60,11 @@ def root(ranks: int, on_node: int, commits: int, folder: str) -> None:
     """Rank 0 as it is, but for its shard: transport, participant, coordinator, manifests, retention."""
     expected = connections(ranks, on_node)
     token = secrets.token_hex(16)
-    server = listen(len(expected), local=True)
+    (server,) = listen(["127.0.0.1"], len(expected))
     say(port=server.getsockname()[1], token=token)
-    sockets = accept(server, set(expected), token, time.monotonic() + _DEADLINE_S)
+    lines = accept([server], set(expected), token, time.monotonic() + _DEADLINE_S)
     server.close()
-    transport = over_tcp(0, ranks, Met(sockets, expected))
+    transport = over_tcp(0, ranks, Met(lines, expected))
     env = _native.PosixEnv()
     manager = CheckpointMetadataManager(env, folder)
     place = Place(env, folder, manager, ranks=range(ranks), file_mode=0o600, dir_mode=0o700, who="bench")
@@ -118,7 +119,7 @@ class Crowd:
         self._epoch, self._first_seq = epoch, first_seq
         serves = connections(ranks, on_node)
         deadline = time.monotonic() + _DEADLINE_S
-        sockets = {key: connect(key, ["127.0.0.1"], port, token, deadline) for key in serves}
+        lines = {key: connect(key, [("127.0.0.1", port)], token, deadline) for key in serves}
         self._ledgers = {key: [Ledger(rank, ranks) for rank in served] for key, served in serves.items()}
         self._body = b""
         self._messages: list[Message] = []
@@ -126,7 +127,7 @@ class Crowd:
         self._waiting = set(serves)
         self._step = 0
         self._done = threading.Event()
-        self.links = Links(sockets)
+        self.links = Links(lines)
         self.links.start(self._hear, lambda key, why: None)
 
     def checkpoint(self, step: int) -> tuple[float, float]:

@@ -90,8 +90,12 @@ class Capture:
         return self._handover.wait(timeout_s) and self.write.wait_written(max(0.0, deadline - time.monotonic()))
 
     def fits(self, survey: Survey) -> bool:
-        """Whether what there is lies as it did when the capture was opened, so that it can be sealed."""
-        return survey is self.survey or survey.key == self.survey.key
+        """Whether what there is lies where it did when the capture was opened, so that it can be sealed.
+
+        Addresses are asked beside the key, which has none of what is staged: a new tensor in the place of one that was
+        copied from holds something else.
+        """
+        return survey is self.survey or (survey.key == self.survey.key and survey.addresses == self.survey.addresses)
 
     def leave(self) -> None:
         """Before another capture writes the attempt: waits until nothing is being staged. Raises LeaseBroken or

@@ -55,6 +55,9 @@ class Sealer:
         for view in self._framework.params:
             self._framework.put_gradient(view, view.fqn in present)
         self._objects.put(sealed["objects"])
+        self.put_extra_states(sealed)
+
+    def put_extra_states(self, sealed: dict[str, Any]) -> None:
         for name, module in self._framework.extra_states():
             if name in sealed["extra_state"]:
                 module.set_extra_state(sealed["extra_state"][name])

@@ -194,6 +194,13 @@ class Surveyor:
             self._last = glance, self._survey(copying, glance.held.states, frozen if sealing else None)
         return self._last[1]
 
+    def known(self, copying: frozenset[str]) -> Survey | None:
+        """What the last look found, if that is still what is wanted; nothing is compared with what there is now. It
+        keeps the memory that it names.
+        """
+        wanted = self._last is not None and self._last[0].copying == copying and self._still_frozen() is self._frozen
+        return self._last[1] if wanted and self._last is not None else None
+
     def _still_frozen(self) -> frozenset[int] | None:
         """The parameters that were frozen at the last look, by id; None if one of them is no more."""
         if self._frozen and not self._frozen.isdisjoint(id(view.param) for view in self._optimizer.trained):

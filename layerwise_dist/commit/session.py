@@ -67,12 +67,12 @@ class Committer:
     def __init__(
         self, manager: CheckpointMetadataManager, owner: Owner, info: SessionInfo, *, world_size: int, framework: str,
         software: dict[str, str], keep_last: int, keep_every_n_steps: int | None,
-        patience_s: float = threading.TIMEOUT_MAX,
+        keep_tags: int | None = None, patience_s: float = threading.TIMEOUT_MAX,
     ) -> None:  # fmt: skip
         self._patience_s = patience_s
         self._manager, self.owner, self.info = manager, owner, info
         self._world_size, self._framework, self._software = world_size, framework, software
-        self._keep_last, self._keep_every = keep_last, keep_every_n_steps
+        self._keep_last, self._keep_every, self._keep_tags = keep_last, keep_every_n_steps, keep_tags
         self._head: ParentRef | None = None
         self._branch = self._root = 0  # of the next manifest, as the record says; so is `_before`
         self._before: list[Span] = []
@@ -185,7 +185,7 @@ class Committer:
         inventory = self._known
         gone = retired(
             inventory.lineage(), inventory.family(), keep_last=self._keep_last, keep_every_n_steps=self._keep_every,
-            above=inventory.newest_damage,
+            keep_tags=self._keep_tags, above=inventory.newest_damage,
         )  # fmt: skip
         for seq in gone:
             self.owner.check()
@@ -259,12 +259,13 @@ class Committer:
 def start_coordinator(
     transport: Transport, manager: CheckpointMetadataManager, owner: Owner, info: SessionInfo, *, framework: str,
     software: dict[str, str], keep_last: int, keep_every_n_steps: int | None, timeout_s: float, on_failure: str,
-    raise_after: int,
+    raise_after: int, keep_tags: int | None = None,
 ) -> tuple[Committer, CoordinatorThread]:  # fmt: skip
     """Rank 0's part from `open_session` on: the caller leads messages to the coordinator's `post`."""
     committer = Committer(
         manager, owner, info, world_size=transport.world_size, framework=framework, software=software,
-        keep_last=keep_last, keep_every_n_steps=keep_every_n_steps, patience_s=DISK_SHARE * timeout_s,
+        keep_last=keep_last, keep_every_n_steps=keep_every_n_steps, keep_tags=keep_tags,
+        patience_s=DISK_SHARE * timeout_s,
     )  # fmt: skip
     logic = Coordinator(
         transport.world_size, timeout_s=timeout_s, on_failure=on_failure, raise_after=raise_after, now=time.monotonic(),

@@ -77,7 +77,7 @@ def examine(directory: str, plan: Plan, progress: Callable[[str], None] = lambda
     source = "as given"
     if here:
         try:
-            found, held = _checkpoints(looked_at, plan.config.keep_every_n_steps)
+            found, held = _checkpoints(looked_at, plan.config.keep_every_n_steps, plan.config.keep_tags)
             if state is None:
                 state, source = found, "the newest checkpoint"
         except OSError as error:
@@ -129,14 +129,14 @@ def _backend(config: LayerwiseConfig, refusal: str | None) -> str | None:
     return None if wanted == "uring" and refusal is not None else wanted
 
 
-def _checkpoints(root: str, keep_every: int | None) -> tuple[int | None, findings.Held]:
+def _checkpoints(root: str, keep_every: int | None, keep_tags: int | None) -> tuple[int | None, findings.Held]:
     """(bytes of the newest commit of the lineage, what lies on the disk). Raises OSError.
 
     Damaged commits, and lineages that a fresh start left, are not counted: nothing ever removes them.
     """
     inventory = CheckpointMetadataManager(_native.PosixEnv(), root).inventory()
     lineage, family = inventory.lineage(), inventory.family()
-    stay = staying(lineage, family, keep_every_n_steps=keep_every, above=inventory.newest_damage)
+    stay = staying(lineage, family, keep_every_n_steps=keep_every, keep_tags=keep_tags, above=inventory.newest_damage)
     commits = {commit.seq: _on_disk(os.path.join(root, commit.attempt_id.folder)) for commit in family}
     bases = sum(_on_disk(os.path.join(root, layout.base_folder(base))) for base in inventory.bases)
     unfinished = sum(_on_disk(os.path.join(root, attempt.folder)) for attempt in inventory.unfinished)

@@ -13,6 +13,7 @@ from torch import nn
 
 from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.names import CleanNames, check_unique, join
+from layerwise_dist.frameworks.parts import Parts
 from layerwise_dist.pieces import Piece, check_layout, dtype_code
 from layerwise_dist.slices import Slice, ranks_of
 
@@ -172,6 +173,10 @@ class Framework:
     def carry(self) -> Any:
         """What the wrapper has learnt since it was made and a resumed job must know too, as typed JSON takes it."""
         return None
+
+    def part_of(self, carried: Any, parts: Parts) -> Any:
+        """What of it a restore of `parts` takes up."""
+        return carried
 
     def take_up(self, carried: Any) -> None:
         """Brings a new wrapper to where `carry` was asked. All ranks together, before any live tensor is loaded."""

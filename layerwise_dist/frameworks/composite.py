@@ -14,6 +14,7 @@ from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.base import Framework, ParamView, same_objects
 from layerwise_dist.frameworks.nested import NO_STATE
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter, UpdateEvents
+from layerwise_dist.frameworks.parts import Parts
 from layerwise_dist.pieces import Piece
 from layerwise_dist.slices import Slice
 
@@ -158,6 +159,9 @@ class CompositeFramework(Framework):
     def carry(self) -> Any:
         return {name: part.carry() for name, part in self.parts.items()}
 
+    def part_of(self, carried: Any, parts: Parts) -> Any:
+        return {name: part.part_of(carried[name], parts) for name, part in self.parts.items()}
+
     def take_up(self, carried: Any) -> None:
         for name, part in self.parts.items():
             part.take_up(carried[name])
@@ -270,6 +274,10 @@ class CompositeOptimizer(OptimizerAdapter):
             mine = saved["optimizers"][name]
             member.adopt(states, {**saved, **mine})
             self.updates[name] = mine["updates"]
+
+    def keep(self, saved: Mapping[str, Any]) -> None:
+        for name, member in self._members.items():
+            member.keep({**saved, **saved["optimizers"].get(name, {"groups": []})})
 
     # -- updates ------------------------------------------------------------------------------------------------
 

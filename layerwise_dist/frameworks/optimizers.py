@@ -133,6 +133,9 @@ class OptimizerAdapter:
         """Takes the loaded state: tensors from `place`, by parameter and name, and the saved ``optimizer`` state."""
         raise NotImplementedError
 
+    def keep(self, saved: Mapping[str, Any]) -> None:
+        """Parameters were loaded, and the optimizer's state stays as it is; `saved` is what `adopt` would have got."""
+
     def watch(self, events: UpdateEvents) -> None:
         """From now on, tell `events` of every update."""
         raise NotImplementedError

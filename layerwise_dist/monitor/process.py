@@ -12,7 +12,7 @@ import time
 import weakref
 from pathlib import Path
 
-import layerwise_dist
+from layerwise_dist.processes import own_environment
 
 log = logging.getLogger("layerwise_dist")
 
@@ -40,7 +40,7 @@ class MonitorProcess:
             self._process = subprocess.Popen(
                 [*COMMAND, str(theirs.fileno()), str(self.memory), str(os.getpid())], stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, close_fds=True,
-                pass_fds=(theirs.fileno(), self.memory), env=_environment(),
+                pass_fds=(theirs.fileno(), self.memory), env=own_environment(),
             )  # fmt: skip
         except BaseException:
             self.socket.close()
@@ -87,13 +87,6 @@ class MonitorProcess:
             if descriptor >= 0:
                 os.close(descriptor)
         self.memory = -1
-
-
-def _environment() -> dict[str, str]:
-    """This very package, whatever lies in the working directory."""
-    here = str(Path(layerwise_dist.__file__).parent.parent)
-    paths = [here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
 
 
 def _is_stopped(pid: int) -> bool:

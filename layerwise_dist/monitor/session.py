@@ -83,8 +83,9 @@ class MonitorSession:
             self._committer, self._coordinator = start_coordinator(
                 self._transport, manager, self._owner, info, framework=message["framework"],
                 software=message["software"], keep_last=config.keep_last,
-                keep_every_n_steps=config.keep_every_n_steps, timeout_s=config.commit.timeout_s,
-                on_failure=config.commit.on_failure, raise_after=config.commit.raise_after,
+                keep_every_n_steps=config.keep_every_n_steps, keep_tags=config.keep_tags,
+                timeout_s=config.commit.timeout_s, on_failure=config.commit.on_failure,
+                raise_after=config.commit.raise_after,
             )  # fmt: skip
             participant.serve(self._coordinator.post, self._coordinator.quiet)
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from layerwise_dist.commit.transports import Handler, Message
 from layerwise_dist.commit.transports.frames import decode, encode
 from layerwise_dist.commit.transports.links import Links
+from layerwise_dist.commit.transports.proof import Line
 
 _OTHER = 0  # the key of the only connection
 
@@ -22,7 +23,7 @@ class Wire:
     def __init__(self, sock: socket.socket, on_message: Handler, on_end: Callable[[str], None]) -> None:
         """Nothing arrives before `start`. `on_end(why)` comes once, unless this side closes first."""
         self._on_message, self._on_end = on_message, on_end
-        self._links = Links({_OTHER: sock})
+        self._links = Links({_OTHER: Line(sock)})
         self._lock = threading.Lock()
         self._outbox: list[Message] = []
 

@@ -15,6 +15,7 @@ import torch
 from layerwise_dist.errors import DamageError, MismatchError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
+from layerwise_dist.frameworks.parts import WHOLE, Parts
 from layerwise_dist.pieces import is_dense
 from layerwise_dist.restore import contents
 from layerwise_dist.restore.contents import Held
@@ -43,9 +44,11 @@ class LoadPlan:
 
 
 def prepare(
-    framework: Framework, optimizer: OptimizerAdapter, shards: ShardSet, where: str, *, partly: bool = False
-) -> LoadPlan:
-    """With `partly`, the model may have tensors that the checkpoint has not; they stay as they are.
+    framework: Framework, optimizer: OptimizerAdapter, shards: ShardSet, where: str, *, partly: bool = False,
+    parts: Parts = WHOLE,
+) -> LoadPlan:  # fmt: skip
+    """With `partly`, the model may have tensors that the checkpoint has not; they stay as they are. Of what `parts`
+    leaves out nothing is read or checked.
 
     Raises MismatchError listing every name that is missing, unexpected or of another shape; UnsupportedError for a
     model that has become what cannot be saved; DamageError; OSError.
@@ -83,22 +86,25 @@ def prepare(
         kind, fqn = name.split("/", 1)
         if kind not in ("param", "master", "buffer"):
             by_fqn.setdefault(fqn, []).append(name)
-    for view in optimizer.state_views:
+    for view in optimizer.state_views if parts.takes_optimizer else ():
         for name in by_fqn.pop(view.fqn, []):
             _, entry = index[name][0]
             tensor = optimizer.place(view, entry.slice, entry.wrapped)
             loading.states.setdefault(view.fqn, {})[entry.slice.kind] = tensor
             want(framework.need(view, entry.slice.kind, tensor), tensor)
-    if partly:
+    if partly or not parts.strict:
         loading.lacking, missing = missing, []
         sealed["optimizer"]["lacking"] = [name.split("/", 1)[1] for name in loading.lacking]
-    unexpected = sorted(name for name in index if name not in wanted_names)
+    unexpected = sorted(name for name in index if name not in wanted_names) if parts.strict else []
+    if not parts.takes_optimizer:
+        unexpected = [name for name in unexpected if name.split("/", 1)[0] in ("param", "master", "buffer")]
     problems = (
         shaped[:_LISTED]
         + _listing("missing from the checkpoint", missing)
         + _listing("unexpected in the checkpoint", unexpected)
     )
-    problems += optimizer.check(sealed["optimizer"])
+    if parts.takes_optimizer:
+        problems += optimizer.check(sealed["optimizer"])
     problems += contradictions(read_names, loading.reads)[:_LISTED]
     if problems:
         raise MismatchError(

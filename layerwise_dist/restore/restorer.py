@@ -12,6 +12,7 @@ from layerwise_dist.commit.shards import open_base, open_shard
 from layerwise_dist.errors import DamageError, MismatchError, NotFoundError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
+from layerwise_dist.frameworks.parts import WHOLE, Parts
 from layerwise_dist.patience import within
 from layerwise_dist.restore import agreement, loader
 from layerwise_dist.restore.agreement import Wish
@@ -41,9 +42,17 @@ class Restorer:
         self._check_objects = check_objects
         self.undefined: str | None = None
 
+    def of(self, manager: CheckpointMetadataManager) -> Restorer:
+        """The same for another directory, which is only read."""
+        return Restorer(
+            self._framework, self._optimizer, manager=manager, adapter=self._adapter, participant=self._participant,
+            check_objects=self._check_objects,
+        )  # fmt: skip
+
     def newest(
-        self, wish: Wish, read: Callable[[], Inventory], *, fresh_if_missing: bool, partly: bool = False
-    ) -> tuple[AttemptId, LoadPlan, bool] | None:
+        self, wish: Wish, read: Callable[[], Inventory], *, fresh_if_missing: bool, partly: bool = False,
+        parts: Parts = WHOLE,
+    ) -> tuple[AttemptId, LoadPlan, bool] | None:  # fmt: skip
         """The best candidate that verifies on all ranks, loaded, and whether newer commits are left behind with it.
         `read` is called on rank 0: what it finds must stay until the lineage goes on from what is chosen.
 
@@ -57,7 +66,7 @@ class Restorer:
                 raise
             return None
         for attempt, leaves in offered:
-            loading = self._load(attempt, partly)
+            loading = self._load(attempt, partly, parts)
             if loading is not None:
                 return attempt, loading, leaves
         if offered:
@@ -73,24 +82,24 @@ class Restorer:
             raise NotFoundError(f"{root} holds no committed {wish}")
         return None
 
-    def _load(self, attempt: AttemptId, partly: bool) -> LoadPlan | None:
+    def _load(self, attempt: AttemptId, partly: bool, parts: Parts) -> LoadPlan | None:
         """One candidate, on all ranks: check everything, then read.
 
         None if damaged somewhere; other errors are raised.
         """
         sound, loading = agreement.together(
-            self._participant, f"check step {attempt.step}", lambda: self._check(attempt, partly)
+            self._participant, f"check step {attempt.step}", lambda: self._check(attempt, partly, parts)
         )
         if not sound:
             return None
-        self._framework.take_up(loading.sealed["wrapper"])
+        self._framework.take_up(self._framework.part_of(loading.sealed["wrapper"], parts))
         self.undefined = (
             f"the restore of step {attempt.step} did not finish: parameters and optimizer state are undefined"
         )
         sound, _ = agreement.together(self._participant, f"load step {attempt.step}", lambda: loader.load(loading))
         return loading if sound else None
 
-    def _check(self, attempt: AttemptId, partly: bool) -> LoadPlan:
+    def _check(self, attempt: AttemptId, partly: bool, parts: Parts) -> LoadPlan:
         try:
             manifest = within(
                 self._participant.disk_s, "a look at the manifest", lambda: self._manager.read_manifest(attempt)
@@ -111,8 +120,9 @@ class Restorer:
             )
         shards = ShardSet(framework.rank, lambda rank: self._open(manifest, rank))
         where = f"step {manifest.step} in {self._manager.root}"
-        loading = loader.prepare(framework, self._optimizer, shards, where, partly=partly)
-        self._check_objects(loading.sealed["objects"])
+        loading = loader.prepare(framework, self._optimizer, shards, where, partly=partly, parts=parts)
+        if not parts.module_only:
+            self._check_objects(loading.sealed["objects"])
         record = manifest.shards[framework.rank].base
         if record is not None:
             report = BaseReport(record.attempt, record.nbytes, record.header_bytes, int(record.header_hash, 16))

@@ -23,6 +23,8 @@ The text
     dict                  an object, in insertion order, if every key is a str without lone surrogates and none is
                           ``"!"``; else ``{"!":"dict","v":[[key, value], ...]}``
     OrderedDict, Counter  ``{"!":"OrderedDict","v":[[key, value], ...]}``, ``{"!":"Counter","v":[[key, value], ...]}``
+    argparse.Namespace,   ``{"!":"Namespace","v":[[name, value], ...]}``, ``{"!":"SimpleNamespace",...}``
+    SimpleNamespace
     defaultdict           ``{"!":"defaultdict","of":f,"v":[[key, value], ...]}``; f, the factory, is null, "int",
                           "float", "str", "list", "dict" or "set"
     deque                 ``{"!":"deque","max":null or int,"v":[...]}``

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import struct
 import sys
+from argparse import Namespace
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -288,6 +290,14 @@ def _read_size(r: Reader, node: dict[str, Any], depth: int) -> torch.Size:
     return torch.Size(v)
 
 
+def _read_namespace(r: Reader, node: dict[str, Any], depth: int) -> Namespace | SimpleNamespace:
+    held = r.pairs(node, {}, depth)
+    _expect(all(type(name) is str for name in held), "a namespace's names are strings")
+    made = Namespace() if node[TAG] == "Namespace" else SimpleNamespace()
+    vars(made).update(held)
+    return made
+
+
 def _reader(fields: str, read: Callable[[Reader, dict[str, Any], int], Any]) -> tuple[set[str], Any]:
     return {TAG, *fields.split()}, read
 
@@ -306,6 +316,8 @@ _READERS: dict[str, tuple[set[str], Callable[[Reader, dict[str, Any], int], Any]
     "dict": _reader("v", lambda r, node, depth: r.pairs(node, {}, depth)),
     "OrderedDict": _reader("v", lambda r, node, depth: r.pairs(node, OrderedDict(), depth)),
     "Counter": _reader("v", lambda r, node, depth: r.pairs(node, Counter(), depth)),
+    "Namespace": _reader("v", _read_namespace),
+    "SimpleNamespace": _reader("v", _read_namespace),
     "defaultdict": _reader("of v", _read_defaultdict),
     "deque": _reader("max v", _read_deque),
     "slice": _reader("v", _read_slice),

@@ -8,8 +8,10 @@ import json
 import math
 import struct
 import uuid
+from argparse import Namespace
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,7 +34,8 @@ VECTOR_ABOVE = 64  # elements; shorter ones stay readable in the text
 
 ALLOWED = (
     "None, bool, int, float, complex, str, bytes, bytearray, list, tuple, set, frozenset, dict, OrderedDict, Counter, "
-    "defaultdict, deque, slice, range, numpy scalars and arrays, torch tensors, torch.dtype, torch.device, torch.Size"
+    "defaultdict, deque, slice, range, argparse.Namespace, SimpleNamespace, numpy scalars and arrays, torch tensors, "
+    "torch.dtype, torch.device, torch.Size"
 )
 
 
@@ -191,6 +194,13 @@ def _write_dict(w: Writer, v: dict[Any, Any]) -> Any:
     return {TAG: "dict", "v": w.pairs(v)}
 
 
+def _write_namespace(w: Writer, v: Namespace | SimpleNamespace) -> Any:
+    held = vars(v)
+    if not all(type(name) is str for name in held):
+        raise Problem("a namespace whose attributes' names are not strings cannot be written")
+    return {TAG: type(v).__name__, "v": w.pairs(held)}
+
+
 def _write_mapping(w: Writer, v: OrderedDict[Any, Any] | Counter[Any]) -> Any:
     return {TAG: type(v).__name__, "v": w.pairs(v)}
 
@@ -261,6 +271,7 @@ _WRITERS: dict[type, Callable[[Writer, Any], Any]] = {
     bytes: _write_bytes, bytearray: _write_bytes,
     list: _write_sequence, tuple: _write_sequence, set: _write_set, frozenset: _write_set,
     dict: _write_dict, OrderedDict: _write_mapping, Counter: _write_mapping, defaultdict: _write_defaultdict,
+    Namespace: _write_namespace, SimpleNamespace: _write_namespace,
     deque: _write_deque, slice: _write_slice, range: _write_slice,
     **dict.fromkeys(NP_SCALARS, _write_np_scalar), np.ndarray: _write_array,
     torch.Tensor: _write_tensor, torch.nn.Parameter: _write_tensor, torch.Size: _write_size,
@@ -272,7 +283,9 @@ _WRITERS: dict[type, Callable[[Writer, Any], Any]] = {
 _STAYS: dict[type, Callable[[Any], bool]] = {
     type(None): lambda v: True, bool: lambda v: True, float: math.isfinite, str: str.isascii,
 }  # fmt: skip
-_CONTAINERS = {list, tuple, set, frozenset, dict, OrderedDict, Counter, defaultdict, deque, slice}
+_CONTAINERS = {
+    list, tuple, set, frozenset, dict, OrderedDict, Counter, defaultdict, deque, slice, Namespace, SimpleNamespace,
+}  # fmt: skip
 
 
 def _why_refused(v: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,7 +13,8 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import safe_get_full_optimizer_state
 from kit import differences
-from zero_kit import STEPS, STOP, Job, Net, settings, trial
+from zero_calls import CHECKS as OF_CALLS
+from zero_kit import STEPS, STOP, Job, Net, expect, settings, trial
 
 import layerwise_dist as lwd
 import layerwise_dist.deepspeed as drop_in
@@ -166,7 +166,6 @@ def refusals(root: str) -> list[str]:
         *refused(state_of_another_shape, "'factor' of shape [3]", root),
         *refused(own_state_dict, "around the optimizer AdamW, which has a state_dict() of its own", root),
         *refused(one_inside, "DeepSpeed: AdamW with optimizers inside it (inner)", root),
-        *refused(lambda engine: setattr(engine, "optimizer", None), "no optimizer", root),
         *replaced(),
     ]
 
@@ -348,98 +347,6 @@ def in_backward_mutation(root: str) -> list[str]:
         in_backward_room.InBackward._is_stepped = original  # type: ignore[method-assign]
 
 
-# -- scripts that stay as they are -----------------------------------------------------------------------------------
-
-
-class UserScript:
-    """A script for DeepSpeed that was changed by one import: it saves and loads by the engine's own calls."""
-
-    def __init__(self, root: str, seed: int, stage: int = 2) -> None:
-        torch.manual_seed(seed)
-        self.net = Net()
-        config = settings(stage, {"bf16", "accumulate2"})
-        config["layerwise_checkpoint"] = {"dir": root, "every_n_steps": None, "commit": {"timeout_s": 30.0}}
-        optimizer = torch.optim.AdamW([p for p in self.net.parameters() if p.requires_grad], lr=0.01)
-        self.engine, *_ = drop_in.initialize(model=self.net, optimizer=optimizer, config=config)
-        torch.manual_seed(1000 * seed + dist.get_rank())
-
-    def micro_batch(self) -> str:
-        tokens, targets = torch.randint(0, 19, (2, 6)), torch.randint(0, 19, (12,))
-        loss = torch.nn.functional.cross_entropy(self.engine(tokens).flatten(0, 1).float(), targets)
-        self.engine.backward(loss)
-        self.engine.step()
-        return loss.item().hex()
-
-    def train(self, windows: int) -> list[str]:
-        return [self.micro_batch() for _ in range(2 * windows)]
-
-
-def expect(error: type[Exception], message: str, call: Callable[[], Any]) -> list[str]:
-    try:
-        call()
-    except error as raised:
-        return [] if re.search(message, str(raised)) else [f"{raised} does not say {message!r}"]
-    return [f"no error: {message}"]
-
-
-def calls(root: str) -> list[str]:
-    script = UserScript(f"{root}/whole", 1)
-    losses = script.train(STEPS)
-    script.engine.layerwise.close()
-
-    script = UserScript(f"{root}/ckpt", 1)
-    found = [] if script.engine.load_checkpoint(f"{root}/ckpt") == (None, None) else ["a checkpoint in an empty folder"]
-    script.train(STOP)
-    saved = script.engine.save_checkpoint(f"{root}/ckpt", client_state={"at": STOP, "rank": dist.get_rank()})
-    if saved is not True or script.engine.layerwise.committed_step != STOP:
-        found.append(f"save_checkpoint returned {saved} before its commit")
-    script.micro_batch()
-    found += expect(
-        errors.BoundaryError, "within an accumulation window", lambda: script.engine.save_checkpoint(f"{root}/ckpt")
-    )
-    found += expect(errors.ConfigError, f"{root}/elsewhere", lambda: script.engine.save_checkpoint(f"{root}/elsewhere"))
-    script.micro_batch()
-    script.engine.save_checkpoint(f"{root}/ckpt", tag=8, client_state={"at": STOP + 1})
-    script.engine.layerwise.close()
-
-    for tag, at in ((None, STOP + 1), (f"global_step{STOP}", STOP)):
-        script = UserScript(f"{root}/ckpt", 2)
-        path, state = script.engine.load_checkpoint(f"{root}/ckpt", tag)
-        expected = {"at": at} if tag is None else {"at": at, "rank": dist.get_rank()}
-        if state != expected or path is None or script.engine.global_steps != at:
-            found.append(f"load_checkpoint({tag}): {path}, {state}, global step {script.engine.global_steps}")
-        if script.train(STEPS - at) != losses[2 * at :]:
-            found.append(f"load_checkpoint({tag}): other losses")
-        found += expect(
-            errors.UnsupportedError,
-            "load_module_only=True",
-            lambda script=script: script.engine.load_checkpoint(f"{root}/ckpt", load_module_only=True),
-        )
-        script.engine.layerwise.close()
-    return found
-
-
-def from_deepspeeds_own(root: str) -> list[str]:
-    """A job that comes from DeepSpeed's own checkpoints loads its last one, and saves its own from then on."""
-    job = Job("2-bf16", seed=1)
-    job.train(None, STOP)
-    job.engine.save_checkpoint(f"{root}/theirs", client_state={"at": STOP})
-    expected = job.contents()
-    job = Job("2-bf16", seed=2)
-    ckpt = job.attach(f"{root}/ours")
-    drop_in.serve_checkpoint_calls(job.engine, ckpt)
-    _, state = job.engine.load_checkpoint(f"{root}/theirs")
-    found = [] if state["at"] == STOP else [f"client_state {state}"]
-    names = [name for name in differences(job.contents(), expected) if name not in ("rng", "forwards", "counters")]
-    job.engine.save_checkpoint(f"{root}/ours", "first")
-    ckpt.close()
-    job = Job("2-bf16", seed=3)
-    ckpt = job.attach(f"{root}/ours")
-    ckpt.restore(tag="first")
-    ckpt.close()
-    return found + names + [name for name in differences(job.contents(), expected) if name.startswith("master/")]
-
-
 def frozen_layers(root: str) -> list[str]:
     """LoRA as it is usually written: the optimizer is given all parameters, and whole layers of them are frozen."""
     found = []
@@ -470,9 +377,9 @@ def frozen_layers(root: str) -> list[str]:
 
 CHECKS: dict[str, Callable[[str], Any]] = {
     "refusals": refusals, "window": window_in_two, "stages": other_stage, "block": block_in_ds_config,
-    "calls": calls, "from DeepSpeed's own": from_deepspeeds_own, "regrouped": regrouped, "mutations": mutations,
+    "regrouped": regrouped, "mutations": mutations,
     "nvme mutation": nvme_mutation, "nvme full": nvme_full, "nvme saved": nvme_saved,
     "in backward": in_backward, "in backward mutation": in_backward_mutation,
-    "frozen layers": frozen_layers,
+    "frozen layers": frozen_layers, **OF_CALLS,
     "other memory 2": partial(given_other_memory, "2-bf16"), "other memory 3": partial(given_other_memory, "3-bf16"),
 }  # fmt: skip

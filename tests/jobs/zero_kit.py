@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -286,3 +287,11 @@ def trial(case: str, root: str, sabotage: Callable[[Job], None] | None = None) -
     if [*bases, ckpt.stats()["bases_written"]] != ([1, 0] if "base" in case.split("-") else [0, 0]):
         problems.append(f"{[*bases, ckpt.stats()['bases_written']]} bases were written")
     return problems + unsound(f"{root}/stopped")
+
+
+def expect(error: type[Exception], message: str, call: Callable[[], Any]) -> list[str]:
+    try:
+        call()
+    except error as raised:
+        return [] if re.search(message, str(raised)) else [f"{raised} does not say {message!r}"]
+    return [f"no error: {message}"]

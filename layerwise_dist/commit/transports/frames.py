@@ -1,14 +1,19 @@
-"""What goes over a connection: frames, each a length of four bytes and a JSON array of messages."""
+"""What goes over a connection: frames, each a length of four bytes and a JSON array of messages; over the network, and
+its MAC.
+"""
 
 from __future__ import annotations
 
+import hmac
 import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from layerwise_dist.commit.transports import Message
+from layerwise_dist.commit.transports.proof import MAC_BYTES, Seals
 
 _LENGTH = struct.Struct("!I")
+LENGTH_BYTES = _LENGTH.size
 _MOST_IN_FRAME = 256 << 20
 
 
@@ -24,17 +29,25 @@ def decode(body: bytes) -> list[Message]:
     return json.loads(body)
 
 
-def take_frames(received: bytearray) -> list[bytes]:
-    """The bodies of the whole frames in it, which are removed from it. Raises ValueError for what is no frame."""
-    found, place = [], 0
-    while len(received) - place >= _LENGTH.size:
-        (size,) = _LENGTH.unpack_from(received, place)
-        if size > _MOST_IN_FRAME:
-            raise ValueError(f"a frame of {size} bytes")
-        if len(received) - place - _LENGTH.size < size:
-            break
-        found.append(bytes(memoryview(received)[place + _LENGTH.size : place + _LENGTH.size + size]))
-        place += _LENGTH.size + size
-    if place:
+def take_frames(received: bytearray, seals: Seals | None = None) -> Iterator[bytes]:
+    """The bodies of the whole frames in it, which are removed from it. With `seals` each is followed by its MAC.
+
+    Raises ValueError for what is no frame, or none that the other end sent next.
+    """
+    place, after = 0, MAC_BYTES if seals is not None else 0
+    try:
+        while len(received) - place >= _LENGTH.size:
+            (size,) = _LENGTH.unpack_from(received, place)
+            if size > _MOST_IN_FRAME:
+                raise ValueError(f"a frame of {size} bytes")
+            begin, end = place + _LENGTH.size, place + _LENGTH.size + size
+            if len(received) < end + after:
+                break
+            with memoryview(received) as whole:
+                body, mac = bytes(whole[begin:end]), bytes(whole[end : end + after])
+            place = end + after
+            if seals is not None and not hmac.compare_digest(mac, seals.next(body)):
+                raise ValueError("a frame whose MAC is not that of the other rank")
+            yield body
+    finally:
         del received[:place]
-    return found

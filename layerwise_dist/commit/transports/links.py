@@ -19,7 +19,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from layerwise_dist.commit.transports.frames import take_frames
+from layerwise_dist.commit.transports.frames import LENGTH_BYTES, take_frames
+from layerwise_dist.commit.transports.proof import Line, Seals
 
 log = logging.getLogger("layerwise_dist")
 
@@ -34,8 +35,10 @@ _SILENCE_S = 30
 class Link:
     """One connection. Everything but the constructor belongs to the thread of its `Links`."""
 
-    def __init__(self, key: int, sock: socket.socket) -> None:
-        self.key, self.sock = key, sock
+    def __init__(self, key: int, line: Line) -> None:
+        self.key, self.sock = key, line.sock
+        self.seals_out = Seals(line.keys.sending) if line.keys is not None else None
+        self.seals_in = Seals(line.keys.receiving) if line.keys is not None else None
         self.received = bytearray()
         self.unsent: deque[memoryview] = deque()
         self.unsent_bytes = 0
@@ -46,11 +49,11 @@ class Link:
 class Links:
     """`relay.Connections` over sockets."""
 
-    def __init__(self, sockets: dict[int, socket.socket]) -> None:
+    def __init__(self, lines: dict[int, Line]) -> None:
         self._on_frame: Callable[[int, bytes], None] = _ignore
         self._on_end: Callable[[int, str], None] = _ignore
         self._selector = selectors.DefaultSelector()
-        self._links = {key: Link(key, sock) for key, sock in sockets.items()}
+        self._links = {key: Link(key, line) for key, line in lines.items()}
         self._calls: deque[Callable[[], None]] = deque()
         self._later: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
@@ -109,9 +112,14 @@ class Links:
     def send(self, key: int, frame: bytes) -> None:
         if (link := self._links.get(key)) is not None and link.open:
             link.unsent.append(memoryview(frame))
-            link.unsent_bytes += len(frame)
+            size = len(frame)
+            if link.seals_out is not None:
+                mac = link.seals_out.next(memoryview(frame)[LENGTH_BYTES:])
+                link.unsent.append(memoryview(mac))
+                size += len(mac)
+            link.unsent_bytes += size
             self.frames_out += 1
-            self.bytes_out += len(frame)
+            self.bytes_out += size
             if not link.writing:
                 self._write(link)
             if link.unsent_bytes > _MOST_UNSENT:
@@ -178,7 +186,7 @@ class Links:
             self._end(link, error.strerror or str(error))
             return
         try:
-            for body in take_frames(link.received):
+            for body in take_frames(link.received, link.seals_in):
                 self.frames_in += 1
                 self.bytes_in += len(body)
                 self._on_frame(link.key, body)

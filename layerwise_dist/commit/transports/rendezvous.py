@@ -2,30 +2,31 @@
 
 The only use of the job's process groups: three gathers over the default group, on the training thread inside
 `attach()`. What is gathered cannot be left over from an earlier incarnation of the job, as a key in a launcher's store
-can, and every connection begins with a token that rank 0 made for this session.
+can: the addresses and ports, and a token that rank 0 made for this session, by which the two ends of a connection know
+each other (`calls.py`).
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import hmac
 import json
 import os
-import resource
 import secrets
-import selectors
 import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from layerwise_dist.commit.transports.calls import Address, accept, connect, listen
+from layerwise_dist.commit.transports.proof import Line
 from layerwise_dist.commit.transports.relay import ABOVE
 from layerwise_dist.errors import CommitError
 
 _RECORD = 1024  # bytes of one rank's record in a gather
-_HELLO_S = 10.0
+_MOST_ADDRESSES = 6
+_LOOPBACK = "127.0.0.1"
+_ANYWHERE = "192.0.2.1"  # reserved for documentation: the way there is that of the default route
 
 Gather = Callable[[dict[str, Any]], list[dict[str, Any]]]
 """Collective: every rank's record, a JSON object of at most 1024 bytes, by rank."""
@@ -33,11 +34,11 @@ Gather = Callable[[dict[str, Any]], list[dict[str, Any]]]
 
 @dataclass
 class Met:
-    """One rank's connections. `sockets` by the lower rank at the other end, or ABOVE; `serves` says which ranks speak
+    """One rank's connections. `lines` by the lower rank at the other end, or ABOVE; `serves` says which ranks speak
     through each of the former; `above` names the other end of the latter.
     """
 
-    sockets: dict[int, socket.socket] = field(default_factory=dict)
+    lines: dict[int, Line] = field(default_factory=dict)
     serves: dict[int, list[int]] = field(default_factory=dict)
     above: str = ""
 
@@ -47,53 +48,57 @@ def meet(rank: int, gather: Gather, timeout_s: float, *, where: str | None = Non
 
     Raises CommitError on all ranks, naming the one on which something failed.
     """
-    places = [record["place"] for record in gather({"place": where or place()})]
+    first = gather({"place": where or place(), "from": _toward(os.environ.get("MASTER_ADDR", _ANYWHERE))[:2]})
     lowest: dict[str, int] = {}
-    for other, where in enumerate(places):
-        lowest.setdefault(where, other)
-    leads = [lowest[where] for where in places]
+    for other, record in enumerate(first):
+        lowest.setdefault(record["place"], other)
+    leads = [lowest[record["place"]] for record in first]
     met = Met(serves=_serves(rank, leads))
-    server: socket.socket | None = None
-    record: dict[str, Any] = {}
+    servers: list[socket.socket] = []
+    said: dict[str, Any] = {}
     try:
         try:
             if met.serves:
-                server = listen(len(met.serves), local=rank != 0 or len(lowest) == 1)
-                record["port"] = server.getsockname()[1]
+                far = [host for lead in lowest.values() if lead for host in first[lead].get("from", [])]
+                hosts = _own_addresses(far) if rank == 0 and len(lowest) > 1 else []
+                servers = listen([_LOOPBACK, *hosts], len(met.serves))
+                said["ports"] = [server.getsockname()[:2] for server in servers]
             if rank == 0:
-                record |= {"token": secrets.token_hex(16), "hosts": _addresses(len(lowest) == 1)}
+                said["token"] = secrets.token_hex(16)
         except OSError as error:
-            record = {"error": f"rank {rank} could not open a port for checkpoint messages: {error}"[:400]}
-        records = _all_well(gather(record))
+            said = {"error": f"rank {rank} could not open a port for checkpoint messages: {error}"[:400]}
+        records = _all_well(gather(said))
         problem = {}
         try:
-            _connect_all(met, rank, leads, records, server, time.monotonic() + timeout_s)
+            _connect_all(met, rank, leads, records, servers, time.monotonic() + timeout_s)
         except (OSError, CommitError) as error:
             problem = {"error": f"rank {rank}: {error}"[:400]}
         _all_well(gather(problem))
     except BaseException:
-        for sock in met.sockets.values():
-            sock.close()
+        for line in met.lines.values():
+            line.close()
         raise
     finally:
-        if server is not None:
+        for server in servers:
             server.close()
     return met
 
 
 def _connect_all(
-    met: Met, rank: int, leads: list[int], records: list[dict[str, Any]], server: socket.socket | None, deadline: float
+    met: Met, rank: int, leads: list[int], records: list[dict[str, Any]], servers: list[socket.socket], deadline: float
 ) -> None:
-    root = records[0]
-    if server is not None:
-        met.sockets |= accept(server, set(met.serves), root["token"], deadline)
+    token = records[0]["token"]
+    if servers:
+        met.lines |= accept(servers, set(met.serves), token, deadline)
     if rank == 0:
         return
     lead = leads[rank]
     above = 0 if lead == rank else lead
     met.above = f"rank {above}" + ("" if above == 0 else ", through which this node speaks to rank 0,")
-    hosts = root["hosts"] if lead == rank else ["127.0.0.1"]
-    met.sockets[ABOVE] = connect(rank, hosts, records[above]["port"], root["token"], deadline)
+    ports: list[Address] = [(host, port) for host, port in records[above]["ports"]]
+    near = [(host, port) for host, port in ports if host == _LOOPBACK]
+    far = [(host, port) for host, port in ports if host != _LOOPBACK]
+    met.lines[ABOVE] = connect(rank, (far or near) if lead == rank else (near or far), token, deadline)
 
 
 def place() -> str:
@@ -125,43 +130,33 @@ def _all_well(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return records
 
 
-def listen(expected: int, *, local: bool) -> socket.socket:
-    _allow_files(expected)
-    if local:
-        return socket.create_server(("127.0.0.1", 0), backlog=expected)
-    if socket.has_dualstack_ipv6():
-        try:
-            return socket.create_server(
-                ("::", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=max(expected, 128)
-            )
-        except OSError:
-            pass  # compiled in, and switched off
-    return socket.create_server(("0.0.0.0", 0), backlog=max(expected, 128))
+def _own_addresses(far: list[str]) -> list[str]:
+    """By which other nodes may reach this one, best first: what MASTER_ADDR stands for, if it is this machine's, and
+    where packets leave it on their way to `far`, or anywhere.
+    """
+    found = [address for host in filter(None, [os.environ.get("MASTER_ADDR")]) for address in _addresses_of(host)]
+    for host in [*dict.fromkeys(far), _ANYWHERE]:
+        found += _toward(host)
+    return [host for host in dict.fromkeys(found) if _is_own(host)][:_MOST_ADDRESSES]
 
 
-def _allow_files(connections: int) -> None:
-    """Raises the soft limit of open files where it must be. Raises OSError where the hard one is too low for that."""
-    needed = len(os.listdir("/proc/self/fd")) + connections + 64
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        if hard != resource.RLIM_INFINITY and hard < needed:
-            raise OSError(
-                errno.EMFILE,
-                f"{connections} connections need {needed} open files, and the hard limit (ulimit -Hn) is {hard}",
-            )
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+def _is_own(host: str) -> bool:
+    """Whether a server can be had there that others may reach."""
+    if host.startswith(("127.", "fe80:")) or host in ("::1", "0.0.0.0", "::"):
+        return False
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.bind((host, 0))
+        return True
+    except OSError:
+        return False
 
 
-def _addresses(one_node: bool) -> list[str]:
-    """Under which names other nodes may reach this one, best first."""
-    if one_node:
-        return ["127.0.0.1"]
-    found = []
-    if master := os.environ.get("MASTER_ADDR"):
-        found.append(master)
-        found += _toward(master)
-    found += [socket.gethostname(), *_toward("192.0.2.1")]
-    return list(dict.fromkeys(name for name in found if not name.startswith("127.")))[:6]
+def _addresses_of(host: str) -> list[str]:
+    try:
+        return [str(address[0]) for *_, address in socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)]
+    except OSError:
+        return []  # no such host
 
 
 def _toward(host: str) -> list[str]:
@@ -171,112 +166,10 @@ def _toward(host: str) -> list[str]:
         for family, kind, _, _, address in socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM):
             with socket.socket(family, kind) as probe:
                 probe.connect(address)
-                found.append(probe.getsockname()[0])
+                found.append(str(probe.getsockname()[0]))
     except OSError:
         pass  # no such host, or no way there
     return found
-
-
-def connect(rank: int, hosts: list[str], port: int, token: str, deadline: float) -> socket.socket:
-    """Tries the addresses in turn until one answers with the token. Raises CommitError at the deadline."""
-    failures: dict[str, str] = {}
-    pause = 0.05
-    while True:
-        for host in hosts:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                tried = "; ".join(f"{host}: {why}" for host, why in failures.items()) or "no time was left"
-                raise CommitError(f"no way to port {port} of the rank that takes its messages ({tried})")
-            try:
-                sock = socket.create_connection((host, port), timeout=min(left, _HELLO_S))
-            except OSError as error:
-                failures[host] = str(error)
-                continue
-            try:
-                sock.sendall(f"{token} {rank:08d}\n".encode())
-                if _line(sock) == f"{token} ok":
-                    return sock
-                failures[host] = "something else answers there"
-            except OSError as error:
-                failures[host] = str(error)
-            sock.close()
-        time.sleep(pause)
-        pause = min(1.0, 2 * pause)
-
-
-def _line(sock: socket.socket) -> str:
-    """Up to a line's end; byte by byte, since what follows is not ours."""
-    found = b""
-    while not found.endswith(b"\n") and len(found) < 128:
-        byte = sock.recv(1)
-        if not byte:
-            break
-        found += byte
-    return found.decode(errors="replace").strip()
-
-
-def accept(server: socket.socket, expected: set[int], token: str, deadline: float) -> dict[int, socket.socket]:
-    """Waits for every expected rank; what does not say the token is sent away. Raises CommitError at the deadline."""
-    met: dict[int, socket.socket] = {}
-    hello = len(f"{token} {0:08d}\n")
-    server.setblocking(False)
-    guests: dict[socket.socket, bytearray] = {}
-    with selectors.DefaultSelector() as selector:
-        selector.register(server, selectors.EVENT_READ)
-        try:
-            while len(met) < len(expected):
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    missing = sorted(expected - set(met))
-                    raise CommitError(f"rank(s) {_listed(missing)} did not connect in time")
-                for key, _ in selector.select(left):
-                    sock: Any = key.fileobj
-                    if sock is server:
-                        try:
-                            guest, _ = server.accept()
-                        except OSError:
-                            continue
-                        guest.setblocking(False)
-                        guests[guest] = bytearray()
-                        selector.register(guest, selectors.EVENT_READ)
-                        continue
-                    rank = _greet(sock, guests[sock], hello, token, expected - set(met))
-                    if rank is not None:
-                        selector.unregister(sock)
-                        del guests[sock]
-                        if rank >= 0:
-                            met[rank] = sock
-        except BaseException:
-            for sock in met.values():
-                sock.close()
-            raise
-        finally:
-            for sock in guests:
-                sock.close()
-    return met
-
-
-def _greet(sock: socket.socket, said: bytearray, hello: int, token: str, expected: set[int]) -> int | None:
-    """The rank that says the token; None: not yet; ABOVE: nobody we wait for, and the connection is closed."""
-    try:
-        data = sock.recv(hello - len(said))
-        said += data
-        if data and len(said) < hello:
-            return None
-        given, _, name = said.decode(errors="replace").strip().partition(" ")
-        if hmac.compare_digest(given.encode(), token.encode()) and name.isdigit() and int(name) in expected:
-            sock.sendall(f"{token} ok\n".encode())
-            return int(name)
-    except BlockingIOError:
-        return None
-    except OSError:
-        pass
-    sock.close()
-    return ABOVE
-
-
-def _listed(ranks: list[int]) -> str:
-    return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
 
 
 def over_default_group(record_bytes: int = _RECORD) -> Gather:

@@ -17,4 +17,4 @@ def open_store(rank: int, world_size: int, gather: Gather, timeout_s: float) -> 
 
 
 def over_tcp(rank: int, world_size: int, met: Met) -> RelayTransport:
-    return RelayTransport(rank, world_size, Links(met.sockets), met.serves, met.above)
+    return RelayTransport(rank, world_size, Links(met.lines), met.serves, met.above)

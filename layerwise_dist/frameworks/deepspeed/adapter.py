@@ -91,8 +91,16 @@ class DeepSpeedOptimizer(FlatState):
 
     def adopt(self, states: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any]) -> None:
         super().adopt(states, saved)
-        origins = group_origins(self._group_names(), saved)
-        self._framework.counters.put_schedule(origins, len(saved["groups"]))
+        self.keep(saved)
+
+    def keep(self, saved: Mapping[str, Any]) -> None:
+        counters = self._framework.counters
+        if counters.has_schedule:
+            try:
+                origins = group_origins(self._group_names(), saved)
+            except ValueError:  # of an optimizer that is not taken: the schedule is, as DeepSpeed does it
+                origins = [None]
+            counters.put_schedule(None if None in origins else origins, len(saved["groups"]))
         self._units.after_load()
 
     # -- updates ------------------------------------------------------------------------------------------------

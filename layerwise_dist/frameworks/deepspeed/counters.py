@@ -42,32 +42,41 @@ class Counters:
         }
 
     def put(self, taken: dict[str, Any]) -> None:
-        """All but the LR scheduler, which `put_schedule` puts back.
+        """All of it but the LR scheduler, which `put_schedule` puts back. What is not in `taken` stays as it is.
 
         Raises MismatchError where loss scaling or the LR scheduler is there in one of the two only.
         """
         engine, scaler = self._engine, self._scaler
         for what, live in (("loss_scale", scaler), ("lr_scheduler", engine.lr_scheduler)):
-            if (taken[what] is None) != (live is None):
+            if what in taken and (taken[what] is None) != (live is None):
                 here, there = ("has none", "has one") if live is None else ("has one", "has none")
                 raise MismatchError(f"{what.replace('_', ' ')}: this engine {here}, the checkpoint's {there}")
-        for name, value in taken["counters"].items():
+        for name, value in taken.get("counters", {}).items():
             setattr(engine, name, value)
-        if taken["window"] != engine.gradient_accumulation_steps():
+        if taken.get("window", engine.gradient_accumulation_steps()) != engine.gradient_accumulation_steps():
             # It is used modulo the window only, and a boundary is where a window ends.
             engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
-        if scaler is not None:
+        elif "window" in taken:
+            engine.micro_steps -= engine.micro_steps % taken["window"]  # one that was saved within begins anew
+        if scaler is not None and "loss_scale" in taken:
             external = taken["loss_scale"]["external"]
             for name in _SCALED:
                 if name in taken["loss_scale"] and hasattr(scaler, name):
                     setattr(scaler, name, taken["loss_scale"][name])
             self._wrapper.custom_loss_scaler = external is not None
             self._wrapper.external_loss_scale = external
-        self._schedule = taken["lr_scheduler"]
+        self._schedule = taken.get("lr_scheduler")
 
-    def put_schedule(self, origins: Sequence[int], groups: int) -> None:
-        """The LR scheduler's state of `put`; `origins` says of which of the saved `groups` each of this engine's is."""
+    @property
+    def has_schedule(self) -> bool:
+        """Whether `put` left something to `put_schedule`."""
+        return self._schedule is not None
+
+    def put_schedule(self, origins: Sequence[int] | None, groups: int) -> None:
+        """The LR scheduler's state of `put`; `origins` says of which of the saved `groups` each of this engine's is,
+        None that they have nothing to do with each other.
+        """
         schedule, self._schedule = self._schedule, None
         if schedule is not None:
-            alike = list(origins) == list(range(groups))
+            alike = origins is None or list(origins) == list(range(groups))
             self._engine.lr_scheduler.load_state_dict(schedule if alike else spread(schedule, origins, groups))

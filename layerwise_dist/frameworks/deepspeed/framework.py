@@ -15,6 +15,7 @@ from layerwise_dist.frameworks.deepspeed.counters import Counters
 from layerwise_dist.frameworks.deepspeed.support import find_units
 from layerwise_dist.frameworks.deepspeed.units import global_shape, partition
 from layerwise_dist.frameworks.flat import FlatFramework
+from layerwise_dist.frameworks.parts import Parts
 from layerwise_dist.frameworks.shares import Share, shares
 from layerwise_dist.pieces import Piece, dtype_code
 from layerwise_dist.slices import Slice, ranks_text
@@ -136,6 +137,14 @@ class DeepSpeedFramework(FlatFramework):
 
     def carry(self) -> Any:
         return self.counters.take()
+
+    def part_of(self, carried: Any, parts: Parts) -> Any:
+        if not parts.strict:
+            self.units.gather()  # what the checkpoint lacks stays as it is now
+        if parts.module_only:
+            return {}
+        left = [*([] if parts.optimizer else ["loss_scale"]), *([] if parts.scheduler else ["lr_scheduler"])]
+        return {name: value for name, value in carried.items() if name not in left}
 
     def take_up(self, carried: Any) -> None:
         self.counters.put(carried)

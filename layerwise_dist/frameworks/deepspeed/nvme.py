@@ -112,15 +112,17 @@ class Zero3OnNvme(Zero3):
         self.wrapper._optimizer_states_and_gradient_swap_in(number)
         with torch.no_grad():
             self.live(number).copy_(self.tensor(number))
-            live, state = super().state(number), {}
-            for name, value in self._loaded.pop(number, {}).items():
-                state[name] = value
-                if _is_swapped(value):  # the live tensor, whose memory the swapper knows, or a first one
-                    state[name] = live[name].copy_(value) if name in live else value.clone()
-            super().put_state(number, state)
+            if (loaded := self._loaded.pop(number, None)) is not None:
+                live, state = super().state(number), {}
+                for name, value in loaded.items():
+                    state[name] = value
+                    if _is_swapped(value):  # the live tensor, whose memory the swapper knows, or a first one
+                        state[name] = live[name].copy_(value) if name in live else value.clone()
+                super().put_state(number, state)
         super().derive(number)
         self.wrapper._optimizer_states_and_gradient_swap_out(number)
-        self._stale.discard(number)
+        if loaded is not None:
+            self._stale.discard(number)
 
 
 def _is_swapped(value: object) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from layerwise_dist import unattached
 from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.deepspeed.nvme import Zero3OnNvme
 from layerwise_dist.frameworks.deepspeed.units import (
@@ -13,6 +14,8 @@ from layerwise_dist.frameworks.deepspeed.units import (
     FusedMasters,
     UnfusedMasters,
     Units,
+    Untrained,
+    UntrainedZero3,
     Unwrapped,
     Zero3,
     Zero12,
@@ -44,6 +47,7 @@ def is_engine(model: object) -> bool:
 def config_block(engine: Any) -> Any:
     """The ``layerwise_checkpoint`` block of ds_config, None without one. Raises UnsupportedError."""
     _check_attributes(engine)
+    unattached.attached(engine)
     return engine._config._param_dict.get("layerwise_checkpoint")
 
 
@@ -60,6 +64,7 @@ def accumulating(engine: Any) -> bool:
 def find_units(engine: Any, rank: int, world_size: int) -> Units:
     """Raises UnsupportedError for a mode that cannot be captured exactly, naming it and what works."""
     _check_attributes(engine)
+    unattached.attached(engine)
     for what, refused in _refusals(engine, world_size):
         if refused:
             raise UnsupportedError(f"DeepSpeed with {what} is not supported by this version; {WORKS}")
@@ -79,6 +84,10 @@ def _check_attributes(engine: Any) -> None:
 
 def _units(wrapper: Any, rank: int) -> Units:
     name = type(wrapper).__name__
+    if name == "DeepSpeedZeRoOffload":
+        return UntrainedZero3(wrapper)
+    if wrapper is None or "DummyOptim" in (name, type(getattr(wrapper, "optimizer", None)).__name__):
+        return Untrained(wrapper)
     if not type(wrapper).__module__.startswith("deepspeed.runtime"):
         if isinstance(wrapper, torch.optim.Optimizer):
             return Unwrapped(wrapper)
@@ -143,5 +152,4 @@ def _refusals(engine: Any, world_size: int) -> list[tuple[str, bool]]:
         ),
         ("random layer token dropping (random_ltd)", engine.random_ltd_enabled()),
         ("curriculum learning with a data sampler (data_efficiency)", engine.curriculum_learning_enabled()),
-        ("no optimizer", wrapper is None or type(wrapper).__name__ in ("DummyOptim", "DeepSpeedZeRoOffload")),
     ]

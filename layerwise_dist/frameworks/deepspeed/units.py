@@ -138,6 +138,39 @@ class Unwrapped(Units):
         return [Grouping(number, [param]) for number, group in enumerate(groups) for param in group["params"]]
 
 
+class Untrained(Units):
+    """An engine without an optimizer: no units. What it computes with is what is saved and restored."""
+
+    replicated = True
+
+    def __init__(self, wrapper: Any) -> None:
+        """`wrapper` is None, or what DeepSpeed has in an optimizer's place."""
+        super().__init__(wrapper)
+        self._base = torch.optim.SGD([torch.zeros(0, dtype=torch.float32, device="cpu", requires_grad=True)])
+        self._base.param_groups.clear()
+
+    @property
+    def base(self) -> torch.optim.Optimizer:
+        return self._base
+
+    def groupings(self) -> list[Grouping]:
+        return []
+
+
+class UntrainedZero3(Untrained):
+    """DeepSpeedZeRoOffload: ZeRO-3 that cuts parameters and updates none."""
+
+    attributes = ("partition_all_parameters", "persistent_parameters")
+
+    def before_load(self) -> None:
+        self.wrapper.partition_all_parameters()
+
+    def after_load(self) -> None:
+        # As DeepSpeed_Stage3's `checkpoint_event_epilogue` does it: these are whole on every rank while it computes.
+        if persistent := self.wrapper.persistent_parameters:
+            persistent[0].all_gather(persistent)
+
+
 class UnfusedMasters(Units):
     """FP16_UnfusedOptimizer, stage 0 in fp16 or bf16: one fp32 master a parameter."""
 
