@@ -137,7 +137,7 @@ RULES = {
         Committer, "_retire", {"keep_last=self._keep_last,": "keep_last=max(1, self._keep_last - 1),"}, "not whole",
     ),
     "what a restore has chosen stays until the lineage goes on from it": Mutation(
-        Committer, "hold", {"self._held = True": "pass"}, "is gone, and a restore has chosen it",
+        Committer, "hold", {"self._held = held": "pass"}, "is gone, and a restore has chosen it",
     ),
     "the newest branch record stays, so that damage brings no other branch back": Mutation(
         Committer, "_retire",

@@ -106,7 +106,7 @@ void WriterPool::Release(BlockSink* sink) { core_->Release(sink); }
 
 void WriterPool::Run(Errand errand) { core_->Errand(std::move(errand)); }
 
-bool WriterPool::Close(double timeout_s) { return core_->Close(DeadlineAfter(timeout_s)); }
+bool WriterPool::Close(double timeout_s) { return core_->forked() || core_->Close(DeadlineAfter(timeout_s)); }
 
 bool WriterPool::CloseAll(double timeout_s) {
   const Deadline deadline = DeadlineAfter(timeout_s);

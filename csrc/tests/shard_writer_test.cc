@@ -236,6 +236,11 @@ SHARD_TEST_CASE("creation fails where the space cannot be reserved, and leaves n
   CHECK_ERRNO(ordered->error(), ENOSPC);
   CHECK_ERRNO(ordered->reuse_refused(), ENOSPC);
   CHECK(ordered->counts().leased == 0);
+  REQUIRE_OK(f.disk.WriteFile("/old", std::string(4096, ' '), 0600));
+  f.Fail("make_dir", ENOSPC);
+  auto without_folder = f.Over(f.Simple(1));
+  REQUIRE(without_folder->Wait(10));
+  CHECK_ERRNO(without_folder->error(), ENOSPC);
   CHECK_ERRNO(f.disk.Stat("/old", &info), ENOENT);
   CHECK_ERRNO(f.disk.Stat("/s", &info), ENOENT);
 }

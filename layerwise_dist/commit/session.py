@@ -99,15 +99,12 @@ class Committer:
         catches up. What is followed stays by itself until then, as the newest commit of the lineage. Raises
         DeadlineError if a removal does not end.
         """
-        if held:  # what is being removed now is gone before anyone chooses
-            if not self._lock.acquire(timeout=self._patience_s):
-                raise DeadlineError(
-                    f"old checkpoints were still being removed after {self._patience_s:g} s{stuck_calls()}"
-                )
-            self._held = True
+        mine = self._lock.acquire(timeout=self._patience_s)  # a removal that is under way is over before anyone chooses
+        if held and not mine:
+            raise DeadlineError(f"old checkpoints were still being removed after {self._patience_s:g} s{stuck_calls()}")
+        self._held = held
+        if mine:
             self._lock.release()
-        else:
-            self._held = False
 
     def follow(self, head: ParentRef | None, branch_seq: int | None) -> tuple[str | None, list[str]]:
         """The next commit continues from `head`. With `branch_seq`, a branch record makes that durable at once.
