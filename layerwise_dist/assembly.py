@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from layerwise_dist import _native
+from layerwise_dist import _native, at_exit
 from layerwise_dist._version import __version__
 from layerwise_dist.capture.objects import StateObjects
 from layerwise_dist.capture.room import check_pool
@@ -31,6 +31,7 @@ from layerwise_dist.layered import LayeredOptimizer
 from layerwise_dist.monitor.connection import MonitorLink, start_monitor
 from layerwise_dist.monitor.opening import Parts, open_monitored
 from layerwise_dist.monitor.transport import MonitorTransport
+from layerwise_dist.patience import within
 from layerwise_dist.preemption import Preemption, check_thread
 from layerwise_dist.replicas import Replicas
 from layerwise_dist.restore.agreement import together
@@ -141,6 +142,10 @@ def assemble(
     participant = Participant(transport, timeout_s=config.commit.timeout_s, coordinator=None)
     participant.through_monitor = monitor is not None
     closers: list[Any] = [*([monitor.close] if monitor is not None else []), lambda: participant.close(1.0)]
+
+    def in_memory() -> str | None:
+        return memory_by_magic(env.file_system(config.path))
+
     try:
 
         def examine() -> tuple[Framework, OptimizerAdapter, StateObjects]:
@@ -151,6 +156,7 @@ def assemble(
             if config.preemption.enabled:
                 check_thread()
             found = framework or find_framework(model, models, rank, world_size)
+            at_exit.check_free(found.roots)
             if config.update not in ("auto", "whole") and (models is not None or optimizers is not None):
                 raise UnsupportedError(
                     f"update = {config.update!r}: models and optimizers by name are updated as a whole; use 'auto'"
@@ -177,7 +183,7 @@ def assemble(
             parts = open_monitored(monitor, env, config, participant, found.name, _software(), fresh=fresh)
         else:
             parts = _open_direct(config, env, transport, participant, found, fresh, closers)
-        if rank == 0 and config.mode != "mock" and (memory := memory_by_magic(env.file_system(config.path))):
+        if rank == 0 and config.mode != "mock" and (memory := within(participant.disk_s, "a look", in_memory)):
             log.warning("%s is on %s: what is committed survives this job, not the machine's end", config.path, memory)
         preemption = None
         if config.preemption.enabled:
@@ -246,6 +252,9 @@ def _open_direct(
         )  # fmt: skip
         closers.append(lambda: coordinator.close(1.0))
         participant.serve(coordinator.post, coordinator.quiet)
-    _, adapter = together(participant, "start the writer", lambda: open_writer(env, config, rank, world_size))
+    _, adapter = together(
+        participant, "start the writer",
+        lambda: within(participant.disk_s, "the writer's start", lambda: open_writer(env, config, rank, world_size)),
+    )  # fmt: skip
     participant.recycle(adapter.recycler.retire)
     return Parts(adapter, manager, info, committer, coordinator)

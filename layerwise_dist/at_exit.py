@@ -11,9 +11,14 @@ import logging
 import os
 import sys
 import threading
-from typing import Protocol
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
-from layerwise_dist.errors import LayerwiseError
+from layerwise_dist.errors import LayerwiseError, UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger("layerwise_dist")
 
@@ -22,17 +27,26 @@ class Closable(Protocol):
     def end(self, *, orderly: bool) -> None: ...
 
 
-_open: dict[int, Closable] = {}  # by identity; alive until closed, since their threads are
+@dataclass(frozen=True)
+class _Open:
+    engine: Closable
+    models: list[torch.nn.Module]  # that it hooks
+    directory: str
+
+
+_open: dict[int, _Open] = {}  # by the engine's identity; alive until closed, since their threads are
 _process = os.getpid()
 
 
-def opened(engine: Closable) -> None:
-    """Registers it, unless it is already. It is closed before whatever was registered earlier to end at the exit."""
+def opened(engine: Closable, models: list[torch.nn.Module], directory: str) -> None:
+    """Registers it, with the models that it hooks and its directory, unless it is already. It is closed before whatever
+    was registered earlier to end at the exit.
+    """
     global _process
     if _process != os.getpid():  # a forked child: those of the parent are the parent's
         _open.clear()
         _process = os.getpid()
-    _open[id(engine)] = engine
+    _open[id(engine)] = _Open(engine, models, directory)
     atexit.unregister(_close_all)
     atexit.register(_close_all)
 
@@ -44,7 +58,22 @@ def closed(engine: Closable) -> None:
 
 def open_engines() -> list[Closable]:
     """Those of this process that are not closed yet."""
-    return list(_open.values()) if _process == os.getpid() else []
+    return [each.engine for each in _open.values()] if _process == os.getpid() else []
+
+
+def check_free(roots: Iterable[torch.nn.Module]) -> None:
+    """Raises UnsupportedError if an engine that is open has any of these models, or a part of one: each would save what
+    the other fences, and count the other's iterations.
+    """
+    wanted = {id(module) for root in roots for module in root.modules()}
+    for each in list(_open.values()) if _process == os.getpid() else []:
+        taken = [module for root in each.models for module in root.modules() if id(module) in wanted]
+        if taken:
+            raise UnsupportedError(
+                f"this model, or a part of it ({type(taken[0]).__name__}), is attached already, with checkpoints in "
+                f"{each.directory}: close() that first. Several models or optimizers of one loop belong into one "
+                "attach(models={...}, optimizers={...})"
+            )
 
 
 def begun() -> bool:

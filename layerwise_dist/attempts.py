@@ -9,7 +9,7 @@ from layerwise_dist.capture.audit import Audit, Rotation
 from layerwise_dist.capture.lease import Capture
 from layerwise_dist.capture.pages import HugePages
 from layerwise_dist.capture.room import least_pool_bytes, pool_bytes
-from layerwise_dist.capture.stage import Stage
+from layerwise_dist.capture.stage import Stage, StageError
 from layerwise_dist.capture.survey import Survey, Surveyor
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.config import LayerwiseConfig
@@ -24,11 +24,13 @@ log = logging.getLogger("layerwise_dist")
 class Attempts:
     """Opens attempts on one rank, one after the other. Belongs to the training thread.
 
-    `newest` is the last one's number, whether it was opened or not, and `before` that of the one before it.
+    `newest` is the last one's number, whether it was opened or not, and `before` that of the one before it. `ended`:
+    one failed as all that come would.
     """
 
     newest: AttemptId | None = None
     before: AttemptId | None = None
+    ended = False
 
     def __init__(
         self, config: LayerwiseConfig, rank: int, surveyor: Surveyor, scheduler: LayerwiseCheckpointScheduler,
@@ -43,6 +45,7 @@ class Attempts:
         self._last: Survey | None = None
         self._steady = False  # whether the last attempt, at its opening and at its boundary, found what it expected
         self._audits = Rotation(always=config.audit == "always")
+        self._stuck = False  # rank 0 was waited for in vain, and there was no room since
         self._pages = HugePages(wanted=config.writer.huge_pages == "auto" and adapter.direct)
 
     def take_seq(self) -> int:
@@ -86,6 +89,7 @@ class Attempts:
         Raises ConfigError or UnsupportedError.
         """
         final = isinstance(error, ConfigError | UnsupportedError)
+        self.ended |= final
         self._participant.failed(attempt, str(error), write, final=final)
         if isinstance(error, ConfigError) or (final and self._participant.world_size == 1):
             raise error
@@ -100,15 +104,16 @@ class Attempts:
                 self._rank, ", ".join(sorted(names)), until,
             )  # fmt: skip
 
-    def open(self, step: int, found: Survey | None = None) -> Capture | None:
+    def open(self, step: int, found: Survey | None = None, *, patience_s: float | None = None) -> Capture | None:
         """A capture, of `found` if it is known what there is, of which nothing is taken yet. None if there is none of
-        this step: rank 0, which drops it for all, then knows why, and training goes on.
+        this step: rank 0, which drops it for all, then knows why, and training goes on. It waits for room at most
+        `patience_s` seconds, by default as `when_full` says.
 
         Raises as `fail`; the other ranks stop at an agreed boundary.
         """
         attempt = AttemptId(self._epoch, self.take_seq(), step)
         self.before, self.newest = self.newest, attempt
-        if not self._admitted(attempt):
+        if not self._admitted(attempt, patience_s):
             return None
         self._participant.began(attempt)
         try:
@@ -138,10 +143,9 @@ class Attempts:
         """Ends what still changes pages; at once, since the model is let go of."""
         self._pages.close()
 
-    def close(self) -> None:
-        """REQUIRES: nothing is staged any more."""
-        if self._stage is not None:
-            self._stage.close()
+    def close(self, timeout_s: float) -> bool:
+        """Whether it could be done in time. REQUIRES: nothing is staged any more."""
+        return self._stage is None or self._stage.close(timeout_s)
 
     # -- inside -------------------------------------------------------------------------------------------------
 
@@ -172,16 +176,35 @@ class Attempts:
         self._scheduler.begin()
         return capture
 
-    def _admitted(self, attempt: AttemptId) -> bool:
-        """Whether there is room for one more attempt on its way to this rank's disk; if not, rank 0 knows by now."""
-        if self._scheduler.admits():
-            return True
-        limit = self._config.max_in_flight
-        full = f"{limit} checkpoint{'s are' if limit > 1 else ' is'} in flight (max_in_flight)"
-        if self._config.when_full == "skip":
-            self._participant.skipped(attempt, f"{full}, and when_full is 'skip'")
+    def _admitted(self, attempt: AttemptId, patience_s: float | None) -> bool:
+        """Whether there is room for one more attempt in flight; if not, rank 0 knows by now.
+
+        Each rank waits or skips by what it has heard itself. If they differ, rank 0 drops the attempt on all.
+        """
+        config, limit = self._config, self._config.max_in_flight
+        if patience_s is not None:
+            disk_s = decision_s = patience_s
+        elif config.when_full == "wait":
+            disk_s, decision_s = config.fence_timeout_s, config.commit.timeout_s
         else:
+            disk_s = decision_s = 0.0
+        if self._stuck:
+            decision_s = 0.0  # a rank 0 that is stuck holds training up once, not at every step
+        vain = self._participant.wait_room(limit, disk_s=disk_s, decision_s=decision_s)
+        if vain is None:
+            self._stuck = False
+            return True
+        full = f"{limit} checkpoint{'s are' if limit > 1 else ' is'} in flight (max_in_flight)"
+        undecided = f"{full}; rank 0 has not decided on step(s) {self._participant.undecided_steps}"
+        if config.when_full == "skip":
+            self._participant.skipped(attempt, f"{full}, and when_full is 'skip'")
+        elif vain == "disk":
             self._participant.failed(attempt, f"{full} and the disk does not end one", None)
+        elif self._stuck:
+            self._participant.skipped(attempt, undecided)
+        else:
+            self._participant.failed(attempt, f"{undecided}, and was waited for {decision_s:g} s", None)
+        self._stuck |= vain == "rank 0" and decision_s > 0
         return False
 
     def _lay_out(self, found: Survey) -> Laid:
@@ -202,7 +225,11 @@ class Attempts:
             least = least_pool_bytes(self._adapter.bounce_bytes, found, laid.gathered, pooled=self._adapter.pooled)
             if least <= self._adapter.buffers.capacity:
                 return
-            self._stage.close()
+            if not self._stage.close(self._config.fence_timeout_s):
+                raise StageError(
+                    "copies into a pool that is now too small were still being made after fence_timeout_s = "
+                    f"{self._config.fence_timeout_s:g} s"
+                )
         self._adapter.allocate_staging_buffer(size_mb=nbytes / 2**20)
         log.info(
             "rank %d: a pool of %.1f MiB for a state of %.1f MiB, of which %.1f MiB are staged (pool_mb = %s)",

@@ -72,6 +72,7 @@ class Boundary:
         several: several optimizers update one by one, so that a forward behind an update tells nothing: a
             BoundaryError asks for an explicit end.
         by_call: nothing is saved but by `call()`, so how other boundaries are known makes no difference.
+        on_last: called before the last iteration of a loop over `steps()`.
     """
 
     def __init__(
@@ -83,9 +84,11 @@ class Boundary:
         excuse: Callable[[], bool] | None = None,
         several: bool = False,
         by_call: bool = False,
+        on_last: Callable[[], None] | None = None,
     ) -> None:
         self._several = several
         self._on_boundary, self._taps, self._log, self._excuse = on_boundary, dict(taps), log, excuse
+        self._on_last = on_last
         self._thread = threading.get_ident()
         self._completed = self._idle = 0
         self._explicit = self._in_steps = self._in_loop = False
@@ -146,6 +149,8 @@ class Boundary:
         if self._pending is not None:
             self._pending.at_steps()
         while (step := self._completed) < total:
+            if self._on_last is not None and step + 1 == total:
+                self._on_last()
             self._in_steps = True
             try:
                 yield step

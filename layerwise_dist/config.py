@@ -79,6 +79,11 @@ class LayerwiseConfig(_Strict):
     every_n_steps: int | None = Field(
         1, ge=1, description="A checkpoint is due each time the step is a multiple of this; null: only when asked for."
     )
+    save_last: bool = Field(
+        True,
+        description="Also the last step of a loop over steps(), and the one that close() ends, be they no multiples of "
+        "every_n_steps.",
+    )
     keep_last: int = Field(2, ge=1, description="Newest commits of the lineage that are kept.")
     keep_every_n_steps: int | None = Field(None, ge=1, description="Commits at multiples of this step stay for ever.")
     keep_tags: int | None = Field(
@@ -108,11 +113,11 @@ class LayerwiseConfig(_Strict):
         description="together: what a wrapper keeps equal on several ranks is written once, and held to be equal; "
         "apart: each rank writes all that it holds, for replicas that are meant to differ.",
     )
-    max_in_flight: int = Field(2, ge=1, le=64, description="Checkpoints that may be on their way to disk at once.")
+    max_in_flight: int = Field(2, ge=1, le=64, description="Checkpoints that may be begun and not decided yet.")
     when_full: Literal["wait", "skip"] = Field(
         "wait",
-        description="With max_in_flight on their way. wait: the update waits for the disk; skip: no checkpoint of that "
-        "step.",
+        description="With max_in_flight begun and not decided. wait: the update waits for one to be; "
+        "skip: no checkpoint of that step.",
     )
     pool_mb: Literal["auto"] | int = Field(
         "auto",

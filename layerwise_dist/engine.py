@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,6 +36,7 @@ from layerwise_dist.errors import BoundaryError, LayerwiseError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.lent import Lent
+from layerwise_dist.patience import stuck_calls
 from layerwise_dist.preemption import Preemption
 from layerwise_dist.replicas import Replicas
 from layerwise_dist.restore.restorer import Restorer
@@ -48,6 +49,8 @@ from layerwise_dist.trace import StepTrace
 from layerwise_dist.updates import Update, Updates
 
 log = logging.getLogger("layerwise_dist")
+
+_LAST_S = 1.0  # for blocks that are being written when nothing else is waited for any more
 
 
 class LayerwiseEngine(Updates, SaveAndRestore, Together):
@@ -79,11 +82,8 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
         self._trainer, self._thread = threading.current_thread(), threading.get_ident()
         participant.judge_by(self._settle)
         self._scheduler = LayerwiseCheckpointScheduler(
-            every_n_steps=config.every_n_steps, batch_bytes=BLOCKS_A_BATCH * config.writer.block_kb << 10,
-            when_full=config.when_full,
-            wait_s=config.fence_timeout_s,
-            room=lambda timeout_s: participant.wait_room(config.max_in_flight, timeout_s),
-        )  # fmt: skip
+            every_n_steps=config.every_n_steps, batch_bytes=BLOCKS_A_BATCH * config.writer.block_kb << 10
+        )
         self._surveyor = Surveyor(
             framework, optimizer, config.captured_by, self._scheduler.arrange, bases=not adapter.pooled
         )
@@ -98,6 +98,12 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
         self._update: Update | None = None
         self._steady = True  # whether the last update that was saved left everything where it was
         self._updates = self._boundaries = 0
+        self._saves_last = config.save_last and config.every_n_steps is not None
+        self._saving_last = False  # whether close() saves what it ends
+        self._last = False  # whether this iteration is the last of a loop over steps()
+        # Whether anything was updated since an attempt was last begun, or restored. The same on all ranks: what became
+        # of an attempt may not be.
+        self._unsaved = False
         self._trace: StepTrace | None = None
         self._ready = fresh or info.empty
         self._client_state: dict[str, Any] | None = None  # of a save() that is under way
@@ -119,7 +125,7 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
         else:
             self._boundary = Boundary(
                 self._on_boundary, objects.taps, log=log, excuse=self._scale_fell, several=optimizer.several,
-                by_call=config.every_n_steps is None,
+                by_call=config.every_n_steps is None, on_last=self._on_last if self._saves_last else None,
             )  # fmt: skip
         self._hooks = [
             *(root.register_forward_pre_hook(eager(self._before_forward)) for root in framework.roots),
@@ -129,7 +135,7 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
         optimizer.watch(self)
         if fresh and not info.empty:
             self._follow(None, new_branch=True)
-        at_exit.opened(self)
+        at_exit.opened(self, framework.roots, config.path)
 
     # -- the loop -----------------------------------------------------------------------------------------------
 
@@ -199,7 +205,10 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
 
     def stats(self) -> dict[str, float | int]:
         """Counters of this rank since attach(): bytes, checkpoints, and how long the training thread was held up."""
-        return self._statistics.report(*self._participant.outcomes, self._adapter.buffers, self._frozen)
+        return self._statistics.report(
+            *self._participant.outcomes, self._adapter.buffers, self._frozen,
+            newest=self._reached("committed"), in_flight=self._participant.in_flight,
+        )  # fmt: skip
 
     def trace(self, path: str | os.PathLike[str]) -> None:
         """Writes what happens to each layer in the next step that is saved, and when, into `path`.
@@ -253,9 +262,12 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
             )
         self._end_trace()
         self._boundaries += 1
+        self._last = False
+        self._statistics.passed(mark.step)
         due = self._scheduler.due(mark.step)
+        self._unsaved &= not (due and mark.updated)
         compared = due and self._compare_replicas()
-        here = compared or self._optimizer.several
+        here = compared or self._optimizer.several or self._saving_last
         if here and self._open is None and mark.updated and due:
             # Which update is an iteration's last is known here only. Each optimizer's part is then captured once.
             with self._statistics.stall("open"):
@@ -268,6 +280,10 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
             self._trace.sealed()
         self._scales = [scaler.get_scale() for scaler in self._objects.scalers] if not mark.updated else []
         self._pass_boundary(mark, due and mark.updated)
+
+    def _on_last(self) -> None:
+        self._scheduler.request()
+        self._last = True
 
     def _compare_replicas(self) -> bool:
         """If that is to be done before a checkpoint begins: at one place on all ranks. Whether it was."""
@@ -357,7 +373,7 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
             self._end_here()
             try:
                 # Where in an iteration the process's exit was asked for is not known: only what had ended is whole.
-                self._boundary.close(seal=orderly and not at_exit.begun())
+                self._close_boundary(seal=orderly and not at_exit.begun(), left=left)
             except LayerwiseError as error:
                 problem = error  # of the iteration that was open; those before it are waited for all the same
             last = self._attempts.newest if self._open is None else self._attempts.before
@@ -381,19 +397,42 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
             self._attempts.close_pages()
             self._framework.detach()
             self._participant.close(left())
-            if self._coordinator is not None:
-                self._coordinator.close(left())
-            if self._committer is not None:
-                self._committer.close()
-            self._attempts.close()
-            self._frozen.close()
-            self._adapter.close()
+            closed = [
+                self._coordinator is None or self._coordinator.close(left()),
+                self._attempts.close(left()),
+                self._frozen.close(left()),
+                self._adapter.close(max(_LAST_S, left())),
+            ]
+            if not all(closed):
+                log.warning(
+                    "rank %d: close: the disk is busy%s; this process leaves that to itself, and what it uses is kept",
+                    self._framework.rank, stuck_calls(),
+                )  # fmt: skip
             if self._preemption is not None:
                 self._preemption.close()
         if problem is not None:
             if orderly:
                 raise problem
             log.warning("rank %d: close: %s", self._framework.rank, problem)
+
+    def _close_boundary(self, *, seal: bool, left: Callable[[], float]) -> None:
+        """Seals the iteration that is open; with `save_last` also saves it, or else the last one, if that is not saved
+        yet. A loop whose ends are told by `end_step()` cannot say which is its last: what is saved is the job as it is
+        now.
+        """
+        can = not (self._attempts.ended or self._optimizer.mid_window)
+        last = self._saving_last = seal and self._saves_last and self._unsaved and can
+        if last:
+            self._scheduler.request()
+        leaving = self._preemption is not None and self._preemption.begun
+        if self._boundary.close(seal=seal) or not last or leaving:
+            return
+        self._compare_replicas()
+        step = self._boundary.completed
+        self._begin(step, patience_s=min(self.config.fence_timeout_s, left()))
+        mark = self._boundary.call()
+        if mark is not None and self._open is not None:
+            self._seal_open(mark)
 
     def _end_here(self) -> None:
         """Once the training thread has ended, any other can judge what it left. Raises BoundaryError before that."""

@@ -13,6 +13,7 @@ from layerwise_dist.commit.metadata import CheckpointMetadataManager, Inventory,
 from layerwise_dist.commit.session import follow
 from layerwise_dist.errors import BoundaryError, DamageError, DeadlineError
 from layerwise_dist.frameworks.parts import WHOLE, Parts
+from layerwise_dist.patience import within
 from layerwise_dist.restore import loader
 from layerwise_dist.restore.agreement import Wish, together
 from layerwise_dist.storage import typed_json
@@ -245,7 +246,7 @@ class SaveAndRestore:
         """What is there, on rank 0; retention removes none of it before the restore is over."""
         assert self._committer is not None
         self._committer.hold(True)
-        return self.metadata.inventory()
+        return within(self._participant.disk_s, "the look for checkpoints", self.metadata.inventory)
 
     def _adopt(self: LayerwiseEngine, loading: loader.LoadPlan, parts: Parts) -> None:
         sealed = loading.sealed
@@ -265,8 +266,9 @@ class SaveAndRestore:
             self.client_state = sealed["client_state"]
             return
         self._sealer.put(sealed)
-        self._updates = sealed["updates"]
+        self._updates, self._unsaved = sealed["updates"], False
         self._boundary.start_at(sealed["step"])
+        self._statistics.restored(sealed["step"])
         self._boundary.restore(sealed["boundary"])
         self.client_state = sealed["client_state"]
         self._participant.restored(sealed["step"])

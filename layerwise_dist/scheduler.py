@@ -1,10 +1,9 @@
-"""Stage 3, `LayerwiseCheckpointScheduler`: which steps are saved, in which order their layers, and how many at once."""
+"""Stage 3, `LayerwiseCheckpointScheduler`: which steps are saved, and in which order their layers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 # A batch's last block is seldom full: with four blocks or more a batch, few writes are short.
 BLOCKS_A_BATCH = 4
@@ -34,19 +33,10 @@ class LayerwiseCheckpointScheduler:
     *How*: layers in the update order, small ones together in *batches* of at least `batch_bytes`, so that writes are
     few and large, and of more than that where there would be many. A batch is captured when the last of its layers was
     updated (`updated`).
-
-    *How many*: `room` says whether one more checkpoint may be on its way to the disk (back-pressure).
     """
 
-    def __init__(
-        self, *, every_n_steps: int | None = 1, batch_bytes: int = BLOCKS_A_BATCH << 20,
-        when_full: Literal["wait", "skip"] = "wait", wait_s: float = 60.0,
-        room: Callable[[float], bool] = lambda timeout_s: True,
-    ) -> None:  # fmt: skip
-        """`room(timeout_s)` waits at most so many seconds for room; `wait_s` is that time with `when_full` "wait"."""
+    def __init__(self, *, every_n_steps: int | None = 1, batch_bytes: int = BLOCKS_A_BATCH << 20) -> None:
         self._every, self._batch_bytes = every_n_steps, batch_bytes
-        self._wait_s = wait_s if when_full == "wait" else 0.0
-        self._room = room
         self._postponed = self._requested = False
         self._order: dict[str, int] = {}
         self._batch_of: dict[str, int] = {}
@@ -71,10 +61,6 @@ class LayerwiseCheckpointScheduler:
     def done(self) -> None:
         """A due step was taken up; what was asked for and put off is settled with it."""
         self._postponed = self._requested = False
-
-    def admits(self) -> bool:
-        """Whether one more checkpoint may begin. With `when_full` "wait" it waits for the disk before it says no."""
-        return self._room(self._wait_s)
 
     # -- how the layers go --------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import Any
 
 _KEPT = 10_000  # stalls of this many checkpoints are remembered for the percentiles
@@ -23,6 +24,9 @@ class Statistics:
         self._pending = 0.0
         self._paid = 0  # captures whose cost is known
         self._since = time.monotonic()
+        # (step, when it ended): the newest boundary; checkpoints on their way, oldest first; what a restart would find.
+        self._newest = self._safe = 0, self._since
+        self._sealed: deque[tuple[int, float]] = deque(maxlen=_KEPT)
 
     def stall(self, where: str) -> _Stall:
         """A context manager: the time within it counts as "open", "seal", "settle" or "fence"."""
@@ -40,18 +44,34 @@ class Statistics:
             del self._per_checkpoint[:-_KEPT]
         self._pending = 0.0
 
+    def passed(self, step: int) -> None:
+        """The boundary of `step` is here."""
+        self._newest = step, time.monotonic()
+
+    def restored(self, step: int) -> None:
+        """Everything is as at the boundary of `step`."""
+        self._newest = self._safe = step, time.monotonic()
+        self._sealed.clear()
+
     def captured(self, capture: Any, nbytes: int) -> None:
         """A `Capture` was sealed, of a state of `nbytes` bytes."""
         self._captures += 1
         self._state_bytes = nbytes
         self._captured_bytes += nbytes
+        self._sealed.append(self._newest)
         self._recent.append((capture.write, capture.bytes_staged, capture.bytes_sealed))
         if len(self._recent) > _RECENT:
             for name, count in _bytes_of(*self._recent.pop(0)).items():
                 self._past[name] += count
 
-    def report(self, committed: int, aborted: int, skipped: int, pool: Any, frozen: Any) -> dict[str, float | int]:
-        """`pool` is the `_native.BufferPool`, or None before the first checkpoint; `frozen` the `FrozenBases`."""
+    def report(
+        self, committed: int, aborted: int, skipped: int, pool: Any, frozen: Any, *, newest: int | None, in_flight: int
+    ) -> dict[str, float | int]:  # fmt: skip
+        """`pool` is the `_native.BufferPool`, or None before the first checkpoint; `frozen` the `FrozenBases`; `newest`
+        the newest committed step.
+        """
+        while newest is not None and self._sealed and self._sealed[0][0] <= newest:
+            self._safe = self._sealed.popleft()
         ordered = sorted(self._per_checkpoint)
         recent = [_bytes_of(*each) for each in self._recent]
         totals = {name: past + sum(each[name] for each in recent) for name, past in self._past.items()}
@@ -66,6 +86,9 @@ class Statistics:
             "checkpoints_committed": committed,
             "checkpoints_aborted": aborted,
             "checkpoints_skipped": skipped,
+            "in_flight": in_flight,
+            "lag_steps": self._newest[0] - self._safe[0],
+            "lag_s": self._newest[1] - self._safe[1],
             "state_bytes": self._state_bytes,
             "base_bytes": frozen.nbytes,
             "bases_written": frozen.written,

@@ -49,8 +49,7 @@ class Together:
         if self._preemption is not None and self._preemption.begun:
             patience = min(patience, max(0.1, self._preemption.remaining_s - _FAREWELL_S))
         with self._statistics.stall("open"):
-            self._participant.wait_room(self.config.max_in_flight, patience)
-            self._begin(mark.step)
+            self._begin(mark.step, patience_s=patience)
         if self._open is not None:
             self._seal_open(mark)
 

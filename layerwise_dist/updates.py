@@ -91,7 +91,7 @@ class Updates:
                 self._heed_replicas()
                 step = self._boundary.completed + 1
                 update.found = self._attempts.steady() if self._scheduler.due(step) else None
-                if update.found is not None and self._steady:
+                if update.found is not None and self._steady and self._may_wait_for_room:
                     update.early, self._open = True, self._attempts.open(step, update.found)
             if self._open is not None:
                 self._take(self._open, self._scheduler.updated(layers))
@@ -110,6 +110,7 @@ class Updates:
             self._boundary.update_skipped()
             return
         self._updates += 1
+        self._unsaved = True
         self._boundary.update_done()
         step = self._boundary.completed + 1
         with self._statistics.stall("open"):
@@ -118,22 +119,31 @@ class Updates:
                     self._guarded(self._open, self._open.take_all)
                 return
             if self._open is None and not update.early and self._may_begin and self._scheduler.due(step):
-                self._begin(step)
+                self._begin(step, patience_s=self.config.fence_timeout_s if self._last else None)
                 self._steady |= self._open is not None and self._open.survey is update.found
             elif self._open is not None:
                 self._take(self._open, self._scheduler.flush())
+
+    @property
+    def _may_wait_for_room(self: LayerwiseEngine) -> bool:
+        """Whether an attempt may be opened before its update is over. In a backward other ranks may wait for this one,
+        and room for their verdicts: then only if there is room at once.
+        """
+        alone = self.config.update != "in_backward" or self._participant.world_size == 1
+        return alone or self._participant.in_flight < self.config.max_in_flight
 
     @property
     def _may_begin(self: LayerwiseEngine) -> bool:
         """Whether an update that is due opens its checkpoint; else the boundary does."""
         return self._replicas.agreed and not self._optimizer.several
 
-    def _begin(self: LayerwiseEngine, step: int) -> None:
+    def _begin(self: LayerwiseEngine, step: int, *, patience_s: float | None = None) -> None:
         """Opens the attempt of `step` behind its update, and captures all."""
         if self._scheduler.set_order(self._optimizer.layer_order):
             self._surveyor.forget()
         self._heed_replicas()
-        self._open = self._attempts.open(step)
+        self._unsaved = False
+        self._open = self._attempts.open(step, patience_s=patience_s)
         if self._open is not None:
             self._take(self._open, self._scheduler.flush())
 

@@ -253,7 +253,7 @@ class Rank:
     def blocked(self) -> bool:
         if self.count == self.job.restores_at and self.waits_since is None and self.leaving is None:
             return True
-        full = self.ledger.on_disk_way >= self.job.max_in_flight and not self.job.skips_when_full
+        full = self.ledger.in_flight >= self.job.max_in_flight and not self.job.skips_when_full
         return self.over or not self.alive or (full and self.waits_since is None and self.leaving is None)
 
     def train(self) -> None:
@@ -299,7 +299,7 @@ class Rank:
     def _attempt(self, step: int, luck: float) -> None:
         attempt = AttemptId(self.job.info.epoch, self.seq, step)
         self.seq += 1
-        if self.ledger.on_disk_way >= self.job.max_in_flight:
+        if self.ledger.in_flight >= self.job.max_in_flight:
             self.do(self.ledger.skipped(attempt, "full"))
         else:
             self.ledger.began(attempt)

@@ -476,3 +476,36 @@ def test_a_launched_job_without_a_process_group_is_told_so(tmp_path: Path, monke
         errors.BoundaryError, match=r"WORLD_SIZE is 2, but .* call init_process_group\(\) before attach"
     ):
         lwd.attach(*job(), dir=str(tmp_path))
+
+
+# -- what is attached already ------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_is_attached_is_refused_by_name_until_it_is_closed(tmp_path: Path) -> None:
+    model, optimizer = job()
+    part = torch.optim.SGD(model[1].parameters(), lr=0.1)
+    with lwd.attach(model, optimizer, dir=str(tmp_path / "one")) as ckpt:
+        for what in (
+            {"model": model, "optimizer": optimizer},
+            {"model": model[1], "optimizer": part},
+            {"model": nn.Sequential(model, nn.ReLU()), "optimizer": optimizer},
+            {"models": {"a": nn.Linear(2, 2), "b": model}, "optimizers": {"c": optimizer}},
+        ):
+            with pytest.raises(errors.UnsupportedError, match=r"is attached already, with checkpoints in .*one: close"):
+                lwd.attach(dir=str(tmp_path / "two"), **what)
+        assert not (tmp_path / "two").exists()
+        other, its = job(1)
+        with lwd.attach(other, its, dir=str(tmp_path / "three")) as beside:
+            train(beside, other, its, 1)
+        train(ckpt, model, optimizer, 2)
+        assert ckpt.stats()["captures"] == 2
+    with lwd.attach(model, optimizer, dir=str(tmp_path / "two")) as ckpt:
+        train(ckpt, model, optimizer, 1)
+
+
+def test_an_attach_that_failed_leaves_the_model_free(tmp_path: Path) -> None:
+    model, optimizer = job()
+    with pytest.raises(errors.StateError):
+        lwd.attach(model, optimizer, dir=str(tmp_path), state={"bad": {"f": print}})
+    with lwd.attach(model, optimizer, dir=str(tmp_path)) as ckpt:
+        train(ckpt, model, optimizer, 1)

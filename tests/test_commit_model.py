@@ -202,10 +202,11 @@ RULES = {
     ),
     "what is committed elsewhere is no leftover": Mutation(
         Place, "settle", {"{AttemptId(*each) for each in plan.kept}": "set()",
-                          "if self._ranks[0] in lacking and": "if False and"}, "goes, and the manifest is|not whole",
+                          "if self._ranks[0] in lacking and": "if False and"},
+        "goes, and the manifest is|not whole|the lineage is",
     ),
     "what is committed elsewhere is brought here": Mutation(
-        Place, "settle", {"if self._ranks[0] in lacking and": "if False and"}, "not whole",
+        Place, "settle", {"if self._ranks[0] in lacking and": "if False and"}, "not whole|the lineage is",
     ),
     "what a start reads is durable in every place before it collects": Mutation(
         Place, "look", {"self._manager.flush_records(found)": "[]"}, "not gone for good|not whole|newest record",

@@ -88,7 +88,7 @@ def test_the_json_has_every_finding_with_its_figures(looked: dict[str, Any]) -> 
     found = by_name(looked)
     figures = {
         "file_system": {"type", "where", "mount_point", "source", "options", "device"},
-        "space": {"free", "total", "files_free", "held", "staying", "checkpoint", "needed"},
+        "space": {"free", "total", "files_free", "held", "staying", "checkpoint", "needed", "peak"},
         "direct_io": {"memory_align", "offset_align"},
         "io_uring": {"available", "backend"},
         "locked_memory": {"limit", "needed"},
@@ -445,8 +445,15 @@ def test_a_disk_too_small_for_retention_is_bad_and_says_which_keep_last_fits() -
 
 
 def test_what_retention_needs_is_exactly_what_makes_it_bad() -> None:
-    for free, verdict in ((499, "bad"), (500, "warn"), (600, "ok")):
+    for free, verdict in ((499, "bad"), (500, "warn"), (699, "warn"), (778, "ok")):
         assert findings.of_space(Space(free, 1000, None), Held(0, 0), 100, "", CONFIG).verdict == verdict
+
+
+def test_files_that_wait_to_be_written_over_need_room_too() -> None:
+    for recycle, verdict in (("auto", "warn"), (True, "warn"), (False, "ok")):
+        config = load_config(None, writer={"recycle": recycle})
+        found = findings.of_space(Space(650, 1000, None), Held(0, 0), 100, "", config)
+        assert found.verdict == verdict and (found.figures["peak"] == 700) == (verdict == "warn")
 
 
 @pytest.mark.parametrize(

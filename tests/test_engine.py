@@ -140,7 +140,8 @@ def test_an_exception_in_the_loop_is_not_hidden_and_half_an_iteration_is_not_sav
         ({}, [9, 10]),
         ({"keep_last": 1}, [10]),
         ({"keep_last": 4}, [7, 8, 9, 10]),
-        ({"every_n_steps": 3}, [6, 9]),
+        ({"every_n_steps": 3}, [9, 10]),
+        ({"every_n_steps": 3, "save_last": False}, [6, 9]),
         ({"keep_last": 1, "keep_every_n_steps": 4}, [4, 8, 10]),
     ],
     ids=str,
@@ -448,7 +449,7 @@ def test_two_updates_without_a_told_end_are_an_error(tmp_path: Path) -> None:
 
 def test_a_skipped_update_moves_a_due_checkpoint_to_the_next_applied_one(tmp_path: Path) -> None:
     model, optimizer = job()
-    with lwd.attach(model, optimizer, dir=str(tmp_path), every_n_steps=3, keep_last=10) as ckpt:
+    with lwd.attach(model, optimizer, dir=str(tmp_path), every_n_steps=3, keep_last=10, save_last=False) as ckpt:
         for step in ckpt.steps(8):
             if step != 2:  # the iteration that ends at step 3
                 update(model, optimizer)

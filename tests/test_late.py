@@ -149,9 +149,9 @@ def early(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     steps: list[int] = []
     real = Attempts.open
 
-    def opened(attempts: Attempts, step: int, found: Any = None) -> Any:
+    def opened(attempts: Attempts, step: int, found: Any = None, **options: Any) -> Any:
         steps.extend([step] if found is not None else [])
-        return real(attempts, step, found)
+        return real(attempts, step, found, **options)
 
     monkeypatch.setattr(Attempts, "open", opened)
     return steps

@@ -338,7 +338,7 @@ def test_saves_under_a_tag_traces_and_updates_by_layers_are_as_in_direct_mode(tm
         state = {"big": {"table": torch.arange(150_000)}}  # more than goes through the pool at once
         with lwd.attach(
             model, optimizer, dir=str(tmp_path / folder), mode=mode, update="pipelined_step", every_n_steps=2,
-            state=state, audit="always", writer={"block_kb": 64}, keep_last=20,
+            state=state, audit="always", writer={"block_kb": 64}, keep_last=20, save_last=False,
         ) as engine:  # fmt: skip
             if engine.restore(tag="best", on_missing="fresh"):
                 assert engine.client_state == {"score": 0.5} and torch.equal(

@@ -319,7 +319,7 @@ class _Held:
 
     def close(self) -> None:
         self.holder.give_up("over")
-        self.adapter.close()
+        self.adapter.close(10)
         os.close(self.file)
         os.close(self.wake)
 
@@ -393,6 +393,6 @@ def test_the_shared_pool_is_page_locked_for_cuda_and_let_go_of(monkeypatch: pyte
     buffer = pool.acquire(1 << 20, 0.0)
     assert calls == [("register", buffer.address, 1 << 20, 0)], "all of the mapping, before anything is staged"
     buffer.release()
-    staged.close()
+    staged.close(10)
     assert calls[1:] == [("synchronize",), ("unregister", calls[0][1])]
     os.close(file)

@@ -110,7 +110,7 @@ def steps_saved(root: Path, body: Callable[[Any, int, int], None], total: int, *
 
     def run(transport: LocalTransport) -> None:
         model, optimizer = build(transport.rank)
-        options = settings(str(root), **{"every_n_steps": 1000, "keep_last": 100, **config})
+        options = settings(str(root), **{"every_n_steps": 1000, "keep_last": 100, "save_last": False, **config})
         with assembly.assemble(model, optimizer, options, transport, PosixEnv()) as engine:
             for step in engine.steps(total):
                 body(engine, transport.rank, step)

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,12 +61,13 @@ def test_what_waits_is_bounded_and_what_this_session_did_not_publish_is_not_touc
         recycler.published(attempt, 4096)
         recycler.retire(attempt)
     recycler.retire(AttemptId(1, 9, 9))  # one that this rank never published
-    recycler._jobs.put(None)
-    recycler._thread.join(10)
-    assert recycler.waiting() == 3
+    deadline = time.monotonic() + 10
+    while recycler._jobs.qsize() or recycler.waiting() < 3 or len(env.list_dir("/")) > 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
     taken = recycler.take()
     assert env.read_file(taken, 1 << 20) == bytes(4096) + b"x" * 4096
-    recycler.close()
+    assert recycler.close(10)
     assert env.list_dir("/") == [os.path.basename(taken)]
 
 

@@ -29,8 +29,21 @@ using ReadBlockTuple = std::tuple<int64_t, int64_t, std::optional<uint64_t>>;
 using ReadSegmentTuple = std::tuple<int64_t, int64_t, uint64_t, int64_t>;
 
 // What the Python objects hold: the core's classes are made by factories.
+// A call to the operating system that does not return cannot be waited for, nor can what
+// it uses be freed: when one of these goes with such a call, that stays.
+constexpr double kDropS = 5;
+
 struct PyPool {
   std::unique_ptr<WriterPool> it;
+  bool closed = false;  // or tried to
+
+  explicit PyPool(std::unique_ptr<WriterPool> pool) : it(std::move(pool)) {}
+  PyPool(PyPool&&) = default;
+  ~PyPool() {
+    if (it == nullptr || closed) return;
+    const Unheld unheld;
+    it->Close(kDropS);
+  }
 };
 
 struct PyPlan {
@@ -38,11 +51,29 @@ struct PyPlan {
 };
 
 struct PyWriter {
-  std::unique_ptr<ShardWriter> it;
+  nb::object env, pool;  // which the writer uses to its end
+  std::shared_ptr<ShardWriter> it;
+  bool aborted = false;  // or tried to
+
+  PyWriter(std::unique_ptr<ShardWriter> writer, nb::object env_, nb::object pool_)
+      : env(std::move(env_)), pool(std::move(pool_)), it(std::move(writer)) {}
+  PyWriter(PyWriter&&) = default;
+  ~PyWriter() {
+    if (it == nullptr) return;
+    bool over;
+    {
+      const Unheld unheld;
+      over = it->Abort(aborted ? 0 : kDropS);
+    }
+    if (over) return;
+    new std::shared_ptr<ShardWriter>(std::move(it));
+    env.release();
+    pool.release();
+  }
 };
 
 struct PyReader {
-  std::unique_ptr<ShardReader> it;
+  std::shared_ptr<ShardReader> it;
 };
 
 uint64_t Count(int64_t value) {
@@ -56,20 +87,23 @@ WriterPool::Backend BackendOf(const std::string& name) {
   throw StatusError(Status::InvalidArgument("backend '" + name + "' is not one of: posix, uring"));
 }
 
-void InitPool(PyPool* self, int depth, const std::string& backend, PyBuffers* buffers, int64_t block_bytes) {
+void InitPool(PyPool* self, int depth, const std::string& backend, PyBuffers* buffers, int64_t block_bytes,
+              double patience_s) {
   WriterPool::Options options;
   options.backend = BackendOf(backend);
   options.depth = depth;
   if (buffers != nullptr) options.buffers = buffers->it;
   options.block_bytes = Count(block_bytes);
+  options.patience_s = patience_s;
   std::unique_ptr<WriterPool> pool;
   Check(WriterPool::Create(options, &pool));
-  new (self) PyPool{std::move(pool)};
+  new (self) PyPool(std::move(pool));
 }
 
+nb::object ErrorOrNone(const Status& status) { return status.ok() ? nb::none() : MakeException(status); }
+
 nb::object ProbeUring() {
-  const Status status = WriterPool::ProbeUring();
-  return status.ok() ? nb::none() : MakeException(status);
+  return ErrorOrNone(WriterPool::ProbeUring());
 }
 
 void InitPlan(PyPlan* self, const std::vector<BlockTuple>& blocks, const std::vector<SegmentTuple>& segments,
@@ -87,18 +121,27 @@ void InitPlan(PyPlan* self, const std::vector<BlockTuple>& blocks, const std::ve
   new (self) PyPlan{std::move(plan)};
 }
 
-void InitWriter(PyWriter* self, Env& env, PyPool& pool, PyPlan& plan, const Path& path, uint32_t mode, bool direct,
-                bool hash, const std::optional<Path>& reuse) {
+void InitWriter(PyWriter* self, nb::object env, nb::object pool, PyPlan& plan, const Path& path, uint32_t mode,
+                bool direct, bool hash) {
+  Env& its_env = nb::cast<Env&>(env);
+  WriterPool& its_pool = *nb::cast<PyPool&>(pool).it;
   std::unique_ptr<ShardWriter> writer;
-  Unlocked([&] {
-    if (reuse) {
-      return ShardWriter::CreateOver(&env, pool.it.get(), plan.it, reuse->native(), path.native(), mode, direct,
-                                     &writer);
-    }
-    return ShardWriter::Create(&env, pool.it.get(), plan.it, path.native(), mode, direct, &writer);
-  });
+  Unlocked([&] { return ShardWriter::Create(&its_env, &its_pool, plan.it, path.native(), mode, direct, &writer); });
   if (!hash) writer->SkipHashes();
-  new (self) PyWriter{std::move(writer)};
+  new (self) PyWriter(std::move(writer), std::move(env), std::move(pool));
+}
+
+PyWriter Order(nb::object env, nb::object pool, PyPlan& plan, const Path& folder, const Path& path,
+               uint32_t folder_mode, uint32_t mode, bool direct, bool hash, const std::optional<Path>& reuse,
+               PyWriter* before) {
+  ShardWriter::Target target{folder.native(), folder_mode, path.native(), mode, direct, "", nullptr};
+  if (reuse) target.spare = reuse->native();
+  if (before != nullptr) target.before = before->it;
+  std::unique_ptr<ShardWriter> writer;
+  Check(ShardWriter::Order(&nb::cast<Env&>(env), nb::cast<PyPool&>(pool).it.get(), plan.it, std::move(target),
+                           &writer));
+  if (!hash) writer->SkipHashes();
+  return PyWriter(std::move(writer), std::move(env), std::move(pool));
 }
 
 void InitReader(PyReader* self, Env& env, PyPool& pool, const Path& path, bool direct) {
@@ -166,11 +209,6 @@ nb::str HashesHex(PyWriter& writer) {
   return nb::str(text.data(), text.size());
 }
 
-nb::object Error(PyWriter& writer) {
-  const Status status = writer.it->error();
-  return status.ok() ? nb::none() : MakeException(status);
-}
-
 template <uint64_t ShardWriter::Counts::* kField>
 uint64_t CountOf(PyWriter& writer) {
   return writer.it->counts().*kField;
@@ -179,9 +217,10 @@ uint64_t CountOf(PyWriter& writer) {
 void BindWriter(nb::module_& m) {
   nb::class_<PyWriter>(m, "ShardWriter")
       .def("__init__", &InitWriter, nb::arg("env"), nb::arg("pool"), nb::arg("plan"), nb::arg("path"),
-           nb::arg("mode") = 0600, nb::arg("direct") = true, nb::arg("hash") = true,
-           nb::arg("reuse") = nb::none(), nb::keep_alive<1, 2>(),
-           nb::keep_alive<1, 3>())
+           nb::arg("mode") = 0600, nb::arg("direct") = true, nb::arg("hash") = true)
+      .def_static("order", &Order, nb::arg("env"), nb::arg("pool"), nb::arg("plan"), nb::arg("folder"),
+                  nb::arg("path"), nb::arg("folder_mode"), nb::arg("mode"), nb::arg("direct"), nb::arg("hash"),
+                  nb::arg("reuse").none() = nb::none(), nb::arg("before").none() = nb::none())
       .def("set_address",
            [](PyWriter& writer, size_t tensor, uintptr_t address) { Check(writer.it->SetAddress(tensor, address)); },
            nb::arg("tensor"), nb::arg("address"))
@@ -229,7 +268,8 @@ void BindWriter(nb::module_& m) {
              for (const auto& [started, ended] : writer.it->times()) times.emplace_back(started, ended);
              return times;
            })
-      .def("error", &Error)
+      .def("error", [](PyWriter& writer) { return ErrorOrNone(writer.it->error()); })
+      .def("reuse_refused", [](PyWriter& writer) { return ErrorOrNone(writer.it->reuse_refused()); })
       .def("hashes_hex", &HashesHex)
       .def("block_hash", [](PyWriter& writer, size_t index) { return writer.it->BlockHash(index); },
            nb::arg("index"))
@@ -238,10 +278,11 @@ void BindWriter(nb::module_& m) {
              BufferView view(header);
              Unlocked([&] { return writer.it->Finish(view.view()); });
            }, nb::arg("header"))
-      .def("abort", [](PyWriter& writer) {
-        nb::gil_scoped_release release;
-        writer.it->Abort();
-      });
+      .def("abort",
+           [](PyWriter& writer, double timeout_s) {
+             writer.aborted = true;
+             return InSlices(timeout_s, [&](double slice) { return writer.it->Abort(slice); });
+           }, nb::arg("timeout_s") = kNoTimeout);
 }
 
 }  // namespace
@@ -249,17 +290,20 @@ void BindWriter(nb::module_& m) {
 void BindShard(nb::module_& m) {
   nb::class_<PyPool>(m, "WriterPool")
       .def("__init__", &InitPool, nb::arg("depth"), nb::arg("backend") = "posix",
-           nb::arg("buffers").none() = nb::none(), nb::arg("block_bytes") = 1 << 20)
+           nb::arg("buffers").none() = nb::none(), nb::arg("block_bytes") = 1 << 20,
+           nb::arg("patience_s") = kNoTimeout)
       .def_static("probe_uring", &ProbeUring)
       .def_prop_ro("backend",
                    [](PyPool& pool) {
                      return pool.it->backend() == WriterPool::Backend::kUring ? "uring" : "posix";
                    })
       .def_prop_ro("depth", [](PyPool& pool) { return pool.it->depth(); })
-      .def("close", [](PyPool& pool) {
-        nb::gil_scoped_release release;
-        pool.it->Close();
-      });
+      .def("close",
+           [](PyPool& pool, double timeout_s) {
+             pool.closed = true;
+             const Unheld unheld;
+             return pool.it->Close(timeout_s);
+           }, nb::arg("timeout_s") = kNoTimeout);
 
   nb::class_<PyPlan>(m, "Plan")
       .def("__init__", &InitPlan, nb::arg("blocks"), nb::arg("segments"), nb::arg("tensors"),

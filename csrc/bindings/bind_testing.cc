@@ -30,7 +30,7 @@ std::unique_ptr<MemoryEnv> Crash(const MemoryEnv& env, size_t prefix, uint64_t s
     Check(Status::InvalidArgument("prefix " + std::to_string(prefix) + " of a log with " +
                                   std::to_string(env.LogSize()) + " entries"));
   }
-  nb::gil_scoped_release release;
+  const Unheld unheld;
   return env.Crash(prefix, seed, parsed);
 }
 

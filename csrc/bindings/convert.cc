@@ -1,6 +1,17 @@
 #include "convert.h"
 
+#include <cxxabi.h>
+#include <unistd.h>
+
 namespace layerwise {
+
+Unheld::~Unheld() {
+  try {
+    PyEval_RestoreThread(state_);
+  } catch (const abi::__forced_unwind&) {
+    for (;;) pause();
+  }
+}
 
 nb::object DecodePath(const std::string& path) {
   return nb::steal(PyUnicode_DecodeFSDefaultAndSize(path.data(), static_cast<Py_ssize_t>(path.size())));

@@ -33,12 +33,26 @@ inline void Check(const Status& status) {
   if (!status.ok()) throw StatusError(status);
 }
 
+// Lets go of the GIL while it lives. A thread that comes back when the interpreter is
+// ending stays here for good: CPython would end it by unwinding its stack, which takes
+// the process down where a frame does not let that pass.
+class Unheld {
+ public:
+  Unheld() : state_(PyEval_SaveThread()) {}
+  ~Unheld();
+  Unheld(const Unheld&) = delete;
+  Unheld& operator=(const Unheld&) = delete;
+
+ private:
+  PyThreadState* const state_;
+};
+
 // Runs f, which returns a Status, without the GIL.
 template <typename F>
 void Unlocked(F&& f) {
   Status status;
   {
-    nb::gil_scoped_release release;
+    const Unheld unheld;
     status = f();
   }
   Check(status);
@@ -53,7 +67,7 @@ bool InSlices(double timeout_s, F&& wait) {
   for (;;) {
     bool done;
     {
-      nb::gil_scoped_release release;
+      const Unheld unheld;
       done = wait(left < kSlice ? left : kSlice);
     }
     if (done) return true;

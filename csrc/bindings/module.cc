@@ -1,6 +1,8 @@
 #include <nanobind/stl/string_view.h>
+#include <time.h>
 
 #include "convert.h"
+#include "layerwise/calls.h"
 #include "layerwise/hash.h"
 #include "layerwise/huge_pages.h"
 #include "layerwise/signal_ear.h"
@@ -19,24 +21,38 @@ void Translate(const std::exception_ptr& pointer, void*) {
   }
 }
 
+constexpr double kExitS = 5;
+
 void CloseAllPools() {
-  nb::gil_scoped_release release;
-  WriterPool::CloseAll();
+  const Unheld unheld;
+  WriterPool::CloseAll(kExitS);
+}
+
+// (operation, path, seconds) of each.
+nb::list Calls() {
+  nb::list out;
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  const int64_t now_ns = int64_t{now.tv_sec} * 1000000000 + now.tv_nsec;
+  for (const Call& call : CallsUnderWay()) {
+    out.append(nb::make_tuple(call.operation, DecodePath(call.path), static_cast<double>(now_ns - call.began) * 1e-9));
+  }
+  return out;
 }
 
 uint64_t HashBuffer(nb::handle data) {
   BufferView view(data);
-  nb::gil_scoped_release release;
+  const Unheld unheld;
   return Xxh3(view.data(), view.size());
 }
 
 uint64_t HashMemory(uintptr_t address, size_t nbytes) {
-  nb::gil_scoped_release release;
+  const Unheld unheld;
   return Xxh3(reinterpret_cast<const void*>(address), nbytes);
 }
 
 size_t MakeHugeMemory(uintptr_t address, size_t nbytes) {
-  nb::gil_scoped_release release;
+  const Unheld unheld;
   size_t huge = 0;
   Check(MakeHuge(address, nbytes, &huge));
   return huge;
@@ -62,6 +78,10 @@ NB_MODULE(_native, m) {
   m.def("outlive_signal", [](int number) { Check(OutliveSignal(number)); }, nb::arg("number"),
         "In a child: the signal ends it only if its parent sent it or is dead.");
   m.def("hash_name", &HashName, "The instruction set that hashes: avx512, avx2, sse2 or scalar.");
+  m.def("calls_under_way", &Calls,
+        "(operation, path, seconds) of each call to the operating system that has not returned; the longest first.");
+  m.def("keep_forever", [](nb::object object) { object.release(); }, nb::arg("object"),
+        "What this refers to is never freed, not at the interpreter's exit either.");
   BindEnv(m);
   BindBuffers(m);
   BindShard(m);

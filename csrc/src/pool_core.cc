@@ -6,7 +6,9 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <system_error>
+#include <utility>
 
 namespace layerwise {
 
@@ -22,27 +24,43 @@ void YieldToTraining() {
   static_cast<void>(setpriority(PRIO_PROCESS, thread, std::min(now + kNice, 19)));
 }
 
+Status Closed() { return Status::IoError(ECANCELED, "use of a closed pool", ""); }
+
 }  // namespace
 
 PoolCore::PoolCore() : process_(getpid()) {}
 
+PoolCore::~PoolCore() {
+  // One that was just being started when Close looked: it has found nothing to do.
+  for (std::thread& thread : threads_) thread.join();
+}
+
 bool PoolCore::forked() const { return getpid() != process_; }
 
 Status PoolCore::StartThreads(int count, const std::function<void(int)>& work) {
+  std::lock_guard lock(threads_mutex_);
   // Signals are for the threads that were there before.
   sigset_t all, before;
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before);
   Status status;
+  const auto count_threads = [this](int more) {
+    std::lock_guard counting(mutex_);
+    running_ += static_cast<size_t>(more);
+    ended_.notify_all();
+  };
   try {
     for (int i = 0; i < count; ++i) {
-      threads_.emplace_back([work, i] {
+      count_threads(1);
+      threads_.emplace_back([count_threads, work, i] {
         pthread_setname_np(pthread_self(), "layerwise-io");
         YieldToTraining();
         work(i);
+        count_threads(-1);
       });
     }
   } catch (const std::system_error& error) {
+    count_threads(-1);
     status = Status::IoError(error.code().value(), "start a writer thread", "");
   }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
@@ -54,12 +72,35 @@ void PoolCore::Submit(BlockSink* sink, size_t first, size_t count) {
   {
     std::lock_guard lock(mutex_);
     if (!closed_) {
+      const auto held = held_.find(sink);
+      if (held != held_.end()) {
+        held->second.push_back({sink, first, first + count});
+        return;
+      }
       queue_.push_back({sink, first, first + count});
       Wake(count);
       return;
     }
   }
   Cancel({sink, first, first + count});
+}
+
+void PoolCore::Hold(BlockSink* sink) {
+  std::lock_guard lock(mutex_);
+  if (!closed_) held_[sink];
+}
+
+void PoolCore::Release(BlockSink* sink) {
+  std::lock_guard lock(mutex_);
+  const auto held = held_.find(sink);
+  if (held == held_.end()) return;
+  size_t blocks = 0;
+  for (const Range& range : held->second) {
+    queue_.push_back(range);
+    blocks += range.end - range.next;
+  }
+  held_.erase(held);
+  if (blocks > 0) Wake(blocks);
 }
 
 size_t PoolCore::Withdraw(BlockSink* sink) {
@@ -70,39 +111,110 @@ size_t PoolCore::Withdraw(BlockSink* sink) {
     count += range.end - range.next;
     return true;
   });
+  const auto held = held_.find(sink);
+  if (held != held_.end()) {
+    for (const Range& range : held->second) count += range.end - range.next;
+    held->second.clear();
+  }
   return count;
 }
 
 bool PoolCore::TakeLast(BlockSink* sink, size_t first, size_t count, size_t* index) {
   std::lock_guard lock(mutex_);
-  for (size_t i = queue_.size(); i-- > 0;) {
-    Range& range = queue_[i];
+  const auto held = held_.find(sink);
+  return TakeLastOf(held == held_.end() ? &queue_ : &held->second, sink, first, count, index);
+}
+
+bool PoolCore::TakeLastOf(std::deque<Range>* queue, BlockSink* sink, size_t first, size_t count, size_t* index) {
+  for (size_t i = queue->size(); i-- > 0;) {
+    Range& range = (*queue)[i];
     if (range.sink != sink || range.next >= first + count || range.end <= first) continue;
     const size_t end = std::min(range.end, first + count);
     *index = end - 1;
     const Range behind{sink, end, range.end};
     range.end = end - 1;
-    const auto at = queue_.begin() + static_cast<ptrdiff_t>(i);
-    if (behind.next < behind.end) queue_.insert(at + 1, behind);
-    if (queue_[i].next == queue_[i].end) queue_.erase(queue_.begin() + static_cast<ptrdiff_t>(i));
+    const bool empty = range.next == range.end;
+    const auto at = queue->begin() + static_cast<ptrdiff_t>(i);
+    if (behind.next < behind.end) queue->insert(at + 1, behind);
+    if (empty) queue->erase(queue->begin() + static_cast<ptrdiff_t>(i));
     return true;
   }
   return false;
 }
 
-void PoolCore::Close() {
+void PoolCore::Errand(WriterPool::Errand errand) {
+  {
+    std::lock_guard lock(mutex_);
+    if (!closed_) errands_.push_back(std::exchange(errand, nullptr));
+    errand_.notify_one();
+  }
+  if (errand) return errand(Closed());
+  std::deque<WriterPool::Errand> refused;
+  Status status;
+  {
+    std::lock_guard lock(mutex_);
+    if (closed_ || std::exchange(runs_errands_, true)) return;
+  }
+  status = StartThreads(1, [this](int) { RunErrands(); });
+  if (status.ok()) return;
+  {
+    std::lock_guard lock(mutex_);
+    runs_errands_ = false;
+    refused.swap(errands_);
+  }
+  for (const auto& each : refused) each(status);
+}
+
+void PoolCore::RunErrands() {
+  std::unique_lock lock(mutex_);
+  for (;;) {
+    errand_.wait(lock, [this] { return closed_ || !errands_.empty(); });
+    if (errands_.empty()) return;
+    auto errand = std::move(errands_.front());
+    errands_.pop_front();
+    lock.unlock();
+    errand(Status::Ok());
+    errand = nullptr;  // what it kept may call the pool when it goes
+    lock.lock();
+  }
+}
+
+bool PoolCore::Close(Deadline deadline) {
   std::deque<Range> cancelled;
+  std::deque<WriterPool::Errand> errands;
   {
     std::lock_guard lock(mutex_);
     closed_ = true;
     cancelled.swap(queue_);
+    for (auto& [sink, ranges] : held_) cancelled.insert(cancelled.end(), ranges.begin(), ranges.end());
+    held_.clear();
+    errands.swap(errands_);
     Wake(SIZE_MAX);
+    errand_.notify_all();
   }
+  for (const auto& errand : errands) errand(Closed());
   for (const Range& range : cancelled) Cancel(range);
-  std::lock_guard lock(join_mutex_);
-  for (std::thread& thread : threads_) {
-    if (thread.joinable()) thread.join();
+  std::lock_guard threads(threads_mutex_);
+  {
+    std::unique_lock lock(mutex_);
+    const bool ended = ended_.wait_until(lock, deadline, [this] { return running_ == 0; });
+    left_ = left_ || !ended;
   }
+  for (std::thread& thread : threads_) {
+    if (left_) {
+      thread.detach();
+    } else {
+      thread.join();
+    }
+  }
+  threads_.clear();
+  std::lock_guard lock(mutex_);
+  return running_ == 0;
+}
+
+bool PoolCore::left() const {
+  std::lock_guard lock(mutex_);
+  return left_;
 }
 
 PoolCore::Job PoolCore::Pop() {

@@ -9,8 +9,10 @@
 #include <mutex>
 #include <span>
 #include <thread>
+#include <unordered_map>
 #include <vector>
 
+#include "deadline.h"
 #include "layerwise/writer_pool.h"
 
 namespace layerwise {
@@ -20,8 +22,8 @@ namespace layerwise {
 class PoolCore {
  public:
   PoolCore();
-  // REQUIRES: closed.
-  virtual ~PoolCore() = default;
+  // REQUIRES: closed, and not left.
+  virtual ~PoolCore();
   PoolCore(const PoolCore&) = delete;
   PoolCore& operator=(const PoolCore&) = delete;
 
@@ -32,7 +34,12 @@ class PoolCore {
   void Submit(BlockSink* sink, size_t first, size_t count);
   size_t Withdraw(BlockSink* sink);
   bool TakeLast(BlockSink* sink, size_t first, size_t count, size_t* index);
-  void Close();
+  void Hold(BlockSink* sink);
+  void Release(BlockSink* sink);
+  void Errand(WriterPool::Errand errand);
+  bool Close(Deadline deadline);
+  // Whether a Close has left threads behind, which go on using this: it is never destroyed then.
+  bool left() const;
 
  protected:
   struct Job {
@@ -50,7 +57,7 @@ class PoolCore {
   bool empty() const { return queue_.empty(); }
   bool closed() const { return closed_; }
 
-  std::mutex mutex_;
+  mutable std::mutex mutex_;
 
  private:
   struct Range {
@@ -60,11 +67,20 @@ class PoolCore {
   };
 
   static void Cancel(const Range& range);
+  static bool TakeLastOf(std::deque<Range>* queue, BlockSink* sink, size_t first, size_t count, size_t* index);
+  void RunErrands();
 
   const int process_;
   std::deque<Range> queue_;
+  std::unordered_map<BlockSink*, std::deque<Range>> held_;
+  std::deque<WriterPool::Errand> errands_;
+  std::condition_variable errand_;
+  bool runs_errands_ = false;
   bool closed_ = false;
-  std::mutex join_mutex_;
+  bool left_ = false;
+  size_t running_ = 0;  // threads
+  std::condition_variable ended_;
+  std::mutex threads_mutex_;  // comes before mutex_
   std::vector<std::thread> threads_;
 };
 

@@ -3,22 +3,81 @@
 #include <algorithm>
 #include <cerrno>
 #include <condition_variable>
+#include <cstdio>
 #include <cstring>
+#include <functional>
 #include <utility>
 
+#include "deadline.h"
+#include "layerwise/calls.h"
 #include "layerwise/hash.h"
 
 namespace layerwise {
 
+namespace {
+
+Status Stuck(const char* operation, double seconds, const std::string& path) {
+  char said[64];
+  std::snprintf(said, sizeof(said), "%s: no answer for %g s", operation, seconds);
+  return Status::IoError(ETIMEDOUT, said, path);
+}
+
+template <typename T>
+struct Answer {
+  std::mutex mutex;
+  std::condition_variable given;
+  bool there = false;
+  Status status;
+  T value;
+};
+
+// Has `action` done by an errand of the pool, with its result in *value, if the pool has
+// less than endless patience. What `action` refers to must outlive a call that is stuck.
+template <typename T>
+Status Within(WriterPool* pool, const char* operation, const std::string& path,
+              std::function<Status(T*)> action, T* value) {
+  const auto answer = std::make_shared<Answer<T>>();
+  if (pool->patience_s() >= kNoTimeout) {
+    const OngoingCall call(operation, path);
+    return action(value);
+  }
+  pool->Run([answer, action = std::move(action), operation, path](const Status& refused) {
+    T made{};
+    Status status = refused;
+    if (refused.ok()) {
+      const OngoingCall call(operation, path);
+      status = action(&made);
+    }
+    std::lock_guard lock(answer->mutex);
+    answer->there = true;
+    answer->status = std::move(status);
+    answer->value = std::move(made);
+    answer->given.notify_all();
+  });
+  std::unique_lock lock(answer->mutex);
+  const Deadline deadline = DeadlineAfter(pool->patience_s());
+  if (!answer->given.wait_until(lock, deadline, [&] { return answer->there; })) {
+    return Stuck(operation, pool->patience_s(), path);
+  }
+  *value = std::move(answer->value);
+  return answer->status;
+}
+
+}  // namespace
+
 // One call of ReadBlocks.
-class ShardReader::Job final : public BlockSink {
+class ShardReader::Job final : public BlockSink, public std::enable_shared_from_this<ShardReader::Job> {
  public:
   Job(ShardReader* reader, const std::vector<Block>& blocks, const std::vector<Segment>& segments)
-      : reader_(reader), blocks_(blocks), first_(blocks.size() + 1, 0), segments_(segments.size()) {
+      : reader_(reader),
+        kept_(reader->weak_from_this().lock()),
+        blocks_(blocks),
+        first_(blocks.size() + 1, 0),
+        segments_(segments.size()) {
     for (const Segment& segment : segments) ++first_[segment.block + 1];
     for (size_t i = 1; i < first_.size(); ++i) first_[i] += first_[i - 1];
     std::vector<size_t> next(first_.begin(), first_.end() - 1);
-    for (const Segment& segment : segments) segments_[next[segment.block]++] = &segment;
+    for (const Segment& segment : segments) segments_[next[segment.block]++] = segment;
   }
 
   bool StartBlock(size_t index, AlignedBuffer* scratch, BlockWrite*) override {
@@ -33,16 +92,33 @@ class ShardReader::Job final : public BlockSink {
   }
 
   Status Run(std::vector<size_t>* bad) {
+    WriterPool* const pool = reader_->pool_;
     pending_ = blocks_.size();
-    reader_->pool_->Submit(this, 0, blocks_.size());
+    pool->Submit(this, 0, blocks_.size());
     std::unique_lock lock(mutex_);
-    done_.wait(lock, [this] { return pending_ == 0; });
+    while (pending_ > 0) {
+      const size_t before = pending_;
+      const Deadline deadline = DeadlineAfter(pool->patience_s());
+      if (!changed_.wait_until(lock, deadline, [&] { return pending_ != before; })) return GiveUp(&lock);
+    }
     std::sort(bad_.begin(), bad_.end());
     *bad = std::move(bad_);
     return status_;
   }
 
  private:
+  // Nothing is copied to any destination from here on.
+  Status GiveUp(std::unique_lock<std::mutex>* lock) {
+    lock->unlock();
+    const size_t withdrawn = reader_->pool_->Withdraw(this);
+    lock->lock();
+    pending_ -= withdrawn;
+    status_ = Stuck("read", reader_->pool_->patience_s(), reader_->path_);
+    changed_.wait(*lock, [this] { return copying_ == 0; });
+    if (pending_ > 0) self_ = shared_from_this();
+    return status_;
+  }
+
   Status Check(size_t index, AlignedBuffer* scratch, bool* bad) {
     const Block& block = blocks_[index];
     const uint64_t size = reader_->size();
@@ -54,10 +130,18 @@ class ShardReader::Job final : public BlockSink {
     if (!status.ok()) return status;
     *bad = got != block.length || (block.hashed && Xxh3(data, got) != block.hash);
     if (*bad) return Status::Ok();
+    {
+      std::lock_guard lock(mutex_);
+      if (!status_.ok()) return Status::Ok();
+      ++copying_;
+    }
     for (size_t i = first_[index]; i < first_[index + 1]; ++i) {
-      const Segment& segment = *segments_[i];
+      const Segment& segment = segments_[i];
       std::memcpy(reinterpret_cast<void*>(segment.address), data + segment.block_offset, segment.length);
     }
+    std::lock_guard lock(mutex_);
+    --copying_;
+    changed_.notify_all();
     return Status::Ok();
   }
 
@@ -67,27 +151,35 @@ class ShardReader::Job final : public BlockSink {
   }
 
   void Done(size_t index, const Status& status, bool bad) {
+    std::shared_ptr<Job> last;  // goes once the lock is let go of
     std::lock_guard lock(mutex_);
     if (status_.ok()) status_ = status;
     if (bad) bad_.push_back(index);
-    if (--pending_ == 0) done_.notify_all();
+    if (--pending_ == 0) last = std::move(self_);
+    changed_.notify_all();
   }
 
   ShardReader* const reader_;
-  const std::vector<Block>& blocks_;
+  const std::shared_ptr<ShardReader> kept_;
+  const std::vector<Block> blocks_;
   std::vector<size_t> first_;  // of the segments of block i; one more entry than blocks
-  std::vector<const Segment*> segments_;
+  std::vector<Segment> segments_;
   std::mutex mutex_;
-  std::condition_variable done_;
+  std::condition_variable changed_;
   size_t pending_ = 0;
+  size_t copying_ = 0;  // blocks that are being copied to their destinations
   Status status_;
   std::vector<size_t> bad_;
+  std::shared_ptr<Job> self_;  // of one that was given up, while blocks are under way
 };
 
 Status ShardReader::Open(Env* env, WriterPool* pool, const std::string& path, bool direct,
                          std::unique_ptr<ShardReader>* reader) {
   std::unique_ptr<ReadableFile> file;
-  Status status = env->NewReadableFile(path, direct, &file);
+  Status status = Within<std::unique_ptr<ReadableFile>>(
+      pool, "open", path,
+      [env, path, direct](std::unique_ptr<ReadableFile>* opened) { return env->NewReadableFile(path, direct, opened); },
+      &file);
   if (!status.ok()) return status;
   reader->reset(new ShardReader(env, pool, path, std::move(file)));
   return Status::Ok();
@@ -117,6 +209,7 @@ Status ShardReader::ReadRange(uint64_t offset, uint64_t n, AlignedBuffer* buffer
   const size_t length = RoundUp(skipped + n, align);
   Status status = buffer->Reserve(length);
   if (!status.ok()) return status;
+  const OngoingCall call("read", path_);
   size_t read = 0;
   status = file_->Pread(buffer->data(), length, begin, &read);
   const bool refused = file_->direct() && (status.error_number() == EINVAL || (status.ok() && read < skipped + n));
@@ -132,13 +225,18 @@ Status ShardReader::ReadRange(uint64_t offset, uint64_t n, AlignedBuffer* buffer
 }
 
 Status ShardReader::Read(uint64_t offset, uint64_t n, std::string* data) {
-  AlignedBuffer buffer;
-  const char* begin = nullptr;
-  uint64_t got = 0;
-  Status status = ReadRange(offset, n, &buffer, &begin, &got);
   data->clear();
-  if (status.ok() && got > 0) data->assign(begin, got);
-  return status;
+  return Within<std::string>(
+      pool_, "read", path_,
+      [this, kept = weak_from_this().lock(), offset, n](std::string* read) {
+        AlignedBuffer buffer;
+        const char* begin = nullptr;
+        uint64_t got = 0;
+        Status status = ReadRange(offset, n, &buffer, &begin, &got);
+        if (status.ok() && got > 0) read->assign(begin, got);
+        return status;
+      },
+      data);
 }
 
 Status ShardReader::ReadBlocks(const std::vector<Block>& blocks, const std::vector<Segment>& segments,
@@ -155,7 +253,7 @@ Status ShardReader::ReadBlocks(const std::vector<Block>& blocks, const std::vect
     }
   }
   if (blocks.empty()) return Status::Ok();
-  return Job(this, blocks, segments).Run(bad);
+  return std::make_shared<Job>(this, blocks, segments)->Run(bad);
 }
 
 }  // namespace layerwise

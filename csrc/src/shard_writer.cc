@@ -9,69 +9,15 @@
 
 #include "block_runs.h"
 #include "deadline.h"
+#include "layerwise/calls.h"
 #include "layerwise/hash.h"
 
 namespace layerwise {
 
-namespace {
-
-Status CheckRoom(const WriterPool& pool, const Plan& plan, const std::string& path) {
-  if (plan.blocks().empty() || plan.block_bytes() <= pool.block_bytes()) return Status::Ok();
-  return Status::InvalidArgument("a block of " + std::to_string(plan.block_bytes()) + " bytes in the plan of " + path +
-                                 "; the pool's bounce buffers have " + std::to_string(pool.block_bytes()));
-}
-
-// A file without room for the plan does not stay: what was reserved of it goes back to
-// the disk, which is full.
-Status Reserve(Env* env, const Plan& plan, const std::string& path, std::unique_ptr<WritableFile> file,
-               std::unique_ptr<WritableFile>* reserved) {
-  Status status = plan.end() > 0 ? file->Allocate(plan.end()) : Status::Ok();
-  if (status.ok()) {
-    *reserved = std::move(file);
-  } else {
-    file.reset();
-    static_cast<void>(env->Unlink(path));  // the first error is the one to tell
-  }
-  return status;
-}
-
-}  // namespace
-
-Status ShardWriter::Create(Env* env, WriterPool* pool, std::shared_ptr<const Plan> plan,
-                           const std::string& path, uint32_t mode, bool direct,
-                           std::unique_ptr<ShardWriter>* writer) {
-  Status status = CheckRoom(*pool, *plan, path);
-  if (!status.ok()) return status;
-  std::unique_ptr<WritableFile> file;
-  status = env->NewWritableFile(path, mode, direct, &file);
-  if (status.ok()) status = Reserve(env, *plan, path, std::move(file), &file);
-  if (!status.ok()) return status;
-  writer->reset(new ShardWriter(pool, std::move(plan), path, std::move(file)));
-  return Status::Ok();
-}
-
-Status ShardWriter::CreateOver(Env* env, WriterPool* pool, std::shared_ptr<const Plan> plan,
-                               const std::string& spare, const std::string& path, uint32_t mode, bool direct,
-                               std::unique_ptr<ShardWriter>* writer) {
-  Status status = CheckRoom(*pool, *plan, path);
-  if (!status.ok()) return status;
-  std::unique_ptr<WritableFile> file;
-  status = env->ReuseFile(spare, path, mode, direct, &file);
-  if (status.ok()) status = Reserve(env, *plan, path, std::move(file), &file);
-  if (!status.ok()) return status;
-  writer->reset(new ShardWriter(pool, std::move(plan), path, std::move(file)));
-  (*writer)->reused_ = true;
-  return Status::Ok();
-}
-
-ShardWriter::ShardWriter(WriterPool* pool, std::shared_ptr<const Plan> plan, std::string path,
-                         std::unique_ptr<WritableFile> file)
+ShardWriter::ShardWriter(WriterPool* pool, std::shared_ptr<const Plan> plan, std::string path)
     : pool_(pool),
       plan_(std::move(plan)),
       path_(std::move(path)),
-      file_(std::move(file)),
-      direct_(file_->direct()),
-      alignment_(file_->alignment()),
       process_(getpid()),
       addresses_(new std::atomic<uintptr_t>[plan_->tensors()]()),
       changed_(std::make_unique<std::condition_variable>()),
@@ -279,7 +225,7 @@ void ShardWriter::EndBlock(size_t index, BlockState state) {
 
 bool ShardWriter::Wait(double timeout_s) {
   std::unique_lock lock(mutex_);
-  return changed_->wait_until(lock, DeadlineAfter(timeout_s), [this] { return counts_.pending == 0; });
+  return changed_->wait_until(lock, DeadlineAfter(timeout_s), [this] { return !making_ && counts_.pending == 0; });
 }
 
 bool ShardWriter::WaitLeases(double timeout_s) {
@@ -300,6 +246,11 @@ std::vector<ShardWriter::Times> ShardWriter::times() const {
 Status ShardWriter::error() const {
   std::lock_guard lock(mutex_);
   return error_;
+}
+
+Status ShardWriter::reuse_refused() const {
+  std::lock_guard lock(mutex_);
+  return reuse_refused_;
 }
 
 std::optional<uint64_t> ShardWriter::BlockHash(size_t index) const {
@@ -325,6 +276,7 @@ Status ShardWriter::Poisoned() const {
 }
 
 Status ShardWriter::CheckFinish(std::string_view header) const {
+  if (making_) return Status::FailedPrecondition("finish of " + path_ + " before it is made");
   if (header.empty() || header.size() % kAlign != 0) {
     return Status::InvalidArgument("a header of " + std::to_string(header.size()) +
                                    " bytes; expected a multiple of " + std::to_string(kAlign));
@@ -350,10 +302,17 @@ Status ShardWriter::WriteHeader(std::string_view header) {
   Status status = buffer.Reserve(header.size());
   if (status.ok()) {
     std::memcpy(buffer.data(), header.data(), header.size());
+    const OngoingCall call("write", path_);
     status = file_->Pwrite(buffer.data(), header.size(), 0);
   }
-  if (status.ok() && reused_) status = file_->Truncate(std::max<uint64_t>(end_, header.size()));
-  if (status.ok()) status = file_->Sync();
+  if (status.ok() && reused_) {
+    const OngoingCall call("truncate", path_);
+    status = file_->Truncate(std::max<uint64_t>(end_, header.size()));
+  }
+  if (status.ok()) {
+    const OngoingCall call("flush", path_);
+    status = file_->Sync();
+  }
   const Status closed = file_->Close();
   return status.ok() ? closed : status;
 }
@@ -376,14 +335,16 @@ Status ShardWriter::Finish(std::string_view header) {
   return status;
 }
 
-void ShardWriter::Abort() {
+bool ShardWriter::Abort(double timeout_s) {
+  if (getpid() != process_) return true;  // what is under way is the parent's
+  const Deadline deadline = DeadlineAfter(timeout_s);
   std::unique_lock lock(mutex_);
-  changed_->wait(lock, [this] { return state_ != State::kFinishing; });
-  if (state_ == State::kFinished) return;
+  if (!changed_->wait_until(lock, deadline, [this] { return state_ != State::kFinishing; })) return false;
+  if (state_ == State::kFinished) return true;
   if (error_.ok()) error_ = Status::IoError(ECANCELED, "aborted", path_);
   counts_.pending -= pool_->Withdraw(this) + pool_->Withdraw(&evacuated_sink_);
   if (counts_.pending == 0) changed_->notify_all();
-  changed_->wait(lock, [this] { return counts_.pending == 0; });
+  if (!changed_->wait_until(lock, deadline, [this] { return !making_ && counts_.pending == 0; })) return false;
   // Those that were withdrawn; nothing else is pending.
   std::replace(states_.begin(), states_.end(), BlockState::kPending, BlockState::kFailed);
   evacuated_.clear();
@@ -394,9 +355,14 @@ void ShardWriter::Abort() {
   changed_->notify_all();
   if (state_ == State::kOpen) {
     state_ = State::kClosed;
+    lock.unlock();  // a close may take as long as a flush
     // Nothing relies on an aborted file, and an error of its close changes nothing.
-    static_cast<void>(file_->Close());
+    if (file_ != nullptr) {
+      const OngoingCall call("close", path_);
+      static_cast<void>(file_->Close());
+    }
   }
+  return true;
 }
 
 }  // namespace layerwise

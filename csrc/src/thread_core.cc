@@ -1,5 +1,6 @@
 #include <condition_variable>
 
+#include "layerwise/calls.h"
 #include "layerwise/hash.h"
 #include "pool_core.h"
 
@@ -42,8 +43,11 @@ class ThreadCore final : public PoolCore {
     write->hashed = false;
     if (!job.sink->StartBlock(job.index, scratch, write)) return;
     if (!write->hashed) write->hash = Xxh3Runs(write->runs.data(), write->runs.size());
-    Status status =
-        write->file->Pwritev(write->runs.data(), static_cast<int>(write->runs.size()), write->offset);
+    Status status;
+    {
+      const OngoingCall call("write", *write->path);
+      status = write->file->Pwritev(write->runs.data(), static_cast<int>(write->runs.size()), write->offset);
+    }
     job.sink->FinishBlock(job.index, *write, std::move(status));
   }
 

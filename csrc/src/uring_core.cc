@@ -9,10 +9,12 @@
 #include <algorithm>
 #include <cerrno>
 #include <future>
+#include <optional>
 #include <string>
 #include <utility>
 
 #include "descriptor.h"
+#include "layerwise/calls.h"
 #include "layerwise/hash.h"
 #include "pieces.h"
 
@@ -88,6 +90,7 @@ class UringCore final : public PoolCore {
     Pieces left;
     uint64_t offset = 0;  // where `left` goes
     bool writing = false;
+    std::optional<OngoingCall> call;  // from the first try on, until nothing is with the kernel
     Status status;
     Xxh3Stream hash;
     size_t run = 0;     // of write.runs: what is hashed ends in this one
@@ -154,6 +157,7 @@ class UringCore final : public PoolCore {
     slot->left.Assign(slot->write.runs.data(), slot->write.runs.size());
     slot->offset = slot->write.offset;
     slot->status = Status::Ok();
+    slot->call.emplace("write", *slot->write.path);
     if (slot->write.file->descriptor() < 0) {
       slot->status = slot->write.file->Pwritev(slot->left.data(), slot->left.count(), slot->offset);
     } else {
@@ -264,6 +268,7 @@ class UringCore final : public PoolCore {
   // REQUIRES: the slot is hashed.
   void FinishIfDone(Slot* slot) {
     if (slot->writing) return;
+    slot->call.reset();
     slot->job.sink->FinishBlock(slot->job.index, slot->write, std::move(slot->status));
     free_.push_back(slot);
   }

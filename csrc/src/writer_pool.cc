@@ -23,6 +23,18 @@ std::vector<PoolCore*>& Registry() {
   return *cores;
 }
 
+// What threads that could not be ended go on using.
+struct Left {
+  std::unique_ptr<PoolCore> core;
+  BufferPool::Buffer bounce;
+};
+
+void KeepForever(Left left) {
+  static auto* const kept = new std::vector<Left>;
+  std::lock_guard lock(RegistryMutex());
+  kept->push_back(std::move(left));
+}
+
 }  // namespace
 
 void BlockSink::FinishBlock(size_t, const BlockWrite&, Status) {}
@@ -59,6 +71,7 @@ WriterPool::WriterPool(const Options& options, BufferPool::Buffer bounce)
       bounce_(std::move(bounce)),
       backend_(options.backend),
       depth_(options.depth),
+      patience_s_(options.patience_s),
       block_bytes_(bounce_ ? options.block_bytes : SIZE_MAX),
       core_(options.backend == Backend::kUring ? MakeUringCore(depth_, {bounce_.data(), bounce_.size()})
                                                : MakeThreadCore(depth_, {bounce_.data(), bounce_.size()})) {
@@ -71,11 +84,12 @@ WriterPool::~WriterPool() {
     core_.release();
     return;
   }
+  if (!core_->left()) core_->Close(DeadlineAfter(kNoTimeout));
   {
     std::lock_guard lock(RegistryMutex());
     std::erase(Registry(), core_.get());
   }
-  core_->Close();
+  if (core_->left()) KeepForever({std::move(core_), std::move(bounce_)});
 }
 
 void WriterPool::Submit(BlockSink* sink, size_t first, size_t count) { core_->Submit(sink, first, count); }
@@ -86,13 +100,22 @@ bool WriterPool::TakeLast(BlockSink* sink, size_t first, size_t count, size_t* i
   return core_->TakeLast(sink, first, count, index);
 }
 
-void WriterPool::Close() { core_->Close(); }
+void WriterPool::Hold(BlockSink* sink) { core_->Hold(sink); }
 
-void WriterPool::CloseAll() {
+void WriterPool::Release(BlockSink* sink) { core_->Release(sink); }
+
+void WriterPool::Run(Errand errand) { core_->Errand(std::move(errand)); }
+
+bool WriterPool::Close(double timeout_s) { return core_->forked() || core_->Close(DeadlineAfter(timeout_s)); }
+
+bool WriterPool::CloseAll(double timeout_s) {
+  const Deadline deadline = DeadlineAfter(timeout_s);
+  bool all = true;
   std::lock_guard lock(RegistryMutex());
   for (PoolCore* core : Registry()) {
-    if (!core->forked()) core->Close();
+    if (!core->forked()) all = core->Close(core->left() ? DeadlineAfter(0) : deadline) && all;
   }
+  return all;
 }
 
 }  // namespace layerwise

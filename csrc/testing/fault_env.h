@@ -33,7 +33,7 @@ class FaultEnv final : public Env {
   // Delays every operation of this kind whose path matches.
   Status Delay(const std::string& operation, const std::string& path_pattern, double seconds);
 
-  // Forgets what Fail and Delay said; the counts go on.
+  // Forgets what Fail and Delay said, also of what is being delayed; the counts go on.
   void Clear() { plan_->Clear(); }
 
   uint64_t operations() const { return plan_->operations(); }

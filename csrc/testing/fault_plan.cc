@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <chrono>
 #include <string_view>
-#include <thread>
 #include <utility>
 
 namespace layerwise {
@@ -44,6 +43,8 @@ Status FaultPlan::Add(Rule rule) {
 void FaultPlan::Clear() {
   std::lock_guard lock(mutex_);
   rules_.clear();
+  ++clears_;
+  cleared_.notify_all();
 }
 
 FaultPlan::Verdict FaultPlan::Decide(const std::string& operation, const std::string& path, const std::string& also) {
@@ -64,7 +65,11 @@ FaultPlan::Verdict FaultPlan::Decide(const std::string& operation, const std::st
       }
     }
   }
-  if (delay_s > 0) std::this_thread::sleep_for(std::chrono::duration<double>(delay_s));
+  if (delay_s > 0) {
+    std::unique_lock lock(mutex_);
+    const uint64_t clears = clears_;
+    cleared_.wait_for(lock, std::chrono::duration<double>(delay_s), [&] { return clears_ != clears; });
+  }
   return verdict;
 }
 

@@ -1,6 +1,7 @@
 #ifndef LAYERWISE_TESTING_FAULT_PLAN_H_
 #define LAYERWISE_TESTING_FAULT_PLAN_H_
 
+#include <condition_variable>
 #include <cstdint>
 #include <mutex>
 #include <optional>
@@ -33,6 +34,7 @@ class FaultPlan {
 
   // InvalidArgument if the rule names an operation that there is none of.
   Status Add(Rule rule);
+  // What is delayed goes on at once.
   void Clear();
 
   // Numbers the operation, waits if it is to be slow, and decides. `also` is a
@@ -48,6 +50,8 @@ class FaultPlan {
   std::vector<Rule> rules_;
   std::vector<std::string> trace_;
   uint64_t injected_ = 0;
+  uint64_t clears_ = 0;
+  std::condition_variable cleared_;
 };
 
 }  // namespace layerwise

@@ -54,6 +54,8 @@ class GatedSink final : public BlockSink {
     ran_.push_back(index);
     changed_.notify_all();
     changed_.wait(lock, [this] { return open_; });
+    ended_ += 1;
+    changed_.notify_all();
     return false;
   }
 
@@ -73,6 +75,12 @@ class GatedSink final : public BlockSink {
     changed_.wait(lock, [&] { return ran_.size() >= n; });
   }
 
+  // Until every block that was started is over.
+  void WaitForEnd() {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [this] { return ended_ == ran_.size(); });
+  }
+
   std::vector<size_t> ran() const { return ran_; }
   std::vector<size_t> cancelled() const { return cancelled_; }
 
@@ -80,6 +88,7 @@ class GatedSink final : public BlockSink {
   std::mutex mutex_;
   std::condition_variable changed_;
   bool open_ = false;
+  size_t ended_ = 0;
   std::vector<size_t> ran_;
   std::vector<size_t> cancelled_;
 };
@@ -119,6 +128,18 @@ struct ShardFixture {
                                       bool direct = true) {
     std::unique_ptr<ShardWriter> writer;
     REQUIRE_OK(ShardWriter::Create(&env, pool.get(), std::move(plan), path, 0600, direct, &writer));
+    return writer;
+  }
+
+  // Made by the pool, over /old.
+  std::unique_ptr<ShardWriter> Over(std::shared_ptr<const Plan> plan) {
+    std::unique_ptr<ShardWriter> writer;
+    ShardWriter::Target target;
+    target.folder = "/";
+    target.path = "/s";
+    target.direct = true;
+    target.spare = "/old";
+    REQUIRE_OK(ShardWriter::Order(&env, pool.get(), std::move(plan), std::move(target), &writer));
     return writer;
   }
 

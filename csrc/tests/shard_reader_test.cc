@@ -8,6 +8,38 @@
 
 namespace layerwise {
 
+SHARD_TEST_CASE("a read that does not come back is an error in time, and later touches no destination") {
+  ShardFixture f;
+  std::unique_ptr<WriterPool> pool;
+  REQUIRE_OK(WriterPool::Create({.backend = backend_under_test, .depth = 2, .patience_s = 0.05}, &pool));
+  const std::string content(8 * 4096, 'x');
+  REQUIRE_OK(f.disk.WriteFile("/s", content, 0600));
+  std::unique_ptr<ShardReader> opened;
+  REQUIRE_OK(ShardReader::Open(&f.env, pool.get(), "/s", false, &opened));
+  std::shared_ptr<ShardReader> reader = std::move(opened);
+  std::vector<ShardReader::Block> blocks;
+  std::vector<ShardReader::Segment> segments;
+  std::string memory(content.size(), '-');
+  for (uint64_t i = 0; i < 8; ++i) {
+    blocks.push_back({4096 * i, 4096, 0, false});
+    segments.push_back({i, 0, reinterpret_cast<uintptr_t>(memory.data()) + 4096 * i, 4096});
+  }
+  std::vector<size_t> bad;
+  REQUIRE_OK(reader->ReadBlocks(blocks, segments, &bad));
+  CHECK(memory == content);
+  memory.assign(memory.size(), '-');
+  REQUIRE_OK(f.env.Delay("read", "/s", 600));
+  std::string data;
+  CHECK_ERRNO(reader->Read(0, 4096, &data), ETIMEDOUT);
+  CHECK_ERRNO(reader->ReadBlocks(blocks, segments, &bad), ETIMEDOUT);
+  REQUIRE_OK(f.env.Delay("open", "/s", 600));
+  CHECK_ERRNO(ShardReader::Open(&f.env, pool.get(), "/s", false, &opened), ETIMEDOUT);
+  reader.reset();
+  f.env.Clear();
+  CHECK(pool->Close());  // all that was under way has come back
+  CHECK(memory == std::string(content.size(), '-'));
+}
+
 namespace {
 
 // The blocks of 4096 bytes of a file with this content.

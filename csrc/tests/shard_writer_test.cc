@@ -7,6 +7,8 @@
 #include <cerrno>
 #include <thread>
 
+#include "layerwise/calls.h"
+#include "layerwise/hash.h"
 #include "layerwise/posix_env.h"
 #include "shard_fixture.h"
 
@@ -224,11 +226,23 @@ SHARD_TEST_CASE("creation fails where the space cannot be reserved, and leaves n
   CHECK_ERRNO(ShardWriter::Create(&f.env, f.pool.get(), f.Simple(1), "/s", 0600, true, &writer), ENOSPC);
   CHECK_ERRNO(f.disk.Stat("/s", &info), ENOENT);
   REQUIRE_OK(f.disk.WriteFile("/old", std::string(4096, ' '), 0600));
-  f.Fail("allocate", ENOSPC);
-  CHECK_ERRNO(ShardWriter::CreateOver(&f.env, f.pool.get(), f.Simple(1), "/old", "/s", 0600, true, &writer), ENOSPC);
+  CHECK(writer == nullptr);
+  f.Fail("allocate", ENOSPC, 2);
+  Tensor tensor(Pattern(4096));
+  auto ordered = f.Over(f.Simple(1));
+  REQUIRE_OK(ordered->SetAddress(0, tensor.address()));
+  REQUIRE_OK(ordered->Submit(0, 1));
+  REQUIRE(ordered->Wait(10));
+  CHECK_ERRNO(ordered->error(), ENOSPC);
+  CHECK_ERRNO(ordered->reuse_refused(), ENOSPC);
+  CHECK(ordered->counts().leased == 0);
+  REQUIRE_OK(f.disk.WriteFile("/old", std::string(4096, ' '), 0600));
+  f.Fail("make_dir", ENOSPC);
+  auto without_folder = f.Over(f.Simple(1));
+  REQUIRE(without_folder->Wait(10));
+  CHECK_ERRNO(without_folder->error(), ENOSPC);
   CHECK_ERRNO(f.disk.Stat("/old", &info), ENOENT);
   CHECK_ERRNO(f.disk.Stat("/s", &info), ENOENT);
-  CHECK(writer == nullptr);
 }
 
 SHARD_TEST_CASE("abort cancels what is queued and waits for what runs") {
@@ -324,8 +338,7 @@ SHARD_TEST_CASE("a retired file is written over, and what is behind the new end 
     ShardFixture f;
     Tensor tensor(Pattern(3 * 4096));
     REQUIRE_OK(f.disk.WriteFile("/old", std::string(4096, '\0') + std::string(old_size - 4096, 'o'), 0600));
-    std::unique_ptr<ShardWriter> writer;
-    REQUIRE_OK(ShardWriter::CreateOver(&f.env, f.pool.get(), f.Simple(3), "/old", "/s", 0600, true, &writer));
+    auto writer = f.Over(f.Simple(3));
     REQUIRE_OK(writer->SetAddress(0, tensor.address()));
     REQUIRE_OK(writer->Submit(0, 3));
     REQUIRE(writer->Wait(10));
@@ -345,17 +358,114 @@ SHARD_TEST_CASE("a retired file is written over, and what is behind the new end 
   }
 }
 
-SHARD_TEST_CASE("a file that a reader has open is not written over") {
+SHARD_TEST_CASE("a file that a reader has open is not written over, and a new one is made") {
   ShardFixture f;
+  Tensor tensor(Pattern(4096));
   REQUIRE_OK(f.disk.WriteFile("/old", Pattern(8192), 0600));
   std::unique_ptr<ReadableFile> reader;
   REQUIRE_OK(f.disk.NewReadableFile("/old", false, &reader));
+  auto writer = f.Over(f.Simple(1));
+  REQUIRE_OK(writer->SetAddress(0, tensor.address()));
+  REQUIRE_OK(writer->Submit(0, 1));
+  REQUIRE(writer->Wait(10));
+  CHECK_ERRNO(writer->reuse_refused(), EBUSY);
+  REQUIRE_OK(writer->Finish(Header()));
+  CHECK((f.Content() == Header() + tensor.content()));
+  AlignedBuffer seen;
+  size_t got = 0;
+  REQUIRE_OK(seen.Reserve(8192));
+  REQUIRE_OK(reader->Pread(seen.data(), 8192, 0, &got));
+  CHECK((std::string(seen.data(), got) == Pattern(8192)));
+}
+
+// -- files that are being made -------------------------------------------------------
+
+SHARD_TEST_CASE("what is submitted before the file is made waits for it, and can be evacuated") {
+  ShardFixture f(2, 6);
+  REQUIRE_OK(f.disk.WriteFile("/old", Pattern(4096), 0600));
+  REQUIRE_OK(f.env.Delay("reuse", "/old", 0.2));
+  Tensor tensor(Pattern(4 * 4096));
+  const std::string saved = tensor.content();
+  auto writer = f.Over(f.Simple(4));
+  REQUIRE_OK(writer->SetAddress(0, tensor.address()));
+  REQUIRE_OK(writer->Submit(0, 4));
+  CHECK(!writer->Wait(0.01));
+  CHECK(writer->Finish(Header()).code() == Status::Code::kFailedPrecondition);
+  bool safe = false;
+  REQUIRE_OK(writer->Evacuate(0, 4, 0.05, &safe));
+  CHECK(safe);
+  tensor.Set(Pattern(4 * 4096, 9));
+  REQUIRE(writer->Wait(10));
+  REQUIRE_OK(writer->Finish(Header()));
+  CHECK((f.Content() == Header() + saved));
+}
+
+SHARD_TEST_CASE("an abort while the file is made leaves none, and one before does not make it") {
+  for (bool under_way : {true, false}) {
+    ShardFixture f;
+    Tensor tensor(Pattern(4096));
+    REQUIRE_OK(f.disk.WriteFile("/old", Pattern(4096), 0600));
+    REQUIRE_OK(f.env.Delay("make_dir", "/", 0.1));
+    auto first = f.Over(f.Simple(1));
+    while (f.env.trace().empty()) std::this_thread::yield();
+    std::unique_ptr<ShardWriter> second;
+    ShardWriter::Target target;
+    target.folder = "/";
+    target.path = "/t";
+    REQUIRE_OK(ShardWriter::Order(&f.env, f.pool.get(), f.Simple(1), target, &second));
+    ShardWriter& writer = under_way ? *first : *second;
+    REQUIRE_OK(writer.SetAddress(0, tensor.address()));
+    REQUIRE_OK(writer.Submit(0, 1));
+    CHECK(!writer.Abort(0.01));
+    CHECK(writer.Abort());
+    CHECK(first->Wait(10));
+    CHECK(second->Wait(10));
+    CHECK_ERRNO(writer.error(), ECANCELED);
+    FileInfo info;
+    CHECK((f.disk.Stat("/s", &info).ok()) == !under_way);
+    CHECK((f.disk.Stat("/t", &info).ok()) == under_way);
+    CHECK_ERRNO(f.disk.Stat("/old", &info), ENOENT);
+  }
+}
+
+SHARD_TEST_CASE("a file that is begun again is made once the one before is out of the way") {
+  ShardFixture f;
+  Tensor tensor(Pattern(2 * 4096));
+  REQUIRE_OK(f.env.Delay("create", "/s", 0.05));
+  REQUIRE_OK(f.disk.WriteFile("/old", Pattern(4096), 0600));
+  std::shared_ptr<ShardWriter> before = f.Over(f.Simple(1));
+  REQUIRE_OK(before->SetAddress(0, tensor.address()));
+  REQUIRE_OK(before->Submit(0, 1));
   std::unique_ptr<ShardWriter> writer;
-  const Status status =
-      ShardWriter::CreateOver(&f.env, f.pool.get(), f.Simple(1), "/old", "/s", 0600, true, &writer);
-  CHECK(status.error_number() == EBUSY);
-  CHECK(writer == nullptr);
-  CHECK(f.Content() == Pattern(8192));
+  ShardWriter::Target target;
+  target.folder = "/";
+  target.path = "/s";
+  target.before = before;
+  REQUIRE_OK(ShardWriter::Order(&f.env, f.pool.get(), f.Simple(2), target, &writer));
+  CHECK(before->Abort());
+  before.reset();
+  REQUIRE_OK(writer->SetAddress(0, tensor.address()));
+  REQUIRE_OK(writer->Submit(0, 2));
+  REQUIRE(writer->Wait(10));
+  REQUIRE_OK(writer->Finish(Header()));
+  CHECK((f.Content() == Header() + tensor.content()));
+}
+
+SHARD_TEST_CASE("a call that does not return is named, and waited for no longer than asked") {
+  ShardFixture f(1);
+  Tensor tensor(Pattern(2 * 4096));
+  REQUIRE_OK(f.env.Delay("write", "/s", 0.3));
+  auto writer = f.Writer(f.Simple(2));
+  REQUIRE_OK(writer->SetAddress(0, tensor.address()));
+  REQUIRE_OK(writer->Submit(0, 2));
+  while (CallsUnderWay().empty()) std::this_thread::yield();
+  CHECK(CallsUnderWay()[0].operation == std::string("write"));
+  CHECK(CallsUnderWay()[0].path == "/s");
+  CHECK(!writer->Abort(0.01));
+  CHECK(!f.pool->Close(0.01));
+  CHECK(!WriterPool::CloseAll());  // which does not wait for it again
+  CHECK(writer->Abort());
+  CHECK(CallsUnderWay().empty());
 }
 
 SHARD_TEST_CASE("a real disk takes a shard by direct I/O") {

@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <future>
 #include <vector>
 
@@ -54,6 +55,68 @@ SHARD_TEST_CASE("closing cancels what is queued and waits for what runs") {
   CHECK(sink.ran().size() + sink.cancelled().size() == 4);
   pool->Submit(&sink, 7, 1);
   CHECK(sink.cancelled().back() == 7);
+}
+
+SHARD_TEST_CASE("a pool is closed in time though a thread of it does not end, which finds its memory when it does") {
+  GatedSink sink;
+  std::shared_ptr<BufferPool> buffers;
+  REQUIRE_OK(BufferPool::Create(4096, &buffers));
+  std::unique_ptr<WriterPool> pool;
+  REQUIRE_OK(WriterPool::Create(
+      {.backend = backend_under_test, .depth = 1, .buffers = buffers, .block_bytes = 4096}, &pool));
+  pool->Submit(&sink, 0, 3);
+  sink.WaitForRuns(1);
+  CHECK(!pool->Close(0.01));
+  CHECK(sink.cancelled() == std::vector<size_t>{1, 2});
+  pool.reset();
+  CHECK(buffers->in_use() == 4096);
+  sink.Open();
+  sink.WaitForEnd();
+}
+
+SHARD_TEST_CASE("errands are run in order beside blocks, and refused with the reason once the pool is closed") {
+  GatedSink sink;
+  std::unique_ptr<WriterPool> pool;
+  REQUIRE_OK(WriterPool::Create({.backend = backend_under_test, .depth = 1}, &pool));
+  pool->Submit(&sink, 0, 1);
+  sink.WaitForRuns(1);
+  std::vector<int> ran;
+  std::promise<void> second;
+  pool->Run([&](const Status& status) { ran.push_back(status.ok() ? 1 : -1); });
+  pool->Run([&](const Status& status) {
+    ran.push_back(status.ok() ? 2 : -2);
+    second.set_value();
+  });
+  second.get_future().get();
+  sink.Open();
+  CHECK(pool->Close());
+  pool->Run([&](const Status& status) { ran.push_back(status.error_number()); });
+  CHECK(ran == std::vector<int>{1, 2, ECANCELED});
+}
+
+SHARD_TEST_CASE("held blocks are not started, are withdrawn, and are cancelled with the pool") {
+  GatedSink sink, other;
+  std::unique_ptr<WriterPool> pool;
+  REQUIRE_OK(WriterPool::Create({.backend = backend_under_test, .depth = 1}, &pool));
+  sink.Open();
+  other.Open();
+  pool->Hold(&sink);
+  pool->Submit(&sink, 0, 4);
+  pool->Submit(&other, 0, 1);
+  other.WaitForRuns(1);
+  CHECK(sink.ran().empty());
+  size_t last = 0;
+  REQUIRE(pool->TakeLast(&sink, 0, 4, &last));
+  CHECK(last == 3);
+  CHECK(pool->Withdraw(&sink) == 3);
+  pool->Submit(&sink, 5, 2);
+  pool->Release(&sink);
+  sink.WaitForRuns(2);
+  pool->Hold(&sink);
+  pool->Submit(&sink, 8, 1);
+  pool->Close();
+  CHECK(sink.ran() == std::vector<size_t>{5, 6});
+  CHECK(sink.cancelled() == std::vector<size_t>{8});
 }
 
 SHARD_TEST_CASE("threads of a pool yield to the threads that train") {

@@ -102,7 +102,6 @@ def root(ranks: int, on_node: int, commits: int, folder: str) -> None:
     after = counters()
     participant.close(10.0)
     coordinator.close(10.0)
-    committer.close()
     say(**{name: (after[name] - before[name]) / commits for name in after})
 
 

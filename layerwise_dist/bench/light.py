@@ -132,9 +132,8 @@ class LightRank:
             self.participant.ended()
         finally:
             self.participant.close(self._timeout_s)
-            if self.coordinator is not None and self.committer is not None:
+            if self.coordinator is not None:
                 self.coordinator.close(self._timeout_s)
-                self.committer.close()
 
 
 class Switchboard:

@@ -181,11 +181,16 @@ class Shard:
             path.rename(retired)
             self._blank(retired)
         path.unlink(missing_ok=True)
-        writer = _native.ShardWriter(
-            env, pool, self._plan, str(path), 0o600, direct, reuse=None if retired is None else str(retired)
-        )
+        writer = _native.ShardWriter.order(
+            env, pool, self._plan, str(path.parent), str(path), 0o700, 0o600, direct, True,
+            reuse=None if retired is None else str(retired),
+        )  # fmt: skip
         try:
             writer.set_addresses(self._addresses)
+            if not writer.wait(_DEADLINE_S):
+                raise TimeoutError(f"{path}: not made within {_DEADLINE_S:g} s")
+            if error := writer.reuse_refused() or writer.error():
+                raise error
             began = time.perf_counter()
             writer.submit(0, self._plan.blocks)
             if not writer.wait(_DEADLINE_S):

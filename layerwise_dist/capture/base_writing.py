@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import threading
+import time
 from collections.abc import Collection, Iterable, Sequence
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from layerwise_dist import _native
 from layerwise_dist.capture.stage import copies_for
 from layerwise_dist.errors import DeadlineError, LayerwiseError
+from layerwise_dist.patience import stuck_calls
 from layerwise_dist.storage.base import BaseFile
 from layerwise_dist.storage.reports import BaseReport
 from layerwise_dist.storage.shard import ALIGN
@@ -19,7 +21,6 @@ from layerwise_dist.storage.shard import ALIGN
 log = logging.getLogger("layerwise_dist")
 
 _LOOK_S = 5.0  # a wait in the background is looked at so often; what it waits for has no deadline of its own
-_CLOSE_S = 30.0
 
 Segment = tuple[int, int, int, int, int]
 
@@ -132,17 +133,19 @@ class Writing:
         if not self._done.wait(timeout_s):
             raise DeadlineError(
                 f"frozen parameters (base {self._file.attempt.text}) were still being written after {timeout_s:g} s"
+                f"{stuck_calls()}"
             )
         if self._failure is not None:
             raise BaseFailed(f"frozen parameters: {self._failure}")
         assert self._report is not None
         return self._report
 
-    def close(self) -> None:
-        """Gives up what is not written."""
-        if not self.over:
-            self._file.abort()
-            self._thread.join(_CLOSE_S)
+    def close(self, timeout_s: float) -> bool:
+        """Gives up what is not written. Whether that could be done in time."""
+        deadline = time.monotonic() + timeout_s
+        if not self.over and self._file.abort(timeout_s):
+            self._thread.join(max(0.0, deadline - time.monotonic()))
+        return self.over
 
     # -- background ---------------------------------------------------------------------------------------------
 
@@ -161,6 +164,7 @@ class Writing:
     def _write(self) -> None:
         content, block_bytes = self._content, self._file.layout.block_bytes
         assert content is not None
+        self._file.begin()
         memory = torch.empty(self._file.run * block_bytes + ALIGN, dtype=torch.uint8, device="cpu")
         memory = memory[-memory.data_ptr() % ALIGN :]
         self._file.set_addresses([memory.data_ptr() + place * block_bytes for place in range(self._file.run)])

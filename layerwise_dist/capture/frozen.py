@@ -132,11 +132,12 @@ class FrozenBases:
             if not writing.wait_read(max(0.0, deadline - time.monotonic())):
                 raise DeadlineError(f"frozen parameters were still being written after {timeout_s:g} s")
 
-    def close(self) -> None:
-        """REQUIRES: every attempt is decided, or given up."""
-        for writing in self._writings:
-            writing.close()
+    def close(self, timeout_s: float) -> bool:
+        """Whether it could be done in time. REQUIRES: every attempt is decided, or given up."""
+        deadline = time.monotonic() + timeout_s
+        closed = [writing.close(max(0.0, deadline - time.monotonic())) for writing in self._writings]
         self.forget()
+        return all(closed)
 
     # -- inside -------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ log = logging.getLogger("layerwise_dist")
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _GAP = 8192  # bytes; the allocator's own between two tensors
 _CHUNK = 16 << 20  # bytes a call: `close` waits for one
+_CLOSE_S = 1.0  # and not longer: memory that has gone meanwhile is left alone by the kernel
 _TRIES = 3  # what is pinned by a write at one look is free at another
 _PAUSE_S = 1.0
 
@@ -50,7 +51,7 @@ class HugePages:
     def _stop(self) -> None:
         if self._thread is not None:
             self._closing.set()
-            self._thread.join()
+            self._thread.join(_CLOSE_S)
             self._thread = None
 
     def _run(self, ranges: list[tuple[int, int]], closing: threading.Event) -> None:

@@ -204,15 +204,18 @@ class Stage:
             launched.append((copies, copies.record()))
         return launched
 
-    def close(self) -> None:
-        """Ends the thread behind what it still has to give."""
+    def close(self, timeout_s: float) -> bool:
+        """Ends the thread after what it still has to give. Whether it ended in time; if not, the pool stays locked."""
         if self._thread is not None:
             self._later.put(None)
-            self._thread.join()
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                return False
         if self._pinned is not None:
             torch.cuda.synchronize()
             torch.cuda.cudart().cudaHostUnregister(self._pinned)
             self._pinned = None
+        return True
 
     def _start(self) -> None:
         if self._thread is None:

@@ -45,6 +45,10 @@ class Pen(Protocol):
 
     def remove_bases(self, bases: list[str]) -> None: ...
 
+    def close(self) -> None:
+        """Lets go of the directory. Raises nothing."""
+        ...
+
 
 def perform(coordinator: Coordinator, pen: Pen, send: Callable[[Message], None], output: Output) -> list[Output]:
     """Does one thing that the coordinator said. What it says to that comes next."""
@@ -121,15 +125,19 @@ class CoordinatorThread:
             if not settled:
                 time.sleep(0.005)
 
-    def close(self, timeout_s: float) -> None:
+    def close(self, timeout_s: float) -> bool:
+        """Closes the pen after all that is still to be written, on the thread that writes. Whether that was done in
+        time.
+        """
         self._inbox.put(None)
         self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         while True:
             message = self._next()
             if message is None:
-                return
+                return self._pen.close()
             if isinstance(message, queue.SimpleQueue):
                 message.put(self._coordinator.settled)
             elif message:

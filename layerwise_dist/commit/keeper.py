@@ -110,13 +110,18 @@ class KeeperThread:
     def put(self, message: Message) -> None:
         self._inbox.put(message)
 
-    def close(self, timeout_s: float) -> None:
+    def close(self, timeout_s: float) -> bool:
+        """Lets go of the directory after all that it still has to do. Whether that was done in time."""
         self._inbox.put(None)
         self._thread.join(timeout_s)
-        self.keeper.owner.release()
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         while (message := self._inbox.get()) is not None:
             answer = self.keeper.handle(message)
             if answer is not None:
                 self._post(answer)
+        try:
+            self.keeper.owner.release()
+        except OSError as error:
+            log.warning("rank %d: the directory is held until this process ends: %s", self.keeper.rank, error)

@@ -243,6 +243,11 @@ class Ledger:
         return len(self._busy)
 
     @property
+    def in_flight(self) -> int:
+        """How many attempts were begun and are not decided. Once nothing is decided any more: `on_disk_way`."""
+        return self.on_disk_way if self.ended() is not None else len(self._busy | self._undecided.keys())
+
+    @property
     def undecided_steps(self) -> list[int]:
         return sorted(write.attempt.step for write in self._undecided.values())
 

@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from layerwise_dist import errors
 from layerwise_dist.commit.common_boundary import Meeting
@@ -15,6 +15,7 @@ from layerwise_dist.commit.keeper import HEARS, KeeperThread
 from layerwise_dist.commit.ledger import Action, Discard, GiveUp, Ledger, Persist, Post, Retire, Write
 from layerwise_dist.commit.transports import Message, Transport
 from layerwise_dist.errors import CommitError, DeadlineError, LayerwiseError
+from layerwise_dist.patience import DISK_SHARE, stuck_calls
 from layerwise_dist.storage.layout import AttemptId
 
 log = logging.getLogger("layerwise_dist")
@@ -32,6 +33,7 @@ class Participant:
         """`coordinator` takes the coordinator's messages on rank 0; it may be set later by `serve`."""
         self.rank, self.world_size = transport.rank, transport.world_size
         self._transport, self._timeout_s = transport, timeout_s
+        self.disk_s = DISK_SHARE * timeout_s  # the longest wait for this rank's disk within what all ranks do
         self._ledger = Ledger(self.rank, self.world_size)
         self._changed = threading.Condition()
         self._serve = coordinator
@@ -170,14 +172,35 @@ class Participant:
             found, self._ledger.unlike = self._ledger.unlike, set()
             return found
 
-    def wait_room(self, max_in_flight: int, timeout_s: float) -> bool:
-        """Whether fewer than `max_in_flight` shards are on their way to this rank's disk, waiting for the disk only."""
+    def wait_room(self, max_in_flight: int, *, disk_s: float, decision_s: float) -> Literal["disk", "rank 0"] | None:
+        """Waits until fewer than `max_in_flight` attempts are in flight; returns what it waited for in vain.
+
+        `disk_s` seconds at most while as many shards are on their way to this rank's disk, and `decision_s` at most
+        until rank 0 has decided on enough of them.
+        """
+        state, began = self._ledger, time.monotonic()
+
+        def lost() -> bool:  # with a monitor that is lost nothing is on its way any more
+            return self.through_monitor and state.lost is not None
+
         with self._changed:
-            gone = self.through_monitor  # with a monitor that is lost nothing is on its way any more
-            state = self._ledger
-            return self._until(
-                lambda: state.on_disk_way < max_in_flight or (gone and state.lost), time.monotonic() + timeout_s
-            )
+            if not self._until(lambda: state.on_disk_way < max_in_flight or lost(), began + disk_s):
+                return "disk"
+            if not self._until(lambda: state.in_flight < max_in_flight or lost(), began + decision_s):
+                return "rank 0"
+            return None
+
+    @property
+    def in_flight(self) -> int:
+        """Attempts of this rank that were begun and are not decided."""
+        with self._changed:
+            return self._ledger.in_flight
+
+    @property
+    def undecided_steps(self) -> list[int]:
+        """Steps that are sealed here, and not decided."""
+        with self._changed:
+            return self._ledger.undecided_steps
 
     def boundary(self, count: int) -> Meeting | None:
         """Call at each boundary, counted from the session's start. What all ranks do at it, if they have agreed on it.
@@ -412,7 +435,7 @@ class Participant:
     def _wait_for(self, predicate: Callable[[], Any], deadline: float, message: Callable[[], str]) -> None:
         state = self._ledger
         if not self._until(lambda: predicate() or state.lost is not None, deadline):
-            raise DeadlineError(message())
+            raise DeadlineError(f"{message()}{stuck_calls()}")
         if not predicate():
             raise CommitError(state.lost or "")
 

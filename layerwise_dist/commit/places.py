@@ -6,12 +6,14 @@ import logging
 import os
 import socket
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 from layerwise_dist.commit.opening import make_dirs
 from layerwise_dist.commit.participant import Participant, describe_error, rebuild_error
 from layerwise_dist.commit.transports.rendezvous import place
-from layerwise_dist.errors import DirectoryError, LayerwiseError
+from layerwise_dist.errors import DeadlineError, DirectoryError, LayerwiseError
+from layerwise_dist.patience import within
 from layerwise_dist.storage import layout, network
 
 log = logging.getLogger("layerwise_dist")
@@ -62,23 +64,31 @@ def find_places(env: Any, root: str, participant: Participant, *, file_mode: int
 
     def begin(_: list[Any]) -> str:
         token = uuid.uuid4().hex
-        probe.make(token, 0)
+        _on_disk(participant, lambda: probe.make(token, 0))
         return token
 
     try:
         token = participant.agree("look for a common directory", None, begin)
-        apart = participant.agree("who sees rank 0's directory", _tried(lambda: probe.sees(token, 0)), _blind)
+        apart = participant.agree(
+            "who sees rank 0's directory", _tried(participant, lambda: probe.sees(token, 0)), _blind
+        )
         if not apart:
             return [list(range(world_size))]
         mine = rank in apart
         participant.agree(
-            "make the other directories", _tried(lambda: probe.make(token, rank) if mine else None), _all_well
+            "make the other directories",
+            _tried(participant, lambda: probe.make(token, rank) if mine else None),
+            _all_well,
         )
-        seen = _tried(lambda: _lowest(probe, token, apart) if mine else 0)
-        about = {"keeper": seen, "host": socket.gethostname(), "node": place(), "network": _network(env, root)}
+        seen = _tried(participant, lambda: _lowest(probe, token, apart) if mine else 0)
+        network_of = _on_disk(participant, lambda: _network(env, root))
+        about = {"keeper": seen, "host": socket.gethostname(), "node": place(), "network": network_of}
         return participant.agree("who shares a directory", about, lambda votes: _grouped(votes, root))
     finally:
-        probe.remove()
+        try:
+            _on_disk(participant, probe.remove)
+        except DeadlineError as error:
+            log.warning("%s", error)
 
 
 def _lowest(probe: _Probe, token: str, ranks: list[int]) -> int:
@@ -92,9 +102,13 @@ def _network(env: Any, root: str) -> str | None:
         return None
 
 
-def _tried(action: Any) -> dict[str, Any]:
+def _on_disk(participant: Participant, action: Callable[[], Any]) -> Any:
+    return within(participant.disk_s, "the look for a common directory", action)
+
+
+def _tried(participant: Participant, action: Callable[[], Any]) -> dict[str, Any]:
     try:
-        return {"value": action()}
+        return {"value": _on_disk(participant, action)}
     except (LayerwiseError, OSError) as error:
         return {"error": describe_error(error)}
 

@@ -33,7 +33,8 @@ from layerwise_dist.commit.owner import Owner
 from layerwise_dist.commit.participant import Participant, describe_error, rebuild_error
 from layerwise_dist.commit.places import find_places
 from layerwise_dist.commit.transports import Message, Transport
-from layerwise_dist.errors import DamageError, DirectoryError, LayerwiseError, OwnerError
+from layerwise_dist.errors import DamageError, DeadlineError, DirectoryError, LayerwiseError, OwnerError
+from layerwise_dist.patience import DISK_SHARE, stuck_calls, within
 from layerwise_dist.storage import layout
 from layerwise_dist.storage.layout import AttemptId
 from layerwise_dist.storage.retention import retired, unneeded_bases
@@ -58,7 +59,6 @@ class Pen(Protocol):
         ...
 
     def follow(self, head: ParentRef | None, branch_seq: int | None) -> tuple[str | None, list[str]]: ...
-    def close(self) -> None: ...
 
 
 class Committer:
@@ -67,8 +67,9 @@ class Committer:
     def __init__(
         self, manager: CheckpointMetadataManager, owner: Owner, info: SessionInfo, *, world_size: int, framework: str,
         software: dict[str, str], keep_last: int, keep_every_n_steps: int | None,
-        keep_tags: int | None = None,
+        keep_tags: int | None = None, patience_s: float = threading.TIMEOUT_MAX,
     ) -> None:  # fmt: skip
+        self._patience_s = patience_s
         self._manager, self.owner, self.info = manager, owner, info
         self._world_size, self._framework, self._software = world_size, framework, software
         self._keep_last, self._keep_every, self._keep_tags = keep_last, keep_every_n_steps, keep_tags
@@ -95,10 +96,15 @@ class Committer:
 
     def hold(self, held: bool) -> None:
         """From when this returns until it is called with False, `retire` and `unneeded` find nothing: the next commit
-        catches up. What is followed stays by itself until then, as the newest commit of the lineage.
+        catches up. What is followed stays by itself until then, as the newest commit of the lineage. Raises
+        DeadlineError if a removal does not end.
         """
-        with self._lock:  # so that what is being removed now is gone before anyone chooses
-            self._held = held
+        mine = self._lock.acquire(timeout=self._patience_s)  # a removal that is under way is over before anyone chooses
+        if held and not mine:
+            raise DeadlineError(f"old checkpoints were still being removed after {self._patience_s:g} s{stuck_calls()}")
+        self._held = held
+        if mine:
+            self._lock.release()
 
     def follow(self, head: ParentRef | None, branch_seq: int | None) -> tuple[str | None, list[str]]:
         """The next commit continues from `head`. With `branch_seq`, a branch record makes that durable at once.
@@ -234,7 +240,9 @@ class Committer:
             self._manager.remove_base(base)
 
     def close(self) -> None:
-        """REQUIRES: all ranks have left, or are given up. What they did not take of retired attempts is removed."""
+        """REQUIRES: all ranks have left, or are given up. What they did not take of retired attempts is removed. Raises
+        nothing.
+        """
         try:
             if self._announced:
                 self.owner.check()
@@ -242,7 +250,10 @@ class Committer:
                 self._manager.collect(attempt)
         except (OSError, OwnerError) as error:
             log.warning("leftovers of retired checkpoints stay until the next start: %s", error)
-        self.owner.release()
+        try:
+            self.owner.release()
+        except OSError as error:
+            log.warning("the directory is held until this process ends: %s", error)
 
 
 def start_coordinator(
@@ -254,6 +265,7 @@ def start_coordinator(
     committer = Committer(
         manager, owner, info, world_size=transport.world_size, framework=framework, software=software,
         keep_last=keep_last, keep_every_n_steps=keep_every_n_steps, keep_tags=keep_tags,
+        patience_s=DISK_SHARE * timeout_s,
     )  # fmt: skip
     logic = Coordinator(
         transport.world_size, timeout_s=timeout_s, on_failure=on_failure, raise_after=raise_after, now=time.monotonic(),
@@ -287,15 +299,15 @@ def open_session(
     if rank == ranks[0]:
         place = Place(env, root, manager, ranks=ranks, who=who, patience_s=patience_s, monitored=monitored, **modes)
     try:
-        plan = _plan(participant, place, root, fresh=fresh)
+        plan = _plan(participant, place, root, fresh=fresh, timeout_s=participant.disk_s / 4 + patience_s)
         texts: dict[str, str] = {}
         if plan.lacking:
-            given = _said(lambda: place.texts(plan) if place is not None else {})
+            given = _said(participant.disk_s, lambda: place.texts(plan) if place is not None else {})
             texts = participant.agree("bring what is committed to all", given, _collected)
         info = plan.info(places)
         participant.apart = not info.shared
 
-        settled = _said(lambda: place.settle(plan, texts) if place is not None else [])
+        settled = _said(participant.disk_s, lambda: place.settle(plan, texts) if place is not None else [])
         for why in participant.agree("settle the checkpoint directory", settled, _settled):
             log.warning("%s", why)
 
@@ -306,7 +318,7 @@ def open_session(
             _check_directory(env, root, manager, info)
             return []
 
-        participant.agree("see the same checkpoint directory", _said(check), _settled)
+        participant.agree("see the same checkpoint directory", _said(participant.disk_s, check), _settled)
     except BaseException:
         if place is not None:
             place.release()
@@ -314,17 +326,18 @@ def open_session(
     return info, manager, place.owner if place is not None else None
 
 
-def _plan(participant: Participant, place: Place | None, root: str, *, fresh: bool) -> Plan:
+def _plan(participant: Participant, place: Place | None, root: str, *, fresh: bool, timeout_s: float) -> Plan:
     def decide(votes: list[dict[str, Any]]) -> dict[str, Any]:
         return as_tree(merge([found for found in _values(votes) if found is not None], root, fresh=fresh))
 
-    seen = _said(lambda: place.look() if place is not None else None)
+    seen = _said(timeout_s, lambda: place.look() if place is not None else None)
     return as_plan(participant.agree("open the checkpoint directory", seen, decide))
 
 
-def _said(action: Callable[[], Any]) -> dict[str, Any]:
+def _said(timeout_s: float, action: Callable[[], Any]) -> dict[str, Any]:
+    """What it returns or raises, which is a DeadlineError where the disk takes longer."""
     try:
-        return {"value": action()}
+        return {"value": within(timeout_s, "the work in the checkpoint directory", action)}
     except (LayerwiseError, OSError) as error:
         return {"error": describe_error(error)}
 
@@ -358,11 +371,13 @@ def follow(
     """
 
     def decide(_: list[Any]) -> tuple[str | None, list[str]]:
-        return committer.follow(head, branch_seq) if committer is not None else (None, [])
+        if committer is None:
+            return None, []
+        return within(participant.disk_s, "the lineage's record", lambda: committer.follow(head, branch_seq))
 
     text, bases = participant.agree("continue the lineage", None, decide)
     if text is not None and participant.apart:
-        kept = _said(lambda: participant.keep_branch(text))
+        kept = _said(participant.disk_s, lambda: participant.keep_branch(text))
         participant.agree("continue the lineage everywhere", kept, _values)
     return list(bases)
 

@@ -114,7 +114,7 @@ def of_space(space: Space, held: Held, state: int | None, source: str, config: L
     """`state`: bytes of one checkpoint."""
     figures: dict[str, Any] = {
         "free": space.free, "total": space.total, "files_free": space.files, "held": held.nbytes,
-        "staying": held.staying, "checkpoint": state, "needed": None,
+        "staying": held.staying, "checkpoint": state, "needed": None, "peak": None,
     }  # fmt: skip
     there = f"{size(space.free)} free of {size(space.total)}"
     few = space.files is not None and space.files < _FEW_FILES
@@ -129,7 +129,9 @@ def of_space(space: Space, held: Held, state: int | None, source: str, config: L
         return Finding("space", "ok", f"{there}.", advice, figures)
     copies = config.keep_last + config.max_in_flight + 1
     needed, room = copies * state + held.staying, space.free + held.nbytes
-    figures["needed"] = needed
+    # Where steps are shorter than a commit, so many more retired files wait for the next shards (recycling.Recycler).
+    spares = config.max_in_flight if config.writer.recycle is not False else 0
+    figures["needed"], figures["peak"] = needed, needed + spares * state
     more = f", and {size(held.staying)} that stay (tags, keep_every_n_steps, frozen parameters)" if held.staying else ""
     text = (
         f"{there}{f' and {size(held.nbytes)} in checkpoints' if held.nbytes else ''}; retention needs {size(needed)}: "
@@ -147,6 +149,12 @@ def of_space(space: Space, held: Held, state: int | None, source: str, config: L
         advice = (
             f"keep_every_n_steps {config.keep_every_n_steps} keeps checkpoints for ever: the disk is full after "
             f"{(room - needed) // state} of them. Copy them elsewhere and remove them in time."
+        )
+        return Finding("space", "warn", text, advice, figures)
+    if room < figures["peak"]:
+        advice = (
+            f"That is enough where steps take longer than a commit. Where they are shorter, {spares} more retired "
+            f"files may wait to be written over: free {size(figures['peak'] - room)}, or set writer.recycle to false."
         )
         return Finding("space", "warn", text, advice, figures)
     if needed > _NEARLY_FULL * room:

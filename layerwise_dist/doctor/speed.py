@@ -31,6 +31,7 @@ _SOURCE_BYTES = 256 << 20  # memory that the data comes from; larger amounts go 
 _LAYER_BYTES = 16 << 20
 _SECTOR = 4096
 _PATIENCE_S = 600.0  # for one shard
+_CLOSE_S = 60.0
 _RETIRE_S = 30.0  # until it waits to be written over
 _FLUSH_BUDGET_S = 5.0
 _BUDGET_S = 15.0  # after which no further round begins
@@ -238,7 +239,7 @@ class Shards:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._adapter.close()
+        self._adapter.close(_CLOSE_S)
 
     def write_new(self) -> float:
         """Bytes a second into a new file, which is then retired. Raises OSError."""

@@ -97,16 +97,12 @@ class Holder:
         laid = self._layouts[message["layout"]]
         before = self._coming.pop(attempt.seq, None)
         self._participant.began(attempt)
-        try:
-            if before is not None:
-                write = before.write
-                write.shard.begin_again(laid)
-            else:
-                write = HeldWrite(self._adapter.begin(attempt, laid.shard, laid.plan), self._tell)
-                self._recent.append(write)
-        except OSError as error:
-            self._participant.failed(attempt, str(error), before.write if before else self._adapter.unbegun(attempt))
-            return
+        if before is not None:
+            write = before.write
+            write.shard.begin_again(laid)
+        else:
+            write = HeldWrite(self._adapter.begin(attempt, laid.shard, laid.plan), self._tell)
+            self._recent.append(write)
         self._coming[attempt.seq] = _Coming(write, laid)
 
     def give(self, message: Message) -> None:

@@ -23,6 +23,7 @@ from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.errors import LayerwiseError, UnsupportedError
 from layerwise_dist.monitor.holding import Holder
 from layerwise_dist.monitor.relaying import RelayingTransport, wrapped
+from layerwise_dist.patience import stuck_calls
 from layerwise_dist.restore.agreement import together
 from layerwise_dist.storage.adapter import PCCheckAdapter
 from layerwise_dist.writing import open_writer
@@ -158,9 +159,8 @@ class MonitorSession:
         except LayerwiseError as error:
             log.warning("rank %d: the monitor leaves without a decision: %s", self._rank, error)
         self._participant.close(max(0.1, deadline - time.monotonic()))
-        if self._coordinator is not None:
-            self._coordinator.close(max(0.1, deadline - time.monotonic()))
-        if self._committer is not None:
-            self._committer.close()
+        closed = self._coordinator is None or self._coordinator.close(max(0.1, deadline - time.monotonic()))
         if self._adapter is not None:
-            self._adapter.close()
+            closed = self._adapter.close(max(0.1, deadline - time.monotonic())) and closed
+        if not closed:
+            log.warning("rank %d: the monitor leaves with the disk busy%s", self._rank, stuck_calls())

@@ -17,6 +17,7 @@ from layerwise_dist.commit.transports import Message
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.errors import LayerwiseError
 from layerwise_dist.monitor.connection import MonitorLink
+from layerwise_dist.patience import DISK_SHARE
 from layerwise_dist.storage.adapter import Laid
 from layerwise_dist.storage.gathered import gather
 from layerwise_dist.storage.layout import AttemptId
@@ -134,6 +135,7 @@ class StagingAdapter:
         self.direct, self.memory_align = bool(facts["direct"]), int(facts["memory_align"])
         self.block_bytes, self._queue_depth = config.writer.block_kb << 10, config.writer.queue_depth
         self.bounce_bytes = self.block_bytes * self._queue_depth
+        self._patience_s = DISK_SHARE * config.commit.timeout_s
         self.buffers: Any = None
         self._timeout_s, self._on_written = config.fence_timeout_s, written
         self._readers: Any = None
@@ -150,7 +152,7 @@ class StagingAdapter:
     def pool(self) -> Any:
         """The threads that read. Made when needed."""
         if self._readers is None:
-            self._readers = _native.WriterPool(self._queue_depth)
+            self._readers = _native.WriterPool(self._queue_depth, patience_s=self._patience_s)
         return self._readers
 
     def allocate_staging_buffer(self, size_mb: float) -> None:
@@ -239,13 +241,15 @@ class StagingAdapter:
             write.done(message["counts"])
             self._on_written(write.attempt)
 
-    def close(self) -> None:
-        """The pool ends with the last buffer; the monitor is let go of."""
-        if self._readers is not None:
-            self._readers.close()
+    def close(self, timeout_s: float) -> bool:
+        """The pool ends with the last buffer; the monitor is let go of. Whether the readers ended in time."""
+        closed = self._readers is None or self._readers.close(timeout_s)
+        if not closed:
+            _native.keep_forever(self)
         self.link.close()
         self._take_back(list(self._given))
         self._newest = None
+        return closed
 
 
 class RemotePen:
@@ -280,6 +284,3 @@ class RemotePen:
         message = {"t": "follow", "head": head and head.model_dump(mode="json"), "branch_seq": branch_seq}
         text, bases = self._link.ask("continue the lineage", message, self._timeout_s)
         return text, bases
-
-    def close(self) -> None:
-        """The monitor puts it down when it ends."""

@@ -13,6 +13,7 @@ from layerwise_dist.errors import DamageError, MismatchError, NotFoundError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.frameworks.parts import WHOLE, Parts
+from layerwise_dist.patience import within
 from layerwise_dist.restore import agreement, loader
 from layerwise_dist.restore.agreement import Wish
 from layerwise_dist.restore.loader import LoadPlan
@@ -100,7 +101,9 @@ class Restorer:
 
     def _check(self, attempt: AttemptId, partly: bool, parts: Parts) -> LoadPlan:
         try:
-            manifest = self._manager.read_manifest(attempt)
+            manifest = within(
+                self._participant.disk_s, "a look at the manifest", lambda: self._manager.read_manifest(attempt)
+            )
         except FileNotFoundError:
             raise DamageError(f"{self._manager.manifest_path(attempt)} is missing on this rank") from None
         framework = self._framework

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from layerwise_dist import _native
 from layerwise_dist.errors import ConfigError, DeadlineError
+from layerwise_dist.patience import stuck_calls
 from layerwise_dist.storage import layout
 from layerwise_dist.storage.gathered import GatheredExtent, gather
 from layerwise_dist.storage.layout import AttemptId
@@ -61,10 +62,11 @@ class PCCheckAdapter:
     def __init__(
         self, env: Any, root: str, *, rank: int, world_size: int, backend: str = "auto", queue_depth: int = 4,
         block_bytes: int = 1 << 20, direct_io: bool = True, file_mode: int = 0o600, dir_mode: int = 0o700,
-        spares: int = 0, hash: bool = True,
+        spares: int = 0, hash: bool = True, patience_s: float = 1e9,
     ) -> None:  # fmt: skip
         """`allocate_staging_buffer` starts the writer. `spares`: how many files of retired checkpoints may wait to be
-        written over; 0: they are removed. `hash`: whether tensors are hashed; header and state always are.
+        written over; 0: they are removed. `hash`: whether tensors are hashed; header and state always are. A disk from
+        which nothing comes for `patience_s` seconds is an OSError to who reads.
 
         With `backend` "nvm", `env` is an NvmEnv. Raises ConfigError where "uring" is refused or "nvm" finds no DAX.
         """
@@ -72,12 +74,13 @@ class PCCheckAdapter:
         self.recycler = Recycler(env, root, rank, limit=spares, file_mode=file_mode)
         self.env, self.root, self.rank, self.world_size = env, root, rank, world_size
         self.file_mode, self.dir_mode = file_mode, dir_mode
-        self.block_bytes, self._queue_depth = block_bytes, queue_depth
+        self.block_bytes, self._queue_depth, self._patience_s = block_bytes, queue_depth, patience_s
         self.backend = _choose_backend(backend, rank)
         self.buffers: Any = None
         self._pool: Any = None
         self._outgrown: list[Any] = []
         self._readers: Any = None
+        self._writes: set[ShardWrite] = set()  # of which blocks may be under way
         try:
             aligns = env.direct_io(root) if direct_io else None
         except OSError as error:
@@ -115,7 +118,7 @@ class PCCheckAdapter:
     def pool(self) -> Any:
         """The threads that read, apart from the writer. Made when needed."""
         if self._readers is None:
-            self._readers = _native.WriterPool(self._queue_depth)
+            self._readers = _native.WriterPool(self._queue_depth, patience_s=self._patience_s)
         return self._readers
 
     def lay_out(self, layers: Sequence[tuple[str, Sequence[Source]]], gathered: Collection[int]) -> Laid:
@@ -126,48 +129,46 @@ class PCCheckAdapter:
         return Laid(shard, plan, extents)
 
     def begin(self, attempt: AttemptId, shard: ShardLayout, plan: Any) -> ShardWrite:
-        """Creates the attempt's folder and this rank's partial file. Raises OSError; nothing is queued yet, and
-        `unbegun` is what is left.
+        """Orders the attempt's folder and this rank's partial file, and returns at once: they are made on a thread of
+        the writer's. If they can't be, the shard's blocks fail, and `persist` raises the OSError.
         """
         folder = os.path.join(self.root, attempt.folder)
-        try:
-            self.env.make_dir(folder, self.dir_mode)
-        except FileExistsError:
-            pass  # another rank was first
-        return ShardWrite(self, attempt, shard, self.shard_writer(plan, folder), folder)
+        write = ShardWrite(self, attempt, shard, self.shard_writer(plan, folder), folder)
+        self._writes.add(write)
+        return write
 
     def unbegun(self, attempt: AttemptId) -> Unbegun:
-        """An attempt that `begin` could not begin, or that failed before."""
+        """An attempt that failed before it was begun."""
         return Unbegun(self, attempt)
 
-    def writer_of(self, plan: Any, partial: str, *, hash: bool = True, reuse: str | None = None) -> Any:
-        """A `_native.ShardWriter` of a new file, or over a retired one. Raises OSError."""
-        return _native.ShardWriter(
-            self.env, self._pool, plan, partial, self.file_mode, self.direct, hash=hash, reuse=reuse
-        )
+    def writer_of(self, plan: Any, partial: str) -> Any:
+        """A `_native.ShardWriter` of a new file, which hashes. Raises OSError."""
+        return _native.ShardWriter(self.env, self._pool, plan, partial, self.file_mode, self.direct)
 
-    def shard_writer(self, plan: Any, folder: str) -> Any:
-        """Of this rank's file in `folder`: over a retired one if one waits, else into a new one. Raises OSError."""
-        partial = os.path.join(folder, layout.shard_file(self.rank) + layout.PARTIAL)
-        spare = self.recycler.take()
-        if spare is not None:
-            try:
-                return self.writer_of(plan, partial, hash=self.hash, reuse=spare)
-            except OSError as error:
-                level = logging.DEBUG if error.errno == errno.EBUSY else logging.WARNING  # a reader is nobody's fault
-                log.log(level, "rank %d: a new file instead of a retired one: %s", self.rank, error)
-                for path in (spare, partial):
-                    try:
-                        self.env.unlink(path)
-                    except FileNotFoundError:
-                        pass
-        return self.writer_of(plan, partial, hash=self.hash)
+    def shard_writer(self, plan: Any, folder: str, before: Any = None) -> Any:
+        """Of this rank's file in `folder`, which is being made: over a retired one if one waits, else new; instead
+        of that of the writer `before`, which is given up.
+        """
+        return _native.ShardWriter.order(
+            self.env, self._pool, plan, folder, os.path.join(folder, layout.shard_file(self.rank) + layout.PARTIAL),
+            self.dir_mode, self.file_mode, self.direct, self.hash, reuse=self.recycler.take(), before=before,
+        )  # fmt: skip
 
-    def close(self) -> None:
-        self.recycler.close()
-        for pool in (*self._outgrown, self._pool, self._readers):
-            if pool is not None:
-                pool.close()
+    def over(self, write: ShardWrite) -> None:
+        """Nothing of it is written any more, nor will be."""
+        self._writes.discard(write)
+
+    def close(self, timeout_s: float) -> bool:
+        """Whether that could be done in time. If not, a call to the disk does not return; what it may still use is
+        never freed.
+        """
+        deadline = time.monotonic() + timeout_s
+        removed = self.recycler.close(timeout_s)
+        pools = [pool for pool in (*self._outgrown, self._pool, self._readers) if pool is not None]
+        closed = [pool.close(max(0.0, deadline - time.monotonic())) for pool in pools]
+        if not all(closed):
+            _native.keep_forever((self, list(self._writes)))
+        return removed and all(closed)
 
 
 class Unbegun:
@@ -231,17 +232,17 @@ class ShardWrite:
 
     def begin_again(self, laid: Laid) -> None:
         """Another layout for the same attempt: what was written goes, with its file. REQUIRES: nothing is being staged,
-        and the state was not appended. Raises OSError.
+        and the state was not appended.
 
         Does not wait for blocks that are being written: they go into a file without a name.
         """
-        self._adapter.env.unlink(os.path.join(self.folder, layout.shard_file(self._adapter.rank) + layout.PARTIAL))
+        before = self._writer
+        self._writer = self._adapter.shard_writer(laid.plan, self.folder, before)
         # With `confirm`, what is leased stays alive until nothing reads it any more.
-        end = threading.Thread(target=_end, args=(self._writer, self.confirm), name="layerwise-end", daemon=True)
+        end = threading.Thread(target=_end, args=(before, self.confirm), name="layerwise-end", daemon=True)
         self._ending.append(end)
         end.start()
         self.confirm = _nothing
-        self._writer = self._adapter.shard_writer(laid.plan, self.folder)
         self.layout = laid.shard
 
     def set_address(self, tensor: int, address: int) -> None:
@@ -300,6 +301,9 @@ class ShardWrite:
         """
         deadline = time.monotonic() + timeout_s
         self._written(timeout_s, deadline)
+        if refused := self._writer.reuse_refused():
+            level = logging.DEBUG if refused.errno == errno.EBUSY else logging.WARNING  # a reader is nobody's fault
+            log.log(level, "rank %d: a new file instead of a retired one: %s", self._adapter.rank, refused)
         for end in self._ending:
             end.join(max(0.0, deadline - time.monotonic()))
         self.confirm(max(0.0, deadline - time.monotonic()))
@@ -313,6 +317,7 @@ class ShardWrite:
         )  # fmt: skip
         self._writer.finish(header)
         self.confirm, self.base = _nothing, None  # nothing is read any more: what they kept alive may go
+        adapter.over(self)
         name = layout.shard_file(adapter.rank)
         final = os.path.join(self.folder, name)
         env.rename(final + layout.PARTIAL, final)
@@ -327,16 +332,19 @@ class ShardWrite:
 
     def _written(self, timeout_s: float, deadline: float) -> None:
         if not self._writer.wait(max(0.0, deadline - time.monotonic())):
-            raise DeadlineError(f"{self.folder}: blocks were still being written after {timeout_s:g} s")
+            raise DeadlineError(f"{self.folder}: blocks were still being written after {timeout_s:g} s{stuck_calls()}")
         if error := self._writer.error():
             raise error
 
     def abort(self) -> None:
-        """Stops writing and closes; the poisoned file stays until `discard`. Never raises for a closed one."""
+        """Stops writing and closes, as long as the disk takes for that; the poisoned file stays until `discard`. Never
+        raises for a closed one.
+        """
         self._writer.abort()
         for end in self._ending:
             end.join()
         self.confirm, self.base = _nothing, None
+        self._adapter.over(self)
 
     def discard(self) -> None:
         """Removes this rank's files of a decided, uncommitted attempt; the last rank to leave removes the folder."""

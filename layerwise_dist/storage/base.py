@@ -6,9 +6,10 @@ counts as long as a checkpoint's manifest names it. The order of flushes is in d
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from layerwise_dist import _native
 from layerwise_dist.slices import Slice
@@ -41,10 +42,9 @@ class BaseFile:
     """
 
     def __init__(self, adapter: PCCheckAdapter, attempt: AttemptId, slices: Sequence[tuple[Slice, bool]]) -> None:
-        """Creates the folders and the partial file of these slices, each with whether the optimizer has it as a
-        DTensor.
+        """Of these slices, each with whether the optimizer has it as a DTensor.
 
-        Raises OSError, or UnsupportedError for more than a header holds.
+        Raises UnsupportedError for more than a header holds.
         """
         sources = [Source(part, wrapped=wrapped) for part, wrapped in slices]
         self.attempt, self.layout = (
@@ -56,6 +56,12 @@ class BaseFile:
         self._bases = os.path.join(adapter.root, layout.BASES)
         self._folder = os.path.join(adapter.root, layout.base_folder(attempt.text))
         self._final = os.path.join(self._folder, layout.shard_file(adapter.rank))
+        self._writer: Any = None
+        self._aborted = False
+
+    def begin(self) -> None:
+        """Creates the folders and the partial file. Raises OSError."""
+        adapter = self._adapter
         for folder in (self._bases, self._folder):
             try:
                 self._env.make_dir(folder, adapter.dir_mode)
@@ -65,10 +71,12 @@ class BaseFile:
         segments = [(block, 0, block % self.run, 0, nbytes) for block, (_, nbytes) in enumerate(self.layout.blocks)]
         plan = _native.Plan(self.layout.blocks, segments, self.run, self.layout.end)
         self._writer = adapter.writer_of(plan, self._final + layout.PARTIAL)
+        if self._aborted:
+            self._writer.abort()
 
     @property
     def bytes_written(self) -> int:
-        return self._writer.bytes_written
+        return self._writer.bytes_written if self._writer is not None else 0
 
     def set_addresses(self, addresses: Sequence[int]) -> None:
         """Of the `run` places."""
@@ -106,9 +114,10 @@ class BaseFile:
         env.sync_dir(self._bases)
         return BaseReport(self.attempt.text, self.layout.end, len(header), _native.xxh3_64(header))
 
-    def abort(self) -> None:
-        """Stops writing. Idempotent; does nothing to a published file."""
-        self._writer.abort()
+    def abort(self, timeout_s: float = math.inf) -> bool:
+        """Stops writing. Idempotent; does nothing to a published file. Whether it could be done in time."""
+        self._aborted = True
+        return self._writer is None or self._writer.abort(timeout_s)
 
     def discard(self) -> None:
         """Removes the file, published or not. REQUIRES: no attempt refers to it, or ever will. Raises OSError."""

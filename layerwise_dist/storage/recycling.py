@@ -20,8 +20,6 @@ from layerwise_dist.storage.layout import AttemptId
 
 log = logging.getLogger("layerwise_dist")
 
-_CLOSE_S = 30.0
-
 
 def recycles(env: Any, root: str, wanted: Literal["auto", True, False]) -> bool:
     """What `writer.recycle` means for this directory: "auto" is on unless its file system is shared by a network."""
@@ -83,15 +81,15 @@ class Recycler:
         with self._lock:
             return len(self._spares)
 
-    def close(self) -> None:
-        """Unlinks what waits. What cannot be removed in time stays for the next start to collect."""
+    def close(self, timeout_s: float) -> bool:
+        """Unlinks what waits. Whether that was done in time: else it stays for the next start to collect."""
         with self._lock:
             self._closed, self._limit = True, 0
-        if self._thread is not None:
-            self._jobs.put(None)
-            self._thread.join(_CLOSE_S)
-        while (spare := self.take()) is not None:
-            self._remove(spare)
+        if self._thread is None:
+            return True
+        self._jobs.put(None)
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     # -- background ---------------------------------------------------------------------------------------------
 
@@ -106,6 +104,8 @@ class Recycler:
                 self._env.remove_dir(folder)
             except OSError:
                 pass  # other ranks' shards are still in it: the last to leave removes it
+        while self._closed and (spare := self.take()) is not None:
+            self._remove(spare)
 
     def _prepare(self, shard: str, attempt: AttemptId, header_bytes: int) -> bool:
         """Whether the shard now waits as a spare. Its header is durably blank then, and nobody else has it open."""

@@ -14,9 +14,13 @@ namespace layerwise {
 
 // Reads ranges of a shard, and copies out only what hashes as expected.
 //
+// A disk that does not answer within the pool's patience is ETIMEDOUT. What is still
+// under way then writes to no destination; it keeps the reader, if that is shared, and
+// needs env and pool, which must not be freed.
+//
 // Threads: every method may be called by several threads at once, but not from a
 // thread of the pool.
-class ShardReader {
+class ShardReader : public std::enable_shared_from_this<ShardReader> {
  public:
   struct Block {
     uint64_t offset;

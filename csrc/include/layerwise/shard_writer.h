@@ -45,17 +45,33 @@ class ShardWriter final : public BlockSink {
                        const std::string& path, uint32_t mode, bool direct,
                        std::unique_ptr<ShardWriter>* writer);
 
-  // As Create, over the retired file `spare`, which Env::ReuseFile turns into
-  // `path`. Its old bytes stay where nothing is written; Finish cuts off what is
-  // behind the new end. After an error either name may exist, unless it was that there
-  // is no space: then the file is removed.
-  // REQUIRES: the old header is blank and flushed, so that no crash can leave it
-  // above a mixture of old and new blocks.
-  static Status CreateOver(Env* env, WriterPool* pool, std::shared_ptr<const Plan> plan,
-                           const std::string& spare, const std::string& path, uint32_t mode, bool direct,
-                           std::unique_ptr<ShardWriter>* writer);
+  // What a shard's file is made from. After a power loss either name of `spare` may be
+  // there.
+  struct Target {
+    std::string folder;  // made if it is not there
+    uint32_t folder_mode = 0700;
+    std::string path;  // in it
+    uint32_t mode = 0600;
+    bool direct = false;
+    // Unless empty: a retired file that Env::ReuseFile turns into `path`, with its
+    // space. Its old bytes stay where nothing is written; Finish cuts off what is
+    // behind the new end. If it is refused it is removed and a new file made: see
+    // reuse_refused(). REQUIRES: its header is blank and flushed, so that no crash can
+    // leave it above a mixture of old and new blocks.
+    std::string spare;
+    // A writer of `path`, aborted or about to be: its file goes first.
+    std::shared_ptr<ShardWriter> before;
+  };
 
-  ~ShardWriter() override;  // Abort()
+  // As Create, but returns at once, and has the file made by the pool's errands. Until
+  // it is there blocks are only queued; they may be evacuated. If it can't be made, they
+  // fail, and the writer is poisoned by the reason: nothing of it stays on disk then, as
+  // of a writer that is aborted before. InvalidArgument as Create.
+  static Status Order(Env* env, WriterPool* pool, std::shared_ptr<const Plan> plan, Target target,
+                      std::unique_ptr<ShardWriter>* writer);
+
+  // Abort(), as long as that takes.
+  ~ShardWriter() override;
 
   // No block is hashed: BlockHash is nullopt, Hashes gives none, and a lease ends when
   // the block is written. REQUIRES: nothing was submitted or appended.
@@ -85,7 +101,8 @@ class ShardWriter final : public BlockSink {
   // InvalidArgument if the plan has neither blocks nor a tail offset.
   Status Append(std::string_view data, size_t* blocks);
 
-  // Waits until no block is pending; false if that takes longer.
+  // Waits until the file is made, or can't be, and no block is pending; false if that
+  // takes longer.
   bool Wait(double timeout_s);
 
   // Waits until no block is leased; false if that takes longer.
@@ -122,8 +139,11 @@ class ShardWriter final : public BlockSink {
 
   // What poisoned the file; ECANCELED after Abort; OK before that.
   Status error() const;
+  // REQUIRES, of both: the file is made.
   bool direct() const { return direct_; }
   DirectIoAlignment alignment() const { return alignment_; }
+  // Why the spare was not reused; OK if it was, there was none, or none was tried yet.
+  Status reuse_refused() const;
 
   // The block's hash; nullopt unless it is complete.
   std::optional<uint64_t> BlockHash(size_t index) const;
@@ -133,14 +153,15 @@ class ShardWriter final : public BlockSink {
 
   // Writes the header at offset 0, flushes, closes. EIO if the file is poisoned,
   // ECANCELED if it was aborted.
-  // FailedPrecondition unless every block of the plan is complete, and after a
-  // Finish. InvalidArgument unless the header's length is a multiple of kAlign
+  // FailedPrecondition unless the file is made and every block of the plan is
+  // complete, and after a Finish. InvalidArgument unless the header's length is a multiple of kAlign
   // and ends before the first block. Both leave the writer as it was.
   Status Finish(std::string_view header);
 
   // Cancels what is queued, waits for what is running, closes. Does not unlink.
-  // Idempotent; after Finish it does nothing.
-  void Abort();
+  // Idempotent; after Finish it does nothing. False if it takes longer: what is running
+  // still uses this, the pool and the memory under its blocks, which must not be freed.
+  bool Abort(double timeout_s = kNoTimeout);
 
  private:
   enum class BlockState : uint8_t { kNone, kPending, kComplete, kFailed };
@@ -180,8 +201,11 @@ class ShardWriter final : public BlockSink {
     size_t left;
   };
 
-  ShardWriter(WriterPool* pool, std::shared_ptr<const Plan> plan, std::string path,
-              std::unique_ptr<WritableFile> file);
+  ShardWriter(WriterPool* pool, std::shared_ptr<const Plan> plan, std::string path);
+
+  Status Make(Env* env, const Target& target);
+  void Fill(Env* env, const Target& target, Status refused);
+  void Take(std::unique_ptr<WritableFile> file);
 
   bool StartBlock(size_t index, AlignedBuffer* scratch, BlockWrite* write) override;
   void FinishBlock(size_t index, const BlockWrite& write, Status status) override;
@@ -205,18 +229,21 @@ class ShardWriter final : public BlockSink {
   WriterPool* const pool_;
   const std::shared_ptr<const Plan> plan_;
   const std::string path_;
-  const std::unique_ptr<WritableFile> file_;
-  const bool direct_;
-  const DirectIoAlignment alignment_;
+  // These four are set before the first block is started.
+  std::unique_ptr<WritableFile> file_;
+  bool direct_ = false;
+  DirectIoAlignment alignment_;
+  bool reused_ = false;
   const int process_;
-  bool reused_ = false;  // set before any other thread knows this
   const std::unique_ptr<std::atomic<uintptr_t>[]> addresses_;
   bool hashing_ = true;
 
   mutable std::mutex mutex_;
   std::unique_ptr<std::condition_variable> changed_;
   State state_ = State::kOpen;
+  bool making_ = false;  // the file
   Status error_;
+  Status reuse_refused_;
   std::vector<BlockState> states_;
   std::vector<uint64_t> hashes_;
   std::vector<Times> times_;

@@ -4,6 +4,7 @@
 #include <sys/uio.h>
 
 #include <cstddef>
+#include <functional>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -30,6 +31,9 @@ struct BlockWrite {
 };
 
 class PoolCore;
+
+// Seconds: longer than any process lives.
+inline constexpr double kNoTimeout = 1e9;
 
 // What a WriterPool works on: numbered blocks. Every call is made on a thread of the
 // pool, except as said.
@@ -77,6 +81,9 @@ class WriterPool {
     // Of `buffers`, depth * block_bytes are taken at once and kept, so that a shard
     // whose blocks are no longer than this never waits for memory.
     size_t block_bytes = 1 << 20;
+    // Seconds after which a ShardReader takes the disk for stuck: of an opening, or
+    // without a block that has come.
+    double patience_s = kNoTimeout;
   };
 
   // Whether kUring is to be had here; if not, the errno and the call that say why.
@@ -87,7 +94,8 @@ class WriterPool {
   // refused: what ProbeUring says.
   static Status Create(const Options& options, std::unique_ptr<WriterPool>* pool);
 
-  // Close(). REQUIRES: no sink is used by another thread any more.
+  // Close(), as long as that takes, unless one has not ended in time.
+  // REQUIRES: no sink is used by another thread any more.
   ~WriterPool();
 
   WriterPool(const WriterPool&) = delete;
@@ -107,20 +115,36 @@ class WriterPool {
   // that have not been started; false if all have been. No call is made for it.
   bool TakeLast(BlockSink* sink, size_t first, size_t count, size_t* index);
 
-  // Cancels what is queued, waits for what is running, joins the threads.
-  // Idempotent.
-  void Close();
+  // From here until Release, blocks of the sink wait: they can be taken back, and are
+  // cancelled by Close, but are not started.
+  void Hold(BlockSink* sink);
+  void Release(BlockSink* sink);
+
+  // What is done beside blocks, one after the other, on a thread that is there for
+  // nothing else. It is called with OK, or, if it is not to be done, with the reason,
+  // maybe before this returns.
+  using Errand = std::function<void(const Status&)>;
+  void Run(Errand errand);
+
+  // Cancels what is queued, waits for what is running, ends the threads. Idempotent.
+  //
+  // False if that takes longer: a call to the operating system does not return. Its
+  // thread is left to itself then, and what it uses of the pool is never freed. What
+  // else it uses must not be either: its sink, and the memory under the block.
+  bool Close(double timeout_s = kNoTimeout);
 
   Backend backend() const { return backend_; }
   int depth() const { return depth_; }
+  double patience_s() const { return patience_s_; }
   // nullptr if it was made without.
   BufferPool* buffers() const { return buffers_.get(); }
   // The longest block that fits a bounce buffer; SIZE_MAX without `buffers`.
   size_t block_bytes() const { return block_bytes_; }
 
   // Closes every pool of the process: for the interpreter's exit, so that no
-  // thread reads memory that is about to be freed.
-  static void CloseAll();
+  // thread reads memory that is about to be freed. For those that could not be closed
+  // before it does not wait again. Whether all are closed.
+  static bool CloseAll(double timeout_s = kNoTimeout);
 
  private:
   WriterPool(const Options& options, BufferPool::Buffer bounce);
@@ -129,6 +153,7 @@ class WriterPool {
   BufferPool::Buffer bounce_;
   const Backend backend_;
   const int depth_;
+  const double patience_s_;
   const size_t block_bytes_;
   std::unique_ptr<PoolCore> core_;
 };
