@@ -18,9 +18,9 @@ def make_huge(address: int, nbytes: int) -> int:
     """Asks for huge pages under memory; returns the bytes that have them. OSError(EINVAL) where the kernel cannot."""
 
 def hear_signal(number: int, bell: int) -> None:
-    """From now on each signal `number` adds 1 to the eventfd `bell`, wherever the process's threads are; then the handler
-    that was there runs, but not the default action. Again: in front of what was installed since. RuntimeError for another
-    signal, or too many bells.
+    """From now on each signal `number` adds 1 to the eventfd `bell`, wherever the process's threads are; then the
+    handler that was there runs, but not the default action. Again: in front of what was installed since. RuntimeError
+    for another signal, or too many bells.
     """
 
 def stop_hearing(bell: int) -> None: ...

@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import errno
 import logging
-import queue
 import threading
 from collections.abc import Callable
-from typing import TypeVar
 
 log = logging.getLogger("layerwise_dist")
 
 Failed = Callable[[str], None]
 """Is told why a thread, or one of its jobs, came to nothing: in words that name thread and error. On that thread."""
-
-_Job = TypeVar("_Job")
 
 
 def start(name: str, body: Callable[[], None], failed: Failed) -> threading.Thread:
@@ -26,27 +22,22 @@ def start(name: str, body: Callable[[], None], failed: Failed) -> threading.Thre
 
     Raises OSError where the system gives no thread.
     """
-    thread = threading.Thread(target=lambda: _guarded(name, body, failed), name=name, daemon=True)
+    thread = threading.Thread(target=lambda: guarded(name, body, failed), name=name, daemon=True)
     try:
         thread.start()
     except RuntimeError as error:
-        raise OSError(errno.EAGAIN, f"no thread {name} ({error}): see ulimit -u, or the control group's pids.max") from None
+        raise OSError(
+            errno.EAGAIN, f"no thread {name} ({error}): see ulimit -u, or the control group's pids.max"
+        ) from None
     return thread
 
 
-def start_worker(
-    name: str, jobs: queue.SimpleQueue[_Job | None], do: Callable[[_Job], None], failed: Failed
-) -> threading.Thread:
-    """As `start`, for a thread that does one job after the other until None comes. One that fails ends no others."""
-
-    def work() -> None:
-        while (job := jobs.get()) is not None:
-            _guarded(name, lambda job=job: do(job), failed)
-
-    return start(name, work, failed)
+def log_only(why: str) -> None:
+    """For a thread whose failure is known to whoever waits for what it does, or that nothing needs: it is logged."""
 
 
-def _guarded(name: str, act: Callable[[], None], failed: Failed) -> None:
+def guarded(name: str, act: Callable[[], None], failed: Failed) -> None:
+    """Does `act` on thread `name`; whatever it raises is logged, and told to `failed`."""
     try:
         act()
     except BaseException as error:  # nothing above this would take it

@@ -1,8 +1,8 @@
 """SIGTERM: all ranks agree on one boundary, commit it, and leave; and whatever happens, this process leaves in time.
 
 Python runs signal handlers on the main thread, between two bytecodes. A main thread that sits in a collective of which
-the other side is dead gets to none, and both handler and wake-up descriptor may be taken by something else (asyncio, the
-script). So the signal is heard by a handler of the native core, in front of whoever else handles it. That wakes a
+the other side is dead gets to none, and both handler and wake-up descriptor may be taken by something else (asyncio,
+the script). So the signal is heard by a handler of the native core, in front of whoever else handles it. That wakes a
 thread, which asks the other ranks, and ends the process at the deadline.
 
 A launcher signals whole process groups. Workers of data loaders that died of it would take the rest of the iteration
