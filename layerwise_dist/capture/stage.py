@@ -114,14 +114,14 @@ class Handover:
 
     def __init__(self) -> None:
         self._pending = 0
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
         self._changed = threading.Condition()
 
     def began(self) -> None:
         with self._changed:
             self._pending += 1
 
-    def ended(self, failure: Exception | None) -> None:
+    def ended(self, failure: BaseException | None) -> None:
         with self._changed:
             self._pending -= 1
             self._failure = self._failure or failure

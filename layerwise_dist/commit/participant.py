@@ -399,16 +399,17 @@ class Participant:
             self._changed.notify_all()
 
     def _discard(self, write: Write) -> None:
-        write.abort()
         try:
+            write.abort()
             write.discard()
         except OSError as error:
             log.warning(
                 "rank %d: leftovers of step %d stay until the next start: %s", self.rank, write.attempt.step, error
             )
-        with self._changed:
-            self._ledger.discarded(write)
-            self._changed.notify_all()
+        finally:
+            with self._changed:
+                self._ledger.discarded(write)
+                self._changed.notify_all()
 
     def _on_coordinator_message(self, message: Message) -> None:
         if message["t"] == "agree":
