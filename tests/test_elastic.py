@@ -37,9 +37,12 @@ def test_a_restart_with_fewer_ranks_is_a_named_error_and_one_with_as_many_goes_o
     """torchrun --nnodes 1:2, two agents: one is lost with its rank, and the other goes on alone."""
     (tmp_path / "hold").touch()
 
+    ports: list[int] = []
+
     def agents(total: int) -> list[WarmJob]:
+        ports.append(free_port())
         options = {
-            "min_nodes": 1, "max_nodes": 2, "rdzv_endpoint": f"127.0.0.1:{free_port()}", "run_id": "elastic",
+            "min_nodes": 1, "max_nodes": 2, "rdzv_endpoint": f"127.0.0.1:{ports[-1]}", "run_id": "elastic",
             "rdzv_configs": {"timeout": 60, "last_call_timeout": 1, "keep_alive_interval": 1,
                              "keep_alive_max_attempt": 2},
         }  # fmt: skip
@@ -50,7 +53,7 @@ def test_a_restart_with_fewer_ranks_is_a_named_error_and_one_with_as_many_goes_o
     seen = await_told(tmp_path, jobs, lambda lines: sum("committed" in line for line in lines) == 2)
     assert {(line["world"], line["start"]) for line in seen if "start" in line} == {(2, 0)}
     # The first agent to come has the rendezvous's store: it stays. It is the one of which the other's rank is no child.
-    lost = next(job for job in jobs if not hosts(job))
+    lost = next(job for job in jobs if not hosts(job, ports[0]))
     left = next(job for job in jobs if job is not lost)
     lost.kill()
     seen = await_told(tmp_path, jobs, lambda lines: any("error" in line for line in lines))
@@ -71,8 +74,8 @@ def test_a_restart_with_fewer_ranks_is_a_named_error_and_one_with_as_many_goes_o
         assert line["threads"] == line["in_attach"] == ["MainThread"], "the job's process groups are the job's"
 
 
-def hosts(job: WarmJob) -> bool:
-    """Whether this agent's process listens for the rendezvous."""
+def hosts(job: WarmJob, port: int) -> bool:
+    """Whether this agent's process listens for the rendezvous; either may also have the store of its ranks."""
     inodes = set()
     for link in Path(f"/proc/{job.pid}/fd").iterdir():
         try:
@@ -82,4 +85,5 @@ def hosts(job: WarmJob) -> bool:
     listening = [
         line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
     ]
-    return any(fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes for fields in listening)
+    here = [fields for fields in listening if fields[3] == "0A" and fields[1].endswith(f":{port:04X}")]
+    return any(f"socket:[{fields[9]}]" in inodes for fields in here)

@@ -55,7 +55,10 @@ def test_a_configuration_or_owner_that_the_monitor_refuses_is_raised_by_attach(t
     with lwd.attach(model, optimizer, dir=str(tmp_path / "ckpt"), mode="monitor"):
         began = time.monotonic()
         with pytest.raises(errors.OwnerError, match=f"another live job .the monitor .pid .* of pid {os.getpid()} on"):
-            lwd.attach(model, optimizer, dir=str(tmp_path / "ckpt"), mode="direct")
+            other = torch.nn.Linear(3, 3)
+            lwd.attach(
+                other, torch.optim.SGD(other.parameters(), lr=0.1), dir=str(tmp_path / "ckpt"), mode="direct"
+            )  # fmt: skip
         assert time.monotonic() - began < 10
 
 
