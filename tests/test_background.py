@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import re
 import socket
 import threading
@@ -18,7 +19,7 @@ from crash_kit import build, settings, train, try_ranks
 import layerwise_dist
 from layerwise_dist import assembly, background, errors
 from layerwise_dist._native import PosixEnv
-from layerwise_dist.capture.stage import Handover, Stage
+from layerwise_dist.capture.stage import Handover, Stage, StageError
 from layerwise_dist.commit.coordinator import Coordinator
 from layerwise_dist.commit.keeper import KeeperThread
 from layerwise_dist.commit.ledger import Ledger
@@ -164,13 +165,11 @@ def test_a_keeper_that_fails_lets_go_of_its_directory_and_tells() -> None:
 
 def test_a_copy_that_fails_in_any_way_fails_its_attempt() -> None:
     stage, handover = Stage.__new__(Stage), Handover()
-    import queue
-
     stage._later, stage._thread, stage._pinned = queue.SimpleQueue(), None, None
     stage._start()
     handover.began()
     stage._later.put((handover, [], boom))
-    with pytest.raises(errors.StageError, match="a staged copy failed: of nobody's"):
+    with pytest.raises(StageError, match="a staged copy failed: of nobody's"):
         handover.wait(10.0)
     assert stage.close(10.0)
 
