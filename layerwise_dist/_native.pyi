@@ -17,6 +17,19 @@ def hash_memory(address: int, nbytes: int) -> int: ...
 def make_huge(address: int, nbytes: int) -> int:
     """Asks for huge pages under memory; returns the bytes that have them. OSError(EINVAL) where the kernel cannot."""
 
+def hear_signal(number: int, bell: int) -> None:
+    """From now on each signal `number` adds 1 to the eventfd `bell`, wherever the process's threads are; then the
+    handler that was there runs, but not the default action. Again: in front of what was installed since. RuntimeError
+    for another signal, or too many bells.
+    """
+
+def stop_hearing(bell: int) -> None: ...
+def forget_dead_children() -> None:
+    """SIGCHLD is handled as by default, not at all. From any thread."""
+
+def outlive_signal(number: int) -> None:
+    """In a child: the signal ends it only if its parent sent it or is dead. Else it dies with its parent."""
+
 def hash_name() -> str: ...
 
 class Env:

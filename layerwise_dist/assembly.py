@@ -36,6 +36,7 @@ from layerwise_dist.preemption import Preemption, check_thread
 from layerwise_dist.replicas import Replicas
 from layerwise_dist.restore.agreement import together
 from layerwise_dist.storage import typed_json
+from layerwise_dist.storage.adapter import PCCheckAdapter
 from layerwise_dist.storage.network import memory_by_magic
 from layerwise_dist.writing import open_writer
 
@@ -185,11 +186,13 @@ def assemble(
             parts = _open_direct(config, env, transport, participant, found, fresh, closers)
         if rank == 0 and config.mode != "mock" and (memory := within(participant.disk_s, "a look", in_memory)):
             log.warning("%s is on %s: what is committed survives this job, not the machine's end", config.path, memory)
+        if isinstance(parts.adapter, PCCheckAdapter):
+            parts.adapter.recycler.failed = participant.broke
         preemption = None
         if config.preemption.enabled:
             preemption = Preemption(
                 rank, grace_s=config.preemption.grace_s, exit_code=config.preemption.exit_code,
-                ask=lambda why: participant.ask(leave=True, why=why),
+                ask=lambda why: participant.ask(leave=True, why=why), failed=participant.broke,
             )  # fmt: skip
             closers.append(preemption.close)
             participant.when_leaving(preemption.leaving)

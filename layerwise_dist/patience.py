@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from layerwise_dist import _native
+from layerwise_dist import _native, background
 from layerwise_dist.errors import DeadlineError
 
 T = TypeVar("T")
@@ -43,9 +42,7 @@ def within(timeout_s: float, what: str, action: Callable[[], T]) -> T:
         except BaseException as raised:
             error.append(raised)
 
-    thread = threading.Thread(target=run, name="layerwise-within", daemon=True)
-    thread.start()
-    thread.join(timeout_s)
+    background.start("layerwise-within", run, background.log_only).join(timeout_s)
     if error:
         raise error[0]
     if not value:

@@ -1,8 +1,13 @@
 """SIGTERM: all ranks agree on one boundary, commit it, and leave; and whatever happens, this process leaves in time.
 
 Python runs signal handlers on the main thread, between two bytecodes. A main thread that sits in a collective of which
-the other side is dead gets to none. So the signal is also heard through `signal.set_wakeup_fd`, by a thread, which asks
-the other ranks, and ends the process at the deadline.
+the other side is dead gets to none, and both handler and wake-up descriptor may be taken by something else (asyncio,
+the script). So the signal is heard by a handler of the native core, in front of whoever else handles it. That wakes a
+thread, which asks the other ranks, and ends the process at the deadline.
+
+A launcher signals whole process groups. Workers of data loaders that died of it would take the rest of the iteration
+with them, and torch raises on the main thread for each that dies. So they leave their end to their rank, and from the
+signal on nothing is told of children that die.
 """
 
 from __future__ import annotations
@@ -11,48 +16,52 @@ import atexit
 import gc
 import logging
 import os
+import select
 import signal
-import socket
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable
-from types import FrameType
-from typing import Any
 
+from layerwise_dist import _native, background
 from layerwise_dist.errors import ConfigError
 
 log = logging.getLogger("layerwise_dist")
 
 _SIGNAL = signal.SIGTERM
+_KEEP_MS = 200  # how long another handler, installed since, may stay in front
+_WORKERS = "torch.utils.data._utils.signal_handling"
 _active: weakref.WeakSet[Preemption] = weakref.WeakSet()
 
 
 def check_thread() -> None:
-    """Raises ConfigError on another thread than the main one, where Python sets no signal handlers."""
+    """Raises ConfigError on another thread than the main one, which `SystemExit` would end alone."""
     if threading.current_thread() is not threading.main_thread():
-        raise ConfigError("preemption.enabled needs attach() on the main thread: only there Python handles signals")
+        raise ConfigError(
+            "preemption.enabled needs attach() on the main thread: a process is left from there only (SystemExit)"
+        )
 
 
 class Preemption:
-    """From the constructor until `close`, one for a process. REQUIRES: made and closed on the main thread."""
+    """From the constructor until `close`. REQUIRES: made on the main thread."""
 
-    def __init__(self, rank: int, *, grace_s: float, exit_code: int, ask: Callable[[str], None]) -> None:
-        """`ask(why)` asks all ranks to leave together; it is called on a thread of this object's and must not wait."""
+    def __init__(
+        self, rank: int, *, grace_s: float, exit_code: int, ask: Callable[[str], None], failed: background.Failed
+    ) -> None:
+        """`ask(why)` asks all ranks to leave together; it is called on a thread of this object's and must not wait.
+
+        Raises OSError.
+        """
         check_thread()
         self._rank, self._grace_s, self._ask = rank, grace_s, ask
         self.exit_code = exit_code
         self._lock = threading.Lock()
         self._deadline: float | None = None
-        self._ear, self._mouth = socket.socketpair()
-        for end in (self._ear, self._mouth):
-            end.setblocking(False)
-        self._before: Any = signal.signal(_SIGNAL, self._handle)
-        self._wakeup_before = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
-        self._thread = threading.Thread(target=self._listen, name="layerwise-signals", daemon=True)
         self._closed = threading.Event()
-        self._thread.start()
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._thread = background.start("layerwise-signals", self._listen, failed)
+        _native.hear_signal(_SIGNAL, self._bell)
         _active.add(self)
 
     def leaving(self, why: str) -> None:
@@ -67,7 +76,8 @@ class Preemption:
         log.warning(
             "rank %d: leaving within %g s, with a checkpoint if all ranks reach one: %s", self._rank, self._grace_s, why
         )
-        threading.Thread(target=self._end_in_time, name="layerwise-grace", daemon=True).start()
+        _native.forget_dead_children()
+        background.start("layerwise-grace", self._end_in_time, lambda _: end_process(self.exit_code))
 
     @property
     def begun(self) -> bool:
@@ -89,41 +99,30 @@ class Preemption:
         if self._closed.is_set():
             return
         self._closed.set()
-        _active.discard(self)
-        self._restore()
-        self._mouth.send(b"\0")
+        self._stop_hearing()
+        os.eventfd_write(self._bell, 1)
         self._thread.join(5.0)
-        self._ear.close()
-        self._mouth.close()
+        if not self._thread.is_alive():
+            os.close(self._bell)
 
     # -- inside -------------------------------------------------------------------------------------------------
 
-    def _restore(self) -> None:
-        if signal.getsignal(_SIGNAL) == self._handle:  # else somebody has put another in its place
-            signal.signal(_SIGNAL, signal.SIG_DFL if self._before is None else self._before)
-        if signal.set_wakeup_fd(-1) != self._mouth.fileno():
-            log.warning("another signal.set_wakeup_fd() is undone: it came behind attach() and before close()")
-        if self._wakeup_before != -1:
-            signal.set_wakeup_fd(self._wakeup_before)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Behind the wake-up, which did all: the handler of before still runs, if the script had one."""
-        if callable(self._before):
-            self._before(number, frame)
+    def _stop_hearing(self) -> None:
+        _active.discard(self)
+        _native.stop_hearing(self._bell)
 
     def _listen(self) -> None:
-        self._ear.setblocking(True)
+        bell = select.poll()
+        bell.register(self._bell, select.POLLIN)
         while not self._closed.is_set():
-            for number in self._ear.recv(64):
-                if number == _SIGNAL:
+            if bell.poll(_KEEP_MS):
+                os.eventfd_read(self._bell)
+                if not self._closed.is_set():
                     why = f"{signal.Signals(_SIGNAL).name} on rank {self._rank}"
                     self.leaving(why)
                     self._ask(why)
-                if self._wakeup_before != -1 and number:
-                    try:
-                        os.write(self._wakeup_before, bytes([number]))
-                    except OSError:
-                        pass  # its reader is gone, or has not read for long
+            elif not self._closed.is_set():
+                _native.hear_signal(_SIGNAL, self._bell)
 
     def _end_in_time(self) -> None:
         assert self._deadline is not None
@@ -137,10 +136,10 @@ class Preemption:
 
 def end_process(exit_code: int) -> None:
     """At once, whatever its other threads are in. What was printed and logged is kept, unless nobody takes it."""
-    last = threading.Thread(target=_flush, daemon=True)
-    last.start()
-    last.join(1.0)
-    os._exit(exit_code)
+    try:
+        background.start("layerwise-flush", _flush, lambda _: None).join(1.0)
+    finally:
+        os._exit(exit_code)
 
 
 def _flush() -> None:
@@ -153,11 +152,20 @@ def _flush() -> None:
 
 
 def _in_child() -> None:
-    """A forked child (a worker of a data loader) is no rank: its SIGTERM is its own, and must not wake the parent."""
+    """A forked child is no rank: its SIGTERM is its own. That of a data loader's worker is its rank's to decide on."""
+    if not _active:
+        return
     for preemption in list(_active):
-        _active.discard(preemption)
         preemption._closed.set()
-        preemption._restore()
+        preemption._stop_hearing()
+    if (workers := sys.modules.get(_WORKERS)) is not None:
+        plain = workers._set_worker_signal_handlers
+
+        def outliving() -> None:
+            plain()
+            _native.outlive_signal(_SIGNAL)
+
+        workers._set_worker_signal_handlers = outliving  # in this process, which calls it if it is a worker
 
 
 os.register_at_fork(after_in_child=_in_child)

@@ -72,6 +72,38 @@ def test_all_ranks_commit_one_step_and_leave_when_one_is_told_to(
             assert lines[-1]["end"] == told(plain, rank)[-1]["end"], "bit for bit the run that was never told to leave"
 
 
+@pytest.mark.parametrize(
+    ("signalled", "how"),
+    [
+        ("the group", "workers"), ("the agent", "workers persistent"), ("one rank", "workers persistent"),
+        ("one rank", "asyncio"),
+    ],
+)  # fmt: skip
+def test_workers_of_loaders_and_event_loops_do_not_keep_the_checkpoint_from_being_committed(
+    warm: Warm, tmp_path: Path, signalled: str, how: str
+) -> None:
+    """Whoever signals the group signals the workers too: they make the batches that the last iteration needs."""
+    job = warm.start("preempt.py", RANKS, tmp_path / "ckpt", tmp_path, 100_000, 20, *how.split())
+    await_step(tmp_path, job, 23)  # within an epoch
+    began = time.monotonic()
+    ranks = [told(tmp_path, rank)[0]["pid"] for rank in range(RANKS)]
+    everybody = job.pids()
+    if "workers" in how:
+        assert len(everybody) >= RANKS + 2 * RANKS
+    targets = {"one rank": ranks[1:], "the agent": [job.pid]}
+    for pid in targets.get(signalled, [*(pid for pid in everybody if pid not in ranks), *ranks]):
+        os.kill(pid, signal.SIGTERM)
+    job.wait(DEADLINE)
+    assert time.monotonic() - began < 15
+    left = [told(tmp_path, rank)[-1] for rank in range(RANKS)]
+    at = left[0].get("at")
+    for rank in range(RANKS):
+        assert left[rank].get("left") == 77 and left[rank]["at"] == left[rank]["committed"] == at >= 23, (
+            left, job.output()[-3000:]
+        )  # fmt: skip
+    assert job.pids() == [], "the workers are gone too"
+
+
 def test_a_rank_in_a_dead_collective_leaves_at_its_deadline(warm: Warm, tmp_path: Path) -> None:
     job = warm.start("preempt.py", RANKS, tmp_path / "ckpt", tmp_path, 100_000, 2, "stop")
     await_step(tmp_path, job, 3)
@@ -184,7 +216,7 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def watch(heard: list[str]) -> Preemption:
-    return Preemption(3, grace_s=0.3, exit_code=9, ask=heard.append)
+    return Preemption(3, grace_s=0.3, exit_code=9, ask=heard.append, failed=heard.append)
 
 
 def await_heard(heard: list[str]) -> None:

@@ -5,6 +5,7 @@
 #include "layerwise/calls.h"
 #include "layerwise/hash.h"
 #include "layerwise/huge_pages.h"
+#include "layerwise/signal_ear.h"
 #include "layerwise/writer_pool.h"
 
 namespace layerwise {
@@ -70,6 +71,12 @@ NB_MODULE(_native, m) {
         "XXH3-64 of memory, which must be mapped and unchanged until this returns.");
   m.def("make_huge", MakeHugeMemory, nb::arg("address"), nb::arg("nbytes"),
         "Asks for huge pages under memory, which keeps its content; returns the bytes that have them now.");
+  m.def("hear_signal", [](int number, int bell) { Check(HearSignal(number, bell)); }, nb::arg("number"), nb::arg("bell"),
+        "From now on each signal adds 1 to the eventfd, in front of whoever else handles it; again: in front again.");
+  m.def("stop_hearing", &StopHearing, nb::arg("bell"), "The signal is handled as before.");
+  m.def("forget_dead_children", &ForgetDeadChildren, "SIGCHLD is handled as by default: not at all.");
+  m.def("outlive_signal", [](int number) { Check(OutliveSignal(number)); }, nb::arg("number"),
+        "In a child: the signal ends it only if its parent sent it or is dead.");
   m.def("hash_name", &HashName, "The instruction set that hashes: avx512, avx2, sse2 or scalar.");
   m.def("calls_under_way", &Calls,
         "(operation, path, seconds) of each call to the operating system that has not returned; the longest first.");

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 import torch
 
-from layerwise_dist import _native
+from layerwise_dist import _native, background
 from layerwise_dist.capture.stage import copies_for
 from layerwise_dist.errors import DeadlineError, LayerwiseError
 from layerwise_dist.patience import stuck_calls
@@ -107,10 +107,9 @@ class Writing:
         self._file, self._hashes, self._names = file, hashes, names
         self._content: Content | None = content
         self._report: BaseReport | None = None
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
         self._read, self._done = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._run, name="layerwise-base", daemon=True)
-        self._thread.start()
+        self._thread = background.start("layerwise-base", self._run, background.log_only)
 
     @property
     def bytes_written(self) -> int:
@@ -153,7 +152,7 @@ class Writing:
         try:
             self._write()
             self._report = self._file.publish()
-        except Exception as error:  # of the disk, of the device: whoever waits for it has to know, not this thread
+        except BaseException as error:  # of the disk, of the device: whoever waits for it has to know, not this thread
             self._failure = error
             self._discard()
         finally:

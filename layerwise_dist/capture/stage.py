@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
+from layerwise_dist import background
 from layerwise_dist.errors import LayerwiseError
 from layerwise_dist.storage.gathered import GatheredExtent
 
@@ -113,14 +114,14 @@ class Handover:
 
     def __init__(self) -> None:
         self._pending = 0
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
         self._changed = threading.Condition()
 
     def began(self) -> None:
         with self._changed:
             self._pending += 1
 
-    def ended(self, failure: Exception | None) -> None:
+    def ended(self, failure: BaseException | None) -> None:
         with self._changed:
             self._pending -= 1
             self._failure = self._failure or failure
@@ -219,8 +220,7 @@ class Stage:
 
     def _start(self) -> None:
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="layerwise-stage", daemon=True)
-            self._thread.start()
+            self._thread = background.start("layerwise-stage", self._run, background.log_only)
 
     def _run(self) -> None:
         while (item := self._later.get()) is not None:
@@ -230,7 +230,7 @@ class Stage:
                 for mark in marks:
                     mark.synchronize()
                 give()
-            except Exception as error:  # of the device, say: whoever waits for the attempt has to know, not this thread
+            except BaseException as error:  # of the device, say: whoever waits for the attempt has to know
                 failure = error
             handover.ended(failure)
 

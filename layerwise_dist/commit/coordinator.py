@@ -129,6 +129,8 @@ class Coordinator:
             self._say_all(self._common.ask(message, now))
         elif kind == "held":
             self._say_all(self._common.held(message))
+        elif kind == "broke":
+            self._finish(f"rank {message['rank']}: {message['why']}")
         elif kind in ("gone", "orphaned"):
             self._lose(message["rank"], message["why"], orphaned=kind == "orphaned")
         elif kind in ("alike", "staged", "durable", "failed", "skipped"):
@@ -136,6 +138,11 @@ class Coordinator:
         elif kind == "kept":
             self._kept(message)
         return self._taken()
+
+    @property
+    def last_granted(self) -> int:
+        """The boundary that no rank can have passed; -1 if that is any."""
+        return -1 if math.isinf(self._granted) else int(self._granted)
 
     def tick(self, now: float) -> list[Output]:
         """Ends attempts whose deadline has passed, naming the ranks that were waited for."""
@@ -372,8 +379,7 @@ class Coordinator:
         """All ranks raise at one boundary: the last one granted, which none of them can have passed."""
         if not self._stopped:
             self._stopped = True
-            at = -1 if math.isinf(self._granted) else int(self._granted)
-            self._say({"t": "stop", "at": at, "reason": reason})
+            self._say({"t": "stop", "at": self.last_granted, "reason": reason})
             self._say_all(self._common.end(reason))
 
     def _advance(self, rank: int, boundary: float, now: float) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import queue
-import threading
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from layerwise_dist import background
 from layerwise_dist.commit.coordinator import (
     Announce,
     ComposeManifest,
@@ -105,8 +105,7 @@ class CoordinatorThread:
         """`send(message)` reaches every rank, in order."""
         self._coordinator, self._pen, self._send = coordinator, pen, send
         self._inbox: queue.SimpleQueue[Message | queue.SimpleQueue[bool] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="layerwise-coordinator", daemon=True)
-        self._thread.start()
+        self._thread = background.start("layerwise-coordinator", self._run, self._broke)
 
     def post(self, message: Message) -> None:
         self._inbox.put(message)
@@ -143,6 +142,11 @@ class CoordinatorThread:
             elif message:
                 self._do(self._coordinator.handle(message, time.monotonic()))
             self._do(self._coordinator.tick(time.monotonic()))
+
+    def _broke(self, why: str) -> None:
+        """Nothing is decided any more, which no rank would hear of else."""
+        self._send({"t": "stop", "at": self._coordinator.last_granted, "reason": f"rank 0: {why}"})
+        self._pen.close()
 
     def _next(self) -> Any:
         try:

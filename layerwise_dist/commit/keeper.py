@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import queue
-import threading
 from typing import Any
 
+from layerwise_dist import background
 from layerwise_dist.commit.metadata import Branch, CheckpointMetadataManager, Manifest, decode
 from layerwise_dist.commit.opening import SessionInfo
 from layerwise_dist.commit.owner import Owner
@@ -101,11 +101,10 @@ class Keeper:
 class KeeperThread:
     """Runs a Keeper; `post` takes its answers. It waits for its disk only."""
 
-    def __init__(self, keeper: Keeper, post: Any) -> None:
+    def __init__(self, keeper: Keeper, post: Any, failed: background.Failed) -> None:
         self.keeper, self._post = keeper, post
         self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="layerwise-keeper", daemon=True)
-        self._thread.start()
+        self._thread = background.start("layerwise-keeper", self._run, failed)
 
     def put(self, message: Message) -> None:
         self._inbox.put(message)
@@ -117,11 +116,13 @@ class KeeperThread:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        while (message := self._inbox.get()) is not None:
-            answer = self.keeper.handle(message)
-            if answer is not None:
-                self._post(answer)
         try:
-            self.keeper.owner.release()
-        except OSError as error:
-            log.warning("rank %d: the directory is held until this process ends: %s", self.keeper.rank, error)
+            while (message := self._inbox.get()) is not None:
+                answer = self.keeper.handle(message)
+                if answer is not None:
+                    self._post(answer)
+        finally:
+            try:
+                self.keeper.owner.release()
+            except OSError as error:
+                log.warning("rank %d: the directory is held until this process ends: %s", self.keeper.rank, error)

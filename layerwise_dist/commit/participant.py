@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal
 
-from layerwise_dist import errors
+from layerwise_dist import background, errors
 from layerwise_dist.commit.common_boundary import Meeting
 from layerwise_dist.commit.keeper import HEARS, KeeperThread
 from layerwise_dist.commit.ledger import Action, Discard, GiveUp, Ledger, Persist, Post, Retire, Write
@@ -52,8 +52,7 @@ class Participant:
         self.through_monitor = False  # whose end is not that of another rank's training
         self.apart = False  # whether there are directories that rank 0 does not see
         self._work: queue.SimpleQueue[Persist | GiveUp | Discard | None] = queue.SimpleQueue()
-        self._worker = threading.Thread(target=self._run, name="layerwise-persist", daemon=True)
-        self._worker.start()
+        self._worker = background.start("layerwise-persist", self._run, self.broke)
         transport.start(self._on_message, self._on_coordinator_message if self.rank == 0 else None, self._on_error)
 
     def serve(self, coordinator: Callable[[Message], None], quiet: Callable[[float], None] | None = None) -> None:
@@ -353,12 +352,25 @@ class Participant:
 
     def _run(self) -> None:
         while (job := self._work.get()) is not None:
-            if isinstance(job, Persist):
-                self._persist(job.write)
-            elif isinstance(job, GiveUp):
-                self._give_up(job)
-            else:
-                self._discard(job.write)
+            # What comes after one that failed may be to remove what it left.
+            background.guarded("layerwise-persist", lambda job=job: self._take_up(job), self.broke)
+
+    def _take_up(self, job: Persist | GiveUp | Discard) -> None:
+        if isinstance(job, Persist):
+            self._persist(job.write)
+        elif isinstance(job, GiveUp):
+            self._give_up(job)
+        else:
+            self._discard(job.write)
+
+    def broke(self, why: str) -> None:
+        """Something that checkpoints need came to an end on this rank, by an error that nobody expected: no rank
+        commits anything more, and all raise at one boundary, whatever `on_failure` is. Any thread.
+        """
+        self._transport.post({"t": "broke", "rank": self.rank, "why": why})
+        with self._changed:
+            self._ledger.lose(f"rank {self.rank}: {why}", at_once=False)
+            self._changed.notify_all()
 
     def _persist(self, write: Write) -> None:
         with self._changed:
@@ -369,6 +381,9 @@ class Participant:
         except (OSError, LayerwiseError) as error:
             self._give_up(GiveUp(write.attempt, str(error), write, False))
             return
+        except BaseException as error:
+            self._give_up(GiveUp(write.attempt, background.describe(error), write, False))
+            raise
         with self._changed:
             if report is not None:
                 self._do(self._ledger.persisted(write.attempt, report))
@@ -384,16 +399,17 @@ class Participant:
             self._changed.notify_all()
 
     def _discard(self, write: Write) -> None:
-        write.abort()
         try:
+            write.abort()
             write.discard()
         except OSError as error:
             log.warning(
                 "rank %d: leftovers of step %d stay until the next start: %s", self.rank, write.attempt.step, error
             )
-        with self._changed:
-            self._ledger.discarded(write)
-            self._changed.notify_all()
+        finally:
+            with self._changed:
+                self._ledger.discarded(write)
+                self._changed.notify_all()
 
     def _on_coordinator_message(self, message: Message) -> None:
         if message["t"] == "agree":

@@ -276,7 +276,7 @@ def start_coordinator(
 
 def start_keeper(participant: Participant, manager: CheckpointMetadataManager, owner: Owner, info: SessionInfo) -> None:
     """The part of another keeper than rank 0, from `open_session` on, until the participant is closed."""
-    participant.keep(KeeperThread(Keeper(participant.rank, manager, owner, info), participant.post))
+    participant.keep(KeeperThread(Keeper(participant.rank, manager, owner, info), participant.post, participant.broke))
 
 
 def open_session(

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from layerwise_dist import background
 from layerwise_dist.commit.opening import FINISHING_SHARE
 from layerwise_dist.commit.participant import describe_error
 from layerwise_dist.commit.transports import Message
@@ -50,7 +51,8 @@ class MonitorServer:
         logging.getLogger("layerwise_dist").addHandler(_ToTrainer(self._wire.send))
 
     def run(self) -> None:
-        threading.Thread(target=self._watch, name="layerwise-watch", daemon=True).start()
+        # Without it the training process's end, and room in the pool, would be heard of by nobody.
+        background.start("layerwise-watch", self._watch, lambda why: os._exit(1))
         self._wire.start()
         try:
             self._serve()
@@ -223,7 +225,7 @@ def _end_in(seconds: float) -> None:
         time.sleep(seconds)
         os._exit(1)
 
-    threading.Thread(target=end, name="layerwise-deadline", daemon=True).start()
+    background.start("layerwise-deadline", end, lambda why: os._exit(1))
 
 
 def serve(descriptor: int, memory: int, trainer: int) -> None:

@@ -96,6 +96,7 @@ class MonitorSession:
 
         _, adapter = together(participant, "start the writer", start_writer)
         self._adapter = adapter
+        adapter.recycler.failed = participant.broke
         participant.recycle(adapter.recycler.retire)
         self.holder = Holder(adapter, participant, info.epoch, memory, wake, self._tell)
         return {

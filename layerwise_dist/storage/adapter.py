@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
-from layerwise_dist import _native
+from layerwise_dist import _native, background
 from layerwise_dist.errors import ConfigError, DeadlineError
 from layerwise_dist.patience import stuck_calls
 from layerwise_dist.storage import layout
@@ -239,9 +239,9 @@ class ShardWrite:
         before = self._writer
         self._writer = self._adapter.shard_writer(laid.plan, self.folder, before)
         # With `confirm`, what is leased stays alive until nothing reads it any more.
-        end = threading.Thread(target=_end, args=(before, self.confirm), name="layerwise-end", daemon=True)
+        keeping = self.confirm
+        end = background.start("layerwise-end", lambda: _end(before, keeping), self._adapter.recycler.failed)
         self._ending.append(end)
-        end.start()
         self.confirm = _nothing
         self.layout = laid.shard
 

@@ -15,6 +15,7 @@ import threading
 from collections import deque
 from typing import Any, Literal
 
+from layerwise_dist import background
 from layerwise_dist.storage import layout, network
 from layerwise_dist.storage.layout import AttemptId
 
@@ -49,6 +50,7 @@ class Recycler:
         self._jobs: queue.SimpleQueue[tuple[AttemptId, int] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._closed = False
+        self.failed: background.Failed = background.log_only
 
     def published(self, attempt: AttemptId, header_bytes: int) -> None:
         """This rank's shard of `attempt` is durable under its name, and closed. `header_bytes` is its header region."""
@@ -67,8 +69,7 @@ class Recycler:
             if header_bytes is None or self._closed:
                 return
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="layerwise-recycle", daemon=True)
-                self._thread.start()
+                self._thread = background.start("layerwise-recycle", self._run, lambda why: self.failed(why))
             self._jobs.put((attempt, header_bytes))
 
     def take(self) -> str | None:

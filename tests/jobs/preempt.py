@@ -1,17 +1,21 @@
 """A job that is told to leave. Every rank tells what it does in OUT/<rank>.jsonl.
 
-    preempt.py DIR OUT TOTAL GRACE [stop] [monitor]
+    preempt.py DIR OUT TOTAL GRACE [stop] [monitor] [workers] [persistent] [asyncio]
 
-With `stop`, the last rank stops itself (SIGSTOP) at step 3, so that the others sit in a collective.
+With `stop`, the last rank stops itself (SIGSTOP) at step 3, so that the others sit in a collective. With `workers`, two
+workers of a data loader make the batches, with `persistent` the same ones in all epochs. With `asyncio` an event loop
+takes the wake-up descriptor of signals, and gives it back, after `attach()`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,31 @@ from kit import digest, process_group
 from torch.nn.parallel import DistributedDataParallel
 
 import layerwise_dist as lwd
+
+
+class Numbers(torch.utils.data.Dataset[torch.Tensor]):
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.full((9,), float(index))
+
+
+def batches(options: list[str]) -> Iterator[torch.Tensor]:
+    if "workers" not in options:
+        while True:
+            yield torch.randn(4, 9)
+    loader = torch.utils.data.DataLoader(
+        Numbers(), batch_size=4, num_workers=2, persistent_workers="persistent" in options
+    )
+    while True:
+        yield from loader
+
+
+async def _loop() -> None:
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGUSR1, lambda: None)
+    loop.remove_signal_handler(signal.SIGUSR1)
 
 
 def main() -> None:
@@ -50,9 +79,12 @@ def main() -> None:
             mode="monitor" if "monitor" in stop else "direct",
         )  # fmt: skip
         tell(start=ckpt.restore(), pid=os.getpid(), agent=os.getppid())
+        if "asyncio" in stop:
+            asyncio.run(_loop())
+        data = batches(stop)
         try:
             for step in ckpt.steps(total):
-                model(torch.randn(4, 9)).square().mean().backward()
+                model(next(data)).square().mean().backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 tell(step=step)

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from layerwise_dist import background
 from layerwise_dist.commit.transports.frames import LENGTH_BYTES, take_frames
 from layerwise_dist.commit.transports.proof import Line, Seals
 
@@ -66,7 +67,7 @@ class Links:
             self._selector.register(link.sock, selectors.EVENT_READ, link)
         self._closing: float | None = None
         self.frames_in = self.frames_out = self.bytes_in = self.bytes_out = 0
-        self._thread = threading.Thread(target=self._run, name="layerwise-messages", daemon=True)
+        self._thread: threading.Thread | None = None
         _live.add(self)
 
     def leave_to_parent(self) -> None:
@@ -79,7 +80,7 @@ class Links:
 
     def start(self, on_frame: Callable[[int, bytes], None], on_end: Callable[[int, str], None]) -> None:
         self._on_frame, self._on_end = on_frame, on_end
-        self._thread.start()
+        self._thread = background.start("layerwise-messages", self._run, background.log_only)
 
     def call(self, action: Callable[[], None]) -> None:
         """Runs `action` on the thread, soon, in order. From any thread."""
@@ -98,7 +99,7 @@ class Links:
             for link in list(self._links.values()):
                 self._finish(link)
 
-        if self._thread.is_alive():
+        if self._thread is not None and self._thread.is_alive():
             self.call(begin)
             self._thread.join(timeout_s + 1.0)
         else:
@@ -139,6 +140,10 @@ class Links:
         try:
             while not (self._closing is not None and (not self._links or time.monotonic() >= self._closing)):
                 self._turn()
+        except BaseException as error:  # whoever waits for messages, here and at the other ends, has to know
+            for link in list(self._links.values()):
+                self._end(link, f"thread layerwise-messages: {background.describe(error)}")
+            raise
         finally:
             self._let_go()
 

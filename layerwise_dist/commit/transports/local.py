@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Callable
 
+from layerwise_dist import background
 from layerwise_dist.commit.transports import Handler, Message
 
 _COORDINATOR = -1
@@ -28,10 +29,12 @@ class LocalTransport:
         self.rank, self.world_size = rank, hub.world_size
         self._hub = hub
         self._threads: list[threading.Thread] = []
+        self._on_error: Callable[[str], None] = background.log_only
 
     def start(
         self, on_message: Handler, on_coordinator_message: Handler | None, on_error: Callable[[str], None]
     ) -> None:
+        self._on_error = on_error
         self._spawn(self.rank, on_message)
         if on_coordinator_message is not None:
             self._spawn(_COORDINATOR, on_coordinator_message)
@@ -55,6 +58,4 @@ class LocalTransport:
             while (message := self._hub.queues[place].get()) is not None:
                 handler(message)
 
-        thread = threading.Thread(target=run, name=f"layerwise-receive-{place}", daemon=True)
-        self._threads.append(thread)
-        thread.start()
+        self._threads.append(background.start(f"layerwise-receive-{place}", run, self._on_error))

@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from layerwise_dist import background
 from layerwise_dist.commit.transports.frames import encode
 from layerwise_dist.commit.transports.relay import ABOVE, RelayTransport
 from layerwise_dist.errors import ConfigError, DeadlineError
@@ -124,11 +125,11 @@ class MpiConnections:
         self._ended: set[int] = set()  # keys from which nothing more comes
         self._on_frame: Callable[[int, bytes], None] = _ignore
         self._on_end: Callable[[int, str], None] = _ignore
-        self._thread = threading.Thread(target=self._run, name="layerwise-messages", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def start(self, on_frame: Callable[[int, bytes], None], on_end: Callable[[int, str], None]) -> None:
         self._on_frame, self._on_end = on_frame, on_end
-        self._thread.start()
+        self._thread = background.start("layerwise-messages", self._run, background.log_only)
 
     def call(self, action: Callable[[], None]) -> None:
         self._calls.append(action)
@@ -143,7 +144,7 @@ class MpiConnections:
             for key in list(self._peers):
                 self._say_end(key)
 
-        if self._thread.is_alive():
+        if self._thread is not None and self._thread.is_alive():
             self.call(begin)
             self._thread.join(timeout_s + 1.0)
 
@@ -183,7 +184,7 @@ class MpiConnections:
                 self._comm.Free()
         except self._mpi.Exception as error:
             self._lose(f"MPI: {error}")
-        except Exception as error:  # whoever takes the messages must hear that no more come
+        except BaseException as error:  # whoever takes the messages must hear that no more come
             log.exception("a message could not be taken")
             self._lose(f"a message could not be taken: {error!r}")
 
