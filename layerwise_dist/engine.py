@@ -44,7 +44,7 @@ from layerwise_dist.save_restore import SaveAndRestore
 from layerwise_dist.scheduler import BLOCKS_A_BATCH, LayerwiseCheckpointScheduler
 from layerwise_dist.statistics import Statistics
 from layerwise_dist.storage.adapter import PCCheckAdapter
-from layerwise_dist.together import Together
+from layerwise_dist.together import FAREWELL_S, Together
 from layerwise_dist.trace import StepTrace
 from layerwise_dist.updates import Update, Updates
 
@@ -362,7 +362,7 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
             return
         self._closed = True
         at_exit.closed(self)
-        timeout = min(limit_s, self.config.commit.timeout_s if orderly else min(10.0, self.config.commit.timeout_s))
+        timeout = min(limit_s, self._patience(orderly))
         deadline = time.monotonic() + timeout
 
         def left() -> float:
@@ -433,6 +433,15 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
         mark = self._boundary.call()
         if mark is not None and self._open is not None:
             self._seal_open(mark)
+
+    def _patience(self, orderly: bool) -> float:
+        """How long the end may wait, in seconds: where all are leaving, almost until the process is ended, since what
+        is sealed is the last that there will be.
+        """
+        timeout = self.config.commit.timeout_s
+        if self._preemption is not None and self._preemption.begun:
+            return min(timeout, max(0.1, self._preemption.remaining_s - FAREWELL_S / 2))
+        return timeout if orderly else min(10.0, timeout)
 
     def _end_here(self) -> None:
         """Once the training thread has ended, any other can judge what it left. Raises BoundaryError before that."""

@@ -59,10 +59,13 @@ class Preemption:
         self._lock = threading.Lock()
         self._deadline: float | None = None
         self._closed = threading.Event()
+        self._over = threading.Event()  # all are leaving, or it is closed
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        # Both at once: a process that is told to leave may get no thread any more.
+        self._grace = background.start("layerwise-grace", self._end_in_time, lambda _: end_process(self.exit_code))
         self._thread = background.start("layerwise-signals", self._listen, failed)
-        _native.hear_signal(_SIGNAL, self._bell)
         _active.add(self)
+        _native.hear_signal(_SIGNAL, self._bell)
 
     def leaving(self, why: str) -> None:
         """All ranks leave: from now on the process has `grace_s` seconds.
@@ -73,11 +76,11 @@ class Preemption:
             if self._deadline is not None:
                 return
             self._deadline = time.monotonic() + self._grace_s
+        self._over.set()
+        _native.forget_dead_children()
         log.warning(
             "rank %d: leaving within %g s, with a checkpoint if all ranks reach one: %s", self._rank, self._grace_s, why
         )
-        _native.forget_dead_children()
-        background.start("layerwise-grace", self._end_in_time, lambda _: end_process(self.exit_code))
 
     @property
     def begun(self) -> bool:
@@ -95,21 +98,22 @@ class Preemption:
         raise SystemExit(self.exit_code)
 
     def close(self) -> None:
-        """Signals are handled as before. If all are leaving, the deadline stands."""
+        """Signals are handled as before. If all are leaving, the deadline stands, and further signals change nothing:
+        a launcher signals the rest once the first rank has left.
+        """
         if self._closed.is_set():
             return
         self._closed.set()
-        self._stop_hearing()
+        self._over.set()
         os.eventfd_write(self._bell, 1)
-        self._thread.join(5.0)
-        if not self._thread.is_alive():
-            os.close(self._bell)
+        self._thread.join(5.0)  # it may be about to take its place in front once more
+        _active.discard(self)
+        if not self.begun:
+            _native.stop_hearing(self._bell)
+            if not self._thread.is_alive():
+                os.close(self._bell)
 
     # -- inside -------------------------------------------------------------------------------------------------
-
-    def _stop_hearing(self) -> None:
-        _active.discard(self)
-        _native.stop_hearing(self._bell)
 
     def _listen(self) -> None:
         bell = select.poll()
@@ -125,7 +129,9 @@ class Preemption:
                 _native.hear_signal(_SIGNAL, self._bell)
 
     def _end_in_time(self) -> None:
-        assert self._deadline is not None
+        self._over.wait()
+        if self._deadline is None:
+            return
         while (left := self._deadline - time.monotonic()) > 0:
             time.sleep(left)
         log.warning(
@@ -157,7 +163,8 @@ def _in_child() -> None:
         return
     for preemption in list(_active):
         preemption._closed.set()
-        preemption._stop_hearing()
+        _native.stop_hearing(preemption._bell)
+    _active.clear()
     if (workers := sys.modules.get(_WORKERS)) is not None:
         plain = workers._set_worker_signal_handlers
 

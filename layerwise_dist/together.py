@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("layerwise_dist")
 
-_FAREWELL_S = 3.0  # of the time to leave: for closing, and for what the script does behind it
+FAREWELL_S = 3.0  # of the time to leave: for closing, and for what the script does behind it
 
 
 class Together:
@@ -47,7 +47,7 @@ class Together:
         self._compare_replicas()
         patience = self.config.fence_timeout_s
         if self._preemption is not None and self._preemption.begun:
-            patience = min(patience, max(0.1, self._preemption.remaining_s - _FAREWELL_S))
+            patience = min(patience, max(0.1, self._preemption.remaining_s - FAREWELL_S))
         with self._statistics.stall("open"):
             self._begin(mark.step, patience_s=patience)
         if self._open is not None:
@@ -62,7 +62,7 @@ class Together:
                 self._commit_in_time(mark)
         except LayerwiseError as error:
             log.warning("rank %d: leaving without step %d: %s", self._framework.rank, mark.step, error)
-        self.end(orderly=False, limit_s=max(0.1, self._preemption.remaining_s - _FAREWELL_S / 2))
+        self.end(orderly=False, limit_s=max(0.1, self._preemption.remaining_s - FAREWELL_S / 2))
         self._preemption.leave()
 
     def _commit_in_time(self: LayerwiseEngine, mark: BoundaryMark) -> None:
@@ -70,7 +70,7 @@ class Together:
         assert self._preemption is not None
         for again in (True, False):
             assert self._attempts.newest is not None
-            left = max(0.1, self._preemption.remaining_s - _FAREWELL_S)
+            left = max(0.1, self._preemption.remaining_s - FAREWELL_S)
             try:
                 self._participant.wait_for_attempt(self._attempts.newest, left)
                 return

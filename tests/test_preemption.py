@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -207,12 +208,21 @@ def test_save_takes_a_state_only_with_a_tag_and_nothing_once_closed(tmp_path: Pa
 def heard(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """What the other ranks were asked for. The process, which is the tests', does not end."""
     ended: list[int] = []
+    made: list[Preemption] = []
+    begin = Preemption.__init__
+
+    def noted(self: Preemption, *args: Any, **options: Any) -> None:
+        begin(self, *args, **options)
+        made.append(self)
+
     monkeypatch.setattr(preemption, "end_process", ended.append)
+    monkeypatch.setattr(Preemption, "__init__", noted)
     yield []
-    for thread in threading.enumerate():
-        if thread.name == "layerwise-grace":
-            thread.join(10)
-            assert ended == [9]
+    for each in made:
+        each.close()
+        each._grace.join(30)
+        preemption._native.stop_hearing(each._bell)
+    assert ended == [each.exit_code for each in made if each.begun]
 
 
 def watch(heard: list[str]) -> Preemption:
@@ -275,6 +285,145 @@ def test_a_forked_child_dies_of_its_own_sigterm_and_the_parent_does_not_hear_of_
         os.close(ready), os.close(tell)
     finally:
         watching.close()
+
+
+def test_a_bell_that_is_closed_is_not_rung_any_more(heard: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread may be about to take its place in front of other handlers again when it is closed: its descriptor's
+    number will be another file's.
+    """
+    real, about, goes_on = preemption._native.hear_signal, threading.Event(), threading.Event()
+
+    def slowly(number: int, bell: int) -> None:
+        if threading.current_thread().name == "layerwise-signals":
+            about.set()
+            assert goes_on.wait(10)
+        real(number, bell)
+
+    monkeypatch.setattr(preemption._native, "hear_signal", slowly)
+    calls: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: calls.append(number))
+    try:
+        watching = watch(heard)
+        assert about.wait(10)
+        threading.Timer(0.1, goes_on.set).start()
+        watching.close()
+        others = os.eventfd(0, os.EFD_NONBLOCK)
+        assert others == watching._bell, "the number is free"
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not calls:
+            time.sleep(0.005)
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(others)
+        os.close(others)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_further_signals_do_not_end_a_process_that_leaves(heard: list[str]) -> None:
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        watching = watch(heard)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        while not watching.begun:
+            time.sleep(0.005)
+        watching.close()
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+
+
+class Slow(torch.utils.data.Dataset[torch.Tensor]):
+    def __len__(self) -> int:
+        return 1000
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        time.sleep(0.01)
+        return torch.full((6,), float(index))
+
+
+def leave_beside_workers(folder: Path) -> int | None:
+    """The step that is committed when workers get the signal, the rank after them, and the iteration needs more batches
+    than there are.
+    """
+    model, optimizer = build(0)
+    calls: list[int] = []
+    before = signal.getsignal(signal.SIGTERM)
+    engine = lwd.attach(
+        model, optimizer, dir=str(folder), every_n_steps=1000,
+        preemption={"enabled": True, "grace_s": 8, "exit_code": 77},
+    )  # fmt: skip
+    signal.signal(signal.SIGTERM, lambda number, frame: calls.append(number))  # after attach(): ours is in front again
+    loader = iter(torch.utils.data.DataLoader(Slow(), batch_size=4, num_workers=2, prefetch_factor=1))
+    workers = [worker.pid for worker in loader._workers]
+    try:
+        with pytest.raises(SystemExit) as left, engine:
+            for step in engine.steps(100):
+                if step == 3:
+                    time.sleep(0.3)
+                    # By another process: what its parent sends ends a worker.
+                    for pid in (*workers, os.getpid(), os.getpid()):
+                        subprocess.run(["sh", "-c", f"kill -TERM {pid}"], check=True)
+                for _ in range(4):
+                    model(next(loader)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        assert left.value.code == 77 and calls
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    del loader
+    for pid in workers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    return engine._participant.reached("committed")
+
+
+@pytest.fixture
+def stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The process, which is the tests', is not ended at the deadline, and hears of its children again."""
+    before = signal.getsignal(signal.SIGCHLD)
+    bells: list[int] = []
+    monkeypatch.setattr(Preemption, "_end_in_time", lambda self: bells.append(self._bell))
+    yield
+    for bell in bells:
+        preemption._native.stop_hearing(bell)
+    signal.signal(signal.SIGCHLD, before)
+
+
+def test_workers_that_are_signalled_first_still_make_the_batches_of_the_last_iteration(
+    stays: None, tmp_path: Path
+) -> None:
+    assert leave_beside_workers(tmp_path) == 4
+
+
+def test_mutation_workers_that_die_of_the_signal_are_caught(
+    stays: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preemption._native, "outlive_signal", lambda number: None)
+    with pytest.raises((RuntimeError, OSError, EOFError)):  # of torch, or of a pipe to one of them
+        leave_beside_workers(tmp_path)
+
+
+def test_an_error_on_the_way_leaves_what_is_sealed_the_time_that_there_is(stays: None, tmp_path: Path) -> None:
+    """Not the ten seconds of other errors: a disk may need longer, and `grace_s` may be shorter."""
+    for grace_s, least, most in ((25, 20, 25), (5, 2, 5)):
+        model, optimizer = build(0)
+        with (
+            pytest.raises(KeyError),
+            lwd.attach(
+                model, optimizer, dir=str(tmp_path / str(grace_s)), preemption={"enabled": True, "grace_s": grace_s}
+            ) as engine,
+        ):
+            for step in engine.steps(3):
+                train(model, optimizer, 0, 0, step)
+                if step == 1:
+                    assert engine._patience(orderly=False) == 10
+                    assert engine._preemption is not None
+                    engine._preemption.leaving("a test")
+                    assert least < engine._patience(orderly=False) < most
+                    raise KeyError
+        assert engine._participant.reached("committed") == 1
 
 
 def test_attach_on_another_thread_is_an_error(tmp_path: Path) -> None:
