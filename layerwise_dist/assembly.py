@@ -36,7 +36,6 @@ from layerwise_dist.preemption import Preemption, check_thread
 from layerwise_dist.replicas import Replicas
 from layerwise_dist.restore.agreement import together
 from layerwise_dist.storage import typed_json
-from layerwise_dist.storage.adapter import PCCheckAdapter
 from layerwise_dist.storage.network import memory_by_magic
 from layerwise_dist.writing import open_writer
 
@@ -92,14 +91,15 @@ def attach(
         raise
     if problem is not None and transport.world_size == 1:
         raise problem
-    env = _environment(settings)
+    env = environment(settings)
     return assemble(
         model, optimizer, settings, transport, env,
         models=models, optimizers=optimizers, state=state, fresh=fresh, problem=problem, monitor=monitor,
     )  # fmt: skip
 
 
-def _environment(config: LayerwiseConfig) -> Any:
+def environment(config: LayerwiseConfig) -> Any:
+    """The Env of the disk that it writes to."""
     if config.mode == "mock":
         return _native.MockEnv()
     return _native.NvmEnv() if config.writer.backend == "nvm" else _native.PosixEnv()
@@ -186,8 +186,6 @@ def assemble(
             parts = _open_direct(config, env, transport, participant, found, fresh, closers)
         if rank == 0 and config.mode != "mock" and (memory := within(participant.disk_s, "a look", in_memory)):
             log.warning("%s is on %s: what is committed survives this job, not the machine's end", config.path, memory)
-        if isinstance(parts.adapter, PCCheckAdapter):
-            parts.adapter.recycler.failed = participant.broke
         preemption = None
         if config.preemption.enabled:
             preemption = Preemption(
@@ -259,5 +257,6 @@ def _open_direct(
         participant, "start the writer",
         lambda: within(participant.disk_s, "the writer's start", lambda: open_writer(env, config, rank, world_size)),
     )  # fmt: skip
+    adapter.recycler.failed = participant.broke
     participant.recycle(adapter.recycler.retire)
     return Parts(adapter, manager, info, committer, coordinator)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from layerwise_dist import _native
-from layerwise_dist.assembly import assemble
+from layerwise_dist.assembly import assemble, environment
 from layerwise_dist.commit.transports.choice import open_transport
 from layerwise_dist.config import LayerwiseConfig, PreemptionConfig
 from layerwise_dist.engine import LayerwiseEngine
@@ -70,8 +69,7 @@ def _save_beside(
     if ckpt.config.mode == "monitor":
         changes["mode"] = "direct"  # the call waits until it is committed: there is nothing to outlive
     config = ckpt.config.model_copy(update=changes)
-    env = _native.MockEnv() if config.mode == "mock" else _native.PosixEnv()
     transport = open_transport(config.commit.transport, config.commit.timeout_s)
-    with assemble(None, None, config, transport, env, lender=ckpt) as session:
+    with assemble(None, None, config, transport, environment(config), lender=ckpt) as session:
         session._begin_behind_newest()
         session.save(tag, client_state, within_window=within_window)

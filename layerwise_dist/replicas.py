@@ -22,7 +22,8 @@ from layerwise_dist import _native
 from layerwise_dist.capture.audit import ROUND, WINDOW_BYTES
 from layerwise_dist.capture.survey import Survey
 from layerwise_dist.commit.alike import unequal
-from layerwise_dist.commit.participant import Participant, describe_error, rebuild_error
+from layerwise_dist.commit.participant import Participant
+from layerwise_dist.commit.votes import describe_error, rebuild_error
 from layerwise_dist.errors import LayerwiseError, UnsupportedError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter

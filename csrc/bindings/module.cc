@@ -1,5 +1,4 @@
 #include <nanobind/stl/string_view.h>
-#include <time.h>
 
 #include "convert.h"
 #include "layerwise/calls.h"
@@ -31,11 +30,8 @@ void CloseAllPools() {
 // (operation, path, seconds) of each.
 nb::list Calls() {
   nb::list out;
-  timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  const int64_t now_ns = int64_t{now.tv_sec} * 1000000000 + now.tv_nsec;
   for (const Call& call : CallsUnderWay()) {
-    out.append(nb::make_tuple(call.operation, DecodePath(call.path), static_cast<double>(now_ns - call.began) * 1e-9));
+    out.append(nb::make_tuple(call.operation, DecodePath(call.path), call.Seconds()));
   }
   return out;
 }

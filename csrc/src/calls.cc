@@ -1,27 +1,17 @@
 #include "layerwise/calls.h"
 
-#include <unistd.h>
-
-#include <atomic>
 #include <mutex>
 
 #include "deadline.h"
+#include "per_process.h"
 
 namespace layerwise {
 
-// Of one process. Never destroyed: calls may go on during its exit.
 class OngoingCall::Calls {
  public:
   static Calls* Own() {
-    static std::atomic<Calls*> own{nullptr};
-    Calls* known = own.load(std::memory_order_acquire);
-    // The parent's lock may be held by a thread that a forked child lacks.
-    while (known == nullptr || known->process_ != getpid()) {
-      Calls* const made = new Calls;
-      if (own.compare_exchange_strong(known, made, std::memory_order_acq_rel)) return made;
-      delete made;
-    }
-    return known;
+    static PerProcess<Calls> own;
+    return own.Get();
   }
 
   std::list<Call>::iterator Begin(const char* operation, const std::string& path) {
@@ -44,10 +34,11 @@ class OngoingCall::Calls {
   }
 
  private:
-  const int process_ = getpid();
   std::mutex mutex_;
   std::list<Call> list_;
 };
+
+double Call::Seconds() const { return static_cast<double>(MonotonicNs() - began) * 1e-9; }
 
 OngoingCall::OngoingCall(const char* operation, const std::string& path)
     : calls_(Calls::Own()), place_(calls_->Begin(operation, path)) {}

@@ -116,10 +116,12 @@ void ShardWriter::Fill(Env* env, const Target& target, Status refused) {
 
 Status ShardWriter::Make(Env* env, const Target& target) {
   if (target.before != nullptr) {
-    std::unique_lock lock(target.before->mutex_);
-    target.before->changed_->wait(lock, [&] { return !target.before->making_; });
+    {
+      std::unique_lock lock(target.before->mutex_);
+      target.before->changed_->wait(lock, [&] { return !target.before->making_; });
+    }
+    Remove(env, target.path);
   }
-  if (target.before != nullptr) Remove(env, target.path);
   Status status = error();
   if (status.ok()) status = MakeFolder(env, target.folder, target.folder_mode);
   if (!status.ok()) {

@@ -10,6 +10,8 @@
 #include <mutex>
 #include <string>
 
+#include "per_process.h"
+
 namespace layerwise {
 
 namespace {
@@ -27,21 +29,9 @@ Front ear, worker;
 std::atomic<int> bells[kBells];  // one more than the descriptor; 0: none
 int heard = 0;                   // the signal, guarded by the mutex
 
-// Of one process: a forked child lacks the thread that may hold its parent's. Never
-// destroyed: threads may outlive the destruction of statics at exit.
 std::mutex& Mutex() {
-  struct Owned {
-    const pid_t process = getpid();
-    std::mutex mutex;
-  };
-  static std::atomic<Owned*> own{nullptr};
-  Owned* known = own.load(std::memory_order_acquire);
-  while (known == nullptr || known->process != getpid()) {
-    auto* const made = new Owned;
-    if (own.compare_exchange_strong(known, made, std::memory_order_acq_rel)) return made->mutex;
-    delete made;
-  }
-  return known->mutex;
+  static PerProcess<std::mutex> own;
+  return *own.Get();
 }
 
 // `by_default`: the default action too, once the handler has returned.

@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal
 
-from layerwise_dist import background, errors
+from layerwise_dist import background
 from layerwise_dist.commit.common_boundary import Meeting
 from layerwise_dist.commit.keeper import HEARS, KeeperThread
 from layerwise_dist.commit.ledger import Action, Discard, GiveUp, Ledger, Persist, Post, Retire, Write
 from layerwise_dist.commit.transports import Message, Transport
+from layerwise_dist.commit.votes import describe_error, rebuild_error
 from layerwise_dist.errors import CommitError, DeadlineError, LayerwiseError
 from layerwise_dist.patience import DISK_SHARE, stuck_calls
 from layerwise_dist.storage.layout import AttemptId
@@ -469,26 +470,3 @@ class Participant:
             elif not self._changed.wait(max(0.0, deadline - time.monotonic())) and time.monotonic() >= deadline:
                 return bool(predicate())
         return True
-
-
-def describe_error(error: Exception) -> dict[str, Any]:
-    """An error as a message can carry it; `rebuild_error` makes it again on another rank."""
-    described: dict[str, Any] = {"type": type(error).__name__, "message": str(error)}
-    if isinstance(error, errors.StateError):
-        described |= {"path": error.path, "message": str(error).removeprefix(f"{error.path}: ")}
-    elif isinstance(error, OSError) and error.errno is not None:
-        where = f": {error.filename}" if error.filename else ""
-        described |= {"errno": error.errno, "message": f"{error.strerror}{where}"}
-    return described
-
-
-def rebuild_error(described: dict[str, Any]) -> Exception:
-    kind = getattr(errors, described["type"], None)
-    message = described["message"]
-    if kind is errors.StateError:
-        return errors.StateError(described["path"], message)
-    if isinstance(kind, type) and issubclass(kind, LayerwiseError):
-        return kind(message)
-    if "errno" in described:
-        return OSError(described["errno"], message)  # Python picks PermissionError and the like by the number
-    return CommitError(f"{described['type']}: {message}")

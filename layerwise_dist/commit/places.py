@@ -10,13 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 from layerwise_dist.commit.opening import make_dirs
-from layerwise_dist.commit.participant import Participant, describe_error, rebuild_error
+from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.transports.rendezvous import place
+from layerwise_dist.commit.votes import rebuild_error, tried
 from layerwise_dist.errors import DeadlineError, DirectoryError, LayerwiseError
 from layerwise_dist.patience import within
 from layerwise_dist.storage import layout, network
 
 log = logging.getLogger("layerwise_dist")
+
+_LOOK = "the look for a common directory"
 
 
 class _Probe:
@@ -70,17 +73,17 @@ def find_places(env: Any, root: str, participant: Participant, *, file_mode: int
     try:
         token = participant.agree("look for a common directory", None, begin)
         apart = participant.agree(
-            "who sees rank 0's directory", _tried(participant, lambda: probe.sees(token, 0)), _blind
+            "who sees rank 0's directory", tried(participant.disk_s, _LOOK, lambda: probe.sees(token, 0)), _blind
         )
         if not apart:
             return [list(range(world_size))]
         mine = rank in apart
         participant.agree(
             "make the other directories",
-            _tried(participant, lambda: probe.make(token, rank) if mine else None),
+            tried(participant.disk_s, _LOOK, lambda: probe.make(token, rank) if mine else None),
             _all_well,
         )
-        seen = _tried(participant, lambda: _lowest(probe, token, apart) if mine else 0)
+        seen = tried(participant.disk_s, _LOOK, lambda: _lowest(probe, token, apart) if mine else 0)
         network_of = _on_disk(participant, lambda: _network(env, root))
         about = {"keeper": seen, "host": socket.gethostname(), "node": place(), "network": network_of}
         return participant.agree("who shares a directory", about, lambda votes: _grouped(votes, root))
@@ -103,14 +106,7 @@ def _network(env: Any, root: str) -> str | None:
 
 
 def _on_disk(participant: Participant, action: Callable[[], Any]) -> Any:
-    return within(participant.disk_s, "the look for a common directory", action)
-
-
-def _tried(participant: Participant, action: Callable[[], Any]) -> dict[str, Any]:
-    try:
-        return {"value": _on_disk(participant, action)}
-    except (LayerwiseError, OSError) as error:
-        return {"error": describe_error(error)}
+    return within(participant.disk_s, _LOOK, action)
 
 
 def _all_well(votes: list[dict[str, Any]]) -> list[Any]:

@@ -30,16 +30,19 @@ from layerwise_dist.commit.metadata import (
 )
 from layerwise_dist.commit.opening import Place, Plan, SessionInfo, as_plan, as_tree, make_dirs, merge
 from layerwise_dist.commit.owner import Owner
-from layerwise_dist.commit.participant import Participant, describe_error, rebuild_error
+from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.places import find_places
 from layerwise_dist.commit.transports import Message, Transport
-from layerwise_dist.errors import DamageError, DeadlineError, DirectoryError, LayerwiseError, OwnerError
+from layerwise_dist.commit.votes import rebuild_error, tried
+from layerwise_dist.errors import DamageError, DeadlineError, DirectoryError, OwnerError
 from layerwise_dist.patience import DISK_SHARE, stuck_calls, within
 from layerwise_dist.storage import layout
 from layerwise_dist.storage.layout import AttemptId
 from layerwise_dist.storage.retention import retired, unneeded_bases
 
 log = logging.getLogger("layerwise_dist")
+
+_WORK = "the work in the checkpoint directory"
 
 _REMEMBERED = 64  # retired attempts whose folders are looked after at the end
 _SHARDS = TypeAdapter(list[ShardRecord])
@@ -302,12 +305,12 @@ def open_session(
         plan = _plan(participant, place, root, fresh=fresh, timeout_s=participant.disk_s / 4 + patience_s)
         texts: dict[str, str] = {}
         if plan.lacking:
-            given = _said(participant.disk_s, lambda: place.texts(plan) if place is not None else {})
+            given = tried(participant.disk_s, _WORK, lambda: place.texts(plan) if place is not None else {})
             texts = participant.agree("bring what is committed to all", given, _collected)
         info = plan.info(places)
         participant.apart = not info.shared
 
-        settled = _said(participant.disk_s, lambda: place.settle(plan, texts) if place is not None else [])
+        settled = tried(participant.disk_s, _WORK, lambda: place.settle(plan, texts) if place is not None else [])
         for why in participant.agree("settle the checkpoint directory", settled, _settled):
             log.warning("%s", why)
 
@@ -318,7 +321,7 @@ def open_session(
             _check_directory(env, root, manager, info)
             return []
 
-        participant.agree("see the same checkpoint directory", _said(participant.disk_s, check), _settled)
+        participant.agree("see the same checkpoint directory", tried(participant.disk_s, _WORK, check), _settled)
     except BaseException:
         if place is not None:
             place.release()
@@ -330,16 +333,8 @@ def _plan(participant: Participant, place: Place | None, root: str, *, fresh: bo
     def decide(votes: list[dict[str, Any]]) -> dict[str, Any]:
         return as_tree(merge([found for found in _values(votes) if found is not None], root, fresh=fresh))
 
-    seen = _said(timeout_s, lambda: place.look() if place is not None else None)
+    seen = tried(timeout_s, _WORK, lambda: place.look() if place is not None else None)
     return as_plan(participant.agree("open the checkpoint directory", seen, decide))
-
-
-def _said(timeout_s: float, action: Callable[[], Any]) -> dict[str, Any]:
-    """What it returns or raises, which is a DeadlineError where the disk takes longer."""
-    try:
-        return {"value": within(timeout_s, "the work in the checkpoint directory", action)}
-    except (LayerwiseError, OSError) as error:
-        return {"error": describe_error(error)}
 
 
 def _values(votes: list[dict[str, Any]]) -> list[Any]:
@@ -377,7 +372,7 @@ def follow(
 
     text, bases = participant.agree("continue the lineage", None, decide)
     if text is not None and participant.apart:
-        kept = _said(participant.disk_s, lambda: participant.keep_branch(text))
+        kept = tried(participant.disk_s, _WORK, lambda: participant.keep_branch(text))
         participant.agree("continue the lineage everywhere", kept, _values)
     return list(bases)
 

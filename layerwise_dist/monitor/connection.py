@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from layerwise_dist.commit.participant import rebuild_error
 from layerwise_dist.commit.transports import Handler, Message
 from layerwise_dist.commit.transports.rendezvous import Gather
+from layerwise_dist.commit.votes import rebuild_error
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.errors import CommitError, DeadlineError, LayerwiseError
 from layerwise_dist.monitor.gathering import Gathering

@@ -19,8 +19,8 @@ from typing import Any
 
 from layerwise_dist import background
 from layerwise_dist.commit.opening import FINISHING_SHARE
-from layerwise_dist.commit.participant import describe_error
 from layerwise_dist.commit.transports import Message
+from layerwise_dist.commit.votes import describe_error
 from layerwise_dist.config import load_config
 from layerwise_dist.errors import LayerwiseError
 from layerwise_dist.monitor.session import MonitorSession

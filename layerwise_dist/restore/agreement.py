@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from layerwise_dist.commit.metadata import Inventory
-from layerwise_dist.commit.participant import Participant, describe_error, rebuild_error
+from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.records import Manifest
+from layerwise_dist.commit.votes import describe_error, rebuild_error
 from layerwise_dist.errors import DamageError, LayerwiseError, NotFoundError
 from layerwise_dist.storage.layout import AttemptId
 

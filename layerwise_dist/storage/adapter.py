@@ -80,7 +80,7 @@ class PCCheckAdapter:
         self._pool: Any = None
         self._outgrown: list[Any] = []
         self._readers: Any = None
-        self._writes: set[ShardWrite] = set()  # of which blocks may be under way
+        self._writes: set[ShardWrite] = set()  # whose blocks may be under way
         try:
             aligns = env.direct_io(root) if direct_io else None
         except OSError as error:
@@ -146,8 +146,8 @@ class PCCheckAdapter:
         return _native.ShardWriter(self.env, self._pool, plan, partial, self.file_mode, self.direct)
 
     def shard_writer(self, plan: Any, folder: str, before: Any = None) -> Any:
-        """Of this rank's file in `folder`, which is being made: over a retired one if one waits, else new; instead
-        of that of the writer `before`, which is given up.
+        """Of this rank's file in `folder`, which is being made: over a retired one if one waits, else new. It replaces
+        the file of the writer `before`, which is aborted.
         """
         return _native.ShardWriter.order(
             self.env, self._pool, plan, folder, os.path.join(folder, layout.shard_file(self.rank) + layout.PARTIAL),

@@ -13,6 +13,8 @@ struct Call {
   const char* operation;  // a literal
   std::string path;
   int64_t began;  // nanoseconds of CLOCK_MONOTONIC
+
+  double Seconds() const;  // since it began
 };
 
 // Nothing ends a call that a disk does not answer. What waits for one says by this

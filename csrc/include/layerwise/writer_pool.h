@@ -4,8 +4,8 @@
 #include <sys/uio.h>
 
 #include <cstddef>
-#include <functional>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>

@@ -96,8 +96,8 @@ def _connect_all(
     above = 0 if lead == rank else lead
     met.above = f"rank {above}" + ("" if above == 0 else ", through which this node speaks to rank 0,")
     ports: list[Address] = [(host, port) for host, port in records[above]["ports"]]
-    near = [(host, port) for host, port in ports if host == _LOOPBACK]
-    far = [(host, port) for host, port in ports if host != _LOOPBACK]
+    near = [address for address in ports if address[0] == _LOOPBACK]
+    far = [address for address in ports if address[0] != _LOOPBACK]
     met.lines[ABOVE] = connect(rank, (far or near) if lead == rank else (near or far), token, deadline)
 
 
@@ -134,7 +134,8 @@ def _own_addresses(far: list[str]) -> list[str]:
     """By which other nodes may reach this one, best first: what MASTER_ADDR stands for, if it is this machine's, and
     where packets leave it on their way to `far`, or anywhere.
     """
-    found = [address for host in filter(None, [os.environ.get("MASTER_ADDR")]) for address in _addresses_of(host)]
+    master = os.environ.get("MASTER_ADDR")
+    found = _addresses_of(master) if master else []
     for host in [*dict.fromkeys(far), _ANYWHERE]:
         found += _toward(host)
     return [host for host in dict.fromkeys(found) if _is_own(host)][:_MOST_ADDRESSES]

@@ -73,8 +73,8 @@ class Counters:
         return self._schedule is not None
 
     def put_schedule(self, origins: Sequence[int] | None, groups: int) -> None:
-        """The LR scheduler's state of `put`; `origins` says of which of the saved `groups` each of this engine's is,
-        None that they have nothing to do with each other.
+        """Loads the LR scheduler's state that `put` took. `origins` has the number of the saved group that each of this
+        engine's groups comes from; `groups` says how many were saved. With None the saved groups are not this engine's.
         """
         schedule, self._schedule = self._schedule, None
         if schedule is not None:

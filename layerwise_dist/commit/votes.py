@@ -1,0 +1,44 @@
+"""What one rank says when all decide together: a value, or the error that it met, which the others then raise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from layerwise_dist import errors
+from layerwise_dist.errors import CommitError, LayerwiseError
+from layerwise_dist.patience import within
+
+
+def tried(timeout_s: float, what: str, action: Callable[[], Any]) -> dict[str, Any]:
+    """What `action`, which waits for a disk, returns or raises, as a vote: ``value`` or ``error``.
+
+    A DeadlineError, which names `what`, where it takes longer than `timeout_s` seconds.
+    """
+    try:
+        return {"value": within(timeout_s, what, action)}
+    except (LayerwiseError, OSError) as error:
+        return {"error": describe_error(error)}
+
+
+def describe_error(error: Exception) -> dict[str, Any]:
+    """An error as a message can carry it; `rebuild_error` makes it again on another rank."""
+    described: dict[str, Any] = {"type": type(error).__name__, "message": str(error)}
+    if isinstance(error, errors.StateError):
+        described |= {"path": error.path, "message": str(error).removeprefix(f"{error.path}: ")}
+    elif isinstance(error, OSError) and error.errno is not None:
+        where = f": {error.filename}" if error.filename else ""
+        described |= {"errno": error.errno, "message": f"{error.strerror}{where}"}
+    return described
+
+
+def rebuild_error(described: dict[str, Any]) -> Exception:
+    kind = getattr(errors, described["type"], None)
+    message = described["message"]
+    if kind is errors.StateError:
+        return errors.StateError(described["path"], message)
+    if isinstance(kind, type) and issubclass(kind, LayerwiseError):
+        return kind(message)
+    if "errno" in described:
+        return OSError(described["errno"], message)  # Python picks PermissionError and the like by the number
+    return CommitError(f"{described['type']}: {message}")
