@@ -247,7 +247,39 @@ def test_frames_are_found_however_the_bytes_arrive() -> None:
         assert [encode([])[4:] if not body else body for body in bodies] == [encode(each)[4:] for each in messages]
 
 
-@pytest.mark.parametrize("sent", [b"\xff\xff\xff\xff", b"\0\0\0\x03abc"], ids=["too long", "no JSON"])
+@pytest.mark.parametrize("which", range(5))
+def test_a_thread_that_serves_connections_and_breaks_is_named_to_all_ranks(which: int) -> None:
+    ranks = stores(NODES["two nodes"])
+
+    def boom() -> None:
+        raise RuntimeError("of nobody's")
+
+    ranks[which].transport._connections.call(boom)
+    named = f"rank {which}: thread layerwise-messages: RuntimeError: of nobody's"
+    alone = named.removeprefix(f"rank {which}: ")  # as the rank itself says it
+    ranks[which].wait(lambda: any(text == alone for text in ranks[which].errors))
+    if which:
+        # Rank 0 hears of all that spoke through the thread, and announces why.
+        through = [ears for ears in ranks[1:] if which == 2 and ears.transport.rank > 2]
+        gone = {which, *(ears.transport.rank for ears in through)}
+        ranks[0].wait(lambda: {m["rank"] for m in ranks[0].coordinator if m["t"] == "gone"} == gone)
+        assert all(m["why"].endswith(named) for m in ranks[0].coordinator if m["t"] == "gone")
+    else:
+        through = ranks[1:]
+    for ears in through:
+        ears.wait(lambda ears=ears: bool(ears.errors))
+        assert ears.errors[0].endswith(named), ears.errors
+    for ears in ranks:
+        ears.transport.post({"t": "closed", "rank": ears.transport.rank})
+    for ears in reversed(ranks):
+        ears.transport.close(1.0)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"\xff\xff\xff\xff", b"\0\0\0\x03abc", b"\0\0\0\x02{}", b"\0\0\0\x04[{}]"],
+    ids=["too long", "no JSON", "no array", "no kind"],
+)
 def test_what_is_no_message_ends_the_connection(sent: bytes) -> None:
     left, right = socket.socketpair()
     ended: list[str] = []
@@ -258,7 +290,7 @@ def test_what_is_no_message_ends_the_connection(sent: bytes) -> None:
         done.set()
 
     links = Links({1: Line(left)})
-    links.start(lambda key, body: decode(body) and None, on_end)
+    links.start(lambda key, body: decode(body) and None, on_end, ended.append)
     right.sendall(sent)
     assert done.wait(10) and "no message" in ended[0]
     links.close(1.0)
@@ -270,7 +302,7 @@ def test_a_peer_that_reads_nothing_neither_blocks_nor_fills_the_memory(monkeypat
     deaf, there = socket.socketpair()
     ended = threading.Event()
     links = Links({1: Line(there)})
-    links.start(lambda key, body: None, lambda key, why: ended.set())
+    links.start(lambda key, body: None, lambda key, why: ended.set(), lambda why: None)
     frame = encode([{"text": "x" * 100_000}])
     began = time.monotonic()
     for _ in range(100):

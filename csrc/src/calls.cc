@@ -1,6 +1,7 @@
 #include "layerwise/calls.h"
 
 #include <mutex>
+#include <new>
 
 #include "deadline.h"
 #include "per_process.h"
@@ -14,9 +15,13 @@ class OngoingCall::Calls {
     return own.Get();
   }
 
-  std::list<Call>::iterator Begin(const char* operation, const std::string& path) {
+  std::optional<std::list<Call>::iterator> Begin(const char* operation, const std::string& path) {
     std::list<Call> entry;
-    entry.push_back({operation, path, MonotonicNs()});
+    try {
+      entry.push_back({operation, path, MonotonicNs()});
+    } catch (const std::bad_alloc&) {
+      return std::nullopt;  // the call itself may do without memory
+    }
     std::lock_guard lock(mutex_);
     list_.splice(list_.end(), entry);
     return std::prev(list_.end());
@@ -43,7 +48,9 @@ double Call::Seconds() const { return static_cast<double>(MonotonicNs() - began)
 OngoingCall::OngoingCall(const char* operation, const std::string& path)
     : calls_(Calls::Own()), place_(calls_->Begin(operation, path)) {}
 
-OngoingCall::~OngoingCall() { calls_->End(place_); }
+OngoingCall::~OngoingCall() {
+  if (place_) calls_->End(*place_);
+}
 
 std::vector<Call> CallsUnderWay() { return OngoingCall::Calls::Own()->All(); }
 

@@ -10,6 +10,8 @@
 #include <system_error>
 #include <utility>
 
+#include "guarded.h"
+
 namespace layerwise {
 
 namespace {
@@ -24,7 +26,9 @@ void YieldToTraining() {
   static_cast<void>(setpriority(PRIO_PROCESS, thread, std::min(now + kNice, 19)));
 }
 
-Status Closed() { return Status::IoError(ECANCELED, "use of a closed pool", ""); }
+Status Closed() {
+  return Guarded([] { return Status::IoError(ECANCELED, "use of a closed pool", ""); });
+}
 
 }  // namespace
 
@@ -62,6 +66,9 @@ Status PoolCore::StartThreads(int count, const std::function<void(int)>& work) {
   } catch (const std::system_error& error) {
     count_threads(-1);
     status = Status::IoError(error.code().value(), "start a writer thread", "");
+  } catch (const std::bad_alloc&) {
+    count_threads(-1);
+    status = Status::NoMemory();
   }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
   return status;
@@ -69,20 +76,29 @@ Status PoolCore::StartThreads(int count, const std::function<void(int)>& work) {
 
 void PoolCore::Submit(BlockSink* sink, size_t first, size_t count) {
   if (count == 0) return;
+  std::list<Range> added;
+  Status status = Guarded([&] {
+    added.push_back({sink, first, first + count});
+    return Status::Ok();
+  });
+  if (!status.ok()) {
+    for (size_t i = first; i < first + count; ++i) sink->FinishBlock(i, BlockWrite(), status);
+    return;
+  }
   {
     std::lock_guard lock(mutex_);
     if (!closed_) {
       const auto held = held_.find(sink);
       if (held != held_.end()) {
-        held->second.push_back({sink, first, first + count});
+        held->second.splice(held->second.end(), added);
         return;
       }
-      queue_.push_back({sink, first, first + count});
+      queue_.splice(queue_.end(), added);
       Wake(count);
       return;
     }
   }
-  Cancel({sink, first, first + count});
+  Cancel(added.front());
 }
 
 void PoolCore::Hold(BlockSink* sink) {
@@ -95,10 +111,8 @@ void PoolCore::Release(BlockSink* sink) {
   const auto held = held_.find(sink);
   if (held == held_.end()) return;
   size_t blocks = 0;
-  for (const Range& range : held->second) {
-    queue_.push_back(range);
-    blocks += range.end - range.next;
-  }
+  for (const Range& range : held->second) blocks += range.end - range.next;
+  queue_.splice(queue_.end(), held->second);
   held_.erase(held);
   if (blocks > 0) Wake(blocks);
 }
@@ -106,7 +120,7 @@ void PoolCore::Release(BlockSink* sink) {
 size_t PoolCore::Withdraw(BlockSink* sink) {
   std::lock_guard lock(mutex_);
   size_t count = 0;
-  std::erase_if(queue_, [&](const Range& range) {
+  queue_.remove_if([&](const Range& range) {
     if (range.sink != sink) return false;
     count += range.end - range.next;
     return true;
@@ -125,18 +139,15 @@ bool PoolCore::TakeLast(BlockSink* sink, size_t first, size_t count, size_t* ind
   return TakeLastOf(held == held_.end() ? &queue_ : &held->second, sink, first, count, index);
 }
 
-bool PoolCore::TakeLastOf(std::deque<Range>* queue, BlockSink* sink, size_t first, size_t count, size_t* index) {
-  for (size_t i = queue->size(); i-- > 0;) {
-    Range& range = (*queue)[i];
+bool PoolCore::TakeLastOf(std::list<Range>* queue, BlockSink* sink, size_t first, size_t count, size_t* index) {
+  for (auto at = queue->end(); at != queue->begin();) {
+    Range& range = *--at;
     if (range.sink != sink || range.next >= first + count || range.end <= first) continue;
     const size_t end = std::min(range.end, first + count);
+    if (end < range.end) queue->insert(std::next(at), {sink, end, range.end});
     *index = end - 1;
-    const Range behind{sink, end, range.end};
     range.end = end - 1;
-    const bool empty = range.next == range.end;
-    const auto at = queue->begin() + static_cast<ptrdiff_t>(i);
-    if (behind.next < behind.end) queue->insert(at + 1, behind);
-    if (empty) queue->erase(queue->begin() + static_cast<ptrdiff_t>(i));
+    if (range.next == range.end) queue->erase(at);
     return true;
   }
   return false;
@@ -180,13 +191,13 @@ void PoolCore::RunErrands() {
 }
 
 bool PoolCore::Close(Deadline deadline) {
-  std::deque<Range> cancelled;
+  std::list<Range> cancelled;
   std::deque<WriterPool::Errand> errands;
   {
     std::lock_guard lock(mutex_);
     closed_ = true;
     cancelled.swap(queue_);
-    for (auto& [sink, ranges] : held_) cancelled.insert(cancelled.end(), ranges.begin(), ranges.end());
+    for (auto& [sink, ranges] : held_) cancelled.splice(cancelled.end(), ranges);
     held_.clear();
     errands.swap(errands_);
     Wake(SIZE_MAX);

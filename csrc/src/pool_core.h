@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <deque>
 #include <functional>
+#include <list>
 #include <memory>
 #include <mutex>
 #include <span>
@@ -67,12 +68,13 @@ class PoolCore {
   };
 
   static void Cancel(const Range& range);
-  static bool TakeLastOf(std::deque<Range>* queue, BlockSink* sink, size_t first, size_t count, size_t* index);
+  static bool TakeLastOf(std::list<Range>* queue, BlockSink* sink, size_t first, size_t count, size_t* index);
   void RunErrands();
 
   const int process_;
-  std::deque<Range> queue_;
-  std::unordered_map<BlockSink*, std::deque<Range>> held_;
+  // Lists, whose members move without memory.
+  std::list<Range> queue_;
+  std::unordered_map<BlockSink*, std::list<Range>> held_;
   std::deque<WriterPool::Errand> errands_;
   std::condition_variable errand_;
   bool runs_errands_ = false;

@@ -3,6 +3,7 @@
 #include <cerrno>
 #include <utility>
 
+#include "guarded.h"
 #include "layerwise/calls.h"
 #include "layerwise/shard_writer.h"
 
@@ -19,7 +20,7 @@ Status CheckRoom(const WriterPool& pool, const Plan& plan, const std::string& pa
 // The path may be missing, and the error that led here is the one to tell.
 void Remove(Env* env, const std::string& path) {
   const OngoingCall call("unlink", path);
-  static_cast<void>(env->Unlink(path));
+  static_cast<void>(Guarded([&] { return env->Unlink(path); }));
 }
 
 Status MakeFolder(Env* env, const std::string& folder, uint32_t mode) {
@@ -83,12 +84,19 @@ Status ShardWriter::Order(Env* env, WriterPool* pool, std::shared_ptr<const Plan
   Status status = CheckRoom(*pool, *plan, target.path);
   if (!status.ok()) return status;
   std::unique_ptr<ShardWriter> made(new ShardWriter(pool, std::move(plan), target.path));
-  made->making_ = true;
-  pool->Hold(made.get());
-  pool->Hold(&made->evacuated_sink_);
-  pool->Run([self = made.get(), env, target = std::move(target)](const Status& refused) {
-    self->Fill(env, target, refused);
-  });
+  try {
+    pool->Hold(made.get());
+    pool->Hold(&made->evacuated_sink_);
+    made->making_ = true;
+    pool->Run([self = made.get(), env, target = std::move(target)](const Status& refused) {
+      self->Fill(env, target, refused);
+    });
+  } catch (...) {
+    made->making_ = false;
+    pool->Release(made.get());
+    pool->Release(&made->evacuated_sink_);
+    throw;
+  }
   *writer = std::move(made);
   return Status::Ok();
 }
@@ -101,7 +109,14 @@ void ShardWriter::Take(std::unique_ptr<WritableFile> file) {
 
 // The errand of Order. It ends with the writer filled, or poisoned and nothing on disk.
 void ShardWriter::Fill(Env* env, const Target& target, Status refused) {
-  if (refused.ok()) refused = Make(env, target);
+  if (refused.ok()) {
+    refused = Guarded([&] { return Make(env, target); });
+    if (refused.error_number() == ENOMEM) {
+      // It may have ended anywhere.
+      Remove(env, target.path);
+      if (!target.spare.empty()) Remove(env, target.spare);
+    }
+  }
   {
     std::lock_guard lock(mutex_);
     if (error_.ok()) error_ = std::move(refused);

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "deadline.h"
+#include "guarded.h"
 #include "layerwise/calls.h"
 #include "layerwise/hash.h"
 
@@ -46,7 +47,7 @@ Status Within(WriterPool* pool, const char* operation, const std::string& path,
     Status status = refused;
     if (refused.ok()) {
       const OngoingCall call(operation, path);
-      status = action(&made);
+      status = Guarded([&] { return action(&made); });
     }
     std::lock_guard lock(answer->mutex);
     answer->there = true;
@@ -82,18 +83,22 @@ class ShardReader::Job final : public BlockSink, public std::enable_shared_from_
 
   bool StartBlock(size_t index, AlignedBuffer* scratch, BlockWrite*) override {
     bool bad = false;
-    Status status = failed() ? Status::Ok() : Check(index, scratch, &bad);
+    Status status = Guarded([&] { return failed() ? Status::Ok() : Check(index, scratch, &bad); });
     Done(index, status, bad);
     return false;
   }
 
+  void FinishBlock(size_t index, const BlockWrite&, Status status) override { Done(index, status, false); }
+
   void CancelBlock(size_t index) override {
-    Done(index, Status::IoError(ECANCELED, "read a block with a closed pool", reader_->path_), false);
+    const auto closed = [&] { return Status::IoError(ECANCELED, "read a block with a closed pool", reader_->path_); };
+    Done(index, Guarded(closed), false);
   }
 
   Status Run(std::vector<size_t>* bad) {
     WriterPool* const pool = reader_->pool_;
     pending_ = blocks_.size();
+    bad_.reserve(blocks_.size());  // the pool's threads need no memory
     pool->Submit(this, 0, blocks_.size());
     std::unique_lock lock(mutex_);
     while (pending_ > 0) {

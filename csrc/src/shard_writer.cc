@@ -9,6 +9,7 @@
 
 #include "block_runs.h"
 #include "deadline.h"
+#include "guarded.h"
 #include "layerwise/calls.h"
 #include "layerwise/hash.h"
 
@@ -187,8 +188,9 @@ void ShardWriter::FinishBlock(size_t index, const BlockWrite& write, Status stat
 }
 
 void ShardWriter::CancelBlock(size_t index) {
+  Status closed = Guarded([&] { return Status::IoError(ECANCELED, "write a block to a closed pool", path_); });
   std::lock_guard lock(mutex_);
-  if (error_.ok()) error_ = Status::IoError(ECANCELED, "write a block to a closed pool", path_);
+  if (error_.ok()) error_ = std::move(closed);
   EndBlock(index, BlockState::kFailed);
 }
 

@@ -1,5 +1,6 @@
 #include "layerwise/status.h"
 
+#include <cerrno>
 #include <system_error>
 #include <utility>
 
@@ -9,6 +10,8 @@ namespace {
 
 const std::string kOkMessage = "OK";
 const std::string kNoPath;
+// Never destroyed: threads may outlive the destruction of statics at exit.
+const Status& kNoMemory = *new Status(Status::IoError(ENOMEM, "allocate memory", ""));
 
 }  // namespace
 
@@ -18,6 +21,8 @@ Status Status::IoError(int error_number, std::string_view operation, std::string
   message += std::generic_category().message(error_number);
   return Status(Rep{Code::kIoError, error_number, std::move(message), std::string(path)});
 }
+
+Status Status::NoMemory() { return kNoMemory; }
 
 Status Status::InvalidArgument(std::string message) {
   return Status(Rep{Code::kInvalidArgument, 0, std::move(message), {}});

@@ -1,5 +1,6 @@
 #include <condition_variable>
 
+#include "guarded.h"
 #include "layerwise/calls.h"
 #include "layerwise/hash.h"
 #include "pool_core.h"
@@ -41,13 +42,15 @@ class ThreadCore final : public PoolCore {
   static void Run(const Job& job, AlignedBuffer* scratch, BlockWrite* write) {
     write->runs.clear();
     write->hashed = false;
-    if (!job.sink->StartBlock(job.index, scratch, write)) return;
-    if (!write->hashed) write->hash = Xxh3Runs(write->runs.data(), write->runs.size());
-    Status status;
-    {
+    bool started = true;
+    Status status = Guarded([&] {
+      started = job.sink->StartBlock(job.index, scratch, write);
+      if (!started) return Status::Ok();
+      if (!write->hashed) write->hash = Xxh3Runs(write->runs.data(), write->runs.size());
       const OngoingCall call("write", *write->path);
-      status = write->file->Pwritev(write->runs.data(), static_cast<int>(write->runs.size()), write->offset);
-    }
+      return write->file->Pwritev(write->runs.data(), static_cast<int>(write->runs.size()), write->offset);
+    });
+    if (!started) return;
     job.sink->FinishBlock(job.index, *write, std::move(status));
   }
 

@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "descriptor.h"
+#include "guarded.h"
 #include "layerwise/calls.h"
 #include "layerwise/hash.h"
 #include "pieces.h"
@@ -54,6 +55,7 @@ class UringCore final : public PoolCore {
       slots_[i].scratch = std::move(scratch[i]);
       free_.push_back(&slots_[i]);
     }
+    unhashed_.reserve(slots_.size());
   }
 
   // Where Start failed before there was a thread to do so.
@@ -152,14 +154,22 @@ class UringCore final : public PoolCore {
     }
     slot->write.runs.clear();
     slot->write.hashed = false;
-    if (!slot->job.sink->StartBlock(slot->job.index, &slot->scratch, &slot->write)) return true;
+    bool started = true;
+    slot->status = Guarded([&] {
+      started = slot->job.sink->StartBlock(slot->job.index, &slot->scratch, &slot->write);
+      if (started) slot->left.Assign(slot->write.runs.data(), slot->write.runs.size());
+      return Status::Ok();
+    });
+    if (!started) return true;
     free_.pop_back();
-    slot->left.Assign(slot->write.runs.data(), slot->write.runs.size());
+    if (!slot->status.ok()) {
+      FinishIfDone(slot);
+      return true;
+    }
     slot->offset = slot->write.offset;
-    slot->status = Status::Ok();
     slot->call.emplace("write", *slot->write.path);
     if (slot->write.file->descriptor() < 0) {
-      slot->status = slot->write.file->Pwritev(slot->left.data(), slot->left.count(), slot->offset);
+      Write(slot);
     } else {
       SubmitWrite(slot);
     }
@@ -173,12 +183,15 @@ class UringCore final : public PoolCore {
     return true;
   }
 
+  // By the file's own call, which blocks.
+  void Write(Slot* slot) {
+    slot->status =
+        Guarded([&] { return slot->write.file->Pwritev(slot->left.data(), slot->left.count(), slot->offset); });
+  }
+
   void SubmitWrite(Slot* slot) {
     io_uring_sqe* const sqe = io_uring_get_sqe(&ring_);
-    if (sqe == nullptr) {
-      slot->status = UringError(EBUSY, "io_uring_get_sqe", *slot->write.path);
-      return;
-    }
+    if (sqe == nullptr) return Fail(slot, EBUSY, "io_uring_get_sqe");
     const int fd = slot->write.file->descriptor();
     const iovec* const runs = slot->left.data();
     if (slot->left.count() == 1 && InRegistered(runs[0])) {
@@ -194,7 +207,11 @@ class UringCore final : public PoolCore {
     io_uring_prep_nop(sqe);
     io_uring_sqe_set_data(sqe, nullptr);
     slot->writing = false;
-    slot->status = UringError(error, "io_uring_enter", *slot->write.path);
+    Fail(slot, error, "io_uring_enter");
+  }
+
+  static void Fail(Slot* slot, int error_number, const char* operation) {
+    slot->status = Guarded([&] { return UringError(error_number, operation, *slot->write.path); });
   }
 
   // 0, or an errno if the last request was not taken.
@@ -227,19 +244,17 @@ class UringCore final : public PoolCore {
 
   void Written(Slot* slot, int result) {
     slot->writing = false;
-    const std::string& path = *slot->write.path;
     if (result > 0 || result == -EINTR) {
       const size_t done = result > 0 ? static_cast<size_t>(result) : 0;
       slot->left.Drop(done);
       slot->offset += done;
       if (!slot->left.empty()) SubmitWrite(slot);
     } else if (result == -EAGAIN) {
-      // Not to be had without blocking: the file's own call blocks.
-      slot->status = slot->write.file->Pwritev(slot->left.data(), slot->left.count(), slot->offset);
+      Write(slot);  // not to be had without blocking
     } else if (result == 0) {
-      slot->status = UringError(EIO, "io_uring write made no progress", path);
+      Fail(slot, EIO, "io_uring write made no progress");
     } else {
-      slot->status = UringError(-result, "io_uring write", path);
+      Fail(slot, -result, "io_uring write");
     }
     if (slot->write.hashed) FinishIfDone(slot);
   }
@@ -259,7 +274,7 @@ class UringCore final : public PoolCore {
       slot->hashed = 0;
     }
     if (slot->run < runs.size() && slot->status.ok()) return;
-    unhashed_.pop_front();
+    unhashed_.erase(unhashed_.begin());
     slot->write.hash = slot->hash.Digest();
     slot->write.hashed = true;
     FinishIfDone(slot);
@@ -307,7 +322,7 @@ class UringCore final : public PoolCore {
   bool listening_ = false;
   std::vector<Slot> slots_;
   std::vector<Slot*> free_;
-  std::deque<Slot*> unhashed_;  // in the order of their start
+  std::vector<Slot*> unhashed_;  // in the order of their start; has room for all
 };
 
 }  // namespace

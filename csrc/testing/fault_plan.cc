@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <new>
 #include <string_view>
 #include <utility>
 
@@ -60,6 +61,7 @@ FaultPlan::Verdict FaultPlan::Decide(const std::string& operation, const std::st
         delay_s = std::max(delay_s, rule.delay_s);
       } else if (verdict.status.ok()) {
         if (rule.times > 0) --rule.times;
+        if (rule.no_memory) throw std::bad_alloc();
         verdict = {Status::IoError(rule.error_number, operation + " (injected)", path), rule.short_write};
         ++injected_;
       }

@@ -24,6 +24,7 @@ class FaultPlan {
     int times = 1;  // how often the rule still holds; for ever if negative
     bool short_write = false;
     double delay_s = 0;  // if not 0, the operation is slow and does not fail
+    bool no_memory = false;  // it throws std::bad_alloc
   };
 
   // What to do with an operation.

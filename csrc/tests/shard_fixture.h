@@ -151,6 +151,15 @@ struct ShardFixture {
     REQUIRE_OK(env.Fail(rule));
   }
 
+  // The operation throws std::bad_alloc.
+  void NoMemory(const std::string& operation, int times = 1) {
+    FaultPlan::Rule rule;
+    rule.operation = operation;
+    rule.times = times;
+    rule.no_memory = true;
+    REQUIRE_OK(env.Fail(rule));
+  }
+
   std::string Content(const std::string& path = "/s") {
     std::string data;
     REQUIRE_OK(disk.ReadFile(path, 1 << 30, &data));

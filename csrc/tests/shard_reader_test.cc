@@ -40,6 +40,25 @@ SHARD_TEST_CASE("a read that does not come back is an error in time, and later t
   CHECK(memory == std::string(content.size(), '-'));
 }
 
+SHARD_TEST_CASE("a thread that reads and finds no memory fails the read, and goes on") {
+  ShardFixture f;
+  std::unique_ptr<WriterPool> pool;
+  REQUIRE_OK(WriterPool::Create({.backend = backend_under_test, .depth = 2, .patience_s = 10}, &pool));
+  const std::string content(4096, 'x');
+  REQUIRE_OK(f.disk.WriteFile("/s", content, 0600));
+  std::unique_ptr<ShardReader> reader;
+  f.NoMemory("open");
+  CHECK_ERRNO(ShardReader::Open(&f.env, pool.get(), "/s", false, &reader), ENOMEM);
+  REQUIRE_OK(ShardReader::Open(&f.env, pool.get(), "/s", false, &reader));
+  std::string memory(4096, '-');
+  const std::vector<ShardReader::Segment> segments{{0, 0, reinterpret_cast<uintptr_t>(memory.data()), 4096}};
+  std::vector<size_t> bad;
+  f.NoMemory("read");
+  CHECK_ERRNO(reader->ReadBlocks({{0, 4096, 0, false}}, segments, &bad), ENOMEM);
+  REQUIRE_OK(reader->ReadBlocks({{0, 4096, 0, false}}, segments, &bad));
+  CHECK(memory == content);
+}
+
 namespace {
 
 // The blocks of 4096 bytes of a file with this content.

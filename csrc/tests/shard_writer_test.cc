@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <future>
+#include <new>
 #include <thread>
 
 #include "layerwise/calls.h"
@@ -198,6 +200,63 @@ SHARD_TEST_CASE("a failed block poisons the file and cancels the rest") {
   writer->Abort();
   CHECK_ERRNO(writer->Finish(Header()), EIO);
   CHECK(CountIn(f.env.trace(), "sync /s") == 0);
+}
+
+SHARD_TEST_CASE("a thread that finds no memory fails its block, and goes on") {
+  ShardFixture f(1);
+  Tensor tensor(Pattern(4 * 4096));
+  auto failing = f.Writer(f.Simple(4));
+  REQUIRE_OK(failing->SetAddress(0, tensor.address()));
+  f.NoMemory("write");
+  REQUIRE_OK(failing->Submit(0, 4));
+  REQUIRE(failing->Wait(10));
+  CHECK_ERRNO(failing->error(), ENOMEM);
+  CHECK(failing->counts().pending == 0);
+  CHECK(failing->counts().leased == 0);
+  CHECK_ERRNO(failing->Finish(Header()), EIO);
+  auto next = f.Writer(f.Simple(4), "/t");
+  REQUIRE_OK(next->SetAddress(0, tensor.address()));
+  REQUIRE_OK(next->Submit(0, 4));
+  REQUIRE(next->Wait(10));
+  REQUIRE_OK(next->Finish(Header()));
+  CHECK((f.Content("/t") == Header() + tensor.content()));
+}
+
+SHARD_TEST_CASE("a sink that finds no memory for a block is told that it has failed") {
+  class Poor final : public BlockSink {
+   public:
+    bool StartBlock(size_t, AlignedBuffer*, BlockWrite*) override { throw std::bad_alloc(); }
+    void FinishBlock(size_t, const BlockWrite&, Status status) override { told.set_value(status.error_number()); }
+    void CancelBlock(size_t) override {}
+    std::promise<int> told;
+  };
+  ShardFixture f(1);
+  Poor sink;
+  f.pool->Submit(&sink, 0, 1);
+  CHECK(sink.told.get_future().get() == ENOMEM);
+}
+
+SHARD_TEST_CASE("a file that is made without memory fails, and leaves none") {
+  for (const char* operation : {"make_dir", "reuse", "create", "allocate", "unlink"}) {
+    ShardFixture f;
+    REQUIRE_OK(f.disk.WriteFile("/old", Pattern(4096), 0600));
+    if (operation == std::string("create") || operation == std::string("unlink")) f.Fail("reuse", EIO);
+    f.NoMemory(operation);
+    Tensor tensor(Pattern(4096));
+    auto writer = f.Over(f.Simple(1));
+    REQUIRE_OK(writer->SetAddress(0, tensor.address()));
+    REQUIRE_OK(writer->Submit(0, 1));
+    REQUIRE(writer->Wait(10));
+    FileInfo info;
+    if (operation == std::string("unlink")) {
+      REQUIRE_OK(writer->error());  // what can't be removed hinders nothing
+      continue;
+    }
+    CHECK_ERRNO(writer->error(), ENOMEM);
+    CHECK(writer->counts().leased == 0);
+    CHECK_ERRNO(f.disk.Stat("/s", &info), ENOENT);
+    CHECK_ERRNO(f.disk.Stat("/old", &info), ENOENT);
+  }
 }
 
 SHARD_TEST_CASE("a failed flush is never tried again") {

@@ -28,7 +28,7 @@ class Wire:
         self._outbox: list[Message] = []
 
     def start(self) -> None:
-        self._links.start(self._arrived, lambda _, why: self._on_end(why))
+        self._links.start(self._arrived, lambda _, why: self._on_end(why), self._on_end)
 
     def send(self, message: Message) -> None:
         """From any thread."""
@@ -48,10 +48,5 @@ class Wire:
         self._links.send(_OTHER, encode(messages))
 
     def _arrived(self, _: int, body: bytes) -> None:
-        messages = decode(body)
-        if not isinstance(messages, list):
-            raise ValueError(f"a frame that holds a {type(messages).__name__}")
-        for message in messages:
-            if not isinstance(message, dict) or not isinstance(message.get("t"), str):
-                raise ValueError("an object without a kind")
+        for message in decode(body):
             self._on_message(message)

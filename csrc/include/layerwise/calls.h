@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <list>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -34,7 +35,7 @@ class OngoingCall {
   friend std::vector<Call> CallsUnderWay();
 
   Calls* const calls_;
-  const std::list<Call>::iterator place_;
+  const std::optional<std::list<Call>::iterator> place_;  // without memory nothing is told of the call
 };
 
 // The longest first.

@@ -25,6 +25,8 @@ class [[nodiscard]] Status {
 
   // "<operation>: <text of errno>"; the path is kept beside the message.
   static Status IoError(int error_number, std::string_view operation, std::string_view path);
+  // ENOMEM, without a path. Needs no memory itself.
+  static Status NoMemory();
   static Status InvalidArgument(std::string message);
   static Status FailedPrecondition(std::string message);
 

@@ -44,7 +44,8 @@ class BlockSink {
   // Begins a block. Either processes it wholly and returns false, or fills *write in
   // and returns true: the pool then writes the runs, hashes them unless `hashed`,
   // and calls FinishBlock. *write comes empty. `scratch` belongs to the block until
-  // it is finished; its content is undefined. Runs may lie in it.
+  // it is finished; its content is undefined. Runs may lie in it. May throw
+  // std::bad_alloc, before anything else has happened: FinishBlock is told.
   virtual bool StartBlock(size_t index, AlignedBuffer* scratch, BlockWrite* write) = 0;
 
   // The block is written *and* hashed, or `status` says why it is not. The pool does

@@ -26,7 +26,14 @@ def framed(body: bytes) -> bytes:
 
 
 def decode(body: bytes) -> list[Message]:
-    return json.loads(body)
+    """Raises ValueError for what is no array of messages."""
+    messages = json.loads(body)
+    if not isinstance(messages, list):
+        raise ValueError(f"a frame that holds a {type(messages).__name__}")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("t"), str):
+            raise ValueError("an object without a kind")
+    return messages
 
 
 def take_frames(received: bytearray, seals: Seals | None = None) -> Iterator[bytes]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import logging
 import os
 import selectors
 import socket
@@ -22,8 +21,6 @@ from typing import Any
 from layerwise_dist import background
 from layerwise_dist.commit.transports.frames import LENGTH_BYTES, take_frames
 from layerwise_dist.commit.transports.proof import Line, Seals
-
-log = logging.getLogger("layerwise_dist")
 
 _MOST_UNSENT = 256 << 20  # bytes that a peer which reads nothing may make us keep
 _CHUNK = 1 << 18
@@ -53,6 +50,7 @@ class Links:
     def __init__(self, lines: dict[int, Line]) -> None:
         self._on_frame: Callable[[int, bytes], None] = _ignore
         self._on_end: Callable[[int, str], None] = _ignore
+        self._on_broken: Callable[[str], None] = background.log_only
         self._selector = selectors.DefaultSelector()
         self._links = {key: Link(key, line) for key, line in lines.items()}
         self._calls: deque[Callable[[], None]] = deque()
@@ -78,8 +76,13 @@ class Links:
             sock.close()
         self._selector.close()
 
-    def start(self, on_frame: Callable[[int, bytes], None], on_end: Callable[[int, str], None]) -> None:
-        self._on_frame, self._on_end = on_frame, on_end
+    def start(
+        self,
+        on_frame: Callable[[int, bytes], None],
+        on_end: Callable[[int, str], None],
+        on_broken: Callable[[str], None],
+    ) -> None:
+        self._on_frame, self._on_end, self._on_broken = on_frame, on_end, on_broken
         self._thread = background.start("layerwise-messages", self._run, background.log_only)
 
     def call(self, action: Callable[[], None]) -> None:
@@ -141,8 +144,8 @@ class Links:
             while not (self._closing is not None and (not self._links or time.monotonic() >= self._closing)):
                 self._turn()
         except BaseException as error:  # whoever waits for messages, here and at the other ends, has to know
-            for link in list(self._links.values()):
-                self._end(link, f"thread layerwise-messages: {background.describe(error)}")
+            if self._closing is None:
+                self._on_broken(f"thread layerwise-messages: {background.describe(error)}")
             raise
         finally:
             self._let_go()
@@ -197,10 +200,6 @@ class Links:
                 self._on_frame(link.key, body)
         except ValueError as error:
             self._end(link, f"it sent what is no message: {error}")
-            return
-        except Exception as error:  # whoever takes the messages must hear that no more come
-            log.exception("a message could not be taken")
-            self._end(link, f"a message could not be taken: {error!r}")
             return
         if not data:
             self._end(link, "it has ended")

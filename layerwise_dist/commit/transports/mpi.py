@@ -12,7 +12,6 @@ from __future__ import annotations
 import heapq
 import importlib
 import itertools
-import logging
 import os
 import sys
 import threading
@@ -26,11 +25,10 @@ from layerwise_dist.commit.transports.frames import encode
 from layerwise_dist.commit.transports.relay import ABOVE, RelayTransport
 from layerwise_dist.errors import ConfigError, DeadlineError
 
-log = logging.getLogger("layerwise_dist")
-
 _FANOUT = 8
 _TAG = 1
 _LENGTH_BYTES = len(encode([])) - 2
+_LAST_WORDS_S = 2.0
 _SHORTEST_S, _LONGEST_S = 50e-6, 3e-3  # between two looks; the longest while nothing happens
 
 
@@ -125,10 +123,16 @@ class MpiConnections:
         self._ended: set[int] = set()  # keys from which nothing more comes
         self._on_frame: Callable[[int, bytes], None] = _ignore
         self._on_end: Callable[[int, str], None] = _ignore
+        self._on_broken: Callable[[str], None] = background.log_only
         self._thread: threading.Thread | None = None
 
-    def start(self, on_frame: Callable[[int, bytes], None], on_end: Callable[[int, str], None]) -> None:
-        self._on_frame, self._on_end = on_frame, on_end
+    def start(
+        self,
+        on_frame: Callable[[int, bytes], None],
+        on_end: Callable[[int, str], None],
+        on_broken: Callable[[str], None],
+    ) -> None:
+        self._on_frame, self._on_end, self._on_broken = on_frame, on_end, on_broken
         self._thread = background.start("layerwise-messages", self._run, background.log_only)
 
     def call(self, action: Callable[[], None]) -> None:
@@ -182,18 +186,21 @@ class MpiConnections:
                     self._wake.wait(pause)
             if self._ended.issuperset(self._keys.values()) and not self._sending:
                 self._comm.Free()
-        except self._mpi.Exception as error:
-            self._lose(f"MPI: {error}")
-        except BaseException as error:  # whoever takes the messages must hear that no more come
-            log.exception("a message could not be taken")
-            self._lose(f"a message could not be taken: {error!r}")
+        except BaseException as error:  # whoever waits for messages, here and at the other ends, has to know
+            if self._closing is None:
+                self._on_broken(f"thread layerwise-messages: {background.describe(error)}")
+                self._flush()
+            raise
 
-    def _lose(self, why: str) -> None:
-        keys = list(self._peers)
-        self._peers.clear()
-        if self._closing is None:
-            for key in keys:
-                self._on_end(key, why)
+    def _flush(self) -> None:
+        """The last words of a thread that ends."""
+        deadline = time.monotonic() + _LAST_WORDS_S
+        self.drop()
+        while self._sending and time.monotonic() < deadline:
+            if self._sending[0][0].Test():
+                self._sending.popleft()
+            else:
+                time.sleep(_SHORTEST_S)
 
     def _over(self) -> bool:
         if self._closing is None:

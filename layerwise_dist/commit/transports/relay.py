@@ -26,8 +26,16 @@ class Connections(Protocol):
     `send`, `broadcast`, `later` and `drop` belong to that thread; `call` brings anything else there, in order.
     """
 
-    def start(self, on_frame: Callable[[int, bytes], None], on_end: Callable[[int, str], None]) -> None:
-        """`on_frame(key, body)` for each frame, `on_end(key, why)` when nothing more comes; on the thread."""
+    def start(
+        self,
+        on_frame: Callable[[int, bytes], None],
+        on_end: Callable[[int, str], None],
+        on_broken: Callable[[str], None],
+    ) -> None:
+        """`on_frame(key, body)` for each frame, `on_end(key, why)` when nothing more comes; on the thread.
+
+        `on_broken(why)` when the thread itself can't go on, as its last call; it may still `send`.
+        """
         ...
 
     def call(self, action: Callable[[], None]) -> None: ...
@@ -59,6 +67,7 @@ class RelayTransport:
         self._lock = threading.Lock()
         self._outbox: list[tuple[bool, Message]] = []  # whether it is an announcement
         self._up: list[Message] = []
+        self._cut: dict[int, str] = {}  # what the process at the other end said that ended its thread
         self._gathering = self._leaving = False
         self._below = {rank for ranks in serves.values() for rank in ranks}  # that have not closed
         self._all_closed = threading.Event()
@@ -73,7 +82,7 @@ class RelayTransport:
         self._on_message, self._on_error = on_message, on_error
         if on_coordinator_message is not None:
             self._on_coordinator = on_coordinator_message
-        self._connections.start(self._arrived, self._ended)
+        self._connections.start(self._arrived, self._ended, self._broken)
 
     def post(self, message: Message) -> None:
         if message["t"] == "closed":
@@ -130,6 +139,9 @@ class RelayTransport:
 
     def _arrived(self, key: int, body: bytes) -> None:
         messages = decode(body)
+        if messages and messages[0]["t"] == "cut":
+            self._cut[key] = messages[0]["why"]
+            return
         if key == ABOVE:
             if self._serves:
                 self._connections.broadcast(framed(body), but=ABOVE)
@@ -147,7 +159,9 @@ class RelayTransport:
             self._all_closed.set()
 
     def _ended(self, key: int, why: str) -> None:
+        why = self._cut.get(key, why)
         if key == ABOVE:
+            self._say_cut(f"the connection to {self._above} is gone: {why}")
             self._connections.drop()
             if not self._leaving:
                 self._on_error(f"the connection to {self._above} is gone: {why}")
@@ -158,6 +172,17 @@ class RelayTransport:
             self._to_coordinator(
                 [{"t": "gone", "rank": rank, "why": f"its connection is gone: {why}"} for rank in gone]
             )
+
+
+    def _broken(self, why: str) -> None:
+        try:
+            self._say_cut(f"rank {self.rank}: {why}")
+        finally:
+            self._on_error(why)
+
+    def _say_cut(self, why: str) -> None:
+        """The last that this rank says to those beside it, who would otherwise hear of an end without a reason."""
+        self._connections.broadcast(encode([{"t": "cut", "why": why}]))
 
 
 def _ignore(_: object) -> None:
