@@ -17,7 +17,7 @@ import time
 import traceback
 from typing import Any
 
-from layerwise_dist import _native
+from layerwise_dist import _native, background
 from layerwise_dist.bench.light import LightRank, LightWrite, Switchboard
 from layerwise_dist.commit.ledger import Ledger, Post
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
@@ -128,7 +128,7 @@ class Crowd:
         self._step = 0
         self._done = threading.Event()
         self.links = Links(lines)
-        self.links.start(self._hear, lambda key, why: None)
+        self.links.start(self._hear, lambda key, why: None, background.log_only)
 
     def checkpoint(self, step: int) -> tuple[float, float]:
         """Seconds until all have heard of the commit: from the first word, and from the last report."""
