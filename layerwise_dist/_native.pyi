@@ -30,7 +30,15 @@ def forget_dead_children() -> None:
 def outlive_signal(number: int) -> None:
     """In a child: the signal ends it only if its parent sent it or is dead. Else it dies with its parent."""
 
-def hash_name() -> str: ...
+def hash_name() -> str:
+    """The instruction set that hashes: avx512, avx2, sse2 or scalar."""
+
+def calls_under_way() -> list[tuple[str, str, float]]:
+    """(operation, path, seconds) of each call to the operating system that has not returned; the longest first."""
+
+def keep_forever(object: object) -> None:
+    """Never frees what this refers to, not at the interpreter's exit either."""
+
 
 class Env:
     """The way to the operating system. Any thread may call any method."""
@@ -120,6 +128,24 @@ class BufferPool:
     """A bounded pool of host memory, aligned to 4096 bytes (and a rule: csrc/include/layerwise/buffer_pool.h)."""
 
     def __init__(self, nbytes: int) -> None: ...
+    @staticmethod
+    def shared(file: int, nbytes: int) -> tuple[BufferPool, int]:
+        """One in the memory of the file descriptor `file`, for another process to attach to: (pool, begin), where
+        `begin` is for that process's `attached`.
+        """
+
+    @staticmethod
+    def attached(file: int, begin: int, nbytes: int, wake: int) -> BufferPool:
+        """The pool that another process made by `shared`. It acquires nothing; it adopts. `wake` is an eventfd that is
+        told of each buffer that is given back.
+        """
+
+    def adopt(self, place: int, nbytes: int) -> PoolBuffer:
+        """The buffer that the other process acquired; released here, it is back in the pool there."""
+
+    def take_returned(self) -> list[int]:
+        """Places of the buffers that came back from the other process since the last call."""
+
     def acquire(self, nbytes: int, timeout_s: float) -> PoolBuffer | None:
         """A buffer of exactly nbytes; None if there is no room in time, at once if it could never fit."""
 
@@ -136,6 +162,10 @@ class PoolBuffer(Buffer):
 
     @property
     def address(self) -> int: ...
+    @property
+    def place(self) -> int:
+        """Bytes from the beginning of a shared pool."""
+
     @property
     def nbytes(self) -> int:
         """0 once released."""
@@ -154,8 +184,15 @@ class WriterPool:
     """
 
     def __init__(
-        self, depth: int, backend: str = "posix", buffers: BufferPool | None = None, block_bytes: int = 1 << 20
-    ) -> None: ...
+        self,
+        depth: int,
+        backend: str = "posix",
+        buffers: BufferPool | None = None,
+        block_bytes: int = 1 << 20,
+        patience_s: float = 1e9,
+    ) -> None:
+        """`patience_s`: how long a read waits for the disk before it is an OSError (ETIMEDOUT)."""
+
     @staticmethod
     def probe_uring() -> OSError | None:
         """Why io_uring is not to be had here; None if it is."""
@@ -164,8 +201,8 @@ class WriterPool:
     def backend(self) -> str: ...
     @property
     def depth(self) -> int: ...
-    def close(self) -> None:
-        """Cancels what is queued (ECANCELED), waits for what is running, joins. Idempotent."""
+    def close(self, timeout_s: float = 1e9) -> bool:
+        """Cancels what is queued (ECANCELED), waits for what is running, joins. Idempotent. False: threads go on."""
 
 class Plan:
     """Which bytes of which tensor go where in a shard.
@@ -202,9 +239,25 @@ class ShardWriter:
         mode: int = 0o600,
         direct: bool = True,
         hash: bool = True,
+    ) -> None: ...
+    @staticmethod
+    def order(
+        env: Env,
+        pool: WriterPool,
+        plan: Plan,
+        folder: _Path,
+        path: _Path,
+        folder_mode: int,
+        mode: int,
+        direct: bool,
+        hash: bool,
         reuse: _Path | None = None,
-    ) -> None:
-        """With `reuse`, over that retired file, whose header must be blank and flushed; it becomes `path`."""
+        before: ShardWriter | None = None,
+    ) -> ShardWriter:
+        """Returns at once: a thread of the pool makes the folder and the file, and blocks that are submitted meanwhile
+        wait. With `reuse`, over that retired file, whose header must be blank and flushed; it becomes `path`. `before`
+        was aborted, and wrote to the same path.
+        """
 
     def set_address(self, tensor: int, address: int) -> None: ...
     def set_addresses(self, addresses: Sequence[int]) -> None: ...
@@ -250,6 +303,9 @@ class ShardWriter:
     @property
     def memory_align(self) -> int: ...
     def error(self) -> OSError | None: ...
+    def reuse_refused(self) -> OSError | None:
+        """Why the retired file was not taken, and a new one was made."""
+
     def hashes_hex(self) -> str:
         """16 digits for each block in order; "" with hash=False."""
 
@@ -260,7 +316,9 @@ class ShardWriter:
         """When each block of the plan was started and was over: nanoseconds of time.monotonic_ns(), 0 if not yet."""
 
     def finish(self, header: Buffer) -> None: ...
-    def abort(self) -> None: ...
+    def abort(self, timeout_s: float = 1e9) -> bool:
+        """Cancels what is queued and waits for what is running: whether that ended in time."""
+
 
 class ShardReader:
     def __init__(self, env: Env, pool: WriterPool, path: _Path, direct: bool = True) -> None: ...
