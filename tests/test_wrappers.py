@@ -14,6 +14,7 @@ THREE = [
     "trial:fsdp1:adamw-fused:bare:in_backward", "trial:fsdp1:adamw-foreach:clipping:pipelined_step",
     "written:fsdp1", "written:fsdp1-flat", "written:zero", "rollback:fsdp1-flat",
     "mutation:fsdp1", "refusals", "cuts:fsdp1>fsdp1-flat", "cuts:fsdp1>fsdp2", "cuts:zero>ddp", "cuts:ddp>zero",
+    "recut:fsdp2",
     "replaced:ddp", "replaced:fsdp1-hand", "replaced:fsdp2", "replaced:fsdp2-hand", "follows:fsdp2",
 ]  # fmt: skip
 FOUR = [

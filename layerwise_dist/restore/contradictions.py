@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from layerwise_dist.overlaps import overlaps
+from layerwise_dist.restore.filling import fill
 from layerwise_dist.restore.planner import Span
 
 _ALIGN = 16  # bytes; no element is larger
@@ -45,8 +46,7 @@ def _pairs(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
 def _read(tensor: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
     """What a tensor is to become, in memory of its own."""
     found = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-    for span in spans:
-        span.shard.read_into([(span.begin, span.end, found.data_ptr() + span.offset)])
+    fill([(found, spans)])
     return found
 
 

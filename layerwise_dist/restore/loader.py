@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from layerwise_dist.pieces import is_dense
 from layerwise_dist.restore import contents
 from layerwise_dist.restore.contents import Held
 from layerwise_dist.restore.contradictions import contradictions
-from layerwise_dist.restore.planner import ShardSet, Span, plan
+from layerwise_dist.restore.filling import fill
+from layerwise_dist.restore.planner import Found, ShardSet, Span, plan
 from layerwise_dist.slices import Slice, ranks_of
 from layerwise_dist.storage.reader import Entry, Shard, ShardIndex
 from layerwise_dist.storage.reports import BaseReport
@@ -58,7 +60,8 @@ def prepare(
     sharers = {view.fqn: framework.sharers(view) for view in framework.params}
     sharing = {part.name: ranks_of(part.among, framework.world_size) for part, _ in buffers}
     own = contents.read(shards.own, framework.name)
-    index = _index(own, shards, framework.partners(), lambda name, fqn: sharing.get(name) or sharers.get(fqn, ()))
+    partners = framework.partners()
+    index = _index(own, shards, partners, lambda name, fqn: sharing.get(name) or sharers.get(fqn, ()))
     sealed = own.sealed
     loading = LoadPlan(sealed)
     missing: list[str] = []
@@ -66,13 +69,23 @@ def prepare(
     wanted_names: set[str] = set()
     read_names: list[str] = []
 
+    @cache
+    def entries_of(rank: int) -> contents.Entries:
+        return contents.entries(shards.of(rank))
+
+    def elsewhere(wanted: Slice) -> Found:
+        """What other ranks wrote, of which this one reads nothing where all are cut as they were."""
+        ranks = set(ranks_of(wanted.among, framework.world_size)) if shards.shared else set()
+        others = [entries_of(rank).get(wanted.name) for rank in sorted(ranks - partners - {framework.rank})]
+        return [each for each in others if each is not None and each[1].slice.among == wanted.among]
+
     def want(wanted: Slice, tensor: torch.Tensor) -> None:
         wanted_names.add(wanted.name)
         found = index.get(wanted.name, [])
         if found and not found[0][1].slice.among:  # this rank wrote it for itself alone, so that is what it gets
             wanted = replace(wanted, among="")
         try:
-            loading.reads.append((framework.local(tensor), plan(wanted, found)))
+            loading.reads.append((framework.local(tensor), plan(wanted, found, lambda: elsewhere(wanted))))
             read_names.append(wanted.name)
         except MismatchError as error:
             (shaped if found else missing).append(str(error) if found else wanted.name)
@@ -119,18 +132,15 @@ def prepare(
 
 def load(loading: LoadPlan) -> None:
     """Reads everything, verified block by block. On DamageError or OSError live tensors may be partly overwritten."""
-    by_shard: dict[int, tuple[Shard, list[tuple[int, int, int]]]] = {}
+    reads: list[tuple[torch.Tensor, list[Span]]] = []
     staged: list[tuple[torch.Tensor, torch.Tensor]] = []
     for tensor, spans in loading.reads:
         target = tensor
         if tensor.device.type != "cpu" or not is_dense(tensor):
             target = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
             staged.append((tensor, target))
-        for span in spans:
-            _, ranges = by_shard.setdefault(id(span.shard), (span.shard, []))
-            ranges.append((span.begin, span.end, target.data_ptr() + span.offset))
-    for shard, ranges in by_shard.values():
-        shard.read_into(ranges)
+        reads.append((target, spans))
+    fill(reads)
     with torch.no_grad():
         for tensor, target in staged:
             tensor.copy_(target)

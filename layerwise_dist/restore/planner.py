@@ -1,4 +1,4 @@
-"""Which bytes of which shards fill which slices. Whole tensors and equal slices now; re-slicing has its place here."""
+"""Which bytes of which shards fill which slices, however both are cut."""
 
 from __future__ import annotations
 
@@ -6,18 +6,26 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from layerwise_dist.errors import MismatchError
-from layerwise_dist.slices import ITEM_BYTES, Slice, cover
+from layerwise_dist.restore.reslice import copies
+from layerwise_dist.slices import ITEM_BYTES, Slice
 from layerwise_dist.storage.reader import Entry, Shard
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Bytes `begin` to `end` of a shard go to `offset` bytes into the wanted slice."""
+    """Bytes `begin` to `end` of a shard go to `offset` bytes into the wanted slice.
+
+    With a `shape` only some of them do: elements of that shape, `strides` apart in the file from `begin` on, and
+    `target_strides` apart in the slice from `offset` on, both in elements.
+    """
 
     shard: Shard
     begin: int
     end: int
     offset: int
+    shape: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
+    target_strides: tuple[int, ...] = ()
 
 
 class ShardSet:
@@ -26,9 +34,11 @@ class ShardSet:
     Each comes with the frozen parameters that it refers to, which are as good as in it.
     """
 
-    def __init__(self, own: int, open_shards: Callable[[int], Sequence[Shard]]) -> None:
-        """`open_shards(rank)` gives that rank's shard, then its base if it has one."""
-        self._own, self._open_shards = own, open_shards
+    def __init__(self, own: int, open_shards: Callable[[int], Sequence[Shard]], *, shared: bool = True) -> None:
+        """`open_shards(rank)` gives that rank's shard, then its base if it has one. `shared`: each rank sees those of
+        all ranks.
+        """
+        self._own, self._open_shards, self.shared = own, open_shards, shared
         self._open: dict[int, Sequence[Shard]] = {}
 
     def of(self, rank: int) -> Sequence[Shard]:
@@ -45,8 +55,14 @@ class ShardSet:
         return (self.of(rank) for rank in sorted(ranks) if rank != self._own)
 
 
-def plan(wanted: Slice, found: list[tuple[Shard, Entry]]) -> list[Span]:
-    """Raises MismatchError when the entries do not give exactly the wanted slice."""
+Found = list[tuple[Shard, Entry]]
+
+
+def plan(wanted: Slice, found: Found, more: Callable[[], Found] | None = None) -> list[Span]:
+    """`more` gives the entries of shards that are opened only if `found` is not enough.
+
+    Raises MismatchError when the entries do not give exactly the wanted slice.
+    """
     if not found:
         raise MismatchError(f"{wanted.name} is missing from the checkpoint")
     for _, entry in found:
@@ -61,28 +77,26 @@ def plan(wanted: Slice, found: list[tuple[Shard, Entry]]) -> list[Span]:
                 f"{wanted.name}: in the checkpoint {_held(entry.slice.among)}, here {_held(wanted.among)}: restoring "
                 "into other groups of ranks is not supported by this version"
             )
-    if not wanted.numel and wanted.is_flat:
-        return []
-    for shard, entry in found:
-        if entry.slice == wanted:
-            return [Span(shard, entry.begin, entry.end, 0)]
+    # An equal slice first: it is one read. Then this rank's own, and the others as they come.
+    found = sorted(found, key=lambda each: each[1].slice != wanted)
+    parts, gap = copies(wanted, [entry.slice for _, entry in found])
+    if gap is not None and more is not None and (further := more()):
+        return plan(wanted, found + further)
+    if gap is not None:
+        places = "; ".join(f"rank {shard.index.rank}: {entry.slice.place()}" for shard, entry in found[:4])
+        raise MismatchError(
+            f"{wanted.name}: this rank needs {wanted.place()}, and no shard that it may read has element {list(gap)} "
+            f"({places})"
+        )
     item = ITEM_BYTES[wanted.dtype]
-    if wanted.is_whole:
-        flat = [(shard, entry) for shard, entry in found if entry.slice.is_flat]
-        ranges = [(entry.slice.start, entry.slice.start + entry.slice.numel) for _, entry in flat]
-        taken, filled = cover(ranges, wanted.numel)
-        if filled == wanted.numel:
-            spans = []
-            for number, begin, end in taken:
-                shard, entry = flat[number]
-                first = entry.begin + (begin - ranges[number][0]) * item
-                spans.append(Span(shard, first, first + (end - begin) * item, begin * item))
-            return spans
-    places = "; ".join(f"rank {shard.index.rank}: {entry.slice.place()}" for shard, entry in found[:4])
-    raise MismatchError(
-        f"{wanted.name}: this rank needs {wanted.place()}, the checkpoint is cut otherwise ({places}); "
-        "restoring into another sharding is not supported by this version"
-    )
+    spans = []
+    for part in parts:
+        shard, entry = found[part.number]
+        begin, end = part.span
+        place = (shard, entry.begin + begin * item, entry.begin + end * item, part.target * item)
+        strided = () if part.straight else (part.shape, part.source_strides, part.target_strides)
+        spans.append(Span(*place, *strided))
+    return spans
 
 
 def _held(among: str) -> str:

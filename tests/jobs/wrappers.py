@@ -23,7 +23,7 @@ from kit import differences, process_group, unsound
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 import layerwise_dist as lwd
@@ -130,6 +130,36 @@ def cuts(wrappers: str, folder: str) -> list[str]:
     finally:
         ckpt.close()
     return [f"{second} took a checkpoint of {first}"]
+
+
+def recut(wrapper: str, folder: str) -> list[str]:
+    """Parameters that were sharded along one dimension are restored where they are sharded along the other."""
+    assert wrapper == "fsdp2"
+    found: list[dict[str, torch.Tensor]] = []
+    for way, dimension in enumerate((0, 1, 0)):
+        torch.manual_seed(way)
+        model = nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 6), nn.Linear(6, 3).requires_grad_(False))
+        fully_shard(model, shard_placement_fn=lambda param, d=dimension: Shard(min(d, param.dim() - 1)))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        with lwd.attach(model, optimizer, dir=folder, commit={"timeout_s": 30.0, "on_failure": "raise"}) as ckpt:
+            if ckpt.restore():
+                found.append(full(model, optimizer))
+            for _ in ckpt.steps(2 * way + 2):
+                model(torch.rand(2, 6)).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        found.append(full(model, optimizer))
+    _, *rest = found
+    pairs = zip([found[0], rest[1]], [rest[0], rest[2]], strict=True)
+    return [name for saved, restored in pairs for name in saved if not torch.equal(saved[name], restored[name])]
+
+
+def full(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    held = {name: param.full_tensor().detach().clone() for name, param in model.named_parameters()}
+    for name, param in model.named_parameters():
+        for kind, value in optimizer.state.get(param, {}).items():
+            held[f"{kind}/{name}"] = (value.full_tensor() if isinstance(value, DTensor) else value).clone()
+    return held
 
 
 def roll_back(wrapper: str, folder: str) -> list[str]:
@@ -271,7 +301,7 @@ def train(model: nn.Module, optimizer: Any) -> None:
 
 
 CHECKS = {
-    "written": written, "cuts": cuts, "rollback": roll_back, "mutation": mutation, "refusals": refusals,
+    "written": written, "cuts": cuts, "recut": recut, "rollback": roll_back, "mutation": mutation, "refusals": refusals,
     "replaced": replaced, "follows": follows,
 }  # fmt: skip
 

@@ -1,0 +1,67 @@
+"""Fills memory from the spans of a plan, verified block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import torch
+
+from layerwise_dist.restore.planner import Span
+from layerwise_dist.storage.reader import Shard
+
+_BUFFER_BYTES = 64 << 20  # of what lies otherwise in the file than in memory, read at once
+
+
+def fill(reads: Iterable[tuple[torch.Tensor, Iterable[Span]]]) -> None:
+    """Each tensor from its spans. REQUIRES: tensors of host memory, row-major.
+
+    What lies in the file as in the tensor is read straight into it, all of a shard in one call; the rest through a
+    buffer of 64 MiB, or of one row where that is larger. On DamageError or OSError tensors may be partly overwritten.
+    """
+    straight: dict[int, tuple[Shard, list[tuple[int, int, int]]]] = {}
+    strided: list[tuple[torch.Tensor, Span]] = []
+    for tensor, spans in reads:
+        for span in spans:
+            if span.shape:
+                strided.append((tensor, span))
+            else:
+                _, ranges = straight.setdefault(id(span.shard), (span.shard, []))
+                ranges.append((span.begin, span.end, tensor.data_ptr() + span.offset))
+    for shard, ranges in straight.values():
+        shard.read_into(ranges)
+    for tensor, span in strided:
+        for part in _chunks(span, tensor.element_size()):
+            _scatter(tensor, part)
+
+
+def _chunks(span: Span, item: int) -> Iterator[Span]:
+    """The span, in parts along its first dimension whose bytes fit the buffer."""
+    row = _reach(span.shape[1:], span.strides[1:])
+    rows = max(1, (_BUFFER_BYTES // item - row) // span.strides[0] + 1)
+    for first in range(0, span.shape[0], rows):
+        shape = (min(rows, span.shape[0] - first), *span.shape[1:])
+        begin = span.begin + first * span.strides[0] * item
+        yield replace(
+            span, begin=begin, end=begin + _reach(shape, span.strides) * item, shape=shape,
+            offset=span.offset + first * span.target_strides[0] * item,
+        )  # fmt: skip
+
+
+def _scatter(tensor: torch.Tensor, span: Span) -> None:
+    item = tensor.element_size()
+    read = torch.empty((span.end - span.begin) // item, dtype=tensor.dtype, device="cpu")
+    span.shard.read_into([(span.begin, span.end, read.data_ptr())])
+    source = read.as_strided(span.shape, span.strides)
+    place = tensor.detach().view(-1).as_strided(span.shape, span.target_strides, _offset(tensor, span.offset // item))
+    with torch.no_grad():
+        place.copy_(source)
+
+
+def _offset(tensor: torch.Tensor, elements: int) -> int:
+    return tensor.storage_offset() + elements
+
+
+def _reach(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """From the first element to behind the last, in elements."""
+    return sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1
