@@ -36,6 +36,7 @@ from layerwise_dist.preemption import Preemption, check_thread
 from layerwise_dist.replicas import Replicas
 from layerwise_dist.restore.agreement import together
 from layerwise_dist.storage import typed_json
+from layerwise_dist.storage.exposure import exposed
 from layerwise_dist.storage.network import memory_by_magic
 from layerwise_dist.writing import open_writer
 
@@ -147,6 +148,12 @@ def assemble(
     def in_memory() -> str | None:
         return memory_by_magic(env.file_system(config.path))
 
+    def looked_after() -> list[str]:
+        try:
+            return exposed(config.path)
+        except OSError as error:
+            return [f"{config.path}: whether others may write there can't be told ({error})"]
+
     try:
 
         def examine() -> tuple[Framework, OptimizerAdapter, StateObjects]:
@@ -186,6 +193,12 @@ def assemble(
             parts = _open_direct(config, env, transport, participant, found, fresh, closers)
         if rank == 0 and config.mode != "mock" and (memory := within(participant.disk_s, "a look", in_memory)):
             log.warning("%s is on %s: what is committed survives this job, not the machine's end", config.path, memory)
+        if rank == 0 and config.mode != "mock" and (others := within(participant.disk_s, "a look", looked_after)):
+            log.warning(
+                "%s: others may change or remove checkpoints, or put links there; give it to the user of the job with "
+                "mode %o",
+                "; ".join(others[:4] + [f"and {len(others) - 4} more"] * (len(others) > 4)), config.dir_bits & ~0o022,
+            )  # fmt: skip
         preemption = None
         if config.preemption.enabled:
             preemption = Preemption(

@@ -148,6 +148,7 @@ void BindFiles(nb::module_& m) {
 void BindEnv(nb::module_& m) {
   BindFiles(m);
   nb::class_<Env>(m, "Env")
+      .def("confine", [](Env& env, const Path& root) { env.Confine(root.native()); }, nb::arg("root"))
       .def("make_dir",
            [](Env& env, const Path& path, uint32_t mode) {
              Disk("make directory", path, [&] { return env.MakeDir(path.native(), mode); });

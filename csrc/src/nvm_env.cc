@@ -5,13 +5,14 @@
 #include <utility>
 
 #include "nvm_file.h"
+#include "roots.h"
 
 namespace layerwise {
 
 Status NvmEnv::Probe(const std::string& dir) {
   std::string path;
   Descriptor fd;
-  Status status = CreateProbe(dir, &path, &fd);
+  Status status = CreateProbe(roots(), dir, &path, &fd);
   if (!status.ok()) return status;
   NvmWritableFile file(dir, std::move(fd));
   status = file.Open();
@@ -21,15 +22,17 @@ Status NvmEnv::Probe(const std::string& dir) {
 Status NvmEnv::NewWritableFile(const std::string& path, uint32_t mode, bool direct,
                                std::unique_ptr<WritableFile>* file) {
   if (!direct) return PosixEnv::NewWritableFile(path, mode, direct, file);
+  Place place;
   Descriptor fd;
-  Status status = CreateExclusive(path, mode, &fd);
+  Status status = roots().Find("create", path, Links::kRefused, &place);
+  if (status.ok()) status = CreateExclusive(place, path, mode, &fd);
   if (!status.ok()) return status;
   auto made = std::make_unique<NvmWritableFile>(path, std::move(fd));
   status = made->Open();
   if (status.ok()) {
     *file = std::move(made);
   } else {
-    unlink(path.c_str());
+    unlinkat(place.dir(), place.name(), 0);
   }
   return status;
 }
@@ -38,7 +41,7 @@ Status NvmEnv::ReuseFile(const std::string& from, const std::string& to, uint32_
                          std::unique_ptr<WritableFile>* file) {
   if (!direct) return PosixEnv::ReuseFile(from, to, mode, direct, file);
   Descriptor fd;
-  Status status = TakeOver(from, to, mode, &fd);
+  Status status = TakeOver(roots(), from, to, mode, &fd);
   if (!status.ok()) return status;
   auto taken = std::make_unique<NvmWritableFile>(to, std::move(fd));
   status = taken->Open();

@@ -12,21 +12,30 @@
 
 #include "posix_file.h"
 #include "posix_lock.h"
+#include "roots.h"
 
 namespace layerwise {
 
+PosixEnv::PosixEnv() : roots_(std::make_unique<Roots>()) {}
+
+PosixEnv::~PosixEnv() = default;
+
+void PosixEnv::Confine(const std::string& root) { roots_->Add(root); }
+
 Status PosixEnv::MakeDir(const std::string& path, uint32_t mode) {
-  if (mkdir(path.c_str(), mode) != 0) return PosixError("make directory", path);
-  if (chmod(path.c_str(), mode) == 0) return Status::Ok();
-  Status status = PosixError("chmod", path);
-  rmdir(path.c_str());
-  return status;
+  Place place;
+  Descriptor made;
+  Status status = roots_->Find("make directory", path, Links::kRefused, &place);
+  if (status.ok()) status = MakeExactly(place, path, mode, &made);
+  return status.ok() ? roots_->Pin(path, made) : status;
 }
 
 Status PosixEnv::NewWritableFile(const std::string& path, uint32_t mode, bool direct,
                                  std::unique_ptr<WritableFile>* file) {
+  Place place;
   Descriptor fd;
-  Status status = CreateExclusive(path, mode, &fd);
+  Status status = roots_->Find("create", path, Links::kRefused, &place);
+  if (status.ok()) status = CreateExclusive(place, path, mode, &fd);
   if (!status.ok()) return status;
   const auto alignment = direct ? TurnDirect(fd.get()) : std::nullopt;
   *file = std::make_unique<PosixWritableFile>(path, std::move(fd), alignment);
@@ -36,7 +45,7 @@ Status PosixEnv::NewWritableFile(const std::string& path, uint32_t mode, bool di
 Status PosixEnv::ReuseFile(const std::string& from, const std::string& to, uint32_t mode, bool direct,
                            std::unique_ptr<WritableFile>* file) {
   Descriptor fd;
-  Status status = TakeOver(from, to, mode, &fd);
+  Status status = TakeOver(*roots_, from, to, mode, &fd);
   if (!status.ok()) return status;
   const auto alignment = direct ? TurnDirect(fd.get()) : std::nullopt;
   *file = std::make_unique<PosixWritableFile>(to, std::move(fd), alignment);
@@ -45,43 +54,66 @@ Status PosixEnv::ReuseFile(const std::string& from, const std::string& to, uint3
 
 Status PosixEnv::NewReadableFile(const std::string& path, bool direct,
                                  std::unique_ptr<ReadableFile>* file) {
-  // Without O_NONBLOCK, opening a pipe would wait for its writer.
-  Descriptor fd(open(path.c_str(), O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK));
-  if (!fd.valid()) return PosixError("open", path);
+  Place place;
+  Descriptor fd;
   struct stat info;
-  if (fstat(fd.get(), &info) != 0) return PosixError("fstat", path);
-  if (S_ISDIR(info.st_mode)) return Status::IoError(EISDIR, "open", path);
-  if (!S_ISREG(info.st_mode)) return Status::IoError(EINVAL, "open what is not a regular file", path);
+  Status status = roots_->Find("open", path, Links::kFollowed, &place);
+  if (status.ok()) status = OpenRegular("open", place, path, O_RDONLY, &fd, &info);
+  if (!status.ok()) return status;
   const auto alignment = direct ? TurnDirect(fd.get()) : std::nullopt;
   *file = std::make_unique<PosixReadableFile>(path, std::move(fd), static_cast<uint64_t>(info.st_size), alignment);
   return Status::Ok();
 }
 
 Status PosixEnv::Rename(const std::string& from, const std::string& to) {
-  if (rename(from.c_str(), to.c_str()) == 0) return Status::Ok();
-  return PosixError(("rename to " + to).c_str(), from);
+  const std::string operation = "rename to " + to;
+  Place old, replaced;
+  Status status = roots_->Find(operation.c_str(), from, Links::kRefused, &old);
+  if (status.ok()) status = roots_->Find("rename", to, Links::kRefused, &replaced);
+  if (!status.ok()) return status;
+  status = CheckRegular("rename", to, replaced);
+  if (!status.ok() && status.error_number() != ENOENT) return status;
+  if (renameat(old.dir(), old.name(), replaced.dir(), replaced.name()) == 0) return Status::Ok();
+  return PosixError(operation.c_str(), from);
 }
 
 Status PosixEnv::SyncDir(const std::string& path) {
-  Descriptor fd(open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  Descriptor dir;
+  Status status = roots_->FindDir("open directory", path, Links::kFollowed, &dir);
+  if (!status.ok()) return status;
+  Descriptor fd(openat(dir.get(), ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC));
   if (!fd.valid()) return PosixError("open directory", path);
   if (fsync(fd.get()) != 0) return PosixError("fsync directory", path);
   return fd.Close(path);
 }
 
 Status PosixEnv::Unlink(const std::string& path) {
-  return unlink(path.c_str()) == 0 ? Status::Ok() : PosixError("unlink", path);
+  Place place;
+  Status status = roots_->Find("unlink", path, Links::kRefused, &place);
+  if (status.ok()) status = CheckRegular("unlink", path, place);
+  if (!status.ok()) return status;
+  return unlinkat(place.dir(), place.name(), 0) == 0 ? Status::Ok() : PosixError("unlink", path);
 }
 
 Status PosixEnv::RemoveDir(const std::string& path) {
-  return rmdir(path.c_str()) == 0 ? Status::Ok() : PosixError("remove directory", path);
+  Place place;
+  Status status = roots_->Find("remove directory", path, Links::kRefused, &place);
+  if (!status.ok()) return status;
+  return unlinkat(place.dir(), place.name(), AT_REMOVEDIR) == 0 ? Status::Ok() : PosixError("remove directory", path);
 }
 
 Status PosixEnv::ListDir(const std::string& path, std::vector<std::string>* names) {
   names->clear();
-  DIR* const dir = opendir(path.c_str());
-  if (dir == nullptr) return PosixError("open directory", path);
-  Status status;
+  Descriptor there;
+  Status status = roots_->FindDir("open directory", path, Links::kFollowed, &there);
+  if (!status.ok()) return status;
+  const int fd = openat(there.get(), ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  DIR* const dir = fd < 0 ? nullptr : fdopendir(fd);
+  if (dir == nullptr) {
+    status = PosixError("open directory", path);
+    if (fd >= 0) close(fd);
+    return status;
+  }
   for (;;) {
     errno = 0;
     const dirent* const entry = readdir(dir);
@@ -98,8 +130,11 @@ Status PosixEnv::ListDir(const std::string& path, std::vector<std::string>* name
 }
 
 Status PosixEnv::Stat(const std::string& path, FileInfo* info) {
+  Place place;
+  Status status = roots_->Find("lstat", path, Links::kFollowed, &place);
+  if (!status.ok()) return status;
   struct stat found;
-  if (lstat(path.c_str(), &found) != 0) return PosixError("lstat", path);
+  if (fstatat(place.dir(), place.name(), &found, AT_SYMLINK_NOFOLLOW) != 0) return PosixError("lstat", path);
   info->size = static_cast<uint64_t>(found.st_size);
   if (S_ISREG(found.st_mode)) {
     info->kind = FileKind::kFile;
@@ -114,21 +149,24 @@ Status PosixEnv::Stat(const std::string& path, FileInfo* info) {
 }
 
 Status PosixEnv::Lock(const std::string& path, uint32_t mode, std::unique_ptr<FileLock>* lock) {
-  return PosixFileLock::Acquire(path, mode, lock);
+  return PosixFileLock::Acquire(*roots_, path, mode, lock);
 }
 
 Status PosixEnv::DirectIo(const std::string& dir, std::optional<DirectIoAlignment>* alignment) {
   std::string path;
   Descriptor fd;
-  Status status = CreateProbe(dir, &path, &fd);
+  Status status = CreateProbe(*roots_, dir, &path, &fd);
   if (!status.ok()) return status;
   *alignment = TurnDirect(fd.get());
   return fd.Close(path);
 }
 
 Status PosixEnv::FileSystem(const std::string& path, uint64_t* type) {
+  Descriptor dir;
+  Status status = roots_->FindDir("statfs", path, Links::kFollowed, &dir);
+  if (!status.ok()) return status;
   struct statfs info;
-  if (statfs(path.c_str(), &info) != 0) return PosixError("statfs", path);
+  if (fstatfs(dir.get(), &info) != 0) return PosixError("statfs", path);
   *type = static_cast<uint32_t>(info.f_type);
   return Status::Ok();
 }

@@ -71,11 +71,11 @@ Status LeaseSilently(int fd, const std::string& path) {
 Status CheckSoleUser(int fd, const std::string& path) {
   struct stat info;
   if (fstat(fd, &info) != 0) return PosixError("fstat", path);
-  if (S_ISDIR(info.st_mode)) return Status::IoError(EISDIR, "reuse", path);
-  if (!S_ISREG(info.st_mode)) return Status::IoError(EINVAL, "reuse what is not a regular file", path);
+  Status status = CheckRegular("reuse", path, info);
+  if (!status.ok()) return status;
   if (info.st_nlink != 1) return Status::IoError(EBUSY, "reuse a file with several names", path);
   // The kernel grants this lease only while nobody else has the file open or mapped.
-  Status status = LeaseSilently(fd, path);
+  status = LeaseSilently(fd, path);
   if (!status.ok()) return status;
   const bool opened_since = fcntl(fd, F_GETLEASE) != F_WRLCK;  // by somebody who now waits for us
   if (fcntl(fd, F_SETLEASE, F_UNLCK) != 0) return PosixError("give back the lease of", path);
@@ -100,34 +100,71 @@ bool FitsKernel(size_t n, uint64_t offset) {
   return offset <= static_cast<uint64_t>(INT64_MAX) && n <= static_cast<uint64_t>(INT64_MAX) - offset;
 }
 
-Status CreateExclusive(const std::string& path, uint32_t mode, Descriptor* fd) {
-  *fd = Descriptor(open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, mode));
+Status CreateExclusive(const Place& place, const std::string& path, uint32_t mode, Descriptor* fd) {
+  *fd = Descriptor(openat(place.dir(), place.name(), O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, mode));
   if (!fd->valid()) return PosixError("create", path);
   if (fchmod(fd->get(), mode) == 0) return Status::Ok();
   Status status = PosixError("fchmod", path);
-  unlink(path.c_str());
+  unlinkat(place.dir(), place.name(), 0);
   return status;
 }
 
-Status CreateProbe(const std::string& dir, std::string* path, Descriptor* fd) {
-  *path = dir + "/" + ProbeName();
-  Status status = CreateExclusive(*path, 0600, fd);
+Status OpenRegular(const char* operation, const Place& place, const std::string& path, int flags, Descriptor* fd,
+                   struct stat* info) {
+  Status status = CheckRegular(operation, path, place);
   if (!status.ok()) return status;
-  return unlink(path->c_str()) == 0 ? status : PosixError("unlink", *path);
+  // It may be another thing by now: without O_NONBLOCK, opening a pipe would wait for its writer.
+  *fd = Descriptor(openat(place.dir(), place.name(), flags | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK));
+  if (!fd->valid()) return PosixError(operation, path);
+  if (fstat(fd->get(), info) != 0) return PosixError("fstat", path);
+  return CheckRegular(operation, path, *info);
 }
 
-Status TakeOver(const std::string& from, const std::string& to, uint32_t mode, Descriptor* fd) {
-  if (renameat2(AT_FDCWD, from.c_str(), AT_FDCWD, to.c_str(), RENAME_NOREPLACE) != 0) {
+Status MakeExactly(const Place& place, const std::string& path, uint32_t mode, Descriptor* made) {
+  if (mkdirat(place.dir(), place.name(), mode) != 0) return PosixError("make directory", path);
+  *made = Descriptor(openat(place.dir(), place.name(), O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC));
+  struct stat info;
+  if (!made->valid() || fstat(made->get(), &info) != 0) return PosixError("open the directory just made", path);
+  const uint32_t found = info.st_mode & 07777;
+  if (found == mode) return Status::Ok();
+  // What has more rights than it was made with is another one, which somebody has put there since.
+  if ((found & 0777 & ~mode) != 0) {
+    return Status::IoError(ESTALE, "make directory: another one is there already instead", path);
+  }
+  // Through the descriptor, which need not be readable: its umask may have taken that.
+  if (chmod(("/proc/self/fd/" + std::to_string(made->get())).c_str(), mode) == 0) return Status::Ok();
+  Status status = PosixError("chmod", path);
+  unlinkat(place.dir(), place.name(), AT_REMOVEDIR);
+  return status;
+}
+
+Status CreateProbe(Roots& roots, const std::string& dir, std::string* path, Descriptor* fd) {
+  const std::string name = ProbeName();
+  *path = dir + "/" + name;
+  Place place;
+  Status status = roots.Find("create", *path, Links::kRefused, &place);
+  if (status.ok()) status = CreateExclusive(place, *path, 0600, fd);
+  if (!status.ok()) return status;
+  return unlinkat(place.dir(), place.name(), 0) == 0 ? status : PosixError("unlink", *path);
+}
+
+Status TakeOver(Roots& roots, const std::string& from, const std::string& to, uint32_t mode, Descriptor* fd) {
+  Place old, taken;
+  Status status = roots.Find("reuse", from, Links::kRefused, &old);
+  if (status.ok()) status = roots.Find("reuse", to, Links::kRefused, &taken);
+  if (status.ok()) status = CheckRegular("reuse", from, old);
+  if (!status.ok()) return status;
+  if (renameat2(old.dir(), old.name(), taken.dir(), taken.name(), RENAME_NOREPLACE) != 0) {
     const bool unknown = errno == EINVAL || errno == ENOSYS;
     return Status::IoError(unknown ? EOPNOTSUPP : errno, "rename to " + to, from);
   }
   // Without O_NONBLOCK, opening a pipe or a leased file would wait.
-  *fd = Descriptor(open(to.c_str(), O_RDWR | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK));
+  *fd = Descriptor(openat(taken.dir(), taken.name(), O_RDWR | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK));
   if (!fd->valid()) {
     return errno == EWOULDBLOCK ? Status::IoError(EBUSY, "open a file that is leased elsewhere", to)
                                 : PosixError("open", to);
   }
-  Status status = CheckSoleUser(fd->get(), to);
+  status = CheckSoleUser(fd->get(), to);
   if (!status.ok()) return status;
   if (fcntl(fd->get(), F_SETFL, 0) != 0) return PosixError("fcntl", to);
   return fchmod(fd->get(), mode) == 0 ? Status::Ok() : PosixError("fchmod", to);

@@ -6,6 +6,7 @@
 
 #include "descriptor.h"
 #include "layerwise/env.h"
+#include "roots.h"
 
 namespace layerwise {
 
@@ -14,14 +15,21 @@ Status PosixError(const char* operation, const std::string& path);
 // Whether the range ends within the largest offset that a file may have.
 bool FitsKernel(size_t n, uint64_t offset);
 
-// Creates a file that must not exist, with exactly this mode.
-Status CreateExclusive(const std::string& path, uint32_t mode, Descriptor* fd);
+// Creates a file that must not exist, with exactly this mode. `path` is for the error, here and below.
+Status CreateExclusive(const Place& place, const std::string& path, uint32_t mode, Descriptor* fd);
+
+// Opens what is a regular file, and nothing else; `flags` are open(2)'s.
+Status OpenRegular(const char* operation, const Place& place, const std::string& path, int flags, Descriptor* fd,
+                   struct stat* info);
+
+// Makes a directory with exactly this mode, and opens it (O_PATH).
+Status MakeExactly(const Place& place, const std::string& path, uint32_t mode, Descriptor* made);
 
 // Creates a file for trials in this directory, and unlinks it again.
-Status CreateProbe(const std::string& dir, std::string* path, Descriptor* fd);
+Status CreateProbe(Roots& roots, const std::string& dir, std::string* path, Descriptor* fd);
 
 // Env::ReuseFile, up to the open descriptor, which is not direct.
-Status TakeOver(const std::string& from, const std::string& to, uint32_t mode, Descriptor* fd);
+Status TakeOver(Roots& roots, const std::string& from, const std::string& to, uint32_t mode, Descriptor* fd);
 
 // Switches an open file to direct I/O and says what that demands; nullopt, and no
 // change, where the file system refuses it or demands more than kAlign.

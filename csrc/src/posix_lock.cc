@@ -12,29 +12,26 @@ namespace layerwise {
 namespace {
 
 // Opens the file, or creates it with exactly this mode.
-Status OpenOrCreate(const std::string& path, uint32_t mode, Descriptor* fd) {
-  constexpr int kFlags = O_RDWR | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK;
+Status OpenOrCreate(const Place& place, const std::string& path, uint32_t mode, Descriptor* fd) {
   for (;;) {
-    *fd = Descriptor(open(path.c_str(), kFlags | O_CREAT | O_EXCL, mode));
+    *fd = Descriptor(openat(place.dir(), place.name(), O_RDWR | O_NOFOLLOW | O_CLOEXEC | O_CREAT | O_EXCL, mode));
     if (fd->valid()) {
       return fchmod(fd->get(), mode) == 0 ? Status::Ok() : PosixError("fchmod", path);
     }
     if (errno != EEXIST) return PosixError("create", path);
-    *fd = Descriptor(open(path.c_str(), kFlags));
-    if (fd->valid()) break;
-    if (errno != ENOENT) return PosixError("open", path);
+    struct stat info;
+    Status status = OpenRegular("lock", place, path, O_RDWR, fd, &info);
+    if (status.error_number() != ENOENT) return status;
   }
-  struct stat info;
-  if (fstat(fd->get(), &info) != 0) return PosixError("fstat", path);
-  if (!S_ISREG(info.st_mode)) return Status::IoError(EINVAL, "lock what is not a regular file", path);
-  return Status::Ok();
 }
 
 }  // namespace
 
-Status PosixFileLock::Acquire(const std::string& path, uint32_t mode, std::unique_ptr<FileLock>* lock) {
+Status PosixFileLock::Acquire(Roots& roots, const std::string& path, uint32_t mode, std::unique_ptr<FileLock>* lock) {
+  Place place;
   Descriptor fd;
-  Status status = OpenOrCreate(path, mode, &fd);
+  Status status = roots.Find("lock", path, Links::kRefused, &place);
+  if (status.ok()) status = OpenOrCreate(place, path, mode, &fd);
   if (!status.ok()) return status;
   struct flock whole = {};
   whole.l_type = F_WRLCK;
@@ -42,7 +39,7 @@ Status PosixFileLock::Acquire(const std::string& path, uint32_t mode, std::uniqu
   if (fcntl(fd.get(), F_OFD_SETLK, &whole) != 0) {
     return Status::IoError(errno == EACCES ? EAGAIN : errno, "lock", path);
   }
-  *lock = std::make_unique<PosixFileLock>(path, std::move(fd));
+  *lock = std::make_unique<PosixFileLock>(roots, path, std::move(fd));
   return Status::Ok();
 }
 
@@ -69,9 +66,14 @@ Status PosixFileLock::Read(uint64_t cap, std::string* data) {
 Status PosixFileLock::HeldPathIsMine(bool* mine) {
   *mine = false;
   if (!fd_.valid()) return Status::Ok();
+  Place place;
+  Status status = roots_.Find("lstat", path_, Links::kRefused, &place);
+  const int why = status.error_number();
+  if (why == ENOENT || why == ENOTDIR || why == ELOOP || why == ESTALE) return Status::Ok();  // another directory's
+  if (!status.ok()) return status;
   struct stat held, there;
   if (fstat(fd_.get(), &held) != 0) return PosixError("fstat", path_);
-  if (lstat(path_.c_str(), &there) != 0) {
+  if (fstatat(place.dir(), place.name(), &there, AT_SYMLINK_NOFOLLOW) != 0) {
     return errno == ENOENT || errno == ENOTDIR ? Status::Ok() : PosixError("lstat", path_);
   }
   *mine = held.st_dev == there.st_dev && held.st_ino == there.st_ino;

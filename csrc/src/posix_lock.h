@@ -14,9 +14,11 @@ namespace layerwise {
 // forked children close theirs at once.
 class PosixFileLock final : public FileLock {
  public:
-  static Status Acquire(const std::string& path, uint32_t mode, std::unique_ptr<FileLock>* lock);
+  // REQUIRES: `roots` outlives the lock.
+  static Status Acquire(Roots& roots, const std::string& path, uint32_t mode, std::unique_ptr<FileLock>* lock);
 
-  PosixFileLock(std::string path, Descriptor fd) : path_(std::move(path)), fd_(std::move(fd)) {}
+  PosixFileLock(Roots& roots, std::string path, Descriptor fd)
+      : roots_(roots), path_(std::move(path)), fd_(std::move(fd)) {}
 
   Status Release() override { return fd_.Close(path_); }
   Status Write(std::string_view data) override;
@@ -24,6 +26,7 @@ class PosixFileLock final : public FileLock {
   Status HeldPathIsMine(bool* mine) override;
 
  private:
+  Roots& roots_;
   const std::string path_;
   Descriptor fd_;
 };

@@ -41,6 +41,7 @@ class FaultEnv final : public Env {
   // Operation i as text, such as "write /dir/file".
   std::vector<std::string> trace() const { return plan_->trace(); }
 
+  void Confine(const std::string& root) override { base_->Confine(root); }
   Status MakeDir(const std::string& path, uint32_t mode) override;
   Status NewWritableFile(const std::string& path, uint32_t mode, bool direct,
                          std::unique_ptr<WritableFile>* file) override;

@@ -13,6 +13,7 @@ class RootedEnv final : public Env {
   // REQUIRES: base outlives this Env and its files.
   RootedEnv(Env* base, std::string root) : base_(base), root_(std::move(root)) {}
 
+  void Confine(const std::string& root) override { base_->Confine(root_ + root); }
   Status MakeDir(const std::string& path, uint32_t mode) override { return base_->MakeDir(root_ + path, mode); }
   Status NewWritableFile(const std::string& path, uint32_t mode, bool direct,
                          std::unique_ptr<WritableFile>* file) override {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -16,6 +17,7 @@ from layerwise_dist.errors import DamageError, NotFoundError
 from layerwise_dist.restore.agreement import Wish, candidates
 from layerwise_dist.storage import layout
 from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage.odd import oddity
 from layerwise_dist.storage.reader import Shard
 
 Status = Literal["newest", "lineage", "abandoned"]
@@ -101,6 +103,10 @@ class Catalogue:
                 if self.still_there(manifest):
                     return f"{name} is missing"
                 return None
+            except OSError as error:
+                if (what := oddity(error, path)) is not None:
+                    return what
+                raise
             if kind != "file":
                 return f"{name} is not a regular file"
             if nbytes != expected:
@@ -152,9 +158,15 @@ class Catalogue:
 
 
 def measure(folder: str) -> tuple[int, float]:
-    """(bytes of its files, time of its last change in seconds since 1970)."""
-    with os.scandir(folder) as entries:
-        return sum(entry.stat(follow_symlinks=False).st_size for entry in entries), os.stat(folder).st_mtime
+    """(bytes of its files, time of its last change in seconds since 1970); of itself if it is no folder."""
+    try:
+        with os.scandir(folder) as entries:
+            return sum(entry.stat(follow_symlinks=False).st_size for entry in entries), os.stat(folder).st_mtime
+    except OSError:
+        info = os.lstat(folder)  # raises where it is gone
+        if stat.S_ISDIR(info.st_mode):
+            raise
+        return info.st_size, info.st_mtime
 
 
 class ShardOpener:

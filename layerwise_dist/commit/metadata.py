@@ -28,7 +28,8 @@ from layerwise_dist.commit.records import (
 from layerwise_dist.errors import DamageError
 from layerwise_dist.storage import layout
 from layerwise_dist.storage.layout import AttemptId
-from layerwise_dist.storage.removal import remove
+from layerwise_dist.storage.odd import is_no_folder, kind_at, leave, oddity
+from layerwise_dist.storage.removal import remove, remove_files
 from layerwise_dist.storage.retention import unneeded_bases
 
 __all__ = [
@@ -47,6 +48,7 @@ class CheckpointMetadataManager:
     """Manifests of one directory. Reading is for anyone; only the owner's coordinator writes."""
 
     def __init__(self, env: Any, root: str, *, file_mode: int = 0o600) -> None:
+        env.confine(root)
         self.env, self.root, self._file_mode = env, root, file_mode
 
     # -- reading ------------------------------------------------------------------------------------------------
@@ -61,6 +63,7 @@ class CheckpointMetadataManager:
         damaged: dict[str, str] = {}
         unfinished: list[AttemptId] = []
         named: dict[int, str] = {}
+        taken: list[int] = []
         for name in self.env.list_dir(self.root):
             attempt, branch_seq = layout.parse_folder(name), layout.parse_branch(name)
             try:
@@ -73,6 +76,9 @@ class CheckpointMetadataManager:
                     try:
                         manifest = self.read_manifest(attempt)
                     except FileNotFoundError:
+                        # No folder of ours: of an archive that is not mounted, say. It may refer to what is here.
+                        if (why := is_no_folder(self.env, os.path.join(self.root, name))) is not None:
+                            raise DamageError(why) from None
                         unfinished.append(attempt)
                         continue
                     manifests[attempt.seq] = manifest
@@ -80,9 +86,12 @@ class CheckpointMetadataManager:
                         del manifests[attempt.seq]  # which of them the lineage means can't be told
                         damaged[other] = f"{other}: {name} has the same seq: one of them was copied here"
                         raise DamageError(f"{name}: {other} has the same seq: one of them was copied here")
+                elif (seq := layout.parse_unfinished_branch(name)) is not None:
+                    if seq < layout.MOST and kind_at(self.env, os.path.join(self.root, name)) not in (None, "file"):
+                        taken.append(seq)  # it stays, in the way of a record of this seq
             except DamageError as error:
                 damaged[name] = str(error)
-        return Inventory(manifests, branches, damaged, unfinished, self.bases())
+        return Inventory(manifests, branches, damaged, unfinished, self.bases(), taken)
 
     def read_manifest(self, attempt: AttemptId) -> Manifest:
         """Raises FileNotFoundError (no commit), DamageError, or OSError."""
@@ -104,6 +113,10 @@ class CheckpointMetadataManager:
             names = self.env.list_dir(os.path.join(self.root, layout.BASES))
         except FileNotFoundError:
             return []
+        except OSError as error:
+            if oddity(error, layout.BASES) is None:
+                raise
+            return []  # what refers to some is damaged
         return [name for name in names if layout.parse_base(name) is not None]
 
     def manifest_path(self, attempt: AttemptId) -> str:
@@ -121,8 +134,10 @@ class CheckpointMetadataManager:
     def _read(self, path: str, model: type[R]) -> R:
         try:
             data = self.env.read_file(path, MANIFEST_CAP)
-        except IsADirectoryError:
-            raise DamageError(f"{path}: is a directory") from None
+        except OSError as error:
+            if (what := oddity(error, path)) is not None:
+                raise DamageError(what) from None
+            raise
         return decode(data, model, path)
 
     # -- writing ------------------------------------------------------------------------------------------------
@@ -189,7 +204,8 @@ class CheckpointMetadataManager:
     def withdraw(self, attempt: AttemptId) -> None:
         """Ends a checkpoint: once this returns, no crash brings its manifest back, and its shards may be changed.
 
-        Raises OSError (nothing happened), or `InDoubt`: a crash may bring it back, so that its shards must stay.
+        Raises OSError (nothing happened; `oddity` says whether it lies behind a link and stays), or `InDoubt`: a crash
+        may bring it back, so that its shards must stay.
         """
         folder = os.path.join(self.root, attempt.folder)
         self._unlink(os.path.join(folder, layout.MANIFEST))
@@ -215,6 +231,8 @@ class CheckpointMetadataManager:
             names = list(self.env.list_dir(folder))
         except FileNotFoundError:
             return
+        except OSError as error:
+            return leave(error, folder)
         remove(self.env, folder, filter(ours, names))
 
     def flush_records(self, inventory: Inventory) -> list[AttemptId]:
@@ -250,12 +268,8 @@ class CheckpointMetadataManager:
                     log.warning("leftovers of step %d stay until the next start: %s", attempt.step, error)
         for manifest in inventory.manifests.values():
             folder = os.path.join(self.root, manifest.attempt_id.folder)
-            for name in self.env.list_dir(folder):
-                if layout.is_leftover_in_commit(name):
-                    self._unlink(os.path.join(folder, name))
-        for name in self.env.list_dir(self.root):
-            if layout.is_leftover(name):
-                self._unlink(os.path.join(self.root, name))
+            remove_files(self.env, folder, filter(layout.is_leftover_in_commit, self.env.list_dir(folder)))
+        remove_files(self.env, self.root, filter(layout.is_leftover, self.env.list_dir(self.root)))
         for base in unneeded_bases(inventory.bases, inventory.manifests.values()) if references_known else ():
             self.remove_base(base)
 
@@ -276,7 +290,7 @@ class CheckpointMetadataManager:
             self.remove_branch(seq)
 
     def remove_branch(self, seq: int) -> None:
-        self._unlink(os.path.join(self.root, layout.branch_file(seq)))
+        remove_files(self.env, self.root, [layout.branch_file(seq)])
 
     def _unlink(self, path: str) -> None:
         try:

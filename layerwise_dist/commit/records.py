@@ -186,7 +186,8 @@ def decode(data: bytes, model: type[R], path: str) -> R:
 class Inventory:
     """What lies in a directory: sound manifests and branch records by seq, damage, and everything without a manifest.
 
-    `bases` are the attempts of which there is a folder of frozen parameters.
+    `bases` are the attempts of which there is a folder of frozen parameters; `taken` are seqs for which
+    no branch record can be written, since something that is not ours lies there.
     """
 
     manifests: dict[int, Manifest]
@@ -194,6 +195,7 @@ class Inventory:
     damaged: dict[str, str]
     unfinished: list[AttemptId]
     bases: list[str] = field(default_factory=list)
+    taken: list[int] = field(default_factory=list)
 
     @property
     def empty(self) -> bool:
@@ -202,7 +204,7 @@ class Inventory:
     @property
     def last_seq(self) -> int:
         seqs = [*self.manifests, *self.branches, *(attempt.seq for attempt in self.unfinished)]
-        seqs += [*self._damaged_seqs, *self._damaged_branches]
+        seqs += [*self._damaged_seqs, *self._damaged_branches, *self.taken]
         seqs += [seq for _, seq in self._wrote_bases]
         return max(seqs, default=0)
 
@@ -323,4 +325,5 @@ class Inventory:
     def light(self) -> Inventory:
         """Without the lists of shards, which are most of it: enough to know the lineage by."""
         manifests = {seq: manifest.light() for seq, manifest in self.manifests.items()}
-        return Inventory(manifests, dict(self.branches), dict(self.damaged), list(self.unfinished), list(self.bases))
+        rest = (list(self.unfinished), list(self.bases), list(self.taken))
+        return Inventory(manifests, dict(self.branches), dict(self.damaged), *rest)

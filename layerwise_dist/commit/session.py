@@ -38,6 +38,7 @@ from layerwise_dist.errors import DamageError, DeadlineError, DirectoryError, Ow
 from layerwise_dist.patience import DISK_SHARE, stuck_calls, within
 from layerwise_dist.storage import layout
 from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage.odd import leave
 from layerwise_dist.storage.retention import retired, unneeded_bases
 
 log = logging.getLogger("layerwise_dist")
@@ -85,6 +86,7 @@ class Committer:
         self._draft: Manifest | None = None
         # Removed here, and perhaps not for good: a flush failed, or they are still to be removed elsewhere.
         self._returning: dict[AttemptId, Manifest] = {}
+        self._linked: set[int] = set()  # seqs of manifests that lie behind a link: nothing there is removed
         self._bases_are_used = False
         self._bases_named: set[str] = set()  # as unneeded
         # `follow` comes from the training thread, while the coordinator's may still retire behind the last commit.
@@ -191,6 +193,8 @@ class Committer:
             keep_tags=self._keep_tags, above=inventory.newest_damage,
         )  # fmt: skip
         for seq in gone:
+            if seq in self._linked:
+                continue
             self.owner.check()
             attempt = inventory.manifests[seq].attempt_id
             try:
@@ -198,6 +202,10 @@ class Committer:
             except InDoubt:
                 self._returning[attempt] = inventory.manifests.pop(seq)  # a flush that failed is not tried again
                 raise
+            except OSError as error:
+                leave(error, attempt.folder)
+                self._linked.add(seq)  # it stays a checkpoint, and keeps what it refers to
+                continue
             self._returning[attempt] = inventory.manifests.pop(seq)
             withdrawn(attempt)
         for seq in sorted(inventory.branches)[:-1]:

@@ -8,11 +8,10 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,10 +21,12 @@ from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.doctor import findings, kernel, place, speed
 from layerwise_dist.doctor.findings import Finding
 from layerwise_dist.storage import layout
+from layerwise_dist.storage.exposure import exposed, exposed_above
 from layerwise_dist.storage.retention import staying
 from layerwise_dist.units import size
 
 SCRATCH = ".layerwise-doctor-"
+_WAY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _ROOM = 16 << 20  # beside the measured data: small files, metadata
 _USABLE_ALIGN = 4096  # the writer takes no direct I/O that wants more
 
@@ -72,6 +73,7 @@ def examine(directory: str, plan: Plan, progress: Callable[[str], None] = lambda
     add = report.findings.append
     owned = here and kernel.is_locked(os.path.join(looked_at, layout.OWNER))
     add(findings.of_directory(report.directory, looked_at, here, owned))
+    add(findings.of_access(_access(looked_at, here)))
     report.findings += findings.of_file_system(mount, device, kernel.flushes_are_hooked())
     state, held = plan.state_bytes, findings.Held(0, 0)
     source = "as given"
@@ -121,6 +123,13 @@ def examine(directory: str, plan: Plan, progress: Callable[[str], None] = lambda
     return report
 
 
+def _access(looked_at: str, here: bool) -> list[str]:
+    try:
+        return [*(exposed(looked_at) if here else ()), *exposed_above(looked_at)]
+    except OSError as error:
+        return [f"{_said(error)}: who may write there can't be told"]
+
+
 def _backend(config: LayerwiseConfig, refusal: str | None) -> str | None:
     """What the engine would write with; None where it would refuse to start."""
     wanted = config.writer.backend
@@ -149,8 +158,8 @@ def _on_disk(folder: str) -> int:
     try:
         with os.scandir(folder) as entries:
             return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in entries)
-    except FileNotFoundError:
-        return 0  # a job that runs retired it meanwhile
+    except (FileNotFoundError, NotADirectoryError):
+        return 0  # a job that runs retired it meanwhile, or it is no folder
 
 
 def _failed(error: OSError) -> Finding:
@@ -171,25 +180,62 @@ def _said(error: OSError) -> str:
 
 @contextmanager
 def _scratch(parent: str) -> Iterator[str]:
-    folder = os.path.join(parent, f"{SCRATCH}{os.getpid()}-{secrets.token_hex(4)}")
-    with _signals_raise():
+    """A way to a new folder that stays the same whatever others put in its name's place."""
+    name = f"{SCRATCH}{os.getpid()}-{secrets.token_hex(4)}"
+    with _signals_raise(), ExitStack() as stack:
+        above = os.open(parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        stack.callback(os.close, above)
         try:
-            os.mkdir(folder, 0o700)
-            yield folder
+            os.mkdir(name, 0o700, dir_fd=above)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, os.path.join(parent, name)) from None
+        held: list[int] = []
+        try:
+            held.append(os.open(name, _WAY, dir_fd=above))
+            stack.callback(os.close, held[0])
+            way = f"/proc/self/fd/{held[0]}"
+            yield way if os.path.isdir(way) else os.path.join(parent, name)
+        except OSError as error:
+            _rename(error, held, os.path.join(parent, name))
+            raise
         finally:
-            _remove(folder)
+            _remove(name, above, held)
 
 
-def _remove(folder: str) -> None:
+def _rename(error: OSError, held: list[int], folder: str) -> None:
+    """The error names the path that the user knows."""
+    way = f"/proc/self/fd/{held[0]}" if held else folder
+    if isinstance(error.filename, str) and error.filename.startswith(way):
+        error.filename = folder + error.filename[len(way) :]
+
+
+def _remove(name: str, above: int, held: list[int]) -> None:
     """Not to be interrupted: a second Ctrl-C would leave the data behind."""
     main = threading.current_thread() is threading.main_thread()
     before: Any = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
     try:
-        if os.path.isdir(folder):
-            shutil.rmtree(folder)
+        for folder in held:
+            _empty(folder)
+        os.rmdir(name, dir_fd=above)
     finally:
         if main:
             signal.signal(signal.SIGINT, before)
+
+
+def _empty(folder: int) -> None:
+    """Removes all that is in an open folder, and follows no link."""
+    with os.scandir(folder) as entries:
+        found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+    for name, is_folder in found:
+        if not is_folder:
+            os.unlink(name, dir_fd=folder)
+            continue
+        inner = os.open(name, _WAY, dir_fd=folder)
+        try:
+            _empty(inner)
+        finally:
+            os.close(inner)
+        os.rmdir(name, dir_fd=folder)
 
 
 @contextmanager

@@ -54,6 +54,16 @@ def of_directory(directory: str, looked_at: str, here: bool, locked: bool) -> Fi
     return Finding("directory", "ok", text, None, figures)
 
 
+def of_access(exposed: list[str]) -> Finding:
+    figures = {"exposed": exposed}
+    if not exposed:
+        return Finding("access", "ok", "Nobody else may change what lies there, but root.", None, figures)
+    shown = "; ".join(exposed[:4]) + (f"; and {len(exposed) - 4} more" if len(exposed) > 4 else "")
+    text = f"{shown}: others may change or remove checkpoints, put links there, or another directory in its place."
+    advice = "chmod go-w, or the sticky bit above it; or a directory of the job's user below one that is nobody else's."
+    return Finding("access", "warn", text, advice, figures)
+
+
 def of_file_system(mount: Mount | None, device: Device | None, hooked: str | None) -> list[Finding]:
     if mount is None:
         return [Finding("file_system", "warn", "/proc/self/mountinfo does not tell which file system this is.")]

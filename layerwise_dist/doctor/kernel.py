@@ -7,6 +7,7 @@ import fcntl
 import os
 import re
 import resource
+import stat
 import struct
 from pathlib import Path
 
@@ -60,7 +61,9 @@ def lockable_bytes() -> int | None:
 def is_locked(path: str) -> bool:
     """Whether a live job holds this owner file's lock. Only asks; False for what is not there or may not be opened."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            return False  # opening a pipe would wait, and a device may act
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
         return False
     try:

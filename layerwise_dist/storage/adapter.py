@@ -70,6 +70,7 @@ class PCCheckAdapter:
 
         With `backend` "nvm", `env` is an NvmEnv. Raises ConfigError where "uring" is refused or "nvm" finds no DAX.
         """
+        env.confine(root)
         self.hash = hash
         self.recycler = Recycler(env, root, rank, limit=spares, file_mode=file_mode)
         self.env, self.root, self.rank, self.world_size = env, root, rank, world_size

@@ -25,6 +25,8 @@ MANIFEST_TMP = "manifest.json.tmp"
 PARTIAL = ".partial"
 BASES = "base"  # folder of the folders of frozen parameters, each named after the attempt that wrote it
 
+MOST = (1 << 32) - 1  # the largest epoch and seq
+
 _STEP_DIR = re.compile(r"step_(\d{10})-([0-9a-f]{8})([0-9a-f]{8})\Z")
 _SHARD = re.compile(r"rank_(\d{5})\.safetensors(\.partial)?\Z")
 _BRANCH = re.compile(r"branch_(\d{10})\.json(\.tmp)?\Z")
@@ -88,6 +90,12 @@ def parse_branch(name: str) -> int | None:
     """The seq of a finished branch record's name, or None."""
     match = _BRANCH.match(name)
     return int(match[1]) if match and not match[2] else None
+
+
+def parse_unfinished_branch(name: str) -> int | None:
+    """The seq of a branch record that was being written, or None."""
+    match = _BRANCH.match(name)
+    return int(match[1]) if match and match[2] else None
 
 
 def is_shard_file(name: str) -> bool:

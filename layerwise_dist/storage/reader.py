@@ -15,6 +15,7 @@ from typing import Any
 from layerwise_dist import _native
 from layerwise_dist.errors import DamageError
 from layerwise_dist.slices import ITEM_BYTES, Slice, ranks_of
+from layerwise_dist.storage.odd import oddity
 from layerwise_dist.storage.shard import ALIGN, FORMAT, HEADER_CAP, STATE_BYTES, STATE_JSON, UNHASHED, cut_segments
 
 
@@ -201,6 +202,10 @@ class Shard:
             self._reader = _native.ShardReader(env, pool, path)
         except FileNotFoundError:
             raise DamageError(f"shard {path}: the file is missing") from None
+        except OSError as error:
+            if (what := oddity(error, path)) is not None:
+                raise DamageError(f"shard {what}") from None
+            raise
         if self._reader.size != nbytes:
             raise DamageError(f"shard {path}: is {self._reader.size} bytes long, the manifest says {nbytes}")
         header = self._reader.read(0, header_bytes)

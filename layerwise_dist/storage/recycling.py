@@ -18,6 +18,7 @@ from typing import Any, Literal
 from layerwise_dist import background
 from layerwise_dist.storage import layout, network
 from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage.odd import leave, oddity
 
 log = logging.getLogger("layerwise_dist")
 
@@ -138,6 +139,8 @@ class Recycler:
             )
             with self._lock:
                 self._limit = 0
+        elif oddity(error, shard) is not None:
+            leave(error, shard)
         elif error.errno not in (errno.EBUSY, errno.ENOENT):  # a reader has it open, or somebody removed it
             log.warning("rank %d: %s is removed instead of reused: %s", self._rank, shard, error)
 
@@ -147,4 +150,7 @@ class Recycler:
         except FileNotFoundError:
             pass
         except OSError as error:
-            log.warning("rank %d: a file of an old checkpoint could not be removed: %s", self._rank, error)
+            if oddity(error, path) is not None:
+                leave(error, path)
+            else:
+                log.warning("rank %d: a file of an old checkpoint could not be removed: %s", self._rank, error)

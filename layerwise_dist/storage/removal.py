@@ -6,18 +6,28 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+from layerwise_dist.storage.odd import leave
+
 
 def remove(env: Any, folder: str, names: Iterable[str]) -> None:
     """Unlinks these files of `folder`, those that are there; the last one to leave removes the folder. Raises OSError.
 
     What else is in the folder, another rank's files or some that are not ours, keeps it.
     """
+    remove_files(env, folder, names)
+    remove_if_empty(env, folder)
+
+
+def remove_files(env: Any, folder: str, names: Iterable[str]) -> None:
+    """The same, without the folder. What is odd is named and stays, and so does all behind a link. Raises OSError."""
     for name in names:
+        path = os.path.join(folder, name)
         try:
-            env.unlink(os.path.join(folder, name))
+            env.unlink(path)
         except FileNotFoundError:
             pass
-    remove_if_empty(env, folder)
+        except OSError as error:
+            leave(error, path)
 
 
 def remove_if_empty(env: Any, folder: str) -> None:

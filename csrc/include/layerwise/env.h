@@ -143,6 +143,18 @@ class Env {
   Env& operator=(const Env&) = delete;
   virtual ~Env() = default;
 
+  // From now on this Env never leaves that directory by what is below it. A path below
+  // the root leads through folders only: a symbolic link on the way is ELOOP, and nothing
+  // is made, written, renamed, removed or given a mode behind it. Reading (NewReadableFile,
+  // ListDir, Stat, SyncDir) follows a link to a folder if this user, root or the owner of
+  // the root directory made it: somebody may have moved a folder away and linked it back.
+  // ".." is EINVAL.
+  //
+  // The root itself may be reached through links and need not exist yet. Once a call has
+  // opened it, ESTALE if its path leads to another directory. Other paths are taken as
+  // they are. An Env without links does nothing here.
+  virtual void Confine(const std::string& /*root*/) {}
+
   // The mode is exact: the process's umask does not reduce it. EEXIST if there.
   virtual Status MakeDir(const std::string& path, uint32_t mode) = 0;
 
@@ -153,10 +165,10 @@ class Env {
 
   // Takes a file that nobody needs any more over as a new one, with its space and
   // its old content: renames `from` to `to`, which must not exist (EEXIST), and opens
-  // it with exactly this mode. Refused with EBUSY if another name or anyone else,
-  // this process included, has the file; with EOPNOTSUPP where the file system
-  // cannot tell (it knows no leases, or no rename that does not replace). Otherwise
-  // errors are those of NewReadableFile.
+  // it with exactly this mode. What is no regular file is refused before that. EBUSY if another name or anyone else,
+  // this process included, has the file; EOPNOTSUPP where the file system cannot tell
+  // (it knows no leases, or no rename that does not replace). Otherwise errors are those
+  // of NewReadableFile.
   //
   // With EEXIST nothing has happened. After any other failure the file may have its
   // new name already: the caller unlinks `to`, which may be missing.
@@ -174,16 +186,18 @@ class Env {
   virtual Status ReuseFile(const std::string& from, const std::string& to, uint32_t mode, bool direct,
                            std::unique_ptr<WritableFile>* file) = 0;
 
-  // Opens a regular file (EISDIR, EINVAL otherwise) and follows no link (ELOOP).
+  // Opens a regular file (EISDIR, EINVAL otherwise) and follows no link (ELOOP). Nothing
+  // else is opened: a pipe would wait, and a device may act.
   virtual Status NewReadableFile(const std::string& path, bool direct,
                                  std::unique_ptr<ReadableFile>* file) = 0;
 
-  // Replaces `to` if it exists.
+  // Replaces `to` if it exists, and is a regular file: errors as NewReadableFile's.
   virtual Status Rename(const std::string& from, const std::string& to) = 0;
 
   // Makes the creations, renames and removals of names in this directory durable.
   virtual Status SyncDir(const std::string& path) = 0;
 
+  // A regular file: what is a link (ELOOP), a folder (EISDIR) or else (EINVAL) stays.
   virtual Status Unlink(const std::string& path) = 0;
   virtual Status RemoveDir(const std::string& path) = 0;
 
@@ -201,7 +215,7 @@ class Env {
   // create a file ".probe-*" there, which is gone when this returns.
   virtual Status DirectIo(const std::string& dir, std::optional<DirectIoAlignment>* alignment) = 0;
 
-  // The f_type of statfs(2) for the file system of `path`; 0 if it has none.
+  // The f_type of statfs(2) for the file system of the directory `path`; 0 if it has none.
   virtual Status FileSystem(const std::string& path, uint64_t* type);
 
   // NewWritableFile, Pwrite, Sync, Close. After a failure the file may exist,

@@ -1,9 +1,13 @@
 #ifndef LAYERWISE_POSIX_ENV_H_
 #define LAYERWISE_POSIX_ENV_H_
 
+#include <memory>
+
 #include "layerwise/env.h"
 
 namespace layerwise {
+
+class Roots;
 
 // The Env of the running system (Linux). Locks are open-file-description locks,
 // so they also exclude each other within one process.
@@ -12,6 +16,10 @@ namespace layerwise {
 // without direct I/O, so that 4096 is enough for every direct file.
 class PosixEnv : public Env {
  public:
+  PosixEnv();
+  ~PosixEnv() override;
+
+  void Confine(const std::string& root) override;
   Status MakeDir(const std::string& path, uint32_t mode) override;
   Status NewWritableFile(const std::string& path, uint32_t mode, bool direct,
                          std::unique_ptr<WritableFile>* file) override;
@@ -28,6 +36,12 @@ class PosixEnv : public Env {
   Status Lock(const std::string& path, uint32_t mode, std::unique_ptr<FileLock>* lock) override;
   Status DirectIo(const std::string& dir, std::optional<DirectIoAlignment>* alignment) override;
   Status FileSystem(const std::string& path, uint64_t* type) override;
+
+ protected:
+  Roots& roots() { return *roots_; }
+
+ private:
+  const std::unique_ptr<Roots> roots_;
 };
 
 }  // namespace layerwise
