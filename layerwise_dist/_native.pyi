@@ -48,6 +48,9 @@ class Env:
         that is another directory than at first is ESTALE (csrc/include/layerwise/env.h).
         """
 
+    def let_go(self) -> None:
+        """Closes the roots; the next call opens them again."""
+
     def make_dir(self, path: _Path, mode: int = 0o700) -> None: ...
     def create(self, path: _Path, mode: int = 0o600, direct: bool = False) -> WritableFile: ...
     def reuse(self, src: _Path, dst: _Path, mode: int = 0o600, direct: bool = False) -> WritableFile:

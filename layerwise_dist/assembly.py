@@ -215,6 +215,7 @@ def assemble(
     except BaseException:
         for close in reversed(closers):
             close()
+        env.let_go()
         raise
 
 

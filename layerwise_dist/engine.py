@@ -408,6 +408,7 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
                     "rank %d: close: the disk is busy%s; this process leaves that to itself, and what it uses is kept",
                     self._framework.rank, stuck_calls(),
                 )  # fmt: skip
+            self._manager.env.let_go()
             if self._preemption is not None:
                 self._preemption.close()
         if problem is not None:

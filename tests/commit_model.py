@@ -93,6 +93,9 @@ class Disk:
         self.fuse: int | None = None
         self.doubts = False  # the flush behind the next manifest's rename fails
 
+    def confine(self, root: str) -> None:
+        """It has no links."""
+
     def step(self, kind: str, path: str) -> None:
         if self.fuse is not None:
             self.fuse -= 1

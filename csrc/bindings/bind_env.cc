@@ -149,6 +149,7 @@ void BindEnv(nb::module_& m) {
   BindFiles(m);
   nb::class_<Env>(m, "Env")
       .def("confine", [](Env& env, const Path& root) { env.Confine(root.native()); }, nb::arg("root"))
+      .def("let_go", [](Env& env) { env.LetGo(); })
       .def("make_dir",
            [](Env& env, const Path& path, uint32_t mode) {
              Disk("make directory", path, [&] { return env.MakeDir(path.native(), mode); });

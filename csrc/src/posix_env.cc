@@ -22,6 +22,8 @@ PosixEnv::~PosixEnv() = default;
 
 void PosixEnv::Confine(const std::string& root) { roots_->Add(root); }
 
+void PosixEnv::LetGo() { roots_->LetGo(); }
+
 Status PosixEnv::MakeDir(const std::string& path, uint32_t mode) {
   Place place;
   Descriptor made;

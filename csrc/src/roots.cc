@@ -28,10 +28,17 @@ void Roots::Add(const std::string& path) {
   const size_t end = path.find_last_not_of('/');
   const std::string root = end == std::string::npos ? "/" : path.substr(0, end + 1);
   std::lock_guard lock(mutex_);
-  for (const Root& known : roots_) {
-    if (known.path == root) return;
+  for (Root& known : roots_) {
+    if (known.path != root) continue;
+    if (known.fd == nullptr) known.known = false;
+    return;
   }
   roots_.emplace_back().path = root;
+}
+
+void Roots::LetGo() {
+  std::lock_guard lock(mutex_);
+  for (Root& root : roots_) root.fd.reset();
 }
 
 // The innermost.
@@ -59,17 +66,19 @@ Status Roots::Hold(const char* operation, Root* root, Descriptor fd) {
   root->device = info.st_dev;
   root->inode = info.st_ino;
   root->owner = info.st_uid;
-  if (!root->fd.valid()) root->fd = std::move(fd);
+  if (root->fd == nullptr || !root->fd->valid()) root->fd = std::make_shared<const Descriptor>(std::move(fd));
   return Status::Ok();
 }
 
-Status Roots::Open(const char* operation, const std::string& path, Root* root, int* fd) {
+Status Roots::Open(const char* operation, const std::string& path, Root* root, Place* place) {
   // Not under the lock: a disk that does not answer would hold up every call.
   Descriptor there(open(root->path.c_str(), kWay));
   if (!there.valid()) return PosixError(operation, path);
   std::lock_guard lock(mutex_);
   Status status = Hold(operation, root, std::move(there));
-  *fd = root->fd.get();
+  if (!status.ok()) return status;
+  place->held_ = root->fd;
+  place->dir_ = root->fd->get();
   return status;
 }
 
@@ -120,7 +129,7 @@ Status Roots::Walk(const char* operation, const std::string& path, Root* root, L
     if (name == "..") return Status::IoError(EINVAL, std::string(operation) + ": a path with .. in it", path);
     names.push_back(name);
   }
-  Status status = Open(operation, path, root, &place->dir_);
+  Status status = Open(operation, path, root, place);
   if (!status.ok()) return status;
   place->name_.assign(1, '.');
   if (!whole && !names.empty()) {
@@ -134,8 +143,8 @@ Status Roots::Walk(const char* operation, const std::string& path, Root* root, L
     Descriptor next;
     status = Step(operation, path, *root, links, place->dir_, name, here, &next);
     if (!status.ok()) return status;
-    place->held_ = std::move(next);
-    place->dir_ = place->held_.get();
+    place->held_ = std::make_shared<const Descriptor>(std::move(next));
+    place->dir_ = place->held_->get();
   }
   return status;
 }

@@ -6,6 +6,7 @@
 #include <sys/types.h>
 
 #include <list>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <string_view>
@@ -21,7 +22,7 @@ enum class Links {
   kFollowed,  // if this user, root or the root directory's owner made it: whoever reads
 };
 
-// A name in a directory: what the *at calls take. Usable as long as the Roots that found it.
+// A name in a directory: what the *at calls take.
 class Place {
  public:
   int dir() const { return dir_; }
@@ -32,7 +33,7 @@ class Place {
 
   int dir_ = AT_FDCWD;
   std::string name_;
-  Descriptor held_;  // the directory, unless it is a root itself or the working directory
+  std::shared_ptr<const Descriptor> held_;  // the directory, unless it is the working directory
 };
 
 // The directories that an Env stays in (Env::Confine), and the way to every name below
@@ -48,6 +49,10 @@ class Roots {
  public:
   void Add(const std::string& path);
 
+  // Closes what is open of the roots, as soon as no call uses it any more. The next call
+  // opens them again, and they must be the same; after Add they need not be.
+  void LetGo();
+
   // Where the path's last name is. A path below no root is taken as it is, and so is a
   // root's own.
   Status Find(const char* operation, const std::string& path, Links links, Place* place);
@@ -62,7 +67,7 @@ class Roots {
  private:
   struct Root {
     std::string path;
-    Descriptor fd;
+    std::shared_ptr<const Descriptor> fd;  // null if it is not open
     bool known = false;
     dev_t device = 0;
     ino_t inode = 0;
@@ -70,7 +75,7 @@ class Roots {
   };
 
   Root* Around(const std::string& path);
-  Status Open(const char* operation, const std::string& path, Root* root, int* fd);
+  Status Open(const char* operation, const std::string& path, Root* root, Place* place);
   static Status Hold(const char* operation, Root* root, Descriptor fd);
   Status Walk(const char* operation, const std::string& path, Root* root, Links links, bool whole, Place* place);
   static Status Step(const char* operation, const std::string& path, const Root& root, Links links, int dir,

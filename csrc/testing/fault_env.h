@@ -42,6 +42,7 @@ class FaultEnv final : public Env {
   std::vector<std::string> trace() const { return plan_->trace(); }
 
   void Confine(const std::string& root) override { base_->Confine(root); }
+  void LetGo() override { base_->LetGo(); }
   Status MakeDir(const std::string& path, uint32_t mode) override;
   Status NewWritableFile(const std::string& path, uint32_t mode, bool direct,
                          std::unique_ptr<WritableFile>* file) override;

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdio>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -171,6 +172,30 @@ TEST_CASE("the root is reached through links, and stays the one that it was") {
   REQUIRE(symlink("ck", root.c_str()) == 0);
   REQUIRE_OK(env.ReadFile(root + "/d/new", 1, &data));
   CHECK(data == "x");
+}
+
+TEST_CASE("a root that was let go of is not open, and is still the one that it was until it is named again") {
+  Tree tree;
+  std::vector<std::string> names;
+  const auto open_here = [&] {
+    int found = 0;
+    for (int fd = 3; fd < 256; ++fd) {
+      char path[4096];
+      const ssize_t length = readlink(("/proc/self/fd/" + std::to_string(fd)).c_str(), path, sizeof(path));
+      found += std::string_view(path, length > 0 ? static_cast<size_t>(length) : 0).find(tree.root) == 0;
+    }
+    return found;
+  };
+  REQUIRE_OK(tree.env.ListDir(tree.root, &names));
+  CHECK(open_here() == 1);
+  tree.env.LetGo();
+  CHECK(open_here() == 0);
+  REQUIRE(rename(tree.root.c_str(), (tree.dir / "away").c_str()) == 0);
+  REQUIRE(mkdir(tree.root.c_str(), 0700) == 0);
+  CHECK_ERRNO(tree.env.ListDir(tree.root, &names), ESTALE);
+  tree.env.Confine(tree.root);
+  REQUIRE_OK(tree.env.ListDir(tree.root, &names));
+  CHECK(names.empty());
 }
 
 TEST_CASE("a root may be made after it was named, and roots lie in each other") {

@@ -14,6 +14,7 @@ class RootedEnv final : public Env {
   RootedEnv(Env* base, std::string root) : base_(base), root_(std::move(root)) {}
 
   void Confine(const std::string& root) override { base_->Confine(root_ + root); }
+  void LetGo() override { base_->LetGo(); }
   Status MakeDir(const std::string& path, uint32_t mode) override { return base_->MakeDir(root_ + path, mode); }
   Status NewWritableFile(const std::string& path, uint32_t mode, bool direct,
                          std::unique_ptr<WritableFile>* file) override {

@@ -155,6 +155,10 @@ class Env {
   // they are. An Env without links does nothing here.
   virtual void Confine(const std::string& /*root*/) {}
 
+  // Keeps no root open. The next call opens it again, as the same one; after another
+  // Confine it may be any.
+  virtual void LetGo() {}
+
   // The mode is exact: the process's umask does not reduce it. EEXIST if there.
   virtual Status MakeDir(const std::string& path, uint32_t mode) = 0;
 

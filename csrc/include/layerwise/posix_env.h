@@ -20,6 +20,7 @@ class PosixEnv : public Env {
   ~PosixEnv() override;
 
   void Confine(const std::string& root) override;
+  void LetGo() override;
   Status MakeDir(const std::string& path, uint32_t mode) override;
   Status NewWritableFile(const std::string& path, uint32_t mode, bool direct,
                          std::unique_ptr<WritableFile>* file) override;
