@@ -11,6 +11,7 @@
 #include "deadline.h"
 #include "layerwise/calls.h"
 #include "layerwise/hash.h"
+#include "layerwise/mapped.h"
 
 namespace layerwise {
 
@@ -251,6 +252,8 @@ Status ShardReader::ReadBlocks(const std::vector<Block>& blocks, const std::vect
       return Status::InvalidArgument("segment " + std::to_string(i) + " of a read of " + path_ +
                                      " leaves its block or has no address");
     }
+    Status status = CheckMapped(segment.address, segment.length);
+    if (!status.ok()) return Status::InvalidArgument("a read of " + path_ + " into " + status.message());
   }
   if (blocks.empty()) return Status::Ok();
   return std::make_shared<Job>(this, blocks, segments)->Run(bad);

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from layerwise_dist.capture.audit import Audit
-from layerwise_dist.capture.held import check_present
+from layerwise_dist.capture.held import MemoryGone, check_present
 from layerwise_dist.capture.stage import Handover, Stage, Wait, lay_views
 from layerwise_dist.capture.survey import Survey
 from layerwise_dist.errors import LayerwiseError
@@ -45,6 +45,7 @@ class Capture:
         """`timeout_s`: the longest wait for the disk before memory is overwritten or captured again.
 
         `verdict_wanted()` is called once all is written, if the training thread has not judged it by then.
+        Raises MemoryGone for what is not mapped.
         """
         self.step, self.write, self.survey = step, write, survey
         self._audit, self._stage, self._gathered = audit, stage, gathered
@@ -61,7 +62,10 @@ class Capture:
         self.bytes_staged = self.bytes_sealed = 0
         # Gathered extents get their memory when there is something in it.
         others = len(survey.copied) + len(gathered)
-        write.set_addresses(survey.addresses + [0] * others)
+        try:
+            write.set_addresses(survey.addresses + [0] * others)
+        except ValueError as error:
+            raise MemoryGone(f"{error}: a tensor that is not where it says") from error
 
     def take(self, batches: Collection[int]) -> None:
         """Captures these batches as they are now. REQUIRES: nothing of them is queued (`drain`).

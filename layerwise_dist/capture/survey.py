@@ -11,14 +11,16 @@ from typing import Any
 import torch
 
 from layerwise_dist.capture.held import check_present, holder
-from layerwise_dist.errors import ConfigError, UnsupportedError
+from layerwise_dist.errors import ConfigError, StateError, UnsupportedError
 from layerwise_dist.frameworks.base import Framework, ParamView, same_objects
 from layerwise_dist.frameworks.names import check_unique
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
+from layerwise_dist.frameworks.subclasses import describe_param, is_description, stands_for_others
 from layerwise_dist.geometry import Geometry
 from layerwise_dist.overlaps import overlaps
 from layerwise_dist.pieces import Batch, Piece, check_layout
 from layerwise_dist.scheduler import LayerSize
+from layerwise_dist.storage import typed_json
 from layerwise_dist.storage.shard import PACK_BELOW, Source
 
 # Extent of everything that is copied at the boundary. No module's name can clash: it has no layer's place in the tree.
@@ -284,7 +286,11 @@ class Surveyor:
                     check_layout(f"{self._optimizer.kind}'s state {name} of {view.fqn}", value)
                     add(view, name, value, True)
                 else:
+                    if is_description(name, value):
+                        self._check_description(f"{self._optimizer.kind}'s state {name[:-2]} of {view.fqn}", value)
                     scalars.append((view.fqn, name, state))
+        for view in self._framework.standing:
+            self._check_description(f"parameter {view.fqn}", describe_param(view.param))
         buffers = [fqn for fqn, _ in self._framework.buffers()]
         check_unique("a parameter and a buffer", [view.fqn for view in self._framework.params] + buffers)
         copied += [Piece(part, local, lease=False) for part, local in self._framework.written_buffers()]
@@ -312,7 +318,10 @@ class Surveyor:
         """
         held: list[tuple[str, str, torch.Tensor]] = []
         for view, state in zip(self._framework.params, states, strict=True):
-            held.append(("param", view.fqn, view.param))
+            params = [view.param]
+            if stands_for_others(view.param):
+                params = [tensor for _, tensor in self._framework.param_parts(view)]
+            held += [("param", view.fqn, param) for param in params]
             held += [(name, view.fqn, value) for name, value in state.items() if _is_dense(value)]
         held += [("buffer", fqn, buffer) for fqn, buffer in self._framework.buffers()]
         objects = list({id(tensor): tensor for _, _, tensor in held}.values())
@@ -377,6 +386,15 @@ class Surveyor:
             pieces = sorted((p for name in names for p in layers[name]), key=lambda p: p.slice.nbytes >= PACK_BELOW)
             made.append(Batch(tuple(names), tuple(pieces), staged[names[0]]))
         return tuple(made)
+
+    def _check_description(self, name: str, description: Mapping[str, Any]) -> None:
+        """Of a tensor that stands for others: whether typed JSON takes all that it needs beside those."""
+        try:
+            typed_json.dumps(description, path="it")
+        except StateError as error:
+            raise UnsupportedError(
+                f"{name} is a {description['class']}, of which __tensor_flatten__ gives what cannot be written: {error}"
+            ) from error
 
     def _check_name(self, name: object) -> None:
         if not isinstance(name, str) or not name or "/" in name or name in _OTHER_KINDS:
