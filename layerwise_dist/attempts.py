@@ -116,16 +116,17 @@ class Attempts:
         if not self._admitted(attempt, patience_s):
             return None
         self._participant.began(attempt)
+        write: ShardWrite | None = None
         try:
             if found is None:
                 self._surveyor.gather()
                 found = self._expected()
             laid = self._lay_out(found)
             write = self._adapter.begin(attempt, laid.shard, laid.plan)
+            return self._capture(step, found, laid, write, self._audits.next(found))
         except (LayerwiseError, OSError) as error:
-            self.fail(attempt, error, self._adapter.unbegun(attempt))
+            self.fail(attempt, error, write or self._adapter.unbegun(attempt))
             return None
-        return self._capture(step, found, laid, write, self._audits.next(found))
 
     def again(self, capture: Capture) -> Capture:
         """The attempt of `capture`, which is open, with what there is now: something came, went or moved since then.
@@ -145,6 +146,7 @@ class Attempts:
 
     def close(self, timeout_s: float) -> bool:
         """Whether it could be done in time. REQUIRES: nothing is staged any more."""
+        self._last = None  # with it, the memory that it holds
         return self._stage is None or self._stage.close(timeout_s)
 
     # -- inside -------------------------------------------------------------------------------------------------

@@ -396,6 +396,7 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
             self._objects.detach()
             self._attempts.close_pages()
             self._framework.detach()
+            self._surveyor.forget()
             self._participant.close(left())
             closed = [
                 self._coordinator is None or self._coordinator.close(left()),
@@ -403,6 +404,7 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
                 self._frozen.close(left()),
                 self._adapter.close(max(_LAST_S, left())),
             ]
+            self._captures.clear()
             if not all(closed):
                 log.warning(
                     "rank %d: close: the disk is busy%s; this process leaves that to itself, and what it uses is kept",

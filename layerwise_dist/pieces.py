@@ -123,13 +123,30 @@ def check_layout(name: str, tensor: torch.Tensor) -> None:
         way_out = "keep its parts (values and indices, say) as tensors of their own"
     elif is_traceable_wrapper_subclass(local):
         problem = f"is a {type(local).__name__}, which has no memory of its own but stands for other tensors"
-        way_out = "keep those; of tensor subclasses only DTensors can be saved"
+        way_out = (
+            "keep those; only frozen parameters of a plain module can be such tensors, and an optimizer's state where "
+            "ranks have whole parameters (not with FSDP or ZeRO)"
+        )
+    elif _is_hollow(local):
+        problem = f"is a {type(local).__name__}, which has no memory and does not tell what it stands for"
+        way_out = "give its class __tensor_flatten__ and __tensor_unflatten__, or keep the tensors inside it"
     elif _overlaps(local):
         strides = f"shape {list(local.shape)}, strides {list(local.stride())}"
         problem = f"has several elements in one place in memory ({strides}), so a checkpoint cannot be filled into it"
         way_out = "give each its own place with .contiguous() or .clone()"
     if problem:
         raise UnsupportedError(f"{name} {problem}: {way_out}; a buffer can also be left out, with persistent=False")
+
+
+def _is_hollow(tensor: torch.Tensor) -> bool:
+    """Whether it is of a subclass that was made without memory."""
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter) or not tensor.numel():
+        return False
+    with torch._C.DisableTorchFunctionSubclass():
+        try:
+            return not tensor.data_ptr()
+        except RuntimeError:  # what torch raises where a subclass has turned that into an error
+            return True
 
 
 def _overlaps(tensor: torch.Tensor) -> bool:

@@ -11,6 +11,7 @@ says anything: where it is not the same on all ranks, each of them saves its own
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -112,7 +113,7 @@ class Replicas:
         self._needed = participant.world_size > 1
         self.agreed = not self._needed
         self._unlike: set[str] = set()
-        self._of: Survey | None = None
+        self._of: weakref.ref[Survey] | None = None  # which holds memory, and must not live on for this
         self._common: dict[str, Common] = {}
         self._known: dict[str, set[str]] = {}  # names that were compared, by the ranks that hold them alike
 
@@ -177,8 +178,8 @@ class Replicas:
         if not self._needed:
             return
         new: dict[str, list[str]] = {}
-        if found is not self._of:
-            self._of, self._common = found, self._look(state=True)
+        if self._of is None or self._of() is not found:
+            self._of, self._common = weakref.ref(found), self._look(state=True)
             new = {ranks: each.new(self._known.setdefault(ranks, set())) for ranks, each in self._common.items()}
         groups = [
             [ranks, each.listing, *each.sample(attempt.seq), new.get(ranks, [])] for ranks, each in self._common.items()

@@ -1,5 +1,6 @@
 #include "bind_buffers.h"
 
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstdint>
@@ -7,6 +8,7 @@
 #include <utility>
 
 #include "convert.h"
+#include "layerwise/memory_hold.h"
 
 namespace layerwise {
 
@@ -90,6 +92,23 @@ int GetView(PyObject* object, Py_buffer* view, int flags) {
 
 void DropView(PyObject* object, Py_buffer*) { nb::inst_ptr<PyBuffer>(object)->views -= 1; }
 
+struct PyHold {
+  std::unique_ptr<MemoryHold> it;
+};
+
+// REQUIRES: the GIL, under which torch changes who owns what.
+void InitHold(PyHold* self, const std::vector<std::pair<uintptr_t, uintptr_t>>& owners) {
+  std::vector<MemoryHold::Claim> claims;
+  claims.reserve(owners.size());
+  for (const auto& [owner, data] : owners) {
+    if (owner == 0) throw StatusError(Status::InvalidArgument("a hold on an owner at address 0"));
+    claims.push_back({reinterpret_cast<MemoryHold::Owner*>(owner), data});
+  }
+  std::unique_ptr<MemoryHold> hold;
+  Check(MemoryHold::Take(claims, &hold));
+  new (self) PyHold{std::move(hold)};
+}
+
 PyType_Slot buffer_slots[] = {{Py_bf_getbuffer, reinterpret_cast<void*>(GetView)},
                               {Py_bf_releasebuffer, reinterpret_cast<void*>(DropView)},
                               {0, nullptr}};
@@ -108,6 +127,12 @@ void BindBuffers(nb::module_& m) {
                    })
       .def_prop_ro("nbytes", [](PyBuffer& buffer) { return buffer.it.size(); })
       .def("release", &Release);
+
+  nb::class_<PyHold>(m, "MemoryHold")
+      .def("__init__", &InitHold, nb::arg("owners"))
+      .def_prop_ro_static("deleter",
+                          [](nb::handle) { return reinterpret_cast<uintptr_t>(MemoryHold::deleter()); })
+      .def_prop_ro_static("orphans", [](nb::handle) { return MemoryHold::orphans(); });
 
   nb::class_<PyBuffers>(m, "BufferPool")
       .def("__init__", &InitBuffers, nb::arg("nbytes"))

@@ -4,6 +4,7 @@
 #include "layerwise/calls.h"
 #include "layerwise/hash.h"
 #include "layerwise/huge_pages.h"
+#include "layerwise/mapped.h"
 #include "layerwise/signal_ear.h"
 #include "layerwise/writer_pool.h"
 
@@ -43,6 +44,7 @@ uint64_t HashBuffer(nb::handle data) {
 }
 
 uint64_t HashMemory(uintptr_t address, size_t nbytes) {
+  Check(CheckMapped(address, nbytes));
   const Unheld unheld;
   return Xxh3(reinterpret_cast<const void*>(address), nbytes);
 }
@@ -64,7 +66,7 @@ NB_MODULE(_native, m) {
   m.doc() = "The native core: files, shards, hashes. Errors of the operating system are OSError.";
   m.def("xxh3_64", HashBuffer, nb::arg("buffer"), "XXH3-64 (seed 0) of any contiguous buffer.");
   m.def("hash_memory", HashMemory, nb::arg("address"), nb::arg("nbytes"),
-        "XXH3-64 of memory, which must be mapped and unchanged until this returns.");
+        "XXH3-64 of memory, which must stay mapped and unchanged until this returns. ValueError if it is not mapped.");
   m.def("make_huge", MakeHugeMemory, nb::arg("address"), nb::arg("nbytes"),
         "Asks for huge pages under memory, which keeps its content; returns the bytes that have them now.");
   m.def("hear_signal", [](int number, int bell) { Check(HearSignal(number, bell)); }, nb::arg("number"), nb::arg("bell"),

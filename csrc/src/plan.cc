@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "layerwise/aligned_buffer.h"
+#include "layerwise/mapped.h"
 
 namespace layerwise {
 
@@ -93,6 +94,12 @@ Status Plan::Create(std::vector<Block> blocks, std::vector<Segment> segments, ui
     made->block_bytes_ = std::max(made->block_bytes_, block.length);
     made->end_ = std::max(made->end_, block.offset + block.length);
   }
+  made->reach_.assign(tensors, 0);
+  for (const Segment& segment : segments) {
+    uint64_t& reach = made->reach_[segment.tensor];
+    reach = std::max(reach, segment.tensor_offset + segment.length);
+  }
+  made->mapped_.reset(new std::atomic<uintptr_t>[tensors]());
   made->first_segment_.reserve(blocks.size() + 1);
   size_t next = 0;
   for (size_t i = 0; i < blocks.size(); ++i) {
@@ -104,6 +111,15 @@ Status Plan::Create(std::vector<Block> blocks, std::vector<Segment> segments, ui
   made->segments_ = std::move(segments);
   *plan = std::move(made);
   return Status::Ok();
+}
+
+Status Plan::CheckAddress(size_t tensor, uintptr_t address) const {
+  std::atomic<uintptr_t>& mapped = mapped_[tensor];
+  if (address == mapped.load(std::memory_order_relaxed)) return Status::Ok();
+  Status status = CheckMapped(address, reach_[tensor]);
+  if (!status.ok()) return Status::InvalidArgument("tensor " + std::to_string(tensor) + ": " + status.message());
+  mapped.store(address, std::memory_order_relaxed);
+  return status;
 }
 
 std::span<const Plan::Segment> Plan::segments(size_t block) const {

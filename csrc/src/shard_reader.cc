@@ -12,6 +12,7 @@
 #include "guarded.h"
 #include "layerwise/calls.h"
 #include "layerwise/hash.h"
+#include "layerwise/mapped.h"
 
 namespace layerwise {
 
@@ -256,6 +257,8 @@ Status ShardReader::ReadBlocks(const std::vector<Block>& blocks, const std::vect
       return Status::InvalidArgument("segment " + std::to_string(i) + " of a read of " + path_ +
                                      " leaves its block or has no address");
     }
+    Status status = CheckMapped(segment.address, segment.length);
+    if (!status.ok()) return Status::InvalidArgument("a read of " + path_ + " into " + status.message());
   }
   if (blocks.empty()) return Status::Ok();
   return std::make_shared<Job>(this, blocks, segments)->Run(bad);

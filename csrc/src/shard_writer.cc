@@ -41,8 +41,9 @@ Status ShardWriter::SetAddress(size_t tensor, uintptr_t address) {
     return Status::InvalidArgument("tensor " + std::to_string(tensor) + " of a plan with " +
                                    std::to_string(plan_->tensors()));
   }
-  addresses_[tensor].store(address, std::memory_order_relaxed);
-  return Status::Ok();
+  Status status = address == 0 ? Status::Ok() : plan_->CheckAddress(tensor, address);
+  if (status.ok()) addresses_[tensor].store(address, std::memory_order_relaxed);
+  return status;
 }
 
 Status ShardWriter::SetAddresses(const std::vector<uintptr_t>& addresses) {
@@ -51,7 +52,8 @@ Status ShardWriter::SetAddresses(const std::vector<uintptr_t>& addresses) {
                                    std::to_string(plan_->tensors()) + " tensors");
   }
   for (size_t i = 0; i < addresses.size(); ++i) {
-    addresses_[i].store(addresses[i], std::memory_order_relaxed);
+    Status status = SetAddress(i, addresses[i]);
+    if (!status.ok()) return status;
   }
   return Status::Ok();
 }

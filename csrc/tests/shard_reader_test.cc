@@ -212,7 +212,7 @@ TEST_CASE("what direct I/O refuses is read without it") {
   CHECK(f.env.injected() == 1);
 }
 
-TEST_CASE("segments that leave their block are refused before anything is read") {
+TEST_CASE("segments that leave their block, or memory, are refused before anything is read") {
   ShardFixture f;
   const std::string content = Pattern(4096);
   REQUIRE_OK(f.disk.WriteFile("/s", content, 0600));
@@ -222,7 +222,8 @@ TEST_CASE("segments that leave their block are refused before anything is read")
   std::vector<size_t> bad;
   for (const ShardReader::Segment& segment :
        {ShardReader::Segment{1, 0, address, 1}, ShardReader::Segment{0, 4096, address, 1},
-        ShardReader::Segment{0, 1, address, UINT64_MAX}, ShardReader::Segment{0, 0, 0, 1}}) {
+        ShardReader::Segment{0, 1, address, UINT64_MAX}, ShardReader::Segment{0, 0, 0, 1},
+        ShardReader::Segment{0, 0, 1, 1}}) {
     CHECK(reader->ReadBlocks(BlocksOf(content), {segment}, &bad).code() == Status::Code::kInvalidArgument);
   }
   REQUIRE_OK(reader->ReadBlocks({}, {}, &bad));

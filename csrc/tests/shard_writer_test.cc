@@ -137,6 +137,8 @@ SHARD_TEST_CASE("misuse is refused and changes nothing") {
   auto writer = f.Writer(f.Simple(2));
   CHECK(writer->Submit(0, 1).code() == Status::Code::kFailedPrecondition);
   CHECK(writer->SetAddress(1, 1).code() == Status::Code::kInvalidArgument);
+  CHECK(writer->SetAddress(0, 1).code() == Status::Code::kInvalidArgument);
+  CHECK(writer->SetAddresses({1}).code() == Status::Code::kInvalidArgument);
   CHECK(writer->SetAddresses({}).code() == Status::Code::kInvalidArgument);
   REQUIRE_OK(writer->SetAddress(0, tensor.address()));
   CHECK(writer->Submit(1, 2).code() == Status::Code::kInvalidArgument);

@@ -7,6 +7,7 @@ makes the host wait for the device whatever its size, so that is done in every h
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -52,7 +53,7 @@ class Audit:
         """Remembers what of these batches is read in place."""
         for piece in self._windows:
             if survey.leased[piece] and survey.batch_of[piece] in batches:
-                self.note(piece, survey.tensors[piece].data_ptr())
+                self.note(piece, survey.addresses[piece])
 
     def staged(self, survey: Survey) -> bool:
         """Whether any of it is staged, so that `changed` has to wait for that."""
@@ -65,11 +66,15 @@ class Audit:
             for piece, windows in self._windows.items()
             if (survey.leased[piece] or not leased_only)
             and (batches is None or survey.batch_of[piece] in batches)
-            and any(_hash(survey.tensors[piece], window) != self._noted[window] for window in windows)
+            and any(_hash(survey, window) != self._noted[window] for window in windows)
         }
 
 
-def _hash(tensor: torch.Tensor, window: Window) -> int:
+def _hash(survey: Survey, window: Window) -> int:
+    """Of what is read in place, where it is read: the tensor may have taken other memory."""
+    tensor = survey.tensors[window.piece]
+    if survey.leased[window.piece]:
+        return _native.hash_memory(survey.addresses[window.piece] + window.begin, window.end - window.begin)
     if tensor.device.type != "cpu":
         # Waits for the device: the price of an audit there.
         tensor = tensor.detach().reshape(-1).view(torch.uint8)[window.begin : window.end].cpu()
@@ -83,7 +88,7 @@ class Rotation:
     def __init__(self, *, always: bool) -> None:
         self._always = always
         self._opened = 0
-        self._of: Survey | None = None
+        self._of: weakref.ref[Survey] | None = None  # which holds memory, and must not live on for this
         self._units: list[list[Window]] = []
 
     def again(self, survey: Survey) -> Audit:
@@ -96,8 +101,8 @@ class Rotation:
         self._opened += 1
         if self._always or number < FULL_FIRST:
             return Audit(_whole(survey.pieces), full=True)
-        if self._of is not survey:
-            self._of, self._units = survey, units(survey.pieces)
+        if self._of is None or self._of() is not survey:
+            self._of, self._units = weakref.ref(survey), units(survey.pieces)
         windows = share(self._units, number - FULL_FIRST)
         if number % ROUND == ROUND - 1:
             windows += [window for window in _whole(survey.pieces) if not survey.pieces[window.piece].on_host]

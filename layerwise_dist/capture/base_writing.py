@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 import torch
 
 from layerwise_dist import _native, background
+from layerwise_dist.capture.held import check_present
 from layerwise_dist.capture.stage import copies_for
 from layerwise_dist.errors import DeadlineError, LayerwiseError
 from layerwise_dist.patience import stuck_calls
@@ -50,6 +51,7 @@ class Content:
     def bind(self, tensors: Sequence[torch.Tensor]) -> None:
         """From now on these are the tensors, of the same sizes."""
         self._tensors = list(tensors)
+        self._addresses = [tensor.data_ptr() for tensor in tensors]
         self.on_host = [all(on_host(self._tensors[part[0]]) for part in parts) for parts in self._parts]
 
     def __len__(self) -> int:
@@ -67,7 +69,7 @@ class Content:
         """XXH3-64 of what the block would be now. Of device memory it waits for the device."""
         tensor, offset, _, length = self._parts[block][0]
         if length == self.lengths[block] and self.on_host[block]:
-            return _native.hash_memory(self._tensors[tensor].data_ptr() + offset, length)
+            return _native.hash_memory(self._addresses[tensor] + offset, length)
         memory = torch.empty(self.lengths[block], dtype=torch.uint8, device="cpu")
         self.lay([block], [memory])
         return _native.hash_memory(memory.data_ptr(), len(memory))
@@ -81,8 +83,9 @@ class Content:
             for number, offset, inside, nbytes in self._parts[block]:
                 tensor = self._tensors[number]
                 if on_host(tensor):  # not by torch, which would start a team of threads for this one
-                    ctypes.memmove(row.data_ptr() + inside, tensor.data_ptr() + offset, nbytes)
+                    ctypes.memmove(row.data_ptr() + inside, self._addresses[number] + offset, nbytes)
                 else:
+                    check_present("a frozen parameter", tensor)
                     source = tensor.detach().reshape(-1).view(torch.uint8)[offset : offset + nbytes]
                     by_device.setdefault(tensor.device, []).append((row[inside : inside + nbytes], source))
         for device, pairs in by_device.items():
@@ -96,16 +99,19 @@ def on_host(tensor: torch.Tensor) -> bool:
 
 
 class Writing:
-    """A base on its way to the disk, by a thread of its own. Its tensors stay alive until they were read.
+    """A base on its way to the disk, by a thread of its own. Its tensors, and their memory, stay until they were read.
 
     A run of blocks is copied, then written from the copy. So what is in the file is what the writer has hashed, and it
     is what the boundary had hashed or the base fails: whoever changed it meanwhile, no fence has to keep it from that.
     """
 
-    def __init__(self, file: BaseFile, content: Content, hashes: Sequence[int], names: Sequence[str]) -> None:
-        """`hashes` are what the blocks are to hold, `names` the tensors'."""
+    def __init__(
+        self, file: BaseFile, content: Content, hashes: Sequence[int], names: Sequence[str], held: object
+    ) -> None:
+        """`hashes` are what the blocks are to hold, `names` the tensors'; `held` holds their memory."""
         self._file, self._hashes, self._names = file, hashes, names
         self._content: Content | None = content
+        self._held: object | None = held
         self._report: BaseReport | None = None
         self._failure: BaseException | None = None
         self._read, self._done = threading.Event(), threading.Event()
@@ -156,7 +162,7 @@ class Writing:
             self._failure = error
             self._discard()
         finally:
-            self._content = None
+            self._content = self._held = None
             self._read.set()
             self._done.set()
 
@@ -172,7 +178,7 @@ class Writing:
             rows = memory.split(block_bytes)
             content.lay(run, [rows[place][: content.lengths[block]] for place, block in enumerate(run)])
             if run.stop == len(content):
-                self._content = None
+                self._content = self._held = None
                 self._read.set()
             self._file.submit(first, len(run))
             while not self._file.wait(_LOOK_S):

@@ -163,7 +163,7 @@ class FrozenBases:
         content = Content(tensors, blocks, segments)
         hashes = [content.hash(block) for block in range(len(content))]
         names = [piece.slice.name for piece in found.frozen]
-        writing = Writing(file, Content(tensors, blocks, segments), hashes, names)
+        writing = Writing(file, Content(tensors, blocks, segments), hashes, names, found.held)
         self._forget_those_over()
         self._writings.append(writing)
         self.written += 1

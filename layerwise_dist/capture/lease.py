@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from layerwise_dist.capture.audit import Audit
+from layerwise_dist.capture.held import MemoryGone, check_present
 from layerwise_dist.capture.stage import Handover, Stage, Wait, lay_views
 from layerwise_dist.capture.survey import Survey
 from layerwise_dist.errors import LayerwiseError
@@ -26,7 +27,8 @@ class LeaseBroken(LayerwiseError):
 
 
 class Capture:
-    """Leases or stages every batch. Holds a reference to each tensor that is read, until that is over.
+    """Leases or stages every batch. Holds its survey, and with it the memory that is leased, until nothing is read any
+    more.
 
     Life: `take` for each batch right behind its update, and again behind a further update of the same iteration; `seal`
     at the boundary; `settle` whenever the engine is entered; `fence` before the next update, of all or batch by batch;
@@ -43,6 +45,7 @@ class Capture:
         """`timeout_s`: the longest wait for the disk before memory is overwritten or captured again.
 
         `verdict_wanted()` is called once all is written, if the training thread has not judged it by then.
+        Raises MemoryGone for what is not mapped.
         """
         self.step, self.write, self.survey = step, write, survey
         self._audit, self._stage, self._gathered = audit, stage, gathered
@@ -59,7 +62,10 @@ class Capture:
         self.bytes_staged = self.bytes_sealed = 0
         # Gathered extents get their memory when there is something in it.
         others = len(survey.copied) + len(gathered)
-        write.set_addresses(survey.addresses + [0] * others)
+        try:
+            write.set_addresses(survey.addresses + [0] * others)
+        except ValueError as error:
+            raise MemoryGone(f"{error}: a tensor that is not where it says") from error
 
     def take(self, batches: Collection[int]) -> None:
         """Captures these batches as they are now. REQUIRES: nothing of them is queued (`drain`).
@@ -215,6 +221,7 @@ class Capture:
         for number in numbers:
             extent = self._gathered[number]
             if extent.nbytes:
+                self._check_present(number)
                 self._fences.setdefault(number, []).extend(
                     self._stage.copy(
                         extent, self.survey.tensors, lambda buffer, number=number: self._give(number, buffer),
@@ -222,6 +229,13 @@ class Capture:
                     )
                 )  # fmt: skip
                 self.bytes_staged += self.survey.batches[number].nbytes
+
+    def _check_present(self, number: int) -> None:
+        """Of a staged batch, which nothing holds: what the survey has not seen since may have moved, or gone."""
+        survey = self.survey
+        for piece in survey.pieces_of[number]:
+            if survey.tensors[piece].data_ptr() != survey.addresses[piece]:
+                check_present(survey.pieces[piece].slice.name, survey.tensors[piece])
 
     def _give(self, number: int, buffer: Any) -> None:
         """A batch is complete in the pool. On the training thread or the stage's own."""

@@ -9,6 +9,7 @@ from layerwise_dist.capture.objects import StateObjects
 from layerwise_dist.capture.survey import Survey
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
+from layerwise_dist.frameworks.subclasses import describe_param
 from layerwise_dist.storage import typed_json
 
 
@@ -47,6 +48,8 @@ class Sealer:
             ),
             "extra_state": {name: module.get_extra_state() for name, module in survey.extra_states},
         }
+        if standing := {view.fqn: describe_param(view.param) for view in framework.standing}:
+            sealed["standing"] = standing
         return typed_json.dumps(sealed, path="state")
 
     def put(self, sealed: dict[str, Any]) -> None:

@@ -10,14 +10,17 @@ from typing import Any
 
 import torch
 
-from layerwise_dist.errors import ConfigError, UnsupportedError
+from layerwise_dist.capture.held import check_present, holder
+from layerwise_dist.errors import ConfigError, StateError, UnsupportedError
 from layerwise_dist.frameworks.base import Framework, ParamView, same_objects
 from layerwise_dist.frameworks.names import check_unique
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
+from layerwise_dist.frameworks.subclasses import describe_param, is_description, stands_for_others
 from layerwise_dist.geometry import Geometry
 from layerwise_dist.overlaps import overlaps
 from layerwise_dist.pieces import Batch, Piece, check_layout
 from layerwise_dist.scheduler import LayerSize
+from layerwise_dist.storage import typed_json
 from layerwise_dist.storage.shard import PACK_BELOW, Source
 
 # Extent of everything that is copied at the boundary. No module's name can clash: it has no layer's place in the tree.
@@ -44,8 +47,10 @@ class Survey:
 
     `key` changes exactly when the shard needs a new layout: a tensor came, went, moved, or changed its shape or dtype.
     `order` names each parameter's state in the optimizer's order, `scalars` (fqn, name, the state's dict) what of it is
-    no tensor. `extra_states` are the modules with `get_extra_state()`. The lists run over all pieces of all batches:
-    computed once, used at every checkpoint.
+    no tensor. `extra_states` are the modules with `get_extra_state()`. `addresses` are those of the pieces of all
+    batches; where one of them moves, there is another survey. `held` keeps what is behind the leased ones, and the
+    frozen ones, whatever becomes of the tensors. The lists run over all pieces of all batches: computed once, used at
+    every checkpoint.
     """
 
     batches: tuple[Batch, ...]
@@ -56,6 +61,8 @@ class Survey:
     scalars: tuple[tuple[str, str, Mapping[str, Any]], ...]
     extra_states: list[tuple[str, torch.nn.Module]]
     key: tuple[Any, ...]
+    addresses: list[int]
+    held: Any
 
     @cached_property
     def pieces(self) -> list[Piece]:
@@ -64,11 +71,6 @@ class Survey:
     @cached_property
     def tensors(self) -> list[torch.Tensor]:
         return [piece.tensor for piece in self.pieces]
-
-    @cached_property
-    def addresses(self) -> list[int]:
-        """Of all pieces; where one of them moves, there is another survey."""
-        return [tensor.data_ptr() for tensor in self.tensors]
 
     @cached_property
     def batch_of(self) -> list[int]:
@@ -191,6 +193,7 @@ class Surveyor:
         glance = self._glance(copying)
         frozen = self._may_be_frozen(glance) if sealing else self._still_frozen()
         if self._last is None or frozen is not self._frozen or glance is not self._last[0]:
+            self._last = None  # if this fails, `arrange` may have been asked for other layers than its
             self._last = glance, self._survey(copying, glance.held.states, frozen if sealing else None)
         return self._last[1]
 
@@ -283,21 +286,28 @@ class Surveyor:
                     check_layout(f"{self._optimizer.kind}'s state {name} of {view.fqn}", value)
                     add(view, name, value, True)
                 else:
+                    if is_description(name, value):
+                        self._check_description(f"{self._optimizer.kind}'s state {name[:-2]} of {view.fqn}", value)
                     scalars.append((view.fqn, name, state))
+        for view in self._framework.standing:
+            self._check_description(f"parameter {view.fqn}", describe_param(view.param))
         buffers = [fqn for fqn, _ in self._framework.buffers()]
         check_unique("a parameter and a buffer", [view.fqn for view in self._framework.params] + buffers)
         copied += [Piece(part, local, lease=False) for part, local in self._framework.written_buffers()]
         made = self._batches(layers)
+        addresses, held = self._hold_memory(made, [piece for _, piece in frozen])
+        placed = [(piece.slice, number, batch.staged) for number, batch in enumerate(made) for piece in batch.pieces]
         key = tuple(
-            (piece.slice, number, 0 if batch.staged else piece.tensor.data_ptr())
-            for number, batch in enumerate(made)
-            for piece in batch.pieces
+            (part, number, 0 if staged else address)
+            for (part, number, staged), address in zip(placed, addresses, strict=True)
         ) + tuple(piece.slice for piece in copied)
+        for piece in copied:
+            check_present(piece.slice.name, piece.tensor)
         # Small tensors first and together, as in a batch.
         frozen.sort(key=lambda found: found[1].slice.nbytes >= PACK_BELOW)
         return Survey(
             made, tuple(copied), tuple(piece for _, piece in frozen), tuple(view.param for view, _ in frozen),
-            order, tuple(scalars), self._framework.extra_states(), key,
+            order, tuple(scalars), self._framework.extra_states(), key, addresses, held,
         )  # fmt: skip
 
     def _shared(self, states: list[Mapping[str, Any]]) -> set[tuple[str, str]]:
@@ -308,7 +318,10 @@ class Surveyor:
         """
         held: list[tuple[str, str, torch.Tensor]] = []
         for view, state in zip(self._framework.params, states, strict=True):
-            held.append(("param", view.fqn, view.param))
+            params = [view.param]
+            if stands_for_others(view.param):
+                params = [tensor for _, tensor in self._framework.param_parts(view)]
+            held += [("param", view.fqn, param) for param in params]
             held += [(name, view.fqn, value) for name, value in state.items() if _is_dense(value)]
         held += [("buffer", fqn, buffer) for fqn, buffer in self._framework.buffers()]
         objects = list({id(tensor): tensor for _, _, tensor in held}.values())
@@ -329,7 +342,7 @@ class Surveyor:
             if id(view.param) not in ids or ("param", view.fqn) in shared:
                 continue
             pieces = self._framework.pieces(view, "param", view.param, lease=False)
-            fit = all(p.dense and p.slice.name not in copying and not p.tensor.is_inference() for p in pieces)
+            fit = all(self._stays(p) and p.slice.name not in copying for p in pieces)
             if fit:
                 found += [(view, piece) for piece in pieces if piece.slice.numel]
         enough = sum(piece.slice.nbytes for _, piece in found) >= LEAST_BASE_BYTES
@@ -341,7 +354,22 @@ class Surveyor:
                 f"capture = 'lease': {piece.slice.name} is on {piece.tensor.device}, and only host memory can be read "
                 "in place; use 'auto' or 'stage'"
             )
-        return piece.dense and piece.slice.name not in copying and not piece.tensor.is_inference()
+        in_place = piece.on_host and self._capture != "stage"
+        return piece.slice.name not in copying and (self._stays(piece) if in_place else _is_plain(piece))
+
+    def _stays(self, piece: Piece) -> bool:
+        """Whether the file has it as its memory is, and that can be held while it is read behind the boundary."""
+        return _is_plain(piece) and (not piece.on_host or holder().can_hold(piece.tensor))
+
+    def _hold_memory(self, batches: Iterable[Batch], frozen: Iterable[Piece]) -> tuple[list[int], Any]:
+        """Addresses of all pieces of these batches, and what holds the memory of those that are leased or frozen."""
+        pieces = [(piece, batch.staged) for batch in batches for piece in batch.pieces]
+        for piece in (*(piece for piece, _ in pieces), *frozen):
+            check_present(piece.slice.name, piece.tensor)
+        behind = [piece.tensor for piece in frozen if piece.on_host]
+        leased, held = holder().hold([*(piece.tensor for piece, staged in pieces if not staged), *behind])
+        address = iter(leased)
+        return [piece.tensor.data_ptr() if staged else next(address) for piece, staged in pieces], held
 
     def _batches(self, layers: Mapping[str, list[Piece]]) -> tuple[Batch, ...]:
         staged = {
@@ -359,11 +387,24 @@ class Surveyor:
             made.append(Batch(tuple(names), tuple(pieces), staged[names[0]]))
         return tuple(made)
 
+    def _check_description(self, name: str, description: Mapping[str, Any]) -> None:
+        """Of a tensor that stands for others: whether typed JSON takes all that it needs beside those."""
+        try:
+            typed_json.dumps(description, path="it")
+        except StateError as error:
+            raise UnsupportedError(
+                f"{name} is a {description['class']}, of which __tensor_flatten__ gives what cannot be written: {error}"
+            ) from error
+
     def _check_name(self, name: object) -> None:
         if not isinstance(name, str) or not name or "/" in name or name in _OTHER_KINDS:
             raise UnsupportedError(
                 f"{self._optimizer.kind} keeps state under {name!r}, which cannot name a tensor in the file"
             )
+
+
+def _is_plain(piece: Piece) -> bool:
+    return piece.dense and not piece.tensor.is_inference()
 
 
 def _same_tensors(some: Sequence[Any], others: Sequence[Any]) -> bool:

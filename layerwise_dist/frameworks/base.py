@@ -14,6 +14,7 @@ from torch import nn
 from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.names import CleanNames, check_unique, join
 from layerwise_dist.frameworks.parts import Parts
+from layerwise_dist.frameworks.subclasses import inside, stands_for_others
 from layerwise_dist.pieces import Piece, check_layout, dtype_code
 from layerwise_dist.slices import Slice, ranks_of
 
@@ -40,13 +41,17 @@ class Framework:
     exclusive = False
     # Why parameters cannot come, go or be replaced once the model is wrapped, and what to do; empty if they can.
     fixed = ""
+    # Whether each parameter is whole on each rank that has it: then its optimizer state may stand for other tensors.
+    whole = True
+    # Whether parameters may, if nothing trains them.
+    opens = True
 
     def __init__(self, root: nn.Module, rank: int, world_size: int, prefix: str = "") -> None:
         """`prefix` is the model's name among several, and the first part of every name here; "" of a single one."""
         self.root, self.rank, self.world_size = root, rank, world_size
         self._whole: set[str] = set()  # whose state is not the same on all ranks, by the optimizer's word
         self._unlike: frozenset[str] = frozenset()  # and by what was found
-        self._tree = _Tree(root, prefix, self.stand_ins)
+        self._tree = _Tree(root, prefix, self.stand_ins, self.opens)
         self.params = self._in_tree = self._tree.look()
 
     def follow(self) -> None:
@@ -121,7 +126,23 @@ class Framework:
 
     def params_in_memory(self) -> Sequence[torch.Tensor]:
         """The tensors that this rank's parameters lie in, be it several of them in one."""
-        return self.in_memory([view.param for view in self.params])
+        if not self.standing:
+            return self.in_memory([view.param for view in self.params])
+        return [tensor for view in self.params for _, tensor in self.param_parts(view)]
+
+    @property
+    def standing(self) -> Sequence[ParamView]:
+        """Those of the parameters that stand for other tensors."""
+        return self._tree.standing
+
+    def param_parts(self, view: ParamView) -> list[tuple[Slice, torch.Tensor]]:
+        """What restore must fill of a parameter: itself, or the tensors that it stands for."""
+        if not stands_for_others(view.param):
+            return [(self.need(view, "param", view.param), view.param)]
+        return [
+            (Slice.whole("param", name, dtype_code(tensor.dtype, f"param/{name}"), tuple(tensor.shape)), tensor)
+            for name, tensor in inside(view.fqn, view.param)
+        ]
 
     def names(self) -> dict[int, str]:
         """Of each tensor that an optimizer of this model may hold, by its id."""
@@ -141,6 +162,8 @@ class Framework:
 
     def pieces(self, view: ParamView, kind: str, tensor: torch.Tensor, *, lease: bool) -> list[Piece]:
         """The pieces of `tensor` that this rank writes."""
+        if stands_for_others(tensor):
+            return [Piece(part, inner.detach(), lease) for part, inner in self.param_parts(view)]
         local = self.local(tensor)
         return [Piece(self.need(view, kind, tensor), local, lease, local is not tensor and self.is_wrapped(tensor))]
 
@@ -226,12 +249,15 @@ class _Tree:
     `params` and `buffers` are the very same lists while all in them is the same under the same names.
     """
 
-    def __init__(self, root: nn.Module, prefix: str, stand_ins: Callable[[], Mapping[int, nn.Parameter]]) -> None:
-        self._root, self._prefix, self._stand_ins = root, prefix, stand_ins
+    def __init__(
+        self, root: nn.Module, prefix: str, stand_ins: Callable[[], Mapping[int, nn.Parameter]], opens: bool
+    ) -> None:
+        self._root, self._prefix, self._stand_ins, self._opens = root, prefix, stand_ins, opens
         self._modules: list[nn.Module] = []
         self._names: list[Any] = []
         self._held: list[Any] = []  # keeps all of it alive, so that nothing else can take its identity
         self.params: list[ParamView] = []
+        self.standing: list[ParamView] = []
         self.buffers: list[tuple[str, torch.Tensor]] = []
         self.extra_states: list[tuple[str, nn.Module]] = []
 
@@ -256,7 +282,7 @@ class _Tree:
     def _walk(self) -> None:
         self._modules = list(self._root.modules())
         clean = CleanNames(self._root, self._prefix)
-        params = _views(clean, self._stand_ins())
+        params = _views(clean, self._stand_ins(), self._opens)
         names = clean.of_module
         seen: set[int] = set()
         buffers = []
@@ -270,6 +296,7 @@ class _Tree:
         check_unique("two buffers", (name for name, _ in buffers))
         if changes(self.params, params):
             self.params = params
+            self.standing = [view for view in params if stands_for_others(view.param)]
         if [(name, id(buffer)) for name, buffer in buffers] != [(name, id(buffer)) for name, buffer in self.buffers]:
             self.buffers = buffers
         self.extra_states = [
@@ -307,10 +334,24 @@ def changes(before: Sequence[ParamView], now: Sequence[ParamView]) -> str:
     return "; ".join(words) or "the order of the parameters, or which of them are tied, changed"
 
 
-def _views(names: CleanNames, stand_ins: Mapping[int, nn.Parameter]) -> list[ParamView]:
+def _views(names: CleanNames, stand_ins: Mapping[int, nn.Parameter], opens: bool) -> list[ParamView]:
     views = []
     for param, (first, *rest) in names.parameters(stand_ins):
-        check_layout(f"parameter {first}", param)
+        if opens and stands_for_others(param):
+            _check_inside(first, param)
+        else:
+            check_layout(f"parameter {first}", param)
         views.append(ParamView(first, first.rpartition(".")[0], param, tuple(rest)))
     check_unique("two parameters", (name for view in views for name in (view.fqn, *view.aliases)))
     return views
+
+
+def _check_inside(fqn: str, param: torch.Tensor) -> None:
+    """Raises UnsupportedError unless a parameter that stands for other tensors can be saved as those."""
+    if param.requires_grad:
+        raise UnsupportedError(
+            f"parameter {fqn} is a {type(param).__name__}, which has no memory of its own but stands for others; "
+            "these are saved if it is frozen (requires_grad=False), and it is trained"
+        )
+    for name, tensor in inside(fqn, param):
+        check_layout(f"parameter {name}", tensor)

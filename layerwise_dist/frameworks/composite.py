@@ -51,6 +51,7 @@ class CompositeFramework(Framework):
         self.parts = dict(parts)
         self.name = ",".join(f"{name}:{part.name}" for name, part in sorted(self.parts.items()))
         self.swapped = any(part.swapped for part in self.parts.values())
+        self.whole = all(part.whole for part in self.parts.values())
         self._holder: dict[int, Framework]  # by the parameter's id; the views keep it alive
         self._merged: list[list[ParamView]] = []
         self.follow()
@@ -124,6 +125,15 @@ class CompositeFramework(Framework):
     def params_in_memory(self) -> Sequence[torch.Tensor]:
         tensors = [tensor for part in self.parts.values() for tensor in part.params_in_memory()]
         return list({id(tensor): tensor for tensor in tensors}.values())  # a model may share them with another
+
+    @property
+    def standing(self) -> Sequence[ParamView]:
+        found = [view for part in self.parts.values() for view in part.standing]
+        known = {id(view.param): view for view in self.params} if found else {}
+        return list({id(view.param): known[id(view.param)] for view in found}.values())
+
+    def param_parts(self, view: ParamView) -> list[tuple[Slice, torch.Tensor]]:
+        return self._part(view).param_parts(view)
 
     def names(self) -> dict[int, str]:
         return {key: name for part in reversed(self.parts.values()) for key, name in part.names().items()}

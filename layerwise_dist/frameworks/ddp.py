@@ -34,6 +34,7 @@ class DDPFramework(Framework):
     """
 
     name = "ddp"
+    opens = False
     fixed = (
         "DistributedDataParallel reduces gradients of, and keeps equal, only what it was given: wrap the changed "
         "model, and attach() that"

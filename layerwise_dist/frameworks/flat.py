@@ -39,6 +39,7 @@ class Fragment:
 class FlatFramework(Framework):
     """A framework whose optimizer holds units. `fragments` are of the parameters that lie in one, by name."""
 
+    whole = opens = False
     fragments: dict[str, Fragment]
 
     def unit(self, number: int) -> torch.Tensor:

@@ -31,6 +31,7 @@ class FSDP2Framework(Framework):
     """
 
     name = "fsdp2"
+    whole = opens = False
 
     def __init__(self, root: nn.Module, rank: int, world_size: int, prefix: str = "") -> None:
         super().__init__(root, rank, world_size, prefix)

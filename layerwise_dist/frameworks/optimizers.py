@@ -18,6 +18,7 @@ from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.base import Framework, ParamView
 from layerwise_dist.frameworks.nested import Nest, find
 from layerwise_dist.frameworks.param_groups import adopt_groups, check_groups, in_order
+from layerwise_dist.frameworks.subclasses import Opener, live_inner, put_together
 from layerwise_dist.pieces import DTYPES
 from layerwise_dist.slices import Slice
 
@@ -148,10 +149,12 @@ class OptimizerAdapter:
 class TorchOptimizer(OptimizerAdapter):
     """A `torch.optim.Optimizer` of the model's own parameters, whose updates are whole calls of `step()`.
 
-    `whole_only` says, of a subclass, why its updates cannot go layer by layer.
+    `whole_only` says, of a subclass, why its updates cannot go layer by layer; `_opens`, whether its state may be
+    tensors that stand for others.
     """
 
     whole_only = ""
+    _opens = True
 
     def __init__(self, framework: Framework, optimizer: object) -> None:
         """Raises UnsupportedError unless `optimizer` is a torch optimizer of this model's own parameters."""
@@ -169,6 +172,7 @@ class TorchOptimizer(OptimizerAdapter):
         if not any(group["params"] for group in self._optimizer.param_groups):
             raise UnsupportedError(f"{type(self._optimizer).__name__} has no parameters")
         self._nest = Nest(self.kind, self._keeper, self._current_names)
+        self._open_states = Opener()
         self._hooks: list[Any] = []
         self._step: FrameType | None = None  # that runs, or was left by an exception
         self._steps_within = 0
@@ -243,7 +247,8 @@ class TorchOptimizer(OptimizerAdapter):
 
     def states(self, views: Sequence[ParamView]) -> list[Mapping[str, Any]]:
         self._follow()
-        return self._nest.states(views)
+        found = self._nest.states(views)
+        return self._open_states(found) if self._opens and self._framework.whole else found
 
     def hyper_parameters(self) -> list[dict[str, Any]]:
         groups = zip(self._optimizer.param_groups, self._group_names(), strict=True)
@@ -259,7 +264,7 @@ class TorchOptimizer(OptimizerAdapter):
 
     def place(self, view: ParamView, entry: Slice, wrapped: bool) -> torch.Tensor:
         dtype, framework = DTYPES[entry.dtype], self._framework
-        live = self._nest.live(view.param, entry.kind)
+        live = live_inner(lambda name: self._nest.live(view.param, name), entry.kind)
         if (
             isinstance(live, torch.Tensor)
             and live.dtype == dtype
@@ -290,7 +295,7 @@ class TorchOptimizer(OptimizerAdapter):
                     order = nest.own(place, dict.fromkeys(saved["order"].get(fqn, [])))
                     state = in_order({**loaded, **scalars}, order)
                     if state:
-                        keeper.state[param] = state
+                        keeper.state[param] = put_together(state, keeper.state.get(param, {}))
                     else:
                         keeper.state.pop(param, None)
         adopt_groups(self._optimizer.param_groups, self._group_names(), saved)

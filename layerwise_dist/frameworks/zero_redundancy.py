@@ -23,6 +23,7 @@ def is_zero_redundancy(optimizer: object) -> bool:
 class ZeroRedundancyAdapter(TorchOptimizer):
     """State is written and read by its owner, whole; parameters go as their wrapper has them go."""
 
+    _opens = False
     whole_only = "it steps an optimizer of its own on each rank, and sends all parameters around behind it"
 
     def __init__(self, framework: Framework, optimizer: Any) -> None:

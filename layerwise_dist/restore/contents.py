@@ -9,6 +9,7 @@ from typing import Any
 
 from layerwise_dist.commit.metadata import Manifest
 from layerwise_dist.errors import DamageError
+from layerwise_dist.frameworks.subclasses import MARK
 from layerwise_dist.restore.sealed_state import optimizers_of, read_state
 from layerwise_dist.slices import Slice, first_gap, ranks_of, ranks_text
 from layerwise_dist.storage.reader import Entry, Shard
@@ -88,9 +89,22 @@ def absent(sealed: dict[str, Any], has: Callable[[str, str], bool]) -> Iterator[
     """Names of the parameters and tensors of optimizer state that a rank's sealed state speaks of, and that are not
     there; `has` says it of a kind and a name.
     """
+    standing = sealed.get("standing", {})
+    for fqn, description in standing.items():
+        yield from (f"param/{name}" for name in _inside(fqn, description) if not has("param", name))
     for optimizer in optimizers_of(sealed):
         for group in optimizer["groups"]:
-            yield from (f"param/{fqn}" for fqn in group["params"] if not (has("param", fqn) or has("master", fqn)))
+            for fqn in group["params"]:
+                if not (fqn in standing or has("param", fqn) or has("master", fqn)):
+                    yield f"param/{fqn}"
     scalars = sealed["optimizer"]["scalars"]
     for fqn, kinds in sealed["optimizer"]["order"].items():
         yield from (f"{kind}/{fqn}" for kind in kinds if kind not in scalars.get(fqn, ()) and not has(kind, fqn))
+
+
+def _inside(name: str, description: Mapping[str, Any]) -> Iterator[str]:
+    """Names of the tensors that a parameter stands for, by its description."""
+    for inner in description.get("inner", ()):
+        nested = description.get("nested", {}).get(inner)
+        path = f"{name}{MARK}{inner}"
+        yield from (path,) if nested is None else _inside(path, nested)

@@ -17,6 +17,7 @@ from layerwise_dist.errors import DamageError, MismatchError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.frameworks.parts import WHOLE, Parts
+from layerwise_dist.frameworks.subclasses import unlike, unmakable
 from layerwise_dist.pieces import is_dense
 from layerwise_dist.restore import contents
 from layerwise_dist.restore.contents import Held
@@ -91,7 +92,8 @@ def prepare(
             (shaped if found else missing).append(str(error) if found else wanted.name)
 
     for view in framework.params:
-        want(framework.need(view, "param", view.param), view.param)
+        for part, tensor in framework.param_parts(view):
+            want(part, tensor)
     for part, local in buffers:
         want(part, local)
     by_fqn: dict[str, list[str]] = {}
@@ -118,6 +120,8 @@ def prepare(
     )
     if parts.takes_optimizer:
         problems += optimizer.check(sealed["optimizer"])
+        problems += unmakable(sealed["optimizer"]["scalars"], sealed["optimizer"]["order"])[:_LISTED]
+    problems += unlike(framework.standing, sealed.get("standing", {}))[:_LISTED]
     problems += contradictions(read_names, loading.reads)[:_LISTED]
     if problems:
         raise MismatchError(

@@ -115,6 +115,11 @@ class _PerParameter(_Part):
     order: dict[str, list[Any]]
 
 
+class _Standing(_Part):
+    inner: list[str]
+    nested: dict[str, _Standing]
+
+
 class _Sealed(_Part):
     step: int = Field(ge=0)
     updates: int = Field(ge=0)
@@ -125,6 +130,7 @@ class _Sealed(_Part):
     wrapper: Any
     gradients: list[str]
     extra_state: dict[str, Any]
+    standing: dict[str, _Standing] = {}
 
 
 class _Counters(_Part):

@@ -1,6 +1,7 @@
 #ifndef LAYERWISE_PLAN_H_
 #define LAYERWISE_PLAN_H_
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -11,8 +12,7 @@
 
 namespace layerwise {
 
-// Which bytes of which tensor go where in a shard. Immutable, so every thread may
-// read it; one plan serves the shards of many steps.
+// Which bytes of which tensor go where in a shard. Every thread may use it at any time; one plan serves the shards of many steps.
 class Plan {
  public:
   // A range of the file that is hashed as one.
@@ -48,6 +48,10 @@ class Plan {
   // Where data appended to the shard begins: the end of the last block, or
   // `tail_offset` if that is larger.
   uint64_t end() const { return end_; }
+  // InvalidArgument unless what the segments have of a tensor is mapped memory if it
+  // begins there. What was, once, is not asked for again: one plan serves many shards.
+  Status CheckAddress(size_t tensor, uintptr_t address) const;
+
   // The length of the longest block; 1 MiB if there are none.
   uint64_t block_bytes() const { return block_bytes_; }
 
@@ -58,6 +62,8 @@ class Plan {
   std::vector<Segment> segments_;
   std::vector<size_t> first_segment_;  // of block i; one more entry than blocks
   uint64_t tensors_ = 0;
+  std::vector<uint64_t> reach_;  // of each tensor: how far its segments go
+  std::unique_ptr<std::atomic<uintptr_t>[]> mapped_;  // of each tensor: where it was found to be mapped
   uint64_t end_ = 0;
   uint64_t block_bytes_ = 0;
 };

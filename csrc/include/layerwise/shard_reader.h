@@ -51,7 +51,8 @@ class ShardReader : public std::enable_shared_from_this<ShardReader> {
   // indices, in order, of blocks that hash otherwise or reach past the end of the
   // file; of such a block nothing is copied. On an I/O error the destinations
   // are undefined.
-  // InvalidArgument, before anything is read, if a segment leaves its block.
+  // InvalidArgument, before anything is read, if a segment leaves its block or goes where
+  // there is no memory.
   // REQUIRES: destinations do not overlap and stay mapped until this returns.
   Status ReadBlocks(const std::vector<Block>& blocks, const std::vector<Segment>& segments,
                     std::vector<size_t>* bad);

@@ -77,9 +77,11 @@ class ShardWriter final : public BlockSink {
   // the block is written. REQUIRES: nothing was submitted or appended.
   void SkipHashes() { hashing_ = false; }
 
-  // Where tensor `tensor` begins in memory.
+  // Where tensor `tensor` begins in memory; 0: not known yet, so that none of its blocks
+  // can be submitted. InvalidArgument, and where it was stays, for what is not mapped.
   Status SetAddress(size_t tensor, uintptr_t address);
-  // REQUIRES: one address for each tensor of the plan.
+  // The same for all of them, up to the first that is not mapped. REQUIRES: one address for
+  // each tensor of the plan.
   Status SetAddresses(const std::vector<uintptr_t>& addresses);
 
   // Queues blocks of the plan and returns at once. What lies in memory as direct I/O
