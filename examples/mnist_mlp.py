@@ -15,8 +15,8 @@ model = nn.Sequential(nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(25
 optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
 trainer = LayerwiseCheckpointTrainer(model, optimizer, checkpoint_dir="checkpoints/mnist_mlp")
-missing = trainer.load_checkpoint()
-print(f"{trainer.completed} steps done; not in a checkpoint: {missing or 'nothing'}")
+trainer.load_checkpoint()
+print(f"going on behind step {trainer.completed}" if trainer.completed else "nothing is saved yet: training begins")
 while trainer.completed < 200:
     trainer.zero_grad()
     images, classes = torch.randn(64, 1, 28, 28, device=device), torch.randint(10, (64,), device=device)

@@ -15,6 +15,7 @@ from layerwise_dist import _native, at_exit
 from layerwise_dist._version import __version__
 from layerwise_dist.capture.objects import StateObjects
 from layerwise_dist.capture.room import check_pool
+from layerwise_dist.capture.sealed import Sealer
 from layerwise_dist.capture.survey import Surveyor
 from layerwise_dist.commit.opening import PATIENCE_SHARE
 from layerwise_dist.commit.participant import Participant
@@ -24,9 +25,10 @@ from layerwise_dist.commit.transports.choice import find_ranks, open_transport
 from layerwise_dist.config import LayerwiseConfig, load_config
 from layerwise_dist.disabled import DisabledEngine
 from layerwise_dist.engine import LayerwiseEngine
-from layerwise_dist.errors import ConfigError, LayerwiseError, UnsupportedError
+from layerwise_dist.errors import ConfigError, LayerwiseError, StateError, UnsupportedError
 from layerwise_dist.frameworks import Framework, accumulating, config_block, find_framework, find_optimizer, is_engine
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter, TorchOptimizer
+from layerwise_dist.holdings import Holdings
 from layerwise_dist.layered import LayeredOptimizer
 from layerwise_dist.monitor.connection import MonitorLink, start_monitor
 from layerwise_dist.monitor.opening import Parts, open_monitored
@@ -164,13 +166,16 @@ def assemble(
             if config.preemption.enabled:
                 check_thread()
             found = framework or find_framework(model, models, rank, world_size)
-            at_exit.check_free(found.roots)
+            closers.append(found.detach)
             if config.update not in ("auto", "whole") and (models is not None or optimizers is not None):
                 raise UnsupportedError(
                     f"update = {config.update!r}: models and optimizers by name are updated as a whole; use 'auto'"
                 )
             adapter = find_optimizer(found, optimizer, optimizers, _torch_adapter(config.update), config.update)
             typed_json.dumps(adapter.describe(), path="optimizer")  # what it cannot write is refused now
+            objects = StateObjects(state)
+            at_exit.check_free(Holdings(found, adapter, objects.loaders))
+            check_scalers(adapter, objects)
             pooled = monitor is not None
             if pooled and found.swapped:
                 raise UnsupportedError(
@@ -181,14 +186,17 @@ def assemble(
                 found.write_apart()
             survey = Surveyor(found, adapter, config.captured_by, bases=not pooled).look()
             check_pool(config.pool_mb, config.bounce_bytes, survey, pooled=pooled)
-            return found, adapter, StateObjects(state)
+            Sealer(found, adapter, objects).try_out(survey)
+            closers.append(objects.detach)
+            objects.tap()
+            return found, adapter, objects
 
         _, (found, updates, objects) = together(participant, "attach", examine)
-        closers.append(objects.detach)
         replicas = Replicas(found, updates, participant)
         replicas.meet()
         if monitor is not None:
             parts = open_monitored(monitor, env, config, participant, found.name, _software(), fresh=fresh)
+            closers.append(lambda: parts.adapter.close(1.0))
         else:
             parts = _open_direct(config, env, transport, participant, found, fresh, closers)
         if rank == 0 and config.mode != "mock" and (memory := within(participant.disk_s, "a look", in_memory)):
@@ -214,9 +222,22 @@ def assemble(
         )  # fmt: skip
     except BaseException:
         for close in reversed(closers):
-            close()
+            try:
+                close()
+            except Exception as error:  # the rest is let go of all the same
+                log.warning("rank %d: attach: what had begun could not be ended: %s", rank, error)
         env.let_go()
         raise
+
+
+def check_scalers(optimizer: OptimizerAdapter, objects: StateObjects) -> None:
+    """Raises StateError for a GradScaler that a wrapper of an optimizer steps by, and that nobody saves."""
+    for place, scaler in optimizer.scalers.items():
+        if scaler.is_enabled() and not any(scaler is each for each in objects.scalers):
+            raise StateError(
+                "state", f"the GradScaler that {place} steps by is not in it: its scale would be lost. Name it in "
+                "attach(state={'scaler': ...})",
+            )  # fmt: skip
 
 
 def _check_places(config: LayerwiseConfig, found: Framework, info: SessionInfo) -> None:
@@ -267,10 +288,13 @@ def _open_direct(
         )  # fmt: skip
         closers.append(lambda: coordinator.close(1.0))
         participant.serve(coordinator.post, coordinator.quiet)
-    _, adapter = together(
-        participant, "start the writer",
-        lambda: within(participant.disk_s, "the writer's start", lambda: open_writer(env, config, rank, world_size)),
-    )  # fmt: skip
+
+    def start() -> Any:
+        made = within(participant.disk_s, "the writer's start", lambda: open_writer(env, config, rank, world_size))
+        closers.append(lambda: made.close(1.0))
+        return made
+
+    _, adapter = together(participant, "start the writer", start)
     adapter.recycler.failed = participant.broke
     participant.recycle(adapter.recycler.retire)
     return Parts(adapter, manager, info, committer, coordinator)

@@ -1,5 +1,7 @@
 """Engines that a script has not closed: closed at the process's exit, while their threads can still end in order.
 
+What they have is no other engine's until then.
+
 The interpreter ends daemon threads wherever they are; one that comes back from the native core then takes the process
 down with SIGABRT.
 """
@@ -11,14 +13,13 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from layerwise_dist.errors import LayerwiseError, UnsupportedError
 
 if TYPE_CHECKING:
-    import torch
+    from layerwise_dist.holdings import Holdings
 
 log = logging.getLogger("layerwise_dist")
 
@@ -30,7 +31,7 @@ class Closable(Protocol):
 @dataclass(frozen=True)
 class _Open:
     engine: Closable
-    models: list[torch.nn.Module]  # that it hooks
+    holdings: Holdings | None  # None if all that it has is lent
     directory: str
 
 
@@ -38,15 +39,15 @@ _open: dict[int, _Open] = {}  # by the engine's identity; alive until closed, si
 _process = os.getpid()
 
 
-def opened(engine: Closable, models: list[torch.nn.Module], directory: str) -> None:
-    """Registers it, with the models that it hooks and its directory, unless it is already. It is closed before whatever
-    was registered earlier to end at the exit.
+def opened(engine: Closable, holdings: Holdings | None, directory: str) -> None:
+    """Registers it, with what it has and its directory, unless it is already. It is closed before whatever was
+    registered earlier to end at the exit.
     """
     global _process
     if _process != os.getpid():  # a forked child: those of the parent are the parent's
         _open.clear()
         _process = os.getpid()
-    _open[id(engine)] = _Open(engine, models, directory)
+    _open[id(engine)] = _Open(engine, holdings, directory)
     atexit.unregister(_close_all)
     atexit.register(_close_all)
 
@@ -61,18 +62,13 @@ def open_engines() -> list[Closable]:
     return [each.engine for each in _open.values()] if _process == os.getpid() else []
 
 
-def check_free(roots: Iterable[torch.nn.Module]) -> None:
-    """Raises UnsupportedError if an engine that is open has any of these models, or a part of one: each would save what
-    the other fences, and count the other's iterations.
-    """
-    wanted = {id(module) for root in roots for module in root.modules()}
+def check_free(wanted: Holdings) -> None:
+    """Raises UnsupportedError, by name, if an engine that is open has any of this."""
     for each in list(_open.values()) if _process == os.getpid() else []:
-        taken = [module for root in each.models for module in root.modules() if id(module) in wanted]
-        if taken:
+        if each.holdings is not None and (common := wanted.common(each.holdings)):
             raise UnsupportedError(
-                f"this model, or a part of it ({type(taken[0]).__name__}), is attached already, with checkpoints in "
-                f"{each.directory}: close() that first. Several models or optimizers of one loop belong into one "
-                "attach(models={...}, optimizers={...})"
+                f"{common} is attached already, with checkpoints in {each.directory}: close() that first. Several "
+                "models or optimizers of one loop belong into one attach(models={...}, optimizers={...})"
             )
 
 

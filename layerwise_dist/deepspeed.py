@@ -45,8 +45,8 @@ def initialize(
 
     Takes and returns what DeepSpeed's does. The checkpointing engine is `engine.layerwise`, closed at the process's
     exit if not before (an iteration that is open then is not saved); it serves `engine.save_checkpoint()` and
-    `engine.load_checkpoint()`. With no
-    ``layerwise_checkpoint`` block in the configuration, or ``"enabled": false`` in it, the two are DeepSpeed's own.
+    `engine.load_checkpoint()`. With no ``layerwise_checkpoint`` block in the configuration, or ``"enabled": false`` in
+    it, the two are DeepSpeed's own.
     `layerwise_state` and `layerwise_fresh` are `attach()`'s `state` and `fresh`.
 
     Groups that are given, in `model_parameters` or in an optimizer, are split by layer and keep their hyper-parameters.

@@ -35,6 +35,7 @@ from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.errors import BoundaryError, LayerwiseError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
+from layerwise_dist.holdings import Holdings
 from layerwise_dist.lent import Lent
 from layerwise_dist.patience import stuck_calls
 from layerwise_dist.preemption import Preemption
@@ -127,15 +128,30 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
                 self._on_boundary, objects.taps, log=log, excuse=self._scale_fell, several=optimizer.several,
                 by_call=config.every_n_steps is None, on_last=self._on_last if self._saves_last else None,
             )  # fmt: skip
-        self._hooks = [
-            *(root.register_forward_pre_hook(eager(self._before_forward)) for root in framework.roots),
-            *(module.register_forward_hook(eager(self._behind_forward)) for module in framework.forward_modules()),
-            *(p.register_post_accumulate_grad_hook(self._during_backward) for p in framework.gradient_ready_params()),
-        ]
+        self._hooks: list[Any] = []
+        try:
+            self._hook(framework, optimizer)
+            if fresh and not info.empty:
+                self._follow(None, new_branch=True)
+        except BaseException:
+            self._unhook()
+            self._boundary.close(seal=False)
+            raise
+        at_exit.opened(self, Holdings(framework, optimizer, objects.loaders) if lender is None else None, config.path)
+
+    def _hook(self, framework: Framework, optimizer: OptimizerAdapter) -> None:
+        for root in framework.roots:
+            self._hooks.append(root.register_forward_pre_hook(eager(self._before_forward)))
+        for module in framework.forward_modules():
+            self._hooks.append(module.register_forward_hook(eager(self._behind_forward)))
+        for param in framework.gradient_ready_params():
+            self._hooks.append(param.register_post_accumulate_grad_hook(self._during_backward))
         optimizer.watch(self)
-        if fresh and not info.empty:
-            self._follow(None, new_branch=True)
-        at_exit.opened(self, framework.roots, config.path)
+
+    def _unhook(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._optimizer.detach()
 
     # -- the loop -----------------------------------------------------------------------------------------------
 
@@ -232,6 +248,7 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
     def _before_forward(self, module: torch.nn.Module, args: Any) -> None:
         self._settle()
         if module.training and torch.is_grad_enabled() and threading.get_ident() == self._thread:
+            self._framework.check_forward()
             self._boundary.training_forward()
 
     def _behind_forward(self, module: torch.nn.Module, args: Any, output: Any) -> None:
@@ -388,9 +405,7 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
             for capture in self._captures:
                 capture.give_up(f"the job ended before it was judged: {error}")
         finally:
-            for hook in self._hooks:
-                hook.remove()
-            self._optimizer.detach()
+            self._unhook()
             if self._trace is not None:
                 self._trace.detach()
             self._objects.detach()

@@ -10,6 +10,7 @@ import torch
 from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import TorchOptimizer, UpdateEvents, found_inf
+from layerwise_dist.frameworks.unwrapping import is_thin
 from layerwise_dist.graph import ROOT
 from layerwise_dist.optimizer import LayerwiseOptimizer, Mode, check_layered
 
@@ -24,6 +25,11 @@ class LayeredOptimizer(TorchOptimizer):
         self._mode: Mode = mode
         self._layerwise: LayerwiseOptimizer | None = None
         super().__init__(framework, optimizer)
+        if thick := next((each for each in self._around if not is_thin(each)), None):
+            raise UnsupportedError(
+                f"update = {mode!r}: {type(thick).__name__} may change parameters behind its optimizer's step, when "
+                "layers are captured already; use update = 'whole'"
+            )
         check_layered(self._optimizer, framework.root, mode, framework.params)
         self._by_layers: bool | None = None  # this update; None before it began
         self._order: tuple[Any, list[str]] = (None, [])

@@ -261,11 +261,11 @@ class SaveAndRestore:
 
         # An optimizer's own load_state_dict() may run in it, and fail.
         together(self._participant, "adopt", adopt)
+        put = self._sealer.put_extra_states if parts.module_only else self._sealer.put
+        together(self._participant, "put state back", lambda: put(sealed))
         if parts.module_only:
-            self._sealer.put_extra_states(sealed)
             self.client_state = sealed["client_state"]
             return
-        self._sealer.put(sealed)
         self._updates, self._unsaved = sealed["updates"], False
         self._boundary.start_at(sealed["step"])
         self._statistics.restored(sealed["step"])

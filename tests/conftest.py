@@ -35,13 +35,27 @@ QUICK = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "RES_OPTIONS": "timeou
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="full sweeps instead of samples of them")
+    parser.addoption("--soak-minutes", type=float, help="of the storm in test_soak.py: 60 with --long, else a third")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A full sweep may take an hour; the deadline of a test is for one that hangs."""
-    if config.getoption("--long"):
-        for item in items:
+    soak_s = 60 * _soak_minutes(config)
+    for item in items:
+        if "soak_minutes" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.timeout(3 * soak_s + 180), append=False)
+        elif config.getoption("--long"):
             item.add_marker(pytest.mark.timeout(3600), append=False)
+
+
+def _soak_minutes(config: pytest.Config) -> float:
+    asked = config.getoption("--soak-minutes")
+    return asked if asked is not None else 60.0 if config.getoption("--long") else 1 / 3
+
+
+@pytest.fixture(scope="session")
+def soak_minutes(request: pytest.FixtureRequest) -> float:
+    return _soak_minutes(request.config)
 
 
 def pytest_sessionfinish() -> None:

@@ -16,6 +16,7 @@ import torch
 from typer.testing import CliRunner
 
 import layerwise_dist as lwd
+from layerwise_dist.cli import console
 from layerwise_dist.cli.app import app
 from layerwise_dist.cli.catalogue import Catalogue
 from layerwise_dist.cli.verifying import verify
@@ -78,6 +79,32 @@ def test_ls_tells_the_newest_the_lineage_and_what_was_abandoned(trained: Path) -
         assert entry["bytes"] == (trained / entry["folder"] / "rank_00000.safetensors").stat().st_size
     code, text = call("ls", trained)
     assert code == 0 and "abandoned" in text and "rolled back" in text
+
+
+@pytest.mark.parametrize("columns", [200, 80, 60])
+def test_ls_can_be_read_and_copied_from_in_a_narrow_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    """With all the columns that there are: tags, and frozen parameters that checkpoints share."""
+    model = torch.nn.Sequential(torch.nn.Linear(600, 600), torch.nn.Linear(600, 2))
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1)
+    with lwd.attach(model, optimizer, dir=str(tmp_path)) as ckpt:
+        for step in ckpt.steps(3):
+            model(torch.ones(1, 600)).sum().backward()
+            optimizer.step()
+            if step == 1:
+                ckpt.wait(1)
+        ckpt.save("the-best-one-so-far")
+    monkeypatch.setattr(console, "_PIPE_WIDTH", columns)
+    code, output = call("ls", tmp_path)
+    lines = output.splitlines()
+    for path in tmp_path.glob("step_*"):
+        assert sum(path.name in line.split() for line in lines) == 1, "in one line, whole"
+    assert "the-best-one-so-far" in output and "shared" in output and "…" not in output and code == 0
+    listed = [line for line in lines[1:] if "frozen parameters" not in line]
+    assert all(len(line.rstrip()) <= columns for line in listed), output
+    assert (columns == 200) == any("newest" in line and "step_" in line for line in lines)
 
 
 def test_ls_lists_an_attempt_without_a_manifest_as_incomplete_and_that_is_not_bad(checkpoints: Path) -> None:

@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -572,3 +573,31 @@ def test_a_base_opens_with_the_safetensors_package(two_bases: Path) -> None:
     with lwd.attach(job.model, job.optimizer, dir=str(two_bases)) as ckpt:
         ckpt.restore()
     assert torch.equal(found["param/0.base.weight"], job.net[0].base.weight)
+
+
+def test_a_copy_of_one_checkpoint_with_what_the_guide_says_restores_and_without_its_base_names_it(
+    two_bases: Path, tmp_path: Path
+) -> None:
+    """`layerwise show` lists what belongs to it."""
+    step = max(manifests(two_bases))
+    _, shown = call_json("show", two_bases, "--step", step)
+    files = {Path(part["file"]) for tensor in shown["tensors"] for part in tensor["parts"]}
+    needed = {file.parent for file in files if file.parts[0] == "base"}
+    assert len(needed) == 1, "of the two that there are"
+    (folder,) = two_bases.glob(f"step_{step:010d}-*")
+    whole, lacking = tmp_path / "whole", tmp_path / "lacking"
+    for copy in (whole, lacking):
+        shutil.copytree(folder, copy / folder.name)
+        shutil.copy(two_bases / "identity.json", copy)
+    for base in needed:
+        shutil.copytree(two_bases / base, whole / base)
+    assert call_json("verify", whole)[0] == 0
+    code, found = call_json("verify", lacking)
+    assert code == 1 and "base" in str(found)
+    job = lora.Job("plain", 2, 300)
+    with lwd.attach(job.model, job.optimizer, dir=str(whole)) as ckpt:
+        assert ckpt.restore() == step
+    job = lora.Job("plain", 2, 300)
+    with lwd.attach(job.model, job.optimizer, dir=str(lacking)) as ckpt:
+        with pytest.raises(lwd.errors.DamageError, match="base"):
+            ckpt.restore()

@@ -18,6 +18,7 @@ from layerwise_dist import assembly, errors
 from layerwise_dist._native import PosixEnv, testing
 from layerwise_dist.beside import OnCall
 from layerwise_dist.cli.catalogue import Catalogue
+from layerwise_dist.cli.console import put
 from layerwise_dist.cli.listing import ls
 from layerwise_dist.cli.showing import show
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
@@ -213,16 +214,15 @@ def test_without_a_tag_only_what_was_saved_by_name_counts(tmp_path: Path) -> Non
         assert script.ckpt.client_state is None
 
 
-def test_a_tag_is_shown(tmp_path: Path) -> None:
+def test_a_tag_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Script(tmp_path) as script:
         script.train(1)
         script.ckpt.save("global_step1")
     catalogue = Catalogue(str(tmp_path))
     listed = ls(catalogue)
     assert listed.data["checkpoints"][0]["tag"] == "global_step1"
-    assert "global_step1" in [
-        str(cell) for part in listed.parts if hasattr(part, "columns") for cell in part.columns[3].cells
-    ]
+    put(listed, False)
+    assert "global_step1" in capsys.readouterr().out
     assert show(catalogue, None, False).data["manifest"]["tag"] == "global_step1"
 
 

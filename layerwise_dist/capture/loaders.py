@@ -95,6 +95,7 @@ class LoaderTap:
                 f"{type(loader).__qualname__}; "
                 "give its state as an object with state_dict() or a dict instead"
             )
+        _check_class(loader, name)
         self.loader, self.name, self.on_draw, self.on_iter = loader, name, on_draw, on_iter
         self.doubt: str | None = None
         self._stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
@@ -124,7 +125,23 @@ class LoaderTap:
             "__qualname__": self._base.__qualname__,
             "__doc__": self._base.__doc__,
         }
-        loader.__class__ = type(self._base.__name__, (self._base,), body)
+        try:
+            loader.__class__ = type(self._base.__name__, (self._base,), body)
+        except (AttributeError, TypeError) as error:
+            raise UnsupportedError(
+                f"loader {name!r}: draws from a {self._base.__name__} cannot be told ({error}): name a plain torch "
+                "DataLoader in state, or give the position as an object with state_dict()"
+            ) from error
+        self.doubt = self._doubt_of_class()
+
+    def _doubt_of_class(self) -> str | None:
+        own = next(kind for kind in self._base.__mro__ if "__iter__" in vars(kind))
+        if own is DataLoader or own.__module__.startswith("torchdata."):
+            return None
+        return (
+            f"{own.__name__} has an __iter__() of its own, and what that keeps from one iteration to the next is "
+            "not saved"
+        )
 
     def detach(self) -> None:
         """Give the loader its class back. Iterators that are under way go on, untold."""
@@ -381,6 +398,25 @@ class LoaderTap:
             )
         for name, state in states.items():
             own[name].set_state(state)
+
+
+def _check_class(loader: Any, name: str) -> None:
+    """Raises UnsupportedError for what is no DataLoader by its class, and for loaders whose own code decides when and
+    what is drawn.
+    """
+    kinds = type(loader).__mro__
+    if any(f"{kind.__module__}.".startswith("accelerate.") for kind in kinds):
+        raise UnsupportedError(
+            f"loader {name!r} is Accelerate's {type(loader).__name__}, which draws a batch ahead, and seeds and counts "
+            "epochs by itself: where it stands cannot be told. Leave the DataLoader out of accelerator.prepare(), and "
+            "name it in state as it is: a DistributedSampler divides it among the ranks, and "
+            "batch.to(accelerator.device) moves what it yields"
+        )
+    if DataLoader not in kinds:
+        raise UnsupportedError(
+            f"loader {name!r}: a {type(loader).__name__} says that it is a DataLoader, and is another object "
+            "around one: name the DataLoader itself in state"
+        )
 
 
 def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:

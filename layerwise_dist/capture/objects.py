@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from layerwise_dist.capture.loaders import LoaderTap
-from layerwise_dist.errors import MismatchError, StateError
+from layerwise_dist.errors import LayerwiseError, MismatchError, StateError
 from layerwise_dist.storage import typed_json
 
 _ALLOWED = (
@@ -26,16 +26,21 @@ class StateObjects:
     def __init__(self, objects: dict[str, Any] | None) -> None:
         """Raises StateError, with its path, for what cannot be saved: tried at once, not at the first checkpoint."""
         self._objects: dict[str, Any] = {}
-        loaders: dict[str, DataLoader[Any]] = {}
+        self.loaders: dict[str, DataLoader[Any]] = {}
+        self.taps: dict[str, LoaderTap] = {}
         for name, item in (objects or {}).items():
             if not isinstance(name, str):
                 raise StateError(f"state[{name!r}]", "names must be strings")
             if isinstance(item, DataLoader):
-                loaders[name] = item
+                self.loaders[name] = item
             else:
                 self._objects[name] = item
         typed_json.dumps(self.take(), path="state")
-        self.taps = {name: LoaderTap(loader, name) for name, loader in loaders.items()}
+
+    def tap(self) -> None:
+        """From now on, until `detach`, loaders tell of what is drawn. Raises UnsupportedError."""
+        for name, loader in self.loaders.items():
+            self.taps[name] = LoaderTap(loader, name)
 
     @property
     def scalers(self) -> list[torch.amp.GradScaler]:
@@ -52,14 +57,39 @@ class StateObjects:
                 f"state objects differ: the checkpoint lacks {missing}, and holds {extra}, which "
                 f"attach(state=...) does not name"
             )
+        for name, item in self._objects.items():
+            if isinstance(item, torch.amp.GradScaler):
+                _check_scaler(name, item, saved[name])
 
     def put(self, saved: dict[str, Any]) -> None:
+        """Raises StateError for an object that does not take what it once gave."""
         for name, item in self._objects.items():
-            _put(item, saved[name])
+            try:
+                _put(item, saved[name])
+            except LayerwiseError:
+                raise
+            except Exception as error:
+                raise StateError(
+                    f"state[{name!r}]",
+                    f"{type(item).__qualname__} does not take back what the checkpoint holds of it: "
+                    f"{type(error).__name__}: {error}",
+                ) from error
 
     def detach(self) -> None:
         for tap in self.taps.values():
             tap.detach()
+
+
+def _check_scaler(name: str, scaler: torch.amp.GradScaler, saved: Any) -> None:
+    """One that is off saves nothing, and takes nothing."""
+    if scaler.is_enabled() != bool(saved):
+        was, now = ("on", "off") if saved else ("off", "on")
+        raise MismatchError(
+            f"state[{name!r}]: the GradScaler was {was} when the checkpoint was made, and is {now} "
+            f"(enabled={scaler.is_enabled()}): {'its scale would be lost' if saved else 'no scale was saved'}. Make it "
+            f"with enabled={bool(saved)}; to change it for good, restore() with it as it was, close(), and go on with "
+            "the other one by attach(fresh=True)"
+        )
 
 
 def _take(name: str, item: Any) -> Any:
@@ -72,7 +102,14 @@ def _take(name: str, item: Any) -> Any:
     if isinstance(item, random.Random):
         return item.getstate()
     if callable(getattr(item, "state_dict", None)) and callable(getattr(item, "load_state_dict", None)):
-        return item.state_dict()
+        try:
+            return item.state_dict()
+        except LayerwiseError:
+            raise
+        except Exception as error:
+            raise StateError(
+                f"state[{name!r}]", f"{type(item).__qualname__}.state_dict() fails: {type(error).__name__}: {error}"
+            ) from error
     if isinstance(item, MutableMapping):
         return dict(item)
     raise StateError(f"state[{name!r}]", f"{type(item).__qualname__} cannot be saved; give {_ALLOWED}")

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from layerwise_dist.capture.objects import StateObjects
 from layerwise_dist.capture.survey import Survey
+from layerwise_dist.errors import StateError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.frameworks.subclasses import describe_param
@@ -46,11 +49,15 @@ class Sealer:
             "gradients": self._prepare(
                 "gradients", [view.fqn for view in framework.params if framework.has_gradient(view)]
             ),
-            "extra_state": {name: module.get_extra_state() for name, module in survey.extra_states},
+            "extra_state": {name: _extra_state(name, module) for name, module in survey.extra_states},
         }
         if standing := {view.fqn: describe_param(view.param) for view in framework.standing}:
             sealed["standing"] = standing
         return typed_json.dumps(sealed, path="state")
+
+    def try_out(self, survey: Survey) -> None:
+        """Raises what the first checkpoint would: for what cannot be written of objects, extra states and the rest."""
+        self.take(0, 0, {}, survey, None)
 
     def put(self, sealed: dict[str, Any]) -> None:
         """Gradients, `state=` objects and extra states as they were sealed; the rest belongs to loader and boundary."""
@@ -63,7 +70,10 @@ class Sealer:
     def put_extra_states(self, sealed: dict[str, Any]) -> None:
         for name, module in self._framework.extra_states():
             if name in sealed["extra_state"]:
-                module.set_extra_state(sealed["extra_state"][name])
+                try:
+                    module.set_extra_state(sealed["extra_state"][name])
+                except Exception as error:
+                    raise _extra_state_error(name, module, "set", error) from error
 
     def _prepare(self, what: str, names: Any) -> typed_json.Prepared:
         """Names as JSON; nearly always those of the last checkpoint, which are not written out again."""
@@ -82,3 +92,17 @@ class Sealer:
             for number, group in enumerate(described["groups"])
         ]
         return {**described, "groups": groups}
+
+
+def _extra_state(name: str, module: torch.nn.Module) -> Any:
+    try:
+        return module.get_extra_state()
+    except Exception as error:
+        raise _extra_state_error(name, module, "get", error) from error
+
+
+def _extra_state_error(name: str, module: torch.nn.Module, what: str, error: Exception) -> StateError:
+    return StateError(
+        f"state['extra_state'][{name!r}]",
+        f"{type(module).__qualname__}.{what}_extra_state() fails: {type(error).__name__}: {error}",
+    )

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.measure import Measurement
+from rich.segment import Segment, Segments
 from rich.table import Table
 from rich.text import Text
 
 from layerwise_dist.units import size
 
-__all__ = ["Answer", "age", "put", "put_json", "row", "size", "table"]
+__all__ = ["Answer", "Beneath", "age", "put", "put_json", "row", "size", "table"]
 
 _PIPE_WIDTH = 200  # columns where there is no terminal to ask
 
@@ -52,6 +55,43 @@ def table(*columns: str, right: tuple[str, ...] = (), folded: tuple[str, ...] = 
             overflow="fold" if column in folded else "ellipsis",
         )
     return made
+
+
+class Beneath:
+    """A table; where the terminal is too narrow, what its long columns have stands beneath each row instead, on a line
+    of its own: it can be read, and copied.
+    """
+
+    def __init__(self, *columns: str, right: tuple[str, ...], long: tuple[str, ...]) -> None:
+        """`long` in the order in which they leave the table, as long as it does not fit."""
+        self._columns, self._right, self._long = columns, right, [name for name in long if name in columns]
+        self._rows: list[tuple[dict[str, str], str]] = []
+
+    def row(self, *cells: object, style: str = "") -> None:
+        self._rows.append((dict(zip(self._columns, map(str, cells), strict=True)), style))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        unbounded = options.update(max_width=10_000)
+        for count in range(len(self._long) + 1):
+            below = self._long[:count]
+            shown = self._table([name for name in self._columns if name not in below])
+            if Measurement.get(console, unbounded, shown).maximum <= options.max_width:
+                break
+        if not below:
+            yield shown
+            return
+        lines = console.render_lines(shown, options, new_lines=False)
+        others = [Text("  " + "  ".join(below), style="bold")]
+        others += [Text("  " + "  ".join(cells[name] for name in below), style=style) for cells, style in self._rows]
+        for line, other in zip(lines, others, strict=True):
+            yield Segments([*line, Segment.line()])
+            yield other
+
+    def _table(self, columns: list[str]) -> Table:
+        made = table(*columns, right=self._right)
+        for cells, style in self._rows:
+            row(made, *(cells[name] for name in columns), style=style)
+        return made
 
 
 def row(into: Table, *cells: object, style: str = "") -> None:

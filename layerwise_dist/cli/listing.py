@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from layerwise_dist.cli.catalogue import Catalogue, measure
-from layerwise_dist.cli.console import Answer, age, row, size, table
+from layerwise_dist.cli.console import Answer, Beneath, age, size
 from layerwise_dist.storage import layout
 
 _STYLE = {"newest": "bold green", "lineage": "green", "abandoned": "dim", "incomplete": "yellow", "damaged": "bold red"}
@@ -28,16 +28,14 @@ def ls(catalogue: Catalogue) -> Answer:
     tags = ("tag",) if any(entry["tag"] for entry in entries) else ()
     bases = catalogue.bases()
     shared = ("shared",) if bases else ()
-    shown = table(
-        "step", "seq", "status", *tags, "ranks", "size", *shared, "age", "folder", right=right, folded=("folder",)
-    )
+    columns = ("step", "seq", "status", *tags, "ranks", "size", *shared, "age", "folder")
+    shown = Beneath(*columns, right=right, long=("folder", "tag"))
     for entry in entries:
         created = entry["created"]
         named = (entry["tag"],) if tags else ()
         sizes = (size(entry["bytes"]), *((size(entry["base_bytes"]),) if shared else ()))
         cells = (entry["step"], entry["seq"], entry["status"], *named, entry["ranks"], *sizes)
-        row(
-            shown,
+        shown.row(
             *("-" if cell is None else cell for cell in cells),
             "-" if created is None else age(now - created),
             entry["folder"],

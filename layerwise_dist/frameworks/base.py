@@ -201,6 +201,9 @@ class Framework:
         """What of it a restore of `parts` takes up."""
         return carried
 
+    def check_forward(self) -> None:
+        """A training forward begins. Raises UnsupportedError where the ranks may not all make the same iterations."""
+
     def take_up(self, carried: Any) -> None:
         """Brings a new wrapper to where `carry` was asked. All ranks together, before any live tensor is loaded."""
 

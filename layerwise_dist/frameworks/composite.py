@@ -172,6 +172,10 @@ class CompositeFramework(Framework):
     def part_of(self, carried: Any, parts: Parts) -> Any:
         return {name: part.part_of(carried[name], parts) for name, part in self.parts.items()}
 
+    def check_forward(self) -> None:
+        for part in self.parts.values():
+            part.check_forward()
+
     def take_up(self, carried: Any) -> None:
         for name, part in self.parts.items():
             part.take_up(carried[name])
@@ -249,6 +253,14 @@ class CompositeOptimizer(OptimizerAdapter):
     @property
     def mid_window(self) -> bool:
         return any(member.mid_window for member in self._members.values())
+
+    @property
+    def optimizers(self) -> Sequence[object]:
+        return [each for member in self._members.values() for each in member.optimizers]
+
+    @property
+    def scalers(self) -> Mapping[str, torch.amp.GradScaler]:
+        return {what: each for member in self._members.values() for what, each in member.scalers.items()}
 
     def gather(self) -> None:
         for member in self._members.values():

@@ -86,6 +86,16 @@ class DDPFramework(Framework):
     def carry(self) -> Any:
         return self._buckets.order if self._buckets else None
 
+    def check_forward(self) -> None:
+        """Under `Join` a rank whose inputs have ended makes no more iterations, and the others go on."""
+        joined = self._wrapper._join_config if self._wrapper is not None else None
+        if joined is not None and joined.enable and not joined.throw_on_early_termination and len(self._group) > 1:
+            raise UnsupportedError(
+                "a training forward within Join or model.join(): ranks whose inputs end make fewer iterations, so that "
+                "there is no step that all of them can save. Give every rank as many batches (drop_last=True, a "
+                "DistributedSampler), or use throw_on_early_termination=True, which ends all ranks with the first"
+            )
+
     def take_up(self, carried: Any) -> None:
         if self._buckets is not None and carried:
             self._buckets.take_up(carried)

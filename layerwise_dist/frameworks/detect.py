@@ -18,6 +18,7 @@ from layerwise_dist.frameworks.deepspeed import DeepSpeedFramework, DeepSpeedOpt
 from layerwise_dist.frameworks.fsdp import FSDP2Framework
 from layerwise_dist.frameworks.fsdp1 import FSDP1FlatOptimizer, FSDP1Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter, TorchOptimizer
+from layerwise_dist.frameworks.unwrapping import unwrap
 from layerwise_dist.frameworks.zero_redundancy import ZeroRedundancyAdapter, is_zero_redundancy
 
 _WORKS = (
@@ -75,14 +76,15 @@ def adapt(
     """
     if not isinstance(framework, DeepSpeedFramework):
         special: TorchOptimizer | None = None
-        if is_zero_redundancy(optimizer):
+        if is_zero_redundancy(unwrap(optimizer)[0]):
             special = ZeroRedundancyAdapter(framework, optimizer)
-        elif flat := _flat_parts(framework, optimizer):
+        elif flat := _flat_parts(framework, unwrap(optimizer)[0]):
             special = FSDP1FlatOptimizer(flat[0], optimizer)
         if special is not None and torch_adapter is not TorchOptimizer:
             raise UnsupportedError(f"{special.kind}, layer by layer: {special.whole_only}; use update = 'auto'")
         return special or torch_adapter(framework, optimizer)
-    if optimizer is not None and optimizer is not framework.engine.optimizer:
+    own = framework.engine.optimizer
+    if optimizer is not None and optimizer is not own and getattr(optimizer, "optimizer", None) is not own:
         raise UnsupportedError("a DeepSpeed engine has its optimizer: call attach(engine) without one")
     return DeepSpeedOptimizer(framework, update)
 

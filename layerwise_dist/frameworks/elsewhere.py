@@ -30,7 +30,10 @@ _TORCH_S = frozenset(
 )  # fmt: skip
 # Scratch memory of fused kernels, and a flag that says that a first step has moved the state to its device.
 _SCRATCH = frozenset({"_dummy_overflow_buf"})
-_FLAGS = {"bitsandbytes": frozenset({"initialized"})}
+_FLAGS = {
+    "bitsandbytes": frozenset({"initialized"}),
+    "accelerate": frozenset({"_is_overflow", "_accelerate_step_called"}),  # of the last step
+}
 # Optimizers of these packages keep nothing elsewhere; what is found on one was put there by the script.
 _PLAIN = ("torch.optim.", "deepspeed.ops.", "transformers.optimization.")
 _COMPARED = 1024  # elements; whether a larger tensor changed is asked of its version counter
@@ -44,9 +47,14 @@ class Elsewhere:
     `watched` says that its class may have attributes that are state: it is of none of the packages known not to.
     """
 
-    def __init__(self, kind: str, optimizer: Optimizer, kin: Callable[[], Iterable[Optimizer]]) -> None:
-        """Raises UnsupportedError for a `state_dict()` that fails, changes the training, or differs at each call."""
-        self.kind, self._optimizer, self._kin = kind, optimizer, kin
+    def __init__(
+        self, kind: str, optimizer: Any, kin: Callable[[], Iterable[Optimizer]], *, keyed: bool = True
+    ) -> None:
+        """`keyed`: its `state` is its own; not that of an object around an optimizer.
+
+        Raises UnsupportedError for a `state_dict()` that fails, changes the training, or differs at each call.
+        """
+        self.kind, self._optimizer, self._kin, self._has_state = kind, optimizer, kin, keyed
         self.watched = not f"{type(optimizer).__module__}.".startswith(_PLAIN)
         self._looks: dict[str, Any] | None = None  # before the first update
         told = self._told()
@@ -75,7 +83,7 @@ class Elsewhere:
             )
         if self._looks is not None:
             self._check_attributes(self._looks, told)
-        members = {**self._keyed(), "told": told}
+        members = {**(self._keyed() if self._has_state else {}), "told": told}
         return {name: value for name, value in members.items() if value}
 
     def check(self, saved: Mapping[str, Any]) -> list[str]:
@@ -96,6 +104,12 @@ class Elsewhere:
         if told:
             whole = {**self._call("state_dict"), **told}
             self._call("load_state_dict", whole)
+        self._looks = None
+        if self._has_state:
+            self._put_keyed(saved)
+        return bool(told)
+
+    def _put_keyed(self, saved: Mapping[str, Any]) -> None:
         state, there = self._optimizer.state, saved.get("state", {})
         for key in [key for key in state if isinstance(key, str) and key not in there]:
             del state[key]
@@ -106,8 +120,6 @@ class Elsewhere:
                     live.copy_(value)
             else:
                 state[key] = value.to(self._device) if key in saved.get("on_device", ()) else value
-        self._looks = None
-        return bool(told)
 
     def confirm(self, saved: Mapping[str, Any]) -> None:
         """When all is restored: raises UnsupportedError if `state_dict()` does not tell what the checkpoint holds."""
@@ -203,26 +215,26 @@ class Elsewhere:
         optimizer = self._optimizer
         passed = _TORCH_S | _SCRATCH | _FLAGS.get(type(optimizer).__module__.partition(".")[0], frozenset())
         looks = _Looks(self._kin())
-        found = {name: looks.of(value) for name, value in vars(optimizer).items() if name not in passed}
+        found = {name: looks.of(v) for name, v in getattr(optimizer, "__dict__", {}).items() if name not in passed}
         if isinstance(defaults := found.get("defaults"), dict):
             defaults.pop("differentiable", None)  # __setstate__() adds it
         return {name: look for name, look in found.items() if look is not None}
 
 
-def tells(optimizer: Optimizer) -> bool:
+def tells(optimizer: Any) -> bool:
     """Whether `state_dict()` may have members of its own. torch's maps all parameters: it is not called for nothing."""
     return (
-        type(optimizer).state_dict is not Optimizer.state_dict
-        or "state_dict" in vars(optimizer)
+        getattr(type(optimizer), "state_dict", Optimizer.state_dict) is not Optimizer.state_dict
+        or "state_dict" in getattr(optimizer, "__dict__", ())
         or bool(getattr(optimizer, "_optimizer_state_dict_post_hooks", None))
     )
 
 
-def takes(optimizer: Optimizer) -> bool:
+def takes(optimizer: Any) -> bool:
     """Whether `load_state_dict()` may take more than torch's own does."""
     return (
-        type(optimizer).load_state_dict is not Optimizer.load_state_dict
-        or "load_state_dict" in vars(optimizer)
+        getattr(type(optimizer), "load_state_dict", Optimizer.load_state_dict) is not Optimizer.load_state_dict
+        or "load_state_dict" in getattr(optimizer, "__dict__", ())
         or bool(getattr(optimizer, "_optimizer_load_state_dict_pre_hooks", None))
     )
 

@@ -11,6 +11,7 @@ from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.base import ParamView
 from layerwise_dist.frameworks.elsewhere import Elsewhere
 from layerwise_dist.frameworks.param_groups import adopt_groups, check_groups
+from layerwise_dist.frameworks.unwrapping import Around
 
 Optimizer = torch.optim.Optimizer
 
@@ -24,8 +25,11 @@ class Nest:
     same groups) is the outermost one's, and saved once.
     """
 
-    def __init__(self, kind: str, outer: Optimizer, names: Callable[[], Mapping[int, str]] | None) -> None:
+    def __init__(
+        self, kind: str, outer: Optimizer, names: Callable[[], Mapping[int, str]] | None, around: Sequence[Any] = ()
+    ) -> None:
         """`names` tells those of its parameters, by id; None if what it updates are no parameters of the model's.
+        `around` are its wrappers (`unwrapping`).
 
         Raises UnsupportedError for what cannot be captured.
         """
@@ -37,6 +41,7 @@ class Nest:
         self._elsewhere = {
             place: Elsewhere(self._called(place), each, self._members.values) for place, each in self._members.items()
         }
+        self._around = Around(around, self._members.values)
 
     @property
     def foreign(self) -> bool:
@@ -120,9 +125,11 @@ class Nest:
         """An update begins."""
         for each in self._elsewhere.values():
             each.remember()
+        self._around.remember()
 
     def describe(self) -> dict[str, Any]:
-        """Members of ``optimizer`` in docs/format.md: of the outer one, and ``inside``, of the others by place.
+        """Members of ``optimizer`` in docs/format.md: of the outer one, ``inside``, of the others by place, and
+        ``around``, of its wrappers.
 
         Raises UnsupportedError for what cannot be saved.
         """
@@ -130,6 +137,8 @@ class Nest:
         members = self._elsewhere[""].describe()
         if self.inside:
             members["inside"] = {place: self._describe(place) for place in self.inside}
+        if around := self._around.describe():
+            members["around"] = around
         return members
 
     def _check_family(self) -> None:
@@ -184,7 +193,7 @@ class Nest:
                 f"the checkpoint's {saved['class']} has optimizers inside it ({sorted(there) or 'none'}), this one has "
                 f"others ({sorted(self.inside) or 'none'})"
             ]
-        problems = self._elsewhere[""].check(saved)
+        problems = self._elsewhere[""].check(saved) + self._around.check(saved)
         for place, each in there.items():
             found = self._check_groups(place, saved, each) or self._elsewhere[place].check(each)
             problems += [f"{place}: {problem}" for problem in found]
@@ -210,7 +219,8 @@ class Nest:
 
         Returns whether a `load_state_dict()` was called, which casts both: they are to be put in place once more.
         """
-        called = [part.put(self._of(place, saved)) for place, part in self._elsewhere.items()]
+        called = [self._around.put(saved)]  # first: it loads all of the optimizer
+        called += [part.put(self._of(place, saved)) for place, part in self._elsewhere.items()]
         self._check_family()
         return any(called)
 
@@ -218,6 +228,7 @@ class Nest:
         """When they are, behind a `load_state_dict()`. Raises UnsupportedError if it was not the way back."""
         for place, part in self._elsewhere.items():
             part.confirm(self._of(place, saved))
+        self._around.confirm(saved)
         if problems := self.check(saved):
             raise UnsupportedError(f"{self.kind} is another one after its load_state_dict(): {'; '.join(problems)}")
 

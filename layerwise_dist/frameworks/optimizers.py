@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from layerwise_dist.frameworks.base import Framework, ParamView
 from layerwise_dist.frameworks.nested import Nest, find
 from layerwise_dist.frameworks.param_groups import adopt_groups, check_groups, in_order
 from layerwise_dist.frameworks.subclasses import Opener, live_inner, put_together
+from layerwise_dist.frameworks.unwrapping import Steps, is_made, is_thin, scalers_of, unwrap
 from layerwise_dist.pieces import DTYPES
 from layerwise_dist.slices import Slice
 
@@ -33,7 +35,9 @@ class UpdateEvents(Protocol):
         """
 
     def before_closure(self, layers: Collection[str] | None = None) -> None:
-        """Behind `update_starting(in_closure=True)`: these layers, or all, may change before its first call."""
+        """These layers, or all, may change before the update starts: behind `update_starting(in_closure=True)`, before
+        the closure's first call; or in a wrapper, before it steps the optimizer, if it does.
+        """
 
     def wants_layers(self) -> bool:
         """Whether it is worth while that the update that comes goes layer by layer, if it can.
@@ -98,6 +102,16 @@ class OptimizerAdapter:
         """Whether gradients are being accumulated that no update has used yet, as far as the optimizer knows."""
         return False
 
+    @property
+    def optimizers(self) -> Sequence[object]:
+        """The script's objects behind it, wrappers included, that a second engine must not have too."""
+        return ()
+
+    @property
+    def scalers(self) -> Mapping[str, torch.amp.GradScaler]:
+        """Those that wrappers of the optimizer step by, by what they are called."""
+        return {}
+
     def gather(self) -> None:
         """A capture is about to begin: brings into memory what is kept elsewhere. Raises LayerwiseError or OSError."""
 
@@ -157,7 +171,10 @@ class TorchOptimizer(OptimizerAdapter):
     _opens = True
 
     def __init__(self, framework: Framework, optimizer: object) -> None:
-        """Raises UnsupportedError unless `optimizer` is a torch optimizer of this model's own parameters."""
+        """Raises UnsupportedError unless `optimizer` is a torch optimizer of this model's own parameters, or is wrapped
+        around one.
+        """
+        optimizer, self._around = unwrap(optimizer)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise UnsupportedError(
                 f"attach() needs a torch.optim.Optimizer, not {type(optimizer).__name__} (models without one: "
@@ -171,9 +188,11 @@ class TorchOptimizer(OptimizerAdapter):
         self._follow()
         if not any(group["params"] for group in self._optimizer.param_groups):
             raise UnsupportedError(f"{type(self._optimizer).__name__} has no parameters")
-        self._nest = Nest(self.kind, self._keeper, self._current_names)
+        self._nest = Nest(self.kind, self._keeper, self._current_names, self._around)
         self._open_states = Opener()
         self._hooks: list[Any] = []
+        self._steps: list[Steps] = []
+        self._wrapped: _Wrapped | None = None  # the step() of a wrapper that runs
         self._step: FrameType | None = None  # that runs, or was left by an exception
         self._steps_within = 0
 
@@ -215,6 +234,14 @@ class TorchOptimizer(OptimizerAdapter):
         )
 
     # -- what there is ------------------------------------------------------------------------------------------
+
+    @property
+    def optimizers(self) -> Sequence[object]:
+        return [self._optimizer, *self._around, *self._nest.inside.values()]
+
+    @property
+    def scalers(self) -> Mapping[str, torch.amp.GradScaler]:
+        return scalers_of(self._around)
 
     @property
     def views(self) -> list[ParamView]:
@@ -320,11 +347,33 @@ class TorchOptimizer(OptimizerAdapter):
             self._optimizer.register_step_pre_hook(self._begins),
             self._optimizer.register_step_post_hook(self._ends),
         ]
+        for wrapper in self._around:
+            if not is_thin(wrapper):
+                self._steps.append(Steps(wrapper, self._wrapper_begins, self._wrapper_ends))
 
     def detach(self) -> None:
+        for step in reversed(self._steps):
+            step.detach()
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
+        self._hooks, self._steps = [], []
+
+    def _wrapper_begins(self) -> None:
+        """It may change parameters before it steps the optimizer, or without."""
+        if self._wrapped is None:
+            self._nest.remember()
+            self._wrapped = _Wrapped()
+            self._events.before_closure()
+        self._wrapped.depth += 1
+
+    def _wrapper_ends(self, whole: bool) -> None:
+        wrapped = self._wrapped
+        assert wrapped is not None, "_wrapper_begins() comes first"
+        wrapped.depth -= 1
+        if not wrapped.depth:
+            self._wrapped = None
+            if whole and wrapped.applied is not None:
+                self._events.update_done(applied=wrapped.applied)
 
     def _begins(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Hooks run for the `step()` of a subclass, and again for its parent's within it: only the outer one counts."""
@@ -344,6 +393,8 @@ class TorchOptimizer(OptimizerAdapter):
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._nest.remember()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if self._wrapped is not None and self._wrapped.applied is not None:
+            return None  # a second step within one of the wrapper's: the update is under way
         if closure is None:
             self._events.update_starting()
             self._events.overwriting()
@@ -372,7 +423,21 @@ class TorchOptimizer(OptimizerAdapter):
         return call
 
     def _after(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._events.update_done(applied=not found_inf(optimizer))
+        applied = not found_inf(optimizer)
+        if self._wrapped is not None:
+            self._wrapped.applied = applied or bool(self._wrapped.applied)
+        else:
+            self._events.update_done(applied=applied)
+
+
+@dataclass(slots=True)
+class _Wrapped:
+    """A wrapper's step, of `depth` wrappers within each other. `applied`: of the update that the optimizer has made
+    within it; None before that.
+    """
+
+    depth: int = 0
+    applied: bool | None = None
 
 
 def _is_running(frame: FrameType) -> bool:
@@ -385,8 +450,7 @@ def _is_running(frame: FrameType) -> bool:
 
 def _check_made(optimizer: torch.optim.Optimizer) -> None:
     """Wrappers that inherit from `Optimizer`, and have not called its `__init__`, may have no hooks and no state."""
-    needed = {"state", "param_groups", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"}
-    if not needed <= vars(optimizer).keys():
+    if not is_made(optimizer):
         kind = type(optimizer).__name__
         inside = " or ".join(f"optimizer.{place}" for place in find(optimizer))
         raise UnsupportedError(

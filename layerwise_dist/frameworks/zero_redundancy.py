@@ -10,6 +10,7 @@ import torch
 from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.base import Framework, ParamView
 from layerwise_dist.frameworks.optimizers import TorchOptimizer
+from layerwise_dist.frameworks.unwrapping import unwrap
 
 
 def is_zero_redundancy(optimizer: object) -> bool:
@@ -27,13 +28,14 @@ class ZeroRedundancyAdapter(TorchOptimizer):
     whole_only = "it steps an optimizer of its own on each rank, and sends all parameters around behind it"
 
     def __init__(self, framework: Framework, optimizer: Any) -> None:
-        if optimizer._overlap_with_ddp:
+        real, _ = unwrap(optimizer)
+        if real._overlap_with_ddp:
             raise UnsupportedError(
                 "ZeroRedundancyOptimizer with overlap_with_ddp=True updates in DDP's communication hook, where no step "
                 "is seen; without it, it works"
             )
         super().__init__(framework, optimizer)
-        self.kind = f"ZeroRedundancyOptimizer({type(optimizer.optim).__qualname__})"
+        self.kind = f"ZeroRedundancyOptimizer({type(real.optim).__qualname__})"
         self._nest.refuse_inside("ZeroRedundancyOptimizer")
 
     def _check(self, names: Mapping[int, str]) -> None:

@@ -33,7 +33,7 @@ _LISTED = 8
 
 @dataclass
 class LoadPlan:
-    """One rank's restore, checked and ready. `sealed` is what the boundary saved (see `engine.LayerwiseEngine`).
+    """One rank's restore, checked and ready. `sealed` is what the boundary saved (`capture.sealed.Sealer`).
 
     `lacking` are the model's tensors (`<kind>/<fqn>`) that the checkpoint has not, and need not have. `base` is what is
     known of the frozen parameters that this rank's shard refers to.

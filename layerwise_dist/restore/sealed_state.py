@@ -104,6 +104,7 @@ class _Optimizer(_Elsewhere):
     kind: str = Field(alias="class")
     groups: list[_Group]
     inside: dict[str, _Inside] = {}
+    around: dict[str, dict[str, Any]] = {}
 
 
 class _OneOfSeveral(_Optimizer):

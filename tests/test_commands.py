@@ -1,0 +1,211 @@
+"""Every command that README, docs, docstrings and scripts tell people to type is run by a test, or here is why not.
+
+A command that is new, or another one than it was, fails here until somebody has said who runs it.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from commands_kit import ROOT, commands
+from conftest import Running
+
+from layerwise_dist.cli.app import app
+
+HERE = "test_commands.py::"
+# Why no test runs what it says, word by word.
+_INSTALLS = "changes the system or the environment that the tests run in; launch/setup.sh does as much before them"
+_MINUTES = "takes minutes; the tests run the same with --quick"
+_PLACE = "names a command without all of its arguments: it is one of the others here"
+
+# What is typed (a regular expression for all of it), and the tests that run it, or a reason that none does. What the
+# tests run has a smaller model, fewer steps or another directory.
+TABLE: list[tuple[str, str]] = [
+    (r"bash launch/demo\.sh", HERE + "test_the_demo_finds_every_bit_equal"),
+    (r"bash launch/setup\.sh", "tests/run.sh runs it before these tests"),
+    (r"bash tests/run\.sh( --long( -k soak)?)?", "it is what runs these tests"),
+    (r"bash tests/(native|vm/run)\.sh", "tests/run.sh runs it beside these tests"),
+    (r"(sudo )?apt-get install .*|python3 -m venv \.venv|(\.venv/bin/)?pip install .*", _INSTALLS),
+    (r"layerwise ls( DIR)?", "test_cli.py::test_ls_tells_the_newest_the_lineage_and_what_was_abandoned"),
+    (r"layerwise show( DIR)?( \[--step N\])?", "test_cli.py::test_show_chooses_the_lineage_s_commit_of_a_step"),
+    (r"layerwise show --json", "test_cli.py::test_show_gives_every_tensor_with_its_place"),
+    (r"layerwise verify( DIR)?( \[--step N\])?", "test_cli.py::test_verify_of_sound_checkpoints_reads_all_of_them"),
+    (r"layerwise selftest( \[DIR\])?", "test_selftest.py::test_it_kills_resumes_compares_and_leaves_nothing"),
+    (
+        r"layerwise doctor.*",
+        "test_doctor.py::test_the_options_and_the_configuration_reach_the_writer_and_the_findings",
+    ),
+    (r"layerwise bench", _PLACE),
+    (r"layerwise bench writer\|train\|restore DIR", "three of the others here in one"),
+    (r"layerwise bench layers", "test_bench.py::test_steps_by_layers_are_measured_against_the_optimizers_own"),
+    (r"layerwise bench trace( DIR .*)?", "test_bench.py::test_a_step_is_traced_and_drawn"),
+    (r"layerwise bench (writer|restore|commit|train) DIR.*", _MINUTES),
+    (r"python -c .*", HERE + "test_the_schema_is_printed_as_the_guide_says"),
+    (r"python -X faulthandler", _PLACE),
+    (r"python -m", _PLACE),
+    (r"python reader\.py DIR", "test_frozen.py::test_the_reader_of_the_format_s_page_reads_bases_too"),
+    (r"\.venv/bin/python -m pytest tests/test_kill\.py", "it is one of these tests"),
+    (
+        r"\.venv/bin/python tests/exactness_table\.py > docs/exactness\.md",
+        "test_exactness.py::test_the_table_in_the_docs_is_whole_and_what_is_tried_again_is_as_it_says",
+    ),
+    (
+        r"python tests/foreign/deepspeed\.py SOURCE_TREE",
+        "test_foreign.py::test_the_runner_of_deepspeeds_tests_tells_what_passes_what_fails_what_hangs_and_leaves_nothing",
+    ),
+    (
+        r"python tests/contrast_deepspeed\.py",
+        "test_deepspeed_kill.py::"
+        "test_deepspeeds_own_save_names_a_checkpoint_without_the_killed_ranks_part_and_this_one_does_not",
+    ),
+    (r"python -m layerwise_dist\.bench\.(commit|train)_worker .*", "`layerwise bench` starts it, in test_bench.py"),
+    (r"python -m layerwise_dist\.monitor SOCKET MEMORY PID", "a training process starts it, in test_monitor.py"),
+    (r"python -m torch\.distributed\.run \.\.\. -m layerwise_dist\.selftest\.job .*", "`layerwise selftest` starts it"),
+    (
+        r"mpirun -n 4 python train\.py",
+        "test_mpi.py::test_a_job_under_mpirun_that_loses_a_rank_ends_and_resumes_bit_for_bit",
+    ),
+    (
+        r"torchrun .*examples/train_gpt\.py .*",
+        HERE + "test_the_gpt_trains_under_torchrun_and_again_where_it_was",
+    ),
+    (
+        r"(torchrun|deepspeed) .*train\.py --deepspeed_config .*",
+        "test_deepspeed_kill.py::test_the_example_starts_and_starts_again_under",
+    ),
+    (
+        r"bash launch/(torchrun|deepspeed)\.sh .*",
+        "test_deepspeed_kill.py::test_a_rank_killed_at_any_step_in_any_mode_changes_no_bit",
+    ),
+    (
+        r"bash launch/mpirun\.sh .*|sbatch .*launch/slurm\.sbatch.*",
+        "test_deepspeed_kill.py::test_the_example_starts_and_starts_again_under",
+    ),
+    (
+        r"python examples/digits_cnn\.py .*",
+        "test_examples.py::test_the_cnn_goes_on_within_an_epoch_and_ends_as_if_it_had_not_been_killed",
+    ),
+    (
+        r"torchrun .*examples/digits_cnn\.py .*",
+        "test_examples.py::test_the_cnn_trains_one_replica_a_rank_under_torchrun",
+    ),
+    (
+        r"python examples/lora\.py .*",
+        "test_examples.py::test_frozen_weights_are_written_once_and_again_when_the_adapters_are_merged",
+    ),
+    (
+        r"python examples/mnist_mlp\.py",
+        "test_examples.py::test_the_smallest_script_goes_on_where_it_was_killed",
+    ),
+]  # fmt: skip
+
+# Files that a reader makes.
+_THEIRS = {"train.py", "reader.py", "layerwise.json"}
+
+
+def rows_of(command: str) -> list[tuple[str, str]]:
+    return [row for row in TABLE if re.fullmatch(row[0], command)]
+
+
+def test_every_command_is_run_by_a_test_or_has_a_reason() -> None:
+    told = commands()
+    assert len(told) > 60, "the search for them finds them"
+    unknown = {command: files for command, files in told.items() if not rows_of(command)}
+    assert not unknown, f"nobody has said who runs these: {unknown}"
+    stale = [pattern for pattern, _ in TABLE if not any(re.fullmatch(pattern, command) for command in told)]
+    assert not stale, f"nobody tells these any more: {stale}"
+
+
+def test_the_tests_in_the_table_exist() -> None:
+    for _, who in TABLE:
+        if "::" in who:
+            file, _, name = who.partition("::")
+            path = Path(__file__).parent / file
+            names = {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
+            assert name in names, who
+
+
+def test_mutation_a_new_command_is_noticed(tmp_path: Path) -> None:
+    text = "Prose, `layerwise ls DIR --colour`, and:\n\n    python examples/other.py --dir x  # new\n"
+    (tmp_path / "README.md").write_text(text)
+    found = commands(tmp_path)
+    assert [*found] == ["python examples/other.py --dir x", "layerwise ls DIR --colour"]
+    assert not any(map(rows_of, found))
+
+
+LAYERWISE = [command for command in commands() if command.startswith("layerwise ") and "|" not in command]
+OTHERS = [command for command in commands() if not command.startswith(("layerwise ", "pip ", "sudo "))]
+
+
+@pytest.mark.parametrize("command", LAYERWISE)
+def test_the_command_line_knows_every_option_that_is_told(tmp_path: Path, command: str) -> None:
+    (tmp_path / "layerwise.json").write_text("{}")
+    text = command.replace("[--step N]", "--step 3").replace("[DIR]", "")
+    words = [{"DIR": str(tmp_path), "checkpoints": str(tmp_path)}.get(word, word) for word in shlex.split(text)[1:]]
+    words = [str(tmp_path / word) if word == "layerwise.json" else word for word in words]
+    at: Any = typer.main.get_command(app)
+    while words and hasattr(at, "commands"):
+        assert words[0] in at.commands, f"there is no {words[0]!r}"
+        at, words = at.commands[words[0]], words[1:]
+    needed = [p.name for p in getattr(at, "params", []) if p.param_type_name == "argument" and p.required]
+    if needed and not any(word == str(tmp_path) for word in words):
+        words.insert(0, str(tmp_path))  # told without its directory
+    if not hasattr(at, "commands"):
+        at.make_context("layerwise", words)
+
+
+@pytest.mark.parametrize("command", OTHERS)
+def test_the_files_and_the_scripts_options_that_are_told_exist(command: str) -> None:
+    folders = [ROOT, *((ROOT / file).parent for file in commands()[command])]
+    script: Path | None = None
+    for word in command.replace("=", " ").split():
+        if re.fullmatch(r"[\w./-]+\.(py|sh|sbatch|json)", word) and word not in _THEIRS:
+            found = next((folder / word for folder in folders if (folder / word).exists()), None)
+            assert found is not None, f"there is no {word}"
+            script = script or (found if found.suffix == ".py" else None)
+        elif word in _THEIRS:
+            here = [folder / word for folder in folders if (folder / word).exists()]
+            script = script or (here[0] if here and word.endswith(".py") else None)
+        elif script is not None and word.startswith("--") and word != "--deepspeed_config":  # which DeepSpeed adds
+            assert f'"{word}"' in script.read_text(), f"{script.name} has no {word}"
+
+
+# -- what no other test runs ------------------------------------------------------------------------------------------
+
+
+def test_the_schema_is_printed_as_the_guide_says() -> None:
+    (command,) = [each for each in commands() if each.startswith("python -c ")]
+    words = shlex.split(command)
+    done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "every_n_steps" in json.loads(done.stdout)["properties"], done.stderr
+
+
+def test_the_gpt_trains_under_torchrun_and_again_where_it_was(start: Callable[..., Running], tmp_path: Path) -> None:
+    """`torchrun ... examples/train_gpt.py`, of a smaller size, and once more."""
+    shape = ["--dim", "32", "--layers", "2", "--heads", "2", "--context", "16", "--batch", "2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script, where = str(ROOT / "examples" / "train_gpt.py"), ["--dir", str(tmp_path / "gpt")]
+    for steps in (3, 5):
+        done = start([*torchrun, "--max-restarts", "3", script, "--steps", str(steps), *where, *shape]).wait(90)
+        assert done.returncode == 0, done.output[-6000:]
+    assert re.search(r"step\s+5\b", done.output) and not re.search(r"step\s+2\b", done.output), done.output
+
+
+def test_the_demo_finds_every_bit_equal(start: Callable[..., Running], tmp_path: Path, long: bool) -> None:
+    if not long:
+        pytest.skip("--long")
+    environment = {"LAYERWISE_VENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    demo = str(ROOT / "launch" / "demo.sh")
+    done = start(["bash", demo, "--steps", "12", "--dir", str(tmp_path / "demo")], environment).wait(900)
+    assert done.returncode == 0, done.output[-6000:]
