@@ -7,6 +7,7 @@ objects with the buffer protocol; addresses, offsets and lengths are in bytes.
 
 from collections.abc import Sequence
 from os import PathLike
+from typing import ClassVar
 
 from typing_extensions import Buffer
 
@@ -185,6 +186,20 @@ class PoolBuffer(Buffer):
 
         BufferError while a memoryview of it is open.
         """
+
+class MemoryHold:
+    """Keeps memory that others own from being freed, until it is collected (csrc/include/layerwise/memory_hold.h).
+
+    owners: (address of the three words of a c10::DataPtr, address of the memory that it owns). RuntimeError if one
+    cannot be held; nothing is held then.
+    """
+
+    deleter: ClassVar[int]
+    """The address of the function that frees held memory: an owner that was held has it."""
+    orphans: ClassVar[int]
+    """How many things are held that nobody owns any more."""
+
+    def __init__(self, owners: Sequence[tuple[int, int]]) -> None: ...
 
 class WriterPool:
     """Writes and hashes `depth` blocks at once, for all shards. Closed by itself at the interpreter's exit.

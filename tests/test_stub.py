@@ -13,7 +13,8 @@ STUB = Path(layerwise_dist.__file__).with_name("_native.pyi")
 
 
 def _differences(where: str, stub: ast.Module | ast.ClassDef, live: Any) -> list[str]:
-    told = {node.name: node for node in stub.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    told: dict[str, ast.stmt] = {n.name: n for n in stub.body if isinstance(n, ast.ClassDef | ast.FunctionDef)}
+    told |= {n.target.id: n for n in stub.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
     own = vars(live) if isinstance(live, type) else {name: getattr(live, name) for name in dir(live)}
     there = {name for name in own if not name.startswith("_")}
     public = {name for name in told if not name.startswith("_")}
@@ -22,7 +23,7 @@ def _differences(where: str, stub: ast.Module | ast.ClassDef, live: Any) -> list
     for name in sorted(there & public):
         if isinstance(node := told[name], ast.ClassDef):
             found += _differences(f"{where}.{name}", node, own[name])
-        elif signature := _arguments(own[name]):
+        elif isinstance(node, ast.FunctionDef) and (signature := _arguments(own[name])):
             arguments = [each.arg for each in node.args.args]
             if signature != arguments:
                 found.append(f"{where}.{name} takes {signature}, the stub says {arguments}")
