@@ -95,7 +95,7 @@ class Holder:
 
     def _deleter_of(self, storage: torch.UntypedStorage) -> int:
         assert self._place is not None
-        return _words(storage)[self._place + _DELETER]
+        return ctypes.c_size_t.from_address(storage._cdata + (self._place + _DELETER) * _WORD).value
 
 
 @functools.cache
