@@ -576,7 +576,7 @@ def test_a_base_opens_with_the_safetensors_package(two_bases: Path) -> None:
 
 
 def test_a_copy_of_one_checkpoint_with_what_the_guide_says_restores_and_without_its_base_names_it(
-    two_bases: Path, tmp_path: Path
+    two_bases: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """`layerwise show` lists what belongs to it."""
     step = max(manifests(two_bases))
@@ -599,5 +599,6 @@ def test_a_copy_of_one_checkpoint_with_what_the_guide_says_restores_and_without_
         assert ckpt.restore() == step
     job = lora.Job("plain", 2, 300)
     with lwd.attach(job.model, job.optimizer, dir=str(lacking)) as ckpt:
-        with pytest.raises(lwd.errors.DamageError, match="base"):
+        with pytest.raises(lwd.errors.DamageError, match="see the warnings"):
             ckpt.restore()
+    assert str(lacking / next(iter(needed))) in caplog.text
