@@ -8,7 +8,7 @@ import pytest
 from attacks import THEMES, run
 
 
-@pytest.mark.parametrize("themes", [["records", "numbers", "names", "directories"], ["headers"], ["sizes"],
+@pytest.mark.parametrize("themes", [["records", "ends", "names", "directories"], ["headers"], ["sizes"],
                                     ["sealed", "typed", "frozen", "terminal"]], ids=" ".join)  # fmt: skip
 def test_every_crafted_directory_is_a_named_error_or_an_older_commit(tmp_path: Path, themes: list[str]) -> None:
     figures = run.run(tmp_path, themes)

@@ -20,6 +20,7 @@ from layerwise_dist.storage.reader import Shard
 
 Status = Literal["newest", "lineage", "abandoned"]
 _READERS = 4  # threads
+_LISTED = 20
 
 
 class WrongUsage(Exception):
@@ -51,6 +52,14 @@ class Catalogue:
         if found.dangling is None or found.newest is None:
             return found.damaged
         return {**found.damaged, layout.branch_file(found.newest.seq): found.dangling}
+
+    def odd(self) -> list[str]:
+        """Entries whose names are like ours and are none, in words: nothing reads or removes them."""
+        names = sorted(self.inventory.odd.items())
+        found = [f"{name!r}: {problem}; nothing reads or removes it" for name, problem in names]
+        return [f"odd: {each}" for each in found[:_LISTED]] + (
+            [f"odd: and {len(found) - _LISTED} more"] if len(found) > _LISTED else []
+        )
 
     def status(self, manifest: Manifest) -> Status:
         """newest: what restore tries first; lineage: what it falls back to; abandoned: never chosen by itself."""

@@ -53,10 +53,10 @@ def verify(catalogue: Catalogue, step: int | None) -> Answer:
     data = {
         "dir": catalogue.root, "good": not damage, "checkpoints": results,
         "bases": found.told(), "damaged_records": [{"name": name, "damage": text} for name, text in records.items()],
-        "bytes": nbytes, "seconds": seconds,
+        "bytes": nbytes, "seconds": seconds, "odd": catalogue.inventory.odd,
     }  # fmt: skip
     if not manifests and not records:
-        return Answer(data, [f"{catalogue.root}: no committed checkpoints to verify"])
+        return Answer(data, [f"{catalogue.root}: no committed checkpoints to verify", *catalogue.odd()])
     shown = table("step", "seq", "status", "ranks", "size", "result", right=("step", "seq", "ranks", "size"))
     for result in results:
         ranks, whole = result["ranks_here"], result["ranks"]
@@ -76,6 +76,7 @@ def verify(catalogue: Catalogue, step: int | None) -> Answer:
     for base in data["bases"]:
         if base["damage"]:
             parts.append(f"base {base['attempt']} of rank {base['rank']} is needed by step(s) {_listed(base['steps'])}")
+    parts += catalogue.odd()
     parts.append(f"{size(nbytes)} read in {seconds:.1f} s; {verdict}")
     return Answer(data, parts, good=not damage)
 

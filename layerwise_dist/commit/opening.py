@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from layerwise_dist.commit.metadata import Branch, CheckpointMetadataManager, Identity, Manifest, decode
+from layerwise_dist.commit.metadata import Branch, CheckpointMetadataManager, Identity, Inventory, Manifest, decode
 from layerwise_dist.commit.owner import Owner, read_owner
 from layerwise_dist.errors import DamageError, DirectoryError
 from layerwise_dist.storage import layout
@@ -91,12 +91,7 @@ class Place:
             doing = f"read the records in {self._root}"
             found = self._manager.inventory()
             doubtful = self._manager.flush_records(found)
-            try:
-                identity = self._manager.read_identity().identity
-            except FileNotFoundError:
-                identity = None
-        except DamageError as error:
-            raise DirectoryError(str(error)) from error
+            identity = found.identity or told_identity(found, self._root)
         except DirectoryError:
             raise
         except OSError as error:
@@ -108,6 +103,17 @@ class Place:
             "branches": sorted(found.branches),
             "doubtful": [[each.epoch, each.seq, each.step] for each in doubtful],
         }  # fmt: skip
+
+    def _write_identity(self, identity: str) -> None:
+        """If it is not there; or is damaged, and all records here said what it was."""
+        try:
+            self._manager.read_identity()
+            return
+        except FileNotFoundError:
+            pass
+        except DamageError as error:
+            log.warning("%s; it is written anew", error)
+        self._manager.write_identity(Identity(identity=identity))
 
     def texts(self, plan: Plan) -> dict[str, str]:
         """The records that only this place can give to others, by name."""
@@ -121,10 +127,7 @@ class Place:
         """
         assert self.owner is not None
         self.owner.begin(plan.session, plan.epoch)
-        try:
-            self._manager.read_identity()
-        except FileNotFoundError:
-            self._manager.write_identity(Identity(identity=plan.identity))
+        self._write_identity(plan.identity)
         wanting = []
         for name, _, lacking in plan.lacking:
             if self._ranks[0] in lacking and (why := self._bring(name, texts[name])) is not None:
@@ -182,10 +185,36 @@ def unusable(manager: CheckpointMetadataManager, *, empty: bool) -> dict[str, st
         manager.read_identity()
     except FileNotFoundError:
         if not empty:
-            problems[layout.IDENTITY] = f"{path} is missing: only attach(fresh=True) would take the directory"
-    except (DamageError, OSError) as error:
+            problems[layout.IDENTITY] = f"{path} is missing: {_way_out(manager)}"
+    except DamageError as error:
+        problems[layout.IDENTITY] = f"{error}: {_way_out(manager)}"
+    except OSError as error:
         problems[layout.IDENTITY] = str(error)
     return problems
+
+
+def _way_out(manager: CheckpointMetadataManager) -> str:
+    try:
+        told = told_identity(manager.inventory(), manager.root)
+    except DirectoryError as error:
+        return str(error)
+    if told is None:
+        return "no sound record here says what was in it; the next attach() makes it anew if the directory is its own"
+    return f"the next attach() writes it anew, with what the records here say ({told})"
+
+
+def told_identity(found: Inventory, root: str) -> str | None:
+    """What `identity.json` was, as all sound records say; None if there are none. Raises DirectoryError where records of
+    several directories are here.
+    """
+    said = found.identities.most_common()
+    if len(said) > 1:
+        listed = ", ".join(f"{times} of {identity}" for identity, times in said[:4])
+        raise DirectoryError(
+            f"{os.path.join(root, layout.IDENTITY)} is missing or damaged, and the records in {root} are of several "
+            f"directories ({listed}): move those that were copied here away, and start again"
+        )
+    return said[0][0] if said else None
 
 
 def merge(found: list[dict[str, Any]], root: str, *, fresh: bool) -> Plan:
@@ -211,11 +240,19 @@ def merge(found: list[dict[str, Any]], root: str, *, fresh: bool) -> Plan:
         lacking.append((AttemptId(*attempt).folder, [place for place in found if attempt in place["manifests"]]))
     for seq in sorted({seq for place in found for seq in place["branches"]}):
         lacking.append((layout.branch_file(seq), [place for place in found if seq in place["branches"]]))
+    epoch, first_seq = max(each["epoch"] for each in found) + 1, max(each["last_seq"] for each in found) + 1
+    for what, number in (("epoch", epoch), ("seq", first_seq)):
+        if number >= layout.BEGIN_BELOW:
+            raise DirectoryError(
+                f"{root} holds a checkpoint or an attempt of {what} {number - 1}: behind it there are too few numbers "
+                f"for a session, which begins below {layout.BEGIN_BELOW}. Go on in a new directory, or move what has "
+                "that number away"
+            )
     return Plan(
         session=uuid.uuid4().hex,
         identity=identities.pop() if identities else uuid.uuid4().hex,
-        epoch=max(each["epoch"] for each in found) + 1,
-        first_seq=max(each["last_seq"] for each in found) + 1,
+        epoch=epoch,
+        first_seq=first_seq,
         empty=all(each["empty"] for each in found),
         kept=[*manifests.values(), *(each for place in found for each in place["doubtful"])],
         lacking=[

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from layerwise_dist.storage import strict_json
 from layerwise_dist.storage.typed_json_types import (
     DENSE,
     FACTORIES,
@@ -30,15 +31,14 @@ _HEX_INT = re.compile(r"-?[0-9a-f]+")
 _HEX = re.compile(r"[0-9a-f]*")
 
 
-def unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        raise ValueError("an object has the same key twice")
-    return made
-
-
-def no_constant(literal: str) -> Any:
-    raise ValueError(f"{literal} is no JSON value")
+def _check_keys(keys: list[Any], what: str) -> None:
+    """Before a set or a dict is made of them."""
+    try:
+        most = strict_json.most_of_one(keys)
+    except (TypeError, ValueError, OverflowError):
+        raise Problem(f"{what} of a kind that cannot be one") from None
+    if most > strict_json.COLLIDING:
+        raise Problem(f"{most} of {len(keys)} have one hash; a writer allows {strict_json.COLLIDING}")
 
 
 def _put(made: Any, key: Any, value: Any) -> None:
@@ -91,8 +91,9 @@ class Reader:
             raise Problem(f"an array is expected, here is {short(nodes)}")
         out: list[Any] = []
         try:
-            for node in nodes:
+            for place, node in enumerate(nodes):
                 out.append(self.value(node, depth))
+                nodes[place] = None  # what was read need not stay beside what was made of it
         except Problem as problem:
             problem.steps.append(f"[{len(out)}]")
             raise
@@ -104,6 +105,7 @@ class Reader:
         try:
             for k, node in nodes.items():
                 out[k] = self.value(node, depth)
+                nodes[k] = None
         except Problem as problem:
             problem.steps.append(f"[{short(k)}]")
             raise
@@ -113,14 +115,21 @@ class Reader:
         depth, v = self.inside(depth), node["v"]
         _expect(type(v) is list and all(type(p) is list and len(p) == 2 for p in v), "an array of pairs is expected")
         key: Any = None
+        keys: list[Any] = []
+        values: list[Any] = []
         try:
-            for k, x in v:
+            for place, (k, x) in enumerate(v):
                 key = k
                 key = self.value(k, depth)
-                _put(made, key, self.value(x, depth))
+                keys.append(key)
+                values.append(self.value(x, depth))
+                v[place] = None
         except Problem as problem:
             problem.steps.append(f"[{short(key)}]")
             raise
+        _check_keys(keys, "a key")
+        for key, value in zip(keys, values, strict=True):
+            _put(made, key, value)
         _expect(len(made) == len(v), "the same key twice")
         return made
 
@@ -187,6 +196,7 @@ def _read_vector(r: Reader, node: dict[str, Any], depth: int) -> Any:
 
 def _read_set(r: Reader, node: dict[str, Any], depth: int) -> Any:
     elements = r.items(node["v"], r.inside(depth))
+    _check_keys(elements, "an element")
     try:
         made = (set if node[TAG] == "set" else frozenset)(elements)
     except (TypeError, ValueError, OverflowError):

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from layerwise_dist.storage.strict_json import COLLIDING, most_of_one
 from layerwise_dist.storage.typed_json_types import (
     DENSE,
     FACTORIES,
@@ -115,6 +116,7 @@ class Writer:
         return out
 
     def pairs(self, d: dict[Any, Any]) -> list[list[Any]]:
+        _check_hashes(d, "keys")
         out: list[list[Any]] = []
         for k, v in d.items():
             key = self.key(k, "key")
@@ -185,7 +187,13 @@ def _write_sequence(w: Writer, v: list[Any] | tuple[Any, ...]) -> Any:
 
 
 def _write_set(w: Writer, v: set[Any] | frozenset[Any]) -> Any:
+    _check_hashes(v, "elements")
     return {TAG: type(v).__name__, "v": [w.key(k, "element") for k in v]}
+
+
+def _check_hashes(keys: Collection[Any], what: str) -> None:
+    if len(keys) > COLLIDING and (most := most_of_one(list(keys))) > COLLIDING:
+        raise Problem(f"{most} of {len(keys)} {what} have one hash, which no reader takes: at most {COLLIDING} may")
 
 
 def _write_dict(w: Writer, v: dict[Any, Any]) -> Any:

@@ -4,10 +4,10 @@ The bytes are what somebody who knows the format would write: hashes and sizes a
 `worker.py` runs the commands and `restore()` on each; `python tests/attacks` prints the figures.
 """
 
-from attacks import directories, frozen, headers, names, numbers, records, sealed, sizes, terminal, typed
+from attacks import directories, ends, frozen, headers, names, records, sealed, sizes, terminal, typed
 from attacks.kit import Attack
 
 THEMES: dict[str, list[Attack]] = {
     module.__name__.rpartition(".")[2]: module.attacks()
-    for module in (records, numbers, headers, names, sizes, sealed, typed, frozen, directories, terminal)
+    for module in (records, ends, headers, names, sizes, sealed, typed, frozen, directories, terminal)
 }

@@ -16,7 +16,7 @@ from typing import Any
 from attacks import THEMES
 from attacks.kit import Attack
 
-COMMANDS = ("ls", "show", "verify", "json")
+COMMANDS = {"ls", "show", "verify", "json"}
 MORE_BYTES = 256 << 20
 BUDGET_S = 1.0
 # Of the processor: what is read in a second at least, beside the second that everything may take.
@@ -106,7 +106,7 @@ def judge(theme: str, attack: Attack, found: dict[str, Any]) -> Figures:
         if each["cpu_seconds"] > BUDGET_S + size / BYTES_A_SECOND:
             problem("slow", f"{name} took {each['cpu_seconds']:.1f} s, {each['seconds']:.1f} s in all")
         _look_at_text(name, each, problem)
-    for name in COMMANDS:
+    for name in COMMANDS & actions.keys():
         if actions[name].get("code") not in (0, 1, None) and not attack.usage:
             problem("otherwise", f"{name} ended with {actions[name]['code']}: {actions[name]['said'][:300]}")
     _judge_restore(attack, found, figures, problem)
@@ -150,9 +150,11 @@ def _judge_restore(attack: Attack, found: dict[str, Any], figures: Figures, prob
                 f"{(restored.get('named') or restored['said'])[:500]}")  # fmt: skip
 
 
-def run(folder: Path, themes: list[str] | None = None, only: str = "", workers: int = 2, root: str = "dir") -> Figures:
-    """`root` is what the directory is called, of which each character is one byte."""
-    jobs = [(theme, number) for theme in themes or list(THEMES) for number in range(len(THEMES[theme]))]
+def run(
+    folder: Path, themes: list[str] | None = None, only: str = "", *, workers: int = 2, root: str = "dir", every: int = 1
+) -> Figures:
+    """`root` is what the directory is called, of which each character is one byte. Of so many cases, `every`, one."""
+    jobs = [(theme, number) for theme in themes or list(THEMES) for number in range(0, len(THEMES[theme]), every)]
     jobs = [(theme, number) for theme, number in jobs if only in THEMES[theme][number].name]
     free: SimpleQueue[Worker] = SimpleQueue()
     made = [Worker(folder / f"worker_{number}") for number in range(min(workers, len(jobs)))]
