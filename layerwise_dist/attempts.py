@@ -124,8 +124,8 @@ class Attempts:
             laid = self._lay_out(found)
             if attempt.seq >= layout.NUMBERS_END or step >= layout.STEPS_END:
                 raise UnsupportedError(
-                    f"step {step}, attempt {attempt.seq} of this directory: steps are below {layout.STEPS_END}, attempts "
-                    f"below {layout.NUMBERS_END}; go on in a new directory"
+                    f"step {step}, attempt {attempt.seq} of this directory: steps are below {layout.STEPS_END}, "
+                    f"attempts below {layout.NUMBERS_END}; go on in a new directory"
                 )
             write = self._adapter.begin(attempt, laid.shard, laid.plan)
         except (LayerwiseError, OSError) as error:

@@ -1,8 +1,8 @@
 """Every error that this package raises on purpose, so that a script can tell them apart.
 
 All of them are `LayerwiseError`; those that have a standard Python meaning inherit from that class too.
-A message says what was expected, what was found and where; nothing is raised without one. Names and texts in it may come
-from a file, so that it passes `shown` before anybody sees it.
+A message says what was expected, what was found and where; nothing is raised without one. Names and texts in it may
+come from a file, so that it passes `shown` before anybody sees it.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class UnsupportedError(LayerwiseError, TypeError):
 
 
 class StateError(LayerwiseError, TypeError):
-    """Something in `state=` that can be written neither as a tensor nor as typed JSON, or that does not take back what was
-    saved of it.
+    """Something in `state=` that can be written neither as a tensor nor as typed JSON, or that does not take back what
+    was saved of it.
 
     Attributes:
         path: where it is, such as ``state['scheduler']['lr_lambdas'][0]``.

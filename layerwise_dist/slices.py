@@ -172,7 +172,8 @@ def ranks_of(text: str, world_size: int) -> tuple[int, ...]:
     for part in text.split(",") if text else ():
         run, _, step = part.partition("/")
         begin, _, end = run.partition("-")
-        if not all(number.isascii() and number.isdecimal() and len(number) < 8 for number in (begin, end or "0", step or "1")):
+        numbers = (begin, end or "0", step or "1")
+        if not all(number.isascii() and number.isdecimal() and len(number) < 8 for number in numbers):
             raise bad
         first, last = int(begin), int(end or begin)
         if last >= world_size or (found and first <= found[-1]) or not int(step or 1):

@@ -1,4 +1,4 @@
-"""Crafted directories: each is a named error or the next older commit, in bounded time and memory; nothing else happens."""
+"""Crafted directories: each is a named error or the next older commit, in bounded time and memory, and no more."""
 
 from __future__ import annotations
 

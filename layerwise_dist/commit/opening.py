@@ -204,8 +204,8 @@ def _way_out(manager: CheckpointMetadataManager) -> str:
 
 
 def told_identity(found: Inventory, root: str) -> str | None:
-    """What `identity.json` was, as all sound records say; None if there are none. Raises DirectoryError where records of
-    several directories are here.
+    """What `identity.json` was, as all sound records say; None if there are none. Raises DirectoryError where they are
+    of several directories.
     """
     said = found.identities.most_common()
     if len(said) > 1:

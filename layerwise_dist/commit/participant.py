@@ -99,7 +99,8 @@ class Participant:
     ) -> Any:
         """All ranks call it in the same order; rank 0's `decide(payloads by rank)` is returned on every rank.
 
-        What `decide` raises is raised on all ranks, as a CommitError if nobody expected it. Raises DeadlineError naming the ranks waited for.
+        What `decide` raises is raised on all ranks, as a CommitError if nobody expected it. Raises DeadlineError naming
+        the ranks waited for.
         """
         timeout = self._timeout_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + timeout

@@ -31,8 +31,8 @@ from layerwise_dist.commit.opening import Place, Plan, SessionInfo, as_plan, as_
 from layerwise_dist.commit.owner import Owner
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.places import find_places
-from layerwise_dist.commit.transports import Message, Transport
 from layerwise_dist.commit.records import bases_of
+from layerwise_dist.commit.transports import Message, Transport
 from layerwise_dist.commit.votes import rebuild_error, tried
 from layerwise_dist.errors import DamageError, DeadlineError, DirectoryError, OwnerError
 from layerwise_dist.patience import DISK_SHARE, stuck_calls, within

@@ -13,7 +13,8 @@ from layerwise_dist.storage.reader import Shard
 def open_shard(manager: CheckpointMetadataManager, pool: Any, manifest: Manifest, rank: int) -> Shard:
     """A rank's shard, its header checked against the manifest. Raises DamageError or OSError."""
     record = manifest.shards[rank]
-    shard = _open(manager, pool, manager.shard_path(manifest, rank), record, (manifest.attempt, rank, manifest.world_size))
+    of = (manifest.attempt, rank, manifest.world_size)
+    shard = _open(manager, pool, manager.shard_path(manifest, rank), record, of)
     if shard.index.step != manifest.step:
         raise DamageError(
             f"shard {shard.index.path}: is of step {shard.index.step}, the manifest of step {manifest.step}"

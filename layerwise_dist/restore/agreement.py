@@ -111,8 +111,8 @@ def offer(
 
 def together(participant: Participant, what: str, action: Callable[[], Any]) -> tuple[bool, Any]:
     """Runs `action` on every rank. (True, its value) if it went well everywhere, (False, None) if some rank found
-    damage, which every rank logs. Any other exception of any rank is raised on all of them; one that nobody expected as a
-    CommitError, from the exception itself where it was raised.
+    damage, which every rank logs. Any other exception of any rank is raised on all of them; one that nobody expected as
+    a CommitError, from the exception itself where it was raised.
     """
     vote: dict[str, Any] = {}
     value = met = None

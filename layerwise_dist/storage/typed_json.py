@@ -53,9 +53,9 @@ Refused with a StateError that names the place, such as ``state['scheduler']['lr
     quantized and nested tensors; tensors as keys; cycles; more than 100 containers inside each other.
 
 A reader checks every tag, field, size, offset, type string and depth before use, and the sum of all contents against
-the blob. What its values take beside their own characters is bounded (`strict_json.weight`), and of the keys of a dict or
-the elements of a set no more than 64 have one hash, so that none is made to be compared without end. A value that is
-beyond either is refused when it is written, too. Anything wrong is a DamageError.
+the blob. What its values take beside their own characters is bounded (`strict_json.weight`), and of the keys of a dict
+or the elements of a set no more than 64 have one hash, so that none is made to be compared without end. A value that
+is beyond either is refused when it is written, too. Anything wrong is a DamageError.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def dumps(value: Any, *, path: str = "state") -> tuple[bytes, bytes]:
     if (needed := strict_json.weight(text)) > strict_json.WEIGHT_CAP:
         raise StateError(
             path,
-            f"so many lists, dicts and strings that a reader would need about {needed >> 20} MB of memory for them beside "
-            f"what is in them, at most {strict_json.WEIGHT_CAP >> 20} are allowed: keep them in arrays, tensors or bytes",
+            f"so many lists, dicts and strings that a reader would need about {needed >> 20} MB of memory beside what "
+            f"is in them, at most {strict_json.WEIGHT_CAP >> 20} are allowed: keep them in arrays, tensors or bytes",
         )
     return text, b"".join(writer.parts)
 

@@ -1,7 +1,7 @@
 """Crafted checkpoint directories: one maker for each way in which what is on the disk can be wrong.
 
-The bytes are what somebody who knows the format would write: hashes and sizes agree everywhere, unless that is the point.
-`worker.py` runs the commands and `restore()` on each; `python tests/attacks` prints the figures.
+The bytes are what somebody who knows the format would write: hashes and sizes agree everywhere, unless that is the
+point. `worker.py` runs the commands and `restore()` on each; `python tests/attacks` prints the figures.
 """
 
 from attacks import directories, ends, frozen, headers, names, records, sealed, sizes, terminal, typed

@@ -1,4 +1,4 @@
-"""python tests/attacks [--only WORDS] [THEME...]: tries the crafted directories, and prints the figures and each problem."""
+"""python tests/attacks [--only WORDS] [THEME...]: tries them, and prints the figures and each problem."""
 
 from __future__ import annotations
 

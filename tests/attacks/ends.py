@@ -68,6 +68,7 @@ def base(name: str) -> Make:
 
 
 ALL = (1 << 32) - 1
+ZERO = "\u0660"  # an Arabic digit
 
 
 def attacks() -> list[Attack]:
@@ -79,7 +80,7 @@ def attacks() -> list[Attack]:
             "of epoch 0": folder("step_0000000009-0000000000000009"),
             "of seq 0": folder("step_0000000009-0000000100000000"),
             "in capitals": folder("step_0000000009-00000001000000FF"),
-            "with Arabic digits": folder("step_\u0660\u0660\u0660\u0660\u0660\u0660\u0660\u0660\u0660\u0669-0000000100000009"),
+            "with Arabic digits": folder(f"step_{ZERO * 9}\u0669-0000000100000009"),
             "with a digit too many": folder("step_00000000009-0000000100000009"),
             "with a newline": folder("step_0000000009-0000000100000009\n"),
         }, expect="newest"),
@@ -114,7 +115,7 @@ def attacks() -> list[Attack]:
             "of the last seq": branch(ALL),
             "of a seq above all": branch(ALL + 1),
             "of ten nines": file("branch_9999999999.json", b"x"),
-            "with Arabic digits": file("branch_\u0660\u0660\u0660\u0660\u0660\u0660\u0660\u0660\u0669\u0669.json", b"x"),
+            "with Arabic digits": file(f"branch_{ZERO * 8}\u0669\u0669.json", b"x"),
             "of seq 0": file("branch_0000000000.json", b"x"),
         }, expect="newest"),
         *each("a spare", {

@@ -35,8 +35,8 @@ def _also_in_shard(target: Target) -> None:
 
 def _another(target: Target) -> None:
     """Only the newest commit refers to a base that is not there."""
-    target.newest.edit(lambda tree: (
-        tree["shards"][0]["base"].update(attempt="0000000100000063"), tree.update(bases=["0000000100000063"])))  # fmt: skip
+    other = "0000000100000063"
+    target.newest.edit(lambda tree: (tree["shards"][0]["base"].update(attempt=other), tree.update(bases=[other])))
 
 
 def attacks() -> list[Attack]:

@@ -8,6 +8,7 @@ from typing import Any
 from attacks.kit import Attack, Make, Target, compact, each
 
 TENSOR = "param/0.weight"
+HALF = {"shape": [6, 3], "offsets": [0, 0]}
 
 
 def edit(change: Callable[[dict[str, Any]], Any]) -> Make:
@@ -147,7 +148,7 @@ def attacks() -> list[Attack]:
             "of four members": table("layers", lambda layers: [[*each, 0] for each in layers]),
             "with a name that is a number": table("layers", lambda layers: [[5, *each[1:]] for each in layers]),
             "with a fraction": table("layers", lambda layers: [[n, float(o), b] for n, o, b in layers]),
-            "with a truth": table("layers", lambda layers: [[n, False, b] if not o else [n, o, b] for n, o, b in layers]),
+            "with a truth": table("layers", lambda layers: [[n, o or False, b] for n, o, b in layers]),
             "with a negative size": table("layers", lambda layers: [["a", 0, -4096], *layers]),
             "of an odd size": table("layers", lambda layers: [[n, o, b + 1] for n, o, b in layers]),
             "in another order": table("layers", lambda layers: layers[::-1] if len(layers) > 1 else []),
@@ -155,7 +156,7 @@ def attacks() -> list[Attack]:
                 *layers[:-1], [layers[-1][0], layers[-1][1], layers[-1][2] - 4096]]),
             "that end within the state": table("layers", lambda layers: [
                 *layers[:-1], [layers[-1][0], layers[-1][1], layers[-1][2] + 4096]]),
-            "without end": table("layers", lambda layers: [*layers, *[["x", layers[-1][1] + layers[-1][2], 0]] * 300_000]),
+            "without end": table("layers", lambda layers: [*layers, *[["x", sum(layers[-1][1:]), 0]] * 300_000]),
             "with an endless size": table("layers", lambda layers: [["a", 0, 10**4000]]),
             "that are no JSON": meta("layers", "[[[["),
             "with a member twice": meta("slices", '{"param/0.weight":{"start":0,"start":0}}'),
@@ -177,7 +178,7 @@ def attacks() -> list[Attack]:
             "of another number of dimensions": table("slices", lambda s: {**s, TENSOR: {"shape": [9], "offsets": [0]}}),
             "outside": table("slices", lambda slices: {**slices, TENSOR: {"shape": [3, 3], "offsets": [1, 0]}}),
             "with a negative offset": table("slices", lambda s: {**s, TENSOR: {"shape": [3, 3], "offsets": [-1, 0]}}),
-            "with a part that nobody has": table("slices", lambda s: {**s, TENSOR: {"shape": [6, 3], "offsets": [0, 0]}}),
+            "with a part that nobody has": table("slices", lambda s: {**s, TENSOR: HALF}),
             "among no ranks": table("slices", lambda slices: {**slices, TENSOR: {"among": "x"}}),
             "among other ranks": table("slices", lambda slices: {**slices, TENSOR: {"among": "0,1"}}),
             "among a number": table("slices", lambda slices: {**slices, TENSOR: {"among": 5}}),
@@ -194,9 +195,10 @@ def attacks() -> list[Attack]:
             "with a byte more": data(lambda old: old + b"\0"),
             "of zeros": data(lambda old: bytes(len(old))),
             "missing": lambda target: target.newest.shard.unlink(),
-            "of the commit before": lambda target: target.newest.shard.write_bytes(target.commits[1].shard.read_bytes()),
+            "of the commit before": lambda target: target.newest.shard.write_bytes(
+                target.commits[1].shard.read_bytes()),
         }),
-        Attack("a tensor of a name that the model has not", edit(lambda t: t.update({"param/x": t.pop(TENSOR)})), "any"),
+        Attack("a tensor that the model has not", edit(lambda t: t.update({"param/x": t.pop(TENSOR)})), "any"),
     ]  # fmt: skip
 
 

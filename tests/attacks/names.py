@@ -38,6 +38,11 @@ def _renamed(change: str) -> Make:
     return make
 
 
+def _of_step_7(target: Target) -> None:
+    folder = target.newest.folder
+    os.rename(folder, folder.with_name("step_0000000007" + folder.name[15:]))
+
+
 def _twice(target: Target) -> None:
     """A copy of the newest folder under a name of another step."""
     folder = target.newest.folder
@@ -65,8 +70,7 @@ def attacks() -> list[Attack]:
         *each("a commit's folder renamed to", {
             "a backup": _renamed("{}.bak"),
             "a name in front": _renamed("old_{}"),
-            "another step": lambda target: os.rename(
-                target.newest.folder, target.newest.folder.with_name("step_0000000007" + target.newest.folder.name[15:])),
+            "another step": _of_step_7,
         }),
         Attack("a commit's folder twice, under another step", _twice),
         Attack("an empty folder beside all", lambda target: (target.root / "step_0000000009-0000000100000009").mkdir(),

@@ -96,8 +96,8 @@ def another_identity_above(target: Target) -> None:
 
 
 # What each member must be, and is not.
-NEEDED = """format identity session epoch seq attempt parent branch before root step world_size framework boundary created
-software shards""".split()
+NEEDED = """format identity session epoch seq attempt parent branch before root step world_size framework boundary
+created software shards""".split()
 MISTYPED: dict[str, Any] = {
     "format": "layerwise-manifest-2", "identity": 5, "session": "g" * 32, "epoch": "1", "seq": 1.0, "attempt": "0" * 15,
     "parent": [], "branch": True, "before": {}, "root": -1, "step": "3", "world_size": 0, "framework": None,

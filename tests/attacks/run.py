@@ -151,8 +151,9 @@ def _judge_restore(attack: Attack, found: dict[str, Any], figures: Figures, prob
 
 
 def run(
-    folder: Path, themes: list[str] | None = None, only: str = "", *, workers: int = 2, root: str = "dir", every: int = 1
-) -> Figures:
+    folder: Path, themes: list[str] | None = None, only: str = "", *, workers: int = 2, root: str = "dir",
+    every: int = 1,
+) -> Figures:  # fmt: skip
     """`root` is what the directory is called, of which each character is one byte. Of so many cases, `every`, one."""
     jobs = [(theme, number) for theme in themes or list(THEMES) for number in range(0, len(THEMES[theme]), every)]
     jobs = [(theme, number) for theme, number in jobs if only in THEMES[theme][number].name]

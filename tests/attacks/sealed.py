@@ -23,6 +23,9 @@ INSIDE: dict[str, Any] = {
 }  # fmt: skip
 
 
+NOTHING = {"!": "tensor", "dtype": "uint8", "shape": [0], "offset": 0, "bytes": 0}
+
+
 def edit(change: Callable[[dict[str, Any]], Any]) -> Make:
     return lambda target: target.newest.edit_state(change)
 
@@ -98,7 +101,7 @@ def attacks() -> list[Attack]:
         *each("random numbers", {
             "of torch that are null": rng("torch", None),
             "of torch that are a list": rng("torch", [1, 2, 3]),
-            "of torch that are short": rng("torch", {"!": "tensor", "dtype": "uint8", "shape": [0], "offset": 0, "bytes": 0}),
+            "of torch that are short": rng("torch", NOTHING),
             "of torch of another type": edit(lambda tree: tree["boundary"]["rng"]["torch"].update(
                 dtype="int8")),
             "of Python of another version": _python(lambda v: v.__setitem__(0, 99)),

@@ -9,7 +9,6 @@ from typing import Any
 
 from attacks.headers import TENSOR, edit, meta, table, tensor, text
 from attacks.kit import Attack, Commit, Make, Target, compact, each, seal
-
 from layerwise_dist import _native
 
 HUGE = 10**12
@@ -67,20 +66,17 @@ def terabyte(hashed: bool, block_bytes: int = 4096) -> Make:
         commit = target.newest
         tree = commit.header()
         meta = tree["__metadata__"]
-        end = tree["state/json"]["data_offsets"][0]
         text, blob = commit.state()
         tree = {name: item for name, item in tree.items() if name[0] != "."}
         for name in [name for name in tree if name not in ("__metadata__", "state/json", "state/bytes")]:
             del tree[name]
         size = 1 << 40
         tree["param/0.weight"] = {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}
-        del end
         middle = size + -(-len(text) // 64) * 64
-        tree["state/json"] = {"dtype": "U8", "shape": [len(text)], "data_offsets": [size, size + len(text)]}
-        tree[".pad/0"] = {"dtype": "U8", "shape": [middle - size - len(text)], "data_offsets": [size + len(text), middle]}
-        tree["state/bytes"] = {"dtype": "U8", "shape": [len(blob)], "data_offsets": [middle, middle + len(blob)]}
         last = middle + len(blob) + -(middle + len(blob)) % 4096
-        tree[".pad/1"] = {"dtype": "U8", "shape": [last - middle - len(blob)], "data_offsets": [middle + len(blob), last]}
+        edges = [size, size + len(text), middle, middle + len(blob), last]
+        for name, begin, end in zip(("state/json", ".pad/0", "state/bytes", ".pad/1"), edges, edges[1:], strict=False):
+            tree[name] = {"dtype": "U8", "shape": [end - begin], "data_offsets": [begin, end]}
         meta |= {"block_bytes": str(block_bytes), "layers": compact([["all", 0, size]]), "slices": "{}"}
         if not hashed:
             meta |= {"hash": "none", "hashes": ""}
@@ -184,7 +180,8 @@ def attacks() -> list[Attack]:
             "with a place of a hundred dimensions": table("slices", lambda s: {**s, TENSOR: {
                 "shape": [1] * 98 + [3, 3], "offsets": [0] * 100}}),
             "with a slice of nothing of a trillion": edit(lambda tree: _empty(tree, {"shape": [HUGE], "start": 0})),
-            "with a slice of nothing behind a trillion": edit(lambda tree: _empty(tree, {"shape": [HUGE], "start": HUGE})),
+            "with a slice of nothing behind a trillion": edit(
+                lambda tree: _empty(tree, {"shape": [HUGE], "start": HUGE})),
             "with a slice of nothing of a trillion rows": edit(lambda tree: _empty(
                 tree, {"shape": [HUGE, HUGE], "offsets": [0, 0]}, [0, HUGE])),
             "with a million layers": table("layers", lambda layers: [["x", 0, 0]] * 1_000_000 + layers),

@@ -7,7 +7,7 @@ from attacks.kit import Attack, Make, each
 
 def value(text: str, blob: bytes = b"") -> Make:
     """An object of the state, `extra`, is this; `@` stands for where its blob begins."""
-    return lambda target: target.newest.put_object('{"a":%s}' % text, blob)
+    return lambda target: target.newest.put_object(f'{{"a":{text}}}', blob)
 
 
 BAD: dict[str, str] = {
@@ -59,15 +59,18 @@ BAD: dict[str, str] = {
     "a numpy scalar of no dtype": '{"!":"np","dtype":"x","v":"00"}',
     "a numpy scalar of a list of dtypes": '{"!":"np","dtype":[["a","<i4"]],"v":"00"}',
     "an array of objects": '{"!":"array","dtype":"|O","shape":[1],"offset":0,"bytes":8}',
-    "an array of a shape that overflows": '{"!":"array","dtype":"<f8","shape":[4294967296,4294967296,0],"offset":0,"bytes":0}',
+    "an array of a shape that overflows": (
+        '{"!":"array","dtype":"<f8","shape":[4294967296,4294967296,0],"offset":0,"bytes":0}'),
     "an array of a negative shape": '{"!":"array","dtype":"<f8","shape":[-1],"offset":0,"bytes":0}',
     "an array of a hundred dimensions": '{"!":"array","dtype":"|u1","shape":[' + "1," * 99 + '1],"offset":0,"bytes":1}',
     "an array of strings of a gigabyte": '{"!":"array","dtype":"<U999999999","shape":[0],"offset":0,"bytes":0}',
     "a tensor of no dtype": '{"!":"tensor","dtype":"float","shape":[0],"offset":0,"bytes":0,"x":1}',
     "a tensor of a quantized dtype": '{"!":"tensor","dtype":"qint8","shape":[0],"offset":0,"bytes":0}',
     "a tensor of another size": '{"!":"tensor","dtype":"float32","shape":[2],"offset":0,"bytes":4}',
-    "a tensor of an endless shape": '{"!":"tensor","dtype":"float32","shape":[' + "9" * 4000 + ',0],"offset":0,"bytes":0}',
-    "a tensor of a million dimensions": '{"!":"tensor","dtype":"uint8","shape":[' + "1," * 999_999 + '1],"offset":0,"bytes":1}',
+    "a tensor of an endless shape":
+        '{"!":"tensor","dtype":"float32","shape":[' + "9" * 4000 + ',0],"offset":0,"bytes":0}',
+    "a tensor of a million dimensions":
+        '{"!":"tensor","dtype":"uint8","shape":[' + "1," * 999_999 + '1],"offset":0,"bytes":1}',
     "a dtype that there is not": '{"!":"dtype","v":"os"}',
     "a device that there is not": '{"!":"device","type":"warp","index":null}',
     "a device of a large index": '{"!":"device","type":"cuda","index":128}',

@@ -33,12 +33,11 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from attacks import THEMES  # noqa: E402
-from attacks.kit import Target, copy  # noqa: E402
-
 import layerwise_dist as lwd  # noqa: E402
 import layerwise_dist.assembly  # noqa: E402, F401
 import layerwise_dist.cli.restorable  # noqa: E402, F401
+from attacks import THEMES  # noqa: E402
+from attacks.kit import Target, copy  # noqa: E402
 from layerwise_dist.capture import survey  # noqa: E402
 from layerwise_dist.cli import app  # noqa: E402
 from layerwise_dist.errors import LayerwiseError  # noqa: E402
@@ -50,7 +49,7 @@ THREADS_BYTES = 512 << 20
 
 
 class Job:
-    """Trained and frozen parameters, a loader within an epoch, a scheduler: a state with all that there can be in one."""
+    """Trained and frozen parameters, a loader within an epoch, a scheduler: all that there can be in a state."""
 
     def __init__(self, seed: int) -> None:
         torch.manual_seed(seed)
