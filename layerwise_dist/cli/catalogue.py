@@ -61,6 +61,16 @@ class Catalogue:
             [f"odd: and {len(found) - _LISTED} more"] if len(found) > _LISTED else []
         )
 
+    def odd_commits(self) -> dict[str, str]:
+        """Those of them that hold a manifest, which nobody will take."""
+        found = self.inventory.odd.items()
+        paths = {name: os.path.join(self.root, name, layout.MANIFEST) for name, _ in found}
+        return {
+            name: f"{name!r} holds a {layout.MANIFEST} that no restore looks at: {problem}"
+            for name, problem in found
+            if os.path.lexists(paths[name])
+        }
+
     def status(self, manifest: Manifest) -> Status:
         """newest: what restore tries first; lineage: what it falls back to; abandoned: never chosen by itself."""
         seqs = [commit.seq for commit in self.lineage]
@@ -106,7 +116,7 @@ class Catalogue:
         for name, path, expected in files:
             try:
                 kind, nbytes = self.manager.env.stat(path)
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 if self.still_there(manifest):
                     return f"{name} is missing"
                 return None

@@ -87,8 +87,8 @@ class CheckpointMetadataManager:
                     damaged[name] = f"{name}: {others} has the same seq: one of them was copied here"
         try:
             identity = self.read_identity().identity
-        except (FileNotFoundError, DamageError):
-            identity = None
+        except (DamageError, OSError):
+            identity = None  # who begins a session reads it once more
         return Inventory(manifests, branches, damaged, unfinished, self.bases(), identity, odd)
 
     def read_manifest(self, attempt: AttemptId) -> Manifest:

@@ -170,32 +170,48 @@ class Place:
             self.owner.release()
 
 
-def unusable(manager: CheckpointMetadataManager, *, empty: bool) -> dict[str, str]:
-    """What keeps a session from beginning in a directory, by the file's name; what `Place.look` reads is read here.
-
-    `empty`: there is no checkpoint, so that nothing need be there.
+def unusable(manager: CheckpointMetadataManager, found: Inventory) -> dict[str, str]:
+    """What keeps a session from beginning in a directory, or from restoring what is in it, by the file's name; what
+    `Place.look` reads is read here. `found` is what the directory holds.
     """
     problems: dict[str, str] = {}
+    epoch = found.last_epoch
     try:
-        read_owner(manager.env, manager.root)
+        epoch = max(epoch, read_owner(manager.env, manager.root).get("epoch", 0))
     except OSError as error:
         problems[layout.OWNER] = f"no job can take {os.path.join(manager.root, layout.OWNER)}: {error}"
+    if problem := _too_few(manager.root, epoch, found.last_seq):
+        problems["numbers"] = problem
     path = os.path.join(manager.root, layout.IDENTITY)
     try:
         manager.read_identity()
+        if found.manifests and found.newest is None and found.lost is not None:
+            problems[layout.IDENTITY] = found.lost
     except FileNotFoundError:
-        if not empty:
-            problems[layout.IDENTITY] = f"{path} is missing: {_way_out(manager)}"
+        if not found.empty:
+            problems[layout.IDENTITY] = f"{path} is missing: {_way_out(manager, found)}"
     except DamageError as error:
-        problems[layout.IDENTITY] = f"{error}: {_way_out(manager)}"
+        problems[layout.IDENTITY] = f"{error}: {_way_out(manager, found)}"
     except OSError as error:
         problems[layout.IDENTITY] = str(error)
     return problems
 
 
-def _way_out(manager: CheckpointMetadataManager) -> str:
+def _too_few(root: str, epoch: int, seq: int) -> str | None:
+    """Why no session can begin behind these, the highest in the directory, if so."""
+    for what, number in (("epoch", epoch), ("seq", seq)):
+        if number + 1 >= layout.BEGIN_BELOW:
+            return (
+                f"{root} holds a checkpoint or an attempt of {what} {number}: behind it there are too few numbers for a "
+                f"session, which begins below {layout.BEGIN_BELOW}. Go on in a new directory, or move what has that "
+                "number away"
+            )
+    return None
+
+
+def _way_out(manager: CheckpointMetadataManager, found: Inventory) -> str:
     try:
-        told = told_identity(manager.inventory(), manager.root)
+        told = told_identity(found, manager.root)
     except DirectoryError as error:
         return str(error)
     if told is None:
@@ -240,19 +256,14 @@ def merge(found: list[dict[str, Any]], root: str, *, fresh: bool) -> Plan:
         lacking.append((AttemptId(*attempt).folder, [place for place in found if attempt in place["manifests"]]))
     for seq in sorted({seq for place in found for seq in place["branches"]}):
         lacking.append((layout.branch_file(seq), [place for place in found if seq in place["branches"]]))
-    epoch, first_seq = max(each["epoch"] for each in found) + 1, max(each["last_seq"] for each in found) + 1
-    for what, number in (("epoch", epoch), ("seq", first_seq)):
-        if number >= layout.BEGIN_BELOW:
-            raise DirectoryError(
-                f"{root} holds a checkpoint or an attempt of {what} {number - 1}: behind it there are too few numbers "
-                f"for a session, which begins below {layout.BEGIN_BELOW}. Go on in a new directory, or move what has "
-                "that number away"
-            )
+    epoch, last_seq = max(each["epoch"] for each in found), max(each["last_seq"] for each in found)
+    if problem := _too_few(root, epoch, last_seq):
+        raise DirectoryError(problem)
     return Plan(
         session=uuid.uuid4().hex,
         identity=identities.pop() if identities else uuid.uuid4().hex,
-        epoch=epoch,
-        first_seq=first_seq,
+        epoch=epoch + 1,
+        first_seq=last_seq + 1,
         empty=all(each["empty"] for each in found),
         kept=[*manifests.values(), *(each for place in found for each in place["doubtful"])],
         lacking=[

@@ -20,6 +20,7 @@ FORMAT = "layerwise-shard-1"
 ALIGN = 4096
 HEADER_CAP = 64 << 20
 BLOCK_CAP = 64 << 20
+LAYERS = 1 << 17  # of one shard, at most
 PACK_BELOW = 16 << 10
 UNHASHED = "none"
 STATE_JSON = "state/json"
@@ -112,6 +113,7 @@ class ShardLayout:
         problems = {
             f"names of more than {LONGEST_NAME} characters": [n[:100] for n in names if len(n) > LONGEST_NAME],
             f"shapes of more than {DIMENSIONS} dimensions": [n for n in shapes if len(shapes[n]) > DIMENSIONS],
+            f"more than {LAYERS} layers": [str(len(self.layers))] if len(self.layers) > LAYERS else [],
             "names of the format itself": [n for n in names if n in (STATE_JSON, STATE_BYTES) or n.startswith(PAD)],
             "names that appear twice": [name for name, times in Counter(names).items() if times > 1],
             "names that are no Unicode text": [n for n in names if n.encode(errors="ignore").decode() != n],

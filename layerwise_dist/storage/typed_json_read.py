@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from layerwise_dist.slices import DIMENSIONS
 from layerwise_dist.storage import strict_json
 from layerwise_dist.storage.typed_json_types import (
     DENSE,
@@ -61,6 +62,7 @@ class Reader:
     def __init__(self, blob: np.ndarray) -> None:
         self.blob = blob
         self.left = blob.size  # contents may overlap, but not to fill more memory than the file has
+        self.in_key = 0
         self.end = 0
 
     def value(self, node: Any, depth: int) -> Any:
@@ -120,7 +122,7 @@ class Reader:
         try:
             for place, (k, x) in enumerate(v):
                 key = k
-                key = self.value(k, depth)
+                key = self.key(k, depth)
                 keys.append(key)
                 values.append(self.value(x, depth))
                 v[place] = None
@@ -131,6 +133,13 @@ class Reader:
         for key, value in zip(keys, values, strict=True):
             _put(made, key, value)
         _expect(len(made) == len(v), "the same key twice")
+        return made
+
+    def key(self, node: Any, depth: int) -> Any:
+        """An element of a set or a key of a dict."""
+        self.in_key += 1
+        made = self.value(node, depth)
+        self.in_key -= 1
         return made
 
     def content(self, node: dict[str, Any]) -> np.ndarray:
@@ -145,8 +154,8 @@ class Reader:
 
     def shaped(self, node: dict[str, Any], item_bytes: int) -> tuple[list[int], np.ndarray]:
         shape, data = node["shape"], self.content(node)
-        if not (type(shape) is list and all(map(_is_count, shape))):
-            raise Problem(f"{short(shape)} is not a shape")
+        if not (type(shape) is list and len(shape) <= DIMENSIONS and all(map(_is_count, shape))):
+            raise Problem(f"{short(shape)} is not a shape of at most {DIMENSIONS} dimensions")
         if (0 if 0 in shape else _product(shape, data.size)) * item_bytes != data.size:
             raise Problem(f"the shape {short(shape)} of {short(node['dtype'])} does not have {data.size} bytes")
         return shape, data
@@ -195,7 +204,9 @@ def _read_vector(r: Reader, node: dict[str, Any], depth: int) -> Any:
 
 
 def _read_set(r: Reader, node: dict[str, Any], depth: int) -> Any:
+    r.in_key += 1
     elements = r.items(node["v"], r.inside(depth))
+    r.in_key -= 1
     _check_keys(elements, "an element")
     try:
         made = (set if node[TAG] == "set" else frozenset)(elements)
@@ -263,6 +274,8 @@ def _read_array(r: Reader, node: dict[str, Any], depth: int) -> np.ndarray:
 
 
 def _read_tensor(r: Reader, node: dict[str, Any], depth: int) -> torch.Tensor:
+    if r.in_key:
+        raise Problem("a tensor cannot be a key or in a set: it would be found by identity")
     name = node["dtype"]
     if not (type(name) is str and name in DENSE):
         raise Problem(f"the tensor dtype {short(name)} is not known")

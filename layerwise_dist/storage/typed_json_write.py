@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from layerwise_dist.slices import DIMENSIONS
 from layerwise_dist.storage.strict_json import COLLIDING, most_of_one
 from layerwise_dist.storage.typed_json_types import (
     DENSE,
@@ -248,6 +249,8 @@ _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def _write_tensor(w: Writer, v: torch.Tensor) -> Any:
     if w.in_key:
         raise Problem("a tensor as a key or set element is found by identity, which is lost: use its value or a name")
+    if v.dim() > DIMENSIONS:
+        raise Problem(f"a tensor of {v.dim()} dimensions, of at most {DIMENSIONS} that a reader takes")
     dtype = str(v.dtype).removeprefix("torch.")
     if v.device.type == "meta":
         raise Problem("a meta tensor has no data to write")

@@ -52,8 +52,9 @@ def attacks() -> list[Attack]:
             "of another attempt": _header("attempt", "0" * 16),
             "of another world": _header("world_size", "3"),
             "of another format": _header("format", "x"),
-            "of a state hash that is not": _header("state_hash", "0" * 16),
         }, expect="named"),
+        # The state of a base is empty, and no restore reads it.
+        Attack("base: of a state hash that is not", _header("state_hash", "0" * 16), "newest", says="state block"),
         Attack("a tensor in the shard and in the base", _also_in_shard),
         Attack("a base that is not there", _another),
         Attack("bases that are a file", lambda target: _file_for_bases(target), "named"),

@@ -118,7 +118,6 @@ def attacks() -> list[Attack]:
             "with a dtype of none": tensor("dtype", None),
             "with a dtype of a list": tensor("dtype", ["F32"]),
             "with another dtype": tensor("dtype", "I16"),
-            "with another shape of the size": tensor("shape", [9]),
             "with a shape that is a number": tensor("shape", 9),
             "with a shape of words": tensor("shape", "33"),
             "with a shape of fractions": tensor("shape", [3.0, 3.0]),
@@ -198,6 +197,7 @@ def attacks() -> list[Attack]:
             "of the commit before": lambda target: target.newest.shard.write_bytes(
                 target.commits[1].shard.read_bytes()),
         }),
+        Attack("header with another shape of the size", tensor("shape", [9]), "named"),
         Attack("a tensor that the model has not", edit(lambda t: t.update({"param/x": t.pop(TENSOR)})), "any"),
     ]  # fmt: skip
 

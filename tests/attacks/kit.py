@@ -27,6 +27,7 @@ class Attack:
     make: Make
     expect: str = "older"
     usage: bool = False
+    quiet: bool = False  # verify need not call it damage: it is sound, and not what a restore takes
     says: str = ""  # something that verify must say
 
 

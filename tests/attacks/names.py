@@ -69,10 +69,10 @@ def attacks() -> list[Attack]:
         }, expect="newest"),
         *each("a commit's folder renamed to", {
             "a backup": _renamed("{}.bak"),
-            "a name in front": _renamed("old_{}"),
             "another step": _of_step_7,
         }),
-        Attack("a commit's folder twice, under another step", _twice),
+        Attack("a commit's folder with something before its name", _renamed("old_{}"), quiet=True),
+        Attack("a commit's folder twice, under another step", _twice, "newest", says="is the manifest of step 3"),
         Attack("an empty folder beside all", lambda target: (target.root / "step_0000000009-0000000100000009").mkdir(),
                "newest"),
     ]  # fmt: skip

@@ -90,8 +90,6 @@ def attacks() -> list[Attack]:
             "with a blob that is too short": lambda target: target.newest.put_state(
                 target.newest.state()[0], target.newest.state()[1][:-1]),
             "without a blob": lambda target: target.newest.put_state(target.newest.state()[0], b""),
-            "with a parameter that there is not": edit(
-                lambda tree: tree["optimizer"]["groups"][0]["params"].append("nobody")),
             "with order of what there is not": edit(
                 lambda tree: tree["optimizer"]["order"].update({"0.weight": ["nothing"]})),
             "with order of lists": edit(lambda tree: tree["optimizer"]["order"].update({"0.weight": [[]]})),
@@ -119,11 +117,15 @@ def attacks() -> list[Attack]:
         *each("objects", {
             "that lack one": at("objects.scheduler", remove=True),
             "with one more": at("objects.more", 1),
-            "with a scheduler that is a number": at("objects.scheduler", 5),
-            "with a scheduler that is null": at("objects.scheduler", None),
             "with a dict that is a list": at("objects.extra", [1]),
             "with a dict that is a number": at("objects.extra", 5),
         }, expect="any"),
+        # Only the object itself can tell.
+        *each("objects with a scheduler", {
+            "that is a number": at("objects.scheduler", 5), "that is null": at("objects.scheduler", None),
+        }, expect="named", quiet=True),
+        Attack("state with a parameter that there is not", edit(
+            lambda tree: tree["optimizer"]["groups"][0]["params"].append("nobody")), "named", says="param/nobody"),
         *each("optimizer", {
             "of another class": at("optimizer.class", "SGD"),
             "of no groups": at("optimizer.groups", []),
