@@ -197,7 +197,7 @@ def test_a_state_that_is_not_checked_ends_in_another_error(
     Job(1).train(tmp_path)
     tampered(lambda state: {**state, "boundary": {}})
     assert damage(tmp_path) == []
-    with pytest.raises(KeyError):
+    with pytest.raises(errors.CommitError, match="KeyError"):
         Job(2).restore(tmp_path)
 
 

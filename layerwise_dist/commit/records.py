@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from itertools import chain
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from layerwise_dist import _native
 from layerwise_dist.errors import DamageError
@@ -27,6 +27,7 @@ _TAIL_BYTES = len(b',"checksum":"0123456789abcdef"}\n')
 RECORD_CAP = 64 << 20
 LONGEST_TAG = 255
 _LONGEST_FRAMEWORK = 1 << 16
+_TEXTS, _OBJECT = 1 << 20, 1 << 10  # bytes: more than all texts of a record, and than all of a shard in it
 _LAST_TIME = 1e11  # seconds since 1970; the year 5138
 
 Number = Annotated[int, Field(ge=1, lt=layout.NUMBERS_END)]
@@ -250,11 +251,26 @@ def decode(data: bytes, model: type[R], path: str) -> R:
     if found != int(match[1], 16):
         raise DamageError(f"{path}: damaged: its bytes hash to {found:016x}, it says {match[1].decode()}")
     try:
-        tree = strict_json.loads(b"".join((body, b"}")))
-        _check_format(tree, model)
-        return fits(model, tree, "")
+        return _read(data, b"".join((body, b"}")), model)
     except (ValueError, Unfit) as error:
         raise DamageError(f"{path}: not a record of this version: {error}") from None
+
+
+def _read(data: bytes, text: bytes, model: type[R]) -> R:
+    """Raises ValueError or Unfit."""
+    if len(text) > _TEXTS + _OBJECT * text.count(b"{"):
+        raise ValueError(f"{len(text)} bytes, with texts longer than any record has")
+    if strict_json.weight(text) <= strict_json.WEIGHT_CAP:
+        try:
+            found = model.model_validate_json(text)
+        except ValidationError:
+            pass  # said below, with what else is wrong
+        else:
+            if encode(found) == data:  # so nothing in it is there twice, or written in two ways
+                return found
+    tree = strict_json.loads(text)
+    _check_format(tree, model)
+    return fits(model, tree, "")
 
 
 def _check_format(tree: Any, model: type[Record]) -> None:
