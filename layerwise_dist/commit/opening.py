@@ -202,8 +202,8 @@ def _too_few(root: str, epoch: int, seq: int) -> str | None:
     for what, number in (("epoch", epoch), ("seq", seq)):
         if number + 1 >= layout.BEGIN_BELOW:
             return (
-                f"{root} holds a checkpoint or an attempt of {what} {number}: behind it there are too few numbers for a "
-                f"session, which begins below {layout.BEGIN_BELOW}. Go on in a new directory, or move what has that "
+                f"{root} holds a checkpoint or an attempt of {what} {number}: behind it there are too few numbers for "
+                f"a session, which begins below {layout.BEGIN_BELOW}. Go on in a new directory, or move what has that "
                 "number away"
             )
     return None

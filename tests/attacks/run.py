@@ -36,12 +36,12 @@ class Worker:
         )  # fmt: skip
         self._folder, self._count = folder, 0
 
-    def ask(self, theme: str, number: int, folder: str) -> dict[str, Any]:
+    def ask(self, theme: str, number: int, folder: str, mutation: str | None = None) -> dict[str, Any]:
         self._count += 1
         place = str(self._folder / f"case_{self._count}")
         assert self._process.stdin is not None and self._process.stdout is not None
         said = self._errors.seek(0, os.SEEK_END)
-        request = {"theme": theme, "number": number, "place": place, "folder": folder}
+        request = {"theme": theme, "number": number, "place": place, "folder": folder, "mutation": mutation}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
@@ -148,6 +148,19 @@ def _judge_restore(attack: Attack, found: dict[str, Any], figures: Figures, prob
     if sound and outcome != "newest" and not mismatch and not attack.quiet:
         problem("otherwise", f"verify calls sound what restore does not take ({outcome}): "
                 f"{(restored.get('named') or restored['said'])[:500]}")  # fmt: skip
+
+
+def mutated(folder: Path, tries: dict[str, tuple[str, str]]) -> dict[str, Figures]:
+    """By mutation, what is found with it in the case of a theme and a name."""
+    worker = Worker(folder)
+    found = {}
+    try:
+        for mutation, (theme, name) in tries.items():
+            number = next(number for number, attack in enumerate(THEMES[theme]) if attack.name == name)
+            found[mutation] = judge(theme, THEMES[theme][number], worker.ask(theme, number, "dir", mutation))
+    finally:
+        worker.close()
+    return found
 
 
 def run(

@@ -4,7 +4,7 @@
 
 makes the good directories below FOLDER. Then lines of JSON come on standard input, {"theme", "number"}, and for each
 an answer goes out, as `run.Outcome` takes it. A forked process has so much address space as the directory is large and
-256 MB more, and 20 seconds.
+256 MB more, and a minute for each command.
 """
 
 from __future__ import annotations
@@ -40,9 +40,11 @@ import layerwise_dist.assembly  # noqa: E402, F401
 import layerwise_dist.cli.restorable  # noqa: E402, F401
 from attacks import THEMES  # noqa: E402
 from attacks.kit import Target, copy  # noqa: E402
-from layerwise_dist.capture import survey  # noqa: E402
-from layerwise_dist.cli import app  # noqa: E402
+from layerwise_dist.capture import rng, survey  # noqa: E402
+from layerwise_dist.cli import app, console  # noqa: E402
+from layerwise_dist.commit import records  # noqa: E402
 from layerwise_dist.errors import LayerwiseError  # noqa: E402
+from layerwise_dist.storage import header, strict_json  # noqa: E402
 
 LIMIT_S = 60  # of a machine on which much else runs; the budget is in seconds of the processor
 MORE_BYTES = 256 << 20
@@ -202,7 +204,7 @@ def run(request: dict[str, Any], good: Path, digests: dict[str, str]) -> dict[st
     template = "branched" if attack.name.startswith("branched") else "plain"
     root = place / os.fsdecode(request.get("folder", "dir").encode("latin-1"))
     copy(good / template, root)
-    pid, answer = _fork(lambda: _case(attack, root, outside))
+    pid, answer = _fork(lambda: _case(attack, root, outside, request.get("mutation")))
     ended, said = _outlive(pid, answer, LIMIT_S * 5 + 5)
     size = size_of(root)
     shutil.rmtree(place)
@@ -211,8 +213,22 @@ def run(request: dict[str, Any], good: Path, digests: dict[str, str]) -> dict[st
     return {**json.loads(said), "size": size, "good": digests, "template": template}
 
 
-def _case(attack: Any, root: Path, outside: Path) -> dict[str, Any]:
+# Checks that are taken out, to see that crafted directories are found by them.
+MUTATIONS: dict[str, Callable[[], None]] = {
+    "weight": lambda: setattr(strict_json, "WEIGHT_CAP", 1 << 40) or setattr(strict_json.loads, "__kwdefaults__", {
+        "cap": 1 << 40}),
+    "hashes": lambda: setattr(strict_json, "COLLIDING", 1 << 40),
+    "tensors": lambda: setattr(header, "_check_tensor", lambda name, item: None),
+    "places": lambda: setattr(records, "_contradiction", lambda manifest: None),
+    "random numbers": lambda: setattr(rng, "problems", lambda state: {}),
+    "shown": lambda: setattr(console, "shown", lambda text, limit=0: text),
+}  # fmt: skip
+
+
+def _case(attack: Any, root: Path, outside: Path, mutation: str | None) -> dict[str, Any]:
     attack.make(Target(root))
+    if mutation is not None:
+        MUTATIONS[mutation]()
     os.chdir(outside)
     limit = status("VmSize") + size_of(root) + MORE_BYTES + THREADS_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
