@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from layerwise_dist.cli.catalogue import Catalogue
-from layerwise_dist.cli.console import Answer, row, size, table
+from layerwise_dist.cli.console import Answer, damaged, row, size, table
 from layerwise_dist.commit.opening import unusable
 from layerwise_dist.commit.records import BaseRecord, Manifest
 from layerwise_dist.errors import DamageError
@@ -62,7 +62,7 @@ def verify(catalogue: Catalogue, step: int | None) -> Answer:
         ranks, whole = result["ranks_here"], result["ranks"]
         cells = (result["step"], result["seq"], result["status"], whole if ranks == whole else f"{ranks} of {whole}")
         row(shown, *cells, size(result["bytes"]), result["result"], style=_STYLE[result["result"]])
-    parts: list[Any] = [f"Verified in {catalogue.root}", shown, *(f"damaged: {line}" for line in damage)]
+    parts: list[Any] = [f"Verified in {catalogue.root}", shown, *damaged(damage)]
     elsewhere = [result["step"] for result in results if result["ranks_here"] < result["ranks"]]
     if elsewhere:
         parts.append(

@@ -63,6 +63,9 @@ class Span(Record):
         return self
 
 
+Spans = Annotated[list[Span], Field(max_length=100_000)]
+
+
 class BaseRecord(Record):
     """A rank's frozen parameters: the file of the shard's name in the folder of the attempt that wrote it."""
 
@@ -105,18 +108,18 @@ class Manifest(Record):
     attempt: Hex16
     parent: ParentRef | None
     branch: NumberOrNone
-    before: list[Span]
+    before: Spans
     root: NumberOrNone
     step: int = Field(ge=0, lt=layout.STEPS_END)
     world_size: int = Field(ge=1, le=layout.RANKS_END)
     framework: str = Field(min_length=1, max_length=_LONGEST_FRAMEWORK)
     boundary: Literal["explicit", "loader", "inferred", "call"]
-    places: list[list[int]] | None = None  # ranks whose shards lie in one directory, where not all do
+    places: Annotated[list[list[int]], Field(max_length=layout.RANKS_END)] | None = None  # ranks whose shards lie in one directory, where not all do
     tag: str | None = None
     created: float = Field(ge=0, le=_LAST_TIME)
     software: dict[str, str] = Field(max_length=100)
-    bases: list[str] = []
-    shards: list[ShardRecord]
+    bases: list[str] = Field([], max_length=layout.RANKS_END)
+    shards: list[ShardRecord] = Field(max_length=layout.RANKS_END)
 
     @model_validator(mode="after")
     def _agrees(self) -> Manifest:
@@ -163,7 +166,7 @@ class Branch(Record):
     session: Hex32
     seq: Number
     parent: ParentRef | None
-    before: list[Span]
+    before: Spans
     root: NumberOrNone
 
     @model_validator(mode="after")

@@ -14,6 +14,7 @@ from typing import Any
 WEIGHT_CAP = 192 << 20
 # Of CPython's objects, with the place that each has in another.
 _ARRAY, _OBJECT, _MEMBER, _QUOTE = 64, 232, 32, 20
+_CHUNK = 1 << 20
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 # Where a number may be read as infinite, or a string may hold half a character. Rare: then all is looked at.
 _ODD = re.compile(rb"[0-9][eE]\+?[0-9]{3}|[0-9]{300}|\\u[dD][89a-fA-F]")
@@ -24,10 +25,31 @@ def weight(data: bytes | str) -> int:
     if isinstance(data, str):
         found = _weigh(data.count("["), data.count("{"), data.count(","), data.count('"'))
         return found if found <= WEIGHT_CAP else weight(data.encode(errors="replace"))
-    found = _weigh(data.count(b"["), data.count(b"{"), data.count(b","), data.count(b'"'))
-    if found > WEIGHT_CAP:  # as it may seem to of a long text with such characters in it
-        bare = _STRING.sub(b'""', data)
-        found = _weigh(bare.count(b"["), bare.count(b"{"), bare.count(b","), bare.count(b'"'))
+    found = _weight(data)
+    return found if found <= WEIGHT_CAP else _weight_outside_strings(data)
+
+
+def _weight(data: bytes) -> int:
+    return _weigh(data.count(b"["), data.count(b"{"), data.count(b","), data.count(b'"'))
+
+
+def _weight_outside_strings(data: bytes) -> int:
+    """Of a text that seems to be too heavy, as one with such characters within its strings may; as far as the cap."""
+    found = at = 0
+    step = _CHUNK
+    while at < len(data) and found <= WEIGHT_CAP:
+        chunk = data[at : at + step]
+        bare = _STRING.sub(b"\0\0", chunk)  # which stand for the two quotes of each
+        begun = bare.find(b'"')
+        whole = at + step >= len(data)
+        if begun >= 0 and not whole:  # a string that ends behind the chunk is left to the next one
+            chunk, bare = chunk[: len(chunk) - (len(bare) - begun)], bare[:begun]
+        if not chunk:
+            step *= 2
+            continue
+        found += _weight(bare) + _QUOTE * bare.count(b"\0")
+        at += len(chunk)
+        step = _CHUNK
     return found
 
 

@@ -265,12 +265,10 @@ def _read_np(r: Reader, node: dict[str, Any], depth: int) -> Any:
 def _read_array(r: Reader, node: dict[str, Any], depth: int) -> np.ndarray:
     dtype = _np_dtype(node["dtype"])
     shape, data = r.shaped(node, dtype.itemsize)
-    try:
-        made = np.empty(shape, dtype)
+    try:  # not by empty(), which makes of some dtypes another
+        return np.frombuffer(bytearray(data), dtype).reshape(shape) if data.size else np.empty(shape, dtype)
     except ValueError as error:
         raise Problem(f"the shape {short(shape)}: {error}") from None
-    made.reshape(-1).view(np.uint8)[:] = data
-    return made
 
 
 def _read_tensor(r: Reader, node: dict[str, Any], depth: int) -> torch.Tensor:

@@ -20,7 +20,7 @@ COMMANDS = {"ls", "show", "verify", "json"}
 MORE_BYTES = 256 << 20
 BUDGET_S = 1.0
 # Of the processor: what is read in a second at least, beside the second that everything may take.
-BYTES_A_SECOND = 16 << 20
+BYTES_A_SECOND = 4 << 20
 LONGEST = 8192  # characters of a line that a command prints, or of an error
 _RAW = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
