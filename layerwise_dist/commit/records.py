@@ -41,6 +41,10 @@ Hex32 = Annotated[str, Field(pattern=HEX32)]
 class Record(Schema):
     """`format` says which; it is there in every file."""
 
+    def contradiction(self) -> str | None:
+        """What its members say against each other. Lengths are compared before anything is made of them."""
+        return None
+
 
 class ParentRef(Record):
     seq: Number
@@ -63,6 +67,7 @@ class Span(Record):
         return self
 
 
+Places = Annotated[list[list[int]], Field(max_length=layout.RANKS_END)]
 Spans = Annotated[list[Span], Field(max_length=100_000)]
 
 
@@ -114,18 +119,15 @@ class Manifest(Record):
     world_size: int = Field(ge=1, le=layout.RANKS_END)
     framework: str = Field(min_length=1, max_length=_LONGEST_FRAMEWORK)
     boundary: Literal["explicit", "loader", "inferred", "call"]
-    places: Annotated[list[list[int]], Field(max_length=layout.RANKS_END)] | None = None  # ranks whose shards lie in one directory, where not all do
+    places: Places | None = None  # ranks whose shards lie in one directory, where not all do
     tag: str | None = None
     created: float = Field(ge=0, le=_LAST_TIME)
     software: dict[str, str] = Field(max_length=100)
     bases: list[str] = Field([], max_length=layout.RANKS_END)
     shards: list[ShardRecord] = Field(max_length=layout.RANKS_END)
 
-    @model_validator(mode="after")
-    def _agrees(self) -> Manifest:
-        if problem := _contradiction(self):
-            raise ValueError(problem)
-        return self
+    def contradiction(self) -> str | None:
+        return _contradiction(self)
 
     @property
     def spans(self) -> list[Span]:
@@ -169,11 +171,8 @@ class Branch(Record):
     before: Spans
     root: NumberOrNone
 
-    @model_validator(mode="after")
-    def _agrees(self) -> Branch:
-        if problem := _not_behind(self.seq, self.parent, self.before, self.root):
-            raise ValueError(problem)
-        return self
+    def contradiction(self) -> str | None:
+        return _not_behind(self.seq, self.parent, self.before, self.root)
 
     @property
     def branch(self) -> int:
@@ -195,7 +194,6 @@ R = TypeVar("R", bound=Record)
 
 
 def _contradiction(manifest: Manifest) -> str | None:
-    """What members say against each other. Lengths are compared before anything is made of them."""
     if manifest.attempt != manifest.attempt_id.text:
         return f"attempt is {manifest.attempt}, epoch and seq make it {manifest.attempt_id.text}"
     if problem := _not_behind(manifest.seq, manifest.parent, manifest.before, manifest.root):
@@ -254,7 +252,10 @@ def decode(data: bytes, model: type[R], path: str) -> R:
     if found != int(match[1], 16):
         raise DamageError(f"{path}: damaged: its bytes hash to {found:016x}, it says {match[1].decode()}")
     try:
-        return _read(data, b"".join((body, b"}")), model)
+        found = _read(data, b"".join((body, b"}")), model)
+        if problem := found.contradiction():
+            raise ValueError(problem)
+        return found
     except (ValueError, Unfit) as error:
         raise DamageError(f"{path}: not a record of this version: {error}") from None
 

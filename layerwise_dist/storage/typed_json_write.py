@@ -238,7 +238,10 @@ def _write_array(w: Writer, v: np.ndarray) -> Any:
     dtype = v.dtype.str
     if not v.dtype.itemsize or not NP_DTYPE.fullmatch(dtype) or np.dtype(dtype) != v.dtype:
         raise Problem(f"a numpy array of dtype {v.dtype}; it can hold numbers, bools, dates, fixed-width str or bytes")
-    data = np.ascontiguousarray(v).reshape(-1).view(np.uint8)
+    held = np.ascontiguousarray(v)
+    if held.dtype.str != dtype:  # numpy makes of some dtypes another when it copies
+        raise Problem(f"a numpy array of dtype {dtype} that is not contiguous: give a copy of it as {held.dtype.str}")
+    data = held.reshape(-1).view(np.uint8)
     return {TAG: "array", "dtype": dtype, "shape": list(v.shape), **w.content(data, data.size)}
 
 

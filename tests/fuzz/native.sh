@@ -9,7 +9,7 @@ seed=${2:-1}
 build=build/fuzz
 mkdir -p "$build/corpus"
 cp -n tests/fuzz/corpus/shard_reader/* "$build/corpus/" 2>/dev/null || true
-core=(csrc/src/{aligned_buffer,block_runs,buffer_pool,calls,descriptor,env,hash,hash_baseline,plan,pool_core}.cc
+core=(csrc/src/{aligned_buffer,block_runs,buffer_pool,calls,descriptor,env,hash,hash_baseline,plan,pool_core,posix_file}.cc
   csrc/src/{shard_reader,status,thread_core,uring_core,writer_pool}.cc csrc/testing/{disk_image,memory_disk,memory_env,memory_file}.cc)
 case $(uname -m) in x86_64) vectors=(csrc/src/hash_avx2.cc csrc/src/hash_avx512.cc) ;; *) vectors=() ;; esac
 flags=(-std=c++20 -g1 -O1 -Icsrc/include -Icsrc/testing -Icsrc/src -fno-omit-frame-pointer)
@@ -26,7 +26,7 @@ else
   driver=(-DLAYERWISE_FUZZ_DRIVER)
 fi
 object() { # source, its own flags: compiled if it, or any header, is newer
-  local source=$1 out=$build/$(basename "$compiler")-$(basename "$1").o
+  local source=$1 out=$build/$(basename "$compiler")-${1//\//_}.o
   shift
   if [ ! -e "$out" ] || [ -n "$(find "$source" csrc/include csrc/src csrc/testing -name '*.h' -newer "$out" -o -path "$source" -newer "$out")" ]; then
     "$compiler" "${flags[@]}" "$@" -c "$source" -o "$out"
