@@ -72,8 +72,13 @@ class Sealer:
             if name in sealed["extra_state"]:
                 try:
                     module.set_extra_state(sealed["extra_state"][name])
-                except Exception as error:
-                    raise _extra_state_error(name, module, "set", error) from error
+                except Exception as error:  # of the module's own code
+                    raise StateError(
+                        f"extra_state[{name!r}]",
+                        f"{type(module).__qualname__} does not take back what the checkpoint holds: "
+                        f"{type(error).__name__}: {error}; what was loaded before it, parameters and optimizer state "
+                        "too, is undefined",
+                    ) from error
 
     def _prepare(self, what: str, names: Any) -> typed_json.Prepared:
         """Names as JSON; nearly always those of the last checkpoint, which are not written out again."""

@@ -6,7 +6,7 @@ import datetime
 from typing import Any
 
 from layerwise_dist.cli.catalogue import Catalogue
-from layerwise_dist.cli.console import Answer, row, size, table
+from layerwise_dist.cli.console import Answer, damaged, row, size, table
 from layerwise_dist.commit.records import Manifest
 from layerwise_dist.errors import DamageError
 from layerwise_dist.slices import Slice
@@ -115,4 +115,4 @@ def _parts(data: dict[str, Any], manifest: Manifest, everything: bool) -> list[A
     hidden = len(data["tensors"]) - len(tensors)
     if hidden:
         parts.append(f"and {hidden} more tensors: --all lists them")
-    return parts + [f"damaged: {problem}" for problem in data["problems"]]
+    return parts + damaged(data["problems"])
