@@ -271,6 +271,7 @@ class SaveAndRestore:
         if parts.module_only:
             self._sealer.put_extra_states(sealed)
             return
+        self._sealer.put(sealed)
         self._updates, self._unsaved = sealed["updates"], False
         self._boundary.start_at(sealed["step"])
         self._statistics.restored(sealed["step"])
