@@ -30,7 +30,7 @@ MUTATIONS = {
     "weight": ("sizes", "state: of eight million empty lists"),
     "hashes": ("sizes", "state: of a set of colliding ints"),
     "tensors": ("headers", "header: with a dtype of a list"),
-    "places": ("sizes", "manifest: with places of ranks that there are not"),
+    "contradictions": ("records", "manifest: that continues itself"),
     "random numbers": ("sealed", "random numbers: of Python that are short"),
     "shown": ("terminal", "terminal: header: with a tensor of control characters"),
 }

@@ -420,7 +420,7 @@ DIRECTORIES: dict[str, tuple[Callable[[Path], None], str]] = {
     "identity cut": (put("identity.json", b'{"format":'), "mended"),
     "identity missing": (lambda root: (root / "identity.json").unlink(), "mended"),
     "identity a folder": (put("identity.json", None), "refused"),
-    "identity a link": (put("identity.json", "owner"), "refused"),
+    "identity a link": (put("identity.json", "owner"), "mended"),
 }
 
 

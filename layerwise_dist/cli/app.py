@@ -46,7 +46,7 @@ def ls(directory: Dir, json: Json = False) -> None:
 def show(
     directory: Dir,
     step: Step = None,
-    everything: Annotated[bool, typer.Option("--all", help="List every tensor.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="List every tensor and every shard.")] = False,
     json: Json = False,
 ) -> None:
     """Shows one checkpoint: its manifest, its shards and its tensors. Without --step, the one restore would choose."""

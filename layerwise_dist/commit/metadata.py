@@ -42,7 +42,6 @@ log = logging.getLogger("layerwise_dist")
 
 R = TypeVar("R", bound=Record)
 
-
 class CheckpointMetadataManager:
     """Manifests of one directory. Reading is for anyone; only the owner's coordinator writes."""
 
@@ -96,8 +95,8 @@ class CheckpointMetadataManager:
                     damaged[name] = f"{name}: {others} has the same seq: one of them was copied here"
         try:
             identity = self.read_identity().identity
-        except (DamageError, OSError):
-            identity = None  # who begins a session reads it once more
+        except (FileNotFoundError, DamageError):
+            identity = None
         return Inventory(manifests, branches, damaged, unfinished, self.bases(), identity, odd, taken)
 
     def read_manifest(self, attempt: AttemptId) -> Manifest:

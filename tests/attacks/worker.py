@@ -219,7 +219,7 @@ MUTATIONS: dict[str, Callable[[], None]] = {
         "cap": 1 << 40}),
     "hashes": lambda: setattr(strict_json, "COLLIDING", 1 << 40),
     "tensors": lambda: setattr(header, "_check_tensor", lambda name, item: None),
-    "places": lambda: setattr(records, "_contradiction", lambda manifest: None),
+    "contradictions": lambda: setattr(records, "_contradiction", lambda manifest: None),
     "random numbers": lambda: setattr(rng, "problems", lambda state: {}),
     "shown": lambda: setattr(console, "shown", lambda text, limit=0: text),
 }  # fmt: skip

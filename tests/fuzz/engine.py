@@ -36,7 +36,7 @@ class Fuzzer:
 
     def __init__(self, target: Target, corpus: Path, *, seed: int, keep: bool = False) -> None:
         self._target, self._corpus, self._keep = target, corpus, keep
-        self._draw = random.Random(seed)
+        self.draw = random.Random(seed)
         self.inputs: list[bytes] = []
         self.seen: set[tuple[str, int, int]] = set()
         self.runs = 0
@@ -51,8 +51,8 @@ class Fuzzer:
     def run(self, seconds: float, runs: int | None = None) -> None:
         until = time.monotonic() + seconds
         while time.monotonic() < until and not self.crashes and (runs is None or self.runs < runs):
-            data = self._draw.choice(self.inputs[-30:] if self._draw.random() < 0.3 else self.inputs)
-            for _ in range(self._draw.choice([1, 1, 2, 4])):
+            data = self.draw.choice(self.inputs[-30:] if self.draw.random() < 0.3 else self.inputs)
+            for _ in range(self.draw.choice([1, 1, 2, 4])):
                 data = self.mutated(data)
             self.try_input(data[:LONGEST])
 
@@ -101,7 +101,7 @@ class Fuzzer:
     # -- mutations ------------------------------------------------------------------------------------------------
 
     def mutated(self, data: bytes) -> bytes:
-        draw = self._draw
+        draw = self.draw
         if draw.random() < 0.6:
             try:
                 tree = json.loads(data)
@@ -130,7 +130,7 @@ class Fuzzer:
 
     def _mutated_tree(self, tree: Any) -> bytes:
         """One node is replaced, removed, doubled or taken from another input."""
-        draw = self._draw
+        draw = self.draw
         nodes: list[tuple[Any, Any]] = []
         left = [tree]
         while left:

@@ -55,14 +55,22 @@ def under_atheris(name: str, seconds: float) -> int:
 
     rooms = ["layerwise_dist.storage", "layerwise_dist.commit", "layerwise_dist.restore"]
     with atheris.instrument_imports(include=rooms):
+        from fuzz.engine import Fuzzer
         from fuzz.targets import TARGETS
     target = TARGETS[name]
+    changing = Fuzzer(target, HERE / "corpus" / name, seed=0)
+    changing.inputs = target.seeds()
+
+    def mutate(data: bytes, longest: int, seed: int) -> bytes:
+        changing.draw.seed(seed)
+        return changing.mutated(data)[:longest]
+
     corpus = HERE / "corpus" / name
     corpus.mkdir(parents=True, exist_ok=True)
     for number, data in enumerate(target.seeds()):
         (corpus / f"seed_{number}").write_bytes(data)
     limits = [f"-max_total_time={seconds:.0f}", f"-artifact_prefix={HERE}/crash-{name}-", "-rss_limit_mb=4000"]
-    atheris.Setup([sys.argv[0], str(corpus), *limits], target.run)
+    atheris.Setup([sys.argv[0], str(corpus), *limits], target.run, custom_mutator=mutate)
     atheris.Fuzz()
     return 0
 

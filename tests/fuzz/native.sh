@@ -52,7 +52,7 @@ object tests/fuzz/shard_reader.cc "${driver[@]}"
 "$compiler" "${main[@]}" "${objects[@]}" -luring -lpthread -o "$build/shard_reader"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 if [ -n "$clang" ]; then
-  "$build/shard_reader" "$build/corpus" -max_total_time="$seconds" -seed="$seed" -max_len=512
+  "$build/shard_reader" "$build/corpus" -max_total_time="$seconds" -seed="$seed" -max_len=512 -artifact_prefix="$build/crash-" -print_final_stats=1
 else
   "$build/shard_reader" "$build/corpus" "$seconds" "$seed"
 fi
