@@ -374,7 +374,10 @@ def test_what_cannot_be_written_is_found_at_attach(tmp_path: Path, what: str) ->
 
 @pytest.mark.parametrize(
     ("extra", "says"),
-    [(True, "Extra does not take back what the checkpoint holds: KeyError"), (False, r"'mine'.*Stubborn does not take")],
+    [
+        (True, "Extra does not take back what the checkpoint holds: KeyError"),
+        (False, "'mine'.*Stubborn does not take"),
+    ],
 )
 def test_what_does_not_take_back_what_it_gave_is_named_and_nothing_is_trained_then(
     tmp_path: Path, extra: bool, says: str
