@@ -58,7 +58,7 @@ def test_commits_are_measured_with_simulated_ranks_and_with_processes(
     assert [row["connections"] for row in found["simulated"]] == [3 + 1, 3 + 15]
     for row in found["simulated"]:
         assert set(row["cpu_s"]) == SPREAD and row["cpu_s"]["median"] >= row["coordinator_cpu_s"]["median"] > 0
-        assert row["frames_in"]["median"] >= 2 * row["connections"]
+        assert row["frames_in"]["median"] >= row["connections"]  # what comes within a millisecond is one frame
     assert [row["ranks"] for row in found["processes"]] == [4]
     assert found["processes"][0]["committed_s"]["min"] > 0
 
