@@ -137,6 +137,7 @@ class ShardReader::Job final : public BlockSink, public std::enable_shared_from_
     }
     for (size_t i = first_[index]; i < first_[index + 1]; ++i) {
       const Segment& segment = segments_[i];
+      if (segment.length == 0) continue;  // of an empty block, which has no memory
       std::memcpy(reinterpret_cast<void*>(segment.address), data + segment.block_offset, segment.length);
     }
     std::lock_guard lock(mutex_);
