@@ -15,6 +15,7 @@ from layerwise_dist.commit.participant import Participant
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.errors import ConfigError, LayerwiseError, UnsupportedError
 from layerwise_dist.scheduler import LayerwiseCheckpointScheduler
+from layerwise_dist.storage import layout
 from layerwise_dist.storage.adapter import Laid, PCCheckAdapter, ShardWrite
 from layerwise_dist.storage.layout import AttemptId
 
@@ -121,6 +122,11 @@ class Attempts:
                 self._surveyor.gather()
                 found = self._expected()
             laid = self._lay_out(found)
+            if attempt.seq >= layout.NUMBERS_END or step >= layout.STEPS_END:
+                raise UnsupportedError(
+                    f"step {step}, attempt {attempt.seq} of this directory: steps are below {layout.STEPS_END}, "
+                    f"attempts below {layout.NUMBERS_END}; go on in a new directory"
+                )
             write = self._adapter.begin(attempt, laid.shard, laid.plan)
         except (LayerwiseError, OSError) as error:
             self.fail(attempt, error, self._adapter.unbegun(attempt))

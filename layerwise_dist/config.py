@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -134,6 +134,12 @@ class LayerwiseConfig(_Strict):
     commit: CommitConfig = Field(default_factory=CommitConfig)
     preemption: PreemptionConfig = Field(default_factory=PreemptionConfig)
     file_mode: str = Field("0600", description="Mode of the files, octal; directories get the search bits added.")
+
+    @field_validator("dir", mode="wrap")
+    @classmethod
+    def _any_path(cls, value: Any, check: Callable[[Any], str]) -> str:
+        # As os.fsdecode() gives a path that is not UTF-8, which pydantic does not take for text.
+        return value if type(value) is str and not value.isascii() and "\0" not in value else check(value)
 
     @field_validator("pool_mb", mode="before")
     @classmethod

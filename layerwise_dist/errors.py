@@ -1,14 +1,35 @@
 """Every error that this package raises on purpose, so that a script can tell them apart.
 
 All of them are `LayerwiseError`; those that have a standard Python meaning inherit from that class too.
-A message says what was expected, what was found and where; nothing is raised without one.
+A message says what was expected, what was found and where; nothing is raised without one. Names and texts in it may
+come from a file, so that it passes `shown` before anybody sees it.
 """
 
 from __future__ import annotations
 
+_LONGEST = 4000
+
+
+def shown(text: str, limit: int = _LONGEST) -> str:
+    """The text as a terminal may be given it: control characters, marks that turn the writing around and halves of
+    characters are escaped, line ends stay, and of more than `limit` characters the rest is counted.
+    """
+    more = f"... ({len(text) - limit} more characters)" if len(text) > limit else ""
+    text = text[:limit]
+    if not text.isprintable():
+        text = "".join(each if each == "\n" or each.isprintable() else _escaped(each) for each in text)
+    return text + more
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
 
 class LayerwiseError(Exception):
     """The base of all errors of layerwise_dist."""
+
+    def __str__(self) -> str:
+        return shown(super().__str__())
 
 
 class ConfigError(LayerwiseError, ValueError):
@@ -20,7 +41,8 @@ class UnsupportedError(LayerwiseError, TypeError):
 
 
 class StateError(LayerwiseError, TypeError):
-    """Something in `state=` that can be written neither as a tensor nor as typed JSON.
+    """Something in `state=` that can be written neither as a tensor nor as typed JSON, or that does not take back what
+    was saved of it.
 
     Attributes:
         path: where it is, such as ``state['scheduler']['lr_lambdas'][0]``.

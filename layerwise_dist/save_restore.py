@@ -261,17 +261,21 @@ class SaveAndRestore:
 
         # An optimizer's own load_state_dict() may run in it, and fail.
         together(self._participant, "adopt", adopt)
+        # And that of an object in `state=`, or of a module with set_extra_state().
+        together(self._participant, "put back what is no tensor", lambda: self._put_back(sealed, parts))
+        self.client_state = sealed["client_state"]
+        if not parts.module_only:
+            self._participant.restored(sealed["step"])
+
+    def _put_back(self: LayerwiseEngine, sealed: dict[str, Any], parts: Parts) -> None:
         if parts.module_only:
             self._sealer.put_extra_states(sealed)
-            self.client_state = sealed["client_state"]
             return
         self._sealer.put(sealed)
         self._updates, self._unsaved = sealed["updates"], False
         self._boundary.start_at(sealed["step"])
         self._statistics.restored(sealed["step"])
         self._boundary.restore(sealed["boundary"])
-        self.client_state = sealed["client_state"]
-        self._participant.restored(sealed["step"])
 
     def _follow(self: LayerwiseEngine, head: ParentRef | None, *, new_branch: bool) -> list[str]:
         """From where the lineage goes on. A roll-back is made durable before the first step that follows it.

@@ -16,6 +16,10 @@ ITEM_BYTES: dict[str, int] = {
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 
+# Of what a file holds.
+DIMENSIONS = 256
+LONGEST_NAME = 4096  # characters of `<kind>/<fqn>`
+
 
 @dataclass(frozen=True, slots=True)
 class Slice:
@@ -162,11 +166,14 @@ def ranks_text(ranks: Iterable[int]) -> str:
 def ranks_of(text: str, world_size: int) -> tuple[int, ...]:
     """The ranks of a `ranks_text`. Raises ValueError unless it is one, of ranks below `world_size`."""
     found: list[int] = []
-    bad = ValueError(f"{text!r} is no list of ranks of a world of {world_size}")
+    bad = ValueError(f"{text[:100]!r} is no list of ranks of a world of {world_size}")
+    if len(text) > 8 * world_size:  # before it is taken apart
+        raise bad
     for part in text.split(",") if text else ():
         run, _, step = part.partition("/")
         begin, _, end = run.partition("-")
-        if not all(number.isdecimal() and len(number) < 8 for number in (begin, end or "0", step or "1")):
+        numbers = (begin, end or "0", step or "1")
+        if not all(number.isascii() and number.isdecimal() and len(number) < 8 for number in numbers):
             raise bad
         first, last = int(begin), int(end or begin)
         if last >= world_size or (found and first <= found[-1]) or not int(step or 1):

@@ -132,7 +132,8 @@ class Disk:
     def rename(self, source: str, target: str) -> None:
         self.step("rename", target)
         if os.path.basename(target) == layout.MANIFEST:
-            manifest = decode(self.memory.read_file(source, 1 << 20), ManifestRecord, source)
+            # As it is written, be it against itself where a rule is broken, which decode() would not take.
+            manifest = ManifestRecord.model_validate_json(self.memory.read_file(source, 1 << 20)[:-32] + b"}")
             self._world.manifest_appears(self.place, manifest)
             if self.doubts:
                 self.doubts, self.fault = False, (0, "sync_dir", errno.EIO)

@@ -76,7 +76,8 @@ def header_of(part: Slice) -> tuple[bytes, int]:
     """Of rank 1's shard in a world of four, and the shard's size."""
     layout = ShardLayout([("layer", [Source(part)])], 512, 4096)
     hashes = "0" * 16 * len(layout.blocks)
-    header = layout.header(attempt="a", step=1, rank=1, world_size=4, hashes=hashes, state=(2, 0), state_hash="0")
+    said = {"attempt": "0" * 16, "state_hash": "0" * 16, "hashes": hashes, "state": (2, 0)}
+    header = layout.header(step=1, rank=1, world_size=4, **said)
     return header, layout.end + len(state_extent(b"{}", b""))
 
 

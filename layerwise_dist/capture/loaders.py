@@ -198,18 +198,23 @@ class LoaderTap:
             "now": now,
         }
 
-    def restore(self, snapshot: dict[str, Any]) -> None:
-        """Come back to `snapshot`: own generators at once, the position at the next `iter(loader)`.
-
-        Nothing but the training loop may iterate the loader in between, and an iterator made before is refused when
-        drawn. Raises MismatchError if the snapshot is of the other kind of loader or of other generators.
-        """
+    def check(self, snapshot: dict[str, Any]) -> None:
+        """Raises MismatchError if the snapshot is of the other kind of loader or of other generators."""
         kind = "stateful" if self._stateful else "counted"
         if snapshot["kind"] != kind:
             raise MismatchError(
                 f"loader {self.name!r} is a {type(self.loader).__name__} (kind {kind}), "
                 f"the checkpoint holds kind {snapshot['kind']}"
             )
+        self._check_own(snapshot["now"]["own"])
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Come back to `snapshot`: own generators at once, the position at the next `iter(loader)`.
+
+        Nothing but the training loop may iterate the loader in between, and an iterator made before is refused when
+        drawn. Raises MismatchError if the snapshot is of the other kind of loader or of other generators.
+        """
+        self.check(snapshot)
         self._put_own(snapshot["now"]["own"])
         for name, epoch in snapshot["now"]["epochs"].items():
             sampler = samplers(self.loader).get(name)
@@ -373,12 +378,16 @@ class LoaderTap:
         rng.put(state["rng"])
         self._put_own(state["own"])
 
-    def _put_own(self, states: dict[str, torch.Tensor]) -> None:
+    def _check_own(self, states: dict[str, torch.Tensor]) -> dict[str, torch.Generator]:
         own = own_generators(self.loader)
         if own.keys() != states.keys():
             raise MismatchError(
                 f"loader {self.name!r} has generators {sorted(own)}, the checkpoint's had {sorted(states)}"
             )
+        return own
+
+    def _put_own(self, states: dict[str, torch.Tensor]) -> None:
+        own = self._check_own(states)
         for name, state in states.items():
             own[name].set_state(state)
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from layerwise_dist.capture import rng
 from layerwise_dist.capture.loaders import LoaderTap
-from layerwise_dist.errors import MismatchError, StateError
+from layerwise_dist.errors import LayerwiseError, MismatchError, StateError
 from layerwise_dist.storage import typed_json
 
 _ALLOWED = (
@@ -45,17 +46,35 @@ class StateObjects:
         """Live references, for typed JSON to copy."""
         return {name: _take(name, item) for name, item in self._objects.items()}
 
-    def check(self, saved: dict[str, Any]) -> None:
+    def check(self, sealed: dict[str, Any]) -> None:
+        """Of a sealed state, before any of it is put back. Raises MismatchError."""
+        saved = sealed["objects"]
         missing, extra = sorted(self._objects.keys() - saved.keys()), sorted(saved.keys() - self._objects.keys())
         if missing or extra:
             raise MismatchError(
                 f"state objects differ: the checkpoint lacks {missing}, and holds {extra}, which "
                 f"attach(state=...) does not name"
             )
+        problems = {name: _unfit(item, saved[name]) for name, item in self._objects.items()}
+        if said := [f"state[{name!r}]: {problem}" for name, problem in problems.items() if problem]:
+            raise MismatchError("; ".join(said))
+        for name, snapshot in sealed["boundary"]["loaders"].items():
+            if name in self.taps:
+                self.taps[name].check(snapshot)
 
     def put(self, saved: dict[str, Any]) -> None:
+        """Raises StateError for an object that does not take back what was saved of one under its name."""
         for name, item in self._objects.items():
-            _put(item, saved[name])
+            try:
+                _put(item, saved[name])
+            except LayerwiseError:
+                raise
+            except Exception as error:  # of the object's own code
+                raise StateError(
+                    f"state[{name!r}]",
+                    f"{type(item).__qualname__} does not take back what the checkpoint holds: {type(error).__name__}: "
+                    f"{error}; what was loaded before it, parameters and optimizer state too, is undefined",
+                ) from error
 
     def detach(self) -> None:
         for tap in self.taps.values():
@@ -76,6 +95,24 @@ def _take(name: str, item: Any) -> Any:
     if isinstance(item, MutableMapping):
         return dict(item)
     raise StateError(f"state[{name!r}]", f"{type(item).__qualname__} cannot be saved; give {_ALLOWED}")
+
+
+def _unfit(item: Any, saved: Any) -> str | None:
+    """Why an object whose kind is known here does not take what was saved, if so; of others nobody can tell."""
+    if isinstance(item, torch.Generator):
+        if item.device.type == "cpu":
+            return rng.refused(lambda: torch.Generator().set_state(saved))
+        good = isinstance(saved, torch.Tensor) and saved.dtype == torch.uint8 and saved.shape == item.get_state().shape
+        return None if good else "a generator of a device takes its own bytes only"
+    if isinstance(item, np.random.Generator):
+        return rng.numpy_refuses(saved, type(item.bit_generator).__name__)
+    if isinstance(item, np.random.RandomState):
+        return rng.numpy_refuses(saved)
+    if isinstance(item, random.Random):
+        return rng.refused(lambda: random.Random(0).setstate(saved))
+    if not callable(getattr(item, "load_state_dict", None)) and not isinstance(saved, Mapping):
+        return f"here it is a {type(item).__qualname__}, the checkpoint holds a {type(saved).__qualname__}"
+    return None
 
 
 def _put(item: Any, saved: Any) -> None:

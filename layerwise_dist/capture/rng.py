@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import random
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ except ImportError:  # torch runs without it, and then nothing can draw from it
 
 RngState = dict[str, Any]
 
+_MT19937_WORDS, _PHILOX_WORDS = 624, 4
 _MT19937_BYTES = 625 * 4  # uint32 key[624]; int pos
 
 
@@ -54,6 +56,50 @@ def put(state: RngState) -> None:
         for index, each in state["cuda"].items():
             if index < len(torch.cuda.default_generators):
                 torch.cuda.default_generators[index].set_state(each)
+
+
+def problems(state: RngState) -> dict[str, str]:
+    """Of each generator that can't be set to its part of `state`, why. Tried on generators of its own: the global ones
+    stay as they are.
+    """
+    found = {
+        "torch": refused(lambda: torch.Generator().set_state(state["torch"])),
+        "python": refused(lambda: random.Random(0).setstate(_python_state(state["python"]))),
+        "numpy": numpy_refuses(state["numpy"]) if numpy is not None and "numpy" in state else None,
+    }
+    if any(each.dtype != torch.uint8 or each.dim() != 1 for each in state["cuda"].values()):
+        found["cuda"] = "expected bytes"
+    return {name: problem for name, problem in found.items() if problem}
+
+
+def refused(action: Callable[[], Any]) -> str | None:
+    """What a library says against a state that is tried on a generator which nobody uses, if anything."""
+    try:
+        action()
+    except Exception as error:  # of three libraries, each with its own
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def numpy_refuses(state: Any, kind: str | None = None) -> str | None:
+    """Why numpy does not take this state, if so: of a legacy generator, or of a bit generator of `kind`.
+
+    It looks for a bit generator under the name that the state has, and does not check all places within their arrays.
+    """
+    name = state.get("bit_generator") if type(state) is dict else state[0] if type(state) is tuple and state else None
+    known = ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")
+    if type(name) is not str or name not in known or kind not in (None, name):
+        return f"its bit generator is {ascii(name)[:100]}, expected {kind or ' or '.join(known)}"
+    within = state.get("state") if type(state) is dict else {"pos": state[2] if len(state) > 2 else None}
+    places = {"pos": _MT19937_WORDS, "buffer_pos": _PHILOX_WORDS}
+    for held in (state if type(state) is dict else {}, within if type(within) is dict else {}):
+        for place, last in places.items():
+            if place in held and not (isinstance(held[place], int) and 0 <= held[place] <= last):
+                return f"{place} is not 0 to {last}"
+    bits = getattr(numpy.random, name)(0)
+    if kind is None:
+        return refused(lambda: numpy.random.RandomState(bits).set_state(state))
+    return refused(lambda: setattr(bits, "state", state))
 
 
 def same(one: RngState, other: RngState) -> bool:

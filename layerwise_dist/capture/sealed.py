@@ -7,6 +7,7 @@ from typing import Any
 
 from layerwise_dist.capture.objects import StateObjects
 from layerwise_dist.capture.survey import Survey
+from layerwise_dist.errors import StateError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.storage import typed_json
@@ -60,7 +61,15 @@ class Sealer:
     def put_extra_states(self, sealed: dict[str, Any]) -> None:
         for name, module in self._framework.extra_states():
             if name in sealed["extra_state"]:
-                module.set_extra_state(sealed["extra_state"][name])
+                try:
+                    module.set_extra_state(sealed["extra_state"][name])
+                except Exception as error:  # of the module's own code
+                    raise StateError(
+                        f"extra_state[{name!r}]",
+                        f"{type(module).__qualname__} does not take back what the checkpoint holds: "
+                        f"{type(error).__name__}: {error}; what was loaded before it, parameters and optimizer state "
+                        "too, is undefined",
+                    ) from error
 
     def _prepare(self, what: str, names: Any) -> typed_json.Prepared:
         """Names as JSON; nearly always those of the last checkpoint, which are not written out again."""

@@ -11,7 +11,7 @@ import typer
 from layerwise_dist._version import __version__
 from layerwise_dist.cli import bench, console, doctoring, listing, selftesting, showing, verifying
 from layerwise_dist.cli.catalogue import Catalogue, WrongUsage
-from layerwise_dist.errors import ConfigError, DamageError
+from layerwise_dist.errors import ConfigError, DamageError, shown
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ def ls(directory: Dir, json: Json = False) -> None:
 def show(
     directory: Dir,
     step: Step = None,
-    everything: Annotated[bool, typer.Option("--all", help="List every tensor.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="List every tensor and every shard.")] = False,
     json: Json = False,
 ) -> None:
     """Shows one checkpoint: its manifest, its shards and its tensors. Without --step, the one restore would choose."""
@@ -124,7 +124,7 @@ def _failed(message: str, code: int, json: bool) -> typer.Exit:
     if json:
         console.put_json({"error": message})
     else:
-        print(f"layerwise: {message}", file=sys.stderr)
+        print(f"layerwise: {shown(message)}", file=sys.stderr)
     return typer.Exit(code)
 
 

@@ -20,6 +20,7 @@ from layerwise_dist.storage.reader import Shard
 
 Status = Literal["newest", "lineage", "abandoned"]
 _READERS = 4  # threads
+_LISTED = 20
 
 
 class WrongUsage(Exception):
@@ -51,6 +52,24 @@ class Catalogue:
         if found.dangling is None or found.newest is None:
             return found.damaged
         return {**found.damaged, layout.branch_file(found.newest.seq): found.dangling}
+
+    def odd(self) -> list[str]:
+        """Entries whose names are like ours and are none, in words: nothing reads or removes them."""
+        names = sorted(self.inventory.odd.items())
+        found = [f"{name!r}: {problem}; nothing reads or removes it" for name, problem in names]
+        return [f"odd: {each}" for each in found[:_LISTED]] + (
+            [f"odd: and {len(found) - _LISTED} more"] if len(found) > _LISTED else []
+        )
+
+    def odd_commits(self) -> dict[str, str]:
+        """Those of them that hold a manifest, which nobody will take."""
+        found = self.inventory.odd.items()
+        paths = {name: os.path.join(self.root, name, layout.MANIFEST) for name, _ in found}
+        return {
+            name: f"{name!r} holds a {layout.MANIFEST} that no restore looks at: {problem}"
+            for name, problem in found
+            if os.path.lexists(paths[name])
+        }
 
     def status(self, manifest: Manifest) -> Status:
         """newest: what restore tries first; lineage: what it falls back to; abandoned: never chosen by itself."""
@@ -97,7 +116,7 @@ class Catalogue:
         for name, path, expected in files:
             try:
                 kind, nbytes = self.manager.env.stat(path)
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 if self.still_there(manifest):
                     return f"{name} is missing"
                 return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +12,13 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from layerwise_dist.errors import shown
 from layerwise_dist.units import size
 
-__all__ = ["Answer", "age", "put", "put_json", "row", "size", "table"]
+__all__ = ["Answer", "age", "damaged", "put", "put_json", "row", "size", "table"]
 
+_LONGEST_CELL = 1000  # characters
+_PROBLEMS = 100
 _PIPE_WIDTH = 200  # columns where there is no terminal to ask
 
 
@@ -33,8 +37,14 @@ def put(answer: Answer, as_json: bool) -> None:
         return
     out = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
     for part in answer.parts:
-        # Names come from files: no markup of theirs is obeyed.
-        out.print(Text(part) if isinstance(part, str) else part, soft_wrap=isinstance(part, str))
+        # Names come from files: no markup of theirs is obeyed, and no control character.
+        out.print(Text(shown(part)) if isinstance(part, str) else part, soft_wrap=isinstance(part, str))
+
+
+def damaged(problems: Sequence[str]) -> list[str]:
+    """A line for each, of more than a hundred the first; `--json` has all."""
+    more = [f"damaged: and {len(problems) - _PROBLEMS} more: --json lists them"] if len(problems) > _PROBLEMS else []
+    return [f"damaged: {problem}" for problem in problems[:_PROBLEMS]] + more
 
 
 def put_json(data: dict[str, Any]) -> None:
@@ -55,7 +65,7 @@ def table(*columns: str, right: tuple[str, ...] = (), folded: tuple[str, ...] = 
 
 
 def row(into: Table, *cells: object, style: str = "") -> None:
-    into.add_row(*(Text(str(cell)) for cell in cells), style=style or None)
+    into.add_row(*(Text(shown(str(cell), _LONGEST_CELL)) for cell in cells), style=style or None)
 
 
 def age(seconds: float) -> str:

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from layerwise_dist.cli.catalogue import Catalogue, measure
-from layerwise_dist.cli.console import Answer, age, row, size, table
+from layerwise_dist.cli.console import Answer, age, damaged, row, size, table
 from layerwise_dist.storage import layout
 
 _STYLE = {"newest": "bold green", "lineage": "green", "abandoned": "dim", "incomplete": "yellow", "damaged": "bold red"}
@@ -53,9 +53,11 @@ def ls(catalogue: Catalogue) -> Answer:
     for base in bases:
         of = f"shared by step(s) {', '.join(map(str, base['steps']))}" if base["steps"] else "of no checkpoint"
         parts.append(f"{base['folder']}: frozen parameters, {size(base['bytes'])}, {of}")
+    parts += catalogue.odd()
     problems = [entry["problem"] for entry in entries if entry["problem"]]
-    parts += [f"damaged: {problem}" for problem in problems]
-    data = {"dir": catalogue.root, "good": not problems, "checkpoints": entries, "branches": branches, "bases": bases}
+    parts += damaged(problems)
+    data = {"dir": catalogue.root, "good": not problems, "checkpoints": entries, "branches": branches, "bases": bases,
+            "odd": catalogue.inventory.odd}  # fmt: skip
     return Answer(data, parts, good=not problems)
 
 

@@ -6,13 +6,14 @@ import datetime
 from typing import Any
 
 from layerwise_dist.cli.catalogue import Catalogue
-from layerwise_dist.cli.console import Answer, row, size, table
+from layerwise_dist.cli.console import Answer, damaged, row, size, table
 from layerwise_dist.commit.records import Manifest
 from layerwise_dist.errors import DamageError
 from layerwise_dist.slices import Slice
 from layerwise_dist.storage import layout
 
 _LISTED = 20
+_SHARDS = 200
 
 Found = dict[str, Any]
 
@@ -101,7 +102,7 @@ def _parts(data: dict[str, Any], manifest: Manifest, everything: bool) -> list[A
 
     right = ("rank", "size", "tensors", "layers", "blocks")
     shards = table("rank", "shard", "size", "tensors", "layers", "blocks", "hash", right=right)
-    for shard in data["shards"]:
+    for shard in data["shards"][: None if everything else _SHARDS]:
         counts = (shard.get(name, "?") for name in ("tensors", "layers", "blocks", "hash"))
         row(shards, shard["rank"], shard["file"], size(shard["bytes"]), *counts)
 
@@ -112,7 +113,9 @@ def _parts(data: dict[str, Any], manifest: Manifest, everything: bool) -> list[A
         ranks = ", ".join(str(part["rank"]) for part in tensor["parts"])
         row(listed, tensor["name"], tensor["dtype"], tensor["shape"], ranks, size(nbytes))
     parts: list[Any] = [f"Step {manifest.step} in {data['dir']}", facts, shards, listed]
+    if len(data["shards"]) > _SHARDS and not everything:
+        parts.append(f"and {len(data['shards']) - _SHARDS} more files: --all lists them")
     hidden = len(data["tensors"]) - len(tensors)
     if hidden:
         parts.append(f"and {hidden} more tensors: --all lists them")
-    return parts + [f"damaged: {problem}" for problem in data["problems"]]
+    return parts + damaged(data["problems"])

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from layerwise_dist.cli.catalogue import Catalogue
-from layerwise_dist.cli.console import Answer, row, size, table
+from layerwise_dist.cli.console import Answer, damaged, row, size, table
 from layerwise_dist.commit.opening import unusable
 from layerwise_dist.commit.records import BaseRecord, Manifest
 from layerwise_dist.errors import DamageError
@@ -36,7 +36,7 @@ def verify(catalogue: Catalogue, step: int | None) -> Answer:
             for name, damage in catalogue.inventory.damaged.items()
             if (attempt := layout.parse_folder(name)) is not None and attempt.step == step
         }
-    records |= unusable(catalogue.manager, empty=catalogue.inventory.empty)
+    records |= {**catalogue.odd_commits(), **unusable(catalogue.manager, catalogue.inventory)}
     from layerwise_dist.cli.restorable import unrestorable  # torch comes along, of whose tensors state is made
 
     began = time.monotonic()
@@ -53,16 +53,16 @@ def verify(catalogue: Catalogue, step: int | None) -> Answer:
     data = {
         "dir": catalogue.root, "good": not damage, "checkpoints": results,
         "bases": found.told(), "damaged_records": [{"name": name, "damage": text} for name, text in records.items()],
-        "bytes": nbytes, "seconds": seconds,
+        "bytes": nbytes, "seconds": seconds, "odd": catalogue.inventory.odd,
     }  # fmt: skip
     if not manifests and not records:
-        return Answer(data, [f"{catalogue.root}: no committed checkpoints to verify"])
+        return Answer(data, [f"{catalogue.root}: no committed checkpoints to verify", *catalogue.odd()])
     shown = table("step", "seq", "status", "ranks", "size", "result", right=("step", "seq", "ranks", "size"))
     for result in results:
         ranks, whole = result["ranks_here"], result["ranks"]
         cells = (result["step"], result["seq"], result["status"], whole if ranks == whole else f"{ranks} of {whole}")
         row(shown, *cells, size(result["bytes"]), result["result"], style=_STYLE[result["result"]])
-    parts: list[Any] = [f"Verified in {catalogue.root}", shown, *(f"damaged: {line}" for line in damage)]
+    parts: list[Any] = [f"Verified in {catalogue.root}", shown, *damaged(damage)]
     elsewhere = [result["step"] for result in results if result["ranks_here"] < result["ranks"]]
     if elsewhere:
         parts.append(
@@ -76,6 +76,7 @@ def verify(catalogue: Catalogue, step: int | None) -> Answer:
     for base in data["bases"]:
         if base["damage"]:
             parts.append(f"base {base['attempt']} of rank {base['rank']} is needed by step(s) {_listed(base['steps'])}")
+    parts += catalogue.odd()
     parts.append(f"{size(nbytes)} read in {seconds:.1f} s; {verdict}")
     return Answer(data, parts, good=not damage)
 

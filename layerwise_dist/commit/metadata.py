@@ -7,21 +7,22 @@ first new checkpoint. The bytes are in docs/format.md.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
+from layerwise_dist.commit.inventory import Inventory
 from layerwise_dist.commit.records import (
+    RECORD_CAP,
     Branch,
     Identity,
-    Inventory,
     Manifest,
     ParentRef,
     Record,
     ShardRecord,
     Span,
-    bases_of,
     decode,
     encode,
 )
@@ -38,9 +39,13 @@ __all__ = [
 
 log = logging.getLogger("layerwise_dist")
 
-MANIFEST_CAP = 256 << 20
-
 R = TypeVar("R", bound=Record)
+
+# Of what is there under a record's name, and is none.
+_NO_RECORD = {
+    errno.EFBIG: f"is larger than any record, {RECORD_CAP} bytes",
+    errno.ELOOP: "is a symbolic link",
+}
 
 
 class CheckpointMetadataManager:
@@ -60,49 +65,57 @@ class CheckpointMetadataManager:
         branches: dict[int, Branch] = {}
         damaged: dict[str, str] = {}
         unfinished: list[AttemptId] = []
-        named: dict[int, str] = {}
+        odd: dict[str, str] = {}
+        of_seq: dict[int, list[str]] = {}
         for name in self.env.list_dir(self.root):
             attempt, branch_seq = layout.parse_folder(name), layout.parse_branch(name)
             try:
                 if branch_seq is not None:
-                    record = self._read(os.path.join(self.root, name), Branch)
-                    if record.seq != branch_seq:
-                        raise DamageError(f"{name}: is the record of seq {record.seq}")
-                    branches[branch_seq] = record
+                    branches[branch_seq] = self._read_branch(name, branch_seq)
+                    of_seq.setdefault(branch_seq, []).append(name)
                 elif attempt is not None:
                     try:
-                        manifest = self.read_manifest(attempt)
+                        manifests[attempt.seq] = self.read_manifest(attempt)
                     except FileNotFoundError:
                         unfinished.append(attempt)
-                        continue
-                    manifests[attempt.seq] = manifest
-                    if (other := named.setdefault(attempt.seq, name)) != name:
-                        del manifests[attempt.seq]  # which of them the lineage means can't be told
-                        damaged[other] = f"{other}: {name} has the same seq: one of them was copied here"
-                        raise DamageError(f"{name}: {other} has the same seq: one of them was copied here")
+                    else:
+                        of_seq.setdefault(attempt.seq, []).append(name)
+                elif problem := layout.odd(name):
+                    odd[name] = problem
             except DamageError as error:
                 damaged[name] = str(error)
-        return Inventory(manifests, branches, damaged, unfinished, self.bases())
+        for seq, names in of_seq.items():
+            if len(names) > 1:  # which of them the lineage means can't be told
+                manifests.pop(seq, None)
+                branches.pop(seq, None)
+                for name in names:
+                    others = ", ".join(other for other in names if other != name)
+                    damaged[name] = f"{name}: {others} has the same seq: one of them was copied here"
+        try:
+            identity = self.read_identity().identity
+        except (FileNotFoundError, DamageError):
+            identity = None
+        return Inventory(manifests, branches, damaged, unfinished, self.bases(), identity, odd)
 
     def read_manifest(self, attempt: AttemptId) -> Manifest:
         """Raises FileNotFoundError (no commit), DamageError, or OSError."""
         path = self.manifest_path(attempt)
         manifest = self._read(path, Manifest)
-        if manifest.attempt_id != attempt or manifest.attempt != attempt.text:
+        if manifest.attempt_id != attempt:
             raise DamageError(f"{path}: is the manifest of step {manifest.step}, attempt {manifest.attempt}")
-        if [shard.rank for shard in manifest.shards] != list(range(manifest.world_size)) or any(
-            shard.file != layout.shard_file(shard.rank) for shard in manifest.shards
-        ):
-            raise DamageError(f"{path}: does not list one shard for each of {manifest.world_size} ranks")
-        if manifest.bases != bases_of(manifest.shards):
-            raise DamageError(f"{path}: lists other bases than its shards refer to")
         return manifest
+
+    def _read_branch(self, name: str, seq: int) -> Branch:
+        record = self._read(os.path.join(self.root, name), Branch)
+        if record.seq != seq:
+            raise DamageError(f"{name}: is the record of seq {record.seq}")
+        return record
 
     def bases(self) -> list[str]:
         """The attempts of which there is a folder of frozen parameters. Raises OSError."""
         try:
             names = self.env.list_dir(os.path.join(self.root, layout.BASES))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         return [name for name in names if layout.parse_base(name) is not None]
 
@@ -120,9 +133,13 @@ class CheckpointMetadataManager:
 
     def _read(self, path: str, model: type[R]) -> R:
         try:
-            data = self.env.read_file(path, MANIFEST_CAP)
+            data = self.env.read_file(path, RECORD_CAP)
         except IsADirectoryError:
             raise DamageError(f"{path}: is a directory") from None
+        except OSError as error:
+            if error.errno not in _NO_RECORD:
+                raise
+            raise DamageError(f"{path}: {_NO_RECORD[error.errno]}") from None
         return decode(data, model, path)
 
     # -- writing ------------------------------------------------------------------------------------------------

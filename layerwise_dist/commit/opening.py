@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from layerwise_dist.commit.metadata import Branch, CheckpointMetadataManager, Identity, Manifest, decode
+from layerwise_dist.commit.metadata import Branch, CheckpointMetadataManager, Identity, Inventory, Manifest, decode
 from layerwise_dist.commit.owner import Owner, read_owner
 from layerwise_dist.errors import DamageError, DirectoryError
 from layerwise_dist.storage import layout
@@ -91,12 +91,7 @@ class Place:
             doing = f"read the records in {self._root}"
             found = self._manager.inventory()
             doubtful = self._manager.flush_records(found)
-            try:
-                identity = self._manager.read_identity().identity
-            except FileNotFoundError:
-                identity = None
-        except DamageError as error:
-            raise DirectoryError(str(error)) from error
+            identity = found.identity or told_identity(found, self._root)
         except DirectoryError:
             raise
         except OSError as error:
@@ -108,6 +103,17 @@ class Place:
             "branches": sorted(found.branches),
             "doubtful": [[each.epoch, each.seq, each.step] for each in doubtful],
         }  # fmt: skip
+
+    def _write_identity(self, identity: str) -> None:
+        """If it is not there; or is damaged, and all records here said what it was."""
+        try:
+            self._manager.read_identity()
+            return
+        except FileNotFoundError:
+            pass
+        except DamageError as error:
+            log.warning("%s; it is written anew", error)
+        self._manager.write_identity(Identity(identity=identity))
 
     def texts(self, plan: Plan) -> dict[str, str]:
         """The records that only this place can give to others, by name."""
@@ -121,10 +127,7 @@ class Place:
         """
         assert self.owner is not None
         self.owner.begin(plan.session, plan.epoch)
-        try:
-            self._manager.read_identity()
-        except FileNotFoundError:
-            self._manager.write_identity(Identity(identity=plan.identity))
+        self._write_identity(plan.identity)
         wanting = []
         for name, _, lacking in plan.lacking:
             if self._ranks[0] in lacking and (why := self._bring(name, texts[name])) is not None:
@@ -167,25 +170,67 @@ class Place:
             self.owner.release()
 
 
-def unusable(manager: CheckpointMetadataManager, *, empty: bool) -> dict[str, str]:
-    """What keeps a session from beginning in a directory, by the file's name; what `Place.look` reads is read here.
-
-    `empty`: there is no checkpoint, so that nothing need be there.
+def unusable(manager: CheckpointMetadataManager, found: Inventory) -> dict[str, str]:
+    """What keeps a session from beginning in a directory, or from restoring what is in it, by the file's name; what
+    `Place.look` reads is read here. `found` is what the directory holds.
     """
     problems: dict[str, str] = {}
+    epoch = found.last_epoch
     try:
-        read_owner(manager.env, manager.root)
+        epoch = max(epoch, read_owner(manager.env, manager.root).get("epoch", 0))
     except OSError as error:
         problems[layout.OWNER] = f"no job can take {os.path.join(manager.root, layout.OWNER)}: {error}"
+    if problem := _too_few(manager.root, epoch, found.last_seq):
+        problems["numbers"] = problem
     path = os.path.join(manager.root, layout.IDENTITY)
     try:
         manager.read_identity()
+        if found.manifests and found.newest is None and found.lost is not None:
+            problems[layout.IDENTITY] = found.lost
     except FileNotFoundError:
-        if not empty:
-            problems[layout.IDENTITY] = f"{path} is missing: only attach(fresh=True) would take the directory"
-    except (DamageError, OSError) as error:
+        if not found.empty:
+            problems[layout.IDENTITY] = f"{path} is missing: {_way_out(manager, found)}"
+    except DamageError as error:
+        problems[layout.IDENTITY] = f"{error}: {_way_out(manager, found)}"
+    except OSError as error:
         problems[layout.IDENTITY] = str(error)
     return problems
+
+
+def _too_few(root: str, epoch: int, seq: int) -> str | None:
+    """Why no session can begin behind these, the highest in the directory, if so."""
+    for what, number in (("epoch", epoch), ("seq", seq)):
+        if number + 1 >= layout.BEGIN_BELOW:
+            return (
+                f"{root} holds a checkpoint or an attempt of {what} {number}: behind it there are too few numbers for "
+                f"a session, which begins below {layout.BEGIN_BELOW}. Go on in a new directory, or move what has that "
+                "number away"
+            )
+    return None
+
+
+def _way_out(manager: CheckpointMetadataManager, found: Inventory) -> str:
+    try:
+        told = told_identity(found, manager.root)
+    except DirectoryError as error:
+        return str(error)
+    if told is None:
+        return "no sound record here says what was in it; the next attach() makes it anew if the directory is its own"
+    return f"the next attach() writes it anew, with what the records here say ({told})"
+
+
+def told_identity(found: Inventory, root: str) -> str | None:
+    """What `identity.json` was, as all sound records say; None if there are none. Raises DirectoryError where they are
+    of several directories.
+    """
+    said = found.identities.most_common()
+    if len(said) > 1:
+        listed = ", ".join(f"{times} of {identity}" for identity, times in said[:4])
+        raise DirectoryError(
+            f"{os.path.join(root, layout.IDENTITY)} is missing or damaged, and the records in {root} are of several "
+            f"directories ({listed}): move those that were copied here away, and start again"
+        )
+    return said[0][0] if said else None
 
 
 def merge(found: list[dict[str, Any]], root: str, *, fresh: bool) -> Plan:
@@ -211,11 +256,14 @@ def merge(found: list[dict[str, Any]], root: str, *, fresh: bool) -> Plan:
         lacking.append((AttemptId(*attempt).folder, [place for place in found if attempt in place["manifests"]]))
     for seq in sorted({seq for place in found for seq in place["branches"]}):
         lacking.append((layout.branch_file(seq), [place for place in found if seq in place["branches"]]))
+    epoch, last_seq = max(each["epoch"] for each in found), max(each["last_seq"] for each in found)
+    if problem := _too_few(root, epoch, last_seq):
+        raise DirectoryError(problem)
     return Plan(
         session=uuid.uuid4().hex,
         identity=identities.pop() if identities else uuid.uuid4().hex,
-        epoch=max(each["epoch"] for each in found) + 1,
-        first_seq=max(each["last_seq"] for each in found) + 1,
+        epoch=epoch + 1,
+        first_seq=last_seq + 1,
         empty=all(each["empty"] for each in found),
         kept=[*manifests.values(), *(each for place in found for each in place["doubtful"])],
         lacking=[

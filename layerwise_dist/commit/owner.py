@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
-from layerwise_dist.errors import OwnerError
-from layerwise_dist.storage import layout
+from layerwise_dist.errors import OwnerError, shown
+from layerwise_dist.storage import layout, strict_json
 
 log = logging.getLogger("layerwise_dist")
 
@@ -18,6 +20,7 @@ _CAP = 4096
 # A monitor notices at once that its training process died, and says so in the file. Until then it looks like the
 # monitor of a live job.
 _GRACE_S = 2.0
+_MEMBERS = {"epoch": int, "session": str, "who": str}
 _LOOK_S = 0.02
 
 
@@ -44,7 +47,7 @@ class Owner:
         self._writing = threading.Lock()  # `end` may come while another thread checks
         self._lock = _take(env, root, self._path, file_mode, patience_s, _GRACE_S if monitored else 0.0)
         try:
-            self.previous: int = _parse(self._lock.read(_CAP)).get("epoch", 0)
+            self.previous: int = self._read().get("epoch", 0)
         except BaseException:
             self._lock.release()
             raise
@@ -73,24 +76,35 @@ class Owner:
         if not self._lock.held_path_is_mine():
             raise OwnerError(f"{self._path} was replaced: this session (epoch {self.epoch}) owns the directory no more")
         with self._writing:
-            found = _parse(self._lock.read(_CAP))
+            found = self._read()
         if found.get("epoch") != self.epoch or found.get("session") != self._session:
             raise OwnerError(
                 f"{self._path} names epoch {found.get('epoch')}, this session has epoch {self.epoch}: "
                 "a newer job took over; nothing more is committed here"
             )
 
+    def _read(self) -> dict[str, Any]:
+        return _parsed(lambda: self._lock.read(_CAP))
+
     def release(self) -> None:
         self._lock.release()
 
 
-def _parse(data: bytes) -> dict[str, Any]:
+def _parsed(read: Callable[[], bytes]) -> dict[str, Any]:
+    """What `read` gives, as `begin` writes it; nothing if it is anything else: empty, or torn by a crash before the
+    epoch was flushed. Epochs in the names of folders still count then, and the next session writes it anew.
+    """
     try:
-        tree = json.loads(data)
+        tree = strict_json.loads(read())
     except ValueError:
-        return {}  # empty, or torn by a crash before the epoch was flushed: epochs in folder names still count
-    epoch = tree.get("epoch") if isinstance(tree, dict) else None
-    return tree if type(epoch) is int and 0 <= epoch < 1 << 32 else {}
+        return {}
+    except OSError as error:
+        if error.errno != errno.EFBIG:
+            raise
+        return {}
+    if type(tree) is not dict or any(type(tree.get(name)) is not kind for name, kind in _MEMBERS.items()):
+        return {}
+    return tree if layout.is_number(tree["epoch"]) else {}
 
 
 def _take(env: Any, root: str, path: str, file_mode: int, patience_s: float, grace_s: float) -> Any:
@@ -104,7 +118,7 @@ def _take(env: Any, root: str, path: str, file_mode: int, patience_s: float, gra
             pass
         holder = _holder(env, root)
         limit = patience_s if holder.get("ends") else min(patience_s, _GRACE_S if holder.get("monitor") else grace_s)
-        who = str(holder.get("who", "unknown"))[:200]
+        who = shown(str(holder.get("who", "unknown")), 200)
         if time.monotonic() - began >= limit:
             if holder.get("ends"):
                 raise OwnerError(
@@ -122,9 +136,9 @@ def _take(env: Any, root: str, path: str, file_mode: int, patience_s: float, gra
 
 
 def read_owner(env: Any, root: str) -> dict[str, Any]:
-    """What the file says, without the lock; nothing if it is torn, or not there. Raises OSError if it is no owner."""
+    """What the file says, without the lock; nothing if it is torn, or not there. Raises OSError if it can't be read."""
     try:
-        return _parse(env.read_file(os.path.join(root, layout.OWNER), _CAP))
+        return _parsed(lambda: env.read_file(os.path.join(root, layout.OWNER), _CAP))
     except FileNotFoundError:
         return {}
 

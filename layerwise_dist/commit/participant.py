@@ -99,7 +99,8 @@ class Participant:
     ) -> Any:
         """All ranks call it in the same order; rank 0's `decide(payloads by rank)` is returned on every rank.
 
-        A LayerwiseError raised by `decide` is raised on all ranks. Raises DeadlineError naming the ranks waited for.
+        What `decide` raises is raised on all ranks, as a CommitError if nobody expected it. Raises DeadlineError naming
+        the ranks waited for.
         """
         timeout = self._timeout_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + timeout
@@ -121,7 +122,7 @@ class Participant:
                 if gone:
                     raise CommitError(f"{what}: " + "; ".join(f"rank {rank}: {why}" for rank, why in gone.items()))
                 decision = {"value": decide([votes[rank] for rank in range(self.world_size)])}
-            except (LayerwiseError, OSError) as error:
+            except Exception as error:  # the other ranks wait for a decision
                 decision = {"error": describe_error(error)}
             self._transport.announce({"t": "agreed", "key": key, "decision": decision})
         with self._changed:

@@ -1,6 +1,6 @@
-"""The records of a directory: manifests, branch records and its identity; and what they make together: the lineage.
+"""The records of a directory: manifests, branch records and its identity, as they lie in their files.
 
-The bytes are in docs/format.md.
+The bytes are in docs/format.md. What records make together is in `inventory.py`.
 """
 
 from __future__ import annotations
@@ -8,55 +8,90 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from itertools import chain
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from layerwise_dist import _native
 from layerwise_dist.errors import DamageError
-from layerwise_dist.storage import layout
+from layerwise_dist.storage import layout, strict_json
 from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage.schemas import HEX16, HEX32, Schema, Unfit, fits
+from layerwise_dist.storage.shard import ALIGN, HEADER_CAP
 
 _TAIL = re.compile(rb',"checksum":"([0-9a-f]{16})"\}\n\Z')
 _TAIL_BYTES = len(b',"checksum":"0123456789abcdef"}\n')
-_HEX16 = r"^[0-9a-f]{16}$"
+
+# A record of all ranks that there can be, each with a base, has half of it.
+RECORD_CAP = 64 << 20
+LONGEST_TAG = 255
+_LONGEST_FRAMEWORK = 1 << 16
+_TEXTS, _OBJECT = 1 << 20, 1 << 10  # bytes: more than all texts of a record, and than all of a shard in it
+_LAST_TIME = 1e11  # seconds since 1970; the year 5138
+
+Number = Annotated[int, Field(ge=1, lt=layout.NUMBERS_END)]
+NumberOrNone = Annotated[int, Field(ge=0, lt=layout.NUMBERS_END)]
+FileSize = Annotated[int, Field(ge=0, lt=1 << 63)]
+HeaderSize = Annotated[int, Field(ge=ALIGN, le=HEADER_CAP, multiple_of=ALIGN)]
+Hex16 = Annotated[str, Field(pattern=HEX16)]
+Hex32 = Annotated[str, Field(pattern=HEX32)]
 
 
-class Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+class Record(Schema):
+    """`format` says which; it is there in every file."""
+
+    def contradiction(self) -> str | None:
+        """What its members say against each other. Lengths are compared before anything is made of them."""
+        return None
 
 
 class ParentRef(Record):
-    seq: int = Field(ge=1, lt=1 << 32)
-    attempt: str = Field(pattern=_HEX16)
+    seq: Number
+    attempt: Hex16
 
 
 class Span(Record):
     """Commits of one branch: those whose seq is `first` to `last`."""
 
-    first: int = Field(ge=0, lt=1 << 32)
-    last: int = Field(ge=1, lt=1 << 32)
+    first: NumberOrNone
+    last: Number
 
     def holds(self, seq: int) -> bool:
         return self.first <= seq <= self.last
+
+    @model_validator(mode="after")
+    def _forward(self) -> Span:
+        if self.first > self.last:
+            raise ValueError(f"begins at {self.first} and ends at {self.last}")
+        return self
+
+
+Places = Annotated[list[list[int]], Field(max_length=layout.RANKS_END)]
+Spans = Annotated[list[Span], Field(max_length=100_000)]
 
 
 class BaseRecord(Record):
     """A rank's frozen parameters: the file of the shard's name in the folder of the attempt that wrote it."""
 
-    attempt: str = Field(pattern=_HEX16)
-    nbytes: int = Field(ge=0)
-    header_bytes: int = Field(ge=4096)
-    header_hash: str = Field(pattern=_HEX16)
+    attempt: Hex16
+    nbytes: FileSize
+    header_bytes: HeaderSize
+    header_hash: Hex16
+
+    @model_validator(mode="after")
+    def _of_an_attempt(self) -> BaseRecord:
+        if layout.parse_base(self.attempt) is None:
+            raise ValueError(f"{self.attempt} is the attempt of no session")
+        return self
 
 
 class ShardRecord(Record):
-    rank: int = Field(ge=0)
+    rank: int = Field(ge=0, lt=layout.RANKS_END)
     file: str
-    nbytes: int = Field(ge=0)
-    header_bytes: int = Field(ge=4096)
-    header_hash: str = Field(pattern=_HEX16)
+    nbytes: FileSize
+    header_bytes: HeaderSize
+    header_hash: Hex16
     base: BaseRecord | None = None
 
 
@@ -71,25 +106,28 @@ class Manifest(Record):
     """
 
     format: Literal["layerwise-manifest-1"] = "layerwise-manifest-1"
-    identity: str = Field(pattern=r"^[0-9a-f]{32}$")
-    session: str = Field(pattern=r"^[0-9a-f]{32}$")
-    epoch: int = Field(ge=1, lt=1 << 32)
-    seq: int = Field(ge=1, lt=1 << 32)
-    attempt: str = Field(pattern=_HEX16)
+    identity: Hex32
+    session: Hex32
+    epoch: Number
+    seq: Number
+    attempt: Hex16
     parent: ParentRef | None
-    branch: int = Field(ge=0, lt=1 << 32)
-    before: list[Span]
-    root: int = Field(ge=0, lt=1 << 32)
-    step: int = Field(ge=0, lt=10**10)
-    world_size: int = Field(ge=1)
-    framework: str
-    boundary: str
-    places: list[list[int]] | None = None  # ranks whose shards lie in one directory, where not all do
+    branch: NumberOrNone
+    before: Spans
+    root: NumberOrNone
+    step: int = Field(ge=0, lt=layout.STEPS_END)
+    world_size: int = Field(ge=1, le=layout.RANKS_END)
+    framework: str = Field(min_length=1, max_length=_LONGEST_FRAMEWORK)
+    boundary: Literal["explicit", "loader", "inferred", "call"]
+    places: Places | None = None  # ranks whose shards lie in one directory, where not all do
     tag: str | None = None
-    created: float
-    software: dict[str, str]
-    bases: list[str] = []
-    shards: list[ShardRecord]
+    created: float = Field(ge=0, le=_LAST_TIME)
+    software: dict[str, str] = Field(max_length=100)
+    bases: list[str] = Field([], max_length=layout.RANKS_END)
+    shards: list[ShardRecord] = Field(max_length=layout.RANKS_END)
+
+    def contradiction(self) -> str | None:
+        return _contradiction(self)
 
     @property
     def spans(self) -> list[Span]:
@@ -126,12 +164,15 @@ class Branch(Record):
     """
 
     format: Literal["layerwise-branch-1"] = "layerwise-branch-1"
-    identity: str = Field(pattern=r"^[0-9a-f]{32}$")
-    session: str = Field(pattern=r"^[0-9a-f]{32}$")
-    seq: int = Field(ge=1, lt=1 << 32)
+    identity: Hex32
+    session: Hex32
+    seq: Number
     parent: ParentRef | None
-    before: list[Span]
-    root: int = Field(ge=0, lt=1 << 32)
+    before: Spans
+    root: NumberOrNone
+
+    def contradiction(self) -> str | None:
+        return _not_behind(self.seq, self.parent, self.before, self.root)
 
     @property
     def branch(self) -> int:
@@ -146,10 +187,45 @@ class Identity(Record):
     """Made once for a directory; ranks that read different ones do not share a file system."""
 
     format: Literal["layerwise-identity-1"] = "layerwise-identity-1"
-    identity: str = Field(pattern=r"^[0-9a-f]{32}$")
+    identity: Hex32
 
 
 R = TypeVar("R", bound=Record)
+
+
+def _contradiction(manifest: Manifest) -> str | None:
+    if manifest.attempt != manifest.attempt_id.text:
+        return f"attempt is {manifest.attempt}, epoch and seq make it {manifest.attempt_id.text}"
+    if problem := _not_behind(manifest.seq, manifest.parent, manifest.before, manifest.root):
+        return problem
+    if not manifest.root <= manifest.branch <= manifest.seq:
+        return f"root {manifest.root}, branch {manifest.branch} and seq {manifest.seq} do not follow each other"
+    tag, world_size, shards = manifest.tag, manifest.world_size, manifest.shards
+    if tag is not None and not (0 < len(tag) <= LONGEST_TAG and tag.isprintable()):
+        return f"the tag is not one of 1 to {LONGEST_TAG} printable characters"
+    if len(shards) != world_size or any(
+        shard.rank != rank or shard.file != layout.shard_file(rank) for rank, shard in enumerate(shards)
+    ):
+        return f"it does not list one shard for each of {world_size} ranks"
+    if manifest.bases != bases_of(shards):
+        return "it lists other bases than its shards refer to"
+    places = manifest.places
+    if places is not None and (
+        sum(map(len, places)) != world_size
+        or not all(places)
+        or sorted(chain.from_iterable(places)) != list(range(world_size))
+    ):
+        return f"places do not have each of {world_size} ranks once"
+    return None
+
+
+def _not_behind(seq: int, parent: ParentRef | None, before: list[Span], root: int) -> str | None:
+    """What says of itself that it descends from something that came later."""
+    if parent is not None and parent.seq >= seq:
+        return f"seq {seq} continues seq {parent.seq}"
+    if any(span.last >= seq for span in before):
+        return f"seq {seq} descends from later ones"
+    return f"its root {root} is above its seq {seq}" if root > seq else None
 
 
 def bases_of(shards: Iterable[ShardRecord]) -> list[str]:
@@ -167,160 +243,43 @@ def encode(record: Record) -> bytes:
 
 
 def decode(data: bytes, model: type[R], path: str) -> R:
-    """Raises DamageError naming `path` for anything but the exact bytes that `encode` makes."""
+    """Raises DamageError naming `path` for anything but what `encode` makes."""
     match = _TAIL.search(data[-_TAIL_BYTES:])
     if match is None:
         raise DamageError(f"{path}: cut or damaged: it does not end with a checksum")
-    body = data[:-_TAIL_BYTES]
-    if _native.xxh3_64(body) != int(match[1], 16):
-        raise DamageError(
-            f"{path}: damaged: its bytes hash to {_native.xxh3_64(body):016x}, it says {match[1].decode()}"
-        )
+    body = memoryview(data)[:-_TAIL_BYTES]
+    found = _native.xxh3_64(body)
+    if found != int(match[1], 16):
+        raise DamageError(f"{path}: damaged: its bytes hash to {found:016x}, it says {match[1].decode()}")
     try:
-        return model.model_validate_json(body + b"}")
-    except ValidationError as error:
+        found = _read(data, b"".join((body, b"}")), model)
+        if problem := found.contradiction():
+            raise ValueError(problem)
+        return found
+    except (ValueError, Unfit) as error:
         raise DamageError(f"{path}: not a record of this version: {error}") from None
 
 
-@dataclass(frozen=True, slots=True)
-class Inventory:
-    """What lies in a directory: sound manifests and branch records by seq, damage, and everything without a manifest.
+def _read(data: bytes, text: bytes, model: type[R]) -> R:
+    """Raises ValueError or Unfit."""
+    if len(text) > _TEXTS + _OBJECT * text.count(b"{"):
+        raise ValueError(f"{len(text)} bytes, with texts longer than any record has")
+    if strict_json.weight(text) <= strict_json.WEIGHT_CAP:
+        try:
+            found = model.model_validate_json(text)
+        except ValidationError:
+            pass  # said below, with what else is wrong
+        else:
+            if encode(found) == data:  # so nothing in it is there twice, or written in two ways
+                return found
+    tree = strict_json.loads(text)
+    _check_format(tree, model)
+    return fits(model, tree, "")
 
-    `bases` are the attempts of which there is a folder of frozen parameters.
-    """
 
-    manifests: dict[int, Manifest]
-    branches: dict[int, Branch]
-    damaged: dict[str, str]
-    unfinished: list[AttemptId]
-    bases: list[str] = field(default_factory=list)
-
-    @property
-    def empty(self) -> bool:
-        return not self.manifests and not self.branches and not self.damaged
-
-    @property
-    def last_seq(self) -> int:
-        seqs = [*self.manifests, *self.branches, *(attempt.seq for attempt in self.unfinished)]
-        seqs += [*self._damaged_seqs, *self._damaged_branches]
-        seqs += [seq for _, seq in self._wrote_bases]
-        return max(seqs, default=0)
-
-    @property
-    def newest(self) -> Manifest | Branch | None:
-        """The sound record that was written last."""
-        records: dict[int, Manifest | Branch] = {**self.manifests, **self.branches}
-        return records[max(records)] if records else None
-
-    @property
-    def damaged_commits(self) -> dict[AttemptId, str]:
-        """What is wrong with damaged manifests, by what the folder's name says."""
-        named = ((layout.parse_folder(name), problem) for name, problem in self.damaged.items())
-        return {attempt: problem for attempt, problem in named if attempt is not None}
-
-    @property
-    def _damaged_seqs(self) -> list[int]:
-        return [attempt.seq for attempt in self.damaged_commits]
-
-    @property
-    def newest_damage(self) -> int:
-        """The seq of the newest damaged manifest; 0 if there is none. Retention leaves what is older alone."""
-        return max(self._damaged_seqs, default=0)
-
-    @property
-    def _damaged_branches(self) -> dict[int, str]:
-        named = ((layout.parse_branch(name), problem) for name, problem in self.damaged.items())
-        return {seq: problem for seq, problem in named if seq is not None}
-
-    @property
-    def lost(self) -> str | None:
-        """Why it is not known where the lineage goes on, if it is not. Any guess could bring an abandoned branch back.
-
-        The newest branch record is never removed. So if newer commits than the newest sound record are damaged, either
-        they are of its own branch, or the damaged record of theirs is here.
-        """
-        newest = self.newest
-        for seq, problem in self._damaged_branches.items():
-            if newest is None or seq > newest.seq:
-                return f"{problem}; it said from which commit the newest branch goes on"
-        if newest is None or self.dangling is None:
-            return None
-        newer = [problem for attempt, problem in self.damaged_commits.items() if attempt.seq > newest.seq]
-        return "; ".join([*newer, self.dangling])
-
-    @property
-    def dangling(self) -> str | None:
-        """What is wrong with the newest sound record if it is a branch record that goes on from a commit which is gone.
-
-        Retention removes that only when there are newer commits on the branch.
-        """
-        newest = self.newest
-        parent = newest.parent if isinstance(newest, Branch) else None
-        if newest is None or parent is None or parent.seq in self._damaged_seqs:
-            return None
-        found = self.manifests.get(parent.seq)
-        if found is not None and found.ref == parent:
-            return None
-        return (
-            f"{layout.branch_file(newest.seq)}: the commit that it goes on from (seq {parent.seq}, attempt "
-            f"{parent.attempt}) is not there"
-        )
-
-    def lineage(self) -> list[Manifest]:
-        """The commits that restore may choose from, newest first: what the newest record descends from. None if that is
-        `lost`. A commit that is missing or damaged hides none before it. One that was copied here from elsewhere counts
-        only if it is gone on from.
-        """
-        newest = self.newest
-        if newest is None or self.lost is not None:
-            return []
-
-        def belongs(manifest: Manifest) -> bool:
-            mine = manifest.identity == newest.identity and any(span.holds(manifest.seq) for span in newest.spans)
-            return mine or manifest.ref == newest.parent
-
-        return sorted(filter(belongs, self.manifests.values()), key=lambda manifest: -manifest.seq)
-
-    def lineage_damage(self) -> dict[AttemptId, str]:
-        """What is wrong with damaged manifests that are, or may be, of the lineage."""
-        newest = self.newest
-        if newest is None:
-            return self.damaged_commits
-
-        def belongs(seq: int) -> bool:
-            return seq > newest.seq or any(span.holds(seq) for span in newest.spans)
-
-        return {attempt: problem for attempt, problem in self.damaged_commits.items() if belongs(attempt.seq)}
-
-    def family(self) -> list[Manifest]:
-        """The lineage, and the abandoned branches that have grown from the same start; oldest first."""
-        newest = self.newest
-        if newest is None or self.lost is not None:
-            return []
-        mine = (newest.identity, newest.root)
-        return [found for _, found in sorted(self.manifests.items()) if (found.identity, found.root) == mine]
-
-    def is_next(self, manifest: Manifest) -> bool:
-        """Whether the lineage goes on from this commit with nothing left behind: no newer commit of it, sound or
-        damaged.
-        """
-        newest = self.newest
-        if newest is None or self.newest_damage > newest.seq:
-            return False
-        return manifest.ref == (newest.ref if isinstance(newest, Manifest) else newest.parent)
-
-    @property
-    def last_epoch(self) -> int:
-        epochs = [manifest.epoch for manifest in self.manifests.values()] + [a.epoch for a in self.unfinished]
-        epochs += [attempt.epoch for attempt in self.damaged_commits]
-        epochs += [epoch for epoch, _ in self._wrote_bases]
-        return max(epochs, default=0)
-
-    @property
-    def _wrote_bases(self) -> list[tuple[int, int]]:
-        return [found for base in self.bases if (found := layout.parse_base(base)) is not None]
-
-    def light(self) -> Inventory:
-        """Without the lists of shards, which are most of it: enough to know the lineage by."""
-        manifests = {seq: manifest.light() for seq, manifest in self.manifests.items()}
-        return Inventory(manifests, dict(self.branches), dict(self.damaged), list(self.unfinished), list(self.bases))
+def _check_format(tree: Any, model: type[Record]) -> None:
+    """Which has a default, for those who make a record, and none in a file."""
+    expected = model.model_fields["format"].default
+    if type(tree) is not dict or tree.get("format") != expected:
+        found = tree.get("format") if type(tree) is dict else f"a {type(tree).__name__}"
+        raise ValueError(f"its format is {ascii(found)[:100]}, expected {expected!r}")

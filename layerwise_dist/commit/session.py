@@ -25,13 +25,13 @@ from layerwise_dist.commit.metadata import (
     ParentRef,
     ShardRecord,
     Span,
-    bases_of,
     encode,
 )
 from layerwise_dist.commit.opening import Place, Plan, SessionInfo, as_plan, as_tree, make_dirs, merge
 from layerwise_dist.commit.owner import Owner
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.places import find_places
+from layerwise_dist.commit.records import bases_of
 from layerwise_dist.commit.transports import Message, Transport
 from layerwise_dist.commit.votes import rebuild_error, tried
 from layerwise_dist.errors import DamageError, DeadlineError, DirectoryError, OwnerError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
-from layerwise_dist.commit.records import Manifest
+from layerwise_dist.commit.records import BaseRecord, Manifest, ShardRecord
 from layerwise_dist.errors import DamageError
 from layerwise_dist.storage.reader import Shard
 
@@ -13,11 +13,8 @@ from layerwise_dist.storage.reader import Shard
 def open_shard(manager: CheckpointMetadataManager, pool: Any, manifest: Manifest, rank: int) -> Shard:
     """A rank's shard, its header checked against the manifest. Raises DamageError or OSError."""
     record = manifest.shards[rank]
-    shard = Shard(
-        manager.env, pool, manager.shard_path(manifest, rank),
-        nbytes=record.nbytes, header_bytes=record.header_bytes, header_hash=int(record.header_hash, 16),
-    )  # fmt: skip
-    _check(shard, manifest, manifest.attempt, rank)
+    of = (manifest.attempt, rank, manifest.world_size)
+    shard = _open(manager, pool, manager.shard_path(manifest, rank), record, of)
     if shard.index.step != manifest.step:
         raise DamageError(
             f"shard {shard.index.path}: is of step {shard.index.step}, the manifest of step {manifest.step}"
@@ -33,19 +30,14 @@ def open_base(manager: CheckpointMetadataManager, pool: Any, manifest: Manifest,
     record = manifest.shards[rank].base
     if record is None:
         return None
-    base = Shard(
-        manager.env, pool, manager.base_path(record.attempt, rank),
-        nbytes=record.nbytes, header_bytes=record.header_bytes, header_hash=int(record.header_hash, 16),
+    of = (record.attempt, rank, manifest.world_size)
+    return _open(manager, pool, manager.base_path(record.attempt, rank), record, of)
+
+
+def _open(
+    manager: CheckpointMetadataManager, pool: Any, path: str, record: ShardRecord | BaseRecord, of: tuple[str, int, int]
+) -> Shard:
+    return Shard(
+        manager.env, pool, path, nbytes=record.nbytes, header_bytes=record.header_bytes,
+        header_hash=int(record.header_hash, 16), of=of,
     )  # fmt: skip
-    _check(base, manifest, record.attempt, rank)
-    return base
-
-
-def _check(shard: Shard, manifest: Manifest, attempt: str, rank: int) -> None:
-    found, expected = shard.index, (attempt, rank, manifest.world_size)
-    if (found.attempt, found.rank, found.world_size) != expected:
-        raise DamageError(
-            f"shard {found.path}: its header is of attempt {found.attempt}, rank {found.rank} of "
-            f"{found.world_size}; the "
-            f"manifest is of attempt {attempt}, rank {rank} of {manifest.world_size}"
-        )

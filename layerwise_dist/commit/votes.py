@@ -13,11 +13,12 @@ from layerwise_dist.patience import within
 def tried(timeout_s: float, what: str, action: Callable[[], Any]) -> dict[str, Any]:
     """What `action`, which waits for a disk, returns or raises, as a vote: ``value`` or ``error``.
 
-    A DeadlineError, which names `what`, where it takes longer than `timeout_s` seconds.
+    A DeadlineError, which names `what`, where it takes longer than `timeout_s` seconds. Any exception is a vote: the
+    other ranks wait for one.
     """
     try:
         return {"value": within(timeout_s, what, action)}
-    except (LayerwiseError, OSError) as error:
+    except Exception as error:
         return {"error": describe_error(error)}
 
 
@@ -25,7 +26,7 @@ def describe_error(error: Exception) -> dict[str, Any]:
     """An error as a message can carry it; `rebuild_error` makes it again on another rank."""
     described: dict[str, Any] = {"type": type(error).__name__, "message": str(error)}
     if isinstance(error, errors.StateError):
-        described |= {"path": error.path, "message": str(error).removeprefix(f"{error.path}: ")}
+        described |= {"path": error.path, "message": str(error).removeprefix(f"{errors.shown(error.path)}: ")}
     elif isinstance(error, OSError) and error.errno is not None:
         where = f": {error.filename}" if error.filename else ""
         described |= {"errno": error.errno, "message": f"{error.strerror}{where}"}

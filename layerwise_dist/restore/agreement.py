@@ -11,7 +11,7 @@ from layerwise_dist.commit.metadata import Inventory
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.records import Manifest
 from layerwise_dist.commit.votes import describe_error, rebuild_error
-from layerwise_dist.errors import DamageError, LayerwiseError, NotFoundError
+from layerwise_dist.errors import DamageError, NotFoundError
 from layerwise_dist.storage.layout import AttemptId
 
 log = logging.getLogger("layerwise_dist")
@@ -111,16 +111,17 @@ def offer(
 
 def together(participant: Participant, what: str, action: Callable[[], Any]) -> tuple[bool, Any]:
     """Runs `action` on every rank. (True, its value) if it went well everywhere, (False, None) if some rank found
-    damage, which every rank logs. Any other error of any rank is raised on all of them.
+    damage, which every rank logs. Any other exception of any rank is raised on all of them; one that nobody expected as
+    a CommitError, from the exception itself where it was raised.
     """
     vote: dict[str, Any] = {}
-    value = None
+    value = met = None
     try:
         value = action()
     except DamageError as error:
         vote = {"damage": str(error)}
-    except (LayerwiseError, OSError) as error:
-        vote = {"error": describe_error(error)}
+    except Exception as error:
+        vote, met = {"error": describe_error(error)}, error
 
     def decide(votes: list[dict[str, Any]]) -> dict[str, Any]:
         errors = [(rank, vote["error"]) for rank, vote in enumerate(votes) if "error" in vote]
@@ -129,7 +130,10 @@ def together(participant: Participant, what: str, action: Callable[[], Any]) -> 
             raise rebuild_error({**error, "message": f"rank {rank}: {error['message']}"})
         return {"damage": [f"rank {rank}: {vote['damage']}" for rank, vote in enumerate(votes) if "damage" in vote]}
 
-    decision = participant.agree(what, vote, decide)
+    try:
+        decision = participant.agree(what, vote, decide)
+    except Exception as error:
+        raise error from met
     for message in decision["damage"]:
         log.warning("%s: %s", what, message)
     return not decision["damage"], value

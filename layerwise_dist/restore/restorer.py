@@ -122,7 +122,7 @@ class Restorer:
         where = f"step {manifest.step} in {self._manager.root}"
         loading = loader.prepare(framework, self._optimizer, shards, where, partly=partly, parts=parts)
         if not parts.module_only:
-            self._check_objects(loading.sealed["objects"])
+            self._check_objects(loading.sealed)
         record = manifest.shards[framework.rank].base
         if record is not None:
             report = BaseReport(record.attempt, record.nbytes, record.header_bytes, int(record.header_hash, 16))

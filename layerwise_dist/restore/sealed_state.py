@@ -6,23 +6,24 @@ here: what is missing or of another type is damage that is found before a live t
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from layerwise_dist.errors import DamageError
+from layerwise_dist.capture import rng
+from layerwise_dist.errors import DamageError, shown
 from layerwise_dist.frameworks.composite import framework_of
 from layerwise_dist.storage import typed_json
+from layerwise_dist.storage.layout import STEPS_END
 from layerwise_dist.storage.reader import Shard
+from layerwise_dist.storage.schemas import Schema, Unfit, fits
 
-_LISTED = 3
+_Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
-class _Part(BaseModel):
-    """Members that nobody here knows are let through."""
-
-    model_config = ConfigDict(strict=True, arbitrary_types_allowed=True)
+class _Part(Schema):
+    pass
 
 
 class _Rng(_Part):
@@ -31,20 +32,37 @@ class _Rng(_Part):
     python: tuple[int, tuple[int, ...], float | None]
     numpy: tuple[Any, ...] | dict[str, Any] | None = None
 
+    @model_validator(mode="after")
+    def _can_be_put(self) -> _Rng:
+        there = {name: getattr(self, name) for name in self.model_fields_set}
+        for name, problem in rng.problems(there).items():
+            raise ValueError(f"{name}: no generator takes it: {problem}")
+        return self
+
+
+def _generator(state: torch.Tensor) -> torch.Tensor:
+    if problem := rng.refused(lambda: torch.Generator().set_state(state)):
+        raise ValueError(f"no generator takes it: {problem}")
+    return state
+
+
+_Own = dict[str, Annotated[torch.Tensor, AfterValidator(_generator)]]
+
 
 class _Generators(_Part):
     rng: _Rng
-    own: dict[str, torch.Tensor]
+    own: _Own
 
 
 class _Now(_Part):
-    own: dict[str, torch.Tensor]
-    epochs: dict[str, int]
+    own: _Own
+    epochs: dict[str, _Count]
 
 
 class _Counted(_Part):
+    kind: Literal["counted"]
     iterating: bool
-    draws: int = Field(ge=0)
+    draws: _Count
     start: _Generators | None
     first: _Generators | None
     later: dict[int, _Generators]
@@ -59,6 +77,7 @@ class _Counted(_Part):
 
 
 class _Stateful(_Part):
+    kind: Literal["stateful"]
     iterating: bool
     start: _Generators | None
     state: Any
@@ -85,6 +104,10 @@ class _Boundary(_Part):
 
 
 class _Group(_Part):
+    """With the group's hyper-parameters beside it, whatever they are."""
+
+    others: ClassVar[bool] = True
+    model_config = Schema.model_config | {"extra": "allow"}
     params: list[str]
 
 
@@ -107,17 +130,25 @@ class _Optimizer(_Elsewhere):
 
 
 class _OneOfSeveral(_Optimizer):
-    updates: int = Field(ge=0)
+    updates: _Count
 
 
 class _PerParameter(_Part):
-    scalars: dict[str, dict[Any, Any]]
-    order: dict[str, list[Any]]
+    scalars: dict[str, dict[str, Any]]
+    order: dict[str, list[str]]
+
+
+class _Single(_Optimizer, _PerParameter):
+    pass
+
+
+class _Several(_PerParameter):
+    optimizers: dict[str, _OneOfSeveral]
 
 
 class _Sealed(_Part):
-    step: int = Field(ge=0)
-    updates: int = Field(ge=0)
+    step: int = Field(ge=0, lt=STEPS_END)
+    updates: _Count
     boundary: _Boundary
     objects: dict[str, Any]
     client_state: dict[Any, Any] | None
@@ -128,14 +159,10 @@ class _Sealed(_Part):
 
 
 class _Counters(_Part):
-    counters: dict[str, Any]
-    window: int
+    counters: dict[str, _Count]
+    window: int = Field(ge=1, lt=1 << 63)
     loss_scale: dict[str, Any] | None
     lr_scheduler: dict[str, Any] | None
-
-
-class _Problem(Exception):
-    """What is wrong, with its path."""
 
 
 def read_state(shard: Shard, framework: str) -> dict[str, Any]:
@@ -145,8 +172,8 @@ def read_state(shard: Shard, framework: str) -> dict[str, Any]:
     try:
         _check(sealed, framework)
         if sealed["step"] != shard.index.step:
-            raise _Problem(f"state.step is {sealed['step']}, the header's step is {shard.index.step}")
-    except _Problem as problem:
+            raise Unfit(f"state.step is {sealed['step']}, the header's step is {shard.index.step}")
+    except Unfit as problem:
         raise DamageError(f"{where}: its state is not one that can be restored: {problem}") from None
     return sealed
 
@@ -158,22 +185,15 @@ def optimizers_of(sealed: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _check(sealed: Any, framework: str) -> None:
-    _fits(_Sealed, sealed, "state")
+    fits(_Sealed, sealed, "state")
     for name, loader in sealed["boundary"]["loaders"].items():
-        path = f"state.boundary.loaders.{name}"
-        model = _LOADERS.get(loader.get("kind"))
+        path = f"state.boundary.loaders.{shown(name, 100)}"
+        kind = loader.get("kind")
+        model = _LOADERS.get(kind) if type(kind) is str else None
         if model is None:
-            raise _Problem(f"{path}.kind is {loader.get('kind')!r}, known are {sorted(_LOADERS)}")
-        _fits(model, loader, path)
-    optimizer = sealed["optimizer"]
-    _fits(_PerParameter, optimizer, "state.optimizer")
-    if "optimizers" not in optimizer:
-        _fits(_Optimizer, optimizer, "state.optimizer")
-    elif not isinstance(optimizer["optimizers"], dict):
-        raise _Problem("state.optimizer.optimizers: not a dictionary")
-    else:
-        for name, each in optimizer["optimizers"].items():
-            _fits(_OneOfSeveral, each, f"state.optimizer.optimizers.{name}")
+            raise Unfit(f"{path}.kind is {ascii(kind)[:100]}, known are {sorted(_LOADERS)}")
+        fits(model, loader, path)
+    fits(_Several if "optimizers" in sealed["optimizer"] else _Single, sealed["optimizer"], "state.optimizer")
     _check_wrapper(sealed["wrapper"], framework, "state.wrapper")
 
 
@@ -182,25 +202,14 @@ def _check_wrapper(carried: Any, framework: str, path: str) -> None:
     named = framework_of(framework)
     for name, each in named.items():
         if not isinstance(carried, dict) or name not in carried:
-            raise _Problem(f"{path}.{name}: missing")
+            raise Unfit(f"{path}.{name}: missing")
         _check_wrapper(carried[name], each, f"{path}.{name}")
     if framework == "deepspeed":
-        _fits(_Counters, carried, path)
+        fits(_Counters, carried, path)
         scale = carried["loss_scale"]
         if scale is not None and "external" not in scale:
-            raise _Problem(f"{path}.loss_scale.external: missing")
+            raise Unfit(f"{path}.loss_scale.external: missing")
     elif framework == "ddp" and not (
         carried is None or (isinstance(carried, list) and all(isinstance(each, str) for each in carried))
     ):
-        raise _Problem(f"{path}: not a list of names")
-
-
-def _fits(model: type[_Part], value: Any, path: str) -> None:
-    try:
-        model.model_validate(value)
-    except ValidationError as error:
-        found = [
-            f"{'.'.join([path, *map(str, each['loc'])])}: {each['msg']}"
-            for each in error.errors(include_url=False, include_input=False)[:_LISTED]
-        ]
-        raise _Problem("; ".join(found)) from None
+        raise Unfit(f"{path}: not a list of names")

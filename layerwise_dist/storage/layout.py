@@ -10,6 +10,9 @@
 
 An attempt's id is sixteen hexadecimal digits: the epoch of the session that made it (eight) and its seq (eight).
 The epoch is counted up under the owner lock at each start, so no id is ever used twice.
+
+Numbers end before their digits do. A name beyond these ends is nobody's: it is neither read, counted nor removed, and
+`odd` names it. So no entry of a directory can bring a session to the end of its numbers.
 """
 
 from __future__ import annotations
@@ -25,17 +28,24 @@ MANIFEST_TMP = "manifest.json.tmp"
 PARTIAL = ".partial"
 BASES = "base"  # folder of the folders of frozen parameters, each named after the attempt that wrote it
 
-_STEP_DIR = re.compile(r"step_(\d{10})-([0-9a-f]{8})([0-9a-f]{8})\Z")
-_SHARD = re.compile(r"rank_(\d{5})\.safetensors(\.partial)?\Z")
-_BRANCH = re.compile(r"branch_(\d{10})\.json(\.tmp)?\Z")
-_PROBE = re.compile(r"probe_[0-9a-f]{32}_\d{5}\Z")
-_SPARE = re.compile(r"spare_[0-9a-f]{16}_\d{5}\Z")
+# Epochs and seqs are 1 to below this; what a session may begin with leaves it sixteen million.
+NUMBERS_END = 0xFF000000
+BEGIN_BELOW = NUMBERS_END - (1 << 24)
+STEPS_END = 99 * 10**8  # a step has ten digits
+RANKS_END = 10**5  # a rank has five
+
+_STEP_DIR = re.compile(r"step_([0-9]{10})-([0-9a-f]{8})([0-9a-f]{8})\Z")
+_SHARD = re.compile(r"rank_([0-9]{5})\.safetensors(\.partial)?\Z")
+_BRANCH = re.compile(r"branch_([0-9]{10})\.json(\.tmp)?\Z")
+_PROBE = re.compile(r"probe_[0-9a-f]{32}_[0-9]{5}\Z")
+_SPARE = re.compile(r"spare_[0-9a-f]{16}_[0-9]{5}\Z")
 _BASE = re.compile(r"([0-9a-f]{8})([0-9a-f]{8})\Z")
+_LIKE_OURS = re.compile(r"(step|branch|spare|probe)_", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class AttemptId:
-    """One try at one checkpoint. `epoch` and `seq` are below 2**32, `step` below 10**10."""
+    """One try at one checkpoint. `epoch` and `seq` are 1 to below `NUMBERS_END`, `step` is below `STEPS_END`."""
 
     epoch: int
     seq: int
@@ -53,7 +63,25 @@ class AttemptId:
 def parse_folder(name: str) -> AttemptId | None:
     """The attempt that a folder's name says, or None for a name that is not ours."""
     match = _STEP_DIR.match(name)
-    return AttemptId(int(match[2], 16), int(match[3], 16), int(match[1])) if match else None
+    if match is None:
+        return None
+    found = AttemptId(int(match[2], 16), int(match[3], 16), int(match[1]))
+    return found if is_number(found.epoch) and is_number(found.seq) and found.step < STEPS_END else None
+
+
+def is_number(value: int) -> bool:
+    """Whether it is an epoch or a seq that a session may have."""
+    return 0 < value < NUMBERS_END
+
+
+def odd(name: str) -> str | None:
+    """What is wrong with the name of an entry of the directory that is like ours, and is not; None for all others."""
+    ours = parse_folder(name) is not None or parse_branch(name) is not None or is_leftover(name)
+    if ours or not _LIKE_OURS.match(name):
+        return None
+    if _STEP_DIR.match(name) or _BRANCH.match(name):
+        return "no session has such numbers"
+    return "it is not written as this package writes names"
 
 
 def shard_file(rank: int) -> str:
@@ -77,7 +105,8 @@ def base_folder(attempt: str) -> str:
 def parse_base(name: str) -> tuple[int, int] | None:
     """Epoch and seq of the attempt that a folder of frozen parameters is named after, or None."""
     match = _BASE.match(name)
-    return (int(match[1], 16), int(match[2], 16)) if match else None
+    found = (int(match[1], 16), int(match[2], 16)) if match else None
+    return found if found is not None and all(map(is_number, found)) else None
 
 
 def branch_file(seq: int) -> str:
@@ -87,7 +116,7 @@ def branch_file(seq: int) -> str:
 def parse_branch(name: str) -> int | None:
     """The seq of a finished branch record's name, or None."""
     match = _BRANCH.match(name)
-    return int(match[1]) if match and not match[2] else None
+    return int(match[1]) if match and not match[2] and is_number(int(match[1])) else None
 
 
 def is_shard_file(name: str) -> bool:

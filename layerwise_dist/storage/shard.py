@@ -13,17 +13,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from layerwise_dist.errors import UnsupportedError
-from layerwise_dist.slices import Slice
+from layerwise_dist.slices import DIMENSIONS, LONGEST_NAME, Slice
+from layerwise_dist.storage import strict_json
 
 FORMAT = "layerwise-shard-1"
 ALIGN = 4096
 HEADER_CAP = 64 << 20
+BLOCK_CAP = 64 << 20
+LAYERS = 1 << 17  # of one shard, at most
 PACK_BELOW = 16 << 10
 UNHASHED = "none"
 STATE_JSON = "state/json"
 STATE_BYTES = "state/bytes"
-_PAD = ".pad/"
+PAD = ".pad/"
 _PACK_ALIGN = 64
+_OTHER_WEIGHT = 1 << 20  # of what is in a header beside the entries of tensors
 _FIXED_ROOM = 2048  # the fields of __metadata__ that are neither tables nor hashes, and the entries of the state extent
 
 
@@ -83,6 +87,13 @@ class ShardLayout:
                 f"the header of this rank's shard would take {self.header_bytes} bytes for {len(spans)} tensors; "
                 f"the format allows {HEADER_CAP}: spread the model over more ranks"
             )
+        needed = max(map(strict_json.weight, (entries, *self._tables.values())))
+        if needed > strict_json.WEIGHT_CAP - _OTHER_WEIGHT:
+            raise UnsupportedError(
+                f"this rank's shard would have {len(spans)} tensors: a reader would need about {needed >> 20} MB of "
+                f"memory for their names and places, at most {strict_json.WEIGHT_CAP >> 20} are allowed: spread the "
+                "model over more ranks"
+            )
         self._entries = entries
         self.end = self.header_bytes + data_bytes
         self._cut(spans)
@@ -98,8 +109,12 @@ class ShardLayout:
     def _check_names(self) -> None:
         """No reader takes a header with a name twice, and who reads a name must not get another tensor."""
         names = [source.slice.name for _, sources in self.layers for source in sources]
+        shapes = {source.slice.name: source.slice.global_shape for _, sources in self.layers for source in sources}
         problems = {
-            "names of the format itself": [n for n in names if n in (STATE_JSON, STATE_BYTES) or n.startswith(_PAD)],
+            f"names of more than {LONGEST_NAME} characters": [n[:100] for n in names if len(n) > LONGEST_NAME],
+            f"shapes of more than {DIMENSIONS} dimensions": [n for n in shapes if len(shapes[n]) > DIMENSIONS],
+            f"more than {LAYERS} layers": [str(len(self.layers))] if len(self.layers) > LAYERS else [],
+            "names of the format itself": [n for n in names if n in (STATE_JSON, STATE_BYTES) or n.startswith(PAD)],
             "names that appear twice": [name for name, times in Counter(names).items() if times > 1],
             "names that are no Unicode text": [n for n in names if n.encode(errors="ignore").decode() != n],
         }
@@ -114,7 +129,7 @@ class ShardLayout:
         def pad_to(offset: int) -> None:
             nonlocal cursor, pads
             if offset > cursor:
-                spans.append((f"{_PAD}{pads}", "U8", (offset - cursor,), cursor, offset, -1))
+                spans.append((f"{PAD}{pads}", "U8", (offset - cursor,), cursor, offset, -1))
                 pads += 1
                 cursor = offset
 
@@ -237,11 +252,11 @@ def state_spans(begin: int, text: int, blob: int, pads: int) -> list[tuple[str, 
     spans = [(STATE_JSON, "U8", (text,), begin, begin + text, -1)]
     middle = begin + round_up(text, _PACK_ALIGN)
     if middle > begin + text:
-        spans.append((f"{_PAD}{pads}", "U8", (middle - begin - text,), begin + text, middle, -1))
+        spans.append((f"{PAD}{pads}", "U8", (middle - begin - text,), begin + text, middle, -1))
     spans.append((STATE_BYTES, "U8", (blob,), middle, middle + blob, -1))
     end = begin + round_up(middle + blob - begin, ALIGN)
     if end > middle + blob:
-        spans.append((f"{_PAD}{pads + 1}", "U8", (end - middle - blob,), middle + blob, end, -1))
+        spans.append((f"{PAD}{pads + 1}", "U8", (end - middle - blob,), middle + blob, end, -1))
     return spans
 
 

@@ -53,18 +53,20 @@ Refused with a StateError that names the place, such as ``state['scheduler']['lr
     quantized and nested tensors; tensors as keys; cycles; more than 100 containers inside each other.
 
 A reader checks every tag, field, size, offset, type string and depth before use, and the sum of all contents against
-the blob, so what it allocates is bounded by a small multiple of its input. Anything wrong is a DamageError.
+the blob. What its values take beside their own characters is bounded (`strict_json.weight`), and of the keys of a dict
+or the elements of a set no more than 64 have one hash, so that none is made to be compared without end. A value that
+is beyond either is refused when it is written, too. Anything wrong is a DamageError.
 """
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
 
 from layerwise_dist.errors import DamageError, StateError
-from layerwise_dist.storage.typed_json_read import Reader, no_constant, unrepeated
+from layerwise_dist.storage import strict_json
+from layerwise_dist.storage.typed_json_read import Reader
 from layerwise_dist.storage.typed_json_types import Prepared, Problem
 from layerwise_dist.storage.typed_json_write import Writer
 
@@ -77,8 +79,14 @@ def dumps(value: Any, *, path: str = "state") -> tuple[bytes, bytes]:
     Raises StateError, which names the place, for anything that could not come back as it was.
     """
     writer = Writer()
-    text = writer.finish(_tree(writer, value, path))
-    return text.encode(), b"".join(writer.parts)
+    text = writer.finish(_tree(writer, value, path)).encode()
+    if (needed := strict_json.weight(text)) > strict_json.WEIGHT_CAP:
+        raise StateError(
+            path,
+            f"so many lists, dicts and strings that a reader would need about {needed >> 20} MB of memory beside what "
+            f"is in them, at most {strict_json.WEIGHT_CAP >> 20} are allowed: keep them in arrays, tensors or bytes",
+        )
+    return text, b"".join(writer.parts)
 
 
 def prepare(value: Any, *, path: str = "state") -> Prepared:
@@ -102,7 +110,7 @@ def _tree(writer: Writer, value: Any, path: str) -> Any:
         raise StateError(path, _TOO_DEEP) from None
 
 
-def loads(text: bytes, blob: bytes | memoryview, *, where: str = "") -> Any:
+def loads(text: bytes | memoryview, blob: bytes | memoryview, *, where: str = "") -> Any:
     """Reads what `dumps` wrote; the result shares no memory with `blob`. `where` names the file in errors.
 
     Raises DamageError for anything malformed.
@@ -111,7 +119,7 @@ def loads(text: bytes, blob: bytes | memoryview, *, where: str = "") -> Any:
     reader = Reader(np.frombuffer(blob, np.uint8))
     try:
         try:
-            tree = json.loads(bytes(text).decode(), object_pairs_hook=unrepeated, parse_constant=no_constant)
+            tree = strict_json.loads(bytes(text))
         except ValueError as error:
             raise DamageError(f"{prefix}the state's text is not JSON: {error}") from None
         value = reader.value(tree, 0)

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from layerwise_dist.slices import DIMENSIONS
+from layerwise_dist.storage import strict_json
 from layerwise_dist.storage.typed_json_types import (
     DENSE,
     FACTORIES,
@@ -30,15 +32,14 @@ _HEX_INT = re.compile(r"-?[0-9a-f]+")
 _HEX = re.compile(r"[0-9a-f]*")
 
 
-def unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        raise ValueError("an object has the same key twice")
-    return made
-
-
-def no_constant(literal: str) -> Any:
-    raise ValueError(f"{literal} is no JSON value")
+def _check_keys(keys: list[Any], what: str) -> None:
+    """Before a set or a dict is made of them."""
+    try:
+        most = strict_json.most_of_one(keys)
+    except (TypeError, ValueError, OverflowError):
+        raise Problem(f"{what} of a kind that cannot be one") from None
+    if most > strict_json.COLLIDING:
+        raise Problem(f"{most} of {len(keys)} have one hash; a writer allows {strict_json.COLLIDING}")
 
 
 def _put(made: Any, key: Any, value: Any) -> None:
@@ -61,6 +62,7 @@ class Reader:
     def __init__(self, blob: np.ndarray) -> None:
         self.blob = blob
         self.left = blob.size  # contents may overlap, but not to fill more memory than the file has
+        self.in_key = 0
         self.end = 0
 
     def value(self, node: Any, depth: int) -> Any:
@@ -91,8 +93,9 @@ class Reader:
             raise Problem(f"an array is expected, here is {short(nodes)}")
         out: list[Any] = []
         try:
-            for node in nodes:
+            for place, node in enumerate(nodes):
                 out.append(self.value(node, depth))
+                nodes[place] = None  # what was read need not stay beside what was made of it
         except Problem as problem:
             problem.steps.append(f"[{len(out)}]")
             raise
@@ -104,6 +107,7 @@ class Reader:
         try:
             for k, node in nodes.items():
                 out[k] = self.value(node, depth)
+                nodes[k] = None
         except Problem as problem:
             problem.steps.append(f"[{short(k)}]")
             raise
@@ -113,15 +117,29 @@ class Reader:
         depth, v = self.inside(depth), node["v"]
         _expect(type(v) is list and all(type(p) is list and len(p) == 2 for p in v), "an array of pairs is expected")
         key: Any = None
+        keys: list[Any] = []
+        values: list[Any] = []
         try:
-            for k, x in v:
+            for place, (k, x) in enumerate(v):
                 key = k
-                key = self.value(k, depth)
-                _put(made, key, self.value(x, depth))
+                key = self.key(k, depth)
+                keys.append(key)
+                values.append(self.value(x, depth))
+                v[place] = None
         except Problem as problem:
             problem.steps.append(f"[{short(key)}]")
             raise
+        _check_keys(keys, "a key")
+        for key, value in zip(keys, values, strict=True):
+            _put(made, key, value)
         _expect(len(made) == len(v), "the same key twice")
+        return made
+
+    def key(self, node: Any, depth: int) -> Any:
+        """An element of a set or a key of a dict."""
+        self.in_key += 1
+        made = self.value(node, depth)
+        self.in_key -= 1
         return made
 
     def content(self, node: dict[str, Any]) -> np.ndarray:
@@ -136,8 +154,8 @@ class Reader:
 
     def shaped(self, node: dict[str, Any], item_bytes: int) -> tuple[list[int], np.ndarray]:
         shape, data = node["shape"], self.content(node)
-        if not (type(shape) is list and all(map(_is_count, shape))):
-            raise Problem(f"{short(shape)} is not a shape")
+        if not (type(shape) is list and len(shape) <= DIMENSIONS and all(map(_is_count, shape))):
+            raise Problem(f"{short(shape)} is not a shape of at most {DIMENSIONS} dimensions")
         if (0 if 0 in shape else _product(shape, data.size)) * item_bytes != data.size:
             raise Problem(f"the shape {short(shape)} of {short(node['dtype'])} does not have {data.size} bytes")
         return shape, data
@@ -186,7 +204,10 @@ def _read_vector(r: Reader, node: dict[str, Any], depth: int) -> Any:
 
 
 def _read_set(r: Reader, node: dict[str, Any], depth: int) -> Any:
+    r.in_key += 1
     elements = r.items(node["v"], r.inside(depth))
+    r.in_key -= 1
+    _check_keys(elements, "an element")
     try:
         made = (set if node[TAG] == "set" else frozenset)(elements)
     except (TypeError, ValueError, OverflowError):
@@ -244,15 +265,15 @@ def _read_np(r: Reader, node: dict[str, Any], depth: int) -> Any:
 def _read_array(r: Reader, node: dict[str, Any], depth: int) -> np.ndarray:
     dtype = _np_dtype(node["dtype"])
     shape, data = r.shaped(node, dtype.itemsize)
-    try:
-        made = np.empty(shape, dtype)
+    try:  # not by empty(), which makes of some dtypes another
+        return np.frombuffer(bytearray(data), dtype).reshape(shape) if data.size else np.empty(shape, dtype)
     except ValueError as error:
         raise Problem(f"the shape {short(shape)}: {error}") from None
-    made.reshape(-1).view(np.uint8)[:] = data
-    return made
 
 
 def _read_tensor(r: Reader, node: dict[str, Any], depth: int) -> torch.Tensor:
+    if r.in_key:
+        raise Problem("a tensor cannot be a key or in a set: it would be found by identity")
     name = node["dtype"]
     if not (type(name) is str and name in DENSE):
         raise Problem(f"the tensor dtype {short(name)} is not known")

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from layerwise_dist.slices import DIMENSIONS
+from layerwise_dist.storage.strict_json import COLLIDING, most_of_one
 from layerwise_dist.storage.typed_json_types import (
     DENSE,
     FACTORIES,
@@ -115,6 +117,7 @@ class Writer:
         return out
 
     def pairs(self, d: dict[Any, Any]) -> list[list[Any]]:
+        _check_hashes(d, "keys")
         out: list[list[Any]] = []
         for k, v in d.items():
             key = self.key(k, "key")
@@ -185,7 +188,13 @@ def _write_sequence(w: Writer, v: list[Any] | tuple[Any, ...]) -> Any:
 
 
 def _write_set(w: Writer, v: set[Any] | frozenset[Any]) -> Any:
+    _check_hashes(v, "elements")
     return {TAG: type(v).__name__, "v": [w.key(k, "element") for k in v]}
+
+
+def _check_hashes(keys: Collection[Any], what: str) -> None:
+    if len(keys) > COLLIDING and (most := most_of_one(list(keys))) > COLLIDING:
+        raise Problem(f"{most} of {len(keys)} {what} have one hash, which no reader takes: at most {COLLIDING} may")
 
 
 def _write_dict(w: Writer, v: dict[Any, Any]) -> Any:
@@ -229,7 +238,10 @@ def _write_array(w: Writer, v: np.ndarray) -> Any:
     dtype = v.dtype.str
     if not v.dtype.itemsize or not NP_DTYPE.fullmatch(dtype) or np.dtype(dtype) != v.dtype:
         raise Problem(f"a numpy array of dtype {v.dtype}; it can hold numbers, bools, dates, fixed-width str or bytes")
-    data = np.ascontiguousarray(v).reshape(-1).view(np.uint8)
+    held = np.ascontiguousarray(v)
+    if held.dtype.str != dtype:  # numpy makes of some dtypes another when it copies
+        raise Problem(f"a numpy array of dtype {dtype} that is not contiguous: give a copy of it as {held.dtype.str}")
+    data = held.reshape(-1).view(np.uint8)
     return {TAG: "array", "dtype": dtype, "shape": list(v.shape), **w.content(data, data.size)}
 
 
@@ -240,6 +252,8 @@ _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def _write_tensor(w: Writer, v: torch.Tensor) -> Any:
     if w.in_key:
         raise Problem("a tensor as a key or set element is found by identity, which is lost: use its value or a name")
+    if v.dim() > DIMENSIONS:
+        raise Problem(f"a tensor of {v.dim()} dimensions, of at most {DIMENSIONS} that a reader takes")
     dtype = str(v.dtype).removeprefix("torch.")
     if v.device.type == "meta":
         raise Problem("a meta tensor has no data to write")
