@@ -96,6 +96,8 @@ def judge(theme: str, attack: Attack, found: dict[str, Any]) -> Figures:
                 f"{found['died']}: {found['errors'][-1500:]}")  # fmt: skip
         return figures
     actions, size = found["actions"], found["size"]
+    # Where more runs than there are processors, each second of one does half of the work or less.
+    crowded = 3 if os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1) else 1
     if found["outside"]:
         problem("outside", "something outside was touched")
     for name, each in actions.items():
@@ -103,7 +105,7 @@ def judge(theme: str, attack: Attack, found: dict[str, Any]) -> Figures:
             problem("foreign", f"{name}: {each['foreign']}\n{each.get('trace', '')[-1200:]}")
         if each["bytes"] > size + MORE_BYTES:
             problem("memory", f"{name} took {each['bytes'] >> 20} MB, the directory has {size >> 20}")
-        if each["cpu_seconds"] > BUDGET_S + size / BYTES_A_SECOND:
+        if each["cpu_seconds"] > crowded * (BUDGET_S + size / BYTES_A_SECOND):
             problem("slow", f"{name} took {each['cpu_seconds']:.1f} s, {each['seconds']:.1f} s in all")
         _look_at_text(name, each, problem)
     for name in COMMANDS & actions.keys():

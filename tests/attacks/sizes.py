@@ -170,7 +170,7 @@ def attacks() -> list[Attack]:
             "with a million places": lambda target: target.newest.edit(
                 lambda tree: tree.update(places=[[0]] * 1_000_000)),
             "with a number of a million digits": lambda target: _digits(target.newest, 1_000_000),
-            "of 5,000 ranks": _shards(5_000),
+            "of 2,000 ranks": _shards(2_000),
         }, expect="any"),
         *each("header", {
             "of a sparse terabyte in blocks of 4 KiB": terabyte(True),
