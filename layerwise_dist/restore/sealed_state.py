@@ -148,6 +148,12 @@ class _Several(_PerParameter):
 
 
 class _Standing(_Part):
+    """As `frameworks.subclasses.describe` has it."""
+
+    kind: str = Field(alias="class")
+    context: Any
+    size: list[_Count]
+    stride: list[_Count]
     inner: list[str]
     nested: dict[str, _Standing]
 
