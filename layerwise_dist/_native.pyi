@@ -40,7 +40,6 @@ def calls_under_way() -> list[tuple[str, str, float]]:
 def keep_forever(object: object) -> None:
     """Never frees what this refers to, not at the interpreter's exit either."""
 
-
 class Env:
     """The way to the operating system. Any thread may call any method."""
 
@@ -343,7 +342,6 @@ class ShardWriter:
     def finish(self, header: Buffer) -> None: ...
     def abort(self, timeout_s: float = 1e9) -> bool:
         """Cancels what is queued and waits for what is running: whether that ended in time."""
-
 
 class ShardReader:
     def __init__(self, env: Env, pool: WriterPool, path: _Path, direct: bool = True) -> None: ...

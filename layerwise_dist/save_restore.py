@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from layerwise_dist import _native
@@ -181,7 +181,9 @@ class SaveAndRestore:
         self.restored_from = self.client_state = None
         self.lacking = []
         try:
-            found = restorer.newest(wish, manager.inventory, fresh_if_missing=not wish.certain, parts=parts)
+            found = restorer.newest(
+                wish, lambda: self._looked_for(manager), fresh_if_missing=not wish.certain, parts=parts
+            )
             if found is None:
                 return self._boundary.completed
             attempt, loading, _ = found
@@ -205,7 +207,7 @@ class SaveAndRestore:
         """
 
         def decide(_: list[Any]) -> list[Any]:
-            inventory = self.metadata.inventory()
+            inventory = self._looked_for(self.metadata)
             newest = next(iter(inventory.lineage()), None)
             if newest is None:
                 return [None, not inventory.empty]
@@ -246,7 +248,10 @@ class SaveAndRestore:
         """What is there, on rank 0; retention removes none of it before the restore is over."""
         assert self._committer is not None
         self._committer.hold(True)
-        return within(self._participant.disk_s, "the look for checkpoints", self.metadata.inventory)
+        return self._looked_for(self.metadata)
+
+    def _looked_for(self: LayerwiseEngine, manager: CheckpointMetadataManager) -> Inventory:
+        return within(self._participant.disk_s, "the look for checkpoints", manager.inventory)
 
     def _adopt(self: LayerwiseEngine, loading: loader.LoadPlan, parts: Parts) -> None:
         sealed = loading.sealed
@@ -260,12 +265,18 @@ class SaveAndRestore:
                 self._optimizer.keep(sealed["optimizer"])
 
         # An optimizer's own load_state_dict() may run in it, and fail.
-        together(self._participant, "adopt", adopt)
+        self._all("adopt", adopt)
         # And that of an object in `state=`, or of a module with set_extra_state().
-        together(self._participant, "put back what is no tensor", lambda: self._put_back(sealed, parts))
+        self._all("put back what is no tensor", lambda: self._put_back(sealed, parts))
         self.client_state = sealed["client_state"]
         if not parts.module_only:
             self._participant.restored(sealed["step"])
+
+    def _all(self: LayerwiseEngine, what: str, action: Callable[[], None]) -> None:
+        """Damage is none of a checkpoint here, so that no other one is tried: an object's own code may raise it."""
+        sound, _ = together(self._participant, what, action)
+        if not sound:
+            raise DamageError(f"{what}: see the warnings; parameters, optimizer state and objects are undefined")
 
     def _put_back(self: LayerwiseEngine, sealed: dict[str, Any], parts: Parts) -> None:
         if parts.module_only:

@@ -6,9 +6,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 
 # Bytes of one element by its code in the safetensors format, version 0.4 and later.
 ITEM_BYTES: dict[str, int] = {
@@ -79,71 +78,6 @@ class Slice:
         if self.is_flat:
             return f"elements {self.start} to {self.start + self.length} of shape {list(self.global_shape)}"
         return f"offsets {list(self.offsets)}, lengths {list(self.lengths)} of shape {list(self.global_shape)}"
-
-
-def cover(ranges: Sequence[tuple[int, int]], numel: int) -> tuple[list[tuple[int, int, int]], int]:
-    """Fills 0 to `numel` from ranges (begin, end): which (number of the range, from, to) does it, one after another.
-
-    Also returns how far they reach from 0 without a gap: `numel` if they cover it all.
-    """
-    taken: list[tuple[int, int, int]] = []
-    filled = 0
-    for number in sorted(range(len(ranges)), key=ranges.__getitem__):
-        begin, end = ranges[number]
-        if begin > filled:
-            break
-        if end > filled:
-            taken.append((number, filled, end))
-            filled = end
-    return taken, filled
-
-
-def first_gap(parts: Iterable[Slice]) -> tuple[int, ...] | None:
-    """An element of their global tensor, by its indices, that none of these slices of it has; None if there is none.
-
-    Boxes are not put together with flat ranges.
-    """
-    parts = list(parts)
-    shape = parts[0].global_shape
-    numel = math.prod(shape)
-    _, filled = cover([(part.start, part.start + part.length) for part in parts if part.is_flat], numel)
-    if filled == numel:
-        return None
-    boxes = frozenset((part.offsets, part.lengths) for part in parts if not part.is_flat and part.numel)
-    return _first_gap(boxes, shape) if boxes else _unravel(filled, shape)
-
-
-_Boxes = Collection[tuple[tuple[int, ...], tuple[int, ...]]]  # offsets, lengths
-
-
-def _first_gap(boxes: _Boxes, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """One dimension after another, between the edges of the boxes; those that no box divides are passed over."""
-    if not boxes:
-        return (0,) * len(shape)
-    cut = next((d for d in range(len(shape)) if any(lengths[d] != shape[d] for _, lengths in boxes)), None)
-    if cut is None:
-        return None
-    along = [(offsets[cut], offsets[cut] + lengths[cut]) for offsets, lengths in boxes]
-    rest = [(offsets[:cut] + offsets[cut + 1 :], lengths[:cut] + lengths[cut + 1 :]) for offsets, lengths in boxes]
-    remaining = shape[:cut] + shape[cut + 1 :]
-    if all(lengths == remaining for _, lengths in rest):
-        _, filled = cover(along, shape[cut])
-        return None if filled == shape[cut] else (0,) * cut + (filled,) + (0,) * (len(shape) - cut - 1)
-    for begin, end in pairwise(sorted({0, shape[cut], *(edge for span in along for edge in span)})):
-        inside = frozenset(box for box, span in zip(rest, along, strict=True) if span[0] <= begin and end <= span[1])
-        gap = _first_gap(inside, remaining)
-        if gap is not None:
-            return gap[:cut] + (begin,) + gap[cut:]
-    return None
-
-
-def _unravel(element: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The indices of an element in row-major order."""
-    found: list[int] = []
-    for size in reversed(shape):
-        element, index = divmod(element, size)
-        found.append(index)
-    return tuple(reversed(found))
 
 
 def ranks_text(ranks: Iterable[int]) -> str:

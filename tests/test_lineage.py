@@ -20,7 +20,7 @@ from layerwise_dist.cli.catalogue import Catalogue
 from layerwise_dist.cli.listing import ls
 from layerwise_dist.cli.showing import show
 from layerwise_dist.cli.verifying import verify
-from layerwise_dist.commit.metadata import CheckpointMetadataManager, Inventory
+from layerwise_dist.commit.metadata import CheckpointMetadataManager, Inventory, Manifest, decode, encode
 from layerwise_dist.commit.session import Committer
 from layerwise_dist.engine import LayerwiseEngine
 from layerwise_dist.errors import BoundaryError, DamageError, MismatchError, NotFoundError
@@ -352,17 +352,32 @@ def test_a_checkpoint_that_was_copied_from_another_directory_is_no_part_of_the_l
     assert step == 3 and torch.equal(weights, theirs), "chosen by hand, it is gone on from"
 
 
-def test_of_two_checkpoints_with_one_seq_none_is_taken(tmp_path: Path) -> None:
+def test_of_two_checkpoints_with_one_seq_only_this_directory_s_own_is_taken(tmp_path: Path) -> None:
     mine, other = tmp_path / "mine", tmp_path / "other"
     with Job(other, 5, keep_last=9, every_n_steps=2) as job:
         job.train(4)
     with Job(mine, keep_last=9) as job:
-        first = job.train(1)
         job.train(1)
+        second = job.train(1)
     copy = manifest_of(other, 4).parent
     shutil.copytree(copy, mine / copy.name)
-    assert set(inventory(mine).damaged) == {copy.name, manifest_of(mine, 2).parent.name}
+    assert set(inventory(mine).damaged) == {copy.name}
     step, weights = restored(mine)
+    assert step == 2 and torch.equal(weights, second)
+
+
+def test_of_two_checkpoints_of_this_directory_with_one_seq_none_is_taken(tmp_path: Path) -> None:
+    with Job(tmp_path, keep_last=9) as job:
+        first = job.train(1)
+        job.train(1)
+    newest = manifest_of(tmp_path, 2).parent
+    copy = newest.name.replace("step_0000000002-", "step_0000000007-")
+    shutil.copytree(newest, tmp_path / copy)
+    manifest = tmp_path / copy / "manifest.json"
+    record = decode(manifest.read_bytes(), Manifest, "it")
+    manifest.write_bytes(encode(record.model_copy(update={"step": 7})))
+    assert set(inventory(tmp_path).damaged) == {copy, newest.name}
+    step, weights = restored(tmp_path)
     assert step == 1 and torch.equal(weights, first)
 
 

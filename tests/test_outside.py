@@ -278,8 +278,6 @@ def _traced(root: Path, trained: Path, operation: str, env: type[PosixEnv], *, e
     return found
 
 
-
-
 @as_root
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_link_that_comes_at_any_call_to_the_kernel_leads_nowhere(
@@ -378,6 +376,7 @@ def test_a_directory_that_others_may_write_to_is_warned_of(root: Path, caplog: p
     os.chmod(root / "base", 0o707)
     os.chmod(root, 0o1777)
     expected = [
+        f"{root} may be written to by everybody (mode 1777)",
         f"{root / 'base'} may be written to by everybody (mode 707)",
         f"{step_folder(root, 2)} may be written to by its group (mode 770)",
     ]

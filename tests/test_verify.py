@@ -28,7 +28,8 @@ from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.ddp import DDPFramework
 from layerwise_dist.pieces import Piece
 from layerwise_dist.restore import contents, sealed_state
-from layerwise_dist.slices import Slice, cover, first_gap
+from layerwise_dist.restore.reslice import first_gap
+from layerwise_dist.slices import Slice
 from layerwise_dist.storage import typed_json
 
 torch.set_num_threads(1)
@@ -376,12 +377,6 @@ def test_gaps_are_found_as_by_marking_every_element() -> None:
     assert min(seen) > 100
 
 
-def test_ranges_that_overlap_are_taken_once() -> None:
-    assert cover([(4, 9), (0, 6), (0, 2), (9, 9)], 9) == ([(2, 0, 2), (1, 2, 6), (0, 6, 9)], 9)
-    assert cover([(0, 2), (3, 9)], 9) == ([(0, 0, 2)], 2)
-    assert cover([], 0) == ([], 0)
-
-
 def test_a_name_in_a_shard_and_in_its_base_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def entries_of(*names: str) -> Any:
         index = SimpleNamespace(path="/".join(names), entries=dict.fromkeys(names))
@@ -420,7 +415,7 @@ DIRECTORIES: dict[str, tuple[Callable[[Path], None], str]] = {
     "identity cut": (put("identity.json", b'{"format":'), "mended"),
     "identity missing": (lambda root: (root / "identity.json").unlink(), "mended"),
     "identity a folder": (put("identity.json", None), "refused"),
-    "identity a link": (put("identity.json", "owner"), "mended"),
+    "identity a link": (put("identity.json", "owner"), "refused"),
 }
 
 

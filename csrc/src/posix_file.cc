@@ -11,6 +11,7 @@
 #include <cinttypes>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <system_error>
 #include <thread>
@@ -90,6 +91,24 @@ std::string ProbeName() {
   return name;
 }
 
+// Whether an open directory has no entry; false if that can't be told.
+bool IsEmpty(const Descriptor& dir) {
+  const int fd = openat(dir.get(), ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  DIR* const stream = fd < 0 ? nullptr : fdopendir(fd);
+  if (stream == nullptr) {
+    if (fd >= 0) close(fd);
+    return false;
+  }
+  bool empty = true;
+  errno = 0;
+  while (const dirent* const entry = readdir(stream)) {
+    empty = empty && (std::strcmp(entry->d_name, ".") == 0 || std::strcmp(entry->d_name, "..") == 0);
+  }
+  empty = empty && errno == 0;
+  closedir(stream);
+  return empty;
+}
+
 }  // namespace
 
 Status PosixError(const char* operation, const std::string& path) {
@@ -127,8 +146,9 @@ Status MakeExactly(const Place& place, const std::string& path, uint32_t mode, D
   if (!made->valid() || fstat(made->get(), &info) != 0) return PosixError("open the directory just made", path);
   const uint32_t found = info.st_mode & 07777;
   if (found == mode) return Status::Ok();
-  // What has more rights than it was made with is another one, which somebody has put there since.
-  if ((found & 0777 & ~mode) != 0) {
+  // More rights than it was made with are the file system's (SMB, FUSE, inherited ACLs), or those of another directory
+  // that somebody has put there since. An empty one loses nothing by our mode.
+  if ((found & 0777 & ~mode) != 0 && !IsEmpty(*made)) {
     return Status::IoError(ESTALE, "make directory: another one is there already instead", path);
   }
   // Through the descriptor, which need not be readable: its umask may have taken that.

@@ -62,10 +62,12 @@ Status Roots::Hold(const char* operation, Root* root, Descriptor fd) {
     return Status::IoError(ESTALE, std::string(operation) + ": this is another directory than the one that was opened",
                            root->path);
   }
-  root->known = true;
-  root->device = info.st_dev;
-  root->inode = info.st_ino;
-  root->owner = info.st_uid;
+  if (!root->known) {
+    root->device = info.st_dev;
+    root->inode = info.st_ino;
+    root->owner = info.st_uid;
+    root->known = true;
+  }
   if (root->fd == nullptr || !root->fd->valid()) root->fd = std::make_shared<const Descriptor>(std::move(fd));
   return Status::Ok();
 }

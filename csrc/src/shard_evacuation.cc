@@ -5,6 +5,7 @@
 
 #include "block_runs.h"
 #include "deadline.h"
+#include "guarded.h"
 #include "layerwise/hash.h"
 #include "layerwise/shard_writer.h"
 
@@ -44,7 +45,12 @@ void ShardWriter::EvacuateQueued(size_t first, size_t count) {
     size_t index = 0;
     if (!memory || !pool_->TakeLast(this, first, count, &index)) return;
     const uint64_t copied = CopyBlock(*plan_, index, addresses_.get(), memory.data());
-    Requeue(index, std::move(memory), copied);
+    Status status = Guarded([&] {
+      Requeue(index, std::move(memory), copied);
+      return Status::Ok();
+    });
+    // It is in no queue any more.
+    if (!status.ok()) return FinishBlock(index, BlockWrite(), std::move(status));
   }
 }
 

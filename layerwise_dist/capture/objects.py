@@ -66,9 +66,13 @@ class StateObjects:
         problems = {name: _unfit(item, saved[name]) for name, item in self._objects.items()}
         if said := [f"state[{name!r}]: {problem}" for name, problem in problems.items() if problem]:
             raise MismatchError("; ".join(said))
-        for name, snapshot in sealed["boundary"]["loaders"].items():
-            if name in self.taps:
-                self.taps[name].check(snapshot)
+        loaders = sealed["boundary"]["loaders"]
+        if lacking := sorted(loaders.keys() - self.taps.keys()):
+            raise MismatchError(
+                f"the checkpoint holds the position of loaders {lacking}, attached are {sorted(self.taps)}"
+            )
+        for name, snapshot in loaders.items():
+            self.taps[name].check(snapshot)
 
     def put(self, saved: dict[str, Any]) -> None:
         """Raises StateError for an object that does not take back what was saved of one under its name."""

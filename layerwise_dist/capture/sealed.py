@@ -74,7 +74,7 @@ class Sealer:
                     module.set_extra_state(sealed["extra_state"][name])
                 except Exception as error:  # of the module's own code
                     raise StateError(
-                        f"extra_state[{name!r}]",
+                        f"state['extra_state'][{name!r}]",
                         f"{type(module).__qualname__} does not take back what the checkpoint holds: "
                         f"{type(error).__name__}: {error}; what was loaded before it, parameters and optimizer state "
                         "too, is undefined",
@@ -103,11 +103,7 @@ def _extra_state(name: str, module: torch.nn.Module) -> Any:
     try:
         return module.get_extra_state()
     except Exception as error:
-        raise _extra_state_error(name, module, "get", error) from error
-
-
-def _extra_state_error(name: str, module: torch.nn.Module, what: str, error: Exception) -> StateError:
-    return StateError(
-        f"state['extra_state'][{name!r}]",
-        f"{type(module).__qualname__}.{what}_extra_state() fails: {type(error).__name__}: {error}",
-    )
+        raise StateError(
+            f"state['extra_state'][{name!r}]",
+            f"{type(module).__qualname__}.get_extra_state() fails: {type(error).__name__}: {error}",
+        ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -240,8 +240,9 @@ class Surveyor:
 
     def _hold(self, states: list[Mapping[str, Any]], last: _Held | None) -> _Held:
         """`last`, if nothing but values of state that is no tensor has changed."""
-        values = [*chain.from_iterable([state.values() for state in states])]
-        names, sizes = [*chain.from_iterable(states)], [*map(len, states)]
+        rows = [[*state.items()] for state in states]  # each is asked once: some are made for the question
+        names, values = [name for row in rows for name, _ in row], [value for row in rows for _, value in row]
+        sizes = [*map(len, rows)]
         if (
             last is not None
             and names == last.names

@@ -36,7 +36,8 @@ def verify(catalogue: Catalogue, step: int | None) -> Answer:
             for name, damage in catalogue.inventory.damaged.items()
             if (attempt := layout.parse_folder(name)) is not None and attempt.step == step
         }
-    records |= {**catalogue.odd_commits(), **unusable(catalogue.manager, catalogue.inventory)}
+    odd = catalogue.odd_commits() if step is None else {}
+    records |= {**odd, **unusable(catalogue.manager, catalogue.inventory)}
     from layerwise_dist.cli.restorable import unrestorable  # torch comes along, of whose tensors state is made
 
     began = time.monotonic()

@@ -13,6 +13,7 @@ from layerwise_dist.commit.owner import Owner
 from layerwise_dist.commit.transports import Message
 from layerwise_dist.errors import DamageError, OwnerError
 from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage.odd import leave
 
 log = logging.getLogger("layerwise_dist")
 
@@ -65,7 +66,10 @@ class Keeper:
 
     def _withdraw(self, attempts: list[AttemptId]) -> None:
         for attempt in attempts:
-            self._manager.withdraw(attempt)
+            try:
+                self._manager.withdraw(attempt)
+            except OSError as error:
+                leave(error, attempt.folder)  # an archive behind a link stays
         self._manager.remove_old_branches()
 
     def _drop(self, seq: int, step: int) -> None:

@@ -42,6 +42,7 @@ log = logging.getLogger("layerwise_dist")
 
 R = TypeVar("R", bound=Record)
 
+
 class CheckpointMetadataManager:
     """Manifests of one directory. Reading is for anyone; only the owner's coordinator writes."""
 
@@ -61,24 +62,24 @@ class CheckpointMetadataManager:
         damaged: dict[str, str] = {}
         unfinished: list[AttemptId] = []
         odd: dict[str, str] = {}
-        of_seq: dict[int, list[str]] = {}
+        of_seq: dict[int, dict[str, Manifest | Branch]] = {}
         taken: list[int] = []
         for name in self.env.list_dir(self.root):
             attempt, branch_seq = layout.parse_folder(name), layout.parse_branch(name)
             try:
                 if branch_seq is not None:
-                    branches[branch_seq] = self._read_branch(name, branch_seq)
-                    of_seq.setdefault(branch_seq, []).append(name)
+                    branches[branch_seq] = branch = self._read_branch(name, branch_seq)
+                    of_seq.setdefault(branch_seq, {})[name] = branch
                 elif attempt is not None:
                     try:
-                        manifests[attempt.seq] = self.read_manifest(attempt)
+                        manifests[attempt.seq] = manifest = self.read_manifest(attempt)
                     except FileNotFoundError:
                         # No folder of ours: of an archive that is not mounted, say. It may refer to what is here.
                         if (why := is_no_folder(self.env, os.path.join(self.root, name))) is not None:
                             raise DamageError(why) from None
                         unfinished.append(attempt)
                     else:
-                        of_seq.setdefault(attempt.seq, []).append(name)
+                        of_seq.setdefault(attempt.seq, {})[name] = manifest
                 elif (seq := layout.parse_unfinished_branch(name)) is not None:
                     if kind_at(self.env, os.path.join(self.root, name)) not in (None, "file"):
                         taken.append(seq)  # it stays, in the way of a record of this seq
@@ -86,17 +87,27 @@ class CheckpointMetadataManager:
                     odd[name] = problem
             except DamageError as error:
                 damaged[name] = str(error)
-        for seq, names in of_seq.items():
-            if len(names) > 1:  # which of them the lineage means can't be told
-                manifests.pop(seq, None)
-                branches.pop(seq, None)
-                for name in names:
-                    others = ", ".join(other for other in names if other != name)
-                    damaged[name] = f"{name}: {others} has the same seq: one of them was copied here"
         try:
             identity = self.read_identity().identity
         except (FileNotFoundError, DamageError):
             identity = None
+        for seq, found in of_seq.items():
+            if len(found) == 1:
+                continue
+            mine = [record for record in found.values() if record.identity == identity]
+            manifests.pop(seq, None)
+            branches.pop(seq, None)
+            if len(mine) == 1:  # the others came from elsewhere
+                (own,) = mine
+                if isinstance(own, Manifest):
+                    manifests[seq] = own
+                else:
+                    branches[seq] = own
+            # Else which of them the lineage means can't be told.
+            for name in found:
+                if len(mine) != 1 or found[name] is not mine[0]:
+                    others = ", ".join(other for other in found if other != name)
+                    damaged[name] = f"{name}: {others} has the same seq: one of them was copied here"
         return Inventory(manifests, branches, damaged, unfinished, self.bases(), identity, odd, taken)
 
     def read_manifest(self, attempt: AttemptId) -> Manifest:

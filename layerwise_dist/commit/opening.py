@@ -21,6 +21,7 @@ from layerwise_dist.commit.owner import Owner, read_owner
 from layerwise_dist.errors import DamageError, DirectoryError
 from layerwise_dist.storage import layout
 from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage.odd import kind_at, oddity
 
 log = logging.getLogger("layerwise_dist")
 
@@ -106,14 +107,17 @@ class Place:
 
     def _write_identity(self, identity: str) -> None:
         """If it is not there; or is damaged, and all records here said what it was."""
+        damage: DamageError | None = None
         try:
             self._manager.read_identity()
             return
         except FileNotFoundError:
             pass
         except DamageError as error:
-            log.warning("%s; it is written anew", error)
+            damage = error
         self._manager.write_identity(Identity(identity=identity))
+        if damage is not None:
+            log.warning("%s; it was written anew", damage)
 
     def texts(self, plan: Plan) -> dict[str, str]:
         """The records that only this place can give to others, by name."""
@@ -145,8 +149,13 @@ class Place:
         for rank in self._ranks:
             if (lost := self._lost(manifest, rank)) is not None:
                 return f"step {manifest.step} is not whole: rank {rank} has no {lost} on {socket.gethostname()}"
-        self._manager.prepare(manifest)
-        self._manager.publish(manifest.attempt_id)
+        try:
+            self._manager.prepare(manifest)
+            self._manager.publish(manifest.attempt_id)
+        except OSError as error:
+            if (what := oddity(error, name)) is None:
+                raise
+            return f"the manifest of step {manifest.step} can't be written on {socket.gethostname()}: {what}"
         return None
 
     def _lost(self, manifest: Manifest, rank: int) -> str | None:
@@ -161,7 +170,9 @@ class Place:
             try:
                 if self._env.stat(path)[1] != nbytes:
                     return path
-            except FileNotFoundError:
+            except OSError as error:
+                if not isinstance(error, FileNotFoundError) and oddity(error, path) is None:
+                    raise
                 return path
         return None
 
@@ -191,7 +202,9 @@ def unusable(manager: CheckpointMetadataManager, found: Inventory) -> dict[str, 
         if not found.empty:
             problems[layout.IDENTITY] = f"{path} is missing: {_way_out(manager, found)}"
     except DamageError as error:
-        problems[layout.IDENTITY] = f"{error}: {_way_out(manager, found)}"
+        # What is no file is not written over.
+        written = kind_at(manager.env, path) == "file"
+        problems[layout.IDENTITY] = f"{error}: {_way_out(manager, found)}" if written else str(error)
     except OSError as error:
         problems[layout.IDENTITY] = str(error)
     return problems
@@ -215,7 +228,7 @@ def _way_out(manager: CheckpointMetadataManager, found: Inventory) -> str:
     except DirectoryError as error:
         return str(error)
     if told is None:
-        return "no sound record here says what was in it; the next attach() makes it anew if the directory is its own"
+        return "no sound record here says what was in it: only attach(fresh=True) makes a new one"
     return f"the next attach() writes it anew, with what the records here say ({told})"
 
 

@@ -260,7 +260,9 @@ class CompositeOptimizer(OptimizerAdapter):
 
     @property
     def scalers(self) -> Mapping[str, torch.amp.GradScaler]:
-        return {what: each for member in self._members.values() for what, each in member.scalers.items()}
+        return {
+            f"{name}: {what}": each for name, member in self._members.items() for what, each in member.scalers.items()
+        }
 
     def gather(self) -> None:
         for member in self._members.values():

@@ -32,7 +32,6 @@ _TORCH_S = frozenset(
 _SCRATCH = frozenset({"_dummy_overflow_buf"})
 _FLAGS = {
     "bitsandbytes": frozenset({"initialized"}),
-    "accelerate": frozenset({"_is_overflow", "_accelerate_step_called"}),  # of the last step
 }
 # Optimizers of these packages keep nothing elsewhere; what is found on one was put there by the script.
 _PLAIN = ("torch.optim.", "deepspeed.ops.", "transformers.optimization.")

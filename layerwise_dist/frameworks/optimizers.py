@@ -188,7 +188,7 @@ class TorchOptimizer(OptimizerAdapter):
         self._follow()
         if not any(group["params"] for group in self._optimizer.param_groups):
             raise UnsupportedError(f"{type(self._optimizer).__name__} has no parameters")
-        self._nest = Nest(self.kind, self._keeper, self._current_names, self._around)
+        self._nest = Nest(self.kind, self._keeper, self._current_names, [w for w in self._around if not is_thin(w)])
         self._open_states = Opener()
         self._hooks: list[Any] = []
         self._steps: list[Steps] = []

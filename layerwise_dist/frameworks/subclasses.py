@@ -130,6 +130,8 @@ class OpenedState(Mapping[str, Any]):
         outer, mark, inner = name.partition(MARK)
         if mark and not inner and stands_for_others(self.state.get(outer)):
             return describe(self.state[outer])
+        if not mark and not stands_for_others(value := self.state[name]):
+            return value
         return self._now()[name]
 
     def __iter__(self) -> Iterator[str]:

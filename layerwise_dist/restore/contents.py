@@ -10,8 +10,9 @@ from typing import Any
 from layerwise_dist.commit.metadata import Manifest
 from layerwise_dist.errors import DamageError
 from layerwise_dist.frameworks.subclasses import MARK
+from layerwise_dist.restore.reslice import first_gap
 from layerwise_dist.restore.sealed_state import optimizers_of, read_state
-from layerwise_dist.slices import Slice, first_gap, ranks_of, ranks_text
+from layerwise_dist.slices import Slice, ranks_of, ranks_text
 from layerwise_dist.storage.reader import Entry, Shard
 
 Entries = dict[str, tuple[Shard, Entry]]
@@ -61,7 +62,11 @@ def lacking(
             for part in found:
                 alike.setdefault((part.dtype, part.global_shape), []).append(part)
             for (_, shape), each in alike.items():
-                gap = None if any(part.is_whole for part in each) else first_gap(each)
+                try:
+                    gap = None if any(part.is_whole for part in each) else first_gap(each)
+                except DamageError as error:
+                    problems[str(error)] = None
+                    continue
                 if gap is not None:
                     problems[f"{name} of shape {list(shape)}: no shard has its element {list(gap)}"] = None
             if len(alike) > 1:

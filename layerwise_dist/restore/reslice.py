@@ -11,7 +11,11 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from layerwise_dist.errors import DamageError
 from layerwise_dist.slices import Slice
+
+# At parts that are not filled yet, for each source. A mesh of 128 by 128 ranks needs three million.
+_MOST_LOOKS = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +28,6 @@ class Box:
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(end - begin for begin, end in zip(self.begin, self.end, strict=True))
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +74,10 @@ def copies(wanted: Slice, sources: Sequence[Slice]) -> tuple[list[Copy], tuple[i
     """What fills `wanted`, each element once, from the first of the `sources` that has it.
 
     All are slices of one global tensor. Also returns the indices of an element that none of them has; None if `wanted`
-    is whole.
+    is whole. Raises DamageError where the sources cut each other into more parts than those of any checkpoint do.
     """
     found: list[Copy] = []
+    looked_at = 0
     left = boxes(wanted)
     target = _strides(wanted)
     origin = _origin(wanted, target)
@@ -87,6 +88,9 @@ def copies(wanted: Slice, sources: Sequence[Slice]) -> tuple[list[Copy], tuple[i
         begin = _origin(source, strides)
         for box in boxes(source):
             rest: list[Box] = []
+            looked_at += len(left)
+            if looked_at > _MOST_LOOKS:
+                raise DamageError(f"{wanted.name}: shards cut it into more parts than any checkpoint has")
             for each in left:
                 common = _common(each, box)
                 if common is None:
@@ -96,6 +100,16 @@ def copies(wanted: Slice, sources: Sequence[Slice]) -> tuple[list[Copy], tuple[i
                 rest += _without(each, common)
             left = rest
     return found, min(left, key=lambda box: box.begin).begin if left else None
+
+
+def first_gap(parts: Iterable[Slice]) -> tuple[int, ...] | None:
+    """An element of their global tensor, by its indices, that none of these slices of it has; None if there is none.
+
+    Raises DamageError, as `copies`.
+    """
+    ordered = sorted(parts, key=lambda part: [box.begin for box in boxes(part)][:1])
+    first = ordered[0]
+    return copies(Slice.whole(first.kind, first.fqn, first.dtype, first.global_shape), ordered)[1]
 
 
 def _strides(part: Slice) -> tuple[int, ...]:

@@ -118,9 +118,7 @@ class Restorer:
                 f"step {manifest.step} was written by {manifest.framework}, this job has {framework.name}: "
                 "restoring into another wrapper, or other models, is not supported by this version"
             )
-        shards = ShardSet(
-            framework.rank, lambda rank: self._open(manifest, rank), shared=not self._participant.apart
-        )
+        shards = ShardSet(framework.rank, lambda rank: self._open(manifest, rank), shared=not self._participant.apart)
         where = f"step {manifest.step} in {self._manager.root}"
         loading = loader.prepare(framework, self._optimizer, shards, where, partly=partly, parts=parts)
         if not parts.module_only:

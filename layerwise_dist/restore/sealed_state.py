@@ -127,7 +127,7 @@ class _Optimizer(_Elsewhere):
     kind: str = Field(alias="class")
     groups: list[_Group]
     inside: dict[str, _Inside] = {}
-    around: dict[str, dict[str, Any]] = {}
+    around: dict[str, _Elsewhere] = {}
 
 
 class _OneOfSeveral(_Optimizer):

@@ -18,7 +18,7 @@ def exposed(root: str) -> list[str]:
     found = []
     for path in _folders(root):
         try:
-            how = _how(os.stat(path))
+            how = _how(os.stat(path), sticky=False)
         except FileNotFoundError:
             continue  # a job that runs retired it meanwhile
         if how is not None:
@@ -30,7 +30,7 @@ def exposed_above(root: str) -> list[str]:
     """Of the directories above it, those whose users may put another one in its place. Raises OSError."""
     found, path = [], os.path.realpath(root)
     while path != (path := os.path.dirname(path)):
-        if (how := _how(os.stat(path))) is not None:
+        if (how := _how(os.stat(path), sticky=True)) is not None:
             found.append(f"{path} {how}")
     return found
 
@@ -51,8 +51,9 @@ def _is_folder_of_ours(name: str) -> bool:
     return name == layout.BASES or layout.parse_folder(name) is not None or layout.parse_base(name) is not None
 
 
-def _how(info: os.stat_result) -> str | None:
-    if info.st_mode & _GROUP_OR_OTHERS and not info.st_mode & stat.S_ISVTX:
+def _how(info: os.stat_result, *, sticky: bool) -> str | None:
+    """`sticky`: the sticky bit is enough. It keeps others from what is there, not from putting more there."""
+    if info.st_mode & _GROUP_OR_OTHERS and not (sticky and info.st_mode & stat.S_ISVTX):
         who = "everybody" if info.st_mode & stat.S_IWOTH else "its group"
         return f"may be written to by {who} (mode {stat.S_IMODE(info.st_mode):o})"
     if info.st_uid not in (os.geteuid(), 0):

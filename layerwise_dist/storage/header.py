@@ -144,9 +144,7 @@ def parse_header(path: str, size: int, header: bytes, expected: tuple[str, int, 
         raise bad(f"its header is malformed: {error}") from None
 
 
-def _index(
-    path: str, size: int, base: int, tree: dict[str, Any], expected: tuple[str, int, int] | None
-) -> ShardIndex:
+def _index(path: str, size: int, base: int, tree: dict[str, Any], expected: tuple[str, int, int] | None) -> ShardIndex:
     metadata = fits(_Metadata, tree.pop("__metadata__"), "__metadata__")
     rank, world_size, step = int(metadata.rank), int(metadata.world_size), int(metadata.step)
     if not rank < world_size <= layout.RANKS_END:

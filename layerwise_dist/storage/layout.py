@@ -38,7 +38,7 @@ _STEP_DIR = re.compile(r"step_([0-9]{10})-([0-9a-f]{8})([0-9a-f]{8})\Z")
 _SHARD = re.compile(r"rank_([0-9]{5})\.safetensors(\.partial)?\Z")
 _BRANCH = re.compile(r"branch_([0-9]{10})\.json(\.tmp)?\Z")
 _PROBE = re.compile(r"probe_[0-9a-f]{32}_[0-9]{5}\Z")
-_SPARE = re.compile(r"spare_[0-9a-f]{16}_[0-9]{5}\Z")
+_SPARE = re.compile(r"spare_([0-9a-f]{8})([0-9a-f]{8})_[0-9]{5}\Z")
 _BASE = re.compile(r"([0-9a-f]{8})([0-9a-f]{8})\Z")
 _LIKE_OURS = re.compile(r"(step|branch|spare|probe)_", re.IGNORECASE)
 
@@ -79,7 +79,7 @@ def odd(name: str) -> str | None:
     ours = parse_folder(name) is not None or parse_branch(name) is not None or is_leftover(name)
     if ours or not _LIKE_OURS.match(name):
         return None
-    if _STEP_DIR.match(name) or _BRANCH.match(name):
+    if _STEP_DIR.match(name) or _BRANCH.match(name) or _SPARE.match(name):
         return "no session has such numbers"
     return "it is not written as this package writes names"
 
@@ -94,7 +94,8 @@ def spare_file(attempt: AttemptId, rank: int) -> str:
 
 
 def is_spare(name: str) -> bool:
-    return _SPARE.match(name) is not None
+    match = _SPARE.match(name)
+    return match is not None and is_number(int(match[1], 16)) and is_number(int(match[2], 16))
 
 
 def base_folder(attempt: str) -> str:
@@ -153,6 +154,5 @@ def probe_file(token: str, rank: int) -> str:
 
 def is_leftover(name: str) -> bool:
     """Names that may lie in the directory itself after a crash and mean nothing to the next session."""
-    branch = _BRANCH.match(name)
-    unfinished = branch is not None and branch[2] is not None
+    unfinished = parse_unfinished_branch(name) is not None
     return unfinished or is_spare(name) or _PROBE.match(name) is not None or name == IDENTITY + ".tmp"

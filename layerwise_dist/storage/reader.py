@@ -6,10 +6,12 @@ error (EIO, no permission) is an OSError: the disk is in trouble, and nothing is
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from functools import cached_property
 from typing import Any
 
 from layerwise_dist import _native
-from layerwise_dist.errors import DamageError
+from layerwise_dist.errors import DamageError, shown
 from layerwise_dist.storage.header import Entry, ShardIndex, parse_header
 from layerwise_dist.storage.odd import oddity
 from layerwise_dist.storage.shard import HEADER_CAP, cut_segments
@@ -17,6 +19,7 @@ from layerwise_dist.storage.shard import HEADER_CAP, cut_segments
 __all__ = ["Entry", "Shard", "ShardIndex", "parse_header"]
 
 _BLOCKS_AT_ONCE = 4096  # of a verification
+_DESCRIBED = 100  # bad blocks of one
 
 
 class Shard:
@@ -83,25 +86,43 @@ class Shard:
             raise DamageError("; ".join(self.describe(numbers[block]) for block in bad[:5]))
 
     def verify(self) -> list[str]:
-        """Reads everything; returns one message a bad block (empty: as committed, where it is hashed).
+        """Reads everything; returns one message a bad block, of many only the first (empty: as committed, where it is
+        hashed).
 
         Raises OSError.
         """
         index = self.index
         messages: list[str] = []
+        count = 0
         for first in range(0, len(index.blocks), _BLOCKS_AT_ONCE):
             numbers = range(first, min(first + _BLOCKS_AT_ONCE, len(index.blocks)))
             blocks = [(*index.blocks[number], index.hashes[number]) for number in numbers]
-            messages += [self.describe(first + block) for block in self._reader.read_blocks(blocks, [])]
+            bad = self._reader.read_blocks(blocks, [])
+            messages += [self.describe(first + block) for block in bad[: max(0, _DESCRIBED - len(messages))]]
+            count += len(bad)
+        if count > _DESCRIBED:
+            messages.append(f"shard {index.path} of step {index.step}: {count - _DESCRIBED} more blocks are damaged")
         try:
             self.state()
         except DamageError as error:
             messages.append(str(error))
         return messages
 
+    @cached_property
+    def _ordered(self) -> list[tuple[str, Entry]]:
+        """In the order of the file; those without elements left out."""
+        entries = [(name, entry) for name, entry in self.index.entries.items() if entry.end > entry.begin]
+        return sorted(entries, key=lambda each: each[1].begin)
+
     def describe(self, block: int) -> str:
         offset, length = self.index.blocks[block]
-        held = {name: min(e.end, offset + length) - max(e.begin, offset) for name, e in self.index.entries.items()}
+        held: dict[str, int] = {}
+        ordered = self._ordered
+        at = max(0, bisect_right(ordered, offset, key=lambda each: each[1].begin) - 1)
+        while at < len(ordered) and ordered[at][1].begin < offset + length:
+            name, entry = ordered[at]
+            held[shown(name, 200)] = min(entry.end, offset + length) - max(entry.begin, offset)
+            at += 1
         # The most likely first: what has most of the block.
         names = sorted((name for name, nbytes in held.items() if nbytes > 0), key=lambda name: -held[name])
         what = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "padding"

@@ -19,7 +19,8 @@ from layerwise_dist.capture import rng
 from layerwise_dist.commit import owner, records
 from layerwise_dist.errors import DamageError
 from layerwise_dist.restore import contents, sealed_state
-from layerwise_dist.slices import Slice, first_gap
+from layerwise_dist.restore.reslice import first_gap
+from layerwise_dist.slices import Slice
 from layerwise_dist.storage import typed_json
 from layerwise_dist.storage.header import parse_header
 from layerwise_dist.storage.shard import ALIGN, ShardLayout, Source, round_up

@@ -173,7 +173,6 @@ class RelayTransport:
                 [{"t": "gone", "rank": rank, "why": f"its connection is gone: {why}"} for rank in gone]
             )
 
-
     def _broken(self, why: str) -> None:
         try:
             self._say_cut(f"rank {self.rank}: {why}")
