@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.lib.stride_tricks import as_strided
 
+from layerwise_dist.errors import DamageError
 from layerwise_dist.restore import reslice
 from layerwise_dist.restore.reslice import Copy, boxes, copies
 from layerwise_dist.slices import Slice
@@ -68,7 +69,7 @@ def cases(draw: st.DrawFn) -> tuple[Slice, list[Slice]]:
     return draw(parts(shape)), draw(st.lists(parts(shape), max_size=5))
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(cases())
 def test_each_element_comes_once_from_a_slice_that_has_it(case: tuple[Slice, list[Slice]]) -> None:
     wanted, sources = case
@@ -124,6 +125,23 @@ def test_a_plan_does_not_grow_with_the_tensor() -> None:
     sources = [flat(shape, begin, end - begin) for begin, end in zip(edges, edges[1:], strict=False)]
     found, gap = copies(box(shape, (0, 250_000), (10**6, 250_000)), sources)
     assert gap is None and len(found) < 4 * ranks and sum(each.numel for each in found) == 25 * 10**10
+
+
+def test_boxes_inside_each_other_in_many_dimensions_end_soon() -> None:
+    """As no writer cuts: the number of parts grows with each of them, and in each dimension."""
+    dimensions, count = 30, 40
+    shape = (2 * count + 2,) * dimensions
+    halves = [box(shape, (*(0,) * (dimensions - 1), at), (*shape[1:], count + 1)) for at in (0, count + 1)]
+    nested = [box(shape, (at,) * dimensions, (2 * (count + 1 - at),) * dimensions) for at in range(1, count + 1)]
+    assert reslice.first_gap([*nested, *halves]) is None
+    with pytest.raises(DamageError, match="more parts than any checkpoint"):
+        # Away from the halves nothing ends it early.
+        reslice.first_gap(
+            [
+                box(shape, (at % 7, *(at * k % 5 for k in range(1, dimensions))), (3,) * dimensions)
+                for at in range(1, 3000)
+            ]
+        )
 
 
 @pytest.mark.parametrize("wrong", ["transposed", "shifted"])

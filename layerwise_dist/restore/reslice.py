@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from layerwise_dist.errors import DamageError
 from layerwise_dist.slices import Slice
 
-# At parts that are not filled yet, for each source. A mesh of 128 by 128 ranks needs three million.
+# For each source at each dimension of the parts that are not filled yet. A mesh of 100 by 100 ranks needs two million.
 _MOST_LOOKS = 1 << 22
 
 
@@ -88,7 +88,7 @@ def copies(wanted: Slice, sources: Sequence[Slice]) -> tuple[list[Copy], tuple[i
         begin = _origin(source, strides)
         for box in boxes(source):
             rest: list[Box] = []
-            looked_at += len(left)
+            looked_at += len(left) * max(1, len(target))
             if looked_at > _MOST_LOOKS:
                 raise DamageError(f"{wanted.name}: shards cut it into more parts than any checkpoint has")
             for each in left:

@@ -226,6 +226,7 @@ def attacks() -> list[Attack]:
             "of a number of a million digits": object_of(lambda: "1" * 1_000_000),
             "of a key of an endless int": object_of(
                 lambda: '{"!":"dict","v":[[{"!":"int","v":"' + "f" * 1_000_000 + '"},0]]}'),
+            "of a string of 40 MB of brackets": object_of(lambda: json.dumps("[{" * 20_000_000)),
             "of a string of 40 MB": object_of(lambda: json.dumps("x" * 40_000_000)),
             "of a key of 10 MB": object_of(lambda: '{"' + "x" * 10_000_000 + '":{"!":"nothing"}}'),
         }, expect="any"),
