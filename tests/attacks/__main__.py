@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from attacks import run  # noqa: E402
+from attacks import THEMES, run  # noqa: E402
 
 
 def main() -> int:
-    args, only = sys.argv[1:], ""
-    if "--only" in args:
-        at = args.index("--only")
-        only = args[at + 1]
-        del args[at : at + 2]
+    parser = argparse.ArgumentParser(prog="python tests/attacks", description="Crafted directories: tries them all.")
+    parser.add_argument("themes", nargs="*", metavar="THEME", help=f"of {', '.join(THEMES)}; all by default")
+    parser.add_argument("--only", default="", metavar="WORDS", help="those whose names have these words")
+    asked = parser.parse_args()
+    if unknown := [theme for theme in asked.themes if theme not in THEMES]:
+        parser.error(f"no theme {unknown[0]!r}; there are {', '.join(THEMES)}")
     with tempfile.TemporaryDirectory() as folder:
-        figures = run.run(Path(folder), args or None, only)
+        figures = run.run(Path(folder), asked.themes or None, asked.only)
     for line in figures.problems:
         print(line)
     print(figures)
