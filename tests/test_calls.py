@@ -330,7 +330,7 @@ def heard(things: ExitStack, forgery: Callable[[Seals], bytes]) -> tuple[list[An
         done.set()
 
     links = Links({1: host})
-    links.start(lambda key, body: taken.extend(decode(body)), on_end)
+    links.start(lambda key, body: taken.extend(decode(body)), on_end, lambda why: None)
     assert caller.keys is not None
     seals = Seals(caller.keys.sending)
     caller.sock.sendall(framed(seals, {"t": "hello"}) + forgery(seals))
@@ -373,7 +373,7 @@ def test_messages_of_any_size_arrive_between_ends_that_know_each_other(things: E
     host, caller = pair(things)
     taken: list[Any] = []
     enough = threading.Event()
-    messages = [{"n": number, "text": "x" * (number**3 % 50_000)} for number in range(200)]
+    messages = [{"t": "any", "n": number, "text": "x" * (number**3 % 50_000)} for number in range(200)]
 
     def take(key: int, body: bytes) -> None:
         taken.extend(decode(body))
@@ -381,8 +381,8 @@ def test_messages_of_any_size_arrive_between_ends_that_know_each_other(things: E
             enough.set()
 
     there, here = Links({1: caller}), Links({1: host})
-    here.start(take, lambda key, why: None)
-    there.start(lambda key, body: None, lambda key, why: None)
+    here.start(take, lambda key, why: None, lambda why: None)
+    there.start(lambda key, body: None, lambda key, why: None, lambda why: None)
     for message in messages:
         there.call(lambda message=message: there.send(1, encode([message])))
     assert enough.wait(20) and taken == messages

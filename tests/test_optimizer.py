@@ -575,7 +575,7 @@ def test_transformers_adafactor_is_exact() -> None:
 
 
 def _differs(layered: tuple[nn.Module, Any], mode: str = "pipelined_step") -> bool:
-    plain = made("AdamW", {})
+    plain = made(type(layered[1]).__name__, {})
     train(*plain)
     LayerwiseOptimizer(layered[1], layered[0], mode=mode)
     train(*layered)
@@ -603,7 +603,7 @@ def test_mutation_a_layer_that_is_stepped_twice_is_caught(monkeypatch: pytest.Mo
 
 def test_mutation_other_kernels_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SubsetStep, "_pin", lambda self, group, params: {"foreach": False, "fused": True})
-    assert _differs(made("AdamW", {}))
+    assert _differs(made("Adam", {})), "AdamW's kernels give the same bits on some processors"
 
 
 def test_kernels_are_decided_from_all_parameters_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:

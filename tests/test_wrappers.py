@@ -20,7 +20,7 @@ THREE = [
 FOUR = [
     "trial:hsdp:adamw-fused:all", "trial:tp:adamw-foreach:unused", "trial:tp:sgd-momentum:accumulation",
     "trial:hsdp:sgd-momentum:bare:in_backward",
-    "written:hsdp", "written:tp", "written:fsdp1-hybrid", "cuts:hsdp>fsdp2", "cuts:fsdp2>hsdp", "cuts:tp>fsdp2",
+    "written:hsdp", "written:tp", "written:fsdp1-hybrid", "cuts:hsdp>fsdp2", "takes:fsdp2>hsdp", "cuts:tp>fsdp2",
 ]  # fmt: skip
 OPTIMIZERS = ("sgd-momentum", "adamw-foreach", "adamw-fused")
 # Clipping over two meshes is an error of torch's, and a tied weight cannot be in two.

@@ -79,6 +79,13 @@ def plan(wanted: Slice, found: Found, more: Callable[[], Found] | None = None) -
             )
     # An equal slice first: it is one read. Then this rank's own, and the others as they come.
     found = sorted(found, key=lambda each: each[1].slice != wanted)
+    if wanted.is_flat and wanted.numel and found[0][1].slice != wanted:
+        # Tensors of one flat tensor share what is not cut, such as the step of their state.
+        places = "; ".join(f"rank {shard.index.rank}: {entry.slice.place()}" for shard, entry in found[:4])
+        raise MismatchError(
+            f"{wanted.name}: this rank needs {wanted.place()}, the checkpoint is cut otherwise ({places}); "
+            "restoring flat parameters into another sharding is not supported by this version"
+        )
     parts, gap = copies(wanted, [entry.slice for _, entry in found])
     if gap is not None and more is not None and (further := more()):
         return plan(wanted, found + further)

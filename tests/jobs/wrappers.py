@@ -154,6 +154,23 @@ def recut(wrapper: str, folder: str) -> list[str]:
     return [name for saved, restored in pairs for name in saved if not torch.equal(saved[name], restored[name])]
 
 
+def takes(wrappers: str, folder: str) -> list[str]:
+    """A checkpoint of the first wrapper is the second's too: the same ranks hold the same tensors together."""
+    first, second = wrappers.split(">")
+    expected = full(*_trained(saved(first, folder, 2)))
+    job = Job(second, "adamw-fused", "bare", seed=2)
+    ckpt = attach(job, folder)
+    step = ckpt.restore()
+    found = full(*_trained(job))
+    ckpt.close()
+    wrong = [name for name in expected if not torch.equal(expected[name], found[name])]
+    return wrong if step == 2 else [f"{second} restored step {step}"]
+
+
+def _trained(job: Job) -> tuple[nn.Module, torch.optim.Optimizer]:
+    return job.model, job.optimizer
+
+
 def full(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     held = {name: param.full_tensor().detach().clone() for name, param in model.named_parameters()}
     for name, param in model.named_parameters():
@@ -301,8 +318,8 @@ def train(model: nn.Module, optimizer: Any) -> None:
 
 
 CHECKS = {
-    "written": written, "cuts": cuts, "recut": recut, "rollback": roll_back, "mutation": mutation, "refusals": refusals,
-    "replaced": replaced, "follows": follows,
+    "written": written, "cuts": cuts, "recut": recut, "takes": takes, "rollback": roll_back, "mutation": mutation,
+    "refusals": refusals, "replaced": replaced, "follows": follows,
 }  # fmt: skip
 
 
