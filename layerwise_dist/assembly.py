@@ -38,7 +38,7 @@ from layerwise_dist.preemption import Preemption, check_thread
 from layerwise_dist.replicas import Replicas
 from layerwise_dist.restore.agreement import together
 from layerwise_dist.storage import typed_json
-from layerwise_dist.storage.exposure import exposed
+from layerwise_dist.storage.exposure import exposed, listed
 from layerwise_dist.storage.network import memory_by_magic
 from layerwise_dist.writing import open_writer
 
@@ -205,7 +205,7 @@ def assemble(
             log.warning(
                 "%s: others may change or remove checkpoints, or put links there; give it to the user of the job with "
                 "mode %o",
-                "; ".join(others[:4] + [f"and {len(others) - 4} more"] * (len(others) > 4)), config.dir_bits & ~0o022,
+                listed(others), config.dir_bits & ~0o022,
             )  # fmt: skip
         preemption = None
         if config.preemption.enabled:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerwise_dist import _native
 from layerwise_dist.commit.metadata import CheckpointMetadataManager, Inventory, ParentRef
+from layerwise_dist.commit.records import LONGEST_TAG, is_tag
 from layerwise_dist.commit.session import follow
 from layerwise_dist.errors import BoundaryError, DamageError, DeadlineError
 from layerwise_dist.frameworks.parts import WHOLE, Parts
@@ -83,8 +84,8 @@ class SaveAndRestore:
             raise BoundaryError("save() after close()")
         if self._optimizer.mid_window and not within_window:
             raise BoundaryError("save() within an accumulation window: its gradients would be lost")
-        if not tag or len(tag) > 255 or not tag.isprintable():
-            raise ValueError(f"a tag has 1 to 255 printable characters: {tag!r}")
+        if not is_tag(tag):
+            raise ValueError(f"a tag has 1 to {LONGEST_TAG} printable characters: {tag!r}")
         self._may_update()
         return self._boundary.step_of_call
 

@@ -17,12 +17,23 @@ import torch
 from torch import nn
 
 import layerwise_dist as lwd
+from layerwise_dist.capture import survey
 
 NOBODY = 65534
 _EXCHANGE = 2
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
 _libc.ptrace.restype = ctypes.c_long
+
+
+@contextmanager
+def bases_of_any_size() -> Iterator[None]:
+    """Frozen parameters go into bases, however small they are."""
+    before, survey.LEAST_BASE_BYTES = survey.LEAST_BASE_BYTES, 1
+    try:
+        yield
+    finally:
+        survey.LEAST_BASE_BYTES = before
 
 
 def snapshot(folder: Path) -> dict[str, tuple[Any, ...]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from outside_kit import MAKERS, Job, kind_of, put_odd, snapshot, step_folder
+from outside_kit import MAKERS, Job, bases_of_any_size, kind_of, put_odd, snapshot, step_folder
 
 from layerwise_dist import errors
 from layerwise_dist.capture import survey
@@ -34,8 +34,7 @@ SHARD = "rank_00000.safetensors"
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Steps 1 to 4; steps 3 and 4 refer to another base than 1 and 2; steps from 2 on are behind a branch record."""
     root = tmp_path_factory.mktemp("trained") / "ck"
-    before, survey.LEAST_BASE_BYTES = survey.LEAST_BASE_BYTES, 1
-    try:
+    with bases_of_any_size():
         Job().run(root, 2, keep_last=9)
         job = Job()
         with job.attach(root, keep_last=9, audit="always") as ckpt:
@@ -44,8 +43,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             with torch.no_grad():
                 job.model[0].weight.add_(1)
             job.train(ckpt, 2)
-    finally:
-        survey.LEAST_BASE_BYTES = before
     assert len(list((root / "base").iterdir())) == 2 and len(list(root.glob("branch_*"))) == 1
     return root
 

@@ -15,6 +15,7 @@ from outside_kit import (
     NOBODY,
     Job,
     at_call,
+    bases_of_any_size,
     exchange,
     move_out,
     other_user,
@@ -47,11 +48,8 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, which makes 
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Steps 1 to 3, all of which refer to one base. For copies."""
     root = tmp_path_factory.mktemp("trained") / "ck"
-    before, survey.LEAST_BASE_BYTES = survey.LEAST_BASE_BYTES, 1
-    try:
+    with bases_of_any_size():
         Job().run(root, 3, keep_last=3)
-    finally:
-        survey.LEAST_BASE_BYTES = before
     return root
 
 

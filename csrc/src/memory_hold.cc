@@ -69,7 +69,7 @@ Status Problem(const Registry& all, const MemoryHold::Claim& claim) {
   }
   const auto found = all.by_context.find(claim.owner->context);
   if (deleter != &Free && found != all.by_context.end() && found->second.real != deleter) {
-    return Status::FailedPrecondition("memory of which two owners free the same in two ways cannot be held");
+    return Status::FailedPrecondition("memory that two owners free in two ways cannot be held");
   }
   return Status::Ok();
 }

@@ -12,7 +12,6 @@ from layerwise_dist.capture.survey import Survey
 from layerwise_dist.errors import StateError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
-from layerwise_dist.frameworks.subclasses import describe_param
 from layerwise_dist.storage import typed_json
 
 
@@ -51,8 +50,8 @@ class Sealer:
             ),
             "extra_state": {name: _extra_state(name, module) for name, module in survey.extra_states},
         }
-        if standing := {view.fqn: describe_param(view.param) for view in framework.standing}:
-            sealed["standing"] = standing
+        if survey.standing:
+            sealed["standing"] = survey.standing
         return typed_json.dumps(sealed, path="state")
 
     def try_out(self, survey: Survey) -> None:

@@ -47,10 +47,10 @@ class Survey:
 
     `key` changes exactly when the shard needs a new layout: a tensor came, went, moved, or changed its shape or dtype.
     `order` names each parameter's state in the optimizer's order, `scalars` (fqn, name, the state's dict) what of it is
-    no tensor. `extra_states` are the modules with `get_extra_state()`. `addresses` are those of the pieces of all
-    batches; where one of them moves, there is another survey. `held` keeps what is behind the leased ones, and the
-    frozen ones, whatever becomes of the tensors. The lists run over all pieces of all batches: computed once, used at
-    every checkpoint.
+    no tensor. `extra_states` are the modules with `get_extra_state()`, `standing` describes (by fqn) the parameters that
+    stand for other tensors. `addresses` are those of the pieces of all batches; where one of them moves, there is
+    another survey. `held` keeps what is behind the leased ones, and the frozen ones, whatever becomes of the tensors.
+    The lists run over all pieces of all batches: computed once, used at every checkpoint.
     """
 
     batches: tuple[Batch, ...]
@@ -60,6 +60,7 @@ class Survey:
     order: dict[str, list[str]]
     scalars: tuple[tuple[str, str, Mapping[str, Any]], ...]
     extra_states: list[tuple[str, torch.nn.Module]]
+    standing: Mapping[str, Any]
     key: tuple[Any, ...]
     addresses: list[int]
     held: Any
@@ -290,8 +291,9 @@ class Surveyor:
                     if is_description(name, value):
                         self._check_description(f"{self._optimizer.kind}'s state {name[:-2]} of {view.fqn}", value)
                     scalars.append((view.fqn, name, state))
-        for view in self._framework.standing:
-            self._check_description(f"parameter {view.fqn}", describe_param(view.param))
+        standing = {view.fqn: describe_param(view.param) for view in self._framework.standing}
+        for fqn, description in standing.items():
+            self._check_description(f"parameter {fqn}", description)
         buffers = [fqn for fqn, _ in self._framework.buffers()]
         check_unique("a parameter and a buffer", [view.fqn for view in self._framework.params] + buffers)
         copied += [Piece(part, local, lease=False) for part, local in self._framework.written_buffers()]
@@ -308,7 +310,7 @@ class Surveyor:
         frozen.sort(key=lambda found: found[1].slice.nbytes >= PACK_BELOW)
         return Survey(
             made, tuple(copied), tuple(piece for _, piece in frozen), tuple(view.param for view, _ in frozen),
-            order, tuple(scalars), self._framework.extra_states(), key, addresses, held,
+            order, tuple(scalars), self._framework.extra_states(), standing, key, addresses, held,
         )  # fmt: skip
 
     def _shared(self, states: list[Mapping[str, Any]]) -> set[tuple[str, str]]:

@@ -201,7 +201,7 @@ def _contradiction(manifest: Manifest) -> str | None:
     if not manifest.root <= manifest.branch <= manifest.seq:
         return f"root {manifest.root}, branch {manifest.branch} and seq {manifest.seq} do not follow each other"
     tag, world_size, shards = manifest.tag, manifest.world_size, manifest.shards
-    if tag is not None and not (0 < len(tag) <= LONGEST_TAG and tag.isprintable()):
+    if tag is not None and not is_tag(tag):
         return f"the tag is not one of 1 to {LONGEST_TAG} printable characters"
     if len(shards) != world_size or any(
         shard.rank != rank or shard.file != layout.shard_file(rank) for rank, shard in enumerate(shards)
@@ -226,6 +226,10 @@ def _not_behind(seq: int, parent: ParentRef | None, before: list[Span], root: in
     if any(span.last >= seq for span in before):
         return f"seq {seq} descends from later ones"
     return f"its root {root} is above its seq {seq}" if root > seq else None
+
+
+def is_tag(text: str) -> bool:
+    return 0 < len(text) <= LONGEST_TAG and text.isprintable()
 
 
 def bases_of(shards: Iterable[ShardRecord]) -> list[str]:

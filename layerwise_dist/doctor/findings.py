@@ -12,6 +12,7 @@ from typing import Any, Literal
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.doctor.place import Device, Mount, Space
 from layerwise_dist.doctor.speed import Flushes, Manner, Rates, Shape, median, quantile
+from layerwise_dist.storage.exposure import listed
 from layerwise_dist.units import size
 
 Verdict = Literal["ok", "warn", "bad"]
@@ -58,8 +59,8 @@ def of_access(exposed: list[str]) -> Finding:
     figures = {"exposed": exposed}
     if not exposed:
         return Finding("access", "ok", "Nobody else may change what lies there, but root.", None, figures)
-    shown = "; ".join(exposed[:4]) + (f"; and {len(exposed) - 4} more" if len(exposed) > 4 else "")
-    text = f"{shown}: others may change or remove checkpoints, put links there, or another directory in its place."
+    who = f"{listed(exposed)}: others"
+    text = f"{who} may change or remove checkpoints, put links there, or another directory in its place."
     advice = "chmod go-w, or the sticky bit above it; or a directory of the job's user below one that is nobody else's."
     return Finding("access", "warn", text, advice, figures)
 

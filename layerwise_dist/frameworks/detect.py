@@ -76,9 +76,10 @@ def adapt(
     """
     if not isinstance(framework, DeepSpeedFramework):
         special: TorchOptimizer | None = None
-        if is_zero_redundancy(unwrap(optimizer)[0]):
+        real, _ = unwrap(optimizer)
+        if is_zero_redundancy(real):
             special = ZeroRedundancyAdapter(framework, optimizer)
-        elif flat := _flat_parts(framework, unwrap(optimizer)[0]):
+        elif flat := _flat_parts(framework, real):
             special = FSDP1FlatOptimizer(flat[0], optimizer)
         if special is not None and torch_adapter is not TorchOptimizer:
             raise UnsupportedError(f"{special.kind}, layer by layer: {special.whole_only}; use update = 'auto'")

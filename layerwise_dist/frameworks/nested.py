@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.base import ParamView
 from layerwise_dist.frameworks.elsewhere import Elsewhere
+from layerwise_dist.frameworks.made_mapping import MadeMapping
 from layerwise_dist.frameworks.param_groups import adopt_groups, check_groups
 from layerwise_dist.frameworks.unwrapping import Around
 
@@ -236,7 +237,7 @@ class Nest:
         return saved["inside"][place] if place else saved
 
 
-class _JoinedState(Mapping[str, Any]):
+class _JoinedState(MadeMapping):
     """A parameter's state in all optimizers of a nest, as it is now: one object, since identities are compared."""
 
     def __init__(self, nest: Nest, param: torch.Tensor) -> None:
@@ -264,21 +265,6 @@ class _JoinedState(Mapping[str, Any]):
                     )
                 found[joined] = value
         return found
-
-    def __getitem__(self, name: str) -> Any:
-        return self._now()[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._now())
-
-    def __len__(self) -> int:
-        return len(self._now())
-
-    def values(self) -> Any:
-        return self._now().values()
-
-    def items(self) -> Any:
-        return self._now().items()
 
 
 def find(outer: Optimizer) -> dict[str, Optimizer]:

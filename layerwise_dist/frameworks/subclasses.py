@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass_type
 
 from layerwise_dist.errors import UnsupportedError
+from layerwise_dist.frameworks.made_mapping import MadeMapping
 
 MARK = "::"
 _DESCRIBED = {"class", "inner", "context", "size", "stride", "nested"}
@@ -36,27 +37,23 @@ def stands_for_others(value: object) -> bool:
     return _flattens(type(value))
 
 
-def describe(tensor: torch.Tensor) -> dict[str, Any]:
-    """All that `build` needs beside the tensors inside."""
+def describe(tensor: torch.Tensor, told: Callable[[Any], Any] = lambda context: context) -> dict[str, Any]:
+    """All that `_build` needs beside the tensors inside. `told(context)` is what is said of each context."""
     names, context = tensor.__tensor_flatten__()
     kind = type(tensor)
     return {
         "class": f"{kind.__module__}:{kind.__qualname__}",
         "inner": list(names),
-        "context": context,
+        "context": told(context),
         "size": list(tensor.shape),
         "stride": list(tensor.stride()),
-        "nested": {name: describe(getattr(tensor, name)) for name in names if stands_for_others(getattr(tensor, name))},
+        "nested": {name: describe(inner, told) for name in names if stands_for_others(inner := getattr(tensor, name))},
     }
 
 
 def describe_param(param: torch.Tensor) -> dict[str, Any]:
     """What must be alike for a restore to fill a parameter. It is not made anew, so its context need only be told."""
-    return {**describe(param), "context": _told(param.__tensor_flatten__()[1]), "nested": {
-        name: describe_param(getattr(param, name))
-        for name in param.__tensor_flatten__()[0]
-        if stands_for_others(getattr(param, name))
-    }}  # fmt: skip
+    return describe(param, _told)
 
 
 def _told(context: Any) -> Any:
@@ -106,7 +103,7 @@ def is_description(name: str, value: object) -> bool:
     return name.endswith(MARK) and isinstance(value, dict) and value.keys() == _DESCRIBED
 
 
-class OpenedState(Mapping[str, Any]):
+class OpenedState(MadeMapping):
     """A parameter's state as it is now, with the tensors inside in place of those that stand for them."""
 
     def __init__(self, state: Mapping[str, Any]) -> None:
@@ -133,18 +130,6 @@ class OpenedState(Mapping[str, Any]):
         if not mark and not stands_for_others(value := self.state[name]):
             return value
         return self._now()[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._now())
-
-    def __len__(self) -> int:
-        return len(self._now())
-
-    def values(self) -> Any:
-        return self._now().values()
-
-    def items(self) -> Any:
-        return self._now().items()
 
 
 class Opener:

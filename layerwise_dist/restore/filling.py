@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from layerwise_dist.restore.planner import Span
+from layerwise_dist.restore.reslice import reach
 from layerwise_dist.storage.reader import Shard
 
 _BUFFER_BYTES = 64 << 20  # of what lies otherwise in the file than in memory, read at once
@@ -37,13 +38,13 @@ def fill(reads: Iterable[tuple[torch.Tensor, Iterable[Span]]]) -> None:
 
 def _chunks(span: Span, item: int) -> Iterator[Span]:
     """The span, in parts along its first dimension whose bytes fit the buffer."""
-    row = _reach(span.shape[1:], span.strides[1:])
+    row = reach(span.shape[1:], span.strides[1:])
     rows = max(1, (_BUFFER_BYTES // item - row) // span.strides[0] + 1)
     for first in range(0, span.shape[0], rows):
         shape = (min(rows, span.shape[0] - first), *span.shape[1:])
         begin = span.begin + first * span.strides[0] * item
         yield replace(
-            span, begin=begin, end=begin + _reach(shape, span.strides) * item, shape=shape,
+            span, begin=begin, end=begin + reach(shape, span.strides) * item, shape=shape,
             offset=span.offset + first * span.target_strides[0] * item,
         )  # fmt: skip
 
@@ -53,15 +54,7 @@ def _scatter(tensor: torch.Tensor, span: Span) -> None:
     read = torch.empty((span.end - span.begin) // item, dtype=tensor.dtype, device="cpu")
     span.shard.read_into([(span.begin, span.end, read.data_ptr())])
     source = read.as_strided(span.shape, span.strides)
-    place = tensor.detach().view(-1).as_strided(span.shape, span.target_strides, _offset(tensor, span.offset // item))
+    begin = tensor.storage_offset() + span.offset // item
+    place = tensor.detach().view(-1).as_strided(span.shape, span.target_strides, begin)
     with torch.no_grad():
         place.copy_(source)
-
-
-def _offset(tensor: torch.Tensor, elements: int) -> int:
-    return tensor.storage_offset() + elements
-
-
-def _reach(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """From the first element to behind the last, in elements."""
-    return sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1

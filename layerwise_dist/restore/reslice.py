@@ -50,13 +50,17 @@ class Copy:
     @property
     def span(self) -> tuple[int, int]:
         """From the first element of the source to behind the last that is taken."""
-        reach = sum((size - 1) * stride for size, stride in zip(self.shape, self.source_strides, strict=True))
-        return self.source, self.source + reach + 1
+        return self.source, self.source + reach(self.shape, self.source_strides)
 
     @property
     def straight(self) -> bool:
         """Whether it is one run, in the source and in the target."""
         return not self.shape or self.source_strides == self.target_strides == (1,)
+
+
+def reach(shape: Iterable[int], strides: Iterable[int]) -> int:
+    """From the first element to behind the last, in elements."""
+    return sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1
 
 
 def boxes(part: Slice) -> list[Box]:

@@ -26,6 +26,11 @@ def exposed(root: str) -> list[str]:
     return found
 
 
+def listed(found: list[str]) -> str:
+    """In a message: the first of them."""
+    return "; ".join(found[:4] + [f"and {len(found) - 4} more"] * (len(found) > 4))
+
+
 def exposed_above(root: str) -> list[str]:
     """Of the directories above it, those whose users may put another one in its place. Raises OSError."""
     found, path = [], os.path.realpath(root)

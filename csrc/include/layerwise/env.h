@@ -159,7 +159,8 @@ class Env {
   // Confine it may be any.
   virtual void LetGo() {}
 
-  // The mode is exact: the process's umask does not reduce it. EEXIST if there.
+  // The mode is exact: the process's umask does not reduce it. EEXIST if there; ESTALE if
+  // somebody has put another directory in its place meanwhile.
   virtual Status MakeDir(const std::string& path, uint32_t mode) = 0;
 
   // Creates a file that must not exist (EEXIST); never follows a link. A file
@@ -169,10 +170,10 @@ class Env {
 
   // Takes a file that nobody needs any more over as a new one, with its space and
   // its old content: renames `from` to `to`, which must not exist (EEXIST), and opens
-  // it with exactly this mode. What is no regular file is refused before that. EBUSY if another name or anyone else,
-  // this process included, has the file; EOPNOTSUPP where the file system cannot tell
-  // (it knows no leases, or no rename that does not replace). Otherwise errors are those
-  // of NewReadableFile.
+  // it with exactly this mode. What is no regular file is refused before that. EBUSY if
+  // another name or anyone else, this process included, has the file; EOPNOTSUPP where
+  // the file system cannot tell (it knows no leases, or no rename that does not
+  // replace). Otherwise errors are those of NewReadableFile.
   //
   // With EEXIST nothing has happened. After any other failure the file may have its
   // new name already: the caller unlinks `to`, which may be missing.

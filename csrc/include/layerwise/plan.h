@@ -12,7 +12,8 @@
 
 namespace layerwise {
 
-// Which bytes of which tensor go where in a shard. Every thread may use it at any time; one plan serves the shards of many steps.
+// Which bytes of which tensor go where in a shard. Every thread may use it at any time.
+// One plan serves the shards of many steps.
 class Plan {
  public:
   // A range of the file that is hashed as one.

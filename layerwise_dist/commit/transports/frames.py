@@ -7,10 +7,13 @@ from __future__ import annotations
 import hmac
 import json
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from layerwise_dist.commit.transports import Message
 from layerwise_dist.commit.transports.proof import MAC_BYTES, Seals
+
+OnFrame = Callable[[int, bytes], None]  # of a connection's key, and the frame's body
+OnEnd = Callable[[int, str], None]  # of a connection's key, and why nothing more comes
 
 _LENGTH = struct.Struct("!I")
 LENGTH_BYTES = _LENGTH.size

@@ -19,7 +19,8 @@ from collections.abc import Callable
 from typing import Any
 
 from layerwise_dist import background
-from layerwise_dist.commit.transports.frames import LENGTH_BYTES, take_frames
+from layerwise_dist.background import Failed
+from layerwise_dist.commit.transports.frames import LENGTH_BYTES, OnEnd, OnFrame, take_frames
 from layerwise_dist.commit.transports.proof import Line, Seals
 
 _MOST_UNSENT = 256 << 20  # bytes that a peer which reads nothing may make us keep
@@ -48,9 +49,9 @@ class Links:
     """`relay.Connections` over sockets."""
 
     def __init__(self, lines: dict[int, Line]) -> None:
-        self._on_frame: Callable[[int, bytes], None] = _ignore
-        self._on_end: Callable[[int, str], None] = _ignore
-        self._on_broken: Callable[[str], None] = background.log_only
+        self._on_frame: OnFrame = _ignore
+        self._on_end: OnEnd = _ignore
+        self._on_broken: Failed = background.log_only
         self._selector = selectors.DefaultSelector()
         self._links = {key: Link(key, line) for key, line in lines.items()}
         self._calls: deque[Callable[[], None]] = deque()
@@ -76,12 +77,7 @@ class Links:
             sock.close()
         self._selector.close()
 
-    def start(
-        self,
-        on_frame: Callable[[int, bytes], None],
-        on_end: Callable[[int, str], None],
-        on_broken: Callable[[str], None],
-    ) -> None:
+    def start(self, on_frame: OnFrame, on_end: OnEnd, on_broken: Failed) -> None:
         self._on_frame, self._on_end, self._on_broken = on_frame, on_end, on_broken
         self._thread = background.start("layerwise-messages", self._run, background.log_only)
 

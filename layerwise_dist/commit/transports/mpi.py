@@ -21,7 +21,8 @@ from collections.abc import Callable
 from typing import Any
 
 from layerwise_dist import background
-from layerwise_dist.commit.transports.frames import encode
+from layerwise_dist.background import Failed
+from layerwise_dist.commit.transports.frames import OnEnd, OnFrame, encode
 from layerwise_dist.commit.transports.relay import ABOVE, RelayTransport
 from layerwise_dist.errors import ConfigError, DeadlineError
 
@@ -121,17 +122,12 @@ class MpiConnections:
         self._wake = threading.Event()
         self._closing: float | None = None
         self._ended: set[int] = set()  # keys from which nothing more comes
-        self._on_frame: Callable[[int, bytes], None] = _ignore
-        self._on_end: Callable[[int, str], None] = _ignore
-        self._on_broken: Callable[[str], None] = background.log_only
+        self._on_frame: OnFrame = _ignore
+        self._on_end: OnEnd = _ignore
+        self._on_broken: Failed = background.log_only
         self._thread: threading.Thread | None = None
 
-    def start(
-        self,
-        on_frame: Callable[[int, bytes], None],
-        on_end: Callable[[int, str], None],
-        on_broken: Callable[[str], None],
-    ) -> None:
+    def start(self, on_frame: OnFrame, on_end: OnEnd, on_broken: Failed) -> None:
         self._on_frame, self._on_end, self._on_broken = on_frame, on_end, on_broken
         self._thread = background.start("layerwise-messages", self._run, background.log_only)
 

@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from layerwise_dist.background import Failed
 from layerwise_dist.commit.transports import Handler, Message
-from layerwise_dist.commit.transports.frames import decode, encode, framed
+from layerwise_dist.commit.transports.frames import OnEnd, OnFrame, decode, encode, framed
 
 ABOVE = -1  # the key of the connection toward rank 0; those below have their rank
 # How long what comes from below is gathered before it goes up together.
@@ -26,12 +27,7 @@ class Connections(Protocol):
     `send`, `broadcast`, `later` and `drop` belong to that thread; `call` brings anything else there, in order.
     """
 
-    def start(
-        self,
-        on_frame: Callable[[int, bytes], None],
-        on_end: Callable[[int, str], None],
-        on_broken: Callable[[str], None],
-    ) -> None:
+    def start(self, on_frame: OnFrame, on_end: OnEnd, on_broken: Failed) -> None:
         """`on_frame(key, body)` for each frame, `on_end(key, why)` when nothing more comes; on the thread.
 
         `on_broken(why)` when the thread itself can't go on, as its last call; it may still `send`.
