@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +45,25 @@ def test_ctrl_c_leaves_no_file(tmp_path: Path) -> None:
         job.kill()
         job.communicate()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_while_the_watchdog_starts_keeps_nothing_alive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[threading.Timer] = []
+    real = threading.Timer.start
+
+    def interrupted(timer: threading.Timer) -> None:
+        real(timer)
+        begun.append(timer)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Timer, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Trial(str(tmp_path), say=lambda text: None).run()
+    (timer,) = begun
+    timer.join(10)
+    assert timer.finished.is_set() and not timer.is_alive() and list(tmp_path.iterdir()) == []
 
 
 def test_each_check_can_fail(tmp_path: Path) -> None:

@@ -94,9 +94,10 @@ class Trial:
         with open(errors, "wb") as file, running(command, file, {"OMP_NUM_THREADS": "1"}) as job:
             assert job.stdout is not None
             watchdog = threading.Timer(_DEADLINE_S, _kill, [job.pid])
-            watchdog.start()
+            watchdog.daemon = True
             began = time.monotonic()
             try:
+                watchdog.start()  # Ctrl-C may come within it: an exit that waited for the thread would take its time
                 for line in job.stdout:
                     if line.startswith(MARK):
                         run.take(json.loads(line[len(MARK) :]))
