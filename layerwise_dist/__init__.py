@@ -18,14 +18,14 @@ from layerwise_dist._version import __version__
 from layerwise_dist.errors import LayerwiseError
 
 if TYPE_CHECKING:
-    from layerwise_dist.assembly import attach
     from layerwise_dist.commit.metadata import CheckpointMetadataManager
     from layerwise_dist.config import LayerwiseConfig
-    from layerwise_dist.engine import LayerwiseEngine
+    from layerwise_dist.engine.assembly import attach
+    from layerwise_dist.engine.engine import LayerwiseEngine
     from layerwise_dist.frameworks.averaging import register_comm_hook
     from layerwise_dist.frameworks.deepspeed.groups import param_groups
-    from layerwise_dist.graph import DependencyGraphBuilder
-    from layerwise_dist.optimizer import LayerwiseOptimizer
+    from layerwise_dist.layers.graph import DependencyGraphBuilder
+    from layerwise_dist.layers.optimizer import LayerwiseOptimizer
     from layerwise_dist.scheduler import LayerwiseCheckpointScheduler
     from layerwise_dist.storage.adapter import PCCheckAdapter
     from layerwise_dist.trainer import LayerwiseCheckpointTrainer
@@ -48,16 +48,16 @@ __all__ = [
 ]
 
 _LAZY = {
-    "attach": "assembly",
-    "DependencyGraphBuilder": "graph",
+    "attach": "engine.assembly",
+    "DependencyGraphBuilder": "layers.graph",
     "LayerwiseConfig": "config",
-    "LayerwiseEngine": "engine",
+    "LayerwiseEngine": "engine.engine",
     "param_groups": "frameworks.deepspeed.groups",
     "register_comm_hook": "frameworks.averaging",
     "CheckpointMetadataManager": "commit.metadata",
     "LayerwiseCheckpointScheduler": "scheduler",
     "LayerwiseCheckpointTrainer": "trainer",
-    "LayerwiseOptimizer": "optimizer",
+    "LayerwiseOptimizer": "layers.optimizer",
     "PCCheckAdapter": "storage.adapter",
 }
 

@@ -21,14 +21,14 @@ import torch
 from deepspeed import initialize as _initialize  # a script may put this module's in its place
 
 from layerwise_dist import unattached
-from layerwise_dist.assembly import attach
-from layerwise_dist.at_exit import open_engines
-from layerwise_dist.beside import OnCall
 from layerwise_dist.config import LayerwiseConfig, load_config
-from layerwise_dist.disabled import DisabledEngine
-from layerwise_dist.engine import LayerwiseEngine
+from layerwise_dist.engine.assembly import attach
+from layerwise_dist.engine.at_exit import open_engines
+from layerwise_dist.engine.deepspeed_calls import CheckpointCalls
+from layerwise_dist.engine.disabled import DisabledEngine
+from layerwise_dist.engine.engine import LayerwiseEngine
+from layerwise_dist.engine.on_call import OnCall
 from layerwise_dist.errors import ConfigError
-from layerwise_dist.frameworks.deepspeed.calls import CheckpointCalls
 from layerwise_dist.frameworks.deepspeed.groups import param_groups, split_groups
 from layerwise_dist.frameworks.deepspeed.support import config_block
 

@@ -11,12 +11,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from layerwise_dist.assembly import attach
 from layerwise_dist.config import LayerwiseConfig, load_config
-from layerwise_dist.disabled import DisabledEngine
-from layerwise_dist.engine import LayerwiseEngine
+from layerwise_dist.engine.assembly import attach
+from layerwise_dist.engine.disabled import DisabledEngine
+from layerwise_dist.engine.engine import LayerwiseEngine
 from layerwise_dist.errors import ConfigError
-from layerwise_dist.graph import ROOT, DependencyGraphBuilder
+from layerwise_dist.layers.graph import ROOT, DependencyGraphBuilder
 from layerwise_dist.scheduler import BLOCKS_A_BATCH
 
 log = logging.getLogger("layerwise_dist")

@@ -28,8 +28,8 @@ from layerwise_dist.commit.metadata import CheckpointMetadataManager, InDoubt, I
 from layerwise_dist.commit.metadata import Manifest as ManifestRecord
 from layerwise_dist.commit.transports import Message
 from layerwise_dist.errors import DamageError, DirectoryError, OwnerError
-from layerwise_dist.storage import layout
-from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage import filenames
+from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.reports import BaseReport, ShardReport
 
 ROOT = "/ckpt"
@@ -134,13 +134,13 @@ class Disk:
 
     def rename(self, source: str, target: str) -> None:
         self.step("rename", target)
-        if os.path.basename(target) == layout.MANIFEST:
+        if os.path.basename(target) == filenames.MANIFEST:
             # As it is written, be it against itself where a rule is broken, which decode() would not take.
             manifest = ManifestRecord.model_validate_json(self.memory.read_file(source, 1 << 20)[:-32] + b"}")
             self._world.manifest_appears(self.place, manifest)
             if self.doubts:
                 self.doubts, self.fault = False, (0, "sync_dir", errno.EIO)
-        elif (seq := layout.parse_branch(os.path.basename(target))) is not None:
+        elif (seq := filenames.parse_branch(os.path.basename(target))) is not None:
             self._world.branch_appears(
                 self.place, seq, decode(self.memory.read_file(source, 1 << 20), BranchRecord, source)
             )
@@ -151,10 +151,10 @@ class Disk:
         folder, name = os.path.split(path)
         if name.startswith("rank_") and name.endswith(".safetensors"):
             place = os.path.basename(folder)
-            if layout.parse_base(place) is not None:
+            if filenames.parse_base(place) is not None:
                 self._world.base_goes(place)
             else:
-                self._world.shard_goes(layout.parse_folder(place), name)
+                self._world.shard_goes(filenames.parse_folder(place), name)
         self.memory.unlink(path)
 
     def remove_dir(self, path: str) -> None:
@@ -175,7 +175,7 @@ class Disk:
 
 def has_shard(memory: Any, attempt: AttemptId, rank: int) -> bool:
     try:
-        return bytes(memory.read_file(f"{ROOT}/{attempt.folder}/{layout.shard_file(rank)}", 4096)) == content(
+        return bytes(memory.read_file(f"{ROOT}/{attempt.folder}/{filenames.shard_file(rank)}", 4096)) == content(
             attempt.text, rank
         )
     except FileNotFoundError:
@@ -184,7 +184,7 @@ def has_shard(memory: Any, attempt: AttemptId, rank: int) -> bool:
 
 def has_base(memory: Any, base: str, rank: int) -> bool:
     try:
-        path = f"{ROOT}/{layout.base_folder(base)}/{layout.shard_file(rank)}"
+        path = f"{ROOT}/{filenames.base_folder(base)}/{filenames.shard_file(rank)}"
         return bytes(memory.read_file(path, 4096)) == content(base, rank)
     except FileNotFoundError:
         return False
@@ -192,7 +192,7 @@ def has_base(memory: Any, base: str, rank: int) -> bool:
 
 def has_manifest(memory: Any, attempt: AttemptId) -> bool:
     try:
-        memory.stat(f"{ROOT}/{attempt.folder}/{layout.MANIFEST}")
+        memory.stat(f"{ROOT}/{attempt.folder}/{filenames.MANIFEST}")
         return True
     except FileNotFoundError:
         return False
@@ -215,7 +215,7 @@ class Write:
 
     @property
     def final(self) -> str:
-        return f"{self.folder}/{layout.shard_file(self.rank)}"
+        return f"{self.folder}/{filenames.shard_file(self.rank)}"
 
 
 class Rank:
@@ -313,7 +313,7 @@ class Rank:
         changed = not self.base or luck > 0.8
         self.base = attempt.text if changed else self.base
         write = Write(attempt, self.rank, self.base)
-        bases = [f"{ROOT}/{layout.BASES}", f"{ROOT}/{layout.base_folder(self.base)}"] if changed else []
+        bases = [f"{ROOT}/{filenames.BASES}", f"{ROOT}/{filenames.base_folder(self.base)}"] if changed else []
         for folder in (write.folder, *bases):
             try:
                 self.disk.make_dir(folder, 0o700)
@@ -409,8 +409,8 @@ class Rank:
             self.do(self.ledger.gave_up(rank_side.GiveUp(attempt, "its base could not be written", write, False)))
             return
         operations: list[Callable[[], None]] = [
-            lambda: self.disk.write_file(write.final + layout.PARTIAL, data, 0o600),
-            lambda: self.disk.rename(write.final + layout.PARTIAL, write.final),
+            lambda: self.disk.write_file(write.final + filenames.PARTIAL, data, 0o600),
+            lambda: self.disk.rename(write.final + filenames.PARTIAL, write.final),
             lambda: self.disk.sync_dir(write.folder),
             lambda: self.disk.sync_dir(ROOT),
         ]
@@ -422,21 +422,21 @@ class Rank:
                 return
             yield
         base = BaseReport(write.base, len(content(write.base, self.rank)), 4096, 0)
-        report = ShardReport(self.rank, layout.shard_file(self.rank), len(data), 4096, 0, base)
+        report = ShardReport(self.rank, filenames.shard_file(self.rank), len(data), 4096, 0, base)
         self.do(self.ledger.persisted(attempt, report))
 
     def _base_operations(self, base: str) -> list[Callable[[], None]]:
-        bases, folder = f"{ROOT}/{layout.BASES}", f"{ROOT}/{layout.base_folder(base)}"
-        final = f"{folder}/{layout.shard_file(self.rank)}"
+        bases, folder = f"{ROOT}/{filenames.BASES}", f"{ROOT}/{filenames.base_folder(base)}"
+        final = f"{folder}/{filenames.shard_file(self.rank)}"
         return [
-            lambda: self.disk.write_file(final + layout.PARTIAL, content(base, self.rank), 0o600),
-            lambda: self.disk.rename(final + layout.PARTIAL, final),
+            lambda: self.disk.write_file(final + filenames.PARTIAL, content(base, self.rank), 0o600),
+            lambda: self.disk.rename(final + filenames.PARTIAL, final),
             lambda: self.disk.sync_dir(folder),
             lambda: self.disk.sync_dir(bases),
         ]
 
     def _remove(self, write: Write) -> Iterator[None]:
-        for path in (write.final + layout.PARTIAL, write.final):
+        for path in (write.final + filenames.PARTIAL, write.final):
             try:
                 self.disk.unlink(path)
             except OSError:

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from layerwise_dist import at_exit
-from layerwise_dist.processes import kill_all
+from layerwise_dist.engine import at_exit
+from layerwise_dist.supervision.processes import kill_all
 
 JOBS = Path(__file__).parent / "jobs"
 # The environment of DeepSpeed's jobs. What it compiles lies in this virtual environment: a DeepSpeed in another place

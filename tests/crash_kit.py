@@ -21,18 +21,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerwise_dist import _native, assembly
+from layerwise_dist import _native
 from layerwise_dist._native import testing
 from layerwise_dist.commit.metadata import CheckpointMetadataManager, Inventory
 from layerwise_dist.commit.records import Manifest
 from layerwise_dist.commit.shards import open_base, open_shard
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
 from layerwise_dist.config import load_config
-from layerwise_dist.engine import LayerwiseEngine
+from layerwise_dist.engine import assembly
+from layerwise_dist.engine.engine import LayerwiseEngine
 from layerwise_dist.errors import DamageError
-from layerwise_dist.pieces import DTYPES
-from layerwise_dist.storage import layout, typed_json
+from layerwise_dist.storage import filenames, typed_json
 from layerwise_dist.storage.reader import Shard
+from layerwise_dist.tensors.pieces import DTYPES
 
 torch.set_num_threads(1)
 
@@ -317,10 +318,10 @@ class Story:
         """What attach() had made: no later session may get the same epoch, or see another directory."""
         epoch, identity = attached
         try:
-            owner = json.loads(env.read_file(f"{self.root}/{layout.OWNER}", 4096))
+            owner = json.loads(env.read_file(f"{self.root}/{filenames.OWNER}", 4096))
         except (FileNotFoundError, ValueError) as error:
-            raise AssertionError(f"epoch {epoch} was taken, and {layout.OWNER} is gone or torn: {error}") from error
-        assert owner["epoch"] >= epoch, f"epoch {epoch} was taken, {layout.OWNER} names {owner['epoch']}"
+            raise AssertionError(f"epoch {epoch} was taken, and {filenames.OWNER} is gone or torn: {error}") from error
+        assert owner["epoch"] >= epoch, f"epoch {epoch} was taken, {filenames.OWNER} names {owner['epoch']}"
         try:
             found = manager.read_identity().identity
         except (FileNotFoundError, DamageError) as error:
@@ -333,7 +334,7 @@ class Story:
         for folder in [attempt.folder for attempt in inventory.unfinished]:
             paths += [f"{folder}/{name}" for name in env.list_dir(f"{self.root}/{folder}") if name.startswith("rank_")]
         if paths or inventory.manifests:
-            paths += [name for name in env.list_dir(self.root) if layout.is_spare(name)]
+            paths += [name for name in env.list_dir(self.root) if filenames.is_spare(name)]
         for path in paths:
             data = env.read_file(f"{self.root}/{path}", 1 << 30)
             position, content = self.published.get(beginning_of(data), ((99, 0), 0))

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from crash_kit import try_ranks
 
+from layerwise_dist.commit.agreement import together
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.transports.local import LocalTransport
 from layerwise_dist.errors import CommitError, DamageError, MismatchError, StateError
-from layerwise_dist.restore.agreement import together
 
 
 def outcomes(errors: dict[int, BaseException], *, world: int = 3) -> list[Any]:

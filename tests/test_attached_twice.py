@@ -17,7 +17,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import layerwise_dist as lwd
-from layerwise_dist import assembly, at_exit, engine, errors, holdings
+from layerwise_dist import errors
+from layerwise_dist.engine import assembly, at_exit, engine, holdings
 
 torch.set_num_threads(1)
 

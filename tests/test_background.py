@@ -17,7 +17,7 @@ import torch
 from crash_kit import build, settings, train, try_ranks
 
 import layerwise_dist
-from layerwise_dist import assembly, background, errors
+from layerwise_dist import errors
 from layerwise_dist._native import PosixEnv
 from layerwise_dist.capture.stage import Handover, Stage, StageError
 from layerwise_dist.commit.coordinator import Coordinator
@@ -26,8 +26,10 @@ from layerwise_dist.commit.ledger import Ledger
 from layerwise_dist.commit.transports.links import Links
 from layerwise_dist.commit.transports.local import LocalTransport
 from layerwise_dist.commit.transports.proof import Line
+from layerwise_dist.engine import assembly
 from layerwise_dist.storage import adapter
 from layerwise_dist.storage.recycling import Recycler
+from layerwise_dist.supervision import background
 
 SOURCES = Path(layerwise_dist.__file__).parent
 # What becomes of a failure in each, and which test here has one. Those of the monitor end its process, of which the

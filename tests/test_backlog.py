@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from crash_kit import build, in_ranks, settings, train
 
-from layerwise_dist import assembly
 from layerwise_dist._native import PosixEnv, testing
 from layerwise_dist.commit.ledger import Ledger
 from layerwise_dist.commit.transports.local import LocalTransport
+from layerwise_dist.engine import assembly
 
 KEPT = 2
 LEAVING = 6  # retired folders at most, on their way out in the background

@@ -17,7 +17,7 @@ from torch import nn
 
 import layerwise_dist as lwd
 from layerwise_dist import errors
-from layerwise_dist.disabled import DisabledEngine
+from layerwise_dist.engine.disabled import DisabledEngine
 
 torch.set_num_threads(1)
 

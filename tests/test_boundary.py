@@ -28,12 +28,12 @@ from torch.utils.data import (
     Sampler,
 )
 
-from layerwise_dist.boundary import Boundary, BoundaryMark
-from layerwise_dist.boundary_mark import PendingRng
-from layerwise_dist.capture import loose as loose_module
-from layerwise_dist.capture import rng
-from layerwise_dist.capture.loaders import LoaderTap, drawn_by_for
 from layerwise_dist.errors import BoundaryError, MismatchError, UnsupportedError
+from layerwise_dist.loop import loose as loose_module
+from layerwise_dist.loop import rng
+from layerwise_dist.loop.boundary import Boundary, BoundaryMark
+from layerwise_dist.loop.loaders import LoaderTap, drawn_by_for
+from layerwise_dist.loop.mark import PendingRng
 
 try:
     from layerwise_dist.storage import typed_json

@@ -11,14 +11,14 @@ import torch
 from crash_kit import settings, try_ranks
 from torch import nn
 
-from layerwise_dist import assembly
 from layerwise_dist._native import PosixEnv
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.transports.local import LocalTransport
-from layerwise_dist.engine import LayerwiseEngine
+from layerwise_dist.engine import assembly
+from layerwise_dist.engine.engine import LayerwiseEngine
+from layerwise_dist.engine.replicas import Common
 from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.ddp import DDPFramework
-from layerwise_dist.replicas import Common
 
 
 def first_checkpoint(

@@ -18,10 +18,10 @@ from layerwise_dist._native import testing
 from layerwise_dist.capture import survey
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.session import Committer
-from layerwise_dist.engine import LayerwiseEngine
+from layerwise_dist.engine.engine import LayerwiseEngine
 from layerwise_dist.errors import CommitError, DirectoryError
-from layerwise_dist.storage.base import BaseFile
-from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage.filenames import AttemptId
+from layerwise_dist.storage.frozen_file import BaseFile
 from layerwise_dist.storage.reports import BaseReport
 from layerwise_dist.storage.retention import unneeded_bases
 

@@ -16,10 +16,11 @@ import torch
 from crash_kit import ROOT, Story, build, in_ranks, raw, settings, tensors_of, train, try_ranks
 from torch import nn
 
-from layerwise_dist import _native, assembly
+from layerwise_dist import _native
 from layerwise_dist._native import PosixEnv, testing
 from layerwise_dist.commit.metadata import CheckpointMetadataManager, Manifest
 from layerwise_dist.commit.transports.local import LocalTransport
+from layerwise_dist.engine import assembly
 from layerwise_dist.errors import DamageError, LayerwiseError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.ddp import DDPFramework

@@ -72,7 +72,7 @@ def test_a_script_that_is_left_keeps_its_exit_code(tmp_path: Path, at_14: str, w
 
 
 def test_mutation_an_exit_that_seals_what_is_open_is_caught(tmp_path: Path) -> None:
-    sealing = "from layerwise_dist import at_exit; at_exit.begun = lambda: False; sys.exit(3)"
+    sealing = "from layerwise_dist.engine import at_exit; at_exit.begun = lambda: False; sys.exit(3)"
     code, _ = run(tmp_path, sealing)
     assert code == 3 and newest(tmp_path) == 15, "which is half an iteration"
 

@@ -34,10 +34,10 @@ from crash_kit import (
 )
 
 import layerwise_dist as lwd
-from layerwise_dist import assembly
 from layerwise_dist._native import PosixEnv, testing
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.transports.local import LocalTransport
+from layerwise_dist.engine import assembly
 from layerwise_dist.errors import CommitError
 
 FAULTY = 2  # the step whose save is disturbed

@@ -17,12 +17,13 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import layerwise_dist as lwd
-from layerwise_dist import errors, geometry
+from layerwise_dist import errors
 from layerwise_dist.capture import survey
 from layerwise_dist.frameworks import base
 from layerwise_dist.frameworks.ddp import DDPFramework
 from layerwise_dist.frameworks.optimizers import TorchOptimizer
-from layerwise_dist.geometry import Geometry
+from layerwise_dist.tensors import geometry
+from layerwise_dist.tensors.geometry import Geometry
 
 sys.path.insert(0, str(Path(__file__).parent / "jobs"))
 from kit import contents, differences  # noqa: E402

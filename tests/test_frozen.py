@@ -20,7 +20,7 @@ from conftest import Warm
 from torch import nn
 
 import layerwise_dist as lwd
-from layerwise_dist import assembly, errors
+from layerwise_dist import errors
 from layerwise_dist._native import PosixEnv, testing
 from layerwise_dist.capture import audit, base_writing, survey
 from layerwise_dist.capture.frozen import FrozenBases
@@ -28,7 +28,8 @@ from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.records import Manifest
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
 from layerwise_dist.config import load_config
-from layerwise_dist.storage import base as storage_base
+from layerwise_dist.engine import assembly
+from layerwise_dist.storage import frozen_file as storage_base
 
 sys.path.insert(0, str(Path(__file__).parent / "jobs"))
 import lora  # noqa: E402

@@ -11,10 +11,11 @@ import pytest
 import torch
 from crash_kit import build, differing, in_ranks, settings, tensors_of, train
 
-from layerwise_dist import assembly, errors
+from layerwise_dist import errors
 from layerwise_dist._native import PosixEnv, testing
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.transports.local import LocalTransport
+from layerwise_dist.engine import assembly
 
 STEPS = 50
 

@@ -12,15 +12,15 @@ import pytest
 from conftest import Warm
 
 from layerwise_dist.commit.coordinator import Announce, Coordinator
+from layerwise_dist.engine.replicas import MOST_WINDOWS, in_turn, judge
 from layerwise_dist.errors import DamageError, MismatchError, UnsupportedError
-from layerwise_dist.replicas import MOST_WINDOWS, in_turn, judge
 from layerwise_dist.restore import contents
 from layerwise_dist.restore.contents import Held, entries
 from layerwise_dist.restore.loader import _index
 from layerwise_dist.restore.planner import ShardSet, plan
-from layerwise_dist.slices import Slice, ranks_of, ranks_text
 from layerwise_dist.storage.reader import Entry, parse_header
-from layerwise_dist.storage.shard import ShardLayout, Source, state_extent
+from layerwise_dist.storage.shard_layout import ShardLayout, Source, state_extent
+from layerwise_dist.tensors.slices import Slice, ranks_of, ranks_text
 
 RIGHT = [
     "ignored", "groups", "stages", "stages_apart", "owner", "owner_later", "own_state", "local", "apart", "averaging",

@@ -12,10 +12,11 @@ from crash_kit import build, in_ranks, settings, train
 from test_stage import attach, equal, tensors
 from torch import nn
 
-from layerwise_dist import assembly, errors
+from layerwise_dist import errors
 from layerwise_dist._native import PosixEnv
 from layerwise_dist.commit.transports.local import LocalTransport
-from layerwise_dist.engine import LayerwiseEngine
+from layerwise_dist.engine import assembly
+from layerwise_dist.engine.engine import LayerwiseEngine
 
 Update = Callable[[torch.Tensor], None]
 

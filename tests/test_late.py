@@ -15,11 +15,11 @@ from test_stage import attach, equal, slow, tensors
 from torch import Tensor, nn
 
 import layerwise_dist as lwd
-from layerwise_dist import assembly
 from layerwise_dist._native import PosixEnv, testing
-from layerwise_dist.attempts import Attempts
 from layerwise_dist.capture.lease import Capture
 from layerwise_dist.commit.transports.local import LocalTransport
+from layerwise_dist.engine import assembly
+from layerwise_dist.engine.attempts import Attempts
 from layerwise_dist.errors import DamageError
 
 WIDTH, STEPS = 96, 10  # a layer has 36 KiB, and 108 KiB with AdamW's state

@@ -17,7 +17,7 @@ from test_stage import attach, build, check_committed, equal, plain, slow, tenso
 
 from layerwise_dist import errors
 from layerwise_dist.capture.lease import Capture
-from layerwise_dist.engine import LayerwiseEngine
+from layerwise_dist.engine.engine import LayerwiseEngine
 
 MODES = ("pipelined_step", "in_backward")
 

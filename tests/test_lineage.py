@@ -22,9 +22,9 @@ from layerwise_dist.cli.showing import show
 from layerwise_dist.cli.verifying import verify
 from layerwise_dist.commit.metadata import CheckpointMetadataManager, Inventory, Manifest, decode, encode
 from layerwise_dist.commit.session import Committer
-from layerwise_dist.engine import LayerwiseEngine
+from layerwise_dist.engine.engine import LayerwiseEngine
 from layerwise_dist.errors import BoundaryError, DamageError, MismatchError, NotFoundError
-from layerwise_dist.restore.agreement import Wish, candidates
+from layerwise_dist.restore.choice import Wish, candidates
 from layerwise_dist.restore.restorer import Restorer
 from layerwise_dist.storage import retention
 

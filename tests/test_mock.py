@@ -12,9 +12,10 @@ from test_stage import build, equal, plain, tensors, update
 from torch import nn
 
 import layerwise_dist as lwd
-from layerwise_dist import _native, assembly, errors
+from layerwise_dist import _native, errors
 from layerwise_dist.commit.transports.local import LocalTransport
 from layerwise_dist.config import load_config
+from layerwise_dist.engine import assembly
 
 STEPS = 6
 

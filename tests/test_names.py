@@ -24,8 +24,8 @@ from layerwise_dist.frameworks import base, names
 from layerwise_dist.frameworks.ddp import DDPFramework
 from layerwise_dist.frameworks.fsdp1 import FSDP1Framework
 from layerwise_dist.frameworks.names import CleanNames
-from layerwise_dist.slices import Slice
-from layerwise_dist.storage.shard import ShardLayout, Source
+from layerwise_dist.storage.shard_layout import ShardLayout, Source
+from layerwise_dist.tensors.slices import Slice
 
 torch.set_num_threads(1)
 

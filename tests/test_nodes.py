@@ -19,7 +19,6 @@ import pytest
 from conftest import JOBS, Running
 from crash_kit import build, differing, in_ranks, settings, tensors_of, train, try_ranks
 
-from layerwise_dist import assembly
 from layerwise_dist._native import PosixEnv
 from layerwise_dist.bench.light import shard_bytes
 from layerwise_dist.cli.catalogue import Catalogue
@@ -27,6 +26,7 @@ from layerwise_dist.cli.listing import ls
 from layerwise_dist.commit import places
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.transports.local import LocalTransport
+from layerwise_dist.engine import assembly
 from layerwise_dist.errors import DamageError, DirectoryError, UnsupportedError
 from layerwise_dist.frameworks.base import Framework
 

@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from layerwise_dist import DependencyGraphBuilder, LayerwiseOptimizer
 from layerwise_dist.errors import BoundaryError, ConfigError, UnsupportedError
-from layerwise_dist.gradients import Arrivals
-from layerwise_dist.optimizer import _Stepping
-from layerwise_dist.subset_step import SubsetStep
+from layerwise_dist.frameworks.subset_step import SubsetStep
+from layerwise_dist.layers.gradients import Arrivals
+from layerwise_dist.layers.optimizer import _Stepping
 
 STEPS = 4
 MODES = ("pipelined_step", "in_backward")

@@ -15,11 +15,12 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import layerwise_dist as lwd
-from layerwise_dist import assembly, errors
+from layerwise_dist import errors
 from layerwise_dist._native import PosixEnv, testing
 from layerwise_dist.capture.survey import Surveyor
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
 from layerwise_dist.config import load_config
+from layerwise_dist.engine import assembly
 from layerwise_dist.frameworks import elsewhere, nested
 from layerwise_dist.storage import typed_json
 

@@ -37,7 +37,7 @@ from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.doctor import examination
 from layerwise_dist.storage import odd
 from layerwise_dist.storage.exposure import exposed
-from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.recycling import Recycler
 
 LOGGER = "layerwise_dist"

@@ -17,7 +17,7 @@ from layerwise_dist.capture.audit import Audit
 from layerwise_dist.capture.survey import Surveyor
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import TorchOptimizer
-from layerwise_dist.overlaps import LayersApart, overlaps
+from layerwise_dist.frameworks.overlaps import LayersApart, overlaps
 
 MODES = ("pipelined_step", "in_backward")
 

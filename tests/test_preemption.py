@@ -22,12 +22,12 @@ from conftest import Warm, WarmJob
 from crash_kit import build, in_ranks, settings, tensors_of, train
 
 import layerwise_dist as lwd
-from layerwise_dist import assembly, preemption
 from layerwise_dist._native import PosixEnv
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.transports.local import LocalTransport
+from layerwise_dist.engine import assembly, preemption
+from layerwise_dist.engine.preemption import Preemption
 from layerwise_dist.errors import ConfigError
-from layerwise_dist.preemption import Preemption
 
 RANKS, DEADLINE = 2, 60.0
 

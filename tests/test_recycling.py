@@ -18,7 +18,7 @@ from crash_kit import ROOT, Story
 
 from layerwise_dist._native import PosixEnv, testing
 from layerwise_dist.commit.session import Committer
-from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.recycling import Recycler
 
 WRITER = {"queue_depth": 2, "block_kb": 32}

@@ -13,7 +13,7 @@ from numpy.lib.stride_tricks import as_strided
 from layerwise_dist.errors import DamageError
 from layerwise_dist.restore import reslice
 from layerwise_dist.restore.reslice import Copy, boxes, copies
-from layerwise_dist.slices import Slice
+from layerwise_dist.tensors.slices import Slice
 
 SHAPES = st.lists(st.integers(1, 5), max_size=4).map(tuple)
 

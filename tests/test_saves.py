@@ -14,16 +14,17 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import layerwise_dist as lwd
-from layerwise_dist import assembly, errors
+from layerwise_dist import errors
 from layerwise_dist._native import PosixEnv, testing
-from layerwise_dist.beside import OnCall
 from layerwise_dist.cli.catalogue import Catalogue
 from layerwise_dist.cli.console import put
 from layerwise_dist.cli.listing import ls
 from layerwise_dist.cli.showing import show
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.transports.local import LocalTransport
-from layerwise_dist.engine import LayerwiseEngine
+from layerwise_dist.engine import assembly
+from layerwise_dist.engine.engine import LayerwiseEngine
+from layerwise_dist.engine.on_call import OnCall
 from layerwise_dist.storage import retention
 
 CALLS = {"every_n_steps": None}

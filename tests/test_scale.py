@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from layerwise_dist.commit.coordinator import Announce, Coordinator, RetireOld, WriteManifest
 from layerwise_dist.commit.ledger import Ledger, Post
-from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.reports import ShardReport
 
 

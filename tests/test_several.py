@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 import layerwise_dist as lwd
-from layerwise_dist import assembly, errors
+from layerwise_dist import errors
 from layerwise_dist._native import PosixEnv, testing
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
 from layerwise_dist.config import load_config
+from layerwise_dist.engine import assembly
 from layerwise_dist.frameworks import composite
 
 sys.path.insert(0, str(Path(__file__).parent / "jobs"))

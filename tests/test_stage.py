@@ -13,12 +13,13 @@ import torch
 from crash_kit import try_ranks
 from torch import nn
 
-from layerwise_dist import assembly, errors
+from layerwise_dist import errors
 from layerwise_dist._native import PosixEnv, testing
 from layerwise_dist.capture import stage
 from layerwise_dist.capture.survey import Surveyor
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
 from layerwise_dist.config import load_config
+from layerwise_dist.engine import assembly
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import TorchOptimizer
 
@@ -113,7 +114,7 @@ def fenced(root: Path, pool_mb: int) -> tuple[list[int], dict[str, Any]]:
 def _watched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Notes in the engine, after each fence, how many blocks of the fenced shard are not written yet."""
     from layerwise_dist.capture.lease import Capture
-    from layerwise_dist.engine import LayerwiseEngine
+    from layerwise_dist.engine.engine import LayerwiseEngine
 
     real = LayerwiseEngine._end_leases
 
@@ -140,7 +141,8 @@ def test_with_room_in_the_pool_the_fence_does_not_wait_for_the_disk_and_every_ch
 def test_without_room_in_the_pool_the_fence_waits_and_every_checkpoint_is_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("layerwise_dist.attempts.pool_bytes", lambda *_, **__: 64 << 10)  # the bounce buffer, no more
+    pool_of_bounce_buffer = 64 << 10
+    monkeypatch.setattr("layerwise_dist.engine.attempts.pool_bytes", lambda *_, **__: pool_of_bounce_buffer)
     pending, stats = fenced(tmp_path, pool_mb=8)
     assert stats["bytes_evacuated"] == 0
     assert max(pending) <= 2, "only what is not leased may be on its way: the boundary's copies and the state"
@@ -191,7 +193,7 @@ def test_staged_training_is_bit_identical_and_so_is_each_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool_mb: int
 ) -> None:
     if pool_mb == 8:
-        monkeypatch.setattr("layerwise_dist.attempts.pool_bytes", lambda *_, **__: 1 << 20)
+        monkeypatch.setattr("layerwise_dist.engine.attempts.pool_bytes", lambda *_, **__: 1 << 20)
     model, optimizer = build()
     with attach(model, optimizer, tmp_path, slow(0.0005), capture="stage", pool_mb=pool_mb, max_in_flight=3) as ckpt:
         for step in ckpt.steps(7):

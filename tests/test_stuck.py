@@ -21,10 +21,11 @@ from test_waits import Job, equal, restored
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from layerwise_dist import _native, assembly, errors
+from layerwise_dist import _native, errors
 from layerwise_dist._native import PosixEnv, testing
 from layerwise_dist.commit.transports.local import LocalTransport
 from layerwise_dist.config import load_config
+from layerwise_dist.engine import assembly
 from layerwise_dist.storage.adapter import PCCheckAdapter
 
 STUCK_S = 600.0
@@ -45,7 +46,7 @@ CALLS = {
 
 @pytest.fixture
 def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Job]]:
-    monkeypatch.setattr("layerwise_dist.engine._LAST_S", 0.1)
+    monkeypatch.setattr("layerwise_dist.engine.engine._LAST_S", 0.1)
     made: list[Job] = []
 
     def make(**config: Any) -> Job:
@@ -319,7 +320,7 @@ def test_a_restore_from_a_stuck_disk_ends_in_time_and_names_the_file(tmp_path: P
 def test_mutation_a_look_at_records_without_a_deadline_is_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("layerwise_dist.save_restore.within", lambda timeout_s, what, action: action())
+    monkeypatch.setattr("layerwise_dist.engine.saves.within", lambda timeout_s, what, action: action())
     monkeypatch.setattr("test_stuck.STUCK_S", 1.0)
     with pytest.raises(AssertionError, match="waited 1.2 s for rank 0's decision"):
         test_a_restore_from_a_stuck_disk_ends_in_time_and_names_the_file(tmp_path, "record")

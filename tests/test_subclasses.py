@@ -17,9 +17,10 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 import layerwise_dist as lwd
-from layerwise_dist import assembly, errors
+from layerwise_dist import errors
 from layerwise_dist._native import PosixEnv
 from layerwise_dist.commit.transports.local import LocalTransport
+from layerwise_dist.engine import assembly
 from layerwise_dist.frameworks import optimizers, subclasses
 from layerwise_dist.frameworks.ddp import DDPFramework
 

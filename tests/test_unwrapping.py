@@ -17,11 +17,12 @@ from torch.distributed.optim import PostLocalSGDOptimizer
 from torch.utils.data import DataLoader
 
 import layerwise_dist as lwd
-from layerwise_dist import assembly, errors
+from layerwise_dist import errors
 from layerwise_dist._native import PosixEnv, testing
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
 from layerwise_dist.config import load_config
+from layerwise_dist.engine import assembly
 from layerwise_dist.frameworks import optimizers, unwrapping
 
 torch.set_num_threads(1)

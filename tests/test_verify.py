@@ -19,18 +19,19 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import layerwise_dist as lwd
-from layerwise_dist import assembly, errors
+from layerwise_dist import errors
 from layerwise_dist._native import PosixEnv
 from layerwise_dist.cli.catalogue import Catalogue
 from layerwise_dist.cli.verifying import verify
 from layerwise_dist.commit.transports.local import LocalTransport
+from layerwise_dist.engine import assembly
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.ddp import DDPFramework
-from layerwise_dist.pieces import Piece
 from layerwise_dist.restore import contents, sealed_state
 from layerwise_dist.restore.reslice import first_gap
-from layerwise_dist.slices import Slice
 from layerwise_dist.storage import typed_json
+from layerwise_dist.tensors.pieces import Piece
+from layerwise_dist.tensors.slices import Slice
 
 torch.set_num_threads(1)
 

@@ -16,11 +16,13 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 import layerwise_dist as lwd
-from layerwise_dist import assembly, errors, pieces
+from layerwise_dist import errors
 from layerwise_dist._native import PosixEnv
 from layerwise_dist.commit.transports.local import LocalTransport
+from layerwise_dist.engine import assembly
 from layerwise_dist.frameworks.ddp import DDPFramework
 from layerwise_dist.restore import loader
+from layerwise_dist.tensors import pieces
 
 torch.set_num_threads(1)
 # From 16 KiB on a tensor is not packed with others but read where it lies.

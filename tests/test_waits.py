@@ -14,13 +14,14 @@ import torch
 from crash_kit import in_ranks, try_ranks
 from torch import nn
 
-from layerwise_dist import assembly, errors
+from layerwise_dist import errors
 from layerwise_dist._native import PosixEnv, testing
 from layerwise_dist.capture.lease import Capture
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
 from layerwise_dist.config import load_config
-from layerwise_dist.engine import LayerwiseEngine
+from layerwise_dist.engine import assembly
+from layerwise_dist.engine.engine import LayerwiseEngine
 
 torch.set_num_threads(1)
 
@@ -129,7 +130,8 @@ def test_an_update_after_a_wait_that_ran_out_fences_as_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: bool
 ) -> None:
     if not room:
-        monkeypatch.setattr("layerwise_dist.attempts.pool_bytes", lambda *_, **__: 32 << 10)  # the bounce buffer alone
+        pool_of_bounce_buffer = 32 << 10
+        monkeypatch.setattr("layerwise_dist.engine.attempts.pool_bytes", lambda *_, **__: pool_of_bounce_buffer)
     job = Job(tmp_path)
     with job.ckpt as ckpt:
         job.slow()

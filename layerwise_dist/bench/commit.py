@@ -19,7 +19,7 @@ from layerwise_dist.bench.failure import BenchFailed
 from layerwise_dist.bench.figures import Chart, Findings, Spread
 from layerwise_dist.bench.progress import bar
 from layerwise_dist.bench.workplace import workplace
-from layerwise_dist.processes import running
+from layerwise_dist.supervision.processes import running
 
 _WORKER = "layerwise_dist.bench.commit_worker"
 

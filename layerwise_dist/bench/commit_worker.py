@@ -17,7 +17,7 @@ import time
 import traceback
 from typing import Any
 
-from layerwise_dist import _native, background
+from layerwise_dist import _native
 from layerwise_dist.bench.light import LightRank, LightWrite, Switchboard
 from layerwise_dist.commit.ledger import Ledger, Post
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
@@ -30,9 +30,10 @@ from layerwise_dist.commit.transports.frames import decode, encode
 from layerwise_dist.commit.transports.links import Links
 from layerwise_dist.commit.transports.rendezvous import Met, meet
 from layerwise_dist.commit.transports.store import over_tcp
-from layerwise_dist.storage import layout
-from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage import filenames
+from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.reports import ShardReport
+from layerwise_dist.supervision import background
 
 _WARM_UP = 2  # commits before the first that counts
 _DEADLINE_S = 120.0
@@ -53,7 +54,7 @@ class RootWrite(LightWrite):
     """Rank 0's shard of a simulated checkpoint: none. The folder is there, for the manifest."""
 
     def persist(self, timeout_s: float) -> ShardReport:
-        return ShardReport(0, layout.shard_file(0), 4096, 4096, 0)
+        return ShardReport(0, filenames.shard_file(0), 4096, 4096, 0)
 
 
 def root(ranks: int, on_node: int, commits: int, folder: str) -> None:
@@ -153,7 +154,7 @@ class Crowd:
                     actions = [*rank.sealed(_Sealed(attempt)), *rank.boundary(step)]  # type: ignore[arg-type]
                 else:
                     report = ShardReport(
-                        rank.rank, layout.shard_file(rank.rank), 1 << 30, 65536, hash(attempt) & (1 << 64) - 1
+                        rank.rank, filenames.shard_file(rank.rank), 1 << 30, 65536, hash(attempt) & (1 << 64) - 1
                     )
                     actions = rank.persisted(attempt, report)
                 messages += [action.message for action in actions if isinstance(action, Post)]

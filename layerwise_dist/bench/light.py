@@ -17,8 +17,8 @@ from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.session import follow, open_session, start_coordinator, start_keeper
 from layerwise_dist.commit.transports import Transport
 from layerwise_dist.commit.transports.rendezvous import Gather
-from layerwise_dist.storage import layout
-from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage import filenames
+from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.removal import remove
 from layerwise_dist.storage.reports import ShardReport
 
@@ -37,7 +37,7 @@ class LightWrite:
         self.attempt = attempt
         self._env, self._root, self._rank, self._at = env, root, rank, at
         self._folder = os.path.join(root, attempt.folder)
-        self._final = os.path.join(self._folder, layout.shard_file(rank))
+        self._final = os.path.join(self._folder, filenames.shard_file(rank))
 
     def begin(self) -> None:
         self._at("open")
@@ -49,21 +49,21 @@ class LightWrite:
     def persist(self, timeout_s: float) -> ShardReport:
         data = shard_bytes(self.attempt, self._rank)
         self._at("write")
-        self._env.write_file(self._final + layout.PARTIAL, data, 0o600)
+        self._env.write_file(self._final + filenames.PARTIAL, data, 0o600)
         self._at("rename")
-        self._env.rename(self._final + layout.PARTIAL, self._final)
+        self._env.rename(self._final + filenames.PARTIAL, self._final)
         self._at("flush")
         self._env.sync_dir(self._folder)
         self._env.sync_dir(self._root)
         self._at("report")
-        return ShardReport(self._rank, layout.shard_file(self._rank), len(data), 4096, _native.xxh3_64(data))
+        return ShardReport(self._rank, filenames.shard_file(self._rank), len(data), 4096, _native.xxh3_64(data))
 
     def abort(self) -> None:
         return None
 
     def discard(self) -> None:
         name = os.path.basename(self._final)
-        remove(self._env, self._folder, (name + layout.PARTIAL, name))
+        remove(self._env, self._folder, (name + filenames.PARTIAL, name))
 
 
 class LightRank:

@@ -13,7 +13,7 @@ from layerwise_dist.bench.figures import Chart, Findings
 from layerwise_dist.bench.model import GPT, Shape, adamw, windows
 from layerwise_dist.bench.progress import bar
 from layerwise_dist.bench.workplace import workplace
-from layerwise_dist.trace_picture import draw
+from layerwise_dist.engine.trace_picture import draw
 
 _STEPS = 8  # behind the observed first one, the audited ones, and those in which files are new
 

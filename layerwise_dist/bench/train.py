@@ -22,7 +22,7 @@ from layerwise_dist.bench.model import Shape
 from layerwise_dist.bench.progress import Bar, bar
 from layerwise_dist.bench.train_worker import MARK, modes_of
 from layerwise_dist.bench.workplace import workplace
-from layerwise_dist.processes import running
+from layerwise_dist.supervision.processes import running
 from layerwise_dist.units import size
 
 _RAW_BYTES = 512 << 20

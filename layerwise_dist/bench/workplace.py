@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from layerwise_dist.processes import terminable
+from layerwise_dist.supervision.processes import terminable
 
 
 class NoRoom(Exception):

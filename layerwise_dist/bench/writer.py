@@ -19,8 +19,8 @@ from layerwise_dist.bench.raw import RawFile, has_fio
 from layerwise_dist.bench.workplace import workplace
 from layerwise_dist.capture.pages import back_by_huge_pages
 from layerwise_dist.scheduler import BLOCKS_A_BATCH, LayerSize, LayerwiseCheckpointScheduler
-from layerwise_dist.slices import Slice
-from layerwise_dist.storage.shard import ShardLayout, Source
+from layerwise_dist.storage.shard_layout import ShardLayout, Source
+from layerwise_dist.tensors.slices import Slice
 from layerwise_dist.units import size
 
 _TENSORS_A_LAYER = 12  # what a transformer's block has

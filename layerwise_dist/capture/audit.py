@@ -16,7 +16,7 @@ import torch
 
 from layerwise_dist import _native
 from layerwise_dist.capture.survey import Survey
-from layerwise_dist.pieces import Piece
+from layerwise_dist.tensors.pieces import Piece
 
 FULL_FIRST = 3  # checkpoints
 ROUND = 100  # checkpoints in which the rotation comes round

@@ -10,14 +10,15 @@ from collections.abc import Collection, Iterable, Sequence
 
 import torch
 
-from layerwise_dist import _native, background
+from layerwise_dist import _native
 from layerwise_dist.capture.held import check_present
 from layerwise_dist.capture.stage import copies_for
 from layerwise_dist.errors import DeadlineError, LayerwiseError
-from layerwise_dist.patience import stuck_calls
-from layerwise_dist.storage.base import BaseFile
+from layerwise_dist.storage.frozen_file import BaseFile
 from layerwise_dist.storage.reports import BaseReport
-from layerwise_dist.storage.shard import ALIGN
+from layerwise_dist.storage.shard_layout import ALIGN
+from layerwise_dist.supervision import background
+from layerwise_dist.supervision.patience import stuck_calls
 
 log = logging.getLogger("layerwise_dist")
 

@@ -17,14 +17,14 @@ from layerwise_dist.capture.base_writing import Content, Writing
 from layerwise_dist.capture.survey import Survey
 from layerwise_dist.errors import DeadlineError
 from layerwise_dist.frameworks.base import ParamView
-from layerwise_dist.pieces import Piece
-from layerwise_dist.slices import Slice
 from layerwise_dist.storage.adapter import PCCheckAdapter
-from layerwise_dist.storage.base import BaseFile
-from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage.filenames import AttemptId
+from layerwise_dist.storage.frozen_file import BaseFile
 from layerwise_dist.storage.reader import ShardIndex
 from layerwise_dist.storage.reports import BaseReport
-from layerwise_dist.storage.shard import cut_segments
+from layerwise_dist.storage.shard_layout import cut_segments
+from layerwise_dist.tensors.pieces import Piece
+from layerwise_dist.tensors.slices import Slice
 
 log = logging.getLogger("layerwise_dist")
 

@@ -19,7 +19,7 @@ from layerwise_dist.capture.survey import Survey
 from layerwise_dist.errors import LayerwiseError
 from layerwise_dist.storage.adapter import ShardWrite
 from layerwise_dist.storage.gathered import GatheredExtent
-from layerwise_dist.storage.shard import ALIGN
+from layerwise_dist.storage.shard_layout import ALIGN
 
 
 class LeaseBroken(LayerwiseError):

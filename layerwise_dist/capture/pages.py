@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from layerwise_dist import _native, background
+from layerwise_dist import _native
+from layerwise_dist.supervision import background
 
 log = logging.getLogger("layerwise_dist")
 

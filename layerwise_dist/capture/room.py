@@ -9,8 +9,8 @@ from typing import Literal
 
 from layerwise_dist.capture.survey import BOUNDARY_LAYER, Survey
 from layerwise_dist.errors import ConfigError
-from layerwise_dist.pieces import Batch
 from layerwise_dist.storage.gathered import GatheredExtent
+from layerwise_dist.tensors.pieces import Batch
 
 log = logging.getLogger("layerwise_dist")
 

@@ -16,9 +16,9 @@ from typing import Any, Protocol
 
 import torch
 
-from layerwise_dist import background
 from layerwise_dist.errors import LayerwiseError
 from layerwise_dist.storage.gathered import GatheredExtent
+from layerwise_dist.supervision import background
 
 log = logging.getLogger("layerwise_dist")
 

@@ -15,13 +15,13 @@ from layerwise_dist.errors import ConfigError, StateError, UnsupportedError
 from layerwise_dist.frameworks.base import Framework, ParamView, same_objects
 from layerwise_dist.frameworks.names import check_unique
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
+from layerwise_dist.frameworks.overlaps import overlaps
 from layerwise_dist.frameworks.subclasses import describe_param, is_description, stands_for_others
-from layerwise_dist.geometry import Geometry
-from layerwise_dist.overlaps import overlaps
-from layerwise_dist.pieces import Batch, Piece, check_layout
 from layerwise_dist.scheduler import LayerSize
 from layerwise_dist.storage import typed_json
-from layerwise_dist.storage.shard import PACK_BELOW, Source
+from layerwise_dist.storage.shard_layout import PACK_BELOW, Source
+from layerwise_dist.tensors.geometry import Geometry
+from layerwise_dist.tensors.pieces import Batch, Piece, check_layout
 
 # Extent of everything that is copied at the boundary. No module's name can clash: it has no layer's place in the tree.
 BOUNDARY_LAYER = "(boundary)"

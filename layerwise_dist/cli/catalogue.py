@@ -14,9 +14,9 @@ from layerwise_dist.commit.metadata import CheckpointMetadataManager, Inventory
 from layerwise_dist.commit.records import BaseRecord, Manifest, ShardRecord
 from layerwise_dist.commit.shards import open_base, open_shard
 from layerwise_dist.errors import DamageError, NotFoundError
-from layerwise_dist.restore.agreement import Wish, candidates
-from layerwise_dist.storage import layout
-from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.restore.choice import Wish, candidates
+from layerwise_dist.storage import filenames
+from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.odd import oddity
 from layerwise_dist.storage.reader import Shard
 
@@ -40,7 +40,7 @@ class Catalogue:
         self.inventory: Inventory = self.manager.inventory()
         found = self.inventory
         known = found.manifests or found.branches or found.damaged or found.unfinished
-        if not known and not os.path.lexists(os.path.join(self.root, layout.IDENTITY)):
+        if not known and not os.path.lexists(os.path.join(self.root, filenames.IDENTITY)):
             raise WrongUsage(f"{directory}: holds no checkpoints of layerwise_dist")
 
     @cached_property
@@ -53,7 +53,7 @@ class Catalogue:
         found = self.inventory
         if found.dangling is None or found.newest is None:
             return found.damaged
-        return {**found.damaged, layout.branch_file(found.newest.seq): found.dangling}
+        return {**found.damaged, filenames.branch_file(found.newest.seq): found.dangling}
 
     def odd(self) -> list[str]:
         """Entries whose names are like ours and are none, in words: nothing reads or removes them."""
@@ -66,9 +66,9 @@ class Catalogue:
     def odd_commits(self) -> dict[str, str]:
         """Those of them that hold a manifest, which nobody will take."""
         found = self.inventory.odd.items()
-        paths = {name: os.path.join(self.root, name, layout.MANIFEST) for name, _ in found}
+        paths = {name: os.path.join(self.root, name, filenames.MANIFEST) for name, _ in found}
         return {
-            name: f"{name!r} holds a {layout.MANIFEST} that no restore looks at: {problem}"
+            name: f"{name!r} holds a {filenames.MANIFEST} that no restore looks at: {problem}"
             for name, problem in found
             if os.path.lexists(paths[name])
         }
@@ -137,12 +137,12 @@ class Catalogue:
         found = []
         for base in self.inventory.bases:
             try:
-                nbytes, _ = measure(os.path.join(self.root, layout.base_folder(base)))
+                nbytes, _ = measure(os.path.join(self.root, filenames.base_folder(base)))
             except FileNotFoundError:
                 continue  # removed while this looks
             referring = [m for m in self.inventory.manifests.values() if base in m.bases]
             found.append({
-                "attempt": base, "folder": layout.base_folder(base), "bytes": nbytes,
+                "attempt": base, "folder": filenames.base_folder(base), "bytes": nbytes,
                 "seqs": sorted(manifest.seq for manifest in referring),
                 "steps": sorted({manifest.step for manifest in referring}),
             })  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 
 from layerwise_dist.cli.catalogue import Catalogue, measure
 from layerwise_dist.cli.console import Answer, Beneath, age, damaged, size
-from layerwise_dist.storage import layout
+from layerwise_dist.storage import filenames
 
 _STYLE = {"newest": "bold green", "lineage": "green", "abandoned": "dim", "incomplete": "yellow", "damaged": "bold red"}
 
@@ -92,8 +92,8 @@ def _incomplete(catalogue: Catalogue) -> list[dict[str, Any]]:
 def _damaged(catalogue: Catalogue) -> list[dict[str, Any]]:
     found = []
     for name, damage in catalogue.damaged_records.items():
-        attempt = layout.parse_folder(name)
-        seq = attempt.seq if attempt else layout.parse_branch(name)
+        attempt = filenames.parse_folder(name)
+        seq = attempt.seq if attempt else filenames.parse_branch(name)
         path = os.path.join(catalogue.root, name)
         try:
             nbytes, created = measure(path) if attempt else (os.lstat(path).st_size, os.lstat(path).st_mtime)

@@ -9,8 +9,8 @@ from layerwise_dist.cli.catalogue import Catalogue
 from layerwise_dist.cli.console import Answer, damaged, row, size, table
 from layerwise_dist.commit.records import Manifest
 from layerwise_dist.errors import DamageError
-from layerwise_dist.slices import Slice
-from layerwise_dist.storage import layout
+from layerwise_dist.storage import filenames
+from layerwise_dist.tensors.slices import Slice
 
 _LISTED = 20
 _SHARDS = 200
@@ -44,7 +44,7 @@ def _read(catalogue: Catalogue, manifest: Manifest) -> tuple[list[Found], dict[s
         for record in catalogue.here(manifest):
             files = [({"rank": record.rank, "file": record.file, "bytes": record.nbytes}, opener.open)]
             if record.base is not None:
-                file = f"{layout.base_folder(record.base.attempt)}/{record.file}"
+                file = f"{filenames.base_folder(record.base.attempt)}/{record.file}"
                 files.append(({"rank": record.rank, "file": file, "bytes": record.base.nbytes}, opener.open_base))
             for shard, open_it in files:
                 shards.append(shard)
@@ -74,7 +74,7 @@ def _place(part: Slice) -> dict[str, Any]:
 
 
 def _shared(manifest: Manifest) -> str:
-    folders = ", ".join(map(layout.base_folder, manifest.bases))
+    folders = ", ".join(map(filenames.base_folder, manifest.bases))
     return f"{size(manifest.base_nbytes)} of frozen parameters in {folders}: to copy the checkpoint, copy that too"
 
 

@@ -15,7 +15,7 @@ from layerwise_dist.cli.console import Answer, damaged, row, size, table
 from layerwise_dist.commit.opening import unusable
 from layerwise_dist.commit.records import BaseRecord, Manifest
 from layerwise_dist.errors import DamageError
-from layerwise_dist.storage import layout
+from layerwise_dist.storage import filenames
 
 _STYLE = {"sound": "green", "not hashed": "yellow", "damaged": "bold red", "retired": "dim"}
 
@@ -34,7 +34,7 @@ def verify(catalogue: Catalogue, step: int | None) -> Answer:
         records = {
             name: damage
             for name, damage in catalogue.inventory.damaged.items()
-            if (attempt := layout.parse_folder(name)) is not None and attempt.step == step
+            if (attempt := filenames.parse_folder(name)) is not None and attempt.step == step
         }
     odd = catalogue.odd_commits() if step is None else {}
     records |= {**odd, **unusable(catalogue.manager, catalogue.inventory)}

@@ -17,7 +17,7 @@ from layerwise_dist.commit.common_boundary import CommonBoundary
 from layerwise_dist.commit.metadata import InDoubt
 from layerwise_dist.commit.transports import Message
 from layerwise_dist.errors import OwnerError
-from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage.filenames import AttemptId
 
 log = logging.getLogger("layerwise_dist")
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from layerwise_dist import background
 from layerwise_dist.commit.coordinator import (
     Announce,
     ComposeManifest,
@@ -20,7 +19,8 @@ from layerwise_dist.commit.coordinator import (
 )
 from layerwise_dist.commit.transports import Message
 from layerwise_dist.errors import OwnerError
-from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage.filenames import AttemptId
+from layerwise_dist.supervision import background
 
 log = logging.getLogger("layerwise_dist")
 

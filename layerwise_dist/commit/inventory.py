@@ -6,8 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from layerwise_dist.commit.records import Branch, Manifest
-from layerwise_dist.storage import layout
-from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage import filenames
+from layerwise_dist.storage.filenames import AttemptId
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Inventory:
     @property
     def damaged_commits(self) -> dict[AttemptId, str]:
         """What is wrong with damaged manifests, by what the folder's name says."""
-        named = ((layout.parse_folder(name), problem) for name, problem in self.damaged.items())
+        named = ((filenames.parse_folder(name), problem) for name, problem in self.damaged.items())
         return {attempt: problem for attempt, problem in named if attempt is not None}
 
     @property
@@ -68,7 +68,7 @@ class Inventory:
 
     @property
     def _damaged_branches(self) -> dict[int, str]:
-        named = ((layout.parse_branch(name), problem) for name, problem in self.damaged.items())
+        named = ((filenames.parse_branch(name), problem) for name, problem in self.damaged.items())
         return {seq: problem for seq, problem in named if seq is not None}
 
     @property
@@ -83,7 +83,7 @@ class Inventory:
             if newest is None or seq > newest.seq:
                 return f"{problem}; it said from which commit the newest branch goes on"
         if newest is None and self.manifests:
-            return f"every checkpoint here is of another directory than {layout.IDENTITY} ({self.identity})"
+            return f"every checkpoint here is of another directory than {filenames.IDENTITY} ({self.identity})"
         if newest is None or self.dangling is None:
             return None
         newer = [problem for attempt, problem in self.damaged_commits.items() if attempt.seq > newest.seq]
@@ -103,7 +103,7 @@ class Inventory:
         if found is not None and found.ref == parent:
             return None
         return (
-            f"{layout.branch_file(newest.seq)}: the commit that it goes on from (seq {parent.seq}, attempt "
+            f"{filenames.branch_file(newest.seq)}: the commit that it goes on from (seq {parent.seq}, attempt "
             f"{parent.attempt}) is not there"
         )
 
@@ -159,7 +159,7 @@ class Inventory:
 
     @property
     def _wrote_bases(self) -> list[tuple[int, int]]:
-        return [found for base in self.bases if (found := layout.parse_base(base)) is not None]
+        return [found for base in self.bases if (found := filenames.parse_base(base)) is not None]
 
     def light(self) -> Inventory:
         """Without the lists of shards, which are most of it: enough to know the lineage by. Its own to change."""

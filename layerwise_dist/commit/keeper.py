@@ -6,14 +6,14 @@ import logging
 import queue
 from typing import Any
 
-from layerwise_dist import background
 from layerwise_dist.commit.metadata import Branch, CheckpointMetadataManager, Manifest, decode
 from layerwise_dist.commit.opening import SessionInfo
 from layerwise_dist.commit.owner import Owner
 from layerwise_dist.commit.transports import Message
 from layerwise_dist.errors import DamageError, OwnerError
-from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.odd import leave
+from layerwise_dist.supervision import background
 
 log = logging.getLogger("layerwise_dist")
 

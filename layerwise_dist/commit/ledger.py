@@ -15,7 +15,7 @@ from typing import Protocol
 from layerwise_dist.commit.common_boundary import Hold, Meeting
 from layerwise_dist.commit.coordinator import FIRST_GRANT
 from layerwise_dist.commit.transports import Message
-from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.reports import ShardReport
 
 LEVELS = ("staged", "durable", "committed")

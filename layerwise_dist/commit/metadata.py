@@ -27,8 +27,8 @@ from layerwise_dist.commit.records import (
     encode,
 )
 from layerwise_dist.errors import DamageError
-from layerwise_dist.storage import layout
-from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage import filenames
+from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.odd import is_no_folder, kind_at, leave, oddity
 from layerwise_dist.storage.removal import remove, remove_files
 from layerwise_dist.storage.retention import unneeded_bases
@@ -65,7 +65,7 @@ class CheckpointMetadataManager:
         of_seq: dict[int, dict[str, Manifest | Branch]] = {}
         taken: list[int] = []
         for name in self.env.list_dir(self.root):
-            attempt, branch_seq = layout.parse_folder(name), layout.parse_branch(name)
+            attempt, branch_seq = filenames.parse_folder(name), filenames.parse_branch(name)
             try:
                 if branch_seq is not None:
                     branches[branch_seq] = branch = self._read_branch(name, branch_seq)
@@ -80,10 +80,10 @@ class CheckpointMetadataManager:
                         unfinished.append(attempt)
                     else:
                         of_seq.setdefault(attempt.seq, {})[name] = manifest
-                elif (seq := layout.parse_unfinished_branch(name)) is not None:
+                elif (seq := filenames.parse_unfinished_branch(name)) is not None:
                     if kind_at(self.env, os.path.join(self.root, name)) not in (None, "file"):
                         taken.append(seq)  # it stays, in the way of a record of this seq
-                elif problem := layout.odd(name):
+                elif problem := filenames.odd(name):
                     odd[name] = problem
             except DamageError as error:
                 damaged[name] = str(error)
@@ -127,26 +127,26 @@ class CheckpointMetadataManager:
     def bases(self) -> list[str]:
         """The attempts of which there is a folder of frozen parameters. Raises OSError."""
         try:
-            names = self.env.list_dir(os.path.join(self.root, layout.BASES))
+            names = self.env.list_dir(os.path.join(self.root, filenames.BASES))
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
-            if oddity(error, layout.BASES) is None:
+            if oddity(error, filenames.BASES) is None:
                 raise
             return []  # what refers to some is damaged
-        return [name for name in names if layout.parse_base(name) is not None]
+        return [name for name in names if filenames.parse_base(name) is not None]
 
     def manifest_path(self, attempt: AttemptId) -> str:
-        return os.path.join(self.root, attempt.folder, layout.MANIFEST)
+        return os.path.join(self.root, attempt.folder, filenames.MANIFEST)
 
     def shard_path(self, manifest: Manifest, rank: int) -> str:
-        return os.path.join(self.root, manifest.attempt_id.folder, layout.shard_file(rank))
+        return os.path.join(self.root, manifest.attempt_id.folder, filenames.shard_file(rank))
 
     def base_path(self, base: str, rank: int) -> str:
-        return os.path.join(self.root, layout.base_folder(base), layout.shard_file(rank))
+        return os.path.join(self.root, filenames.base_folder(base), filenames.shard_file(rank))
 
     def read_identity(self) -> Identity:
-        return self._read(os.path.join(self.root, layout.IDENTITY), Identity)
+        return self._read(os.path.join(self.root, filenames.IDENTITY), Identity)
 
     def _read(self, path: str, model: type[R]) -> R:
         try:
@@ -167,28 +167,28 @@ class CheckpointMetadataManager:
         Raises OSError before the rename (nothing happened), or `InDoubt` when the directory's flush failed after it.
         """
         folder = os.path.join(self.root, manifest.attempt_id.folder)
-        self._publish(folder, layout.MANIFEST_TMP, layout.MANIFEST, manifest)
+        self._publish(folder, filenames.MANIFEST_TMP, filenames.MANIFEST, manifest)
 
     def write_branch(self, branch: Branch) -> None:
         """Makes a roll-back or fresh start durable. Raises as `commit`."""
-        name = layout.branch_file(branch.seq)
+        name = filenames.branch_file(branch.seq)
         self._publish(self.root, name + ".tmp", name, branch)
 
     def write_identity(self, identity: Identity) -> None:
-        self._publish(self.root, layout.IDENTITY + ".tmp", layout.IDENTITY, identity)
+        self._publish(self.root, filenames.IDENTITY + ".tmp", filenames.IDENTITY, identity)
 
     def prepare(self, manifest: Manifest) -> None:
         """The first half of `commit`: its bytes are durable under another name. Raises OSError."""
-        self._write(os.path.join(self.root, manifest.attempt_id.folder, layout.MANIFEST_TMP), manifest)
+        self._write(os.path.join(self.root, manifest.attempt_id.folder, filenames.MANIFEST_TMP), manifest)
 
     def publish(self, attempt: AttemptId) -> None:
         """The second half, of what was prepared. Raises as `commit`."""
-        self._into_place(os.path.join(self.root, attempt.folder), layout.MANIFEST_TMP, layout.MANIFEST)
+        self._into_place(os.path.join(self.root, attempt.folder), filenames.MANIFEST_TMP, filenames.MANIFEST)
 
     def unprepare(self, attempt: AttemptId) -> None:
         """What was prepared will not be published. Raises OSError."""
         folder = os.path.join(self.root, attempt.folder)
-        remove(self.env, folder, [layout.MANIFEST_TMP])
+        remove(self.env, folder, [filenames.MANIFEST_TMP])
 
     def _publish(self, folder: str, temporary: str, final: str, record: Record) -> None:
         path = os.path.join(folder, temporary)
@@ -227,22 +227,23 @@ class CheckpointMetadataManager:
         may bring it back, so that its shards must stay.
         """
         folder = os.path.join(self.root, attempt.folder)
-        self._unlink(os.path.join(folder, layout.MANIFEST))
+        self._unlink(os.path.join(folder, filenames.MANIFEST))
         try:
             self.env.sync_dir(folder)
         except OSError as error:
-            raise InDoubt(f"{folder}: {layout.MANIFEST} was removed, but that could not be flushed: {error}") from error
+            said = f"{folder}: {filenames.MANIFEST} was removed, but that could not be flushed"
+            raise InDoubt(f"{said}: {error}") from error
 
     def collect(self, attempt: AttemptId) -> None:
         """Removes an attempt that has no manifest: only files that this package named, and the folder if empty."""
-        self._remove(attempt.folder, layout.is_attempt_file)
+        self._remove(attempt.folder, filenames.is_attempt_file)
 
     def remove_base(self, base: str) -> None:
         """Removes frozen parameters.
 
         REQUIRES: no manifest refers to them, or ever will, whatever a crash brings back.
         """
-        self._remove(layout.base_folder(base), layout.is_shard_file)
+        self._remove(filenames.base_folder(base), filenames.is_shard_file)
 
     def _remove(self, name: str, ours: Callable[[str], bool]) -> None:
         folder = os.path.join(self.root, name)
@@ -287,8 +288,8 @@ class CheckpointMetadataManager:
                     log.warning("leftovers of step %d stay until the next start: %s", attempt.step, error)
         for manifest in inventory.manifests.values():
             folder = os.path.join(self.root, manifest.attempt_id.folder)
-            remove_files(self.env, folder, filter(layout.is_leftover_in_commit, self.env.list_dir(folder)))
-        remove_files(self.env, self.root, filter(layout.is_leftover, self.env.list_dir(self.root)))
+            remove_files(self.env, folder, filter(filenames.is_leftover_in_commit, self.env.list_dir(folder)))
+        remove_files(self.env, self.root, filter(filenames.is_leftover, self.env.list_dir(self.root)))
         for base in unneeded_bases(inventory.bases, inventory.manifests.values()) if references_known else ():
             self.remove_base(base)
 
@@ -297,19 +298,19 @@ class CheckpointMetadataManager:
 
         Raises OSError or DamageError.
         """
-        attempt = layout.parse_folder(name)
+        attempt = filenames.parse_folder(name)
         if attempt is not None:
             return encode(self.read_manifest(attempt)).decode()
         return encode(self._read(os.path.join(self.root, name), Branch)).decode()
 
     def remove_old_branches(self) -> None:
         """All but the newest, which tells which branch newer commits are of though they are damaged. Raises OSError."""
-        seqs = [seq for name in self.env.list_dir(self.root) if (seq := layout.parse_branch(name)) is not None]
+        seqs = [seq for name in self.env.list_dir(self.root) if (seq := filenames.parse_branch(name)) is not None]
         for seq in sorted(seqs)[:-1]:
             self.remove_branch(seq)
 
     def remove_branch(self, seq: int) -> None:
-        remove_files(self.env, self.root, [layout.branch_file(seq)])
+        remove_files(self.env, self.root, [filenames.branch_file(seq)])
 
     def _unlink(self, path: str) -> None:
         try:

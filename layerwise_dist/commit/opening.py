@@ -19,8 +19,8 @@ from typing import Any
 from layerwise_dist.commit.metadata import Branch, CheckpointMetadataManager, Identity, Inventory, Manifest, decode
 from layerwise_dist.commit.owner import Owner, read_owner
 from layerwise_dist.errors import DamageError, DirectoryError
-from layerwise_dist.storage import layout
-from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage import filenames
+from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.odd import kind_at, oddity
 
 log = logging.getLogger("layerwise_dist")
@@ -142,8 +142,8 @@ class Place:
 
     def _bring(self, name: str, text: str) -> str | None:
         """Writes a record of another place's here. A manifest only if its shards are here: else why not."""
-        if (seq := layout.parse_branch(name)) is not None:
-            self._manager.write_branch(decode(text.encode(), Branch, layout.branch_file(seq)))
+        if (seq := filenames.parse_branch(name)) is not None:
+            self._manager.write_branch(decode(text.encode(), Branch, filenames.branch_file(seq)))
             return None
         manifest = decode(text.encode(), Manifest, name)
         for rank in self._ranks:
@@ -190,34 +190,34 @@ def unusable(manager: CheckpointMetadataManager, found: Inventory) -> dict[str, 
     try:
         epoch = max(epoch, read_owner(manager.env, manager.root).get("epoch", 0))
     except OSError as error:
-        problems[layout.OWNER] = f"no job can take {os.path.join(manager.root, layout.OWNER)}: {error}"
+        problems[filenames.OWNER] = f"no job can take {os.path.join(manager.root, filenames.OWNER)}: {error}"
     if problem := _too_few(manager.root, epoch, found.last_seq):
         problems["numbers"] = problem
-    path = os.path.join(manager.root, layout.IDENTITY)
+    path = os.path.join(manager.root, filenames.IDENTITY)
     try:
         manager.read_identity()
         if found.manifests and found.newest is None and found.lost is not None:
-            problems[layout.IDENTITY] = found.lost
+            problems[filenames.IDENTITY] = found.lost
     except FileNotFoundError:
         if not found.empty:
-            problems[layout.IDENTITY] = f"{path} is missing: {_way_out(manager, found)}"
+            problems[filenames.IDENTITY] = f"{path} is missing: {_way_out(manager, found)}"
     except DamageError as error:
         # What is no file is not written over.
         written = kind_at(manager.env, path) == "file"
-        problems[layout.IDENTITY] = f"{error}: {_way_out(manager, found)}" if written else str(error)
+        problems[filenames.IDENTITY] = f"{error}: {_way_out(manager, found)}" if written else str(error)
     except OSError as error:
-        problems[layout.IDENTITY] = str(error)
+        problems[filenames.IDENTITY] = str(error)
     return problems
 
 
 def _too_few(root: str, epoch: int, seq: int) -> str | None:
     """Why no session can begin behind these, the highest in the directory, if so."""
     for what, number in (("epoch", epoch), ("seq", seq)):
-        if number + 1 >= layout.BEGIN_BELOW:
+        if number + 1 >= filenames.BEGIN_BELOW:
             return (
                 f"{root} holds a checkpoint or an attempt of {what} {number}: behind it there are too few numbers for "
-                f"a session, which begins below {layout.BEGIN_BELOW}. Go on in a new directory, or move what has that "
-                "number away"
+                f"a session, which begins below {filenames.BEGIN_BELOW}. Go on in a new directory, or move what has "
+                "that number away"
             )
     return None
 
@@ -240,7 +240,7 @@ def told_identity(found: Inventory, root: str) -> str | None:
     if len(said) > 1:
         listed = ", ".join(f"{times} of {identity}" for identity, times in said[:4])
         raise DirectoryError(
-            f"{os.path.join(root, layout.IDENTITY)} is missing or damaged, and the records in {root} are of several "
+            f"{os.path.join(root, filenames.IDENTITY)} is missing or damaged, and the records in {root} are of several "
             f"directories ({listed}): move those that were copied here away, and start again"
         )
     return said[0][0] if said else None
@@ -268,7 +268,7 @@ def merge(found: list[dict[str, Any]], root: str, *, fresh: bool) -> Plan:
     for attempt in manifests.values():
         lacking.append((AttemptId(*attempt).folder, [place for place in found if attempt in place["manifests"]]))
     for seq in sorted({seq for place in found for seq in place["branches"]}):
-        lacking.append((layout.branch_file(seq), [place for place in found if seq in place["branches"]]))
+        lacking.append((filenames.branch_file(seq), [place for place in found if seq in place["branches"]]))
     epoch, last_seq = max(each["epoch"] for each in found), max(each["last_seq"] for each in found)
     if problem := _too_few(root, epoch, last_seq):
         raise DirectoryError(problem)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from layerwise_dist.errors import OwnerError, shown
-from layerwise_dist.storage import layout, strict_json
+from layerwise_dist.storage import filenames, strict_json
 
 log = logging.getLogger("layerwise_dist")
 
@@ -41,7 +41,7 @@ class Owner:
 
         Raises OwnerError naming the holder, or OSError.
         """
-        self._root, self._path = root, os.path.join(root, layout.OWNER)
+        self._root, self._path = root, os.path.join(root, filenames.OWNER)
         self._env, self._who, self._monitored = env, who, monitored
         self.epoch, self._session = 0, ""
         self._writing = threading.Lock()  # `end` may come while another thread checks
@@ -104,7 +104,7 @@ def _parsed(read: Callable[[], bytes]) -> dict[str, Any]:
         return {}
     if type(tree) is not dict or any(type(tree.get(name)) is not kind for name, kind in _MEMBERS.items()):
         return {}
-    return tree if layout.is_number(tree["epoch"]) else {}
+    return tree if filenames.is_number(tree["epoch"]) else {}
 
 
 def _take(env: Any, root: str, path: str, file_mode: int, patience_s: float, grace_s: float) -> Any:
@@ -138,7 +138,7 @@ def _take(env: Any, root: str, path: str, file_mode: int, patience_s: float, gra
 def read_owner(env: Any, root: str) -> dict[str, Any]:
     """What the file says, without the lock; nothing if it is torn, or not there. Raises OSError if it can't be read."""
     try:
-        return _parsed(lambda: env.read_file(os.path.join(root, layout.OWNER), _CAP))
+        return _parsed(lambda: env.read_file(os.path.join(root, filenames.OWNER), _CAP))
     except FileNotFoundError:
         return {}
 

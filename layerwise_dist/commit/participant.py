@@ -9,15 +9,15 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal
 
-from layerwise_dist import background
 from layerwise_dist.commit.common_boundary import Meeting
 from layerwise_dist.commit.keeper import HEARS, KeeperThread
 from layerwise_dist.commit.ledger import Action, Discard, GiveUp, Ledger, Persist, Post, Retire, Write
 from layerwise_dist.commit.transports import Message, Transport
 from layerwise_dist.commit.votes import describe_error, rebuild_error
 from layerwise_dist.errors import CommitError, DeadlineError, LayerwiseError
-from layerwise_dist.patience import DISK_SHARE, stuck_calls
-from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage.filenames import AttemptId
+from layerwise_dist.supervision import background
+from layerwise_dist.supervision.patience import DISK_SHARE, stuck_calls
 
 log = logging.getLogger("layerwise_dist")
 

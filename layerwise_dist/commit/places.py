@@ -14,8 +14,8 @@ from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.transports.rendezvous import place
 from layerwise_dist.commit.votes import rebuild_error, tried
 from layerwise_dist.errors import DeadlineError, DirectoryError, LayerwiseError
-from layerwise_dist.patience import within
-from layerwise_dist.storage import layout, network
+from layerwise_dist.storage import filenames, network
+from layerwise_dist.supervision.patience import within
 
 log = logging.getLogger("layerwise_dist")
 
@@ -30,7 +30,7 @@ class _Probe:
         self._made: list[str] = []
 
     def path(self, token: str, rank: int) -> str:
-        return os.path.join(self._root, layout.probe_file(token, rank))
+        return os.path.join(self._root, filenames.probe_file(token, rank))
 
     def make(self, token: str, rank: int) -> None:
         """Raises DirectoryError."""

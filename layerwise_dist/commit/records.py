@@ -15,10 +15,10 @@ from pydantic import Field, ValidationError, model_validator
 
 from layerwise_dist import _native
 from layerwise_dist.errors import DamageError
-from layerwise_dist.storage import layout, strict_json
-from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage import filenames, strict_json
+from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.schemas import HEX16, HEX32, Schema, Unfit, fits
-from layerwise_dist.storage.shard import ALIGN, HEADER_CAP
+from layerwise_dist.storage.shard_layout import ALIGN, HEADER_CAP
 
 _TAIL = re.compile(rb',"checksum":"([0-9a-f]{16})"\}\n\Z')
 _TAIL_BYTES = len(b',"checksum":"0123456789abcdef"}\n')
@@ -30,8 +30,8 @@ _LONGEST_FRAMEWORK = 1 << 16
 _TEXTS, _OBJECT = 1 << 20, 1 << 10  # bytes: more than all texts of a record, and than all of a shard in it
 _LAST_TIME = 1e11  # seconds since 1970; the year 5138
 
-Number = Annotated[int, Field(ge=1, lt=layout.NUMBERS_END)]
-NumberOrNone = Annotated[int, Field(ge=0, lt=layout.NUMBERS_END)]
+Number = Annotated[int, Field(ge=1, lt=filenames.NUMBERS_END)]
+NumberOrNone = Annotated[int, Field(ge=0, lt=filenames.NUMBERS_END)]
 FileSize = Annotated[int, Field(ge=0, lt=1 << 63)]
 HeaderSize = Annotated[int, Field(ge=ALIGN, le=HEADER_CAP, multiple_of=ALIGN)]
 Hex16 = Annotated[str, Field(pattern=HEX16)]
@@ -67,7 +67,7 @@ class Span(Record):
         return self
 
 
-Places = Annotated[list[list[int]], Field(max_length=layout.RANKS_END)]
+Places = Annotated[list[list[int]], Field(max_length=filenames.RANKS_END)]
 Spans = Annotated[list[Span], Field(max_length=100_000)]
 
 
@@ -81,13 +81,13 @@ class BaseRecord(Record):
 
     @model_validator(mode="after")
     def _of_an_attempt(self) -> BaseRecord:
-        if layout.parse_base(self.attempt) is None:
+        if filenames.parse_base(self.attempt) is None:
             raise ValueError(f"{self.attempt} is the attempt of no session")
         return self
 
 
 class ShardRecord(Record):
-    rank: int = Field(ge=0, lt=layout.RANKS_END)
+    rank: int = Field(ge=0, lt=filenames.RANKS_END)
     file: str
     nbytes: FileSize
     header_bytes: HeaderSize
@@ -115,16 +115,16 @@ class Manifest(Record):
     branch: NumberOrNone
     before: Spans
     root: NumberOrNone
-    step: int = Field(ge=0, lt=layout.STEPS_END)
-    world_size: int = Field(ge=1, le=layout.RANKS_END)
+    step: int = Field(ge=0, lt=filenames.STEPS_END)
+    world_size: int = Field(ge=1, le=filenames.RANKS_END)
     framework: str = Field(min_length=1, max_length=_LONGEST_FRAMEWORK)
     boundary: Literal["explicit", "loader", "inferred", "call"]
     places: Places | None = None  # ranks whose shards lie in one directory, where not all do
     tag: str | None = None
     created: float = Field(ge=0, le=_LAST_TIME)
     software: dict[str, str] = Field(max_length=100)
-    bases: list[str] = Field([], max_length=layout.RANKS_END)
-    shards: list[ShardRecord] = Field(max_length=layout.RANKS_END)
+    bases: list[str] = Field([], max_length=filenames.RANKS_END)
+    shards: list[ShardRecord] = Field(max_length=filenames.RANKS_END)
 
     def contradiction(self) -> str | None:
         return _contradiction(self)
@@ -204,7 +204,7 @@ def _contradiction(manifest: Manifest) -> str | None:
     if tag is not None and not is_tag(tag):
         return f"the tag is not one of 1 to {LONGEST_TAG} printable characters"
     if len(shards) != world_size or any(
-        shard.rank != rank or shard.file != layout.shard_file(rank) for rank, shard in enumerate(shards)
+        shard.rank != rank or shard.file != filenames.shard_file(rank) for rank, shard in enumerate(shards)
     ):
         return f"it does not list one shard for each of {world_size} ranks"
     if manifest.bases != bases_of(shards):

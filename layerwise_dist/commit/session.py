@@ -35,11 +35,11 @@ from layerwise_dist.commit.records import bases_of
 from layerwise_dist.commit.transports import Message, Transport
 from layerwise_dist.commit.votes import rebuild_error, tried
 from layerwise_dist.errors import DamageError, DeadlineError, DirectoryError, OwnerError
-from layerwise_dist.patience import DISK_SHARE, stuck_calls, within
-from layerwise_dist.storage import layout
-from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage import filenames
+from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.odd import leave
 from layerwise_dist.storage.retention import retired, unneeded_bases
+from layerwise_dist.supervision.patience import DISK_SHARE, stuck_calls, within
 
 log = logging.getLogger("layerwise_dist")
 
@@ -390,7 +390,7 @@ def _check_directory(env: Any, root: str, manager: CheckpointMetadataManager, in
         found = manager.read_identity().identity
     except FileNotFoundError:
         raise DirectoryError(
-            f"{os.path.join(root, layout.IDENTITY)}, which was made for all ranks, is not there: is a mount missing?"
+            f"{os.path.join(root, filenames.IDENTITY)}, which was made for all ranks, is not there: is a mount missing?"
         ) from None
     if found != info.identity:
         raise DirectoryError(

@@ -7,7 +7,7 @@ from typing import Any
 
 from layerwise_dist import errors
 from layerwise_dist.errors import CommitError, LayerwiseError
-from layerwise_dist.patience import within
+from layerwise_dist.supervision.patience import within
 
 
 def tried(timeout_s: float, what: str, action: Callable[[], Any]) -> dict[str, Any]:

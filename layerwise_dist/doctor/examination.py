@@ -20,7 +20,7 @@ from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.doctor import findings, kernel, place, speed
 from layerwise_dist.doctor.findings import Finding
-from layerwise_dist.storage import layout
+from layerwise_dist.storage import filenames
 from layerwise_dist.storage.exposure import exposed, exposed_above
 from layerwise_dist.storage.retention import staying
 from layerwise_dist.units import size
@@ -71,7 +71,7 @@ def examine(directory: str, plan: Plan, progress: Callable[[str], None] = lambda
 
     progress("looking at the file system")
     add = report.findings.append
-    owned = here and kernel.is_locked(os.path.join(looked_at, layout.OWNER))
+    owned = here and kernel.is_locked(os.path.join(looked_at, filenames.OWNER))
     add(findings.of_directory(report.directory, looked_at, here, owned))
     add(findings.of_access(_access(looked_at, here)))
     report.findings += findings.of_file_system(mount, device, kernel.flushes_are_hooked())
@@ -147,7 +147,7 @@ def _checkpoints(root: str, keep_every: int | None, keep_tags: int | None) -> tu
     lineage, family = inventory.lineage(), inventory.family()
     stay = staying(lineage, family, keep_every_n_steps=keep_every, keep_tags=keep_tags, above=inventory.newest_damage)
     commits = {commit.seq: _on_disk(os.path.join(root, commit.attempt_id.folder)) for commit in family}
-    bases = sum(_on_disk(os.path.join(root, layout.base_folder(base))) for base in inventory.bases)
+    bases = sum(_on_disk(os.path.join(root, filenames.base_folder(base))) for base in inventory.bases)
     unfinished = sum(_on_disk(os.path.join(root, attempt.folder)) for attempt in inventory.unfinished)
     held = findings.Held(sum(commits.values()) + bases + unfinished, bases + sum(commits[seq] for seq in stay))
     return (lineage[0].nbytes if lineage else None), held

@@ -21,11 +21,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from layerwise_dist import _native
-from layerwise_dist.slices import Slice
 from layerwise_dist.storage.adapter import PCCheckAdapter
-from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.recycling import recycles
-from layerwise_dist.storage.shard import Source
+from layerwise_dist.storage.shard_layout import Source
+from layerwise_dist.tensors.slices import Slice
 
 _SOURCE_BYTES = 256 << 20  # memory that the data comes from; larger amounts go through it several times
 _LAYER_BYTES = 16 << 20

@@ -15,8 +15,8 @@ from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.names import CleanNames, check_unique, join
 from layerwise_dist.frameworks.parts import Parts
 from layerwise_dist.frameworks.subclasses import inside, stands_for_others
-from layerwise_dist.pieces import Piece, check_layout, dtype_code
-from layerwise_dist.slices import Slice, ranks_of
+from layerwise_dist.tensors.pieces import Piece, check_layout, dtype_code
+from layerwise_dist.tensors.slices import Slice, ranks_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from layerwise_dist.frameworks.base import Framework, ParamView, same_objects
 from layerwise_dist.frameworks.nested import NO_STATE
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter, UpdateEvents
 from layerwise_dist.frameworks.parts import Parts
-from layerwise_dist.pieces import Piece
-from layerwise_dist.slices import Slice
+from layerwise_dist.tensors.pieces import Piece
+from layerwise_dist.tensors.slices import Slice
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 

@@ -14,8 +14,8 @@ from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.base import Framework, ParamView
 from layerwise_dist.frameworks.buckets import BucketOrder
 from layerwise_dist.frameworks.shares import shares
-from layerwise_dist.pieces import Piece
-from layerwise_dist.slices import Slice, ranks_text
+from layerwise_dist.tensors.pieces import Piece
+from layerwise_dist.tensors.slices import Slice, ranks_text
 
 # Of torch's communication hooks, those with which the ranks' gradients, and so their parameters, are not the same.
 _LOCAL_HOOKS = ("post_localSGD_hook", "noop_hook")

@@ -9,9 +9,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from layerwise_dist.compiled import without_compiled_wrapper
 from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.base import Framework
+from layerwise_dist.frameworks.compiled import without_compiled_wrapper
 from layerwise_dist.frameworks.composite import CompositeFramework, CompositeOptimizer, check_names
 from layerwise_dist.frameworks.ddp import DDPFramework
 from layerwise_dist.frameworks.deepspeed import DeepSpeedFramework, DeepSpeedOptimizer, is_engine

@@ -18,9 +18,9 @@ from layerwise_dist.frameworks.base import Framework, ParamView
 from layerwise_dist.frameworks.nested import NO_STATE, Nest
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.frameworks.param_groups import adopt_groups, check_groups, in_order
-from layerwise_dist.geometry import Geometry
-from layerwise_dist.pieces import DTYPES
-from layerwise_dist.slices import Slice
+from layerwise_dist.tensors.geometry import Geometry
+from layerwise_dist.tensors.pieces import DTYPES
+from layerwise_dist.tensors.slices import Slice
 
 
 @dataclass(frozen=True, slots=True)

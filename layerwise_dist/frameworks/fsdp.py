@@ -18,8 +18,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from layerwise_dist.errors import MismatchError, UnsupportedError
 from layerwise_dist.frameworks.base import Framework, ParamView, changes
 from layerwise_dist.frameworks.shares import owners
-from layerwise_dist.pieces import Piece, dtype_code
-from layerwise_dist.slices import Slice, ranks_text
+from layerwise_dist.tensors.pieces import Piece, dtype_code
+from layerwise_dist.tensors.slices import Slice, ranks_text
 
 
 class FSDP2Framework(Framework):

@@ -21,8 +21,8 @@ from layerwise_dist.frameworks.base import ParamView, changes, put_gradient
 from layerwise_dist.frameworks.flat import FlatFramework, FlatState, Fragment
 from layerwise_dist.frameworks.names import CleanNames, check_unique, join
 from layerwise_dist.frameworks.optimizers import TorchOptimizer
-from layerwise_dist.pieces import dtype_code
-from layerwise_dist.slices import Slice, ranks_text
+from layerwise_dist.tensors.pieces import dtype_code
+from layerwise_dist.tensors.slices import Slice, ranks_text
 
 
 class FSDP1Framework(FlatFramework):

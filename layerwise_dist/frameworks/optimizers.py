@@ -21,8 +21,8 @@ from layerwise_dist.frameworks.nested import Nest, find
 from layerwise_dist.frameworks.param_groups import adopt_groups, check_groups, in_order
 from layerwise_dist.frameworks.subclasses import Opener, live_inner, put_together
 from layerwise_dist.frameworks.unwrapping import Steps, is_made, is_thin, scalers_of, unwrap
-from layerwise_dist.pieces import DTYPES
-from layerwise_dist.slices import Slice
+from layerwise_dist.tensors.pieces import DTYPES
+from layerwise_dist.tensors.slices import Slice
 
 
 class UpdateEvents(Protocol):

@@ -15,11 +15,11 @@ from typing import Any
 from layerwise_dist import _native
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.transports import Message
-from layerwise_dist.slices import Slice
 from layerwise_dist.storage.adapter import Laid, PCCheckAdapter, ShardWrite
-from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.reports import ShardReport
-from layerwise_dist.storage.shard import Source
+from layerwise_dist.storage.shard_layout import Source
+from layerwise_dist.tensors.slices import Slice
 
 log = logging.getLogger("layerwise_dist")
 

@@ -12,7 +12,7 @@ import time
 import weakref
 from pathlib import Path
 
-from layerwise_dist.processes import own_environment
+from layerwise_dist.supervision.processes import own_environment
 
 log = logging.getLogger("layerwise_dist")
 

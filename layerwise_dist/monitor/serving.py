@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from layerwise_dist import background
 from layerwise_dist.commit.opening import FINISHING_SHARE
 from layerwise_dist.commit.transports import Message
 from layerwise_dist.commit.votes import describe_error
@@ -25,6 +24,7 @@ from layerwise_dist.config import load_config
 from layerwise_dist.errors import LayerwiseError
 from layerwise_dist.monitor.session import MonitorSession
 from layerwise_dist.monitor.wire import Wire
+from layerwise_dist.supervision import background
 
 log = logging.getLogger("layerwise_dist")
 

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from layerwise_dist import _native
+from layerwise_dist.commit.agreement import together
 from layerwise_dist.commit.metadata import ParentRef
 from layerwise_dist.commit.opening import PATIENCE_SHARE
 from layerwise_dist.commit.participant import Participant
@@ -23,10 +24,9 @@ from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.errors import LayerwiseError, UnsupportedError
 from layerwise_dist.monitor.holding import Holder
 from layerwise_dist.monitor.relaying import RelayingTransport, wrapped
-from layerwise_dist.patience import stuck_calls
-from layerwise_dist.restore.agreement import together
 from layerwise_dist.storage.adapter import PCCheckAdapter
-from layerwise_dist.writing import open_writer
+from layerwise_dist.storage.writer import open_writer
+from layerwise_dist.supervision.patience import stuck_calls
 
 log = logging.getLogger("layerwise_dist")
 

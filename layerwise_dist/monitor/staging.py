@@ -17,12 +17,12 @@ from layerwise_dist.commit.transports import Message
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.errors import LayerwiseError
 from layerwise_dist.monitor.connection import MonitorLink
-from layerwise_dist.patience import DISK_SHARE
 from layerwise_dist.storage.adapter import Laid
+from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.gathered import gather
-from layerwise_dist.storage.layout import AttemptId
 from layerwise_dist.storage.reports import BaseReport
-from layerwise_dist.storage.shard import ShardLayout, Source, state_extent
+from layerwise_dist.storage.shard_layout import ShardLayout, Source, state_extent
+from layerwise_dist.supervision.patience import DISK_SHARE
 
 _STATE_PIECE = 256 << 10  # bytes of the state that go through the pool at once
 _ASK_S = 10.0

@@ -12,8 +12,8 @@ from layerwise_dist.errors import DamageError
 from layerwise_dist.frameworks.subclasses import MARK
 from layerwise_dist.restore.reslice import first_gap
 from layerwise_dist.restore.sealed_state import optimizers_of, read_state
-from layerwise_dist.slices import Slice, ranks_of, ranks_text
 from layerwise_dist.storage.reader import Entry, Shard
+from layerwise_dist.tensors.slices import Slice, ranks_of, ranks_text
 
 Entries = dict[str, tuple[Shard, Entry]]
 _ranks_of = cache(ranks_of)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from layerwise_dist.overlaps import overlaps
+from layerwise_dist.frameworks.overlaps import overlaps
 from layerwise_dist.restore.filling import fill
 from layerwise_dist.restore.planner import Span
 

@@ -18,15 +18,15 @@ from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.frameworks.parts import WHOLE, Parts
 from layerwise_dist.frameworks.subclasses import unlike, unmakable
-from layerwise_dist.pieces import is_dense
 from layerwise_dist.restore import contents
 from layerwise_dist.restore.contents import Held
 from layerwise_dist.restore.contradictions import contradictions
 from layerwise_dist.restore.filling import fill
 from layerwise_dist.restore.planner import Found, ShardSet, Span, plan
-from layerwise_dist.slices import Slice, ranks_of
 from layerwise_dist.storage.reader import Entry, Shard, ShardIndex
 from layerwise_dist.storage.reports import BaseReport
+from layerwise_dist.tensors.pieces import is_dense
+from layerwise_dist.tensors.slices import Slice, ranks_of
 
 _LISTED = 8
 

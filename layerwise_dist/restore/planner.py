@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from layerwise_dist.errors import MismatchError
 from layerwise_dist.restore.reslice import copies
-from layerwise_dist.slices import ITEM_BYTES, Slice
 from layerwise_dist.storage.reader import Entry, Shard
+from layerwise_dist.tensors.slices import ITEM_BYTES, Slice
 
 
 @dataclass(frozen=True, slots=True)

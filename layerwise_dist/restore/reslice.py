@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from layerwise_dist.errors import DamageError
-from layerwise_dist.slices import Slice
+from layerwise_dist.tensors.slices import Slice
 
 # For each source at each dimension of the parts that are not filled yet. A mesh of 100 by 100 ranks needs two million.
 _MOST_LOOKS = 1 << 22

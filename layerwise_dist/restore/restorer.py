@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from layerwise_dist.commit.agreement import together
 from layerwise_dist.commit.metadata import CheckpointMetadataManager, Inventory
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.records import Manifest
@@ -13,15 +14,15 @@ from layerwise_dist.errors import DamageError, MismatchError, NotFoundError
 from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.frameworks.parts import WHOLE, Parts
-from layerwise_dist.patience import within
-from layerwise_dist.restore import agreement, loader
-from layerwise_dist.restore.agreement import Wish
+from layerwise_dist.restore import choice, loader
+from layerwise_dist.restore.choice import Wish
 from layerwise_dist.restore.loader import LoadPlan
 from layerwise_dist.restore.planner import ShardSet
 from layerwise_dist.storage.adapter import PCCheckAdapter
-from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.reader import Shard
 from layerwise_dist.storage.reports import BaseReport
+from layerwise_dist.supervision.patience import within
 
 
 class Restorer:
@@ -60,7 +61,7 @@ class Restorer:
         """
         root = self._manager.root
         try:
-            offered = agreement.offer(self._participant, read, wish, root)
+            offered = choice.offer(self._participant, read, wish, root)
         except NotFoundError:
             if not fresh_if_missing:
                 raise
@@ -87,7 +88,7 @@ class Restorer:
 
         None if damaged somewhere; other errors are raised.
         """
-        sound, loading = agreement.together(
+        sound, loading = together(
             self._participant, f"check step {attempt.step}", lambda: self._check(attempt, partly, parts)
         )
         if not sound:
@@ -96,7 +97,7 @@ class Restorer:
         self.undefined = (
             f"the restore of step {attempt.step} did not finish: parameters and optimizer state are undefined"
         )
-        sound, _ = agreement.together(self._participant, f"load step {attempt.step}", lambda: loader.load(loading))
+        sound, _ = together(self._participant, f"load step {attempt.step}", lambda: loader.load(loading))
         return loading if sound else None
 
     def _check(self, attempt: AttemptId, partly: bool, parts: Parts) -> LoadPlan:

@@ -11,11 +11,11 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import AfterValidator, Field, model_validator
 
-from layerwise_dist.capture import rng
 from layerwise_dist.errors import DamageError, shown
 from layerwise_dist.frameworks.composite import framework_of
+from layerwise_dist.loop import rng
 from layerwise_dist.storage import typed_json
-from layerwise_dist.storage.layout import STEPS_END
+from layerwise_dist.storage.filenames import STEPS_END
 from layerwise_dist.storage.reader import Shard
 from layerwise_dist.storage.schemas import Schema, Unfit, fits
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from layerwise_dist.processes import descendants, kill_all, running, terminable
+from layerwise_dist.supervision.processes import descendants, kill_all, running, terminable
 
 MARK = "@layerwise-selftest "
 RANKS, STEPS = 2, 20

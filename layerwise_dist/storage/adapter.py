@@ -14,16 +14,17 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
-from layerwise_dist import _native, background
+from layerwise_dist import _native
 from layerwise_dist.errors import ConfigError, DeadlineError
-from layerwise_dist.patience import stuck_calls
-from layerwise_dist.storage import layout
+from layerwise_dist.storage import filenames
+from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.gathered import GatheredExtent, gather
-from layerwise_dist.storage.layout import AttemptId
 from layerwise_dist.storage.recycling import Recycler
 from layerwise_dist.storage.removal import remove, remove_if_empty
 from layerwise_dist.storage.reports import BaseReport, ShardReport
-from layerwise_dist.storage.shard import ShardLayout, Source, state_extent
+from layerwise_dist.storage.shard_layout import ShardLayout, Source, state_extent
+from layerwise_dist.supervision import background
+from layerwise_dist.supervision.patience import stuck_calls
 
 log = logging.getLogger("layerwise_dist")
 
@@ -151,7 +152,8 @@ class PCCheckAdapter:
         the file of the writer `before`, which is aborted.
         """
         return _native.ShardWriter.order(
-            self.env, self._pool, plan, folder, os.path.join(folder, layout.shard_file(self.rank) + layout.PARTIAL),
+            self.env, self._pool, plan, folder,
+            os.path.join(folder, filenames.shard_file(self.rank) + filenames.PARTIAL),
             self.dir_mode, self.file_mode, self.direct, self.hash, reuse=self.recycler.take(), before=before,
         )  # fmt: skip
 
@@ -319,9 +321,9 @@ class ShardWrite:
         self._writer.finish(header)
         self.confirm, self.base = _nothing, None  # nothing is read any more: what they kept alive may go
         adapter.over(self)
-        name = layout.shard_file(adapter.rank)
+        name = filenames.shard_file(adapter.rank)
         final = os.path.join(self.folder, name)
-        env.rename(final + layout.PARTIAL, final)
+        env.rename(final + filenames.PARTIAL, final)
         env.sync_dir(self.folder)
         # Each rank flushes the parent too: whose mkdir it was does not tell who crashes first.
         env.sync_dir(adapter.root)
@@ -350,5 +352,5 @@ class ShardWrite:
     def discard(self) -> None:
         """Removes this rank's files of a decided, uncommitted attempt; the last rank to leave removes the folder."""
         self._adapter.recycler.forget(self.attempt)
-        name = layout.shard_file(self._adapter.rank)
-        remove(self._adapter.env, self.folder, (name + layout.PARTIAL, name))
+        name = filenames.shard_file(self._adapter.rank)
+        remove(self._adapter.env, self.folder, (name + filenames.PARTIAL, name))

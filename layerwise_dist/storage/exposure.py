@@ -6,7 +6,7 @@ import os
 import stat
 from collections.abc import Iterator
 
-from layerwise_dist.storage import layout
+from layerwise_dist.storage import filenames
 
 _GROUP_OR_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
@@ -42,7 +42,7 @@ def exposed_above(root: str) -> list[str]:
 
 def _folders(root: str) -> Iterator[str]:
     yield root
-    for folder in (root, os.path.join(root, layout.BASES)):
+    for folder in (root, os.path.join(root, filenames.BASES)):
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
@@ -53,7 +53,7 @@ def _folders(root: str) -> Iterator[str]:
 
 
 def _is_folder_of_ours(name: str) -> bool:
-    return name == layout.BASES or layout.parse_folder(name) is not None or layout.parse_base(name) is not None
+    return name == filenames.BASES or filenames.parse_folder(name) is not None or filenames.parse_base(name) is not None
 
 
 def _how(info: os.stat_result, *, sticky: bool) -> str | None:

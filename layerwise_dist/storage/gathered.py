@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from layerwise_dist.storage.shard import ShardLayout
+from layerwise_dist.storage.shard_layout import ShardLayout
 
 Segment = tuple[int, int, int, int, int]
 

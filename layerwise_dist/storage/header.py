@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from layerwise_dist.errors import DamageError
-from layerwise_dist.slices import DIMENSIONS, ITEM_BYTES, LONGEST_NAME, Slice, ranks_of
-from layerwise_dist.storage import layout, strict_json
+from layerwise_dist.storage import filenames, strict_json
 from layerwise_dist.storage.schemas import HEX16, Schema, Unfit, fits
-from layerwise_dist.storage.shard import ALIGN, BLOCK_CAP, LAYERS, PAD, STATE_BYTES, STATE_JSON, UNHASHED
+from layerwise_dist.storage.shard_layout import ALIGN, BLOCK_CAP, LAYERS, PAD, STATE_BYTES, STATE_JSON, UNHASHED
+from layerwise_dist.tensors.slices import DIMENSIONS, ITEM_BYTES, LONGEST_NAME, Slice, ranks_of
 
 _LONGEST_LAYER = 2 * LONGEST_NAME + len(" to ")
 _PLACE = {"shape", "offsets", "start", "among", "wrapped"}
@@ -147,7 +147,7 @@ def parse_header(path: str, size: int, header: bytes, expected: tuple[str, int, 
 def _index(path: str, size: int, base: int, tree: dict[str, Any], expected: tuple[str, int, int] | None) -> ShardIndex:
     metadata = fits(_Metadata, tree.pop("__metadata__"), "__metadata__")
     rank, world_size, step = int(metadata.rank), int(metadata.world_size), int(metadata.step)
-    if not rank < world_size <= layout.RANKS_END:
+    if not rank < world_size <= filenames.RANKS_END:
         raise ValueError(f"it is of rank {rank} of {world_size}")
     found = (metadata.attempt, rank, world_size)
     if expected is not None and found != expected:

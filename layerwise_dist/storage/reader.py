@@ -14,7 +14,7 @@ from layerwise_dist import _native
 from layerwise_dist.errors import DamageError, shown
 from layerwise_dist.storage.header import Entry, ShardIndex, parse_header
 from layerwise_dist.storage.odd import oddity
-from layerwise_dist.storage.shard import HEADER_CAP, cut_segments
+from layerwise_dist.storage.shard_layout import HEADER_CAP, cut_segments
 
 __all__ = ["Entry", "Shard", "ShardIndex", "parse_header"]
 

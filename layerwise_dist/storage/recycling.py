@@ -15,10 +15,10 @@ import threading
 from collections import deque
 from typing import Any, Literal
 
-from layerwise_dist import background
-from layerwise_dist.storage import layout, network
-from layerwise_dist.storage.layout import AttemptId
+from layerwise_dist.storage import filenames, network
+from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.odd import leave, oddity
+from layerwise_dist.supervision import background
 
 log = logging.getLogger("layerwise_dist")
 
@@ -99,7 +99,7 @@ class Recycler:
         while (job := self._jobs.get()) is not None:
             attempt, header_bytes = job
             folder = os.path.join(self._root, attempt.folder)
-            shard = os.path.join(folder, layout.shard_file(self._rank))
+            shard = os.path.join(folder, filenames.shard_file(self._rank))
             if self.waiting() >= self._limit or not self._prepare(shard, attempt, header_bytes):
                 self._remove(shard)
             try:
@@ -111,7 +111,7 @@ class Recycler:
 
     def _prepare(self, shard: str, attempt: AttemptId, header_bytes: int) -> bool:
         """Whether the shard now waits as a spare. Its header is durably blank then, and nobody else has it open."""
-        spare = os.path.join(self._root, layout.spare_file(attempt, self._rank))
+        spare = os.path.join(self._root, filenames.spare_file(attempt, self._rank))
         try:
             file = self._env.reuse(shard, spare, self._file_mode)
             try:

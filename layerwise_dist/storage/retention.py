@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from layerwise_dist.storage import layout
+from layerwise_dist.storage import filenames
 
 
 class Commit(Protocol):
@@ -33,7 +33,7 @@ def unneeded_bases(found: Iterable[str], manifests: Iterable[Referring], below: 
     needed = {base for manifest in manifests for base in manifest.bases}
     gone = []
     for base in found:
-        wrote = layout.parse_base(base)
+        wrote = filenames.parse_base(base)
         if base not in needed and wrote is not None and (below is None or wrote[1] < below):
             gone.append(base)
     return gone

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from layerwise_dist.slices import DIMENSIONS
 from layerwise_dist.storage import strict_json
 from layerwise_dist.storage.typed_json_types import (
     DENSE,
@@ -27,6 +26,7 @@ from layerwise_dist.storage.typed_json_types import (
     Problem,
     short,
 )
+from layerwise_dist.tensors.slices import DIMENSIONS
 
 _HEX_INT = re.compile(r"-?[0-9a-f]+")
 _HEX = re.compile(r"[0-9a-f]*")

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from layerwise_dist.slices import DIMENSIONS
 from layerwise_dist.storage.strict_json import COLLIDING, most_of_one
 from layerwise_dist.storage.typed_json_types import (
     DENSE,
@@ -30,6 +29,7 @@ from layerwise_dist.storage.typed_json_types import (
     Problem,
     short,
 )
+from layerwise_dist.tensors.slices import DIMENSIONS
 
 ALIGN = 64
 VECTOR_ABOVE = 64  # elements; shorter ones stay readable in the text

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise_dist import _native
-from layerwise_dist.storage.shard import ALIGN, round_up, state_extent, state_spans
+from layerwise_dist.storage.shard_layout import ALIGN, round_up, state_extent, state_spans
 
 Make = Callable[["Target"], None]
 

@@ -36,14 +36,15 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import layerwise_dist as lwd  # noqa: E402
-import layerwise_dist.assembly  # noqa: E402, F401
 import layerwise_dist.cli.restorable  # noqa: E402, F401
+import layerwise_dist.engine.assembly  # noqa: E402, F401
 from attacks import THEMES  # noqa: E402
 from attacks.kit import Target, copy  # noqa: E402
-from layerwise_dist.capture import rng, survey  # noqa: E402
+from layerwise_dist.capture import survey  # noqa: E402
 from layerwise_dist.cli import app, console  # noqa: E402
 from layerwise_dist.commit import records  # noqa: E402
 from layerwise_dist.errors import LayerwiseError  # noqa: E402
+from layerwise_dist.loop import rng
 from layerwise_dist.storage import header, strict_json  # noqa: E402
 
 LIMIT_S = 60  # of a machine on which much else runs; the budget is in seconds of the processor

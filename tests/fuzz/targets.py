@@ -15,15 +15,15 @@ from typing import Any
 import torch
 
 from layerwise_dist import _native
-from layerwise_dist.capture import rng
 from layerwise_dist.commit import owner, records
 from layerwise_dist.errors import DamageError
+from layerwise_dist.loop import rng
 from layerwise_dist.restore import contents, sealed_state
 from layerwise_dist.restore.reslice import first_gap
-from layerwise_dist.slices import Slice
 from layerwise_dist.storage import typed_json
 from layerwise_dist.storage.header import parse_header
-from layerwise_dist.storage.shard import ALIGN, ShardLayout, Source, round_up
+from layerwise_dist.storage.shard_layout import ALIGN, ShardLayout, Source, round_up
+from layerwise_dist.tensors.slices import Slice
 
 BLOB = bytes(range(256)) * 64
 _SIZES = (8192, 12288, 16384, 24576)

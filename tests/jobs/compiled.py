@@ -22,7 +22,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import layerwise_dist as lwd
-from layerwise_dist import LayerwiseOptimizer, engine
+from layerwise_dist import LayerwiseOptimizer
+from layerwise_dist.engine import engine
 
 STEPS, STOP = 5, 3
 # What of the model is compiled: all of it by torch.compile(), all of it in place, or each block by itself.

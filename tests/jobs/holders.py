@@ -27,8 +27,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import layerwise_dist as lwd
-from layerwise_dist import errors, replicas
+from layerwise_dist import errors
 from layerwise_dist.commit import alike
+from layerwise_dist.engine import replicas
 from layerwise_dist.frameworks import ddp
 
 IGNORED = ("expert.weight", "expert.bias", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked")

@@ -25,10 +25,11 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from models import Hollow, Reused  # noqa: E402
 
-from layerwise_dist import LayerwiseOptimizer, wrapped_gradients  # noqa: E402
+from layerwise_dist import LayerwiseOptimizer
 from layerwise_dist.errors import UnsupportedError  # noqa: E402
 from layerwise_dist.frameworks.averaging import Averaging, Following, register_comm_hook  # noqa: E402
-from layerwise_dist.wrapped_gradients import BucketArrivals  # noqa: E402
+from layerwise_dist.layers import wrapper_gradients  # noqa: E402
+from layerwise_dist.layers.wrapper_gradients import BucketArrivals  # noqa: E402
 
 KERNELS: list[dict[str, Any]] = [{"foreach": True}, {"foreach": False}, {"fused": True}]
 SMALL = {"bucket_cap_mb": 0.0002}  # several buckets, of several layers
@@ -43,7 +44,7 @@ class Early(BucketArrivals):
         super()._began(*bucket)
 
 
-wrapped_gradients.BucketArrivals = Early
+wrapper_gradients.BucketArrivals = Early
 
 
 def say(text: str) -> None:

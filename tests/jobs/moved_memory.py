@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file
 from torch import multiprocessing, nn
 
-from layerwise_dist import assembly
 from layerwise_dist._native import PosixEnv, testing
 from layerwise_dist.capture import held
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
 from layerwise_dist.config import load_config
+from layerwise_dist.engine import assembly
 
 torch.set_num_threads(1)
 SIZE, LAYERS, STEPS = 256, 3, 6  # a tensor has 256 KiB

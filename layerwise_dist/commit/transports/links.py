@@ -18,10 +18,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from layerwise_dist import background
-from layerwise_dist.background import Failed
 from layerwise_dist.commit.transports.frames import LENGTH_BYTES, OnEnd, OnFrame, take_frames
 from layerwise_dist.commit.transports.proof import Line, Seals
+from layerwise_dist.supervision import background
+from layerwise_dist.supervision.background import Failed
 
 _MOST_UNSENT = 256 << 20  # bytes that a peer which reads nothing may make us keep
 _CHUNK = 1 << 18

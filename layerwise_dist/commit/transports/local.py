@@ -6,8 +6,8 @@ import queue
 import threading
 from collections.abc import Callable
 
-from layerwise_dist import background
 from layerwise_dist.commit.transports import Handler, Message
+from layerwise_dist.supervision import background
 
 _COORDINATOR = -1
 

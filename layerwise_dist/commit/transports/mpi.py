@@ -20,11 +20,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from layerwise_dist import background
-from layerwise_dist.background import Failed
 from layerwise_dist.commit.transports.frames import OnEnd, OnFrame, encode
 from layerwise_dist.commit.transports.relay import ABOVE, RelayTransport
 from layerwise_dist.errors import ConfigError, DeadlineError
+from layerwise_dist.supervision import background
+from layerwise_dist.supervision.background import Failed
 
 _FANOUT = 8
 _TAG = 1

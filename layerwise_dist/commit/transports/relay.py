@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from layerwise_dist.background import Failed
 from layerwise_dist.commit.transports import Handler, Message
 from layerwise_dist.commit.transports.frames import OnEnd, OnFrame, decode, encode, framed
+from layerwise_dist.supervision.background import Failed
 
 ABOVE = -1  # the key of the connection toward rank 0; those below have their rank
 # How long what comes from below is gathered before it goes up together.

@@ -17,8 +17,8 @@ from layerwise_dist.frameworks.deepspeed.units import global_shape, partition
 from layerwise_dist.frameworks.flat import FlatFramework
 from layerwise_dist.frameworks.parts import Parts
 from layerwise_dist.frameworks.shares import Share, shares
-from layerwise_dist.pieces import Piece, dtype_code
-from layerwise_dist.slices import Slice, ranks_text
+from layerwise_dist.tensors.pieces import Piece, dtype_code
+from layerwise_dist.tensors.slices import Slice, ranks_text
 
 
 class DeepSpeedFramework(FlatFramework):

@@ -12,7 +12,7 @@ from torch import nn
 from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.base import ParamView
 from layerwise_dist.frameworks.deepspeed.units import Unwrapped, missing
-from layerwise_dist.subset_step import SubsetStep
+from layerwise_dist.frameworks.subset_step import SubsetStep
 
 _PARTITIONS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 Arrived = Callable[[Iterable[nn.Parameter]], None]

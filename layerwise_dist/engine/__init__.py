@@ -1,0 +1,1 @@
+"""`attach()` and what it returns. It wires the rooms together for one rank."""

@@ -1,0 +1,301 @@
+"""`attach()`: from models, optimizers and a configuration to a running engine, or one clear error on all ranks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from layerwise_dist import _native
+from layerwise_dist._version import __version__
+from layerwise_dist.capture.room import check_pool
+from layerwise_dist.capture.sealed import Sealer
+from layerwise_dist.capture.survey import Surveyor
+from layerwise_dist.commit.agreement import together
+from layerwise_dist.commit.opening import PATIENCE_SHARE
+from layerwise_dist.commit.participant import Participant
+from layerwise_dist.commit.session import SessionInfo, open_session, start_coordinator, start_keeper
+from layerwise_dist.commit.transports import Transport
+from layerwise_dist.commit.transports.choice import find_ranks, open_transport
+from layerwise_dist.config import LayerwiseConfig, load_config
+from layerwise_dist.engine import at_exit
+from layerwise_dist.engine.disabled import DisabledEngine
+from layerwise_dist.engine.engine import LayerwiseEngine
+from layerwise_dist.engine.holdings import Holdings
+from layerwise_dist.engine.preemption import Preemption, check_thread
+from layerwise_dist.engine.replicas import Replicas
+from layerwise_dist.errors import ConfigError, LayerwiseError, StateError, UnsupportedError
+from layerwise_dist.frameworks import Framework, accumulating, config_block, find_framework, find_optimizer, is_engine
+from layerwise_dist.frameworks.optimizers import OptimizerAdapter, TorchOptimizer
+from layerwise_dist.layers.adapter import LayeredOptimizer
+from layerwise_dist.loop.objects import StateObjects
+from layerwise_dist.monitor.connection import MonitorLink, start_monitor
+from layerwise_dist.monitor.opening import Parts, open_monitored
+from layerwise_dist.monitor.transport import MonitorTransport
+from layerwise_dist.storage import typed_json
+from layerwise_dist.storage.exposure import exposed, listed
+from layerwise_dist.storage.network import memory_by_magic
+from layerwise_dist.storage.writer import open_writer
+from layerwise_dist.supervision.patience import within
+
+log = logging.getLogger("layerwise_dist")
+
+
+def attach(
+    model: torch.nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None,
+    config: LayerwiseConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None, *,
+    models: Mapping[str, torch.nn.Module] | None = None,
+    optimizers: Mapping[str, torch.optim.Optimizer] | None = None,
+    state: dict[str, Any] | None = None, fresh: bool = False, **overrides: Any,
+) -> LayerwiseEngine | DisabledEngine:  # fmt: skip
+    """Turns checkpointing on for `model` (plain, DDP or FSDP2) and its `optimizer`; call it on every rank.
+
+    A DeepSpeed engine is given alone. Its configuration is the ``layerwise_checkpoint`` block of ds_config, unless
+    `config` is given; without either, and without `overrides`, nothing is turned on.
+
+    Args:
+        models: instead of `model`, several by name; those without an optimizer (an average of weights) too.
+        optimizers: instead of `optimizer`, several by name, each of parameters of any of the models. DeepSpeed engines
+            in `models` bring their own.
+        config: a mapping, the path of a JSON file, or None for the defaults; `overrides` (``dir=...``) go on top.
+        state: what else belongs to a step, by name: schedulers, scalers, data loaders, generators, plain dicts.
+        fresh: start a new lineage in a directory that holds checkpoints, instead of calling `restore()`.
+
+    Raises ConfigError, UnsupportedError, StateError, OwnerError or DirectoryError; on every rank if on any.
+    """
+    engines = [each for each in (models.values() if isinstance(models, Mapping) else [model]) if is_engine(each)]
+    problem = None
+    try:
+        if config is None and engines:
+            config = common_block(engines)
+            if config is None and not overrides:
+                return disabled(engines)
+        settings = load_config(config, **overrides)
+    except ConfigError as error:
+        settings, problem = LayerwiseConfig(), error  # the other ranks are told before it is raised
+    if not settings.enabled:
+        return disabled(engines)
+    monitor: MonitorLink | None = None
+    transport: Transport
+    try:
+        if settings.mode == "monitor":
+            rank, world_size, gather = find_ranks(settings.commit.transport)
+            monitor = start_monitor(settings, rank, world_size, gather)
+            transport = MonitorTransport(monitor, rank, world_size)
+        else:
+            transport = open_transport(settings.commit.transport, settings.commit.timeout_s)
+    except LayerwiseError:
+        if problem is not None:
+            raise problem from None
+        raise
+    if problem is not None and transport.world_size == 1:
+        raise problem
+    env = environment(settings)
+    return assemble(
+        model, optimizer, settings, transport, env,
+        models=models, optimizers=optimizers, state=state, fresh=fresh, problem=problem, monitor=monitor,
+    )  # fmt: skip
+
+
+def environment(config: LayerwiseConfig) -> Any:
+    """The Env of the disk that it writes to."""
+    if config.mode == "mock":
+        return _native.MockEnv()
+    return _native.NvmEnv() if config.writer.backend == "nvm" else _native.PosixEnv()
+
+
+def common_block(engines: Sequence[Any]) -> Any:
+    """The ``layerwise_checkpoint`` block of the engines that have one, None if none has. ConfigError if they differ."""
+    blocks = [block for block in map(config_block, engines) if block is not None]
+    if any(block != blocks[0] for block in blocks):
+        raise ConfigError(
+            "the engines' ds_configs have different layerwise_checkpoint blocks: give a block to one, or the "
+            "same to all"
+        )
+    return blocks[0] if blocks else None
+
+
+def disabled(engines: Sequence[Any]) -> DisabledEngine:
+    return DisabledEngine(lambda: any(map(accumulating, engines)))
+
+
+def _torch_adapter(update: str) -> Callable[[Framework, object], OptimizerAdapter]:
+    if update in ("auto", "whole"):
+        return TorchOptimizer
+    return lambda framework, optimizer: LayeredOptimizer(framework, optimizer, update)
+
+
+def assemble(
+    model: torch.nn.Module | None, optimizer: torch.optim.Optimizer | None, config: LayerwiseConfig,
+    transport: Transport, env: Any, *, models: Mapping[str, torch.nn.Module] | None = None,
+    optimizers: Mapping[str, torch.optim.Optimizer] | None = None,
+    state: dict[str, Any] | None = None, fresh: bool = False, framework: Framework | None = None,
+    problem: ConfigError | None = None, monitor: MonitorLink | None = None, lender: LayerwiseEngine | None = None,
+) -> LayerwiseEngine:  # fmt: skip
+    """`attach()` behind its two seams: any `Transport`, any `Env`. Rank and world size are the transport's.
+
+    With `monitor`, `transport` goes through it, and `env` is what this process reads by. With `problem`, this rank's
+    configuration is bad and `config` stands in for it: all ranks raise `problem`. With `lender`, the new engine saves
+    what that one does, and hooks nothing: it is for calls of `save()` while nothing is trained.
+    """
+    rank, world_size = transport.rank, transport.world_size
+    participant = Participant(transport, timeout_s=config.commit.timeout_s, coordinator=None)
+    participant.through_monitor = monitor is not None
+    closers: list[Any] = [*([monitor.close] if monitor is not None else []), lambda: participant.close(1.0)]
+
+    def in_memory() -> str | None:
+        return memory_by_magic(env.file_system(config.path))
+
+    def looked_after() -> list[str]:
+        try:
+            return exposed(config.path)
+        except OSError as error:
+            return [f"{config.path}: whether others may write there can't be told ({error})"]
+
+    try:
+
+        def examine() -> tuple[Framework, OptimizerAdapter, StateObjects]:
+            if problem is not None:
+                raise problem
+            if lender is not None:
+                return lender._lend()
+            if config.preemption.enabled:
+                check_thread()
+            found = framework or find_framework(model, models, rank, world_size)
+            closers.append(found.detach)
+            if config.update not in ("auto", "whole") and (models is not None or optimizers is not None):
+                raise UnsupportedError(
+                    f"update = {config.update!r}: models and optimizers by name are updated as a whole; use 'auto'"
+                )
+            adapter = find_optimizer(found, optimizer, optimizers, _torch_adapter(config.update), config.update)
+            typed_json.dumps(adapter.describe(), path="optimizer")  # what it cannot write is refused now
+            objects = StateObjects(state)
+            at_exit.check_free(Holdings(found, adapter, objects.loaders))
+            check_scalers(adapter, objects)
+            pooled = monitor is not None
+            if pooled and found.swapped:
+                raise UnsupportedError(
+                    "mode = 'monitor' with an optimizer offloaded to NVMe: its mirrors are as large as what was "
+                    "offloaded, and a pool for copies of them would be too; use mode 'direct'"
+                )
+            if config.replicas == "apart":
+                found.write_apart()
+            survey = Surveyor(found, adapter, config.captured_by, bases=not pooled).look()
+            check_pool(config.pool_mb, config.bounce_bytes, survey, pooled=pooled)
+            Sealer(found, adapter, objects).try_out(survey)
+            closers.append(objects.detach)
+            objects.tap()
+            return found, adapter, objects
+
+        _, (found, updates, objects) = together(participant, "attach", examine)
+        replicas = Replicas(found, updates, participant)
+        replicas.meet()
+        if monitor is not None:
+            parts = open_monitored(monitor, env, config, participant, found.name, _software(), fresh=fresh)
+            closers.append(lambda: parts.adapter.close(1.0))
+        else:
+            parts = _open_direct(config, env, transport, participant, found, fresh, closers)
+        if rank == 0 and config.mode != "mock" and (memory := within(participant.disk_s, "a look", in_memory)):
+            log.warning("%s is on %s: what is committed survives this job, not the machine's end", config.path, memory)
+        if rank == 0 and config.mode != "mock" and (others := within(participant.disk_s, "a look", looked_after)):
+            log.warning(
+                "%s: others may change or remove checkpoints, or put links there; give it to the user of the job with "
+                "mode %o",
+                listed(others), config.dir_bits & ~0o022,
+            )  # fmt: skip
+        preemption = None
+        if config.preemption.enabled:
+            preemption = Preemption(
+                rank, grace_s=config.preemption.grace_s, exit_code=config.preemption.exit_code,
+                ask=lambda why: participant.ask(leave=True, why=why), failed=participant.broke,
+            )  # fmt: skip
+            closers.append(preemption.close)
+            participant.when_leaving(preemption.leaving)
+        return LayerwiseEngine(
+            found, updates, config, objects, adapter=parts.adapter, manager=parts.manager, info=parts.info,
+            participant=participant, committer=parts.pen, coordinator=parts.coordinator, fresh=fresh,
+            preemption=preemption, replicas=replicas, lender=lender,
+        )  # fmt: skip
+    except BaseException:
+        for close in reversed(closers):
+            try:
+                close()
+            except Exception as error:  # the rest is let go of all the same
+                log.warning("rank %d: attach: what had begun could not be ended: %s", rank, error)
+        env.let_go()
+        raise
+
+
+def check_scalers(optimizer: OptimizerAdapter, objects: StateObjects) -> None:
+    """Raises StateError for a GradScaler that a wrapper of an optimizer steps by, and that nobody saves."""
+    for place, scaler in optimizer.scalers.items():
+        if scaler.is_enabled() and not any(scaler is each for each in objects.scalers):
+            raise StateError(
+                "state", f"the GradScaler that {place} steps by is not in it: its scale would be lost. Name it in "
+                "attach(state={'scaler': ...})",
+            )  # fmt: skip
+
+
+def _check_places(config: LayerwiseConfig, found: Framework, info: SessionInfo) -> None:
+    here = next(place for place in info.places if found.rank in place)
+    if not found.partners() <= set(here):
+        raise UnsupportedError(
+            f"{config.path} is not one directory but {len(info.places)} (of ranks {str(info.places)[:80]}): "
+            f"under {found.name} "
+            "ranks read what others wrote, so all must see one directory. Where each rank writes all that it needs "
+            "(plain, FSDP2 with full shards), or what ranks of one node hold, disks of the nodes will do"
+        )
+
+
+def _software() -> dict[str, str]:
+    return {"layerwise_dist": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _open_direct(
+    config: LayerwiseConfig, env: Any, transport: Transport, participant: Participant, found: Framework, fresh: bool,
+    closers: list[Any],
+) -> Parts:  # fmt: skip
+    """This process takes the directory, decides on rank 0, and writes. What is to be undone goes into `closers`."""
+    rank, world_size = transport.rank, transport.world_size
+    info, manager, owner = open_session(
+        env,
+        config.path,
+        participant,
+        file_mode=config.file_bits,
+        dir_mode=config.dir_bits,
+        who=f"pid {os.getpid()} on {socket.gethostname()}",
+        fresh=fresh,
+        mock=config.mode == "mock",
+        patience_s=PATIENCE_SHARE * config.commit.timeout_s,
+    )
+    committer = coordinator = None
+    if owner is not None:
+        closers.append(owner.release)
+    if not info.shared:
+        together(participant, "look for what others write", lambda: _check_places(config, found, info))
+    if owner is not None and rank != 0:
+        start_keeper(participant, manager, owner, info)
+    elif owner is not None:
+        committer, coordinator = start_coordinator(
+            transport, manager, owner, info, framework=found.name, software=_software(), keep_last=config.keep_last,
+            keep_every_n_steps=config.keep_every_n_steps, keep_tags=config.keep_tags,
+            timeout_s=config.commit.timeout_s, on_failure=config.commit.on_failure,
+            raise_after=config.commit.raise_after,
+        )  # fmt: skip
+        closers.append(lambda: coordinator.close(1.0))
+        participant.serve(coordinator.post, coordinator.quiet)
+
+    def start() -> Any:
+        made = within(participant.disk_s, "the writer's start", lambda: open_writer(env, config, rank, world_size))
+        closers.append(lambda: made.close(1.0))
+        return made
+
+    _, adapter = together(participant, "start the writer", start)
+    adapter.recycler.failed = participant.broke
+    participant.recycle(adapter.recycler.retire)
+    return Parts(adapter, manager, info, committer, coordinator)

@@ -1,0 +1,89 @@
+"""Engines that a script has not closed: closed at the process's exit, while their threads can still end in order.
+
+What they have is no other engine's until then.
+
+The interpreter ends daemon threads wherever they are; one that comes back from the native core then takes the process
+down with SIGABRT.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from layerwise_dist.errors import LayerwiseError, UnsupportedError
+
+if TYPE_CHECKING:
+    from layerwise_dist.engine.holdings import Holdings
+
+log = logging.getLogger("layerwise_dist")
+
+
+class Closable(Protocol):
+    def end(self, *, orderly: bool) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Open:
+    engine: Closable
+    holdings: Holdings | None  # None if all that it has is lent
+    directory: str
+
+
+_open: dict[int, _Open] = {}  # by the engine's identity; alive until closed, since their threads are
+_process = os.getpid()
+
+
+def opened(engine: Closable, holdings: Holdings | None, directory: str) -> None:
+    """Registers it, with what it has and its directory, unless it is already. It is closed before whatever was
+    registered earlier to end at the exit.
+    """
+    global _process
+    if _process != os.getpid():  # a forked child: those of the parent are the parent's
+        _open.clear()
+        _process = os.getpid()
+    _open[id(engine)] = _Open(engine, holdings, directory)
+    atexit.unregister(_close_all)
+    atexit.register(_close_all)
+
+
+def closed(engine: Closable) -> None:
+    """Lets go of it."""
+    _open.pop(id(engine), None)
+
+
+def open_engines() -> list[Closable]:
+    """Those of this process that are not closed yet."""
+    return [each.engine for each in _open.values()] if _process == os.getpid() else []
+
+
+def check_free(wanted: Holdings) -> None:
+    """Raises UnsupportedError, by name, if an engine that is open has any of this."""
+    for each in list(_open.values()) if _process == os.getpid() else []:
+        if each.holdings is not None and (common := wanted.common(each.holdings)):
+            raise UnsupportedError(
+                f"{common} is attached already, with checkpoints in {each.directory}: close() that first. Several "
+                "models or optimizers of one loop belong into one attach(models={...}, optimizers={...})"
+            )
+
+
+def begun() -> bool:
+    """Whether the script is over, and this is called by what was registered for the process's exit."""
+    main = threading.main_thread()
+    return threading.current_thread() is main and not main.is_alive()
+
+
+def _close_all() -> None:
+    error = getattr(sys, "last_value", None)  # what ended the script, if something did
+    for engine in open_engines():
+        if error is None:
+            log.warning("close() was not called: done now, at the end of the script; an open iteration is not saved")
+        try:
+            engine.end(orderly=error is None)
+        except LayerwiseError as failed:
+            log.error("the last checkpoints were not committed: %s", failed)

@@ -1,0 +1,1 @@
+"""Layers in the order in which their gradients arrive, and an optimizer that updates one of them at a time."""

@@ -1,0 +1,1 @@
+"""Where an iteration ends, and what of the training loop belongs to a step: loaders, random numbers, objects."""
