@@ -15,7 +15,7 @@ from torch import nn
 import layerwise_dist as lwd
 from layerwise_dist.capture import audit
 from layerwise_dist.capture.survey import Surveyor
-from layerwise_dist.frameworks.base import Framework
+from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.frameworks.optimizers import TorchOptimizer
 
 torch.set_num_threads(1)

@@ -22,8 +22,8 @@ from layerwise_dist.commit.metadata import CheckpointMetadataManager, Manifest
 from layerwise_dist.commit.transports.local import LocalTransport
 from layerwise_dist.engine import assembly
 from layerwise_dist.errors import DamageError, LayerwiseError
-from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.ddp import DDPFramework
+from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.storage.reader import Shard
 
 CASES = 1000

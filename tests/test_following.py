@@ -19,8 +19,8 @@ from torch.nn.utils import parametrizations, prune
 import layerwise_dist as lwd
 from layerwise_dist import errors
 from layerwise_dist.capture import survey
-from layerwise_dist.frameworks import base
 from layerwise_dist.frameworks.ddp import DDPFramework
+from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.frameworks.optimizers import TorchOptimizer
 from layerwise_dist.tensors import geometry
 from layerwise_dist.tensors.geometry import Geometry
@@ -237,7 +237,7 @@ def test_a_teacher_among_several_models_is_followed_and_so_is_a_student_that_gro
 
 def test_an_update_of_a_parameter_that_is_not_known_yet_may_change_any_layer() -> None:
     job = Job(1)
-    framework = base.Framework(job.model, 0, 1)
+    framework = Framework(job.model, 0, 1)
     adapter = TorchOptimizer(framework, job.optimizer)
     assert adapter.layers == {"one", "two"}
     replace_alike(job)
@@ -382,7 +382,7 @@ def test_another_shape_between_update_and_boundary_is_saved_as_the_boundary_has_
 def test_mutation_a_tree_that_is_not_asked_for_its_parameters_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base, "_DICTS", operator.attrgetter("_modules", "_buffers"))
+    monkeypatch.setattr(framework, "_DICTS", operator.attrgetter("_modules", "_buffers"))
     assert trial(tmp_path, assign_frozen) != []
 
 

@@ -25,7 +25,7 @@ from layerwise_dist.commit.owner import Owner
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
 from layerwise_dist.config import load_config
 from layerwise_dist.monitor.gathering import Gathering
-from layerwise_dist.monitor.holding import Holder
+from layerwise_dist.monitor.holding import StagedShards
 from layerwise_dist.monitor.relaying import RelayingTransport, wrapped
 from layerwise_dist.monitor.wire import Wire
 from layerwise_dist.storage.adapter import PCCheckAdapter
@@ -63,7 +63,7 @@ def test_a_configuration_or_owner_that_the_monitor_refuses_is_raised_by_attach(t
 
 
 def test_an_optimizer_on_nvme_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from layerwise_dist.frameworks.base import Framework
+    from layerwise_dist.frameworks.framework import Framework
 
     monkeypatch.setattr(Framework, "swapped", True)
     model = torch.nn.Linear(3, 3)
@@ -292,7 +292,7 @@ class _Participant:
 
 
 class _Held:
-    """A Holder with one layout: one layer of 8192 bytes, and nothing that is copied at the boundary."""
+    """A StagedShards with one layout: one layer of 8192 bytes, and nothing that is copied at the boundary."""
 
     def __init__(self, root: Path) -> None:
         self.file = os.memfd_create("test", os.MFD_ALLOW_SEALING)
@@ -302,7 +302,7 @@ class _Held:
         self.given: list[Any] = []
         self.participant, self.told = _Participant(), []
         self.wake = os.eventfd(0)
-        self.holder = Holder(self.adapter, self.participant, 1, self.file, self.wake, self.told.append)  # type: ignore[arg-type]
+        self.holder = StagedShards(self.adapter, self.participant, 1, self.file, self.wake, self.told.append)  # type: ignore[arg-type]
         self.holder.pool({"begin": begin, "nbytes": self.owner.capacity})
         fields = {
             "kind": "param", "fqn": "w", "dtype": "U8", "global_shape": [8192], "offsets": [0], "lengths": [8192],

@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 import layerwise_dist as lwd
 from layerwise_dist import errors
 from layerwise_dist.capture import survey
-from layerwise_dist.frameworks import base, names
+from layerwise_dist.frameworks import framework, names
 from layerwise_dist.frameworks.ddp import DDPFramework
 from layerwise_dist.frameworks.fsdp1 import FSDP1Framework
 from layerwise_dist.frameworks.names import CleanNames
@@ -142,7 +142,7 @@ def test_a_part_of_a_name_is_cut_where_a_wrapper_put_it_and_nowhere_else(one_ran
 
 def test_names_of_what_ddp_wraps_are_those_of_what_it_does_not(one_rank: None) -> None:
     model = nested()
-    plain, wrapped = base.Framework(model, 0, 1), DDPFramework(DistributedDataParallel(model), 0, 1)
+    plain, wrapped = framework.Framework(model, 0, 1), DDPFramework(DistributedDataParallel(model), 0, 1)
     assert [view.fqn for view in plain.params] == [view.fqn for view in wrapped.params]
     assert [view.layer for view in plain.params] == [view.layer for view in wrapped.params]
     assert [name for name, _ in plain.buffers()] == [name for name, _ in wrapped.buffers()]
@@ -216,10 +216,10 @@ def test_cutting_names_wherever_they_occur_is_found(tmp_path: Path, monkeypatch:
         return ".".join(part for part in f"{module}.{name}".split(".") if part and part not in LIKE_WRAPPERS)
 
     monkeypatch.setattr(names, "join", cut)
-    monkeypatch.setattr(base, "join", cut)
+    monkeypatch.setattr(framework, "join", cut)
     with pytest.raises(errors.UnsupportedError, match="two parameters have the same name"):
         train(tmp_path, nested(), 3)
-    for module in (base, survey):
+    for module in (framework, survey):
         monkeypatch.setattr(module, "check_unique", lambda what, names: None)
     with pytest.raises(errors.UnsupportedError, match="names that appear twice"):
         train(tmp_path, nested(), 3)

@@ -28,7 +28,7 @@ from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.transports.local import LocalTransport
 from layerwise_dist.engine import assembly
 from layerwise_dist.errors import DamageError, DirectoryError, UnsupportedError
-from layerwise_dist.frameworks.base import Framework
+from layerwise_dist.frameworks.framework import Framework
 
 NODE_OF = [0, 0, 1, 1]
 

@@ -382,7 +382,9 @@ def test_a_directory_that_others_may_write_to_is_warned_of(root: Path, caplog: p
     Job(1).run(root, 0)
     (warning,) = said(caplog, "others may change or remove")
     assert all(text in warning for text in expected)
-    report = examination.examine(str(root), examination.Plan(LayerwiseConfig(dir=str(root)), nbytes=1 << 20, rounds=1))
+    report = examination.examine(
+        str(root), examination.Questions(LayerwiseConfig(dir=str(root)), nbytes=1 << 20, rounds=1)
+    )
     (finding,) = [each for each in report.findings if each.name == "access"]
     assert finding.verdict == "warn" and all(text in finding.text for text in expected)
 
@@ -412,7 +414,7 @@ def test_the_doctor_writes_and_removes_only_in_its_own_folder(root: Path, monkey
     flush_times = examination.speed.flush_times
     monkeypatch.setattr(examination.speed, "flush_times", swap)
     config = LayerwiseConfig(dir=str(root))
-    report = examination.examine(str(root), examination.Plan(config, nbytes=1 << 20, flushes=3, rounds=1))
+    report = examination.examine(str(root), examination.Questions(config, nbytes=1 << 20, flushes=3, rounds=1))
     assert taken and snapshot(out) == before
     assert taken[0].is_symlink() and list((root / "mine").iterdir()) == []
     assert report.findings[-1].name == "measured" and "/proc/self" not in report.findings[-1].text

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from layerwise_dist import LayerwiseOptimizer, errors
 from layerwise_dist.capture.audit import Audit
 from layerwise_dist.capture.survey import Surveyor
-from layerwise_dist.frameworks.base import Framework
+from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.frameworks.optimizers import TorchOptimizer
 from layerwise_dist.frameworks.overlaps import LayersApart, overlaps
 

@@ -25,8 +25,8 @@ from layerwise_dist.cli.catalogue import Catalogue
 from layerwise_dist.cli.verifying import verify
 from layerwise_dist.commit.transports.local import LocalTransport
 from layerwise_dist.engine import assembly
-from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.ddp import DDPFramework
+from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.restore import contents, sealed_state
 from layerwise_dist.restore.reslice import first_gap
 from layerwise_dist.storage import typed_json

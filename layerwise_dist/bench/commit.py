@@ -36,7 +36,7 @@ class CommitBench:
 
 
 def run(bench: CommitBench, directory: str, command: str) -> Findings:
-    """Raises NoRoom, OSError, and BenchFailed with what a process said last."""
+    """Raises TooLittleRoom, OSError, and BenchFailed with what a process said last."""
     largest = max([*bench.ranks, *bench.processes])
     space = workplace(directory, disk_bytes=(64 << 20) + 4096 * largest, memory_bytes=(1 << 29) + (20 << 10) * largest)
     with space as folder, bar(bench.rounds * (len(bench.ranks) + len(bench.processes))) as progress:

@@ -44,7 +44,7 @@ class RestoreBench:
 
 
 def run(bench: RestoreBench, directory: str, command: str) -> Findings:
-    """Raises NoRoom, OSError, and BenchFailed where the page cache cannot be emptied."""
+    """Raises TooLittleRoom, OSError, and BenchFailed where the page cache cannot be emptied."""
     state = 12 * bench.shape.parameters
     space = workplace(directory, disk_bytes=4 * state + (64 << 20), memory_bytes=4 * state + (1 << 30))
     with space as folder, bar((bench.rounds + 1) * len(_WAYS)) as progress:

@@ -28,7 +28,7 @@ class TraceBench:
 
 
 def run(bench: TraceBench, directory: str, command: str) -> Findings:
-    """Raises NoRoom, OSError, and ConfigError for a picture of another kind than .png, .svg or .pdf."""
+    """Raises TooLittleRoom, OSError, and ConfigError for a picture of another kind than .png, .svg or .pdf."""
     state = 12 * bench.shape.parameters
     with workplace(directory, disk_bytes=8 * state + (64 << 20), memory_bytes=3 * state + (1 << 30)) as folder:
         about = machine.describe(str(folder))

@@ -56,7 +56,7 @@ class TrainBench:
 
 
 def run(bench: TrainBench, directory: str, command: str) -> Findings:
-    """Raises NoRoom, OSError, ValueError for an unknown mode, and BenchFailed if the training ends badly."""
+    """Raises TooLittleRoom, OSError, ValueError for an unknown mode, and BenchFailed if the training ends badly."""
     known = modes_of(bench.deepspeed)
     for name in bench.modes:
         if name not in known:

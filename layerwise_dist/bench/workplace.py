@@ -12,7 +12,7 @@ from pathlib import Path
 from layerwise_dist.supervision.processes import terminable
 
 
-class NoRoom(Exception):
+class TooLittleRoom(Exception):
     """DIR, or the machine's memory, is too small for what was asked."""
 
 
@@ -20,8 +20,8 @@ class NoRoom(Exception):
 def workplace(directory: str, *, disk_bytes: int, memory_bytes: int) -> Iterator[Path]:
     """A new empty folder below `directory`, which must exist. Removed at the end, by SIGINT and SIGTERM too.
 
-    `disk_bytes` and `memory_bytes` are the most that the benchmark takes at one time. Raises NoRoom naming both what
-    is needed and what is there, and OSError for a directory that cannot be written.
+    `disk_bytes` and `memory_bytes` are the most that the benchmark takes at one time. Raises TooLittleRoom naming both
+    what is needed and what is there, and OSError for a directory that cannot be written.
     """
     free = os.statvfs(directory)
     _enough(disk_bytes, free.f_bavail * free.f_frsize, f"free space in {directory}")
@@ -45,7 +45,7 @@ def available_memory() -> int:
 
 def _enough(needed: int, there: int, what: str) -> None:
     if needed > there:
-        raise NoRoom(
+        raise TooLittleRoom(
             f"the benchmark needs {needed / 1e9:.1f} GB of {what}, and there are {there / 1e9:.1f} GB: "
             "choose smaller sizes or another place"
         )

@@ -62,7 +62,7 @@ def backends(depth: int, block_bytes: int) -> dict[str, Callable[[], Any]]:
 
 
 def run(bench: WriterBench, directory: str, command: str) -> Findings:
-    """Raises NoRoom, OSError, and ValueError for a backend that this machine does not have."""
+    """Raises TooLittleRoom, OSError, and ValueError for a backend that this machine does not have."""
     there = backends(bench.depth, bench.block_bytes)
     chosen = list(there) if list(bench.backends) == ["all"] else list(bench.backends)
     for name in chosen:

@@ -16,7 +16,7 @@ from layerwise_dist.capture.audit import FULL_FIRST, ROUND, share
 from layerwise_dist.capture.base_writing import Content, Writing
 from layerwise_dist.capture.survey import Survey
 from layerwise_dist.errors import DeadlineError
-from layerwise_dist.frameworks.base import ParamView
+from layerwise_dist.frameworks.framework import ParamView
 from layerwise_dist.storage.adapter import PCCheckAdapter
 from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.frozen_file import BaseFile

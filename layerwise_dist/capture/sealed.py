@@ -9,7 +9,7 @@ import torch
 
 from layerwise_dist.capture.survey import Survey
 from layerwise_dist.errors import StateError
-from layerwise_dist.frameworks.base import Framework
+from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.loop.objects import StateObjects
 from layerwise_dist.storage import typed_json

@@ -12,7 +12,7 @@ import torch
 
 from layerwise_dist.capture.held import check_present, holder
 from layerwise_dist.errors import ConfigError, StateError, UnsupportedError
-from layerwise_dist.frameworks.base import Framework, ParamView, same_objects
+from layerwise_dist.frameworks.framework import Framework, ParamView, same_objects
 from layerwise_dist.frameworks.names import check_unique
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.frameworks.overlaps import overlaps

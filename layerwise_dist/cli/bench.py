@@ -224,11 +224,11 @@ def _one_of(option: str, value: str, allowed: Iterable[str]) -> None:
 def _finish(run: Callable[[str], Findings], json: bool, markdown: bool) -> NoReturn:
     from layerwise_dist.bench import machine
     from layerwise_dist.bench.failure import BenchFailed
-    from layerwise_dist.bench.workplace import NoRoom
+    from layerwise_dist.bench.workplace import TooLittleRoom
 
     try:
         found = run(shlex.join(["layerwise", *_typed()]))
-    except (NoRoom, ValueError, ConfigError, UnsupportedError) as error:
+    except (TooLittleRoom, ValueError, ConfigError, UnsupportedError) as error:
         _fail(str(error), 2, json)
     except BenchFailed as error:
         _fail(str(error), 1, json)

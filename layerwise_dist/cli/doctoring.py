@@ -13,7 +13,7 @@ from rich.text import Text
 from layerwise_dist.cli.catalogue import WrongUsage
 from layerwise_dist.cli.console import Answer, row, table
 from layerwise_dist.config import load_config
-from layerwise_dist.doctor import Finding, Plan, Report, examine
+from layerwise_dist.doctor import Finding, Questions, Report, examine
 from layerwise_dist.units import parse_number
 
 BYTES_A_PARAMETER = 12  # float32, and AdamW's two moments
@@ -33,7 +33,7 @@ def doctor(
         sizes["nbytes"] = -(-_number("--bytes", nbytes, _LEAST) // 4096) * 4096
     with _watched() as progress:
         try:
-            report = examine(directory, Plan(settings, state, **sizes), progress)
+            report = examine(directory, Questions(settings, state, **sizes), progress)
         except NotADirectoryError as error:
             raise WrongUsage(f"{error.filename}: not a directory") from None
     data = {

@@ -51,7 +51,7 @@ class SessionInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class StartPlan:
     """What all keepers do. `kept`: attempts that nobody collects, since there may be a manifest of them somewhere.
     `lacking`: (file name of a record, who has it, who has not).
     """
@@ -119,12 +119,12 @@ class Place:
         if damage is not None:
             log.warning("%s; it was written anew", damage)
 
-    def texts(self, plan: Plan) -> dict[str, str]:
+    def texts(self, plan: StartPlan) -> dict[str, str]:
         """The records that only this place can give to others, by name."""
         mine = [name for name, holder, _ in plan.lacking if holder == self._ranks[0]]
         return {name: self._manager.record_text(name) for name in mine}
 
-    def settle(self, plan: Plan, texts: dict[str, str]) -> list[str]:
+    def settle(self, plan: StartPlan, texts: dict[str, str]) -> list[str]:
         """The directory is this session's now, holds every record that it can hold, and no leftovers of dead attempts.
 
         Returns what could not be brought here. Raises OSError or DamageError.
@@ -246,7 +246,7 @@ def told_identity(found: Inventory, root: str) -> str | None:
     return said[0][0] if said else None
 
 
-def merge(found: list[dict[str, Any]], root: str, *, fresh: bool) -> Plan:
+def merge(found: list[dict[str, Any]], root: str, *, fresh: bool) -> StartPlan:
     """What the places make together. Raises DirectoryError where they cannot be of one job's disks."""
     identities = {each["identity"] for each in found if each["identity"] is not None}
     if len(identities) > 1:
@@ -272,7 +272,7 @@ def merge(found: list[dict[str, Any]], root: str, *, fresh: bool) -> Plan:
     epoch, last_seq = max(each["epoch"] for each in found), max(each["last_seq"] for each in found)
     if problem := _too_few(root, epoch, last_seq):
         raise DirectoryError(problem)
-    return Plan(
+    return StartPlan(
         session=uuid.uuid4().hex,
         identity=identities.pop() if identities else uuid.uuid4().hex,
         epoch=epoch + 1,
@@ -303,11 +303,11 @@ def _spans(ranks: list[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
 
 
-def as_plan(tree: dict[str, Any]) -> Plan:
-    return Plan(**{**tree, "lacking": [tuple(each) for each in tree["lacking"]]})
+def as_start_plan(tree: dict[str, Any]) -> StartPlan:
+    return StartPlan(**{**tree, "lacking": [tuple(each) for each in tree["lacking"]]})
 
 
-def as_tree(plan: Plan) -> dict[str, Any]:
+def as_tree(plan: StartPlan) -> dict[str, Any]:
     return asdict(plan)
 
 

@@ -27,7 +27,7 @@ from layerwise_dist.commit.metadata import (
     Span,
     encode,
 )
-from layerwise_dist.commit.opening import Place, Plan, SessionInfo, as_plan, as_tree, make_dirs, merge
+from layerwise_dist.commit.opening import Place, SessionInfo, StartPlan, as_start_plan, as_tree, make_dirs, merge
 from layerwise_dist.commit.owner import Owner
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.places import find_places
@@ -49,7 +49,7 @@ _REMEMBERED = 64  # retired attempts whose folders are looked after at the end
 _SHARDS = TypeAdapter(list[ShardRecord])
 
 
-class Pen(Protocol):
+class Requests(Protocol):
     """What rank 0's training thread says of commits, and asks for."""
 
     boundary_kind: str
@@ -337,12 +337,12 @@ def open_session(
     return info, manager, place.owner if place is not None else None
 
 
-def _plan(participant: Participant, place: Place | None, root: str, *, fresh: bool, timeout_s: float) -> Plan:
+def _plan(participant: Participant, place: Place | None, root: str, *, fresh: bool, timeout_s: float) -> StartPlan:
     def decide(votes: list[dict[str, Any]]) -> dict[str, Any]:
         return as_tree(merge([found for found in _values(votes) if found is not None], root, fresh=fresh))
 
     seen = tried(timeout_s, _WORK, lambda: place.look() if place is not None else None)
-    return as_plan(participant.agree("open the checkpoint directory", seen, decide))
+    return as_start_plan(participant.agree("open the checkpoint directory", seen, decide))
 
 
 def _values(votes: list[dict[str, Any]]) -> list[Any]:
@@ -365,7 +365,7 @@ def _settled(votes: list[dict[str, Any]]) -> list[str]:
 
 
 def follow(
-    participant: Participant, committer: Pen | None, head: ParentRef | None, branch_seq: int | None
+    participant: Participant, committer: Requests | None, head: ParentRef | None, branch_seq: int | None
 ) -> list[str]:
     """All ranks together: the next commit continues from `head`. With `branch_seq`, a branch record makes that durable,
     in every place, before it returns. Raises OSError, InDoubt, OwnerError or DamageError on every rank.

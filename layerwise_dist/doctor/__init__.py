@@ -3,7 +3,7 @@
 `examine` asks and measures (place, kernel, speed); findings.py judges what came out. The command prints it.
 """
 
-from layerwise_dist.doctor.examination import Plan, Report, examine
+from layerwise_dist.doctor.examination import Questions, Report, examine
 from layerwise_dist.doctor.findings import Finding
 
-__all__ = ["Finding", "Plan", "Report", "examine"]
+__all__ = ["Finding", "Questions", "Report", "examine"]

@@ -32,7 +32,7 @@ _USABLE_ALIGN = 4096  # the writer takes no direct I/O that wants more
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Questions:
     """What to look for. `state_bytes`: one checkpoint of all ranks, None to ask the newest one in the directory;
     `nbytes`: data of one measurement, a multiple of 4096; `flushes` and `rounds`: how many of each.
     """
@@ -57,7 +57,7 @@ class Report:
         return all(finding.verdict != "bad" for finding in self.findings)
 
 
-def examine(directory: str, plan: Plan, progress: Callable[[str], None] = lambda text: None) -> Report:
+def examine(directory: str, plan: Questions, progress: Callable[[str], None] = lambda text: None) -> Report:
     """What is wrong with the directory is a finding, and not raised.
 
     Raises NotADirectoryError for a file, PermissionError for a path that cannot be followed.

@@ -34,8 +34,8 @@ from layerwise_dist.frameworks import Framework, accumulating, config_block, fin
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter, TorchOptimizer
 from layerwise_dist.layers.adapter import LayeredOptimizer
 from layerwise_dist.loop.objects import StateObjects
+from layerwise_dist.monitor.attaching import OpenSession, open_monitored
 from layerwise_dist.monitor.connection import MonitorLink, start_monitor
-from layerwise_dist.monitor.opening import Parts, open_monitored
 from layerwise_dist.monitor.transport import MonitorTransport
 from layerwise_dist.storage import typed_json
 from layerwise_dist.storage.exposure import exposed, listed
@@ -259,7 +259,7 @@ def _software() -> dict[str, str]:
 def _open_direct(
     config: LayerwiseConfig, env: Any, transport: Transport, participant: Participant, found: Framework, fresh: bool,
     closers: list[Any],
-) -> Parts:  # fmt: skip
+) -> OpenSession:  # fmt: skip
     """This process takes the directory, decides on rank 0, and writes. What is to be undone goes into `closers`."""
     rank, world_size = transport.rank, transport.world_size
     info, manager, owner = open_session(
@@ -298,4 +298,4 @@ def _open_direct(
     _, adapter = together(participant, "start the writer", start)
     adapter.recycler.failed = participant.broke
     participant.recycle(adapter.recycler.retire)
-    return Parts(adapter, manager, info, committer, coordinator)
+    return OpenSession(adapter, manager, info, committer, coordinator)

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.errors import NotFoundError, UnsupportedError
+from layerwise_dist.frameworks.deepspeed.flattening import missing
 from layerwise_dist.frameworks.deepspeed.support import accumulating
-from layerwise_dist.frameworks.deepspeed.units import missing
 from layerwise_dist.frameworks.parts import Parts
 from layerwise_dist.storage import filenames
 

@@ -25,7 +25,7 @@ from layerwise_dist.capture.survey import Survey, Surveyor
 from layerwise_dist.commit.coordinator_thread import CoordinatorThread
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.participant import Participant
-from layerwise_dist.commit.session import Pen, SessionInfo
+from layerwise_dist.commit.session import Requests, SessionInfo
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.engine import at_exit
 from layerwise_dist.engine.attempts import Attempts
@@ -39,8 +39,8 @@ from layerwise_dist.engine.statistics import Statistics
 from layerwise_dist.engine.trace import StepTrace
 from layerwise_dist.engine.updates import Update, Updates
 from layerwise_dist.errors import BoundaryError, LayerwiseError
-from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.compiled import eager
+from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.loop.boundary import Boundary, BoundaryMark
 from layerwise_dist.loop.objects import StateObjects
@@ -71,7 +71,7 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
     def __init__(
         self, framework: Framework, optimizer: OptimizerAdapter, config: LayerwiseConfig, objects: StateObjects, *,
         adapter: PCCheckAdapter, manager: CheckpointMetadataManager, info: SessionInfo, participant: Participant,
-        committer: Pen | None, coordinator: CoordinatorThread | None, fresh: bool, preemption: Preemption | None,
+        committer: Requests | None, coordinator: CoordinatorThread | None, fresh: bool, preemption: Preemption | None,
         replicas: Replicas, lender: LayerwiseEngine | None = None,
     ) -> None:  # fmt: skip
         """With `lender`, `framework`, `optimizer` and `objects` are those that it has lent (`lent.Lent`)."""

@@ -26,7 +26,7 @@ from layerwise_dist.commit.alike import unequal
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.votes import describe_error, rebuild_error
 from layerwise_dist.errors import LayerwiseError, UnsupportedError
-from layerwise_dist.frameworks.base import Framework
+from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.tensors.pieces import Piece, is_dense

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from layerwise_dist.frameworks.base import ParamView
+from layerwise_dist.frameworks.framework import ParamView
 
 _ROWS = ("training", "gradients", "updates", "captures", "writes")
 

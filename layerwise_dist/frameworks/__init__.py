@@ -1,7 +1,7 @@
 """Frameworks: what is a layer here, which slices this rank holds, and in which tensors they live."""
 
-from layerwise_dist.frameworks.base import Framework, ParamView
 from layerwise_dist.frameworks.deepspeed import accumulating, config_block, is_engine
 from layerwise_dist.frameworks.detect import find_framework, find_optimizer
+from layerwise_dist.frameworks.framework import Framework, ParamView
 
 __all__ = ["Framework", "ParamView", "accumulating", "config_block", "find_framework", "find_optimizer", "is_engine"]

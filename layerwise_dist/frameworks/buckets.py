@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from layerwise_dist.frameworks.averaging import Averaging
-from layerwise_dist.frameworks.base import ParamView
+from layerwise_dist.frameworks.framework import ParamView
 
 log = logging.getLogger("layerwise_dist")
 

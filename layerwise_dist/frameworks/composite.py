@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from layerwise_dist.errors import UnsupportedError
-from layerwise_dist.frameworks.base import Framework, ParamView, same_objects
+from layerwise_dist.frameworks.framework import Framework, ParamView, same_objects
 from layerwise_dist.frameworks.nested import NO_STATE
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter, UpdateEvents
 from layerwise_dist.frameworks.parts import Parts

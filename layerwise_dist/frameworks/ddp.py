@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from layerwise_dist.errors import UnsupportedError
-from layerwise_dist.frameworks.base import Framework, ParamView
 from layerwise_dist.frameworks.buckets import BucketOrder
+from layerwise_dist.frameworks.framework import Framework, ParamView
 from layerwise_dist.frameworks.shares import shares
 from layerwise_dist.tensors.pieces import Piece
 from layerwise_dist.tensors.slices import Slice, ranks_text

@@ -10,11 +10,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from layerwise_dist.errors import UnsupportedError
-from layerwise_dist.frameworks.base import Framework
 from layerwise_dist.frameworks.compiled import without_compiled_wrapper
 from layerwise_dist.frameworks.composite import CompositeFramework, CompositeOptimizer, check_names
 from layerwise_dist.frameworks.ddp import DDPFramework
 from layerwise_dist.frameworks.deepspeed import DeepSpeedFramework, DeepSpeedOptimizer, is_engine
+from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.frameworks.fsdp import FSDP2Framework
 from layerwise_dist.frameworks.fsdp1 import FSDP1FlatOptimizer, FSDP1Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter, TorchOptimizer

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from layerwise_dist.errors import UnsupportedError
-from layerwise_dist.frameworks.base import Framework, ParamView
+from layerwise_dist.frameworks.framework import Framework, ParamView
 from layerwise_dist.frameworks.nested import NO_STATE, Nest
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.frameworks.param_groups import adopt_groups, check_groups, in_order

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from layerwise_dist.errors import MismatchError, UnsupportedError
-from layerwise_dist.frameworks.base import Framework, ParamView, changes
+from layerwise_dist.frameworks.framework import Framework, ParamView, changes
 from layerwise_dist.frameworks.shares import owners
 from layerwise_dist.tensors.pieces import Piece, dtype_code
 from layerwise_dist.tensors.slices import Slice, ranks_text

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from layerwise_dist.errors import UnsupportedError
-from layerwise_dist.frameworks.base import ParamView
 from layerwise_dist.frameworks.elsewhere import Elsewhere
+from layerwise_dist.frameworks.framework import ParamView
 from layerwise_dist.frameworks.made_mapping import MadeMapping
 from layerwise_dist.frameworks.param_groups import adopt_groups, check_groups
 from layerwise_dist.frameworks.unwrapping import Around

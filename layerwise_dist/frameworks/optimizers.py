@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from layerwise_dist.errors import UnsupportedError
-from layerwise_dist.frameworks.base import Framework, ParamView
+from layerwise_dist.frameworks.framework import Framework, ParamView
 from layerwise_dist.frameworks.nested import Nest, find
 from layerwise_dist.frameworks.param_groups import adopt_groups, check_groups, in_order
 from layerwise_dist.frameworks.subclasses import Opener, live_inner, put_together

@@ -11,7 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from layerwise_dist.errors import UnsupportedError
-from layerwise_dist.frameworks.base import ParamView
+from layerwise_dist.frameworks.framework import ParamView
 
 # Tensors that lie between each other's elements (columns of one matrix) are told apart byte by byte, by as many flags.
 _EXACT_BYTES = 64 << 20

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from layerwise_dist.errors import UnsupportedError
-from layerwise_dist.frameworks.base import Framework, ParamView
+from layerwise_dist.frameworks.framework import Framework, ParamView
 from layerwise_dist.frameworks.optimizers import TorchOptimizer
 from layerwise_dist.frameworks.unwrapping import unwrap
 

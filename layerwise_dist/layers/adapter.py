@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from layerwise_dist.errors import UnsupportedError
-from layerwise_dist.frameworks.base import Framework
+from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.frameworks.optimizers import TorchOptimizer, UpdateEvents, found_inf
 from layerwise_dist.frameworks.unwrapping import is_thin
 from layerwise_dist.layers.graph import ROOT

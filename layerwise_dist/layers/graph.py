@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from layerwise_dist.errors import BoundaryError, UnsupportedError
-from layerwise_dist.frameworks.base import Framework, ParamView
+from layerwise_dist.frameworks.framework import Framework, ParamView
 from layerwise_dist.layers.autograd_walk import Walk, walk
 from layerwise_dist.layers.gradients import Arrivals
 from layerwise_dist.layers.wrapper_gradients import watch

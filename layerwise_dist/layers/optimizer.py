@@ -19,8 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from layerwise_dist.errors import BoundaryError, ConfigError, UnsupportedError
 from layerwise_dist.frameworks.averaging import Averaging
-from layerwise_dist.frameworks.base import ParamView
 from layerwise_dist.frameworks.compiled import without_compiled_wrapper
+from layerwise_dist.frameworks.framework import ParamView
 from layerwise_dist.frameworks.overlaps import LayersApart
 from layerwise_dist.frameworks.subset_step import SubsetStep
 from layerwise_dist.layers.gradients import Arrivals

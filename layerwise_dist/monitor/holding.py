@@ -57,7 +57,7 @@ class _Coming:
         self.state = bytearray()
 
 
-class Holder:
+class StagedShards:
     """One rank's shards on their way. Belongs to one thread, but for `give_back`.
 
     Every message that names an attempt which has ended here is passed by, and its buffer given back.

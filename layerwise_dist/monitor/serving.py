@@ -22,7 +22,7 @@ from layerwise_dist.commit.transports import Message
 from layerwise_dist.commit.votes import describe_error
 from layerwise_dist.config import load_config
 from layerwise_dist.errors import LayerwiseError
-from layerwise_dist.monitor.session import MonitorSession
+from layerwise_dist.monitor.job import MonitoredJob
 from layerwise_dist.monitor.wire import Wire
 from layerwise_dist.supervision import background
 
@@ -45,7 +45,7 @@ class MonitorServer:
         self._serving = False  # whether something may have been staged
         self._leaving = False
         self._timeout_s = _START_S
-        self._session: MonitorSession | None = None
+        self._session: MonitoredJob | None = None
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._wire = Wire(sock, self._events.put, self._trainer_gone)
         logging.getLogger("layerwise_dist").addHandler(_ToTrainer(self._wire.send))
@@ -102,7 +102,7 @@ class MonitorServer:
         else:
             self._stage(session, message)
 
-    def _stage(self, session: MonitorSession, message: Message) -> None:
+    def _stage(self, session: MonitoredJob, message: Message) -> None:
         holder, kind = session.holder, message["t"]
         if holder is None:
             raise ValueError(f"{kind!r} before the directory is open")
@@ -120,7 +120,7 @@ class MonitorServer:
     def _start(self, message: Message) -> None:
         config = load_config(message["config"])
         self._timeout_s = config.commit.timeout_s
-        self._session = MonitorSession(config, message["rank"], message["world_size"], self._gather, self._wire.send)
+        self._session = MonitoredJob(config, message["rank"], message["world_size"], self._gather, self._wire.send)
 
     def _gather(self, record: Any) -> list[Any]:
         self._wire.send({"t": "gather", "record": record})
@@ -129,7 +129,7 @@ class MonitorServer:
             raise ValueError("the training process does not gather")
         return list(message["records"])
 
-    def _open(self, session: MonitorSession, message: Message) -> Message:
+    def _open(self, session: MonitoredJob, message: Message) -> Message:
         opened = session.open(message, self._trainer, self._memory, self._wake)
         with self._gone_lock:
             self._serving = True

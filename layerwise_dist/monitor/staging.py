@@ -28,7 +28,7 @@ _STATE_PIECE = 256 << 10  # bytes of the state that go through the pool at once
 _ASK_S = 10.0
 
 
-class NoRoom(LayerwiseError):
+class PoolFull(LayerwiseError):
     """The pool had no room for the boundary's state in time. Ends the attempt."""
 
 
@@ -92,7 +92,7 @@ class StagedWrite:
         return [(begin, end) for begin, end in times]
 
     def append_state(self, text: bytes, blob: bytes) -> None:
-        """Gives the monitor what the boundary sealed, piece by piece. Raises NoRoom."""
+        """Gives the monitor what the boundary sealed, piece by piece. Raises PoolFull."""
         data = text + blob
         self._lengths, self.state_bytes = (len(text), len(blob)), len(state_extent(text, blob))
         for begin in range(0, len(data), _STATE_PIECE):
@@ -206,10 +206,10 @@ class StagingAdapter:
         self.link.send({**message, "place": place, "nbytes": buffer.nbytes})
 
     def give_bytes(self, write: StagedWrite, data: bytes) -> None:
-        """Raises NoRoom."""
+        """Raises PoolFull."""
         buffer = self.buffers.acquire(len(data), self._timeout_s)
         if buffer is None:
-            raise NoRoom(
+            raise PoolFull(
                 f"{len(data)} bytes of state found no room in the pool (pool_mb) within fence_timeout_s = "
                 f"{self._timeout_s:g} s: the disk does not keep up"
             )
@@ -253,7 +253,7 @@ class StagingAdapter:
 
 
 class RemotePen:
-    """Rank 0's pen (`commit.session.Pen`), which the monitor holds."""
+    """Rank 0's pen (`commit.session.Requests`), which the monitor holds."""
 
     def __init__(self, link: MonitorLink, timeout_s: float) -> None:
         self._link, self._timeout_s = link, timeout_s

@@ -12,12 +12,12 @@ import torch
 
 from layerwise_dist.frameworks.overlaps import overlaps
 from layerwise_dist.restore.filling import fill
-from layerwise_dist.restore.planner import Span
+from layerwise_dist.restore.planner import ByteRange
 
 _ALIGN = 16  # bytes; no element is larger
 
 
-def contradictions(names: Sequence[str], reads: Sequence[tuple[torch.Tensor, Sequence[Span]]]) -> list[str]:
+def contradictions(names: Sequence[str], reads: Sequence[tuple[torch.Tensor, Sequence[ByteRange]]]) -> list[str]:
     """What is wrong, in words. Touches no live tensor. Raises DamageError or OSError."""
     problems: list[str] = []
     content: dict[int, torch.Tensor] = {}
@@ -43,7 +43,7 @@ def _pairs(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
     return pairs + [(firsts[one], firsts[other]) for one, other in overlaps([tensors[place] for place in firsts])]
 
 
-def _read(tensor: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
+def _read(tensor: torch.Tensor, spans: Sequence[ByteRange]) -> torch.Tensor:
     """What a tensor is to become, in memory of its own."""
     found = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
     fill([(found, spans)])

@@ -7,21 +7,21 @@ from dataclasses import replace
 
 import torch
 
-from layerwise_dist.restore.planner import Span
+from layerwise_dist.restore.planner import ByteRange
 from layerwise_dist.restore.reslice import reach
 from layerwise_dist.storage.reader import Shard
 
 _BUFFER_BYTES = 64 << 20  # of what lies otherwise in the file than in memory, read at once
 
 
-def fill(reads: Iterable[tuple[torch.Tensor, Iterable[Span]]]) -> None:
+def fill(reads: Iterable[tuple[torch.Tensor, Iterable[ByteRange]]]) -> None:
     """Each tensor from its spans. REQUIRES: tensors of host memory, row-major.
 
     What lies in the file as in the tensor is read straight into it, all of a shard in one call; the rest through a
     buffer of 64 MiB, or of one row where that is larger. On DamageError or OSError tensors may be partly overwritten.
     """
     straight: dict[int, tuple[Shard, list[tuple[int, int, int]]]] = {}
-    strided: list[tuple[torch.Tensor, Span]] = []
+    strided: list[tuple[torch.Tensor, ByteRange]] = []
     for tensor, spans in reads:
         for span in spans:
             if span.shape:
@@ -36,7 +36,7 @@ def fill(reads: Iterable[tuple[torch.Tensor, Iterable[Span]]]) -> None:
             _scatter(tensor, part)
 
 
-def _chunks(span: Span, item: int) -> Iterator[Span]:
+def _chunks(span: ByteRange, item: int) -> Iterator[ByteRange]:
     """The span, in parts along its first dimension whose bytes fit the buffer."""
     row = reach(span.shape[1:], span.strides[1:])
     rows = max(1, (_BUFFER_BYTES // item - row) // span.strides[0] + 1)
@@ -49,7 +49,7 @@ def _chunks(span: Span, item: int) -> Iterator[Span]:
         )  # fmt: skip
 
 
-def _scatter(tensor: torch.Tensor, span: Span) -> None:
+def _scatter(tensor: torch.Tensor, span: ByteRange) -> None:
     item = tensor.element_size()
     read = torch.empty((span.end - span.begin) // item, dtype=tensor.dtype, device="cpu")
     span.shard.read_into([(span.begin, span.end, read.data_ptr())])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from layerwise_dist.errors import DamageError, MismatchError
-from layerwise_dist.frameworks.base import Framework
+from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.frameworks.parts import WHOLE, Parts
 from layerwise_dist.frameworks.subclasses import unlike, unmakable
@@ -22,7 +22,7 @@ from layerwise_dist.restore import contents
 from layerwise_dist.restore.contents import Held
 from layerwise_dist.restore.contradictions import contradictions
 from layerwise_dist.restore.filling import fill
-from layerwise_dist.restore.planner import Found, ShardSet, Span, plan
+from layerwise_dist.restore.planner import ByteRange, Found, ShardSet, plan
 from layerwise_dist.storage.reader import Entry, Shard, ShardIndex
 from layerwise_dist.storage.reports import BaseReport
 from layerwise_dist.tensors.pieces import is_dense
@@ -40,7 +40,7 @@ class LoadPlan:
     """
 
     sealed: dict[str, Any]
-    reads: list[tuple[torch.Tensor, list[Span]]] = field(default_factory=list)
+    reads: list[tuple[torch.Tensor, list[ByteRange]]] = field(default_factory=list)
     states: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     lacking: list[str] = field(default_factory=list)
     base: tuple[BaseReport, ShardIndex] | None = None
@@ -136,7 +136,7 @@ def prepare(
 
 def load(loading: LoadPlan) -> None:
     """Reads everything, verified block by block. On DamageError or OSError live tensors may be partly overwritten."""
-    reads: list[tuple[torch.Tensor, list[Span]]] = []
+    reads: list[tuple[torch.Tensor, list[ByteRange]]] = []
     staged: list[tuple[torch.Tensor, torch.Tensor]] = []
     for tensor, spans in loading.reads:
         target = tensor

@@ -12,7 +12,7 @@ from layerwise_dist.tensors.slices import ITEM_BYTES, Slice
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class ByteRange:
     """Bytes `begin` to `end` of a shard go to `offset` bytes into the wanted slice.
 
     With a `shape` only some of them do: elements of that shape, `strides` apart in the file from `begin` on, and
@@ -58,7 +58,7 @@ class ShardSet:
 Found = list[tuple[Shard, Entry]]
 
 
-def plan(wanted: Slice, found: Found, more: Callable[[], Found] | None = None) -> list[Span]:
+def plan(wanted: Slice, found: Found, more: Callable[[], Found] | None = None) -> list[ByteRange]:
     """`more` gives the entries of shards that are opened only if `found` is not enough.
 
     Raises MismatchError when the entries do not give exactly the wanted slice.
@@ -102,7 +102,7 @@ def plan(wanted: Slice, found: Found, more: Callable[[], Found] | None = None) -
         begin, end = part.span
         place = (shard, entry.begin + begin * item, entry.begin + end * item, part.target * item)
         strided = () if part.straight else (part.shape, part.source_strides, part.target_strides)
-        spans.append(Span(*place, *strided))
+        spans.append(ByteRange(*place, *strided))
     return spans
 
 

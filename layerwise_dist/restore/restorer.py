@@ -11,7 +11,7 @@ from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.records import Manifest
 from layerwise_dist.commit.shards import open_base, open_shard
 from layerwise_dist.errors import DamageError, MismatchError, NotFoundError
-from layerwise_dist.frameworks.base import Framework
+from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.frameworks.parts import WHOLE, Parts
 from layerwise_dist.restore import choice, loader

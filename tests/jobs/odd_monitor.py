@@ -11,9 +11,9 @@ from typing import Any
 from layerwise_dist.commit.coordinator import Coordinator
 from layerwise_dist.monitor import serving
 from layerwise_dist.monitor.__main__ import main
-from layerwise_dist.monitor.holding import Holder
+from layerwise_dist.monitor.holding import StagedShards
+from layerwise_dist.monitor.job import MonitoredJob
 from layerwise_dist.monitor.serving import MonitorServer
-from layerwise_dist.monitor.session import MonitorSession
 from layerwise_dist.storage.adapter import ShardWrite
 
 
@@ -43,14 +43,14 @@ def held() -> None:
 
 def early() -> None:
     """Acknowledges an attempt when it begins, before anything of it is here."""
-    begin = Holder.begin
+    begin = StagedShards.begin
 
-    def begin_and_acknowledge(self: Holder, message: Any) -> None:
+    def begin_and_acknowledge(self: StagedShards, message: Any) -> None:
         begin(self, message)
         attempt = self._coming[message["seq"]].write.attempt
         self._participant.post(self._participant._ledger._message("staged", attempt))
 
-    Holder.begin = begin_and_acknowledge
+    StagedShards.begin = begin_and_acknowledge
 
 
 def first() -> None:
@@ -84,12 +84,12 @@ def immortal() -> None:
 
 def lenient() -> None:
     """Keeps what was not sealed, instead of giving it up for all ranks."""
-    finish = MonitorSession.finish
+    finish = MonitoredJob.finish
 
-    def finish_quietly(self: MonitorSession, timeout_s: float, *, orphaned: str | None = None) -> None:
+    def finish_quietly(self: MonitoredJob, timeout_s: float, *, orphaned: str | None = None) -> None:
         finish(self, timeout_s)
 
-    MonitorSession.finish = finish_quietly
+    MonitoredJob.finish = finish_quietly
 
 
 if __name__ == "__main__":

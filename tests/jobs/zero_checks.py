@@ -21,7 +21,7 @@ import layerwise_dist.deepspeed as drop_in
 from layerwise_dist import errors
 from layerwise_dist.frameworks import deepspeed as room
 from layerwise_dist.frameworks import flat
-from layerwise_dist.frameworks.deepspeed import counters, nvme, units
+from layerwise_dist.frameworks.deepspeed import counters, flattening, nvme
 from layerwise_dist.frameworks.deepspeed import in_backward as in_backward_room
 
 # -- what must be seen -----------------------------------------------------------------------------------------------
@@ -48,9 +48,11 @@ def mutations(root: str) -> dict[str, bool]:
     return {
         "one ulp of a master": bool(trial("2-bf16", f"{root}/ulp", one_ulp)),
         "low-precision copies of ZeRO-2 not derived": bool(
-            without(units.Zero12, "after_load", "2-bf16", f"{root}/lp2")
+            without(flattening.Zero12, "after_load", "2-bf16", f"{root}/lp2")
         ),
-        "low-precision copies of ZeRO-3 not derived": bool(without(units.Zero3, "after_load", "3-bf16", f"{root}/lp3")),
+        "low-precision copies of ZeRO-3 not derived": bool(
+            without(flattening.Zero3, "after_load", "3-bf16", f"{root}/lp3")
+        ),
         "counters not put back": bool(without(counters.Counters, "put", "1-fp32-accumulate3", f"{root}/counters")),
         "state that got other memory not looked for": bool(not_looked_for(f"{root}/memory")),
     }

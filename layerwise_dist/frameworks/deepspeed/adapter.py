@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from layerwise_dist.errors import UnsupportedError
-from layerwise_dist.frameworks.base import ParamView
 from layerwise_dist.frameworks.deepspeed.framework import DeepSpeedFramework
 from layerwise_dist.frameworks.deepspeed.in_backward import InBackward
 from layerwise_dist.frameworks.deepspeed.support import accumulating
 from layerwise_dist.frameworks.flat import FlatState
+from layerwise_dist.frameworks.framework import ParamView
 from layerwise_dist.frameworks.nested import Nest
 from layerwise_dist.frameworks.optimizers import UpdateEvents
 from layerwise_dist.frameworks.param_groups import group_origins

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from layerwise_dist.errors import MismatchError, UnsupportedError
+from layerwise_dist.frameworks.deepspeed.flattening import Units, missing
 from layerwise_dist.frameworks.deepspeed.groups import spread
-from layerwise_dist.frameworks.deepspeed.units import Units, missing
 
 _COUNTED = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
 # Of loss scalers of both kinds, what changes while training; a static scale has the first only.

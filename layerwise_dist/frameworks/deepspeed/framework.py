@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from layerwise_dist.errors import UnsupportedError
-from layerwise_dist.frameworks.base import ParamView
 from layerwise_dist.frameworks.deepspeed.counters import Counters
+from layerwise_dist.frameworks.deepspeed.flattening import global_shape, partition
 from layerwise_dist.frameworks.deepspeed.support import find_units
-from layerwise_dist.frameworks.deepspeed.units import global_shape, partition
 from layerwise_dist.frameworks.flat import FlatFramework
+from layerwise_dist.frameworks.framework import ParamView
 from layerwise_dist.frameworks.parts import Parts
 from layerwise_dist.frameworks.shares import Share, shares
 from layerwise_dist.tensors.pieces import Piece, dtype_code

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from layerwise_dist.errors import BoundaryError, UnsupportedError
-from layerwise_dist.frameworks.base import ParamView
+from layerwise_dist.frameworks.deepspeed.flattening import Units, Unwrapped, Zero3, Zero12, missing
 from layerwise_dist.frameworks.deepspeed.nvme import Zero3OnNvme
-from layerwise_dist.frameworks.deepspeed.stages import Stage, Stage0, Stage3, Stages1And2
-from layerwise_dist.frameworks.deepspeed.units import Units, Unwrapped, Zero3, Zero12, missing
+from layerwise_dist.frameworks.deepspeed.stages import Stage0, Stage3, Stages1And2, ZeroStage
+from layerwise_dist.frameworks.framework import ParamView
 
 _ENGINE = (
     "is_gradient_accumulation_boundary", "gradient_accumulation_steps", "managed_gradient_accumulation",
@@ -134,7 +134,7 @@ class InBackward:
             )
 
 
-def _stage(engine: Any, units: Units, views: Sequence[ParamView]) -> Stage:
+def _stage(engine: Any, units: Units, views: Sequence[ParamView]) -> ZeroStage:
     if isinstance(units, Unwrapped):
         return Stage0(engine, units, views)
     return (Stage3 if isinstance(units, Zero3) else Stages1And2)(units.wrapper, len(units.groupings()))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from layerwise_dist.errors import UnsupportedError
-from layerwise_dist.frameworks.deepspeed.units import Zero3, missing
+from layerwise_dist.frameworks.deepspeed.flattening import Zero3, missing
 
 _MASTER = ""
 

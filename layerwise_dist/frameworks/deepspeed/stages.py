@@ -10,15 +10,15 @@ import torch.distributed as dist
 from torch import nn
 
 from layerwise_dist.errors import UnsupportedError
-from layerwise_dist.frameworks.base import ParamView
-from layerwise_dist.frameworks.deepspeed.units import Unwrapped, missing
+from layerwise_dist.frameworks.deepspeed.flattening import Unwrapped, missing
+from layerwise_dist.frameworks.framework import ParamView
 from layerwise_dist.frameworks.subset_step import SubsetStep
 
 _PARTITIONS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 Arrived = Callable[[Iterable[nn.Parameter]], None]
 
 
-class Stage:
+class ZeroStage:
     """What can be stepped by itself, by number: a unit, or a layer. `count` of them."""
 
     count = 0
@@ -41,7 +41,7 @@ class Stage:
         raise NotImplementedError
 
 
-class _Zero(Stage):
+class _Zero(ZeroStage):
     """A unit is stepped by DeepSpeed's own `_optimizer_step`, behind the method that reduces gradients."""
 
     attributes: tuple[str, ...] = ()
@@ -144,7 +144,7 @@ class Stages1And2(_Zero):
         return wrapper.flatten(parts)
 
 
-class Stage0(Stage):
+class Stage0(ZeroStage):
     """Stage 0 in fp32: a layer's gradients are averaged over the ranks and stepped once all of them have arrived.
 
     In the order in which the first window's arrived, so that all ranks average the same layers together.

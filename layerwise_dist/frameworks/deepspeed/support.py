@@ -8,8 +8,7 @@ import torch
 
 from layerwise_dist import unattached
 from layerwise_dist.errors import UnsupportedError
-from layerwise_dist.frameworks.deepspeed.nvme import Zero3OnNvme
-from layerwise_dist.frameworks.deepspeed.units import (
+from layerwise_dist.frameworks.deepspeed.flattening import (
     Bf16,
     FusedMasters,
     UnfusedMasters,
@@ -21,6 +20,7 @@ from layerwise_dist.frameworks.deepspeed.units import (
     Zero12,
     missing,
 )
+from layerwise_dist.frameworks.deepspeed.nvme import Zero3OnNvme
 from layerwise_dist.frameworks.elsewhere import tells
 
 WORKS = (

@@ -22,7 +22,7 @@ from layerwise_dist.commit.transports.rendezvous import Gather
 from layerwise_dist.commit.transports.store import open_store
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.errors import LayerwiseError, UnsupportedError
-from layerwise_dist.monitor.holding import Holder
+from layerwise_dist.monitor.holding import StagedShards
 from layerwise_dist.monitor.relaying import RelayingTransport, wrapped
 from layerwise_dist.storage.adapter import PCCheckAdapter
 from layerwise_dist.storage.writer import open_writer
@@ -31,7 +31,7 @@ from layerwise_dist.supervision.patience import stuck_calls
 log = logging.getLogger("layerwise_dist")
 
 
-class MonitorSession:
+class MonitoredJob:
     """Belongs to the monitor's main thread, but for `orphaned`.
 
     Attributes:
@@ -55,7 +55,7 @@ class MonitorSession:
         self._coordinator: Any = None
         self._committer: Committer | None = None
         self._owner: Any = None
-        self.holder: Holder | None = None
+        self.holder: StagedShards | None = None
 
     # -- the start ----------------------------------------------------------------------------------------------
 
@@ -98,7 +98,7 @@ class MonitorSession:
         self._adapter = adapter
         adapter.recycler.failed = participant.broke
         participant.recycle(adapter.recycler.retire)
-        self.holder = Holder(adapter, participant, info.epoch, memory, wake, self._tell)
+        self.holder = StagedShards(adapter, participant, info.epoch, memory, wake, self._tell)
         return {
             "info": asdict(info), "direct": adapter.direct, "memory_align": adapter.memory_align,
         }  # fmt: skip

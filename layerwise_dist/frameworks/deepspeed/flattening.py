@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from layerwise_dist.errors import UnsupportedError
-from layerwise_dist.frameworks.base import ParamView
 from layerwise_dist.frameworks.flat import Fragment
+from layerwise_dist.frameworks.framework import ParamView
 
 
 @dataclass(frozen=True, slots=True)
