@@ -382,7 +382,7 @@ def test_another_shape_between_update_and_boundary_is_saved_as_the_boundary_has_
 def test_mutation_a_tree_that_is_not_asked_for_its_parameters_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(framework, "_DICTS", operator.attrgetter("_modules", "_buffers"))
+    monkeypatch.setattr("layerwise_dist.frameworks.framework._DICTS", operator.attrgetter("_modules", "_buffers"))
     assert trial(tmp_path, assign_frozen) != []
 
 
