@@ -29,7 +29,7 @@ def train(folder: Path, ours: bool) -> None:
     import deepspeed
     import torch
     import torch.distributed as dist
-    from kit import process_group
+    from job_kit import process_group
     from zero_kit import Net, prepare, settings
 
     import layerwise_dist.deepspeed as drop_in

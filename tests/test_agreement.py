@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from crash_kit import try_ranks
+from kit.crash import try_ranks
 
 from layerwise_dist.commit.agreement import together
 from layerwise_dist.commit.participant import Participant

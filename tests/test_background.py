@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from crash_kit import build, settings, train, try_ranks
+from kit.crash import build, settings, train, try_ranks
 
 import layerwise_dist
 from layerwise_dist import errors

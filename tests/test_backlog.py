@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crash_kit import build, in_ranks, settings, train
+from kit.crash import build, in_ranks, settings, train
 
 from layerwise_dist._native import PosixEnv, testing
 from layerwise_dist.commit.ledger import Ledger

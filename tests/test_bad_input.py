@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Warm
+from kit.runners import Warm
 from torch import nn
 
 import layerwise_dist as lwd

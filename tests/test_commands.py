@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 import typer
-from commands_kit import ROOT, commands
-from conftest import Running
+from kit.commands import ROOT, commands
+from kit.runners import Running
 
 from layerwise_dist.cli.app import app
 

@@ -1,6 +1,6 @@
 """The commit's own decisions under anything that can happen to them, and proof that each broken rule would be found.
 
-`tests/commit_model.py` is the model. A failure prints its seed: `walk(SEED, 1)` makes that run again.
+`tests/kit/commit_model.py` is the model. A failure prints its seed: `walk(SEED, 1)` makes that run again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from commit_model import Broken, walk
+from kit.commit_model import Broken, walk
 
 from layerwise_dist.commit.common_boundary import CommonBoundary, Hold
 from layerwise_dist.commit.coordinator import Coordinator

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from crash_kit import settings, try_ranks
+from kit.crash import settings, try_ranks
 from torch import nn
 
 from layerwise_dist._native import PosixEnv

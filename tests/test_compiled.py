@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Warm
+from kit.runners import Warm
 
 
 @pytest.mark.parametrize(("wrapper", "ranks"), [("plain", 1), ("ddp", 2), ("fsdp2", 2)])

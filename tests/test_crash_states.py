@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from crash_kit import POLICIES, MutantEnv, Mutation, Story
+from kit.crash import POLICIES, MutantEnv, Mutation, Story
 
 from layerwise_dist._native import testing
 from layerwise_dist.capture import survey

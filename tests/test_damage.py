@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from crash_kit import ROOT, Story, build, in_ranks, raw, settings, tensors_of, train, try_ranks
+from kit.crash import ROOT, Story, build, in_ranks, raw, settings, tensors_of, train, try_ranks
 from torch import nn
 
 from layerwise_dist import _native

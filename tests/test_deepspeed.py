@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DEEPSPEED, Warm
+from kit.runners import DEEPSPEED, Warm
 
 from layerwise_dist.bench.deepspeed_modes import operator_is_built
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DEEPSPEED, JOBS, Running, Warm
+from kit.runners import DEEPSPEED, JOBS, Running, Warm
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed (launch/setup.sh does it)", allow_module_level=True)

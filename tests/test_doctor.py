@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from seccomp import FORBID_URING
+from kit.seccomp import FORBID_URING
 from typer.testing import CliRunner
 
 from layerwise_dist import _native

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conftest import Warm, WarmJob
+from kit.runners import Warm, WarmJob
 
 DEADLINE = 90.0
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Warm
+from kit.runners import Warm
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -29,7 +29,7 @@ import layerwise_dist as lwd
 from layerwise_dist import errors
 
 sys.path.insert(0, str(Path(__file__).parent / "jobs"))
-from kit import contents, differences  # noqa: E402
+from job_kit import contents, differences  # noqa: E402
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Finished
 from exactness_table import FEATURES, OPTIMIZERS, UPDATES, cells, read, reason
 from exactness_table import WORLDS as TABLE
+from kit.runners import Finished
 
 # 5 steps each of {momentum, AdamW foreach, AdamW fused} x 9 features of a training script; plain also LBFGS.
 WORLDS = [

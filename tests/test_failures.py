@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import JOBS, Running
+from kit.runners import JOBS, Running
 
 from layerwise_dist._native import PosixEnv
 from layerwise_dist.bench.light import shard_bytes

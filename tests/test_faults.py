@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from crash_kit import (
+from kit.crash import (
     MutantEnv,
     Mutation,
     Story,

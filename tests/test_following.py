@@ -26,7 +26,7 @@ from layerwise_dist.tensors import geometry
 from layerwise_dist.tensors.geometry import Geometry
 
 sys.path.insert(0, str(Path(__file__).parent / "jobs"))
-from kit import contents, differences  # noqa: E402
+from job_kit import contents, differences  # noqa: E402
 
 torch.set_num_threads(1)
 Change = Callable[[Any], None]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DEEPSPEED, Running
+from kit.runners import DEEPSPEED, Running
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed (launch/setup.sh does it)", allow_module_level=True)

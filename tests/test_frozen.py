@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Warm
+from kit.runners import Warm
 from torch import nn
 
 import layerwise_dist as lwd
@@ -33,7 +33,7 @@ from layerwise_dist.storage import frozen_file as storage_base
 
 sys.path.insert(0, str(Path(__file__).parent / "jobs"))
 import lora  # noqa: E402
-from kit import contents, differences  # noqa: E402
+from job_kit import contents, differences  # noqa: E402
 from several import Gan  # noqa: E402
 from several import trial as several_trial  # noqa: E402
 from test_cli import call, call_json  # noqa: E402

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from crash_kit import build, differing, in_ranks, settings, tensors_of, train
+from kit.crash import build, differing, in_ranks, settings, tensors_of, train
 
 from layerwise_dist import errors
 from layerwise_dist._native import PosixEnv, testing

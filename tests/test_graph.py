@@ -11,7 +11,7 @@ from typing import Any
 import networkx
 import pytest
 import torch
-from models import ResNet, Reused
+from kit.models import ResNet, Reused
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

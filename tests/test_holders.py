@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import Warm
+from kit.runners import Warm
 
 from layerwise_dist.commit.coordinator import Announce, Coordinator
 from layerwise_dist.engine.replicas import MOST_WINDOWS, in_turn, judge

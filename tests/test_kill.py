@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Running, Warm, torchrun_command
-from kill_kit import DEADLINE, KEEP, check, check_folder, kill_rank, launches, read, reference
+from kit.kill import DEADLINE, KEEP, check, check_folder, kill_rank, launches, read, reference
+from kit.runners import Running, Warm, torchrun_command
 
 WORLDS = [("plain", 1), ("ddp", 2), ("fsdp2", 2), ("ddp", 3), ("fsdp2", 3)]
 TOTAL = 20

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from crash_kit import build, in_ranks, settings, train
+from kit.crash import build, in_ranks, settings, train
 from test_stage import attach, equal, tensors
 from torch import nn
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from crash_kit import in_ranks, settings
+from kit.crash import in_ranks, settings
 from test_stage import attach, equal, slow, tensors
 from torch import Tensor, nn
 

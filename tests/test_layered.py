@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import Hollow
+from kit.models import Hollow
 from test_stage import attach, build, check_committed, equal, plain, slow, tensors, update
 
 from layerwise_dist import errors

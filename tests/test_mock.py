@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from crash_kit import in_ranks, tensors_of
+from kit.crash import in_ranks, tensors_of
 from test_stage import build, equal, plain, tensors, update
 from torch import nn
 

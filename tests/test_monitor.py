@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Warm, WarmJob
+from kit.runners import Warm, WarmJob
 
 import layerwise_dist as lwd
 from layerwise_dist import errors

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import JOBS
+from kit.runners import JOBS
 from torch import nn
 
 import layerwise_dist as lwd

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Running
-from mpi_kit import command, needs_mpi, told, uninterrupted
+from kit.mpi import command, needs_mpi, told, uninterrupted
+from kit.runners import Running
 
 from layerwise_dist.commit.transports import mpi
 

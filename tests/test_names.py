@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from models import Keeping
+from kit.models import Keeping
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, offload_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel

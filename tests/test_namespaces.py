@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import JOBS, Running, Warm
-from kill_kit import KEEP, check, check_folder, read, reference
-from mpi_kit import command, needs_mpi, told, uninterrupted
+from kit.kill import KEEP, check, check_folder, read, reference
+from kit.mpi import command, needs_mpi, told, uninterrupted
+from kit.runners import JOBS, Running, Warm
 
 TOTAL = 60
 COLLECTIVE_S = 8  # deadline of the training's own collectives: who is cut off hears nothing, not even an end

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import JOBS, Running
-from crash_kit import build, differing, in_ranks, settings, tensors_of, train, try_ranks
+from kit.crash import build, differing, in_ranks, settings, tensors_of, train, try_ranks
+from kit.runners import JOBS, Running
 
 from layerwise_dist._native import PosixEnv
 from layerwise_dist.bench.light import shard_bytes

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from outside_kit import MAKERS, Job, bases_of_any_size, kind_of, put_odd, snapshot, step_folder
+from kit.outside import MAKERS, Job, bases_of_any_size, kind_of, put_odd, snapshot, step_folder
 
 from layerwise_dist import errors
 from layerwise_dist.capture import survey

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Warm
-from models import Hollow, Reused, Sometimes
+from kit.models import Hollow, Reused, Sometimes
+from kit.runners import Warm
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.utils.checkpoint import checkpoint

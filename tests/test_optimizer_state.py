@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Warm
+from kit.runners import Warm
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from outside_kit import (
+from kit.outside import (
     NOBODY,
     Job,
     at_call,

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Warm, WarmJob
-from crash_kit import build, in_ranks, settings, tensors_of, train
+from kit.crash import build, in_ranks, settings, tensors_of, train
+from kit.runners import Warm, WarmJob
 
 import layerwise_dist as lwd
 from layerwise_dist._native import PosixEnv

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crash_kit import ROOT, Story
+from kit.crash import ROOT, Story
 
 from layerwise_dist._native import PosixEnv, testing
 from layerwise_dist.commit.session import Committer

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from crash_kit import build, differing, in_ranks, settings, tensors_of
+from kit.crash import build, differing, in_ranks, settings, tensors_of
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

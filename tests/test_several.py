@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Finished, Warm
+from kit.runners import Finished, Warm
 from safetensors.torch import load_file
 from torch import nn
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import soak_kit
-from conftest import Running, Warm
+from kit import soak
+from kit.runners import Running, Warm
 
 RANKS = 8
 
@@ -60,10 +60,10 @@ def test_what_is_wrong_after_a_storm_is_found(tmp_path: Path, change: dict[str, 
             folder.mkdir(exist_ok=True)
             (folder / f"{rank}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if says is None:
-        assert soak_kit.check(tmp_path, plain) == {"launches": 2, "resumed": 1, "steps": 20, "newest": 7}
+        assert soak.check(tmp_path, plain) == {"launches": 2, "resumed": 1, "steps": 20, "newest": 7}
         return
     with pytest.raises(AssertionError, match=says):
-        soak_kit.check(tmp_path, plain)
+        soak.check(tmp_path, plain)
 
 
 def own_mounts() -> list[str]:
@@ -78,7 +78,7 @@ def test_a_job_in_a_storm_goes_on_bit_for_bit_and_nothing_ends_or_hangs_by_itsel
     start: Callable[..., Running], tmp_path: Path, soak_minutes: float
 ) -> None:
     """With `--soak-minutes`; by itself, and with `--long`, as conftest.py says."""
-    command = [sys.executable, soak_kit.__file__, str(tmp_path / "soak"), "--minutes", str(soak_minutes)]
+    command = [sys.executable, soak.__file__, str(tmp_path / "soak"), "--minutes", str(soak_minutes)]
     done = start([*own_mounts(), *command]).wait(60 * soak_minutes * 2 + 150)
     assert done.returncode == 0, done.output[-30000:]
     found = json.loads(done.output.splitlines()[-1])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from crash_kit import try_ranks
+from kit.crash import try_ranks
 from torch import nn
 
 from layerwise_dist import errors

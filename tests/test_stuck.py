@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from crash_kit import try_ranks
+from kit.crash import try_ranks
 from test_waits import Job, equal, restored
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef

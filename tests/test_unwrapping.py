@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.algorithms.model_averaging.averagers as averagers
-from conftest import Warm
+from kit.runners import Warm
 from torch import nn
 from torch.distributed.optim import PostLocalSGDOptimizer
 from torch.utils.data import DataLoader

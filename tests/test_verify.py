@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from crash_kit import build, differing, in_ranks, settings, tensors_of, train, try_ranks
+from kit.crash import build, differing, in_ranks, settings, tensors_of, train, try_ranks
 from torch import nn
 from torch.utils.data import DataLoader
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from crash_kit import in_ranks, settings
-from models import Keeping
+from kit.crash import in_ranks, settings
+from kit.models import Keeping
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from crash_kit import in_ranks, try_ranks
+from kit.crash import in_ranks, try_ranks
 from torch import nn
 
 from layerwise_dist import errors

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from conftest import Warm
+from kit.runners import Warm
 
 THREE = [
     "trial:fsdp1:adamw-fused:all", "trial:fsdp1:sgd-momentum:closure", "trial:fsdp1-flat:adamw-foreach:all",

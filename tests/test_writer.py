@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from seccomp import FORBID_URING
+from kit.seccomp import FORBID_URING
 
 import layerwise_dist as lwd
 from layerwise_dist import _native

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kit import process_group
+from job_kit import process_group
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 

@@ -10,7 +10,7 @@ import sys
 
 import torch
 import torch.distributed as dist
-from kit import process_group
+from job_kit import process_group
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import exactness
 import torch.distributed as dist
 from exactness import Job, trial
-from kit import process_group
+from job_kit import process_group
 
 from layerwise_dist.errors import BoundaryError, ConfigError, UnsupportedError
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from kit import process_group
+from job_kit import process_group
 
 import layerwise_dist as lwd
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from kit import process_group
+from job_kit import process_group
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from kit import contents, differences, process_group, square
+from job_kit import contents, differences, process_group, square
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from models import Hollow, Reused  # noqa: E402
+from kit.models import Hollow, Reused  # noqa: E402
 
 from layerwise_dist import LayerwiseOptimizer
 from layerwise_dist.errors import UnsupportedError  # noqa: E402

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from job_kit import process_group
 from kill import digest
-from kit import process_group
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel

@@ -76,7 +76,7 @@ def exchange(transport: Any, rank: int) -> bool:
 
 def train(folder: str, out: Path, total: str, die_at: str) -> None:
     import torch
-    from kit import digest, odd_model
+    from job_kit import digest, odd_model
 
     import layerwise_dist as lwd
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kit import digest, process_group
+from job_kit import digest, process_group
 from torch.nn.parallel import DistributedDataParallel
 
 import layerwise_dist as lwd

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from kit import contents, differences, process_group
+from job_kit import contents, differences, process_group
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
-from kit import process_group
+from job_kit import process_group
 
 import layerwise_dist as lwd
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from kit import process_group
+from job_kit import process_group
 
 import layerwise_dist as lwd
 

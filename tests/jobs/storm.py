@@ -1,4 +1,4 @@
-"""A job in a storm: what goes on around it is `soak_kit.py`'s. Each rank tells every step in OUT/<rank>.jsonl.
+"""A job in a storm: what goes on around it is `tests/kit/soak.py`'s. Each rank tells every step in OUT/<rank>.jsonl.
 
     storm.py DIR OUT TOTAL PAUSE_S
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kit import digest, process_group
+from job_kit import digest, process_group
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler

@@ -19,7 +19,7 @@ import exactness
 import torch
 import torch.distributed as dist
 from exactness import Job, trial
-from kit import differences, process_group, unsound
+from job_kit import differences, process_group, unsound
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel, fully_shard

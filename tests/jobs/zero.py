@@ -17,7 +17,7 @@ from typing import Any
 
 import deepspeed
 import torch.distributed as dist
-from kit import process_group
+from job_kit import process_group
 from zero_checks import CHECKS
 from zero_kit import prepare, trial
 

@@ -15,7 +15,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from kit import differences
+from job_kit import differences
 from zero_kit import STEPS, STOP, Job, Net, expect, settings
 
 import layerwise_dist as lwd

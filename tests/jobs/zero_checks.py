@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import safe_get_full_optimizer_state
-from kit import differences
+from job_kit import differences
 from zero_calls import CHECKS as OF_CALLS
 from zero_kit import STEPS, STOP, Job, Net, expect, settings, trial
 

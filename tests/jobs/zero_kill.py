@@ -22,7 +22,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from kit import process_group
+from job_kit import process_group
 from zero_kit import Job, prepare
 
 UPDATES = 8

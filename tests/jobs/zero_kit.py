@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
-from kit import differences, unsound
+from job_kit import differences, unsound
 from torch import nn
 
 import layerwise_dist as lwd

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import deepspeed
 import torch.distributed as dist
-from kit import process_group
+from job_kit import process_group
 from zero_kit import Job, prepare
 
 from layerwise_dist.cli.catalogue import Catalogue

@@ -2,7 +2,7 @@
 that fills and empties, and signals to whoever can take them. Nothing may end by itself, nothing may hang, and every
 step of every launch is to the bit what plain training has there.
 
-    python tests/soak_kit.py FOLDER --minutes 10 [--seed 0]
+    python tests/kit/soak.py FOLDER --minutes 10 [--seed 0]
 
 It is meant to run in a mount namespace of its own (`unshare -m`), where it makes a small file system for the
 checkpoints; without the right to, the disk never fills. What happened is printed as one line of JSON.
@@ -29,9 +29,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from conftest import Warm, WarmJob
-from kill_kit import read
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for this file as a program
 
+from kit.kill import read  # noqa: E402
+from kit.runners import Warm, WarmJob  # noqa: E402
 from layerwise_dist.cli.catalogue import Catalogue
 from layerwise_dist.cli.verifying import verify
 

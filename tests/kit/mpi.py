@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import JOBS
+
+from kit.runners import JOBS
 
 MPIRUN = shutil.which("mpirun")
 needs_mpi = pytest.mark.skipif(
@@ -37,7 +38,7 @@ def uninterrupted(rank: int, total: int) -> str:
     """What a rank of tests/jobs/mpi.py holds at the end, without the engine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(JOBS))
-        from kit import digest, odd_model
+        from job_kit import digest, odd_model
     before = torch.get_num_threads()
     model, optimizer = odd_model(rank)
     for _ in range(total):

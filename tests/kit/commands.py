@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 _STARTS = re.compile(
     r"(?:(?:\S*/)?(?:python3?|pip|pytest)|torchrun|deepspeed|bash|mpirun|sbatch|srun|sudo|apt-get"
     r"|layerwise(?= (?:ls|show|verify|selftest|doctor|bench)\b))\s+\S"

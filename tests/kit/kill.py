@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from conftest import Warm
+from kit.runners import Warm
 
 KEEP = 2
 DEADLINE = 90.0
