@@ -8,7 +8,7 @@ An `RngState` is a plain dict, fit for `storage.typed_json` (tensors, arrays, tu
      numpy, "python": random.getstate()}
 
 Generators that somebody made for himself (`torch.Generator`, `numpy.random.default_rng`) belong to their owner: those
-of a loader to `capture.loaders`, any other to `state=`. The generators inside loader workers live in other processes.
+of a loader to `loop.loaders`, any other to `state=`. The generators inside loader workers live in other processes.
 """
 
 from __future__ import annotations
