@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 import layerwise_dist as lwd
 from layerwise_dist import errors
+from layerwise_dist.commit import start
 from layerwise_dist.engine import assembly, at_exit, engine, holdings
 
 torch.set_num_threads(1)
@@ -179,8 +180,8 @@ def boom(*args: Any, **kwargs: Any) -> Any:
 STAGES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "what sealing would write": lambda patch: patch.setattr(assembly.Sealer, "try_out", boom),
     "another rank's part": lambda patch: patch.setattr(assembly, "Replicas", boom),
-    "the directory": lambda patch: patch.setattr(assembly, "open_session", boom),
-    "the coordinator": lambda patch: patch.setattr(assembly, "start_coordinator", boom),
+    "the directory": lambda patch: patch.setattr(start, "open_session", boom),
+    "the coordinator": lambda patch: patch.setattr(start, "start_coordinator", boom),
     "the writer": lambda patch: patch.setattr(assembly, "open_writer", boom),
     "a look at the file system": lambda patch: patch.setattr(assembly, "memory_by_magic", boom),
     "preemption": lambda patch: patch.setattr(assembly, "Preemption", boom),

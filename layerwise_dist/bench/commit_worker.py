@@ -23,7 +23,7 @@ from layerwise_dist.commit.ledger import Ledger, Post
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.opening import Place, merge
 from layerwise_dist.commit.participant import Participant
-from layerwise_dist.commit.session import start_coordinator
+from layerwise_dist.commit.start import Rules, start_coordinator
 from layerwise_dist.commit.transports import Message
 from layerwise_dist.commit.transports.calls import accept, connect, listen
 from layerwise_dist.commit.transports.frames import decode, encode
@@ -73,12 +73,13 @@ def root(ranks: int, on_node: int, commits: int, folder: str) -> None:
     place.settle(plan, {})
     assert place.owner is not None
     info = plan.info([list(range(ranks))])
-    committer, coordinator = start_coordinator(
-        transport, manager, place.owner, info, framework="light", software={}, keep_last=2, keep_every_n_steps=None,
-        timeout_s=_DEADLINE_S, on_failure="raise", raise_after=1,
+    rules = Rules(
+        framework="light", software={}, keep_last=2, keep_every_n_steps=None, timeout_s=_DEADLINE_S,
+        on_failure="raise", raise_after=1,
     )  # fmt: skip
-    # Only now, since it starts the transport: the others speak at once.
-    participant = Participant(transport, timeout_s=_DEADLINE_S, coordinator=coordinator.post)
+    _, coordinator = start_coordinator(transport, manager, place.owner, info, rules)
+    # Only now, since it starts the transport: the others speak at once, and agree on nothing.
+    participant = Participant(transport, timeout_s=_DEADLINE_S, coordinator=coordinator)
     participant.recycle(lambda attempt: LightWrite(env, folder, attempt, 0).discard())
     links = transport._connections
     clocks = {"all": time.CLOCK_PROCESS_CPUTIME_ID}

@@ -14,7 +14,8 @@ from typing import Any
 from layerwise_dist import _native
 from layerwise_dist.commit.metadata import ParentRef
 from layerwise_dist.commit.participant import Participant
-from layerwise_dist.commit.session import follow, open_session, start_coordinator, start_keeper
+from layerwise_dist.commit.session import follow
+from layerwise_dist.commit.start import Rules, start_session
 from layerwise_dist.commit.transports import Transport
 from layerwise_dist.commit.transports.rendezvous import Gather
 from layerwise_dist.storage import filenames
@@ -76,22 +77,19 @@ class LightRank:
         self.env = env if env is not None else _native.PosixEnv()
         self.root, self._timeout_s, self._at = root, timeout_s, at
         self.rank = transport.rank
-        self.participant = Participant(transport, timeout_s=timeout_s, coordinator=None)
-        self.committer = self.coordinator = None
-        self.info, manager, owner = open_session(
-            self.env, root, self.participant, file_mode=0o600, dir_mode=0o700, who=f"pid {os.getpid()}"
-        )
+        self.participant = Participant(transport, timeout_s=timeout_s)
         self.participant.recycle(self._remove)
-        if owner is not None and self.rank == 0:
-            self.committer, self.coordinator = start_coordinator(
-                transport, manager, owner, self.info, framework="light", software={}, keep_last=keep_last,
-                keep_every_n_steps=None, timeout_s=timeout_s, on_failure=on_failure, raise_after=raise_after,
-            )  # fmt: skip
-            self.participant.serve(self.coordinator.post, self.coordinator.quiet)
-        elif owner is not None:
-            start_keeper(self.participant, manager, owner, self.info)
+        rules = Rules(
+            framework="light", software={}, keep_last=keep_last, keep_every_n_steps=None, timeout_s=timeout_s,
+            on_failure=on_failure, raise_after=raise_after,
+        )  # fmt: skip
+        session = start_session(
+            self.env, root, transport, self.participant, rules, file_mode=0o600, dir_mode=0o700,
+            who=f"pid {os.getpid()}",
+        )  # fmt: skip
+        self.info, self.committer, self.coordinator = session.info, session.committer, session.coordinator
         self._seq, self._count = self.info.first_seq, 0
-        self.start = self._follow(manager)
+        self.start = self._follow(session.manager)
 
     def _follow(self, manager: Any) -> int:
         """The lineage goes on from its newest commit. Its step, 0 if there is none."""

@@ -43,3 +43,11 @@ def rebuild_error(described: dict[str, Any]) -> Exception:
     if "errno" in described:
         return OSError(described["errno"], message)  # Python picks PermissionError and the like by the number
     return CommitError(f"{described['type']}: {message}")
+
+
+def values(votes: list[dict[str, Any]]) -> list[Any]:
+    """What the ranks said (`tried`). Raises the first rank's error as it is."""
+    for vote in votes:
+        if "error" in vote:
+            raise rebuild_error(vote["error"])
+    return [vote["value"] for vote in votes]

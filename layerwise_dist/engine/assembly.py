@@ -17,9 +17,9 @@ from layerwise_dist.capture.room import check_pool
 from layerwise_dist.capture.sealed import Sealer
 from layerwise_dist.capture.survey import Surveyor
 from layerwise_dist.commit.agreement import together
-from layerwise_dist.commit.opening import PATIENCE_SHARE
+from layerwise_dist.commit.opening import PATIENCE_SHARE, SessionInfo
 from layerwise_dist.commit.participant import Participant
-from layerwise_dist.commit.session import SessionInfo, open_session, start_coordinator, start_keeper
+from layerwise_dist.commit.start import Rules, start_session, start_writer
 from layerwise_dist.commit.transports import Transport
 from layerwise_dist.commit.transports.choice import find_ranks, open_transport
 from layerwise_dist.config import LayerwiseConfig, load_config
@@ -38,6 +38,7 @@ from layerwise_dist.monitor.attaching import OpenSession, open_monitored
 from layerwise_dist.monitor.connection import MonitorLink, start_monitor
 from layerwise_dist.monitor.transport import MonitorTransport
 from layerwise_dist.storage import typed_json
+from layerwise_dist.storage.adapter import PCCheckAdapter
 from layerwise_dist.storage.exposure import exposed, listed
 from layerwise_dist.storage.network import memory_by_magic
 from layerwise_dist.storage.writer import open_writer
@@ -144,8 +145,7 @@ def assemble(
     what that one does, and hooks nothing: it is for calls of `save()` while nothing is trained.
     """
     rank, world_size = transport.rank, transport.world_size
-    participant = Participant(transport, timeout_s=config.commit.timeout_s, coordinator=None)
-    participant.through_monitor = monitor is not None
+    participant = Participant(transport, timeout_s=config.commit.timeout_s, through_monitor=monitor is not None)
     closers: list[Any] = [*([monitor.close] if monitor is not None else []), lambda: participant.close(1.0)]
 
     def in_memory() -> str | None:
@@ -261,41 +261,29 @@ def _open_direct(
     closers: list[Any],
 ) -> OpenSession:  # fmt: skip
     """This process takes the directory, decides on rank 0, and writes. What is to be undone goes into `closers`."""
-    rank, world_size = transport.rank, transport.world_size
-    info, manager, owner = open_session(
-        env,
-        config.path,
-        participant,
-        file_mode=config.file_bits,
-        dir_mode=config.dir_bits,
-        who=f"pid {os.getpid()} on {socket.gethostname()}",
-        fresh=fresh,
-        mock=config.mode == "mock",
-        patience_s=PATIENCE_SHARE * config.commit.timeout_s,
-    )
-    committer = coordinator = None
+
+    def check(info: SessionInfo) -> None:
+        if not info.shared:
+            together(participant, "look for what others write", lambda: _check_places(config, found, info))
+
+    session = start_session(
+        env, config.path, transport, participant, Rules.of(config, found.name, _software()),
+        file_mode=config.file_bits, dir_mode=config.dir_bits, who=f"pid {os.getpid()} on {socket.gethostname()}",
+        fresh=fresh, mock=config.mode == "mock", patience_s=PATIENCE_SHARE * config.commit.timeout_s, check=check,
+    )  # fmt: skip
+    owner, coordinator = session.owner, session.coordinator
     if owner is not None:
         closers.append(owner.release)
-    if not info.shared:
-        together(participant, "look for what others write", lambda: _check_places(config, found, info))
-    if owner is not None and rank != 0:
-        start_keeper(participant, manager, owner, info)
-    elif owner is not None:
-        committer, coordinator = start_coordinator(
-            transport, manager, owner, info, framework=found.name, software=_software(), keep_last=config.keep_last,
-            keep_every_n_steps=config.keep_every_n_steps, keep_tags=config.keep_tags,
-            timeout_s=config.commit.timeout_s, on_failure=config.commit.on_failure,
-            raise_after=config.commit.raise_after,
-        )  # fmt: skip
+    if coordinator is not None:
         closers.append(lambda: coordinator.close(1.0))
-        participant.serve(coordinator.post, coordinator.quiet)
 
-    def start() -> Any:
-        made = within(participant.disk_s, "the writer's start", lambda: open_writer(env, config, rank, world_size))
+    def begin() -> PCCheckAdapter:
+        made = within(
+            participant.disk_s, "the writer's start",
+            lambda: open_writer(env, config, transport.rank, transport.world_size),
+        )  # fmt: skip
         closers.append(lambda: made.close(1.0))
         return made
 
-    _, adapter = together(participant, "start the writer", start)
-    adapter.recycler.failed = participant.broke
-    participant.recycle(adapter.recycler.retire)
-    return OpenSession(adapter, manager, info, committer, coordinator)
+    adapter = start_writer(participant, begin)
+    return OpenSession(adapter, session.manager, session.info, session.committer, coordinator)

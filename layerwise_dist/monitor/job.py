@@ -11,11 +11,11 @@ from dataclasses import asdict
 from typing import Any
 
 from layerwise_dist import _native
-from layerwise_dist.commit.agreement import together
 from layerwise_dist.commit.metadata import ParentRef
-from layerwise_dist.commit.opening import PATIENCE_SHARE
+from layerwise_dist.commit.opening import PATIENCE_SHARE, SessionInfo
 from layerwise_dist.commit.participant import Participant
-from layerwise_dist.commit.session import Committer, open_session, start_coordinator
+from layerwise_dist.commit.session import Committer
+from layerwise_dist.commit.start import Rules, Session, start_session, start_writer
 from layerwise_dist.commit.transports import Message
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
 from layerwise_dist.commit.transports.rendezvous import Gather
@@ -49,12 +49,10 @@ class MonitoredJob:
             else LocalTransport(LocalHub(1), 0)
         )
         self._transport = RelayingTransport(inner, tell)
-        self._participant = Participant(self._transport, timeout_s=config.commit.timeout_s, coordinator=None)
-        self._participant.tells = False  # the training process does
+        # What became of checkpoints the training process tells.
+        self._participant = Participant(self._transport, timeout_s=config.commit.timeout_s, tells=False)
         self._adapter: PCCheckAdapter | None = None
-        self._coordinator: Any = None
-        self._committer: Committer | None = None
-        self._owner: Any = None
+        self._session: Session | None = None
         self.holder: StagedShards | None = None
 
     # -- the start ----------------------------------------------------------------------------------------------
@@ -69,39 +67,31 @@ class MonitoredJob:
         """
         config, participant = self._config, self._participant
         env = _native.PosixEnv()
-        info, manager, self._owner = open_session(
-            env, config.path, participant, file_mode=config.file_bits, dir_mode=config.dir_bits,
+        session = start_session(
+            env, config.path, self._transport, participant, Rules.of(config, message["framework"], message["software"]),
+            file_mode=config.file_bits, dir_mode=config.dir_bits,
             who=f"the monitor (pid {os.getpid()}) of pid {trainer} on {socket.gethostname()}", fresh=message["fresh"],
-            patience_s=PATIENCE_SHARE * config.commit.timeout_s, monitored=True,
+            patience_s=PATIENCE_SHARE * config.commit.timeout_s, monitored=True, check=self._check_shared,
         )  # fmt: skip
-        if not info.shared:
-            raise UnsupportedError(
-                f"mode = 'monitor': {config.path} is not one directory but {len(info.places)} (of ranks "
-                f"{str(info.places)[:80]}): all ranks must see one; use mode 'direct' with disks of nodes"
-            )
-        if self._owner is not None:
-            self._committer, self._coordinator = start_coordinator(
-                self._transport, manager, self._owner, info, framework=message["framework"],
-                software=message["software"], keep_last=config.keep_last,
-                keep_every_n_steps=config.keep_every_n_steps, keep_tags=config.keep_tags,
-                timeout_s=config.commit.timeout_s, on_failure=config.commit.on_failure,
-                raise_after=config.commit.raise_after,
-            )  # fmt: skip
-            participant.serve(self._coordinator.post, self._coordinator.quiet)
+        self._session = session
 
-        def start_writer() -> PCCheckAdapter:
+        def begin() -> PCCheckAdapter:
             adapter = open_writer(env, config, self._rank, participant.world_size)
             adapter.allocate_staging_buffer(size_mb=adapter.bounce_bytes / 2**20)  # what is staged lies elsewhere
             return adapter
 
-        _, adapter = together(participant, "start the writer", start_writer)
-        self._adapter = adapter
-        adapter.recycler.failed = participant.broke
-        participant.recycle(adapter.recycler.retire)
-        self.holder = StagedShards(adapter, participant, info.epoch, memory, wake, self._tell)
+        adapter = self._adapter = start_writer(participant, begin)
+        self.holder = StagedShards(adapter, participant, session.info.epoch, memory, wake, self._tell)
         return {
-            "info": asdict(info), "direct": adapter.direct, "memory_align": adapter.memory_align,
+            "info": asdict(session.info), "direct": adapter.direct, "memory_align": adapter.memory_align,
         }  # fmt: skip
+
+    def _check_shared(self, info: SessionInfo) -> None:
+        if not info.shared:
+            raise UnsupportedError(
+                f"mode = 'monitor': {self._config.path} is not one directory but {len(info.places)} (of ranks "
+                f"{str(info.places)[:80]}): all ranks must see one; use mode 'direct' with disks of nodes"
+            )
 
     # -- what the training process says -------------------------------------------------------------------------
 
@@ -117,6 +107,10 @@ class MonitoredJob:
 
     def announce(self, message: Message) -> None:
         self._transport.announce(wrapped(message))
+
+    @property
+    def _committer(self) -> Committer | None:
+        return self._session.committer if self._session is not None else None
 
     def boundary_kind(self, kind: str) -> None:
         if self._committer is not None:
@@ -139,9 +133,9 @@ class MonitoredJob:
 
     def orphaned(self, why: str) -> None:
         """The training process is gone: whoever waits for the directory is told that it will be free."""
-        if self._owner is not None:
+        if self._session is not None and self._session.owner is not None:
             try:
-                self._owner.end()
+                self._session.owner.end()
             except OSError as error:
                 log.warning("%s", error)
 
@@ -160,7 +154,8 @@ class MonitoredJob:
         except LayerwiseError as error:
             log.warning("rank %d: the monitor leaves without a decision: %s", self._rank, error)
         self._participant.close(max(0.1, deadline - time.monotonic()))
-        closed = self._coordinator is None or self._coordinator.close(max(0.1, deadline - time.monotonic()))
+        coordinator = self._session.coordinator if self._session is not None else None
+        closed = coordinator is None or coordinator.close(max(0.1, deadline - time.monotonic()))
         if self._adapter is not None:
             closed = self._adapter.close(max(0.1, deadline - time.monotonic())) and closed
         if not closed:
