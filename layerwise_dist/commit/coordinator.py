@@ -14,16 +14,13 @@ from dataclasses import dataclass, field
 
 from layerwise_dist.commit.alike import Alike
 from layerwise_dist.commit.common_boundary import CommonBoundary
+from layerwise_dist.commit.grants import Grants
 from layerwise_dist.commit.metadata import InDoubt
 from layerwise_dist.commit.transports import Message
 from layerwise_dist.errors import OwnerError
 from layerwise_dist.storage.filenames import AttemptId
 
 log = logging.getLogger("layerwise_dist")
-
-# Boundaries (counted from the session's start) that ranks may pass before the coordinator's first word.
-FIRST_GRANT = 8
-_GRANT_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +105,7 @@ class Coordinator:
         self._finished: str | None = None  # why nothing is committed any more
         self._silent: set[int] = set()  # that have left or are gone
         self._orphaned: set[int] = set()  # gone, and their monitors still report
-        self._at = [0.0] * world_size
-        self._untold = set(range(world_size))  # whose next `at` is awaited
-        self._granted = float(FIRST_GRANT) if world_size > 1 else math.inf
-        self._pace: tuple[float, float] = (now, 0.0)
+        self._grants = Grants(world_size, now)
         self._common = CommonBoundary(world_size, timeout_s / 2)  # ranks that wait for it have `timeout_s`
         self._out: list[Output] = []
 
@@ -142,7 +136,7 @@ class Coordinator:
     @property
     def last_granted(self) -> int:
         """The boundary that no rank can have passed; -1 if that is any."""
-        return -1 if math.isinf(self._granted) else int(self._granted)
+        return self._grants.last
 
     def tick(self, now: float) -> list[Output]:
         """Ends attempts whose deadline has passed, naming the ranks that were waited for."""
@@ -383,23 +377,8 @@ class Coordinator:
             self._say_all(self._common.end(reason))
 
     def _advance(self, rank: int, boundary: float, now: float) -> None:
-        """Once every rank has said that it is past half of what is granted, more is."""
-        self._at[rank] = max(self._at[rank], boundary)
-        self._untold.discard(rank)
-        if self._untold or self._stopped or math.isinf(self._granted):
-            return
-        slowest = min(self._at)
-        if math.isinf(slowest):
-            return
-        began, first = self._pace
-        rate = (slowest - first) / max(now - began, 1e-3)
-        if now - began > 10:
-            self._pace = (now, slowest)
-        ahead = max(FIRST_GRANT, math.ceil(rate * _GRANT_SECONDS))
-        self._granted = max(self._granted, slowest + ahead)
-        self._untold = {rank for rank, at in enumerate(self._at) if not math.isinf(at)}
-        tell = max(slowest + 1, self._granted - ahead // 2)
-        self._say({"t": "grant", "b": int(self._granted), "tell": int(tell)})
+        if not self._stopped:
+            self._say_all(self._grants.advance(rank, boundary, now))
 
     def _say(self, message: Message) -> None:
         self._out.append(Announce(message))

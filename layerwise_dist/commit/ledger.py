@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from layerwise_dist.commit.common_boundary import Hold, Meeting
-from layerwise_dist.commit.coordinator import FIRST_GRANT
+from layerwise_dist.commit.grants import FIRST_GRANT
 from layerwise_dist.commit.transports import Message
 from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.reports import ShardReport
