@@ -16,8 +16,8 @@ from layerwise_dist import LayerwiseOptimizer, errors
 from layerwise_dist.capture.audit import Audit
 from layerwise_dist.capture.survey import Surveyor
 from layerwise_dist.frameworks.framework import Framework
-from layerwise_dist.frameworks.optimizers import TorchOptimizer
 from layerwise_dist.frameworks.overlaps import LayersApart, overlaps
+from layerwise_dist.frameworks.torch_optimizer import TorchOptimizer
 
 MODES = ("pipelined_step", "in_backward")
 

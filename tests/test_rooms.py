@@ -95,6 +95,20 @@ def test_few_entries_are_no_rooms() -> None:
     assert sum(not path.is_dir() and path.suffix in (".py", ".pyi", ".typed") for path in PACKAGE.iterdir()) <= 12
 
 
+def too_long(known: Mapping[str, Path], lines: int = 400) -> list[str]:
+    return [module for module, path in known.items() if len(path.read_text().splitlines()) > lines]
+
+
+def test_no_module_has_more_than_400_lines() -> None:
+    assert too_long(modules()) == []
+
+
+def test_mutation_a_long_module_is_found(tmp_path: Path) -> None:
+    odd = tmp_path / "odd.py"
+    odd.write_text("\n" * 401)
+    assert too_long({**modules(), "storage.odd": odd})[-1] == "storage.odd"
+
+
 @pytest.mark.parametrize("room", ["errors", "storage", "capture"])
 def test_mutation_an_import_against_the_direction_is_found(tmp_path: Path, room: str) -> None:
     known = modules()

@@ -31,7 +31,8 @@ from layerwise_dist.engine.preemption import Preemption, check_thread
 from layerwise_dist.engine.replicas import Replicas
 from layerwise_dist.errors import ConfigError, LayerwiseError, StateError, UnsupportedError
 from layerwise_dist.frameworks import Framework, accumulating, config_block, find_framework, find_optimizer, is_engine
-from layerwise_dist.frameworks.optimizers import OptimizerAdapter, TorchOptimizer
+from layerwise_dist.frameworks.optimizers import OptimizerAdapter
+from layerwise_dist.frameworks.torch_optimizer import TorchOptimizer
 from layerwise_dist.layers.adapter import LayeredOptimizer
 from layerwise_dist.loop.objects import StateObjects
 from layerwise_dist.monitor.attaching import OpenSession, open_monitored

@@ -20,7 +20,7 @@ from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.flat import FlatFramework, FlatState, Fragment
 from layerwise_dist.frameworks.framework import ParamView, changes, put_gradient
 from layerwise_dist.frameworks.names import CleanNames, check_unique, join
-from layerwise_dist.frameworks.optimizers import TorchOptimizer
+from layerwise_dist.frameworks.torch_optimizer import TorchOptimizer
 from layerwise_dist.tensors.pieces import dtype_code
 from layerwise_dist.tensors.slices import Slice, ranks_text
 

@@ -9,7 +9,7 @@ import torch
 
 from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.framework import Framework, ParamView
-from layerwise_dist.frameworks.optimizers import TorchOptimizer
+from layerwise_dist.frameworks.torch_optimizer import TorchOptimizer
 from layerwise_dist.frameworks.unwrapping import unwrap
 
 

@@ -6,30 +6,23 @@ step itself finds nothing to do; a post-step hook puts them back. docs/layers.md
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.autograd.graph import increment_version
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from layerwise_dist.errors import BoundaryError, ConfigError, UnsupportedError
-from layerwise_dist.frameworks.averaging import Averaging
 from layerwise_dist.frameworks.compiled import without_compiled_wrapper
-from layerwise_dist.frameworks.framework import ParamView
 from layerwise_dist.frameworks.overlaps import LayersApart
 from layerwise_dist.frameworks.subset_step import SubsetStep
+from layerwise_dist.layers.exact import Mode, check_layered, check_observed, check_scaler
 from layerwise_dist.layers.gradients import Arrivals
 from layerwise_dist.layers.graph import DependencyGraphBuilder
 from layerwise_dist.layers.wrapper_gradients import watch
 
-Mode = Literal["pipelined_step", "in_backward"]
 _MODES = ("pipelined_step", "in_backward")
-_INSTEAD = "; mode='pipelined_step' is exact here"
 _KEY = "_layerwise"  # in the optimizer's attributes
 
 Subset = list[list[nn.Parameter]]  # for each group of the optimizer
@@ -280,7 +273,7 @@ class _Stepping:
         if arrivals is None or not arrivals.order:
             return
         if self._mode == "in_backward":
-            _check_observed(self.optimizer, arrivals)
+            check_observed(self.optimizer, arrivals)
         self.graph.record(arrivals.order, arrivals.fires)
         self._observing = False
         self._make_plan()
@@ -336,7 +329,7 @@ class _Stepping:
 
     def _judge(self, last: bool) -> None:
         """What was updated in the backward, against what `step()` finds."""
-        _check_scaler(self.optimizer)
+        check_scaler(self.optimizer)
         changed = [fqn for fqn in self._arrivals.changed() if self.graph.layer_of[fqn] in self._updated]
         if changed or not last:
             what = f"the gradient of {changed[0]} was changed" if changed else "a step pre-hook was registered"
@@ -347,64 +340,9 @@ class _Stepping:
             )
 
 
-def check_layered(optimizer: torch.optim.Optimizer, model: nn.Module, mode: Mode, views: Sequence[ParamView]) -> None:
-    """Raises UnsupportedError with the reason if this optimizer, wrapper or model cannot be stepped by layers exactly.
-
-    `model` is without the wrapper of torch.compile; `views` are all its parameters.
-    """
-    SubsetStep(optimizer)
-    LayersApart(views).check(optimizer.param_groups)
-    if mode == "in_backward":
-        _check_wrapper(model)
-
-
 def _nothing(layer: str, step: int) -> None:
     pass
 
 
 def _with_gradients(subset: Subset) -> Subset:
     return [[param for param in part if param.grad is not None] for part in subset]
-
-
-def _check_wrapper(model: nn.Module) -> None:
-    if isinstance(model, DistributedDataParallel):
-        try:
-            Averaging.check(model)
-        except UnsupportedError as error:
-            raise UnsupportedError(f"in_backward under DDP: {error}{_INSTEAD}") from None
-        return
-    modules = list(model.modules())
-    if any(isinstance(module, DistributedDataParallel) for module in modules):
-        raise UnsupportedError("in_backward with DDP inside the model: give DDP itself as the model" + _INSTEAD)
-    units = [module for module in modules if isinstance(module, FullyShardedDataParallel)]
-    if not all(unit._use_orig_params for unit in units):
-        raise UnsupportedError("in_backward under FSDP1 needs use_orig_params=True" + _INSTEAD)
-    sharded = bool(units) or any(isinstance(param, DTensor) for param in model.parameters())
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and not sharded:
-        raise UnsupportedError(
-            f"in_backward in a job of {dist.get_world_size()} ranks: of a model without DDP or FSDP it cannot be told "
-            "when its gradients are reduced" + _INSTEAD
-        )
-
-
-def _check_observed(optimizer: torch.optim.Optimizer, arrivals: Arrivals) -> None:
-    """Refuses what would have made an update in this backward inexact. Nothing was updated in it."""
-    _check_scaler(optimizer)
-    for fqn, count in arrivals.fires.items():
-        if count > 1:
-            raise UnsupportedError(
-                f"in_backward: the gradient of {fqn} arrived {count} times in one iteration (accumulation, several "
-                "backwards, or reentrant activation checkpointing of a shared layer)" + _INSTEAD
-            )
-    if sparse := arrivals.sparse():
-        raise UnsupportedError(f"in_backward: the gradient of {sparse[0]} is sparse" + _INSTEAD)
-    if changed := arrivals.changed():
-        raise UnsupportedError(
-            f"in_backward: the gradient of {changed[0]} is changed between its arrival and step() (clipping, a scaler, "
-            "or a hook)" + _INSTEAD
-        )
-
-
-def _check_scaler(optimizer: torch.optim.Optimizer) -> None:
-    if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
-        raise UnsupportedError("in_backward with a GradScaler: it looks at all gradients before the update" + _INSTEAD)
