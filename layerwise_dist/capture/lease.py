@@ -63,7 +63,7 @@ class Capture:
         # Gathered extents get their memory when there is something in it.
         others = len(survey.copied) + len(gathered)
         try:
-            write.set_addresses(survey.addresses + [0] * others)
+            write.set_addresses(survey.addresses + [0] * others, keeping=self)
         except ValueError as error:
             raise MemoryGone(f"{error}: a tensor that is not where it says") from error
 

@@ -269,7 +269,7 @@ class Shards:
         try:
             write.set_addresses(self._addresses)
             write.submit(0, len(self._laid.shard.extents))
-            write.append_state(b"{}", b"")
+            write.seal(b"{}", b"")
             write.persist(_PATIENCE_S)
         except BaseException:
             write.abort()

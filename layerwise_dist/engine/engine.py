@@ -330,11 +330,12 @@ class LayerwiseEngine(Updates, SaveAndRestore, Together):
         if not capture.fits(found):
             capture, found = self._capture_again(capture)
         self._attempts.learn(capture.seal(found), "the boundary")
-        capture.write.base, restless = self._frozen.seal(found, capture.write.attempt, wait=capture.certain)
+        base, restless = self._frozen.seal(found, capture.write.attempt, wait=capture.certain)
         self._attempts.copy(restless)
-        capture.write.append_state(
-            *self._sealer.take(mark.step, self._updates, mark.state(), found, self._client_state)
-        )
+        capture.write.seal(
+            *self._sealer.take(mark.step, self._updates, mark.state(), found, self._client_state),
+            confirm=capture.confirm, base=base,
+        )  # fmt: skip
         self._replicas.report(capture.write.attempt, found)
         if self._committer is not None:
             self._committer.boundary_kind = mark.resume_kind

@@ -136,7 +136,7 @@ class StagedShards:
             self._participant.failed(attempt, f"the monitor has not got {lacking} of it", coming.write)
             return
         data = bytes(coming.state)
-        coming.write.shard.append_state(data[:text], data[text:])
+        coming.write.shard.seal(data[:text], data[text:])
         self._participant.staged(coming.write)
 
     def failed(self, message: Message) -> None:

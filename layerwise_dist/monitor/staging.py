@@ -32,10 +32,6 @@ class PoolFull(LayerwiseError):
     """The pool had no room for the boundary's state in time. Ends the attempt."""
 
 
-def _nothing(timeout_s: float) -> None:
-    return None
-
-
 class StagedWrite:
     """As `storage.adapter.ShardWrite`, of which the blocks lie in the pool and the file is the monitor's."""
 
@@ -44,8 +40,8 @@ class StagedWrite:
     def __init__(self, adapter: StagingAdapter, attempt: AttemptId, layout: ShardLayout) -> None:
         self.attempt, self.layout = attempt, layout
         self._adapter = adapter
-        self.confirm: Callable[[float], None] = _nothing
-        self.base: Callable[[float], BaseReport] | None = None  # there are none: frozen parameters are staged too
+        self._keeping: object = None
+        self._confirm: Callable[[float], None] | None = None
         self._lengths = (0, 0)
         self.state_bytes = 0
         self._sealed = False
@@ -69,11 +65,12 @@ class StagedWrite:
 
     def begin_again(self, laid: Laid) -> None:
         """As `ShardWrite`'s. What was given comes back as ever."""
-        self.confirm, self.layout = _nothing, laid.shard
+        self._keeping, self.layout = None, laid.shard
         self._adapter.say_begin(self)
 
-    def set_addresses(self, addresses: Sequence[int]) -> None:
-        """Of memory that the monitor does not see."""
+    def set_addresses(self, addresses: Sequence[int], keeping: object = None) -> None:
+        """Of memory that the monitor does not see; `keeping` is held until all of it was given."""
+        self._keeping = keeping
 
     def submit_gathered(self, number: int, tensor: int, buffer: Any) -> None:
         """Gives a buffer, in which a layer lies as in the file, to the monitor."""
@@ -91,23 +88,29 @@ class StagedWrite:
         times = self._adapter.link.ask("times of blocks", {"t": "times", "seq": self.attempt.seq}, _ASK_S)
         return [(begin, end) for begin, end in times]
 
-    def append_state(self, text: bytes, blob: bytes) -> None:
-        """Gives the monitor what the boundary sealed, piece by piece. Raises PoolFull."""
+    def seal(
+        self, text: bytes, blob: bytes, *, confirm: Callable[[float], None] | None = None,
+        base: Callable[[float], BaseReport] | None = None,
+    ) -> None:  # fmt: skip
+        """As `ShardWrite`'s: gives the monitor what the boundary sealed, piece by piece. Raises PoolFull."""
+        assert base is None, "there are no bases here: frozen parameters are staged with the rest"
+        self._confirm = confirm
         data = text + blob
         self._lengths, self.state_bytes = (len(text), len(blob)), len(state_extent(text, blob))
         for begin in range(0, len(data), _STATE_PIECE):
             self._adapter.give_bytes(self, data[begin : begin + _STATE_PIECE])
 
     def persist(self, timeout_s: float) -> None:
-        """Tells the monitor that it has all, which then makes it durable. Raises what `confirm` raises."""
-        self.confirm(timeout_s)
-        self.confirm = _nothing
+        """Tells the monitor that it has all, which then makes it durable. Raises what `confirm` of `seal` raises."""
+        if self._confirm is not None:
+            self._confirm(timeout_s)
+        self._keeping = self._confirm = None
         self._sealed = True
         self._adapter.link.send({"t": "sealed", "seq": self.attempt.seq, "state": self._lengths})
 
     def abort(self) -> None:
         """The monitor hears of it by ``failed``, or by `discard`."""
-        self.confirm = _nothing
+        self._keeping = self._confirm = None
 
     def discard(self) -> None:
         if not self._sealed:

@@ -187,10 +187,6 @@ class Unbegun:
         remove_if_empty(self._adapter.env, os.path.join(self._adapter.root, self.attempt.folder))
 
 
-def _nothing(timeout_s: float) -> None:
-    return None
-
-
 def _end(writer: Any, keeping: object) -> None:
     """Stops a writer; what it may still read lives until then."""
     writer.abort()
@@ -206,10 +202,9 @@ class ShardWrite:
     ) -> None:
         self.attempt, self.layout, self.folder = attempt, shard, folder
         self._adapter, self._writer = adapter, writer
-        # Asked before the header is written; it raises if what the blocks were read from had changed by then.
-        self.confirm: Callable[[float], None] = _nothing
-        # Waits until the frozen parameters that this shard refers to are durable, and says what they are.
-        self.base: Callable[[float], BaseReport] | None = None
+        self._keeping: object = None  # what is read lives as long
+        self._confirm: Callable[[float], None] | None = None
+        self._base: Callable[[float], BaseReport] | None = None
         self._ending: list[threading.Thread] = []
         self._state: tuple[int, int] = (0, 0)
         self.state_bytes = 0  # of the state extent
@@ -239,20 +234,22 @@ class ShardWrite:
 
         Does not wait for blocks that are being written: they go into a file without a name.
         """
-        before = self._writer
+        before, keeping = self._writer, self._keeping
         self._writer = self._adapter.shard_writer(laid.plan, self.folder, before)
-        # With `confirm`, what is leased stays alive until nothing reads it any more.
-        keeping = self.confirm
         end = background.start("layerwise-end", lambda: _end(before, keeping), self._adapter.recycler.failed)
         self._ending.append(end)
-        self.confirm = _nothing
-        self.layout = laid.shard
+        self._keeping, self.layout = None, laid.shard
 
     def set_address(self, tensor: int, address: int) -> None:
         self._writer.set_address(tensor, address)
 
-    def set_addresses(self, addresses: Sequence[int]) -> None:
-        """Of all tensors of the layout; 0 for those whose extent is not submitted before `set_address` was called."""
+    def set_addresses(self, addresses: Sequence[int], keeping: object = None) -> None:
+        """Of all tensors of the layout; 0 for those whose extent is not submitted before `set_address` was called.
+
+        `keeping` is held until nothing of the memory is read any more, and with it what it keeps alive. Raises
+        ValueError.
+        """
+        self._keeping = keeping
         self._writer.set_addresses(addresses)
 
     def submit(self, first: int, count: int) -> None:
@@ -288,8 +285,17 @@ class ShardWrite:
         """When each block of the layers began and ended: nanoseconds of `time.monotonic_ns()`, 0 if not yet."""
         return self._writer.block_times()
 
-    def append_state(self, text: bytes, blob: bytes) -> None:
-        """Writes the state extent behind the layers: what the boundary sealed."""
+    def seal(
+        self, text: bytes, blob: bytes, *, confirm: Callable[[float], None] | None = None,
+        base: Callable[[float], BaseReport] | None = None,
+    ) -> None:  # fmt: skip
+        """Writes the state extent behind the layers: what the boundary sealed. REQUIRES: all layers are submitted.
+
+        `confirm(timeout_s)` is asked before the header is written: it raises if what the blocks were read from had
+        changed by then. `base(timeout_s)` waits until the frozen parameters that this shard refers to are durable, and
+        says what they are.
+        """
+        self._confirm, self._base = confirm, base
         data = state_extent(text, blob)
         self._state, self.state_bytes = (len(text), len(blob)), len(data)
         self._state_hash = _native.xxh3_64(data)
@@ -300,7 +306,7 @@ class ShardWrite:
         what it refers to.
 
         The order is the promise (docs/format.md, "Order of flushes"). Raises OSError, or DeadlineError when the blocks
-        are not written in `timeout_s` seconds, or what `confirm` and `base` raise; the attempt must then be aborted.
+        are not written in `timeout_s` seconds, or what was given to `seal` raises; the attempt must then be aborted.
         """
         deadline = time.monotonic() + timeout_s
         self._written(timeout_s, deadline)
@@ -309,9 +315,10 @@ class ShardWrite:
             log.log(level, "rank %d: a new file instead of a retired one: %s", self._adapter.rank, refused)
         for end in self._ending:
             end.join(max(0.0, deadline - time.monotonic()))
-        self.confirm(max(0.0, deadline - time.monotonic()))
+        if self._confirm is not None:
+            self._confirm(max(0.0, deadline - time.monotonic()))
         self._written(timeout_s, deadline)  # what was still being staged at the first look
-        base = self.base(max(0.0, deadline - time.monotonic())) if self.base is not None else None
+        base = self._base(max(0.0, deadline - time.monotonic())) if self._base is not None else None
         adapter, env = self._adapter, self._adapter.env
         hashes = self._writer.hashes_hex()[: 16 * len(self.layout.blocks)] if adapter.hash else None
         header = self.layout.header(
@@ -319,8 +326,7 @@ class ShardWrite:
             hashes=hashes, state=self._state, state_hash=f"{self._state_hash:016x}",
         )  # fmt: skip
         self._writer.finish(header)
-        self.confirm, self.base = _nothing, None  # nothing is read any more: what they kept alive may go
-        adapter.over(self)
+        self._over()
         name = filenames.shard_file(adapter.rank)
         final = os.path.join(self.folder, name)
         env.rename(final + filenames.PARTIAL, final)
@@ -346,7 +352,11 @@ class ShardWrite:
         self._writer.abort()
         for end in self._ending:
             end.join()
-        self.confirm, self.base = _nothing, None
+        self._over()
+
+    def _over(self) -> None:
+        """Nothing is read any more: what was kept alive for that may go."""
+        self._keeping = self._confirm = self._base = None
         self._adapter.over(self)
 
     def discard(self) -> None:
