@@ -116,7 +116,6 @@ def start_writer(participant: Participant, begin: Callable[[], PCCheckAdapter]) 
     """
     _, adapter = together(participant, "start the writer", begin)
     assert adapter is not None, "a writer finds no damage"
-    adapter.recycler.failed = participant.broke
     participant.recycle(adapter.recycler.retire)
     return adapter
 

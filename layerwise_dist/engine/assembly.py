@@ -281,7 +281,7 @@ def _open_direct(
     def begin() -> PCCheckAdapter:
         made = within(
             participant.disk_s, "the writer's start",
-            lambda: open_writer(env, config, transport.rank, transport.world_size),
+            lambda: open_writer(env, config, transport.rank, transport.world_size, participant.broke),
         )  # fmt: skip
         closers.append(lambda: made.close(1.0))
         return made

@@ -76,7 +76,7 @@ class MonitoredJob:
         self._session = session
 
         def begin() -> PCCheckAdapter:
-            adapter = open_writer(env, config, self._rank, participant.world_size)
+            adapter = open_writer(env, config, self._rank, participant.world_size, participant.broke)
             adapter.allocate_staging_buffer(size_mb=adapter.bounce_bytes / 2**20)  # what is staged lies elsewhere
             return adapter
 

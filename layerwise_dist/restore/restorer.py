@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from layerwise_dist.commit.agreement import together
@@ -127,7 +128,7 @@ class Restorer:
         record = manifest.shards[framework.rank].base
         if record is not None:
             report = BaseReport(record.attempt, record.nbytes, record.header_bytes, int(record.header_hash, 16))
-            loading.base = report, shards.own[1].index
+            return replace(loading, base=(report, shards.own[1].index))
         return loading
 
     def _open(self, manifest: Manifest, rank: int) -> list[Shard]:

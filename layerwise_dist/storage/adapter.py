@@ -63,17 +63,19 @@ class PCCheckAdapter:
     def __init__(
         self, env: Any, root: str, *, rank: int, world_size: int, backend: str = "auto", queue_depth: int = 4,
         block_bytes: int = 1 << 20, direct_io: bool = True, file_mode: int = 0o600, dir_mode: int = 0o700,
-        spares: int = 0, hash: bool = True, patience_s: float = 1e9,
+        spares: int = 0, hash: bool = True, patience_s: float = 1e9, failed: background.Failed = background.log_only,
     ) -> None:  # fmt: skip
         """`allocate_staging_buffer` starts the writer. `spares`: how many files of retired checkpoints may wait to be
         written over; 0: they are removed. `hash`: whether tensors are hashed; header and state always are. A disk from
-        which nothing comes for `patience_s` seconds is an OSError to who reads.
+        which nothing comes for `patience_s` seconds is an OSError to who reads. `failed` hears of a thread that came to
+        nothing by an error that nobody expected.
 
         With `backend` "nvm", `env` is an NvmEnv. Raises ConfigError where "uring" is refused or "nvm" finds no DAX.
         """
         env.confine(root)
         self.hash = hash
-        self.recycler = Recycler(env, root, rank, limit=spares, file_mode=file_mode)
+        self.recycler = Recycler(env, root, rank, limit=spares, file_mode=file_mode, failed=failed)
+        self.failed = failed
         self.env, self.root, self.rank, self.world_size = env, root, rank, world_size
         self.file_mode, self.dir_mode = file_mode, dir_mode
         self.block_bytes, self._queue_depth, self._patience_s = block_bytes, queue_depth, patience_s
@@ -236,7 +238,7 @@ class ShardWrite:
         """
         before, keeping = self._writer, self._keeping
         self._writer = self._adapter.shard_writer(laid.plan, self.folder, before)
-        end = background.start("layerwise-end", lambda: _end(before, keeping), self._adapter.recycler.failed)
+        end = background.start("layerwise-end", lambda: _end(before, keeping), self._adapter.failed)
         self._ending.append(end)
         self._keeping, self.layout = None, laid.shard
 
