@@ -103,7 +103,8 @@ def together(participant: Agreeing, what: str, action: Callable[[], T]) -> tuple
     a CommitError, from the exception itself where it was raised.
     """
     vote: dict[str, Any] = {}
-    value = met = None
+    value: T | None = None
+    met: Exception | None = None
     try:
         value = action()
     except DamageError as error:

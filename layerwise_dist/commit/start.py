@@ -115,7 +115,7 @@ def start_writer(participant: Participant, begin: Callable[[], PCCheckAdapter]) 
     raised on all. From then on the writer hears of checkpoints that are gone, whose files it may use again.
     """
     _, adapter = together(participant, "start the writer", begin)
-    assert adapter is not None, "a writer finds no damage"
+    assert adapter is not None, "nothing is read here that could be damaged"
     participant.recycle(adapter.recycler.retire)
     return adapter
 

@@ -193,7 +193,9 @@ def assemble(
             objects.tap()
             return found, adapter, objects
 
-        _, (found, updates, objects) = together(participant, "attach", examine)
+        _, examined = together(participant, "attach", examine)
+        assert examined is not None, "nothing is read here that could be damaged"
+        found, updates, objects = examined
         replicas = Replicas(found, updates, participant)
         replicas.meet()
         if monitor is not None:

@@ -92,7 +92,7 @@ class Restorer:
         sound, loading = together(
             self._participant, f"check step {attempt.step}", lambda: self._check(attempt, partly, parts)
         )
-        if not sound:
+        if not sound or loading is None:
             return None
         self._framework.take_up(self._framework.part_of(loading.sealed["wrapper"], parts))
         self.undefined = (
