@@ -47,9 +47,9 @@ def glance_at(
     """
     framework.follow()
     states = optimizer.states(framework.params)
-    held = (
-        last.held if last is not None and states is last.held.states else _hold(framework, states, last and last.held)
-    )
+    held = last.held if last is not None else None
+    if held is None or states is not held.states:
+        held = _hold(framework, states, held)
     buffers = framework.buffers()
     tensors = [*framework.params_in_memory(), *framework.in_memory([buffer for _, buffer in buffers])]
     if (

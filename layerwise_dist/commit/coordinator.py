@@ -279,12 +279,14 @@ class Coordinator:
         """A keeper did what it was asked for, or could not."""
         rank, problem = message["rank"], message["error"]
         if message["what"] == "withdraw":
-            attempts, waiting = self._withdrawing.get(message["batch"], ([], set()))
+            batch = message["batch"]
+            attempts, waiting = self._withdrawing.get(batch, ([], set()))
             waiting.discard(rank)
             if problem is not None:
                 log.warning("rank %d could not remove old manifests: %s", rank, problem)
-                self._withdrawing.pop(message["batch"], None)  # nobody may touch what is left of those
-            elif not waiting and self._withdrawing.pop(message["batch"], None):
+                self._withdrawing.pop(batch, None)  # nobody may touch what is left of those
+            elif not waiting and batch in self._withdrawing:
+                del self._withdrawing[batch]
                 self._out += map(Retired, attempts)
             return
         attempt = self._current

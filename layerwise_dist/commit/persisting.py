@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 from collections.abc import Callable
+from functools import partial
 
 from layerwise_dist.commit.ledger import Action, Discard, GiveUp, Ledger, Persist, Write
 from layerwise_dist.commit.waits import Waits
@@ -39,7 +40,7 @@ class Persisting:
     def _run(self) -> None:
         while (job := self._work.get()) is not None:
             # What comes after one that failed may be to remove what it left.
-            background.guarded("layerwise-persist", lambda job=job: self._take_up(job), self._failed)
+            background.guarded("layerwise-persist", partial(self._take_up, job), self._failed)
 
     def _take_up(self, job: Persist | GiveUp | Discard) -> None:
         if isinstance(job, Persist):

@@ -74,6 +74,7 @@ class Observation:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         arrivals, self._arrivals = self._arrivals, None
+        assert arrivals is not None, "__enter__() comes first"
         order = arrivals.order
         arrivals.remove()
         if kind is not None:

@@ -6,7 +6,8 @@ step itself finds nothing to do; a post-step hook puts them back. docs/layers.md
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -139,7 +140,7 @@ class _Stepping:
         self._make_plan()
         self._apart = LayersApart(graph.views)
         self._step, self._counted = 0, False  # updates begun, and whether this iteration's is one of them
-        self._aside: list[tuple[nn.Parameter, torch.Tensor]] = []
+        self._aside: list[tuple[nn.Parameter, torch.Tensor | None]] = []
         self._whole: list[str] = []  # layers to be captured behind a whole step
         self._observing = mode == "in_backward" or graph.source != "observed"
         self._arrivals: Arrivals | None = self._watch() if self._observing else None
@@ -151,13 +152,19 @@ class _Stepping:
         self._pre = optimizer.register_step_pre_hook(self._before)
         self._post = optimizer.register_step_post_hook(self._after)
         # First, so that no other hook sees an optimizer without gradients.
-        optimizer._optimizer_step_post_hooks.move_to_end(self._post.id, last=False)
+        _move_to_end(optimizer._optimizer_step_post_hooks, self._post.id, last=False)
 
     def detach(self) -> None:
         self._pre.remove()
         self._post.remove()
         if self._arrivals is not None:
             self._arrivals.remove()
+
+    @property
+    def _in_backward(self) -> Arrivals:
+        """REQUIRES: the mode of that name, which watches gradients from start to end."""
+        assert self._arrivals is not None
+        return self._arrivals
 
     def _watch(self) -> Arrivals:
         params = [param for group in self.optimizer.param_groups for param in group["params"]]
@@ -230,7 +237,7 @@ class _Stepping:
         for layer in whole:
             self._after_layer(layer, self._step)
         if next(reversed(optimizer._optimizer_step_pre_hooks)) != self._pre.id:
-            optimizer._optimizer_step_pre_hooks.move_to_end(self._pre.id)
+            _move_to_end(optimizer._optimizer_step_pre_hooks, self._pre.id)
         self._is_active, self._counted = None, False
         self._updated = set()
         self._missing = {}
@@ -242,7 +249,7 @@ class _Stepping:
         self._subset_step.step(subset, pins)
         if in_backward:
             updated = [param for part in subset for param in part]
-            self._arrivals.accept([self._names[id(param)] for param in updated])
+            self._in_backward.accept([self._names[id(param)] for param in updated])
             # Fused kernels do not count, and a node that still needs the old values must not run on the new ones.
             increment_version(updated)
         self._after_layer(layer, self._step)
@@ -290,7 +297,7 @@ class _Stepping:
         if not self._is_active:
             return
         layer = self.graph.layer_of[fqn]
-        if self._arrivals.fires[fqn] > 1 and layer in self._updated:
+        if self._in_backward.fires[fqn] > 1 and layer in self._updated:
             raise BoundaryError(
                 f"the gradient of {fqn} arrived again after it was used: accumulation, a second backward, or a "
                 "backward without a step(). The parameters hold an update of a part of the gradient: go back to a "
@@ -316,13 +323,13 @@ class _Stepping:
         except UnsupportedError:
             return  # nothing is updated in this backward, and the step raises it
         # Whatever was registered since then may change gradients, and is judged only if it ran before.
-        self.optimizer._optimizer_step_pre_hooks.move_to_end(self._pre.id)
+        _move_to_end(self.optimizer._optimizer_step_pre_hooks, self._pre.id)
         reached = self.graph.fires
         groups = [group["params"] for group in self.optimizer.param_groups]
         self._pins = self._subset_step.pins([[p for p in part if reached[self._names[id(p)]]] for part in groups])
         for layer, subset in self._plan.items():
             names = {self._names[id(param)] for part in subset for param in part}
-            expected = {fqn for fqn in names if self._arrivals.expects(fqn)}
+            expected = {fqn for fqn in names if self._in_backward.expects(fqn)}
             if expected and all(reached[fqn] for fqn in expected):
                 self._missing[layer] = expected
         self._count()
@@ -330,7 +337,7 @@ class _Stepping:
     def _judge(self, last: bool) -> None:
         """What was updated in the backward, against what `step()` finds."""
         check_scaler(self.optimizer)
-        changed = [fqn for fqn in self._arrivals.changed() if self.graph.layer_of[fqn] in self._updated]
+        changed = [fqn for fqn in self._in_backward.changed() if self.graph.layer_of[fqn] in self._updated]
         if changed or not last:
             what = f"the gradient of {changed[0]} was changed" if changed else "a step pre-hook was registered"
             raise BoundaryError(
@@ -342,6 +349,12 @@ class _Stepping:
 
 def _nothing(layer: str, step: int) -> None:
     pass
+
+
+def _move_to_end(hooks: Mapping[int, object], number: int, *, last: bool = True) -> None:
+    """Of a step's hooks, which torch keeps in the order of their calls."""
+    assert isinstance(hooks, OrderedDict)
+    hooks.move_to_end(number, last)
 
 
 def _with_gradients(subset: Subset) -> Subset:

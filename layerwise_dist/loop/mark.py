@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from layerwise_dist.loop import rng
+from layerwise_dist.loop.rng import RngState
 
 Kind = Literal["explicit", "loader", "inferred", "call"]
 RngEvent = Literal["boundary", "draw"]
@@ -31,12 +31,12 @@ class BoundaryMark:
     step: int
     kind: Kind | Literal["close"]
     updated: bool
-    rng: rng.RngState
+    rng: RngState
     rng_event: RngEvent
     loaders: dict[str, dict[str, Any]]
     resume_kind: Kind
     at: tuple[str, ...]
-    rng_after: rng.RngState | None
+    rng_after: RngState | None
     starts: tuple[str, ...] = ()
 
     def state(self) -> dict[str, Any]:
