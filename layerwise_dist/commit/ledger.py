@@ -10,30 +10,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Protocol
 
 from layerwise_dist.commit.common_boundary import Hold, Meeting
 from layerwise_dist.commit.coordinator import FIRST_GRANT
 from layerwise_dist.commit.transports import Message
 from layerwise_dist.storage.filenames import AttemptId
+from layerwise_dist.storage.protocols import Leftover, Write
 from layerwise_dist.storage.reports import ShardReport
 
 LEVELS = ("staged", "durable", "committed")
 _ERROR_CHARS = 2000  # of another rank's message
 _REMEMBERED = 64  # aborted steps whose reason can be asked for
-
-
-class Write(Protocol):
-    """What a rank needs of `storage.adapter.ShardWrite`."""
-
-    attempt: AttemptId
-
-    def persist(self, timeout_s: float) -> ShardReport | None:
-        """None: another process makes it durable, and reports it; `Ledger.written` says when it is."""
-        ...
-
-    def abort(self) -> None: ...
-    def discard(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +43,7 @@ class GiveUp:
 
     attempt: AttemptId
     error: str
-    write: Write | None
+    write: Leftover | None
     final: bool
     told: bool = False  # the script has read of it already
 
@@ -65,7 +52,7 @@ class GiveUp:
 class Discard:
     """Stop writing and remove this rank's files, then say `discarded`."""
 
-    write: Write
+    write: Leftover
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +80,7 @@ class Ledger:
         self._aborted_seqs: set[int] = set()
         self._failures: dict[int, str] = {}  # by seq, of those aborted that were not skipped
         self._committed_seq = 0
-        self._undecided: dict[int, Write] = {}
+        self._undecided: dict[int, Leftover] = {}
         self._busy: set[int] = set()
         self._granted = float(FIRST_GRANT) if world_size > 1 else math.inf
         self._hold = Hold(rank)
@@ -113,7 +100,7 @@ class Ledger:
         return [Post(self._message("staged", write.attempt)), Persist(write)]
 
     def failed(
-        self, attempt: AttemptId, error: str, write: Write | None, *, final: bool = False, told: bool = False
+        self, attempt: AttemptId, error: str, write: Leftover | None, *, final: bool = False, told: bool = False
     ) -> list[Action]:
         """This rank gives the attempt up; the coordinator aborts it for all. `final`: and every later one, for good."""
         self._busy.add(attempt.seq)
@@ -179,7 +166,7 @@ class Ledger:
         message.update(error=gone.error[:_ERROR_CHARS], final=gone.final)
         return [Post(message)]
 
-    def discarded(self, write: Write) -> None:
+    def discarded(self, write: Leftover) -> None:
         self._busy.discard(write.attempt.seq)
 
     # -- what rank 0 says ---------------------------------------------------------------------------------------

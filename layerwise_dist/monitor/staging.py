@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
-from typing import Any
 
 from layerwise_dist import _native
 from layerwise_dist.commit.metadata import ParentRef
@@ -17,9 +16,8 @@ from layerwise_dist.commit.transports import Message
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.errors import LayerwiseError
 from layerwise_dist.monitor.connection import MonitorLink
-from layerwise_dist.storage.adapter import Laid
 from layerwise_dist.storage.filenames import AttemptId
-from layerwise_dist.storage.gathered import gather
+from layerwise_dist.storage.gathered import Laid, gather
 from layerwise_dist.storage.reports import BaseReport
 from layerwise_dist.storage.shard_layout import ShardLayout, Source, state_extent
 from layerwise_dist.supervision.patience import DISK_SHARE
@@ -39,7 +37,7 @@ def _nothing(timeout_s: float) -> None:
 class StagedWrite:
     """As `storage.adapter.ShardWrite`, of which the blocks lie in the pool and the file is the monitor's."""
 
-    pooled = True
+    in_place = None
 
     def __init__(self, adapter: StagingAdapter, attempt: AttemptId, layout: ShardLayout) -> None:
         self.attempt, self.layout = attempt, layout
@@ -75,7 +73,7 @@ class StagedWrite:
     def set_addresses(self, addresses: Sequence[int]) -> None:
         """Of memory that the monitor does not see."""
 
-    def submit_gathered(self, number: int, tensor: int, buffer: Any) -> None:
+    def submit_gathered(self, number: int, tensor: int, buffer: _native.PoolBuffer) -> None:
         """Gives a buffer, in which a layer lies as in the file, to the monitor."""
         self._adapter.give(self, buffer, {"t": "give", "seq": self.attempt.seq, "extent": number})
 
@@ -124,6 +122,7 @@ class StagingAdapter:
     """
 
     pooled = True
+    bases = None
 
     def __init__(
         self, link: MonitorLink, config: LayerwiseConfig, facts: Message, written: Callable[[AttemptId], None]
@@ -136,20 +135,20 @@ class StagingAdapter:
         self.block_bytes, self._queue_depth = config.writer.block_kb << 10, config.writer.queue_depth
         self.bounce_bytes = self.block_bytes * self._queue_depth
         self._patience_s = DISK_SHARE * config.commit.timeout_s
-        self.buffers: Any = None
+        self.buffers: _native.BufferPool | None = None
         self._timeout_s, self._on_written = config.fence_timeout_s, written
-        self._readers: Any = None
+        self._readers: _native.WriterPool | None = None
         self._layouts = 0
         self._newest: tuple[ShardLayout, int] | None = None
         self._changed = threading.Condition()
-        self._given: dict[int, tuple[StagedWrite, Any]] = {}  # by place
+        self._given: dict[int, tuple[StagedWrite, _native.PoolBuffer]] = {}  # by place
         self._writes: dict[int, StagedWrite] = {}  # not durable yet, by seq
         link.on("returned", self._returned)
         link.on("written", self._note_written)
         link.on_lost(lambda _: self._take_back(list(self._given)))
 
     @property
-    def pool(self) -> Any:
+    def pool(self) -> _native.WriterPool:
         """The threads that read. Made when needed."""
         if self._readers is None:
             self._readers = _native.WriterPool(self._queue_depth, patience_s=self._patience_s)
@@ -176,7 +175,7 @@ class StagingAdapter:
         self.link.send({"t": "layout", "number": self._layouts, "layers": named})
         return Laid(shard, None, extents)
 
-    def begin(self, attempt: AttemptId, shard: ShardLayout, plan: Any) -> StagedWrite:
+    def begin(self, attempt: AttemptId, shard: ShardLayout, plan: _native.Plan | None) -> StagedWrite:
         """The monitor begins the file; if it cannot, the coordinator aborts the attempt."""
         write = StagedWrite(self, attempt, shard)
         with self._changed:
@@ -196,7 +195,7 @@ class StagingAdapter:
 
     # -- buffers ------------------------------------------------------------------------------------------------
 
-    def give(self, write: StagedWrite, buffer: Any, message: Message) -> None:
+    def give(self, write: StagedWrite, buffer: _native.PoolBuffer, message: Message) -> None:
         place = buffer.place
         with self._changed:
             if self.link.lost is not None:
@@ -207,6 +206,7 @@ class StagingAdapter:
 
     def give_bytes(self, write: StagedWrite, data: bytes) -> None:
         """Raises PoolFull."""
+        assert self.buffers is not None, "allocate_staging_buffer() comes first"
         buffer = self.buffers.acquire(len(data), self._timeout_s)
         if buffer is None:
             raise PoolFull(
