@@ -170,7 +170,7 @@ class Shard:
         self._plan = _native.Plan(self._layout.blocks, self._layout.segments, self._layout.tensors, self._layout.end)
         self._addresses = [tensor.data_ptr() for tensor in self._tensors]
 
-    def write(self, env: Any, pool: Any, path: Path, *, direct: bool, use: str) -> float:
+    def write(self, env: _native.Env, pool: _native.WriterPool, path: Path, *, direct: bool, use: str) -> float:
         """Seconds from the first block queued to the end of fdatasync, the header included.
 
         `use` is a case's: "steady" goes over the file that the last call left there, as a retired shard is reused.

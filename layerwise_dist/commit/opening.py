@@ -22,6 +22,7 @@ from layerwise_dist.errors import DamageError, DirectoryError
 from layerwise_dist.storage import filenames
 from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.odd import kind_at, oddity
+from layerwise_dist.storage.protocols import Env
 
 log = logging.getLogger("layerwise_dist")
 
@@ -72,7 +73,7 @@ class Place:
     """A keeper's part. In order: `look`, `texts` if it is asked for some, `settle`; `release` if anything fails."""
 
     def __init__(
-        self, env: Any, root: str, manager: CheckpointMetadataManager, *, ranks: Sequence[int], file_mode: int,
+        self, env: Env, root: str, manager: CheckpointMetadataManager, *, ranks: Sequence[int], file_mode: int,
         dir_mode: int, who: str, patience_s: float = 0.0, monitored: bool = False,
     ) -> None:  # fmt: skip
         self._env, self._root, self._manager = env, root, manager
@@ -315,7 +316,7 @@ def as_tree(plan: StartPlan) -> dict[str, Any]:
 _NOT_OURS = {errno.EACCES, errno.EPERM, errno.EINVAL, errno.EROFS, errno.EOPNOTSUPP}
 
 
-def make_dirs(env: Any, root: str, mode: int) -> None:
+def make_dirs(env: Env, root: str, mode: int) -> None:
     """Makes `root` and what is missing above it, and flushes all names on the way there.
 
     Those that are there already too: a start that made them may have died, or failed, before they were durable.

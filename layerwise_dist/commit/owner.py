@@ -13,6 +13,7 @@ from typing import Any
 
 from layerwise_dist.errors import OwnerError, shown
 from layerwise_dist.storage import filenames, strict_json
+from layerwise_dist.storage.protocols import Env, FileLock
 
 log = logging.getLogger("layerwise_dist")
 
@@ -32,7 +33,7 @@ class Owner:
     """
 
     def __init__(
-        self, env: Any, root: str, *, file_mode: int, who: str, patience_s: float = 0.0, monitored: bool = False
+        self, env: Env, root: str, *, file_mode: int, who: str, patience_s: float = 0.0, monitored: bool = False
     ) -> None:
         """Takes the lock; `previous` is the epoch of the session before.
 
@@ -107,7 +108,7 @@ def _parsed(read: Callable[[], bytes]) -> dict[str, Any]:
     return tree if filenames.is_number(tree["epoch"]) else {}
 
 
-def _take(env: Any, root: str, path: str, file_mode: int, patience_s: float, grace_s: float) -> Any:
+def _take(env: Env, root: str, path: str, file_mode: int, patience_s: float, grace_s: float) -> FileLock:
     """The lock. `grace_s`: how long a holder is waited for that does not say what it is."""
     began = time.monotonic()
     told = False
@@ -135,7 +136,7 @@ def _take(env: Any, root: str, path: str, file_mode: int, patience_s: float, gra
         time.sleep(_LOOK_S)
 
 
-def read_owner(env: Any, root: str) -> dict[str, Any]:
+def read_owner(env: Env, root: str) -> dict[str, Any]:
     """What the file says, without the lock; nothing if it is torn, or not there. Raises OSError if it can't be read."""
     try:
         return _parsed(lambda: env.read_file(os.path.join(root, filenames.OWNER), _CAP))
@@ -143,7 +144,7 @@ def read_owner(env: Any, root: str) -> dict[str, Any]:
         return {}
 
 
-def _holder(env: Any, root: str) -> dict[str, Any]:
+def _holder(env: Env, root: str) -> dict[str, Any]:
     try:
         return read_owner(env, root)
     except OSError as error:

@@ -15,6 +15,7 @@ from layerwise_dist.commit.transports.rendezvous import place
 from layerwise_dist.commit.votes import rebuild_error, tried
 from layerwise_dist.errors import DeadlineError, DirectoryError, LayerwiseError
 from layerwise_dist.storage import filenames, network
+from layerwise_dist.storage.protocols import Env
 from layerwise_dist.supervision.patience import within
 
 log = logging.getLogger("layerwise_dist")
@@ -25,7 +26,7 @@ _LOOK = "the look for a common directory"
 class _Probe:
     """A file under a name that nobody has looked for before, so that no cache of a network file system knows it."""
 
-    def __init__(self, env: Any, root: str, *, file_mode: int, dir_mode: int) -> None:
+    def __init__(self, env: Env, root: str, *, file_mode: int, dir_mode: int) -> None:
         self._env, self._root, self._file_mode, self._dir_mode = env, root, file_mode, dir_mode
         self._made: list[str] = []
 
@@ -58,7 +59,7 @@ class _Probe:
                 log.warning("%s stays until the next start: %s", path, error)
 
 
-def find_places(env: Any, root: str, participant: Participant, *, file_mode: int, dir_mode: int) -> list[list[int]]:
+def find_places(env: Env, root: str, participant: Participant, *, file_mode: int, dir_mode: int) -> list[list[int]]:
     """The ranks of each place, each list in order, rank 0's first. All ranks together; raises DirectoryError on all."""
     rank, world_size = participant.rank, participant.world_size
     if world_size == 1:
@@ -98,7 +99,7 @@ def _lowest(probe: _Probe, token: str, ranks: list[int]) -> int:
     return next(rank for rank in ranks if probe.sees(token, rank))
 
 
-def _network(env: Any, root: str) -> str | None:
+def _network(env: Env, root: str) -> str | None:
     try:
         return network.name_by_magic(env.file_system(root))
     except OSError:

@@ -38,6 +38,7 @@ from layerwise_dist.errors import DamageError, DeadlineError, DirectoryError, Ow
 from layerwise_dist.storage import filenames
 from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.odd import leave
+from layerwise_dist.storage.protocols import Env
 from layerwise_dist.storage.retention import retired, unneeded_bases
 from layerwise_dist.supervision.patience import DISK_SHARE, stuck_calls, within
 
@@ -291,7 +292,7 @@ def start_keeper(participant: Participant, manager: CheckpointMetadataManager, o
 
 
 def open_session(
-    env: Any, root: str, participant: Participant, *, file_mode: int, dir_mode: int, who: str, fresh: bool = False,
+    env: Env, root: str, participant: Participant, *, file_mode: int, dir_mode: int, who: str, fresh: bool = False,
     mock: bool = False, patience_s: float = 0.0, monitored: bool = False,
 ) -> tuple[SessionInfo, CheckpointMetadataManager, Owner | None]:  # fmt: skip
     """All ranks together. Who shares a directory finds out that it does; the lowest rank of each place takes the lock,
@@ -385,7 +386,7 @@ def follow(
     return list(bases)
 
 
-def _check_directory(env: Any, root: str, manager: CheckpointMetadataManager, info: SessionInfo) -> None:
+def _check_directory(env: Env, root: str, manager: CheckpointMetadataManager, info: SessionInfo) -> None:
     try:
         found = manager.read_identity().identity
     except FileNotFoundError:

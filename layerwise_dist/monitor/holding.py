@@ -15,8 +15,9 @@ from typing import Any
 from layerwise_dist import _native
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.transports import Message
-from layerwise_dist.storage.adapter import Laid, PCCheckAdapter, ShardWrite
+from layerwise_dist.storage.adapter import PCCheckAdapter, ShardWrite
 from layerwise_dist.storage.filenames import AttemptId
+from layerwise_dist.storage.gathered import Laid
 from layerwise_dist.storage.reports import ShardReport
 from layerwise_dist.storage.shard_layout import Source
 from layerwise_dist.tensors.slices import Slice
@@ -70,7 +71,7 @@ class StagedShards:
         """`memory` is the pool's memory file, `wake` an eventfd that counts up when `give_back` has to be called."""
         self._adapter, self._participant, self._epoch = adapter, participant, epoch
         self._memory, self._wake, self._tell = memory, wake, tell
-        self._pools: list[tuple[int, int, Any]] = []  # where it begins and ends
+        self._pools: list[tuple[int, int, _native.BufferPool]] = []  # where it begins and ends
         self._layouts: dict[int, Laid] = {}
         self._coming: dict[int, _Coming] = {}
         self._recent: deque[HeldWrite] = deque(maxlen=_REMEMBERED)
@@ -168,7 +169,7 @@ class StagedShards:
         if places:
             self._tell({"t": "returned", "places": places})
 
-    def _adopt(self, message: Message) -> Any:
+    def _adopt(self, message: Message) -> _native.PoolBuffer:
         place = message["place"]
         for begin, end, pool in self._pools:
             if begin <= place < end:

@@ -18,8 +18,8 @@ from layerwise_dist.restore import choice, loader
 from layerwise_dist.restore.choice import Wish
 from layerwise_dist.restore.loader import LoadPlan
 from layerwise_dist.restore.planner import ShardSet
-from layerwise_dist.storage.adapter import PCCheckAdapter
 from layerwise_dist.storage.filenames import AttemptId
+from layerwise_dist.storage.protocols import ShardWriterAdapter
 from layerwise_dist.storage.reader import Shard
 from layerwise_dist.storage.reports import BaseReport
 from layerwise_dist.supervision.patience import within
@@ -34,7 +34,7 @@ class Restorer:
         optimizer: OptimizerAdapter,
         *,
         manager: CheckpointMetadataManager,
-        adapter: PCCheckAdapter,
+        adapter: ShardWriterAdapter,
         participant: Participant,
         check_objects: Callable[[dict[str, Any]], None],
     ) -> None:

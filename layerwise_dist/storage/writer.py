@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from layerwise_dist import _native
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.storage.adapter import PCCheckAdapter
 from layerwise_dist.storage.recycling import recycles
 from layerwise_dist.supervision.patience import DISK_SHARE
 
 
-def open_writer(env: Any, config: LayerwiseConfig, rank: int, world_size: int) -> PCCheckAdapter:
+def open_writer(env: _native.Env, config: LayerwiseConfig, rank: int, world_size: int) -> PCCheckAdapter:
     """Raises ConfigError or OSError."""
     return PCCheckAdapter(
         env, config.path, rank=rank, world_size=world_size, backend=config.writer.backend,
