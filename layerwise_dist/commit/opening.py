@@ -14,7 +14,7 @@ import socket
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from layerwise_dist.commit.metadata import Branch, CheckpointMetadataManager, Identity, Inventory, Manifest, decode
 from layerwise_dist.commit.owner import Owner, read_owner
@@ -69,6 +69,20 @@ class StartPlan:
         return SessionInfo(self.session, self.identity, self.epoch, self.first_seq, self.empty, places)
 
 
+class Seen(TypedDict):
+    """What is in a place's directory, as JSON; attempts as epoch, seq and step."""
+
+    host: str
+    ranks: list[int]
+    identity: str | None
+    epoch: int
+    last_seq: int
+    empty: bool
+    manifests: list[list[int]]
+    branches: list[int]
+    doubtful: list[list[int]]
+
+
 class Place:
     """A keeper's part. In order: `look`, `texts` if it is asked for some, `settle`; `release` if anything fails."""
 
@@ -81,7 +95,7 @@ class Place:
         self._patience_s, self._monitored = patience_s, monitored
         self.owner: Owner | None = None
 
-    def look(self) -> dict[str, Any]:
+    def look(self) -> Seen:
         """Takes the directory, and says what is in it. Raises OwnerError or DirectoryError."""
         doing = f"write in {self._root}"
         try:
@@ -247,7 +261,7 @@ def told_identity(found: Inventory, root: str) -> str | None:
     return said[0][0] if said else None
 
 
-def merge(found: list[dict[str, Any]], root: str, *, fresh: bool) -> StartPlan:
+def merge(found: list[Seen], root: str, *, fresh: bool) -> StartPlan:
     """What the places make together. Raises DirectoryError where they cannot be of one job's disks."""
     identities = {each["identity"] for each in found if each["identity"] is not None}
     if len(identities) > 1:
@@ -265,7 +279,7 @@ def merge(found: list[dict[str, Any]], root: str, *, fresh: bool) -> StartPlan:
             f"a copy, or "
             "start anew with attach(fresh=True)"
         )
-    lacking = []
+    lacking: list[tuple[str, list[Seen]]] = []
     for attempt in manifests.values():
         lacking.append((AttemptId(*attempt).folder, [place for place in found if attempt in place["manifests"]]))
     for seq in sorted({seq for place in found for seq in place["branches"]}):
@@ -288,7 +302,7 @@ def merge(found: list[dict[str, Any]], root: str, *, fresh: bool) -> StartPlan:
     )
 
 
-def _whose(found: dict[str, Any]) -> str:
+def _whose(found: Seen) -> str:
     ranks = found["ranks"]
     return f"rank{'s' if len(ranks) > 1 else ''} {_spans(ranks)} on {found['host']}"
 

@@ -7,8 +7,9 @@ import os
 import socket
 import uuid
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict, TypeVar
 
+from layerwise_dist.commit.messages import Outcome
 from layerwise_dist.commit.opening import make_dirs
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.transports.rendezvous import place
@@ -21,6 +22,19 @@ from layerwise_dist.supervision.patience import within
 log = logging.getLogger("layerwise_dist")
 
 _LOOK = "the look for a common directory"
+_T = TypeVar("_T")
+
+
+class _About(TypedDict):
+    """What a rank says of itself where there are several directories.
+
+    `keeper`: the lowest rank whose directory it sees; `network`: the kind of file system, if machines share it.
+    """
+
+    keeper: Outcome
+    host: str
+    node: str
+    network: str | None
 
 
 class _Probe:
@@ -86,7 +100,7 @@ def find_places(env: Env, root: str, participant: Participant, *, file_mode: int
         )
         seen = tried(participant.disk_s, _LOOK, lambda: _lowest(probe, token, apart) if mine else 0)
         network_of = _on_disk(participant, lambda: _network(env, root))
-        about = {"keeper": seen, "host": socket.gethostname(), "node": place(), "network": network_of}
+        about: _About = {"keeper": seen, "host": socket.gethostname(), "node": place(), "network": network_of}
         return participant.agree("who shares a directory", about, lambda votes: _grouped(votes, root))
     finally:
         try:
@@ -106,23 +120,25 @@ def _network(env: Env, root: str) -> str | None:
         return None
 
 
-def _on_disk(participant: Participant, action: Callable[[], Any]) -> Any:
+def _on_disk(participant: Participant, action: Callable[[], _T]) -> _T:
     return within(participant.disk_s, _LOOK, action)
 
 
-def _all_well(votes: list[dict[str, Any]]) -> list[Any]:
+def _all_well(votes: list[Outcome]) -> list[Any]:
+    values = []
     for rank, vote in enumerate(votes):
         if "error" in vote:
             error = rebuild_error(vote["error"])
             raise error if isinstance(error, LayerwiseError) else DirectoryError(f"rank {rank}: {error}")
-    return [vote["value"] for vote in votes]
+        values.append(vote["value"])
+    return values
 
 
-def _blind(votes: list[dict[str, Any]]) -> list[int]:
+def _blind(votes: list[Outcome]) -> list[int]:
     return [rank for rank, sees in enumerate(_all_well(votes)) if not sees]
 
 
-def _grouped(votes: list[dict[str, Any]], root: str) -> list[list[int]]:
+def _grouped(votes: list[_About], root: str) -> list[list[int]]:
     """Each node's disk makes one place. Anything else is a directory that is not what was meant: a mount is missing."""
     keepers = _all_well([vote["keeper"] for vote in votes])
     of_node: dict[str, int] = {}

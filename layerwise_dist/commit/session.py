@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 from layerwise_dist.commit.coordinator import Coordinator
 from layerwise_dist.commit.coordinator_thread import CoordinatorThread
 from layerwise_dist.commit.keeper import Keeper, KeeperThread
+from layerwise_dist.commit.messages import Durable, Outcome
 from layerwise_dist.commit.metadata import (
     Branch,
     CheckpointMetadataManager,
@@ -32,8 +33,8 @@ from layerwise_dist.commit.owner import Owner
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.places import find_places
 from layerwise_dist.commit.records import bases_of
-from layerwise_dist.commit.transports import Message, Transport
-from layerwise_dist.commit.votes import rebuild_error, tried
+from layerwise_dist.commit.transports import Transport
+from layerwise_dist.commit.votes import tried, values_of
 from layerwise_dist.errors import DamageError, DeadlineError, DirectoryError, OwnerError
 from layerwise_dist.storage import filenames
 from layerwise_dist.storage.filenames import AttemptId
@@ -147,13 +148,13 @@ class Committer:
         self._head, self._branch, self._before, self._root = head, branch, before, root
         return text, parent.bases if parent is not None else []
 
-    def compose(self, seq: int, step: int, reports: list[Message]) -> str:
+    def compose(self, seq: int, step: int, reports: list[Durable]) -> str:
         """The manifest that `commit` will write, as it will lie in the file. Raises OwnerError."""
         self.owner.check()
         self._draft = self._manifest(seq, step, reports)
         return encode(self._draft).decode()
 
-    def commit(self, seq: int, step: int, reports: list[Message]) -> None:
+    def commit(self, seq: int, step: int, reports: list[Durable]) -> None:
         """Raises OSError, InDoubt or OwnerError, as `Coordinator.wrote` takes them."""
         draft, self._draft = self._draft, None
         manifest = draft if draft is not None and draft.seq == seq else self._manifest(seq, step, reports)
@@ -163,10 +164,10 @@ class Committer:
             self._known.manifests[seq] = manifest.light()
         self._head = manifest.ref
 
-    def _manifest(self, seq: int, step: int, reports: list[Message]) -> Manifest:
+    def _manifest(self, seq: int, step: int, reports: list[Durable]) -> Manifest:
         attempt = AttemptId(self.info.epoch, seq, step)
         shards = _SHARDS.validate_python(
-            [{name: report[name] for name in ShardRecord.model_fields} for report in reports]
+            [{name: value for name, value in report.items() if name in ShardRecord.model_fields} for report in reports]
         )
         return Manifest(
             identity=self.info.identity, session=self.info.session, epoch=self.info.epoch, seq=seq,
@@ -339,30 +340,22 @@ def open_session(
 
 
 def _plan(participant: Participant, place: Place | None, root: str, *, fresh: bool, timeout_s: float) -> StartPlan:
-    def decide(votes: list[dict[str, Any]]) -> dict[str, Any]:
-        return as_tree(merge([found for found in _values(votes) if found is not None], root, fresh=fresh))
+    def decide(votes: list[Outcome]) -> dict[str, Any]:
+        return as_tree(merge([found for found in values_of(votes) if found is not None], root, fresh=fresh))
 
     seen = tried(timeout_s, _WORK, lambda: place.look() if place is not None else None)
     return as_start_plan(participant.agree("open the checkpoint directory", seen, decide))
 
 
-def _values(votes: list[dict[str, Any]]) -> list[Any]:
-    """Raises the first rank's error as it is."""
-    for vote in votes:
-        if "error" in vote:
-            raise rebuild_error(vote["error"])
-    return [vote["value"] for vote in votes]
+def _collected(votes: list[Outcome]) -> dict[str, str]:
+    return {name: text for given in values_of(votes) for name, text in given.items()}
 
 
-def _collected(votes: list[dict[str, Any]]) -> dict[str, str]:
-    return {name: text for given in _values(votes) for name, text in given.items()}
-
-
-def _settled(votes: list[dict[str, Any]]) -> list[str]:
+def _settled(votes: list[Outcome]) -> list[str]:
     bad = [f"rank {rank}: {vote['error']['message']}" for rank, vote in enumerate(votes) if "error" in vote]
     if bad:
         raise DirectoryError("; ".join(bad))
-    return [why for vote in votes for why in vote["value"]]
+    return [why for value in values_of(votes) for why in value]
 
 
 def follow(
@@ -382,7 +375,7 @@ def follow(
     text, bases = participant.agree("continue the lineage", None, decide)
     if text is not None and participant.apart:
         kept = tried(participant.disk_s, _WORK, lambda: participant.keep_branch(text))
-        participant.agree("continue the lineage everywhere", kept, _values)
+        participant.agree("continue the lineage everywhere", kept, values_of)
     return list(bases)
 
 

@@ -12,10 +12,10 @@ from dataclasses import asdict
 
 from layerwise_dist import _native
 from layerwise_dist.commit.metadata import ParentRef
-from layerwise_dist.commit.transports import Message
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.errors import LayerwiseError
 from layerwise_dist.monitor.connection import MonitorLink
+from layerwise_dist.monitor.messages import Counts, Follow, Give, Opened, Returned, SaidSource, State, Written
 from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.gathered import Laid, gather
 from layerwise_dist.storage.reports import BaseReport
@@ -47,19 +47,19 @@ class StagedWrite:
         self._lengths = (0, 0)
         self.state_bytes = 0
         self._sealed = False
-        self._written: Message = {}  # the monitor's counts, once it is durable
+        self._written: Counts = {}  # the monitor's counts, once it is durable
 
     @property
     def writes(self) -> int:
-        return int(self._written.get("writes", 0))
+        return self._written.get("writes", 0)
 
     @property
     def bytes_written(self) -> int:
-        return int(self._written.get("bytes_written", 0))
+        return self._written.get("bytes_written", 0)
 
     @property
     def bytes_copied(self) -> int:
-        return int(self._written.get("bytes_copied", self.state_bytes))
+        return self._written.get("bytes_copied", self.state_bytes)
 
     @property
     def bytes_evacuated(self) -> int:
@@ -75,7 +75,10 @@ class StagedWrite:
 
     def submit_gathered(self, number: int, tensor: int, buffer: _native.PoolBuffer) -> None:
         """Gives a buffer, in which a layer lies as in the file, to the monitor."""
-        self._adapter.give(self, buffer, {"t": "give", "seq": self.attempt.seq, "extent": number})
+        self._adapter.give(
+            self, buffer,
+            {"t": "give", "seq": self.attempt.seq, "extent": number, "place": buffer.place, "nbytes": buffer.nbytes},
+        )  # fmt: skip
 
     def leases_over(self) -> bool:
         return True
@@ -111,7 +114,7 @@ class StagedWrite:
         if not self._sealed:
             self._adapter.link.send({"t": "drop", "seq": self.attempt.seq})
 
-    def done(self, counts: Message) -> None:
+    def done(self, counts: Counts) -> None:
         self._written = counts
 
 
@@ -125,13 +128,13 @@ class StagingAdapter:
     bases = None
 
     def __init__(
-        self, link: MonitorLink, config: LayerwiseConfig, facts: Message, written: Callable[[AttemptId], None]
+        self, link: MonitorLink, config: LayerwiseConfig, facts: Opened, written: Callable[[AttemptId], None]
     ) -> None:
         """`facts` are what the monitor found out about the directory; `written(attempt)` hears of shards that are
         durable.
         """
         self.link, self.rank = link, link.rank
-        self.direct, self.memory_align = bool(facts["direct"]), int(facts["memory_align"])
+        self.direct, self.memory_align = facts["direct"], facts["memory_align"]
         self.block_bytes, self._queue_depth = config.writer.block_kb << 10, config.writer.queue_depth
         self.bounce_bytes = self.block_bytes * self._queue_depth
         self._patience_s = DISK_SHARE * config.commit.timeout_s
@@ -168,8 +171,8 @@ class StagingAdapter:
         _, extents = gather(shard, gathered)
         self._layouts += 1
         self._newest = shard, self._layouts
-        named = [
-            [name, [[asdict(source.slice), source.address_mod, source.wrapped] for source in sources]]
+        named: list[tuple[str, list[SaidSource]]] = [
+            (name, [(asdict(source.slice), source.address_mod, source.wrapped) for source in sources])
             for name, sources in layers
         ]
         self.link.send({"t": "layout", "number": self._layouts, "layers": named})
@@ -195,14 +198,14 @@ class StagingAdapter:
 
     # -- buffers ------------------------------------------------------------------------------------------------
 
-    def give(self, write: StagedWrite, buffer: _native.PoolBuffer, message: Message) -> None:
-        place = buffer.place
+    def give(self, write: StagedWrite, buffer: _native.PoolBuffer, message: Give | State) -> None:
+        """`message` says what is in the buffer."""
         with self._changed:
             if self.link.lost is not None:
                 buffer.release()
                 return
-            self._given[place] = write, buffer
-        self.link.send({**message, "place": place, "nbytes": buffer.nbytes})
+            self._given[message["place"]] = write, buffer
+        self.link.send(message)
 
     def give_bytes(self, write: StagedWrite, data: bytes) -> None:
         """Raises PoolFull."""
@@ -215,7 +218,9 @@ class StagingAdapter:
             )
         with memoryview(buffer) as view:
             view.cast("B")[: len(data)] = data
-        self.give(write, buffer, {"t": "state", "seq": write.attempt.seq})
+        self.give(
+            write, buffer, {"t": "state", "seq": write.attempt.seq, "place": buffer.place, "nbytes": buffer.nbytes}
+        )
 
     def wait_returned(self, write: StagedWrite, timeout_s: float) -> bool:
         deadline = time.monotonic() + timeout_s
@@ -224,7 +229,7 @@ class StagingAdapter:
                 lambda: all(owner is not write for owner, _ in self._given.values()), deadline - time.monotonic()
             )
 
-    def _returned(self, message: Message) -> None:
+    def _returned(self, message: Returned) -> None:
         self._take_back(message["places"])
 
     def _take_back(self, places: Sequence[int]) -> None:
@@ -234,7 +239,7 @@ class StagingAdapter:
                     found[1].release()
             self._changed.notify_all()
 
-    def _note_written(self, message: Message) -> None:
+    def _note_written(self, message: Written) -> None:
         with self._changed:
             write = self._writes.pop(message["seq"], None)
         if write is not None:
@@ -281,6 +286,7 @@ class RemotePen:
 
     def follow(self, head: ParentRef | None, branch_seq: int | None) -> tuple[str | None, list[str]]:
         """Raises OSError, InDoubt (as OSError) or OwnerError, as the monitor did; CommitError or DeadlineError."""
-        message = {"t": "follow", "head": head and head.model_dump(mode="json"), "branch_seq": branch_seq}
+        told = head.model_dump(mode="json") if head is not None else None
+        message: Follow = {"t": "follow", "head": told, "branch_seq": branch_seq}
         text, bases = self._link.ask("continue the lineage", message, self._timeout_s)
         return text, bases
