@@ -34,7 +34,7 @@ from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.places import find_places
 from layerwise_dist.commit.records import bases_of
 from layerwise_dist.commit.transports import Transport
-from layerwise_dist.commit.votes import tried, values_of
+from layerwise_dist.commit.votes import tried, values
 from layerwise_dist.errors import DamageError, DeadlineError, DirectoryError, OwnerError
 from layerwise_dist.storage import filenames
 from layerwise_dist.storage.filenames import AttemptId
@@ -341,21 +341,21 @@ def open_session(
 
 def _plan(participant: Participant, place: Place | None, root: str, *, fresh: bool, timeout_s: float) -> StartPlan:
     def decide(votes: list[Outcome]) -> dict[str, Any]:
-        return as_tree(merge([found for found in values_of(votes) if found is not None], root, fresh=fresh))
+        return as_tree(merge([found for found in values(votes) if found is not None], root, fresh=fresh))
 
     seen = tried(timeout_s, _WORK, lambda: place.look() if place is not None else None)
     return as_start_plan(participant.agree("open the checkpoint directory", seen, decide))
 
 
 def _collected(votes: list[Outcome]) -> dict[str, str]:
-    return {name: text for given in values_of(votes) for name, text in given.items()}
+    return {name: text for given in values(votes) for name, text in given.items()}
 
 
 def _settled(votes: list[Outcome]) -> list[str]:
     bad = [f"rank {rank}: {vote['error']['message']}" for rank, vote in enumerate(votes) if "error" in vote]
     if bad:
         raise DirectoryError("; ".join(bad))
-    return [why for value in values_of(votes) for why in value]
+    return [why for value in values(votes) for why in value]
 
 
 def follow(
@@ -375,7 +375,7 @@ def follow(
     text, bases = participant.agree("continue the lineage", None, decide)
     if text is not None and participant.apart:
         kept = tried(participant.disk_s, _WORK, lambda: participant.keep_branch(text))
-        participant.agree("continue the lineage everywhere", kept, values_of)
+        participant.agree("continue the lineage everywhere", kept, values)
     return list(bases)
 
 

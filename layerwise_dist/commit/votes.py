@@ -23,16 +23,6 @@ def tried(timeout_s: float, what: str, action: Callable[[], object]) -> Outcome:
         return {"error": describe_error(error)}
 
 
-def values_of(votes: list[Outcome]) -> list[Any]:
-    """Of all ranks. Raises the first rank's error as it is."""
-    values = []
-    for vote in votes:
-        if "error" in vote:
-            raise rebuild_error(vote["error"])
-        values.append(vote["value"])
-    return values
-
-
 def describe_error(error: Exception) -> DescribedError:
     """An error as a message can carry it; `rebuild_error` makes it again on another rank."""
     described: DescribedError = {"type": type(error).__name__, "message": str(error)}
@@ -56,3 +46,13 @@ def rebuild_error(described: DescribedError) -> Exception:
     if "errno" in described:
         return OSError(described["errno"], message)  # Python picks PermissionError and the like by the number
     return CommitError(f"{described['type']}: {message}")
+
+
+def values(votes: list[Outcome]) -> list[Any]:
+    """What the ranks said (`tried`). Raises the first rank's error as it is."""
+    found = []
+    for vote in votes:
+        if "error" in vote:
+            raise rebuild_error(vote["error"])
+        found.append(vote["value"])
+    return found
