@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass_type
 
 from layerwise_dist.errors import UnsupportedError
+from layerwise_dist.frameworks.described import Standing
 from layerwise_dist.frameworks.made_mapping import MadeMapping
 
 MARK = "::"
@@ -37,7 +38,7 @@ def stands_for_others(value: object) -> bool:
     return _flattens(type(value))
 
 
-def describe(tensor: torch.Tensor, told: Callable[[Any], Any] = lambda context: context) -> dict[str, Any]:
+def describe(tensor: torch.Tensor, told: Callable[[Any], Any] = lambda context: context) -> Standing:
     """All that `_build` needs beside the tensors inside. `told(context)` is what is said of each context."""
     names, context = tensor.__tensor_flatten__()
     kind = type(tensor)
@@ -51,7 +52,7 @@ def describe(tensor: torch.Tensor, told: Callable[[Any], Any] = lambda context: 
     }
 
 
-def describe_param(param: torch.Tensor) -> dict[str, Any]:
+def describe_param(param: torch.Tensor) -> Standing:
     """What must be alike for a restore to fill a parameter. It is not made anew, so its context need only be told."""
     return describe(param, _told)
 

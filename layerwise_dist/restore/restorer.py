@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from layerwise_dist.commit.agreement import together
 from layerwise_dist.commit.metadata import CheckpointMetadataManager, Inventory
@@ -14,6 +13,7 @@ from layerwise_dist.errors import DamageError, MismatchError, NotFoundError
 from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.frameworks.parts import WHOLE, Parts
+from layerwise_dist.loop.sealed import SealedState
 from layerwise_dist.restore import choice, loader
 from layerwise_dist.restore.choice import Wish
 from layerwise_dist.restore.loader import LoadPlan
@@ -36,7 +36,7 @@ class Restorer:
         manager: CheckpointMetadataManager,
         adapter: ShardWriterAdapter,
         participant: Participant,
-        check_objects: Callable[[dict[str, Any]], None],
+        check_objects: Callable[[SealedState], None],
     ) -> None:
         self._framework, self._optimizer = framework, optimizer
         self._manager, self._adapter, self._participant = manager, adapter, participant
