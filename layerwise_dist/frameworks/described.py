@@ -77,3 +77,12 @@ class Standing(_OfClass):
     stride: list[int]
     inner: list[str]
     nested: dict[str, Standing]
+
+
+class CarriedCounters(TypedDict):
+    """What a DeepSpeed engine had come to (`Framework.carry`). `window`: micro-batches an update."""
+
+    counters: dict[str, int]
+    window: int
+    loss_scale: dict[str, Any] | None
+    lr_scheduler: dict[str, Any] | None
