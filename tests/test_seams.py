@@ -14,6 +14,7 @@ from layerwise_dist import _native
 from layerwise_dist.bench.light import LightWrite
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.monitor.connection import MonitorLink
+from layerwise_dist.monitor.messages import Opened
 from layerwise_dist.monitor.staging import StagedWrite, StagingAdapter
 from layerwise_dist.storage import protocols
 from layerwise_dist.storage.adapter import PCCheckAdapter, ShardWrite, Unbegun
@@ -73,7 +74,7 @@ def adapters() -> Iterator[tuple[PCCheckAdapter, StagingAdapter]]:
     direct = PCCheckAdapter(env, "/ckpt", rank=0, world_size=1)
     direct.allocate_staging_buffer(8)
     link = SimpleNamespace(rank=0, on=lambda *_: None, on_lost=lambda _: None, send=lambda _: None, close=lambda: None)
-    facts = {"direct": False, "memory_align": 64}
+    facts: Opened = {"info": {}, "direct": False, "memory_align": 64}
     yield direct, StagingAdapter(cast(MonitorLink, link), LayerwiseConfig(), facts, lambda _: None)
     direct.close(10)
 
@@ -81,7 +82,7 @@ def adapters() -> Iterator[tuple[PCCheckAdapter, StagingAdapter]]:
 def test_both_adapters_and_their_writes_have_what_engine_and_capture_ask(
     adapters: tuple[PCCheckAdapter, StagingAdapter],
 ) -> None:
-    layers = [("layer", [Source(Slice.whole("weight", "float32", (4,)))])]
+    layers = [("layer", [Source(Slice.whole("param", "weight", "F32", (4,)))])]
     for adapter in adapters:
         laid = adapter.lay_out(layers, [0])
         write = adapter.begin(ATTEMPT, laid.shard, laid.plan)

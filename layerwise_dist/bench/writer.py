@@ -51,10 +51,10 @@ class Case:
     use: str
 
 
-def backends(depth: int, block_bytes: int) -> dict[str, Callable[[], Any]]:
+def backends(depth: int, block_bytes: int) -> dict[str, Callable[[], _native.WriterPool]]:
     """What this machine can write with, by the name in `writer.backend`: makes a pool of `depth` blocks in flight."""
 
-    def pool(name: str) -> Callable[[], Any]:
+    def pool(name: str) -> Callable[[], _native.WriterPool]:
         return lambda: _native.WriterPool(depth, name, _native.BufferPool(depth * block_bytes), block_bytes)
 
     there = ["posix", *(["uring"] if _native.WriterPool.probe_uring() is None else [])]
@@ -92,8 +92,8 @@ class _Size:
     """All cases of one size, and what was measured of each: bytes a second, one number a round."""
 
     def __init__(
-        self, bench: WriterBench, nbytes: int, cases: list[Case], pools: dict[str, Callable[[], Any]], folder: Path,
-        progress: Bar,
+        self, bench: WriterBench, nbytes: int, cases: list[Case], pools: dict[str, Callable[[], _native.WriterPool]],
+        folder: Path, progress: Bar,
     ) -> None:  # fmt: skip
         self.nbytes = nbytes
         self.cases = [case for case in cases if case.nbytes == nbytes]

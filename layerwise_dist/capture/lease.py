@@ -7,6 +7,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -230,8 +231,7 @@ class Capture:
                 self._check_present(number)
                 self._fences.setdefault(number, []).extend(
                     self._stage.copy(
-                        extent, self.survey.tensors, lambda buffer, number=number: self._give(number, buffer),
-                        self._handover, deadline,
+                        extent, self.survey.tensors, partial(self._give, number), self._handover, deadline
                     )
                 )  # fmt: skip
                 self.bytes_staged += self.survey.batches[number].nbytes

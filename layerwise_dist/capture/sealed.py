@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
 import torch
@@ -15,6 +14,7 @@ from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.loop.objects import StateObjects
 from layerwise_dist.loop.sealed import BoundaryState, SealedState
 from layerwise_dist.storage import typed_json
+from layerwise_dist.storage.typed_json_types import Prepared
 
 _N = TypeVar("_N")
 
@@ -27,10 +27,10 @@ class Sealer:
 
     def __init__(self, framework: Framework, optimizer: OptimizerAdapter, objects: StateObjects) -> None:
         self._framework, self._optimizer, self._objects = framework, optimizer, objects
-        self._prepared: dict[str, tuple[Any, typed_json.Prepared]] = {}
+        self._prepared: dict[str, tuple[Any, Prepared]] = {}
 
     def take(
-        self, step: int, updates: int, boundary: BoundaryState, survey: Survey, client_state: Mapping[str, Any] | None
+        self, step: int, updates: int, boundary: BoundaryState, survey: Survey, client_state: dict[str, Any] | None
     ) -> tuple[bytes, bytes]:
         """The state as (JSON text, blob), sharing nothing with live objects; `boundary` is `BoundaryMark.state()`.
 
@@ -56,7 +56,7 @@ class Sealer:
             "extra_state": {name: _extra_state(name, module) for name, module in survey.extra_states},
         }
         if survey.standing:
-            sealed["standing"] = survey.standing
+            sealed["standing"] = dict(survey.standing)
         return typed_json.dumps(sealed, path="state")
 
     def try_out(self, survey: Survey) -> None:

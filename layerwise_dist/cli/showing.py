@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Callable
 from typing import Any
+
+from rich.console import RenderableType
 
 from layerwise_dist.cli.catalogue import Catalogue
 from layerwise_dist.cli.console import Answer, damaged, row, size, table
 from layerwise_dist.commit.records import Manifest
 from layerwise_dist.errors import DamageError
 from layerwise_dist.storage import filenames
+from layerwise_dist.storage.reader import Shard
 from layerwise_dist.tensors.slices import Slice
 
 _LISTED = 20
@@ -42,7 +46,9 @@ def _read(catalogue: Catalogue, manifest: Manifest) -> tuple[list[Found], dict[s
     problems: list[str] = []
     with catalogue.shards(manifest) as opener:
         for record in catalogue.here(manifest):
-            files = [({"rank": record.rank, "file": record.file, "bytes": record.nbytes}, opener.open)]
+            files: list[tuple[dict[str, Any], Callable[[int], Shard | None]]] = [
+                ({"rank": record.rank, "file": record.file, "bytes": record.nbytes}, opener.open)
+            ]
             if record.base is not None:
                 file = f"{filenames.base_folder(record.base.attempt)}/{record.file}"
                 files.append(({"rank": record.rank, "file": file, "bytes": record.base.nbytes}, opener.open_base))
@@ -112,7 +118,7 @@ def _parts(data: dict[str, Any], manifest: Manifest, everything: bool) -> list[A
         nbytes = sum(part["end"] - part["begin"] for part in tensor["parts"])
         ranks = ", ".join(str(part["rank"]) for part in tensor["parts"])
         row(listed, tensor["name"], tensor["dtype"], tensor["shape"], ranks, size(nbytes))
-    parts: list[Any] = [f"Step {manifest.step} in {data['dir']}", facts, shards, listed]
+    parts: list[RenderableType] = [f"Step {manifest.step} in {data['dir']}", facts, shards, listed]
     if len(data["shards"]) > _SHARDS and not everything:
         parts.append(f"and {len(data['shards']) - _SHARDS} more files: --all lists them")
     hidden = len(data["tensors"]) - len(tensors)

@@ -256,10 +256,10 @@ def decode(data: bytes, model: type[R], path: str) -> R:
     if found != int(match[1], 16):
         raise DamageError(f"{path}: damaged: its bytes hash to {found:016x}, it says {match[1].decode()}")
     try:
-        found = _read(data, b"".join((body, b"}")), model)
-        if problem := found.contradiction():
+        record = _read(data, b"".join((body, b"}")), model)
+        if problem := record.contradiction():
             raise ValueError(problem)
-        return found
+        return record
     except (ValueError, Unfit) as error:
         raise DamageError(f"{path}: not a record of this version: {error}") from None
 

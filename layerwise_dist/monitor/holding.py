@@ -183,4 +183,7 @@ class StagedShards:
 
 
 def _slice(fields: dict[str, Any]) -> Slice:
-    return Slice(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+    members: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+    }
+    return Slice(**members)

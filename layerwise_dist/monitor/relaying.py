@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, overload
 
 from layerwise_dist.commit.messages import DecidedOfTraining, SaidOfTraining, ToCoordinator, ToRanks
 from layerwise_dist.commit.transports import CoordinatorHandler, Handler, Transport
@@ -16,12 +15,13 @@ Told = Heard | Asked | Lost
 _OF_BOUNDARIES = ("grant", "hold", "meet")
 
 
-@overload
-def wrapped(message: ToCoordinator) -> SaidOfTraining: ...
-@overload
-def wrapped(message: ToRanks) -> DecidedOfTraining: ...
-def wrapped(message: Any) -> Any:
-    """Of a training process to the others: rank 0's decides, not the coordinator."""
+def wrapped(message: ToCoordinator) -> SaidOfTraining:
+    """Of a training process to that of rank 0, which decides, not the coordinator."""
+    return {"t": "of training", "m": message}
+
+
+def wrapped_decision(message: ToRanks) -> DecidedOfTraining:
+    """Of rank 0's training process to the others."""
     return {"t": "of training", "m": message}
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator, Field, model_validator
+from torch import Tensor
 
 from layerwise_dist.errors import DamageError, shown
 from layerwise_dist.frameworks.composite import framework_of
@@ -31,8 +32,8 @@ class _Part(Schema):
 
 
 class _Rng(_Part):
-    torch: torch.Tensor
-    cuda: dict[int, torch.Tensor]
+    torch: Tensor
+    cuda: dict[int, Tensor]
     python: tuple[int, tuple[int, ...], float | None]
     numpy: tuple[Any, ...] | dict[str, Any] | None = None
 

@@ -83,9 +83,10 @@ class PCCheckAdapter:
                 f"writer.backend = 'nvm': {root} is on no DAX file system of persistent memory ({error.strerror}); "
                 "use 'auto', or mount one with -o dax"
             ) from error
-        self.direct = aligns is not None and max(aligns) <= 4096
         # At least what any dtype needs: tensors are also viewed in buffers that are laid out as the file is.
-        self.memory_align = max(aligns[0] if self.direct else 1, 64)
+        self.direct, self.memory_align = False, 64
+        if aligns is not None and max(aligns) <= 4096:
+            self.direct, self.memory_align = True, max(aligns[0], 64)
         if direct_io and not self.direct:
             log.warning("rank %d: %s takes no direct I/O: writing through the page cache, which is slower", rank, root)
 

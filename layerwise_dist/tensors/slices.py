@@ -75,7 +75,7 @@ class Slice:
 
     def place(self) -> str:
         """Where the part lies in its global tensor, for messages."""
-        if self.is_flat:
+        if self.start is not None and self.length is not None:
             return f"elements {self.start} to {self.start + self.length} of shape {list(self.global_shape)}"
         return f"offsets {list(self.offsets)}, lengths {list(self.lengths)} of shape {list(self.global_shape)}"
 

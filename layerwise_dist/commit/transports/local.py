@@ -11,7 +11,7 @@ from layerwise_dist.commit.messages import ToCoordinator, ToRanks
 from layerwise_dist.commit.transports import CoordinatorHandler, Handler
 from layerwise_dist.supervision import background
 
-_T = TypeVar("_T", ToCoordinator, ToRanks)
+_T = TypeVar("_T")
 
 
 class LocalHub:

@@ -19,7 +19,7 @@ from layerwise_dist.supervision.background import Failed
 ABOVE = -1  # the key of the connection toward rank 0; those below have their rank
 # How long what comes from below is gathered before it goes up together.
 _GATHER_S = 0.001
-_T = TypeVar("_T", ToCoordinator, ToRanks)
+_T = TypeVar("_T")
 _FAREWELL_S = 5.0  # for the last frames and the other sides' end; nobody is kept longer by a side that is stuck
 
 

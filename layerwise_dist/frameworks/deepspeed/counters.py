@@ -79,5 +79,6 @@ class Counters:
         """
         schedule, self._schedule = self._schedule, None
         if schedule is not None:
-            alike = origins is None or list(origins) == list(range(groups))
-            self._engine.lr_scheduler.load_state_dict(schedule if alike else spread(schedule, origins, groups))
+            if origins is not None and list(origins) != list(range(groups)):
+                schedule = spread(schedule, origins, groups)
+            self._engine.lr_scheduler.load_state_dict(schedule)

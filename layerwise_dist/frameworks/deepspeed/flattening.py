@@ -298,7 +298,8 @@ class Zero3(Units):
         found: dict[int, Fragment] = {}
         for number, grouping in enumerate(self.groupings()):
             offset = 0
-            for param in grouping.params:
+            params: Sequence[Any] = grouping.params  # to which ZeRO-3 has added what it knows of them
+            for param in params:
                 start, length = partition(param, self._rank)
                 found[id(param)] = Fragment(number, start, offset, length)
                 offset += param.partition_numel()
