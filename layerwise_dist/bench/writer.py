@@ -220,7 +220,9 @@ class Shard:
 
 
 def _findings(bench: WriterBench, command: str, about: dict[str, Any], measured: list[_Size]) -> Findings:
-    rows, many, raws = [], [], []
+    rows: list[dict[str, Any]] = []
+    many: list[dict[str, Any]] = []
+    raws: list[dict[str, Any]] = []
     chart = Chart("Durable throughput", ["size", "tensors", "backend", "file", "GB/s", "÷ raw"], 4)
     few = min(bench.tensors)
     for one in measured:

@@ -55,10 +55,12 @@ def _read(catalogue: Catalogue, manifest: Manifest) -> tuple[list[Found], dict[s
             for shard, open_it in files:
                 shards.append(shard)
                 try:
-                    index = open_it(record.rank).index
+                    opened = open_it(record.rank)
                 except DamageError as error:
                     problems.append(str(error))
                     continue
+                assert opened is not None, "the manifest names it"
+                index = opened.index
                 shard |= {"tensors": len(index.entries), "layers": len(index.layers), "blocks": len(index.blocks)}
                 shard["hash"] = "XXH3-64" if index.hashed else "none"
                 for name, entry in index.entries.items():

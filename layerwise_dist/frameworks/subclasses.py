@@ -40,8 +40,9 @@ def stands_for_others(value: object) -> bool:
 
 
 def describe(tensor: Any, told: Callable[[Any], Any] = lambda context: context) -> Standing:
-    """All that `_build` needs beside the tensors inside `tensor`, which stands for them. `told(context)` is what is said
-    of each context.
+    """All that `_build` needs beside the tensors inside `tensor`, which stands for them.
+
+    `told(context)` is what is said of each context.
     """
     names, context = tensor.__tensor_flatten__()
     kind = type(tensor)
