@@ -32,7 +32,7 @@ from layerwise_dist.commit.opening import Place, SessionInfo, StartPlan, as_star
 from layerwise_dist.commit.owner import Owner
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.places import find_places
-from layerwise_dist.commit.records import bases_of
+from layerwise_dist.commit.records import BoundaryKind, bases_of
 from layerwise_dist.commit.transports import Transport
 from layerwise_dist.commit.votes import tried, values
 from layerwise_dist.errors import DamageError, DeadlineError, DirectoryError, OwnerError
@@ -54,7 +54,7 @@ _SHARDS = TypeAdapter(list[ShardRecord])
 class Requests(Protocol):
     """What rank 0's training thread says of commits, and asks for."""
 
-    boundary_kind: str
+    boundary_kind: BoundaryKind
 
     def tag(self, seq: int, tag: str) -> None:
         """Of an attempt, before it is sealed."""
@@ -94,7 +94,7 @@ class Committer:
         # `follow` comes from the training thread, while the coordinator's may still retire behind the last commit.
         self._lock = threading.Lock()
         self._announced: deque[AttemptId] = deque(maxlen=_REMEMBERED)
-        self.boundary_kind = "explicit"
+        self.boundary_kind: BoundaryKind = "explicit"
         self._tags: dict[int, str] = {}  # of attempts, by seq
 
     def tag(self, seq: int, tag: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -89,7 +89,7 @@ class Averaging:
             raise UnsupportedError("DDP's join() divides by another number of ranks than in_backward has been told")
         future = self._reduce(bucket)
         for listener in () if self.silent else self._listeners:
-            listener(bucket.index(), bucket.parameters(), bucket.gradients(), future)
+            listener(bucket.index(), cast(list[nn.Parameter], bucket.parameters()), bucket.gradients(), future)
         return future
 
     def _reduce(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:

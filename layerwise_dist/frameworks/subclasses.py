@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -35,7 +35,7 @@ def _flattens(kind: type) -> bool:
 
 def stands_for_others(value: object) -> bool:
     """Whether it is a tensor without memory of its own that can tell what it stands for. DTensors are not meant."""
-    kind: Hashable = type(value)
+    kind: Any = type(value)
     return _flattens(kind)
 
 

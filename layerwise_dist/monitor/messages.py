@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, Literal, TypedDict, final
 
 from layerwise_dist.commit.messages import DescribedError, ToCoordinator, ToRanks
+from layerwise_dist.commit.records import BoundaryKind
 
 # -- from the training process --------------------------------------------------------------------------------------
 
@@ -81,9 +82,9 @@ class Announced(TypedDict):
     m: ToRanks
 
 
-class BoundaryKind(TypedDict):
+class SaidBoundaryKind(TypedDict):
     t: Literal["boundary kind"]
-    kind: str
+    kind: BoundaryKind
 
 
 class Tag(TypedDict):
@@ -150,7 +151,7 @@ class Drop(TypedDict):
 
 
 Staging = Pool | Layout | Begin | Give | State | Sealed | Drop
-ToMonitor = Question | Release | Gathered | Listening | Posted | Announced | BoundaryKind | Tag | Staging
+ToMonitor = Question | Release | Gathered | Listening | Posted | Announced | SaidBoundaryKind | Tag | Staging
 
 # -- from the monitor -----------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from dataclasses import asdict
 
 from layerwise_dist import _native
 from layerwise_dist.commit.metadata import ParentRef
+from layerwise_dist.commit.records import BoundaryKind
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.errors import LayerwiseError
 from layerwise_dist.monitor.connection import MonitorLink
@@ -262,14 +263,14 @@ class RemotePen:
 
     def __init__(self, link: MonitorLink, timeout_s: float) -> None:
         self._link, self._timeout_s = link, timeout_s
-        self._boundary_kind = "explicit"
+        self._boundary_kind: BoundaryKind = "explicit"
 
     @property
-    def boundary_kind(self) -> str:
+    def boundary_kind(self) -> BoundaryKind:
         return self._boundary_kind
 
     @boundary_kind.setter
-    def boundary_kind(self, kind: str) -> None:
+    def boundary_kind(self, kind: BoundaryKind) -> None:
         if kind != self._boundary_kind:
             self._boundary_kind = kind
             self._link.send({"t": "boundary kind", "kind": kind})

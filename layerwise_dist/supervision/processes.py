@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Any
 
 import layerwise_dist
 
@@ -31,7 +31,7 @@ def own_environment() -> dict[str, str]:
 
 @contextmanager
 def running(
-    command: list[str], errors: IO[str] | int, environment: Mapping[str, str]
+    command: list[str], errors: IO[Any] | int, environment: Mapping[str, str]
 ) -> Iterator[subprocess.Popen[str]]:
     """The command in a session of its own, all of which is gone when the body ends, however it does.
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
-from typing import TypeVar
 
 from layerwise_dist.commit.messages import ToCoordinator, ToRanks
 from layerwise_dist.commit.transports import CoordinatorHandler, Handler
 from layerwise_dist.supervision import background
-
-_T = TypeVar("_T")
 
 
 class LocalHub:
@@ -36,9 +33,21 @@ class LocalTransport:
         self, on_message: Handler, on_coordinator_message: CoordinatorHandler | None, on_error: Callable[[str], None]
     ) -> None:
         self._on_error = on_error
-        self._spawn(str(self.rank), self._hub.to_rank[self.rank], on_message)
+        hub = self._hub
+
+        def receive() -> None:
+            while (message := hub.to_rank[self.rank].get()) is not None:
+                on_message(message)
+
+        self._spawn(str(self.rank), receive)
         if on_coordinator_message is not None:
-            self._spawn("coordinator", self._hub.to_coordinator, on_coordinator_message)
+            coordinate = on_coordinator_message
+
+            def receive_for_coordinator() -> None:
+                while (message := hub.to_coordinator.get()) is not None:
+                    coordinate(message)
+
+            self._spawn("coordinator", receive_for_coordinator)
 
     def post(self, message: ToCoordinator) -> None:
         self._hub.to_coordinator.put(message)
@@ -54,9 +63,5 @@ class LocalTransport:
         for thread in self._threads:
             thread.join(timeout_s)
 
-    def _spawn(self, place: str, inbox: queue.SimpleQueue[_T | None], handler: Callable[[_T], None]) -> None:
-        def run() -> None:
-            while (message := inbox.get()) is not None:
-                handler(message)
-
+    def _spawn(self, place: str, run: Callable[[], None]) -> None:
         self._threads.append(background.start(f"layerwise-receive-{place}", run, self._on_error))

@@ -277,7 +277,7 @@ class Bf16(_Partitions):
 class Zero3(Units):
     """DeepSpeedZeroOptimizer_Stage3: a flat tensor a sub-group, in which each parameter has ceil(numel / ranks)."""
 
-    attributes = (
+    attributes: tuple[str, ...] = (
         "optimizer", "fp16_groups", "fp16_partitioned_groups_flat", "fp32_partitioned_groups_flat",
         "sub_group_to_group_id", "loss_scaler", "checkpoint_event_prologue", "checkpoint_event_epilogue",
         "_reassign_or_swap_out_partitioned_parameters",

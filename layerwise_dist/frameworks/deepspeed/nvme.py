@@ -29,7 +29,7 @@ class Zero3OnNvme(Zero3):
     """
 
     swapped = True
-    attributes: tuple[str, ...] = (
+    attributes = (
         *Zero3.attributes, "optimizer_swapper", "fp16_partitioned_groups_flat_numel", "_swappable_optimizer_subgroup",
         "_optimizer_states_and_gradient_swap_in", "_optimizer_states_and_gradient_swap_out", "_release_swap_buffers",
     )  # fmt: skip
