@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
@@ -58,10 +58,10 @@ def misfits(thing: object, protocol: type) -> list[str]:
         own = getattr(type(thing), name, None)
         if not hasattr(thing, name):
             found.append(f"{type(thing).__name__} has no {name}")
-        elif inspect.isfunction(member):
+        elif inspect.isfunction(member) and inspect.isfunction(own):  # of the core's, test_stub.py holds the names
             wanted = inspect.signature(member).parameters
             if all(each.kind is not each.POSITIONAL_ONLY for each in wanted.values()):
-                takes = list(inspect.signature(cast(Any, own)).parameters)
+                takes = list(inspect.signature(own).parameters)
                 if takes[: len(wanted)] != list(wanted):
                     found.append(f"{type(thing).__name__}.{name} takes {takes}, the protocol says {list(wanted)}")
     return found
