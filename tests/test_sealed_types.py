@@ -19,7 +19,7 @@ PAIRS: list[tuple[type[BaseModel], Any]] = [
     (sealed_state._Sealed, sealed.SealedState),
     (sealed_state._Boundary, sealed.BoundaryState),
     (sealed_state._Rng, sealed.RngState),
-    (sealed_state._Generators, sealed.Generators),
+    (sealed_state._Generators, sealed.GeneratorStates),
     (sealed_state._Now, sealed.LoaderNow),
     (sealed_state._Counted, sealed.CountedLoader),
     (sealed_state._Stateful, sealed.StatefulLoader),

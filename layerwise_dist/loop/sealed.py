@@ -24,7 +24,7 @@ class RngState(_RngState, total=False):
     numpy: tuple[Any, ...] | dict[str, Any]
 
 
-class Generators(TypedDict):
+class GeneratorStates(TypedDict):
     """`own`: of a loader and its samplers, by where they sit in it."""
 
     rng: RngState
@@ -42,9 +42,9 @@ class CountedLoader(TypedDict):
     kind: Literal["counted"]
     iterating: bool
     draws: int
-    start: Generators | None
-    first: Generators | None
-    later: dict[int, Generators]
+    start: GeneratorStates | None
+    first: GeneratorStates | None
+    later: dict[int, GeneratorStates]
     again: bool
     now: LoaderNow
 
@@ -54,7 +54,7 @@ class StatefulLoader(TypedDict):
 
     kind: Literal["stateful"]
     iterating: bool
-    start: Generators | None
+    start: GeneratorStates | None
     state: Any
     now: LoaderNow
 
