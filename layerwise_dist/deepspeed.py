@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from typing import Any
+from typing import Any, cast
 
 import deepspeed as _deepspeed
 import torch
@@ -55,11 +55,12 @@ def initialize(
     given = inspect.signature(_initialize).bind(*args, **kwargs).arguments
     model, optimizer, scheduler = given.get("model"), given.get("optimizer"), given.get("lr_scheduler")
     if isinstance(optimizer, torch.optim.Optimizer):
-        split_groups(model, optimizer, None if callable(scheduler) else scheduler)
+        split_groups(cast(torch.nn.Module, model), optimizer, None if callable(scheduler) else scheduler)
     elif model is not None:
         given["model_parameters"] = param_groups(model, _bases(given.get("model_parameters")))
     engine, optimizer, loader, scheduler = _initialize(**given)
-    folder, settings = {}, _settings(engine)
+    folder: dict[str, Any] = {}
+    settings = _settings(engine)
     if settings.enabled and (own := _own_folder(settings.path)) != settings.path:
         folder = {"dir": own}
         log.warning(

@@ -92,7 +92,7 @@ RULES = {
         Ledger, "receive",
         {"for level in LEVELS[: LEVELS.index(kind) + 1]:":
             'actions += [Discard(w) for s, w in self._undecided.items() if (kind, s) == ("durable", message["seq"])]\n'
-            "        for level in LEVELS[: LEVELS.index(kind) + 1]:"},
+            "            for level in LEVELS[: LEVELS.index(kind) + 1]:"},
         "goes, and the manifest is|is not durable",
     ),
     "a shard stays until its manifest is gone for good": Mutation(

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 from layerwise_dist import _native
@@ -85,6 +86,7 @@ def root(ranks: int, on_node: int, commits: int, folder: str) -> None:
     clocks = {"all": time.CLOCK_PROCESS_CPUTIME_ID}
     for thread in threading.enumerate():
         if thread.name in ("layerwise-messages", "layerwise-coordinator"):
+            assert thread.ident is not None, "it has begun"
             clocks[thread.name] = time.pthread_getcpuclockid(thread.ident)
 
     def counters() -> dict[str, float]:
@@ -238,4 +240,5 @@ def _rank(rank: int, board: Switchboard, on_node: int, commits: int, folder: str
 
 
 if __name__ == "__main__":
-    {"root": root, "crowd": crowd, "job": job}[sys.argv[1]](**json.loads(sys.argv[2]))
+    roles: dict[str, Callable[..., None]] = {"root": root, "crowd": crowd, "job": job}
+    roles[sys.argv[1]](**json.loads(sys.argv[2]))

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from pydantic import TypeAdapter
 
+from layerwise_dist.commit.messages import Durable
 from layerwise_dist.commit.metadata import (
     Branch,
     CheckpointMetadataManager,
@@ -25,8 +26,7 @@ from layerwise_dist.commit.metadata import (
 from layerwise_dist.commit.opening import SessionInfo
 from layerwise_dist.commit.owner import Owner
 from layerwise_dist.commit.participant import Participant
-from layerwise_dist.commit.records import bases_of
-from layerwise_dist.commit.transports import Message
+from layerwise_dist.commit.records import BoundaryKind, bases_of
 from layerwise_dist.commit.votes import tried, values
 from layerwise_dist.errors import DamageError, DeadlineError, OwnerError
 from layerwise_dist.storage.filenames import AttemptId
@@ -45,7 +45,7 @@ _SHARDS = TypeAdapter(list[ShardRecord])
 class Requests(Protocol):
     """What rank 0's training thread says of commits, and asks for."""
 
-    boundary_kind: str
+    boundary_kind: BoundaryKind
 
     def tag(self, seq: int, tag: str) -> None:
         """Of an attempt, before it is sealed."""
@@ -85,7 +85,7 @@ class Committer:
         # `follow` comes from the training thread, while the coordinator's may still retire behind the last commit.
         self._lock = threading.Lock()
         self._announced: deque[AttemptId] = deque(maxlen=_REMEMBERED)
-        self.boundary_kind = "explicit"
+        self.boundary_kind: BoundaryKind = "explicit"
         self._tags: dict[int, str] = {}  # of attempts, by seq
 
     def tag(self, seq: int, tag: str) -> None:
@@ -139,13 +139,13 @@ class Committer:
         self._head, self._branch, self._before, self._root = head, branch, before, root
         return text, parent.bases if parent is not None else []
 
-    def compose(self, seq: int, step: int, reports: list[Message]) -> str:
+    def compose(self, seq: int, step: int, reports: list[Durable]) -> str:
         """The manifest that `commit` will write, as it will lie in the file. Raises OwnerError."""
         self.owner.check()
         self._draft = self._manifest(seq, step, reports)
         return encode(self._draft).decode()
 
-    def commit(self, seq: int, step: int, reports: list[Message]) -> None:
+    def commit(self, seq: int, step: int, reports: list[Durable]) -> None:
         """Raises OSError, InDoubt or OwnerError, as `Coordinator.wrote` takes them."""
         draft, self._draft = self._draft, None
         manifest = draft if draft is not None and draft.seq == seq else self._manifest(seq, step, reports)
@@ -155,10 +155,10 @@ class Committer:
             self._known.manifests[seq] = manifest.light()
         self._head = manifest.ref
 
-    def _manifest(self, seq: int, step: int, reports: list[Message]) -> Manifest:
+    def _manifest(self, seq: int, step: int, reports: list[Durable]) -> Manifest:
         attempt = AttemptId(self.info.epoch, seq, step)
         shards = _SHARDS.validate_python(
-            [{name: report[name] for name in ShardRecord.model_fields} for report in reports]
+            [{name: value for name, value in report.items() if name in ShardRecord.model_fields} for report in reports]
         )
         return Manifest(
             identity=self.info.identity, session=self.info.session, epoch=self.info.epoch, seq=seq,

@@ -13,6 +13,7 @@ from layerwise_dist.commit.agreement import together
 from layerwise_dist.commit.coordinator import Coordinator
 from layerwise_dist.commit.coordinator_thread import CoordinatorThread
 from layerwise_dist.commit.keeper import Keeper, KeeperThread
+from layerwise_dist.commit.messages import Outcome
 from layerwise_dist.commit.metadata import CheckpointMetadataManager, Identity
 from layerwise_dist.commit.opening import Place, SessionInfo, StartPlan, as_start_plan, as_tree, make_dirs, merge
 from layerwise_dist.commit.owner import Owner
@@ -25,6 +26,7 @@ from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.errors import DirectoryError
 from layerwise_dist.storage import filenames
 from layerwise_dist.storage.adapter import PCCheckAdapter
+from layerwise_dist.storage.protocols import Env
 from layerwise_dist.supervision.patience import DISK_SHARE
 
 log = logging.getLogger("layerwise_dist")
@@ -63,7 +65,7 @@ class Session(NamedTuple):
 
 
 def start_session(
-    env: Any, root: str, transport: Transport, participant: Participant, rules: Rules, *, file_mode: int, dir_mode: int,
+    env: Env, root: str, transport: Transport, participant: Participant, rules: Rules, *, file_mode: int, dir_mode: int,
     who: str, fresh: bool = False, mock: bool = False, patience_s: float = 0.0, monitored: bool = False,
     check: Callable[[SessionInfo], None] = lambda info: None,
 ) -> Session:  # fmt: skip
@@ -121,7 +123,7 @@ def start_writer(participant: Participant, begin: Callable[[], PCCheckAdapter]) 
 
 
 def open_session(
-    env: Any, root: str, participant: Participant, *, file_mode: int, dir_mode: int, who: str, fresh: bool = False,
+    env: Env, root: str, participant: Participant, *, file_mode: int, dir_mode: int, who: str, fresh: bool = False,
     mock: bool = False, patience_s: float = 0.0, monitored: bool = False,
 ) -> tuple[SessionInfo, CheckpointMetadataManager, Owner | None]:  # fmt: skip
     """All ranks together. Who shares a directory finds out that it does; the lowest rank of each place takes the lock,
@@ -166,25 +168,25 @@ def open_session(
 
 
 def _plan(participant: Participant, place: Place | None, root: str, *, fresh: bool, timeout_s: float) -> StartPlan:
-    def decide(votes: list[dict[str, Any]]) -> dict[str, Any]:
+    def decide(votes: list[Outcome]) -> dict[str, Any]:
         return as_tree(merge([found for found in values(votes) if found is not None], root, fresh=fresh))
 
     seen = tried(timeout_s, WORK, lambda: place.look() if place is not None else None)
     return as_start_plan(participant.agree("open the checkpoint directory", seen, decide))
 
 
-def _collected(votes: list[dict[str, Any]]) -> dict[str, str]:
+def _collected(votes: list[Outcome]) -> dict[str, str]:
     return {name: text for given in values(votes) for name, text in given.items()}
 
 
-def _settled(votes: list[dict[str, Any]]) -> list[str]:
+def _settled(votes: list[Outcome]) -> list[str]:
     bad = [f"rank {rank}: {vote['error']['message']}" for rank, vote in enumerate(votes) if "error" in vote]
     if bad:
         raise DirectoryError("; ".join(bad))
-    return [why for vote in votes for why in vote["value"]]
+    return [why for value in values(votes) for why in value]
 
 
-def _check_directory(env: Any, root: str, manager: CheckpointMetadataManager, info: SessionInfo) -> None:
+def _check_directory(env: Env, root: str, manager: CheckpointMetadataManager, info: SessionInfo) -> None:
     try:
         found = manager.read_identity().identity
     except FileNotFoundError:

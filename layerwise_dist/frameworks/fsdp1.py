@@ -169,6 +169,8 @@ class FSDP1FlatOptimizer(FlatState, TorchOptimizer):
         "with use_orig_params=False, FSDP1's optimizer holds one flat parameter a wrapped module, not the layers'"
     )
 
+    flat: FSDP1Framework
+
     def __init__(self, framework: FSDP1Framework, optimizer: object) -> None:
         self._init_flat(framework)
         TorchOptimizer.__init__(self, framework, optimizer)

@@ -13,17 +13,18 @@ import os
 import queue
 import threading
 from collections import deque
-from typing import Any, Literal
+from typing import Literal
 
 from layerwise_dist.storage import filenames, network
 from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.odd import leave, oddity
+from layerwise_dist.storage.protocols import Env
 from layerwise_dist.supervision import background
 
 log = logging.getLogger("layerwise_dist")
 
 
-def recycles(env: Any, root: str, wanted: Literal["auto", True, False]) -> bool:
+def recycles(env: Env, root: str, wanted: Literal["auto", True, False]) -> bool:
     """What `writer.recycle` means for this directory: "auto" is on unless its file system is shared by a network."""
     if wanted != "auto":
         return wanted
@@ -42,7 +43,7 @@ class Recycler:
     """
 
     def __init__(
-        self, env: Any, root: str, rank: int, *, limit: int, file_mode: int,
+        self, env: Env, root: str, rank: int, *, limit: int, file_mode: int,
         failed: background.Failed = background.log_only,
     ) -> None:  # fmt: skip
         """At most `limit` files wait for an attempt; what is more is unlinked. 0: nothing is reused."""

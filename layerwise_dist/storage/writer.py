@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from layerwise_dist import _native
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.storage.adapter import PCCheckAdapter
 from layerwise_dist.storage.recycling import recycles
@@ -12,7 +11,7 @@ from layerwise_dist.supervision.patience import DISK_SHARE
 
 
 def open_writer(
-    env: Any, config: LayerwiseConfig, rank: int, world_size: int, failed: background.Failed
+    env: _native.Env, config: LayerwiseConfig, rank: int, world_size: int, failed: background.Failed
 ) -> PCCheckAdapter:
     """`failed` as `PCCheckAdapter`'s. Raises ConfigError or OSError."""
     return PCCheckAdapter(
