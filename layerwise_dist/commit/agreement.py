@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
-from layerwise_dist.commit.transports import Message, Transport
+from layerwise_dist.commit.messages import Agree, Agreed, Closed, DescribedError, Gone, Outcome
+from layerwise_dist.commit.transports import Transport
 from layerwise_dist.commit.votes import describe_error, rebuild_error
 from layerwise_dist.commit.waits import Waits
 from layerwise_dist.errors import CommitError, DamageError
@@ -28,7 +29,7 @@ class Agreement:
         self._transport, self._waits, self._timeout_s = transport, waits, timeout_s
         self._rounds = 0
         self._votes: dict[str, dict[int, Any]] = {}  # by round, of those that are not decided
-        self._decisions: dict[str, dict[str, Any]] = {}  # by round, of those that were not taken up
+        self._decisions: dict[str, Outcome] = {}  # by round, of those that were not taken up
         self._closed: set[int] = set()
         self._gone: dict[int, str] = {}  # of those, the ones that left without a word, and why
 
@@ -61,6 +62,7 @@ class Agreement:
             )  # fmt: skip
             del self._votes[key]
             gone = {rank: self._gone.get(rank, "it has left") for rank in self._left() - votes.keys()}
+        decision: Outcome
         try:
             if gone:
                 raise CommitError(f"{what}: " + "; ".join(f"rank {rank}: {why}" for rank, why in gone.items()))
@@ -69,15 +71,15 @@ class Agreement:
             decision = {"error": describe_error(error)}
         self._transport.announce({"t": "agreed", "key": key, "decision": decision})
 
-    def voted(self, message: Message) -> None:
+    def voted(self, message: Agree) -> None:
         """Rank 0 hears a rank's vote. REQUIRES: the lock is held, here and below."""
         self._votes.setdefault(message["key"], {})[message["rank"]] = message["payload"]
 
-    def decided(self, message: Message) -> None:
+    def decided(self, message: Agreed) -> None:
         """This rank hears what rank 0 decided."""
         self._decisions[message["key"]] = message["decision"]
 
-    def left(self, message: Message) -> None:
+    def left(self, message: Closed | Gone) -> None:
         """Rank 0 hears that nothing more comes from a rank."""
         self._closed.add(message["rank"])
         if message["t"] == "gone":
@@ -116,7 +118,8 @@ def together(participant: Agreeing, what: str, action: Callable[[], T]) -> tuple
         errors = [(rank, vote["error"]) for rank, vote in enumerate(votes) if "error" in vote]
         if errors:
             rank, error = errors[0]
-            raise rebuild_error({**error, "message": f"rank {rank}: {error['message']}"})
+            described: DescribedError = {**error, "message": f"rank {rank}: {error['message']}"}
+            raise rebuild_error(described)
         return {"damage": [f"rank {rank}: {vote['damage']}" for rank, vote in enumerate(votes) if "damage" in vote]}
 
     try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from layerwise_dist.commit.transports import Message
+from layerwise_dist.commit.messages import Grant
 
 # Boundaries that ranks may pass before the coordinator's first word.
 FIRST_GRANT = 8
@@ -28,7 +28,7 @@ class Grants:
         """The boundary that no rank can have passed; -1 if that is any."""
         return -1 if math.isinf(self._granted) else int(self._granted)
 
-    def advance(self, rank: int, boundary: float, now: float) -> list[Message]:
+    def advance(self, rank: int, boundary: float, now: float) -> list[Grant]:
         """A rank is at this boundary, or has left (infinity). Once every rank has said that it is past half of what is
         granted, more is: the message to all.
         """

@@ -11,12 +11,14 @@ from layerwise_dist.commit.agreement import Agreement
 from layerwise_dist.commit.common_boundary import Meeting
 from layerwise_dist.commit.coordinator_thread import CoordinatorThread
 from layerwise_dist.commit.keeper import HEARS, KeeperThread
-from layerwise_dist.commit.ledger import Action, Ledger, Post, Retire, Write
+from layerwise_dist.commit.ledger import Action, Ledger, Post, Retire
+from layerwise_dist.commit.messages import ToCoordinator, ToRanks
 from layerwise_dist.commit.persisting import Persisting
-from layerwise_dist.commit.transports import Message, Transport
+from layerwise_dist.commit.transports import Transport
 from layerwise_dist.commit.waits import Waits
 from layerwise_dist.errors import CommitError, LayerwiseError
 from layerwise_dist.storage.filenames import AttemptId
+from layerwise_dist.storage.protocols import Leftover, Write
 from layerwise_dist.supervision.patience import DISK_SHARE
 
 log = logging.getLogger("layerwise_dist")
@@ -100,7 +102,7 @@ class Participant:
         if self._keeper is not None:
             self._keeper.keeper.keep_branch(text)
 
-    def post(self, message: Message) -> None:
+    def post(self, message: ToCoordinator) -> None:
         self._transport.post(message)
 
     def agree(
@@ -134,7 +136,7 @@ class Participant:
             self._ledger.began(attempt)
 
     def failed(
-        self, attempt: AttemptId, error: str, write: Write | None, *, final: bool = False, told: bool = False
+        self, attempt: AttemptId, error: str, write: Leftover | None, *, final: bool = False, told: bool = False
     ) -> None:
         """This rank gives it up; the coordinator aborts it for all. `final`: and all later ones. `told`: warned of."""
         with self._changed:
@@ -332,33 +334,43 @@ class Participant:
             else:
                 self._persisting.put(action)
 
-    def _on_coordinator_message(self, message: Message) -> None:
-        kind = message["t"]
-        if kind in ("agree", "closed", "gone"):
+    def _on_coordinator_message(self, message: ToCoordinator) -> None:
+        if message["t"] == "agree":
             with self._changed:
-                (self._agreement.voted if kind == "agree" else self._agreement.left)(message)
+                self._agreement.voted(message)
                 self._changed.notify_all()
-        if kind != "agree" and self._coordinator is not None:
+            return
+        if message["t"] == "closed" or message["t"] == "gone":
+            with self._changed:
+                self._agreement.left(message)
+                self._changed.notify_all()
+        if self._coordinator is not None:
             self._coordinator.post(message)
 
-    def _on_message(self, message: Message) -> None:
-        kind = message["t"]
+    def _on_message(self, message: ToRanks) -> None:
         with self._changed:
-            if kind == "agreed":
+            if message["t"] == "agreed":
                 self._agreement.decided(message)
             else:
                 self._do(self._ledger.receive(message))
             self._changed.notify_all()
-        if self._keeper is not None and kind in HEARS:
+        if self._keeper is not None and message["t"] in HEARS:
             self._keeper.put(message)
-        if kind in ("hold", "meet") and message["leave"] and self._leaving is not None:
-            self._leaving(message["why"])
-        if self._tells and kind == "aborted" and (message["failure"] or message["unlike"]):
-            log.warning("checkpoint of step %d aborted: %s", message["step"], message["reason"])
-        elif self._tells and kind == "meet" and message["b"] is None:
-            log.warning("no boundary could be agreed on for a checkpoint: %s", message["why"])
+        if message["t"] == "hold" or message["t"] == "meet":
+            if message["leave"] and self._leaving is not None:
+                self._leaving(message["why"])
+        if self._tells:
+            _tell(message)
 
     def _on_error(self, text: str) -> None:
         with self._changed:
             self._ledger.lose(f"rank {self.rank}: {text}", at_once=not self._through_monitor)
             self._changed.notify_all()
+
+
+def _tell(message: ToRanks) -> None:
+    """Warns of what became of all ranks' checkpoints."""
+    if message["t"] == "aborted" and (message["failure"] or message["unlike"]):
+        log.warning("checkpoint of step %d aborted: %s", message["step"], message["reason"])
+    elif message["t"] == "meet" and message["b"] is None:
+        log.warning("no boundary could be agreed on for a checkpoint: %s", message["why"])

@@ -7,9 +7,10 @@ import queue
 from collections.abc import Callable
 from functools import partial
 
-from layerwise_dist.commit.ledger import Action, Discard, GiveUp, Ledger, Persist, Write
+from layerwise_dist.commit.ledger import Action, Discard, GiveUp, Ledger, Persist
 from layerwise_dist.commit.waits import Waits
 from layerwise_dist.errors import LayerwiseError
+from layerwise_dist.storage.protocols import Leftover, Write
 from layerwise_dist.supervision import background
 
 log = logging.getLogger("layerwise_dist")
@@ -76,7 +77,7 @@ class Persisting:
             self._do(self._ledger.gave_up(job))
             self._waits.changed.notify_all()
 
-    def _discard(self, write: Write) -> None:
+    def _discard(self, write: Leftover) -> None:
         try:
             write.abort()
             write.discard()

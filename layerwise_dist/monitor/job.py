@@ -11,19 +11,20 @@ from dataclasses import asdict
 from typing import Any
 
 from layerwise_dist import _native
+from layerwise_dist.commit.messages import ToCoordinator, ToRanks
 from layerwise_dist.commit.metadata import ParentRef
 from layerwise_dist.commit.opening import PATIENCE_SHARE, SessionInfo
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.session import Committer
 from layerwise_dist.commit.start import Rules, Session, start_session, start_writer
-from layerwise_dist.commit.transports import Message
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
 from layerwise_dist.commit.transports.rendezvous import Gather
 from layerwise_dist.commit.transports.store import open_store
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.errors import LayerwiseError, UnsupportedError
 from layerwise_dist.monitor.holding import StagedShards
-from layerwise_dist.monitor.relaying import RelayingTransport, wrapped
+from layerwise_dist.monitor.messages import Open, Opened, ToTraining
+from layerwise_dist.monitor.relaying import RelayingTransport, wrapped, wrapped_decision
 from layerwise_dist.storage.adapter import PCCheckAdapter
 from layerwise_dist.storage.writer import open_writer
 from layerwise_dist.supervision.patience import stuck_calls
@@ -39,7 +40,7 @@ class MonitoredJob:
     """
 
     def __init__(
-        self, config: LayerwiseConfig, rank: int, world_size: int, gather: Gather, tell: Callable[[Message], None]
+        self, config: LayerwiseConfig, rank: int, world_size: int, gather: Gather, tell: Callable[[ToTraining], None]
     ) -> None:
         """Collective, with the monitors of the other ranks. Raises CommitError."""
         self._config, self._rank, self._tell = config, rank, tell
@@ -60,7 +61,7 @@ class MonitoredJob:
     def listen(self) -> None:
         self._transport.listen()
 
-    def open(self, message: Message, trainer: int, memory: int, wake: int) -> Message:
+    def open(self, message: Open, trainer: int, memory: int, wake: int) -> Opened:
         """All monitors together: the directory is this session's. What the training process must know of it.
 
         Raises as `open_session`, and UnsupportedError where not all ranks see one directory; on every rank alike.
@@ -95,18 +96,17 @@ class MonitoredJob:
 
     # -- what the training process says -------------------------------------------------------------------------
 
-    def post(self, message: Message) -> None:
+    def post(self, message: ToCoordinator) -> None:
         """Of the training process to the coordinator, or to rank 0's."""
-        kind = message["t"]
-        if kind == "failed" and self.holder is not None:
+        if message["t"] == "failed" and self.holder is not None:
             self.holder.failed(message)
-        elif kind == "agree":
+        elif message["t"] == "agree":
             self._transport.post(wrapped(message))
         else:
             self._transport.post(message)
 
-    def announce(self, message: Message) -> None:
-        self._transport.announce(wrapped(message))
+    def announce(self, message: ToRanks) -> None:
+        self._transport.announce(wrapped_decision(message))
 
     @property
     def _committer(self) -> Committer | None:
