@@ -8,15 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from layerwise_dist.commit.coordinator import (
-    Announce,
-    ComposeManifest,
-    Coordinator,
-    Output,
-    Retired,
-    RetireOld,
-    WriteManifest,
-)
+from layerwise_dist.commit.coordinator import Coordinator
+from layerwise_dist.commit.orders import Announce, ComposeManifest, Output, Retired, RetireOld, WriteManifest
 from layerwise_dist.commit.transports import Message
 from layerwise_dist.errors import OwnerError
 from layerwise_dist.storage.filenames import AttemptId
