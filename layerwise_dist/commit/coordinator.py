@@ -18,50 +18,11 @@ from layerwise_dist.commit.common_boundary import CommonBoundary
 from layerwise_dist.commit.grants import Grants
 from layerwise_dist.commit.messages import AlikeSaid, Durable, Failed, Kept, Skipped, Staged, ToCoordinator, ToRanks
 from layerwise_dist.commit.metadata import InDoubt
+from layerwise_dist.commit.orders import Announce, ComposeManifest, Output, Retired, RetireOld, WriteManifest
 from layerwise_dist.errors import OwnerError
 from layerwise_dist.storage.filenames import AttemptId
 
 log = logging.getLogger("layerwise_dist")
-
-
-@dataclass(frozen=True, slots=True)
-class Announce:
-    """Send this to every rank, in order."""
-
-    message: ToRanks
-
-
-@dataclass(frozen=True, slots=True)
-class WriteManifest:
-    """Make this attempt's manifest durable, then say with `Coordinator.wrote` how that ended. `reports` are by rank."""
-
-    seq: int
-    step: int
-    reports: list[Durable]
-
-
-@dataclass(frozen=True, slots=True)
-class ComposeManifest:
-    """Make this attempt's manifest, but do not write it; then say `Coordinator.composed`."""
-
-    seq: int
-    step: int
-    reports: list[Durable]
-
-
-@dataclass(frozen=True, slots=True)
-class RetireOld:
-    """A commit is durable: remove the manifests that retention no longer keeps, then say `Coordinator.withdrawn`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Retired:
-    """This checkpoint's manifest is gone for good, wherever it was: what is left of it may go."""
-
-    attempt: AttemptId
-
-
-Output = Announce | WriteManifest | ComposeManifest | RetireOld | Retired
 
 
 @dataclass

@@ -8,16 +8,9 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from layerwise_dist.commit.coordinator import (
-    Announce,
-    ComposeManifest,
-    Coordinator,
-    Output,
-    Retired,
-    RetireOld,
-    WriteManifest,
-)
+from layerwise_dist.commit.coordinator import Coordinator
 from layerwise_dist.commit.messages import Durable, ToCoordinator, ToRanks
+from layerwise_dist.commit.orders import Announce, ComposeManifest, Output, Retired, RetireOld, WriteManifest
 from layerwise_dist.errors import OwnerError
 from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.supervision import background

@@ -15,6 +15,7 @@ from layerwise_dist.commit.messages import ToCoordinator, ToRanks
 from layerwise_dist.commit.metadata import ParentRef
 from layerwise_dist.commit.opening import PATIENCE_SHARE, SessionInfo
 from layerwise_dist.commit.participant import Participant
+from layerwise_dist.commit.records import BoundaryKind
 from layerwise_dist.commit.session import Committer
 from layerwise_dist.commit.start import Rules, Session, start_session, start_writer
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
@@ -112,7 +113,7 @@ class MonitoredJob:
     def _committer(self) -> Committer | None:
         return self._session.committer if self._session is not None else None
 
-    def boundary_kind(self, kind: str) -> None:
+    def boundary_kind(self, kind: BoundaryKind) -> None:
         if self._committer is not None:
             self._committer.boundary_kind = kind
 
