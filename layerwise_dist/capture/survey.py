@@ -258,7 +258,7 @@ class Surveyor:
         """
         held: list[tuple[str, str, torch.Tensor]] = []
         for view, state in zip(self._framework.params, states, strict=True):
-            params = [view.param]
+            params: list[torch.Tensor] = [view.param]
             if stands_for_others(view.param):
                 params = [tensor for _, tensor in self._framework.param_parts(view)]
             held += [("param", view.fqn, param) for param in params]

@@ -118,7 +118,8 @@ def together(participant: Agreeing, what: str, action: Callable[[], T]) -> tuple
         errors = [(rank, vote["error"]) for rank, vote in enumerate(votes) if "error" in vote]
         if errors:
             rank, error = errors[0]
-            described: DescribedError = {**error, "message": f"rank {rank}: {error['message']}"}
+            described: DescribedError = error.copy()
+            described["message"] = f"rank {rank}: {error['message']}"
             raise rebuild_error(described)
         return {"damage": [f"rank {rank}: {vote['damage']}" for rank, vote in enumerate(votes) if "damage" in vote]}
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from layerwise_dist.loop import rng
 from layerwise_dist.loop.loaders import LoaderTap
 from layerwise_dist.loop.once import Once
+from layerwise_dist.loop.sealed import LoaderState, RngState
 
 
 @dataclass
@@ -21,8 +21,8 @@ class Ahead:
     """A loader and the generators before the first draw since the last training forward."""
 
     tap: LoaderTap
-    snapshot: dict[str, Any]
-    rng: rng.RngState
+    snapshot: LoaderState
+    rng: RngState
     after_update: bool
 
 
@@ -51,8 +51,8 @@ class Attribution:
         self._forward = False
         self._drew: set[LoaderTap] = set()
         self._ahead: dict[LoaderTap, Ahead] = {}
-        self._iters: dict[LoaderTap, dict[str, Any]] = {}
-        self._update_rng: rng.RngState | None = None
+        self._iters: dict[LoaderTap, LoaderState] = {}
+        self._update_rng: RngState | None = None
 
     @property
     def feeding(self) -> set[LoaderTap]:
@@ -105,7 +105,7 @@ class Attribution:
 
     # -- at a boundary ------------------------------------------------------------------------------------------------
 
-    def stand(self, *, inferred: bool, closing: bool) -> tuple[dict[str, dict[str, Any]], Ahead | None]:
+    def stand(self, *, inferred: bool, closing: bool) -> tuple[dict[str, LoaderState], Ahead | None]:
         """Where each loader is to stand in a resume, by name, and the first draw that the next iteration has made
         already. `inferred`: the boundary is at the update; `closing`: it is the last one.
         """
@@ -115,7 +115,7 @@ class Attribution:
             for tap, each in self._ahead.items()
             if tap in feeding and (tap.alive or closing) and not (inferred and each.after_update)
         }
-        snapshots = {}
+        snapshots: dict[str, LoaderState] = {}
         for name, tap in self._taps.items():
             if tap in ahead:
                 snapshots[name] = ahead[tap].snapshot
@@ -127,7 +127,7 @@ class Attribution:
                 snapshots[name] = tap.snapshot(even_if_dropped=closing and tap in feeding)
         return snapshots, next(iter(ahead.values()), None)
 
-    def rng_there(self, *, inferred: bool) -> rng.RngState:
+    def rng_there(self, *, inferred: bool) -> RngState:
         """The generators at a boundary that no draw went ahead of."""
         return (self._update_rng if inferred else None) or rng.take()
 

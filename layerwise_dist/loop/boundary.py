@@ -42,6 +42,7 @@ from layerwise_dist.loop.loose import LooseLoaders
 from layerwise_dist.loop.mark import BoundaryMark, Kind
 from layerwise_dist.loop.once import Log, Once
 from layerwise_dist.loop.put_back import PutBack
+from layerwise_dist.loop.sealed import BoundaryState
 
 
 class Boundary:
@@ -204,7 +205,7 @@ class Boundary:
         return self._counting.in_steps or any(tap.in_for for tap in self._taps.values())
 
     # -- coming back and ending ---------------------------------------------------------------------------------------
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: BoundaryState) -> None:
         """Take up `BoundaryMark.state()`: loaders at once, random numbers at the event they were taken at.
 
         Raises MismatchError if the checkpoint holds a loader that is not attached under that name.

@@ -17,6 +17,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from layerwise_dist.errors import MismatchError
 from layerwise_dist.loop import rng
+from layerwise_dist.loop.sealed import GeneratorStates
 
 # These draw from the global generators at the first index only, so later draws need no watching.
 _DRAW_ONCE = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
@@ -28,13 +29,13 @@ class Generators:
     def __init__(self, loader: DataLoader[Any], name: str) -> None:
         self._loader, self._name = loader, name
 
-    def take(self) -> dict[str, Any]:
+    def take(self) -> GeneratorStates:
         return {"rng": rng.take(), "own": self.take_own()}
 
     def take_own(self) -> dict[str, torch.Tensor]:
         return {name: each.get_state() for name, each in self._own().items()}
 
-    def put(self, state: dict[str, Any]) -> None:
+    def put(self, state: GeneratorStates) -> None:
         """Raises MismatchError as `check_own`."""
         rng.put(state["rng"])
         self.put_own(state["own"])
@@ -72,7 +73,7 @@ class Generators:
         return found
 
 
-def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+def same(one: GeneratorStates, other: GeneratorStates) -> bool:
     """Would a loader draw the same from both states?"""
     return rng.same(one["rng"], other["rng"]) and all(
         torch.equal(state, other["own"][name]) for name, state in one["own"].items()

@@ -37,6 +37,7 @@ from layerwise_dist.errors import BoundaryError, MismatchError, UnsupportedError
 from layerwise_dist.loop import rng
 from layerwise_dist.loop.generators import Generators, draws_once, epochs, same, samplers
 from layerwise_dist.loop.position import Position, drawn_by_for
+from layerwise_dist.loop.sealed import LoaderNow, LoaderState
 from layerwise_dist.loop.tapped_class import check_class, doubt_of, tell_iterations
 
 _LATER_LIMIT = 16  # an RngState is 12 KB in every checkpoint
@@ -105,7 +106,7 @@ class LoaderTap:
         self._watch_data = self._iterable and loader.num_workers == 0 and not keeps_state
         self._current: Position | None = None
         self._fed: Position | None = None  # the last one that training drew from
-        self._pending: dict[str, Any] | None = None
+        self._pending: LoaderState | None = None
         self._base = type(loader)
         self._watch_sampler = not self._iterable and not self._stateful and not draws_once(loader._index_sampler)
 
@@ -157,7 +158,7 @@ class LoaderTap:
         return self._fed if over and self._fed is not None and self._fed.under_way else self._current
 
     # -- state --------------------------------------------------------------------------------------------------------
-    def snapshot(self, *, even_if_dropped: bool = False) -> dict[str, Any]:
+    def snapshot(self, *, even_if_dropped: bool = False) -> LoaderState:
         """Where the loader stands now, before whatever is drawn next (the layout is in the module's docstring).
 
         An iterator that nobody holds any more (a `for` left by break) is no iteration under way: the next thing there
@@ -165,10 +166,12 @@ class LoaderTap:
         within an epoch.
         """
         at = self._counts
-        now = {"own": self._generators.take_own(), "epochs": epochs(self.loader)}
+        now: LoaderNow = {"own": self._generators.take_own(), "epochs": epochs(self.loader)}
         iterating = at is not None and not at.exhausted and (at.alive or even_if_dropped)
         if self._pending is not None:  # restored and not iterated since: still where the checkpoint was
-            return {**self._pending, "now": now}
+            pending = self._pending.copy()
+            pending["now"] = now
+            return pending
         position = at if iterating and at is not None else Position()
         if self._stateful:
             state = copy.deepcopy(self.loader.state_dict()) if iterating else None  # type: ignore[attr-defined]
@@ -184,7 +187,7 @@ class LoaderTap:
             "now": now,
         }
 
-    def check(self, snapshot: dict[str, Any]) -> None:
+    def check(self, snapshot: LoaderState) -> None:
         """Raises MismatchError if the snapshot is of the other kind of loader or of other generators."""
         kind = "stateful" if self._stateful else "counted"
         if snapshot["kind"] != kind:
@@ -194,7 +197,7 @@ class LoaderTap:
             )
         self._generators.check_own(snapshot["now"]["own"])
 
-    def restore(self, snapshot: dict[str, Any]) -> None:
+    def restore(self, snapshot: LoaderState) -> None:
         """Come back to `snapshot`: own generators at once, the position at the next `iter(loader)`.
 
         Nothing but the training loop may iterate the loader in between, and an iterator made before is refused when
@@ -312,10 +315,11 @@ class LoaderTap:
         inner._next_index = watched
 
     # -- coming back --------------------------------------------------------------------------------------------------
-    def _replay(self, snapshot: dict[str, Any], position: Position) -> Iterator[Any]:
-        position.start = snapshot["start"]
-        if self._stateful:
-            self._generators.put(snapshot["start"])
+    def _replay(self, snapshot: LoaderState, position: Position) -> Iterator[Any]:
+        start = position.start = snapshot["start"]
+        assert start is not None, "an iteration that is under way has begun"
+        if snapshot["kind"] == "stateful":
+            self._generators.put(start)
             self.loader.load_state_dict(copy.deepcopy(snapshot["state"]))  # type: ignore[attr-defined]
             inner: Any = self._open(position)
             pending = getattr(inner, "_sampler_iter", None)
@@ -325,7 +329,7 @@ class LoaderTap:
         position.first, position.again = snapshot["first"], snapshot["again"]
         if position.again and not self._has_persistent_workers():
             self._base.__iter__(self.loader)  # so that the iter() below resets workers, as the one of then did
-        self._generators.put(snapshot["start"])
+        self._generators.put(start)
         inner = self._open(position)
         if position.first is not None:
             self._generators.put(position.first)

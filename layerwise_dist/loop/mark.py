@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from layerwise_dist.loop.rng import RngState
+from layerwise_dist.loop.sealed import BoundaryState, LoaderState, RngState
 
 Kind = Literal["explicit", "loader", "inferred", "call"]
 RngEvent = Literal["boundary", "draw"]
@@ -19,7 +19,7 @@ class BoundaryMark:
         step: boundaries completed, this one included.
         kind: how it was known; "close" is the last one of a job that ended within an iteration.
         updated: did an optimizer update since the last boundary?
-        rng: the global generators (`loop.rng.RngState`), as of `rng_event`.
+        rng: the global generators (`loop.sealed.RngState`), as of `rng_event`.
         rng_event: "boundary" itself, or the "draw" of the first batch that no forward has used yet.
         loaders: a `LoaderTap.snapshot()` for each attached loader.
         resume_kind: `kind`, or for "close" the kind that the loop had until then.
@@ -33,13 +33,13 @@ class BoundaryMark:
     updated: bool
     rng: RngState
     rng_event: RngEvent
-    loaders: dict[str, dict[str, Any]]
+    loaders: dict[str, LoaderState]
     resume_kind: Kind
     at: tuple[str, ...]
     rng_after: RngState | None
     starts: tuple[str, ...] = ()
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> BoundaryState:
         """What `Boundary.restore` takes: plain values for typed JSON, sharing memory with the mark."""
         return {
             "kind": self.resume_kind,

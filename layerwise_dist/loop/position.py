@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
+from layerwise_dist.loop.sealed import GeneratorStates
+
 _FOR_ITER = dis.opmap["FOR_ITER"]
 _EXTENDED_ARG = dis.opmap["EXTENDED_ARG"]
 _YIELDS_FROM = {dis.opmap[name] for name in ("SEND", "YIELD_FROM") if name in dis.opmap}
@@ -37,12 +39,12 @@ def drawn_by_for(frame: FrameType | None) -> bool:
 class Position:
     """One `iter(loader)` and how far it has come. The iterator may be gone while this is still wanted."""
 
-    start: dict[str, Any] | None = None
-    first: dict[str, Any] | None = None
-    later: dict[int, dict[str, Any]] = field(default_factory=dict)
+    start: GeneratorStates | None = None
+    first: GeneratorStates | None = None
+    later: dict[int, GeneratorStates] = field(default_factory=dict)
     again: bool = False
-    left: dict[str, Any] | None = None  # the generators as iter() left them, until the first draw
-    replaying: dict[int, dict[str, Any]] = field(default_factory=dict)  # `later` of the snapshot, while it is replayed
+    left: GeneratorStates | None = None  # the generators as iter() left them, until the first draw
+    replaying: dict[int, GeneratorStates] = field(default_factory=dict)  # `later` of the snapshot, while it is replayed
     draws: int = 0
     exhausted: bool = False
     by_for: bool = False

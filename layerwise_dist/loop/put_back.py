@@ -9,6 +9,7 @@ from layerwise_dist.loop import rng
 from layerwise_dist.loop.counting import Counting
 from layerwise_dist.loop.loose import Started
 from layerwise_dist.loop.once import Once
+from layerwise_dist.loop.sealed import BoundaryState, RngState
 
 
 class PendingRng:
@@ -20,7 +21,7 @@ class PendingRng:
         here: this is the event at which those of an explicit boundary are to be put back.
     """
 
-    def __init__(self, state: dict[str, Any], attached: Collection[str], *, here: bool = False) -> None:
+    def __init__(self, state: BoundaryState, attached: Collection[str], *, here: bool = False) -> None:
         self._state, self._put = state, False
         self._starts = state.get("starts", [])
         self._final = False  # put at the very event of the boundary, whatever comes
@@ -30,7 +31,7 @@ class PendingRng:
         if here and state["rng_event"] == "boundary":
             self._set(state["rng"])
 
-    def _set(self, state: rng.RngState) -> None:
+    def _set(self, state: RngState) -> None:
         rng.put(state)
         self._put = True
 
@@ -54,7 +55,9 @@ class PendingRng:
             if self._state["rng_event"] == "boundary":
                 self._set(self._state["rng"])
             elif self._put:
-                self._set(self._state["rng_after"])
+                after = self._state["rng_after"]
+                assert after is not None, "an explicit boundary with a draw ahead has both"
+                self._set(after)
 
     def at_forward(self) -> str | None:
         """The first training forward begins, which ends the wait. Says what went wrong, if anything did."""
@@ -98,7 +101,7 @@ class PutBack:
         """Whether what follows restore() is what follows end_step(), unless an attached loader tells better."""
         self._in_loop = told and not self._attached
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: BoundaryState) -> None:
         """Take up `BoundaryMark.state()`."""
         self._end, self._ended = None, []
         self._pending = PendingRng(state, self._attached, here=self._in_loop)

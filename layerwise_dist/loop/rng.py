@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
+from layerwise_dist.loop.sealed import RngState
+
 try:
     import numpy
 except ImportError:  # torch runs without it, and then nothing can draw from it
     numpy = None  # type: ignore[assignment]
-
-RngState = dict[str, Any]
 
 _MT19937_WORDS, _PHILOX_WORDS = 624, 4
 _MT19937_BYTES = 625 * 4  # uint32 key[624]; int pos
@@ -133,7 +133,7 @@ def glance() -> tuple[Any, ...]:
     cuda = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
     seen = [each.get_state().numpy().tobytes() for each in (torch.default_generator, *cuda)]
     if numpy is not None:
-        bits = numpy.random.get_bit_generator()
+        bits = numpy.random.get_bit_generator()  # type: ignore[attr-defined]
         if isinstance(bits, numpy.random.MT19937):
             seen.append(ctypes.string_at(bits.ctypes.state_address, _MT19937_BYTES))
         else:
