@@ -21,6 +21,7 @@ from typing import Any
 from layerwise_dist import _native
 from layerwise_dist.bench.light import LightRank, LightWrite, Switchboard
 from layerwise_dist.commit.ledger import Ledger, Post
+from layerwise_dist.commit.messages import ToRanks
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.opening import Place, merge
 from layerwise_dist.commit.participant import Participant
@@ -126,7 +127,7 @@ class Crowd:
         lines = {key: connect(key, [("127.0.0.1", port)], token, deadline) for key in serves}
         self._ledgers = {key: [Ledger(rank, ranks) for rank in served] for key, served in serves.items()}
         self._body = b""
-        self._messages: list[Message] = []
+        self._messages: list[ToRanks] = []
         self._heard = dict.fromkeys(serves, 0)
         self._waiting = set(serves)
         self._step = 0

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ def put(state: RngState) -> None:
                 torch.cuda.default_generators[index].set_state(each)
 
 
-def problems(state: RngState) -> dict[str, str]:
+def problems(state: Mapping[str, Any]) -> dict[str, str]:
     """Of each generator that can't be set to its part of `state`, why. Tried on generators of its own: the global ones
     stay as they are.
     """
@@ -112,7 +112,10 @@ def same(one: RngState, other: RngState) -> bool:
         return False
     if "numpy" in one:
         mine, yours = one["numpy"], other["numpy"]
-        if mine[2:] != yours[2:] or not numpy.array_equal(mine[1], yours[1]):
+        if isinstance(mine, dict) or isinstance(yours, dict):  # of another bit generator than numpy's first
+            if repr(mine) != repr(yours):
+                return False
+        elif mine[2:] != yours[2:] or not numpy.array_equal(mine[1], yours[1]):
             return False
     return all(
         torch.equal(one["cuda"][index], other["cuda"][index]) for index in one["cuda"].keys() & other["cuda"].keys()
