@@ -30,6 +30,8 @@ from layerwise_dist.supervision import background
 
 log = logging.getLogger("layerwise_dist")
 
+FAREWELL_S = 3.0  # of the time to leave: for closing, and for what the script does behind it
+
 _SIGNAL = signal.SIGTERM
 _KEEP_MS = 200  # how long another handler, installed since, may stay in front
 _WORKERS = "torch.utils.data._utils.signal_handling"
