@@ -104,7 +104,7 @@ def attach(
     )  # fmt: skip
 
 
-def environment(config: LayerwiseConfig) -> Any:
+def environment(config: LayerwiseConfig) -> _native.Env:
     """The Env of the disk that it writes to."""
     if config.mode == "mock":
         return _native.MockEnv()
@@ -134,7 +134,7 @@ def _torch_adapter(update: str) -> Callable[[Framework, object], OptimizerAdapte
 
 def assemble(
     model: torch.nn.Module | None, optimizer: torch.optim.Optimizer | None, config: LayerwiseConfig,
-    transport: Transport, env: Any, *, models: Mapping[str, torch.nn.Module] | None = None,
+    transport: Transport, env: _native.Env, *, models: Mapping[str, torch.nn.Module] | None = None,
     optimizers: Mapping[str, torch.optim.Optimizer] | None = None,
     state: dict[str, Any] | None = None, fresh: bool = False, framework: Framework | None = None,
     problem: ConfigError | None = None, monitor: MonitorLink | None = None, loan: Loan | None = None,
@@ -148,7 +148,8 @@ def assemble(
     rank, world_size = transport.rank, transport.world_size
     participant = Participant(transport, timeout_s=config.commit.timeout_s, coordinator=None)
     participant.through_monitor = monitor is not None
-    closers: list[Any] = [*([monitor.close] if monitor is not None else []), lambda: participant.close(1.0)]
+    closers: list[Callable[[], object]] = [] if monitor is None else [monitor.close]
+    closers.append(lambda: participant.close(1.0))
 
     def in_memory() -> str | None:
         return memory_by_magic(env.file_system(config.path))
