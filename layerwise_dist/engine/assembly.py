@@ -7,7 +7,7 @@ import os
 import platform
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -126,8 +126,10 @@ def disabled(engines: Sequence[Any], config: LayerwiseConfig) -> DisabledEngine:
     return DisabledEngine(config, lambda: any(map(accumulating, engines)))
 
 
-def _torch_adapter(update: str) -> Callable[[Framework, object], OptimizerAdapter]:
-    if update in ("auto", "whole"):
+def _torch_adapter(
+    update: Literal["auto", "whole", "pipelined_step", "in_backward"],
+) -> Callable[[Framework, object], OptimizerAdapter]:
+    if update == "auto" or update == "whole":
         return TorchOptimizer
     return lambda framework, optimizer: LayeredOptimizer(framework, optimizer, update)
 

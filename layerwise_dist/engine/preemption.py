@@ -23,6 +23,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 from layerwise_dist import _native
 from layerwise_dist.errors import ConfigError
@@ -168,7 +169,8 @@ def _in_child() -> None:
         preemption._closed.set()
         _native.stop_hearing(preemption._bell)
     _active.clear()
-    if (workers := sys.modules.get(_WORKERS)) is not None:
+    workers: Any = sys.modules.get(_WORKERS)
+    if workers is not None:
         plain = workers._set_worker_signal_handlers
 
         def outliving() -> None:
