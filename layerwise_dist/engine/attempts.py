@@ -11,7 +11,6 @@ from layerwise_dist.capture.pages import HugePages
 from layerwise_dist.capture.room import least_pool_bytes, pool_bytes
 from layerwise_dist.capture.stage import Stage, StageError
 from layerwise_dist.capture.survey import Survey, Surveyor
-from layerwise_dist.commit.ledger import Write
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.errors import ConfigError, LayerwiseError, UnsupportedError
@@ -84,7 +83,7 @@ class Attempts:
         except LayerwiseError:
             return None  # behind the update it is met again, where it fails the attempt
 
-    def fail(self, attempt: AttemptId, error: LayerwiseError | OSError, write: Write | None) -> None:
+    def fail(self, attempt: AttemptId, error: LayerwiseError | OSError, write: ShardWrite | None) -> None:
         """This rank gives an attempt up. What no later one can do either ends checkpoints for all ranks, which raise it
         at an agreed boundary; a job of one rank raises it here.
 
@@ -176,7 +175,6 @@ class Attempts:
         return self._surveyor.known(self._copying) if self._steady else None
 
     def _capture(self, step: int, found: Survey, laid: Laid, write: ShardWrite, audit: Audit) -> Capture:
-        assert self._stage is not None, "what is captured is laid out first"
         self._last = found
         capture = Capture(
             step, found, write, audit, self._stage, laid.gathered,
