@@ -213,6 +213,9 @@ class LayerwiseConfig(_Strict):
         return os.path.abspath(os.path.expanduser(self.dir))
 
 
+_PARTS: dict[str, type[BaseModel]] = {"writer": WriterConfig, "commit": CommitConfig, "preemption": PreemptionConfig}
+
+
 def load_config(
     source: LayerwiseConfig | Mapping[str, Any] | str | os.PathLike[str] | None, **overrides: Any
 ) -> LayerwiseConfig:
@@ -264,7 +267,7 @@ def _explain(where: str, error: ValidationError) -> str:
         if item["type"] == "extra_forbidden":
             model: type[BaseModel] = LayerwiseConfig
             for part in item["loc"][:-1]:
-                model = {"writer": WriterConfig, "commit": CommitConfig, "preemption": PreemptionConfig}[str(part)]
+                model = _PARTS[str(part)]
             lines.append(f"{where}: unknown key {key!r}; known are {', '.join(sorted(model.model_fields))}")
         elif not key:  # of the whole; the message names the keys
             lines.append(f"{where}: {item['msg']}")

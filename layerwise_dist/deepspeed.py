@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from typing import Any
+from typing import Any, cast
 
 import deepspeed as _deepspeed
 import torch
@@ -23,10 +23,10 @@ from deepspeed import initialize as _initialize  # a script may put this module'
 from layerwise_dist import unattached
 from layerwise_dist.config import LayerwiseConfig, load_config
 from layerwise_dist.engine.assembly import attach
-from layerwise_dist.engine.at_exit import open_engines
+from layerwise_dist.engine.at_exit import open_directories
 from layerwise_dist.engine.deepspeed_calls import CheckpointCalls
 from layerwise_dist.engine.disabled import DisabledEngine
-from layerwise_dist.engine.engine import LayerwiseEngine
+from layerwise_dist.engine.engine import LayerwiseEngine, workings_of
 from layerwise_dist.engine.on_call import OnCall
 from layerwise_dist.errors import ConfigError
 from layerwise_dist.frameworks.deepspeed.groups import param_groups, split_groups
@@ -55,11 +55,12 @@ def initialize(
     given = inspect.signature(_initialize).bind(*args, **kwargs).arguments
     model, optimizer, scheduler = given.get("model"), given.get("optimizer"), given.get("lr_scheduler")
     if isinstance(optimizer, torch.optim.Optimizer):
-        split_groups(model, optimizer, None if callable(scheduler) else scheduler)
+        split_groups(cast(torch.nn.Module, model), optimizer, None if callable(scheduler) else scheduler)
     elif model is not None:
         given["model_parameters"] = param_groups(model, _bases(given.get("model_parameters")))
     engine, optimizer, loader, scheduler = _initialize(**given)
-    folder, settings = {}, _settings(engine)
+    folder: dict[str, Any] = {}
+    settings = _settings(engine)
     if settings.enabled and (own := _own_folder(settings.path)) != settings.path:
         folder = {"dir": own}
         log.warning(
@@ -82,7 +83,7 @@ def _settings(engine: Any) -> LayerwiseConfig:
 
 def _own_folder(path: str) -> str:
     """`path`, or a folder in it if an engine of this process that is open saves there already."""
-    taken = {os.path.realpath(each.config.path) for each in open_engines() if isinstance(each, LayerwiseEngine)}
+    taken = set(map(os.path.realpath, open_directories()))
     number, own = 1, path
     while os.path.realpath(own) in taken:
         number += 1
@@ -102,7 +103,7 @@ def serve_checkpoint_calls(engine: Any, ckpt: LayerwiseEngine | DisabledEngine, 
             f"call engine.load_checkpoint({folder!r}) or engine.layerwise.restore() before the first step, or pass "
             "layerwise_fresh=True to initialize() to start anew beside them"
         )
-        CheckpointCalls(engine, OnCall(ckpt, way_on), folder)
+        CheckpointCalls(engine, OnCall(workings_of(ckpt), way_on), folder)
 
 
 def _bases(parameters: Any) -> list[dict[str, Any]] | None:

@@ -132,7 +132,9 @@ class LayerwiseCheckpointTrainer:
 
         Retention keeps the newest of each name. On all ranks alike.
         """
-        return self.engine.save(tag)
+        step = self.engine.save(tag)
+        assert step is not None, "under a tag it is saved at once"
+        return step
 
     def load_checkpoint(self, step: int | None = None, *, tag: str | None = None) -> list[str]:
         """Loads the newest committed checkpoint, or that of `step` or `tag`; returns the layers that it had not.

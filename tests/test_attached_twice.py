@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 
 import layerwise_dist as lwd
 from layerwise_dist import errors
-from layerwise_dist.engine import assembly, at_exit, engine, holdings
+from layerwise_dist.commit import start
+from layerwise_dist.engine import assembly, at_exit, holdings, hooks, restores, workings
 
 torch.set_num_threads(1)
 
@@ -179,23 +180,23 @@ def boom(*args: Any, **kwargs: Any) -> Any:
 STAGES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "what sealing would write": lambda patch: patch.setattr(assembly.Sealer, "try_out", boom),
     "another rank's part": lambda patch: patch.setattr(assembly, "Replicas", boom),
-    "the directory": lambda patch: patch.setattr(assembly, "open_session", boom),
-    "the coordinator": lambda patch: patch.setattr(assembly, "start_coordinator", boom),
+    "the directory": lambda patch: patch.setattr(start, "open_session", boom),
+    "the coordinator": lambda patch: patch.setattr(start, "start_coordinator", boom),
     "the writer": lambda patch: patch.setattr(assembly, "open_writer", boom),
     "a look at the file system": lambda patch: patch.setattr(assembly, "memory_by_magic", boom),
     "preemption": lambda patch: patch.setattr(assembly, "Preemption", boom),
-    "the engine": lambda patch: patch.setattr(engine, "Restorer", boom),
-    "its last hook": lambda patch: patch.setattr(engine.LayerwiseEngine, "_hook", _half_hooked),
-    "the branch record": lambda patch: patch.setattr(engine.LayerwiseEngine, "_follow", boom),
+    "the engine": lambda patch: patch.setattr(workings, "Restorer", boom),
+    "its last hook": lambda patch: patch.setattr(hooks.Hooks, "register", _half_hooked),
+    "the branch record": lambda patch: patch.setattr(restores.Restores, "follow", boom),
 }
 
 
-def _half_hooked(self: Any, framework: Any, optimizer: Any) -> None:
-    _HOOK(self, framework, optimizer)
+def _half_hooked(self: hooks.Hooks) -> None:
+    _REGISTER(self)
     raise Boom("on purpose")
 
 
-_HOOK = engine.LayerwiseEngine._hook
+_REGISTER = hooks.Hooks.register
 
 
 @pytest.mark.parametrize(
@@ -226,6 +227,6 @@ def test_an_attach_that_fails_leaves_nothing_registered(
 def test_mutation_a_failed_attach_that_keeps_its_hooks_is_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine.LayerwiseEngine, "_unhook", lambda self: None)
+    monkeypatch.setattr(hooks.Hooks, "remove", lambda self: None)
     with pytest.raises(AssertionError):
         test_an_attach_that_fails_leaves_nothing_registered(tmp_path, monkeypatch, "its last hook", "whole")

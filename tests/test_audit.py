@@ -16,7 +16,7 @@ import layerwise_dist as lwd
 from layerwise_dist.capture import audit
 from layerwise_dist.capture.survey import Surveyor
 from layerwise_dist.frameworks.framework import Framework
-from layerwise_dist.frameworks.optimizers import TorchOptimizer
+from layerwise_dist.frameworks.torch_optimizer import TorchOptimizer
 
 torch.set_num_threads(1)
 

@@ -17,7 +17,6 @@ from torch import nn
 
 import layerwise_dist as lwd
 from layerwise_dist import errors
-from layerwise_dist.engine.disabled import DisabledEngine
 
 torch.set_num_threads(1)
 
@@ -406,13 +405,6 @@ def test_disabled_hooks_nothing_and_writes_nothing(tmp_path: Path) -> None:
         assert (ckpt.completed, ckpt.committed_step) == (3, None)
         assert ckpt.metadata.inventory().empty
     assert not (tmp_path / "none").exists()
-
-
-def test_a_disabled_engine_has_all_that_an_engine_has() -> None:
-    events = {"update_starting", "before_closure", "overwriting", "updated", "wanted", "wants_layers", "update_done"}
-    calls = {name for name in dir(lwd.LayerwiseEngine) if not name.startswith("_")} - {*events, "end"}
-    values = {"client_state", "restored_from", "lacking"}  # that are set on the instance
-    assert {name for name in dir(DisabledEngine()) if not name.startswith("_")} == calls | values
 
 
 def test_what_the_package_exports_is_listed_and_there() -> None:

@@ -33,7 +33,7 @@ from layerwise_dist.loop import loose as loose_module
 from layerwise_dist.loop import rng
 from layerwise_dist.loop.boundary import Boundary, BoundaryMark
 from layerwise_dist.loop.loaders import LoaderTap, drawn_by_for
-from layerwise_dist.loop.mark import PendingRng
+from layerwise_dist.loop.put_back import PendingRng
 
 try:
     from layerwise_dist.storage import typed_json

@@ -92,7 +92,7 @@ RULES = {
         Ledger, "receive",
         {"for level in LEVELS[: LEVELS.index(kind) + 1]:":
             'actions += [Discard(w) for s, w in self._undecided.items() if (kind, s) == ("durable", message["seq"])]\n'
-            "        for level in LEVELS[: LEVELS.index(kind) + 1]:"},
+            "            for level in LEVELS[: LEVELS.index(kind) + 1]:"},
         "goes, and the manifest is|is not durable",
     ),
     "a shard stays until its manifest is gone for good": Mutation(
@@ -191,7 +191,7 @@ RULES = {
         Mutation(CommonBoundary, "tick", {"now - current.since <= self._timeout_s": "True"}, ""),
     ),
     "rank 0's manifest is the first": Mutation(
-        Coordinator, "composed", {'"prepare", {"manifest": text}': '"prepare", {"manifest": text}); self._say('
+        Coordinator, "composed", {'"prepare", text': '"prepare", text); self._say('
                                   '{"t": "publish", "seq": seq, "step": attempt.step}'}, "before rank 0 has written",
     ),
     "committed is said when every node has the manifest": Mutation(

@@ -15,7 +15,7 @@ from layerwise_dist._native import PosixEnv
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.transports.local import LocalTransport
 from layerwise_dist.engine import assembly
-from layerwise_dist.engine.engine import LayerwiseEngine
+from layerwise_dist.engine.captures import Captures
 from layerwise_dist.engine.replicas import Common
 from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.ddp import DDPFramework
@@ -68,7 +68,7 @@ def test_one_parameter_that_differs_is_found_at_the_first_checkpoint(tmp_path: P
 def test_mutation_several_optimizers_without_the_comparison_are_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LayerwiseEngine, "_compare_replicas", lambda engine: False)
+    monkeypatch.setattr(Captures, "compare_replicas", lambda captures: False)
     errors, _ = first_checkpoint(tmp_path, several=True, spoil=other_bias)
     assert not any("different values of param/2.bias," in str(error) for error in errors)
 

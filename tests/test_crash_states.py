@@ -18,7 +18,7 @@ from layerwise_dist._native import testing
 from layerwise_dist.capture import survey
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.session import Committer
-from layerwise_dist.engine.engine import LayerwiseEngine
+from layerwise_dist.engine.engine import LayerwiseEngine, workings_of
 from layerwise_dist.errors import CommitError, DirectoryError
 from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.frozen_file import BaseFile
@@ -66,7 +66,7 @@ def merge_at(wanted: int) -> Callable[[LayerwiseEngine, int], None]:
     def merge(engine: LayerwiseEngine, step: int) -> None:
         if step == wanted:
             with torch.no_grad():
-                engine._framework.root[2].weight.add_(0.5)
+                workings_of(engine).framework.root[2].weight.add_(0.5)
 
     return merge
 
@@ -82,7 +82,7 @@ def move_state(engine: LayerwiseEngine, step: int) -> None:
             state["momentum_buffer"] = state["momentum_buffer"].clone()
 
     if step == 0:
-        engine._optimizer._optimizer.register_step_post_hook(move)
+        workings_of(engine).optimizer.optimizers[0].register_step_post_hook(move)
 
 
 STORIES = {
@@ -249,7 +249,7 @@ def test_reporting_a_shard_before_the_base_that_it_refers_to_is_durable_is_found
         return publish(file)
 
     def behind_the_commit(engine: LayerwiseEngine, step: int) -> None:
-        if engine._adapter.rank == 0:
+        if workings_of(engine).adapter.rank == 0:
             while late:
                 late.pop().do()
 

@@ -121,7 +121,7 @@ def disturbed_job(
 @pytest.fixture(autouse=True)
 def _short_grants(monkeypatch: pytest.MonkeyPatch) -> None:
     """The step at which all ranks stop lies seconds of training ahead; these loops take milliseconds."""
-    monkeypatch.setattr("layerwise_dist.commit.coordinator._GRANT_SECONDS", 0.01)
+    monkeypatch.setattr("layerwise_dist.commit.grants._GRANT_SECONDS", 0.01)
 
 
 def left_behind(root: str) -> list[str]:

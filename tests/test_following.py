@@ -21,7 +21,7 @@ from layerwise_dist import errors
 from layerwise_dist.capture import survey
 from layerwise_dist.frameworks.ddp import DDPFramework
 from layerwise_dist.frameworks.framework import Framework
-from layerwise_dist.frameworks.optimizers import TorchOptimizer
+from layerwise_dist.frameworks.torch_optimizer import TorchOptimizer
 from layerwise_dist.tensors import geometry
 from layerwise_dist.tensors.geometry import Geometry
 

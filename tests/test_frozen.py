@@ -29,6 +29,7 @@ from layerwise_dist.commit.records import Manifest
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
 from layerwise_dist.config import load_config
 from layerwise_dist.engine import assembly
+from layerwise_dist.engine.engine import workings_of
 from layerwise_dist.storage import frozen_file as storage_base
 
 sys.path.insert(0, str(Path(__file__).parent / "jobs"))
@@ -283,7 +284,11 @@ class Slow:
     @property
     def read(self) -> bool:
         """Whether nothing reads the model's memory for a base."""
-        return all(writing.wait_read(0) for writing in self.ckpt._frozen._writings)
+        try:
+            workings_of(self.ckpt).frozen.drain(0)
+        except errors.DeadlineError:
+            return False
+        return True
 
     def another(self) -> None:
         """The next checkpoint writes another base, of fewer tensors."""

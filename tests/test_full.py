@@ -16,6 +16,7 @@ from layerwise_dist._native import PosixEnv, testing
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.transports.local import LocalTransport
 from layerwise_dist.engine import assembly
+from layerwise_dist.engine.engine import workings_of
 
 STEPS = 50
 
@@ -124,16 +125,16 @@ def test_a_commit_does_not_wait_for_the_next_update(tmp_path: Path) -> None:
             for step in engine.steps(5):
                 loss = model(torch.randn(2, 6)).square().mean()
                 if step == 4:
-                    capture = engine._captures[0]
+                    capture = workings_of(engine).captures.sealed[0]
                     assert not capture.settled
                     deadline = time.monotonic() + 60
                     while not capture.write.leases_over():
                         assert time.monotonic() < deadline
                         time.sleep(0.01)
                     time.sleep(0.1)
-                    assert engine._participant.reached("committed") == 3
+                    assert workings_of(engine).participant.reached("committed") == 3
                     loss.backward()
-                    engine._participant.wait(4, "committed", 60)
+                    workings_of(engine).participant.wait(4, "committed", 60)
                 else:
                     loss.backward()
                 optimizer.step()

@@ -16,7 +16,9 @@ from layerwise_dist import errors
 from layerwise_dist._native import PosixEnv
 from layerwise_dist.commit.transports.local import LocalTransport
 from layerwise_dist.engine import assembly
+from layerwise_dist.engine.closing import Closing
 from layerwise_dist.engine.engine import LayerwiseEngine
+from layerwise_dist.engine.last_step import LastStep
 
 Update = Callable[[torch.Tensor], None]
 
@@ -138,11 +140,8 @@ def test_it_is_an_error_if_it_cannot_be_saved(tmp_path: Path) -> None:
 def test_mutation_a_close_that_saves_only_what_is_due_is_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LayerwiseEngine, "_on_last", lambda engine: None)
-    monkeypatch.setattr(LayerwiseEngine, "_saves_last", False, raising=False)
-    monkeypatch.setattr(
-        LayerwiseEngine, "_close_boundary", lambda engine, seal, left: engine._boundary.close(seal=seal)
-    )
+    monkeypatch.setattr(LastStep, "begins", lambda last: None)
+    monkeypatch.setattr(Closing, "_close_boundary", lambda closing, seal, left: closing._boundary.close(seal=seal))
     for loop in LOOPS:
         with pytest.raises(AssertionError):
             test_the_last_step_is_saved_once_and_is_what_the_job_held(tmp_path / loop.__name__, loop, 7)

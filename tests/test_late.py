@@ -20,6 +20,7 @@ from layerwise_dist.capture.lease import Capture
 from layerwise_dist.commit.transports.local import LocalTransport
 from layerwise_dist.engine import assembly
 from layerwise_dist.engine.attempts import Attempts
+from layerwise_dist.engine.engine import workings_of
 from layerwise_dist.errors import DamageError
 
 WIDTH, STEPS = 96, 10  # a layer has 36 KiB, and 108 KiB with AdamW's state
@@ -205,8 +206,9 @@ def test_where_every_update_moves_something_captures_begin_behind_it(tmp_path: P
     model.first.weight.register_post_accumulate_grad_hook(lambda _: _move(model, optimizer, ckpt.completed))
     again: list[int] = []
     with attach(model, optimizer, tmp_path, update="in_backward") as ckpt:
-        real = ckpt._attempts.again
-        ckpt._attempts.again = lambda capture: (again.append(capture.step), real(capture))[1]
+        attempts = workings_of(ckpt).attempts
+        real = attempts.again
+        attempts.again = lambda capture: (again.append(capture.step), real(capture))[1]
         at = trained(Case(), ckpt.steps(STEPS), model, optimizer)
     assert again == [5] and max(early) == 5
     check(tmp_path, Case(), at)
@@ -268,13 +270,14 @@ def test_what_lies_where_it_did_is_looked_for_once_a_checkpoint(tmp_path: Path) 
     optimizer = Renewing(model.parameters(), lambda step: step == 6)
     opening: list[int] = []
     with attach(model, optimizer, tmp_path) as ckpt:
-        real = ckpt._surveyor.look
+        surveyor = workings_of(ckpt).surveyor
+        real = surveyor.look
 
         def look(*args: Any, sealing: bool = False) -> Any:
             opening.extend([] if sealing else [ckpt.completed + 1])
             return real(*args, sealing=sealing)
 
-        ckpt._surveyor.look = look
+        surveyor.look = look
         trained(Case(), ckpt.steps(STEPS), model, optimizer)
     assert opening == [1, 2, 7]
 

@@ -17,7 +17,7 @@ from test_stage import attach, build, check_committed, equal, plain, slow, tenso
 
 from layerwise_dist import errors
 from layerwise_dist.capture.lease import Capture
-from layerwise_dist.engine.engine import LayerwiseEngine
+from layerwise_dist.engine.updates import UpdateHandler
 
 MODES = ("pipelined_step", "in_backward")
 
@@ -107,13 +107,13 @@ def test_leaving_out_the_fence_of_one_layer_is_found(
 
 def test_a_step_that_saves_nothing_is_the_optimizers_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
-    real = LayerwiseEngine.updated
+    real = UpdateHandler.updated
 
-    def updated(engine: LayerwiseEngine, layers: Collection[str]) -> None:
+    def updated(handler: UpdateHandler, layers: Collection[str]) -> None:
         asked.append(True)
-        real(engine, layers)
+        real(handler, layers)
 
-    monkeypatch.setattr(LayerwiseEngine, "updated", updated)
+    monkeypatch.setattr(UpdateHandler, "updated", updated)
     model, optimizer = build()
     with attach(model, optimizer, tmp_path, update="pipelined_step", every_n_steps=4) as ckpt:
         by_layers = []

@@ -22,7 +22,8 @@ from layerwise_dist.cli.showing import show
 from layerwise_dist.cli.verifying import verify
 from layerwise_dist.commit.metadata import CheckpointMetadataManager, Inventory, Manifest, decode, encode
 from layerwise_dist.commit.session import Committer
-from layerwise_dist.engine.engine import LayerwiseEngine
+from layerwise_dist.engine.engine import workings_of
+from layerwise_dist.engine.restores import Restores
 from layerwise_dist.errors import BoundaryError, DamageError, MismatchError, NotFoundError
 from layerwise_dist.restore.choice import Wish, candidates
 from layerwise_dist.restore.restorer import Restorer
@@ -107,7 +108,7 @@ def restored(folder: Path, *, seed: int = 9, **how: Any) -> tuple[int, torch.Ten
 def late(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """Once it was called, retention behind the next commit is carried out in the middle of a restore."""
     begins, go, done = threading.Event(), threading.Event(), threading.Event()
-    retire, adopt = Committer.retire, LayerwiseEngine._adopt
+    retire, adopt = Committer.retire, Restores._adopt
 
     def slow(self: Committer, withdrawn: Any) -> None:
         waits = begins.is_set() and not go.is_set()
@@ -116,14 +117,14 @@ def late(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
         if waits:
             done.set()
 
-    def meanwhile(self: LayerwiseEngine, loading: Any, parts: Any) -> None:
+    def meanwhile(self: Restores, loading: Any, parts: Any) -> None:
         adopt(self, loading, parts)
         if begins.is_set():
             go.set()
             assert done.wait(30), "retention was not asked for anything"
 
     monkeypatch.setattr(Committer, "retire", slow)
-    monkeypatch.setattr(LayerwiseEngine, "_adopt", meanwhile)
+    monkeypatch.setattr(Restores, "_adopt", meanwhile)
     yield begins.set
     go.set()
 
@@ -184,8 +185,9 @@ def test_after_a_restore_that_failed_retention_goes_on(tmp_path: Path, monkeypat
 def test_retention_in_a_monitor_waits_for_a_restore_too(tmp_path: Path) -> None:
     with Job(tmp_path, keep_last=1, mode="monitor") as job:
         job.train(1)
-        assert job.ckpt._committer is not None
-        job.ckpt._committer.hold(True)
+        committer = workings_of(job.ckpt).committer
+        assert committer is not None
+        committer.hold(True)
         job.train(2)
         assert commits(tmp_path) == [(1, None), (2, None), (3, None)]
         assert job.ckpt.restore(step=2) == 2

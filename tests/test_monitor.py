@@ -20,6 +20,7 @@ import layerwise_dist as lwd
 from layerwise_dist import errors
 from layerwise_dist._native import PosixEnv
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
+from layerwise_dist.engine.engine import workings_of
 
 DEADLINE = 60.0
 
@@ -381,7 +382,7 @@ def test_close_gives_back_every_descriptor_and_ends_a_monitor_that_is_stopped(tm
             model(torch.randn(2, 20)).square().mean().backward()
             optimizer.step()
         engine.wait(3, timeout=20)
-        pid = engine._adapter.link.process.pid
+        pid = workings_of(engine).adapter.link.process.pid
         if stop:
             os.kill(pid, signal.SIGSTOP)
             with pytest.raises(errors.DeadlineError, match="not committed"):

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from layerwise_dist import LayerwiseOptimizer, errors
 from layerwise_dist.capture.audit import Audit
 from layerwise_dist.capture.survey import Surveyor
+from layerwise_dist.engine.engine import workings_of
 from layerwise_dist.frameworks.framework import Framework
-from layerwise_dist.frameworks.optimizers import TorchOptimizer
 from layerwise_dist.frameworks.overlaps import LayersApart, overlaps
+from layerwise_dist.frameworks.torch_optimizer import TorchOptimizer
 
 MODES = ("pipelined_step", "in_backward")
 
@@ -135,7 +136,7 @@ def test_views_of_one_storage_that_have_nothing_in_common_are_layers_as_any_othe
     optimizer = adam(model)
     with attach(model, optimizer, tmp_path, update=mode) as ckpt:
         assert equal(trained(model, optimizer, ckpt.steps(6))[6], at[6])
-        leased = {piece.slice.name for piece in ckpt._captures[-1].survey.pieces}
+        leased = {piece.slice.name for piece in workings_of(ckpt).captures.sealed[-1].survey.pieces}
         assert ("param/head.weight" in leased) == (apart is flat)
     restored(tmp_path, apart, at)
 
@@ -154,7 +155,7 @@ def test_layers_that_come_to_share_memory_later_are_refused_before_they_are_upda
     with pytest.raises(errors.UnsupportedError, match=r"tokens.weight and head.weight share memory"):
         optimizer.step()
     assert equal(contents(model, optimizer), was)
-    ckpt.end(orderly=False)
+    workings_of(ckpt).closing.end(orderly=False)
     restored(tmp_path, lambda model: None, at, least=3)
 
 

@@ -26,6 +26,7 @@ from layerwise_dist._native import PosixEnv
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.transports.local import LocalTransport
 from layerwise_dist.engine import assembly, preemption
+from layerwise_dist.engine.engine import workings_of
 from layerwise_dist.engine.preemption import Preemption
 from layerwise_dist.errors import ConfigError
 
@@ -376,7 +377,7 @@ def leave_beside_workers(folder: Path) -> int | None:
     for pid in workers:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
-    return engine._participant.reached("committed")
+    return engine.committed_step
 
 
 @pytest.fixture
@@ -418,12 +419,14 @@ def test_an_error_on_the_way_leaves_what_is_sealed_the_time_that_there_is(stays:
             for step in engine.steps(3):
                 train(model, optimizer, 0, 0, step)
                 if step == 1:
-                    assert engine._patience(orderly=False) == 10
-                    assert engine._preemption is not None
-                    engine._preemption.leaving("a test")
-                    assert least < engine._patience(orderly=False) < most
+                    workings = workings_of(engine)
+                    closing = workings.closing
+                    assert closing.patience_s(orderly=False) == 10
+                    assert workings.preemption is not None
+                    workings.preemption.leaving("a test")
+                    assert least < closing.patience_s(orderly=False) < most
                     raise KeyError
-        assert engine._participant.reached("committed") == 1
+        assert engine.committed_step == 1
 
 
 def test_attach_on_another_thread_is_an_error(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from kit.crash import ROOT, Story
 
 from layerwise_dist._native import PosixEnv, testing
 from layerwise_dist.commit.session import Committer
+from layerwise_dist.engine.engine import workings_of
 from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.recycling import Recycler
 
@@ -173,7 +174,7 @@ def read_while_training_goes_on(root: Path, env: Any) -> tuple[str, str]:
     seen: list[str] = []
 
     def open_reader(engine: Any, step: int) -> None:
-        if step == 1 and engine._adapter.rank == 0:
+        if step == 1 and workings_of(engine).adapter.rank == 0:
             (shard,) = root.glob("step_0000000001-*/rank_00000.safetensors")
             readers.append(
                 subprocess.Popen(

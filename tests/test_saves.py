@@ -23,8 +23,9 @@ from layerwise_dist.cli.showing import show
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.transports.local import LocalTransport
 from layerwise_dist.engine import assembly
-from layerwise_dist.engine.engine import LayerwiseEngine
+from layerwise_dist.engine.engine import workings_of
 from layerwise_dist.engine.on_call import OnCall
+from layerwise_dist.engine.restores import Restores
 from layerwise_dist.storage import retention
 
 CALLS = {"every_n_steps": None}
@@ -174,13 +175,13 @@ def test_what_is_saved_in_another_directory_leaves_nothing_open_and_the_training
         found = []
         for step in range(1, 7):
             found += script.train(1)
-            OnCall(script.ckpt, "").save(str(tmp_path / "best"), f"at{step}", {"at": step})
+            OnCall(workings_of(script.ckpt), "").save(str(tmp_path / "best"), f"at{step}", {"at": step})
             held = len(os.listdir("/proc/self/fd")) + threading.active_count()
             open_at_first = open_at_first or held
             assert held <= open_at_first + 2, "what a call opens it closes"
         (tmp_path / "file").touch()
         with pytest.raises(errors.DirectoryError):
-            OnCall(script.ckpt, "").save(str(tmp_path / "file"), "best", None)
+            OnCall(workings_of(script.ckpt), "").save(str(tmp_path / "file"), "best", None)
     assert found == losses
     assert [step for step, _ in commits(tmp_path / "here")] == [5, 6]
     assert commits(tmp_path / "best") == [(step, f"at{step}") for step in range(1, 7)], "one lineage, all tags"
@@ -192,7 +193,7 @@ def test_what_is_saved_in_another_directory_leaves_nothing_open_and_the_training
 def test_mutation_a_session_that_does_not_follow_what_is_there_is_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LayerwiseEngine, "_begin_behind_newest", lambda self: None)
+    monkeypatch.setattr(Restores, "begin_behind_newest", lambda self: None)
     with pytest.raises(errors.BoundaryError, match="already holds checkpoints"):
         test_what_is_saved_in_another_directory_leaves_nothing_open_and_the_training_as_it_was(tmp_path)
 
@@ -290,16 +291,17 @@ def test_a_capture_that_one_rank_could_not_open_is_opened_anew_on_all(tmp_path: 
     def run(engine: Any, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> None:
         update(model, optimizer)
         model(torch.ones(2, 6))
-        real = engine._adapter.begin
+        adapter = workings_of(engine).adapter
+        real = adapter.begin
 
         def begin(*args: Any) -> Any:
-            engine._adapter.begin = real
+            adapter.begin = real
             raise OSError(12, "Cannot allocate memory")
 
         if rank:
-            engine._adapter.begin = begin
+            adapter.begin = begin
         update(model, optimizer)
-        assert (engine._open is None) == bool(rank)
+        assert (workings_of(engine).captures.open is None) == bool(rank)
         assert engine.save("here") == 2
 
     ranks(tmp_path, run, every_n_steps=1, commit={"on_failure": "warn", "timeout_s": 30.0})

@@ -21,6 +21,7 @@ from layerwise_dist._native import PosixEnv, testing
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
 from layerwise_dist.config import load_config
 from layerwise_dist.engine import assembly
+from layerwise_dist.engine.engine import workings_of
 from layerwise_dist.frameworks import composite
 
 sys.path.insert(0, str(Path(__file__).parent / "jobs"))
@@ -113,7 +114,7 @@ def _on_a_slow_disk(root: Path) -> tuple[list[bool], list[torch.Tensor], Any]:
                 optimizers[name].step()
                 optimizers[name].zero_grad()
                 if name == "one":
-                    left = [capture for capture in ckpt._captures if not capture.settled]
+                    left = [capture for capture in workings_of(ckpt).captures.sealed if not capture.settled]
                     went_on += [bool(capture.survey.batches_with(["two"]) & capture._unjudged) for capture in left]
             ckpt.wait(ckpt.completed, "staged", timeout=20) if ckpt.completed else None
     return went_on, [param.detach().clone() for param in nets["two"].parameters()], ckpt

@@ -21,7 +21,7 @@ from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
 from layerwise_dist.config import load_config
 from layerwise_dist.engine import assembly
 from layerwise_dist.frameworks.framework import Framework
-from layerwise_dist.frameworks.optimizers import TorchOptimizer
+from layerwise_dist.frameworks.torch_optimizer import TorchOptimizer
 
 torch.set_num_threads(1)
 

@@ -26,6 +26,7 @@ from layerwise_dist._native import PosixEnv, testing
 from layerwise_dist.commit.transports.local import LocalTransport
 from layerwise_dist.config import load_config
 from layerwise_dist.engine import assembly
+from layerwise_dist.engine.engine import workings_of
 from layerwise_dist.storage.adapter import PCCheckAdapter
 
 STUCK_S = 600.0
@@ -46,7 +47,7 @@ CALLS = {
 
 @pytest.fixture
 def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Job]]:
-    monkeypatch.setattr("layerwise_dist.engine.engine._LAST_S", 0.1)
+    monkeypatch.setattr("layerwise_dist.engine.closing._LAST_S", 0.1)
     made: list[Job] = []
 
     def make(**config: Any) -> Job:
@@ -56,7 +57,8 @@ def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
     yield make
     for job in made:
         job.env.clear()
-        job.ckpt.end(orderly=False)
+        if job.ckpt is not None:
+            workings_of(job.ckpt).closing.end(orderly=False)
 
 
 def stick(job: Job, call: str) -> None:
@@ -107,9 +109,12 @@ def test_what_a_stuck_call_may_use_outlives_the_engine(jobs: Callable[..., Job])
     leased = [StorageWeakRef(param.untyped_storage()) for param in job.model.parameters()]
     with pytest.raises(errors.DeadlineError):
         job.ckpt.close()
-    del job.model, job.optimizer, job.ckpt._framework, job.ckpt._optimizer
-    job.ckpt.__dict__.clear()
-    job.ckpt.__dict__.update(_closed=True)
+    workings = workings_of(job.ckpt)
+    for part in [*vars(workings).values(), workings]:
+        if type(part).__module__.startswith("layerwise_dist.engine."):
+            vars(part).clear()
+    del job.model, job.optimizer, workings, part
+    job.ckpt = None
     gc.collect()
     assert not any(ref.expired() for ref in leased)
     job.env.clear()  # the call returns, to memory that is still there
@@ -130,13 +135,14 @@ def test_a_step_does_not_wait_for_its_file_and_its_checkpoint_is_right(
     with job.ckpt as ckpt:
         job.to(5)
         ckpt.wait(5)
+        recycler = workings_of(ckpt).adapter.recycler
         if operation == "reuse":
             deadline = time.monotonic() + 10
-            while not ckpt._adapter.recycler.waiting():
+            while not recycler.waiting():
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
         else:
-            monkeypatch.setattr(ckpt._adapter.recycler, "take", lambda: None)
+            monkeypatch.setattr(recycler, "take", lambda: None)
         job.env.delay(operation, "*step_0000000006*", 0.4)
         began = time.monotonic()
         job.to(6)
@@ -187,7 +193,7 @@ SCRIPT = """
 import os, sys, time
 import torch
 import layerwise_dist as lwd
-from layerwise_dist import assembly, at_exit
+from layerwise_dist.engine import assembly
 from layerwise_dist._native import PosixEnv, WriterPool, testing
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
 from layerwise_dist.config import load_config
@@ -313,14 +319,14 @@ def test_a_restore_from_a_stuck_disk_ends_in_time_and_names_the_file(tmp_path: P
             again.ckpt.restore()
         assert time.monotonic() - began < 5, "the restore waited for the disk"
     finally:
-        again.ckpt.end(orderly=False)
+        workings_of(again.ckpt).closing.end(orderly=False)
         again.env.clear()
 
 
 def test_mutation_a_look_at_records_without_a_deadline_is_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("layerwise_dist.engine.saves.within", lambda timeout_s, what, action: action())
+    monkeypatch.setattr("layerwise_dist.engine.restores.within", lambda timeout_s, what, action: action())
     monkeypatch.setattr("test_stuck.STUCK_S", 1.0)
     with pytest.raises(AssertionError, match="waited 1.2 s for rank 0's decision"):
         test_a_restore_from_a_stuck_disk_ends_in_time_and_names_the_file(tmp_path, "record")

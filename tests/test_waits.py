@@ -21,7 +21,7 @@ from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
 from layerwise_dist.config import load_config
 from layerwise_dist.engine import assembly
-from layerwise_dist.engine.engine import LayerwiseEngine
+from layerwise_dist.engine.engine import LayerwiseEngine, workings_of
 
 torch.set_num_threads(1)
 
@@ -82,7 +82,7 @@ WAITS: dict[str, Callable[[LayerwiseEngine], Any]] = {
     "drain": lambda ckpt: ckpt.drain(),
     "restore": by_restore,
     "close": lambda ckpt: ckpt.close(),
-    "end": lambda ckpt: ckpt.end(orderly=False),  # as where a process leaves
+    "end": lambda ckpt: workings_of(ckpt).closing.end(orderly=False),  # as where a process leaves
 }
 
 
@@ -214,7 +214,9 @@ def test_an_iteration_that_cannot_be_ended_does_not_take_those_before_it_along(t
     job.slow()
     job.to(1)
     job.update()
-    job.ckpt._boundary.close = lambda **_: (_ for _ in ()).throw(errors.BoundaryError("half a window"))  # type: ignore
+    workings_of(job.ckpt).boundary.close = lambda **_: (_ for _ in ()).throw(  # type: ignore
+        errors.BoundaryError("half a window")
+    )
     with pytest.raises(errors.BoundaryError, match="half a window"):
         job.ckpt.close()
     assert job.ckpt.committed_step == 1
@@ -315,7 +317,7 @@ def several(root: Path, *, max_in_flight: int, **config: Any) -> dict[str, Any]:
                 optimizers[name].zero_grad()
     ckpt.drain()
     stats = ckpt.stats()
-    ckpt.end(orderly=False)
+    workings_of(ckpt).closing.end(orderly=False)
     return stats
 
 
@@ -354,7 +356,7 @@ def test_mutation_a_wait_that_does_not_judge_is_caught(tmp_path: Path, monkeypat
     job.to(5)
     with pytest.raises(errors.DeadlineError):
         job.ckpt.wait(5, timeout=1.5)
-    job.ckpt.end(orderly=False, limit_s=0.1)
+    workings_of(job.ckpt).closing.end(orderly=False, limit_s=0.1)
 
 
 def test_mutation_a_wait_that_fences_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,7 +364,7 @@ def test_mutation_a_wait_that_fences_is_caught(tmp_path: Path, monkeypatch: pyte
     wait = LayerwiseEngine.wait
 
     def fencing(ckpt: LayerwiseEngine, *args: Any, **options: Any) -> None:
-        for capture in ckpt._captures:
+        for capture in workings_of(ckpt).captures.sealed:
             if not capture.wait_read(FENCE_S):
                 capture.give_up("too slow")
         wait(ckpt, *args, **options)

@@ -15,15 +15,17 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 from layerwise_dist import _native
 from layerwise_dist.bench.light import LightRank, LightWrite, Switchboard
 from layerwise_dist.commit.ledger import Ledger, Post
+from layerwise_dist.commit.messages import ToRanks
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.opening import Place, merge
 from layerwise_dist.commit.participant import Participant
-from layerwise_dist.commit.session import start_coordinator
+from layerwise_dist.commit.start import Rules, start_coordinator
 from layerwise_dist.commit.transports import Message
 from layerwise_dist.commit.transports.calls import accept, connect, listen
 from layerwise_dist.commit.transports.frames import decode, encode
@@ -73,17 +75,19 @@ def root(ranks: int, on_node: int, commits: int, folder: str) -> None:
     place.settle(plan, {})
     assert place.owner is not None
     info = plan.info([list(range(ranks))])
-    committer, coordinator = start_coordinator(
-        transport, manager, place.owner, info, framework="light", software={}, keep_last=2, keep_every_n_steps=None,
-        timeout_s=_DEADLINE_S, on_failure="raise", raise_after=1,
+    rules = Rules(
+        framework="light", software={}, keep_last=2, keep_every_n_steps=None, timeout_s=_DEADLINE_S,
+        on_failure="raise", raise_after=1,
     )  # fmt: skip
-    # Only now, since it starts the transport: the others speak at once.
-    participant = Participant(transport, timeout_s=_DEADLINE_S, coordinator=coordinator.post)
+    _, coordinator = start_coordinator(transport, manager, place.owner, info, rules)
+    # Only now, since it starts the transport: the others speak at once, and agree on nothing.
+    participant = Participant(transport, timeout_s=_DEADLINE_S, coordinator=coordinator)
     participant.recycle(lambda attempt: LightWrite(env, folder, attempt, 0).discard())
     links = transport._connections
     clocks = {"all": time.CLOCK_PROCESS_CPUTIME_ID}
     for thread in threading.enumerate():
         if thread.name in ("layerwise-messages", "layerwise-coordinator"):
+            assert thread.ident is not None, "it has begun"
             clocks[thread.name] = time.pthread_getcpuclockid(thread.ident)
 
     def counters() -> dict[str, float]:
@@ -123,7 +127,7 @@ class Crowd:
         lines = {key: connect(key, [("127.0.0.1", port)], token, deadline) for key in serves}
         self._ledgers = {key: [Ledger(rank, ranks) for rank in served] for key, served in serves.items()}
         self._body = b""
-        self._messages: list[Message] = []
+        self._messages: list[ToRanks] = []
         self._heard = dict.fromkeys(serves, 0)
         self._waiting = set(serves)
         self._step = 0
@@ -237,4 +241,5 @@ def _rank(rank: int, board: Switchboard, on_node: int, commits: int, folder: str
 
 
 if __name__ == "__main__":
-    {"root": root, "crowd": crowd, "job": job}[sys.argv[1]](**json.loads(sys.argv[2]))
+    roles: dict[str, Callable[..., None]] = {"root": root, "crowd": crowd, "job": job}
+    roles[sys.argv[1]](**json.loads(sys.argv[2]))

@@ -54,6 +54,11 @@ class SaveCheckpoint(Peer):
     flushes = "no"
     writer: dict[str, Any] | None = None  # of ds_config["checkpoint"]
 
+    @property
+    def _engine(self) -> Any:
+        """The DeepSpeedEngine."""
+        return self.model
+
     def start(self, folder: Path) -> None:
         super().start(folder)
         self._use(self.writer)
@@ -64,7 +69,7 @@ class SaveCheckpoint(Peer):
 
     def _save(self, target: Path) -> None:
         try:
-            self.model.save_checkpoint(str(target.parent), tag=target.name)
+            self._engine.save_checkpoint(str(target.parent), tag=target.name)
         except BaseException:
             self._let_go()
             raise
@@ -81,8 +86,8 @@ class SaveCheckpoint(Peer):
         from deepspeed.runtime.model_checkpointing.config import get_checkpoint_config
 
         settings = {"checkpoint": {"writer": writer} if writer else {}}
-        self.model._config.checkpoint_config = get_checkpoint_config(settings)
-        self.model._configure_checkpointing()
+        self._engine._config.checkpoint_config = get_checkpoint_config(settings)
+        self._engine._configure_checkpointing()
 
 
 class FastSaveCheckpoint(SaveCheckpoint):
@@ -93,7 +98,7 @@ class FastSaveCheckpoint(SaveCheckpoint):
     def start(self, folder: Path) -> None:
         os.environ.update(CROSS_SIZE="1", CROSS_RANK="0", DS_PIN_MEMORY_BACKEND="native")
         os.environ.setdefault("LOCAL_RANK", str(self.rank))
-        kind = "fast" if self.model.zero_optimization_stage() == 3 else "python"
+        kind = "fast" if self._engine.zero_optimization_stage() == 3 else "python"
         if kind == "fast":
             _stand_in_for_operators()
         self.writer = {"type": kind, "data_parallel": "replica", **self.more}
@@ -127,7 +132,7 @@ class DecoupledSaveCheckpoint(FastSaveCheckpoint):
     def _wait(self) -> None:
         if self._began is not None:
             began = time.perf_counter()
-            self.model._commit_decoupled_checkpoint()
+            self._engine._commit_decoupled_checkpoint()
             ended = time.perf_counter()
             self._stall += ended - began
             self.to_committed.append(ended - self._began)
@@ -138,7 +143,7 @@ class DecoupledSaveCheckpoint(FastSaveCheckpoint):
         super().finish()
 
     def _let_go(self) -> None:
-        self.model.checkpoint_engine.cleanup()
+        self._engine.checkpoint_engine.cleanup()
         super()._let_go()
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from layerwise_dist.bench.figures import Chart, Findings, Spread
 from layerwise_dist.bench.progress import Bar, bar
 
 _WARM = 3  # steps at the beginning of a block that are not counted
-_KERNELS = {"foreach": {"foreach": True}, "fused": {"fused": True}}
+_KERNELS: dict[str, dict[str, Any]] = {"foreach": {"foreach": True}, "fused": {"fused": True}}
 _WAYS = ("plain", "fast path", "by layers")
 
 

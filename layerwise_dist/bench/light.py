@@ -12,13 +12,15 @@ from collections.abc import Callable
 from typing import Any
 
 from layerwise_dist import _native
-from layerwise_dist.commit.metadata import ParentRef
+from layerwise_dist.commit.metadata import CheckpointMetadataManager, ParentRef
 from layerwise_dist.commit.participant import Participant
-from layerwise_dist.commit.session import follow, open_session, start_coordinator, start_keeper
+from layerwise_dist.commit.session import follow
+from layerwise_dist.commit.start import Rules, start_session
 from layerwise_dist.commit.transports import Transport
 from layerwise_dist.commit.transports.rendezvous import Gather
 from layerwise_dist.storage import filenames
 from layerwise_dist.storage.filenames import AttemptId
+from layerwise_dist.storage.protocols import Env
 from layerwise_dist.storage.removal import remove
 from layerwise_dist.storage.reports import ShardReport
 
@@ -32,7 +34,7 @@ class LightWrite:
     """One rank's shard of one attempt, with the flushes of a real one. `at(stage)` is called before each of them."""
 
     def __init__(
-        self, env: Any, root: str, attempt: AttemptId, rank: int, at: Callable[[str], None] = lambda stage: None
+        self, env: Env, root: str, attempt: AttemptId, rank: int, at: Callable[[str], None] = lambda stage: None
     ) -> None:
         self.attempt = attempt
         self._env, self._root, self._rank, self._at = env, root, rank, at
@@ -70,30 +72,28 @@ class LightRank:
     """One rank's session. Collective: all ranks make theirs, and close them, together."""
 
     def __init__(
-        self, transport: Transport, root: str, *, env: Any = None, timeout_s: float = 60.0, on_failure: str = "raise",
-        raise_after: int = 5, keep_last: int = 2, at: Callable[[str], None] = lambda stage: None,
+        self, transport: Transport, root: str, *, env: Env | None = None, timeout_s: float = 60.0,
+        on_failure: str = "raise", raise_after: int = 5, keep_last: int = 2,
+        at: Callable[[str], None] = lambda stage: None,
     ) -> None:  # fmt: skip
         self.env = env if env is not None else _native.PosixEnv()
         self.root, self._timeout_s, self._at = root, timeout_s, at
         self.rank = transport.rank
-        self.participant = Participant(transport, timeout_s=timeout_s, coordinator=None)
-        self.committer = self.coordinator = None
-        self.info, manager, owner = open_session(
-            self.env, root, self.participant, file_mode=0o600, dir_mode=0o700, who=f"pid {os.getpid()}"
-        )
+        self.participant = Participant(transport, timeout_s=timeout_s)
         self.participant.recycle(self._remove)
-        if owner is not None and self.rank == 0:
-            self.committer, self.coordinator = start_coordinator(
-                transport, manager, owner, self.info, framework="light", software={}, keep_last=keep_last,
-                keep_every_n_steps=None, timeout_s=timeout_s, on_failure=on_failure, raise_after=raise_after,
-            )  # fmt: skip
-            self.participant.serve(self.coordinator.post, self.coordinator.quiet)
-        elif owner is not None:
-            start_keeper(self.participant, manager, owner, self.info)
+        rules = Rules(
+            framework="light", software={}, keep_last=keep_last, keep_every_n_steps=None, timeout_s=timeout_s,
+            on_failure=on_failure, raise_after=raise_after,
+        )  # fmt: skip
+        session = start_session(
+            self.env, root, transport, self.participant, rules, file_mode=0o600, dir_mode=0o700,
+            who=f"pid {os.getpid()}",
+        )  # fmt: skip
+        self.info, self.committer, self.coordinator = session.info, session.committer, session.coordinator
         self._seq, self._count = self.info.first_seq, 0
-        self.start = self._follow(manager)
+        self.start = self._follow(session.manager)
 
-    def _follow(self, manager: Any) -> int:
+    def _follow(self, manager: CheckpointMetadataManager) -> int:
         """The lineage goes on from its newest commit. Its step, 0 if there is none."""
 
         def newest(_: list[Any]) -> list[int] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +88,7 @@ def windows(shape: Shape, ranks: int) -> Tensor:
     return torch.randint(_VOCABULARY, (max(1, shape.batch // ranks), shape.context + 1))
 
 
-def adamw(params: Any, implementation: str) -> torch.optim.AdamW:
+def adamw(params: Iterable[nn.Parameter] | Iterable[dict[str, Any]], implementation: str) -> torch.optim.AdamW:
     """`implementation` is "foreach" or "fused"."""
-    return torch.optim.AdamW(params, lr=1e-4, weight_decay=0.1, **{implementation: True})
+    kernel: dict[str, Any] = {implementation: True}
+    return torch.optim.AdamW(params, lr=1e-4, weight_decay=0.1, **kernel)

@@ -228,8 +228,10 @@ class DcpAsync(FuturePeer):
         import torch.distributed.checkpoint as dcp
 
         super().finish()
-        extra = {"no_dist": True} if self.ranks == 1 else {"process_group": DcpAsync._group}
-        self.expect(dcp.async_save(self.state(), checkpoint_id=str(target), **extra), began)
+        extra: dict[str, Any] = {"no_dist": True} if self.ranks == 1 else {"process_group": DcpAsync._group}
+        pending = dcp.async_save(self.state(), checkpoint_id=str(target), **extra)
+        assert isinstance(pending, Future), "without a stager of its own it gives one"
+        self.expect(pending, began)
 
 
 class TorchSnapshot(Peer):

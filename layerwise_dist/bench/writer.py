@@ -51,10 +51,10 @@ class Case:
     use: str
 
 
-def backends(depth: int, block_bytes: int) -> dict[str, Callable[[], Any]]:
+def backends(depth: int, block_bytes: int) -> dict[str, Callable[[], _native.WriterPool]]:
     """What this machine can write with, by the name in `writer.backend`: makes a pool of `depth` blocks in flight."""
 
-    def pool(name: str) -> Callable[[], Any]:
+    def pool(name: str) -> Callable[[], _native.WriterPool]:
         return lambda: _native.WriterPool(depth, name, _native.BufferPool(depth * block_bytes), block_bytes)
 
     there = ["posix", *(["uring"] if _native.WriterPool.probe_uring() is None else [])]
@@ -92,8 +92,8 @@ class _Size:
     """All cases of one size, and what was measured of each: bytes a second, one number a round."""
 
     def __init__(
-        self, bench: WriterBench, nbytes: int, cases: list[Case], pools: dict[str, Callable[[], Any]], folder: Path,
-        progress: Bar,
+        self, bench: WriterBench, nbytes: int, cases: list[Case], pools: dict[str, Callable[[], _native.WriterPool]],
+        folder: Path, progress: Bar,
     ) -> None:  # fmt: skip
         self.nbytes = nbytes
         self.cases = [case for case in cases if case.nbytes == nbytes]
@@ -170,7 +170,7 @@ class Shard:
         self._plan = _native.Plan(self._layout.blocks, self._layout.segments, self._layout.tensors, self._layout.end)
         self._addresses = [tensor.data_ptr() for tensor in self._tensors]
 
-    def write(self, env: Any, pool: Any, path: Path, *, direct: bool, use: str) -> float:
+    def write(self, env: _native.Env, pool: _native.WriterPool, path: Path, *, direct: bool, use: str) -> float:
         """Seconds from the first block queued to the end of fdatasync, the header included.
 
         `use` is a case's: "steady" goes over the file that the last call left there, as a retired shard is reused.
@@ -220,7 +220,9 @@ class Shard:
 
 
 def _findings(bench: WriterBench, command: str, about: dict[str, Any], measured: list[_Size]) -> Findings:
-    rows, many, raws = [], [], []
+    rows: list[dict[str, Any]] = []
+    many: list[dict[str, Any]] = []
+    raws: list[dict[str, Any]] = []
     chart = Chart("Durable throughput", ["size", "tensors", "backend", "file", "GB/s", "÷ raw"], 4)
     few = min(bench.tensors)
     for one in measured:

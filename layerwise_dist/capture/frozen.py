@@ -17,9 +17,9 @@ from layerwise_dist.capture.base_writing import Content, Writing
 from layerwise_dist.capture.survey import Survey
 from layerwise_dist.errors import DeadlineError
 from layerwise_dist.frameworks.framework import ParamView
-from layerwise_dist.storage.adapter import PCCheckAdapter
 from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.frozen_file import BaseFile
+from layerwise_dist.storage.protocols import ShardWriterAdapter
 from layerwise_dist.storage.reader import ShardIndex
 from layerwise_dist.storage.reports import BaseReport
 from layerwise_dist.storage.shard_layout import cut_segments
@@ -56,7 +56,7 @@ class FrozenBases:
     What it no longer refers to it never takes up again: rank 0 removes such files.
     """
 
-    def __init__(self, adapter: PCCheckAdapter, *, always: bool, timeout_s: float) -> None:
+    def __init__(self, adapter: ShardWriterAdapter, *, always: bool, timeout_s: float) -> None:
         """`always`: look at everything in every checkpoint. `timeout_s`: the longest wait at a boundary."""
         self._adapter, self._always, self._timeout_s = adapter, always, timeout_s
         self._base: _Base | None = None
@@ -157,7 +157,8 @@ class FrozenBases:
         self._base = self._known(found, content, hashes, lambda timeout_s: report, report.nbytes)
 
     def _begin(self, found: Survey, attempt: AttemptId) -> _Base:
-        file = BaseFile(self._adapter, attempt, _parts(found.frozen))
+        assert self._adapter.bases is not None, "without bases, no survey finds anything frozen"
+        file = BaseFile(self._adapter.bases, attempt, _parts(found.frozen))
         blocks, segments = file.layout.blocks, file.layout.segments
         tensors = [piece.tensor for piece in found.frozen]
         content = Content(tensors, blocks, segments)

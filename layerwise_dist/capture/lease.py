@@ -7,18 +7,19 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import groupby
-from typing import Any
 
 import torch
 
+from layerwise_dist import _native
 from layerwise_dist.capture.audit import Audit
 from layerwise_dist.capture.held import MemoryGone, check_present
 from layerwise_dist.capture.stage import Handover, Stage, Wait, lay_views
 from layerwise_dist.capture.survey import Survey
 from layerwise_dist.errors import LayerwiseError
-from layerwise_dist.storage.adapter import ShardWrite
 from layerwise_dist.storage.gathered import GatheredExtent
+from layerwise_dist.storage.protocols import InPlaceWrite, ShardWrite
 from layerwise_dist.storage.shard_layout import ALIGN
 
 
@@ -63,7 +64,7 @@ class Capture:
         # Gathered extents get their memory when there is something in it.
         others = len(survey.copied) + len(gathered)
         try:
-            write.set_addresses(survey.addresses + [0] * others)
+            write.set_addresses(survey.addresses + [0] * others, keeping=self)
         except ValueError as error:
             raise MemoryGone(f"{error}: a tensor that is not where it says") from error
 
@@ -78,7 +79,7 @@ class Capture:
             self._versions[pieces.start : pieces.stop] = [tensors[piece]._version for piece in pieces]
         self._audit.note_leased(self.survey, batches)
         for first, count in self._leased_runs(batches):
-            self.write.submit(first, count)
+            self._in_place.submit(first, count)
         self._stage_batches(number for number in batches if self.survey.batches[number].staged)
 
     def take_all(self) -> None:
@@ -209,6 +210,12 @@ class Capture:
 
     # -- inside -------------------------------------------------------------------------------------------------
 
+    @property
+    def _in_place(self) -> InPlaceWrite:
+        """REQUIRES: something is leased."""
+        assert self.write.in_place is not None, "where all lies in the pool, nothing is leased"
+        return self.write.in_place
+
     def _leased_runs(self, batches: Iterable[int]) -> Iterator[tuple[int, int]]:
         """Leased ones of these batches that follow one another in the file, as (first, count)."""
         leased = sorted(number for number in batches if not self.survey.batches[number].staged)
@@ -224,8 +231,7 @@ class Capture:
                 self._check_present(number)
                 self._fences.setdefault(number, []).extend(
                     self._stage.copy(
-                        extent, self.survey.tensors, lambda buffer, number=number: self._give(number, buffer),
-                        self._handover, deadline,
+                        extent, self.survey.tensors, partial(self._give, number), self._handover, deadline
                     )
                 )  # fmt: skip
                 self.bytes_staged += self.survey.batches[number].nbytes
@@ -237,7 +243,7 @@ class Capture:
             if survey.tensors[piece].data_ptr() != survey.addresses[piece]:
                 check_present(survey.pieces[piece].slice.name, survey.tensors[piece])
 
-    def _give(self, number: int, buffer: Any) -> None:
+    def _give(self, number: int, buffer: _native.PoolBuffer) -> None:
         """A batch is complete in the pool. On the training thread or the stage's own."""
         extent = self._gathered[number]
         for piece, offset in extent.places:
@@ -250,7 +256,7 @@ class Capture:
         if not extent.nbytes:
             return
         self.bytes_sealed += sum(piece.slice.nbytes for piece in survey.copied)
-        if self.write.pooled:
+        if (in_place := self.write.in_place) is None:
             buffer = self._stage.room(extent.nbytes, time.monotonic() + self._timeout_s)
             _lay_rest(torch.frombuffer(buffer, dtype=torch.uint8, count=extent.nbytes), extent, survey)
             self.write.submit_gathered(number, extent.tensor, buffer)
@@ -259,8 +265,8 @@ class Capture:
         begin = -memory.data_ptr() % ALIGN
         self._sealed = memory[begin : begin + extent.nbytes]
         _lay_rest(self._sealed, extent, survey)
-        self.write.set_address(extent.tensor, self._sealed.data_ptr())
-        self.write.submit(number, 1)
+        in_place.set_address(extent.tensor, self._sealed.data_ptr())
+        in_place.submit(number, 1)
 
     def _free_memory(self, batches: Collection[int]) -> None:
         for number in batches:
@@ -268,7 +274,7 @@ class Capture:
                 wait()
         deadline = time.monotonic() + self._timeout_s
         for first, count in () if self._settled.is_set() else self._leased_runs(batches):
-            if not self.write.evacuate(first, count, max(0.0, deadline - time.monotonic())):
+            if not self._in_place.evacuate(first, count, max(0.0, deadline - time.monotonic())):
                 raise self._too_slow()
 
     def _judge(self, batches: Collection[int]) -> set[str]:

@@ -2,48 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
 from layerwise_dist.capture.survey import Survey
 from layerwise_dist.errors import StateError
+from layerwise_dist.frameworks.described import OptimizerState
 from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.loop.objects import StateObjects
+from layerwise_dist.loop.sealed import BoundaryState, SealedState
 from layerwise_dist.storage import typed_json
+from layerwise_dist.storage.typed_json_types import Prepared
+
+_N = TypeVar("_N")
 
 
 class Sealer:
     """Everything of the process at a boundary that is not a parameter, a buffer or a tensor of the optimizer's state.
 
-    The members of the value are in docs/format.md, "The state extent".
+    The value is a `loop.sealed.SealedState`.
     """
 
     def __init__(self, framework: Framework, optimizer: OptimizerAdapter, objects: StateObjects) -> None:
         self._framework, self._optimizer, self._objects = framework, optimizer, objects
-        self._prepared: dict[str, tuple[Any, typed_json.Prepared]] = {}
+        self._prepared: dict[str, tuple[Any, Prepared]] = {}
 
     def take(
-        self, step: int, updates: int, boundary: dict[str, Any], survey: Survey, client_state: Mapping[str, Any] | None
+        self, step: int, updates: int, boundary: BoundaryState, survey: Survey, client_state: dict[str, Any] | None
     ) -> tuple[bytes, bytes]:
         """The state as (JSON text, blob), sharing nothing with live objects; `boundary` is `BoundaryMark.state()`.
 
         Raises StateError with the path of what cannot be written.
         """
         framework = self._framework
-        sealed = {
+        optimizer = {
+            **self._optimizer_itself(self._optimizer.describe()),
+            "scalars": survey.live_scalars(),
+            "order": self._prepare("order", survey.order),
+        }
+        sealed: SealedState = {
             "step": step,
             "updates": updates,
             "boundary": boundary,
             "objects": self._objects.take(),
             "client_state": client_state,
-            "optimizer": {
-                **self._optimizer_itself(self._optimizer.describe()),
-                "scalars": survey.live_scalars(),
-                "order": self._prepare("order", survey.order),
-            },
+            "optimizer": cast(OptimizerState, optimizer),
             "wrapper": framework.carry(),
             "gradients": self._prepare(
                 "gradients", [view.fqn for view in framework.params if framework.has_gradient(view)]
@@ -51,14 +56,14 @@ class Sealer:
             "extra_state": {name: _extra_state(name, module) for name, module in survey.extra_states},
         }
         if survey.standing:
-            sealed["standing"] = survey.standing
+            sealed["standing"] = dict(survey.standing)
         return typed_json.dumps(sealed, path="state")
 
     def try_out(self, survey: Survey) -> None:
         """Raises what the first checkpoint would: for what cannot be written of objects, extra states and the rest."""
-        self.take(0, 0, {}, survey, None)
+        self.take(0, 0, cast(BoundaryState, {}), survey, None)
 
-    def put(self, sealed: dict[str, Any]) -> None:
+    def put(self, sealed: SealedState) -> None:
         """Gradients, `state=` objects and extra states as they were sealed; the rest belongs to loader and boundary."""
         present = set(sealed["gradients"])
         for view in self._framework.params:
@@ -66,7 +71,7 @@ class Sealer:
         self._objects.put(sealed["objects"])
         self.put_extra_states(sealed)
 
-    def put_extra_states(self, sealed: dict[str, Any]) -> None:
+    def put_extra_states(self, sealed: SealedState) -> None:
         for name, module in self._framework.extra_states():
             if name in sealed["extra_state"]:
                 try:
@@ -79,12 +84,14 @@ class Sealer:
                         "too, is undefined",
                     ) from error
 
-    def _prepare(self, what: str, names: Any) -> typed_json.Prepared:
-        """Names as JSON; nearly always those of the last checkpoint, which are not written out again."""
+    def _prepare(self, what: str, names: _N) -> _N:
+        """Names as JSON, which typed JSON takes for them; nearly always those of the last checkpoint, which are not
+        written out again.
+        """
         known = self._prepared.get(what)
         if known is None or known[0] != names:
             known = self._prepared[what] = names, typed_json.prepare(names, path=f"state: {what}")
-        return known[1]
+        return cast(_N, known[1])
 
     def _optimizer_itself(self, described: dict[str, Any], whose: str = "") -> dict[str, Any]:
         """`OptimizerAdapter.describe()`, with the names of each group's parameters prepared."""

@@ -12,10 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
+from layerwise_dist import _native
 from layerwise_dist.errors import LayerwiseError
 from layerwise_dist.storage.gathered import GatheredExtent
 from layerwise_dist.supervision import background
@@ -146,11 +147,8 @@ class Stage:
     A wait for the pool is a wait for this rank's disk: buffers come back when their blocks are written or aborted.
     """
 
-    def __init__(self, pool: Any, *, pinned: bool = False) -> None:
-        """`pool` is a `_native.BufferPool`.
-
-        With `pinned`, all of it that is free is page-locked for CUDA until `close`.
-        """
+    def __init__(self, pool: _native.BufferPool, *, pinned: bool = False) -> None:
+        """With `pinned`, all of it that is free is page-locked for CUDA until `close`."""
         self._pool = pool
         self._pinned = _pin(pool) if pinned else None
         self._copies: dict[torch.device, Copies] = {}
@@ -158,7 +156,7 @@ class Stage:
         self._thread: threading.Thread | None = None
 
     def copy(
-        self, extent: GatheredExtent, tensors: Sequence[torch.Tensor], give: Callable[[Any], None],
+        self, extent: GatheredExtent, tensors: Sequence[torch.Tensor], give: Callable[[_native.PoolBuffer], None],
         handover: Handover, deadline: float,
     ) -> list[Wait]:  # fmt: skip
         """Launches the copies of one layer; `give(buffer)` is called when they are done, and must pass the buffer on.
@@ -178,7 +176,7 @@ class Stage:
             self._start()
         return [partial(copies.wait, mark) for copies, mark in launched]
 
-    def room(self, nbytes: int, deadline: float) -> Any:
+    def room(self, nbytes: int, deadline: float) -> _native.PoolBuffer:
         """A buffer of the pool. Raises StageError when there is none until `deadline` (of time.monotonic, seconds)."""
         buffer = self._pool.acquire(nbytes, max(0.0, deadline - time.monotonic()))
         if buffer is None:
@@ -189,7 +187,7 @@ class Stage:
         return buffer
 
     def _launch(
-        self, buffer: Any, extent: GatheredExtent, tensors: Sequence[torch.Tensor]
+        self, buffer: _native.PoolBuffer, extent: GatheredExtent, tensors: Sequence[torch.Tensor]
     ) -> list[tuple[Copies, Mark]]:
         # The views end with this call: a buffer that something still looks into cannot be passed on.
         views = lay_views(torch.frombuffer(buffer, dtype=torch.uint8, count=extent.nbytes), extent, tensors)
@@ -235,9 +233,10 @@ class Stage:
             handover.ended(failure)
 
 
-def _pin(pool: Any) -> int | None:
+def _pin(pool: _native.BufferPool) -> int | None:
     """Page-locks the free rest of the pool, in one piece before anything was staged; its address if it could."""
     rest = pool.acquire(pool.capacity - pool.in_use, 0.0)
+    assert rest is not None, "nothing else has the pool yet"
     address, nbytes = rest.address, rest.nbytes
     rest.release()
     error = torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)

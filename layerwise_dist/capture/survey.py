@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from layerwise_dist.capture.glance import Glance, glance_at, is_dense
 from layerwise_dist.capture.held import check_present, holder
 from layerwise_dist.errors import ConfigError, StateError, UnsupportedError
-from layerwise_dist.frameworks.framework import Framework, ParamView, same_objects
+from layerwise_dist.frameworks.framework import Framework, ParamView
 from layerwise_dist.frameworks.names import check_unique
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.frameworks.overlaps import overlaps
@@ -20,7 +21,6 @@ from layerwise_dist.frameworks.subclasses import describe_param, is_description,
 from layerwise_dist.scheduler import LayerSize
 from layerwise_dist.storage import typed_json
 from layerwise_dist.storage.shard_layout import PACK_BELOW, Source
-from layerwise_dist.tensors.geometry import Geometry
 from layerwise_dist.tensors.pieces import Batch, Piece, check_layout
 
 # Extent of everything that is copied at the boundary. No module's name can clash: it has no layer's place in the tree.
@@ -134,32 +134,6 @@ class Survey:
         return found
 
 
-@dataclass(frozen=True, slots=True)
-class _Held:
-    """The optimizer's state at a glance. `values` keeps it alive, so that nothing else takes its identity.
-
-    `dense` are those of the values that are tensors with an address.
-    """
-
-    states: list[Mapping[str, Any]]
-    names: list[str]
-    sizes: list[int]
-    values: list[Any]
-    dense: list[torch.Tensor]
-    geometry: Geometry
-
-
-@dataclass(frozen=True, slots=True)
-class _Glance:
-    """The very objects that a survey was made of; `geometry` is that of parameters and buffers."""
-
-    copying: frozenset[str]
-    held: _Held
-    params: list[ParamView]
-    buffers: list[tuple[str, torch.Tensor]]
-    geometry: Geometry
-
-
 class Surveyor:
     """Looks at the live tensors of one rank at every checkpoint; makes a new `Survey` only when one of them moved."""
 
@@ -174,7 +148,7 @@ class Surveyor:
         """
         self._bases = bases
         self._framework, self._optimizer, self._capture, self._arrange = framework, optimizer, capture, arrange
-        self._last: tuple[_Glance, Survey] | None = None
+        self._last: tuple[Glance, Survey] | None = None
         self._frozen: frozenset[int] = frozenset()
 
     def forget(self) -> None:
@@ -191,7 +165,8 @@ class Surveyor:
 
         Raises UnsupportedError.
         """
-        glance = self._glance(copying)
+        last = self._last[0] if self._last is not None else None
+        glance = glance_at(self._framework, self._optimizer, copying, last)
         frozen = self._may_be_frozen(glance) if sealing else self._still_frozen()
         if self._last is None or frozen is not self._frozen or glance is not self._last[0]:
             self._last = None  # if this fails, `arrange` may have been asked for other layers than its
@@ -211,50 +186,12 @@ class Surveyor:
             return None
         return self._frozen
 
-    def _may_be_frozen(self, glance: _Glance) -> frozenset[int]:
+    def _may_be_frozen(self, glance: Glance) -> frozenset[int]:
         """Those, and what has come since and no optimizer has been given."""
         if self._last is None or glance.params is self._last[0].params:
             return self._frozen
         known = {id(view.param) for view in (*self._last[0].params, *self._optimizer.trained)}
         return self._frozen.union(id(view.param) for view in glance.params if id(view.param) not in known)
-
-    def _glance(self, copying: frozenset[str]) -> _Glance:
-        """The last one, if all tensors are the same objects in the same places: only state that is no tensor may have
-        another value.
-        """
-        framework, last = self._framework, self._last[0] if self._last is not None else None
-        framework.follow()
-        states = self._optimizer.states(framework.params)
-        held = last.held if last is not None and states is last.held.states else self._hold(states, last and last.held)
-        buffers = framework.buffers()
-        tensors = [*framework.params_in_memory(), *framework.in_memory([buffer for _, buffer in buffers])]
-        if (
-            last is not None
-            and last.copying == copying
-            and last.held is held
-            and last.params is framework.params
-            and last.buffers is buffers
-            and last.geometry.is_of(tensors)
-        ):
-            return last
-        return _Glance(copying, held, framework.params, buffers, Geometry(tensors))
-
-    def _hold(self, states: list[Mapping[str, Any]], last: _Held | None) -> _Held:
-        """`last`, if nothing but values of state that is no tensor has changed."""
-        rows = [[*state.items()] for state in states]  # each is asked once: some are made for the question
-        names, values = [name for row in rows for name, _ in row], [value for row in rows for _, value in row]
-        sizes = [*map(len, rows)]
-        if (
-            last is not None
-            and names == last.names
-            and sizes == last.sizes
-            and same_objects(states, last.states)
-            and _same_tensors(values, last.values)
-            and last.geometry.is_of(self._framework.in_memory(last.dense))
-        ):
-            return last
-        dense = [*filter(_is_dense, values)]
-        return _Held(states, names, sizes, values, dense, Geometry(self._framework.in_memory(dense)))
 
     def _survey(
         self, copying: frozenset[str], states: list[Mapping[str, Any]], frozen_ids: frozenset[int] | None
@@ -321,11 +258,11 @@ class Surveyor:
         """
         held: list[tuple[str, str, torch.Tensor]] = []
         for view, state in zip(self._framework.params, states, strict=True):
-            params = [view.param]
+            params: list[torch.Tensor] = [view.param]
             if stands_for_others(view.param):
                 params = [tensor for _, tensor in self._framework.param_parts(view)]
             held += [("param", view.fqn, param) for param in params]
-            held += [(name, view.fqn, value) for name, value in state.items() if _is_dense(value)]
+            held += [(name, view.fqn, value) for name, value in state.items() if is_dense(value)]
         held += [("buffer", fqn, buffer) for fqn, buffer in self._framework.buffers()]
         objects = list({id(tensor): tensor for _, _, tensor in held}.values())
         pairs = overlaps([self._framework.local(tensor) for tensor in objects])
@@ -408,15 +345,3 @@ class Surveyor:
 
 def _is_plain(piece: Piece) -> bool:
     return piece.dense and not piece.tensor.is_inference()
-
-
-def _same_tensors(some: Sequence[Any], others: Sequence[Any]) -> bool:
-    """REQUIRES: as many of both."""
-    return same_objects(some, others) or all(
-        was is now or not (_is_dense(was) or _is_dense(now)) for was, now in zip(some, others, strict=True)
-    )
-
-
-def _is_dense(value: object) -> bool:
-    """Whether it is a tensor with an address and strides. Others the survey refuses."""
-    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_nested

@@ -134,5 +134,5 @@ def main() -> Any:
         app()
     except BrokenPipeError:
         # The reader (head, less) has seen enough; nothing may be flushed to it at exit.
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         raise SystemExit(0) from None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+from rich.console import RenderableType
 from rich.text import Text
 
 from layerwise_dist.cli import console
@@ -95,7 +96,8 @@ def train(
 
     def run(command: str) -> Findings:
         from layerwise_dist.bench.model import QUICK, SHAPES
-        from layerwise_dist.bench.train import TrainBench, modes_of, run
+        from layerwise_dist.bench.train import TrainBench, run
+        from layerwise_dist.bench.train_worker import modes_of
 
         _one_of("--params", params, SHAPES)
         _one_of("--optimizer", optimizer, ("foreach", "fused"))
@@ -239,7 +241,7 @@ def _finish(run: Callable[[str], Findings], json: bool, markdown: bool) -> NoRet
     if markdown and not json:
         print(found.markdown())
         raise typer.Exit(0)
-    parts = [found.command, machine.line(found.machine)]
+    parts: list[RenderableType] = [found.command, machine.line(found.machine)]
     for chart in found.charts:
         shown = console.table(*chart.columns, right=tuple(chart.columns[chart.numbers :]))
         for cells in chart.rows:

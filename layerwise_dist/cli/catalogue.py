@@ -191,7 +191,7 @@ def measure(folder: str) -> tuple[int, float]:
 class ShardOpener:
     """Opens the files of one commit with their headers checked against its manifest. Raises DamageError or OSError."""
 
-    def __init__(self, manager: CheckpointMetadataManager, manifest: Manifest, pool: object) -> None:
+    def __init__(self, manager: CheckpointMetadataManager, manifest: Manifest, pool: _native.WriterPool) -> None:
         self._manager, self._manifest, self._pool = manager, manifest, pool
 
     def open(self, rank: int) -> Shard:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.text import Text
 
 from layerwise_dist.cli.catalogue import WrongUsage
@@ -66,7 +66,7 @@ def _parts(report: Report) -> list[Any]:
     for finding in report.findings:
         row(shown, finding.verdict, finding.name, finding.text, style=_STYLE[finding.verdict])
     advised = [finding for finding in report.findings if finding.advice]
-    parts: list[Any] = [f"Looked at {report.looked_at}", shown]
+    parts: list[RenderableType] = [f"Looked at {report.looked_at}", shown]
     if advised:
         parts += ["To do, or to know:", *(_advice(finding) for finding in advised)]
     bad = sum(finding.verdict == "bad" for finding in report.findings)

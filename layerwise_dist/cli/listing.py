@@ -6,6 +6,8 @@ import os
 import time
 from typing import Any
 
+from rich.console import RenderableType
+
 from layerwise_dist.cli.catalogue import Catalogue, measure
 from layerwise_dist.cli.console import Answer, Beneath, age, damaged, size
 from layerwise_dist.storage import filenames
@@ -42,7 +44,7 @@ def ls(catalogue: Catalogue) -> Answer:
             style=_STYLE[entry["status"]],
         )
     heading = f"Checkpoints in {catalogue.root}"
-    parts: list[Any] = [heading, shown] if entries else [f"{heading}: none yet"]
+    parts: list[RenderableType] = [heading, shown] if entries else [f"{heading}: none yet"]
     for branch in branches:
         source = branch["continues_from_seq"]
         parts.append(f"seq {branch['seq']}: {'started anew' if source is None else f'rolled back to seq {source}'}")

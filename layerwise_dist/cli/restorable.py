@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from layerwise_dist.cli.catalogue import ShardOpener
 from layerwise_dist.commit.records import Manifest, ShardRecord
 from layerwise_dist.errors import DamageError
 from layerwise_dist.restore import contents
+from layerwise_dist.restore.sealed_state import SealedState
 from layerwise_dist.storage.reader import Entry
 
 
@@ -19,7 +19,7 @@ def unrestorable(manifest: Manifest, here: Sequence[ShardRecord], opener: ShardO
     """
     problems: list[str] = []
     entries: dict[int, dict[str, Entry]] = {}
-    sealed: dict[int, dict[str, Any]] = {}
+    sealed: dict[int, SealedState] = {}
     for record in here:
         try:
             base = opener.open_base(record.rank)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Callable
 from typing import Any
+
+from rich.console import RenderableType
 
 from layerwise_dist.cli.catalogue import Catalogue
 from layerwise_dist.cli.console import Answer, damaged, row, size, table
 from layerwise_dist.commit.records import Manifest
 from layerwise_dist.errors import DamageError
 from layerwise_dist.storage import filenames
+from layerwise_dist.storage.reader import Shard
 from layerwise_dist.tensors.slices import Slice
 
 _LISTED = 20
@@ -42,17 +46,21 @@ def _read(catalogue: Catalogue, manifest: Manifest) -> tuple[list[Found], dict[s
     problems: list[str] = []
     with catalogue.shards(manifest) as opener:
         for record in catalogue.here(manifest):
-            files = [({"rank": record.rank, "file": record.file, "bytes": record.nbytes}, opener.open)]
+            files: list[tuple[dict[str, Any], Callable[[int], Shard | None]]] = [
+                ({"rank": record.rank, "file": record.file, "bytes": record.nbytes}, opener.open)
+            ]
             if record.base is not None:
                 file = f"{filenames.base_folder(record.base.attempt)}/{record.file}"
                 files.append(({"rank": record.rank, "file": file, "bytes": record.base.nbytes}, opener.open_base))
             for shard, open_it in files:
                 shards.append(shard)
                 try:
-                    index = open_it(record.rank).index
+                    opened = open_it(record.rank)
                 except DamageError as error:
                     problems.append(str(error))
                     continue
+                assert opened is not None, "the manifest names it"
+                index = opened.index
                 shard |= {"tensors": len(index.entries), "layers": len(index.layers), "blocks": len(index.blocks)}
                 shard["hash"] = "XXH3-64" if index.hashed else "none"
                 for name, entry in index.entries.items():
@@ -112,7 +120,7 @@ def _parts(data: dict[str, Any], manifest: Manifest, everything: bool) -> list[A
         nbytes = sum(part["end"] - part["begin"] for part in tensor["parts"])
         ranks = ", ".join(str(part["rank"]) for part in tensor["parts"])
         row(listed, tensor["name"], tensor["dtype"], tensor["shape"], ranks, size(nbytes))
-    parts: list[Any] = [f"Step {manifest.step} in {data['dir']}", facts, shards, listed]
+    parts: list[RenderableType] = [f"Step {manifest.step} in {data['dir']}", facts, shards, listed]
     if len(data["shards"]) > _SHARDS and not everything:
         parts.append(f"and {len(data['shards']) - _SHARDS} more files: --all lists them")
     hidden = len(data["tensors"]) - len(tensors)

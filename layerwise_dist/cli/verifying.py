@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from layerwise_dist.cli.catalogue import Catalogue
@@ -16,6 +17,7 @@ from layerwise_dist.commit.opening import unusable
 from layerwise_dist.commit.records import BaseRecord, Manifest
 from layerwise_dist.errors import DamageError
 from layerwise_dist.storage import filenames
+from layerwise_dist.storage.reader import Shard
 
 _STYLE = {"sound": "green", "not hashed": "yellow", "damaged": "bold red", "retired": "dim"}
 
@@ -63,7 +65,7 @@ def verify(catalogue: Catalogue, step: int | None) -> Answer:
         ranks, whole = result["ranks_here"], result["ranks"]
         cells = (result["step"], result["seq"], result["status"], whole if ranks == whole else f"{ranks} of {whole}")
         row(shown, *cells, size(result["bytes"]), result["result"], style=_STYLE[result["result"]])
-    parts: list[Any] = [f"Verified in {catalogue.root}", shown, *damaged(damage)]
+    parts: list[RenderableType] = [f"Verified in {catalogue.root}", shown, *damaged(damage)]
     elsewhere = [result["step"] for result in results if result["ranks_here"] < result["ranks"]]
     if elsewhere:
         parts.append(
@@ -102,14 +104,14 @@ class _Verifier:
         with catalogue.shards(manifest) as opener:
             for record in here:
                 path = catalogue.manager.shard_path(manifest, record.rank)
-                problems, full = _read(path, lambda rank=record.rank: opener.open(rank))
+                problems, full = _read(path, partial(opener.open, record.rank))
                 damage += problems
                 hashed &= full
                 self._advance(record.nbytes)
             for rank, base in bases:
                 if (rank, base) not in self._bases:
                     path = catalogue.manager.base_path(base.attempt, rank)
-                    self._bases[rank, base], _ = _read(path, lambda rank=rank: opener.open_base(rank))
+                    self._bases[rank, base], _ = _read(path, partial(opener.open_base, rank))
                     self._advance(base.nbytes)
                 damage += self._bases[rank, base]
                 self._steps.setdefault((rank, base), []).append(manifest.step)
@@ -135,10 +137,11 @@ class _Verifier:
         ]  # fmt: skip
 
 
-def _read(path: str, open_it: Callable[[], Any]) -> tuple[list[str], bool]:
+def _read(path: str, open_it: Callable[[], Shard | None]) -> tuple[list[str], bool]:
     """(what is damaged in one file, whether it is hashed)."""
     try:
         shard = open_it()
+        assert shard is not None, "the manifest names it"
         return shard.verify(), shard.index.hashed
     except DamageError as error:
         return [str(error)], True

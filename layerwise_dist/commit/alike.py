@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from layerwise_dist.commit.transports import Message
+from layerwise_dist.commit.messages import AlikeSaid
 
 _WAY_OUT = (
     "If they are meant to differ, tell the wrapper (DDP ignores what "
@@ -27,7 +27,7 @@ class Alike:
     def __init__(self) -> None:
         self._first: dict[str, tuple[int, str, str, str, list[str]]] = {}
 
-    def compare(self, message: Message) -> Unlike | None:
+    def compare(self, message: AlikeSaid) -> Unlike | None:
         """Takes one rank's ``alike``: the first group in it that does not fit what another rank said."""
         rank = message["rank"]
         for ranks, listing, params, state, what, new in message["groups"]:

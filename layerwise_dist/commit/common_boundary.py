@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from layerwise_dist.commit.transports import Message
+from layerwise_dist.commit.messages import Ask, Held, HoldBoundary, Meet
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Hold:
         self._meetings: dict[int, Meeting] = {}
         self._alone: Meeting | None = None
 
-    def ask(self, *, leave: bool, why: str) -> list[Message]:
+    def ask(self, *, leave: bool, why: str) -> list[Ask]:
         """For a meeting at the next boundary, or soon after it; nothing if there is one already."""
         at = self._passed + 1
         if any(meeting.leave or not leave for place, meeting in self._meetings.items() if place >= at):
@@ -40,11 +40,11 @@ class Hold:
         self._limit = min(self._limit, at)
         return [{"t": "ask", "rank": self._rank, "b": at, "leave": leave, "why": why}]
 
-    def hold(self, message: Message) -> list[Message]:
+    def hold(self, message: HoldBoundary) -> list[Held]:
         self._limit = min(self._limit, self._passed + 1)
         return [{"t": "held", "rank": self._rank, "round": message["round"], "b": self._passed + 1}]
 
-    def meet(self, message: Message) -> None:
+    def meet(self, message: Meet) -> None:
         self._limit = math.inf
         if message["b"] is not None:
             self._meetings[message["b"]] = Meeting(message["leave"], message["why"])
@@ -83,7 +83,7 @@ class CommonBoundary:
         self._last, self._last_leaves = 0, False
         self._impossible: str | None = None
 
-    def ask(self, message: Message, now: float) -> list[Message]:
+    def ask(self, message: Ask, now: float) -> list[HoldBoundary | Meet]:
         leave, why = message["leave"], message["why"]
         if message["b"] <= self._last and (self._last_leaves or not leave):
             return []  # the asker is about to hear of a meeting that it has not passed
@@ -97,7 +97,7 @@ class CommonBoundary:
         self._open = _Round(self._rounds, now, leave, why)
         return [{"t": "hold", "round": self._rounds, "leave": leave, "why": why}]
 
-    def held(self, message: Message) -> list[Message]:
+    def held(self, message: Held) -> list[Meet]:
         current = self._open
         if current is None or current.number != message["round"]:
             return []
@@ -108,12 +108,12 @@ class CommonBoundary:
         self._last, self._last_leaves = max(current.held.values()), current.leave
         return [{"t": "meet", "round": current.number, "b": self._last, "leave": current.leave, "why": current.why}]
 
-    def end(self, why: str) -> list[Message]:
+    def end(self, why: str) -> list[Meet]:
         """From now on no boundary is common to all: a rank has left, is gone, or all are stopping."""
         self._impossible = self._impossible or why
         return self._give_up(why)
 
-    def tick(self, now: float) -> list[Message]:
+    def tick(self, now: float) -> list[Meet]:
         current = self._open
         if current is None or now - current.since <= self._timeout_s:
             return []
@@ -124,10 +124,10 @@ class CommonBoundary:
     def idle(self) -> bool:
         return self._open is None
 
-    def _give_up(self, why: str) -> list[Message]:
+    def _give_up(self, why: str) -> list[Meet]:
         current, self._open = self._open, None
         return [] if current is None else [_nowhere(current.number, current.leave, f"{current.why}; {why}")]
 
 
-def _nowhere(number: int, leave: bool, why: str) -> Message:
+def _nowhere(number: int, leave: bool, why: str) -> Meet:
     return {"t": "meet", "round": number, "b": None, "leave": leave, "why": why}

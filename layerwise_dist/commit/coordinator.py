@@ -9,61 +9,20 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from layerwise_dist.commit.alike import Alike
 from layerwise_dist.commit.common_boundary import CommonBoundary
+from layerwise_dist.commit.grants import Grants
+from layerwise_dist.commit.messages import AlikeSaid, Durable, Failed, Kept, Skipped, Staged, ToCoordinator, ToRanks
 from layerwise_dist.commit.metadata import InDoubt
-from layerwise_dist.commit.transports import Message
+from layerwise_dist.commit.orders import Announce, ComposeManifest, Output, Retired, RetireOld, WriteManifest
 from layerwise_dist.errors import OwnerError
 from layerwise_dist.storage.filenames import AttemptId
 
 log = logging.getLogger("layerwise_dist")
-
-# Boundaries (counted from the session's start) that ranks may pass before the coordinator's first word.
-FIRST_GRANT = 8
-_GRANT_SECONDS = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class Announce:
-    """Send this to every rank, in order."""
-
-    message: Message
-
-
-@dataclass(frozen=True, slots=True)
-class WriteManifest:
-    """Make this attempt's manifest durable, then say with `Coordinator.wrote` how that ended. `reports` are by rank."""
-
-    seq: int
-    step: int
-    reports: list[Message]
-
-
-@dataclass(frozen=True, slots=True)
-class ComposeManifest:
-    """Make this attempt's manifest, but do not write it; then say `Coordinator.composed`."""
-
-    seq: int
-    step: int
-    reports: list[Message]
-
-
-@dataclass(frozen=True, slots=True)
-class RetireOld:
-    """A commit is durable: remove the manifests that retention no longer keeps, then say `Coordinator.withdrawn`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Retired:
-    """This checkpoint's manifest is gone for good, wherever it was: what is left of it may go."""
-
-    attempt: AttemptId
-
-
-Output = Announce | WriteManifest | ComposeManifest | RetireOld | Retired
 
 
 @dataclass
@@ -73,7 +32,7 @@ class _Attempt:
     step: int
     since: float  # the deadline counts from here
     staged: set[int] = field(default_factory=set)
-    reports: dict[int, Message] = field(default_factory=dict)
+    reports: dict[int, Durable] = field(default_factory=dict)
     alike: Alike = field(default_factory=Alike)
     ready: bool = False  # all have reported
     asked: str = ""  # of the keepers: prepare or publish
@@ -108,41 +67,40 @@ class Coordinator:
         self._finished: str | None = None  # why nothing is committed any more
         self._silent: set[int] = set()  # that have left or are gone
         self._orphaned: set[int] = set()  # gone, and their monitors still report
-        self._at = [0.0] * world_size
-        self._untold = set(range(world_size))  # whose next `at` is awaited
-        self._granted = float(FIRST_GRANT) if world_size > 1 else math.inf
-        self._pace: tuple[float, float] = (now, 0.0)
+        self._grants = Grants(world_size, now)
         self._common = CommonBoundary(world_size, timeout_s / 2)  # ranks that wait for it have `timeout_s`
         self._out: list[Output] = []
 
-    def handle(self, message: Message, now: float) -> list[Output]:
+    def handle(self, message: ToCoordinator, now: float) -> list[Output]:
         """Takes one rank's message."""
         self._now = now
-        kind = message["t"]
-        if kind == "at":
-            self._advance(message["rank"], float(message["b"]), now)
-        elif kind == "closed":
-            self._advance(message["rank"], math.inf, now)
-            self._say_all(self._common.end(f"rank {message['rank']} has left"))
-            self._miss(message["rank"])
-        elif kind == "ask":
-            self._say_all(self._common.ask(message, now))
-        elif kind == "held":
-            self._say_all(self._common.held(message))
-        elif kind == "broke":
-            self._finish(f"rank {message['rank']}: {message['why']}")
-        elif kind in ("gone", "orphaned"):
-            self._lose(message["rank"], message["why"], orphaned=kind == "orphaned")
-        elif kind in ("alike", "staged", "durable", "failed", "skipped"):
-            self._report(kind, message, now)
-        elif kind == "kept":
-            self._kept(message)
+        match message["t"]:
+            case "at":
+                self._advance(message["rank"], float(message["b"]), now)
+            case "closed":
+                self._advance(message["rank"], math.inf, now)
+                self._say_all(self._common.end(f"rank {message['rank']} has left"))
+                self._miss(message["rank"])
+            case "ask":
+                self._say_all(self._common.ask(message, now))
+            case "held":
+                self._say_all(self._common.held(message))
+            case "broke":
+                self._finish(f"rank {message['rank']}: {message['why']}")
+            case "gone":
+                self._lose(message["rank"], message["why"], orphaned=False)
+            case "orphaned":
+                self._lose(message["rank"], message["why"], orphaned=True)
+            case "alike" | "staged" | "durable" | "failed" | "skipped":
+                self._report(message, now)
+            case "kept":
+                self._kept(message)
         return self._taken()
 
     @property
     def last_granted(self) -> int:
         """The boundary that no rank can have passed; -1 if that is any."""
-        return -1 if math.isinf(self._granted) else int(self._granted)
+        return self._grants.last
 
     def tick(self, now: float) -> list[Output]:
         """Ends attempts whose deadline has passed, naming the ranks that were waited for."""
@@ -172,7 +130,7 @@ class Coordinator:
             self._abort(attempt, f"the manifest could not be written: {problem}", failure=True)
         elif self._keepers:
             attempt.since = self._now
-            self._ask_keepers(attempt, "publish", {})
+            self._ask_keepers(attempt, "publish", "")
         else:
             self._committed(attempt)
         return self._taken()
@@ -182,7 +140,7 @@ class Coordinator:
         attempt = self._current
         if problem is not None or attempt is None:
             return self.wrote(seq, problem)
-        self._ask_keepers(attempt, "prepare", {"manifest": text})
+        self._ask_keepers(attempt, "prepare", text)
         return self._taken()
 
     def withdrawn(self, attempts: list[AttemptId]) -> list[Output]:
@@ -208,9 +166,9 @@ class Coordinator:
 
     # -- attempts -----------------------------------------------------------------------------------------------
 
-    def _report(self, kind: str, message: Message, now: float) -> None:
+    def _report(self, message: AlikeSaid | Staged | Durable | Failed | Skipped, now: float) -> None:
         seq = message["seq"]
-        if kind == "failed" and message["final"] and not self._orphaned:
+        if message["t"] == "failed" and message["final"] and not self._orphaned:
             self._finish(f"checkpoint of step {message['step']} failed: rank {message['rank']}: {message['error']}")
         if seq in self._decided:
             return
@@ -233,16 +191,16 @@ class Coordinator:
                 f"{self._world_size}",
                 failure=True,
             )
-        elif kind == "failed":
+        elif message["t"] == "failed":
             self._abort(attempt, f"rank {message['rank']}: {message['error']}", failure=True)
-        elif kind == "skipped":
+        elif message["t"] == "skipped":
             self._abort(attempt, f"rank {message['rank']}: {message['reason']}", failure=False, skipped=True)
-        elif kind == "alike":
+        elif message["t"] == "alike":
             if (unlike := attempt.alike.compare(message)) is not None:
                 if unlike.final:
                     self._finish(unlike.why)
                 self._abort(attempt, unlike.why, failure=unlike.final, unlike="" if unlike.final else unlike.ranks)
-        elif kind == "staged":
+        elif message["t"] == "staged":
             if message["rank"] not in attempt.staged:
                 attempt.staged.add(message["rank"])
                 if len(attempt.staged) == self._world_size:
@@ -272,25 +230,30 @@ class Coordinator:
             self._abort(attempt, f"this session has stopped committing: {self._finished}", failure=False)
         return self._finished is None
 
-    def _reported(self, attempt: _Attempt) -> tuple[int, int, list[Message]]:
+    def _reported(self, attempt: _Attempt) -> tuple[int, int, list[Durable]]:
         return attempt.seq, attempt.step, [attempt.reports[rank] for rank in range(self._world_size)]
 
-    def _ask_keepers(self, attempt: _Attempt, what: str, more: Message) -> None:
+    def _ask_keepers(self, attempt: _Attempt, what: Literal["prepare", "publish"], manifest: str) -> None:
         attempt.asked, attempt.keepers = what, set(self._keepers)
-        self._say({"t": what, "seq": attempt.seq, "step": attempt.step, **more})
+        if what == "prepare":
+            self._say({"t": what, "seq": attempt.seq, "step": attempt.step, "manifest": manifest})
+        else:
+            self._say({"t": what, "seq": attempt.seq, "step": attempt.step})
         for rank in sorted(self._keepers & self._silent)[:1]:
             self._give_up(attempt, f"rank {rank}, which keeps the manifests of its node, left")
 
-    def _kept(self, message: Message) -> None:
+    def _kept(self, message: Kept) -> None:
         """A keeper did what it was asked for, or could not."""
         rank, problem = message["rank"], message["error"]
         if message["what"] == "withdraw":
-            attempts, waiting = self._withdrawing.get(message["batch"], ([], set()))
+            batch = message["batch"]
+            attempts, waiting = self._withdrawing.get(batch, ([], set()))
             waiting.discard(rank)
             if problem is not None:
                 log.warning("rank %d could not remove old manifests: %s", rank, problem)
-                self._withdrawing.pop(message["batch"], None)  # nobody may touch what is left of those
-            elif not waiting and self._withdrawing.pop(message["batch"], None):
+                self._withdrawing.pop(batch, None)  # nobody may touch what is left of those
+            elif not waiting and batch in self._withdrawing:
+                del self._withdrawing[batch]
                 self._out += map(Retired, attempts)
             return
         attempt = self._current
@@ -383,28 +346,13 @@ class Coordinator:
             self._say_all(self._common.end(reason))
 
     def _advance(self, rank: int, boundary: float, now: float) -> None:
-        """Once every rank has said that it is past half of what is granted, more is."""
-        self._at[rank] = max(self._at[rank], boundary)
-        self._untold.discard(rank)
-        if self._untold or self._stopped or math.isinf(self._granted):
-            return
-        slowest = min(self._at)
-        if math.isinf(slowest):
-            return
-        began, first = self._pace
-        rate = (slowest - first) / max(now - began, 1e-3)
-        if now - began > 10:
-            self._pace = (now, slowest)
-        ahead = max(FIRST_GRANT, math.ceil(rate * _GRANT_SECONDS))
-        self._granted = max(self._granted, slowest + ahead)
-        self._untold = {rank for rank, at in enumerate(self._at) if not math.isinf(at)}
-        tell = max(slowest + 1, self._granted - ahead // 2)
-        self._say({"t": "grant", "b": int(self._granted), "tell": int(tell)})
+        if not self._stopped:
+            self._say_all(self._grants.advance(rank, boundary, now))
 
-    def _say(self, message: Message) -> None:
+    def _say(self, message: ToRanks) -> None:
         self._out.append(Announce(message))
 
-    def _say_all(self, messages: list[Message]) -> None:
+    def _say_all(self, messages: Sequence[ToRanks]) -> None:
         self._out += map(Announce, messages)
 
     def _taken(self) -> list[Output]:

@@ -6,18 +6,11 @@ import logging
 import queue
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
-from layerwise_dist.commit.coordinator import (
-    Announce,
-    ComposeManifest,
-    Coordinator,
-    Output,
-    Retired,
-    RetireOld,
-    WriteManifest,
-)
-from layerwise_dist.commit.transports import Message
+from layerwise_dist.commit.coordinator import Coordinator
+from layerwise_dist.commit.messages import Durable, ToCoordinator, ToRanks
+from layerwise_dist.commit.orders import Announce, ComposeManifest, Output, Retired, RetireOld, WriteManifest
 from layerwise_dist.errors import OwnerError
 from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.supervision import background
@@ -28,8 +21,8 @@ log = logging.getLogger("layerwise_dist")
 class Pen(Protocol):
     """What is written for the coordinator (`session.Committer`). All may raise OSError, InDoubt or OwnerError."""
 
-    def compose(self, seq: int, step: int, reports: list[Message]) -> str: ...
-    def commit(self, seq: int, step: int, reports: list[Message]) -> None: ...
+    def compose(self, seq: int, step: int, reports: list[Durable]) -> str: ...
+    def commit(self, seq: int, step: int, reports: list[Durable]) -> None: ...
 
     def retire(self, withdrawn: Callable[[AttemptId], None]) -> None:
         """Removes the manifests that retention no longer keeps; tells of each that is gone durably."""
@@ -50,7 +43,7 @@ class Pen(Protocol):
         ...
 
 
-def perform(coordinator: Coordinator, pen: Pen, send: Callable[[Message], None], output: Output) -> list[Output]:
+def perform(coordinator: Coordinator, pen: Pen, send: Callable[[ToRanks], None], output: Output) -> list[Output]:
     """Does one thing that the coordinator said. What it says to that comes next."""
     if isinstance(output, Announce):
         send(output.message)
@@ -85,7 +78,7 @@ def perform(coordinator: Coordinator, pen: Pen, send: Callable[[Message], None],
     return []
 
 
-def _remove_bases(pen: Pen, send: Callable[[Message], None]) -> None:
+def _remove_bases(pen: Pen, send: Callable[[ToRanks], None]) -> None:
     """Everywhere.
 
     One that is on other nodes only, since no checkpoint ever referred to it, stays until the next start.
@@ -101,13 +94,13 @@ def _remove_bases(pen: Pen, send: Callable[[Message], None]) -> None:
 class CoordinatorThread:
     """From the constructor on, until `close`."""
 
-    def __init__(self, coordinator: Coordinator, pen: Pen, send: Callable[[Message], None]) -> None:
+    def __init__(self, coordinator: Coordinator, pen: Pen, send: Callable[[ToRanks], None]) -> None:
         """`send(message)` reaches every rank, in order."""
         self._coordinator, self._pen, self._send = coordinator, pen, send
-        self._inbox: queue.SimpleQueue[Message | queue.SimpleQueue[bool] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[ToCoordinator | queue.SimpleQueue[bool] | None] = queue.SimpleQueue()
         self._thread = background.start("layerwise-coordinator", self._run, self._broke)
 
-    def post(self, message: Message) -> None:
+    def post(self, message: ToCoordinator) -> None:
         self._inbox.put(message)
 
     def quiet(self, timeout_s: float) -> None:
@@ -134,25 +127,24 @@ class CoordinatorThread:
 
     def _run(self) -> None:
         while True:
-            message = self._next()
-            if message is None:
-                return self._pen.close()
-            if isinstance(message, queue.SimpleQueue):
-                message.put(self._coordinator.settled)
-            elif message:
-                self._do(self._coordinator.handle(message, time.monotonic()))
+            try:
+                message = self._inbox.get(timeout=0.2 if not self._coordinator.idle else 5.0)
+            except queue.Empty:
+                pass
+            else:
+                if message is None:
+                    break
+                if isinstance(message, queue.SimpleQueue):
+                    message.put(self._coordinator.settled)
+                else:
+                    self._do(self._coordinator.handle(message, time.monotonic()))
             self._do(self._coordinator.tick(time.monotonic()))
+        self._pen.close()
 
     def _broke(self, why: str) -> None:
         """Nothing is decided any more, which no rank would hear of else."""
         self._send({"t": "stop", "at": self._coordinator.last_granted, "reason": f"rank 0: {why}"})
         self._pen.close()
-
-    def _next(self) -> Any:
-        try:
-            return self._inbox.get(timeout=0.2 if not self._coordinator.idle else 5.0)
-        except queue.Empty:
-            return {}
 
     def _do(self, outputs: list[Output]) -> None:
         for output in outputs:

@@ -42,7 +42,8 @@ class Inventory:
     @property
     def identities(self) -> Counter[str]:
         """What the sound records say whose they are, with how many say so."""
-        return Counter(record.identity for record in (*self.manifests.values(), *self.branches.values()))
+        records: list[Manifest | Branch] = [*self.manifests.values(), *self.branches.values()]
+        return Counter(record.identity for record in records)
 
     @property
     def newest(self) -> Manifest | Branch | None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import queue
-from typing import Any
+from collections.abc import Callable
 
+from layerwise_dist.commit.messages import Kept, ToCoordinator, ToKeepers, ToRanks
 from layerwise_dist.commit.metadata import Branch, CheckpointMetadataManager, Manifest, decode
 from layerwise_dist.commit.opening import SessionInfo
 from layerwise_dist.commit.owner import Owner
-from layerwise_dist.commit.transports import Message
 from layerwise_dist.errors import DamageError, OwnerError
 from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.odd import leave
@@ -28,19 +28,21 @@ class Keeper:
         self._manager, self._info = manager, info
         self._prepared: set[int] = set()
 
-    def handle(self, message: Message) -> Message | None:
+    def handle(self, message: ToRanks) -> Kept | None:
         """The answer, for what is asked; what is told needs none."""
-        kind = message["t"]
-        if kind == "aborted":
-            self._drop(message["seq"], message["step"])
-        elif kind == "retired":
-            self._collect(AttemptId(message["epoch"], message["seq"], message["step"]))
-        elif kind == "unneeded":
-            self._remove_bases(message["bases"])
-        else:
-            error = self._tried(kind, message)
-            place = {"batch": message["batch"]} if kind == "withdraw" else {"seq": message["seq"]}
-            return {"t": "kept", "what": kind, "rank": self.rank, "error": error, **place}
+        match message["t"]:
+            case "aborted":
+                self._drop(message["seq"], message["step"])
+            case "retired":
+                self._collect(AttemptId(message["epoch"], message["seq"], message["step"]))
+            case "unneeded":
+                self._remove_bases(message["bases"])
+            case "withdraw" as what:
+                error = self._tried(message)
+                return {"t": "kept", "what": what, "rank": self.rank, "error": error, "batch": message["batch"]}
+            case "prepare" | "publish" as what:
+                error = self._tried(message)
+                return {"t": "kept", "what": what, "rank": self.rank, "error": error, "seq": message["seq"]}
         return None
 
     def keep_branch(self, text: str) -> None:
@@ -48,14 +50,14 @@ class Keeper:
         self.owner.check()
         self._manager.write_branch(decode(text.encode(), Branch, "the branch record of rank 0"))
 
-    def _tried(self, kind: str, message: Message) -> str | None:
+    def _tried(self, message: ToKeepers) -> str | None:
         try:
             self.owner.check()
-            if kind == "prepare":
+            if message["t"] == "prepare":
                 manifest = decode(message["manifest"].encode(), Manifest, "the manifest of rank 0")
                 self._prepared.add(manifest.seq)
                 self._manager.prepare(manifest)
-            elif kind == "publish":
+            elif message["t"] == "publish":
                 self._manager.publish(self._attempt(message["seq"], message["step"]))
                 self._prepared.discard(message["seq"])
             else:
@@ -105,12 +107,12 @@ class Keeper:
 class KeeperThread:
     """Runs a Keeper; `post` takes its answers. It waits for its disk only."""
 
-    def __init__(self, keeper: Keeper, post: Any, failed: background.Failed) -> None:
+    def __init__(self, keeper: Keeper, post: Callable[[ToCoordinator], None], failed: background.Failed) -> None:
         self.keeper, self._post = keeper, post
-        self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[ToRanks | None] = queue.SimpleQueue()
         self._thread = background.start("layerwise-keeper", self._run, failed)
 
-    def put(self, message: Message) -> None:
+    def put(self, message: ToRanks) -> None:
         self._inbox.put(message)
 
     def close(self, timeout_s: float) -> bool:

@@ -9,38 +9,26 @@ word is read, that the attempt was aborted or that its checkpoint was retired.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Final
 
 from layerwise_dist.commit.common_boundary import Hold, Meeting
-from layerwise_dist.commit.coordinator import FIRST_GRANT
-from layerwise_dist.commit.transports import Message
+from layerwise_dist.commit.grants import FIRST_GRANT
+from layerwise_dist.commit.messages import Aborted, DurableBase, OfAttempt, ToCoordinator, ToRanks
 from layerwise_dist.storage.filenames import AttemptId
+from layerwise_dist.storage.protocols import Leftover, Write
 from layerwise_dist.storage.reports import ShardReport
 
-LEVELS = ("staged", "durable", "committed")
+LEVELS: Final = ("staged", "durable", "committed")
 _ERROR_CHARS = 2000  # of another rank's message
 _REMEMBERED = 64  # aborted steps whose reason can be asked for
-
-
-class Write(Protocol):
-    """What a rank needs of `storage.adapter.ShardWrite`."""
-
-    attempt: AttemptId
-
-    def persist(self, timeout_s: float) -> ShardReport | None:
-        """None: another process makes it durable, and reports it; `Ledger.written` says when it is."""
-        ...
-
-    def abort(self) -> None: ...
-    def discard(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Post:
     """Send this to the coordinator; in order with all others."""
 
-    message: Message
+    message: ToCoordinator
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +44,7 @@ class GiveUp:
 
     attempt: AttemptId
     error: str
-    write: Write | None
+    write: Leftover | None
     final: bool
     told: bool = False  # the script has read of it already
 
@@ -65,7 +53,7 @@ class GiveUp:
 class Discard:
     """Stop writing and remove this rank's files, then say `discarded`."""
 
-    write: Write
+    write: Leftover
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +81,7 @@ class Ledger:
         self._aborted_seqs: set[int] = set()
         self._failures: dict[int, str] = {}  # by seq, of those aborted that were not skipped
         self._committed_seq = 0
-        self._undecided: dict[int, Write] = {}
+        self._undecided: dict[int, Leftover] = {}
         self._busy: set[int] = set()
         self._granted = float(FIRST_GRANT) if world_size > 1 else math.inf
         self._hold = Hold(rank)
@@ -110,10 +98,10 @@ class Ledger:
         if write.attempt.seq in self._aborted_seqs:  # rank 0 decided before this rank had sealed it
             return [Discard(write)]
         self._undecided[write.attempt.seq] = write
-        return [Post(self._message("staged", write.attempt)), Persist(write)]
+        return [Post({"t": "staged", **self._of(write.attempt)}), Persist(write)]
 
     def failed(
-        self, attempt: AttemptId, error: str, write: Write | None, *, final: bool = False, told: bool = False
+        self, attempt: AttemptId, error: str, write: Leftover | None, *, final: bool = False, told: bool = False
     ) -> list[Action]:
         """This rank gives the attempt up; the coordinator aborts it for all. `final`: and every later one, for good."""
         self._busy.add(attempt.seq)
@@ -125,7 +113,7 @@ class Ledger:
 
     def skipped(self, attempt: AttemptId, reason: str) -> list[Action]:
         """This rank takes no part in the attempt, which is no failure; the coordinator drops it for all."""
-        return [Post({**self._message("skipped", attempt), "reason": reason})]
+        return [Post({"t": "skipped", **self._of(attempt), "reason": reason})]
 
     def boundary(self, count: int) -> list[Action]:
         """The rank is at this boundary, counted from the session's start."""
@@ -159,15 +147,18 @@ class Ledger:
 
     def persisted(self, attempt: AttemptId, report: ShardReport) -> list[Action]:
         self._busy.discard(attempt.seq)
-        message = self._message("durable", attempt)
-        message.update(
-            file=report.file,
-            nbytes=report.nbytes,
-            header_bytes=report.header_bytes,
-            header_hash=f"{report.header_hash:016x}",
-            base=report.base and {**asdict(report.base), "header_hash": f"{report.base.header_hash:016x}"},
-        )
-        return [Post(message)]
+        base: DurableBase | None = None
+        if report.base is not None:
+            base = {
+                "attempt": report.base.attempt, "nbytes": report.base.nbytes, "header_bytes": report.base.header_bytes,
+                "header_hash": f"{report.base.header_hash:016x}",
+            }  # fmt: skip
+        return [
+            Post(
+                {"t": "durable", **self._of(attempt), "file": report.file, "nbytes": report.nbytes,
+                 "header_bytes": report.header_bytes, "header_hash": f"{report.header_hash:016x}", "base": base}
+            )
+        ]  # fmt: skip
 
     def written(self, attempt: AttemptId) -> None:
         """Another process has made the shard durable, and says so to the coordinator itself."""
@@ -175,55 +166,56 @@ class Ledger:
 
     def gave_up(self, gone: GiveUp) -> list[Action]:
         self._busy.discard(gone.attempt.seq)
-        message = self._message("failed", gone.attempt)
-        message.update(error=gone.error[:_ERROR_CHARS], final=gone.final)
-        return [Post(message)]
+        error = gone.error[:_ERROR_CHARS]
+        return [Post({"t": "failed", **self._of(gone.attempt), "error": error, "final": gone.final})]
 
-    def discarded(self, write: Write) -> None:
+    def discarded(self, write: Leftover) -> None:
         self._busy.discard(write.attempt.seq)
 
     # -- what rank 0 says ---------------------------------------------------------------------------------------
 
-    def receive(self, message: Message) -> list[Action]:
-        kind = message["t"]
+    def receive(self, message: ToRanks) -> list[Action]:
         actions: list[Action] = []
-        if kind == "grant":
-            self._granted = max(self._granted, message["b"])
-            self._tell = message["tell"]
-        elif kind == "stop":
-            self.stop = (message["at"], f"checkpointing has stopped on all ranks: {message['reason']}")
-        elif kind in LEVELS:
-            for level in LEVELS[: LEVELS.index(kind) + 1]:
-                self.reached[level] = max(message["step"], self.reached[level] or 0)
-            if kind == "committed":
-                self.commits += 1
-                self._committed_seq = max(self._committed_seq, message["seq"])
-                self._undecided.pop(message["seq"], None)
-        elif kind == "aborted":
-            if message["skipped"]:
-                self.skips += 1
-            else:
-                self.aborts += 1
-            if message["unlike"]:
-                self.unlike.add(message["unlike"])
-            self._aborted_seqs = {seq for seq in self._aborted_seqs if seq > message["seq"] - 1024} | {message["seq"]}
-            reason = f"the checkpoint of step {message['step']} was aborted: {message['reason']}"
-            self._aborted[message["step"]] = reason
-            if not message["skipped"]:
-                self._failures[message["seq"]] = reason
-            for known in (self._aborted, self._failures):
-                if len(known) > _REMEMBERED:
-                    del known[min(known)]
-            write = self._undecided.pop(message["seq"], None)
-            if write is not None:
-                actions.append(Discard(write))
-        elif kind == "hold":
-            actions += map(Post, self._hold.hold(message))
-        elif kind == "meet":
-            self._hold.meet(message)
-        elif kind == "retired":
-            actions.append(Retire(AttemptId(message["epoch"], message["seq"], message["step"])))
+        match message["t"]:
+            case "grant":
+                self._granted = max(self._granted, message["b"])
+                self._tell = message["tell"]
+            case "stop":
+                self.stop = (message["at"], f"checkpointing has stopped on all ranks: {message['reason']}")
+            case "staged" | "durable" | "committed" as kind:
+                for level in LEVELS[: LEVELS.index(kind) + 1]:
+                    self.reached[level] = max(message["step"], self.reached[level] or 0)
+                if kind == "committed":
+                    self.commits += 1
+                    self._committed_seq = max(self._committed_seq, message["seq"])
+                    self._undecided.pop(message["seq"], None)
+            case "aborted":
+                actions += self._note_aborted(message)
+            case "hold":
+                actions += map(Post, self._hold.hold(message))
+            case "meet":
+                self._hold.meet(message)
+            case "retired":
+                actions.append(Retire(AttemptId(message["epoch"], message["seq"], message["step"])))
         return actions
+
+    def _note_aborted(self, message: Aborted) -> list[Action]:
+        if message["skipped"]:
+            self.skips += 1
+        else:
+            self.aborts += 1
+        if message["unlike"]:
+            self.unlike.add(message["unlike"])
+        self._aborted_seqs = {seq for seq in self._aborted_seqs if seq > message["seq"] - 1024} | {message["seq"]}
+        reason = f"the checkpoint of step {message['step']} was aborted: {message['reason']}"
+        self._aborted[message["step"]] = reason
+        if not message["skipped"]:
+            self._failures[message["seq"]] = reason
+        for known in (self._aborted, self._failures):
+            if len(known) > _REMEMBERED:
+                del known[min(known)]
+        write = self._undecided.pop(message["seq"], None)
+        return [] if write is None else [Discard(write)]
 
     def lose(self, why: str, *, at_once: bool = True) -> None:
         """The connection to rank 0 is gone, for good: what is in doubt stays so until the next start.
@@ -304,8 +296,8 @@ class Ledger:
         """Why that attempt was aborted, unless it was skipped."""
         return self._failures.get(attempt.seq)
 
-    def _message(self, kind: str, attempt: AttemptId) -> Message:
+    def _of(self, attempt: AttemptId) -> OfAttempt:
         return {
-            "t": kind, "rank": self.rank, "world_size": self.world_size,
+            "rank": self.rank, "world_size": self.world_size,
             "seq": attempt.seq, "attempt": attempt.text, "step": attempt.step,
         }  # fmt: skip

@@ -11,7 +11,7 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Collection
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from layerwise_dist.commit.inventory import Inventory
 from layerwise_dist.commit.records import (
@@ -30,6 +30,7 @@ from layerwise_dist.errors import DamageError
 from layerwise_dist.storage import filenames
 from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.odd import is_no_folder, kind_at, leave, oddity
+from layerwise_dist.storage.protocols import Env
 from layerwise_dist.storage.removal import remove, remove_files
 from layerwise_dist.storage.retention import unneeded_bases
 
@@ -46,7 +47,7 @@ R = TypeVar("R", bound=Record)
 class CheckpointMetadataManager:
     """Manifests of one directory. Reading is for anyone; only the owner's coordinator writes."""
 
-    def __init__(self, env: Any, root: str, *, file_mode: int = 0o600) -> None:
+    def __init__(self, env: Env, root: str, *, file_mode: int = 0o600) -> None:
         env.confine(root)
         self.env, self.root, self._file_mode = env, root, file_mode
 

@@ -14,7 +14,7 @@ import socket
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from layerwise_dist.commit.metadata import Branch, CheckpointMetadataManager, Identity, Inventory, Manifest, decode
 from layerwise_dist.commit.owner import Owner, read_owner
@@ -22,6 +22,7 @@ from layerwise_dist.errors import DamageError, DirectoryError
 from layerwise_dist.storage import filenames
 from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.odd import kind_at, oddity
+from layerwise_dist.storage.protocols import Env
 
 log = logging.getLogger("layerwise_dist")
 
@@ -68,11 +69,25 @@ class StartPlan:
         return SessionInfo(self.session, self.identity, self.epoch, self.first_seq, self.empty, places)
 
 
+class Seen(TypedDict):
+    """What is in a place's directory, as JSON; attempts as epoch, seq and step."""
+
+    host: str
+    ranks: list[int]
+    identity: str | None
+    epoch: int
+    last_seq: int
+    empty: bool
+    manifests: list[list[int]]
+    branches: list[int]
+    doubtful: list[list[int]]
+
+
 class Place:
     """A keeper's part. In order: `look`, `texts` if it is asked for some, `settle`; `release` if anything fails."""
 
     def __init__(
-        self, env: Any, root: str, manager: CheckpointMetadataManager, *, ranks: Sequence[int], file_mode: int,
+        self, env: Env, root: str, manager: CheckpointMetadataManager, *, ranks: Sequence[int], file_mode: int,
         dir_mode: int, who: str, patience_s: float = 0.0, monitored: bool = False,
     ) -> None:  # fmt: skip
         self._env, self._root, self._manager = env, root, manager
@@ -80,7 +95,7 @@ class Place:
         self._patience_s, self._monitored = patience_s, monitored
         self.owner: Owner | None = None
 
-    def look(self) -> dict[str, Any]:
+    def look(self) -> Seen:
         """Takes the directory, and says what is in it. Raises OwnerError or DirectoryError."""
         doing = f"write in {self._root}"
         try:
@@ -246,7 +261,7 @@ def told_identity(found: Inventory, root: str) -> str | None:
     return said[0][0] if said else None
 
 
-def merge(found: list[dict[str, Any]], root: str, *, fresh: bool) -> StartPlan:
+def merge(found: list[Seen], root: str, *, fresh: bool) -> StartPlan:
     """What the places make together. Raises DirectoryError where they cannot be of one job's disks."""
     identities = {each["identity"] for each in found if each["identity"] is not None}
     if len(identities) > 1:
@@ -264,7 +279,7 @@ def merge(found: list[dict[str, Any]], root: str, *, fresh: bool) -> StartPlan:
             f"a copy, or "
             "start anew with attach(fresh=True)"
         )
-    lacking = []
+    lacking: list[tuple[str, list[Seen]]] = []
     for attempt in manifests.values():
         lacking.append((AttemptId(*attempt).folder, [place for place in found if attempt in place["manifests"]]))
     for seq in sorted({seq for place in found for seq in place["branches"]}):
@@ -287,7 +302,7 @@ def merge(found: list[dict[str, Any]], root: str, *, fresh: bool) -> StartPlan:
     )
 
 
-def _whose(found: dict[str, Any]) -> str:
+def _whose(found: Seen) -> str:
     ranks = found["ranks"]
     return f"rank{'s' if len(ranks) > 1 else ''} {_spans(ranks)} on {found['host']}"
 
@@ -315,7 +330,7 @@ def as_tree(plan: StartPlan) -> dict[str, Any]:
 _NOT_OURS = {errno.EACCES, errno.EPERM, errno.EINVAL, errno.EROFS, errno.EOPNOTSUPP}
 
 
-def make_dirs(env: Any, root: str, mode: int) -> None:
+def make_dirs(env: Env, root: str, mode: int) -> None:
     """Makes `root` and what is missing above it, and flushes all names on the way there.
 
     Those that are there already too: a start that made them may have died, or failed, before they were durable.

@@ -9,10 +9,11 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TypedDict, cast
 
 from layerwise_dist.errors import OwnerError, shown
 from layerwise_dist.storage import filenames, strict_json
+from layerwise_dist.storage.protocols import Env, FileLock
 
 log = logging.getLogger("layerwise_dist")
 
@@ -24,6 +25,19 @@ _MEMBERS = {"epoch": int, "session": str, "who": str}
 _LOOK_S = 0.02
 
 
+class OwnerNote(TypedDict, total=False):
+    """What the file says: whose the directory is. `monitor`: a monitor's; `ends`: its job has ended, and it finishes.
+
+    Nothing of it is there, or the first three at least.
+    """
+
+    epoch: int
+    session: str
+    who: str
+    monitor: bool
+    ends: bool
+
+
 class Owner:
     """The writing session's hold on a directory: an OFD lock on `<dir>/owner`, and the epoch written in it.
 
@@ -32,7 +46,7 @@ class Owner:
     """
 
     def __init__(
-        self, env: Any, root: str, *, file_mode: int, who: str, patience_s: float = 0.0, monitored: bool = False
+        self, env: Env, root: str, *, file_mode: int, who: str, patience_s: float = 0.0, monitored: bool = False
     ) -> None:
         """Takes the lock; `previous` is the epoch of the session before.
 
@@ -66,8 +80,9 @@ class Owner:
         if self._session:
             self._write(self.epoch, self._session, {"monitor": True, "ends": True})
 
-    def _write(self, epoch: int, session: str, more: dict[str, bool]) -> None:
-        text = json.dumps({"epoch": epoch, "session": session, "who": self._who, **more}, separators=(",", ":"))
+    def _write(self, epoch: int, session: str, more: OwnerNote) -> None:
+        note: OwnerNote = {"epoch": epoch, "session": session, "who": self._who, **more}
+        text = json.dumps(note, separators=(",", ":"))
         with self._writing:
             self._lock.write(text.encode())
 
@@ -83,14 +98,14 @@ class Owner:
                 "a newer job took over; nothing more is committed here"
             )
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> OwnerNote:
         return _parsed(lambda: self._lock.read(_CAP))
 
     def release(self) -> None:
         self._lock.release()
 
 
-def _parsed(read: Callable[[], bytes]) -> dict[str, Any]:
+def _parsed(read: Callable[[], bytes]) -> OwnerNote:
     """What `read` gives, as `begin` writes it; nothing if it is anything else: empty, or torn by a crash before the
     epoch was flushed. Epochs in the names of folders still count then, and the next session writes it anew.
     """
@@ -104,10 +119,10 @@ def _parsed(read: Callable[[], bytes]) -> dict[str, Any]:
         return {}
     if type(tree) is not dict or any(type(tree.get(name)) is not kind for name, kind in _MEMBERS.items()):
         return {}
-    return tree if filenames.is_number(tree["epoch"]) else {}
+    return cast(OwnerNote, tree) if filenames.is_number(tree["epoch"]) else {}
 
 
-def _take(env: Any, root: str, path: str, file_mode: int, patience_s: float, grace_s: float) -> Any:
+def _take(env: Env, root: str, path: str, file_mode: int, patience_s: float, grace_s: float) -> FileLock:
     """The lock. `grace_s`: how long a holder is waited for that does not say what it is."""
     began = time.monotonic()
     told = False
@@ -135,7 +150,7 @@ def _take(env: Any, root: str, path: str, file_mode: int, patience_s: float, gra
         time.sleep(_LOOK_S)
 
 
-def read_owner(env: Any, root: str) -> dict[str, Any]:
+def read_owner(env: Env, root: str) -> OwnerNote:
     """What the file says, without the lock; nothing if it is torn, or not there. Raises OSError if it can't be read."""
     try:
         return _parsed(lambda: env.read_file(os.path.join(root, filenames.OWNER), _CAP))
@@ -143,7 +158,7 @@ def read_owner(env: Any, root: str) -> dict[str, Any]:
         return {}
 
 
-def _holder(env: Any, root: str) -> dict[str, Any]:
+def _holder(env: Env, root: str) -> OwnerNote:
     try:
         return read_owner(env, root)
     except OSError as error:

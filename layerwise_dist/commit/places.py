@@ -7,25 +7,40 @@ import os
 import socket
 import uuid
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict, TypeVar
 
+from layerwise_dist.commit.messages import Outcome
 from layerwise_dist.commit.opening import make_dirs
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.transports.rendezvous import place
 from layerwise_dist.commit.votes import rebuild_error, tried
 from layerwise_dist.errors import DeadlineError, DirectoryError, LayerwiseError
 from layerwise_dist.storage import filenames, network
+from layerwise_dist.storage.protocols import Env
 from layerwise_dist.supervision.patience import within
 
 log = logging.getLogger("layerwise_dist")
 
 _LOOK = "the look for a common directory"
+_T = TypeVar("_T")
+
+
+class _About(TypedDict):
+    """What a rank says of itself where there are several directories.
+
+    `keeper`: the lowest rank whose directory it sees; `network`: the kind of file system, if machines share it.
+    """
+
+    keeper: Outcome
+    host: str
+    node: str
+    network: str | None
 
 
 class _Probe:
     """A file under a name that nobody has looked for before, so that no cache of a network file system knows it."""
 
-    def __init__(self, env: Any, root: str, *, file_mode: int, dir_mode: int) -> None:
+    def __init__(self, env: Env, root: str, *, file_mode: int, dir_mode: int) -> None:
         self._env, self._root, self._file_mode, self._dir_mode = env, root, file_mode, dir_mode
         self._made: list[str] = []
 
@@ -58,7 +73,7 @@ class _Probe:
                 log.warning("%s stays until the next start: %s", path, error)
 
 
-def find_places(env: Any, root: str, participant: Participant, *, file_mode: int, dir_mode: int) -> list[list[int]]:
+def find_places(env: Env, root: str, participant: Participant, *, file_mode: int, dir_mode: int) -> list[list[int]]:
     """The ranks of each place, each list in order, rank 0's first. All ranks together; raises DirectoryError on all."""
     rank, world_size = participant.rank, participant.world_size
     if world_size == 1:
@@ -85,7 +100,7 @@ def find_places(env: Any, root: str, participant: Participant, *, file_mode: int
         )
         seen = tried(participant.disk_s, _LOOK, lambda: _lowest(probe, token, apart) if mine else 0)
         network_of = _on_disk(participant, lambda: _network(env, root))
-        about = {"keeper": seen, "host": socket.gethostname(), "node": place(), "network": network_of}
+        about: _About = {"keeper": seen, "host": socket.gethostname(), "node": place(), "network": network_of}
         return participant.agree("who shares a directory", about, lambda votes: _grouped(votes, root))
     finally:
         try:
@@ -98,30 +113,32 @@ def _lowest(probe: _Probe, token: str, ranks: list[int]) -> int:
     return next(rank for rank in ranks if probe.sees(token, rank))
 
 
-def _network(env: Any, root: str) -> str | None:
+def _network(env: Env, root: str) -> str | None:
     try:
         return network.name_by_magic(env.file_system(root))
     except OSError:
         return None
 
 
-def _on_disk(participant: Participant, action: Callable[[], Any]) -> Any:
+def _on_disk(participant: Participant, action: Callable[[], _T]) -> _T:
     return within(participant.disk_s, _LOOK, action)
 
 
-def _all_well(votes: list[dict[str, Any]]) -> list[Any]:
+def _all_well(votes: list[Outcome]) -> list[Any]:
+    values = []
     for rank, vote in enumerate(votes):
         if "error" in vote:
             error = rebuild_error(vote["error"])
             raise error if isinstance(error, LayerwiseError) else DirectoryError(f"rank {rank}: {error}")
-    return [vote["value"] for vote in votes]
+        values.append(vote["value"])
+    return values
 
 
-def _blind(votes: list[dict[str, Any]]) -> list[int]:
+def _blind(votes: list[Outcome]) -> list[int]:
     return [rank for rank, sees in enumerate(_all_well(votes)) if not sees]
 
 
-def _grouped(votes: list[dict[str, Any]], root: str) -> list[list[int]]:
+def _grouped(votes: list[_About], root: str) -> list[list[int]]:
     """Each node's disk makes one place. Anything else is a directory that is not what was meant: a mount is missing."""
     keepers = _all_well([vote["keeper"] for vote in votes])
     of_node: dict[str, int] = {}

@@ -30,6 +30,7 @@ _LONGEST_FRAMEWORK = 1 << 16
 _TEXTS, _OBJECT = 1 << 20, 1 << 10  # bytes: more than all texts of a record, and than all of a shard in it
 _LAST_TIME = 1e11  # seconds since 1970; the year 5138
 
+BoundaryKind = Literal["explicit", "loader", "inferred", "call"]
 Number = Annotated[int, Field(ge=1, lt=filenames.NUMBERS_END)]
 NumberOrNone = Annotated[int, Field(ge=0, lt=filenames.NUMBERS_END)]
 FileSize = Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -118,7 +119,7 @@ class Manifest(Record):
     step: int = Field(ge=0, lt=filenames.STEPS_END)
     world_size: int = Field(ge=1, le=filenames.RANKS_END)
     framework: str = Field(min_length=1, max_length=_LONGEST_FRAMEWORK)
-    boundary: Literal["explicit", "loader", "inferred", "call"]
+    boundary: BoundaryKind
     places: Places | None = None  # ranks whose shards lie in one directory, where not all do
     tag: str | None = None
     created: float = Field(ge=0, le=_LAST_TIME)
@@ -256,10 +257,10 @@ def decode(data: bytes, model: type[R], path: str) -> R:
     if found != int(match[1], 16):
         raise DamageError(f"{path}: damaged: its bytes hash to {found:016x}, it says {match[1].decode()}")
     try:
-        found = _read(data, b"".join((body, b"}")), model)
-        if problem := found.contradiction():
+        record = _read(data, b"".join((body, b"}")), model)
+        if problem := record.contradiction():
             raise ValueError(problem)
-        return found
+        return record
     except (ValueError, Unfit) as error:
         raise DamageError(f"{path}: not a record of this version: {error}") from None
 

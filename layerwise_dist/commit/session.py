@@ -1,9 +1,8 @@
-"""One run of the job in one checkpoint directory: opened by all ranks together, committed to by rank 0."""
+"""One run of the job in one checkpoint directory: what rank 0 writes there, and from where all ranks go on."""
 
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections import deque
@@ -12,13 +11,10 @@ from typing import Any, Protocol
 
 from pydantic import TypeAdapter
 
-from layerwise_dist.commit.coordinator import Coordinator
-from layerwise_dist.commit.coordinator_thread import CoordinatorThread
-from layerwise_dist.commit.keeper import Keeper, KeeperThread
+from layerwise_dist.commit.messages import Durable
 from layerwise_dist.commit.metadata import (
     Branch,
     CheckpointMetadataManager,
-    Identity,
     InDoubt,
     Inventory,
     Manifest,
@@ -27,23 +23,20 @@ from layerwise_dist.commit.metadata import (
     Span,
     encode,
 )
-from layerwise_dist.commit.opening import Place, SessionInfo, StartPlan, as_start_plan, as_tree, make_dirs, merge
+from layerwise_dist.commit.opening import SessionInfo
 from layerwise_dist.commit.owner import Owner
 from layerwise_dist.commit.participant import Participant
-from layerwise_dist.commit.places import find_places
-from layerwise_dist.commit.records import bases_of
-from layerwise_dist.commit.transports import Message, Transport
-from layerwise_dist.commit.votes import rebuild_error, tried
-from layerwise_dist.errors import DamageError, DeadlineError, DirectoryError, OwnerError
-from layerwise_dist.storage import filenames
+from layerwise_dist.commit.records import BoundaryKind, bases_of
+from layerwise_dist.commit.votes import tried, values
+from layerwise_dist.errors import DamageError, DeadlineError, OwnerError
 from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.odd import leave
 from layerwise_dist.storage.retention import retired, unneeded_bases
-from layerwise_dist.supervision.patience import DISK_SHARE, stuck_calls, within
+from layerwise_dist.supervision.patience import stuck_calls, within
 
 log = logging.getLogger("layerwise_dist")
 
-_WORK = "the work in the checkpoint directory"
+WORK = "the work in the checkpoint directory"
 
 _REMEMBERED = 64  # retired attempts whose folders are looked after at the end
 _SHARDS = TypeAdapter(list[ShardRecord])
@@ -52,7 +45,7 @@ _SHARDS = TypeAdapter(list[ShardRecord])
 class Requests(Protocol):
     """What rank 0's training thread says of commits, and asks for."""
 
-    boundary_kind: str
+    boundary_kind: BoundaryKind
 
     def tag(self, seq: int, tag: str) -> None:
         """Of an attempt, before it is sealed."""
@@ -92,7 +85,7 @@ class Committer:
         # `follow` comes from the training thread, while the coordinator's may still retire behind the last commit.
         self._lock = threading.Lock()
         self._announced: deque[AttemptId] = deque(maxlen=_REMEMBERED)
-        self.boundary_kind = "explicit"
+        self.boundary_kind: BoundaryKind = "explicit"
         self._tags: dict[int, str] = {}  # of attempts, by seq
 
     def tag(self, seq: int, tag: str) -> None:
@@ -146,13 +139,13 @@ class Committer:
         self._head, self._branch, self._before, self._root = head, branch, before, root
         return text, parent.bases if parent is not None else []
 
-    def compose(self, seq: int, step: int, reports: list[Message]) -> str:
+    def compose(self, seq: int, step: int, reports: list[Durable]) -> str:
         """The manifest that `commit` will write, as it will lie in the file. Raises OwnerError."""
         self.owner.check()
         self._draft = self._manifest(seq, step, reports)
         return encode(self._draft).decode()
 
-    def commit(self, seq: int, step: int, reports: list[Message]) -> None:
+    def commit(self, seq: int, step: int, reports: list[Durable]) -> None:
         """Raises OSError, InDoubt or OwnerError, as `Coordinator.wrote` takes them."""
         draft, self._draft = self._draft, None
         manifest = draft if draft is not None and draft.seq == seq else self._manifest(seq, step, reports)
@@ -162,10 +155,10 @@ class Committer:
             self._known.manifests[seq] = manifest.light()
         self._head = manifest.ref
 
-    def _manifest(self, seq: int, step: int, reports: list[Message]) -> Manifest:
+    def _manifest(self, seq: int, step: int, reports: list[Durable]) -> Manifest:
         attempt = AttemptId(self.info.epoch, seq, step)
         shards = _SHARDS.validate_python(
-            [{name: report[name] for name in ShardRecord.model_fields} for report in reports]
+            [{name: value for name, value in report.items() if name in ShardRecord.model_fields} for report in reports]
         )
         return Manifest(
             identity=self.info.identity, session=self.info.session, epoch=self.info.epoch, seq=seq,
@@ -267,103 +260,6 @@ class Committer:
             log.warning("the directory is held until this process ends: %s", error)
 
 
-def start_coordinator(
-    transport: Transport, manager: CheckpointMetadataManager, owner: Owner, info: SessionInfo, *, framework: str,
-    software: dict[str, str], keep_last: int, keep_every_n_steps: int | None, timeout_s: float, on_failure: str,
-    raise_after: int, keep_tags: int | None = None,
-) -> tuple[Committer, CoordinatorThread]:  # fmt: skip
-    """Rank 0's part from `open_session` on: the caller leads messages to the coordinator's `post`."""
-    committer = Committer(
-        manager, owner, info, world_size=transport.world_size, framework=framework, software=software,
-        keep_last=keep_last, keep_every_n_steps=keep_every_n_steps, keep_tags=keep_tags,
-        patience_s=DISK_SHARE * timeout_s,
-    )  # fmt: skip
-    logic = Coordinator(
-        transport.world_size, timeout_s=timeout_s, on_failure=on_failure, raise_after=raise_after, now=time.monotonic(),
-        keepers=[place[0] for place in info.places[1:]],
-    )  # fmt: skip
-    return committer, CoordinatorThread(logic, committer, transport.announce)
-
-
-def start_keeper(participant: Participant, manager: CheckpointMetadataManager, owner: Owner, info: SessionInfo) -> None:
-    """The part of another keeper than rank 0, from `open_session` on, until the participant is closed."""
-    participant.keep(KeeperThread(Keeper(participant.rank, manager, owner, info), participant.post, participant.broke))
-
-
-def open_session(
-    env: Any, root: str, participant: Participant, *, file_mode: int, dir_mode: int, who: str, fresh: bool = False,
-    mock: bool = False, patience_s: float = 0.0, monitored: bool = False,
-) -> tuple[SessionInfo, CheckpointMetadataManager, Owner | None]:  # fmt: skip
-    """All ranks together. Who shares a directory finds out that it does; the lowest rank of each place takes the lock,
-    brings what is committed elsewhere, and collects leftovers. Raises OwnerError or DirectoryError on every rank alike.
-
-    `patience_s` is how long a monitor is waited for that finishes the checkpoints of a job which has ended; `monitored`
-    says that this process is one. With `mock`, each rank's Env is a directory of its own that nothing was ever in and
-    nothing will be.
-    """
-    manager = CheckpointMetadataManager(env, root, file_mode=file_mode)
-    modes = {"file_mode": file_mode, "dir_mode": dir_mode}
-    rank = participant.rank
-    places = [list(range(participant.world_size))] if mock else find_places(env, root, participant, **modes)
-    ranks = next(place for place in places if rank in place)
-    place = None
-    if rank == ranks[0]:
-        place = Place(env, root, manager, ranks=ranks, who=who, patience_s=patience_s, monitored=monitored, **modes)
-    try:
-        plan = _plan(participant, place, root, fresh=fresh, timeout_s=participant.disk_s / 4 + patience_s)
-        texts: dict[str, str] = {}
-        if plan.lacking:
-            given = tried(participant.disk_s, _WORK, lambda: place.texts(plan) if place is not None else {})
-            texts = participant.agree("bring what is committed to all", given, _collected)
-        info = plan.info(places)
-        participant.apart = not info.shared
-
-        settled = tried(participant.disk_s, _WORK, lambda: place.settle(plan, texts) if place is not None else [])
-        for why in participant.agree("settle the checkpoint directory", settled, _settled):
-            log.warning("%s", why)
-
-        def check() -> list[str]:
-            if mock and place is None:
-                make_dirs(env, root, dir_mode)
-                manager.write_identity(Identity(identity=info.identity))
-            _check_directory(env, root, manager, info)
-            return []
-
-        participant.agree("see the same checkpoint directory", tried(participant.disk_s, _WORK, check), _settled)
-    except BaseException:
-        if place is not None:
-            place.release()
-        raise
-    return info, manager, place.owner if place is not None else None
-
-
-def _plan(participant: Participant, place: Place | None, root: str, *, fresh: bool, timeout_s: float) -> StartPlan:
-    def decide(votes: list[dict[str, Any]]) -> dict[str, Any]:
-        return as_tree(merge([found for found in _values(votes) if found is not None], root, fresh=fresh))
-
-    seen = tried(timeout_s, _WORK, lambda: place.look() if place is not None else None)
-    return as_start_plan(participant.agree("open the checkpoint directory", seen, decide))
-
-
-def _values(votes: list[dict[str, Any]]) -> list[Any]:
-    """Raises the first rank's error as it is."""
-    for vote in votes:
-        if "error" in vote:
-            raise rebuild_error(vote["error"])
-    return [vote["value"] for vote in votes]
-
-
-def _collected(votes: list[dict[str, Any]]) -> dict[str, str]:
-    return {name: text for given in _values(votes) for name, text in given.items()}
-
-
-def _settled(votes: list[dict[str, Any]]) -> list[str]:
-    bad = [f"rank {rank}: {vote['error']['message']}" for rank, vote in enumerate(votes) if "error" in vote]
-    if bad:
-        raise DirectoryError("; ".join(bad))
-    return [why for vote in votes for why in vote["value"]]
-
-
 def follow(
     participant: Participant, committer: Requests | None, head: ParentRef | None, branch_seq: int | None
 ) -> list[str]:
@@ -380,19 +276,6 @@ def follow(
 
     text, bases = participant.agree("continue the lineage", None, decide)
     if text is not None and participant.apart:
-        kept = tried(participant.disk_s, _WORK, lambda: participant.keep_branch(text))
-        participant.agree("continue the lineage everywhere", kept, _values)
+        kept = tried(participant.disk_s, WORK, lambda: participant.keep_branch(text))
+        participant.agree("continue the lineage everywhere", kept, values)
     return list(bases)
-
-
-def _check_directory(env: Any, root: str, manager: CheckpointMetadataManager, info: SessionInfo) -> None:
-    try:
-        found = manager.read_identity().identity
-    except FileNotFoundError:
-        raise DirectoryError(
-            f"{os.path.join(root, filenames.IDENTITY)}, which was made for all ranks, is not there: is a mount missing?"
-        ) from None
-    if found != info.identity:
-        raise DirectoryError(
-            f"{root} is another directory (identity {found}) than rank 0's ({info.identity}): is a mount missing?"
-        )

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from layerwise_dist import _native
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.records import BaseRecord, Manifest, ShardRecord
 from layerwise_dist.errors import DamageError
 from layerwise_dist.storage.reader import Shard
 
 
-def open_shard(manager: CheckpointMetadataManager, pool: Any, manifest: Manifest, rank: int) -> Shard:
+def open_shard(manager: CheckpointMetadataManager, pool: _native.WriterPool, manifest: Manifest, rank: int) -> Shard:
     """A rank's shard, its header checked against the manifest. Raises DamageError or OSError."""
     record = manifest.shards[rank]
     of = (manifest.attempt, rank, manifest.world_size)
@@ -22,7 +21,9 @@ def open_shard(manager: CheckpointMetadataManager, pool: Any, manifest: Manifest
     return shard
 
 
-def open_base(manager: CheckpointMetadataManager, pool: Any, manifest: Manifest, rank: int) -> Shard | None:
+def open_base(
+    manager: CheckpointMetadataManager, pool: _native.WriterPool, manifest: Manifest, rank: int
+) -> Shard | None:
     """The frozen parameters that a rank's shard refers to, as a shard; None if it refers to none.
 
     Raises as `open_shard`.
@@ -35,9 +36,12 @@ def open_base(manager: CheckpointMetadataManager, pool: Any, manifest: Manifest,
 
 
 def _open(
-    manager: CheckpointMetadataManager, pool: Any, path: str, record: ShardRecord | BaseRecord, of: tuple[str, int, int]
-) -> Shard:
+    manager: CheckpointMetadataManager, pool: _native.WriterPool, path: str, record: ShardRecord | BaseRecord,
+    of: tuple[str, int, int],
+) -> Shard:  # fmt: skip
+    env = manager.env
+    assert isinstance(env, _native.Env), "the native core reads shards"
     return Shard(
-        manager.env, pool, path, nbytes=record.nbytes, header_bytes=record.header_bytes,
+        env, pool, path, nbytes=record.nbytes, header_bytes=record.header_bytes,
         header_hash=int(record.header_hash, 16), of=of,
     )  # fmt: skip

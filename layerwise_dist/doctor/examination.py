@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 from layerwise_dist import _native
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
@@ -212,7 +211,7 @@ def _rename(error: OSError, held: list[int], folder: str) -> None:
 def _remove(name: str, above: int, held: list[int]) -> None:
     """Not to be interrupted: a second Ctrl-C would leave the data behind."""
     main = threading.current_thread() is threading.main_thread()
-    before: Any = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
     try:
         for folder in held:
             _empty(folder)

@@ -324,8 +324,8 @@ def of_writer(rates: Rates, manner: Manner, state: int | None, config: Layerwise
     if state:
         text += f" A checkpoint of {size(state)} takes {state / steady:.2g} s of the disk."
     if (share_first if share is None else min(share, share_first)) < _WRITER_SHARE:
-        advice = "Leave the writer a core that training does not use (OMP_NUM_THREADS one lower)."
-        return Finding("writer", "warn", text, advice, figures)
+        spare_core = "Leave the writer a core that training does not use (OMP_NUM_THREADS one lower)."
+        return Finding("writer", "warn", text, spare_core, figures)
     advice = None
     if state and config.every_n_steps is not None:
         advice = (

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from layerwise_dist import _native
 from layerwise_dist.storage.adapter import PCCheckAdapter
@@ -213,7 +213,7 @@ class Shards:
     """One rank's shards of a state of `nbytes`, written as a job writes them: new at first, later over retired ones."""
 
     def __init__(
-        self, env: Any, root: str, memory: mmap.mmap, nbytes: int, shape: Shape, *, direct: bool, manner: Manner
+        self, env: _native.Env, root: str, memory: mmap.mmap, nbytes: int, shape: Shape, *, direct: bool, manner: Manner
     ) -> None:
         os.mkdir(root, 0o700)
         self._root, self._nbytes = root, nbytes
@@ -269,7 +269,7 @@ class Shards:
         try:
             write.set_addresses(self._addresses)
             write.submit(0, len(self._laid.shard.extents))
-            write.append_state(b"{}", b"")
+            write.seal(b"{}", b"")
             write.persist(_PATIENCE_S)
         except BaseException:
             write.abort()

@@ -7,7 +7,7 @@ import os
 import platform
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -17,9 +17,9 @@ from layerwise_dist.capture.room import check_pool
 from layerwise_dist.capture.sealed import Sealer
 from layerwise_dist.capture.survey import Surveyor
 from layerwise_dist.commit.agreement import together
-from layerwise_dist.commit.opening import PATIENCE_SHARE
+from layerwise_dist.commit.opening import PATIENCE_SHARE, SessionInfo
 from layerwise_dist.commit.participant import Participant
-from layerwise_dist.commit.session import SessionInfo, open_session, start_coordinator, start_keeper
+from layerwise_dist.commit.start import Rules, start_session, start_writer
 from layerwise_dist.commit.transports import Transport
 from layerwise_dist.commit.transports.choice import find_ranks, open_transport
 from layerwise_dist.config import LayerwiseConfig, load_config
@@ -27,17 +27,21 @@ from layerwise_dist.engine import at_exit
 from layerwise_dist.engine.disabled import DisabledEngine
 from layerwise_dist.engine.engine import LayerwiseEngine
 from layerwise_dist.engine.holdings import Holdings
+from layerwise_dist.engine.lent import Loan
 from layerwise_dist.engine.preemption import Preemption, check_thread
 from layerwise_dist.engine.replicas import Replicas
+from layerwise_dist.engine.workings import Workings
 from layerwise_dist.errors import ConfigError, LayerwiseError, StateError, UnsupportedError
 from layerwise_dist.frameworks import Framework, accumulating, config_block, find_framework, find_optimizer, is_engine
-from layerwise_dist.frameworks.optimizers import OptimizerAdapter, TorchOptimizer
+from layerwise_dist.frameworks.optimizers import OptimizerAdapter
+from layerwise_dist.frameworks.torch_optimizer import TorchOptimizer
 from layerwise_dist.layers.adapter import LayeredOptimizer
 from layerwise_dist.loop.objects import StateObjects
 from layerwise_dist.monitor.attaching import OpenSession, open_monitored
 from layerwise_dist.monitor.connection import MonitorLink, start_monitor
 from layerwise_dist.monitor.transport import MonitorTransport
 from layerwise_dist.storage import typed_json
+from layerwise_dist.storage.adapter import PCCheckAdapter
 from layerwise_dist.storage.exposure import exposed, listed
 from layerwise_dist.storage.network import memory_by_magic
 from layerwise_dist.storage.writer import open_writer
@@ -74,12 +78,12 @@ def attach(
         if config is None and engines:
             config = common_block(engines)
             if config is None and not overrides:
-                return disabled(engines)
+                return disabled(engines, LayerwiseConfig(enabled=False))
         settings = load_config(config, **overrides)
     except ConfigError as error:
         settings, problem = LayerwiseConfig(), error  # the other ranks are told before it is raised
     if not settings.enabled:
-        return disabled(engines)
+        return disabled(engines, settings)
     monitor: MonitorLink | None = None
     transport: Transport
     try:
@@ -102,7 +106,7 @@ def attach(
     )  # fmt: skip
 
 
-def environment(config: LayerwiseConfig) -> Any:
+def environment(config: LayerwiseConfig) -> _native.Env:
     """The Env of the disk that it writes to."""
     if config.mode == "mock":
         return _native.MockEnv()
@@ -120,33 +124,35 @@ def common_block(engines: Sequence[Any]) -> Any:
     return blocks[0] if blocks else None
 
 
-def disabled(engines: Sequence[Any]) -> DisabledEngine:
-    return DisabledEngine(lambda: any(map(accumulating, engines)))
+def disabled(engines: Sequence[Any], config: LayerwiseConfig) -> DisabledEngine:
+    return DisabledEngine(config, lambda: any(map(accumulating, engines)))
 
 
-def _torch_adapter(update: str) -> Callable[[Framework, object], OptimizerAdapter]:
-    if update in ("auto", "whole"):
+def _torch_adapter(
+    update: Literal["auto", "whole", "pipelined_step", "in_backward"],
+) -> Callable[[Framework, object], OptimizerAdapter]:
+    if update == "auto" or update == "whole":
         return TorchOptimizer
     return lambda framework, optimizer: LayeredOptimizer(framework, optimizer, update)
 
 
 def assemble(
     model: torch.nn.Module | None, optimizer: torch.optim.Optimizer | None, config: LayerwiseConfig,
-    transport: Transport, env: Any, *, models: Mapping[str, torch.nn.Module] | None = None,
+    transport: Transport, env: _native.Env, *, models: Mapping[str, torch.nn.Module] | None = None,
     optimizers: Mapping[str, torch.optim.Optimizer] | None = None,
     state: dict[str, Any] | None = None, fresh: bool = False, framework: Framework | None = None,
-    problem: ConfigError | None = None, monitor: MonitorLink | None = None, lender: LayerwiseEngine | None = None,
+    problem: ConfigError | None = None, monitor: MonitorLink | None = None, loan: Loan | None = None,
 ) -> LayerwiseEngine:  # fmt: skip
     """`attach()` behind its two seams: any `Transport`, any `Env`. Rank and world size are the transport's.
 
     With `monitor`, `transport` goes through it, and `env` is what this process reads by. With `problem`, this rank's
-    configuration is bad and `config` stands in for it: all ranks raise `problem`. With `lender`, the new engine saves
-    what that one does, and hooks nothing: it is for calls of `save()` while nothing is trained.
+    configuration is bad and `config` stands in for it: all ranks raise `problem`. With `loan`, the new engine saves
+    what the lender does, and hooks nothing: it is for calls of `save()` while nothing is trained.
     """
     rank, world_size = transport.rank, transport.world_size
-    participant = Participant(transport, timeout_s=config.commit.timeout_s, coordinator=None)
-    participant.through_monitor = monitor is not None
-    closers: list[Any] = [*([monitor.close] if monitor is not None else []), lambda: participant.close(1.0)]
+    participant = Participant(transport, timeout_s=config.commit.timeout_s, through_monitor=monitor is not None)
+    closers: list[Callable[[], object]] = [] if monitor is None else [monitor.close]
+    closers.append(lambda: participant.close(1.0))
 
     def in_memory() -> str | None:
         return memory_by_magic(env.file_system(config.path))
@@ -162,8 +168,8 @@ def assemble(
         def examine() -> tuple[Framework, OptimizerAdapter, StateObjects]:
             if problem is not None:
                 raise problem
-            if lender is not None:
-                return lender._lend()
+            if loan is not None:
+                return loan.framework, loan.optimizer, loan.objects
             if config.preemption.enabled:
                 check_thread()
             found = framework or find_framework(model, models, rank, world_size)
@@ -192,7 +198,9 @@ def assemble(
             objects.tap()
             return found, adapter, objects
 
-        _, (found, updates, objects) = together(participant, "attach", examine)
+        _, examined = together(participant, "attach", examine)
+        assert examined is not None, "nothing is read here that could be damaged"
+        found, updates, objects = examined
         replicas = Replicas(found, updates, participant)
         replicas.meet()
         if monitor is not None:
@@ -216,11 +224,12 @@ def assemble(
             )  # fmt: skip
             closers.append(preemption.close)
             participant.when_leaving(preemption.leaving)
-        return LayerwiseEngine(
+        workings = Workings(
             found, updates, config, objects, adapter=parts.adapter, manager=parts.manager, info=parts.info,
             participant=participant, committer=parts.pen, coordinator=parts.coordinator, fresh=fresh,
-            preemption=preemption, replicas=replicas, lender=lender,
+            preemption=preemption, replicas=replicas, loan=loan,
         )  # fmt: skip
+        return LayerwiseEngine(workings)
     except BaseException:
         for close in reversed(closers):
             try:
@@ -258,44 +267,32 @@ def _software() -> dict[str, str]:
 
 def _open_direct(
     config: LayerwiseConfig, env: Any, transport: Transport, participant: Participant, found: Framework, fresh: bool,
-    closers: list[Any],
+    closers: list[Callable[[], object]],
 ) -> OpenSession:  # fmt: skip
     """This process takes the directory, decides on rank 0, and writes. What is to be undone goes into `closers`."""
-    rank, world_size = transport.rank, transport.world_size
-    info, manager, owner = open_session(
-        env,
-        config.path,
-        participant,
-        file_mode=config.file_bits,
-        dir_mode=config.dir_bits,
-        who=f"pid {os.getpid()} on {socket.gethostname()}",
-        fresh=fresh,
-        mock=config.mode == "mock",
-        patience_s=PATIENCE_SHARE * config.commit.timeout_s,
-    )
-    committer = coordinator = None
+
+    def check(info: SessionInfo) -> None:
+        if not info.shared:
+            together(participant, "look for what others write", lambda: _check_places(config, found, info))
+
+    session = start_session(
+        env, config.path, transport, participant, Rules.of(config, found.name, _software()),
+        file_mode=config.file_bits, dir_mode=config.dir_bits, who=f"pid {os.getpid()} on {socket.gethostname()}",
+        fresh=fresh, mock=config.mode == "mock", patience_s=PATIENCE_SHARE * config.commit.timeout_s, check=check,
+    )  # fmt: skip
+    owner, coordinator = session.owner, session.coordinator
     if owner is not None:
         closers.append(owner.release)
-    if not info.shared:
-        together(participant, "look for what others write", lambda: _check_places(config, found, info))
-    if owner is not None and rank != 0:
-        start_keeper(participant, manager, owner, info)
-    elif owner is not None:
-        committer, coordinator = start_coordinator(
-            transport, manager, owner, info, framework=found.name, software=_software(), keep_last=config.keep_last,
-            keep_every_n_steps=config.keep_every_n_steps, keep_tags=config.keep_tags,
-            timeout_s=config.commit.timeout_s, on_failure=config.commit.on_failure,
-            raise_after=config.commit.raise_after,
-        )  # fmt: skip
+    if coordinator is not None:
         closers.append(lambda: coordinator.close(1.0))
-        participant.serve(coordinator.post, coordinator.quiet)
 
-    def start() -> Any:
-        made = within(participant.disk_s, "the writer's start", lambda: open_writer(env, config, rank, world_size))
+    def begin() -> PCCheckAdapter:
+        made = within(
+            participant.disk_s, "the writer's start",
+            lambda: open_writer(env, config, transport.rank, transport.world_size, participant.broke),
+        )  # fmt: skip
         closers.append(lambda: made.close(1.0))
         return made
 
-    _, adapter = together(participant, "start the writer", start)
-    adapter.recycler.failed = participant.broke
-    participant.recycle(adapter.recycler.retire)
-    return OpenSession(adapter, manager, info, committer, coordinator)
+    adapter = start_writer(participant, begin)
+    return OpenSession(adapter, session.manager, session.info, session.committer, coordinator)

@@ -25,46 +25,57 @@ log = logging.getLogger("layerwise_dist")
 
 
 class Closable(Protocol):
+    """What ends an engine."""
+
     def end(self, *, orderly: bool) -> None: ...
 
 
 @dataclass(frozen=True)
 class _Open:
-    engine: Closable
+    closing: Closable
     holdings: Holdings | None  # None if all that it has is lent
     directory: str
 
 
-_open: dict[int, _Open] = {}  # by the engine's identity; alive until closed, since their threads are
+_open: dict[int, _Open] = {}  # by identity; alive until closed, since their threads are
 _process = os.getpid()
 
 
-def opened(engine: Closable, holdings: Holdings | None, directory: str) -> None:
-    """Registers it, with what it has and its directory, unless it is already. It is closed before whatever was
+def opened(closing: Closable, holdings: Holdings | None, directory: str) -> None:
+    """Registers an engine, with what it has and its directory, unless it is already. It is closed before whatever was
     registered earlier to end at the exit.
     """
     global _process
     if _process != os.getpid():  # a forked child: those of the parent are the parent's
         _open.clear()
         _process = os.getpid()
-    _open[id(engine)] = _Open(engine, holdings, directory)
+    _open[id(closing)] = _Open(closing, holdings, directory)
     atexit.unregister(_close_all)
     atexit.register(_close_all)
 
 
-def closed(engine: Closable) -> None:
+def closed(closing: Closable) -> None:
     """Lets go of it."""
-    _open.pop(id(engine), None)
+    _open.pop(id(closing), None)
 
 
 def open_engines() -> list[Closable]:
-    """Those of this process that are not closed yet."""
-    return [each.engine for each in _open.values()] if _process == os.getpid() else []
+    """What ends those of this process that are not closed yet."""
+    return [each.closing for each in _here()]
+
+
+def open_directories() -> list[str]:
+    """Where these save."""
+    return [each.directory for each in _here()]
+
+
+def _here() -> list[_Open]:
+    return list(_open.values()) if _process == os.getpid() else []
 
 
 def check_free(wanted: Holdings) -> None:
     """Raises UnsupportedError, by name, if an engine that is open has any of this."""
-    for each in list(_open.values()) if _process == os.getpid() else []:
+    for each in _here():
         if each.holdings is not None and (common := wanted.common(each.holdings)):
             raise UnsupportedError(
                 f"{common} is attached already, with checkpoints in {each.directory}: close() that first. Several "
@@ -80,10 +91,10 @@ def begun() -> bool:
 
 def _close_all() -> None:
     error = getattr(sys, "last_value", None)  # what ended the script, if something did
-    for engine in open_engines():
+    for closing in open_engines():
         if error is None:
             log.warning("close() was not called: done now, at the end of the script; an open iteration is not saved")
         try:
-            engine.end(orderly=error is None)
+            closing.end(orderly=error is None)
         except LayerwiseError as failed:
             log.error("the last checkpoints were not committed: %s", failed)

@@ -180,7 +180,6 @@ class Attempts:
             step, found, write, audit, self._stage, laid.gathered,
             timeout_s=self._config.fence_timeout_s, verdict_wanted=self._participant.verdict_wanted,
         )  # fmt: skip
-        write.confirm = capture.confirm  # and with it, what is leased stays alive as long as it may be read
         self._scheduler.begin()
         return capture
 

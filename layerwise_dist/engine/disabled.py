@@ -9,6 +9,7 @@ from typing import Any
 
 from layerwise_dist import _native
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
+from layerwise_dist.config import LayerwiseConfig
 
 
 class DisabledEngine:
@@ -18,8 +19,9 @@ class DisabledEngine:
     client_state = restored_from = None
     lacking: tuple[str, ...] = ()
 
-    def __init__(self, mid_window: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, config: LayerwiseConfig, mid_window: Callable[[], bool] = lambda: False) -> None:
         """`mid_window` says whether gradients are being accumulated: an `end_step()` then counts nothing."""
+        self.config = config
         self.completed = 0
         self._mid_window = mid_window
 

@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, cast
+
+from layerwise_dist.frameworks.framework import Framework
+from layerwise_dist.frameworks.optimizers import OptimizerAdapter
+from layerwise_dist.loop.boundary import Boundary
+from layerwise_dist.loop.objects import StateObjects
 
 
-class Lent:
+class Loan(NamedTuple):
+    """All that another engine needs to save what its owner does. `updates`: how many the job has made."""
+
+    framework: Framework
+    optimizer: OptimizerAdapter
+    objects: StateObjects
+    boundary: Boundary
+    updates: int
+
+
+def lend(
+    framework: Framework, optimizer: OptimizerAdapter, objects: StateObjects, boundary: Boundary, updates: int
+) -> Loan:
+    return Loan(
+        cast(Framework, _Lent(framework)),
+        cast(OptimizerAdapter, _Lent(optimizer)),
+        cast(StateObjects, _Lent(objects)),
+        cast(Boundary, _Lent(boundary)),
+        updates,
+    )
+
+
+class _Lent:
     """`thing`, but for what would hook the training or let go of it."""
 
     roots: tuple[Any, ...] = ()  # of a framework: nothing is trained meanwhile
 
-    def __init__(self, thing: Any) -> None:
+    def __init__(self, thing: object) -> None:
         self._thing = thing
 
     def __getattr__(self, name: str) -> Any:

@@ -23,12 +23,15 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 from layerwise_dist import _native
 from layerwise_dist.errors import ConfigError
 from layerwise_dist.supervision import background
 
 log = logging.getLogger("layerwise_dist")
+
+FAREWELL_S = 3.0  # of the time to leave: for closing, and for what the script does behind it
 
 _SIGNAL = signal.SIGTERM
 _KEEP_MS = 200  # how long another handler, installed since, may stay in front
@@ -166,7 +169,8 @@ def _in_child() -> None:
         preemption._closed.set()
         _native.stop_hearing(preemption._bell)
     _active.clear()
-    if (workers := sys.modules.get(_WORKERS)) is not None:
+    workers: Any = sys.modules.get(_WORKERS)
+    if workers is not None:
         plain = workers._set_worker_signal_handlers
 
         def outliving() -> None:

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -37,6 +37,7 @@ log = logging.getLogger("layerwise_dist")
 MOST_WINDOWS = 4  # of at most WINDOW_BYTES each, that a checkpoint's sample hashes
 _CHUNK_BYTES = 64 << 20  # of device memory that are on the host at once
 _LISTED = 3
+_W = TypeVar("_W")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ class Common:
         return _digest(chain(*params.values())), _digest(state), _listed(list(params), " or ")
 
 
-def in_turn(windows: Sequence[Any], turn: int) -> list[Any]:
+def in_turn(windows: Sequence[_W], turn: int) -> list[_W]:
     """A hundredth of them, at least one and at most `MOST_WINDOWS`; the next ones in the next turn."""
     count = min(MOST_WINDOWS, -(-len(windows) // ROUND))
     return [windows[(turn * count + number) % len(windows)] for number in range(count)]
@@ -295,7 +296,7 @@ def _hash(tensor: torch.Tensor, begin: int, end: int) -> str:
     return _digest(hashes)
 
 
-def _digest(texts: Any) -> str:
+def _digest(texts: Iterable[str]) -> str:
     return f"{_native.xxh3_64(chr(10).join(texts).encode()):016x}"
 
 

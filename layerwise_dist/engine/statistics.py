@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from typing import Any
+
+from layerwise_dist import _native
+from layerwise_dist.capture.frozen import FrozenBases
+from layerwise_dist.capture.lease import Capture
+from layerwise_dist.storage.adapter import ShardWrite
 
 _KEPT = 10_000  # stalls of this many checkpoints are remembered for the percentiles
 _RECENT = 8  # captures whose writers may still count
@@ -15,7 +19,7 @@ class Statistics:
     """Belongs to the training thread. Times in seconds unless a name says ms."""
 
     def __init__(self) -> None:
-        self._recent: list[tuple[Any, int, int]] = []
+        self._recent: list[tuple[ShardWrite, int, int]] = []
         self._past = dict.fromkeys(_COUNTED, 0)
         self._captures = 0
         self._state_bytes = self._captured_bytes = 0
@@ -53,8 +57,8 @@ class Statistics:
         self._newest = self._safe = step, time.monotonic()
         self._sealed.clear()
 
-    def captured(self, capture: Any, nbytes: int) -> None:
-        """A `Capture` was sealed, of a state of `nbytes` bytes."""
+    def captured(self, capture: Capture, nbytes: int) -> None:
+        """It was sealed, of a state of `nbytes` bytes."""
         self._captures += 1
         self._state_bytes = nbytes
         self._captured_bytes += nbytes
@@ -65,11 +69,10 @@ class Statistics:
                 self._past[name] += count
 
     def report(
-        self, committed: int, aborted: int, skipped: int, pool: Any, frozen: Any, *, newest: int | None, in_flight: int
+        self, committed: int, aborted: int, skipped: int, pool: _native.BufferPool | None, frozen: FrozenBases, *,
+        newest: int | None, in_flight: int,
     ) -> dict[str, float | int]:  # fmt: skip
-        """`pool` is the `_native.BufferPool`, or None before the first checkpoint; `frozen` the `FrozenBases`; `newest`
-        the newest committed step.
-        """
+        """`pool` is None before the first checkpoint; `newest` is the newest committed step."""
         while newest is not None and self._sealed and self._sealed[0][0] <= newest:
             self._safe = self._sealed.popleft()
         ordered = sorted(self._per_checkpoint)
@@ -119,7 +122,7 @@ class _Stall:
         self._statistics.held_up(self._where, time.perf_counter() - self._began)
 
 
-def _bytes_of(write: Any, staged: int, sealed: int) -> dict[str, int]:
+def _bytes_of(write: ShardWrite, staged: int, sealed: int) -> dict[str, int]:
     """What one capture wrote and copied so far; `bytes_sealed`, the boundary's copies, is not in `bytes_copied`."""
     return {
         "writes": write.writes,

@@ -6,11 +6,14 @@ The rows (threads of the trace) are the training thread's phases, gradients, upd
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from layerwise_dist.capture.lease import Capture
+from layerwise_dist.errors import BoundaryError
 from layerwise_dist.frameworks.framework import ParamView
 
 _ROWS = ("training", "gradients", "updates", "captures", "writes")
@@ -31,7 +34,7 @@ class StepTrace:
         self.writes: dict[str, tuple[int, int]] = {}
         self.phases: list[tuple[str, int, int]] = []
         self._open: dict[str, int] = {}
-        self._capture: Any = None
+        self._capture: Capture | None = None
         self._sealed = False
         self._layers_of: dict[str, list[str]] = {}  # of each batch, by its name
         self._hooks = [
@@ -62,8 +65,8 @@ class StepTrace:
         self.updated([layer for layer in self._open if layer == "(all)"])
         self._open.clear()
 
-    def captured(self, capture: Any, batches: Collection[int]) -> None:
-        """`capture` is a `Capture`, of which these batches were taken now."""
+    def captured(self, capture: Capture, batches: Collection[int]) -> None:
+        """Of it these batches were taken now."""
         if self._sealed:
             return
         if capture is not self._capture:  # captured anew, in other batches
@@ -90,11 +93,12 @@ class StepTrace:
 
     def save_if_complete(self, wait_s: float = 0.0) -> bool:
         """Writes the file once all is on the disk; True if it is written. Waits at most `wait_s` seconds for that."""
-        if not self._sealed or not self._capture.write.wait_written(wait_s):
+        capture = self._capture
+        if not self._sealed or capture is None or not capture.write.wait_written(wait_s):
             return False
-        survey, times = self._capture.survey, self._capture.write.block_times()
+        survey, times = capture.survey, capture.write.block_times()
         for number, batch in enumerate(survey.batches):
-            extent = self._capture.write.layout.extents[number]
+            extent = capture.write.layout.extents[number]
             mine = times[extent.first_block : extent.first_block + extent.blocks]
             if mine:
                 self.writes[batch.name] = (min(start for start, _ in mine), max(end for _, end in mine))
@@ -133,3 +137,26 @@ class StepTrace:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+
+class Tracing:
+    """Which step is traced on this rank. `step` is None nearly always; it is looked at on the way of every layer."""
+
+    def __init__(self) -> None:
+        self.step: StepTrace | None = None
+
+    def begin(self, path: str | os.PathLike[str], views: Sequence[ParamView]) -> None:
+        """Raises BoundaryError while one is under way."""
+        if self.step is not None:
+            raise BoundaryError(f"a trace into {self.step.path} is under way: it ends with the next step that is saved")
+        self.step = StepTrace(Path(path), views)
+
+    def end_if_complete(self, wait_s: float = 0.0) -> None:
+        """Waits at most `wait_s` seconds for what is not written yet."""
+        if self.step is not None and self.step.save_if_complete(wait_s):
+            self.step = None
+
+    def detach(self) -> None:
+        """Removes the hooks of a trace that comes to nothing."""
+        if self.step is not None:
+            self.step.detach()

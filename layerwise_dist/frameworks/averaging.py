@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -13,10 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from layerwise_dist.errors import UnsupportedError
 
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import GradBucket
+
 # Of a bucket: its number in this backward, its parameters, the reduced gradients that will be theirs, and the future
 # that says when they are.
 Listener = Callable[[int, Sequence[nn.Parameter], Sequence[torch.Tensor], Any], None]
-Hook = Callable[[Any, dist.GradBucket], torch.futures.Future[Any]]
+Hook = Callable[[Any, "GradBucket"], torch.futures.Future[Any]]
 
 
 class Averaging:
@@ -81,25 +84,26 @@ class Averaging:
         self._listeners.append(listener)
         return Listening(lambda: self._listeners.remove(listener))
 
-    def run(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def run(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         if self._root._join_config.enable:
             raise UnsupportedError("DDP's join() divides by another number of ranks than in_backward has been told")
         future = self._reduce(bucket)
         for listener in () if self.silent else self._listeners:
-            listener(bucket.index(), bucket.parameters(), bucket.gradients(), future)
+            listener(bucket.index(), cast(list[nn.Parameter], bucket.parameters()), bucket.gradients(), future)
         return future
 
-    def _reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def _reduce(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         group = self._root.process_group
         self._divide(bucket, dist.get_world_size(group))
         work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
         return work.get_future().then(lambda done: done.value()[0])
 
     def _note(self, param: torch.Tensor) -> None:
+        assert param.grad is not None, "it is told when there is one"
         if param.grad.layout == torch.strided:
             self._ready[id(param)] = param.grad.data_ptr()
 
-    def _divide(self, bucket: dist.GradBucket, ranks: int) -> None:
+    def _divide(self, bucket: GradBucket, ranks: int) -> None:
         """Before the sum, as DDP does it: with three ranks or more the bits depend on it. What it copies into the
         bucket it multiplies by 1/ranks; a gradient that lies there already it divides by ranks, which may round
         otherwise.
@@ -121,7 +125,7 @@ class Following(Averaging):
         super().__init__(root)
         self._state, self._hook = state, hook
 
-    def _reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def _reduce(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         if self.silent:
             return super()._reduce(bucket)  # a backward that is not the script's: its hook may keep a state
         buffer = bucket.buffer()

@@ -17,7 +17,8 @@ from layerwise_dist.frameworks.deepspeed import DeepSpeedFramework, DeepSpeedOpt
 from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.frameworks.fsdp import FSDP2Framework
 from layerwise_dist.frameworks.fsdp1 import FSDP1FlatOptimizer, FSDP1Framework
-from layerwise_dist.frameworks.optimizers import OptimizerAdapter, TorchOptimizer
+from layerwise_dist.frameworks.optimizers import OptimizerAdapter
+from layerwise_dist.frameworks.torch_optimizer import TorchOptimizer
 from layerwise_dist.frameworks.unwrapping import unwrap
 from layerwise_dist.frameworks.zero_redundancy import ZeroRedundancyAdapter, is_zero_redundancy
 

@@ -243,7 +243,8 @@ def _held(kin: Iterable[Optimizer]) -> set[int]:
     found: set[int] = set()
     for each in kin:
         found.update(map(id, (each, each.state, each.param_groups, *each.param_groups)))
-        for values in (each.state, *each.param_groups):  # a default that is no number is that of every group, too
+        holders: list[Mapping[Any, Any]] = [each.state, *each.param_groups]
+        for values in holders:  # a default that is no number is that of every group, too
             found.update(id(value) for value in values.values() if isinstance(value, Mapping | list | torch.Tensor))
     return found
 

@@ -142,6 +142,7 @@ def _holders(tensor: torch.Tensor) -> tuple[int, ...]:
     if not isinstance(tensor, DTensor):
         return ()
     mesh, here = tensor.device_mesh, tensor.device_mesh.get_coordinate()
+    assert here is not None, "of a parameter that `_check_part` took"
     place = tuple(
         slice(None) if placement.is_replicate() else at for placement, at in zip(tensor.placements, here, strict=True)
     )
@@ -150,6 +151,7 @@ def _holders(tensor: torch.Tensor) -> tuple[int, ...]:
 
 def _check_part(view: ParamView) -> None:
     param = view.param
+    assert isinstance(param, DTensor)
     if any(placement.is_partial() for placement in param.placements):
         raise UnsupportedError(f"parameter {view.fqn}: a sum that is not reduced yet ({param.placements})")
     if param.device_mesh.get_coordinate() is None:

@@ -20,7 +20,7 @@ from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.flat import FlatFramework, FlatState, Fragment
 from layerwise_dist.frameworks.framework import ParamView, changes, put_gradient
 from layerwise_dist.frameworks.names import CleanNames, check_unique, join
-from layerwise_dist.frameworks.optimizers import TorchOptimizer
+from layerwise_dist.frameworks.torch_optimizer import TorchOptimizer
 from layerwise_dist.tensors.pieces import dtype_code
 from layerwise_dist.tensors.slices import Slice, ranks_text
 
@@ -168,6 +168,8 @@ class FSDP1FlatOptimizer(FlatState, TorchOptimizer):
     whole_only = (
         "with use_orig_params=False, FSDP1's optimizer holds one flat parameter a wrapped module, not the layers'"
     )
+
+    flat: FSDP1Framework
 
     def __init__(self, framework: FSDP1Framework, optimizer: object) -> None:
         self._init_flat(framework)

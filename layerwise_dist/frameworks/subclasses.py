@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass_type
 
 from layerwise_dist.errors import UnsupportedError
+from layerwise_dist.frameworks.described import Standing
 from layerwise_dist.frameworks.made_mapping import MadeMapping
 
 MARK = "::"
@@ -34,11 +35,15 @@ def _flattens(kind: type) -> bool:
 
 def stands_for_others(value: object) -> bool:
     """Whether it is a tensor without memory of its own that can tell what it stands for. DTensors are not meant."""
-    return _flattens(type(value))
+    kind: Any = type(value)
+    return _flattens(kind)
 
 
-def describe(tensor: torch.Tensor, told: Callable[[Any], Any] = lambda context: context) -> dict[str, Any]:
-    """All that `_build` needs beside the tensors inside. `told(context)` is what is said of each context."""
+def describe(tensor: Any, told: Callable[[Any], Any] = lambda context: context) -> Standing:
+    """All that `_build` needs beside the tensors inside `tensor`, which stands for them.
+
+    `told(context)` is what is said of each context.
+    """
     names, context = tensor.__tensor_flatten__()
     kind = type(tensor)
     return {
@@ -51,7 +56,7 @@ def describe(tensor: torch.Tensor, told: Callable[[Any], Any] = lambda context: 
     }
 
 
-def describe_param(param: torch.Tensor) -> dict[str, Any]:
+def describe_param(param: Any) -> Standing:
     """What must be alike for a restore to fill a parameter. It is not made anew, so its context need only be told."""
     return describe(param, _told)
 
@@ -89,7 +94,7 @@ def _first_difference(here: Any, there: Any) -> str:
     return f"{name} is {here[name]!r} here and {there.get(name)!r} there"
 
 
-def inside(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+def inside(name: str, tensor: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors with memory in it, under their names."""
     for inner in tensor.__tensor_flatten__()[0]:
         value = getattr(tensor, inner)
@@ -176,7 +181,7 @@ def put_together(flat: Mapping[str, Any], live: Mapping[str, Any]) -> dict[str, 
     for name, value in flat.items():
         outer, mark, _ = name.partition(MARK)
         description = flat.get(f"{outer}{MARK}")
-        if not mark or not is_description(f"{outer}{MARK}", description):
+        if not mark or description is None or not is_description(f"{outer}{MARK}", description):
             made[name] = value
         elif outer not in made:
             made[outer] = _build(outer, description, flat, live.get(outer))

@@ -76,6 +76,7 @@ class SubsetStep:
         ]
         try:
             # What is wrapped is the step without its hooks and with its own grad mode.
-            type(optimizer).step.__wrapped__(optimizer)
+            step: Any = type(optimizer).step
+            step.__wrapped__(optimizer)
         finally:
             optimizer.param_groups = groups

@@ -9,7 +9,7 @@ import torch
 
 from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.framework import Framework, ParamView
-from layerwise_dist.frameworks.optimizers import TorchOptimizer
+from layerwise_dist.frameworks.torch_optimizer import TorchOptimizer
 from layerwise_dist.frameworks.unwrapping import unwrap
 
 
@@ -38,9 +38,14 @@ class ZeroRedundancyAdapter(TorchOptimizer):
         self.kind = f"ZeroRedundancyOptimizer({type(real.optim).__qualname__})"
         self._nest.refuse_inside("ZeroRedundancyOptimizer")
 
+    @property
+    def _sharded(self) -> Any:
+        """The ZeroRedundancyOptimizer: of a class that is not imported for its type."""
+        return self._optimizer
+
     def _check(self, names: Mapping[int, str]) -> None:
         super()._check(names)
-        owner = self._optimizer._param_to_rank
+        owner = self._sharded._param_to_rank
         strays = [param for group in self._optimizer.param_groups for param in group["params"] if param not in owner]
         if strays:
             raise UnsupportedError(
@@ -60,9 +65,9 @@ class ZeroRedundancyAdapter(TorchOptimizer):
 
     @property
     def _keeper(self) -> torch.optim.Optimizer:
-        return self._optimizer.optim
+        return self._sharded.optim
 
     @property
     def state_views(self) -> list[ParamView]:
-        owner = self._optimizer._param_to_rank
-        return [view for view in self.views if owner[view.param] == self._optimizer.rank]
+        owner = self._sharded._param_to_rank
+        return [view for view in self.views if owner[view.param] == self._sharded.rank]

@@ -9,10 +9,12 @@ import torch
 
 from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.framework import Framework
-from layerwise_dist.frameworks.optimizers import TorchOptimizer, UpdateEvents, found_inf
+from layerwise_dist.frameworks.optimizers import UpdateEvents
+from layerwise_dist.frameworks.torch_optimizer import TorchOptimizer, found_inf
 from layerwise_dist.frameworks.unwrapping import is_thin
+from layerwise_dist.layers.exact import Mode, check_layered
 from layerwise_dist.layers.graph import ROOT
-from layerwise_dist.layers.optimizer import LayerwiseOptimizer, Mode, check_layered
+from layerwise_dist.layers.optimizer import LayerwiseOptimizer
 
 
 class LayeredOptimizer(TorchOptimizer):

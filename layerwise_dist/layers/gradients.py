@@ -96,6 +96,7 @@ class Arrivals:
     def _note(self, fqn: str) -> None:
         """Takes the gradient as it is now for what arrived."""
         grad = self._params[fqn].grad
+        assert grad is not None, "it has arrived"
         self._seen[fqn] = (grad, _version(grad))
         if self.exact and grad.layout == torch.strided:
             self._numbers[fqn] = _numbers(grad)

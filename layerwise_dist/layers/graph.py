@@ -74,6 +74,7 @@ class Observation:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         arrivals, self._arrivals = self._arrivals, None
+        assert arrivals is not None, "__enter__() comes first"
         order = arrivals.order
         arrivals.remove()
         if kind is not None:
@@ -132,7 +133,7 @@ class DependencyGraphBuilder:
         """
         return Observation(self)
 
-    def build_dependency_graph(self, loss: torch.Tensor | None = None) -> networkx.DiGraph:
+    def build_dependency_graph(self, loss: torch.Tensor | None = None) -> networkx.DiGraph[str]:
         """The graph; with `loss` (before its backward) the order and the edges are read off its autograd graph first.
 
         Nodes carry `position` (in the update order; None for frozen layers) and `info` (LayerInfo). Edges go from the
@@ -155,7 +156,8 @@ class DependencyGraphBuilder:
             self._walk = found
         order = self.get_update_order()
         position = {layer: index for index, layer in enumerate(order)}
-        graph = networkx.DiGraph(source=self.source, edges="chain" if self._walk is None else "data")
+        edges = "chain" if self._walk is None else "data"
+        graph: networkx.DiGraph[str] = networkx.DiGraph(source=self.source, edges=edges)
         for layer in [*order, *(name for name in self.layer_info if name not in position)]:
             graph.add_node(layer, position=position.get(layer), info=self.layer_info[layer])
         graph.add_edges_from(zip(order, order[1:], strict=False) if self._walk is None else self._walk.edges)

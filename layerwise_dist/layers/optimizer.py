@@ -6,30 +6,24 @@ step itself finds nothing to do; a post-step hook puts them back. docs/layers.md
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.autograd.graph import increment_version
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from layerwise_dist.errors import BoundaryError, ConfigError, UnsupportedError
-from layerwise_dist.frameworks.averaging import Averaging
 from layerwise_dist.frameworks.compiled import without_compiled_wrapper
-from layerwise_dist.frameworks.framework import ParamView
 from layerwise_dist.frameworks.overlaps import LayersApart
 from layerwise_dist.frameworks.subset_step import SubsetStep
+from layerwise_dist.layers.exact import Mode, check_layered, check_observed, check_scaler
 from layerwise_dist.layers.gradients import Arrivals
 from layerwise_dist.layers.graph import DependencyGraphBuilder
 from layerwise_dist.layers.wrapper_gradients import watch
 
-Mode = Literal["pipelined_step", "in_backward"]
 _MODES = ("pipelined_step", "in_backward")
-_INSTEAD = "; mode='pipelined_step' is exact here"
 _KEY = "_layerwise"  # in the optimizer's attributes
 
 Subset = list[list[nn.Parameter]]  # for each group of the optimizer
@@ -146,7 +140,7 @@ class _Stepping:
         self._make_plan()
         self._apart = LayersApart(graph.views)
         self._step, self._counted = 0, False  # updates begun, and whether this iteration's is one of them
-        self._aside: list[tuple[nn.Parameter, torch.Tensor]] = []
+        self._aside: list[tuple[nn.Parameter, torch.Tensor | None]] = []
         self._whole: list[str] = []  # layers to be captured behind a whole step
         self._observing = mode == "in_backward" or graph.source != "observed"
         self._arrivals: Arrivals | None = self._watch() if self._observing else None
@@ -158,13 +152,19 @@ class _Stepping:
         self._pre = optimizer.register_step_pre_hook(self._before)
         self._post = optimizer.register_step_post_hook(self._after)
         # First, so that no other hook sees an optimizer without gradients.
-        optimizer._optimizer_step_post_hooks.move_to_end(self._post.id, last=False)
+        _move_to_end(optimizer._optimizer_step_post_hooks, self._post.id, last=False)
 
     def detach(self) -> None:
         self._pre.remove()
         self._post.remove()
         if self._arrivals is not None:
             self._arrivals.remove()
+
+    @property
+    def _in_backward(self) -> Arrivals:
+        """REQUIRES: the mode of that name, which watches gradients from start to end."""
+        assert self._arrivals is not None
+        return self._arrivals
 
     def _watch(self) -> Arrivals:
         params = [param for group in self.optimizer.param_groups for param in group["params"]]
@@ -237,7 +237,7 @@ class _Stepping:
         for layer in whole:
             self._after_layer(layer, self._step)
         if next(reversed(optimizer._optimizer_step_pre_hooks)) != self._pre.id:
-            optimizer._optimizer_step_pre_hooks.move_to_end(self._pre.id)
+            _move_to_end(optimizer._optimizer_step_pre_hooks, self._pre.id)
         self._is_active, self._counted = None, False
         self._updated = set()
         self._missing = {}
@@ -249,7 +249,7 @@ class _Stepping:
         self._subset_step.step(subset, pins)
         if in_backward:
             updated = [param for part in subset for param in part]
-            self._arrivals.accept([self._names[id(param)] for param in updated])
+            self._in_backward.accept([self._names[id(param)] for param in updated])
             # Fused kernels do not count, and a node that still needs the old values must not run on the new ones.
             increment_version(updated)
         self._after_layer(layer, self._step)
@@ -280,7 +280,7 @@ class _Stepping:
         if arrivals is None or not arrivals.order:
             return
         if self._mode == "in_backward":
-            _check_observed(self.optimizer, arrivals)
+            check_observed(self.optimizer, arrivals)
         self.graph.record(arrivals.order, arrivals.fires)
         self._observing = False
         self._make_plan()
@@ -297,7 +297,7 @@ class _Stepping:
         if not self._is_active:
             return
         layer = self.graph.layer_of[fqn]
-        if self._arrivals.fires[fqn] > 1 and layer in self._updated:
+        if self._in_backward.fires[fqn] > 1 and layer in self._updated:
             raise BoundaryError(
                 f"the gradient of {fqn} arrived again after it was used: accumulation, a second backward, or a "
                 "backward without a step(). The parameters hold an update of a part of the gradient: go back to a "
@@ -323,21 +323,21 @@ class _Stepping:
         except UnsupportedError:
             return  # nothing is updated in this backward, and the step raises it
         # Whatever was registered since then may change gradients, and is judged only if it ran before.
-        self.optimizer._optimizer_step_pre_hooks.move_to_end(self._pre.id)
+        _move_to_end(self.optimizer._optimizer_step_pre_hooks, self._pre.id)
         reached = self.graph.fires
         groups = [group["params"] for group in self.optimizer.param_groups]
         self._pins = self._subset_step.pins([[p for p in part if reached[self._names[id(p)]]] for part in groups])
         for layer, subset in self._plan.items():
             names = {self._names[id(param)] for part in subset for param in part}
-            expected = {fqn for fqn in names if self._arrivals.expects(fqn)}
+            expected = {fqn for fqn in names if self._in_backward.expects(fqn)}
             if expected and all(reached[fqn] for fqn in expected):
                 self._missing[layer] = expected
         self._count()
 
     def _judge(self, last: bool) -> None:
         """What was updated in the backward, against what `step()` finds."""
-        _check_scaler(self.optimizer)
-        changed = [fqn for fqn in self._arrivals.changed() if self.graph.layer_of[fqn] in self._updated]
+        check_scaler(self.optimizer)
+        changed = [fqn for fqn in self._in_backward.changed() if self.graph.layer_of[fqn] in self._updated]
         if changed or not last:
             what = f"the gradient of {changed[0]} was changed" if changed else "a step pre-hook was registered"
             raise BoundaryError(
@@ -347,64 +347,15 @@ class _Stepping:
             )
 
 
-def check_layered(optimizer: torch.optim.Optimizer, model: nn.Module, mode: Mode, views: Sequence[ParamView]) -> None:
-    """Raises UnsupportedError with the reason if this optimizer, wrapper or model cannot be stepped by layers exactly.
-
-    `model` is without the wrapper of torch.compile; `views` are all its parameters.
-    """
-    SubsetStep(optimizer)
-    LayersApart(views).check(optimizer.param_groups)
-    if mode == "in_backward":
-        _check_wrapper(model)
-
-
 def _nothing(layer: str, step: int) -> None:
     pass
 
 
+def _move_to_end(hooks: Mapping[int, object], number: int, *, last: bool = True) -> None:
+    """Of a step's hooks, which torch keeps in the order of their calls."""
+    assert isinstance(hooks, OrderedDict)
+    hooks.move_to_end(number, last)
+
+
 def _with_gradients(subset: Subset) -> Subset:
     return [[param for param in part if param.grad is not None] for part in subset]
-
-
-def _check_wrapper(model: nn.Module) -> None:
-    if isinstance(model, DistributedDataParallel):
-        try:
-            Averaging.check(model)
-        except UnsupportedError as error:
-            raise UnsupportedError(f"in_backward under DDP: {error}{_INSTEAD}") from None
-        return
-    modules = list(model.modules())
-    if any(isinstance(module, DistributedDataParallel) for module in modules):
-        raise UnsupportedError("in_backward with DDP inside the model: give DDP itself as the model" + _INSTEAD)
-    units = [module for module in modules if isinstance(module, FullyShardedDataParallel)]
-    if not all(unit._use_orig_params for unit in units):
-        raise UnsupportedError("in_backward under FSDP1 needs use_orig_params=True" + _INSTEAD)
-    sharded = bool(units) or any(isinstance(param, DTensor) for param in model.parameters())
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and not sharded:
-        raise UnsupportedError(
-            f"in_backward in a job of {dist.get_world_size()} ranks: of a model without DDP or FSDP it cannot be told "
-            "when its gradients are reduced" + _INSTEAD
-        )
-
-
-def _check_observed(optimizer: torch.optim.Optimizer, arrivals: Arrivals) -> None:
-    """Refuses what would have made an update in this backward inexact. Nothing was updated in it."""
-    _check_scaler(optimizer)
-    for fqn, count in arrivals.fires.items():
-        if count > 1:
-            raise UnsupportedError(
-                f"in_backward: the gradient of {fqn} arrived {count} times in one iteration (accumulation, several "
-                "backwards, or reentrant activation checkpointing of a shared layer)" + _INSTEAD
-            )
-    if sparse := arrivals.sparse():
-        raise UnsupportedError(f"in_backward: the gradient of {sparse[0]} is sparse" + _INSTEAD)
-    if changed := arrivals.changed():
-        raise UnsupportedError(
-            f"in_backward: the gradient of {changed[0]} is changed between its arrival and step() (clipping, a scaler, "
-            "or a hook)" + _INSTEAD
-        )
-
-
-def _check_scaler(optimizer: torch.optim.Optimizer) -> None:
-    if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
-        raise UnsupportedError("in_backward with a GradScaler: it looks at all gradients before the update" + _INSTEAD)

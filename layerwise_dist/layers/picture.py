@@ -16,7 +16,7 @@ _MAX_PIXELS = 60000  # a side of a png
 _MAX_LANES = 24
 
 
-def draw(graph: networkx.DiGraph, path: str | os.PathLike[str]) -> None:
+def draw(graph: networkx.DiGraph[str], path: str | os.PathLike[str]) -> None:
     """Writes the picture; raises ConfigError for a suffix that is none of .png .svg .pdf."""
     rows = {layer: index for index, layer in enumerate(graph.nodes)}
     long = [(rows[a], rows[b]) for a, b in graph.edges if rows[b] - rows[a] != 1]

@@ -145,13 +145,13 @@ class _Told:
 
     def __init__(self, param: nn.Parameter, call: Callable[[], None]) -> None:
         self._param, self.step = param, call
-        param._in_backward_optimizers = [self]
+        param._in_backward_optimizers = [self]  # type: ignore[attr-defined]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The gradient stays for the optimizer's step."""
 
     def remove(self) -> None:
-        del self._param._in_backward_optimizers
+        del self._param._in_backward_optimizers  # type: ignore[attr-defined]
 
 
 class _Telling:

@@ -30,38 +30,26 @@ boundary and is counted together with the next one; with them it counts, with `u
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from layerwise_dist.errors import BoundaryError, MismatchError
 from layerwise_dist.loop import rng
+from layerwise_dist.loop.attribution import Attribution
+from layerwise_dist.loop.counting import Counting
 from layerwise_dist.loop.loaders import LoaderTap
-from layerwise_dist.loop.loose import LooseLoaders, Started
-from layerwise_dist.loop.mark import BoundaryMark, Kind, PendingRng, RngEvent
-
-_IDLE_LIMIT = 3  # boundaries in a row without an observed update
-_UNSEALED_LIMIT = 1000  # updates without a boundary, after which something is said
-
-
-class Log(Protocol):
-    """`logging.Logger`, or anything that can warn like it."""
-
-    def warning(self, message: str) -> None: ...
-
-
-@dataclass
-class _Ahead:
-    """A loader and the generators before the first draw since the last training forward."""
-
-    snapshot: dict[str, Any]
-    rng: rng.RngState
-    after_update: bool
+from layerwise_dist.loop.loose import LooseLoaders
+from layerwise_dist.loop.mark import BoundaryMark, Kind
+from layerwise_dist.loop.once import Log, Once
+from layerwise_dist.loop.put_back import PutBack
+from layerwise_dist.loop.sealed import BoundaryState
 
 
 class Boundary:
     """Counts the iterations of one training loop, on the one thread that makes it (BoundaryError on any other).
+
+    Events come in here, and go on to what counts them (`Counting`), to what knows the loaders (`Attribution`,
+    `LooseLoaders`), and to what puts random numbers back (`PutBack`). At a boundary it makes the mark from all of them.
 
     Args:
         on_boundary: called once per boundary, on the training thread, with `completed` already counting it.
@@ -86,46 +74,23 @@ class Boundary:
         by_call: bool = False,
         on_last: Callable[[], None] | None = None,
     ) -> None:
-        self._several = several
-        self._on_boundary, self._taps, self._log, self._excuse = on_boundary, dict(taps), log, excuse
-        self._on_last = on_last
-        self._thread = threading.get_ident()
-        self._completed = self._idle = 0
-        self._explicit = self._in_steps = self._in_loop = False
-        self._kind: Kind | None = None  # of the last boundary
-        self._pending: PendingRng | None = None
-        self._warned: set[str] = {"inferred"} if by_call else set()
-        self._feeds: set[LoaderTap] = set()  # alone since the last forward: certain
-        self._may_feed: set[LoaderTap] = set()  # one of several: believed while nothing is certain
-        # The generators where end_step() was called or a loop over steps() ended, until what comes next.
-        self._end: tuple[Any, ...] | None = None
-        self._ended: list[Started] = []  # loaders that are not attached, and that the next iteration starts anew
+        self._on_boundary, self._taps, self._on_last = on_boundary, dict(taps), on_last
+        self._once = Once(log, {"inferred"} if by_call else ())
+        self._counting = Counting(self._once, excuse=excuse, several=several)
+        self._loaders = Attribution(self._taps, self._once)
+        self._put_back = PutBack(self._taps.keys(), self._counting, self._once)
         self._loose = LooseLoaders(self._starting)
-        self._reset_loop()
         for tap in self._taps.values():
             tap.on_draw, tap.on_iter = tap.on_draw or self.draw, tap.on_iter or self.iterating
-
-    def _reset_loop(self) -> None:
-        self._pace: dict[LoaderTap, list[tuple[object, int]]] = {}
-        self._used: dict[LoaderTap, tuple[object, int]] = {}  # draws as of the last training forward
-        self._reset_iteration()
-
-    def _reset_iteration(self) -> None:
-        self._updates = self._skips = 0
-        self._forward = False
-        self._drew: set[LoaderTap] = set()
-        self._ahead: dict[LoaderTap, _Ahead] = {}
-        self._iters: dict[LoaderTap, dict[str, Any]] = {}
-        self._update_rng: rng.RngState | None = None
 
     @property
     def completed(self) -> int:
         """Boundaries completed: the step of the newest one."""
-        return self._completed
+        return self._counting.completed
 
     def start_at(self, step: int) -> None:
         """Count on from `step` completed boundaries."""
-        self._completed = step
+        self._counting.completed = step
 
     # -- explicit boundaries ------------------------------------------------------------------------------------------
     def explicit(self, *, restored_in_loop: bool = False) -> None:
@@ -134,176 +99,118 @@ class Boundary:
         With `restored_in_loop` what follows restore() is what follows end_step(), a batch drawn by hand say, so that
         random numbers can be put back by restore() itself, unless an attached loader tells better.
         """
-        self._check_thread("explicit()")
-        self._explicit, self._in_loop = True, restored_in_loop and not self._taps
+        self._counting.check_thread("explicit()")
+        self._counting.explicit = True
+        self._put_back.restored_in_loop(restored_in_loop)
 
     def steps(self, total: int) -> Iterator[int]:
         """Yield the steps from `completed` up to `total`, with a boundary at each back edge of the loop.
 
         Leaving by break or by an exception makes no boundary; `close()` seals what break left.
         """
-        self._check_thread("steps()")
-        self._explicit = True
-        if self._end is not None:
-            self._compare_end()
-        if self._pending is not None:
-            self._pending.at_steps()
-        while (step := self._completed) < total:
+        counting = self._counting
+        counting.check_thread("steps()")
+        counting.explicit = True
+        self._put_back.at_steps()
+        while (step := counting.completed) < total:
             if self._on_last is not None and step + 1 == total:
                 self._on_last()
-            self._in_steps = True
+            counting.in_steps = True
             try:
                 yield step
             finally:  # also where the loop is left
-                self._in_steps = False
-            if self._completed != step:
+                counting.in_steps = False
+            if counting.completed != step:
                 raise BoundaryError(
-                    f"steps() yielded step {step}, and its body counted {self._completed - step} boundaries itself: "
+                    f"steps() yielded step {step}, and its body counted {counting.completed - step} boundaries itself: "
                     "use either steps() or end_step()"
                 )
             self._mark("explicit")
-            if step + 1 == total and "end" not in self._warned:
-                self._end = rng.glance()
+            if step + 1 == total:
+                self._put_back.loop_ended()
 
     def end_step(self) -> None:
         """The iteration ends here."""
-        if not self._explicit and self._kind is not None:
-            raise BoundaryError(
-                f"end_step() was called for the first time after {self._completed} boundaries of kind "
-                f"{self._kind!r}: an iteration with several updates or an "
-                "evaluation was cut in two. Call explicit() before the loop, or loop with steps()"
-            )
-        self._explicit = True
-        mark = self._mark("explicit")
-        if mark.rng_event == "boundary" and "end" not in self._warned and not self._in_loop:
-            self._end = rng.glance()
+        self._counting.end_step()
+        if self._mark("explicit").rng_event == "boundary":
+            self._put_back.step_ended()
 
     @property
     def told(self) -> bool:
         """Whether the loop tells where its iterations end, by steps() or end_step()."""
-        return self._explicit
+        return self._counting.explicit
 
     @property
     def step_of_call(self) -> int:
         """The step that `call()` would be of. Raises BoundaryError within an iteration whose end is told otherwise."""
-        self._check_thread("save()")
-        if self._explicit and (self._in_steps or self._progress):
-            raise BoundaryError(
-                "save() within an iteration whose end is told by steps() or end_step(): those are saved as "
-                "every_n_steps says, and committed behind their end; wait(step) waits for one. Between end_step() and "
-                "the next iteration it may be called"
-            )
-        return self._completed + (self._progress > 0)
+        return self._counting.step_of_call()
 
     def call(self) -> BoundaryMark | None:
         """The script saves now: the iteration ends here if it has updated. Otherwise nothing is counted, and a mark of
         the last boundary, as it is now, is returned, of which `on_boundary` does not hear.
         """
-        if self.step_of_call > self._completed:
+        if self.step_of_call > self.completed:
             self._mark("call")
             return None
-        return self._make_mark("explicit" if self._explicit else "call", (), self._completed)[0]
+        return self._make_mark("explicit" if self.told else "call", (), self.completed)
 
     # -- events of the optimizer and the model ------------------------------------------------------------------------
     def update_starting(self, in_closure: bool = False) -> None:
         """An optimizer is about to update. With `in_closure` its closure runs first, then this is called again."""
-        self._check_thread("an optimizer update")
-        if self._updates and not self._explicit and not in_closure:
-            raise self._untold("a second optimizer update")
+        self._counting.update_starting(in_closure)
 
     def update_done(self) -> None:
         """The optimizer has updated."""
-        self._check_thread("an optimizer update")
-        self._updates += 1
-        if self._explicit:
-            if self._updates == _UNSEALED_LIMIT:
-                self._warn(
-                    "unsealed",
-                    f"{_UNSEALED_LIMIT} optimizer updates since boundary {self._completed}: no step ends and "
-                    "nothing is saved until steps() advances or end_step() is called",
-                )
-        elif not self._in_for():
-            self._update_rng = rng.take()
+        self._counting.update_done()
+        if not self.told:
+            self._loaders.updated()
 
     def update_skipped(self) -> None:
         """The optimizer saw that it must not update (fp16 overflow); the iteration counts, with `updated=False`."""
-        self._check_thread("a skipped update")
-        self._skips += 1
-        if not self._explicit and not self._in_for():
-            self._update_rng = rng.take()
+        self._counting.update_skipped()
+        if not self.told:
+            self._loaders.updated()
 
     def training_forward(self) -> None:
         """The root's forward begins, with gradients, in training mode, and has drawn no random numbers yet."""
-        self._check_thread("a training forward")
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            if (problem := pending.at_forward()) is not None:
-                self._warn("event", problem)
-        if self._end is not None:
-            self._compare_end()
+        self._counting.check_thread("a training forward")
+        self._put_back.at_forward()
         self._loose.forward()
-        if self._progress and not self._explicit and not self._in_for():
-            if self._several:
-                raise self._untold("a forward behind the update of one of several optimizers")
+        if self._counting.forward_ends(self._loaders.in_for):
             self._mark("inferred")
-        drew = [tap for tap in self._drew if tap.alive and not tap.exhausted]
-        if len(drew) == 1:
-            self._feeds.add(drew[0])
-        elif not self._feeds:
-            self._may_feed.update(drew)
-        for tap in drew:
-            if tap in self._feeding:
-                tap.feeds()
-        for tap in self._pace:  # also those whose batch was drawn before the boundary
-            self._used[tap] = (tap.position, tap.draws)
-        self._drew.clear()
-        self._ahead.clear()
-        self._iters.clear()
-        self._forward = True
+        self._loaders.forward()
 
     # -- events of the loaders ----------------------------------------------------------------------------------------
     def draw(self, tap: LoaderTap, by_for: bool) -> None:
         """A batch is about to be drawn from `tap`, by a `for` or by hand."""
-        self._check_thread(f"loader {tap.name!r} was drawn from")
-        if self._pending is not None:
-            self._pending.at_draw(tap.name)
-        feeding = self._feeding
-        if self._end is not None and (not feeding or tap in feeding):
-            self._compare_end()
+        self._counting.check_thread(f"loader {tap.name!r} was drawn from")
+        feeding = self._loaders.feeding
+        self._put_back.at_draw(tap.name, may_feed=not feeding or tap in feeding)
         if tap.aside:
             return
-        if by_for and self._progress and not self._explicit and tap in feeding:
+        if by_for and self._counting.may_be_over and tap in feeding:
             self._mark("loader", at=(tap.name,))
-        elif self._forward and tap not in self._ahead:
-            # Behind an update that may end the iteration, the random numbers of that update are the ones that count.
-            self._ahead[tap] = _Ahead(tap.snapshot(), self._update_rng or rng.take(), bool(self._progress))
-        self._pace.setdefault(tap, [(tap.position, tap.draws)])
-        self._drew.add(tap)
+        self._loaders.draw(tap, behind_update=self._counting.progress)
 
     def iterating(self, tap: LoaderTap) -> None:
         """`iter()` of the tap's loader is about to run; it draws random numbers too."""
-        if self._progress and not self._explicit and tap not in self._ahead:
-            self._iters.setdefault(tap, tap.snapshot())
+        if self._counting.may_be_over:
+            self._loaders.iterating(tap)
 
     def _starting(self, loader: Any, name: str) -> bool | None:
         """A DataLoader is about to be started (`LooseLoaders`)."""
-        if threading.get_ident() != self._thread or any(tap.loader is loader for tap in self._taps.values()):
+        if not self._counting.here or any(tap.loader is loader for tap in self._taps.values()):
             return None
-        if self._pending is not None:
-            self._pending.at_start(name)
-        if any(each.dataset is loader.dataset for each in self._ended):
-            if self._end is not None:
-                self._compare_end()
-            self._ended = []
-        return self._in_steps or any(tap.in_for for tap in self._taps.values())
+        self._put_back.at_start(name, loader.dataset)
+        return self._counting.in_steps or any(tap.in_for for tap in self._taps.values())
 
     # -- coming back and ending ---------------------------------------------------------------------------------------
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: BoundaryState) -> None:
         """Take up `BoundaryMark.state()`: loaders at once, random numbers at the event they were taken at.
 
         Raises MismatchError if the checkpoint holds a loader that is not attached under that name.
         """
-        self._check_thread("restore()")
+        self._counting.check_thread("restore()")
         missing = sorted(state["loaders"].keys() - self._taps.keys())
         if missing:
             raise MismatchError(
@@ -311,9 +218,9 @@ class Boundary:
             )
         for name, snapshot in state["loaders"].items():
             self._taps[name].restore(snapshot)
-        self._reset_loop()
-        self._end, self._ended = None, []
-        self._pending = PendingRng(state, self._taps.keys(), here=self._in_loop)
+        self._counting.begin()
+        self._loaders.begin_loop()
+        self._put_back.restore(state)
 
     def close(self, *, seal: bool = True) -> bool:
         """Seal an iteration that has updated and was not ended (the loop was left by break). True if there was one.
@@ -322,141 +229,43 @@ class Boundary:
         `seal=False`: the job ends by an exception, and what is unsealed may be half an iteration.
         """
         try:
-            if not (seal and self._progress):
+            if not (seal and self._counting.progress):
                 return False
-            self._check_thread("close()")
+            self._counting.check_thread("close()")
             self._mark("close")
             return True
         finally:
             self._loose.close()
 
     # -- inside -------------------------------------------------------------------------------------------------------
-    @property
-    def _progress(self) -> int:
-        return self._updates + self._skips
-
-    @property
-    def _feeding(self) -> set[LoaderTap]:
-        return self._feeds or self._may_feed
-
-    def _untold(self, what: str) -> BoundaryError:
-        return BoundaryError(
-            f"{what} since boundary {self._completed}, and nothing told where the iteration ends (several optimizers, "
-            "or several updates an iteration as in GAN or PPO): loop with `for step in ckpt.steps(total)`, or call "
-            "explicit() before the loop and end_step() at the end of its body"
-        )
-
-    def _in_for(self) -> bool:
-        return any(tap.in_for for tap in self._feeding)
-
     def _mark(self, kind: Kind | Literal["close"], at: tuple[str, ...] = ()) -> BoundaryMark:
-        self._check_thread("a boundary")
-        doubts, self._ended = self._loose.boundary(closing=kind == "close")
-        mark, resume = self._make_mark(kind, at, self._completed + 1)
+        self._counting.check_thread("a boundary")
+        doubts, ended = self._loose.boundary(closing=kind == "close")
+        self._put_back.iteration_ended(ended)
+        mark = self._make_mark(kind, at, self.completed + 1)
         for doubt in doubts:
-            self._warn(doubt, doubt)
-        self._count(kind, resume)
+            self._once(doubt, doubt)
+        self._counting.check_idle()
+        self._counting.count(kind, mark.resume_kind)
+        self._loaders.check()
+        self._loaders.begin()
         self._on_boundary(mark)
         return mark
 
-    def _make_mark(self, kind: Kind | Literal["close"], at: tuple[str, ...], step: int) -> tuple[BoundaryMark, Kind]:
+    def _make_mark(self, kind: Kind | Literal["close"], at: tuple[str, ...], step: int) -> BoundaryMark:
         closing = kind == "close"
-        resume: Kind = (
-            ("explicit" if self._explicit else self._kind or ("loader" if self._in_for() else "inferred"))
-            if kind == "close"
-            else kind
+        resume = self._counting.resume_kind(kind, self._loaders.in_for)
+        inferred, explicit = resume == "inferred", resume == "explicit"
+        snapshots, ahead = self._loaders.stand(inferred=inferred, closing=closing)
+        updated, feeding = self._counting.updated, self._loaders.feeding
+        if ahead is not None:
+            after = rng.take() if explicit else None
+            return BoundaryMark(
+                step, kind, updated, ahead.rng, "draw", snapshots, resume, at=(ahead.tap.name,), rng_after=after
+            )
+        random = self._loaders.rng_there(inferred=inferred)
+        starts = self._put_back.starts() if explicit and not feeding else ()
+        at = at or tuple(tap.name for tap in feeding)
+        return BoundaryMark(
+            step, kind, updated, random, "boundary", snapshots, resume, at=at, rng_after=None, starts=starts
         )
-        inferred = resume == "inferred"
-        feeding = self._feeding
-        ahead = {
-            tap: each
-            for tap, each in self._ahead.items()
-            if tap in feeding and (tap.alive or closing) and not (inferred and each.after_update)
-        }  # fmt: skip
-        loaders = {}
-        for name, tap in self._taps.items():
-            if tap in ahead:
-                loaders[name] = ahead[tap].snapshot
-            elif inferred and tap in self._iters:
-                loaders[name] = self._iters[tap]
-            elif inferred and tap in self._ahead:
-                loaders[name] = self._ahead[tap].snapshot
-            else:
-                loaders[name] = tap.snapshot(even_if_dropped=closing and tap in feeding)
-        after = None
-        event: RngEvent = "boundary"
-        if ahead:
-            first = next(iter(ahead))
-            random, event, at = ahead[first].rng, "draw", (first.name,)
-            after = rng.take() if resume == "explicit" else None
-        else:
-            random = (self._update_rng if inferred else None) or rng.take()
-            at = at or tuple(tap.name for tap in feeding)
-        untold = resume == "explicit" and event == "boundary" and not feeding and not self._in_loop
-        starts = tuple(sorted({each.name for each in self._ended})) if untold else ()
-        return BoundaryMark(step, kind, self._updates > 0, random, event, loaders, resume, at, after, starts), resume
-
-    def _count(self, kind: str, resume: Kind) -> None:
-        self._idle = 0 if self._progress else self._idle + 1
-        if self._idle >= _IDLE_LIMIT and not (self._excuse is not None and self._excuse()):
-            raise BoundaryError(
-                f"no optimizer update was observed in the last {self._idle} iterations (boundary "
-                f"{self._completed + 1}): the attached optimizer's step() is not what "
-                "updates this model (a replayed graph, a foreign or another optimizer), so checkpoints would hold "
-                "stale state"
-            )
-        if kind == "inferred":
-            self._warn(
-                "inferred",
-                "the end of an iteration is inferred from the next forward, since no `for` iterates an attached "
-                "loader and steps() is not used: a resume is not exact if "
-                "the loop draws random numbers or changes state (evaluation, scheduler) elsewhere than between "
-                "forward and optimizer.step(), or updates more than "
-                "once an iteration. Loop with `for step in ckpt.steps(total)`",
-            )
-        for tap in self._taps.values():
-            if tap.doubt is not None:
-                self._warn(f"doubt {tap.name}", f"loader {tap.name!r}: a resume may not be exact: {tap.doubt}")
-        self._check_pace()
-        self._completed += 1
-        self._kind = resume
-        self._reset_iteration()
-
-    def _check_pace(self) -> None:
-        """More batches before the first boundary than before the second: one is always drawn ahead of its forward."""
-        for tap, used in self._used.items():
-            pace = self._pace.get(tap)
-            if pace is None or len(pace) >= 3:
-                continue
-            pace.append(used)
-            if len(pace) == 3 and tap in self._feeding and pace[0][0] is pace[1][0] is pace[2][0]:
-                before, between = pace[1][1] - pace[0][1], pace[2][1] - pace[1][1]
-                if before > between > 0:
-                    self._warn(
-                        f"pace {tap.name}",
-                        f"loader {tap.name!r} gave {before} batches to the first iteration and {between} to the "
-                        "second: if the loop draws batches ahead, draw one at most, and after the forward of the one "
-                        "before it, otherwise a resume skips what was drawn and not used",
-                    )
-
-    def _compare_end(self) -> None:
-        end, self._end = self._end, None
-        if end != rng.glance():
-            self._warn(
-                "end",
-                "random numbers were drawn between end_step() and the next iteration's first batch or forward, or "
-                f"between two loops over steps(): a resume from step {self._completed} is not exact there. Draw them "
-                "within the body of one `for step in ckpt.steps(total)`, whose boundary is restored before them",
-            )
-
-    def _check_thread(self, what: str) -> None:
-        if threading.get_ident() != self._thread:
-            raise BoundaryError(
-                f"{what} on thread {threading.current_thread().name!r}: training must stay on the one thread that "
-                "attached, since the end of an iteration cannot be told across threads"
-            )
-
-    def _warn(self, key: str, message: str) -> None:
-        if key not in self._warned:
-            self._warned.add(key)
-            self._log.warning(message)

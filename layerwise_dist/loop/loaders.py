@@ -30,14 +30,15 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _DatasetKind
-from torch.utils.data.distributed import DistributedSampler
 
 from layerwise_dist.errors import BoundaryError, MismatchError, UnsupportedError
 from layerwise_dist.loop import rng
-from layerwise_dist.loop.position import Position, drawn_by_for, draws_once, epochs, own_generators, samplers
+from layerwise_dist.loop.generators import Generators, draws_once, epochs, same, samplers
+from layerwise_dist.loop.position import Position, drawn_by_for
+from layerwise_dist.loop.sealed import LoaderNow, LoaderState
+from layerwise_dist.loop.tapped_class import check_class, doubt_of, tell_iterations
 
 _LATER_LIMIT = 16  # an RngState is 12 KB in every checkpoint
 
@@ -95,53 +96,22 @@ class LoaderTap:
                 f"{type(loader).__qualname__}; "
                 "give its state as an object with state_dict() or a dict instead"
             )
-        _check_class(loader, name)
+        check_class(loader, name)
         self.loader, self.name, self.on_draw, self.on_iter = loader, name, on_draw, on_iter
         self.doubt: str | None = None
+        self._generators = Generators(loader, name)
         self._stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
         self._iterable = loader._dataset_kind == _DatasetKind.Iterable
         keeps_state = self._stateful and hasattr(loader.dataset, "state_dict")
         self._watch_data = self._iterable and loader.num_workers == 0 and not keeps_state
         self._current: Position | None = None
         self._fed: Position | None = None  # the last one that training drew from
-        self._pending: dict[str, Any] | None = None
+        self._pending: LoaderState | None = None
         self._base = type(loader)
         self._watch_sampler = not self._iterable and not self._stateful and not draws_once(loader._index_sampler)
 
-        base, weak = (
-            self._base,
-            weakref.ref(self),
-        )  # a loader in a cycle would leave its workers to the garbage collector
-
-        def __iter__(tapped: DataLoader[Any]) -> Iterator[Any]:
-            tap = weak()
-            if tap is None or tapped is not tap.loader:  # a copy of the loader is not attached
-                return base.__iter__(tapped)
-            return tap._iter()
-
-        body = {
-            "__iter__": __iter__,
-            "__module__": self._base.__module__,
-            "__qualname__": self._base.__qualname__,
-            "__doc__": self._base.__doc__,
-        }
-        try:
-            loader.__class__ = type(self._base.__name__, (self._base,), body)
-        except (AttributeError, TypeError) as error:
-            raise UnsupportedError(
-                f"loader {name!r}: draws from a {self._base.__name__} cannot be told ({error}): name a plain torch "
-                "DataLoader in state, or give the position as an object with state_dict()"
-            ) from error
-        self.doubt = self._doubt_of_class()
-
-    def _doubt_of_class(self) -> str | None:
-        own = next(kind for kind in self._base.__mro__ if "__iter__" in vars(kind))
-        if own is DataLoader or own.__module__.startswith("torchdata."):
-            return None
-        return (
-            f"{own.__name__} has an __iter__() of its own, and what that keeps from one iteration to the next is "
-            "not saved"
-        )
+        tell_iterations(loader, name, weakref.ref(self))
+        self.doubt = doubt_of(self._base)
 
     def detach(self) -> None:
         """Give the loader its class back. Iterators that are under way go on, untold."""
@@ -188,18 +158,20 @@ class LoaderTap:
         return self._fed if over and self._fed is not None and self._fed.under_way else self._current
 
     # -- state --------------------------------------------------------------------------------------------------------
-    def snapshot(self, *, even_if_dropped: bool = False) -> dict[str, Any]:
+    def snapshot(self, *, even_if_dropped: bool = False) -> LoaderState:
         """Where the loader stands now, before whatever is drawn next (the layout is in the module's docstring).
 
         An iterator that nobody holds any more (a `for` left by break) is no iteration under way: the next thing there
         is a new `iter()`. `even_if_dropped` counts it all the same, for the last checkpoint of a job that stopped
         within an epoch.
         """
-        own, at = own_generators(self.loader), self._counts
-        now = {"own": {name: each.get_state() for name, each in own.items()}, "epochs": epochs(self.loader)}
+        at = self._counts
+        now: LoaderNow = {"own": self._generators.take_own(), "epochs": epochs(self.loader)}
         iterating = at is not None and not at.exhausted and (at.alive or even_if_dropped)
         if self._pending is not None:  # restored and not iterated since: still where the checkpoint was
-            return {**self._pending, "now": now}
+            pending = self._pending.copy()
+            pending["now"] = now
+            return pending
         position = at if iterating and at is not None else Position()
         if self._stateful:
             state = copy.deepcopy(self.loader.state_dict()) if iterating else None  # type: ignore[attr-defined]
@@ -215,7 +187,7 @@ class LoaderTap:
             "now": now,
         }
 
-    def check(self, snapshot: dict[str, Any]) -> None:
+    def check(self, snapshot: LoaderState) -> None:
         """Raises MismatchError if the snapshot is of the other kind of loader or of other generators."""
         kind = "stateful" if self._stateful else "counted"
         if snapshot["kind"] != kind:
@@ -223,16 +195,16 @@ class LoaderTap:
                 f"loader {self.name!r} is a {type(self.loader).__name__} (kind {kind}), "
                 f"the checkpoint holds kind {snapshot['kind']}"
             )
-        self._check_own(snapshot["now"]["own"])
+        self._generators.check_own(snapshot["now"]["own"])
 
-    def restore(self, snapshot: dict[str, Any]) -> None:
+    def restore(self, snapshot: LoaderState) -> None:
         """Come back to `snapshot`: own generators at once, the position at the next `iter(loader)`.
 
         Nothing but the training loop may iterate the loader in between, and an iterator made before is refused when
         drawn. Raises MismatchError if the snapshot is of the other kind of loader or of other generators.
         """
         self.check(snapshot)
-        self._put_own(snapshot["now"]["own"])
+        self._generators.put_own(snapshot["now"]["own"])
         for name, epoch in snapshot["now"]["epochs"].items():
             sampler = samplers(self.loader).get(name)
             if sampler is not None and hasattr(sampler, "set_epoch"):
@@ -244,7 +216,8 @@ class LoaderTap:
         self._pending = snapshot if snapshot["iterating"] else None
 
     # -- iterating ----------------------------------------------------------------------------------------------------
-    def _iter(self) -> Iterator[Any]:
+    def iterate(self) -> Iterator[Any]:
+        """What `iter(loader)` does."""
         if self.on_iter is not None:
             self.on_iter(self)
         snapshot, self._pending = self._pending, None
@@ -252,14 +225,14 @@ class LoaderTap:
         if snapshot is not None:
             before = rng.take()
             inner = self._replay(snapshot, position)
-            self._put_own(snapshot["now"]["own"])
+            self._generators.put_own(snapshot["now"]["own"])
             rng.put(before)
         else:
-            position.start = self._generators()
+            position.start = self._generators.take()
             position.again = self._has_persistent_workers()
             inner = self._open(position)
             if self.loader.num_workers == 0:
-                position.left = self._generators()
+                position.left = self._generators.take()
         if position.again:
             self.doubt = (
                 "persistent workers keep their random state from epoch to epoch, and only this epoch's can be replayed"
@@ -295,9 +268,9 @@ class LoaderTap:
         if self.on_draw is not None:
             self.on_draw(self, by_for)
         if position.left is not None:
-            here, left, position.left = self._generators(), position.left, None
-            position.first = None if _same(here, left) else here
-            if self._stateful and position.first is not None and not self._own_order():
+            here, left, position.left = self._generators.take(), position.left, None
+            position.first = None if same(here, left) else here
+            if self._stateful and position.first is not None and not self._generators.own_order:
                 self.doubt = (
                     "random numbers were drawn between iter() and the first batch, and its sampler has no state_dict()"
                 )
@@ -326,8 +299,8 @@ class LoaderTap:
         def watched() -> Any:
             number = next(numbers)
             if number in position.replaying:
-                self._put(position.replaying[number])
-            before = self._generators()
+                self._generators.put(position.replaying[number])
+            before = self._generators.take()
             index = next_index(weak())
             if number and not rng.same(before["rng"], rng.take()):
                 if len(position.later) < _LATER_LIMIT:
@@ -342,10 +315,11 @@ class LoaderTap:
         inner._next_index = watched
 
     # -- coming back --------------------------------------------------------------------------------------------------
-    def _replay(self, snapshot: dict[str, Any], position: Position) -> Iterator[Any]:
-        position.start = snapshot["start"]
-        if self._stateful:
-            self._put(snapshot["start"])
+    def _replay(self, snapshot: LoaderState, position: Position) -> Iterator[Any]:
+        start = position.start = snapshot["start"]
+        assert start is not None, "an iteration that is under way has begun"
+        if snapshot["kind"] == "stateful":
+            self._generators.put(start)
             self.loader.load_state_dict(copy.deepcopy(snapshot["state"]))  # type: ignore[attr-defined]
             inner: Any = self._open(position)
             pending = getattr(inner, "_sampler_iter", None)
@@ -355,12 +329,12 @@ class LoaderTap:
         position.first, position.again = snapshot["first"], snapshot["again"]
         if position.again and not self._has_persistent_workers():
             self._base.__iter__(self.loader)  # so that the iter() below resets workers, as the one of then did
-        self._put(snapshot["start"])
+        self._generators.put(start)
         inner = self._open(position)
         if position.first is not None:
-            self._put(position.first)
+            self._generators.put(position.first)
         elif not snapshot["draws"] and self.loader.num_workers == 0:
-            position.left = self._generators()
+            position.left = self._generators.take()
         position.replaying = snapshot["later"]
         by_index = self.loader.num_workers == 0 and not self._iterable and hasattr(inner, "_next_index")
         for number in range(snapshot["draws"]):
@@ -374,61 +348,5 @@ class LoaderTap:
         position.draws, position.replaying = snapshot["draws"], {}
         return inner
 
-    def _own_order(self) -> bool:
-        """Does the order come from the sampler's own generator or from none at all?"""
-        sampler = self.loader.sampler
-        return (
-            isinstance(sampler, (SequentialSampler, DistributedSampler))
-            or getattr(sampler, "generator", None) is not None
-        )
-
     def _has_persistent_workers(self) -> bool:
         return self.loader.persistent_workers and self.loader.num_workers > 0 and self.loader._iterator is not None
-
-    def _generators(self) -> dict[str, Any]:
-        return {
-            "rng": rng.take(),
-            "own": {name: each.get_state() for name, each in own_generators(self.loader).items()},
-        }
-
-    def _put(self, state: dict[str, Any]) -> None:
-        rng.put(state["rng"])
-        self._put_own(state["own"])
-
-    def _check_own(self, states: dict[str, torch.Tensor]) -> dict[str, torch.Generator]:
-        own = own_generators(self.loader)
-        if own.keys() != states.keys():
-            raise MismatchError(
-                f"loader {self.name!r} has generators {sorted(own)}, the checkpoint's had {sorted(states)}"
-            )
-        return own
-
-    def _put_own(self, states: dict[str, torch.Tensor]) -> None:
-        own = self._check_own(states)
-        for name, state in states.items():
-            own[name].set_state(state)
-
-
-def _check_class(loader: Any, name: str) -> None:
-    """Raises UnsupportedError for what is no DataLoader by its class, and for loaders whose own code decides when and
-    what is drawn.
-    """
-    kinds = type(loader).__mro__
-    if any(f"{kind.__module__}.".startswith("accelerate.") for kind in kinds):
-        raise UnsupportedError(
-            f"loader {name!r} is Accelerate's {type(loader).__name__}, which draws a batch ahead, and seeds and counts "
-            "epochs by itself: where it stands cannot be told. Leave the DataLoader out of accelerator.prepare(), and "
-            "name it in state as it is: a DistributedSampler divides it among the ranks, and "
-            "batch.to(accelerator.device) moves what it yields"
-        )
-    if DataLoader not in kinds:
-        raise UnsupportedError(
-            f"loader {name!r}: a {type(loader).__name__} says that it is a DataLoader, and is another object "
-            "around one: name the DataLoader itself in state"
-        )
-
-
-def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return rng.same(one["rng"], other["rng"]) and all(
-        torch.equal(state, other["own"][name]) for name, state in one["own"].items()
-    )

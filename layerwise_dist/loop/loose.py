@@ -21,7 +21,7 @@ from layerwise_dist.loop import rng
 _STATEFUL = "torchdata.stateful_dataloader.stateful_dataloader"
 
 _watches: weakref.WeakSet[LooseLoaders] = weakref.WeakSet()
-_plain: dict[type, Callable[[Any], Iterator[Any]]] = {}  # the `__iter__` of each class that tells
+_plain: dict[type[DataLoader[Any]], Callable[[Any], Iterator[Any]]] = {}  # the `__iter__` of each class that tells
 
 
 _PLACE = (
@@ -129,8 +129,9 @@ def _length(loader: DataLoader[Any]) -> int | None:
 
 def _ordered_globally(loader: DataLoader[Any]) -> bool:
     sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
-    shuffles = isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler)
-    return shuffles and sampler.generator is None
+    if not isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler):
+        return False
+    return sampler.generator is None
 
 
 def _tell() -> None:
@@ -144,7 +145,7 @@ def _tell() -> None:
 def _tell_no_more() -> None:
     for kind, plain in list(_plain.items()):
         if getattr(kind.__iter__, "plain", None) is plain:  # else somebody has put another around it
-            kind.__iter__ = plain  # type: ignore[attr-defined]
+            kind.__iter__ = plain  # type: ignore[method-assign]
             del _plain[kind]
 
 

@@ -1,4 +1,4 @@
-"""One iteration of a DataLoader: who draws, how far it has come, and which generators decide its order."""
+"""One iteration of a DataLoader: who draws, and how far it has come."""
 
 from __future__ import annotations
 
@@ -8,24 +8,12 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-import torch
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    RandomSampler,
-    SequentialSampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
-)
-from torch.utils.data.distributed import DistributedSampler
+from layerwise_dist.loop.sealed import GeneratorStates
 
 _FOR_ITER = dis.opmap["FOR_ITER"]
 _EXTENDED_ARG = dis.opmap["EXTENDED_ARG"]
 _YIELDS_FROM = {dis.opmap[name] for name in ("SEND", "YIELD_FROM") if name in dis.opmap}
 _GENERATOR = 0x20  # inspect.CO_GENERATOR
-
-# These draw from the global generators at the first index only, so later draws need no watching.
-_DRAW_ONCE = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
 
 
 def drawn_by_for(frame: FrameType | None) -> bool:
@@ -51,12 +39,12 @@ def drawn_by_for(frame: FrameType | None) -> bool:
 class Position:
     """One `iter(loader)` and how far it has come. The iterator may be gone while this is still wanted."""
 
-    start: dict[str, Any] | None = None
-    first: dict[str, Any] | None = None
-    later: dict[int, dict[str, Any]] = field(default_factory=dict)
+    start: GeneratorStates | None = None
+    first: GeneratorStates | None = None
+    later: dict[int, GeneratorStates] = field(default_factory=dict)
     again: bool = False
-    left: dict[str, Any] | None = None  # the generators as iter() left them, until the first draw
-    replaying: dict[int, dict[str, Any]] = field(default_factory=dict)  # `later` of the snapshot, while it is replayed
+    left: GeneratorStates | None = None  # the generators as iter() left them, until the first draw
+    replaying: dict[int, GeneratorStates] = field(default_factory=dict)  # `later` of the snapshot, while it is replayed
     draws: int = 0
     exhausted: bool = False
     by_for: bool = False
@@ -70,38 +58,3 @@ class Position:
     @property
     def under_way(self) -> bool:
         return self.alive and not self.exhausted
-
-
-def samplers(loader: DataLoader[Any]) -> dict[str, Any]:
-    """Everything that decides the order, by where it sits in the loader."""
-    inner = getattr(loader.batch_sampler, "sampler", None)
-    return {
-        "loader": loader,
-        "sampler": loader.sampler,
-        "batch_sampler": loader.batch_sampler,
-        "batch_sampler.sampler": inner,
-    }
-
-
-def own_generators(loader: DataLoader[Any]) -> dict[str, torch.Generator]:
-    found: dict[str, torch.Generator] = {}
-    for name, owner in samplers(loader).items():
-        generator = getattr(owner, "generator", None)
-        if isinstance(generator, torch.Generator) and all(generator is not each for each in found.values()):
-            found[name] = generator
-    return found
-
-
-def epochs(loader: DataLoader[Any]) -> dict[str, int]:
-    owners = samplers(loader).items()
-    return {
-        name: owner.epoch
-        for name, owner in owners
-        if hasattr(owner, "set_epoch") and isinstance(getattr(owner, "epoch", None), int)
-    }
-
-
-def draws_once(sampler: Any) -> bool:
-    if type(sampler) is BatchSampler:
-        return type(sampler.sampler) in _DRAW_ONCE
-    return type(sampler) in _DRAW_ONCE

@@ -8,24 +8,24 @@ An `RngState` is a plain dict, fit for `storage.typed_json` (tensors, arrays, tu
      numpy, "python": random.getstate()}
 
 Generators that somebody made for himself (`torch.Generator`, `numpy.random.default_rng`) belong to their owner: those
-of a loader to `capture.loaders`, any other to `state=`. The generators inside loader workers live in other processes.
+of a loader to `loop.loaders`, any other to `state=`. The generators inside loader workers live in other processes.
 """
 
 from __future__ import annotations
 
 import ctypes
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+
+from layerwise_dist.loop.sealed import RngState
 
 try:
     import numpy
 except ImportError:  # torch runs without it, and then nothing can draw from it
     numpy = None  # type: ignore[assignment]
-
-RngState = dict[str, Any]
 
 _MT19937_WORDS, _PHILOX_WORDS = 624, 4
 _MT19937_BYTES = 625 * 4  # uint32 key[624]; int pos
@@ -58,7 +58,7 @@ def put(state: RngState) -> None:
                 torch.cuda.default_generators[index].set_state(each)
 
 
-def problems(state: RngState) -> dict[str, str]:
+def problems(state: Mapping[str, Any]) -> dict[str, str]:
     """Of each generator that can't be set to its part of `state`, why. Tried on generators of its own: the global ones
     stay as they are.
     """
@@ -112,7 +112,10 @@ def same(one: RngState, other: RngState) -> bool:
         return False
     if "numpy" in one:
         mine, yours = one["numpy"], other["numpy"]
-        if mine[2:] != yours[2:] or not numpy.array_equal(mine[1], yours[1]):
+        if isinstance(mine, dict) or isinstance(yours, dict):  # of another bit generator than numpy's first
+            if repr(mine) != repr(yours):
+                return False
+        elif mine[2:] != yours[2:] or not numpy.array_equal(mine[1], yours[1]):
             return False
     return all(
         torch.equal(one["cuda"][index], other["cuda"][index]) for index in one["cuda"].keys() & other["cuda"].keys()
@@ -133,7 +136,7 @@ def glance() -> tuple[Any, ...]:
     cuda = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
     seen = [each.get_state().numpy().tobytes() for each in (torch.default_generator, *cuda)]
     if numpy is not None:
-        bits = numpy.random.get_bit_generator()
+        bits = numpy.random.get_bit_generator()  # type: ignore[attr-defined]
         if isinstance(bits, numpy.random.MT19937):
             seen.append(ctypes.string_at(bits.ctypes.state_address, _MT19937_BYTES))
         else:

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from layerwise_dist.commit.coordinator_thread import CoordinatorThread
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.opening import SessionInfo
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.session import Requests
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.monitor.connection import MonitorLink
+from layerwise_dist.monitor.messages import Open, Opened
 from layerwise_dist.monitor.staging import RemotePen, StagingAdapter
+from layerwise_dist.storage.protocols import Env, ShardWriterAdapter
 
 
 class OpenSession(NamedTuple):
     """What writes and decides for one rank, here or in another process. `pen` and `coordinator` are rank 0's."""
 
-    adapter: Any
+    adapter: ShardWriterAdapter
     manager: CheckpointMetadataManager
     info: SessionInfo
     pen: Requests | None
-    coordinator: Any
+    coordinator: CoordinatorThread | None
 
 
 def open_monitored(
-    link: MonitorLink, env: Any, config: LayerwiseConfig, participant: Participant, framework: str,
+    link: MonitorLink, env: Env, config: LayerwiseConfig, participant: Participant, framework: str,
     software: dict[str, str], *, fresh: bool,
 ) -> OpenSession:  # fmt: skip
     """All ranks together. The monitors take the directory; raises what they raise, on every rank alike."""
-    message = {"t": "open", "framework": framework, "software": software, "fresh": fresh}
-    opened = link.ask("open the checkpoint directory", message, 2 * config.commit.timeout_s)
+    message: Open = {"t": "open", "framework": framework, "software": software, "fresh": fresh}
+    opened: Opened = link.ask("open the checkpoint directory", message, 2 * config.commit.timeout_s)
     adapter = StagingAdapter(link, config, opened, participant.written)
     manager = CheckpointMetadataManager(env, config.path, file_mode=config.file_bits)
     pen = RemotePen(link, config.commit.timeout_s) if participant.rank == 0 else None

@@ -8,14 +8,28 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload
 
-from layerwise_dist.commit.transports import Handler, Message
 from layerwise_dist.commit.transports.rendezvous import Gather
 from layerwise_dist.commit.votes import rebuild_error
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.errors import CommitError, DeadlineError, LayerwiseError
 from layerwise_dist.monitor.gathering import Gathering
+from layerwise_dist.monitor.messages import (
+    Answer,
+    Asked,
+    GatherRecord,
+    Heard,
+    Log,
+    Lost,
+    Question,
+    Refusal,
+    Returned,
+    Start,
+    ToMonitor,
+    ToTraining,
+    Written,
+)
 from layerwise_dist.monitor.process import MonitorProcess
 from layerwise_dist.monitor.wire import Wire
 
@@ -25,6 +39,9 @@ _FAREWELL_S = 5.0
 _START_S = 60.0  # at least, for a new process that imports: it has little to do with how long a commit may take
 
 
+_Inbox = queue.SimpleQueue[Answer | Refusal | GatherRecord | None]  # None: the monitor is gone
+
+
 class MonitorLink:
     """From `start_monitor` until `close`. Thread-safe but for `close`; handlers run on the wire's thread."""
 
@@ -32,9 +49,11 @@ class MonitorLink:
         self.rank, self.process = rank, process
         self.lost: str | None = None  # why nothing more comes
         self._numbers = itertools.count()
-        self._answers: dict[int, queue.SimpleQueue[Message]] = {}
-        self._asked: queue.SimpleQueue[Message] | None = None  # what the monitor asks for while a question is open
-        self._handlers: dict[str, Handler] = {"log": self._relog, "answer": self._answered, "gather": self._gather}
+        self._answers: dict[int, _Inbox] = {}
+        self._asked: _Inbox | None = None  # what the monitor asks for while a question is open
+        self._handlers: dict[str, Callable[[Any], None]] = {
+            "log": self._relog, "answer": self._answered, "gather": self._gather,
+        }  # fmt: skip
         self._on_lost: list[Callable[[str], None]] = []
         self._lock = threading.Lock()
         self._bye = threading.Event()
@@ -42,10 +61,20 @@ class MonitorLink:
         self.wire = Wire(process.socket, self._take, self._ended)
         self.wire.start()
 
-    def send(self, message: Message) -> None:
+    def send(self, message: ToMonitor) -> None:
         self.wire.send(message)
 
-    def on(self, kind: str, handler: Handler) -> None:
+    @overload
+    def on(self, kind: Literal["heard"], handler: Callable[[Heard], None]) -> None: ...
+    @overload
+    def on(self, kind: Literal["asked"], handler: Callable[[Asked], None]) -> None: ...
+    @overload
+    def on(self, kind: Literal["lost"], handler: Callable[[Lost], None]) -> None: ...
+    @overload
+    def on(self, kind: Literal["returned"], handler: Callable[[Returned], None]) -> None: ...
+    @overload
+    def on(self, kind: Literal["written"], handler: Callable[[Written], None]) -> None: ...
+    def on(self, kind: str, handler: Callable[[Any], None]) -> None:
         """`handler` takes the messages of that kind. REQUIRES: none of it can have come."""
         self._handlers[kind] = handler
 
@@ -57,17 +86,18 @@ class MonitorLink:
         if lost is not None:
             handler(lost)
 
-    def ask(self, what: str, message: Message, timeout_s: float, gather: Gather | None = None) -> Any:
+    def ask(self, what: str, message: Question, timeout_s: float, gather: Gather | None = None) -> Any:
         """The answer, for which it waits at most `timeout_s` seconds; meanwhile gathers for the monitor.
 
         Raises what the monitor raised, CommitError if it is gone, DeadlineError.
         """
-        number, inbox = next(self._numbers), queue.SimpleQueue[Message]()
+        number, inbox = next(self._numbers), _Inbox()
         with self._lock:
             self._answers[number] = inbox
             if gather is not None:
                 self._asked = inbox
-        self.send({**message, "id": number})
+        message["id"] = number
+        self.send(message)
         deadline = time.monotonic() + timeout_s
         try:
             while True:
@@ -79,12 +109,14 @@ class MonitorLink:
                     raise DeadlineError(
                         f"{what}: waited {timeout_s:g} s for rank {self.rank}'s monitor (pid {self.process.pid})"
                     ) from None
+                if found is None:
+                    continue
                 if found["t"] == "gather":
                     assert gather is not None
                     self.send({"t": "gathered", "records": gather(found["record"])})
                 elif "error" in found:
                     raise rebuild_error(found["error"])
-                elif found["t"] == "answer":
+                else:
                     return found["value"]
         finally:
             with self._lock:
@@ -104,25 +136,25 @@ class MonitorLink:
 
     # -- inside -------------------------------------------------------------------------------------------------
 
-    def _take(self, message: Message) -> None:
+    def _take(self, message: ToTraining) -> None:
         handler = self._handlers.get(message["t"])
         if handler is None:
             raise ValueError(f"a message of the unknown kind {message['t'][:40]!r}")
         handler(message)
 
-    def _answered(self, message: Message) -> None:
+    def _answered(self, message: Answer | Refusal) -> None:
         with self._lock:
             inbox = self._answers.get(message["id"])
         if inbox is not None:  # else nobody waits any more
             inbox.put(message)
 
-    def _gather(self, message: Message) -> None:
+    def _gather(self, message: GatherRecord) -> None:
         with self._lock:
             inbox = self._asked
         if inbox is not None:
             inbox.put(message)
 
-    def _relog(self, message: Message) -> None:
+    def _relog(self, message: Log) -> None:
         log.log(message["level"], "%s", message["text"])
 
     def _ended(self, why: str) -> None:
@@ -134,7 +166,7 @@ class MonitorLink:
             self.lost = lost
             waiting, handlers = list(self._answers.values()), list(self._on_lost)
         for inbox in waiting:
-            inbox.put({"t": "lost"})
+            inbox.put(None)
         for handler in handlers:
             handler(lost)
 
@@ -150,7 +182,7 @@ def start_monitor(config: LayerwiseConfig, rank: int, world_size: int, gather: G
     try:
         link = MonitorLink(rank, MonitorProcess())
         settings = {**config.model_dump(mode="json"), "dir": config.path}
-        start = {"t": "start", "config": settings, "rank": rank, "world_size": world_size}
+        start: Start = {"t": "start", "config": settings, "rank": rank, "world_size": world_size}
         link.ask("start the monitor", start, max(timeout_s, _START_S), gathering)
     except (LayerwiseError, OSError) as error:
         if gathering is not None:

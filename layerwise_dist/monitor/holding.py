@@ -13,10 +13,12 @@ from collections.abc import Callable
 from typing import Any
 
 from layerwise_dist import _native
+from layerwise_dist.commit.messages import Failed
 from layerwise_dist.commit.participant import Participant
-from layerwise_dist.commit.transports import Message
-from layerwise_dist.storage.adapter import Laid, PCCheckAdapter, ShardWrite
+from layerwise_dist.monitor.messages import Begin, Counts, Drop, Give, Layout, Pool, Returned, Sealed, State, Written
+from layerwise_dist.storage.adapter import PCCheckAdapter, ShardWrite
 from layerwise_dist.storage.filenames import AttemptId
+from layerwise_dist.storage.gathered import Laid
 from layerwise_dist.storage.reports import ShardReport
 from layerwise_dist.storage.shard_layout import Source
 from layerwise_dist.tensors.slices import Slice
@@ -29,14 +31,18 @@ _REMEMBERED = 4  # attempts whose times may still be asked for
 class HeldWrite:
     """A `ShardWrite` that tells the training process once it is durable."""
 
-    def __init__(self, write: ShardWrite, tell: Callable[[Message], None]) -> None:
+    def __init__(self, write: ShardWrite, tell: Callable[[Written], None]) -> None:
         self.attempt, self.shard = write.attempt, write
         self._tell = tell
 
     def persist(self, timeout_s: float) -> ShardReport:
         report = self.shard.persist(timeout_s)
         shard = self.shard
-        counts = {"writes": shard.writes, "bytes_written": shard.bytes_written, "bytes_copied": shard.bytes_copied}
+        counts: Counts = {
+            "writes": shard.writes,
+            "bytes_written": shard.bytes_written,
+            "bytes_copied": shard.bytes_copied,
+        }
         self._tell({"t": "written", "seq": self.attempt.seq, "counts": counts})
         return report
 
@@ -65,25 +71,25 @@ class StagedShards:
 
     def __init__(
         self, adapter: PCCheckAdapter, participant: Participant, epoch: int, memory: int, wake: int,
-        tell: Callable[[Message], None],
+        tell: Callable[[Written | Returned], None],
     ) -> None:  # fmt: skip
         """`memory` is the pool's memory file, `wake` an eventfd that counts up when `give_back` has to be called."""
         self._adapter, self._participant, self._epoch = adapter, participant, epoch
         self._memory, self._wake, self._tell = memory, wake, tell
-        self._pools: list[tuple[int, int, Any]] = []  # where it begins and ends
+        self._pools: list[tuple[int, int, _native.BufferPool]] = []  # where it begins and ends
         self._layouts: dict[int, Laid] = {}
         self._coming: dict[int, _Coming] = {}
         self._recent: deque[HeldWrite] = deque(maxlen=_REMEMBERED)
 
     # -- what the training process says -------------------------------------------------------------------------
 
-    def pool(self, message: Message) -> None:
+    def pool(self, message: Pool) -> None:
         """Raises ValueError or OSError for one that is not there."""
         begin, nbytes = message["begin"], message["nbytes"]
         pool = _native.BufferPool.attached(self._memory, begin, nbytes, self._wake)
         self._pools.append((begin, begin + nbytes, pool))
 
-    def layout(self, message: Message) -> None:
+    def layout(self, message: Layout) -> None:
         layers = [
             (name, [Source(_slice(part), address_mod, wrapped) for part, address_mod, wrapped in sources])
             for name, sources in message["layers"]
@@ -91,7 +97,7 @@ class StagedShards:
         # Everything is gathered: nothing else of the training process's memory is to be had here.
         self._layouts = {message["number"]: self._adapter.lay_out(layers, range(len(layers)))}
 
-    def begin(self, message: Message) -> None:
+    def begin(self, message: Begin) -> None:
         """A shard, or once more one that is not sealed yet, with another layout."""
         attempt = AttemptId(self._epoch, message["seq"], message["step"])
         laid = self._layouts[message["layout"]]
@@ -105,7 +111,7 @@ class StagedShards:
             self._recent.append(write)
         self._coming[attempt.seq] = _Coming(write, laid)
 
-    def give(self, message: Message) -> None:
+    def give(self, message: Give) -> None:
         """An extent lies in the pool, as it will in the file."""
         buffer = self._adopt(message)
         coming = self._coming.get(message["seq"])
@@ -119,13 +125,13 @@ class StagedShards:
         coming.write.shard.submit_gathered(number, extent.tensor, buffer)
         coming.missing.discard(number)
 
-    def state(self, message: Message) -> None:
+    def state(self, message: State) -> None:
         buffer = self._adopt(message)
         if (coming := self._coming.get(message["seq"])) is not None:
             coming.state += buffer
         buffer.release()
 
-    def sealed(self, message: Message) -> None:
+    def sealed(self, message: Sealed) -> None:
         """All of it was given, and is final: acknowledged, if that is so."""
         coming = self._coming.pop(message["seq"], None)
         if coming is None:
@@ -136,17 +142,17 @@ class StagedShards:
             self._participant.failed(attempt, f"the monitor has not got {lacking} of it", coming.write)
             return
         data = bytes(coming.state)
-        coming.write.shard.append_state(data[:text], data[text:])
+        coming.write.shard.seal(data[:text], data[text:])
         self._participant.staged(coming.write)
 
-    def failed(self, message: Message) -> None:
+    def failed(self, message: Failed) -> None:
         """The training process gives an attempt up, and has warned of it."""
         coming = self._coming.pop(message["seq"], None)
         attempt = AttemptId(self._epoch, message["seq"], message["step"])
         write = coming.write if coming is not None else None
         self._participant.failed(attempt, message["error"], write, final=message["final"], told=True)
 
-    def drop(self, message: Message) -> None:
+    def drop(self, message: Drop) -> None:
         """The coordinator has aborted it before it was sealed."""
         if (coming := self._coming.pop(message["seq"], None)) is not None:
             self._participant.failed(coming.write.attempt, "aborted before it was sealed", coming.write, told=True)
@@ -168,7 +174,7 @@ class StagedShards:
         if places:
             self._tell({"t": "returned", "places": places})
 
-    def _adopt(self, message: Message) -> Any:
+    def _adopt(self, message: Give | State) -> _native.PoolBuffer:
         place = message["place"]
         for begin, end, pool in self._pools:
             if begin <= place < end:
@@ -177,4 +183,7 @@ class StagedShards:
 
 
 def _slice(fields: dict[str, Any]) -> Slice:
-    return Slice(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+    members: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+    }
+    return Slice(**members)

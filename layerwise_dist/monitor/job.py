@@ -11,19 +11,21 @@ from dataclasses import asdict
 from typing import Any
 
 from layerwise_dist import _native
-from layerwise_dist.commit.agreement import together
+from layerwise_dist.commit.messages import ToCoordinator, ToRanks
 from layerwise_dist.commit.metadata import ParentRef
-from layerwise_dist.commit.opening import PATIENCE_SHARE
+from layerwise_dist.commit.opening import PATIENCE_SHARE, SessionInfo
 from layerwise_dist.commit.participant import Participant
-from layerwise_dist.commit.session import Committer, open_session, start_coordinator
-from layerwise_dist.commit.transports import Message
+from layerwise_dist.commit.records import BoundaryKind
+from layerwise_dist.commit.session import Committer
+from layerwise_dist.commit.start import Rules, Session, start_session, start_writer
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
 from layerwise_dist.commit.transports.rendezvous import Gather
 from layerwise_dist.commit.transports.store import open_store
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.errors import LayerwiseError, UnsupportedError
 from layerwise_dist.monitor.holding import StagedShards
-from layerwise_dist.monitor.relaying import RelayingTransport, wrapped
+from layerwise_dist.monitor.messages import Open, Opened, ToTraining
+from layerwise_dist.monitor.relaying import RelayingTransport, wrapped, wrapped_decision
 from layerwise_dist.storage.adapter import PCCheckAdapter
 from layerwise_dist.storage.writer import open_writer
 from layerwise_dist.supervision.patience import stuck_calls
@@ -39,7 +41,7 @@ class MonitoredJob:
     """
 
     def __init__(
-        self, config: LayerwiseConfig, rank: int, world_size: int, gather: Gather, tell: Callable[[Message], None]
+        self, config: LayerwiseConfig, rank: int, world_size: int, gather: Gather, tell: Callable[[ToTraining], None]
     ) -> None:
         """Collective, with the monitors of the other ranks. Raises CommitError."""
         self._config, self._rank, self._tell = config, rank, tell
@@ -49,12 +51,10 @@ class MonitoredJob:
             else LocalTransport(LocalHub(1), 0)
         )
         self._transport = RelayingTransport(inner, tell)
-        self._participant = Participant(self._transport, timeout_s=config.commit.timeout_s, coordinator=None)
-        self._participant.tells = False  # the training process does
+        # What became of checkpoints the training process tells.
+        self._participant = Participant(self._transport, timeout_s=config.commit.timeout_s, tells=False)
         self._adapter: PCCheckAdapter | None = None
-        self._coordinator: Any = None
-        self._committer: Committer | None = None
-        self._owner: Any = None
+        self._session: Session | None = None
         self.holder: StagedShards | None = None
 
     # -- the start ----------------------------------------------------------------------------------------------
@@ -62,63 +62,58 @@ class MonitoredJob:
     def listen(self) -> None:
         self._transport.listen()
 
-    def open(self, message: Message, trainer: int, memory: int, wake: int) -> Message:
+    def open(self, message: Open, trainer: int, memory: int, wake: int) -> Opened:
         """All monitors together: the directory is this session's. What the training process must know of it.
 
         Raises as `open_session`, and UnsupportedError where not all ranks see one directory; on every rank alike.
         """
         config, participant = self._config, self._participant
         env = _native.PosixEnv()
-        info, manager, self._owner = open_session(
-            env, config.path, participant, file_mode=config.file_bits, dir_mode=config.dir_bits,
+        session = start_session(
+            env, config.path, self._transport, participant, Rules.of(config, message["framework"], message["software"]),
+            file_mode=config.file_bits, dir_mode=config.dir_bits,
             who=f"the monitor (pid {os.getpid()}) of pid {trainer} on {socket.gethostname()}", fresh=message["fresh"],
-            patience_s=PATIENCE_SHARE * config.commit.timeout_s, monitored=True,
+            patience_s=PATIENCE_SHARE * config.commit.timeout_s, monitored=True, check=self._check_shared,
         )  # fmt: skip
-        if not info.shared:
-            raise UnsupportedError(
-                f"mode = 'monitor': {config.path} is not one directory but {len(info.places)} (of ranks "
-                f"{str(info.places)[:80]}): all ranks must see one; use mode 'direct' with disks of nodes"
-            )
-        if self._owner is not None:
-            self._committer, self._coordinator = start_coordinator(
-                self._transport, manager, self._owner, info, framework=message["framework"],
-                software=message["software"], keep_last=config.keep_last,
-                keep_every_n_steps=config.keep_every_n_steps, keep_tags=config.keep_tags,
-                timeout_s=config.commit.timeout_s, on_failure=config.commit.on_failure,
-                raise_after=config.commit.raise_after,
-            )  # fmt: skip
-            participant.serve(self._coordinator.post, self._coordinator.quiet)
+        self._session = session
 
-        def start_writer() -> PCCheckAdapter:
-            adapter = open_writer(env, config, self._rank, participant.world_size)
+        def begin() -> PCCheckAdapter:
+            adapter = open_writer(env, config, self._rank, participant.world_size, participant.broke)
             adapter.allocate_staging_buffer(size_mb=adapter.bounce_bytes / 2**20)  # what is staged lies elsewhere
             return adapter
 
-        _, adapter = together(participant, "start the writer", start_writer)
-        self._adapter = adapter
-        adapter.recycler.failed = participant.broke
-        participant.recycle(adapter.recycler.retire)
-        self.holder = StagedShards(adapter, participant, info.epoch, memory, wake, self._tell)
+        adapter = self._adapter = start_writer(participant, begin)
+        self.holder = StagedShards(adapter, participant, session.info.epoch, memory, wake, self._tell)
         return {
-            "info": asdict(info), "direct": adapter.direct, "memory_align": adapter.memory_align,
+            "info": asdict(session.info), "direct": adapter.direct, "memory_align": adapter.memory_align,
         }  # fmt: skip
+
+    def _check_shared(self, info: SessionInfo) -> None:
+        if not info.shared:
+            raise UnsupportedError(
+                f"mode = 'monitor': {self._config.path} is not one directory but {len(info.places)} (of ranks "
+                f"{str(info.places)[:80]}): all ranks must see one; use mode 'direct' with disks of nodes"
+            )
 
     # -- what the training process says -------------------------------------------------------------------------
 
-    def post(self, message: Message) -> None:
+    def post(self, message: ToCoordinator) -> None:
         """Of the training process to the coordinator, or to rank 0's."""
-        kind = message["t"]
-        if kind == "failed" and self.holder is not None:
+        if message["t"] == "failed" and self.holder is not None:
             self.holder.failed(message)
-        elif kind == "agree":
+        elif message["t"] == "agree":
             self._transport.post(wrapped(message))
         else:
             self._transport.post(message)
 
-    def announce(self, message: Message) -> None:
-        self._transport.announce(wrapped(message))
+    def announce(self, message: ToRanks) -> None:
+        self._transport.announce(wrapped_decision(message))
 
-    def boundary_kind(self, kind: str) -> None:
+    @property
+    def _committer(self) -> Committer | None:
+        return self._session.committer if self._session is not None else None
+
+    def boundary_kind(self, kind: BoundaryKind) -> None:
         if self._committer is not None:
             self._committer.boundary_kind = kind
 
@@ -139,9 +134,9 @@ class MonitoredJob:
 
     def orphaned(self, why: str) -> None:
         """The training process is gone: whoever waits for the directory is told that it will be free."""
-        if self._owner is not None:
+        if self._session is not None and self._session.owner is not None:
             try:
-                self._owner.end()
+                self._session.owner.end()
             except OSError as error:
                 log.warning("%s", error)
 
@@ -160,7 +155,8 @@ class MonitoredJob:
         except LayerwiseError as error:
             log.warning("rank %d: the monitor leaves without a decision: %s", self._rank, error)
         self._participant.close(max(0.1, deadline - time.monotonic()))
-        closed = self._coordinator is None or self._coordinator.close(max(0.1, deadline - time.monotonic()))
+        coordinator = self._session.coordinator if self._session is not None else None
+        closed = coordinator is None or coordinator.close(max(0.1, deadline - time.monotonic()))
         if self._adapter is not None:
             closed = self._adapter.close(max(0.1, deadline - time.monotonic())) and closed
         if not closed:

@@ -18,11 +18,22 @@ from collections.abc import Callable
 from typing import Any
 
 from layerwise_dist.commit.opening import FINISHING_SHARE
-from layerwise_dist.commit.transports import Message
 from layerwise_dist.commit.votes import describe_error
 from layerwise_dist.config import load_config
 from layerwise_dist.errors import LayerwiseError
 from layerwise_dist.monitor.job import MonitoredJob
+from layerwise_dist.monitor.messages import (
+    Gathered,
+    Log,
+    Open,
+    Opened,
+    Question,
+    Staging,
+    Start,
+    Times,
+    ToMonitor,
+    ToTraining,
+)
 from layerwise_dist.monitor.wire import Wire
 from layerwise_dist.supervision import background
 
@@ -39,7 +50,7 @@ class MonitorServer:
     def __init__(self, sock: socket.socket, memory: int, trainer: int) -> None:
         """`memory` is the descriptor of the pool's memory file, `trainer` the training process's pid."""
         self._memory, self._trainer = memory, trainer
-        self._events: queue.SimpleQueue[Message | None] = queue.SimpleQueue()  # None: the training process is gone
+        self._events: queue.SimpleQueue[ToMonitor | None] = queue.SimpleQueue()  # None: the training process is gone
         self._gone: str | None = None
         self._gone_lock = threading.Lock()
         self._serving = False  # whether something may have been staged
@@ -48,7 +59,7 @@ class MonitorServer:
         self._session: MonitoredJob | None = None
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._wire = Wire(sock, self._events.put, self._trainer_gone)
-        logging.getLogger("layerwise_dist").addHandler(_ToTrainer(self._wire.send))
+        logging.getLogger("layerwise_dist").addHandler(_ToTrainer(self._send))
 
     def run(self) -> None:
         # Without it the training process's end, and room in the pool, would be heard of by nobody.
@@ -75,61 +86,78 @@ class MonitorServer:
                 return
             self._do(message)
 
-    def _do(self, message: Message) -> None:
-        kind, session = message["t"], self._session
-        if kind == "start":
-            self._answer(message, lambda: self._start(message))
+    def _do(self, message: ToMonitor) -> None:
+        if message["t"] == "start":
+            start = message
+            self._answer(start, lambda: self._start(start))
             return
+        session = self._session
         assert session is not None
-        if kind == "open":
-            self._answer(message, lambda: self._open(session, message))
-        elif kind == "listening":
-            session.listen()
-        elif kind == "post":
-            session.post(message["m"])
-        elif kind == "announce":
-            session.announce(message["m"])
-        elif kind == "boundary kind":
-            session.boundary_kind(message["kind"])
-        elif kind == "tag":
-            session.tag(message["seq"], message["tag"])
-        elif kind == "hold":
-            self._answer(message, lambda: session.hold(True))
-        elif kind == "release":
-            session.hold(False)
-        elif kind == "follow":
-            self._answer(message, lambda: session.follow(message["head"], message["branch_seq"]))
-        else:
-            self._stage(session, message)
+        match message["t"]:
+            case "open":
+                opening = message
+                self._answer(opening, lambda: self._open(session, opening))
+            case "listening":
+                session.listen()
+            case "post":
+                session.post(message["m"])
+            case "announce":
+                session.announce(message["m"])
+            case "boundary kind":
+                session.boundary_kind(message["kind"])
+            case "tag":
+                session.tag(message["seq"], message["tag"])
+            case "hold":
+                self._answer(message, lambda: session.hold(True))
+            case "release":
+                session.hold(False)
+            case "follow":
+                wish = message
+                self._answer(wish, lambda: session.follow(wish["head"], wish["branch_seq"]))
+            case _:
+                self._stage(session, message)
 
-    def _stage(self, session: MonitoredJob, message: Message) -> None:
-        holder, kind = session.holder, message["t"]
+    def _stage(self, session: MonitoredJob, message: Staging | Times | Gathered) -> None:
+        holder = session.holder
         if holder is None:
-            raise ValueError(f"{kind!r} before the directory is open")
-        if kind == "times":
-            self._answer(message, lambda: holder.times(message["seq"]))
-            return
-        takers: dict[str, Callable[[Message], None]] = {
-            "pool": holder.pool, "layout": holder.layout, "begin": holder.begin, "give": holder.give,
-            "state": holder.state, "sealed": holder.sealed, "drop": holder.drop,
-        }  # fmt: skip
-        if kind not in takers:
-            raise ValueError(f"a message of the unknown kind {kind[:40]!r}")
-        takers[kind](message)
+            raise ValueError(f"{message['t']!r} before the directory is open")
+        match message["t"]:
+            case "times":
+                seq = message["seq"]
+                self._answer(message, lambda: holder.times(seq))
+            case "pool":
+                holder.pool(message)
+            case "layout":
+                holder.layout(message)
+            case "begin":
+                holder.begin(message)
+            case "give":
+                holder.give(message)
+            case "state":
+                holder.state(message)
+            case "sealed":
+                holder.sealed(message)
+            case "drop":
+                holder.drop(message)
+            case kind:
+                raise ValueError(f"a message of the unknown kind {kind[:40]!r}")
 
-    def _start(self, message: Message) -> None:
+    def _start(self, message: Start) -> None:
         config = load_config(message["config"])
         self._timeout_s = config.commit.timeout_s
-        self._session = MonitoredJob(config, message["rank"], message["world_size"], self._gather, self._wire.send)
+        self._session = MonitoredJob(config, message["rank"], message["world_size"], self._gather, self._send)
 
-    def _gather(self, record: Any) -> list[Any]:
-        self._wire.send({"t": "gather", "record": record})
+    def _send(self, message: ToTraining) -> None:
+        self._wire.send(message)
+
+    def _gather(self, record: dict[str, Any]) -> list[dict[str, Any]]:
+        self._send({"t": "gather", "record": record})
         message = self._next(self._timeout_s)
         if message is None or message["t"] != "gathered":
             raise ValueError("the training process does not gather")
         return list(message["records"])
 
-    def _open(self, session: MonitoredJob, message: Message) -> Message:
+    def _open(self, session: MonitoredJob, message: Open) -> Opened:
         opened = session.open(message, self._trainer, self._memory, self._wake)
         with self._gone_lock:
             self._serving = True
@@ -138,12 +166,11 @@ class MonitorServer:
             os._exit(0)
         return opened
 
-    def _answer(self, message: Message, action: Callable[[], Any]) -> None:
+    def _answer(self, message: Question, action: Callable[[], object]) -> None:
         try:
-            answer = {"value": action()}
+            self._send({"t": "answer", "id": message["id"], "value": action()})
         except (LayerwiseError, OSError) as error:
-            answer = {"error": describe_error(error)}
-        self._wire.send({"t": "answer", "id": message["id"], **answer})
+            self._send({"t": "answer", "id": message["id"], "error": describe_error(error)})
 
     def _leave(self) -> None:
         """The training process has nothing more to say, and waits for the end."""
@@ -151,10 +178,10 @@ class MonitorServer:
         self._leaving = True
         _end_in(self._timeout_s + _FAREWELL_S)
         self._session.finish(self._timeout_s)
-        self._wire.send({"t": "bye"})
+        self._send({"t": "bye"})
         self._wire.close(_FAREWELL_S)
 
-    def _next(self, timeout_s: float | None) -> Message | None:
+    def _next(self, timeout_s: float | None) -> ToMonitor | None:
         try:
             return self._events.get(timeout=timeout_s)
         except queue.Empty:
@@ -198,7 +225,7 @@ class MonitorServer:
 class _ToTrainer(logging.Handler):
     """What is logged here is logged there, while there is somebody."""
 
-    def __init__(self, send: Callable[[Message], None]) -> None:
+    def __init__(self, send: Callable[[Log], None]) -> None:
         super().__init__(logging.INFO)
         self._send = send
 

@@ -9,17 +9,16 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
-from typing import Any
 
 from layerwise_dist import _native
 from layerwise_dist.commit.metadata import ParentRef
-from layerwise_dist.commit.transports import Message
+from layerwise_dist.commit.records import BoundaryKind
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.errors import LayerwiseError
 from layerwise_dist.monitor.connection import MonitorLink
-from layerwise_dist.storage.adapter import Laid
+from layerwise_dist.monitor.messages import Counts, Follow, Give, Opened, Returned, SaidSource, State, Written
 from layerwise_dist.storage.filenames import AttemptId
-from layerwise_dist.storage.gathered import gather
+from layerwise_dist.storage.gathered import Laid, gather
 from layerwise_dist.storage.reports import BaseReport
 from layerwise_dist.storage.shard_layout import ShardLayout, Source, state_extent
 from layerwise_dist.supervision.patience import DISK_SHARE
@@ -32,36 +31,32 @@ class PoolFull(LayerwiseError):
     """The pool had no room for the boundary's state in time. Ends the attempt."""
 
 
-def _nothing(timeout_s: float) -> None:
-    return None
-
-
 class StagedWrite:
     """As `storage.adapter.ShardWrite`, of which the blocks lie in the pool and the file is the monitor's."""
 
-    pooled = True
+    in_place = None
 
     def __init__(self, adapter: StagingAdapter, attempt: AttemptId, layout: ShardLayout) -> None:
         self.attempt, self.layout = attempt, layout
         self._adapter = adapter
-        self.confirm: Callable[[float], None] = _nothing
-        self.base: Callable[[float], BaseReport] | None = None  # there are none: frozen parameters are staged too
+        self._keeping: object = None
+        self._confirm: Callable[[float], None] | None = None
         self._lengths = (0, 0)
         self.state_bytes = 0
         self._sealed = False
-        self._written: Message = {}  # the monitor's counts, once it is durable
+        self._written: Counts = {}  # the monitor's counts, once it is durable
 
     @property
     def writes(self) -> int:
-        return int(self._written.get("writes", 0))
+        return self._written.get("writes", 0)
 
     @property
     def bytes_written(self) -> int:
-        return int(self._written.get("bytes_written", 0))
+        return self._written.get("bytes_written", 0)
 
     @property
     def bytes_copied(self) -> int:
-        return int(self._written.get("bytes_copied", self.state_bytes))
+        return self._written.get("bytes_copied", self.state_bytes)
 
     @property
     def bytes_evacuated(self) -> int:
@@ -69,15 +64,19 @@ class StagedWrite:
 
     def begin_again(self, laid: Laid) -> None:
         """As `ShardWrite`'s. What was given comes back as ever."""
-        self.confirm, self.layout = _nothing, laid.shard
+        self._keeping, self.layout = None, laid.shard
         self._adapter.say_begin(self)
 
-    def set_addresses(self, addresses: Sequence[int]) -> None:
-        """Of memory that the monitor does not see."""
+    def set_addresses(self, addresses: Sequence[int], keeping: object = None) -> None:
+        """Of memory that the monitor does not see; `keeping` is held until all of it was given."""
+        self._keeping = keeping
 
-    def submit_gathered(self, number: int, tensor: int, buffer: Any) -> None:
+    def submit_gathered(self, number: int, tensor: int, buffer: _native.PoolBuffer) -> None:
         """Gives a buffer, in which a layer lies as in the file, to the monitor."""
-        self._adapter.give(self, buffer, {"t": "give", "seq": self.attempt.seq, "extent": number})
+        self._adapter.give(
+            self, buffer,
+            {"t": "give", "seq": self.attempt.seq, "extent": number, "place": buffer.place, "nbytes": buffer.nbytes},
+        )  # fmt: skip
 
     def leases_over(self) -> bool:
         return True
@@ -91,29 +90,35 @@ class StagedWrite:
         times = self._adapter.link.ask("times of blocks", {"t": "times", "seq": self.attempt.seq}, _ASK_S)
         return [(begin, end) for begin, end in times]
 
-    def append_state(self, text: bytes, blob: bytes) -> None:
-        """Gives the monitor what the boundary sealed, piece by piece. Raises PoolFull."""
+    def seal(
+        self, text: bytes, blob: bytes, *, confirm: Callable[[float], None] | None = None,
+        base: Callable[[float], BaseReport] | None = None,
+    ) -> None:  # fmt: skip
+        """As `ShardWrite`'s: gives the monitor what the boundary sealed, piece by piece. Raises PoolFull."""
+        assert base is None, "there are no bases here: frozen parameters are staged with the rest"
+        self._confirm = confirm
         data = text + blob
         self._lengths, self.state_bytes = (len(text), len(blob)), len(state_extent(text, blob))
         for begin in range(0, len(data), _STATE_PIECE):
             self._adapter.give_bytes(self, data[begin : begin + _STATE_PIECE])
 
     def persist(self, timeout_s: float) -> None:
-        """Tells the monitor that it has all, which then makes it durable. Raises what `confirm` raises."""
-        self.confirm(timeout_s)
-        self.confirm = _nothing
+        """Tells the monitor that it has all, which then makes it durable. Raises what `confirm` of `seal` raises."""
+        if self._confirm is not None:
+            self._confirm(timeout_s)
+        self._keeping = self._confirm = None
         self._sealed = True
         self._adapter.link.send({"t": "sealed", "seq": self.attempt.seq, "state": self._lengths})
 
     def abort(self) -> None:
         """The monitor hears of it by ``failed``, or by `discard`."""
-        self.confirm = _nothing
+        self._keeping = self._confirm = None
 
     def discard(self) -> None:
         if not self._sealed:
             self._adapter.link.send({"t": "drop", "seq": self.attempt.seq})
 
-    def done(self, counts: Message) -> None:
+    def done(self, counts: Counts) -> None:
         self._written = counts
 
 
@@ -124,32 +129,33 @@ class StagingAdapter:
     """
 
     pooled = True
+    bases = None
 
     def __init__(
-        self, link: MonitorLink, config: LayerwiseConfig, facts: Message, written: Callable[[AttemptId], None]
+        self, link: MonitorLink, config: LayerwiseConfig, facts: Opened, written: Callable[[AttemptId], None]
     ) -> None:
         """`facts` are what the monitor found out about the directory; `written(attempt)` hears of shards that are
         durable.
         """
         self.link, self.rank = link, link.rank
-        self.direct, self.memory_align = bool(facts["direct"]), int(facts["memory_align"])
+        self.direct, self.memory_align = facts["direct"], facts["memory_align"]
         self.block_bytes, self._queue_depth = config.writer.block_kb << 10, config.writer.queue_depth
         self.bounce_bytes = self.block_bytes * self._queue_depth
         self._patience_s = DISK_SHARE * config.commit.timeout_s
-        self.buffers: Any = None
+        self.buffers: _native.BufferPool | None = None
         self._timeout_s, self._on_written = config.fence_timeout_s, written
-        self._readers: Any = None
+        self._readers: _native.WriterPool | None = None
         self._layouts = 0
         self._newest: tuple[ShardLayout, int] | None = None
         self._changed = threading.Condition()
-        self._given: dict[int, tuple[StagedWrite, Any]] = {}  # by place
+        self._given: dict[int, tuple[StagedWrite, _native.PoolBuffer]] = {}  # by place
         self._writes: dict[int, StagedWrite] = {}  # not durable yet, by seq
         link.on("returned", self._returned)
         link.on("written", self._note_written)
         link.on_lost(lambda _: self._take_back(list(self._given)))
 
     @property
-    def pool(self) -> Any:
+    def pool(self) -> _native.WriterPool:
         """The threads that read. Made when needed."""
         if self._readers is None:
             self._readers = _native.WriterPool(self._queue_depth, patience_s=self._patience_s)
@@ -169,14 +175,14 @@ class StagingAdapter:
         _, extents = gather(shard, gathered)
         self._layouts += 1
         self._newest = shard, self._layouts
-        named = [
-            [name, [[asdict(source.slice), source.address_mod, source.wrapped] for source in sources]]
+        named: list[tuple[str, list[SaidSource]]] = [
+            (name, [(asdict(source.slice), source.address_mod, source.wrapped) for source in sources])
             for name, sources in layers
         ]
         self.link.send({"t": "layout", "number": self._layouts, "layers": named})
         return Laid(shard, None, extents)
 
-    def begin(self, attempt: AttemptId, shard: ShardLayout, plan: Any) -> StagedWrite:
+    def begin(self, attempt: AttemptId, shard: ShardLayout, plan: _native.Plan | None) -> StagedWrite:
         """The monitor begins the file; if it cannot, the coordinator aborts the attempt."""
         write = StagedWrite(self, attempt, shard)
         with self._changed:
@@ -196,17 +202,18 @@ class StagingAdapter:
 
     # -- buffers ------------------------------------------------------------------------------------------------
 
-    def give(self, write: StagedWrite, buffer: Any, message: Message) -> None:
-        place = buffer.place
+    def give(self, write: StagedWrite, buffer: _native.PoolBuffer, message: Give | State) -> None:
+        """`message` says what is in the buffer."""
         with self._changed:
             if self.link.lost is not None:
                 buffer.release()
                 return
-            self._given[place] = write, buffer
-        self.link.send({**message, "place": place, "nbytes": buffer.nbytes})
+            self._given[message["place"]] = write, buffer
+        self.link.send(message)
 
     def give_bytes(self, write: StagedWrite, data: bytes) -> None:
         """Raises PoolFull."""
+        assert self.buffers is not None, "allocate_staging_buffer() comes first"
         buffer = self.buffers.acquire(len(data), self._timeout_s)
         if buffer is None:
             raise PoolFull(
@@ -215,7 +222,9 @@ class StagingAdapter:
             )
         with memoryview(buffer) as view:
             view.cast("B")[: len(data)] = data
-        self.give(write, buffer, {"t": "state", "seq": write.attempt.seq})
+        self.give(
+            write, buffer, {"t": "state", "seq": write.attempt.seq, "place": buffer.place, "nbytes": buffer.nbytes}
+        )
 
     def wait_returned(self, write: StagedWrite, timeout_s: float) -> bool:
         deadline = time.monotonic() + timeout_s
@@ -224,7 +233,7 @@ class StagingAdapter:
                 lambda: all(owner is not write for owner, _ in self._given.values()), deadline - time.monotonic()
             )
 
-    def _returned(self, message: Message) -> None:
+    def _returned(self, message: Returned) -> None:
         self._take_back(message["places"])
 
     def _take_back(self, places: Sequence[int]) -> None:
@@ -234,7 +243,7 @@ class StagingAdapter:
                     found[1].release()
             self._changed.notify_all()
 
-    def _note_written(self, message: Message) -> None:
+    def _note_written(self, message: Written) -> None:
         with self._changed:
             write = self._writes.pop(message["seq"], None)
         if write is not None:
@@ -257,14 +266,14 @@ class RemotePen:
 
     def __init__(self, link: MonitorLink, timeout_s: float) -> None:
         self._link, self._timeout_s = link, timeout_s
-        self._boundary_kind = "explicit"
+        self._boundary_kind: BoundaryKind = "explicit"
 
     @property
-    def boundary_kind(self) -> str:
+    def boundary_kind(self) -> BoundaryKind:
         return self._boundary_kind
 
     @boundary_kind.setter
-    def boundary_kind(self, kind: str) -> None:
+    def boundary_kind(self, kind: BoundaryKind) -> None:
         if kind != self._boundary_kind:
             self._boundary_kind = kind
             self._link.send({"t": "boundary kind", "kind": kind})
@@ -281,6 +290,7 @@ class RemotePen:
 
     def follow(self, head: ParentRef | None, branch_seq: int | None) -> tuple[str | None, list[str]]:
         """Raises OSError, InDoubt (as OSError) or OwnerError, as the monitor did; CommitError or DeadlineError."""
-        message = {"t": "follow", "head": head and head.model_dump(mode="json"), "branch_seq": branch_seq}
+        told = head.model_dump(mode="json") if head is not None else None
+        message: Follow = {"t": "follow", "head": told, "branch_seq": branch_seq}
         text, bases = self._link.ask("continue the lineage", message, self._timeout_s)
         return text, bases

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from layerwise_dist.commit.transports import Handler, Message
+from layerwise_dist.commit.messages import ToCoordinator, ToRanks
+from layerwise_dist.commit.transports import CoordinatorHandler, Handler
 from layerwise_dist.monitor.connection import MonitorLink
 
 
@@ -18,7 +19,7 @@ class MonitorTransport:
         self._link = link
 
     def start(
-        self, on_message: Handler, on_coordinator_message: Handler | None, on_error: Callable[[str], None]
+        self, on_message: Handler, on_coordinator_message: CoordinatorHandler | None, on_error: Callable[[str], None]
     ) -> None:
         self._link.on("heard", lambda message: on_message(message["m"]))
         if on_coordinator_message is not None:
@@ -27,11 +28,11 @@ class MonitorTransport:
         self._link.on_lost(on_error)
         self._link.send({"t": "listening"})
 
-    def post(self, message: Message) -> None:
+    def post(self, message: ToCoordinator) -> None:
         if message["t"] != "staged":
             self._link.send({"t": "post", "m": message})
 
-    def announce(self, message: Message) -> None:
+    def announce(self, message: ToRanks) -> None:
         self._link.send({"t": "announce", "m": message})
 
     def close(self, timeout_s: float) -> None:

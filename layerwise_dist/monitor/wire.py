@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from layerwise_dist.commit.transports import Handler, Message
 from layerwise_dist.commit.transports.frames import decode, encode
 from layerwise_dist.commit.transports.links import Links
 from layerwise_dist.commit.transports.proof import Line
@@ -18,19 +18,19 @@ _OTHER = 0  # the key of the only connection
 
 
 class Wire:
-    """One end. Handlers run on a thread of its own, one at a time."""
+    """One end. Handlers run on a thread of its own, one at a time. The messages are in `messages.py`."""
 
-    def __init__(self, sock: socket.socket, on_message: Handler, on_end: Callable[[str], None]) -> None:
+    def __init__(self, sock: socket.socket, on_message: Callable[[Any], None], on_end: Callable[[str], None]) -> None:
         """Nothing arrives before `start`. `on_end(why)` comes once, unless this side closes first."""
         self._on_message, self._on_end = on_message, on_end
         self._links = Links({_OTHER: Line(sock)})
         self._lock = threading.Lock()
-        self._outbox: list[Message] = []
+        self._outbox: list[Mapping[str, object]] = []
 
     def start(self) -> None:
         self._links.start(self._arrived, lambda _, why: self._on_end(why), self._on_end)
 
-    def send(self, message: Message) -> None:
+    def send(self, message: Mapping[str, object]) -> None:
         """From any thread."""
         with self._lock:
             self._outbox.append(message)

@@ -69,7 +69,7 @@ def candidates(inventory: Inventory, wish: Wish, root: str) -> list[Manifest]:
         )
     if chosen is not None:
         return [chosen]
-    there: list[Any] = sorted({manifest.step for manifest in inventory.manifests.values()})
+    there: list[int] | list[str] = sorted({manifest.step for manifest in inventory.manifests.values()})
     if wish.tag is not None:
         there = sorted({manifest.tag for manifest in inventory.manifests.values() if manifest.tag is not None})
     raise NotFoundError(f"{root} has no committed {wish}; committed are {there or 'none'}")

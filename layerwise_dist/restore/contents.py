@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 from layerwise_dist.commit.metadata import Manifest
 from layerwise_dist.errors import DamageError
+from layerwise_dist.frameworks.described import Standing
 from layerwise_dist.frameworks.subclasses import MARK
+from layerwise_dist.loop.sealed import SealedState
 from layerwise_dist.restore.reslice import first_gap
 from layerwise_dist.restore.sealed_state import optimizers_of, read_state
 from layerwise_dist.storage.reader import Entry, Shard
@@ -24,7 +25,7 @@ class Held:
     """One rank's part of a commit: its tensors by name (`<kind>/<fqn>`), and the state that the boundary sealed."""
 
     entries: Entries
-    sealed: dict[str, Any]
+    sealed: SealedState
 
 
 def read(shards: Sequence[Shard], framework: str) -> Held:
@@ -44,7 +45,7 @@ def entries(shards: Sequence[Shard]) -> Entries:
 
 
 def lacking(
-    manifest: Manifest, held: Mapping[int, Mapping[str, Entry]], sealed: Mapping[int, dict[str, Any]]
+    manifest: Manifest, held: Mapping[int, Mapping[str, Entry]], sealed: Mapping[int, SealedState]
 ) -> list[str]:
     """What all shards together do not have and a restore needs, or have in two shapes: one message a tensor.
 
@@ -90,7 +91,7 @@ def gathered(manifest: Manifest, rank: int, entry: Entry) -> Sequence[int]:
     return _ranks_of(entry.slice.among, manifest.world_size) or (rank,)
 
 
-def absent(sealed: dict[str, Any], has: Callable[[str, str], bool]) -> Iterator[str]:
+def absent(sealed: SealedState, has: Callable[[str, str], bool]) -> Iterator[str]:
     """Names of the parameters and tensors of optimizer state that a rank's sealed state speaks of, and that are not
     there; `has` says it of a kind and a name.
     """
@@ -107,9 +108,9 @@ def absent(sealed: dict[str, Any], has: Callable[[str, str], bool]) -> Iterator[
         yield from (f"{kind}/{fqn}" for kind in kinds if kind not in scalars.get(fqn, ()) and not has(kind, fqn))
 
 
-def _inside(name: str, description: Mapping[str, Any]) -> Iterator[str]:
+def _inside(name: str, description: Standing) -> Iterator[str]:
     """Names of the tensors that a parameter stands for, by its description."""
-    for inner in description.get("inner", ()):
-        nested = description.get("nested", {}).get(inner)
+    for inner in description["inner"]:
+        nested = description["nested"].get(inner)
         path = f"{name}{MARK}{inner}"
         yield from (path,) if nested is None else _inside(path, nested)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
 
 import torch
 
@@ -18,6 +17,7 @@ from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.frameworks.parts import WHOLE, Parts
 from layerwise_dist.frameworks.subclasses import unlike, unmakable
+from layerwise_dist.loop.sealed import SealedState
 from layerwise_dist.restore import contents
 from layerwise_dist.restore.contents import Held
 from layerwise_dist.restore.contradictions import contradictions
@@ -39,7 +39,7 @@ class LoadPlan:
     known of the frozen parameters that this rank's shard refers to.
     """
 
-    sealed: dict[str, Any]
+    sealed: SealedState
     reads: list[tuple[torch.Tensor, list[ByteRange]]] = field(default_factory=list)
     states: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     lacking: list[str] = field(default_factory=list)

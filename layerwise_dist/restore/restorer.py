@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 from layerwise_dist.commit.agreement import together
 from layerwise_dist.commit.metadata import CheckpointMetadataManager, Inventory
@@ -14,12 +14,13 @@ from layerwise_dist.errors import DamageError, MismatchError, NotFoundError
 from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.frameworks.parts import WHOLE, Parts
+from layerwise_dist.loop.sealed import SealedState
 from layerwise_dist.restore import choice, loader
 from layerwise_dist.restore.choice import Wish
 from layerwise_dist.restore.loader import LoadPlan
 from layerwise_dist.restore.planner import ShardSet
-from layerwise_dist.storage.adapter import PCCheckAdapter
 from layerwise_dist.storage.filenames import AttemptId
+from layerwise_dist.storage.protocols import ShardWriterAdapter
 from layerwise_dist.storage.reader import Shard
 from layerwise_dist.storage.reports import BaseReport
 from layerwise_dist.supervision.patience import within
@@ -34,9 +35,9 @@ class Restorer:
         optimizer: OptimizerAdapter,
         *,
         manager: CheckpointMetadataManager,
-        adapter: PCCheckAdapter,
+        adapter: ShardWriterAdapter,
         participant: Participant,
-        check_objects: Callable[[dict[str, Any]], None],
+        check_objects: Callable[[SealedState], None],
     ) -> None:
         self._framework, self._optimizer = framework, optimizer
         self._manager, self._adapter, self._participant = manager, adapter, participant
@@ -91,7 +92,7 @@ class Restorer:
         sound, loading = together(
             self._participant, f"check step {attempt.step}", lambda: self._check(attempt, partly, parts)
         )
-        if not sound:
+        if not sound or loading is None:
             return None
         self._framework.take_up(self._framework.part_of(loading.sealed["wrapper"], parts))
         self.undefined = (
@@ -127,7 +128,7 @@ class Restorer:
         record = manifest.shards[framework.rank].base
         if record is not None:
             report = BaseReport(record.attempt, record.nbytes, record.header_bytes, int(record.header_hash, 16))
-            loading.base = report, shards.own[1].index
+            return replace(loading, base=(report, shards.own[1].index))
         return loading
 
     def _open(self, manifest: Manifest, rank: int) -> list[Shard]:

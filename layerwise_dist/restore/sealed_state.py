@@ -10,14 +10,19 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator, Field, model_validator
+from torch import Tensor
 
 from layerwise_dist.errors import DamageError, shown
 from layerwise_dist.frameworks.composite import framework_of
+from layerwise_dist.frameworks.described import DescribedOptimizer
 from layerwise_dist.loop import rng
+from layerwise_dist.loop.sealed import SealedState
 from layerwise_dist.storage import typed_json
 from layerwise_dist.storage.filenames import STEPS_END
 from layerwise_dist.storage.reader import Shard
 from layerwise_dist.storage.schemas import Schema, Unfit, fits
+
+__all__ = ["SealedState", "optimizers_of", "read_state"]
 
 _Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 
@@ -27,8 +32,8 @@ class _Part(Schema):
 
 
 class _Rng(_Part):
-    torch: torch.Tensor
-    cuda: dict[int, torch.Tensor]
+    torch: Tensor
+    cuda: dict[int, Tensor]
     python: tuple[int, tuple[int, ...], float | None]
     numpy: tuple[Any, ...] | dict[str, Any] | None = None
 
@@ -178,10 +183,10 @@ class _Counters(_Part):
     lr_scheduler: dict[str, Any] | None
 
 
-def read_state(shard: Shard, framework: str) -> dict[str, Any]:
+def read_state(shard: Shard, framework: str) -> SealedState:
     """The sealed state of a shard of that framework, as the manifest names it. Raises DamageError or OSError."""
     where = f"shard {shard.index.path}"
-    sealed = typed_json.loads(*shard.state(), where=where)
+    sealed: SealedState = typed_json.loads(*shard.state(), where=where)
     try:
         _check(sealed, framework)
         if sealed["step"] != shard.index.step:
@@ -191,13 +196,13 @@ def read_state(shard: Shard, framework: str) -> dict[str, Any]:
     return sealed
 
 
-def optimizers_of(sealed: dict[str, Any]) -> list[dict[str, Any]]:
+def optimizers_of(sealed: SealedState) -> list[DescribedOptimizer]:
     """What the state says of each optimizer: ``class`` and ``groups``."""
     optimizer = sealed["optimizer"]
     return list(optimizer["optimizers"].values()) if "optimizers" in optimizer else [optimizer]
 
 
-def _check(sealed: Any, framework: str) -> None:
+def _check(sealed: SealedState, framework: str) -> None:
     fits(_Sealed, sealed, "state")
     for name, loader in sealed["boundary"]["loaders"].items():
         path = f"state.boundary.loaders.{shown(name, 100)}"

@@ -33,7 +33,7 @@ def say(told: dict[str, Any]) -> None:
 
 def fingerprint(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     """Of all that this rank holds: parameters, the optimizer's state, random numbers."""
-    digest = hashlib.sha256(torch.get_rng_state().numpy())
+    digest = hashlib.sha256(torch.get_rng_state().numpy().tobytes())
     for param in model.parameters():
         for tensor in (param, *(value for _, value in sorted(optimizer.state[param].items()))):
             local = tensor.to_local() if hasattr(tensor, "to_local") else tensor

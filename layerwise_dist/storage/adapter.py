@@ -12,13 +12,12 @@ import os
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple
 
 from layerwise_dist import _native
 from layerwise_dist.errors import ConfigError, DeadlineError
 from layerwise_dist.storage import filenames
 from layerwise_dist.storage.filenames import AttemptId
-from layerwise_dist.storage.gathered import GatheredExtent, gather
+from layerwise_dist.storage.gathered import Laid, gather
 from layerwise_dist.storage.recycling import Recycler
 from layerwise_dist.storage.removal import remove, remove_if_empty
 from layerwise_dist.storage.reports import BaseReport, ShardReport
@@ -27,14 +26,6 @@ from layerwise_dist.supervision import background
 from layerwise_dist.supervision.patience import stuck_calls
 
 log = logging.getLogger("layerwise_dist")
-
-
-class Laid(NamedTuple):
-    """A layout, the native plan made from it, and its gathered extents by number."""
-
-    shard: ShardLayout
-    plan: Any
-    gathered: dict[int, GatheredExtent]
 
 
 def _choose_backend(wanted: str, rank: int) -> str:
@@ -61,27 +52,29 @@ class PCCheckAdapter:
     pooled = False  # whether all that is written must lie in the pool
 
     def __init__(
-        self, env: Any, root: str, *, rank: int, world_size: int, backend: str = "auto", queue_depth: int = 4,
+        self, env: _native.Env, root: str, *, rank: int, world_size: int, backend: str = "auto", queue_depth: int = 4,
         block_bytes: int = 1 << 20, direct_io: bool = True, file_mode: int = 0o600, dir_mode: int = 0o700,
-        spares: int = 0, hash: bool = True, patience_s: float = 1e9,
+        spares: int = 0, hash: bool = True, patience_s: float = 1e9, failed: background.Failed = background.log_only,
     ) -> None:  # fmt: skip
         """`allocate_staging_buffer` starts the writer. `spares`: how many files of retired checkpoints may wait to be
         written over; 0: they are removed. `hash`: whether tensors are hashed; header and state always are. A disk from
-        which nothing comes for `patience_s` seconds is an OSError to who reads.
+        which nothing comes for `patience_s` seconds is an OSError to who reads. `failed` hears of a thread that came to
+        nothing by an error that nobody expected.
 
         With `backend` "nvm", `env` is an NvmEnv. Raises ConfigError where "uring" is refused or "nvm" finds no DAX.
         """
         env.confine(root)
         self.hash = hash
-        self.recycler = Recycler(env, root, rank, limit=spares, file_mode=file_mode)
+        self.recycler = Recycler(env, root, rank, limit=spares, file_mode=file_mode, failed=failed)
+        self.failed = failed
         self.env, self.root, self.rank, self.world_size = env, root, rank, world_size
         self.file_mode, self.dir_mode = file_mode, dir_mode
         self.block_bytes, self._queue_depth, self._patience_s = block_bytes, queue_depth, patience_s
         self.backend = _choose_backend(backend, rank)
-        self.buffers: Any = None
-        self._pool: Any = None
-        self._outgrown: list[Any] = []
-        self._readers: Any = None
+        self.buffers: _native.BufferPool | None = None
+        self._pool: _native.WriterPool | None = None
+        self._outgrown: list[_native.WriterPool] = []
+        self._readers: _native.WriterPool | None = None
         self._writes: set[ShardWrite] = set()  # whose blocks may be under way
         try:
             aligns = env.direct_io(root) if direct_io else None
@@ -92,11 +85,16 @@ class PCCheckAdapter:
                 f"writer.backend = 'nvm': {root} is on no DAX file system of persistent memory ({error.strerror}); "
                 "use 'auto', or mount one with -o dax"
             ) from error
-        self.direct = aligns is not None and max(aligns) <= 4096
         # At least what any dtype needs: tensors are also viewed in buffers that are laid out as the file is.
-        self.memory_align = max(aligns[0] if self.direct else 1, 64)
+        self.direct, self.memory_align = False, 64
+        if aligns is not None and max(aligns) <= 4096:
+            self.direct, self.memory_align = True, max(aligns[0], 64)
         if direct_io and not self.direct:
             log.warning("rank %d: %s takes no direct I/O: writing through the page cache, which is slower", rank, root)
+
+    @property
+    def bases(self) -> PCCheckAdapter:
+        return self
 
     @property
     def bounce_bytes(self) -> int:
@@ -117,7 +115,7 @@ class PCCheckAdapter:
         self._pool = _native.WriterPool(self._queue_depth, core, self.buffers, self.block_bytes)
 
     @property
-    def pool(self) -> Any:
+    def pool(self) -> _native.WriterPool:
         """The threads that read, apart from the writer. Made when needed."""
         if self._readers is None:
             self._readers = _native.WriterPool(self._queue_depth, patience_s=self._patience_s)
@@ -130,10 +128,11 @@ class PCCheckAdapter:
         plan = _native.Plan(shard.blocks, segments, shard.tensors + len(extents), shard.end)
         return Laid(shard, plan, extents)
 
-    def begin(self, attempt: AttemptId, shard: ShardLayout, plan: Any) -> ShardWrite:
+    def begin(self, attempt: AttemptId, shard: ShardLayout, plan: _native.Plan | None) -> ShardWrite:
         """Orders the attempt's folder and this rank's partial file, and returns at once: they are made on a thread of
         the writer's. If they can't be, the shard's blocks fail, and `persist` raises the OSError.
         """
+        assert plan is not None, "lay_out() has made one"
         folder = os.path.join(self.root, attempt.folder)
         write = ShardWrite(self, attempt, shard, self.shard_writer(plan, folder), folder)
         self._writes.add(write)
@@ -143,19 +142,26 @@ class PCCheckAdapter:
         """An attempt that failed before it was begun."""
         return Unbegun(self, attempt)
 
-    def writer_of(self, plan: Any, partial: str) -> Any:
-        """A `_native.ShardWriter` of a new file, which hashes. Raises OSError."""
-        return _native.ShardWriter(self.env, self._pool, plan, partial, self.file_mode, self.direct)
+    def writer_of(self, plan: _native.Plan, partial: str) -> _native.ShardWriter:
+        """Of a new file, which is hashed. Raises OSError."""
+        return _native.ShardWriter(self.env, self._started, plan, partial, self.file_mode, self.direct)
 
-    def shard_writer(self, plan: Any, folder: str, before: Any = None) -> Any:
+    def shard_writer(
+        self, plan: _native.Plan, folder: str, before: _native.ShardWriter | None = None
+    ) -> _native.ShardWriter:
         """Of this rank's file in `folder`, which is being made: over a retired one if one waits, else new. It replaces
         the file of the writer `before`, which is aborted.
         """
         return _native.ShardWriter.order(
-            self.env, self._pool, plan, folder,
+            self.env, self._started, plan, folder,
             os.path.join(folder, filenames.shard_file(self.rank) + filenames.PARTIAL),
             self.dir_mode, self.file_mode, self.direct, self.hash, reuse=self.recycler.take(), before=before,
         )  # fmt: skip
+
+    @property
+    def _started(self) -> _native.WriterPool:
+        assert self._pool is not None, "allocate_staging_buffer() comes first"
+        return self._pool
 
     def over(self, write: ShardWrite) -> None:
         """Nothing of it is written any more, nor will be."""
@@ -187,11 +193,7 @@ class Unbegun:
         remove_if_empty(self._adapter.env, os.path.join(self._adapter.root, self.attempt.folder))
 
 
-def _nothing(timeout_s: float) -> None:
-    return None
-
-
-def _end(writer: Any, keeping: object) -> None:
+def _end(writer: _native.ShardWriter, keeping: object) -> None:
     """Stops a writer; what it may still read lives until then."""
     writer.abort()
 
@@ -199,21 +201,22 @@ def _end(writer: Any, keeping: object) -> None:
 class ShardWrite:
     """One rank's shard of one attempt, from the first block to the durable file."""
 
-    pooled = False  # as the adapter's
-
     def __init__(
-        self, adapter: PCCheckAdapter, attempt: AttemptId, shard: ShardLayout, writer: Any, folder: str
+        self, adapter: PCCheckAdapter, attempt: AttemptId, shard: ShardLayout, writer: _native.ShardWriter, folder: str
     ) -> None:
         self.attempt, self.layout, self.folder = attempt, shard, folder
         self._adapter, self._writer = adapter, writer
-        # Asked before the header is written; it raises if what the blocks were read from had changed by then.
-        self.confirm: Callable[[float], None] = _nothing
-        # Waits until the frozen parameters that this shard refers to are durable, and says what they are.
-        self.base: Callable[[float], BaseReport] | None = None
+        self._keeping: object = None  # what is read lives as long
+        self._confirm: Callable[[float], None] | None = None
+        self._base: Callable[[float], BaseReport] | None = None
         self._ending: list[threading.Thread] = []
         self._state: tuple[int, int] = (0, 0)
         self.state_bytes = 0  # of the state extent
         self._state_hash = 0
+
+    @property
+    def in_place(self) -> ShardWrite:
+        return self
 
     @property
     def writes(self) -> int:
@@ -239,20 +242,23 @@ class ShardWrite:
 
         Does not wait for blocks that are being written: they go into a file without a name.
         """
-        before = self._writer
+        before, keeping = self._writer, self._keeping
+        assert laid.plan is not None, "lay_out() has made one"
         self._writer = self._adapter.shard_writer(laid.plan, self.folder, before)
-        # With `confirm`, what is leased stays alive until nothing reads it any more.
-        keeping = self.confirm
-        end = background.start("layerwise-end", lambda: _end(before, keeping), self._adapter.recycler.failed)
+        end = background.start("layerwise-end", lambda: _end(before, keeping), self._adapter.failed)
         self._ending.append(end)
-        self.confirm = _nothing
-        self.layout = laid.shard
+        self._keeping, self.layout = None, laid.shard
 
     def set_address(self, tensor: int, address: int) -> None:
         self._writer.set_address(tensor, address)
 
-    def set_addresses(self, addresses: Sequence[int]) -> None:
-        """Of all tensors of the layout; 0 for those whose extent is not submitted before `set_address` was called."""
+    def set_addresses(self, addresses: Sequence[int], keeping: object = None) -> None:
+        """Of all tensors of the layout; 0 for those whose extent is not submitted before `set_address` was called.
+
+        `keeping` is held until nothing of the memory is read any more, and with it what it keeps alive. Raises
+        ValueError.
+        """
+        self._keeping = keeping
         self._writer.set_addresses(addresses)
 
     def submit(self, first: int, count: int) -> None:
@@ -264,7 +270,7 @@ class ShardWrite:
         if blocks := sum(extent.blocks for extent in extents):
             self._writer.submit(extents[0].first_block, blocks)
 
-    def submit_gathered(self, number: int, tensor: int, buffer: Any) -> None:
+    def submit_gathered(self, number: int, tensor: int, buffer: _native.PoolBuffer) -> None:
         """Queues the blocks of a layer that lies in a buffer of the pool, which goes back once they are written."""
         extent = self.layout.extents[number]
         self._writer.set_address(tensor, buffer.address)
@@ -288,8 +294,17 @@ class ShardWrite:
         """When each block of the layers began and ended: nanoseconds of `time.monotonic_ns()`, 0 if not yet."""
         return self._writer.block_times()
 
-    def append_state(self, text: bytes, blob: bytes) -> None:
-        """Writes the state extent behind the layers: what the boundary sealed."""
+    def seal(
+        self, text: bytes, blob: bytes, *, confirm: Callable[[float], None] | None = None,
+        base: Callable[[float], BaseReport] | None = None,
+    ) -> None:  # fmt: skip
+        """Writes the state extent behind the layers: what the boundary sealed. REQUIRES: all layers are submitted.
+
+        `confirm(timeout_s)` is asked before the header is written: it raises if what the blocks were read from had
+        changed by then. `base(timeout_s)` waits until the frozen parameters that this shard refers to are durable, and
+        says what they are.
+        """
+        self._confirm, self._base = confirm, base
         data = state_extent(text, blob)
         self._state, self.state_bytes = (len(text), len(blob)), len(data)
         self._state_hash = _native.xxh3_64(data)
@@ -300,7 +315,7 @@ class ShardWrite:
         what it refers to.
 
         The order is the promise (docs/format.md, "Order of flushes"). Raises OSError, or DeadlineError when the blocks
-        are not written in `timeout_s` seconds, or what `confirm` and `base` raise; the attempt must then be aborted.
+        are not written in `timeout_s` seconds, or what was given to `seal` raises; the attempt must then be aborted.
         """
         deadline = time.monotonic() + timeout_s
         self._written(timeout_s, deadline)
@@ -309,9 +324,10 @@ class ShardWrite:
             log.log(level, "rank %d: a new file instead of a retired one: %s", self._adapter.rank, refused)
         for end in self._ending:
             end.join(max(0.0, deadline - time.monotonic()))
-        self.confirm(max(0.0, deadline - time.monotonic()))
+        if self._confirm is not None:
+            self._confirm(max(0.0, deadline - time.monotonic()))
         self._written(timeout_s, deadline)  # what was still being staged at the first look
-        base = self.base(max(0.0, deadline - time.monotonic())) if self.base is not None else None
+        base = self._base(max(0.0, deadline - time.monotonic())) if self._base is not None else None
         adapter, env = self._adapter, self._adapter.env
         hashes = self._writer.hashes_hex()[: 16 * len(self.layout.blocks)] if adapter.hash else None
         header = self.layout.header(
@@ -319,8 +335,7 @@ class ShardWrite:
             hashes=hashes, state=self._state, state_hash=f"{self._state_hash:016x}",
         )  # fmt: skip
         self._writer.finish(header)
-        self.confirm, self.base = _nothing, None  # nothing is read any more: what they kept alive may go
-        adapter.over(self)
+        self._over()
         name = filenames.shard_file(adapter.rank)
         final = os.path.join(self.folder, name)
         env.rename(final + filenames.PARTIAL, final)
@@ -346,7 +361,11 @@ class ShardWrite:
         self._writer.abort()
         for end in self._ending:
             end.join()
-        self.confirm, self.base = _nothing, None
+        self._over()
+
+    def _over(self) -> None:
+        """Nothing is read any more: what was kept alive for that may go."""
+        self._keeping = self._confirm = self._base = None
         self._adapter.over(self)
 
     def discard(self) -> None:

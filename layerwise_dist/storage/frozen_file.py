@@ -9,18 +9,15 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 from layerwise_dist import _native
 from layerwise_dist.storage import filenames
 from layerwise_dist.storage.filenames import AttemptId
+from layerwise_dist.storage.protocols import BaseWriter
 from layerwise_dist.storage.removal import remove
 from layerwise_dist.storage.reports import BaseReport
 from layerwise_dist.storage.shard_layout import ShardLayout, Source, state_extent
 from layerwise_dist.tensors.slices import Slice
-
-if TYPE_CHECKING:
-    from layerwise_dist.storage.adapter import PCCheckAdapter
 
 # The only extent of such a file. No module's name can clash with it.
 _EXTENT = "(frozen)"
@@ -41,7 +38,7 @@ class BaseFile:
         run: blocks that may be with the writer at once.
     """
 
-    def __init__(self, adapter: PCCheckAdapter, attempt: AttemptId, slices: Sequence[tuple[Slice, bool]]) -> None:
+    def __init__(self, adapter: BaseWriter, attempt: AttemptId, slices: Sequence[tuple[Slice, bool]]) -> None:
         """Of these slices, each with whether the optimizer has it as a DTensor.
 
         Raises UnsupportedError for more than a header holds.
@@ -56,7 +53,7 @@ class BaseFile:
         self._bases = os.path.join(adapter.root, filenames.BASES)
         self._folder = os.path.join(adapter.root, filenames.base_folder(attempt.text))
         self._final = os.path.join(self._folder, filenames.shard_file(adapter.rank))
-        self._writer: Any = None
+        self._writer: _native.ShardWriter | None = None
         self._aborted = False
 
     def begin(self) -> None:
@@ -78,25 +75,30 @@ class BaseFile:
     def bytes_written(self) -> int:
         return self._writer.bytes_written if self._writer is not None else 0
 
+    @property
+    def _begun(self) -> _native.ShardWriter:
+        assert self._writer is not None, "begin() comes first"
+        return self._writer
+
     def set_addresses(self, addresses: Sequence[int]) -> None:
         """Of the `run` places."""
-        self._writer.set_addresses(addresses)
+        self._begun.set_addresses(addresses)
 
     def submit(self, first: int, count: int) -> None:
         """Queues at most `run` blocks, which lie in their places until `wait` says that they are written."""
-        self._writer.submit(first, count)
+        self._begun.submit(first, count)
 
     def wait(self, timeout_s: float) -> bool:
         """Whether, within the time, all that was queued was written and hashed. Raises OSError if some of it failed."""
-        if not self._writer.wait(timeout_s):
+        if not self._begun.wait(timeout_s):
             return False
-        if error := self._writer.error():
+        if error := self._begun.error():
             raise error
         return True
 
     def hash(self, block: int) -> int | None:
         """Of what was written."""
-        return self._writer.block_hash(block)
+        return self._begun.block_hash(block)
 
     def publish(self) -> BaseReport:
         """Header, fdatasync, rename, flushes of both folders. REQUIRES: every block is written. Raises OSError.
@@ -106,9 +108,9 @@ class BaseFile:
         adapter, env = self._adapter, self._env
         header = self.layout.header(
             attempt=self.attempt.text, step=self.attempt.step, rank=adapter.rank, world_size=adapter.world_size,
-            hashes=self._writer.hashes_hex(), state=(0, 0), state_hash=f"{_native.xxh3_64(_NO_STATE):016x}",
+            hashes=self._begun.hashes_hex(), state=(0, 0), state_hash=f"{_native.xxh3_64(_NO_STATE):016x}",
         )  # fmt: skip
-        self._writer.finish(header)
+        self._begun.finish(header)
         env.rename(self._final + filenames.PARTIAL, self._final)
         env.sync_dir(self._folder)
         env.sync_dir(self._bases)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from layerwise_dist import _native
 from layerwise_dist.storage.shard_layout import ShardLayout
 
 Segment = tuple[int, int, int, int, int]
@@ -22,6 +24,14 @@ class GatheredExtent:
     nbytes: int
     places: tuple[tuple[int, int], ...]
     gaps: tuple[tuple[int, int], ...]
+
+
+class Laid(NamedTuple):
+    """A layout, the native plan made from it (None where the monitor makes it), and its gathered extents by number."""
+
+    shard: ShardLayout
+    plan: _native.Plan | None
+    gathered: dict[int, GatheredExtent]
 
 
 def gather(shard: ShardLayout, extents: Collection[int]) -> tuple[list[Segment], dict[int, GatheredExtent]]:

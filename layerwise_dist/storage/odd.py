@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import logging
 import threading
-from typing import Any
+
+from layerwise_dist.storage.protocols import Env
 
 log = logging.getLogger("layerwise_dist")
 
@@ -31,7 +32,7 @@ def oddity(error: OSError, path: str) -> str | None:
     return f"{where}: is {what}"
 
 
-def kind_at(env: Any, path: str) -> str | None:
+def kind_at(env: Env, path: str) -> str | None:
     """What `Env.stat` calls it; None if nothing is there. Raises OSError."""
     try:
         return env.stat(path)[0]
@@ -39,7 +40,7 @@ def kind_at(env: Any, path: str) -> str | None:
         return None
 
 
-def is_no_folder(env: Any, path: str) -> str | None:
+def is_no_folder(env: Env, path: str) -> str | None:
     """What is wrong with `path` if something lies there that is no folder of its own. Raises OSError."""
     kind = kind_at(env, path)
     if kind in (None, "dir"):

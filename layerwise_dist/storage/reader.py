@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from functools import cached_property
-from typing import Any
 
 from layerwise_dist import _native
 from layerwise_dist.errors import DamageError, shown
@@ -26,8 +25,8 @@ class Shard:
     """One open shard whose header was read and checked against the manifest's size and hash."""
 
     def __init__(
-        self, env: Any, pool: Any, path: str, *, nbytes: int, header_bytes: int, header_hash: int,
-        of: tuple[str, int, int] | None = None,
+        self, env: _native.Env, pool: _native.WriterPool, path: str, *, nbytes: int, header_bytes: int,
+        header_hash: int, of: tuple[str, int, int] | None = None,
     ) -> None:  # fmt: skip
         """`of` are the attempt, the rank and the world size that it must be of.
 

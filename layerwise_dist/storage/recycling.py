@@ -13,17 +13,18 @@ import os
 import queue
 import threading
 from collections import deque
-from typing import Any, Literal
+from typing import Literal
 
 from layerwise_dist.storage import filenames, network
 from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.odd import leave, oddity
+from layerwise_dist.storage.protocols import Env
 from layerwise_dist.supervision import background
 
 log = logging.getLogger("layerwise_dist")
 
 
-def recycles(env: Any, root: str, wanted: Literal["auto", True, False]) -> bool:
+def recycles(env: Env, root: str, wanted: Literal["auto", True, False]) -> bool:
     """What `writer.recycle` means for this directory: "auto" is on unless its file system is shared by a network."""
     if wanted != "auto":
         return wanted
@@ -41,7 +42,10 @@ class Recycler:
     sessions may still get writes that were queued when their process was killed.
     """
 
-    def __init__(self, env: Any, root: str, rank: int, *, limit: int, file_mode: int) -> None:
+    def __init__(
+        self, env: Env, root: str, rank: int, *, limit: int, file_mode: int,
+        failed: background.Failed = background.log_only,
+    ) -> None:  # fmt: skip
         """At most `limit` files wait for an attempt; what is more is unlinked. 0: nothing is reused."""
         self._env, self._root, self._rank = env, root, rank
         self._limit, self._file_mode = limit, file_mode
@@ -51,7 +55,7 @@ class Recycler:
         self._jobs: queue.SimpleQueue[tuple[AttemptId, int] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._closed = False
-        self.failed: background.Failed = background.log_only
+        self._failed = failed
 
     def published(self, attempt: AttemptId, header_bytes: int) -> None:
         """This rank's shard of `attempt` is durable under its name, and closed. `header_bytes` is its header region."""
@@ -70,7 +74,7 @@ class Recycler:
             if header_bytes is None or self._closed:
                 return
             if self._thread is None:
-                self._thread = background.start("layerwise-recycle", self._run, lambda why: self.failed(why))
+                self._thread = background.start("layerwise-recycle", self._run, self._failed)
             self._jobs.put((attempt, header_bytes))
 
     def take(self) -> str | None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import Any
 
 from layerwise_dist.storage.odd import leave
+from layerwise_dist.storage.protocols import Env
 
 
-def remove(env: Any, folder: str, names: Iterable[str]) -> None:
+def remove(env: Env, folder: str, names: Iterable[str]) -> None:
     """Unlinks these files of `folder`, those that are there; the last one to leave removes the folder. Raises OSError.
 
     What else is in the folder, another rank's files or some that are not ours, keeps it.
@@ -18,7 +18,7 @@ def remove(env: Any, folder: str, names: Iterable[str]) -> None:
     remove_if_empty(env, folder)
 
 
-def remove_files(env: Any, folder: str, names: Iterable[str]) -> None:
+def remove_files(env: Env, folder: str, names: Iterable[str]) -> None:
     """The same, without the folder. What is odd is named and stays, and so does all behind a link. Raises OSError."""
     for name in names:
         path = os.path.join(folder, name)
@@ -30,7 +30,7 @@ def remove_files(env: Any, folder: str, names: Iterable[str]) -> None:
             leave(error, path)
 
 
-def remove_if_empty(env: Any, folder: str) -> None:
+def remove_if_empty(env: Env, folder: str) -> None:
     try:
         env.remove_dir(folder)
     except OSError:

@@ -35,6 +35,10 @@ def round_up(value: int, to: int) -> int:
     return -(-value // to) * to
 
 
+# Of what lies in the file: name, dtype, shape, begin, end, and the number of the tensor, -1 for what is none.
+_Placed = tuple[str, str, tuple[int, ...], int, int, int]
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """A slice and the congruence of its memory: `address_mod` is the address modulo `memory_align`, or 0 for a copy."""
@@ -121,9 +125,9 @@ class ShardLayout:
         if said := [f"{problem}: {found[:5]}" for problem, found in problems.items() if found]:
             raise UnsupportedError(f"this rank's shard would have {'; '.join(said)}; nothing was written")
 
-    def _place(self) -> tuple[list[tuple[str, str, tuple[int, ...], int, int, int]], int]:
+    def _place(self) -> tuple[list[_Placed], int]:
         """Spans (name, dtype, shape, begin, end, tensor or -1 for padding), offsets relative to the data's begin."""
-        spans: list[tuple[str, str, tuple[int, ...], int, int, int]] = []
+        spans: list[_Placed] = []
         cursor = tensor = pads = 0
 
         def pad_to(offset: int) -> None:
@@ -169,7 +173,7 @@ class ShardLayout:
         extents = [[extent.layer, extent.offset, extent.nbytes] for extent in self.extents]
         return {"slices": _compact(places), "layers": _compact(extents)}
 
-    def _cut(self, spans: list[tuple[str, str, tuple[int, ...], int, int, int]]) -> None:
+    def _cut(self, spans: list[_Placed]) -> None:
         base = self.header_bytes
         extents = []
         for extent in self.extents:
@@ -247,9 +251,9 @@ def cut_segments(
     return segments
 
 
-def state_spans(begin: int, text: int, blob: int, pads: int) -> list[tuple[str, str, tuple[int, ...], int, int, int]]:
+def state_spans(begin: int, text: int, blob: int, pads: int) -> list[_Placed]:
     """The spans of the state extent, which starts at `begin`, relative to the data: JSON, padding, bytes, padding."""
-    spans = [(STATE_JSON, "U8", (text,), begin, begin + text, -1)]
+    spans: list[_Placed] = [(STATE_JSON, "U8", (text,), begin, begin + text, -1)]
     middle = begin + round_up(text, _PACK_ALIGN)
     if middle > begin + text:
         spans.append((f"{PAD}{pads}", "U8", (middle - begin - text,), begin + text, middle, -1))
@@ -266,7 +270,7 @@ def state_extent(text: bytes, blob: bytes) -> bytes:
     return (text.ljust(middle, b"\0") + blob).ljust(round_up(middle + len(blob), ALIGN), b"\0")
 
 
-def _entry_text(spans: Iterable[tuple[str, str, tuple[int, ...], int, int, int]]) -> str:
+def _entry_text(spans: Iterable[_Placed]) -> str:
     return ",".join(
         f'{_compact(name)}:{{"dtype":"{dtype}","shape":{_compact(list(shape))},"data_offsets":[{begin},{end}]}}'
         for name, dtype, shape, begin, end, _ in spans

@@ -85,8 +85,10 @@ def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
         names: set[str] = set()
-        twice = next(name for name, _ in pairs if name in names or names.add(name))
-        raise ValueError(f"an object has the same key twice: {twice[:100]!r}")
+        for name, _ in pairs:
+            if name in names:
+                raise ValueError(f"an object has the same key twice: {name[:100]!r}")
+            names.add(name)
     return made
 
 

@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import IO, Any
 
 import layerwise_dist
 
@@ -29,7 +30,9 @@ def own_environment() -> dict[str, str]:
 
 
 @contextmanager
-def running(command: list[str], errors: Any, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[str]]:
+def running(
+    command: list[str], errors: IO[Any] | int, environment: Mapping[str, str]
+) -> Iterator[subprocess.Popen[str]]:
     """The command in a session of its own, all of which is gone when the body ends, however it does.
 
     `errors` takes its standard error; `environment` goes on top of `own_environment()`.
@@ -100,7 +103,7 @@ def terminable() -> Iterator[None]:
         yield
         return
 
-    def interrupt(number: int, frame: Any) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, interrupt)

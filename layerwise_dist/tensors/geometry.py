@@ -35,11 +35,10 @@ class Geometry:
         if _layouts(tensors) != self._layouts:
             return False
         if self._guardable:
-            self._guards = TensorGuards(
-                *tensors,
-                dynamic_dims_sizes=[list(shape) for shape, *_ in self._layouts],
-                dynamic_dims_strides=[list(strides) for _, strides, *_ in self._layouts],
-            )
+            # A list for each tensor, whatever the stub says.
+            sizes: list[Any] = [list(shape) for shape, *_ in self._layouts]
+            strides: list[Any] = [list(strides) for _, strides, *_ in self._layouts]
+            self._guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
             self._guardable = self._guards.check(*tensors)
         return True
 

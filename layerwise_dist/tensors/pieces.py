@@ -62,8 +62,9 @@ class Piece:
     def part(self) -> torch.Tensor:
         """A tensor of exactly the slice's elements: `tensor`, or a range of it (a copy if that is not row-major)."""
         tensor = self.tensor.detach()
-        if self.slice.is_flat and tensor.numel() != self.slice.numel:
-            tensor = tensor.reshape(-1)[self.slice.start : self.slice.start + self.slice.numel]
+        start = self.slice.start
+        if start is not None and tensor.numel() != self.slice.numel:
+            tensor = tensor.reshape(-1)[start : start + self.slice.numel]
         return tensor
 
 

@@ -63,7 +63,7 @@ class Slice:
     @property
     def local_shape(self) -> tuple[int, ...]:
         """Shape of the part, as the file has it: the box's lengths, or one dimension for a flat range."""
-        return (self.length,) if self.is_flat else self.lengths  # type: ignore[return-value]
+        return (self.length,) if self.is_flat else self.lengths  # type: ignore[return-value]  # one pair is there
 
     @property
     def numel(self) -> int:
@@ -75,9 +75,10 @@ class Slice:
 
     def place(self) -> str:
         """Where the part lies in its global tensor, for messages."""
-        if self.is_flat:
+        if self.start is not None and self.length is not None:
             return f"elements {self.start} to {self.start + self.length} of shape {list(self.global_shape)}"
-        return f"offsets {list(self.offsets)}, lengths {list(self.lengths)} of shape {list(self.global_shape)}"
+        offsets, lengths = self.offsets or (), self.lengths or ()
+        return f"offsets {list(offsets)}, lengths {list(lengths)} of shape {list(self.global_shape)}"
 
 
 def ranks_text(ranks: Iterable[int]) -> str:

@@ -239,7 +239,7 @@ def local(folder: str) -> list[str]:
         ckpt.close()
         return ["it was saved"]
     except errors.UnsupportedError as error:
-        ckpt.end(orderly=False)
+        ckpt.close()
         problems = [f"not said: {what}" for what in ("no_sync", "param/a.weight", "'apart'") if what not in str(error)]
         return problems + [f"there is {path.name}" for path in Path(folder).glob("*/manifest.json")]
 
@@ -278,7 +278,7 @@ def later(folder: str, **options: Any) -> list[str]:
         return ["not found in 40 steps"]
     except errors.CommitError as error:
         completed = everywhere(ckpt.completed)
-        ckpt.end(orderly=False)
+        ckpt.close()
         problems = [] if "b.bias" in str(error) and "and 3 hold" in str(error) else [str(error)]
         return problems + ([f"stopped at {completed}"] if len(set(completed)) > 1 else [])
 

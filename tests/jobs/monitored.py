@@ -26,6 +26,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import layerwise_dist as lwd
+from layerwise_dist.engine.engine import workings_of
 from layerwise_dist.monitor import process
 
 HERE = Path(__file__).parent
@@ -80,7 +81,7 @@ def main() -> None:
             fence_timeout_s=options.timeout, commit={"timeout_s": options.timeout}, writer={"block_kb": 64},
         )  # fmt: skip
         if options.mode == "monitor":
-            tell(monitor=ckpt._adapter.link.process.pid)
+            tell(monitor=workings_of(ckpt).adapter.link.process.pid)
         start = ckpt.restore(options.roll)
         tell(start=start, hash=digest(model, optimizer))
         try:
@@ -91,7 +92,7 @@ def main() -> None:
                 if (step, rank) == (pause_step, pause_rank):
                     tell(paused=step)
                     while not (options.out / "go").exists():
-                        tell(staged=ckpt._participant.reached("staged"))
+                        tell(staged=workings_of(ckpt).participant.reached("staged"))
                         time.sleep(0.05)
                 scheduler.step()
                 optimizer.zero_grad()
@@ -116,7 +117,7 @@ def main() -> None:
         except Exception as error:
             tell(error=type(error).__name__, message=str(error), at=ckpt.completed)
             began = time.monotonic()
-            ckpt._close(orderly=False)
+            ckpt.close()
             tell(closed=time.monotonic() - began)
             raise
         finally:

@@ -48,7 +48,7 @@ def early() -> None:
     def begin_and_acknowledge(self: StagedShards, message: Any) -> None:
         begin(self, message)
         attempt = self._coming[message["seq"]].write.attempt
-        self._participant.post(self._participant._ledger._message("staged", attempt))
+        self._participant.post({"t": "staged", **self._participant._ledger._of(attempt)})
 
     StagedShards.begin = begin_and_acknowledge
 

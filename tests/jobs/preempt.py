@@ -95,7 +95,7 @@ def main() -> None:
             ckpt.close()
         except SystemExit as left:
             tell(
-                left=left.code, at=ckpt.completed, committed=ckpt._participant.reached("committed"), calls=calls,
+                left=left.code, at=ckpt.completed, committed=ckpt.committed_step, calls=calls,
                 restored=signal.getsignal(signal.SIGTERM) is mine, wakeup=signal.set_wakeup_fd(-1),
             )  # fmt: skip
             raise

@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import layerwise_dist as lwd
 from layerwise_dist import errors
+from layerwise_dist.engine.engine import workings_of
 from layerwise_dist.frameworks.fsdp1 import FSDP1Framework
 from layerwise_dist.frameworks.names import CleanNames
 
@@ -265,7 +266,7 @@ def replaced(case: str, folder: str) -> list[str]:
                 inside.load_state_dict({k: v.clone() for k, v in inside.state_dict().items()}, assign=True)
     except errors.CommitError as error:
         message = str(error)
-    ckpt.end(orderly=False)
+    workings_of(ckpt).closing.end(orderly=False)
     wanted = {
         "ddp": "0.weight, 0.bias, 1.weight and 1 more were replaced by another Parameter after attach(). Distributed",
         "fsdp1-hand": "1.weight was replaced by another Parameter after attach(). FSDP1 trains what it was given",

@@ -24,6 +24,7 @@ from torch import nn
 
 import layerwise_dist as lwd
 from layerwise_dist.capture import survey
+from layerwise_dist.engine.engine import workings_of
 from layerwise_dist.frameworks import deepspeed as room
 from layerwise_dist.frameworks.deepspeed.groups import split_groups
 
@@ -175,7 +176,7 @@ class Job:
         if "inbackward" in self.features:
             config["update"] = "in_backward"
         ckpt = lwd.attach(self.engine, config=config)
-        self._stepped = ckpt._optimizer._in_backward
+        self._stepped = workings_of(ckpt).optimizer._in_backward
         return ckpt
 
     def micro_batch(self) -> str:

@@ -29,7 +29,7 @@ from layerwise_dist.commit.shards import open_base, open_shard
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
 from layerwise_dist.config import load_config
 from layerwise_dist.engine import assembly
-from layerwise_dist.engine.engine import LayerwiseEngine
+from layerwise_dist.engine.engine import LayerwiseEngine, workings_of
 from layerwise_dist.errors import DamageError
 from layerwise_dist.storage import filenames, typed_json
 from layerwise_dist.storage.reader import Shard
@@ -201,7 +201,8 @@ class Story:
             model, optimizer, settings(self.root, **config), transport, self.env, state={"place": place}, fresh=fresh
         )
         if rank == 0 and hasattr(self.env, "mark"):
-            self.env.mark(f"attached {engine._info.epoch} {engine._info.identity}")
+            info = workings_of(engine).info
+            self.env.mark(f"attached {info.epoch} {info.identity}")
         with engine:
             if not fresh:
                 engine.restore(None if restore == "newest" else restore)
@@ -402,7 +403,7 @@ class Story:
 def await_spare(engine: LayerwiseEngine, timeout_s: float = 30.0) -> None:
     """Until a file of a retired checkpoint waits on this rank: retirement follows a commit in the background."""
     deadline = time.monotonic() + timeout_s
-    while not engine._adapter.recycler.waiting():
+    while not workings_of(engine).adapter.recycler.waiting():
         assert time.monotonic() < deadline, f"no file of a retired checkpoint waits after {timeout_s:g} s"
         time.sleep(0.001)
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
-Message = dict[str, Any]
-Handler = Callable[[Message], None]
+from layerwise_dist.commit.messages import Message, ToCoordinator, ToRanks
+
+__all__ = ["CoordinatorHandler", "Handler", "Message", "Transport"]
+
+Handler = Callable[[ToRanks], None]
+CoordinatorHandler = Callable[[ToCoordinator], None]
 
 
 class Transport(Protocol):
@@ -25,14 +29,14 @@ class Transport(Protocol):
     world_size: int
 
     def start(
-        self, on_message: Handler, on_coordinator_message: Handler | None, on_error: Callable[[str], None]
+        self, on_message: Handler, on_coordinator_message: CoordinatorHandler | None, on_error: Callable[[str], None]
     ) -> None: ...
 
-    def post(self, message: Message) -> None:
+    def post(self, message: ToCoordinator) -> None:
         """To the coordinator, on rank 0."""
         ...
 
-    def announce(self, message: Message) -> None:
+    def announce(self, message: ToRanks) -> None:
         """To every rank, this one included. Rank 0 only."""
         ...
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 import hmac
 import json
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
-from layerwise_dist.commit.transports import Message
 from layerwise_dist.commit.transports.proof import MAC_BYTES, Seals
 
 OnFrame = Callable[[int, bytes], None]  # of a connection's key, and the frame's body
@@ -20,7 +20,7 @@ LENGTH_BYTES = _LENGTH.size
 _MOST_IN_FRAME = 256 << 20
 
 
-def encode(messages: Iterable[Message]) -> bytes:
+def encode(messages: Iterable[Mapping[str, object]]) -> bytes:
     return framed(json.dumps(list(messages), separators=(",", ":")).encode())
 
 
@@ -28,8 +28,8 @@ def framed(body: bytes) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
-def decode(body: bytes) -> list[Message]:
-    """Raises ValueError for what is no array of messages."""
+def decode(body: bytes) -> Any:
+    """A list of messages, of which only that each has a kind is known. Raises ValueError for what is no such array."""
     messages = json.loads(body)
     if not isinstance(messages, list):
         raise ValueError(f"a frame that holds a {type(messages).__name__}")

@@ -6,10 +6,9 @@ import queue
 import threading
 from collections.abc import Callable
 
-from layerwise_dist.commit.transports import Handler, Message
+from layerwise_dist.commit.messages import ToCoordinator, ToRanks
+from layerwise_dist.commit.transports import CoordinatorHandler, Handler
 from layerwise_dist.supervision import background
-
-_COORDINATOR = -1
 
 
 class LocalHub:
@@ -17,9 +16,8 @@ class LocalHub:
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
-        self.queues: dict[int, queue.SimpleQueue[Message | None]] = {
-            place: queue.SimpleQueue() for place in (_COORDINATOR, *range(world_size))
-        }
+        self.to_coordinator: queue.SimpleQueue[ToCoordinator | None] = queue.SimpleQueue()
+        self.to_rank: list[queue.SimpleQueue[ToRanks | None]] = [queue.SimpleQueue() for _ in range(world_size)]
 
 
 class LocalTransport:
@@ -32,30 +30,38 @@ class LocalTransport:
         self._on_error: Callable[[str], None] = background.log_only
 
     def start(
-        self, on_message: Handler, on_coordinator_message: Handler | None, on_error: Callable[[str], None]
+        self, on_message: Handler, on_coordinator_message: CoordinatorHandler | None, on_error: Callable[[str], None]
     ) -> None:
         self._on_error = on_error
-        self._spawn(self.rank, on_message)
+        hub = self._hub
+
+        def receive() -> None:
+            while (message := hub.to_rank[self.rank].get()) is not None:
+                on_message(message)
+
+        self._spawn(str(self.rank), receive)
         if on_coordinator_message is not None:
-            self._spawn(_COORDINATOR, on_coordinator_message)
+            coordinate = on_coordinator_message
 
-    def post(self, message: Message) -> None:
-        self._hub.queues[_COORDINATOR].put(message)
+            def receive_for_coordinator() -> None:
+                while (message := hub.to_coordinator.get()) is not None:
+                    coordinate(message)
 
-    def announce(self, message: Message) -> None:
-        for rank in range(self.world_size):
-            self._hub.queues[rank].put(message)
+            self._spawn("coordinator", receive_for_coordinator)
+
+    def post(self, message: ToCoordinator) -> None:
+        self._hub.to_coordinator.put(message)
+
+    def announce(self, message: ToRanks) -> None:
+        for inbox in self._hub.to_rank:
+            inbox.put(message)
 
     def close(self, timeout_s: float) -> None:
-        self._hub.queues[self.rank].put(None)
+        self._hub.to_rank[self.rank].put(None)
         if len(self._threads) > 1:
-            self._hub.queues[_COORDINATOR].put(None)
+            self._hub.to_coordinator.put(None)
         for thread in self._threads:
             thread.join(timeout_s)
 
-    def _spawn(self, place: int, handler: Handler) -> None:
-        def run() -> None:
-            while (message := self._hub.queues[place].get()) is not None:
-                handler(message)
-
+    def _spawn(self, place: str, run: Callable[[], None]) -> None:
         self._threads.append(background.start(f"layerwise-receive-{place}", run, self._on_error))

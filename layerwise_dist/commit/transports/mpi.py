@@ -90,7 +90,8 @@ def _below(rank: int, world_size: int) -> dict[int, list[int]]:
     """The ranks right below this one in the tree, and who speaks through each of them."""
 
     def subtree(top: int) -> list[int]:
-        found, level = [], range(top, top + 1)
+        found: list[int] = []
+        level = range(top, top + 1)
         while level.start < world_size:
             found += range(level.start, min(level.stop, world_size))
             level = range(_FANOUT * level.start + 1, _FANOUT * (level.stop - 1) + _FANOUT + 1)

@@ -9,15 +9,17 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeVar, cast
 
-from layerwise_dist.commit.transports import Handler, Message
+from layerwise_dist.commit.messages import Cut, Message, ToCoordinator, ToRanks
+from layerwise_dist.commit.transports import CoordinatorHandler, Handler
 from layerwise_dist.commit.transports.frames import OnEnd, OnFrame, decode, encode, framed
 from layerwise_dist.supervision.background import Failed
 
 ABOVE = -1  # the key of the connection toward rank 0; those below have their rank
 # How long what comes from below is gathered before it goes up together.
 _GATHER_S = 0.001
+_T = TypeVar("_T")
 _FAREWELL_S = 5.0  # for the last frames and the other sides' end; nobody is kept longer by a side that is stuck
 
 
@@ -61,32 +63,33 @@ class RelayTransport:
         self.rank, self.world_size = rank, world_size
         self._connections, self._serves, self._above = connections, serves, above
         self._lock = threading.Lock()
-        self._outbox: list[tuple[bool, Message]] = []  # whether it is an announcement
-        self._up: list[Message] = []
+        self._announced: list[ToRanks] = []
+        self._posted: list[ToCoordinator] = []
+        self._up: list[ToCoordinator] = []
         self._cut: dict[int, str] = {}  # what the process at the other end said that ended its thread
         self._gathering = self._leaving = False
         self._below = {rank for ranks in serves.values() for rank in ranks}  # that have not closed
         self._all_closed = threading.Event()
         self._note_closed(rank)
         self._on_message: Handler = _ignore
-        self._on_coordinator: Handler = _ignore
+        self._on_coordinator: CoordinatorHandler = _ignore
         self._on_error: Callable[[str], None] = _ignore
 
     def start(
-        self, on_message: Handler, on_coordinator_message: Handler | None, on_error: Callable[[str], None]
+        self, on_message: Handler, on_coordinator_message: CoordinatorHandler | None, on_error: Callable[[str], None]
     ) -> None:
         self._on_message, self._on_error = on_message, on_error
         if on_coordinator_message is not None:
             self._on_coordinator = on_coordinator_message
         self._connections.start(self._arrived, self._ended, self._broken)
 
-    def post(self, message: Message) -> None:
+    def post(self, message: ToCoordinator) -> None:
         if message["t"] == "closed":
             self._leaving = True  # the other end may be gone before this one closes
-        self._put(False, message)
+        self._put(self._posted, message)
 
-    def announce(self, message: Message) -> None:
-        self._put(True, message)
+    def announce(self, message: ToRanks) -> None:
+        self._put(self._announced, message)
 
     def close(self, timeout_s: float) -> None:
         """Stays until all ranks that speak through this one have posted ``closed``."""
@@ -98,24 +101,26 @@ class RelayTransport:
 
     # -- inside -------------------------------------------------------------------------------------------------
 
-    def _put(self, announcement: bool, message: Message) -> None:
+    def _put(self, outbox: list[_T], message: _T) -> None:
         with self._lock:
-            self._outbox.append((announcement, message))
-            if len(self._outbox) > 1:
+            outbox.append(message)
+            if len(self._posted) + len(self._announced) > 1:
                 return  # the thread was asked to look
         self._connections.call(self._send)
 
     def _send(self) -> None:
         with self._lock:
-            taken, self._outbox = self._outbox, []
-        if posted := [message for announcement, message in taken if not announcement]:
+            posted, announced = self._posted[:], self._announced[:]
+            self._posted.clear()
+            self._announced.clear()
+        if posted:
             self._to_coordinator(posted)
-        if announced := [message for announcement, message in taken if announcement]:
+        if announced:
             self._connections.broadcast(encode(announced))
             for message in announced:
                 self._on_message(message)
 
-    def _to_coordinator(self, messages: list[Message]) -> None:
+    def _to_coordinator(self, messages: list[ToCoordinator]) -> None:
         if self.rank == 0:
             for message in messages:
                 self._on_coordinator(message)
@@ -134,20 +139,21 @@ class RelayTransport:
             self._connections.send(ABOVE, encode(messages))
 
     def _arrived(self, key: int, body: bytes) -> None:
-        messages = decode(body)
+        messages: list[Message] = decode(body)
         if messages and messages[0]["t"] == "cut":
             self._cut[key] = messages[0]["why"]
             return
         if key == ABOVE:
             if self._serves:
                 self._connections.broadcast(framed(body), but=ABOVE)
-            for message in messages:
-                self._on_message(message)
+            for announced in cast(list[ToRanks], messages):
+                self._on_message(announced)
             return
-        for message in messages:
-            if message["t"] in ("closed", "gone"):
+        said = cast(list[ToCoordinator], messages)
+        for message in said:
+            if message["t"] == "closed" or message["t"] == "gone":
                 self._note_closed(message["rank"])
-        self._to_coordinator(messages)
+        self._to_coordinator(said)
 
     def _note_closed(self, rank: int) -> None:
         self._below.discard(rank)
@@ -177,7 +183,8 @@ class RelayTransport:
 
     def _say_cut(self, why: str) -> None:
         """The last that this rank says to those beside it, who would otherwise hear of an end without a reason."""
-        self._connections.broadcast(encode([{"t": "cut", "why": why}]))
+        last: Cut = {"t": "cut", "why": why}
+        self._connections.broadcast(encode([last]))
 
 
 def _ignore(_: object) -> None:

@@ -97,10 +97,11 @@ class DeepSpeedOptimizer(FlatState):
         counters = self._framework.counters
         if counters.has_schedule:
             try:
-                origins = group_origins(self._group_names(), saved)
+                found = group_origins(self._group_names(), saved)
             except ValueError:  # of an optimizer that is not taken: the schedule is, as DeepSpeed does it
-                origins = [None]
-            counters.put_schedule(None if None in origins else origins, len(saved["groups"]))
+                found = [None]
+            origins = [origin for origin in found if origin is not None]
+            counters.put_schedule(origins if len(origins) == len(found) else None, len(saved["groups"]))
         self._units.after_load()
 
     # -- updates ------------------------------------------------------------------------------------------------

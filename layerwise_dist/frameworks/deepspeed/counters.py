@@ -8,6 +8,7 @@ from typing import Any
 from layerwise_dist.errors import MismatchError, UnsupportedError
 from layerwise_dist.frameworks.deepspeed.flattening import Units, missing
 from layerwise_dist.frameworks.deepspeed.groups import spread
+from layerwise_dist.frameworks.described import CarriedCounters
 
 _COUNTED = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
 # Of loss scalers of both kinds, what changes while training; a static scale has the first only.
@@ -28,9 +29,9 @@ class Counters:
     def _scaler(self) -> Any:
         return getattr(self._wrapper, "loss_scaler", None) or getattr(self._wrapper, "loss_scale_config", None)
 
-    def take(self) -> dict[str, Any]:
+    def take(self) -> CarriedCounters:
         engine, scaler = self._engine, self._scaler
-        loss_scale = None
+        loss_scale: dict[str, Any] | None = None
         if scaler is not None:
             loss_scale = {name: getattr(scaler, name) for name in _SCALED if hasattr(scaler, name)}
             loss_scale["external"] = self._wrapper.external_loss_scale if self._wrapper.custom_loss_scaler else None
@@ -78,5 +79,6 @@ class Counters:
         """
         schedule, self._schedule = self._schedule, None
         if schedule is not None:
-            alike = origins is None or list(origins) == list(range(groups))
-            self._engine.lr_scheduler.load_state_dict(schedule if alike else spread(schedule, origins, groups))
+            if origins is not None and list(origins) != list(range(groups)):
+                schedule = spread(schedule, origins, groups)
+            self._engine.lr_scheduler.load_state_dict(schedule)

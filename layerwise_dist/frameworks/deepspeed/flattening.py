@@ -277,7 +277,7 @@ class Bf16(_Partitions):
 class Zero3(Units):
     """DeepSpeedZeroOptimizer_Stage3: a flat tensor a sub-group, in which each parameter has ceil(numel / ranks)."""
 
-    attributes = (
+    attributes: tuple[str, ...] = (
         "optimizer", "fp16_groups", "fp16_partitioned_groups_flat", "fp32_partitioned_groups_flat",
         "sub_group_to_group_id", "loss_scaler", "checkpoint_event_prologue", "checkpoint_event_epilogue",
         "_reassign_or_swap_out_partitioned_parameters",
@@ -298,7 +298,8 @@ class Zero3(Units):
         found: dict[int, Fragment] = {}
         for number, grouping in enumerate(self.groupings()):
             offset = 0
-            for param in grouping.params:
+            params: Sequence[Any] = grouping.params  # to which ZeRO-3 has added what it knows of them
+            for param in params:
                 start, length = partition(param, self._rank)
                 found[id(param)] = Fragment(number, start, offset, length)
                 offset += param.partition_numel()

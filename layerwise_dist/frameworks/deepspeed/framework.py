@@ -116,6 +116,7 @@ class DeepSpeedFramework(FlatFramework):
             return Slice.whole(kind, view.fqn, code, (), among)
         if view.fqn in self._shares:
             return Slice.whole(kind, view.fqn, code, shape, among)
+        assert fragment is not None, "state of a unit's shape is of a parameter in it"
         return Slice(kind, view.fqn, code, shape, start=fragment.start, length=fragment.length, among=among)
 
     def pieces(self, view: ParamView, kind: str, tensor: torch.Tensor, *, lease: bool) -> list[Piece]:

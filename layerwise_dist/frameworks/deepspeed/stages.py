@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -92,7 +92,8 @@ class Stage3(_Zero):
     def step(self, number: int) -> None:
         wrapper, partitions = self.wrapper, getattr(self.wrapper, _PARTITIONS)
         # As the backward's epilogue, which comes later, and `step()` have it.
-        wrapper.averaged_gradients[number] = [partitions[param.ds_id] for param in self.members(number)]
+        members: Sequence[Any] = self.members(number)  # to which ZeRO-3 has added their numbers
+        wrapper.averaged_gradients[number] = [partitions[param.ds_id] for param in members]
         wrapper._prepare_sub_group(number, set())
         wrapper.unscale_and_clip_grads(number, None)
         self._step_of_deepspeed(number)
@@ -163,7 +164,7 @@ class Stage0(ZeroStage):
         self._layers = list(layers.values())
         self.count = len(self._layers)
         self._handles: list[Any] = []
-        self._aside: list[tuple[nn.Parameter, torch.Tensor]] = []
+        self._aside: list[tuple[nn.Parameter, torch.Tensor | None]] = []
 
     def members(self, number: int) -> Sequence[nn.Parameter]:
         return self._layers[number]
@@ -187,7 +188,8 @@ class Stage0(ZeroStage):
         return self._subset.pins([group["params"] for group in self._optimizer.param_groups])
 
     def _average(self, params: Iterable[nn.Parameter]) -> None:
-        self._engine.buffered_allreduce_fallback(grads=[param.grad.data for param in params])
+        gradients = cast(list[torch.Tensor], [param.grad for param in params])
+        self._engine.buffered_allreduce_fallback(grads=[gradient.data for gradient in gradients])
 
     def watch(self, arrived: Arrived, stepped: Callable[[int], bool]) -> None:
         engine, original = self._engine, self._engine.allreduce_gradients

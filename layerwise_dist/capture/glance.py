@@ -1,0 +1,94 @@
+"""The live tensors of one rank at a glance: whether any of them came, went or moved since the last one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from layerwise_dist.frameworks.framework import Framework, ParamView, same_objects
+from layerwise_dist.frameworks.optimizers import OptimizerAdapter
+from layerwise_dist.tensors.geometry import Geometry
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The optimizer's state at a glance. `values` keeps it alive, so that nothing else takes its identity.
+
+    `dense` are those of the values that are tensors with an address.
+    """
+
+    states: list[Mapping[str, Any]]
+    names: list[str]
+    sizes: list[int]
+    values: list[Any]
+    dense: list[torch.Tensor]
+    geometry: Geometry
+
+
+@dataclass(frozen=True, slots=True)
+class Glance:
+    """The very objects that a survey was made of; `geometry` is that of parameters and buffers."""
+
+    copying: frozenset[str]
+    held: Held
+    params: list[ParamView]
+    buffers: list[tuple[str, torch.Tensor]]
+    geometry: Geometry
+
+
+def glance_at(
+    framework: Framework, optimizer: OptimizerAdapter, copying: frozenset[str], last: Glance | None
+) -> Glance:
+    """`last`, if all tensors are the same objects in the same places: only state that is no tensor may have another
+    value. `copying` is as `Surveyor.look`'s.
+    """
+    framework.follow()
+    states = optimizer.states(framework.params)
+    held = last.held if last is not None else None
+    if held is None or states is not held.states:
+        held = _hold(framework, states, held)
+    buffers = framework.buffers()
+    tensors = [*framework.params_in_memory(), *framework.in_memory([buffer for _, buffer in buffers])]
+    if (
+        last is not None
+        and last.copying == copying
+        and last.held is held
+        and last.params is framework.params
+        and last.buffers is buffers
+        and last.geometry.is_of(tensors)
+    ):
+        return last
+    return Glance(copying, held, framework.params, buffers, Geometry(tensors))
+
+
+def _hold(framework: Framework, states: list[Mapping[str, Any]], last: Held | None) -> Held:
+    """`last`, if nothing but values of state that is no tensor has changed."""
+    rows = [[*state.items()] for state in states]  # each is asked once: some are made for the question
+    names, values = [name for row in rows for name, _ in row], [value for row in rows for _, value in row]
+    sizes = [*map(len, rows)]
+    if (
+        last is not None
+        and names == last.names
+        and sizes == last.sizes
+        and same_objects(states, last.states)
+        and _same_tensors(values, last.values)
+        and last.geometry.is_of(framework.in_memory(last.dense))
+    ):
+        return last
+    dense = [*filter(is_dense, values)]
+    return Held(states, names, sizes, values, dense, Geometry(framework.in_memory(dense)))
+
+
+def _same_tensors(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    """REQUIRES: as many of both."""
+    return same_objects(some, others) or all(
+        was is now or not (is_dense(was) or is_dense(now)) for was, now in zip(some, others, strict=True)
+    )
+
+
+def is_dense(value: object) -> bool:
+    """Whether it is a tensor with an address and strides. Others the survey refuses."""
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_nested

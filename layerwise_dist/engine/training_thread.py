@@ -1,0 +1,27 @@
+"""The one thread that trains: it alone can tell that nothing changes what is still being read."""
+
+from __future__ import annotations
+
+import threading
+
+from layerwise_dist.errors import BoundaryError
+
+
+class TrainingThread:
+    """The thread that made this. `ident` is compared on the way of every layer, and so is no property."""
+
+    def __init__(self) -> None:
+        self._thread = threading.current_thread()
+        self.ident = threading.get_ident()
+
+    def take_over(self) -> None:
+        """From now on it is this one: once it has ended, any other can judge what it left. Raises BoundaryError before
+        that.
+        """
+        if threading.get_ident() != self.ident:
+            if self._thread.is_alive():
+                raise BoundaryError(
+                    f"close() on thread {threading.current_thread().name!r} while the one that trains, "
+                    f"{self._thread.name!r}, goes on: it alone can tell that nothing changes what is still being read"
+                )
+            self.ident = threading.get_ident()

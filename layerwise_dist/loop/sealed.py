@@ -1,0 +1,95 @@
+"""What a boundary seals beside tensors: the types of the state extent (docs/format.md), values for typed JSON.
+
+`capture/sealed.py` takes it, `restore/sealed_state.py` reads it and checks that it is so.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypedDict
+
+from torch import Tensor
+
+from layerwise_dist.frameworks.described import OptimizerState, Standing
+
+
+class _RngState(TypedDict):
+    torch: Tensor
+    cuda: dict[int, Tensor]
+    python: tuple[Any, ...]
+
+
+class RngState(_RngState, total=False):
+    """The global generators (`rng.py`); `numpy` where it is installed."""
+
+    numpy: tuple[Any, ...] | dict[str, Any]
+
+
+class GeneratorStates(TypedDict):
+    """`own`: of a loader and its samplers, by where they sit in it."""
+
+    rng: RngState
+    own: dict[str, Tensor]
+
+
+class LoaderNow(TypedDict):
+    own: dict[str, Tensor]
+    epochs: dict[str, int]
+
+
+class CountedLoader(TypedDict):
+    """Where a loader stands whose batches are counted (`loaders.py`)."""
+
+    kind: Literal["counted"]
+    iterating: bool
+    draws: int
+    start: GeneratorStates | None
+    first: GeneratorStates | None
+    later: dict[int, GeneratorStates]
+    again: bool
+    now: LoaderNow
+
+
+class StatefulLoader(TypedDict):
+    """Where a loader stands that tells by itself."""
+
+    kind: Literal["stateful"]
+    iterating: bool
+    start: GeneratorStates | None
+    state: Any
+    now: LoaderNow
+
+
+LoaderState = CountedLoader | StatefulLoader
+
+
+class _BoundaryState(TypedDict):
+    kind: Literal["explicit", "loader", "inferred", "call"]
+    rng: RngState
+    rng_event: Literal["boundary", "draw"]
+    rng_after: RngState | None
+    at: list[str]
+    loaders: dict[str, LoaderState]
+
+
+class BoundaryState(_BoundaryState, total=False):
+    """As `mark.BoundaryMark.state()`."""
+
+    starts: list[str]
+
+
+class _SealedState(TypedDict):
+    step: int
+    updates: int
+    boundary: BoundaryState
+    objects: dict[str, Any]
+    client_state: dict[Any, Any] | None
+    optimizer: OptimizerState
+    wrapper: Any
+    gradients: list[str]
+    extra_state: dict[str, Any]
+
+
+class SealedState(_SealedState, total=False):
+    """All of it. `standing`: parameters that stand for others, by fqn."""
+
+    standing: dict[str, Standing]
