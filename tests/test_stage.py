@@ -20,6 +20,8 @@ from layerwise_dist.capture.survey import Surveyor
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
 from layerwise_dist.config import load_config
 from layerwise_dist.engine import assembly
+from layerwise_dist.engine.captures import Captures
+from layerwise_dist.engine.engine import workings_of
 from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.frameworks.torch_optimizer import TorchOptimizer
 
@@ -101,10 +103,11 @@ def fenced(root: Path, pool_mb: int) -> tuple[list[int], dict[str, Any]]:
     pending = []
     # The first checkpoints are audited, which means written before their boundary is over.
     with attach(model, optimizer, root, slow(0.002), pool_mb=pool_mb, max_in_flight=4) as ckpt:
+        captures: Any = workings_of(ckpt).captures
         for step in ckpt.steps(8):
             update(model, optimizer, step)
-            if ckpt._open is not None:
-                pending.append(ckpt._last_pending)
+            if captures.open is not None:
+                pending.append(captures.last_pending)
         stats = ckpt.stats()
     assert equal(tensors(model, optimizer), plain(8)[8]), "training is what it is without the engine"
     return pending, stats
@@ -112,19 +115,18 @@ def fenced(root: Path, pool_mb: int) -> tuple[list[int], dict[str, Any]]:
 
 @pytest.fixture
 def _watched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Notes in the engine, after each fence, how many blocks of the fenced shard are not written yet."""
+    """Notes in the captures, after each fence, how many blocks of the fenced shard are not written yet."""
     from layerwise_dist.capture.lease import Capture
-    from layerwise_dist.engine.engine import LayerwiseEngine
 
-    real = LayerwiseEngine._end_leases
+    real = Captures.fence
 
-    def watched(engine: Any, *layers: Any) -> None:
-        captures: list[Capture] = list(engine._captures)
-        real(engine, *layers)
-        engine._last_pending = sum(capture.write._writer.pending for capture in captures)
+    def watched(captures: Any, *layers: Any) -> None:
+        sealed: list[Capture] = list(captures.sealed)
+        real(captures, *layers)
+        captures.last_pending = sum(capture.write._writer.pending for capture in sealed)
 
-    monkeypatch.setattr(LayerwiseEngine, "_end_leases", watched)
-    monkeypatch.setattr(LayerwiseEngine, "_last_pending", 0, raising=False)
+    monkeypatch.setattr(Captures, "fence", watched)
+    monkeypatch.setattr(Captures, "last_pending", 0, raising=False)
 
 
 @pytest.mark.usefixtures("_watched")
@@ -205,7 +207,8 @@ def test_staged_training_is_bit_identical_and_so_is_each_checkpoint(
     assert equal(tensors(model, optimizer), plain(7)[7])
     assert stats["checkpoints_aborted"] == stats["captures"] - stats["checkpoints_committed"]
     assert len(check_committed(tmp_path, 7)) >= 3
-    assert ckpt._adapter.buffers.in_use == ckpt._adapter.bounce_bytes, "all of the pool came back"
+    adapter = workings_of(ckpt).adapter
+    assert adapter.buffers.in_use == adapter.bounce_bytes, "all of the pool came back"
 
 
 def test_a_clamp_behind_the_update_is_in_the_staged_checkpoint(tmp_path: Path) -> None:
