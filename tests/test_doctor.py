@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kit.cli import call as command_line
 from kit.seccomp import FORBID_URING
 from typer.testing import CliRunner
 
@@ -38,9 +39,7 @@ SCRIPT = "import sys; from layerwise_dist.cli import main\ntry: main()\nfinally:
 
 
 def call(*args: object) -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["doctor", *(str(arg) for arg in args)])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.output
+    return command_line("doctor", *args)
 
 
 def call_json(*args: object) -> tuple[int, dict[str, Any]]:

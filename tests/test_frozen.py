@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kit.cli import call, call_json
 from kit.runners import Warm
 from torch import nn
 
@@ -36,7 +37,6 @@ import lora  # noqa: E402
 from job_kit import contents, differences  # noqa: E402
 from several import Gan  # noqa: E402
 from several import trial as several_trial  # noqa: E402
-from test_cli import call, call_json  # noqa: E402
 
 torch.set_num_threads(1)
 BLOCKS = {"writer": {"block_kb": 4}}

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from kit.runners import Warm, WarmJob
+from kit.runners import Warm, WarmJob, told
 
 import layerwise_dist as lwd
 from layerwise_dist import errors
@@ -22,11 +22,6 @@ from layerwise_dist._native import PosixEnv
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 
 DEADLINE = 60.0
-
-
-def told(out: Path, rank: int = 0) -> list[dict[str, Any]]:
-    path = out / f"{rank}.jsonl"
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
 
 def values(out: Path, key: str, ranks: int) -> list[Any]:

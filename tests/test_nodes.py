@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from kit.crash import build, differing, in_ranks, settings, tensors_of, train, try_ranks
-from kit.runners import JOBS, Running
+from kit.runners import JOBS, Running, told
 
 from layerwise_dist._native import PosixEnv
 from layerwise_dist.bench.light import shard_bytes
@@ -31,11 +31,6 @@ from layerwise_dist.errors import DamageError, DirectoryError, UnsupportedError
 from layerwise_dist.frameworks.framework import Framework
 
 NODE_OF = [0, 0, 1, 1]
-
-
-def told(out: Path, rank: int) -> list[dict[str, Any]]:
-    path = out / f"{rank}.jsonl"
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
 
 def run(
