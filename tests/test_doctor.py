@@ -541,7 +541,7 @@ def test_a_writer_that_reuses_no_files_is_judged_by_new_ones() -> None:
 
 def test_the_raw_loop_writes_every_byte_of_an_amount_that_no_block_divides(tmp_path: Path) -> None:
     memory = bytearray(os.urandom(1 << 20))
-    with speed._RawFile(str(tmp_path / "raw"), memory, (1 << 20) - 4096, direct=False) as raw:  # type: ignore[arg-type]
+    with speed.RawFile(str(tmp_path / "raw"), memory, (1 << 20) - 4096, direct=False) as raw:  # type: ignore[arg-type]
         assert raw.write(Shape(3, 96 << 10)) > 0
         assert (tmp_path / "raw").read_bytes() == memory[:-4096]
     assert not os.listdir(tmp_path)

@@ -236,12 +236,12 @@ def vote(keeper: int, node: str, network: str | None = None) -> dict[str, Any]:
 
 
 def test_directories_that_are_no_nodes_disks_are_a_missing_mount() -> None:
-    assert places._grouped([vote(0, "a"), vote(1, "b"), vote(0, "a"), vote(1, "b")], "/c") == [[0, 2], [1, 3]]
+    assert places.grouped([vote(0, "a"), vote(1, "b"), vote(0, "a"), vote(1, "b")], "/c") == [[0, 2], [1, 3]]
     with pytest.raises(DirectoryError, match="rank 0 and rank 1 are both on host of a, and /c is not one directory"):
-        places._grouped([vote(0, "a"), vote(1, "a")], "/c")
+        places.grouped([vote(0, "a"), vote(1, "a")], "/c")
     with pytest.raises(
         DirectoryError, match="rank 0 is shared by host of a, host of b, and rank 2 on host of c sees another"
     ):
-        places._grouped([vote(0, "a"), vote(0, "b"), vote(2, "c")], "/c")
+        places.grouped([vote(0, "a"), vote(0, "b"), vote(2, "c")], "/c")
     with pytest.raises(DirectoryError, match="rank 0 is on NFS, and rank 1 on host of b sees another"):
-        places._grouped([vote(0, "a", "NFS"), vote(1, "b")], "/c")
+        places.grouped([vote(0, "a", "NFS"), vote(1, "b")], "/c")

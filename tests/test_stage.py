@@ -56,7 +56,7 @@ def _watched(monkeypatch: pytest.MonkeyPatch) -> None:
     def watched(engine: Any, *layers: Any) -> None:
         captures: list[Capture] = list(engine._captures)
         real(engine, *layers)
-        engine._last_pending = sum(capture.write._writer.pending for capture in captures)
+        engine._last_pending = sum(capture.write.pending for capture in captures)
 
     monkeypatch.setattr(LayerwiseEngine, "_end_leases", watched)
     monkeypatch.setattr(LayerwiseEngine, "_last_pending", 0, raising=False)

@@ -217,7 +217,7 @@ WRAPPERS = [
 @pytest.mark.parametrize(("framework", "carried", "says"), WRAPPERS)
 def test_what_a_wrapper_has_learnt_is_checked_by_the_wrapper_s_kind(framework: str, carried: Any, says: str) -> None:
     with pytest.raises(sealed_state.Unfit, match=says):
-        sealed_state._check_wrapper(carried, framework, "state.wrapper")
+        sealed_state.check_wrapper(carried, framework, "state.wrapper")
 
 
 # -- what all shards hold together -------------------------------------------------------------------------------------

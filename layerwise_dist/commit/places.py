@@ -86,7 +86,7 @@ def find_places(env: Any, root: str, participant: Participant, *, file_mode: int
         seen = tried(participant.disk_s, _LOOK, lambda: _lowest(probe, token, apart) if mine else 0)
         network_of = _on_disk(participant, lambda: _network(env, root))
         about = {"keeper": seen, "host": socket.gethostname(), "node": place(), "network": network_of}
-        return participant.agree("who shares a directory", about, lambda votes: _grouped(votes, root))
+        return participant.agree("who shares a directory", about, lambda votes: grouped(votes, root))
     finally:
         try:
             _on_disk(participant, probe.remove)
@@ -121,7 +121,7 @@ def _blind(votes: list[dict[str, Any]]) -> list[int]:
     return [rank for rank, sees in enumerate(_all_well(votes)) if not sees]
 
 
-def _grouped(votes: list[dict[str, Any]], root: str) -> list[list[int]]:
+def grouped(votes: list[dict[str, Any]], root: str) -> list[list[int]]:
     """Each node's disk makes one place. Anything else is a directory that is not what was meant: a mount is missing."""
     keepers = _all_well([vote["keeper"] for vote in votes])
     of_node: dict[str, int] = {}
