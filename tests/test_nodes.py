@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kit.crash import build, differing, in_ranks, settings, tensors_of, train, try_ranks
+from kit.crash import build, in_ranks, settings, tensors_of, train, try_ranks
 from kit.runners import JOBS, Running, told
+from kit.shards import differing
 
 from layerwise_dist._native import PosixEnv
 from layerwise_dist.bench.light import shard_bytes
