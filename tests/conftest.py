@@ -43,7 +43,8 @@ def soak_minutes(request: pytest.FixtureRequest) -> float:
 
 def pytest_sessionfinish() -> None:
     """Engines that tests left as a crash would are not to be waited for."""
-    at_exit._open.clear()
+    for engine in at_exit.open_engines():
+        at_exit.closed(engine)
 
 
 @pytest.fixture

@@ -150,7 +150,7 @@ def traces(model: nn.Module, optimizer: Any, loader: Any) -> dict[str, Any]:
         "attributes": sorted(vars(optimizer)),
         "loader": type(loader),
         "loaders": DataLoader.__iter__,
-        "open": len(at_exit._open),
+        "open": len(at_exit.open_engines()),
         "threads": sorted(thread.name for thread in threading.enumerate()),
         "tasks": len(os.listdir("/proc/self/task")),
         "descriptors": sorted(os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if exists(fd)),

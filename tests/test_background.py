@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import re
 import socket
 import threading
@@ -18,7 +17,8 @@ from kit.crash import build, settings, train, try_ranks
 
 import layerwise_dist
 from layerwise_dist import errors
-from layerwise_dist._native import PosixEnv
+from layerwise_dist._native import BufferPool, PosixEnv
+from layerwise_dist.capture import stage
 from layerwise_dist.capture.stage import Handover, Stage, StageError
 from layerwise_dist.commit.coordinator import Coordinator
 from layerwise_dist.commit.keeper import KeeperThread
@@ -28,6 +28,7 @@ from layerwise_dist.commit.transports.local import LocalTransport
 from layerwise_dist.commit.transports.proof import Line
 from layerwise_dist.engine import assembly
 from layerwise_dist.storage import adapter
+from layerwise_dist.storage.gathered import GatheredExtent
 from layerwise_dist.storage.recycling import Recycler
 from layerwise_dist.supervision import background
 
@@ -169,15 +170,30 @@ def test_a_keeper_that_fails_lets_go_of_its_directory_and_tells() -> None:
     assert told == ["thread layerwise-keeper: Boom: of nobody's"] and Keeper.owner.released
 
 
-def test_a_copy_that_fails_in_any_way_fails_its_attempt() -> None:
-    stage, handover = Stage.__new__(Stage), Handover()
-    stage._later, stage._thread, stage._pinned = queue.SimpleQueue(), None, None
-    stage._start()
-    handover.began()
-    stage._later.put((handover, [], boom))
+class OnTheirWay:
+    """Copies that are not done yet when they are launched, and are their own mark."""
+
+    def copy(self, pairs: Any) -> None:
+        pass
+
+    def record(self) -> OnTheirWay:
+        return self
+
+    def query(self) -> bool:
+        return False
+
+    def synchronize(self) -> None:
+        pass
+
+
+def test_a_copy_that_fails_in_any_way_fails_its_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "copies_for", lambda device: OnTheirWay())
+    copies, handover = Stage(BufferPool(1 << 16)), Handover()
+    extent = GatheredExtent(0, 8, ((0, 0),), ())
+    copies.copy(extent, [torch.zeros(2)], boom, handover, time.monotonic() + 10.0)
     with pytest.raises(StageError, match="a staged copy failed: of nobody's"):
         handover.wait(10.0)
-    assert stage.close(10.0)
+    assert copies.close(10.0)
 
 
 def test_messages_that_cannot_be_taken_stop_this_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from test_transports import Gathering, in_threads
+from kit.threads import Gathering, in_threads
 
 from layerwise_dist.commit.transports import calls, proof, rendezvous
 from layerwise_dist.commit.transports.calls import accept, connect, listen
@@ -142,14 +142,14 @@ def test_strangers_without_number_and_without_end_do_not_keep_a_rank_out(
     monkeypatch.setattr(calls, "_GUESTS", 8)
     door, port = server(things)
     open_now: list[int] = []
-    real = calls._Door.wait
+    real = calls.Door.wait
 
     def wait(self: Any, expected: set[int], deadline: float) -> Any:
         found = real(self, expected, deadline)
-        open_now.append(len(self._guests))
+        open_now.append(len(self.guests))
         return found
 
-    monkeypatch.setattr(calls._Door, "wait", wait)
+    monkeypatch.setattr(calls.Door, "wait", wait)
     said = [b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 200, Caller(TOKEN, 7).call(), Caller("other", 1).call(), b"layer"]
 
     def call(end: int) -> Line:
@@ -187,13 +187,13 @@ def test_a_process_without_files_left_takes_the_rank_in_once_it_has_one(
 ) -> None:
     door, port = server(things)
     made = threading.Event()
-    real = calls._Door.__init__
+    real = calls.Door.__init__
 
     def opened(self: Any, *args: Any) -> None:
         real(self, *args)
         made.set()
 
-    monkeypatch.setattr(calls._Door, "__init__", opened)
+    monkeypatch.setattr(calls.Door, "__init__", opened)
     taken: list[int] = []
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     caller = things.enter_context(socket.socket())  # before there are no files
@@ -219,7 +219,8 @@ def test_a_process_without_files_left_takes_the_rank_in_once_it_has_one(
         taken.clear()
         mine = Caller(TOKEN, 1)
         caller.sendall(mine.call())
-        told = mine.prove(calls._exactly(caller, proof.ANSWER_BYTES, time.monotonic() + 10))
+        with caller.makefile("rb") as answer:
+            told = mine.prove(answer.read(proof.ANSWER_BYTES))
         assert told is not None
         caller.sendall(told)
         thread.join(20)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -13,11 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from kit.cli import call, call_json
 
 import layerwise_dist as lwd
 from layerwise_dist.cli import console
-from layerwise_dist.cli.app import app
 from layerwise_dist.cli.catalogue import Catalogue
 from layerwise_dist.cli.verifying import verify
 
@@ -48,17 +46,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoints(trained: Path, tmp_path: Path) -> Path:
     """A copy to damage."""
     return Path(shutil.copytree(trained, tmp_path / "checkpoints"))
-
-
-def call(*args: object) -> tuple[int, str]:
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.output
-
-
-def call_json(*args: object) -> tuple[int, dict[str, Any]]:
-    code, output = call(*args, "--json")
-    return code, json.loads(output)
 
 
 def folder(root: Path, step: int, last: bool = True) -> Path:

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from kit.crash import POLICIES, MutantEnv, Mutation, Story
+from kit.crash import POLICIES, Story
+from kit.mutant_env import MutantEnv, Mutation
 
 from layerwise_dist._native import testing
 from layerwise_dist.capture import survey

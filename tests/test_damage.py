@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from kit.crash import ROOT, Story, build, in_ranks, raw, settings, tensors_of, train, try_ranks
+from kit.crash import ROOT, Story, build, in_ranks, settings, tensors_of, train, try_ranks
+from kit.shards import raw
 from torch import nn
 
 from layerwise_dist import _native

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import json
 import os
 import subprocess
@@ -12,48 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kit.deepspeed_cases import CASES, IN_BACKWARD, MORE, MORE_IN_BACKWARD, NVME, operator
 from kit.runners import DEEPSPEED, Warm
-
-from layerwise_dist.bench.deepspeed_modes import operator_is_built
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed (launch/setup.sh does it)", allow_module_level=True)
 
 RANKS = 2
-# A stage and the features of an engine and its loop; tests/jobs/zero.py says what they are.
-CASES = [
-    "0-fp32-clip-accumulate2", "0-bf16-inferred", "1-fp32-accumulate3-micro", "1-bf16-clip-accumulate2",
-    "1-bf16-fp32grads",
-    "2-fp32-flat", "2-bf16-clip-recompute-base", "2-fp16-accumulate2", "2-bf16-offload-flat-reentrant",
-    "3-fp32-clip-accumulate2", "3-bf16-subgroups-inferred-accumulate2", "3-fp16-gather-base", "3-bf16-offloadall-sgd",
-    "2-bf16-keyed", "3-fp32-keyed-subgroups",
-]  # fmt: skip
-IN_BACKWARD = [
-    "0-fp32-inbackward-accumulate2", "1-bf16-inbackward", "2-fp32-inbackward-recompute",
-    "3-bf16-inbackward-accumulate2",
-]  # fmt: skip
-MORE_IN_BACKWARD = [
-    "0-fp32-sgd-recompute-inbackward", "0-fp32-inbackward-flat-inferred", "1-fp32-overlap-inbackward",
-    "2-bf16-fp32grads-inbackward", "2-bf16-flat-inbackward-recompute", "2-bf16-robin-inbackward",
-    "2-fp32-overlap-inbackward", "1-bf16-inbackward-cyclic", "3-bf16-gather-subgroups-inbackward-inferred",
-    "3-fp32-sgd-recompute-inbackward", "3-bf16-reentrant-inbackward", "3-fp32-inbackward-accumulate3-micro",
-]  # fmt: skip
-MORE = [
-    "-".join([stage, precision, *features])
-    for stage, precision, features in itertools.product(
-        "0123",
-        ("fp32", "bf16", "fp16"),
-        [
-            (),
-            ("clip", "accumulate2"),
-            ("accumulate3", "micro"),
-            ("flat", "recompute"),
-            ("inferred", "sgd"),
-            ("overlap", "robin"),
-        ],
-    )
-    if precision != "fp16" or stage in "23"
-] + ["2-fp32-offload-clip", "3-fp32-offload", "3-bf16-offload-subgroups-gather", "3-fp16-offload-accumulate2"]
 
 
 def results(zero: Warm, out: Path, *cases: str, ranks: int = RANKS, timeout: float = 150) -> list[dict[str, Any]]:
@@ -85,9 +49,6 @@ def test_three_ranks_pad_and_cut_otherwise_and_resume_as_well(zero: Warm, tmp_pa
         assert found == {case: [] for case in cases}
 
 
-NVME = ["3-bf16-nvme", "3-fp32-nvme-pipelined-clip-accumulate2", "3-bf16-nvmeall-inferred"]
-
-
 def test_what_is_swapped_to_nvme_is_saved_and_restored_bit_for_bit(zero: Warm, tmp_path: Path, long: bool) -> None:
     """--long builds DeepSpeed's operator for it, which takes minutes; otherwise it must have been built before."""
     built = operator("async_io")
@@ -100,10 +61,6 @@ def test_what_is_swapped_to_nvme_is_saved_and_restored_bit_for_bit(zero: Warm, t
     cases = [*(NVME if long else NVME[1:2]), "nvme mutation", "nvme full", "nvme saved"]
     for found in results(zero, tmp_path / "out", *cases, timeout=600 if long else 150):
         assert found == {case: [] for case in cases}
-
-
-def operator(name: str) -> bool:
-    return operator_is_built(DEEPSPEED["TORCH_EXTENSIONS_DIR"], name)
 
 
 def build(folder: Path) -> bool | str:

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kit.deepspeed_cases import CASES, NVME, operator
 from kit.runners import DEEPSPEED, JOBS, Running, Warm
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed (launch/setup.sh does it)", allow_module_level=True)
-
-from test_deepspeed import CASES, NVME, operator
 
 RANKS = 2
 MONITORED = ["2-bf16-clip-monitor", "3-fp32-monitor"]

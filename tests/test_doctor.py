@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kit.cli import call as command_line
 from kit.seccomp import FORBID_URING
 from typer.testing import CliRunner
 
@@ -38,9 +39,7 @@ SCRIPT = "import sys; from layerwise_dist.cli import main\ntry: main()\nfinally:
 
 
 def call(*args: object) -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["doctor", *(str(arg) for arg in args)])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.output
+    return command_line("doctor", *args)
 
 
 def call_json(*args: object) -> tuple[int, dict[str, Any]]:
@@ -542,7 +541,7 @@ def test_a_writer_that_reuses_no_files_is_judged_by_new_ones() -> None:
 
 def test_the_raw_loop_writes_every_byte_of_an_amount_that_no_block_divides(tmp_path: Path) -> None:
     memory = bytearray(os.urandom(1 << 20))
-    with speed._RawFile(str(tmp_path / "raw"), memory, (1 << 20) - 4096, direct=False) as raw:  # type: ignore[arg-type]
+    with speed.RawFile(str(tmp_path / "raw"), memory, (1 << 20) - 4096, direct=False) as raw:  # type: ignore[arg-type]
         assert raw.write(Shape(3, 96 << 10)) > 0
         assert (tmp_path / "raw").read_bytes() == memory[:-4096]
     assert not os.listdir(tmp_path)

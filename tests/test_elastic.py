@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kit.runners import Warm, WarmJob
+from kit.runners import Warm, WarmJob, told
 
 DEADLINE = 90.0
 
@@ -20,17 +19,12 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-def told(out: Path) -> list[dict[str, Any]]:
-    path = out / "told.jsonl"
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
-
-
 def await_told(out: Path, jobs: list[WarmJob], what: Callable[[list[dict[str, Any]]], bool]) -> list[dict[str, Any]]:
     deadline = time.monotonic() + DEADLINE
-    while not what(told(out)):
-        assert time.monotonic() < deadline, "\n".join(job.output()[-3000:] for job in jobs) + f"\n{told(out)}"
+    while not what(told(out, "told")):
+        assert time.monotonic() < deadline, "\n".join(job.output()[-3000:] for job in jobs) + f"\n{told(out, 'told')}"
         time.sleep(0.05)
-    return told(out)
+    return told(out, "told")
 
 
 def test_a_restart_with_fewer_ranks_is_a_named_error_and_one_with_as_many_goes_on(warm: Warm, tmp_path: Path) -> None:
@@ -66,7 +60,7 @@ def test_a_restart_with_fewer_ranks_is_a_named_error_and_one_with_as_many_goes_o
     jobs = agents(1)
     for job in jobs:
         assert job.wait(DEADLINE).returncode == 0, job.output()[-3000:]
-    after = told(tmp_path)[before:]
+    after = told(tmp_path, "told")[before:]
     starts = {line["start"] for line in after if "start" in line}
     assert len(starts) == 1 and min(starts) >= 3, "the newest commit of two ranks"
     assert len([line for line in after if "end" in line]) == 2

@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kit.loops import Noisy
 from kit.runners import Warm
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 import layerwise_dist as lwd
 from layerwise_dist import errors
@@ -466,16 +467,6 @@ def test_iterations_that_update_nothing_are_an_error(tmp_path: Path) -> None:
 
 
 # -- resume from every step --------------------------------------------------------------------------------------------
-
-
-class Noisy(Dataset):
-    """Eight samples, each augmented by noise from all three global generators."""
-
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.full((4,), index / 8) + torch.randn(4) * 0.1 + np.random.rand() * 0.1 + random.random() * 0.1
 
 
 class Script:

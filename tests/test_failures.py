@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from kit.runners import JOBS, Running
+from kit.runners import JOBS, Running, told
 
 from layerwise_dist._native import PosixEnv
 from layerwise_dist.bench.light import shard_bytes
@@ -57,11 +57,6 @@ SAMPLE = [
     Case("full", 2, "write", "warn"), Case("full", 0, "manifest_write", "raise"),
     Case("broken", 0, "manifest_flush", "warn"),
 ]  # fmt: skip
-
-
-def told(out: Path, rank: int) -> list[dict[str, Any]]:
-    path = out / f"{rank}.jsonl"
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
 
 def spec(out: Path, **more: Any) -> list[str]:

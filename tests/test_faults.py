@@ -21,8 +21,6 @@ from typing import Any
 import pytest
 import torch
 from kit.crash import (
-    MutantEnv,
-    Mutation,
     Story,
     build,
     native_threads,
@@ -32,6 +30,7 @@ from kit.crash import (
     train,
     try_ranks,
 )
+from kit.mutant_env import MutantEnv, Mutation
 
 import layerwise_dist as lwd
 from layerwise_dist._native import PosixEnv, testing

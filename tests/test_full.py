@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from kit.crash import build, differing, in_ranks, settings, tensors_of, train
+from kit.crash import build, in_ranks, settings, tensors_of, train
+from kit.shards import differing
 
 from layerwise_dist import errors
 from layerwise_dist._native import PosixEnv, testing

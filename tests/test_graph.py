@@ -93,7 +93,7 @@ def test_the_walk_of_a_loss_gives_the_order_in_which_gradients_arrive(name: str)
     assert builder.source == "modules"
     graph = builder.build_dependency_graph(loss(model))
     assert builder.source == graph.graph["source"] == "autograd"
-    assert list(builder._walk.order) == wanted  # down to single parameters
+    assert builder.gradient_order == wanted  # down to single parameters
     assert builder.get_update_order()[: len(_layers(wanted))] == _layers(wanted)
 
 
@@ -127,7 +127,7 @@ def test_edges_never_point_back_and_every_reached_layer_hangs_together(name: str
     assert networkx.is_directed_acyclic_graph(graph)
     position = {layer: index for index, layer in enumerate(builder.get_update_order())}
     assert all(position[a] < position[b] for a, b in graph.edges)
-    reached = graph.subgraph(_layers(list(builder._walk.order)))
+    reached = graph.subgraph(_layers(builder.gradient_order))
     assert networkx.is_weakly_connected(reached)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from kit.chain import attach, equal, tensors
 from kit.crash import build, in_ranks, settings, train
-from test_stage import attach, equal, tensors
 from torch import nn
 
 from layerwise_dist import errors

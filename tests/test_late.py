@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from kit.chain import attach, equal, slow, tensors
 from kit.crash import in_ranks, settings
-from test_stage import attach, equal, slow, tensors
 from torch import Tensor, nn
 
 import layerwise_dist as lwd

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from kit.chain import attach, build, check_committed, equal, plain, slow, tensors, update
 from kit.models import Hollow
-from test_stage import attach, build, check_committed, equal, plain, slow, tensors, update
 
 from layerwise_dist import errors
 from layerwise_dist.capture.lease import Capture

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from kit.chain import build, equal, plain, tensors, update
 from kit.crash import in_ranks, tensors_of
-from test_stage import build, equal, plain, tensors, update
 from torch import nn
 
 import layerwise_dist as lwd

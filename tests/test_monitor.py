@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from kit.runners import Warm, WarmJob
+from kit.runners import Warm, WarmJob, told
 
 import layerwise_dist as lwd
 from layerwise_dist import errors
@@ -23,11 +23,6 @@ from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.engine.engine import workings_of
 
 DEADLINE = 60.0
-
-
-def told(out: Path, rank: int = 0) -> list[dict[str, Any]]:
-    path = out / f"{rank}.jsonl"
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
 
 def values(out: Path, key: str, ranks: int) -> list[Any]:

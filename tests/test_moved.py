@@ -75,7 +75,7 @@ def train(ckpt: Any, model: nn.Module, optimizer: torch.optim.Optimizer, steps: 
 
 
 def deleter(tensor: torch.Tensor) -> int:
-    return holder()._deleter_of(tensor.untyped_storage())
+    return holder().deleter_of(tensor.untyped_storage())
 
 
 def test_what_is_held_goes_when_no_checkpoint_needs_it_and_no_later_than_close(tmp_path: Path) -> None:
@@ -200,9 +200,9 @@ def test_how_far_a_tensor_reaches_counts_not_how_many_elements_it_has() -> None:
 
 def test_a_hold_is_refused_of_memory_that_moved_since_it_was_looked_at() -> None:
     storage = torch.UntypedStorage(64, device="cpu")
-    place = storage._cdata + 8 * holder()._place
+    place = storage._cdata + 8 * holder().place
     with pytest.raises(RuntimeError, match="memory moved while it was looked at"):
         _native.MemoryHold([(place, storage.data_ptr() + 1)])
     with pytest.raises(ValueError, match="address 0"):
         _native.MemoryHold([(0, 1)])
-    assert holder()._deleter_of(storage) != _native.MemoryHold.deleter
+    assert holder().deleter_of(storage) != _native.MemoryHold.deleter

@@ -31,10 +31,10 @@ def run(start: Callable[..., Running], out: Path, ranks: int, *args: Any) -> lis
 def test_every_rank_but_the_first_is_right_below_one_that_speaks_for_it() -> None:
     for size in (1, 2, 9, 10, 73, 74, 1000):
         for rank in range(size):
-            below = mpi._below(rank, size)
-            assert list(below) == [other for other in range(1, size) if (other - 1) // mpi._FANOUT == rank]
+            below = mpi.ranks_below(rank, size)
+            assert list(below) == [other for other in range(1, size) if (other - 1) // mpi.FANOUT == rank]
             for child, ranks in below.items():
-                under = mpi._below(child, size)
+                under = mpi.ranks_below(child, size)
                 assert sorted(ranks) == sorted([child, *(other for each in under.values() for other in each)])
 
 

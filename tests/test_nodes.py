@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kit.crash import build, differing, in_ranks, settings, tensors_of, train, try_ranks
-from kit.runners import JOBS, Running
+from kit.crash import build, in_ranks, settings, tensors_of, train, try_ranks
+from kit.runners import JOBS, Running, told
+from kit.shards import differing
 
 from layerwise_dist._native import PosixEnv
 from layerwise_dist.bench.light import shard_bytes
@@ -31,11 +32,6 @@ from layerwise_dist.errors import DamageError, DirectoryError, UnsupportedError
 from layerwise_dist.frameworks.framework import Framework
 
 NODE_OF = [0, 0, 1, 1]
-
-
-def told(out: Path, rank: int) -> list[dict[str, Any]]:
-    path = out / f"{rank}.jsonl"
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
 
 def run(
@@ -241,12 +237,12 @@ def vote(keeper: int, node: str, network: str | None = None) -> dict[str, Any]:
 
 
 def test_directories_that_are_no_nodes_disks_are_a_missing_mount() -> None:
-    assert places._grouped([vote(0, "a"), vote(1, "b"), vote(0, "a"), vote(1, "b")], "/c") == [[0, 2], [1, 3]]
+    assert places.grouped([vote(0, "a"), vote(1, "b"), vote(0, "a"), vote(1, "b")], "/c") == [[0, 2], [1, 3]]
     with pytest.raises(DirectoryError, match="rank 0 and rank 1 are both on host of a, and /c is not one directory"):
-        places._grouped([vote(0, "a"), vote(1, "a")], "/c")
+        places.grouped([vote(0, "a"), vote(1, "a")], "/c")
     with pytest.raises(
         DirectoryError, match="rank 0 is shared by host of a, host of b, and rank 2 on host of c sees another"
     ):
-        places._grouped([vote(0, "a"), vote(0, "b"), vote(2, "c")], "/c")
+        places.grouped([vote(0, "a"), vote(0, "b"), vote(2, "c")], "/c")
     with pytest.raises(DirectoryError, match="rank 0 is on NFS, and rank 1 on host of b sees another"):
-        places._grouped([vote(0, "a", "NFS"), vote(1, "b")], "/c")
+        places.grouped([vote(0, "a", "NFS"), vote(1, "b")], "/c")

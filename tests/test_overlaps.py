@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_stage import attach
+from kit.chain import attach
 from torch import Tensor, nn
 
 from layerwise_dist import LayerwiseOptimizer, errors

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import layerwise_dist as lwd
+from layerwise_dist import _native
 from layerwise_dist.capture import pages
 
 MIB = 1 << 20
@@ -33,7 +34,7 @@ def test_near_ranges_are_taken_as_one_and_cut_to_whole_pages() -> None:
     assert pages.joined([(64, two - 64)]) == []
 
 
-@pytest.mark.skipif("[never]" in pages._setting(), reason="this system's huge pages are off")
+@pytest.mark.skipif(not pages.allowed(), reason="this system's huge pages are off")
 def test_leased_memory_gets_huge_pages_and_trains_the_same(tmp_path: Path) -> None:
     def run(folder: Path | None, **writer: str) -> tuple[torch.Tensor, int]:
         torch.manual_seed(0)
@@ -59,8 +60,8 @@ def test_leased_memory_gets_huge_pages_and_trains_the_same(tmp_path: Path) -> No
     without, _ = run(tmp_path / "b", huge_pages="off")
     assert torch.equal(plain, with_pages) and torch.equal(plain, without)
     try:
-        pages._native.make_huge(0, 0)
-        pages._native.make_huge(plain.data_ptr(), 4 * MIB)
+        _native.make_huge(0, 0)
+        _native.make_huge(plain.data_ptr(), 4 * MIB)
     except OSError:
         pytest.skip("this kernel does not collapse into huge pages")
     assert huge >= 8 * MIB

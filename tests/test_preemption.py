@@ -5,7 +5,6 @@ And `save()`.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -19,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from kit.crash import build, in_ranks, settings, tensors_of, train
-from kit.runners import Warm, WarmJob
+from kit.runners import Warm, WarmJob, told
 
 import layerwise_dist as lwd
 from layerwise_dist._native import PosixEnv
@@ -31,11 +30,6 @@ from layerwise_dist.engine.preemption import Preemption
 from layerwise_dist.errors import ConfigError
 
 RANKS, DEADLINE = 2, 60.0
-
-
-def told(out: Path, rank: int) -> list[dict[str, Any]]:
-    path = out / f"{rank}.jsonl"
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
 
 def await_step(out: Path, job: WarmJob, step: int) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from kit.crash import build, differing, in_ranks, settings, tensors_of
+from kit.crash import build, in_ranks, settings, tensors_of
+from kit.shards import differing
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

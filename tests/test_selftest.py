@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from layerwise_dist.cli.app import app
-from layerwise_dist.selftest.trial import STEPS, Trial, _Run
+from layerwise_dist.selftest.trial import STEPS, Run, Trial, compare
 
 COMMAND = [sys.executable, "-P", "-c", "from layerwise_dist.cli import main; main()", "selftest"]
 
@@ -68,13 +68,12 @@ def test_a_signal_while_the_watchdog_starts_keeps_nothing_alive(
 
 def test_each_check_can_fail(tmp_path: Path) -> None:
     losses = {step: float(step).hex() for step in range(1, STEPS + 1)}
-    plain = _Run(0, losses, 0, ["a", "b"])
-    killed = _Run(0, {step: losses[step] for step in range(1, 8)}, 6, [])
-    resumed = _Run(6, {step: losses[step] for step in range(7, STEPS + 1)}, STEPS, ["a", "b"])
-    trial = Trial(str(tmp_path), say=lambda text: None)
+    plain = Run(0, losses, 0, ["a", "b"])
+    killed = Run(0, {step: losses[step] for step in range(1, 8)}, 6, [])
+    resumed = Run(6, {step: losses[step] for step in range(7, STEPS + 1)}, STEPS, ["a", "b"])
 
-    def verdicts(killed: _Run = killed, resumed: _Run = resumed) -> list[bool]:
-        return [check.good for check in trial._compare(plain, killed, resumed)]
+    def verdicts(killed: Run = killed, resumed: Run = resumed) -> list[bool]:
+        return [check.good for check in compare(plain, killed, resumed)]
 
     assert verdicts() == [True] * 4
     assert verdicts(killed=replace(killed, losses={**killed.losses, 3: "0x1p+9"})) == [False, True, True, True]

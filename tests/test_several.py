@@ -115,7 +115,7 @@ def _on_a_slow_disk(root: Path) -> tuple[list[bool], list[torch.Tensor], Any]:
                 optimizers[name].zero_grad()
                 if name == "one":
                     left = [capture for capture in workings_of(ckpt).captures.sealed if not capture.settled]
-                    went_on += [bool(capture.survey.batches_with(["two"]) & capture._unjudged) for capture in left]
+                    went_on += [bool(capture.survey.batches_with(["two"]) & capture.unjudged) for capture in left]
             ckpt.wait(ckpt.completed, "staged", timeout=20) if ckpt.completed else None
     return went_on, [param.detach().clone() for param in nets["two"].parameters()], ckpt
 

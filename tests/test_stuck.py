@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from kit.crash import try_ranks
-from test_waits import Job, equal, restored
+from kit.waiting import Job, equal, restored
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 

@@ -124,7 +124,7 @@ def contents(model: nn.Module, optimizer: Any) -> dict[str, Any]:
 
 
 def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    bad = [name for name in one if name not in other or not subclasses._same(one[name], other[name])]
+    bad = [name for name in one if name not in other or not subclasses.same(one[name], other[name])]
     return bad + [name for name in other if name not in one] + ([] if [*one] == [*other] else ["order"])
 
 

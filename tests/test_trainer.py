@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_stage import equal, tensors
+from kit.chain import equal, tensors
 from torch import nn
 
 import layerwise_dist as lwd

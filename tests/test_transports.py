@@ -5,57 +5,20 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
+from kit.threads import Gathering, in_threads
 
 from layerwise_dist.commit.transports import Transport, rendezvous
 from layerwise_dist.commit.transports.frames import decode, encode, take_frames
 from layerwise_dist.commit.transports.links import Links
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
 from layerwise_dist.commit.transports.proof import Line
-from layerwise_dist.commit.transports.relay import ABOVE
+from layerwise_dist.commit.transports.relay import ABOVE, RelayTransport
 from layerwise_dist.commit.transports.rendezvous import Met, meet
-from layerwise_dist.commit.transports.store import over_tcp
 from layerwise_dist.errors import CommitError
-
-
-class Gathering:
-    """The gather of ranks that are threads of one process."""
-
-    def __init__(self, world_size: int) -> None:
-        self._barrier = threading.Barrier(world_size, timeout=30)
-        self._records: list[dict[str, Any]] = [{}] * world_size
-
-    def of(self, rank: int) -> rendezvous.Gather:
-        def gather(record: dict[str, Any]) -> list[dict[str, Any]]:
-            self._records[rank] = record
-            self._barrier.wait()
-            found = list(self._records)
-            self._barrier.wait()
-            return found
-
-        return gather
-
-
-def in_threads(world_size: int, body: Callable[[int], Any]) -> list[Any]:
-    """`body(rank)` on a thread each; its value or its exception, by rank."""
-    results: list[Any] = [None] * world_size
-
-    def run(rank: int) -> None:
-        try:
-            results[rank] = body(rank)
-        except Exception as error:  # noqa: BLE001
-            results[rank] = error
-
-    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(world_size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(40)
-    assert not any(thread.is_alive() for thread in threads)
-    return results
 
 
 def all_meet(nodes: list[int], timeout_s: float = 20.0) -> list[Met]:
@@ -69,8 +32,9 @@ def all_meet(nodes: list[int], timeout_s: float = 20.0) -> list[Met]:
 class Ears:
     """What one rank hears."""
 
-    def __init__(self, transport: Transport) -> None:
-        self.transport = transport
+    def __init__(self, transport: Transport, links: Links | None = None, lines: Iterable[Line] = ()) -> None:
+        """`links` and `lines` are what a transport over TCP works with."""
+        self.transport, self.links, self.lines = transport, links, list(lines)
         self.heard: list[Any] = []
         self.coordinator: list[Any] = []
         self.errors: list[str] = []
@@ -98,7 +62,12 @@ NODES = {"one node": [0, 0, 0], "each its own": [0, 1, 2], "two nodes": [0, 0, 1
 
 
 def stores(nodes: list[int]) -> list[Ears]:
-    return [Ears(over_tcp(rank, len(nodes), met)) for rank, met in enumerate(all_meet(nodes))]
+    ranks = []
+    for rank, met in enumerate(all_meet(nodes)):
+        links = Links(met.lines)
+        transport = RelayTransport(rank, len(nodes), links, met.serves, met.above)
+        ranks.append(Ears(transport, links, met.lines.values()))
+    return ranks
 
 
 def locals_(nodes: list[int]) -> list[Ears]:
@@ -166,8 +135,9 @@ def test_a_rank_that_ends_without_a_word_is_told_to_the_coordinator_with_those_t
     ranks[0].wait(lambda: gone() == [3])
     ranks[0].transport.announce({"t": "said"})
     ranks[4].wait(lambda: len(ranks[4].heard) == 1)
-    for link in list(ranks[2].transport._connections._links.values()):  # the node's lowest rank dies
-        link.sock.shutdown(socket.SHUT_RDWR)
+    for line in ranks[2].lines:  # the node's lowest rank dies
+        if line.sock.fileno() >= 0:
+            line.sock.shutdown(socket.SHUT_RDWR)
     ranks[0].wait(lambda: gone() == [2, 3, 4])
     ranks[4].wait(lambda: len(ranks[4].errors) == 1)
     assert "rank 2, through which this node speaks to rank 0, is gone" in ranks[4].errors[0]
@@ -254,7 +224,9 @@ def test_a_thread_that_serves_connections_and_breaks_is_named_to_all_ranks(which
     def boom() -> None:
         raise RuntimeError("of nobody's")
 
-    ranks[which].transport._connections.call(boom)
+    links = ranks[which].links
+    assert links is not None
+    links.call(boom)
     named = f"rank {which}: thread layerwise-messages: RuntimeError: of nobody's"
     alone = named.removeprefix(f"rank {which}: ")  # as the rank itself says it
     ranks[which].wait(lambda: any(text == alone for text in ranks[which].errors))

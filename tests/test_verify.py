@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from kit.crash import build, differing, in_ranks, settings, tensors_of, train, try_ranks
+from kit.crash import build, in_ranks, settings, tensors_of, train, try_ranks
+from kit.shards import differing
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -217,7 +218,7 @@ WRAPPERS = [
 @pytest.mark.parametrize(("framework", "carried", "says"), WRAPPERS)
 def test_what_a_wrapper_has_learnt_is_checked_by_the_wrapper_s_kind(framework: str, carried: Any, says: str) -> None:
     with pytest.raises(sealed_state.Unfit, match=says):
-        sealed_state._check_wrapper(carried, framework, "state.wrapper")
+        sealed_state.check_wrapper(carried, framework, "state.wrapper")
 
 
 # -- what all shards hold together -------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from kit.crash import in_ranks, try_ranks
+from kit.waiting import FENCE_S, Job, equal, restored
 from torch import nn
 
 from layerwise_dist import errors
@@ -24,51 +25,6 @@ from layerwise_dist.engine import assembly
 from layerwise_dist.engine.engine import LayerwiseEngine, workings_of
 
 torch.set_num_threads(1)
-
-FENCE_S = 0.1
-
-
-class Job:
-    """A model of 256 KiB, in blocks of 32 KiB that are written one after the other: each write may be delayed."""
-
-    def __init__(self, root: Path, transport: LocalTransport | None = None, **config: Any) -> None:
-        self.env = testing.FaultEnv(PosixEnv())
-        self.model = nn.Linear(256, 256)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
-        base: dict[str, Any] = {
-            "dir": str(root), "fence_timeout_s": FENCE_S, "commit": {"timeout_s": 30.0, "raise_after": 9}, "pool_mb": 8,
-            "writer": {"queue_depth": 1, "block_kb": 32, "backend": "posix"}, "keep_last": 99,
-        }  # fmt: skip
-        self.ckpt = assembly.assemble(
-            self.model, self.optimizer, load_config({**base, **config}),
-            transport or LocalTransport(LocalHub(1), 0), self.env,
-        )  # fmt: skip
-
-    def slow(self, seconds: float = 0.03) -> None:
-        self.env.delay("write", "*rank_*", seconds)
-
-    def update(self) -> None:
-        self.optimizer.zero_grad()
-        self.model(torch.ones(2, 256)).square().mean().backward()
-        self.optimizer.step()
-
-    def to(self, total: int) -> None:
-        for _ in self.ckpt.steps(total):
-            self.update()
-
-    def held(self) -> list[torch.Tensor]:
-        return [param.detach().clone() for param in self.model.parameters()]
-
-
-def restored(root: Path, step: int) -> list[torch.Tensor]:
-    again = Job(root)
-    with again.ckpt:
-        assert again.ckpt.restore(step) == step
-    return again.held()
-
-
-def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
-    return all(torch.equal(mine, theirs) for mine, theirs in zip(one, other, strict=True))
 
 
 def by_restore(ckpt: LayerwiseEngine) -> None:

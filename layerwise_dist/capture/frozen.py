@@ -117,6 +117,11 @@ class FrozenBases:
 
     # -- at other times -----------------------------------------------------------------------------------------
 
+    @property
+    def is_read(self) -> bool:
+        """Whether a base that is on its way still reads the model's memory."""
+        return not all(writing.wait_read(0) for writing in self._writings)
+
     def before_update(self, trained: Callable[[], Iterable[ParamView]]) -> None:
         """An update is about to change these: one that was frozen, and is still being written, is waited for."""
         if self._base is None or all(writing.over for writing in self._writings):

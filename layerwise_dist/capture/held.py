@@ -54,11 +54,11 @@ class Holder:
     """Holds memory of this process. Use `holder()`."""
 
     def __init__(self) -> None:
-        self._place = _find_place()
+        self.place = _find_place()
         self._deleters: set[int] = {_native.MemoryHold.deleter}
-        if self._place is not None:
+        if self.place is not None:
             # What allocates, what is made from a buffer of Python or numpy, and a part of another storage.
-            self._deleters.update(self._deleter_of(each) for each in (_allocated(), _buffered(), _sliced()))
+            self._deleters.update(self.deleter_of(each) for each in (_allocated(), _buffered(), _sliced()))
         self._pinned_known = False
 
     def can_hold(self, tensor: torch.Tensor) -> bool:
@@ -66,13 +66,13 @@ class Holder:
         storage = tensor.untyped_storage()
         if not storage.nbytes() or not tensor.numel():
             return True  # there is nothing to hold
-        if self._place is None:
+        if self.place is None:
             return False
-        deleter = self._deleter_of(storage)
+        deleter = self.deleter_of(storage)
         if deleter not in self._deleters and not self._pinned_known and torch.cuda.is_initialized():
             self._pinned_known = True
             pinned = torch.empty(64, dtype=torch.uint8, device="cpu", pin_memory=True)
-            self._deleters.add(self._deleter_of(pinned.untyped_storage()))
+            self._deleters.add(self.deleter_of(pinned.untyped_storage()))
         return deleter in self._deleters
 
     def hold(self, tensors: Sequence[torch.Tensor]) -> tuple[list[int], Any]:
@@ -87,15 +87,16 @@ class Holder:
                 continue
             if not begin <= address < begin + nbytes or owners.setdefault(storage._cdata, begin) != begin:
                 raise _moved(tensor)
-        place = self._place or 0
+        place = self.place or 0
         try:
             return addresses, _native.MemoryHold([(owner + place * _WORD, begin) for owner, begin in owners.items()])
         except RuntimeError as error:
             raise MemoryGone(f"{error}; no other thread may change the model while a step ends") from error
 
-    def _deleter_of(self, storage: torch.UntypedStorage) -> int:
-        assert self._place is not None
-        return ctypes.c_size_t.from_address(storage._cdata + (self._place + _DELETER) * _WORD).value
+    def deleter_of(self, storage: torch.UntypedStorage) -> int:
+        """The address of what frees the memory of a storage. REQUIRES: `place` is known."""
+        assert self.place is not None
+        return ctypes.c_size_t.from_address(storage._cdata + (self.place + _DELETER) * _WORD).value
 
 
 @functools.cache

@@ -137,6 +137,11 @@ class Capture:
         return self._certain
 
     @property
+    def unjudged(self) -> frozenset[int]:
+        """Numbers of the survey's batches of which it is still to be found out whether they were changed too early."""
+        return frozenset(self._unjudged)
+
+    @property
     def settled(self) -> bool:
         """Whether the lease is judged."""
         return self._settled.is_set()

@@ -30,7 +30,7 @@ class HugePages:
     """
 
     def __init__(self, *, wanted: bool) -> None:
-        self._wanted = wanted and _may()
+        self._wanted = wanted and allowed()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -63,7 +63,7 @@ class HugePages:
 
 def back_by_huge_pages(ranges: Iterable[tuple[int, int]]) -> None:
     """Asks once, and waits, for huge pages under (address, bytes) ranges; without any all stays as it was."""
-    if _may():
+    if allowed():
         _collapse(joined(ranges), threading.Event())
 
 
@@ -96,7 +96,8 @@ def joined(ranges: Iterable[tuple[int, int]], page: int = 2 << 20) -> list[tuple
     return [(begin, end - begin) for begin, end in pages if end > begin]
 
 
-def _may() -> bool:
+def allowed() -> bool:
+    """Whether this system's setting is another than `never`."""
     return not re.search(r"\[never\]", _setting())
 
 

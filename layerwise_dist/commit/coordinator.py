@@ -175,7 +175,7 @@ class Coordinator:
         attempt = self._open.get(seq)
         if attempt is None:
             attempt = self._open[seq] = _Attempt(seq, message["attempt"], message["step"], now)
-        if seq < self._last_committed:
+        if self._is_superseded(attempt):
             self._abort(attempt, f"superseded by seq {self._last_committed}", failure=False)
         elif self._finished is not None:
             self._abort(attempt, f"this session has stopped committing: {self._finished}", failure=False)
@@ -209,9 +209,17 @@ class Coordinator:
         else:
             attempt.reports[message["rank"]] = message
             self._abort_if_missed(attempt)
-            if len(attempt.reports) == self._world_size:
+            if self._has_all_reports(attempt):
                 self._say({"t": "durable", "seq": seq, "step": attempt.step})
                 attempt.ready = True
+
+    def _is_superseded(self, attempt: _Attempt) -> bool:
+        """Whether a newer one is committed already."""
+        return attempt.seq < self._last_committed
+
+    def _has_all_reports(self, attempt: _Attempt) -> bool:
+        """Whether every rank's shard is durable."""
+        return len(attempt.reports) == self._world_size
 
     # -- manifests ----------------------------------------------------------------------------------------------
 
@@ -282,7 +290,7 @@ class Coordinator:
         self._last_committed = attempt.seq
         self._failures = 0
         self._say({"t": "committed", "seq": attempt.seq, "step": attempt.step})
-        for older in [a for a in self._open.values() if a.seq < attempt.seq]:
+        for older in [a for a in self._open.values() if self._is_superseded(a)]:
             self._abort(older, f"superseded by seq {attempt.seq}", failure=False)
         self._decided = {seq for seq in self._decided if seq > attempt.seq - 1024}
         self._out.append(RetireOld())

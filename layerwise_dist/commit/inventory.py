@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
-from layerwise_dist.commit.records import Branch, Manifest
+from layerwise_dist.commit.records import Branch, Manifest, Span
 from layerwise_dist.storage import filenames
 from layerwise_dist.storage.filenames import AttemptId
 
@@ -141,6 +141,11 @@ class Inventory:
             return []
         mine = (newest.identity, newest.root)
         return [found for _, found in sorted(self.manifests.items()) if (found.identity, found.root) == mine]
+
+    def spans_behind(self, parent: Manifest | None) -> list[Span]:
+        """What a branch that goes on from `parent` descends from, as far as there is anything left of it."""
+        there = [*self.manifests, *(attempt.seq for attempt in self.damaged_commits)]
+        return [span for span in (parent.spans if parent is not None else []) if any(map(span.holds, there))]
 
     def is_next(self, manifest: Manifest) -> bool:
         """Whether the lineage goes on from this commit with nothing left behind: no newer commit of it, sound or

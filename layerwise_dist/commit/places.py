@@ -101,7 +101,7 @@ def find_places(env: Env, root: str, participant: Participant, *, file_mode: int
         seen = tried(participant.disk_s, _LOOK, lambda: _lowest(probe, token, apart) if mine else 0)
         network_of = _on_disk(participant, lambda: _network(env, root))
         about: _About = {"keeper": seen, "host": socket.gethostname(), "node": place(), "network": network_of}
-        return participant.agree("who shares a directory", about, lambda votes: _grouped(votes, root))
+        return participant.agree("who shares a directory", about, lambda votes: grouped(votes, root))
     finally:
         try:
             _on_disk(participant, probe.remove)
@@ -138,7 +138,7 @@ def _blind(votes: list[Outcome]) -> list[int]:
     return [rank for rank, sees in enumerate(_all_well(votes)) if not sees]
 
 
-def _grouped(votes: list[_About], root: str) -> list[list[int]]:
+def grouped(votes: list[_About], root: str) -> list[list[int]]:
     """Each node's disk makes one place. Anything else is a directory that is not what was meant: a mount is missing."""
     keepers = _all_well([vote["keeper"] for vote in votes])
     of_node: dict[str, int] = {}

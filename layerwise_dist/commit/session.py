@@ -124,9 +124,7 @@ class Committer:
             newest = known.newest
             branch, before, root = (newest.branch, newest.before, newest.root) if newest is not None else (0, [], 0)
         else:
-            there = [*known.manifests, *(attempt.seq for attempt in known.damaged_commits)]
-            spans = parent.spans if parent is not None else []
-            branch, before = branch_seq, [span for span in spans if any(map(span.holds, there))]
+            branch, before = branch_seq, known.spans_behind(parent)
             root = parent.root if parent is not None else branch_seq
             self.owner.check()
             record = Branch(
@@ -228,7 +226,7 @@ class Committer:
             inventory, head = self._known, self._head
             if inventory is None or head is None or self._held:
                 return []
-            referring = [*inventory.manifests.values(), *self._returning.values()]
+            referring = self._referring(inventory)
             self._bases_are_used |= bool(inventory.bases) or any(manifest.bases for manifest in referring)
             unknown = inventory.damaged or any(attempt.epoch < self.info.epoch for attempt in inventory.unfinished)
             if not self._bases_are_used or unknown:
@@ -237,6 +235,10 @@ class Committer:
             found = [base for base in found if base not in self._bases_named]
             self._bases_named.update(found)
             return found
+
+    def _referring(self, known: Inventory) -> list[Manifest]:
+        """Manifests of which the bases stay: those that are there, and those that a crash may bring back."""
+        return [*known.manifests.values(), *self._returning.values()]
 
     def remove_bases(self, bases: Iterable[str]) -> None:
         for base in bases:

@@ -144,7 +144,7 @@ def write_rates(
             )
         for number in range(1, rounds + 1):
             progress(f"writing, round {number} of {rounds}")
-            with _RawFile(os.path.join(folder, "raw"), memory, nbytes, direct=direct) as raw:
+            with RawFile(os.path.join(folder, "raw"), memory, nbytes, direct=direct) as raw:
                 rates.first.append(raw.write(shape))
                 if shards is not None:
                     rates.writer_first.append(shards.write_new())
@@ -166,7 +166,7 @@ def quantile(values: list[float], part: float) -> float:
 median = statistics.median
 
 
-class _RawFile:
+class RawFile:
     """A new file with its space reserved, written by threads that do nothing but pwrite; removed at the end."""
 
     def __init__(self, path: str, memory: mmap.mmap, nbytes: int, direct: bool) -> None:
@@ -201,7 +201,7 @@ class _RawFile:
         os.fdatasync(self._fd)
         return self._nbytes / (time.perf_counter() - began)
 
-    def __enter__(self) -> _RawFile:
+    def __enter__(self) -> RawFile:
         return self
 
     def __exit__(self, *_: object) -> None:

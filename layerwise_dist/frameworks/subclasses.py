@@ -83,14 +83,14 @@ def unlike(views: Sequence[Any], saved: Mapping[str, Any]) -> list[str]:
         f"parameter {view.fqn} is a {type(view.param).__name__} of another kind than the checkpoint's: "
         f"{_first_difference(describe_param(view.param), saved[view.fqn])}"
         for view in views
-        if view.fqn in saved and not _same(describe_param(view.param), saved[view.fqn])
+        if view.fqn in saved and not same(describe_param(view.param), saved[view.fqn])
     ]
 
 
 def _first_difference(here: Any, there: Any) -> str:
     if not isinstance(there, dict):
         return f"{there!r} is there"
-    name = next((name for name in here if name not in there or not _same(here[name], there[name])), "class")
+    name = next((name for name in here if name not in there or not same(here[name], there[name])), "class")
     return f"{name} is {here[name]!r} here and {there.get(name)!r} there"
 
 
@@ -189,7 +189,7 @@ def put_together(flat: Mapping[str, Any], live: Mapping[str, Any]) -> dict[str, 
 
 
 def _build(name: str, description: Mapping[str, Any], flat: Mapping[str, Any], live: Any) -> torch.Tensor:
-    alike = stands_for_others(live) and _same(describe(live), description)
+    alike = stands_for_others(live) and same(describe(live), description)
     if alike and all(flat.get(path) is inner for path, inner in inside(name, live)):
         return live
     nested = description["nested"]
@@ -255,14 +255,14 @@ def _class_of(description: Mapping[str, Any]) -> Any:
     return found if isinstance(found, type) and issubclass(found, torch.Tensor) and _flattens(found) else None
 
 
-def _same(one: Any, other: Any) -> bool:
+def same(one: Any, other: Any) -> bool:
     """Equal, and of equal types all through."""
     if type(one) is not type(other):
         return False
     if isinstance(one, torch.Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
     if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(_same, one, other))
+        return len(one) == len(other) and all(map(same, one, other))
     return bool(one == other)

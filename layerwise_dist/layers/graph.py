@@ -163,11 +163,17 @@ class DependencyGraphBuilder:
         graph.add_edges_from(zip(order, order[1:], strict=False) if self._walk is None else self._walk.edges)
         return graph
 
+    @property
+    def gradient_order(self) -> list[str]:
+        """Parameters by name, in the order in which their gradients arrive; only those that the source saw."""
+        if self._seen is not None:
+            return list(self._seen)
+        return list(self._walk.order) if self._walk is not None else []
+
     def get_update_order(self) -> list[str]:
         """Trainable layers, first ready first: ``['fc', 'layer2.conv2', 'layer2.conv1', ...]``."""
         trainable = [name for name, info in self.layer_info.items() if info.trainable]
-        ready = self._seen if self._seen is not None else list(self._walk.order) if self._walk is not None else []
-        last = dict.fromkeys(self.layer_of[fqn] for fqn in reversed(ready))
+        last = dict.fromkeys(self.layer_of[fqn] for fqn in reversed(self.gradient_order))
         return [*reversed(last), *(layer for layer in reversed(trainable) if layer not in last)]
 
     def group_parameters_by_layer(self) -> dict[str, list[nn.Parameter]]:

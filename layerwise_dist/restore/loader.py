@@ -62,7 +62,7 @@ def prepare(
     sharing = {part.name: ranks_of(part.among, framework.world_size) for part, _ in buffers}
     own = contents.read(shards.own, framework.name)
     partners = framework.partners()
-    index = _index(own, shards, partners, lambda name, fqn: sharing.get(name) or sharers.get(fqn, ()))
+    index = index_of(own, shards, partners, lambda name, fqn: sharing.get(name) or sharers.get(fqn, ()))
     sealed = own.sealed
     loading = LoadPlan(sealed)
     missing: list[str] = []
@@ -150,7 +150,7 @@ def load(loading: LoadPlan) -> None:
             tensor.copy_(target)
 
 
-def _index(
+def index_of(
     own: Held, shards: ShardSet, partners: Iterable[int], sharers: Callable[[str, str], Collection[int]]
 ) -> dict[str, list[tuple[Shard, Entry]]]:
     """Entries by name, this rank's first. Of the shards of `partners` only what they share with this rank: the rest is

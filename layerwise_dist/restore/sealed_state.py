@@ -212,16 +212,16 @@ def _check(sealed: SealedState, framework: str) -> None:
             raise Unfit(f"{path}.kind is {ascii(kind)[:100]}, known are {sorted(_LOADERS)}")
         fits(model, loader, path)
     fits(_Several if "optimizers" in sealed["optimizer"] else _Single, sealed["optimizer"], "state.optimizer")
-    _check_wrapper(sealed["wrapper"], framework, "state.wrapper")
+    check_wrapper(sealed["wrapper"], framework, "state.wrapper")
 
 
-def _check_wrapper(carried: Any, framework: str, path: str) -> None:
-    """What `Framework.carry` gave."""
+def check_wrapper(carried: Any, framework: str, path: str) -> None:
+    """What `Framework.carry` of the named framework gave. Raises Unfit."""
     named = framework_of(framework)
     for name, each in named.items():
         if not isinstance(carried, dict) or name not in carried:
             raise Unfit(f"{path}.{name}: missing")
-        _check_wrapper(carried[name], each, f"{path}.{name}")
+        check_wrapper(carried[name], each, f"{path}.{name}")
     if framework == "deepspeed":
         fits(_Counters, carried, path)
         scale = carried["loss_scale"]

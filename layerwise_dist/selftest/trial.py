@@ -37,7 +37,7 @@ class Check:
 
 
 @dataclass
-class _Run:
+class Run:
     """What one start of the job said."""
 
     start: int = 0
@@ -84,13 +84,13 @@ class Trial:
         killed = self._start(folder, checkpoints, kill_at=self.kill_at)
         self._say("starting it once more")
         resumed = self._start(folder, checkpoints)
-        return self._compare(plain, killed, resumed)
+        return compare(plain, killed, resumed)
 
-    def _start(self, folder: Path, checkpoints: str | None, kill_at: int | None = None) -> _Run:
+    def _start(self, folder: Path, checkpoints: str | None, kill_at: int | None = None) -> Run:
         spec = json.dumps({"steps": STEPS, "dir": checkpoints})
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
         command = [sys.executable, *launcher, "-m", "layerwise_dist.selftest.job", spec]
-        errors, run = folder / "errors.txt", _Run()
+        errors, run = folder / "errors.txt", Run()
         with open(errors, "wb") as file, running(command, file, {"OMP_NUM_THREADS": "1"}) as job:
             assert job.stdout is not None
             watchdog = threading.Timer(_DEADLINE_S, _kill, [job.pid])
@@ -113,27 +113,30 @@ class Trial:
             raise TrialFailed("\n".join([f"the job ended with exit code {code}{late}:", *tail]))
         return run
 
-    def _compare(self, plain: _Run, killed: _Run, resumed: _Run) -> list[Check]:
-        def same(run: _Run) -> Check:
-            other = [step for step, loss in run.losses.items() if loss != plain.losses.get(step)]
-            where = f"steps {min(run.losses)} to {max(run.losses)}" if run.losses else "no step"
-            found = f"{where} have the same losses" if not other else f"step {other[0]} has another loss"
-            return Check("", not other and bool(run.losses), found)
 
-        went = same(killed)
-        back = 0 < killed.committed <= resumed.start < STEPS
-        after = same(resumed)
-        left = [rank for rank, (one, two) in enumerate(zip(plain.left, resumed.left, strict=True)) if one != two]
-        ends = "parameters, moments and random numbers are equal bit for bit"
-        return [
-            Check("training with checkpoints is training without them", went.good, went.found),
-            Check(
-                "the restart goes on at a committed step", back,
-                f"step {resumed.start}; the killed job had told of step {killed.committed} as committed",
-            ),
-            Check("what was resumed is what was never interrupted", after.good, after.found),
-            Check("it ends in the same state", not left, ends if not left else f"rank {left[0]} holds other bits"),
-        ]  # fmt: skip
+def compare(plain: Run, killed: Run, resumed: Run) -> list[Check]:
+    """A training without checkpoints, one that was killed, and the one that went on from there."""
+
+    def same(run: Run) -> Check:
+        other = [step for step, loss in run.losses.items() if loss != plain.losses.get(step)]
+        where = f"steps {min(run.losses)} to {max(run.losses)}" if run.losses else "no step"
+        found = f"{where} have the same losses" if not other else f"step {other[0]} has another loss"
+        return Check("", not other and bool(run.losses), found)
+
+    went = same(killed)
+    back = 0 < killed.committed <= resumed.start < STEPS
+    after = same(resumed)
+    left = [rank for rank, (one, two) in enumerate(zip(plain.left, resumed.left, strict=True)) if one != two]
+    ends = "parameters, moments and random numbers are equal bit for bit"
+    return [
+        Check("training with checkpoints is training without them", went.good, went.found),
+        Check(
+            "the restart goes on at a committed step", back,
+            f"step {resumed.start}; the killed job had told of step {killed.committed} as committed",
+        ),
+        Check("what was resumed is what was never interrupted", after.good, after.found),
+        Check("it ends in the same state", not left, ends if not left else f"rank {left[0]} holds other bits"),
+    ]  # fmt: skip
 
 
 def _kill(agent: int) -> None:

@@ -224,6 +224,11 @@ class ShardWrite:
         return self._writer.completed
 
     @property
+    def pending(self) -> int:
+        """Blocks of layers that are queued, and not written yet."""
+        return self._writer.pending
+
+    @property
     def bytes_written(self) -> int:
         return self._writer.bytes_written
 

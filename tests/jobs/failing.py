@@ -14,6 +14,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -126,7 +127,9 @@ def rank_main(rank: int, board: Switchboard, spec: dict[str, Any]) -> None:
     transport = over_tcp(rank, spec["ranks"], met)
 
     def cut() -> None:
-        transport._connections.call(lambda: [link.sock.shutdown(2) for link in transport._connections._links.values()])
+        for line in met.lines.values():
+            if line.sock.fileno() >= 0:
+                line.sock.shutdown(socket.SHUT_RDWR)
 
     failure.cut = cut
     try:

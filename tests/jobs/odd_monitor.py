@@ -48,20 +48,26 @@ def early() -> None:
     def begin_and_acknowledge(self: StagedShards, message: Any) -> None:
         begin(self, message)
         attempt = self._coming[message["seq"]].write.attempt
-        self._participant.post({"t": "staged", **self._participant._ledger._of(attempt)})
+        rank, world_size = self._participant.rank, self._participant.world_size
+        self._participant.post(
+            {"t": "staged", "rank": rank, "world_size": world_size, "seq": attempt.seq, "attempt": attempt.text,
+             "step": attempt.step}
+        )  # fmt: skip
 
     StagedShards.begin = begin_and_acknowledge
 
 
 def first() -> None:
     """The coordinator takes one rank's acknowledgement for everybody's."""
-    report = Coordinator._report
+    handle = Coordinator.handle
 
-    def report_for_all(self: Coordinator, kind: str, message: Any, now: float) -> None:
-        for rank in range(self._world_size) if kind == "staged" else [message["rank"]]:
-            report(self, kind, {**message, "rank": rank}, now)
+    def handle_for_all(self: Coordinator, message: Any, now: float) -> list[Any]:
+        if message["t"] != "staged":
+            return handle(self, message, now)
+        ranks = range(message["world_size"])
+        return [output for rank in ranks for output in handle(self, {**message, "rank": rank}, now)]
 
-    Coordinator._report = report_for_all
+    Coordinator.handle = handle_for_all
 
 
 def hasty() -> None:

@@ -176,7 +176,7 @@ class Job:
         if "inbackward" in self.features:
             config["update"] = "in_backward"
         ckpt = lwd.attach(self.engine, config=config)
-        self._stepped = workings_of(ckpt).optimizer._in_backward
+        self._stepped = workings_of(ckpt).optimizer.in_backward
         return ckpt
 
     def micro_batch(self) -> str:
@@ -189,7 +189,7 @@ class Job:
         loss = nn.functional.cross_entropy(self.engine(tokens).flatten(0, 1).float(), targets)
         self.engine.backward(loss)
         if self._stepped is not None:
-            self.early = max(self.early, len(self._stepped._stepped))
+            self.early = max(self.early, self._stepped.stepped)
         self.engine.step()
         self._after(self.engine.micro_steps, loss.item().hex())
         return loss.item().hex()

@@ -6,8 +6,6 @@ restored state can be compared bit for bit, and marks in the Env's log from when
 
 from __future__ import annotations
 
-import errno
-import fnmatch
 import json
 import os
 import sys
@@ -21,8 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from kit.shards import Tensors, beginning_of, content_hash, differing, read_shard, read_tensors
 from layerwise_dist import _native
-from layerwise_dist._native import testing
 from layerwise_dist.commit.metadata import CheckpointMetadataManager, Inventory
 from layerwise_dist.commit.records import Manifest
 from layerwise_dist.commit.shards import open_base, open_shard
@@ -31,17 +29,13 @@ from layerwise_dist.config import load_config
 from layerwise_dist.engine import assembly
 from layerwise_dist.engine.engine import LayerwiseEngine, workings_of
 from layerwise_dist.errors import DamageError
-from layerwise_dist.storage import filenames, typed_json
-from layerwise_dist.storage.reader import Shard
-from layerwise_dist.tensors.pieces import DTYPES
+from layerwise_dist.storage import filenames
 
 torch.set_num_threads(1)
 
 ROOT = "/ckpt"
 WORLD = 2
 POLICIES = ("none", "all", "names", "data")
-
-Tensors = dict[str, torch.Tensor]
 
 
 class RankThread(threading.Thread):
@@ -124,20 +118,6 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
             if isinstance(value, torch.Tensor):
                 found[f"{kind}/{name}"] = value.detach().clone()
     return found
-
-
-def differing(left: Tensors, right: Tensors) -> list[str]:
-    """Names that are not in both, or not equal bit for bit."""
-    wrong = sorted(left.keys() ^ right.keys())
-    for name in left.keys() & right.keys():
-        a, b = left[name], right[name]
-        if a.dtype != b.dtype or a.shape != b.shape or raw(a) != raw(b):
-            wrong.append(name)
-    return wrong
-
-
-def raw(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
 @dataclass
@@ -406,86 +386,6 @@ def await_spare(engine: LayerwiseEngine, timeout_s: float = 30.0) -> None:
     while not workings_of(engine).adapter.recycler.waiting():
         assert time.monotonic() < deadline, f"no file of a retired checkpoint waits after {timeout_s:g} s"
         time.sleep(0.001)
-
-
-def beginning_of(data: bytes) -> bytes:
-    """The first sector of a shard, which says whose it is; the rest of a header may be torn."""
-    return data[:512]
-
-
-def content_hash(data: bytes) -> int:
-    """Of what is behind the header of a shard."""
-    return _native.xxh3_64(data[8 + int.from_bytes(data[:8], "little") :])
-
-
-def read_shard(shard: Shard) -> tuple[Tensors, dict[str, int]]:
-    """All tensors of a shard, and the position that its state says. Everything is verified; raises DamageError."""
-    tensors = read_tensors(shard)
-    return tensors, typed_json.loads(*shard.state())["objects"]["place"]
-
-
-def read_tensors(shard: Shard) -> Tensors:
-    problems = shard.verify()
-    if problems:
-        raise DamageError("; ".join(problems))
-    found: Tensors = {}
-    spans = []
-    for name, entry in shard.index.entries.items():
-        found[name] = torch.empty(entry.slice.local_shape, dtype=DTYPES[entry.slice.dtype])
-        spans.append((entry.begin, entry.end, found[name].data_ptr()))
-    shard.read_into(spans)
-    return found
-
-
-@dataclass
-class Mutation:
-    """One operation that goes wrong: `operation` on a path that matches, called by the function `caller`.
-
-    `forget` acknowledges and does nothing, else it raises EIO. Operations inside the native core (sync of a file) are
-    forgotten by MemoryEnv itself and have no caller.
-    """
-
-    operation: str
-    pattern: str
-    caller: str | None = None
-    forget: bool = True
-
-
-class MutantEnv(testing.MemoryEnv):
-    """A MemoryEnv in which one flush or rename of the engine's Python side is left out, told apart by its caller."""
-
-    def __init__(self, mutation: Mutation | None = None) -> None:
-        super().__init__()
-        self.mutation = mutation
-        self.hits = 0
-        if mutation is not None and mutation.caller is None:
-            self.drop(mutation.operation, mutation.pattern)
-
-    def sync_dir(self, path: str) -> None:
-        if not self._mutated("sync_dir", path):
-            super().sync_dir(path)
-
-    def rename(self, source: str, target: str) -> None:
-        if not self._mutated("rename", target):
-            super().rename(source, target)
-
-    @property
-    def mutated(self) -> int:
-        return self.hits + self.dropped
-
-    def _mutated(self, operation: str, path: str) -> bool:
-        mutation = self.mutation
-        if mutation is None or mutation.caller is None:
-            return False
-        caller = sys._getframe(2).f_code.co_name
-        if (operation, caller) != (mutation.operation, mutation.caller) or not fnmatch.fnmatchcase(
-            path, mutation.pattern
-        ):
-            return False
-        self.hits += 1
-        if not mutation.forget:
-            raise OSError(errno.EIO, f"{operation} (injected)", path)
-        return True
 
 
 def open_files() -> int:

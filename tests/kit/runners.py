@@ -123,6 +123,12 @@ class Running:
         self._log.close()
 
 
+def told(out: Path, name: str | int = 0) -> list[dict[str, Any]]:
+    """What a process of a job has written into `<name>.jsonl` so far, a rank's under its number."""
+    path = out / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+
 def torchrun_command(script: str | os.PathLike[str], nproc: int, *args: Any, max_restarts: int = 0) -> list[str]:
     """`script` is a path, or the name of a file in tests/jobs. A free port each: --standalone."""
     path = JOBS / script if not os.path.isabs(script) else Path(script)

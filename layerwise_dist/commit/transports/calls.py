@@ -148,19 +148,23 @@ class _Guest:
             raise ConnectionError("it reads nothing")
 
 
-class _Door:
-    """Servers and guests, while ranks are waited for."""
+class Door:
+    """Servers and guests, while ranks are waited for.
+
+    Attributes:
+        guests: callers that have not proved that they are of this session, the oldest first.
+    """
 
     def __init__(self, servers: Sequence[socket.socket], token: str) -> None:
         self._servers, self._token = servers, token
-        self._guests: dict[socket.socket, _Guest] = {}  # the oldest first
+        self.guests: dict[socket.socket, _Guest] = {}
         self._selector = selectors.DefaultSelector()
         self._closed_until = 0.0
         for server in servers:
             self._selector.register(server, selectors.EVENT_READ)
 
     def close(self) -> None:
-        for sock in list(self._guests):
+        for sock in list(self.guests):
             self._show_out(sock)
         self._selector.close()
 
@@ -168,20 +172,20 @@ class _Door:
         """Whoever of the expected ranks has come by then, or before."""
         found: dict[int, Line] = {}
         now = time.monotonic()
-        times = [deadline, *(guest.until for guest in list(self._guests.values())[:1])]
+        times = [deadline, *(guest.until for guest in list(self.guests.values())[:1])]
         if self._closed_until:
             times.append(self._closed_until)
         for key, _ in self._selector.select(max(0.0, min(times) - now)):
             if key.fileobj in self._servers:
                 self._let_in(key.fileobj)  # type: ignore[arg-type]
-            elif (guest := self._guests.get(key.fileobj)) is not None:  # type: ignore[call-overload]
+            elif (guest := self.guests.get(key.fileobj)) is not None:  # type: ignore[call-overload]
                 try:
                     line = guest.hear(self._token, expected - set(found))
                 except (OSError, ValueError):
                     self._show_out(guest.sock)
                     continue
                 if line is not None and guest.host is not None:
-                    del self._guests[guest.sock]
+                    del self.guests[guest.sock]
                     self._selector.unregister(guest.sock)
                     found[guest.host.rank] = line
         self._tidy()
@@ -194,16 +198,16 @@ class _Door:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 self._take_breath()
             return
-        if len(self._guests) >= _GUESTS:
-            self._show_out(next(iter(self._guests)))
+        if len(self.guests) >= _GUESTS:
+            self._show_out(next(iter(self.guests)))
         sock.setblocking(False)
-        self._guests[sock] = _Guest(sock, time.monotonic() + HELLO_S)
+        self.guests[sock] = _Guest(sock, time.monotonic() + HELLO_S)
         self._selector.register(sock, selectors.EVENT_READ)
 
     def _take_breath(self) -> None:
         """The process has no files left: a guest is sent away, if there is one, and who calls waits for a moment."""
-        if self._guests:
-            self._show_out(next(iter(self._guests)))
+        if self.guests:
+            self._show_out(next(iter(self.guests)))
         if not self._closed_until:
             self._closed_until = time.monotonic() + _BREATH_S
             for server in self._servers:
@@ -211,7 +215,7 @@ class _Door:
 
     def _tidy(self) -> None:
         now = time.monotonic()
-        for guest in [guest for guest in self._guests.values() if guest.until <= now]:
+        for guest in [guest for guest in self.guests.values() if guest.until <= now]:
             self._show_out(guest.sock)
         if self._closed_until and self._closed_until <= now:
             self._closed_until = 0.0
@@ -219,7 +223,7 @@ class _Door:
                 self._selector.register(server, selectors.EVENT_READ)
 
     def _show_out(self, sock: socket.socket) -> None:
-        del self._guests[sock]
+        del self.guests[sock]
         self._selector.unregister(sock)
         sock.close()
 
@@ -227,7 +231,7 @@ class _Door:
 def accept(servers: Sequence[socket.socket], expected: set[int], token: str, deadline: float) -> dict[int, Line]:
     """Waits for every expected rank. Raises CommitError at the deadline."""
     met: dict[int, Line] = {}
-    door = _Door(servers, token)
+    door = Door(servers, token)
     try:
         while missing := expected - set(met):
             if time.monotonic() >= deadline:

@@ -26,7 +26,7 @@ from layerwise_dist.errors import ConfigError, DeadlineError
 from layerwise_dist.supervision import background
 from layerwise_dist.supervision.background import Failed
 
-_FANOUT = 8
+FANOUT = 8
 _TAG = 1
 _LENGTH_BYTES = len(encode([])) - 2
 _LAST_WORDS_S = 2.0
@@ -78,15 +78,15 @@ def open_mpi(rank: int | None, world_size: int | None, timeout_s: float) -> Rela
     of_rank = {int.from_bytes(places[8 * at : 8 * at + 8], "little"): at for at in range(own.Get_size())}
     if sorted(of_rank) != list(range(own.Get_size())):
         raise ConfigError("commit.transport = 'mpi': torch.distributed's ranks are not one for each of MPI's")
-    serves = _below(mine, own.Get_size())
+    serves = ranks_below(mine, own.Get_size())
     peers = {other: of_rank[other] for other in serves}
-    above = (mine - 1) // _FANOUT
+    above = (mine - 1) // FANOUT
     if mine:
         peers[ABOVE] = of_rank[above]
     return RelayTransport(mine, own.Get_size(), MpiConnections(mpi, own, peers), serves, f"rank {above}")
 
 
-def _below(rank: int, world_size: int) -> dict[int, list[int]]:
+def ranks_below(rank: int, world_size: int) -> dict[int, list[int]]:
     """The ranks right below this one in the tree, and who speaks through each of them."""
 
     def subtree(top: int) -> list[int]:
@@ -94,10 +94,10 @@ def _below(rank: int, world_size: int) -> dict[int, list[int]]:
         level = range(top, top + 1)
         while level.start < world_size:
             found += range(level.start, min(level.stop, world_size))
-            level = range(_FANOUT * level.start + 1, _FANOUT * (level.stop - 1) + _FANOUT + 1)
+            level = range(FANOUT * level.start + 1, FANOUT * (level.stop - 1) + FANOUT + 1)
         return found
 
-    children = range(_FANOUT * rank + 1, min(_FANOUT * rank + _FANOUT + 1, world_size))
+    children = range(FANOUT * rank + 1, min(FANOUT * rank + FANOUT + 1, world_size))
     return {child: subtree(child) for child in children}
 
 

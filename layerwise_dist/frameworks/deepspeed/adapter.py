@@ -37,9 +37,9 @@ class DeepSpeedOptimizer(FlatState):
             self._groups[grouping.group].append(number)
         self._views = super().views
         self._hooks: list[Any] = []
-        self._in_backward: InBackward | None = None
+        self.in_backward: InBackward | None = None  # with update = "in_backward"
         if update == "in_backward":
-            self._in_backward = InBackward(self._engine, self._units, self._views)
+            self.in_backward = InBackward(self._engine, self._units, self._views)
         elif update == "pipelined_step":
             raise UnsupportedError(
                 "update = 'pipelined_step': ZeRO steps its optimizer unit by unit itself; use 'auto'"
@@ -119,7 +119,7 @@ class DeepSpeedOptimizer(FlatState):
         numbers = [number for group in self._groups for number in group]
         layers = {number: {view.layer for view in self._framework.views_in(number)} for number in numbers}
         missing: dict[str, set[int]] = {}  # of each layer, the units that the running update has not stepped
-        in_backward, begun, steps, linked = self._in_backward, False, 0, False
+        in_backward, begun, steps, linked = self.in_backward, False, 0, False
 
         def begin() -> None:
             nonlocal begun, steps
@@ -184,8 +184,8 @@ class DeepSpeedOptimizer(FlatState):
             hook.remove()
         if self._hooks:
             del self._engine._take_model_step  # the instance's; the class's own comes to light again
-            if self._in_backward is not None:
-                self._in_backward.detach()
+            if self.in_backward is not None:
+                self.in_backward.detach()
         self._hooks = []
 
 

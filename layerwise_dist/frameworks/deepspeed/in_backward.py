@@ -60,6 +60,11 @@ class InBackward:
         self._stepped: dict[int, list[dict[str, Any]]] = {}
         self._wanted: bool | None = None
 
+    @property
+    def stepped(self) -> int:
+        """How many units were updated in the window's backward so far."""
+        return len(self._stepped)
+
     def watch(self, begin: Callable[[], bool]) -> None:
         """`begin` is called before a window's first unit is stepped. False: this window's update is DeepSpeed's own."""
         self._begin = begin

@@ -1,0 +1,61 @@
+"""A file system in memory that goes wrong once, where the engine's Python side flushes or renames."""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import sys
+from dataclasses import dataclass
+
+from layerwise_dist._native import testing
+
+
+@dataclass
+class Mutation:
+    """One operation that goes wrong: `operation` on a path that matches, called by the function `caller`.
+
+    `forget` acknowledges and does nothing, else it raises EIO. Operations inside the native core (sync of a file) are
+    forgotten by MemoryEnv itself and have no caller.
+    """
+
+    operation: str
+    pattern: str
+    caller: str | None = None
+    forget: bool = True
+
+
+class MutantEnv(testing.MemoryEnv):
+    """A MemoryEnv in which one flush or rename of the engine's Python side is left out, told apart by its caller."""
+
+    def __init__(self, mutation: Mutation | None = None) -> None:
+        super().__init__()
+        self.mutation = mutation
+        self.hits = 0
+        if mutation is not None and mutation.caller is None:
+            self.drop(mutation.operation, mutation.pattern)
+
+    def sync_dir(self, path: str) -> None:
+        if not self._mutated("sync_dir", path):
+            super().sync_dir(path)
+
+    def rename(self, source: str, target: str) -> None:
+        if not self._mutated("rename", target):
+            super().rename(source, target)
+
+    @property
+    def mutated(self) -> int:
+        return self.hits + self.dropped
+
+    def _mutated(self, operation: str, path: str) -> bool:
+        mutation = self.mutation
+        if mutation is None or mutation.caller is None:
+            return False
+        caller = sys._getframe(2).f_code.co_name
+        if (operation, caller) != (mutation.operation, mutation.caller) or not fnmatch.fnmatchcase(
+            path, mutation.pattern
+        ):
+            return False
+        self.hits += 1
+        if not mutation.forget:
+            raise OSError(errno.EIO, f"{operation} (injected)", path)
+        return True
