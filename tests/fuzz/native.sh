@@ -9,8 +9,9 @@ seed=${2:-1}
 build=build/fuzz
 mkdir -p "$build/corpus"
 cp -n tests/fuzz/corpus/shard_reader/* "$build/corpus/" 2>/dev/null || true
-core=(csrc/src/{aligned_buffer,block_runs,buffer_pool,calls,descriptor,env,hash,hash_baseline,plan,pool_core,posix_file}.cc
-  csrc/src/{shard_reader,status,thread_core,uring_core,writer_pool}.cc csrc/testing/{disk_image,memory_disk,memory_env,memory_file}.cc)
+core=(csrc/src/{aligned_buffer,block_runs,buffer_pool,calls,descriptor,disk_image,env,hash,hash_baseline}.cc
+  csrc/src/{memory_disk,memory_disk_env,memory_file,plan,pool_core,posix_file,shard_reader,status,thread_core}.cc
+  csrc/src/{uring_core,writer_pool}.cc csrc/testing/{after_crash,logged_disk,memory_env}.cc)
 case $(uname -m) in x86_64) vectors=(csrc/src/hash_avx2.cc csrc/src/hash_avx512.cc) ;; *) vectors=() ;; esac
 flags=(-std=c++20 -g1 -O1 -Icsrc/include -Icsrc/testing -Icsrc/src -fno-omit-frame-pointer)
 clang=$(command -v clang++ || command -v clang++-14 || true)
