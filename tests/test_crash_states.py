@@ -10,11 +10,11 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import layerwise_native_testing as testing
 import pytest
 import torch
 from kit.crash import POLICIES, MutantEnv, Mutation, Story
 
-from layerwise_dist._native import testing
 from layerwise_dist.capture import survey
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.session import Committer

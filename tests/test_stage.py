@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import layerwise_native_testing as testing
 import pytest
 import torch
 from kit.crash import try_ranks
 from torch import nn
 
 from layerwise_dist import errors
-from layerwise_dist._native import PosixEnv, testing
+from layerwise_dist._native import PosixEnv
 from layerwise_dist.capture import stage
 from layerwise_dist.capture.survey import Surveyor
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport

@@ -9,13 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import layerwise_native_testing as testing
 import pytest
 import torch
 from kit.crash import in_ranks, try_ranks
 from torch import nn
 
 from layerwise_dist import errors
-from layerwise_dist._native import PosixEnv, testing
+from layerwise_dist._native import PosixEnv
 from layerwise_dist.capture.lease import Capture
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport

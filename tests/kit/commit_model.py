@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from layerwise_dist._native import testing
+import layerwise_native_testing as testing
+
 from layerwise_dist.commit import coordinator as rank0
 from layerwise_dist.commit import coordinator_thread, opening
 from layerwise_dist.commit import ledger as rank_side

@@ -18,11 +18,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import layerwise_native_testing as testing
 import torch
 from torch import nn
 
 from layerwise_dist import _native
-from layerwise_dist._native import testing
 from layerwise_dist.commit.metadata import CheckpointMetadataManager, Inventory
 from layerwise_dist.commit.records import Manifest
 from layerwise_dist.commit.shards import open_base, open_shard
