@@ -188,11 +188,11 @@ SCRIPT = """
 import os, sys, time
 import torch
 import layerwise_dist as lwd
-from layerwise_dist import assembly, at_exit
 import layerwise_native_testing as testing
 from layerwise_dist._native import PosixEnv, WriterPool
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
 from layerwise_dist.config import load_config
+from layerwise_dist.engine import assembly
 
 torch.set_num_threads(1)
 
