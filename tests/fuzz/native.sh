@@ -9,10 +9,14 @@ seed=${2:-1}
 build=build/fuzz
 mkdir -p "$build/corpus"
 cp -n tests/fuzz/corpus/shard_reader/* "$build/corpus/" 2>/dev/null || true
-core=(csrc/src/{aligned_buffer,block_runs,buffer_pool,calls,descriptor,disk_image,env,hash,hash_baseline}.cc
-  csrc/src/{memory_disk,memory_disk_env,memory_file,plan,pool_core,posix_file,shard_reader,status,thread_core}.cc
-  csrc/src/{uring_core,writer_pool}.cc csrc/testing/{after_crash,logged_disk,memory_env}.cc)
-case $(uname -m) in x86_64) vectors=(csrc/src/hash_avx2.cc csrc/src/hash_avx512.cc) ;; *) vectors=() ;; esac
+core=()
+vectors=()
+for source in csrc/src/*.cc csrc/testing/*.cc; do
+  case $source in
+    */hash_avx*.cc) [ "$(uname -m)" != x86_64 ] || vectors+=("$source") ;;
+    *) core+=("$source") ;;
+  esac
+done
 flags=(-std=c++20 -g1 -O1 -Icsrc/include -Icsrc/testing -Icsrc/src -fno-omit-frame-pointer)
 clang=$(command -v clang++ || command -v clang++-14 || true)
 if [ -n "$clang" ]; then
