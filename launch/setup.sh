@@ -153,8 +153,10 @@ fi
 python_module scikit_build_core nanobind || quietly "${pip[@]}" "scikit-build-core>=1.1" "nanobind>=3.1"
 mark=$(fingerprint)
 say "building the native core and installing layerwise_dist"
+# With the module that only tests import (csrc/testing).
 CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)} \
-  quietly "${pip[@]}" --no-build-isolation -C build-dir="build/{wheel_tag}" -e "$root[dev]" ||
+  quietly "${pip[@]}" --no-build-isolation -C build-dir="build/{wheel_tag}" -C cmake.define.LAYERWISE_TESTING=ON \
+    -e "$root[dev]" ||
   fail "layerwise_dist could not be built; the whole output is in $log"
 printf '%s\n' "$mark" >"$venv/.layerwise_dist"
 say "done: $venv"

@@ -7,10 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import layerwise_native_testing as testing
 import pytest
 from kit.crash import build, in_ranks, settings, train
 
-from layerwise_dist._native import PosixEnv, testing
+from layerwise_dist._native import PosixEnv
 from layerwise_dist.commit.ledger import Ledger
 from layerwise_dist.commit.transports.local import LocalTransport
 from layerwise_dist.engine import assembly

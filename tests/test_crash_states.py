@@ -10,12 +10,12 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import layerwise_native_testing as testing
 import pytest
 import torch
 from kit.crash import POLICIES, Story
 from kit.mutant_env import MutantEnv, Mutation
 
-from layerwise_dist._native import testing
 from layerwise_dist.capture import survey
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.session import Committer

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import layerwise_native_testing as testing
 import pytest
 import torch
 from kit.crash import ROOT, Story, build, in_ranks, settings, tensors_of, train, try_ranks
@@ -18,7 +19,7 @@ from kit.shards import raw
 from torch import nn
 
 from layerwise_dist import _native
-from layerwise_dist._native import PosixEnv, testing
+from layerwise_dist._native import PosixEnv
 from layerwise_dist.commit.metadata import CheckpointMetadataManager, Manifest
 from layerwise_dist.commit.transports.local import LocalTransport
 from layerwise_dist.engine import assembly

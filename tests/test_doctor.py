@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import layerwise_native_testing as testing
 import pytest
 from kit.cli import call as command_line
 from kit.seccomp import FORBID_URING
@@ -565,7 +566,7 @@ def test_without_a_backend_only_the_raw_loop_is_measured(tmp_path: Path) -> None
     assert len(rates.raw) == 2 and not rates.writer_first and not rates.writer and not os.listdir(tmp_path)
 
 
-class OnNfs(_native.testing.FaultEnv):
+class OnNfs(testing.FaultEnv):
     def file_system(self, path: Any) -> int:
         return 0x6969
 
@@ -573,7 +574,7 @@ class OnNfs(_native.testing.FaultEnv):
 @pytest.mark.parametrize(
     ("make", "recycle", "over"),
     [
-        (_native.testing.FaultEnv, "auto", 2), (_native.testing.FaultEnv, False, 0),
+        (testing.FaultEnv, "auto", 2), (testing.FaultEnv, False, 0),
         (OnNfs, "auto", 0), (OnNfs, True, 2),
     ],
 )  # fmt: skip

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import layerwise_native_testing as testing
 import pytest
 import torch
 from kit.crash import (
@@ -33,7 +34,7 @@ from kit.crash import (
 from kit.mutant_env import MutantEnv, Mutation
 
 import layerwise_dist as lwd
-from layerwise_dist._native import PosixEnv, testing
+from layerwise_dist._native import PosixEnv
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.transports.local import LocalTransport
 from layerwise_dist.engine import assembly

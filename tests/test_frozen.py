@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import layerwise_native_testing as testing
 import numpy as np
 import pytest
 import torch
@@ -22,7 +23,7 @@ from torch import nn
 
 import layerwise_dist as lwd
 from layerwise_dist import errors
-from layerwise_dist._native import PosixEnv, testing
+from layerwise_dist._native import PosixEnv
 from layerwise_dist.capture import audit, base_writing, survey
 from layerwise_dist.capture.frozen import FrozenBases
 from layerwise_dist.commit.metadata import CheckpointMetadataManager

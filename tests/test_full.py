@@ -7,13 +7,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import layerwise_native_testing as testing
 import pytest
 import torch
 from kit.crash import build, in_ranks, settings, tensors_of, train
 from kit.shards import differing
 
 from layerwise_dist import errors
-from layerwise_dist._native import PosixEnv, testing
+from layerwise_dist._native import PosixEnv
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.transports.local import LocalTransport
 from layerwise_dist.engine import assembly

@@ -124,7 +124,7 @@ def test_all_ranks_save_it_whatever_became_of_the_one_before(tmp_path: Path) -> 
 
 
 def test_it_is_an_error_if_it_cannot_be_saved(tmp_path: Path) -> None:
-    from layerwise_dist._native import testing
+    import layerwise_native_testing as testing
 
     env = testing.FaultEnv(PosixEnv())
     model, optimizer, update = job()

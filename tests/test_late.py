@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import layerwise_native_testing as testing
 import pytest
 import torch
 from kit.chain import attach, equal, slow, tensors
@@ -15,7 +16,7 @@ from kit.crash import in_ranks, settings
 from torch import Tensor, nn
 
 import layerwise_dist as lwd
-from layerwise_dist._native import PosixEnv, testing
+from layerwise_dist._native import PosixEnv
 from layerwise_dist.capture.lease import Capture
 from layerwise_dist.commit.transports.local import LocalTransport
 from layerwise_dist.engine import assembly

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import layerwise_native_testing as testing
 import pytest
 import torch
 from kit.odd_optimizers import SAVED, Container, Inner, InState, Sam, Told, differs, everything, job, of, train
@@ -14,7 +15,7 @@ from torch import nn
 
 import layerwise_dist as lwd
 from layerwise_dist import errors
-from layerwise_dist._native import PosixEnv, testing
+from layerwise_dist._native import PosixEnv
 from layerwise_dist.capture.survey import Surveyor
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
 from layerwise_dist.config import load_config

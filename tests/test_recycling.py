@@ -13,10 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import layerwise_native_testing as testing
 import pytest
 from kit.crash import ROOT, Story
 
-from layerwise_dist._native import PosixEnv, testing
+from layerwise_dist._native import PosixEnv
 from layerwise_dist.commit.session import Committer
 from layerwise_dist.engine.engine import workings_of
 from layerwise_dist.storage.filenames import AttemptId

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import layerwise_native_testing as testing
 import pytest
 import torch
 from kit.crash import build, in_ranks, settings, tensors_of
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import layerwise_dist as lwd
 from layerwise_dist import errors
-from layerwise_dist._native import PosixEnv, testing
+from layerwise_dist._native import PosixEnv
 from layerwise_dist.cli.catalogue import Catalogue
 from layerwise_dist.cli.console import put
 from layerwise_dist.cli.listing import ls

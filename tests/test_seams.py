@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
+import layerwise_native_testing
 import pytest
 
 from layerwise_dist import _native
@@ -69,7 +70,7 @@ def misfits(thing: object, protocol: type) -> list[str]:
 
 @pytest.fixture
 def adapters() -> Iterator[tuple[PCCheckAdapter, StagingAdapter]]:
-    env = _native.testing.MemoryEnv()
+    env = layerwise_native_testing.MemoryEnv()
     env.make_dir("/ckpt")
     direct = PCCheckAdapter(env, "/ckpt", rank=0, world_size=1)
     direct.allocate_staging_buffer(8)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import layerwise_native_testing as testing
 import pytest
 import torch
 from kit.runners import Finished, Warm
@@ -17,7 +18,7 @@ from torch import nn
 
 import layerwise_dist as lwd
 from layerwise_dist import errors
-from layerwise_dist._native import PosixEnv, testing
+from layerwise_dist._native import PosixEnv
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
 from layerwise_dist.config import load_config
 from layerwise_dist.engine import assembly

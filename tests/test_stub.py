@@ -1,15 +1,32 @@
-"""The stub of the native core (`_native.pyi`) names what the core has, no more and no less."""
+"""The stubs of the native core (`_native.pyi`, and of its testing library) name what it has, no more and no less.
+
+What is made for tests is in no wheel.
+"""
 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+import layerwise_native_testing
+import pytest
 
 import layerwise_dist
 from layerwise_dist import _native
 
-STUB = Path(layerwise_dist.__file__).with_name("_native.pyi")
+ROOT = Path(layerwise_dist.__file__).parent.parent
+STUBS = {
+    _native: ROOT / "layerwise_dist" / "_native.pyi",
+    layerwise_native_testing: Path(__file__).with_name("layerwise_native_testing.pyi"),
+}
+
+# Names of classes of csrc/testing, as type information in a binary spells them.
+TESTING = (b"8FaultEnv", b"9MemoryEnv", b"10LoggedDisk")
 
 
 def _differences(where: str, stub: ast.Module | ast.ClassDef, live: Any) -> list[str]:
@@ -40,5 +57,30 @@ def _arguments(function: Any) -> list[str]:
     return [each.arg for each in tree.body[0].args.args]
 
 
-def test_the_stub_and_the_native_core_have_the_same_members_and_arguments() -> None:
-    assert _differences("_native", ast.parse(STUB.read_text()), _native) == []
+@pytest.mark.parametrize("module", STUBS, ids=lambda module: module.__name__)
+def test_the_stub_and_the_native_core_have_the_same_members_and_arguments(module: ModuleType) -> None:
+    assert _differences(module.__name__.rpartition(".")[2], ast.parse(STUBS[module].read_text()), module) == []
+
+
+def test_the_core_itself_has_nothing_that_is_for_tests() -> None:
+    assert all(name in _binary(layerwise_native_testing) for name in TESTING)
+    assert [name for name in TESTING if name in _binary(_native)] == []
+
+
+def _binary(module: ModuleType) -> bytes:
+    assert module.__file__ is not None
+    return Path(module.__file__).read_bytes()
+
+
+def test_a_wheel_has_nothing_that_is_for_tests(tmp_path: Path, long: bool) -> None:
+    if not long:
+        pytest.skip("builds the native core once more: --long")
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps"]
+    built = subprocess.run([*pip, "-w", str(tmp_path), str(ROOT)], capture_output=True, text=True, timeout=1800)
+    assert built.returncode == 0, built.stderr
+    [path] = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(path) as wheel:
+        names = wheel.namelist()
+        assert [Path(name).stem.partition(".")[0] for name in names if name.endswith(".so")] == ["_native"]
+        assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"layerwise_dist"}
+        assert [(name, each) for name in names for each in TESTING if each in wheel.read(name)] == []

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import layerwise_native_testing as testing
 import pytest
 import torch
 from kit.crash import try_ranks
@@ -22,7 +23,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from layerwise_dist import _native, errors
-from layerwise_dist._native import PosixEnv, testing
+from layerwise_dist._native import PosixEnv
 from layerwise_dist.commit.transports.local import LocalTransport
 from layerwise_dist.config import load_config
 from layerwise_dist.engine import assembly
@@ -193,10 +194,11 @@ SCRIPT = """
 import os, sys, time
 import torch
 import layerwise_dist as lwd
-from layerwise_dist.engine import assembly
-from layerwise_dist._native import PosixEnv, WriterPool, testing
+import layerwise_native_testing as testing
+from layerwise_dist._native import PosixEnv, WriterPool
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
 from layerwise_dist.config import load_config
+from layerwise_dist.engine import assembly
 
 torch.set_num_threads(1)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import layerwise_native_testing as testing
 import pytest
 import torch
 import torch.distributed.algorithms.model_averaging.averagers as averagers
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader
 
 import layerwise_dist as lwd
 from layerwise_dist import errors
-from layerwise_dist._native import PosixEnv, testing
+from layerwise_dist._native import PosixEnv
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
 from layerwise_dist.config import load_config

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import layerwise_native_testing as testing
 import pytest
 import torch
 from kit.crash import in_ranks, try_ranks
@@ -16,7 +17,7 @@ from kit.waiting import FENCE_S, Job, equal, restored
 from torch import nn
 
 from layerwise_dist import errors
-from layerwise_dist._native import PosixEnv, testing
+from layerwise_dist._native import PosixEnv
 from layerwise_dist.capture.lease import Capture
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport

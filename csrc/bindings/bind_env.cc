@@ -108,10 +108,14 @@ void BindFiles(nb::module_& m) {
              BufferView view(data);
              Disk("write", "", [&] { return file.Pwrite(view.data(), view.size(), offset); });
            }, nb::arg("data"), nb::arg("offset"))
-      .def("allocate", [](WritableFile& file, uint64_t size) { Disk("allocate", "", [&] { return file.Allocate(size); }); },
-           nb::arg("size"))
-      .def("truncate", [](WritableFile& file, uint64_t size) { Disk("truncate", "", [&] { return file.Truncate(size); }); },
-           nb::arg("size"))
+      .def("allocate",
+           [](WritableFile& file, uint64_t size) {
+             Disk("allocate", "", [&] { return file.Allocate(size); });
+           }, nb::arg("size"))
+      .def("truncate",
+           [](WritableFile& file, uint64_t size) {
+             Disk("truncate", "", [&] { return file.Truncate(size); });
+           }, nb::arg("size"))
       .def("sync", [](WritableFile& file) { Disk("flush", "", [&] { return file.Sync(); }); })
       .def("close", [](WritableFile& file) { Disk("close", "", [&] { return file.Close(); }); });
 
@@ -163,12 +167,18 @@ void BindEnv(nb::module_& m) {
            [](Env& env, const Path& src, const Path& dst) {
              Disk("rename", src, [&] { return env.Rename(src.native(), dst.native()); });
            }, nb::arg("src"), nb::arg("dst"))
-      .def("sync_dir", [](Env& env, const Path& path) { Disk("flush directory", path, [&] { return env.SyncDir(path.native()); }); },
-           nb::arg("path"))
-      .def("unlink", [](Env& env, const Path& path) { Disk("unlink", path, [&] { return env.Unlink(path.native()); }); },
-           nb::arg("path"))
-      .def("remove_dir", [](Env& env, const Path& path) { Disk("remove directory", path, [&] { return env.RemoveDir(path.native()); }); },
-           nb::arg("path"))
+      .def("sync_dir",
+           [](Env& env, const Path& path) {
+             Disk("flush directory", path, [&] { return env.SyncDir(path.native()); });
+           }, nb::arg("path"))
+      .def("unlink",
+           [](Env& env, const Path& path) {
+             Disk("unlink", path, [&] { return env.Unlink(path.native()); });
+           }, nb::arg("path"))
+      .def("remove_dir",
+           [](Env& env, const Path& path) {
+             Disk("remove directory", path, [&] { return env.RemoveDir(path.native()); });
+           }, nb::arg("path"))
       .def("list_dir", &ListDir, nb::arg("path"))
       .def("stat", &Stat, nb::arg("path"))
       .def("write_file",
@@ -198,8 +208,10 @@ void BindEnv(nb::module_& m) {
       .def_prop_ro("syncs", [](const MockEnv& env) { return env.counts().syncs; });
   nb::class_<NvmEnv, PosixEnv>(m, "NvmEnv")
       .def(nb::init<>())
-      .def("probe", [](NvmEnv& env, const Path& path) { Disk("probe", path, [&] { return env.Probe(path.native()); }); },
-           nb::arg("path"));
+      .def("probe",
+           [](NvmEnv& env, const Path& path) {
+             Disk("probe", path, [&] { return env.Probe(path.native()); });
+           }, nb::arg("path"));
 }
 
 }  // namespace layerwise

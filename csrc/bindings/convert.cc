@@ -30,6 +30,15 @@ nb::object MakeException(const Status& status) {
   }
 }
 
+void TranslateStatus(const std::exception_ptr& pointer, void*) {
+  try {
+    std::rethrow_exception(pointer);
+  } catch (const StatusError& error) {
+    nb::object exception = MakeException(error.status());
+    PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(exception.ptr())), exception.ptr());
+  }
+}
+
 BufferView::BufferView(nb::handle object) {
   if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_SIMPLE) != 0) throw nb::python_error();
 }

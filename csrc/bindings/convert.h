@@ -29,6 +29,9 @@ class StatusError : public std::exception {
 // Python narrows to FileNotFoundError and the like, ValueError or RuntimeError.
 nb::object MakeException(const Status& status);
 
+// Raises that for a StatusError, for nb::register_exception_translator.
+void TranslateStatus(const std::exception_ptr& pointer, void*);
+
 inline void Check(const Status& status) {
   if (!status.ok()) throw StatusError(status);
 }
@@ -102,7 +105,6 @@ class BufferView {
 void BindBuffers(nb::module_& m);
 void BindEnv(nb::module_& m);
 void BindShard(nb::module_& m);
-void BindTesting(nb::module_& m);
 
 }  // namespace layerwise
 

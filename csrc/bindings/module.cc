@@ -12,15 +12,6 @@ namespace layerwise {
 
 namespace {
 
-void Translate(const std::exception_ptr& pointer, void*) {
-  try {
-    std::rethrow_exception(pointer);
-  } catch (const StatusError& error) {
-    nb::object exception = MakeException(error.status());
-    PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(exception.ptr())), exception.ptr());
-  }
-}
-
 constexpr double kExitS = 5;
 
 void CloseAllPools() {
@@ -61,7 +52,7 @@ size_t MakeHugeMemory(uintptr_t address, size_t nbytes) {
 NB_MODULE(_native, m) {
   // Engines are often globals, and the interpreter does not free those.
   nb::set_leak_warnings(false);
-  nb::register_exception_translator(Translate);
+  nb::register_exception_translator(TranslateStatus);
 
   m.doc() = "The native core: files, shards, hashes. Errors of the operating system are OSError.";
   m.def("xxh3_64", HashBuffer, nb::arg("buffer"), "XXH3-64 (seed 0) of any contiguous buffer.");
@@ -69,7 +60,8 @@ NB_MODULE(_native, m) {
         "XXH3-64 of memory, which must stay mapped and unchanged until this returns. ValueError if it is not mapped.");
   m.def("make_huge", MakeHugeMemory, nb::arg("address"), nb::arg("nbytes"),
         "Asks for huge pages under memory, which keeps its content; returns the bytes that have them now.");
-  m.def("hear_signal", [](int number, int bell) { Check(HearSignal(number, bell)); }, nb::arg("number"), nb::arg("bell"),
+  m.def("hear_signal", [](int number, int bell) { Check(HearSignal(number, bell)); },
+        nb::arg("number"), nb::arg("bell"),
         "From now on each signal adds 1 to the eventfd, in front of whoever else handles it; again: in front again.");
   m.def("stop_hearing", &StopHearing, nb::arg("bell"), "The signal is handled as before.");
   m.def("forget_dead_children", &ForgetDeadChildren, "SIGCHLD is handled as by default: not at all.");
@@ -83,8 +75,6 @@ NB_MODULE(_native, m) {
   BindEnv(m);
   BindBuffers(m);
   BindShard(m);
-  nb::module_ testing = m.def_submodule("testing", "File systems for tests: one that forgets, one that fails.");
-  BindTesting(testing);
 
   // Leased memory is freed after this.
   nb::module_::import_("atexit").attr("register")(nb::cpp_function(&CloseAllPools));

@@ -25,7 +25,8 @@ using Addresses = const std::atomic<uintptr_t>*;
 // segment whose address is congruent to its place in the file, straight from the
 // tensor's memory, and in between runs of `scratch`, to which the rest is copied with
 // zeros under no segment. Where that would be more than kMostRuns runs, all but the
-// largest interiors are copied too. Adds the bytes copied from tensors to *copied. ENOMEM if scratch must grow and can't.
+// largest interiors are copied too. Adds the bytes copied from tensors to *copied. ENOMEM
+// if scratch must grow and can't.
 Status CutBlock(const Plan& plan, size_t index, Addresses addresses, DirectIoAlignment alignment,
                 AlignedBuffer* scratch, std::vector<iovec>* runs, uint64_t* copied);
 

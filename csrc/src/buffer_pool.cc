@@ -125,7 +125,7 @@ class BufferPool::State {
   mutable std::mutex mutex_;
   std::condition_variable room_;
   std::vector<uint64_t> returned_;
-  std::map<size_t, size_t> free_;  // offset: length; neighbours are merged
+  std::map<size_t, size_t> free_;  // offset: length; neighbors are merged
   size_t in_use_ = 0;
   size_t peak_ = 0;
 };

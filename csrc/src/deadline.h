@@ -15,7 +15,7 @@ inline int64_t MonotonicNs() {
 
 using Deadline = std::chrono::steady_clock::time_point;
 
-// Three years are as good as for ever; a negative or undefined timeout is over now.
+// Three years are as good as forever; a negative or undefined timeout is over now.
 inline Deadline DeadlineAfter(double timeout_s) {
   const std::chrono::duration<double> timeout(timeout_s > 0 ? std::min(timeout_s, 1e8) : 0);
   return std::chrono::steady_clock::now() + std::chrono::duration_cast<std::chrono::nanoseconds>(timeout);

@@ -16,8 +16,9 @@ namespace layerwise {
 
 namespace {
 
-// Where all processors compute, hashing would take from a step what the step cannot wait for. A little lower only: with
-// much less, a fence could wait for a thread that data loaders' workers leave no time. Where it is forbidden all goes on.
+// Where all processors compute, hashing would take from a step what the step cannot wait
+// for. A little lower only: with much less, a fence could wait for a thread that data
+// loaders' workers leave no time. Where it is forbidden all goes on.
 constexpr int kNice = 5;
 
 void YieldToTraining() {

@@ -18,8 +18,8 @@
 
 namespace layerwise {
 
-// The queue of a WriterPool and its threads; how blocks are worked off is the
-// subclass's. Contracts: see WriterPool.
+// The queue of a WriterPool and its threads; how they write blocks is the subclass's.
+// Contracts: see WriterPool.
 class PoolCore {
  public:
   PoolCore();

@@ -6,6 +6,7 @@ namespace layerwise {
 
 namespace {
 
+// Has no descriptor, so that every write comes by here.
 class FaultWritableFile final : public WritableFile {
  public:
   FaultWritableFile(std::shared_ptr<FaultPlan> plan, std::string path, std::unique_ptr<WritableFile> base)
@@ -113,14 +114,14 @@ Status FaultEnv::Delay(const std::string& operation, const std::string& path_pat
 
 Status FaultEnv::MakeDir(const std::string& path, uint32_t mode) {
   const Status status = plan_->Decide("make_dir", path).status;
-  return status.ok() ? base_->MakeDir(path, mode) : status;
+  return status.ok() ? target()->MakeDir(path, mode) : status;
 }
 
 Status FaultEnv::NewWritableFile(const std::string& path, uint32_t mode, bool direct,
                                  std::unique_ptr<WritableFile>* file) {
   Status status = plan_->Decide("create", path).status;
   std::unique_ptr<WritableFile> base;
-  if (status.ok()) status = base_->NewWritableFile(path, mode, direct, &base);
+  if (status.ok()) status = target()->NewWritableFile(path, mode, direct, &base);
   if (status.ok()) *file = std::make_unique<FaultWritableFile>(plan_, path, std::move(base));
   return status;
 }
@@ -129,7 +130,7 @@ Status FaultEnv::ReuseFile(const std::string& from, const std::string& to, uint3
                            std::unique_ptr<WritableFile>* file) {
   Status status = plan_->Decide("reuse", from, to).status;
   std::unique_ptr<WritableFile> base;
-  if (status.ok()) status = base_->ReuseFile(from, to, mode, direct, &base);
+  if (status.ok()) status = target()->ReuseFile(from, to, mode, direct, &base);
   if (status.ok()) *file = std::make_unique<FaultWritableFile>(plan_, to, std::move(base));
   return status;
 }
@@ -137,53 +138,47 @@ Status FaultEnv::ReuseFile(const std::string& from, const std::string& to, uint3
 Status FaultEnv::NewReadableFile(const std::string& path, bool direct, std::unique_ptr<ReadableFile>* file) {
   Status status = plan_->Decide("open", path).status;
   std::unique_ptr<ReadableFile> base;
-  if (status.ok()) status = base_->NewReadableFile(path, direct, &base);
+  if (status.ok()) status = target()->NewReadableFile(path, direct, &base);
   if (status.ok()) *file = std::make_unique<FaultReadableFile>(plan_, path, std::move(base));
   return status;
 }
 
 Status FaultEnv::Rename(const std::string& from, const std::string& to) {
   const Status status = plan_->Decide("rename", from, to).status;
-  return status.ok() ? base_->Rename(from, to) : status;
+  return status.ok() ? target()->Rename(from, to) : status;
 }
 
 Status FaultEnv::SyncDir(const std::string& path) {
   const Status status = plan_->Decide("sync_dir", path).status;
-  return status.ok() ? base_->SyncDir(path) : status;
+  return status.ok() ? target()->SyncDir(path) : status;
 }
 
 Status FaultEnv::Unlink(const std::string& path) {
   const Status status = plan_->Decide("unlink", path).status;
-  return status.ok() ? base_->Unlink(path) : status;
+  return status.ok() ? target()->Unlink(path) : status;
 }
 
 Status FaultEnv::RemoveDir(const std::string& path) {
   const Status status = plan_->Decide("remove_dir", path).status;
-  return status.ok() ? base_->RemoveDir(path) : status;
+  return status.ok() ? target()->RemoveDir(path) : status;
 }
 
 Status FaultEnv::ListDir(const std::string& path, std::vector<std::string>* names) {
   const Status status = plan_->Decide("list_dir", path).status;
-  return status.ok() ? base_->ListDir(path, names) : status;
+  return status.ok() ? target()->ListDir(path, names) : status;
 }
 
 Status FaultEnv::Stat(const std::string& path, FileInfo* info) {
   const Status status = plan_->Decide("stat", path).status;
-  return status.ok() ? base_->Stat(path, info) : status;
+  return status.ok() ? target()->Stat(path, info) : status;
 }
 
 Status FaultEnv::Lock(const std::string& path, uint32_t mode, std::unique_ptr<FileLock>* lock) {
   Status status = plan_->Decide("lock", path).status;
   std::unique_ptr<FileLock> base;
-  if (status.ok()) status = base_->Lock(path, mode, &base);
+  if (status.ok()) status = target()->Lock(path, mode, &base);
   if (status.ok()) *lock = std::make_unique<FaultFileLock>(plan_, path, std::move(base));
   return status;
 }
-
-Status FaultEnv::DirectIo(const std::string& dir, std::optional<DirectIoAlignment>* alignment) {
-  return base_->DirectIo(dir, alignment);
-}
-
-Status FaultEnv::FileSystem(const std::string& path, uint64_t* type) { return base_->FileSystem(path, type); }
 
 }  // namespace layerwise

@@ -14,16 +14,16 @@ namespace layerwise {
 //
 // Every operation is numbered from 0 when it begins: create, reuse, open, write,
 // read, sync, allocate, truncate, rename, sync_dir, make_dir, unlink, remove_dir,
-// list_dir, stat, lock. FileLock::Write counts as a write and a sync, FileLock::Read as a read; a
-// file's operations go under the path at which it was opened (its new one, if reused). close, DirectIo, FileSystem,
-// Release and HeldPathIsMine are passed on uncounted.
+// list_dir, stat, lock. FileLock::Write counts as a write and a sync, FileLock::Read as
+// a read; a file's operations go under the path at which it was opened (its new one, if
+// reused). Whatever is not named here is passed on uncounted.
 //
 // A failed operation does not reach the other Env, except that a failed FileLock's
 // sync does write. Threads: every method may be called by several threads at once.
-class FaultEnv final : public Env {
+class FaultEnv final : public EnvWrapper {
  public:
   // REQUIRES: base outlives this Env and its files.
-  explicit FaultEnv(Env* base) : base_(base), plan_(std::make_shared<FaultPlan>()) {}
+  explicit FaultEnv(Env* base) : EnvWrapper(base), plan_(std::make_shared<FaultPlan>()) {}
 
   // Fails what the rule matches with rule.error_number. With short_write, the first
   // half of a write (in whole units of the file's alignment) is done before that.
@@ -41,8 +41,6 @@ class FaultEnv final : public Env {
   // Operation i as text, such as "write /dir/file".
   std::vector<std::string> trace() const { return plan_->trace(); }
 
-  void Confine(const std::string& root) override { base_->Confine(root); }
-  void LetGo() override { base_->LetGo(); }
   Status MakeDir(const std::string& path, uint32_t mode) override;
   Status NewWritableFile(const std::string& path, uint32_t mode, bool direct,
                          std::unique_ptr<WritableFile>* file) override;
@@ -57,11 +55,8 @@ class FaultEnv final : public Env {
   Status ListDir(const std::string& path, std::vector<std::string>* names) override;
   Status Stat(const std::string& path, FileInfo* info) override;
   Status Lock(const std::string& path, uint32_t mode, std::unique_ptr<FileLock>* lock) override;
-  Status DirectIo(const std::string& dir, std::optional<DirectIoAlignment>* alignment) override;
-  Status FileSystem(const std::string& path, uint64_t* type) override;
 
  private:
-  Env* const base_;
   const std::shared_ptr<FaultPlan> plan_;
 };
 

@@ -21,7 +21,7 @@ class FaultPlan {
     std::optional<std::string> operation;  // its kind; any if not set
     std::string path_pattern = "*";        // fnmatch on the path; "*" matches "/" too
     int error_number = 0;
-    int times = 1;  // how often the rule still holds; for ever if negative
+    int times = 1;  // how often the rule still holds; forever if negative
     bool short_write = false;
     double delay_s = 0;  // if not 0, the operation is slow and does not fail
     bool no_memory = false;  // it throws std::bad_alloc

@@ -6,25 +6,24 @@
 #include <utility>
 #include <vector>
 
-#include "disk_image.h"
+#include "after_crash.h"
 #include "layerwise/env.h"
 
 namespace layerwise {
 
-class MemoryDisk;
+class LoggedDisk;
 
 // A file system in memory that forgets what was not flushed, for tests: every
 // operation that changes it is kept in a log, and Crash gives what a disk may hold
-// if power failed after any prefix of that log (see disk_image.h).
+// if power failed after any prefix of that log (see after_crash.h).
 //
-// It begins with an empty root directory. Relative paths start there; ".." is
-// EINVAL; there are no links. Direct files demand 512 bytes of alignment of
-// addresses, offsets and lengths (EINVAL), and so does DirectIo.
+// It begins with an empty root directory. Paths and direct files are as
+// memory_disk_env.h says; everything is kept.
 //
 // A file's operations are logged, and matched by Drop, under the path at which it
 // was opened; ReuseFile is logged, and matched, as the rename that it begins with.
 // Threads: every method may be called by several threads at once.
-class MemoryEnv final : public Env {
+class MemoryEnv final : public EnvWrapper {
  public:
   MemoryEnv();
   ~MemoryEnv() override;
@@ -49,26 +48,12 @@ class MemoryEnv final : public Env {
   Status Drop(const std::string& operation, const std::string& path_pattern);
   uint64_t dropped() const;
 
-  Status MakeDir(const std::string& path, uint32_t mode) override;
-  Status NewWritableFile(const std::string& path, uint32_t mode, bool direct,
-                         std::unique_ptr<WritableFile>* file) override;
-  Status ReuseFile(const std::string& from, const std::string& to, uint32_t mode, bool direct,
-                   std::unique_ptr<WritableFile>* file) override;
-  Status NewReadableFile(const std::string& path, bool direct,
-                         std::unique_ptr<ReadableFile>* file) override;
-  Status Rename(const std::string& from, const std::string& to) override;
-  Status SyncDir(const std::string& path) override;
-  Status Unlink(const std::string& path) override;
-  Status RemoveDir(const std::string& path) override;
-  Status ListDir(const std::string& path, std::vector<std::string>* names) override;
-  Status Stat(const std::string& path, FileInfo* info) override;
-  Status Lock(const std::string& path, uint32_t mode, std::unique_ptr<FileLock>* lock) override;
-  Status DirectIo(const std::string& dir, std::optional<DirectIoAlignment>* alignment) override;
-
  private:
-  explicit MemoryEnv(DiskImage image);
+  explicit MemoryEnv(std::shared_ptr<LoggedDisk> disk);
+  MemoryEnv(std::shared_ptr<LoggedDisk> disk, std::unique_ptr<Env> env);
 
-  const std::shared_ptr<MemoryDisk> disk_;
+  const std::shared_ptr<LoggedDisk> disk_;
+  const std::unique_ptr<Env> env_;
 };
 
 }  // namespace layerwise

@@ -208,7 +208,7 @@ TEST_CASE("a shared pool is made only in a memory file, and mapped only where no
   close(disk);
 }
 
-// The sanitizers' allocators have locks that a fork may leave held for ever.
+// The sanitizers' allocators have locks that a fork may leave held forever.
 #if !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)
 TEST_CASE("a shared pool is not mapped in a forked child, and the other side is another process") {
   MemoryFile file;

@@ -17,7 +17,8 @@ namespace layerwise {
 
 namespace {
 
-// A root "ck" with a folder "d", and beside it "out" with the file "f" and the empty folder "e". "ck/link" leads to "out".
+// A root "ck" with a folder "d", and beside it "out" with the file "f" and the empty folder "e". "ck/link" leads to
+// "out".
 struct Tree {
   Tree() : root(dir / "ck"), out(dir / "out"), env(OnNvm() ? static_cast<Env&>(nvm) : posix) {
     REQUIRE_OK(env.MakeDir(root, 0700));

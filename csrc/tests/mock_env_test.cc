@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "layerwise/aligned_buffer.h"
 #include "scratch.h"
 
 namespace layerwise {
@@ -21,9 +22,11 @@ TEST_CASE("a mock keeps records and the size of shards, and counts what is writt
   REQUIRE(env.NewWritableFile("/ckpt/shard", 0600, true, &shard).ok());
   CHECK(shard->direct());
   CHECK(shard->alignment().offset == 512);
-  const std::string block(4096, 'x');
+  AlignedBuffer block;
+  REQUIRE(block.Reserve(4096).ok());
   CHECK(shard->Allocate(16384).ok());
-  CHECK(shard->Pwrite(block.data(), block.size(), 4096).ok());
+  CHECK(shard->Pwrite(block.data(), 4096, 4096).ok());
+  CHECK(shard->Pwrite(block.data(), 4095, 8192).error_number() == EINVAL);
   CHECK(shard->Sync().ok());
   FileInfo info;
   CHECK(env.Stat("/ckpt/shard", &info).ok());
@@ -64,6 +67,7 @@ TEST_CASE("names in a mock behave as on a disk") {
 
   std::unique_ptr<WritableFile> file;
   REQUIRE(env.NewWritableFile("/retired", 0600, true, &file).ok());
+  REQUIRE(file->Close().ok());
   CHECK(env.ReuseFile("/retired", "/next", 0600, true, &file).ok());
   FileInfo info;
   CHECK(env.Stat("/retired", &info).error_number() == ENOENT);

@@ -94,7 +94,7 @@ TEST_CASE("mapped bytes land where they belong, whatever their alignment") {
   }
 }
 
-TEST_CASE("threads that write neighbouring bytes do not disturb each other") {
+TEST_CASE("threads that write neighboring bytes do not disturb each other") {
   if (SkipWithoutDax()) return;
   ScratchDir dir;
   NvmEnv env;

@@ -2,14 +2,12 @@
 
 #include <fcntl.h>
 #include <signal.h>
-#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cerrno>
 #include <string_view>
 #include <vector>
@@ -18,16 +16,6 @@
 #include "scratch.h"
 
 namespace layerwise {
-
-namespace {
-
-uint32_t ModeOf(const std::string& path) {
-  struct stat info;
-  REQUIRE(lstat(path.c_str(), &info) == 0);
-  return info.st_mode & 07777;
-}
-
-}  // namespace
 
 TEST_CASE("modes are exact whatever the umask is") {
   ScratchDir dir;
@@ -248,129 +236,6 @@ TEST_CASE("a forked child that lives on does not keep the lock") {
   for (int fd : {ready[0], ready[1], done[0]}) close(fd);
 }
 
-TEST_CASE("a retired file is taken over with its space and content, under a new name and mode") {
-  ScratchDir dir;
-  Env& env = DiskEnv();
-  const std::string old = Pattern(8192);
-  REQUIRE_OK(env.WriteFile(dir / "old", old, 0644));
-  struct stat before, after;
-  REQUIRE(stat((dir / "old").c_str(), &before) == 0);
-  std::unique_ptr<WritableFile> file;
-  REQUIRE_OK(env.ReuseFile(dir / "old", dir / "new", 0600, true, &file));
-  CHECK(ModeOf(dir / "new") == 0600);
-  REQUIRE(stat((dir / "new").c_str(), &after) == 0);
-  CHECK(after.st_ino == before.st_ino);
-  std::optional<DirectIoAlignment> alignment;
-  REQUIRE_OK(env.DirectIo(dir.path(), &alignment));
-  CHECK(file->direct() == alignment.has_value());
-  AlignedBuffer buffer;
-  REQUIRE_OK(buffer.Reserve(4096));
-  std::fill_n(buffer.data(), 4096, 'n');
-  REQUIRE_OK(file->Pwrite(buffer.data(), 4096, 0));
-  std::string content;
-  REQUIRE_OK(env.ReadFile(dir / "new", 8192, &content));
-  CHECK(content == std::string(4096, 'n') + old.substr(4096));
-  REQUIRE_OK(file->Truncate(4096));
-  REQUIRE_OK(file->Sync());
-  REQUIRE_OK(env.ReadFile(dir / "new", 8192, &content));
-  CHECK(content == std::string(4096, 'n'));
-  REQUIRE_OK(file->Close());
-  CHECK_ERRNO(file->Truncate(0), EBADF);
-  FileInfo info;
-  CHECK_ERRNO(env.Stat(dir / "old", &info), ENOENT);
-}
-
-TEST_CASE("a file that a reader, a lock, a mapping or another name has is never reused") {
-  ScratchDir dir;
-  Env& env = DiskEnv();
-  std::unique_ptr<WritableFile> file, open_file;
-  std::unique_ptr<ReadableFile> reader;
-  std::unique_ptr<FileLock> lock;
-  for (const char* name : {"read", "locked", "mapped", "linked"}) {
-    REQUIRE_OK(env.WriteFile(dir / name, "old", 0600));
-  }
-  REQUIRE_OK(env.NewReadableFile(dir / "read", false, &reader));
-  CHECK_ERRNO(env.ReuseFile(dir / "read", dir / "1", 0600, true, &file), EBUSY);
-  REQUIRE_OK(env.NewWritableFile(dir / "written", 0600, true, &open_file));
-  CHECK_ERRNO(env.ReuseFile(dir / "written", dir / "2", 0600, true, &file), EBUSY);
-  REQUIRE_OK(env.Lock(dir / "locked", 0600, &lock));
-  CHECK_ERRNO(env.ReuseFile(dir / "locked", dir / "3", 0600, true, &file), EBUSY);
-  REQUIRE(link((dir / "linked").c_str(), (dir / "link").c_str()) == 0);
-  CHECK_ERRNO(env.ReuseFile(dir / "linked", dir / "4", 0600, true, &file), EBUSY);
-  const int fd = open((dir / "mapped").c_str(), O_RDONLY | O_CLOEXEC);
-  REQUIRE(fd >= 0);
-  void* const mapped = mmap(nullptr, 4096, PROT_READ, MAP_SHARED, fd, 0);
-  close(fd);
-  REQUIRE(mapped != MAP_FAILED);
-  CHECK_ERRNO(env.ReuseFile(dir / "mapped", dir / "5", 0600, true, &file), EBUSY);
-  munmap(mapped, 4096);
-  CHECK(file == nullptr);
-  // What was refused has its new name, and may be unlinked there.
-  for (const char* name : {"1", "2", "3", "4", "5"}) CHECK(env.Unlink(dir / name).ok());
-}
-
-TEST_CASE("nobody is signalled when another process opens a file that is being taken over") {
-  ScratchDir dir;
-  Env& env = DiskEnv();
-  static std::atomic<int> signals{0};
-  struct sigaction before = {}, counting = {};
-  counting.sa_handler = [](int) { ++signals; };
-  REQUIRE(sigaction(SIGIO, &counting, &before) == 0);
-  REQUIRE_OK(env.WriteFile(dir / "a", "old", 0600));
-  const std::string a = dir / "a", b = dir / "b";
-  const pid_t opener = fork();
-  REQUIRE(opener >= 0);
-  if (opener == 0) {  // as a backup, an indexer or a virus scanner does
-    for (;;) {
-      for (const std::string* name : {&a, &b}) {
-        const int fd = open(name->c_str(), O_RDONLY | O_CLOEXEC);
-        if (fd >= 0) close(fd);
-      }
-    }
-  }
-  int taken = 0, refused = 0;
-  for (int i = 0; i < 20000 && (i < 2000 || taken == 0 || refused == 0); ++i) {
-    std::unique_ptr<WritableFile> file;
-    const Status status = env.ReuseFile(i % 2 ? b : a, i % 2 ? a : b, 0600, false, &file);
-    ++(status.ok() ? taken : refused);
-    if (!status.ok()) CHECK_MESSAGE(status.error_number() == EBUSY, status.ToString());
-  }
-  kill(opener, SIGKILL);
-  CHECK(waitpid(opener, nullptr, 0) == opener);
-  CHECK(sigaction(SIGIO, &before, nullptr) == 0);
-  CHECK(taken > 0);
-  CHECK(refused > 0);
-  CHECK(signals == 0);
-}
-
-TEST_CASE("a file that a child process has open is never reused") {
-  ScratchDir dir;
-  Env& env = DiskEnv();
-  REQUIRE_OK(env.WriteFile(dir / "old", "old", 0600));
-  int ready[2], done[2];
-  REQUIRE(pipe(ready) == 0);
-  REQUIRE(pipe(done) == 0);
-  const pid_t child = fork();
-  REQUIRE(child >= 0);
-  if (child == 0) {
-    char byte = 0;
-    close(done[1]);
-    const int fd = open((dir / "old").c_str(), O_RDONLY);
-    if (fd < 0 || write(ready[1], "r", 1) != 1 || read(done[0], &byte, 1) < 0) _exit(1);
-    _exit(0);
-  }
-  char byte = 0;
-  REQUIRE(read(ready[0], &byte, 1) == 1);
-  std::unique_ptr<WritableFile> file;
-  CHECK_ERRNO(env.ReuseFile(dir / "old", dir / "new", 0600, false, &file), EBUSY);
-  close(done[1]);
-  int status = 0;
-  REQUIRE(waitpid(child, &status, 0) == child);
-  CHECK(status == 0);
-  CHECK(env.ReuseFile(dir / "new", dir / "newer", 0600, false, &file).ok());
-  for (int fd : {ready[0], ready[1], done[0]}) close(fd);
-}
-
 TEST_CASE("a forked child keeps no file open, and destroying one there closes nothing of its own") {
   ScratchDir dir;
   Env& env = DiskEnv();
@@ -406,27 +271,6 @@ TEST_CASE("a forked child keeps no file open, and destroying one there closes no
   size_t got = 0;
   REQUIRE_OK(in->Pread(content, 2, 0, &got));
   CHECK(got == 2);
-}
-
-TEST_CASE("reuse replaces nothing and takes only regular files") {
-  ScratchDir dir;
-  Env& env = DiskEnv();
-  std::unique_ptr<WritableFile> file;
-  REQUIRE_OK(env.WriteFile(dir / "a", "a", 0600));
-  REQUIRE_OK(env.WriteFile(dir / "b", "b", 0600));
-  CHECK_ERRNO(env.ReuseFile(dir / "a", dir / "b", 0600, false, &file), EEXIST);
-  std::string content;
-  REQUIRE_OK(env.ReadFile(dir / "a", 1, &content));
-  CHECK(content == "a");
-  REQUIRE_OK(env.ReadFile(dir / "b", 1, &content));
-  CHECK(content == "b");
-  CHECK_ERRNO(env.ReuseFile(dir / "missing", dir / "c", 0600, false, &file), ENOENT);
-  REQUIRE(symlink("a", (dir / "link").c_str()) == 0);
-  CHECK_ERRNO(env.ReuseFile(dir / "link", dir / "d", 0600, false, &file), ELOOP);
-  REQUIRE(mkfifo((dir / "pipe").c_str(), 0600) == 0);
-  CHECK_ERRNO(env.ReuseFile(dir / "pipe", dir / "e", 0600, false, &file), EINVAL);
-  REQUIRE_OK(env.MakeDir(dir / "dir", 0700));
-  CHECK_ERRNO(env.ReuseFile(dir / "dir", dir / "f", 0600, false, &file), EISDIR);
 }
 
 }  // namespace layerwise

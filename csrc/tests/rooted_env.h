@@ -2,50 +2,53 @@
 #define LAYERWISE_TESTS_ROOTED_ENV_H_
 
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "layerwise/env.h"
 
 namespace layerwise {
 
 // Another Env with a directory of it as the root: "/s" is "<root>/s".
-class RootedEnv final : public Env {
+class RootedEnv final : public EnvWrapper {
  public:
   // REQUIRES: base outlives this Env and its files.
-  RootedEnv(Env* base, std::string root) : base_(base), root_(std::move(root)) {}
+  RootedEnv(Env* base, std::string root) : EnvWrapper(base), root_(std::move(root)) {}
 
-  void Confine(const std::string& root) override { base_->Confine(root_ + root); }
-  void LetGo() override { base_->LetGo(); }
-  Status MakeDir(const std::string& path, uint32_t mode) override { return base_->MakeDir(root_ + path, mode); }
+  void Confine(const std::string& root) override { target()->Confine(root_ + root); }
+  Status MakeDir(const std::string& path, uint32_t mode) override { return target()->MakeDir(root_ + path, mode); }
   Status NewWritableFile(const std::string& path, uint32_t mode, bool direct,
                          std::unique_ptr<WritableFile>* file) override {
-    return base_->NewWritableFile(root_ + path, mode, direct, file);
+    return target()->NewWritableFile(root_ + path, mode, direct, file);
   }
   Status ReuseFile(const std::string& from, const std::string& to, uint32_t mode, bool direct,
                    std::unique_ptr<WritableFile>* file) override {
-    return base_->ReuseFile(root_ + from, root_ + to, mode, direct, file);
+    return target()->ReuseFile(root_ + from, root_ + to, mode, direct, file);
   }
   Status NewReadableFile(const std::string& path, bool direct, std::unique_ptr<ReadableFile>* file) override {
-    return base_->NewReadableFile(root_ + path, direct, file);
+    return target()->NewReadableFile(root_ + path, direct, file);
   }
   Status Rename(const std::string& from, const std::string& to) override {
-    return base_->Rename(root_ + from, root_ + to);
+    return target()->Rename(root_ + from, root_ + to);
   }
-  Status SyncDir(const std::string& path) override { return base_->SyncDir(root_ + path); }
-  Status Unlink(const std::string& path) override { return base_->Unlink(root_ + path); }
-  Status RemoveDir(const std::string& path) override { return base_->RemoveDir(root_ + path); }
+  Status SyncDir(const std::string& path) override { return target()->SyncDir(root_ + path); }
+  Status Unlink(const std::string& path) override { return target()->Unlink(root_ + path); }
+  Status RemoveDir(const std::string& path) override { return target()->RemoveDir(root_ + path); }
   Status ListDir(const std::string& path, std::vector<std::string>* names) override {
-    return base_->ListDir(root_ + path, names);
+    return target()->ListDir(root_ + path, names);
   }
-  Status Stat(const std::string& path, FileInfo* info) override { return base_->Stat(root_ + path, info); }
+  Status Stat(const std::string& path, FileInfo* info) override { return target()->Stat(root_ + path, info); }
   Status Lock(const std::string& path, uint32_t mode, std::unique_ptr<FileLock>* lock) override {
-    return base_->Lock(root_ + path, mode, lock);
+    return target()->Lock(root_ + path, mode, lock);
   }
   Status DirectIo(const std::string& dir, std::optional<DirectIoAlignment>* alignment) override {
-    return base_->DirectIo(root_ + dir, alignment);
+    return target()->DirectIo(root_ + dir, alignment);
+  }
+  Status FileSystem(const std::string& path, uint64_t* type) override {
+    return target()->FileSystem(root_ + path, type);
   }
 
  private:
-  Env* const base_;
   const std::string root_;
 };
 

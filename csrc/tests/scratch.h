@@ -2,6 +2,7 @@
 #define LAYERWISE_TESTS_SCRATCH_H_
 
 #include <doctest/doctest.h>
+#include <sys/stat.h>
 
 #include <cstdint>
 #include <cstdlib>
@@ -56,6 +57,13 @@ class ScratchDir {
  private:
   std::string path_;
 };
+
+// The permission bits of a file, of a link itself.
+inline uint32_t ModeOf(const std::string& path) {
+  struct stat info;
+  REQUIRE(lstat(path.c_str(), &info) == 0);
+  return info.st_mode & 07777;
+}
 
 // Bytes that differ from place to place.
 inline std::string Pattern(size_t n, uint64_t seed = 1) {

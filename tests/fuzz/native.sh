@@ -9,9 +9,14 @@ seed=${2:-1}
 build=build/fuzz
 mkdir -p "$build/corpus"
 cp -n tests/fuzz/corpus/shard_reader/* "$build/corpus/" 2>/dev/null || true
-core=(csrc/src/{aligned_buffer,block_runs,buffer_pool,calls,descriptor,env,hash,hash_baseline,plan,pool_core,posix_file}.cc
-  csrc/src/{shard_reader,status,thread_core,uring_core,writer_pool}.cc csrc/testing/{disk_image,memory_disk,memory_env,memory_file}.cc)
-case $(uname -m) in x86_64) vectors=(csrc/src/hash_avx2.cc csrc/src/hash_avx512.cc) ;; *) vectors=() ;; esac
+core=()
+vectors=()
+for source in csrc/src/*.cc csrc/testing/*.cc; do
+  case $source in
+    */hash_avx*.cc) [ "$(uname -m)" != x86_64 ] || vectors+=("$source") ;;
+    *) core+=("$source") ;;
+  esac
+done
 flags=(-std=c++20 -g1 -O1 -Icsrc/include -Icsrc/testing -Icsrc/src -fno-omit-frame-pointer)
 clang=$(command -v clang++ || command -v clang++-14 || true)
 if [ -n "$clang" ]; then

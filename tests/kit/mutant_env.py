@@ -7,7 +7,7 @@ import fnmatch
 import sys
 from dataclasses import dataclass
 
-from layerwise_dist._native import testing
+import layerwise_native_testing as testing
 
 
 @dataclass

@@ -231,6 +231,51 @@ class Env {
   Status ReadFile(const std::string& path, uint64_t cap, std::string* data);
 };
 
+// Passes every call on to another Env. A subclass overrides what it changes, so what it
+// says nothing of reaches the other one, not Env's defaults.
+//
+// Files are those of the other Env: a subclass that changes what files do wraps them.
+class EnvWrapper : public Env {
+ public:
+  // REQUIRES: target outlives this Env's last call, and its files.
+  explicit EnvWrapper(Env* target) : target_(target) {}
+
+  Env* target() const { return target_; }
+
+  void Confine(const std::string& root) override { target_->Confine(root); }
+  void LetGo() override { target_->LetGo(); }
+  Status MakeDir(const std::string& path, uint32_t mode) override { return target_->MakeDir(path, mode); }
+  Status NewWritableFile(const std::string& path, uint32_t mode, bool direct,
+                         std::unique_ptr<WritableFile>* file) override {
+    return target_->NewWritableFile(path, mode, direct, file);
+  }
+  Status ReuseFile(const std::string& from, const std::string& to, uint32_t mode, bool direct,
+                   std::unique_ptr<WritableFile>* file) override {
+    return target_->ReuseFile(from, to, mode, direct, file);
+  }
+  Status NewReadableFile(const std::string& path, bool direct, std::unique_ptr<ReadableFile>* file) override {
+    return target_->NewReadableFile(path, direct, file);
+  }
+  Status Rename(const std::string& from, const std::string& to) override { return target_->Rename(from, to); }
+  Status SyncDir(const std::string& path) override { return target_->SyncDir(path); }
+  Status Unlink(const std::string& path) override { return target_->Unlink(path); }
+  Status RemoveDir(const std::string& path) override { return target_->RemoveDir(path); }
+  Status ListDir(const std::string& path, std::vector<std::string>* names) override {
+    return target_->ListDir(path, names);
+  }
+  Status Stat(const std::string& path, FileInfo* info) override { return target_->Stat(path, info); }
+  Status Lock(const std::string& path, uint32_t mode, std::unique_ptr<FileLock>* lock) override {
+    return target_->Lock(path, mode, lock);
+  }
+  Status DirectIo(const std::string& dir, std::optional<DirectIoAlignment>* alignment) override {
+    return target_->DirectIo(dir, alignment);
+  }
+  Status FileSystem(const std::string& path, uint64_t* type) override { return target_->FileSystem(path, type); }
+
+ private:
+  Env* const target_;
+};
+
 }  // namespace layerwise
 
 #endif  // LAYERWISE_ENV_H_

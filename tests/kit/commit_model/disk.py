@@ -6,7 +6,8 @@ import errno
 import os
 from typing import Protocol
 
-from layerwise_dist._native import testing
+import layerwise_native_testing as testing
+
 from layerwise_dist.commit.metadata import Branch, Manifest, decode
 from layerwise_dist.storage import filenames
 from layerwise_dist.storage.filenames import AttemptId

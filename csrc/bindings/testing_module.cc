@@ -48,7 +48,11 @@ void Fail(FaultEnv& env, std::optional<uint64_t> index, std::optional<std::strin
 
 }  // namespace
 
-void BindTesting(nb::module_& m) {
+NB_MODULE(layerwise_native_testing, m) {
+  nb::module_::import_("layerwise_dist._native");  // has Env and the files, which these are kinds of
+  nb::register_exception_translator(TranslateStatus);
+
+  m.doc() = "File systems for tests of layerwise_dist: one that forgets, one that fails.";
   nb::class_<MemoryEnv, Env>(m, "MemoryEnv")
       .def(nb::init<>())
       .def_prop_ro("log_size", &MemoryEnv::LogSize)

@@ -1,5 +1,5 @@
-#ifndef LAYERWISE_TESTING_MEMORY_FILE_H_
-#define LAYERWISE_TESTING_MEMORY_FILE_H_
+#ifndef LAYERWISE_SRC_MEMORY_FILE_H_
+#define LAYERWISE_SRC_MEMORY_FILE_H_
 
 #include <memory>
 #include <string>
@@ -9,8 +9,8 @@
 
 namespace layerwise {
 
-// What a direct file of a MemoryEnv demands.
-inline constexpr DirectIoAlignment kMemoryAlignment = {512, 512};
+// Open files and locks of a MemoryDisk. Closing one takes the disk's mutex: whoever holds
+// that must not destroy one.
 
 class MemoryWritableFile final : public WritableFile {
  public:
@@ -82,4 +82,4 @@ class MemoryFileLock final : public FileLock {
 
 }  // namespace layerwise
 
-#endif  // LAYERWISE_TESTING_MEMORY_FILE_H_
+#endif  // LAYERWISE_SRC_MEMORY_FILE_H_

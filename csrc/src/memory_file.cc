@@ -15,12 +15,11 @@ bool Misaligned(DirectIoAlignment alignment, const void* data, size_t n, uint64_
          offset % alignment.offset != 0;
 }
 
-DiskOp Change(Kind kind, uint64_t inode, uint64_t offset, std::string data) {
+DiskOp FileOp(Kind kind, uint64_t inode, uint64_t offset = 0) {
   DiskOp op;
   op.kind = kind;
   op.inode = inode;
   op.offset = offset;
-  op.data = std::move(data);
   return op;
 }
 
@@ -30,28 +29,29 @@ Status MemoryWritableFile::Pwrite(const void* data, size_t n, uint64_t offset) {
   std::lock_guard lock(disk_->mutex());
   if (closed_) return Status::IoError(EBADF, "pwrite", path_);
   if (Misaligned(alignment(), data, n, offset)) return Status::IoError(EINVAL, "pwrite", path_);
-  if (n > 0) disk_->Do(Change(Kind::kWrite, inode_, offset, std::string(static_cast<const char*>(data), n)), path_);
+  if (n > 0) disk_->Write(inode_, {static_cast<const char*>(data), n}, offset, path_);
   return Status::Ok();
 }
 
 Status MemoryWritableFile::Allocate(uint64_t size) {
   std::lock_guard lock(disk_->mutex());
   if (closed_) return Status::IoError(EBADF, "fallocate", path_);
-  disk_->Do(Change(Kind::kAllocate, inode_, size, {}), path_);
+  disk_->Do(FileOp(Kind::kAllocate, inode_, size), path_);
   return Status::Ok();
 }
 
 Status MemoryWritableFile::Truncate(uint64_t size) {
   std::lock_guard lock(disk_->mutex());
   if (closed_) return Status::IoError(EBADF, "ftruncate", path_);
-  disk_->Do(Change(Kind::kTruncate, inode_, size, {}), path_);
+  disk_->Do(FileOp(Kind::kTruncate, inode_, size), path_);
   return Status::Ok();
 }
 
 Status MemoryWritableFile::Sync() {
   std::lock_guard lock(disk_->mutex());
   if (closed_) return Status::IoError(EBADF, "fdatasync", path_);
-  disk_->Do(Change(Kind::kSync, inode_, 0, {}), path_);
+  disk_->Do(FileOp(Kind::kSync, inode_), path_);
+  disk_->counts().syncs += 1;
   return Status::Ok();
 }
 
@@ -94,9 +94,9 @@ Status MemoryFileLock::Release() {
 Status MemoryFileLock::Write(std::string_view data) {
   std::lock_guard lock(disk_->mutex());
   if (released_) return Status::IoError(EBADF, "pwrite", path_);
-  disk_->Do(Change(Kind::kWrite, inode_, 0, std::string(data)), path_);
-  disk_->Do(Change(Kind::kTruncate, inode_, data.size(), {}), path_);
-  disk_->Do(Change(Kind::kSync, inode_, 0, {}), path_);
+  disk_->Write(inode_, data, 0, path_);
+  disk_->Do(FileOp(Kind::kTruncate, inode_, data.size()), path_);
+  disk_->Do(FileOp(Kind::kSync, inode_), path_);
   return Status::Ok();
 }
 

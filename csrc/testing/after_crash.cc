@@ -1,4 +1,4 @@
-#include "disk_image.h"
+#include "after_crash.h"
 
 #include <algorithm>
 #include <random>
@@ -13,38 +13,6 @@ namespace {
 using Kind = DiskOp::Kind;
 
 constexpr size_t kSector = 512;
-
-void Change(const DiskOp& op, std::string* content) {
-  if (op.kind == Kind::kTruncate) {
-    content->resize(op.offset);
-  } else if (op.kind == Kind::kAllocate) {
-    content->resize(std::max<size_t>(content->size(), op.offset));
-  } else {
-    content->resize(std::max<size_t>(content->size(), op.offset + op.data.size()));
-    content->replace(op.offset, op.data.size(), op.data);
-  }
-}
-
-void EraseEntry(DiskImage::Node* dir, const std::string& name, uint64_t inode) {
-  const auto entry = dir->entries.find(name);
-  if (entry != dir->entries.end() && entry->second == inode) dir->entries.erase(entry);
-}
-
-void ChangeNames(const DiskOp& op, DiskImage* image) {
-  DiskImage::Node& dir = image->nodes[op.dir];
-  switch (op.kind) {
-    case Kind::kMakeDir:
-    case Kind::kCreate:
-      dir.entries[op.name] = op.inode;
-      break;
-    case Kind::kRename:
-      EraseEntry(&dir, op.name, op.inode);
-      image->nodes[op.to_dir].entries[op.to_name] = op.inode;
-      break;
-    default:
-      EraseEntry(&dir, op.name, op.inode);
-  }
-}
 
 // An operation on directories, and which of them have not been flushed since.
 struct NameOp {
@@ -62,7 +30,7 @@ std::map<size_t, std::vector<std::string>> SectorVersions(std::string content, s
   std::map<size_t, std::vector<std::string>> versions;
   for (const DiskOp* op : changes) {
     const size_t before = content.size();
-    Change(*op, &content);
+    ApplyToContent(*op, &content);
     size_t begin = op->offset;
     size_t end = op->offset + op->data.size();
     if (op->kind == Kind::kTruncate) end = std::max(before, content.size());
@@ -76,13 +44,14 @@ std::map<size_t, std::vector<std::string>> SectorVersions(std::string content, s
   return versions;
 }
 
-std::string Survivor(const std::string& start, const FileHistory& history, CrashPolicy policy, std::mt19937_64* random) {
+std::string Survivor(const std::string& start, const FileHistory& history, CrashPolicy policy,
+                     std::mt19937_64* random) {
   const std::span changes(history.changes);
   std::string old = start;
-  for (const DiskOp* op : changes.first(history.synced)) Change(*op, &old);
+  for (const DiskOp* op : changes.first(history.synced)) ApplyToContent(*op, &old);
   if (policy == CrashPolicy::kNone || policy == CrashPolicy::kNames) return old;
   std::string latest = old;
-  for (const DiskOp* op : changes.subspan(history.synced)) Change(*op, &latest);
+  for (const DiskOp* op : changes.subspan(history.synced)) ApplyToContent(*op, &latest);
   if (policy != CrashPolicy::kRandom) return latest;
 
   const size_t size = (*random)() % 2 == 0 ? old.size() : latest.size();
@@ -111,29 +80,6 @@ void DropUnreachable(DiskImage* image) {
 }
 
 }  // namespace
-
-void Apply(const DiskOp& op, DiskImage* image) {
-  switch (op.kind) {
-    case Kind::kMakeDir:
-    case Kind::kCreate:
-      image->nodes[op.inode].is_dir = op.kind == Kind::kMakeDir;
-      image->next_inode = std::max(image->next_inode, op.inode + 1);
-      ChangeNames(op, image);
-      break;
-    case Kind::kRename:
-    case Kind::kUnlink:
-    case Kind::kRemoveDir:
-      ChangeNames(op, image);
-      break;
-    case Kind::kWrite:
-    case Kind::kAllocate:
-    case Kind::kTruncate:
-      Change(op, &image->nodes[op.inode].content);
-      break;
-    default:
-      break;
-  }
-}
 
 Status ParsePolicy(std::string_view name, CrashPolicy* policy) {
   static constexpr std::pair<std::string_view, CrashPolicy> kPolicies[] = {
@@ -185,7 +131,7 @@ DiskImage AfterCrash(const DiskImage& initial, std::span<const DiskOp> ops, uint
   for (const NameOp& name : names) {
     bool happened = policy == CrashPolicy::kAll || policy == CrashPolicy::kNames;
     if (policy == CrashPolicy::kRandom) happened = random() % 2 == 0;
-    if (name.unsynced.empty() || happened) ChangeNames(*name.op, &image);
+    if (name.unsynced.empty() || happened) ApplyToNames(*name.op, &image);
   }
   for (const auto& [inode, history] : files) {
     std::string& content = image.nodes[inode].content;
