@@ -21,7 +21,7 @@ STARTERS = {"warm", "zero", "torchrun", "start"}  # fixtures that start processe
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="full sweeps instead of samples of them")
-    parser.addoption("--soak-minutes", type=float, help="of the storm in test_soak.py: 60 with --long, else a third")
+    parser.addoption("--soak-minutes", type=float, help="of the storm in test_soak.py: 60 with --long, else a fifth")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _soak_minutes(config: pytest.Config) -> float:
     asked = config.getoption("--soak-minutes")
-    return asked if asked is not None else 60.0 if config.getoption("--long") else 1 / 3
+    return asked if asked is not None else 60.0 if config.getoption("--long") else 1 / 5
 
 
 @pytest.fixture(scope="session")
