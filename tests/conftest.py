@@ -26,15 +26,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A full sweep may take an hour; the deadline of a test is for one that hangs. What starts ranks is `jobs`."""
+    """A full sweep may take an hour; the deadline of a test is for one that hangs."""
     soak_s = 60 * _soak_minutes(config)
+    mark_jobs(items)
     for item in items:
-        if STARTERS.intersection(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.jobs)
         if "soak_minutes" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.timeout(3 * soak_s + 180), append=False)
         elif config.getoption("--long"):
             item.add_marker(pytest.mark.timeout(3600), append=False)
+
+
+def mark_jobs(items: list[pytest.Item]) -> None:
+    for item in items:
+        if STARTERS.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.jobs)
 
 
 def _soak_minutes(config: pytest.Config) -> float:
