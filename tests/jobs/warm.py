@@ -29,6 +29,7 @@ import torch.distributed.run  # noqa: F401
 import torch.nn.parallel  # noqa: F401
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+import layerwise_dist.cli.verifying  # noqa: F401
 import layerwise_dist.engine.assembly  # noqa: F401
 
 _RESTARTS, _RANKS = 64, 64

@@ -1,5 +1,7 @@
 """DeepSpeed with the operator that it loads at the start of each job on a CPU, for jobs that are forked from here.
 
+    zero_ready.py       compiles it, if it is not there
+
 torch compiles an operator, and each process that loads one looks whether it must. A file is there as long as somebody
 does. A process that is killed meanwhile leaves the file, and every later one waits for it without end. Jobs that are
 forked from here have the operator already.
@@ -9,10 +11,17 @@ from __future__ import annotations
 
 import fcntl
 import os
+import sys
 from pathlib import Path
 
-import deepspeed  # noqa: F401
-from deepspeed.accelerator import get_accelerator
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from kit.runners import DEEPSPEED
+
+    os.environ.update(DEEPSPEED)
+
+import deepspeed  # noqa: E402, F401
+from deepspeed.accelerator import get_accelerator  # noqa: E402
 
 OPERATORS = Path(os.environ["TORCH_EXTENSIONS_DIR"])
 
