@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,15 +16,19 @@ from kit.runners import DEEPSPEED, Finished, Running, Warm, torchrun_command  # 
 
 from layerwise_dist.engine import at_exit  # noqa: E402
 
+STARTERS = {"warm", "zero", "torchrun", "start"}  # fixtures that start processes of several ranks
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="full sweeps instead of samples of them")
-    parser.addoption("--soak-minutes", type=float, help="of the storm in test_soak.py: 60 with --long, else a third")
+    parser.addoption("--soak-minutes", type=float, help="of the storm in test_soak.py: 60 with --long, else a fifth")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A full sweep may take an hour; the deadline of a test is for one that hangs."""
     soak_s = 60 * _soak_minutes(config)
+    mark_jobs(items)
     for item in items:
         if "soak_minutes" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.timeout(3 * soak_s + 180), append=False)
@@ -31,14 +36,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.timeout(3600), append=False)
 
 
+def mark_jobs(items: list[pytest.Item]) -> None:
+    for item in items:
+        if STARTERS.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.jobs)
+
+
 def _soak_minutes(config: pytest.Config) -> float:
     asked = config.getoption("--soak-minutes")
-    return asked if asked is not None else 60.0 if config.getoption("--long") else 1 / 3
+    return asked if asked is not None else 60.0 if config.getoption("--long") else 1 / 5
 
 
 @pytest.fixture(scope="session")
 def soak_minutes(request: pytest.FixtureRequest) -> float:
     return _soak_minutes(request.config)
+
+
+def pytest_collection_finish() -> None:
+    """Torch and its kin are half a million objects: without this each of a test's collections takes half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionfinish() -> None:
@@ -107,7 +124,7 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
 
 @pytest.fixture(scope="session")
 def zero(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
-    """As `warm`, for jobs that need DeepSpeed: it is imported already."""
-    server = Warm(tmp_path_factory.mktemp("zero"), "deepspeed", env=DEEPSPEED)
+    """As `warm`, for jobs that need DeepSpeed (see tests/jobs/zero_ready.py)."""
+    server = Warm(tmp_path_factory.mktemp("zero"), "zero_ready", env=DEEPSPEED)
     yield server
     server.close()

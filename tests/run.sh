@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# bash tests/run.sh [--long] [pytest arguments]: sets everything up, then runs the native and the Python tests.
+# bash tests/run.sh [--long] [pytest arguments]: sets everything up, then runs the native and the Python tests, ruff and
+# mypy.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
-  sed -n 's/^# //p' "${BASH_SOURCE[0]}"
+  sed -n '2,/^set /s/^# //p' "${BASH_SOURCE[0]}"
   exit 0
 fi
 cd "$root"
@@ -11,11 +12,15 @@ cd "$root"
 # other on which the deadlines of tests were measured.
 workers=$(nproc)
 workers=$((workers < 2 ? 2 : workers > 4 ? 4 : workers))
-echo "running: set-up, native tests (tests/native.sh: as they are, with ASan and UBSan, with TSan; tests/vm/run.sh: in a virtual machine), Python tests beside them (pytest -q -n $workers --dist worksteal $*)"
+echo "running: set-up, native tests (tests/native.sh: as they are, with ASan and UBSan, with TSan; tests/vm/run.sh: in a virtual machine), ruff and mypy (tests/quick.sh), Python tests beside them (pytest -q -n $workers --dist worksteal $*)"
 SECONDS=0
 bash launch/setup.sh
 python=${LAYERWISE_VENV:-$root/.venv}/bin/python
 failed=()
+# DeepSpeed would compile it in the first of its tests, within that one's deadline.
+if [ ! -e "$("$python" -c 'import sys; print(sys.prefix)')/torch_extensions/deepspeed_shm_comm/deepspeed_shm_comm.so" ]; then
+  "$python" tests/jobs/zero_ready.py >build/tests-operators.log 2>&1 || failed+=("DeepSpeed's operators: build/tests-operators.log")
+fi
 
 # Native tests take the processor time that the Python tests leave. Process groups of their own: Ctrl-C ends all of it.
 set -m
@@ -23,13 +28,17 @@ nice -n 10 bash tests/native.sh >build/tests-native.log 2>&1 </dev/null &
 native=$!
 nice -n 10 bash tests/vm/run.sh >build/tests-vm.log 2>&1 </dev/null &
 machine=$!
+nice -n 10 bash tests/quick.sh ruff mypy >build/tests-static.log 2>&1 </dev/null &
+static=$!
 set +m
-trap 'kill -- -$native -$machine 2>/dev/null || true' EXIT
+trap 'kill -- -$native -$machine -$static 2>/dev/null || true' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
 "$python" -m pytest -q -n "$workers" --dist worksteal "$@" || failed+=("Python tests (pytest exit code $?)")
 echo "Python tests: $((SECONDS / 60)) min $((SECONDS % 60)) s after the start"
+wait "$static" || failed+=("ruff or mypy")
+cat build/tests-static.log
 wait "$native" || failed+=("native tests")
 cat build/tests-native.log
 wait "$machine" || failed+=("native tests in a virtual machine")

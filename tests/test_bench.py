@@ -130,17 +130,16 @@ def test_training_under_deepspeed_is_measured_against_its_own_saves(
         assert row["flushes"] == ("yes" if mode == "layerwise" else "no")
 
 
-def test_a_peer_that_is_not_installed_is_named_and_the_rest_is_measured(tmp_path: Path) -> None:
+def test_a_peer_that_is_not_installed_is_named_and_the_rest_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A package of that name that cannot be imported stands for none."""
     (tmp_path / "shadow").mkdir()
     (tmp_path / "shadow" / "torchsnapshot.py").write_text("raise ImportError('shadowed')\n")
     (tmp_path / "disk").mkdir()
     path = os.pathsep.join(filter(None, [str(tmp_path / "shadow"), os.environ.get("PYTHONPATH")]))
-    ran = subprocess.run(
-        command("train", tmp_path / "disk", "--quick", "--json", "--every", "1", "--modes", "torchsnapshot,torch-save"),
-        env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True, timeout=120,
-    )  # fmt: skip
-    found = json.loads(ran.stdout)
+    monkeypatch.setenv("PYTHONPATH", path)  # of the process that trains
+    found = quick(tmp_path / "disk", "train", "--every", "1", "--modes", "torchsnapshot,torch-save")
     assert found["not_run"] == {"torchsnapshot async": "NotHere: not installed (shadowed)"}
     assert {row["mode"] for row in found["results"]} == {"none", "torch-save"}
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from exactness_table import FEATURES, OPTIMIZERS, UPDATES, cells, read, reason
 from exactness_table import WORLDS as TABLE
-from kit.runners import Finished
+from kit.runners import Warm
 
 # 5 steps each of {momentum, AdamW foreach, AdamW fused} x 9 features of a training script; plain also LBFGS.
 WORLDS = [
@@ -22,7 +21,7 @@ WORLDS = [
 
 @pytest.mark.parametrize(("wrapper", "ranks"), WORLDS, ids=[f"{wrapper}-{ranks}" for wrapper, ranks in WORLDS])
 def test_training_with_the_engine_on_and_resumed_training_are_bit_identical(
-    torchrun: Callable[..., Finished], tmp_path: Path, long: bool, wrapper: str, ranks: int
+    warm: Warm, tmp_path: Path, long: bool, wrapper: str, ranks: int
 ) -> None:
     # Two ranks have shown every feature of DDP alone; a third changes where parameters are cut, which "all" has all of.
     features = ("bare", "closure", "all") if (ranks > 2 or ":" in wrapper) and not long else ()
@@ -30,7 +29,7 @@ def test_training_with_the_engine_on_and_resumed_training_are_bit_identical(
         features = ("all",)
     elif "in_backward" in wrapper:
         features = ("bare", "schedule", "tied", "batchnorm") if long else ("bare",)
-    torchrun("exactness.py", ranks, wrapper, tmp_path, *features, timeout=170)
+    warm.run("exactness.py", ranks, wrapper, tmp_path, *features, timeout=170)
     for rank in range(ranks):
         results = json.loads((tmp_path / f"{rank}.json").read_text())
         assert len(results) >= (3 * len(features) or 27), f"rank {rank} tried only {sorted(results)}"

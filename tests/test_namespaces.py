@@ -1,8 +1,8 @@
 """Nodes with networks and disks of their own: what happens when one is cut off, or dies, and the job is started again.
 
 Each node is a network namespace with an address and a cable to a switch, a mount namespace in which the job's directory
-is a disk of its own, and a host name. torchrun runs on each, as on machines; or mpirun on the first, which starts what
-it needs on the others.
+is a disk of its own, and a host name. torchrun's agent runs on each, as on machines; or mpirun on the first, which
+starts what it needs on the others.
 """
 
 from __future__ import annotations
@@ -11,18 +11,16 @@ import os
 import random
 import shlex
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from kit.kill import KEEP, check, check_folder, read, reference
+from kit.kill import KEEP, check, check_folder, kill_rank, read, reference
 from kit.mpi import command, needs_mpi, told, uninterrupted
-from kit.runners import JOBS, Running, Warm
+from kit.runners import Running, Warm, WarmJob
 
 TOTAL = 60
 COLLECTIVE_S = 8  # deadline of the training's own collectives: who is cut off hears nothing, not even an end
@@ -87,22 +85,24 @@ class Cluster:
             f"node{node}", str(self.disk(node)), str(self.root), *command,
         ]  # fmt: skip
 
-    def job(self) -> list[str]:
-        arguments = ["fsdp2", str(self.root), str(self.folder), "--total", str(TOTAL), "--keep", str(KEEP)]
-        return [str(JOBS / "kill.py"), *arguments]
-
-    def torchrun(self, start: Callable[..., Running], launch: int) -> list[Running]:
+    def torchrun(self, warm: Warm, launch: int) -> list[WarmJob]:
         """The agents of all nodes, each with one rank."""
         port = 29_000 + random.randrange(2_000)  # of a network where nobody else is
+        env = {"LAUNCH": str(launch), "GLOO_SOCKET_IFNAME": "net0", "COLLECTIVE_S": str(COLLECTIVE_S)}
         running = []
         for node in range(self.count):
-            agent = [
-                sys.executable, "-m", "torch.distributed.run", f"--nnodes={self.count}", f"--node-rank={node}",
-                "--nproc-per-node=1", f"--master-addr={self.address(0)}", f"--master-port={port}",
-                f"--local-addr={self.address(node)}", *self.job(),
-            ]  # fmt: skip
-            env = {"LAUNCH": str(launch), "GLOO_SOCKET_IFNAME": "net0", "COLLECTIVE_S": str(COLLECTIVE_S)}
-            running.append(start(self.inside(node, agent), env=env))
+            place = {
+                "network": self.name(node), "name": f"node{node}",
+                "disk": str(self.disk(node)), "mounted": str(self.root),
+            }  # fmt: skip
+            running.append(
+                warm.start(
+                    "kill.py", 1, "fsdp2", self.root, self.folder, "--total", TOTAL, "--keep", KEEP, env=env,
+                    node=place, min_nodes=self.count, max_nodes=self.count, run_id="job", rdzv_backend="static",
+                    rdzv_endpoint=f"{self.address(0)}:{port}", rdzv_configs={"rank": node, "timeout": 60},
+                    local_addr=self.address(node),
+                )
+            )  # fmt: skip
         return running
 
 
@@ -127,7 +127,7 @@ def reached(out: Path, ranks: int, launch: int, step: int) -> bool:
     return all(begun) and all("end" in line or line.get("step", -1) >= step for line in last)
 
 
-def wait_for(what: Callable[[], bool], seconds: float, jobs: list[Running], why: str) -> None:
+def wait_for(what: Callable[[], bool], seconds: float, jobs: list[WarmJob], why: str) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         if time.monotonic() > deadline:
@@ -136,17 +136,15 @@ def wait_for(what: Callable[[], bool], seconds: float, jobs: list[Running], why:
         time.sleep(0.01)
 
 
-def ranks_left(jobs: list[Running], ranks: int) -> list[int]:
-    return [pid for job in jobs for rank in range(ranks) if (pid := job.rank_pid(rank)) is not None]
+def ranks_left(jobs: list[WarmJob]) -> list[int]:
+    return [pid for job in jobs for pid in job.pids() if pid != job.pid]
 
 
-def hurt(cluster: Cluster, jobs: list[Running], kind: str, node: int, dice: random.Random) -> None:
+def hurt(cluster: Cluster, jobs: list[WarmJob], kind: str, node: int, dice: random.Random) -> None:
     if kind == "node":
         jobs[node].kill()
     elif kind == "rank":
-        pid = jobs[node].rank_pid(node)
-        if pid is not None:
-            os.kill(pid, signal.SIGKILL)
+        kill_rank(cluster.folder, node, jobs[node].pids())
     else:
         cluster.cable(node, "down")
         if kind == "blink":
@@ -156,7 +154,7 @@ def hurt(cluster: Cluster, jobs: list[Running], kind: str, node: int, dice: rand
 
 @pytest.mark.timeout(3600)
 def test_nodes_that_die_or_are_cut_off_leave_one_step_on_all_and_nothing_hangs(
-    cluster: Cluster, warm: Warm, start: Callable[..., Running], tmp_path: Path, long: bool
+    cluster: Cluster, warm: Warm, tmp_path: Path, long: bool
 ) -> None:
     if cluster.count == 2 and not long:
         pytest.skip("--long")
@@ -170,25 +168,23 @@ def test_nodes_that_die_or_are_cut_off_leave_one_step_on_all_and_nothing_hangs(
         case = f"seed {seed}, trial {number}: {kind} at node {node} from step {step}"
         cluster.use(tmp_path / f"trial-{number}")
         try:
-            trial(cluster, start, kind, node, step, dice, known)
+            trial(cluster, warm, kind, node, step, dice, known)
         except AssertionError as error:
             raise AssertionError(f"{case}: {error}") from error
 
 
-def trial(
-    cluster: Cluster, start: Callable[..., Running], kind: str, node: int, step: int, dice: random.Random, known: Any
-) -> None:
+def trial(cluster: Cluster, warm: Warm, kind: str, node: int, step: int, dice: random.Random, known: Any) -> None:
     ranks, out = cluster.count, cluster.folder
     losses, finals, _ = known
-    jobs = cluster.torchrun(start, 0)
+    jobs = cluster.torchrun(warm, 0)
     wait_for(lambda: reached(out, ranks, 0, step), LAUNCHED_S, jobs, "it was not reached")
     hurt(cluster, jobs, kind, node, dice)
     # A job whose cable was only out for a moment goes on, and ends as well.
-    wait_for(lambda: not ranks_left(jobs, ranks), GONE_S, jobs, f"ranks were there after {GONE_S} s")
+    wait_for(lambda: not ranks_left(jobs), GONE_S, jobs, f"ranks were there after {GONE_S} s")
     for job in jobs:
         job.kill()
     cluster.cable(node, "up")
-    again = cluster.torchrun(start, 1)
+    again = cluster.torchrun(warm, 1)
     wait_for(lambda: all(job.poll() is not None for job in again), LAUNCHED_S, again, "the restart does not end")
     assert [job.poll() for job in again] == [0] * ranks, again[0].output()[-4000:]
     check(out, ranks, losses, finals, TOTAL)

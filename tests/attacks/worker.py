@@ -13,6 +13,7 @@ import contextlib
 import faulthandler
 import gc
 import hashlib
+import importlib
 import io
 import json
 import logging
@@ -196,6 +197,15 @@ def look(root: Path, outside: Path, json_too: bool) -> dict[str, Any]:
     return {"actions": result, "outside": listing(outside) != before}
 
 
+def modules_of_a_look(folder: Path) -> list[str]:
+    """What each case would import by itself otherwise."""
+    before = set(sys.modules)
+    copy(folder / "plain", folder / "look")
+    look(folder / "look", folder / "plain", True)
+    shutil.rmtree(folder / "look")
+    return sorted(sys.modules.keys() - before)
+
+
 def run(request: dict[str, Any], good: Path, digests: dict[str, str]) -> dict[str, Any]:
     attack = THEMES[request["theme"]][request["number"]]
     place = Path(request["place"])
@@ -279,13 +289,17 @@ def main() -> None:
     survey.LEAST_BASE_BYTES = 1
     app.app = typer.main.get_command(app.app)  # type: ignore[assignment]  # once, instead of at each call
     Job(0).digest()  # torch imports more when the first optimizer is made
-    gc.freeze()  # what a forked process would copy only to look at it
     folder = Path(sys.argv[1])
-    pid, answer = _fork(lambda: make_good(folder))
+    pid, answer = _fork(lambda: {"digests": make_good(folder), "modules": modules_of_a_look(folder)})
     ended, said = _outlive(pid, answer, 60)
     if not said:
         raise SystemExit(f"the good directories could not be made: {ended}")
-    digests = json.loads(said)
+    digests, modules = json.loads(said).values()
+    for name in modules:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # what a forked process would copy only to look at it
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line), folder, digests)), flush=True)
 

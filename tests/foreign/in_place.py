@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import json
 import multiprocessing
@@ -43,6 +44,10 @@ def prepare(source: Path) -> None:
     # The tests ask for processes that import everything anew; a fork of this one has it.
     multiprocessing.set_start_method("fork", force=True)
     torch.multiprocessing.set_start_method = lambda *args, **kwargs: None
+    import pytest  # noqa: F401
+
+    gc.collect()
+    gc.freeze()  # what each forked process would walk, and so copy, at each collection
 
 
 def collect(folder: Path, expression: str, out: Path) -> None:

@@ -3,17 +3,21 @@
     warm.py [MODULE...]
 
 imports the modules too. Requests come as JSON lines on standard input: {"script", "nproc", "args", "env", "log",
-"max_restarts", "options"}, the last of which are for LaunchConfig. Answers: {"pid": ...} when the agent runs, in a
-session of its own together with its ranks. The agent's exit code is written to `<log>.rc`.
+"max_restarts", "options", "node"}. Options are for LaunchConfig; the node, if there is one, is what `enter` takes.
+Answers: {"pid": ...} when the agent runs, in a session of its own together with its ranks. The agent's exit code is
+written to `<log>.rc`.
 """
 
+import ctypes
 import faulthandler
+import gc
 import importlib
 import json
 import mmap
 import os
 import runpy
 import signal
+import socket
 import sys
 import time
 
@@ -25,9 +29,30 @@ import torch.distributed.run  # noqa: F401
 import torch.nn.parallel  # noqa: F401
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+import layerwise_dist.cli.verifying  # noqa: F401
 import layerwise_dist.engine.assembly  # noqa: F401
 
 _RESTARTS, _RANKS = 64, 64
+_NEWNS, _NEWUTS, _NEWNET = 0x20000, 0x4000000, 0x40000000  # of clone(2)
+_BIND, _REC, _PRIVATE = 4096, 16384, 1 << 18  # of mount(2)
+
+
+def enter(node: dict[str, str]) -> None:
+    """This process, and what it starts, is on a node: {"network", a namespace of `ip netns`; "name"; "disk", a folder
+    that is at "mounted"}.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def call(name: str, *args: object) -> None:
+        if getattr(libc, name)(*(arg.encode() if isinstance(arg, str) else arg for arg in args)):
+            raise OSError(ctypes.get_errno(), f"{name}{args}: {os.strerror(ctypes.get_errno())}")
+
+    with open(f"/run/netns/{node['network']}") as network:
+        call("setns", network.fileno(), _NEWNET)
+    call("unshare", _NEWNS | _NEWUTS)
+    call("mount", None, "/", None, ctypes.c_ulong(_REC | _PRIVATE), None)
+    call("mount", node["disk"], node["mounted"], None, ctypes.c_ulong(_BIND), None)
+    socket.sethostname(node["name"])
 
 
 def wait_for_all_forks(begun: mmap.mmap) -> None:
@@ -76,6 +101,8 @@ def main() -> None:
     torch.set_num_threads(1)
     for name in sys.argv[1:]:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # what each rank would walk, and so copy, at each collection
     while line := sys.stdin.readline():
         request = json.loads(line)
         try:
@@ -94,6 +121,8 @@ def main() -> None:
             os.dup2(log, 2)
             # Of the ranks too: where they are, if the test has waited for too long.
             faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
+            if request["node"] is not None:
+                enter(request["node"])
             code = agent(request)
             with open(request["log"] + ".rc.tmp", "w") as file:
                 file.write(str(code))

@@ -211,14 +211,14 @@ class Warm:
 
     def start(
         self, script: str, nproc: int, *args: Any, env: Mapping[str, str] | None = None, max_restarts: int = 0,
-        **options: Any,
+        node: dict[str, str] | None = None, **options: Any,
     ) -> WarmJob:  # fmt: skip
-        """`options` are for torchrun's LaunchConfig."""
+        """`options` are for torchrun's LaunchConfig; `node` is what it runs on (see `enter` in tests/jobs/warm.py)."""
         self._count += 1
         log = self._folder / f"job_{self._count}.log"
         request = {
             "script": str(JOBS / script), "nproc": nproc, "args": [str(arg) for arg in args], "env": dict(env or {}),
-            "log": str(log), "max_restarts": max_restarts, "options": options,
+            "log": str(log), "max_restarts": max_restarts, "options": options, "node": node,
         }  # fmt: skip
         assert self._server.stdin is not None and self._server.stdout is not None
         self._server.stdin.write(json.dumps(request) + "\n")
