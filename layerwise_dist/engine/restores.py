@@ -39,6 +39,7 @@ class Restores:
     """All ranks together, each on its training thread.
 
     Attributes:
+        ready: whether what there is may be trained on: nothing is in the directory, or it was said what follows it.
         restored_from: the folder of the checkpoint that was loaded last; None if there was none.
         client_state: what `save()` was given with it; None if it was not made by `save()`.
         lacking: the model's tensors (`<kind>/<fqn>`) that it had not.
@@ -56,7 +57,7 @@ class Restores:
         self._optimizer, self._surveyor, self._replicas = optimizer, surveyor, replicas
         self._frozen, self._sealer, self._statistics, self._last = frozen, sealer, statistics, last
         self._empty = empty
-        self._ready = fresh or empty
+        self.ready = fresh or empty
         self._way_on = _WAY_ON
         self.restored_from: str | None = None
         self.client_state: dict[str, Any] | None = None
@@ -70,7 +71,7 @@ class Restores:
         """Raises DamageError or BoundaryError where what there is must be neither trained on nor saved."""
         if self._restorer.undefined is not None:
             raise DamageError(self._restorer.undefined)
-        if not self._ready:
+        if not self.ready:
             raise BoundaryError(f"{self._config.path} already holds checkpoints: {self._way_on}")
 
     def restore(self, step: int | None, *, tag: str | None, saved: bool, on_missing: str | None, partly: bool) -> int:
@@ -121,7 +122,7 @@ class Restores:
         head, leaves = self._participant.agree("continue what is in the directory", None, decide)
         self.follow(None if head is None else ParentRef(seq=head[0], attempt=head[1]), new_branch=leaves)
         self._restorer.undefined = None
-        self._ready = True
+        self.ready = True
 
     def follow(self, head: ParentRef | None, *, new_branch: bool) -> list[str]:
         """From where the lineage goes on. A roll-back is made durable before the first step that follows it.
@@ -150,7 +151,7 @@ class Restores:
             # If something else was asked for, this goes on beside what is there, as attach(fresh=True) does.
             beside = not self._empty or self._participant.reached("committed") is not None
             self.follow(None, new_branch=beside and wish != Wish())
-            self._ready = True
+            self.ready = True
             return self._boundary.completed
         attempt, loading, leaves = found
         self._adopt(loading, parts)
@@ -160,7 +161,7 @@ class Restores:
             self._frozen.restored(*loading.base)
         self.restored_from = os.path.join(self._config.path, attempt.folder)
         self._restorer.undefined = None
-        self._ready = True
+        self.ready = True
         log.info("rank %d: restored step %d", self._participant.rank, attempt.step)
         return attempt.step
 

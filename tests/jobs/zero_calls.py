@@ -21,6 +21,7 @@ from zero_kit import STEPS, STOP, Job, Net, expect, settings
 import layerwise_dist as lwd
 import layerwise_dist.deepspeed as drop_in
 from layerwise_dist import errors
+from layerwise_dist.engine.engine import workings_of
 from layerwise_dist.frameworks.deepspeed import counters
 
 
@@ -145,7 +146,7 @@ def parts(case: str, root: str) -> list[str]:
     def load(**switches: bool) -> tuple[list[str], list[str]]:
         """(what is unlike the checkpoint now, what is unlike the engine before), and it trains on."""
         script = UserScript(f"{root}/ckpt", 2, case, net=Net())
-        script.engine.layerwise._ready = True  # it trains, as behind a load of another checkpoint
+        workings_of(script.engine.layerwise).restores.ready = True  # it trains, as behind a load of another checkpoint
         script.train(1)
         before = copy.deepcopy(script.held())
         path, state = script.engine.load_checkpoint(f"{root}/ckpt", **switches)
