@@ -21,7 +21,7 @@ from layerwise_dist import errors
 from layerwise_dist._native import PosixEnv
 from layerwise_dist.commit.transports.local import LocalTransport
 from layerwise_dist.engine import assembly
-from layerwise_dist.frameworks import optimizers, subclasses
+from layerwise_dist.frameworks import subclasses, torch_optimizer
 from layerwise_dist.frameworks.ddp import DDPFramework
 
 torch.set_num_threads(1)
@@ -168,7 +168,7 @@ def test_a_restore_fills_the_tensors_inside_what_is_there(tmp_path: Path, kind: 
 
 
 def test_mutation_a_restore_beside_what_is_there_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizers, "live_inner", lambda get, name: None if "::" in name else get(name))
+    monkeypatch.setattr(torch_optimizer, "live_inner", lambda get, name: None if "::" in name else get(name))
     with pytest.raises(AssertionError):
         test_a_restore_fills_the_tensors_inside_what_is_there(tmp_path, "AdamW8bit")
 

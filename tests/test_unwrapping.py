@@ -24,7 +24,7 @@ from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
 from layerwise_dist.config import load_config
 from layerwise_dist.engine import assembly
-from layerwise_dist.frameworks import optimizers, unwrapping
+from layerwise_dist.frameworks import torch_optimizer, unwrapping
 
 torch.set_num_threads(1)
 
@@ -213,7 +213,7 @@ def test_what_a_wrapper_changes_before_the_step_is_fenced(tmp_path: Path) -> Non
 def test_mutation_hooks_of_the_inner_step_alone_are_caught(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(optimizers, "is_thin", lambda wrapper: True)
+    monkeypatch.setattr(torch_optimizer, "is_thin", lambda wrapper: True)
     with pytest.raises(AssertionError):
         test_what_a_wrapper_changes_before_the_step_is_fenced(tmp_path / "before")
     with pytest.raises(AssertionError):  # what is changed behind it, without raising a version counter
