@@ -13,7 +13,7 @@ from kit.loops import TOTAL, Job, cycle, seed, shuffled, trial
 from torch.utils.data import DataLoader, DistributedSampler
 
 from layerwise_dist.loop import loose as loose_module
-from layerwise_dist.loop.mark import PendingRng
+from layerwise_dist.loop.put_back import PendingRng
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # the first resume steps it first

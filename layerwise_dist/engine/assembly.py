@@ -266,8 +266,8 @@ def _software() -> dict[str, str]:
 
 
 def _open_direct(
-    config: LayerwiseConfig, env: Any, transport: Transport, participant: Participant, found: Framework, fresh: bool,
-    closers: list[Callable[[], object]],
+    config: LayerwiseConfig, env: _native.Env, transport: Transport, participant: Participant, found: Framework,
+    fresh: bool, closers: list[Callable[[], object]],
 ) -> OpenSession:  # fmt: skip
     """This process takes the directory, decides on rank 0, and writes. What is to be undone goes into `closers`."""
 

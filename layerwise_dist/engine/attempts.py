@@ -16,8 +16,9 @@ from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.errors import ConfigError, LayerwiseError, UnsupportedError
 from layerwise_dist.scheduler import LayerwiseCheckpointScheduler
 from layerwise_dist.storage import filenames
-from layerwise_dist.storage.adapter import Laid, PCCheckAdapter, ShardWrite
 from layerwise_dist.storage.filenames import AttemptId
+from layerwise_dist.storage.gathered import Laid
+from layerwise_dist.storage.protocols import Leftover, ShardWrite, ShardWriterAdapter
 
 log = logging.getLogger("layerwise_dist")
 
@@ -35,7 +36,7 @@ class Attempts:
 
     def __init__(
         self, config: LayerwiseConfig, rank: int, surveyor: Surveyor, scheduler: LayerwiseCheckpointScheduler,
-        adapter: PCCheckAdapter, participant: Participant, *, epoch: int, first_seq: int,
+        adapter: ShardWriterAdapter, participant: Participant, *, epoch: int, first_seq: int,
     ) -> None:  # fmt: skip
         self._config, self._rank, self._surveyor, self._scheduler = config, rank, surveyor, scheduler
         self._adapter, self._participant = adapter, participant
@@ -83,7 +84,7 @@ class Attempts:
         except LayerwiseError:
             return None  # behind the update it is met again, where it fails the attempt
 
-    def fail(self, attempt: AttemptId, error: LayerwiseError | OSError, write: ShardWrite | None) -> None:
+    def fail(self, attempt: AttemptId, error: LayerwiseError | OSError, write: Leftover | None) -> None:
         """This rank gives an attempt up. What no later one can do either ends checkpoints for all ranks, which raise it
         at an agreed boundary; a job of one rank raises it here.
 
@@ -176,6 +177,7 @@ class Attempts:
 
     def _capture(self, step: int, found: Survey, laid: Laid, write: ShardWrite, audit: Audit) -> Capture:
         self._last = found
+        assert self._stage is not None, "`_lay_out` has opened it"
         capture = Capture(
             step, found, write, audit, self._stage, laid.gathered,
             timeout_s=self._config.fence_timeout_s, verdict_wanted=self._participant.verdict_wanted,
@@ -228,9 +230,9 @@ class Attempts:
             self._config.pool_mb, self._adapter.bounce_bytes, found, laid.gathered,
             max_in_flight=self._config.max_in_flight, pooled=self._adapter.pooled,
         )  # fmt: skip
-        if self._stage is not None:
+        if self._stage is not None and (buffers := self._adapter.buffers) is not None:
             least = least_pool_bytes(self._adapter.bounce_bytes, found, laid.gathered, pooled=self._adapter.pooled)
-            if least <= self._adapter.buffers.capacity:
+            if least <= buffers.capacity:
                 return
             if not self._stage.close(self._config.fence_timeout_s):
                 raise StageError(
@@ -242,4 +244,5 @@ class Attempts:
             "rank %d: a pool of %.1f MiB for a state of %.1f MiB, of which %.1f MiB are staged (pool_mb = %s)",
             self._rank, nbytes / 2**20, found.nbytes / 2**20, found.staged_bytes / 2**20, self._config.pool_mb,
         )  # fmt: skip
+        assert self._adapter.buffers is not None
         self._stage = Stage(self._adapter.buffers, pinned=any(tensor.is_cuda for tensor in found.tensors))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,7 +52,7 @@ class Captures:
         self.sealed: list[Capture] = []
         self.updates = updates
         self.in_place = True
-        self._client_state: Mapping[str, Any] | None = None
+        self._client_state: dict[str, Any] | None = None
 
     # -- the open one -------------------------------------------------------------------------------------------
 
@@ -100,7 +100,7 @@ class Captures:
             self.open = None
 
     @contextmanager
-    def saying(self, client_state: Mapping[str, Any]) -> Iterator[None]:
+    def saying(self, client_state: dict[str, Any]) -> Iterator[None]:
         """What is sealed within it has `client_state`."""
         self._client_state = client_state
         try:

@@ -27,7 +27,7 @@ from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.loop.boundary import Boundary
 from layerwise_dist.loop.objects import StateObjects
 from layerwise_dist.scheduler import LayerwiseCheckpointScheduler
-from layerwise_dist.storage.adapter import PCCheckAdapter
+from layerwise_dist.storage.protocols import ShardWriterAdapter
 from layerwise_dist.supervision.patience import stuck_calls
 
 log = logging.getLogger("layerwise_dist")
@@ -41,7 +41,7 @@ class Closing:
     def __init__(
         self, config: LayerwiseConfig, captures: Captures, boundary: Boundary, *, hooks: Hooks, framework: Framework,
         optimizer: OptimizerAdapter, objects: StateObjects, surveyor: Surveyor, attempts: Attempts,
-        frozen: FrozenBases, adapter: PCCheckAdapter, manager: CheckpointMetadataManager, participant: Participant,
+        frozen: FrozenBases, adapter: ShardWriterAdapter, manager: CheckpointMetadataManager, participant: Participant,
         coordinator: CoordinatorThread | None, preemption: Preemption | None, tracing: Tracing,
         scheduler: LayerwiseCheckpointScheduler, last: LastStep, thread: TrainingThread,
     ) -> None:  # fmt: skip

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, TypeVar
+from typing import TypedDict, TypeVar
 
 import torch
 
@@ -23,6 +23,7 @@ from layerwise_dist import _native
 from layerwise_dist.capture.audit import ROUND, WINDOW_BYTES
 from layerwise_dist.capture.survey import Survey
 from layerwise_dist.commit.alike import unequal
+from layerwise_dist.commit.messages import AlikeGroup, DescribedError
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.votes import describe_error, rebuild_error
 from layerwise_dist.errors import LayerwiseError, UnsupportedError
@@ -103,6 +104,20 @@ def in_turn(windows: Sequence[_W], turn: int) -> list[_W]:
     return [windows[(turn * count + number) % len(windows)] for number in range(count)]
 
 
+class _Vote(TypedDict, total=False):
+    """What a rank holds alike: a digest by the ranks that hold it, as text; or the error that it met."""
+
+    digests: dict[str, str]
+    error: DescribedError
+
+
+class _Differing(TypedDict):
+    """Whether anybody shares anything, and of which ranks it is not the same."""
+
+    any: bool
+    differing: list[str]
+
+
 class Replicas:
     """One rank's part. Belongs to the training thread.
 
@@ -155,7 +170,7 @@ class Replicas:
         `contents`, only parameters are looked at, and not what is in them.
         """
         rows: dict[str, list[list[str]]] = {}
-        vote: dict[str, Any] = {}
+        vote: _Vote = {}
         try:
             for ranks, each in self._look(state=contents).items():
                 hashes = each.hashes() if contents else [""] * len(each.pieces)
@@ -165,7 +180,7 @@ class Replicas:
             vote = {"digests": {ranks: _digest(map(" ".join, found)) for ranks, found in rows.items()}}
         except (LayerwiseError, OSError) as error:
             vote = {"error": describe_error(error)}
-        found = self._participant.agree(what, vote, _differing)
+        found: _Differing = self._participant.agree(what, vote, _differing)
         if not found["differing"]:
             return found["any"], set()
         listed = {ranks: rows[ranks] for ranks in found["differing"] if ranks in rows}
@@ -182,8 +197,8 @@ class Replicas:
         if self._of is None or self._of() is not found:
             self._of, self._common = weakref.ref(found), self._look(state=True)
             new = {ranks: each.new(self._known.setdefault(ranks, set())) for ranks, each in self._common.items()}
-        groups = [
-            [ranks, each.listing, *each.sample(attempt.seq), new.get(ranks, [])] for ranks, each in self._common.items()
+        groups: list[AlikeGroup] = [
+            (ranks, each.listing, *each.sample(attempt.seq), new.get(ranks, [])) for ranks, each in self._common.items()
         ]
         if groups:
             self._participant.post(
@@ -220,11 +235,12 @@ class Replicas:
         return {ranks: Common(pieces) for ranks, pieces in found.items()}
 
 
-def _differing(votes: list[dict[str, Any]]) -> dict[str, Any]:
+def _differing(votes: list[_Vote]) -> _Differing:
     """Rank 0's: of which ranks it is not the same that they say to share."""
     for rank, vote in enumerate(votes):
         if "error" in vote:
-            raise rebuild_error({**vote["error"], "message": f"rank {rank}: {vote['error']['message']}"})
+            said: DescribedError = {**vote["error"], "message": f"rank {rank}: {vote['error']['message']}"}
+            raise rebuild_error(said)
     digests = [vote["digests"] for vote in votes]
     texts = sorted({text for each in digests for text in each})
     differing = [text for text in texts if len({digests[rank].get(text) for rank in ranks_of(text, len(votes))}) > 1]

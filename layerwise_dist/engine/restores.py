@@ -25,6 +25,7 @@ from layerwise_dist.errors import BoundaryError, DamageError
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.frameworks.parts import WHOLE, Parts
 from layerwise_dist.loop.boundary import Boundary
+from layerwise_dist.loop.sealed import SealedState
 from layerwise_dist.restore.choice import Wish
 from layerwise_dist.restore.loader import LoadPlan
 from layerwise_dist.restore.restorer import Restorer
@@ -224,7 +225,7 @@ class Restores:
         if not sound:
             raise DamageError(f"{what}: see the warnings; parameters, optimizer state and objects are undefined")
 
-    def _put_back(self, sealed: dict[str, Any], parts: Parts) -> None:
+    def _put_back(self, sealed: SealedState, parts: Parts) -> None:
         if parts.module_only:
             self._sealer.put_extra_states(sealed)
             return

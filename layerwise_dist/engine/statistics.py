@@ -8,7 +8,7 @@ from collections import deque
 from layerwise_dist import _native
 from layerwise_dist.capture.frozen import FrozenBases
 from layerwise_dist.capture.lease import Capture
-from layerwise_dist.storage.adapter import ShardWrite
+from layerwise_dist.storage.protocols import ShardWrite
 
 _KEPT = 10_000  # stalls of this many checkpoints are remembered for the percentiles
 _RECENT = 8  # captures whose writers may still count

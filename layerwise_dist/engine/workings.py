@@ -9,8 +9,9 @@ from layerwise_dist.capture.sealed import Sealer
 from layerwise_dist.capture.survey import Surveyor
 from layerwise_dist.commit.coordinator_thread import CoordinatorThread
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
+from layerwise_dist.commit.opening import SessionInfo
 from layerwise_dist.commit.participant import Participant
-from layerwise_dist.commit.session import Requests, SessionInfo
+from layerwise_dist.commit.session import Requests
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.engine import at_exit
 from layerwise_dist.engine.attempts import Attempts
@@ -36,7 +37,7 @@ from layerwise_dist.loop.boundary import Boundary
 from layerwise_dist.loop.objects import StateObjects
 from layerwise_dist.restore.restorer import Restorer
 from layerwise_dist.scheduler import BLOCKS_A_BATCH, LayerwiseCheckpointScheduler
-from layerwise_dist.storage.adapter import PCCheckAdapter
+from layerwise_dist.storage.protocols import ShardWriterAdapter
 
 log = logging.getLogger("layerwise_dist")
 
@@ -50,7 +51,7 @@ class Workings:
 
     def __init__(
         self, framework: Framework, optimizer: OptimizerAdapter, config: LayerwiseConfig, objects: StateObjects, *,
-        adapter: PCCheckAdapter, manager: CheckpointMetadataManager, info: SessionInfo, participant: Participant,
+        adapter: ShardWriterAdapter, manager: CheckpointMetadataManager, info: SessionInfo, participant: Participant,
         committer: Requests | None, coordinator: CoordinatorThread | None, fresh: bool, preemption: Preemption | None,
         replicas: Replicas, loan: Loan | None = None,
     ) -> None:  # fmt: skip

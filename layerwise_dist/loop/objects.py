@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from layerwise_dist.errors import LayerwiseError, MismatchError, StateError
 from layerwise_dist.loop import rng
 from layerwise_dist.loop.loaders import LoaderTap
+from layerwise_dist.loop.sealed import SealedState
 from layerwise_dist.storage import typed_json
 
 _ALLOWED = (
@@ -51,7 +52,7 @@ class StateObjects:
         """Live references, for typed JSON to copy."""
         return {name: _take(name, item) for name, item in self._objects.items()}
 
-    def check(self, sealed: dict[str, Any]) -> None:
+    def check(self, sealed: SealedState) -> None:
         """Of a sealed state, before any of it is put back. Raises MismatchError."""
         saved = sealed["objects"]
         missing, extra = sorted(self._objects.keys() - saved.keys()), sorted(saved.keys() - self._objects.keys())

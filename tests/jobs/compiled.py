@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import layerwise_dist as lwd
 from layerwise_dist import LayerwiseOptimizer
-from layerwise_dist.engine import engine
+from layerwise_dist.engine import hooks
 
 STEPS, STOP = 5, 3
 # What of the model is compiled: all of it by torch.compile(), all of it in place, or each block by itself.
@@ -111,7 +111,7 @@ def trial(wrapper: str, how: str, backend: str, update: str, root: str) -> list[
 
 def mutation(root: str) -> list[str]:
     """A hook that is traced is heard of."""
-    engine.eager = lambda hook: hook
+    hooks.eager = lambda hook: hook
     try:
         trial("plain", "in place", "aot_eager", "whole", root)
     except torch._dynamo.exc.InternalTorchDynamoError as error:
