@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
+from kit.runners import Warm
 
 
 @pytest.mark.parametrize(("mode", "exact"), [("take_up", True), ("leave", False)])
 def test_a_new_ddp_adds_in_the_order_of_the_one_it_replaces_only_if_it_takes_up_its_buckets(
-    torchrun: Callable[..., Any], mode: str, exact: bool
+    warm: Warm, mode: str, exact: bool
 ) -> None:
-    (differing,) = torchrun("buckets.py", 3, mode, timeout=90).lines("differing ")
+    (differing,) = warm.run("buckets.py", 3, mode, timeout=90).lines("differing ")
     assert (int(differing) == 0) == exact

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 from exactness_table import FEATURES, OPTIMIZERS, UPDATES, cells, read, reason
 from exactness_table import WORLDS as TABLE
-from kit.runners import Finished
+from kit.runners import Warm
 
 # 5 steps each of {momentum, AdamW foreach, AdamW fused} x 9 features of a training script; plain also LBFGS.
 WORLDS = [
@@ -22,7 +22,7 @@ WORLDS = [
 
 @pytest.mark.parametrize(("wrapper", "ranks"), WORLDS, ids=[f"{wrapper}-{ranks}" for wrapper, ranks in WORLDS])
 def test_training_with_the_engine_on_and_resumed_training_are_bit_identical(
-    torchrun: Callable[..., Finished], tmp_path: Path, long: bool, wrapper: str, ranks: int
+    warm: Warm, tmp_path: Path, long: bool, wrapper: str, ranks: int
 ) -> None:
     # Two ranks have shown every feature of DDP alone; a third changes where parameters are cut, which "all" has all of.
     features = ("bare", "closure", "all") if (ranks > 2 or ":" in wrapper) and not long else ()
@@ -30,7 +30,7 @@ def test_training_with_the_engine_on_and_resumed_training_are_bit_identical(
         features = ("all",)
     elif "in_backward" in wrapper:
         features = ("bare", "schedule", "tied", "batchnorm") if long else ("bare",)
-    torchrun("exactness.py", ranks, wrapper, tmp_path, *features, timeout=170)
+    warm.run("exactness.py", ranks, wrapper, tmp_path, *features, timeout=170)
     for rank in range(ranks):
         results = json.loads((tmp_path / f"{rank}.json").read_text())
         assert len(results) >= (3 * len(features) or 27), f"rank {rank} tried only {sorted(results)}"
@@ -40,7 +40,7 @@ def test_training_with_the_engine_on_and_resumed_training_are_bit_identical(
         assert {name: problems for name, problems in results.items() if problems} == {}
 
 
-def test_the_table_in_the_docs_is_whole_and_what_is_tried_again_is_as_it_says(long: bool) -> None:
+def test_the_table_in_the_docs_is_whole_and_what_is_tried_again_is_as_it_says(warm: Warm, long: bool) -> None:
     told = read((Path(__file__).parent.parent / "docs" / "exactness.md").read_text())
     assert len(told) == len(TABLE) * len(UPDATES) * len(OPTIMIZERS) * len(FEATURES)
     assert not [case for case, verdict in told.items() if not verdict.startswith(("exact", "refused: ", "torch: "))]
@@ -50,7 +50,7 @@ def test_the_table_in_the_docs_is_whole_and_what_is_tried_again_is_as_it_says(lo
         ("fsdp1-flat", 2, ("whole", "pipelined_step"), OPTIMIZERS[:1], ("clipping", "frozen")),
     ]
     for wrapper, ranks, updates, optimizers, features in again if long else [random.choice(again[1:])]:
-        found = cells(wrapper, ranks, updates, optimizers, features)
+        found = cells(wrapper, ranks, updates, optimizers, features, partial(warm.run, timeout=900 if long else 60))
         for case, verdict in found.items():
             update, optimizer, feature = case.split()
             assert reason(verdict) == told[wrapper, ranks, update, optimizer, feature], (wrapper, ranks, case)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from kit.runners import Finished, Warm
+from kit.runners import Warm
 from safetensors.torch import load_file
 from torch import nn
 
@@ -51,10 +51,8 @@ def test_models_under_all_wrappers_at_once_resume_from_every_step_bit_for_bit(wa
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
-def test_two_deepspeed_engines_resume_from_every_step_bit_for_bit(
-    torchrun: Callable[..., Finished], tmp_path: Path
-) -> None:
-    torchrun("several.py", 2, tmp_path, "engines", timeout=150)
+def test_two_deepspeed_engines_resume_from_every_step_bit_for_bit(zero: Warm, tmp_path: Path) -> None:
+    zero.run("several.py", 2, tmp_path, "engines", timeout=150)
     for rank in range(2):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == {"engines": []}
 
