@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 pytest.register_assert_rewrite("kit")
 
-from kit.runners import DEEPSPEED, Finished, Running, Warm, torchrun_command  # noqa: E402
+from kit.runners import DEEPSPEED, Running, Warm  # noqa: E402
 
 from layerwise_dist.engine import at_exit  # noqa: E402
 
@@ -91,27 +89,6 @@ def start() -> Iterator[Callable[..., Running]]:
     yield begin
     for job in running:
         job.close()
-
-
-@pytest.fixture
-def torchrun(start: Callable[..., Running]) -> Callable[..., Finished]:
-    """`torchrun(script, nproc, *args, timeout=60, env=None, max_restarts=0, check=True)` runs a job to its end.
-
-    With `check`, a job that fails fails the test, with its output.
-    """
-
-    def run(
-        script: str | os.PathLike[str], nproc: int, *args: Any, timeout: float = 60.0,
-        env: Mapping[str, str] | None = None, max_restarts: int = 0, check: bool = True,
-    ) -> Finished:  # fmt: skip
-        finished = start(torchrun_command(script, nproc, *args, max_restarts=max_restarts), env).wait(timeout)
-        if check and finished.returncode:
-            pytest.fail(
-                f"{script} on {nproc} ranks ended with {finished.returncode}; output:\n{finished.output[-8000:]}"
-            )
-        return finished
-
-    return run
 
 
 @pytest.fixture(scope="session")

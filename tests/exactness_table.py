@@ -13,7 +13,9 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 WORLDS = [
     ("plain", 1), ("ddp", 2), ("ddp", 3), ("fsdp2", 2), ("fsdp1", 2), ("fsdp1-flat", 2), ("zero", 2), ("hsdp", 4),
@@ -37,21 +39,26 @@ JOB = Path(__file__).parent / "jobs" / "cells.py"
 EXACT = "="
 
 
+def launch(script: Path, ranks: int, *args: str) -> None:
+    launcher = [sys.executable]
+    if ranks:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launcher, str(script), *args], env=env, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(args)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
+
+
 def cells(
     wrapper: str, ranks: int, updates: tuple[str, ...] = UPDATES, optimizers: tuple[str, ...] = OPTIMIZERS,
-    features: tuple[str, ...] = tuple(FEATURES),
+    features: tuple[str, ...] = tuple(FEATURES), launch: Callable[..., Any] = launch,
 ) -> dict[str, str]:  # fmt: skip
-    """What `jobs/cells.py` found, which must be the same on all ranks."""
+    """What `jobs/cells.py` found, which must be the same on all ranks. `launch` gets the job, its ranks (0: without a
+    launcher) and arguments.
+    """
     with tempfile.TemporaryDirectory() as out:
-        launcher = [sys.executable]
-        if ranks > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        job = [str(JOB), wrapper, out, ",".join(updates), ",".join(optimizers), ",".join(features)]
-        done = subprocess.run(
-            [*launcher, *job], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-        )
-        if done.returncode != 0:
-            raise SystemExit(f"{wrapper} on {ranks} ranks ended with {done.returncode}:\n{done.stderr[-4000:]}")
+        job = [wrapper, out, ",".join(updates), ",".join(optimizers), ",".join(features)]
+        launch(JOB, ranks if ranks > 1 else 0, *job)
         found = [json.loads((Path(out) / f"{rank}.json").read_text()) for rank in range(ranks)]
     for rank, other in enumerate(found[1:], 1):
         for case, verdict in other.items():

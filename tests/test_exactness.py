@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def test_training_with_the_engine_on_and_resumed_training_are_bit_identical(
         assert {name: problems for name, problems in results.items() if problems} == {}
 
 
-def test_the_table_in_the_docs_is_whole_and_what_is_tried_again_is_as_it_says(long: bool) -> None:
+def test_the_table_in_the_docs_is_whole_and_what_is_tried_again_is_as_it_says(warm: Warm, long: bool) -> None:
     told = read((Path(__file__).parent.parent / "docs" / "exactness.md").read_text())
     assert len(told) == len(TABLE) * len(UPDATES) * len(OPTIMIZERS) * len(FEATURES)
     assert not [case for case, verdict in told.items() if not verdict.startswith(("exact", "refused: ", "torch: "))]
@@ -49,7 +50,7 @@ def test_the_table_in_the_docs_is_whole_and_what_is_tried_again_is_as_it_says(lo
         ("fsdp1-flat", 2, ("whole", "pipelined_step"), OPTIMIZERS[:1], ("clipping", "frozen")),
     ]
     for wrapper, ranks, updates, optimizers, features in again if long else [random.choice(again[1:])]:
-        found = cells(wrapper, ranks, updates, optimizers, features)
+        found = cells(wrapper, ranks, updates, optimizers, features, partial(warm.run, timeout=900 if long else 60))
         for case, verdict in found.items():
             update, optimizer, feature = case.split()
             assert reason(verdict) == told[wrapper, ranks, update, optimizer, feature], (wrapper, ranks, case)

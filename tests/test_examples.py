@@ -2,42 +2,37 @@
 
 from __future__ import annotations
 
-import os
+import importlib.util
 import re
-import subprocess
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from kit.runners import Warm
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 
 
-def start(folder: Path, command: tuple[str | Path, ...]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        # Other tests run beside this one: threads that wait for each other in loops would take all the time there is.
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-    )  # fmt: skip
+@pytest.fixture(scope="module")
+def fast(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """Starts scripts out of a process that has imported torch, and scikit-learn where it is installed."""
+    server = Warm(
+        tmp_path_factory.mktemp("warm"), *(["sklearn.datasets"] if importlib.util.find_spec("sklearn") else [])
+    )
+    yield server
+    server.close()
 
 
-def run(folder: Path, *command: str | Path, timeout: float = 100) -> str:
+def run(fast: Warm, folder: Path, script: Path, *args: str, timeout: float = 100) -> str:
     """All that it prints."""
-    job = start(folder, command)
-    try:
-        told, _ = job.communicate(timeout=timeout)
-    finally:
-        job.kill()
-        job.wait()
-    assert job.returncode == 0, told
-    return told
+    return fast.run(script, 0, *args, folder=folder, timeout=timeout).output
 
 
-def kill(folder: Path, *command: str | Path, once: str, timeout: float = 100) -> str:
+def kill(fast: Warm, folder: Path, script: Path, *args: str, once: str, timeout: float = 100) -> str:
     """SIGKILL as soon as there is a file that matches `once`. What it had printed by then."""
-    job = start(folder, command)
+    job = fast.start(script, 0, *args, folder=folder)
     deadline = time.monotonic() + timeout
     try:
         while not any(folder.glob(once)):
@@ -45,50 +40,48 @@ def kill(folder: Path, *command: str | Path, once: str, timeout: float = 100) ->
             time.sleep(0.001)
     finally:
         job.kill()
-        told, _ = job.communicate()
-    return told
+    return job.output()
 
 
-def test_the_cnn_goes_on_within_an_epoch_and_ends_as_if_it_had_not_been_killed(tmp_path: Path) -> None:
+def test_the_cnn_goes_on_within_an_epoch_and_ends_as_if_it_had_not_been_killed(fast: Warm, tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install scikit-learn")
     script = EXAMPLES / "digits_cnn.py"
-    whole = run(tmp_path, script, "--dir", "whole")
+    whole = run(fast, tmp_path, script, "--dir", "whole")
     accuracy = re.search(r"test accuracy (\S+)", whole)
     assert accuracy and float(accuracy[1]) > 0.8 and whole.count("epoch") == 3
-    kill(tmp_path, script, "--dir", "cut", once="cut/step_00000000[2-4]?-*/manifest.json")
-    resumed = run(tmp_path, script, "--dir", "cut")
+    kill(fast, tmp_path, script, "--dir", "cut", once="cut/step_00000000[2-4]?-*/manifest.json")
+    resumed = run(fast, tmp_path, script, "--dir", "cut")
     first = re.search(r"starting after step (\d+)", resumed)
     assert first and 20 <= int(first[1]) < 94
     losses = {line for line in whole.splitlines() if line.startswith("step")}
     assert {line for line in resumed.splitlines() if line.startswith("step")} < losses
     assert resumed.splitlines()[-1] == whole.splitlines()[-1]
-    again = run(tmp_path, script, "--dir", "cut")
+    again = run(fast, tmp_path, script, "--dir", "cut")
     assert again.splitlines()[-1] == whole.splitlines()[-1] and "step  " not in again
 
 
-def test_the_cnn_trains_one_replica_a_rank_under_torchrun(tmp_path: Path) -> None:
+def test_the_cnn_trains_one_replica_a_rank_under_torchrun(fast: Warm, tmp_path: Path) -> None:
     """As its docstring says; rank 0 alone evaluates."""
     pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install scikit-learn")
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    told = run(tmp_path, *torchrun, EXAMPLES / "digits_cnn.py", "--dir", "ddp", "--epochs", "1")
+    told = fast.run(EXAMPLES / "digits_cnn.py", 2, "--dir", tmp_path / "ddp", "--epochs", "1", timeout=100).output
     assert re.search(r"^epoch 1: \d\d.\d% of the test images are right$", told, re.M) and "committed: step 24" in told
 
 
-def test_the_smallest_script_goes_on_where_it_was_killed(tmp_path: Path) -> None:
-    first = kill(tmp_path, EXAMPLES / "mnist_mlp.py", once="checkpoints/mnist_mlp/step_*/manifest.json")
+def test_the_smallest_script_goes_on_where_it_was_killed(fast: Warm, tmp_path: Path) -> None:
+    first = kill(fast, tmp_path, EXAMPLES / "mnist_mlp.py", once="checkpoints/mnist_mlp/step_*/manifest.json")
     assert first.splitlines()[:1] in ([], ["nothing is saved yet: training begins"]), "nothing that looks like an error"
-    told = run(tmp_path, EXAMPLES / "mnist_mlp.py")
+    told = run(fast, tmp_path, EXAMPLES / "mnist_mlp.py")
     done = re.search(r"^going on behind step (\d+)$", told, re.MULTILINE)
     assert done and 0 < int(done[1]) < 200 and "step 200" in told
 
 
-def test_frozen_weights_are_written_once_and_again_when_the_adapters_are_merged(tmp_path: Path) -> None:
+def test_frozen_weights_are_written_once_and_again_when_the_adapters_are_merged(fast: Warm, tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install scikit-learn")
     script = EXAMPLES / "lora.py"
-    whole = run(tmp_path, script, "--dir", "whole", "--steps", "50")
+    whole = run(fast, tmp_path, script, "--dir", "whole", "--steps", "50")
     assert "written 2 time(s)" in whole and re.search(r"step 51; accuracy (\S+)", whole)
-    kill(tmp_path, script, "--dir", "cut", "--steps", "50", once="cut/step_00000000[1-3]?-*/manifest.json")
-    resumed = run(tmp_path, script, "--dir", "cut", "--steps", "50")
+    kill(fast, tmp_path, script, "--dir", "cut", "--steps", "50", once="cut/step_00000000[1-3]?-*/manifest.json")
+    resumed = run(fast, tmp_path, script, "--dir", "cut", "--steps", "50")
     first = re.search(r"starting behind step (\d+)", resumed)
     assert first and 10 <= int(first[1]) < 50
     assert "written 1 time(s)" in resumed  # the merged ones

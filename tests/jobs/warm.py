@@ -2,10 +2,12 @@
 
     warm.py [MODULE...]
 
-imports the modules too. Requests come as JSON lines on standard input: {"script", "nproc", "args", "env", "log",
-"max_restarts", "options", "node"}. Options are for LaunchConfig; the node, if there is one, is what `enter` takes.
+imports the modules too. Requests come as JSON lines on standard input: {"script", "nproc", "args", "env", "folder",
+"log", "max_restarts", "options", "node"}. Options are for LaunchConfig; the node, if there is one, is what `enter` takes.
 Answers: {"pid": ...} when the agent runs, in a session of its own together with its ranks. The agent's exit code is
 written to `<log>.rc`.
+
+With "nproc" 0 the script runs without an agent, as `python SCRIPT ARGS` does.
 """
 
 import ctypes
@@ -69,6 +71,10 @@ def wait_for_all_forks(begun: mmap.mmap) -> None:
 
 def run(begun: mmap.mmap, path: str, args: list[str]) -> None:
     wait_for_all_forks(begun)
+    run_alone(path, args)
+
+
+def run_alone(path: str, args: list[str]) -> None:
     # A rank that torchrun starts is a new program. A forked one has the agent's handlers, which Python runs only
     # between two bytecodes: within a collective that waits for a dead rank, SIGTERM would be put off for ever.
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
@@ -80,6 +86,8 @@ def run(begun: mmap.mmap, path: str, args: list[str]) -> None:
 
 
 def agent(request: dict) -> int:
+    if request["nproc"] == 0:
+        return program(request)
     options = {
         "min_nodes": 1, "max_nodes": 1, "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0",
         "run_id": str(os.getpid()),
@@ -95,6 +103,16 @@ def agent(request: dict) -> int:
     except BaseException as error:  # noqa: BLE001
         print(f"{type(error).__name__}: {error}", flush=True)
         return 1
+
+
+def program(request: dict) -> int:
+    """Runs the script in a child, which ends as an interpreter does. Its exit code, or less than 0 for a signal."""
+    pid = os.fork()
+    if pid == 0:
+        os.chdir(request["folder"])
+        run_alone(request["script"], request["args"])
+        sys.exit()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def main() -> None:

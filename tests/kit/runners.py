@@ -197,7 +197,7 @@ class WarmJob:
 
 
 class Warm:
-    """torchrun's agent, forked from a process that has imported torch: a job starts in a fraction of a second."""
+    """torchrun's agent, or a script alone, forked from a process that has imported torch, in a fraction of a second."""
 
     def __init__(self, folder: Path, *modules: str, env: Mapping[str, str] | None = None) -> None:
         """`modules` are imported beforehand too, with `env` in the environment."""
@@ -210,15 +210,18 @@ class Warm:
         )  # fmt: skip
 
     def start(
-        self, script: str, nproc: int, *args: Any, env: Mapping[str, str] | None = None, max_restarts: int = 0,
-        node: dict[str, str] | None = None, **options: Any,
+        self, script: str | os.PathLike[str], nproc: int, *args: Any, env: Mapping[str, str] | None = None,
+        max_restarts: int = 0, folder: str | os.PathLike[str] = ".", node: dict[str, str] | None = None, **options: Any,
     ) -> WarmJob:  # fmt: skip
-        """`options` are for torchrun's LaunchConfig; `node` is what it runs on (see `enter` in tests/jobs/warm.py)."""
+        """`options` are for torchrun's LaunchConfig. `nproc` 0 is the script alone, without an agent, in `folder`.
+
+        `node` is what it runs on (see `enter` in tests/jobs/warm.py).
+        """
         self._count += 1
         log = self._folder / f"job_{self._count}.log"
         request = {
             "script": str(JOBS / script), "nproc": nproc, "args": [str(arg) for arg in args], "env": dict(env or {}),
-            "log": str(log), "max_restarts": max_restarts, "options": options, "node": node,
+            "folder": str(folder), "log": str(log), "max_restarts": max_restarts, "options": options, "node": node,
         }  # fmt: skip
         assert self._server.stdin is not None and self._server.stdout is not None
         self._server.stdin.write(json.dumps(request) + "\n")
@@ -229,8 +232,9 @@ class Warm:
         return self._jobs[-1]
 
     def run(
-        self, script: str, nproc: int, *args: Any, timeout: float = 60.0, check: bool = True, **options: Any
-    ) -> Finished:
+        self, script: str | os.PathLike[str], nproc: int, *args: Any, timeout: float = 60.0, check: bool = True,
+        **options: Any,
+    ) -> Finished:  # fmt: skip
         finished = self.start(script, nproc, *args, **options).wait(timeout)
         if check and finished.returncode:
             pytest.fail(
