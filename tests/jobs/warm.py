@@ -3,9 +3,9 @@
     warm.py [MODULE...]
 
 imports the modules too. Requests come as JSON lines on standard input: {"script", "nproc", "args", "env", "folder",
-"log", "max_restarts", "options", "node"}. Options are for LaunchConfig; the node, if there is one, is what `enter` takes.
-Answers: {"pid": ...} when the agent runs, in a session of its own together with its ranks. The agent's exit code is
-written to `<log>.rc`.
+"log", "max_restarts", "options", "node"}. Options are for LaunchConfig; the node, if there is one, is what `enter`
+takes. Answers: {"pid": ...} when the agent runs, in a session of its own together with its ranks. The agent's exit code
+is written to `<log>.rc`.
 
 With "nproc" 0 the script runs without an agent, as `python SCRIPT ARGS` does.
 """
