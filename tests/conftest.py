@@ -14,12 +14,12 @@ from kit.runners import DEEPSPEED, Running, Warm  # noqa: E402
 
 from layerwise_dist.engine import at_exit  # noqa: E402
 
-STARTERS = {"warm", "zero", "torchrun", "start"}  # fixtures that start processes of several ranks
+STARTERS = {"warm", "zero", "start"}  # fixtures that start processes of several ranks
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="full sweeps instead of samples of them")
-    parser.addoption("--soak-minutes", type=float, help="of the storm in test_soak.py: 60 with --long, else a fifth")
+    parser.addoption("--soak-minutes", type=float, help="of the storm in test_soak.py: 60 with --long, else a third")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
@@ -42,7 +42,7 @@ def mark_jobs(items: list[pytest.Item]) -> None:
 
 def _soak_minutes(config: pytest.Config) -> float:
     asked = config.getoption("--soak-minutes")
-    return asked if asked is not None else 60.0 if config.getoption("--long") else 1 / 5
+    return asked if asked is not None else 60.0 if config.getoption("--long") else 1 / 3
 
 
 @pytest.fixture(scope="session")

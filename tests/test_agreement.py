@@ -12,6 +12,8 @@ from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.transports.local import LocalTransport
 from layerwise_dist.errors import CommitError, DamageError, MismatchError, StateError
 
+pytestmark = pytest.mark.quick
+
 
 def outcomes(errors: dict[int, BaseException], *, world: int = 3) -> list[Any]:
     """What `together` gives on each rank, or raises, if these ranks raise these."""

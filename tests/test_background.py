@@ -32,6 +32,8 @@ from layerwise_dist.storage.gathered import GatheredExtent
 from layerwise_dist.storage.recycling import Recycler
 from layerwise_dist.supervision import background
 
+pytestmark = pytest.mark.quick
+
 SOURCES = Path(layerwise_dist.__file__).parent
 # What becomes of a failure in each, and which test here has one. Those of the monitor end its process, of which the
 # training process hears.

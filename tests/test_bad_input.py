@@ -87,6 +87,7 @@ BAD = [
 ]  # fmt: skip
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("source", ["dict", "file", "block", "keywords"])
 @pytest.mark.parametrize(("bad", "says"), BAD, ids=[json.dumps(bad) for bad, _ in BAD])
 def test_a_bad_configuration_names_the_key_its_value_and_what_is_allowed(

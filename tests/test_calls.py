@@ -23,6 +23,8 @@ from layerwise_dist.commit.transports.links import Links
 from layerwise_dist.commit.transports.proof import MAC_BYTES, Caller, Host, Line, Seals
 from layerwise_dist.errors import CommitError
 
+pytestmark = pytest.mark.quick
+
 TOKEN = secrets.token_hex(16)
 HERE = "127.0.0.1"
 

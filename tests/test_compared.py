@@ -20,6 +20,8 @@ from layerwise_dist.engine.replicas import Common
 from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.ddp import DDPFramework
 
+pytestmark = pytest.mark.quick
+
 
 def first_checkpoint(
     path: Path, *, several: bool = False, spoil: Any = lambda rank, model, optimizers: None, timeout_s: float = 20.0

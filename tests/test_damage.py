@@ -28,6 +28,8 @@ from layerwise_dist.frameworks.ddp import DDPFramework
 from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.storage.reader import Shard
 
+pytestmark = pytest.mark.quick
+
 CASES = 1000
 
 

@@ -14,6 +14,8 @@ import layerwise_dist as lwd
 from layerwise_dist import errors
 from layerwise_dist.frameworks.deepspeed.groups import split_groups
 
+pytestmark = pytest.mark.quick
+
 
 def job(split: bool, seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(seed)

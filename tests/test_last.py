@@ -20,6 +20,8 @@ from layerwise_dist.engine.closing import Closing
 from layerwise_dist.engine.engine import LayerwiseEngine
 from layerwise_dist.engine.last_step import LastStep
 
+pytestmark = pytest.mark.quick
+
 Update = Callable[[torch.Tensor], None]
 
 

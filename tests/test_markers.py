@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from conftest import STARTERS, mark_jobs
 
+pytestmark = pytest.mark.quick
+
 
 def test_no_quick_test_starts_a_job(request: pytest.FixtureRequest) -> None:
     """Of all tests that were collected."""

@@ -11,6 +11,8 @@ import pytest
 from layerwise_dist.commit import messages as between_ranks
 from layerwise_dist.monitor import messages as with_monitor
 
+pytestmark = pytest.mark.quick
+
 ARCHITECTURE = Path(__file__).parent.parent / "docs" / "architecture.md"
 
 

@@ -17,6 +17,8 @@ from layerwise_dist.commit.transports.local import LocalTransport
 from layerwise_dist.config import load_config
 from layerwise_dist.engine import assembly
 
+pytestmark = pytest.mark.quick
+
 STEPS = 6
 
 

@@ -30,6 +30,8 @@ from layerwise_dist.monitor.relaying import RelayingTransport, wrapped
 from layerwise_dist.monitor.wire import Wire
 from layerwise_dist.storage.adapter import PCCheckAdapter
 
+pytestmark = pytest.mark.quick
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 

@@ -27,6 +27,8 @@ from layerwise_dist.frameworks.names import CleanNames
 from layerwise_dist.storage.shard_layout import ShardLayout, Source
 from layerwise_dist.tensors.slices import Slice
 
+pytestmark = pytest.mark.quick
+
 torch.set_num_threads(1)
 
 

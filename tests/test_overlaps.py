@@ -20,6 +20,8 @@ from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.frameworks.overlaps import LayersApart, overlaps
 from layerwise_dist.frameworks.torch_optimizer import TorchOptimizer
 
+pytestmark = pytest.mark.quick
+
 MODES = ("pipelined_step", "in_backward")
 
 

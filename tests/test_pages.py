@@ -13,6 +13,8 @@ import layerwise_dist as lwd
 from layerwise_dist import _native
 from layerwise_dist.capture import pages
 
+pytestmark = pytest.mark.quick
+
 MIB = 1 << 20
 
 

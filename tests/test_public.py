@@ -15,6 +15,8 @@ from layerwise_dist.engine.disabled import DisabledEngine
 from layerwise_dist.engine.updates import UpdateHandler
 from layerwise_dist.frameworks.optimizers import UpdateEvents
 
+pytestmark = pytest.mark.quick
+
 CALLS = {"close", "drain", "end_step", "explicit", "restore", "save", "stats", "steps", "trace", "wait"}
 VALUES = {
     "client_state", "committed_step", "completed", "config", "durable_step", "lacking", "metadata", "restored_from",

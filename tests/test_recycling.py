@@ -23,6 +23,8 @@ from layerwise_dist.engine.engine import workings_of
 from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.recycling import Recycler
 
+pytestmark = pytest.mark.quick
+
 WRITER = {"queue_depth": 2, "block_kb": 32}
 
 

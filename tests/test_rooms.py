@@ -11,6 +11,8 @@ from pathlib import Path
 import networkx
 import pytest
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "layerwise_dist"
 ANYBODYS = {"_native", "_version", ""}  # the native core, and the package's own name and version

@@ -30,6 +30,8 @@ from layerwise_dist.engine.on_call import OnCall
 from layerwise_dist.engine.restores import Restores
 from layerwise_dist.storage import retention
 
+pytestmark = pytest.mark.quick
+
 CALLS = {"every_n_steps": None}
 
 

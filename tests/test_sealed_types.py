@@ -13,6 +13,8 @@ from layerwise_dist.frameworks import described
 from layerwise_dist.loop import sealed
 from layerwise_dist.restore import sealed_state
 
+pytestmark = pytest.mark.quick
+
 FORMAT = Path(__file__).parent.parent / "docs" / "format.md"
 
 PAIRS: list[tuple[type[BaseModel], Any]] = [

@@ -23,6 +23,8 @@ from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.shard_layout import Source
 from layerwise_dist.tensors.slices import Slice
 
+pytestmark = pytest.mark.quick
+
 ATTEMPT = AttemptId(1, 1, 1)
 
 

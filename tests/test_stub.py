@@ -19,6 +19,8 @@ import pytest
 import layerwise_dist
 from layerwise_dist import _native
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(layerwise_dist.__file__).parent.parent
 STUBS = {
     _native: ROOT / "layerwise_dist" / "_native.pyi",

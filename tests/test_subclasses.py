@@ -24,6 +24,8 @@ from layerwise_dist.engine import assembly
 from layerwise_dist.frameworks import subclasses, torch_optimizer
 from layerwise_dist.frameworks.ddp import DDPFramework
 
+pytestmark = pytest.mark.quick
+
 torch.set_num_threads(1)
 
 

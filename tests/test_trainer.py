@@ -14,6 +14,8 @@ from torch import nn
 import layerwise_dist as lwd
 from layerwise_dist import LayerwiseCheckpointTrainer, errors
 
+pytestmark = pytest.mark.quick
+
 torch.set_num_threads(1)
 
 

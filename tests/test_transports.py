@@ -20,6 +20,8 @@ from layerwise_dist.commit.transports.relay import ABOVE, RelayTransport
 from layerwise_dist.commit.transports.rendezvous import Met, meet
 from layerwise_dist.errors import CommitError
 
+pytestmark = pytest.mark.quick
+
 
 def all_meet(nodes: list[int], timeout_s: float = 20.0) -> list[Met]:
     """`nodes` says on which pretended node each rank is."""

@@ -76,6 +76,7 @@ ATTACKS = [
 ]  # fmt: skip
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("text", "blob"), ATTACKS, ids=range(len(ATTACKS)))
 def test_an_attack_is_a_damage_error(text, blob):
     with pytest.raises(DamageError, match=r"^rank 3: "):

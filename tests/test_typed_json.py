@@ -20,6 +20,8 @@ from layerwise_dist.errors import DamageError, StateError
 from layerwise_dist.storage.typed_json import dumps, loads, prepare
 from layerwise_dist.storage.typed_json_types import DENSE, MAX_DEPTH
 
+pytestmark = pytest.mark.quick
+
 
 @LIGHT
 @given(values)

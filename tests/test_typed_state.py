@@ -17,6 +17,8 @@ from torch.optim import lr_scheduler, swa_utils
 from layerwise_dist.errors import StateError
 from layerwise_dist.storage.typed_json import dumps, loads
 
+pytestmark = pytest.mark.quick
+
 
 class Warmup:
     """A callable object: torch puts its __dict__ into the scheduler's state."""

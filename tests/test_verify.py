@@ -34,6 +34,8 @@ from layerwise_dist.storage import typed_json
 from layerwise_dist.tensors.pieces import Piece
 from layerwise_dist.tensors.slices import Slice
 
+pytestmark = pytest.mark.quick
+
 torch.set_num_threads(1)
 
 

@@ -24,6 +24,8 @@ from layerwise_dist.frameworks.ddp import DDPFramework
 from layerwise_dist.restore import loader
 from layerwise_dist.tensors import pieces
 
+pytestmark = pytest.mark.quick
+
 torch.set_num_threads(1)
 # From 16 KiB on a tensor is not packed with others but read where it lies.
 SIZES = (6, 100)
