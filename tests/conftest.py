@@ -26,12 +26,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A full sweep may take an hour; the deadline of a test is for one that hangs."""
     soak_s = 60 * _soak_minutes(config)
+    operator = Path(DEEPSPEED["TORCH_EXTENSIONS_DIR"], "deepspeed_shm_comm", "deepspeed_shm_comm.so")
     mark_jobs(items)
     for item in items:
         if "soak_minutes" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.timeout(3 * soak_s + 180), append=False)
         elif config.getoption("--long"):
             item.add_marker(pytest.mark.timeout(3600), append=False)
+        elif "zero" in getattr(item, "fixturenames", ()) and not operator.exists():
+            item.add_marker(pytest.mark.timeout(600), append=False)  # DeepSpeed compiles it within the first of these
 
 
 def mark_jobs(items: list[pytest.Item]) -> None:
