@@ -21,12 +21,14 @@ failed=()
 if [ ! -e "$("$python" -c 'import sys; print(sys.prefix)')/torch_extensions/deepspeed_shm_comm/deepspeed_shm_comm.so" ]; then
   "$python" tests/jobs/zero_ready.py >build/tests-operators.log 2>&1 || failed+=("DeepSpeed's operators: build/tests-operators.log")
 fi
+long=()
+case " $* " in *" --long "*) long=(--long) ;; esac
 
 # Native tests take the processor time that the Python tests leave. Process groups of their own: Ctrl-C ends all of it.
 set -m
-nice -n 10 bash tests/native.sh >build/tests-native.log 2>&1 </dev/null &
+nice -n 10 bash tests/native.sh "${long[@]}" >build/tests-native.log 2>&1 </dev/null &
 native=$!
-nice -n 10 bash tests/vm/run.sh >build/tests-vm.log 2>&1 </dev/null &
+nice -n 10 bash tests/vm/run.sh "${long[@]}" >build/tests-vm.log 2>&1 </dev/null &
 machine=$!
 nice -n 10 bash tests/quick.sh ruff mypy >build/tests-static.log 2>&1 </dev/null &
 static=$!

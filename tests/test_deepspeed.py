@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -26,8 +27,16 @@ def results(zero: Warm, out: Path, *cases: str, ranks: int = RANKS, timeout: flo
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
+def sample() -> list[str]:
+    """Two cases of each stage. Others in the next run: LAYERWISE_TEST_SEED repeats one."""
+    seed = int(os.environ.get("LAYERWISE_TEST_SEED", random.SystemRandom().randrange(10**6)))
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    return [case for stage in "0123" for case in chance.sample([each for each in CASES if each[0] == stage], 2)]
+
+
 def test_every_stage_and_precision_trains_and_resumes_bit_for_bit(zero: Warm, tmp_path: Path, long: bool) -> None:
-    cases = CASES + MORE if long else CASES
+    cases = CASES + MORE if long else sample()
     for found in results(zero, tmp_path / "out", *cases, timeout=3000 if long else 150):
         assert found == {case: [] for case in cases}
 

@@ -53,11 +53,12 @@ def test_a_rank_killed_at_any_step_in_any_mode_changes_no_bit(
     plain.mkdir()
     killed.mkdir()
     zero.run("zero_kill.py", RANKS, "--plain", "--seed", 0, "--out", plain, *modes, timeout=1200 if long else 120)
-    job = launched(
-        start, f"{launcher}.sh", RANKS, "--seed", SEED, "--out", killed, *modes,
-        script=JOBS / "zero_kill.py", restarts=len(modes),
-    )  # fmt: skip
-    finished = job.wait(2400 if long else 150)
+    arguments, timeout = ["--seed", SEED, "--out", killed, *modes], 2400 if long else 150
+    if launcher == "torchrun":  # its agent, as launch/torchrun.sh starts it
+        finished = zero.run("zero_kill.py", RANKS, *arguments, max_restarts=len(modes), timeout=timeout)
+    else:
+        job = launched(start, "deepspeed.sh", RANKS, *arguments, script=JOBS / "zero_kill.py", restarts=len(modes))
+        finished = job.wait(timeout)
     assert finished.returncode == 0 and "all modes are done" in finished.output, finished.output[-8000:]
     for mode in modes:
         assert (killed / f"{mode}.killed").exists()
@@ -69,6 +70,28 @@ def test_a_rank_killed_at_any_step_in_any_mode_changes_no_bit(
             assert len(starts) == 2 and starts[0] == 0 < starts[1], (mode, starts)
             held, wanted = (json.loads((out / f"{mode}.{rank}.json").read_text()) for out in (killed, plain))
             assert [name for name in held.keys() | wanted.keys() if held.get(name) != wanted.get(name)] == [], mode
+
+
+ONCE_KILLED = """
+import os, signal, sys, time
+rank, start = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+print(f"rank {rank} of {os.environ['WORLD_SIZE']}, start {start}, given {' '.join(sys.argv[1:])}", flush=True)
+if start == "0":
+    if rank == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+"""
+
+
+def test_the_script_for_torchrun_starts_all_ranks_again_when_one_dies(
+    start: Callable[..., Running], tmp_path: Path
+) -> None:
+    script = tmp_path / "once_killed.py"
+    script.write_text(ONCE_KILLED)
+    finished = launched(start, "torchrun.sh", RANKS, "these", "words", script=script, restarts=1).wait(90)
+    assert finished.returncode == 0, finished.output[-6000:]
+    for rank in range(RANKS):
+        assert finished.lines(f"rank {rank} of {RANKS}, start 1, ") == ["given these words"], finished.output[-6000:]
 
 
 # -- in the middle of a save -----------------------------------------------------------------------------------------

@@ -209,7 +209,7 @@ SHARD_TEST_CASE("a lease ends only when the block is hashed too") {
     segments.push_back({i, 0, 0, i * kLarge, kLarge});
   }
   auto plan = f.MakePlan(blocks, segments, 1);
-  for (int round = 0; round < 5; ++round) {
+  for (int round = 0; round < Rounds(5); ++round) {
     auto writer = f.Writer(plan, "/" + std::to_string(round));
     REQUIRE_OK(writer->SetAddress(0, tensor.address()));
     std::vector<uint64_t> expected;

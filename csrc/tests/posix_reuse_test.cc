@@ -101,7 +101,7 @@ TEST_CASE("nobody is signalled when another process opens a file that is being t
     }
   }
   int taken = 0, refused = 0;
-  for (int i = 0; i < 20000 && (i < 2000 || taken == 0 || refused == 0); ++i) {
+  for (int i = 0; i < 20000 && (i < Rounds(2000) || taken == 0 || refused == 0); ++i) {
     std::unique_ptr<WritableFile> file;
     const Status status = env.ReuseFile(i % 2 ? b : a, i % 2 ? a : b, 0600, false, &file);
     ++(status.ok() ? taken : refused);

@@ -38,6 +38,11 @@ inline Env& DiskEnv() {
   return OnNvm() ? static_cast<Env&>(nvm) : posix;
 }
 
+// How many of `full` rounds of a sweep to run: a quarter if LAYERWISE_TEST_SHORT is set.
+// tests/native.sh sets it for the sanitizers, and tests/vm/run.sh for the machine that is
+// emulated: beside both, all rounds run in the plain build.
+inline int Rounds(int full) { return std::getenv("LAYERWISE_TEST_SHORT") == nullptr ? full : (full + 3) / 4; }
+
 // A directory of its own for one test, in LAYERWISE_TEST_DIR or the system's place
 // for temporary files; removed at the end.
 class ScratchDir {

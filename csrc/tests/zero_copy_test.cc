@@ -66,7 +66,7 @@ std::string Expected(const Plan& plan, const std::vector<std::string>& contents)
 SHARD_TEST_CASE("a congruent tensor is copied only in the sectors at its ends, wherever it lies") {
   constexpr size_t kLength = 300000;
   constexpr size_t kBlock = 65536;
-  for (size_t shift = 0; shift < 4096; shift += 64 + 4 * (shift % 5)) {
+  for (size_t shift = 0; shift < 4096; shift += (64 + 4 * (shift % 5)) * 64 / Rounds(64)) {
     CAPTURE(shift);
     ShardFixture f;
     Tensor tensor(Pattern(kLength, shift), shift);
@@ -88,7 +88,7 @@ SHARD_TEST_CASE("tensors of any size at any address reach file and hash unchange
   Env& posix = DiskEnv();
   std::mt19937 random(7);
   const auto pick = [&](size_t from, size_t to) { return from + random() % (to - from + 1); };
-  for (size_t round = 0; round < 24; ++round) {
+  for (int round = 0; round < Rounds(24); ++round) {
     CAPTURE(round);
     ShardFixture f(static_cast<int>(pick(1, 4)));
     const size_t block = 4096 * pick(1, 48);

@@ -31,11 +31,18 @@ done
 /bin/mke2fs -q -F -t ext4 /dev/nvme0n1 && mount -t ext4 /dev/nvme0n1 /nvme || end "FAIL: /nvme"
 echo "logical blocks of the NVMe disk: $(cat /sys/block/nvme0n1/queue/logical_block_size) bytes"
 
+chosen=
+if [ -e /on_disk ]; then
+  export LAYERWISE_TEST_SHORT=1
+  while read -r file; do chosen="$chosen,*/$file"; done </on_disk
+fi
+run() { env "$@" /bin/layerwise_native_tests --no-colors=true --duration=true ${chosen:+"--source-file=${chosen#,}"}; }
+
 failed=
 echo "--- the native tests on persistent memory: ext4 -o dax, NvmEnv"
-LAYERWISE_TEST_DIR=/pmem LAYERWISE_TEST_BACKEND=nvm /bin/layerwise_native_tests --no-colors=true --duration=true || failed="$failed /pmem"
+run LAYERWISE_TEST_DIR=/pmem LAYERWISE_TEST_BACKEND=nvm || failed="$failed /pmem"
 echo "--- the native tests on an NVMe disk with sectors of 4096 bytes: ext4, PosixEnv"
-LAYERWISE_TEST_DIR=/nvme LAYERWISE_TEST_ALIGN=4096 /bin/layerwise_native_tests --no-colors=true --duration=true || failed="$failed /nvme"
+run LAYERWISE_TEST_DIR=/nvme LAYERWISE_TEST_ALIGN=4096 || failed="$failed /nvme"
 if [ -n "$failed" ]; then end "FAIL: tests on$failed"; fi
 umount /pmem && umount /nvme || end "FAIL: something still uses the file systems"
 end OK

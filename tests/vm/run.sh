@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# bash tests/vm/run.sh: the native tests once more on hardware that few machines have, in a virtual machine.
+# bash tests/vm/run.sh [--long]: the native tests once more on hardware that few machines have, in a virtual machine.
 #
 # One boot runs them twice: on persistent memory (an emulated NVDIMM, ext4 -o dax, the files of NvmEnv) and on an NVMe
 # disk with sectors of 4096 bytes (so that alignment is not always 512). It emulates every instruction, so neither KVM
 # nor root is needed to run it. It says nothing about the speed of such hardware, and nothing about power loss: what a
 # flush covers is what the kernel says it covers.
+#
+# By default it runs the test files in which something is on a disk, with shorter sweeps; with --long all of them, whole.
+# tests/native.sh runs all of them, whole, on the disk of this machine.
 #
 # Needs Debian or Ubuntu: the kernel is downloaded by apt-get and unpacked below build/vm, never installed. Programs that
 # are missing are installed by apt-get when root runs this. Where that is not possible it prints "SKIP: <why>" and
@@ -15,6 +18,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export PATH=$PATH:/usr/sbin:/sbin  # mke2fs, depmod: for users whose PATH leaves them out
 vm=build/vm
 timeout_s=${LAYERWISE_VM_TIMEOUT:-900}
+long=${1:-}
+tests=build/native-plain/layerwise_native_tests
 qemu=
 work=
 
@@ -61,21 +66,14 @@ fetch_kernel() {
 }
 
 build_tests() {
-  local generator=()
-  if [ ! -e "$vm/native/CMakeCache.txt" ] && command -v ninja >/dev/null; then generator=(-G Ninja); fi
-  { cmake -S csrc -B "$vm/native" "${generator[@]}" -DLAYERWISE_TESTS=ON -DLAYERWISE_STATIC=ON \
-    -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_FLAGS_RELEASE=-O1 &&
-    cmake --build "$vm/native" --parallel "$(nproc)" --target layerwise_native_tests; } >"$vm/build.log" 2>&1 || {
-    tail -n 40 "$vm/build.log"
-    fail "the static tests were not built; the whole output is in $vm/build.log"
-  }
+  bash tests/native.sh --build plain || fail "the native tests were not built"
 }
 
-# Copies a program, and the libraries that it needs, to the root of the machine.
+# Copies a program, and the libraries that it needs, to the root of the machine. Without its symbols: half the size.
 add_program() {
   local path library
   path=$(command -v "$1") || fail "$1 is missing"
-  cp -L "$path" "$root/bin/$1"
+  strip -o "$root/bin/$(basename "$1")" "$path"
   { ldd "$path" 2>/dev/null || true; } | grep -o '/[^ ]*' | while read -r library; do
     mkdir -p "$root$(dirname "$library")"
     cp -L "$library" "$root$library"
@@ -103,7 +101,8 @@ pack_root() {
   add_program ndctl
   add_program mke2fs
   add_modules
-  strip -o "$root/bin/layerwise_native_tests" "$vm/native/layerwise_native_tests"
+  add_program "./$tests"
+  [ "$long" = --long ] || grep -lE 'DiskEnv|ScratchDir' csrc/tests/*_test.cc | xargs -n 1 basename >"$root/on_disk"
   install -m 755 tests/vm/init.sh "$root/init"
   (cd "$root" && find . | cpio -o -H newc --quiet -R 0:0) | gzip -1 >"$work/initramfs.gz"
 }
@@ -130,6 +129,13 @@ boot() {
   }
 }
 
+case $long in
+  "" | --long) ;;
+  *)
+    echo "unknown: $long; allowed is --long" >&2
+    exit 2
+    ;;
+esac
 [ "$(uname -m)" = x86_64 ] || skip "it is built for x86_64, this machine is $(uname -m)"
 for tool in apt-get apt-cache dpkg cmake; do
   command -v "$tool" >/dev/null || skip "$tool is missing"
