@@ -33,7 +33,6 @@ PAIRS: list[tuple[type[BaseModel], Any]] = [
     (sealed_state._Standing, described.Standing),
     (sealed_state._Counters, described.CarriedCounters),
 ]
-NOT_ON_DISK = {"lacking"}
 OF_SEVERAL_ONLY = {"updates"}
 
 
@@ -41,7 +40,7 @@ def differences(model: type[BaseModel], typed: Any) -> set[str]:
     """Members that only one of them has, or that only one of them requires."""
     named = {field.alias or name: field.is_required() for name, field in model.model_fields.items()}
     members = {name: name in typed.__required_keys__ for name in typed.__required_keys__ | typed.__optional_keys__}
-    found = (named.items() ^ members.items()) - {(name, False) for name in NOT_ON_DISK}
+    found = named.items() ^ members.items()
     return {name for name, _ in found} - (OF_SEVERAL_ONLY if issubclass(model, sealed_state._Optimizer) else set())
 
 

@@ -207,9 +207,9 @@ class Restores:
 
         def adopt() -> None:
             if parts.takes_optimizer:
-                self._optimizer.adopt(loading.states, sealed["optimizer"])
+                self._optimizer.adopt(loading.states, sealed["optimizer"], loading.lacking_fqns)
             else:
-                self._optimizer.keep(sealed["optimizer"])
+                self._optimizer.keep(sealed["optimizer"], loading.lacking_fqns)
 
         # An optimizer's own load_state_dict() may run in it, and fail.
         self._all("adopt", adopt)

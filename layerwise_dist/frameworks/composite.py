@@ -278,30 +278,30 @@ class CompositeOptimizer(OptimizerAdapter):
 
     # -- restore ------------------------------------------------------------------------------------------------
 
-    def check(self, saved: Mapping[str, Any]) -> list[str]:
+    def check(self, saved: Mapping[str, Any], lacking: Collection[str] = ()) -> list[str]:
         there = saved.get("optimizers", {})
         if there.keys() != self._members.keys():
             kept, here = sorted(there) or "without names", sorted(self._members)
             return [f"the checkpoint holds optimizers {kept}, attached are {here}"]
-        lacking = saved.get("lacking", [])
         return [
-            f"{name}: {problem}"
-            for name, each in self._members.items()
-            for problem in each.check({**there[name], "lacking": lacking})
+            f"{name}: {problem}" for name, each in self._members.items() for problem in each.check(there[name], lacking)
         ]
 
     def place(self, view: ParamView, entry: Slice, wrapped: bool) -> torch.Tensor:
         return self._owner[view.fqn].place(view, entry, wrapped)
 
-    def adopt(self, states: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any]) -> None:
+    def adopt(
+        self, states: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any],
+        lacking: Collection[str] = (),
+    ) -> None:  # fmt: skip
         for name, member in self._members.items():
             mine = saved["optimizers"][name]
-            member.adopt(states, {**saved, **mine})
+            member.adopt(states, {**saved, **mine}, lacking)
             self.updates[name] = mine["updates"]
 
-    def keep(self, saved: Mapping[str, Any]) -> None:
+    def keep(self, saved: Mapping[str, Any], lacking: Collection[str] = ()) -> None:
         for name, member in self._members.items():
-            member.keep({**saved, **saved["optimizers"].get(name, {"groups": []})})
+            member.keep({**saved, **saved["optimizers"].get(name, {"groups": []})}, lacking)
 
     # -- updates ------------------------------------------------------------------------------------------------
 

@@ -48,19 +48,13 @@ class _PerParameter(TypedDict):
     order: dict[str, list[str]]
 
 
-class _Lacking(TypedDict, total=False):
-    """In no file: parameters that a restore leaves as they are, since the checkpoint has none of them."""
-
-    lacking: list[str]
-
-
 @final
-class SingleOptimizer(_PerParameter, DescribedOptimizer, _Lacking):
+class SingleOptimizer(_PerParameter, DescribedOptimizer):
     """All that a checkpoint says of one optimizer."""
 
 
 @final
-class SeveralOptimizers(_PerParameter, _Lacking):
+class SeveralOptimizers(_PerParameter):
     """Of several, by name."""
 
     optimizers: dict[str, DescribedOptimizer]

@@ -7,7 +7,7 @@ and ZeRO's partitions do. Its optimizer state has its shape, or is a scalar.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,8 +158,8 @@ class FlatState(OptimizerAdapter):
 
     # -- restore ------------------------------------------------------------------------------------------------
 
-    def check(self, saved: Mapping[str, Any]) -> list[str]:
-        if saved.get("lacking"):
+    def check(self, saved: Mapping[str, Any], lacking: Collection[str] = ()) -> list[str]:
+        if lacking:
             return ["parameters that the checkpoint lacks cannot be left as they are where several lie in one tensor"]
         return check_groups(self.kind, self._group_names(), saved) or self._nest.check(saved)
 
@@ -183,14 +183,17 @@ class FlatState(OptimizerAdapter):
         on_device = group.get("capturable") or group.get("fused")
         return self.flat.unit(number).device if on_device else torch.device("cpu")
 
-    def adopt(self, states: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any]) -> None:
-        self._put(states, saved)
+    def adopt(
+        self, states: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any],
+        lacking: Collection[str] = (),
+    ) -> None:  # fmt: skip
+        self._put_units(states, saved)
         if self._nest.put(saved):
-            self._put(states, saved)
+            self._put_units(states, saved)
             self._nest.confirm(saved)
         self._loading.clear()
 
-    def _put(self, states: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any]) -> None:
+    def _put_units(self, states: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any]) -> None:
         for number in self._numbers():
             views, loaded = self.flat.views_in(number), self._loading.get(number, {})
             names = {name for view in views for name in states.get(view.fqn, {})}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -186,7 +186,7 @@ class Nest:
         names = self._names() if self._names is not None else {}
         return [[names[id(param)] for param in group["params"]] for group in groups]
 
-    def check(self, saved: Mapping[str, Any]) -> list[str]:
+    def check(self, saved: Mapping[str, Any], lacking: Collection[str] = ()) -> list[str]:
         """As `OptimizerAdapter.check`, of all but the outer one's class and groups."""
         there = saved.get("inside", {})
         if there.keys() != self.inside.keys():
@@ -196,24 +196,26 @@ class Nest:
             ]
         problems = self._elsewhere[""].check(saved) + self._around.check(saved)
         for place, each in there.items():
-            found = self._check_groups(place, saved, each) or self._elsewhere[place].check(each)
+            found = self._check_groups(place, saved, each, lacking) or self._elsewhere[place].check(each)
             problems += [f"{place}: {problem}" for problem in found]
         return problems
 
-    def _check_groups(self, place: str, saved: Mapping[str, Any], each: Mapping[str, Any]) -> list[str]:
+    def _check_groups(
+        self, place: str, saved: Mapping[str, Any], each: Mapping[str, Any], lacking: Collection[str]
+    ) -> list[str]:
         kind, groups = type(self._members[place]).__qualname__, self._own_groups(place)
         if (each["own_state"], "groups" in each) != (place in self.owners(), groups is not None):
             return [f"the checkpoint's {each['class']} shares its state or groups with {self.kind}, or here it does"]
         if groups is not None:
-            return check_groups(kind, self._group_names(groups), {**saved, **each})
+            return check_groups(kind, self._group_names(groups), {**saved, **each}, lacking)
         return [] if each["class"] == kind else [f"the checkpoint has a {each['class']}, here it is a {kind}"]
 
-    def adopt_groups(self, saved: Mapping[str, Any]) -> None:
+    def adopt_groups(self, saved: Mapping[str, Any], lacking: Collection[str]) -> None:
         """The saved hyper-parameters of the optimizers inside."""
         for place, each in saved.get("inside", {}).items():
             groups = self._own_groups(place)
             if groups is not None:
-                adopt_groups(groups, self._group_names(groups), {**saved, **each})
+                adopt_groups(groups, self._group_names(groups), {**saved, **each}, lacking)
 
     def put(self, saved: Mapping[str, Any]) -> bool:
         """Takes `describe()` as it was saved. REQUIRES: the state by parameter, and all groups, are restored.
@@ -225,12 +227,12 @@ class Nest:
         self._check_family()
         return any(called)
 
-    def confirm(self, saved: Mapping[str, Any]) -> None:
+    def confirm(self, saved: Mapping[str, Any], lacking: Collection[str] = ()) -> None:
         """When they are, behind a `load_state_dict()`. Raises UnsupportedError if it was not the way back."""
         for place, part in self._elsewhere.items():
             part.confirm(self._of(place, saved))
         self._around.confirm(saved)
-        if problems := self.check(saved):
+        if problems := self.check(saved, lacking):
             raise UnsupportedError(f"{self.kind} is another one after its load_state_dict(): {'; '.join(problems)}")
 
     def _of(self, place: str, saved: Mapping[str, Any]) -> Mapping[str, Any]:

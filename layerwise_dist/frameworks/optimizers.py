@@ -123,10 +123,10 @@ class OptimizerAdapter:
         """What a checkpoint says of it beside its state: members of ``optimizer`` in docs/format.md."""
         return {"class": self.kind, "groups": self.hyper_parameters()}
 
-    def check(self, saved: Mapping[str, Any]) -> list[str]:
+    def check(self, saved: Mapping[str, Any], lacking: Collection[str] = ()) -> list[str]:
         """What of a checkpoint's ``optimizer`` state does not fit this one, for a MismatchError; empty if it fits.
 
-        ``lacking`` in it names parameters that the checkpoint has not, and need not have; of `adopt`'s too.
+        `lacking` names parameters (fqns) that the checkpoint has not, and need not have.
         """
         raise NotImplementedError
 
@@ -134,11 +134,14 @@ class OptimizerAdapter:
         """The tensor to load the saved state `entry` into: the live one if it is alike, else a new one."""
         raise NotImplementedError
 
-    def adopt(self, states: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any]) -> None:
+    def adopt(
+        self, states: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any],
+        lacking: Collection[str] = (),
+    ) -> None:  # fmt: skip
         """Takes the loaded state: tensors from `place`, by parameter and name, and the saved ``optimizer`` state."""
         raise NotImplementedError
 
-    def keep(self, saved: Mapping[str, Any]) -> None:
+    def keep(self, saved: Mapping[str, Any], lacking: Collection[str] = ()) -> None:
         """Parameters were loaded, and the optimizer's state stays as it is; `saved` is what `adopt` would have got."""
 
     def watch(self, events: UpdateEvents) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ import torch
 KERNEL_KEYS = frozenset({"foreach", "fused", "capturable", "differentiable"})
 
 
-def check_groups(kind: str, live: Sequence[Sequence[str]], saved: Mapping[str, Any]) -> list[str]:
+def check_groups(
+    kind: str, live: Sequence[Sequence[str]], saved: Mapping[str, Any], lacking: Collection[str] = ()
+) -> list[str]:
     """Whether class and groups (the names of their parameters) fit those of the checkpoint; what does not, in words."""
     if "optimizers" in saved:
         return [f"the checkpoint holds optimizers {sorted(saved['optimizers'])} by name, this one has no name"]
@@ -19,21 +21,23 @@ def check_groups(kind: str, live: Sequence[Sequence[str]], saved: Mapping[str, A
     if saved["class"] != kind:
         problems.append(f"the checkpoint's optimizer is {saved['class']}, this one is {kind}")
     try:
-        group_origins(live, saved)
+        group_origins(live, saved, lacking)
     except ValueError as error:
         problems.append(str(error))
     return problems
 
 
-def group_origins(live: Sequence[Sequence[str]], saved_state: Mapping[str, Any]) -> list[int | None]:
+def group_origins(
+    live: Sequence[Sequence[str]], saved_state: Mapping[str, Any], lacking: Collection[str] = ()
+) -> list[int | None]:
     """Of each live group (names of its parameters), the number of the saved group that its hyper-parameters are of.
 
     Groups may have been split since, or merged where their hyper-parameters were equal. Of a group of which the
-    checkpoint has nothing, and need not ("lacking"), it is None. Raises ValueError in words.
+    checkpoint has nothing, and need not (all of it is `lacking`), it is None. Raises ValueError in words.
     """
     saved: Sequence[Mapping[str, Any]] = saved_state["groups"]
-    lacking = set(saved_state.get("lacking", ()))
     kept = [list(group["params"]) for group in saved]
+    lacking = set(lacking)
     live = [[name for name in group if name not in lacking] for group in live] if lacking else live
     if [list(group) for group in live] == kept:
         return list(range(len(kept)))
@@ -81,9 +85,12 @@ def in_order(state: Mapping[str, Any], order: Iterable[str]) -> dict[str, Any]:
     return {name: state[name] for name in dict.fromkeys([*order, *state])}
 
 
-def adopt_groups(groups: Sequence[dict[str, Any]], names: Sequence[Sequence[str]], saved: Mapping[str, Any]) -> None:
+def adopt_groups(
+    groups: Sequence[dict[str, Any]], names: Sequence[Sequence[str]], saved: Mapping[str, Any],
+    lacking: Collection[str] = (),
+) -> None:  # fmt: skip
     """Puts the saved hyper-parameters into the live groups, whose parameters are `names`."""
-    origins = group_origins(names, saved)
+    origins = group_origins(names, saved, lacking)
     alike = origins == list(range(len(saved["groups"])))
     for group, origin in zip(groups, origins, strict=True):
         if origin is None:

@@ -148,8 +148,8 @@ class TorchOptimizer(OptimizerAdapter):
 
     # -- restore ------------------------------------------------------------------------------------------------
 
-    def check(self, saved: Mapping[str, Any]) -> list[str]:
-        return check_groups(self.kind, self._group_names(), saved) or self._nest.check(saved)
+    def check(self, saved: Mapping[str, Any], lacking: Collection[str] = ()) -> list[str]:
+        return check_groups(self.kind, self._group_names(), saved, lacking) or self._nest.check(saved, lacking)
 
     def place(self, view: ParamView, entry: Slice, wrapped: bool) -> torch.Tensor:
         dtype, framework = DTYPES[entry.dtype], self._framework
@@ -163,13 +163,18 @@ class TorchOptimizer(OptimizerAdapter):
             return live
         return framework.new_state(view, entry, dtype, wrapped)
 
-    def adopt(self, states: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any]) -> None:
-        self._put(states, saved)
+    def adopt(
+        self, states: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any],
+        lacking: Collection[str] = (),
+    ) -> None:  # fmt: skip
+        self._put(states, saved, lacking)
         if self._nest.put(saved):
-            self._put(states, saved)
-            self._nest.confirm(saved)
+            self._put(states, saved, lacking)
+            self._nest.confirm(saved, lacking)
 
-    def _put(self, states: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any]) -> None:
+    def _put(
+        self, states: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any], lacking: Collection[str]
+    ) -> None:
         nest, names = self._nest, self._current_names()
         for place, keeper in nest.owners().items():
             for group in (keeper if place else self._optimizer).param_groups:
@@ -187,8 +192,8 @@ class TorchOptimizer(OptimizerAdapter):
                         keeper.state[param] = put_together(state, keeper.state.get(param, {}))
                     else:
                         keeper.state.pop(param, None)
-        adopt_groups(self._optimizer.param_groups, self._group_names(), saved)
-        nest.adopt_groups(saved)
+        adopt_groups(self._optimizer.param_groups, self._group_names(), saved, lacking)
+        nest.adopt_groups(saved, lacking)
 
     def _group_names(self) -> list[list[str]]:
         """Of the parameters of each group. Raises UnsupportedError if one is not the model's."""

@@ -45,6 +45,10 @@ class LoadPlan:
     lacking: list[str] = field(default_factory=list)
     base: tuple[BaseReport, ShardIndex] | None = None
 
+    @property
+    def lacking_fqns(self) -> list[str]:
+        return [name.split("/", 1)[1] for name in self.lacking]
+
 
 def prepare(
     framework: Framework, optimizer: OptimizerAdapter, shards: ShardSet, where: str, *, partly: bool = False,
@@ -109,7 +113,6 @@ def prepare(
             want(framework.need(view, entry.slice.kind, tensor), tensor)
     if partly or not parts.strict:
         loading.lacking, missing = missing, []
-        sealed["optimizer"]["lacking"] = [name.split("/", 1)[1] for name in loading.lacking]
     unexpected = sorted(name for name in index if name not in wanted_names) if parts.strict else []
     if not parts.takes_optimizer:
         unexpected = [name for name in unexpected if name.split("/", 1)[0] in ("param", "master", "buffer")]
@@ -119,7 +122,7 @@ def prepare(
         + _listing("unexpected in the checkpoint", unexpected)
     )
     if parts.takes_optimizer:
-        problems += optimizer.check(sealed["optimizer"])
+        problems += optimizer.check(sealed["optimizer"], loading.lacking_fqns)
         problems += unmakable(sealed["optimizer"]["scalars"], sealed["optimizer"]["order"])[:_LISTED]
     problems += unlike(framework.standing, sealed.get("standing", {}))[:_LISTED]
     problems += contradictions(read_names, loading.reads)[:_LISTED]

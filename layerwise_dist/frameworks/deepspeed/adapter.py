@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,15 +89,18 @@ class DeepSpeedOptimizer(FlatState):
     def put_state(self, number: int, state: Mapping[str, Any]) -> None:
         self._units.put_state(number, state)
 
-    def adopt(self, states: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any]) -> None:
-        super().adopt(states, saved)
-        self.keep(saved)
+    def adopt(
+        self, states: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any],
+        lacking: Collection[str] = (),
+    ) -> None:  # fmt: skip
+        super().adopt(states, saved, lacking)
+        self.keep(saved, lacking)
 
-    def keep(self, saved: Mapping[str, Any]) -> None:
+    def keep(self, saved: Mapping[str, Any], lacking: Collection[str] = ()) -> None:
         counters = self._framework.counters
         if counters.has_schedule:
             try:
-                found = group_origins(self._group_names(), saved)
+                found = group_origins(self._group_names(), saved, lacking)
             except ValueError:  # of an optimizer that is not taken: the schedule is, as DeepSpeed does it
                 found = [None]
             origins = [origin for origin in found if origin is not None]
