@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -164,8 +165,12 @@ def exists(fd: str) -> bool:
 
 
 def differing(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """Fewer tasks are none of an engine's: the kernel's own for io_uring come and go."""
+    """Fewer tasks and threads are none of an engine's: the kernel's own for io_uring come and go, and a thread of the
+    engine before this one may still be on its last word.
+    """
     more = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+    if "threads" in more and not Counter(after["threads"]) - Counter(before["threads"]):
+        del more["threads"]
     return {name: pair for name, pair in more.items() if name != "tasks" or pair[1] > pair[0]}
 
 

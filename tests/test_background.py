@@ -187,6 +187,9 @@ class OnTheirWay:
     def synchronize(self) -> None:
         pass
 
+    def wait(self, mark: OnTheirWay) -> None:
+        pass
+
 
 def test_a_copy_that_fails_in_any_way_fails_its_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "copies_for", lambda device: OnTheirWay())

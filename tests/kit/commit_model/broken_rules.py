@@ -38,7 +38,8 @@ class BrokenRule:
         """In every module of the engine and of the model."""
         mutant = self.mutant
         original = next(kind for kind in mutant.__mro__ if kind.__module__.startswith("layerwise_dist."))
-        for name in {name for kind in mutant.__mro__ if issubclass(kind, original) for name in vars(kind)}:
+        members = {name for kind in mutant.__mro__ if issubclass(kind, original) for name in vars(kind)}
+        for name in (name for name in members if not name.startswith("__")):
             assert hasattr(original, name), f"{mutant.__name__} overrides {name}, which {original.__name__} has not"
         for place, module in list(sys.modules.items()):
             if place.startswith(("layerwise_dist.", "kit.commit_model.")) and place != __name__:
