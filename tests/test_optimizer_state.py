@@ -100,7 +100,7 @@ def _none(self: Any, *args: Any) -> dict[str, Any]:
     return {}
 
 
-def _nothing(self: Any, saved: Any) -> bool:
+def _nothing(self: Any, saved: Any, lacking: Any = ()) -> bool:
     return False
 
 

@@ -80,9 +80,9 @@ def test_mutation_a_model_without_optimizer_that_is_not_restored_is_caught(
 def test_mutation_an_optimizer_that_is_not_restored_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adopt = composite.CompositeOptimizer.adopt
 
-    def forget(self: Any, states: Any, saved: Any) -> None:
+    def forget(self: Any, states: Any, saved: Any, lacking: Any) -> None:
         self._members.pop("generator")
-        adopt(self, states, saved)
+        adopt(self, states, saved, lacking)
 
     monkeypatch.setattr(composite.CompositeOptimizer, "adopt", forget)
     assert any("state/" in problem for problem in trial(Gan, str(tmp_path)))
