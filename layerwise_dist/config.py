@@ -53,7 +53,7 @@ class CommitConfig(_Strict):
     transport: Literal["auto", "store", "mpi"] = Field(
         "auto",
         description="How ranks exchange messages. store: TCP connections of its own, found over torch.distributed; "
-        "mpi: an MPI communicator of its own; auto: store where torch.distributed is initialised, else mpi "
+        "mpi: an MPI communicator of its own; auto: store where torch.distributed is initialized, else mpi "
         "under mpirun.",
     )
     timeout_s: float = Field(300.0, gt=0, description="Deadline of every wait for another rank, seconds.")
@@ -179,7 +179,7 @@ class LayerwiseConfig(_Strict):
         if self.commit.transport == "mpi":
             raise ValueError(
                 "commit.transport = 'mpi' with mode 'monitor': monitors are no processes of mpirun's; use 'auto' or "
-                "'store' with torch.distributed initialised, or mode 'direct'"
+                "'store' with torch.distributed initialized, or mode 'direct'"
             )
         if self.writer.backend == "nvm":
             raise ValueError(

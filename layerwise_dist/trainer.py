@@ -177,7 +177,7 @@ def _check_job(is_distributed: bool | None, rank: int | None, world_size: int | 
     wrong = [f"{name} = {value}" for name, value in given.items() if value is not None and value != found[name]]
     if wrong:
         raise ConfigError(
-            f"{', '.join(wrong)}: torch.distributed is {'' if there else 'not '}initialised, with rank "
+            f"{', '.join(wrong)}: torch.distributed is {'' if there else 'not '}initialized, with rank "
             f"{found['rank']} of "
             f"{found['world_size']}; call init_process_group() first, or leave the argument out"
         )

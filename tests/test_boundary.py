@@ -308,3 +308,19 @@ def test_generators_come_back() -> None:
     assert draw() == expected
     rng.put(typed_json.loads(*typed_json.dumps(state)))
     assert draw() == expected
+
+
+@pytest.mark.parametrize("kind", [np.random.PCG64, np.random.SFC64, np.random.Philox, np.random.MT19937])
+def test_numpys_global_generator_may_be_of_any_kind(kind: Any) -> None:
+    """Numpy tells of all but its first kind by mappings, of which some hold arrays."""
+    before = np.random.get_bit_generator()
+    np.random.set_bit_generator(kind(1))
+    try:
+        state = rng.take()
+        assert rng.same(state, rng.take())
+        expected = np.random.random(3).tolist()
+        assert not rng.same(state, rng.take())
+        rng.put(state)
+        assert rng.same(state, rng.take()) and np.random.random(3).tolist() == expected
+    finally:
+        np.random.set_bit_generator(before)

@@ -22,6 +22,13 @@ def test_no_reader_raises_anything_but_a_damage_error(long: bool) -> None:
     assert len(reached) == 5 and all(int(inputs) > 50 and int(steps) > 20 for inputs, steps in reached), found.stdout
 
 
+def test_what_guides_the_fuzzer_is_there() -> None:
+    from fuzz.targets import TARGETS
+
+    package = Path(__file__).parents[1] / "layerwise_dist"
+    assert not [each for target in TARGETS.values() for each in target.watched if not (package / each).is_file()]
+
+
 def test_mutation_a_reader_that_trusts_a_table_is_found_by_the_fuzzer(monkeypatch: pytest.MonkeyPatch) -> None:
     """The test above can fail."""
     from fuzz.engine import Fuzzer

@@ -93,6 +93,14 @@ def test_every_module_can_be_imported_by_itself() -> None:
             importlib.import_module(f"{PACKAGE.name}.{module}".strip("."))
 
 
+def test_the_way_to_the_line_that_writes_a_block_is_as_stated() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text().split("### From the README", 1)[1].split("\n## ", 1)[0]
+    files = [path for path in re.findall(r"`([\w/]+\.(?:py|cc))`", text) if not path.startswith("tests/")]
+    paths = [ROOT / path if path.startswith("csrc/") else PACKAGE / path for path in files]
+    assert 1 <= len(paths) <= 5 and all(path.is_file() for path in paths)
+    assert "->StartBlock(" in paths[-1].read_text() and "->Pwritev(" in paths[-1].read_text()
+
+
 def test_few_entries_are_no_rooms() -> None:
     assert sum(not path.is_dir() and path.suffix in (".py", ".pyi", ".typed") for path in PACKAGE.iterdir()) <= 12
 

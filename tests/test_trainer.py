@@ -154,7 +154,7 @@ def test_each_argument_is_a_key_of_the_configuration(tmp_path: Path) -> None:
     ("arguments", "error", "says"),
     [
         ({"use_monitor": True, "use_pccheck": False}, errors.ConfigError, "use_monitor=True with use_pccheck=False"),
-        ({"is_distributed": True}, errors.ConfigError, "is_distributed = True: torch.distributed is not initialised"),
+        ({"is_distributed": True}, errors.ConfigError, "is_distributed = True: torch.distributed is not initialized"),
         ({"rank": 1}, errors.ConfigError, "rank = 1"),
         ({"world_size": 4}, errors.ConfigError, "world_size = 4"),
         ({"num_threads": 0}, errors.ConfigError, "writer.queue_depth = 0"),

@@ -36,7 +36,7 @@ class Sealer:
 
         Raises StateError with the path of what cannot be written.
         """
-        framework = self._framework
+        framework, objects = self._framework, self._objects.take()
         optimizer = {
             **self._optimizer_itself(self._optimizer.describe()),
             "scalars": survey.live_scalars(),
@@ -46,7 +46,7 @@ class Sealer:
             "step": step,
             "updates": updates,
             "boundary": boundary,
-            "objects": self._objects.take(),
+            "objects": objects,
             "client_state": client_state,
             "optimizer": cast(OptimizerState, optimizer),
             "wrapper": framework.carry(),

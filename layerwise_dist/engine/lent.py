@@ -23,6 +23,7 @@ class Loan(NamedTuple):
 def lend(
     framework: Framework, optimizer: OptimizerAdapter, objects: StateObjects, boundary: Boundary, updates: int
 ) -> Loan:
+    """Of what an engine trains and counts, for another engine that saves it once."""
     return Loan(
         cast(Framework, _Lent(framework)),
         cast(OptimizerAdapter, _Lent(optimizer)),

@@ -66,7 +66,7 @@ class StepTrace:
         self._open.clear()
 
     def captured(self, capture: Capture, batches: Collection[int]) -> None:
-        """Of it these batches were taken now."""
+        """These batches of it were taken now."""
         if self._sealed:
             return
         if capture is not self._capture:  # captured anew, in other batches

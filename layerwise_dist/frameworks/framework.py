@@ -176,7 +176,7 @@ class Framework:
         return entry.global_shape
 
     def new_state(self, view: ParamView, entry: Slice, dtype: torch.dtype, wrapped: bool) -> torch.Tensor:
-        """An uninitialised optimizer state tensor like the one that was saved as `entry`, in the parameter's memory.
+        """An uninitialized optimizer state tensor like the one that was saved as `entry`, in the parameter's memory.
 
         Strides follow the parameter's where the shapes agree, as `zeros_like` makes them.
         """

@@ -82,7 +82,7 @@ class TorchOptimizer(OptimizerAdapter):
         if name is None:
             return (
                 f"{kind}: {place} (shape {list(param.shape)}) is not one of the model's. Build the optimizer after the "
-                "model was wrapped, moved and materialised, of the parameters that are in it"
+                "model was wrapped, moved and materialized, of the parameters that are in it"
             )
         if name in names.values():
             return (

@@ -2,7 +2,7 @@
 
 A loader feeds the training when its iterator is alive and was drawn from before a grad-enabled training forward. A
 batch that is drawn behind an iteration's last forward belongs to the next one: its loader, and the random numbers, are
-recorded as before that draw. Batches that are drawn earlier still are recognised by the pace alone.
+recorded as before that draw. Batches that are drawn earlier still are recognized by the pace alone.
 """
 
 from __future__ import annotations

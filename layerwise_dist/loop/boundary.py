@@ -1,7 +1,7 @@
 """Where an iteration ends: events of the training loop in, boundaries out.
 
 A checkpoint at step t holds the process after all that iteration t does and before anything of iteration t+1. No hook
-of torch sees that point in every loop, so there are three ways to know it, and each checkpoint records which one it
+of torch sees that point in every loop, so there are four ways to know it, and each checkpoint records which one it
 was:
 
 explicit
@@ -22,7 +22,7 @@ inferred
 A batch drawn after an iteration's last forward belongs to the next one (prefetch). Its loader and the random numbers
 are then recorded as before that draw, `rng_event` is "draw", and a resume puts them back when that batch is drawn
 again. A batch drawn *before* the forward of the one ahead of it looks like an ordinary draw, and so do those of a queue
-of several; that is recognised by the pace and warned of.
+of several; that is recognized by the pace and warned of.
 
 What cannot be seen: a GradScaler that skips a step calls no hook. Without steps()/end_step() such an iteration is no
 boundary and is counted together with the next one; with them it counts, with `updated=False`.

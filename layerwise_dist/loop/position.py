@@ -21,7 +21,7 @@ def drawn_by_for(frame: FrameType | None) -> bool:
 
     True for `for b in loader`, also through `enumerate`, `zip` and generators that are themselves driven by a `for`
     (tqdm); False for `next(it)` and for `next()` of a generator (`cycle`). `co_code` shows the base opcodes whatever
-    the interpreter has specialised or instrumented, and `f_lasti` is a byte offset into it, on CPython 3.10 to 3.14.
+    the interpreter has specialized or instrumented, and `f_lasti` is a byte offset into it, on CPython 3.10 to 3.14.
     """
     while frame is not None:
         code, at = frame.f_code.co_code, frame.f_lasti

@@ -3,7 +3,7 @@
 An `RngState` is a plain dict, fit for `storage.typed_json` (tensors, arrays, tuples, ints, strings; no pickle):
 
     {"torch": ByteTensor of 5056 bytes, the CPU generator,
-     "cuda": {device index: ByteTensor}, only when this process has initialised CUDA, otherwise {},
+     "cuda": {device index: ByteTensor}, only when this process has initialized CUDA, otherwise {},
      "numpy": ("MT19937", uint32[624], pos, has_gauss, cached_gaussian), the legacy global generator; absent without
      numpy, "python": random.getstate()}
 
@@ -113,13 +113,22 @@ def same(one: RngState, other: RngState) -> bool:
     if "numpy" in one:
         mine, yours = one["numpy"], other["numpy"]
         if isinstance(mine, dict) or isinstance(yours, dict):  # of another bit generator than numpy's first
-            if repr(mine) != repr(yours):
+            if not _alike(mine, yours):
                 return False
         elif mine[2:] != yours[2:] or not numpy.array_equal(mine[1], yours[1]):
             return False
     return all(
         torch.equal(one["cuda"][index], other["cuda"][index]) for index in one["cuda"].keys() & other["cuda"].keys()
     )
+
+
+def _alike(mine: Any, yours: Any) -> bool:
+    """Of what numpy tells of a bit generator: mappings of numbers, names and arrays."""
+    if isinstance(mine, dict) and isinstance(yours, dict):
+        return mine.keys() == yours.keys() and all(_alike(mine[name], yours[name]) for name in mine)
+    if isinstance(mine, numpy.ndarray) and isinstance(yours, numpy.ndarray):
+        return numpy.array_equal(mine, yours)
+    return type(mine) is type(yours) and bool(mine == yours)
 
 
 def _python_state(state: tuple[Any, ...]) -> tuple[Any, ...]:

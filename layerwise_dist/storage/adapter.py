@@ -303,7 +303,7 @@ class ShardWrite:
         self, text: bytes, blob: bytes, *, confirm: Callable[[float], None] | None = None,
         base: Callable[[float], BaseReport] | None = None,
     ) -> None:  # fmt: skip
-        """Writes the state extent behind the layers: what the boundary sealed. REQUIRES: all layers are submitted.
+        """Writes the state extent behind the layers: what the boundary sealed. Layers may still be on their way to it.
 
         `confirm(timeout_s)` is asked before the header is written: it raises if what the blocks were read from had
         changed by then. `base(timeout_s)` waits until the frozen parameters that this shard refers to are durable, and

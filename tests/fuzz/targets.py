@@ -202,13 +202,19 @@ def _owner() -> list[bytes]:
     return [b'{"epoch":3,"session":"%s","who":"pid 1 on host","monitor":true,"ends":true}' % (b"a" * 32)]
 
 
-_STORAGE = ("storage/header.py", "storage/strict_json.py", "storage/schemas.py", "slices.py", "restore/contents.py")
+_STORAGE = (
+    "storage/header.py",
+    "storage/strict_json.py",
+    "storage/schemas.py",
+    "tensors/slices.py",
+    "restore/contents.py",
+)
 _TYPED = ("storage/typed_json.py", "storage/typed_json_read.py", "storage/strict_json.py")
 
 TARGETS: dict[str, Target] = {
     "record": Target(record, _records, ("commit/records.py", "storage/strict_json.py", "storage/schemas.py")),
     "header": Target(header, _header, _STORAGE),
     "typed": Target(typed, _typed, _TYPED),
-    "sealed": Target(sealed, _sealed, (*_TYPED, "restore/sealed_state.py", "storage/schemas.py", "capture/rng.py")),
+    "sealed": Target(sealed, _sealed, (*_TYPED, "restore/sealed_state.py", "storage/schemas.py", "loop/rng.py")),
     "owner": Target(owners, _owner, ("commit/owner.py", "storage/strict_json.py")),
 }

@@ -14,10 +14,10 @@ from layerwise_dist.errors import BoundaryError, ConfigError, UnsupportedError
 
 
 def open_transport(wanted: str, timeout_s: float) -> Transport:
-    """Collective, on the training thread. Rank and world size are those of torch.distributed where it is initialised,
+    """Collective, on the training thread. Rank and world size are those of torch.distributed where it is initialized,
     else MPI's. One process alone needs no transport: it gets queues in memory.
 
-    Raises ConfigError for what cannot be, BoundaryError where a launcher's ranks have not been initialised,
+    Raises ConfigError for what cannot be, BoundaryError where a launcher's ranks have not been initialized,
     CommitError or DeadlineError where other ranks are not reached.
     """
     distributed = dist.is_available() and dist.is_initialized()
@@ -57,11 +57,11 @@ def _alone(wanted: str) -> None:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1:
         raise BoundaryError(
-            f"WORLD_SIZE is {launched}, but torch.distributed is not initialised: call init_process_group() before "
+            f"WORLD_SIZE is {launched}, but torch.distributed is not initialized: call init_process_group() before "
             "attach()"
         )
     if mpi.launched() > 1:
         raise ConfigError(
             f"commit.transport = {wanted!r}: mpirun started {mpi.launched()} processes, and torch.distributed is not "
-            "initialised: call init_process_group() before attach(), or use 'mpi' or 'auto'"
+            "initialized: call init_process_group() before attach(), or use 'mpi' or 'auto'"
         )

@@ -51,7 +51,7 @@ def _mpi() -> Any:
 
 
 def open_mpi(rank: int | None, world_size: int | None, timeout_s: float) -> RelayTransport:
-    """Collective. `rank` and `world_size` are torch.distributed's where it is initialised, else MPI's.
+    """Collective. `rank` and `world_size` are torch.distributed's where it is initialized, else MPI's.
 
     Raises ConfigError where MPI cannot be used, DeadlineError when not all ranks call it in `timeout_s` seconds.
     """
