@@ -93,7 +93,7 @@ system_packages() {
     fail "missing, and this user may not install it; on Debian: sudo apt-get install ${required[*]}"
 }
 
-# What the installed package was made from; Python sources are read in place and do not count.
+# What the installed package was made from. Python sources are read in place: of them only which there are counts.
 fingerprint() {
   {
     "$venv/bin/python" -c 'import sys; print(sys.version)'
@@ -101,6 +101,7 @@ fingerprint() {
     cd "$root"
     sha256sum pyproject.toml launch/setup.sh
     find csrc -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
+    find layerwise_dist -name '*.py' | LC_ALL=C sort
   } | sha256sum | cut -d' ' -f1
 }
 
@@ -108,7 +109,8 @@ python_module() { "$venv/bin/python" -c "import importlib.util as u, sys; sys.ex
 
 # Whether the package that is installed is this one: another checkout may share the virtual environment.
 installed() {
-  [ "$(cat "$venv/.layerwise_dist" 2>/dev/null)" = "$1" ] && [ -x "$venv/bin/layerwise" ] && python_module torch deepspeed
+  [ "$(cat "$venv/.layerwise_dist" 2>/dev/null)" = "$1" ] && [ -x "$venv/bin/layerwise" ] &&
+    python_module torch deepspeed layerwise_native_testing
 }
 
 make_venv() {

@@ -38,7 +38,7 @@ CASES = [(name, kernel) for name in PLAIN for kernel in _kernels(name)]
 
 
 def build(name: str = "AdamW", options: dict[str, Any] | None = None, matrices: bool = False) -> tuple[Any, Any]:
-    """The model of tests/models.py, in two groups that cut through its layers; the same at each call."""
+    """The model of tests/kit/models.py, in two groups that cut through its layers; the same at each call."""
     torch.manual_seed(5)
     model = Reused()
     kind = getattr(torch.optim, name)

@@ -7,7 +7,7 @@
 # flush covers is what the kernel says it covers.
 #
 # By default it runs the test files in which something is on a disk, with shorter sweeps; with --long all of them, whole.
-# tests/native.sh runs all of them, whole, on the disk of this machine.
+# tests/native.sh runs all of them, whole, on this machine.
 #
 # Needs Debian or Ubuntu: the kernel is downloaded by apt-get and unpacked below build/vm, never installed. Programs that
 # are missing are installed by apt-get when root runs this. Where that is not possible it prints "SKIP: <why>" and
@@ -102,7 +102,7 @@ pack_root() {
   add_program mke2fs
   add_modules
   add_program "./$tests"
-  [ "$long" = --long ] || grep -lE 'DiskEnv|ScratchDir' csrc/tests/*_test.cc | xargs -n 1 basename >"$root/on_disk"
+  [ "$long" = --long ] || grep -lE 'DiskEnv|ScratchDir|ShardFixture' csrc/tests/*_test.cc | xargs -n 1 basename >"$root/on_disk"
   install -m 755 tests/vm/init.sh "$root/init"
   (cd "$root" && find . | cpio -o -H newc --quiet -R 0:0) | gzip -1 >"$work/initramfs.gz"
 }

@@ -1,0 +1,71 @@
+"""Every test that docs/guarantees.md names as holding a promise is there, in the file that it says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.quick
+
+ROOT = Path(__file__).parent.parent
+_PYTHON = re.compile(r"`tests/(test_\w+\.py)::(\w+)")
+_NATIVE = re.compile(r'`(\w+\.\w+)`|"([^"]+)"')
+_CASE = re.compile(r'TEST_CASE\w*\(\s*((?:"(?:[^"\\]|\\.)*"\s*)+)')
+
+
+def page() -> str:
+    return (ROOT / "docs" / "guarantees.md").read_text()
+
+
+def in_python(text: str) -> set[tuple[str, str]]:
+    return set(_PYTHON.findall(text))
+
+
+def in_native(text: str) -> Iterator[tuple[str, str]]:
+    """File and title: the titles in quotes that follow a file's name in its bullet."""
+    for bullet in re.split(r"\n(?=- |\n)", text):
+        file = ""
+        for other, title in _NATIVE.findall(" ".join(bullet.split())):
+            if other:
+                file = other if other.endswith("_test.cc") else ""
+            elif file:
+                yield file, title
+
+
+@cache
+def titles(file: str) -> set[str]:
+    path = ROOT / "csrc" / "tests" / file
+    found = _CASE.findall(path.read_text()) if path.exists() else []
+    return {"".join(re.findall(r'"((?:[^"\\]|\\.)*)"', each)) for each in found}
+
+
+def lost(text: str) -> list[str]:
+    python = [
+        f"tests/{file}::{name}"
+        for file, name in sorted(in_python(text))
+        if not (ROOT / "tests" / file).exists() or f"def {name}(" not in (ROOT / "tests" / file).read_text()
+    ]
+    return python + [f"{file}: {title}" for file, title in in_native(text) if title not in titles(file)]
+
+
+def test_what_holds_a_promise_is_there() -> None:
+    text = page()
+    assert len(in_python(text)) > 300 and len(list(in_native(text))) > 12, "the search finds them"
+    assert lost(text) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "- `tests/test_lineage.py::test_that_nobody_wrote`",
+        "- `tests/test_of_nothing.py::test_x`: and more",
+        '- `posix_env_test.cc`: "a title that\n  no test has"',
+        '- `of_nothing_test.cc`: "a finished shard"',
+    ],
+)
+def test_mutation_a_test_that_is_not_there_is_found(text: str) -> None:
+    assert lost(f"Held by\n{text}\n") != []
