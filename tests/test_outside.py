@@ -40,8 +40,6 @@ from layerwise_dist.storage.exposure import exposed
 from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.recycling import Recycler
 
-pytestmark = pytest.mark.quick
-
 LOGGER = "layerwise_dist"
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, which makes another user")
 

@@ -26,8 +26,6 @@ from layerwise_dist.engine.engine import workings_of
 from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.frameworks.torch_optimizer import TorchOptimizer
 
-pytestmark = pytest.mark.quick
-
 torch.set_num_threads(1)
 
 
