@@ -158,7 +158,7 @@ def test_a_keeper_that_fails_lets_go_of_its_directory_and_tells() -> None:
     class Owner:
         released = False
 
-        def release(self) -> None:
+        def let_go(self) -> None:
             self.released = True
 
     class Keeper:

@@ -30,7 +30,7 @@ class Agreement:
         self._rounds = 0
         self._votes: dict[str, dict[int, Any]] = {}  # by round, of those that are not decided
         self._decisions: dict[str, Outcome] = {}  # by round, of those that were not taken up
-        self._closed: set[int] = set()
+        self._left: set[int] = set()
         self._gone: dict[int, str] = {}  # of those, the ones that left without a word, and why
 
     def agree(self, what: str, payload: Any, decide: Callable[[list[Any]], Any], timeout_s: float | None) -> Any:
@@ -57,11 +57,11 @@ class Agreement:
         with self._waits.changed:
             votes = self._votes.setdefault(key, {})
             self._waits.wait_for(
-                lambda: len(votes) == len(ranks) or self._left() - votes.keys(), deadline,
+                lambda: len(votes) == len(ranks) or self._left - votes.keys(), deadline,
                 lambda: f"{what}: waited {timeout:g} s for rank(s) {sorted(ranks - votes.keys())}",
             )  # fmt: skip
             del self._votes[key]
-            gone = {rank: self._gone.get(rank, "it has left") for rank in self._left() - votes.keys()}
+            gone = {rank: self._gone.get(rank, "it has left") for rank in self._left - votes.keys()}
         decision: Outcome
         try:
             if gone:
@@ -81,16 +81,13 @@ class Agreement:
 
     def left(self, message: Closed | Gone) -> None:
         """Rank 0 hears that nothing more comes from a rank."""
-        self._closed.add(message["rank"])
+        self._left.add(message["rank"])
         if message["t"] == "gone":
             self._gone[message["rank"]] = message["why"]
 
     def missing(self) -> list[int]:
         """Rank 0: the ranks that have not left."""
-        return sorted(set(range(self._transport.world_size)) - self._closed)
-
-    def _left(self) -> set[int]:
-        return self._closed | self._gone.keys()
+        return sorted(set(range(self._transport.world_size)) - self._left)
 
 
 class Agreeing(Protocol):

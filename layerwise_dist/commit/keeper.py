@@ -128,7 +128,4 @@ class KeeperThread:
                 if answer is not None:
                     self._post(answer)
         finally:
-            try:
-                self.keeper.owner.release()
-            except OSError as error:
-                log.warning("rank %d: the directory is held until this process ends: %s", self.keeper.rank, error)
+            self.keeper.owner.let_go()

@@ -192,8 +192,9 @@ class Place:
         return None
 
     def release(self) -> None:
+        """Where a start has failed. Raises nothing."""
         if self.owner is not None:
-            self.owner.release()
+            self.owner.let_go()
 
 
 def unusable(manager: CheckpointMetadataManager, found: Inventory) -> dict[str, str]:

@@ -102,7 +102,15 @@ class Owner:
         return _parsed(lambda: self._lock.read(_CAP))
 
     def release(self) -> None:
+        """Raises OSError; the directory is then held until this process ends."""
         self._lock.release()
+
+    def let_go(self) -> None:
+        """Releases, where something else ends or fails already: raises nothing, and warns instead."""
+        try:
+            self.release()
+        except OSError as error:
+            log.warning("%s is held until this process ends: %s", self._root, error)
 
 
 def _parsed(read: Callable[[], bytes]) -> OwnerNote:

@@ -256,10 +256,7 @@ class Committer:
                 self._manager.collect(attempt)
         except (OSError, OwnerError) as error:
             log.warning("leftovers of retired checkpoints stay until the next start: %s", error)
-        try:
-            self.owner.release()
-        except OSError as error:
-            log.warning("the directory is held until this process ends: %s", error)
+        self.owner.let_go()
 
 
 def follow(

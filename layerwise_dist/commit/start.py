@@ -90,18 +90,10 @@ def start_session(
             )  # fmt: skip
     except BaseException:
         if owner is not None:
-            _release(owner)
+            owner.let_go()
         raise
     participant.opened(apart=not info.shared, coordinator=coordinator, keeper=keeper)
     return Session(info, manager, owner, committer, coordinator)
-
-
-def _release(owner: Owner) -> None:
-    """What began to fail is what is raised, not that the lock could not be let go of."""
-    try:
-        owner.release()
-    except OSError as error:
-        log.warning("the checkpoint directory is held until this process ends: %s", error)
 
 
 def start_coordinator(
