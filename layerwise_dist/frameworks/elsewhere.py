@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from layerwise_dist.errors import UnsupportedError
+from layerwise_dist.tensors.values import alike, bytes_of, fits
 
 Optimizer = torch.optim.Optimizer
 
@@ -57,7 +58,7 @@ class Elsewhere:
         self.watched = not f"{type(optimizer).__module__}.".startswith(_PLAIN)
         self._looks: dict[str, Any] | None = None  # before the first update
         told = self._told()
-        if not _alike(told, self._told()):
+        if not alike(told, self._told()):
             raise UnsupportedError(f"{kind}'s state_dict() tells {[*told]}, and other values at each call")
         # How it looks, if it must stay as it is.
         self._fixed = _Looks(kin()).of(told) if told and not takes(optimizer) else {}
@@ -88,7 +89,7 @@ class Elsewhere:
     def check(self, saved: Mapping[str, Any]) -> list[str]:
         """What of a checkpoint does not fit, before anything is loaded."""
         there, here = saved.get("told", {}), self._told()
-        if there and not takes(self._optimizer) and not _alike(here, there):
+        if there and not takes(self._optimizer) and not alike(here, there):
             return [f"the checkpoint holds {[*there]}, which {self.kind}'s load_state_dict() does not take"]
         if here and not there:
             return [f"{self.kind}'s state_dict() tells {[*here]}, which the checkpoint does not hold"]
@@ -114,7 +115,7 @@ class Elsewhere:
             del state[key]
         for key, value in there.items():
             live = state.get(key)
-            if isinstance(live, torch.Tensor) and isinstance(value, torch.Tensor) and _fits(live, value):
+            if isinstance(live, torch.Tensor) and isinstance(value, torch.Tensor) and fits(live, value):
                 with torch.no_grad():
                     live.copy_(value)
             else:
@@ -123,7 +124,7 @@ class Elsewhere:
     def confirm(self, saved: Mapping[str, Any]) -> None:
         """When all is restored: raises UnsupportedError if `state_dict()` does not tell what the checkpoint holds."""
         told = saved.get("told", {})
-        if not _alike(self._told(), told):
+        if not alike(self._told(), told):
             raise UnsupportedError(
                 f"{self.kind}: after its load_state_dict(), its state_dict() does not tell {[*told]} as it was given: "
                 "what they hold cannot be restored exactly"
@@ -251,36 +252,11 @@ def _held(kin: Iterable[Optimizer]) -> set[int]:
 
 def _is_captured(value: Any, held: set[int], dicts: Sequence[Any]) -> bool:
     """Whether this member of a state dict is made of what is captured anyway."""
-    if id(value) in held or any(_alike(value, each) for each in dicts):
+    if id(value) in held or any(alike(value, each) for each in dicts):
         return True
     if isinstance(value, Mapping):
         return all(_is_captured(each, held, dicts) for each in value.values())
     return isinstance(value, list | tuple) and all(_is_captured(each, held, dicts) for each in value)
-
-
-def _alike(one: Any, other: Any) -> bool:
-    """Whether two values are the same to the bit, wherever their tensors are."""
-    if one is other:
-        return True
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return _fits(one, other) and torch.equal(_bytes(one), _bytes(other))
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, Mapping):
-        return list(one) == list(other) and all(_alike(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple | deque):
-        return len(one) == len(other) and all(map(_alike, one, other))
-    if isinstance(one, np.ndarray):
-        return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
-    return bool(one == other) or (one != one and other != other)
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-
-
-def _fits(live: torch.Tensor, value: torch.Tensor) -> bool:
-    return (live.dtype, live.shape) == (value.dtype, value.shape)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -347,7 +323,7 @@ class _Looks:
             return _Version(tensor)
         if tensor.numel() > _COMPARED or tensor.device.type == "meta":
             return _Version(tensor)
-        return str(tensor.dtype), tuple(tensor.shape), bytes(_bytes(tensor).numpy())
+        return str(tensor.dtype), tuple(tensor.shape), bytes(bytes_of(tensor).numpy())
 
 
 def _storage(tensor: torch.Tensor) -> int:

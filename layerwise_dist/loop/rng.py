@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from layerwise_dist.loop.sealed import RngState
+from layerwise_dist.tensors.values import alike
 
 try:
     import numpy
@@ -113,22 +114,13 @@ def same(one: RngState, other: RngState) -> bool:
     if "numpy" in one:
         mine, yours = one["numpy"], other["numpy"]
         if isinstance(mine, dict) or isinstance(yours, dict):  # of another bit generator than numpy's first
-            if not _alike(mine, yours):
+            if not alike(mine, yours):
                 return False
         elif mine[2:] != yours[2:] or not numpy.array_equal(mine[1], yours[1]):
             return False
     return all(
         torch.equal(one["cuda"][index], other["cuda"][index]) for index in one["cuda"].keys() & other["cuda"].keys()
     )
-
-
-def _alike(mine: Any, yours: Any) -> bool:
-    """Of what numpy tells of a bit generator: mappings of numbers, names and arrays."""
-    if isinstance(mine, dict) and isinstance(yours, dict):
-        return mine.keys() == yours.keys() and all(_alike(mine[name], yours[name]) for name in mine)
-    if isinstance(mine, numpy.ndarray) and isinstance(yours, numpy.ndarray):
-        return numpy.array_equal(mine, yours)
-    return type(mine) is type(yours) and bool(mine == yours)
 
 
 def _python_state(state: tuple[Any, ...]) -> tuple[Any, ...]:
