@@ -38,7 +38,7 @@ class MemoryDisk {
 
   struct Counts {
     uint64_t files = 0;      // that were created or taken over
-    uint64_t not_kept = 0;   // bytes written to files of which only the size is kept
+    uint64_t not_kept = 0;   // bytes that were dropped: their files keep only a size
     uint64_t syncs = 0;      // of files and directories, but for those of locks
   };
 

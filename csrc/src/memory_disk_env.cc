@@ -37,6 +37,13 @@ Status Make(MemoryDisk* disk, Kind kind, const char* operation, const std::strin
   return Status::Ok();
 }
 
+// As MemoryDisk::FindExisting; ENOTDIR for what is no directory.
+Status FindDir(const MemoryDisk& disk, const char* operation, const std::string& path, MemoryDisk::Place* place) {
+  Status status = disk.FindExisting(operation, path, place);
+  if (status.ok() && !disk.node(place->inode).is_dir) return Status::IoError(ENOTDIR, operation, path);
+  return status;
+}
+
 // Whether `to` may be replaced by `from`; 0 or an errno.
 int Replaceable(MemoryDisk* disk, const MemoryDisk::Place& from, const MemoryDisk::Place& to) {
   if (from.dir == 0 || to.dir == 0) return EBUSY;
@@ -124,9 +131,8 @@ Status MemoryDiskEnv::Rename(const std::string& from, const std::string& to) {
 Status MemoryDiskEnv::SyncDir(const std::string& path) {
   std::lock_guard lock(disk_->mutex());
   MemoryDisk::Place place;
-  Status status = disk_->FindExisting("fsync directory", path, &place);
+  Status status = FindDir(*disk_, "fsync directory", path, &place);
   if (!status.ok()) return status;
-  if (!disk_->node(place.inode).is_dir) return Status::IoError(ENOTDIR, "fsync directory", path);
   disk_->Do(NameOp(Kind::kSyncDir, place, place.inode), place.path);
   disk_->counts().syncs += 1;
   return Status::Ok();
@@ -146,12 +152,10 @@ Status MemoryDiskEnv::Unlink(const std::string& path) {
 Status MemoryDiskEnv::RemoveDir(const std::string& path) {
   std::lock_guard lock(disk_->mutex());
   MemoryDisk::Place place;
-  Status status = disk_->FindExisting("remove directory", path, &place);
+  Status status = FindDir(*disk_, "remove directory", path, &place);
   if (!status.ok()) return status;
-  const DiskImage::Node& node = disk_->node(place.inode);
-  if (!node.is_dir) return Status::IoError(ENOTDIR, "remove directory", path);
   if (place.dir == 0) return Status::IoError(EBUSY, "remove directory", path);
-  if (!node.entries.empty()) return Status::IoError(ENOTEMPTY, "remove directory", path);
+  if (!disk_->node(place.inode).entries.empty()) return Status::IoError(ENOTEMPTY, "remove directory", path);
   disk_->Do(NameOp(Kind::kRemoveDir, place, place.inode), place.path);
   disk_->FreeIfGone(place.inode);
   return Status::Ok();
@@ -161,11 +165,9 @@ Status MemoryDiskEnv::ListDir(const std::string& path, std::vector<std::string>*
   names->clear();
   std::lock_guard lock(disk_->mutex());
   MemoryDisk::Place place;
-  Status status = disk_->FindExisting("open directory", path, &place);
+  Status status = FindDir(*disk_, "open directory", path, &place);
   if (!status.ok()) return status;
-  const DiskImage::Node& node = disk_->node(place.inode);
-  if (!node.is_dir) return Status::IoError(ENOTDIR, "open directory", path);
-  for (const auto& [name, inode] : node.entries) names->push_back(name);
+  for (const auto& [name, inode] : disk_->node(place.inode).entries) names->push_back(name);
   return Status::Ok();
 }
 
@@ -198,9 +200,8 @@ Status MemoryDiskEnv::Lock(const std::string& path, uint32_t, std::unique_ptr<Fi
 Status MemoryDiskEnv::DirectIo(const std::string& dir, std::optional<DirectIoAlignment>* alignment) {
   std::lock_guard lock(disk_->mutex());
   MemoryDisk::Place place;
-  Status status = disk_->FindExisting("create", dir, &place);
+  Status status = FindDir(*disk_, "create", dir, &place);
   if (!status.ok()) return status;
-  if (!disk_->node(place.inode).is_dir) return Status::IoError(ENOTDIR, "create", dir);
   *alignment = kMemoryAlignment;
   return Status::Ok();
 }

@@ -123,9 +123,7 @@ SHARD_TEST_CASE("only blocks of the range are evacuated and waited for") {
 SHARD_TEST_CASE("without a buffer pool an evacuation waits for the writes") {
   ShardFixture f;
   Tensor tensor(Pattern(kBlocks * 4096));
-  auto writer = f.Writer(f.Simple(kBlocks));
-  REQUIRE_OK(writer->SetAddress(0, tensor.address()));
-  REQUIRE_OK(writer->Submit(0, kBlocks));
+  auto writer = f.Submitted(&tensor, kBlocks);
   bool safe = false;
   REQUIRE_OK(writer->Evacuate(0, kBlocks, 60, &safe));
   REQUIRE(safe);

@@ -50,7 +50,7 @@ TEST_CASE("what has no name and nobody has open takes no memory") {
   CHECK(disk.nodes() == 1);
 }
 
-TEST_CASE("a file of which only the size is kept stays one when it is reused") {
+TEST_CASE("a file that keeps only its size still does when it is reused") {
   SizeOnlyDisk disk;
   const std::string sector(512, 'x');
   std::unique_ptr<WritableFile> file;

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "layerwise/aligned_buffer.h"
+#include "living_child.h"
 #include "scratch.h"
 
 namespace layerwise {
@@ -214,26 +215,10 @@ TEST_CASE("a forked child that lives on does not keep the lock") {
   Env& env = DiskEnv();
   std::unique_ptr<FileLock> lock, next;
   REQUIRE_OK(env.Lock(dir / "l", 0600, &lock));
-  int ready[2], done[2];
-  REQUIRE(pipe(ready) == 0);
-  REQUIRE(pipe(done) == 0);
-  const pid_t child = fork();
-  REQUIRE(child >= 0);
-  if (child == 0) {
-    char byte = 0;
-    close(done[1]);
-    if (write(ready[1], "r", 1) != 1 || read(done[0], &byte, 1) < 0) _exit(1);
-    _exit(0);
-  }
-  char byte = 0;
-  REQUIRE(read(ready[0], &byte, 1) == 1);
+  LivingChild child([] { return true; });
   REQUIRE_OK(lock->Release());
   CHECK(env.Lock(dir / "l", 0600, &next).ok());
-  close(done[1]);
-  int status = 0;
-  REQUIRE(waitpid(child, &status, 0) == child);
-  CHECK(status == 0);
-  for (int fd : {ready[0], ready[1], done[0]}) close(fd);
+  child.End();
 }
 
 TEST_CASE("a forked child keeps no file open, and destroying one there closes nothing of its own") {

@@ -14,6 +14,7 @@
 
 #include "layerwise/aligned_buffer.h"
 #include "layerwise/posix_env.h"
+#include "living_child.h"
 #include "scratch.h"
 
 // Env::ReuseFile on a real file system.
@@ -119,28 +120,11 @@ TEST_CASE("a file that a child process has open is never reused") {
   ScratchDir dir;
   Env& env = DiskEnv();
   REQUIRE_OK(env.WriteFile(dir / "old", "old", 0600));
-  int ready[2], done[2];
-  REQUIRE(pipe(ready) == 0);
-  REQUIRE(pipe(done) == 0);
-  const pid_t child = fork();
-  REQUIRE(child >= 0);
-  if (child == 0) {
-    char byte = 0;
-    close(done[1]);
-    const int fd = open((dir / "old").c_str(), O_RDONLY);
-    if (fd < 0 || write(ready[1], "r", 1) != 1 || read(done[0], &byte, 1) < 0) _exit(1);
-    _exit(0);
-  }
-  char byte = 0;
-  REQUIRE(read(ready[0], &byte, 1) == 1);
+  LivingChild child([&] { return open((dir / "old").c_str(), O_RDONLY) >= 0; });
   std::unique_ptr<WritableFile> file;
   CHECK_ERRNO(env.ReuseFile(dir / "old", dir / "new", 0600, false, &file), EBUSY);
-  close(done[1]);
-  int status = 0;
-  REQUIRE(waitpid(child, &status, 0) == child);
-  CHECK(status == 0);
+  child.End();
   CHECK(env.ReuseFile(dir / "new", dir / "newer", 0600, false, &file).ok());
-  for (int fd : {ready[0], ready[1], done[0]}) close(fd);
 }
 
 TEST_CASE("reuse replaces nothing and takes only regular files") {

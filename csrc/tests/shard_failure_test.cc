@@ -85,9 +85,7 @@ SHARD_TEST_CASE("a failed flush is never tried again") {
   for (const char* operation : {"sync", "write"}) {
     ShardFixture f;
     Tensor tensor(Pattern(4096));
-    auto writer = f.Writer(f.Simple(1));
-    REQUIRE_OK(writer->SetAddress(0, tensor.address()));
-    REQUIRE_OK(writer->Submit(0, 1));
+    auto writer = f.Submitted(&tensor, 1);
     REQUIRE(writer->Wait(10));
     f.Fail(operation, ENOSPC);
     CHECK_ERRNO(writer->Finish(Header()), ENOSPC);
@@ -103,9 +101,7 @@ SHARD_TEST_CASE("abort cancels what is queued and waits for what runs") {
   ShardFixture f(1);
   Tensor tensor(Pattern(64 * 4096));
   REQUIRE_OK(f.env.Delay("write", "/s", 0.3));
-  auto writer = f.Writer(f.Simple(64));
-  REQUIRE_OK(writer->SetAddress(0, tensor.address()));
-  REQUIRE_OK(writer->Submit(0, 64));
+  auto writer = f.Submitted(&tensor, 64);
   writer->Abort();
   writer->Abort();
   CHECK(writer->Wait(0));
@@ -123,9 +119,7 @@ SHARD_TEST_CASE("destruction aborts") {
   ShardFixture f(2);
   Tensor tensor(Pattern(64 * 4096));
   REQUIRE_OK(f.env.Delay("write", "/s", 0.3));
-  auto writer = f.Writer(f.Simple(64));
-  REQUIRE_OK(writer->SetAddress(0, tensor.address()));
-  REQUIRE_OK(writer->Submit(0, 64));
+  auto writer = f.Submitted(&tensor, 64);
   writer.reset();
   tensor.Set(std::string(64 * 4096, 'z'));
   CHECK(CountIn(f.env.trace(), "write /s") < 20);
@@ -135,9 +129,7 @@ SHARD_TEST_CASE("a closed pool fails what is queued") {
   ShardFixture f(1);
   Tensor tensor(Pattern(8 * 4096));
   REQUIRE_OK(f.env.Delay("write", "/s", 0.3));
-  auto writer = f.Writer(f.Simple(8));
-  REQUIRE_OK(writer->SetAddress(0, tensor.address()));
-  REQUIRE_OK(writer->Submit(0, 8));
+  auto writer = f.Submitted(&tensor, 8);
   f.pool->Close();
   CHECK(writer->Wait(0));
   CHECK_ERRNO(writer->error(), ECANCELED);
@@ -147,9 +139,7 @@ SHARD_TEST_CASE("a call that does not return is named, and waited for no longer 
   ShardFixture f(1);
   Tensor tensor(Pattern(2 * 4096));
   REQUIRE_OK(f.env.Delay("write", "/s", 0.3));
-  auto writer = f.Writer(f.Simple(2));
-  REQUIRE_OK(writer->SetAddress(0, tensor.address()));
-  REQUIRE_OK(writer->Submit(0, 2));
+  auto writer = f.Submitted(&tensor, 2);
   while (CallsUnderWay().empty()) std::this_thread::yield();
   CHECK(CallsUnderWay()[0].operation == std::string("write"));
   CHECK(CallsUnderWay()[0].path == "/s");
@@ -166,9 +156,7 @@ SHARD_TEST_CASE("a forked child destroys a busy writer without waiting") {
   ShardFixture f(1);
   Tensor tensor(Pattern(8 * 4096));
   REQUIRE_OK(f.env.Delay("write", "/s", 0.01));
-  auto writer = f.Writer(f.Simple(8));
-  REQUIRE_OK(writer->SetAddress(0, tensor.address()));
-  REQUIRE_OK(writer->Submit(0, 8));
+  auto writer = f.Submitted(&tensor, 8);
   std::thread waiter([&] { static_cast<void>(writer->Wait(10)); });
   std::this_thread::sleep_for(std::chrono::milliseconds(5));
   const pid_t child = fork();

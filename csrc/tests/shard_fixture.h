@@ -93,6 +93,25 @@ class GatedSink final : public BlockSink {
   std::vector<size_t> cancelled_;
 };
 
+// A tensor at an address of which `shift` is the remainder modulo 4096.
+class Tensor {
+ public:
+  explicit Tensor(const std::string& content, size_t shift = 0) : size_(content.size()), shift_(shift) {
+    REQUIRE_OK(buffer_.Reserve(content.size() + shift));
+    Set(content);
+  }
+
+  void Set(const std::string& content) { std::memcpy(data(), content.data(), content.size()); }
+  char* data() { return buffer_.data() + shift_; }
+  uintptr_t address() { return reinterpret_cast<uintptr_t>(data()); }
+  std::string content() { return std::string(data(), size_); }
+
+ private:
+  AlignedBuffer buffer_;
+  size_t size_;
+  size_t shift_;
+};
+
 // A pool, a file system that can fail, and memory for tensors.
 struct ShardFixture {
   explicit ShardFixture(int depth = 2) {
@@ -128,6 +147,14 @@ struct ShardFixture {
                                       bool direct = true) {
     std::unique_ptr<ShardWriter> writer;
     REQUIRE_OK(ShardWriter::Create(&env, pool.get(), std::move(plan), path, 0600, direct, &writer));
+    return writer;
+  }
+
+  // Of `blocks` blocks of the tensor, all of them queued.
+  std::unique_ptr<ShardWriter> Submitted(Tensor* tensor, size_t blocks) {
+    auto writer = Writer(Simple(blocks));
+    REQUIRE_OK(writer->SetAddress(0, tensor->address()));
+    REQUIRE_OK(writer->Submit(0, blocks));
     return writer;
   }
 
@@ -175,25 +202,6 @@ struct ShardFixture {
   FaultEnv env{&disk};
   std::shared_ptr<BufferPool> buffers;
   std::unique_ptr<WriterPool> pool;
-};
-
-// A tensor at an address of which `shift` is the remainder modulo 4096.
-class Tensor {
- public:
-  explicit Tensor(const std::string& content, size_t shift = 0) : size_(content.size()), shift_(shift) {
-    REQUIRE_OK(buffer_.Reserve(content.size() + shift));
-    Set(content);
-  }
-
-  void Set(const std::string& content) { std::memcpy(data(), content.data(), content.size()); }
-  char* data() { return buffer_.data() + shift_; }
-  uintptr_t address() { return reinterpret_cast<uintptr_t>(data()); }
-  std::string content() { return std::string(data(), size_); }
-
- private:
-  AlignedBuffer buffer_;
-  size_t size_;
-  size_t shift_;
 };
 
 inline std::string Header(size_t n = 4096) { return std::string(n, 'H'); }

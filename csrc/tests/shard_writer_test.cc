@@ -60,9 +60,7 @@ SHARD_TEST_CASE("a block of several segments is gathered, with zeros in between"
 SHARD_TEST_CASE("a complete block may be submitted again, and its hash is replaced") {
   ShardFixture f;
   Tensor tensor(Pattern(8192, 1));
-  auto writer = f.Writer(f.Simple(2));
-  REQUIRE_OK(writer->SetAddress(0, tensor.address()));
-  REQUIRE_OK(writer->Submit(0, 2));
+  auto writer = f.Submitted(&tensor, 2);
   REQUIRE(writer->Wait(10));
   const auto before = writer->BlockHash(1);
   tensor.Set(Pattern(8192, 2));
@@ -79,9 +77,7 @@ SHARD_TEST_CASE("a complete block may be submitted again, and its hash is replac
 SHARD_TEST_CASE("appended data lies behind the plan in padded, hashed blocks") {
   ShardFixture f;
   Tensor tensor(Pattern(4096));
-  auto writer = f.Writer(f.Simple(1));
-  REQUIRE_OK(writer->SetAddress(0, tensor.address()));
-  REQUIRE_OK(writer->Submit(0, 1));
+  auto writer = f.Submitted(&tensor, 1);
   const std::string data = Pattern(5000, 3);
   size_t blocks = 0;
   REQUIRE_OK(writer->Append(data, &blocks));
@@ -151,9 +147,7 @@ SHARD_TEST_CASE("a pending block is not submitted again, and a wait ends at its 
   GatedSink gate;
   f.pool->Submit(&gate, 0, 1);
   gate.WaitForRuns(1);
-  auto writer = f.Writer(f.Simple(1));
-  REQUIRE_OK(writer->SetAddress(0, tensor.address()));
-  REQUIRE_OK(writer->Submit(0, 1));
+  auto writer = f.Submitted(&tensor, 1);
   CHECK(writer->Submit(0, 1).code() == Status::Code::kFailedPrecondition);
   CHECK(writer->Finish(Header()).code() == Status::Code::kFailedPrecondition);
   CHECK(!writer->Wait(0));
@@ -194,9 +188,7 @@ SHARD_TEST_CASE("a finished shard survives power loss once its directory is sync
   ShardFixture f;
   if (&f.disk != &f.memory) return;  // only memory can lose power here
   Tensor tensor(Pattern(4 * 4096));
-  auto writer = f.Writer(f.Simple(4));
-  REQUIRE_OK(writer->SetAddress(0, tensor.address()));
-  REQUIRE_OK(writer->Submit(0, 4));
+  auto writer = f.Submitted(&tensor, 4);
   REQUIRE(writer->Wait(10));
   REQUIRE_OK(writer->Finish(Header()));
   REQUIRE_OK(f.env.SyncDir("/"));

@@ -12,7 +12,7 @@
 
 namespace layerwise {
 
-// Which bytes of which tensor go where in a shard. Every thread may use it at any time.
+// Maps the bytes of tensors to their places in a shard. Any thread may use it at any time.
 // One plan serves the shards of many steps.
 class Plan {
  public:
