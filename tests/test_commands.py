@@ -5,7 +5,6 @@ A command that is new, or another one than it was, fails here until somebody has
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
@@ -18,7 +17,7 @@ from typing import Any
 
 import pytest
 import typer
-from kit.commands import ROOT, commands
+from kit.commands import ROOT, commands, functions_in
 from kit.runners import Running, Warm
 
 from layerwise_dist.cli.app import app
@@ -139,9 +138,7 @@ def test_the_tests_in_the_table_exist() -> None:
     for _, who in TABLE:
         if "::" in who:
             file, _, name = who.partition("::")
-            path = Path(__file__).parent / file
-            names = {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
-            assert name in names, who
+            assert name in functions_in(file), who
 
 
 def test_mutation_a_new_command_is_noticed(tmp_path: Path) -> None:

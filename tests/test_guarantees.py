@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 
 import pytest
+from kit.commands import ROOT, functions_in
 
 pytestmark = pytest.mark.quick
 
-ROOT = Path(__file__).parent.parent
 _PYTHON = re.compile(r"`tests/(test_\w+\.py)::(\w+)")
 _NATIVE = re.compile(r'`(\w+\.\w+)`|"([^"]+)"')
 _CASE = re.compile(r'TEST_CASE\w*\(\s*((?:"(?:[^"\\]|\\.)*"\s*)+)')
@@ -44,11 +43,7 @@ def titles(file: str) -> set[str]:
 
 
 def lost(text: str) -> list[str]:
-    python = [
-        f"tests/{file}::{name}"
-        for file, name in sorted(in_python(text))
-        if not (ROOT / "tests" / file).exists() or f"def {name}(" not in (ROOT / "tests" / file).read_text()
-    ]
+    python = [f"tests/{file}::{name}" for file, name in sorted(in_python(text)) if name not in functions_in(file)]
     return python + [f"{file}: {title}" for file, title in in_native(text) if title not in titles(file)]
 
 

@@ -17,6 +17,14 @@ _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 @cache
+def functions_in(file: str) -> frozenset[str]:
+    """Names of the functions of tests/`file`; none if there is no such file."""
+    path = ROOT / "tests" / file
+    tree = ast.parse(path.read_text() if path.exists() else "")
+    return frozenset(node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+
+
+@cache
 def commands(root: Path = ROOT) -> dict[str, list[str]]:
     """Each of them, with the files that tell it."""
     found: dict[str, list[str]] = {}
