@@ -45,8 +45,8 @@ log = logging.getLogger("layerwise_dist")
 class Workings:
     """Of one engine, from the constructor until `closing.end()`.
 
-    Events come in from the optimizer's adapter (`updates`), the model (`hooks`) and the loop (`boundary`); everything
-    behind a seal runs in the background.
+    Events come in from the optimizer's adapter (`UpdateHandler`), the model (`Hooks`) and the loop (`boundary`);
+    everything behind a seal runs in the background.
     """
 
     def __init__(
@@ -107,12 +107,12 @@ class Workings:
             replicas=replicas, frozen=self.frozen, sealer=sealer, statistics=self.statistics, last=last,
             empty=info.empty, fresh=fresh,
         )  # fmt: skip
-        self.updates = UpdateHandler(
+        updates = UpdateHandler(
             config, self.captures, self.boundary, attempts=self.attempts, restores=self.restores, optimizer=optimizer,
             scheduler=scheduler, replicas=replicas, frozen=self.frozen, participant=participant,
             statistics=self.statistics, tracing=self.tracing, last=last,
         )  # fmt: skip
-        hooks = Hooks(framework, optimizer, self.updates, self.captures, self.boundary, thread)
+        hooks = Hooks(framework, optimizer, updates, self.captures, self.boundary, thread)
         self.closing = Closing(
             config, self.captures, self.boundary, hooks=hooks, framework=framework, optimizer=optimizer,
             objects=objects, surveyor=self.surveyor, attempts=self.attempts, frozen=self.frozen, adapter=adapter,
