@@ -51,8 +51,10 @@ void FaultPlan::Clear() {
 FaultPlan::Verdict FaultPlan::Decide(const std::string& operation, const std::string& path, const std::string& also) {
   Verdict verdict;
   double delay_s = 0;
+  uint64_t clears = 0;  // as they were when the rules were read: a Clear() since then counts
   {
     std::lock_guard lock(mutex_);
+    clears = clears_;
     const uint64_t index = trace_.size();
     trace_.push_back(operation + " " + path + (also.empty() ? "" : " -> " + also));
     for (Rule& rule : rules_) {
@@ -69,7 +71,6 @@ FaultPlan::Verdict FaultPlan::Decide(const std::string& operation, const std::st
   }
   if (delay_s > 0) {
     std::unique_lock lock(mutex_);
-    const uint64_t clears = clears_;
     cleared_.wait_for(lock, std::chrono::duration<double>(delay_s), [&] { return clears_ != clears; });
   }
   return verdict;

@@ -138,7 +138,7 @@ SHARD_TEST_CASE("a closed pool fails what is queued") {
 SHARD_TEST_CASE("a call that does not return is named, and waited for no longer than asked") {
   ShardFixture f(1);
   Tensor tensor(Pattern(2 * 4096));
-  REQUIRE_OK(f.env.Delay("write", "/s", 0.3));
+  REQUIRE_OK(f.env.Delay("write", "/s", 600));
   auto writer = f.Submitted(&tensor, 2);
   while (CallsUnderWay().empty()) std::this_thread::yield();
   CHECK(CallsUnderWay()[0].operation == std::string("write"));
@@ -146,6 +146,7 @@ SHARD_TEST_CASE("a call that does not return is named, and waited for no longer 
   CHECK(!writer->Abort(0.01));
   CHECK(!f.pool->Close(0.01));
   CHECK(!WriterPool::CloseAll());  // which does not wait for it again
+  f.env.Clear();
   CHECK(writer->Abort());
   CHECK(CallsUnderWay().empty());
 }

@@ -106,7 +106,7 @@ SHARD_TEST_CASE("a file that a reader has open is not written over, and a new on
 SHARD_TEST_CASE("what is submitted before the file is made waits for it, and can be evacuated") {
   ShardFixture f(2, 6);
   REQUIRE_OK(f.disk.WriteFile("/old", Pattern(4096), 0600));
-  REQUIRE_OK(f.env.Delay("reuse", "/old", 0.2));
+  REQUIRE_OK(f.env.Delay("reuse", "/old", 600));
   Tensor tensor(Pattern(4 * 4096));
   const std::string saved = tensor.content();
   auto writer = f.Over(f.Simple(4));
@@ -115,8 +115,9 @@ SHARD_TEST_CASE("what is submitted before the file is made waits for it, and can
   CHECK(!writer->Wait(0.01));
   CHECK(writer->Finish(Header()).code() == Status::Code::kFailedPrecondition);
   bool safe = false;
-  REQUIRE_OK(writer->Evacuate(0, 4, 0.05, &safe));
+  REQUIRE_OK(writer->Evacuate(0, 4, 10, &safe));
   CHECK(safe);
+  f.env.Clear();
   tensor.Set(Pattern(4 * 4096, 9));
   REQUIRE(writer->Wait(10));
   REQUIRE_OK(writer->Finish(Header()));
@@ -128,7 +129,7 @@ SHARD_TEST_CASE("an abort while the file is made leaves none, and one before doe
     ShardFixture f;
     Tensor tensor(Pattern(4096));
     REQUIRE_OK(f.disk.WriteFile("/old", Pattern(4096), 0600));
-    REQUIRE_OK(f.env.Delay("make_dir", "/", 0.1));
+    REQUIRE_OK(f.env.Delay("make_dir", "/", 600));
     auto first = f.Over(f.Simple(1));
     while (f.env.trace().empty()) std::this_thread::yield();
     std::unique_ptr<ShardWriter> second;
@@ -140,6 +141,7 @@ SHARD_TEST_CASE("an abort while the file is made leaves none, and one before doe
     REQUIRE_OK(writer.SetAddress(0, tensor.address()));
     REQUIRE_OK(writer.Submit(0, 1));
     CHECK(!writer.Abort(0.01));
+    f.env.Clear();
     CHECK(writer.Abort());
     CHECK(first->Wait(10));
     CHECK(second->Wait(10));
