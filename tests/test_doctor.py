@@ -24,7 +24,7 @@ from layerwise_dist import _native
 from layerwise_dist.cli.app import app
 from layerwise_dist.config import LayerwiseConfig, load_config
 from layerwise_dist.doctor import examination, findings, kernel, place, speed
-from layerwise_dist.doctor.findings import Held
+from layerwise_dist.doctor.findings import Used
 from layerwise_dist.doctor.place import Device, Mount, Space
 from layerwise_dist.doctor.speed import Flushes, Manner, Rates, Shape, Shards
 from layerwise_dist.storage import network
@@ -430,29 +430,29 @@ def test_a_library_that_swallows_flushes_is_found(monkeypatch: pytest.MonkeyPatc
 
 def test_a_disk_too_small_for_retention_is_bad_and_says_which_keep_last_fits() -> None:
     config = load_config(None, keep_last=10)
-    found = findings.of_space(Space(400 * MB, 10**9, 10**6), Held(200 * MB, 0), 100 * MB, "as given", config)
+    found = findings.of_space(Space(400 * MB, 10**9, 10**6), Used(200 * MB, 0), 100 * MB, "as given", config)
     assert found.verdict == "bad" and found.figures["needed"] == 1300 * MB
     assert found.advice == "Free 700 MB, set keep_last to 3, or use a larger disk."
-    assert findings.of_space(Space(1100 * MB, 10**10, 10**6), Held(200 * MB, 0), 100 * MB, "", config).verdict == "warn"
-    assert findings.of_space(Space(9000 * MB, 10**10, 10**6), Held(0, 0), 100 * MB, "", config).verdict == "ok"
-    found = findings.of_space(Space(50 * MB, 10**9, 10**6), Held(0, 0), 100 * MB, "", config)
+    assert findings.of_space(Space(1100 * MB, 10**10, 10**6), Used(200 * MB, 0), 100 * MB, "", config).verdict == "warn"
+    assert findings.of_space(Space(9000 * MB, 10**10, 10**6), Used(0, 0), 100 * MB, "", config).verdict == "ok"
+    found = findings.of_space(Space(50 * MB, 10**9, 10**6), Used(0, 0), 100 * MB, "", config)
     assert found.verdict == "bad" and "keep_last to" not in (found.advice or "")
-    assert findings.of_space(Space(9000 * MB, 10**10, 12), Held(0, 0), 100 * MB, "", config).verdict == "warn"
-    assert findings.of_space(Space(50 * MB, 10**10, 12), Held(0, 0), 100 * MB, "", config).verdict == "bad"
+    assert findings.of_space(Space(9000 * MB, 10**10, 12), Used(0, 0), 100 * MB, "", config).verdict == "warn"
+    assert findings.of_space(Space(50 * MB, 10**10, 12), Used(0, 0), 100 * MB, "", config).verdict == "bad"
     config = load_config(None, keep_every_n_steps=100)
-    found = findings.of_space(Space(10_500 * MB, 10**12, 10**6), Held(0, 0), 1000 * MB, "", config)
+    found = findings.of_space(Space(10_500 * MB, 10**12, 10**6), Used(0, 0), 1000 * MB, "", config)
     assert found.verdict == "warn" and "full after 5" in (found.advice or "")
 
 
 def test_what_retention_needs_is_exactly_what_makes_it_bad() -> None:
     for free, verdict in ((499, "bad"), (500, "warn"), (699, "warn"), (778, "ok")):
-        assert findings.of_space(Space(free, 1000, None), Held(0, 0), 100, "", CONFIG).verdict == verdict
+        assert findings.of_space(Space(free, 1000, None), Used(0, 0), 100, "", CONFIG).verdict == verdict
 
 
 def test_files_that_wait_to_be_written_over_need_room_too() -> None:
     for recycle, verdict in (("auto", "warn"), (True, "warn"), (False, "ok")):
         config = load_config(None, writer={"recycle": recycle})
-        found = findings.of_space(Space(650, 1000, None), Held(0, 0), 100, "", config)
+        found = findings.of_space(Space(650, 1000, None), Used(0, 0), 100, "", config)
         assert found.verdict == verdict and (found.figures["peak"] == 700) == (verdict == "warn")
 
 

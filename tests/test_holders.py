@@ -15,7 +15,7 @@ from layerwise_dist.commit.coordinator import Announce, Coordinator
 from layerwise_dist.engine.replicas import MOST_WINDOWS, in_turn, judge
 from layerwise_dist.errors import DamageError, MismatchError, UnsupportedError
 from layerwise_dist.restore import contents
-from layerwise_dist.restore.contents import Held, entries
+from layerwise_dist.restore.contents import RankPart, entries
 from layerwise_dist.restore.loader import index_of
 from layerwise_dist.restore.planner import ShardSet, plan
 from layerwise_dist.storage.reader import Entry, parse_header
@@ -117,7 +117,7 @@ def test_restore_takes_of_other_ranks_only_parts_of_the_same_tensor() -> None:
     def index(ranks: tuple[int, ...]) -> dict[str, Any]:
         opened.clear()
         shards = ShardSet(0, lambda rank: (opened.append(rank), [held[rank]])[1])
-        return index_of(Held(entries(shards.own), {}), shards, ranks, lambda name, fqn: ranks)
+        return index_of(RankPart(entries(shards.own), {}), shards, ranks, lambda name, fqn: ranks)
 
     wanted = Slice.whole("param", "w", "F32", (8,), "0,1")
     found = index((0, 1))

@@ -14,17 +14,17 @@ from layerwise_dist.tensors.geometry import Geometry
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class StateGlance:
     """The optimizer's state at a glance. `values` keeps it alive, so that nothing else takes its identity.
 
-    `dense` are those of the values that are tensors with an address.
+    `addressed` are those of the values that are tensors with an address.
     """
 
     states: list[Mapping[str, Any]]
     names: list[str]
     sizes: list[int]
     values: list[Any]
-    dense: list[torch.Tensor]
+    addressed: list[torch.Tensor]
     geometry: Geometry
 
 
@@ -33,7 +33,7 @@ class Glance:
     """The very objects that a survey was made of; `geometry` is that of parameters and buffers."""
 
     copying: frozenset[str]
-    held: Held
+    held: StateGlance
     params: list[ParamView]
     buffers: list[tuple[str, torch.Tensor]]
     geometry: Geometry
@@ -64,7 +64,7 @@ def glance_at(
     return Glance(copying, held, framework.params, buffers, Geometry(tensors))
 
 
-def _hold(framework: Framework, states: list[Mapping[str, Any]], last: Held | None) -> Held:
+def _hold(framework: Framework, states: list[Mapping[str, Any]], last: StateGlance | None) -> StateGlance:
     """`last`, if nothing but values of state that is no tensor has changed."""
     rows = [[*state.items()] for state in states]  # each is asked once: some are made for the question
     names, values = [name for row in rows for name, _ in row], [value for row in rows for _, value in row]
@@ -75,20 +75,20 @@ def _hold(framework: Framework, states: list[Mapping[str, Any]], last: Held | No
         and sizes == last.sizes
         and same_objects(states, last.states)
         and _same_tensors(values, last.values)
-        and last.geometry.is_of(framework.in_memory(last.dense))
+        and last.geometry.is_of(framework.in_memory(last.addressed))
     ):
         return last
-    dense = [*filter(is_dense, values)]
-    return Held(states, names, sizes, values, dense, Geometry(framework.in_memory(dense)))
+    addressed = [*filter(has_address, values)]
+    return StateGlance(states, names, sizes, values, addressed, Geometry(framework.in_memory(addressed)))
 
 
 def _same_tensors(some: Sequence[Any], others: Sequence[Any]) -> bool:
     """REQUIRES: as many of both."""
     return same_objects(some, others) or all(
-        was is now or not (is_dense(was) or is_dense(now)) for was, now in zip(some, others, strict=True)
+        was is now or not (has_address(was) or has_address(now)) for was, now in zip(some, others, strict=True)
     )
 
 
-def is_dense(value: object) -> bool:
+def has_address(value: object) -> bool:
     """Whether it is a tensor with an address and strides. Others the survey refuses."""
     return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_nested

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from layerwise_dist.capture.glance import Glance, glance_at, is_dense
+from layerwise_dist.capture.glance import Glance, glance_at, has_address
 from layerwise_dist.capture.held import check_present, holder
 from layerwise_dist.errors import ConfigError, StateError, UnsupportedError
 from layerwise_dist.frameworks.framework import Framework, ParamView
@@ -262,7 +262,7 @@ class Surveyor:
             if stands_for_others(view.param):
                 params = [tensor for _, tensor in self._framework.param_parts(view)]
             held += [("param", view.fqn, param) for param in params]
-            held += [(name, view.fqn, value) for name, value in state.items() if is_dense(value)]
+            held += [(name, view.fqn, value) for name, value in state.items() if has_address(value)]
         held += [("buffer", fqn, buffer) for fqn, buffer in self._framework.buffers()]
         objects = list({id(tensor): tensor for _, _, tensor in held}.values())
         pairs = overlaps([self._framework.local(tensor) for tensor in objects])

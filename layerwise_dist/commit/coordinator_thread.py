@@ -18,7 +18,7 @@ from layerwise_dist.supervision import background
 log = logging.getLogger("layerwise_dist")
 
 
-class Pen(Protocol):
+class CommitterWork(Protocol):
     """What is written for the coordinator (`session.Committer`). All may raise OSError, InDoubt or OwnerError."""
 
     def compose(self, seq: int, step: int, reports: list[Durable]) -> str: ...
@@ -43,50 +43,52 @@ class Pen(Protocol):
         ...
 
 
-def perform(coordinator: Coordinator, pen: Pen, send: Callable[[ToRanks], None], output: Output) -> list[Output]:
+def perform(
+    coordinator: Coordinator, committer: CommitterWork, send: Callable[[ToRanks], None], output: Output
+) -> list[Output]:
     """Does one thing that the coordinator said. What it says to that comes next."""
     if isinstance(output, Announce):
         send(output.message)
     elif isinstance(output, WriteManifest):
         problem: OSError | OwnerError | None = None
         try:
-            pen.commit(output.seq, output.step, output.reports)
+            committer.commit(output.seq, output.step, output.reports)
         except (OSError, OwnerError) as error:
             problem = error
         return coordinator.wrote(output.seq, problem)
     elif isinstance(output, ComposeManifest):
         try:
-            return coordinator.composed(output.seq, pen.compose(output.seq, output.step, output.reports), None)
+            return coordinator.composed(output.seq, committer.compose(output.seq, output.step, output.reports), None)
         except (OSError, OwnerError) as error:
             return coordinator.composed(output.seq, "", error)
     elif isinstance(output, Retired):
         attempt = output.attempt
         send({"t": "retired", "epoch": attempt.epoch, "seq": attempt.seq, "step": attempt.step})
         try:
-            pen.collect_old(attempt)
+            committer.collect_old(attempt)
         except (OSError, OwnerError) as error:
             log.warning("leftovers of step %d stay until the next start: %s", attempt.step, error)
-        _remove_bases(pen, send)
+        _remove_bases(committer, send)
     elif isinstance(output, RetireOld):
         gone: list[AttemptId] = []
         try:
-            pen.retire(gone.append)
+            committer.retire(gone.append)
         except (OSError, OwnerError) as error:
             log.warning("an old checkpoint could not be removed: %s", error)
-        _remove_bases(pen, send)
+        _remove_bases(committer, send)
         return coordinator.withdrawn(gone)
     return []
 
 
-def _remove_bases(pen: Pen, send: Callable[[ToRanks], None]) -> None:
+def _remove_bases(committer: CommitterWork, send: Callable[[ToRanks], None]) -> None:
     """Everywhere.
 
     One that is on other nodes only, since no checkpoint ever referred to it, stays until the next start.
     """
     try:
-        if unneeded := pen.unneeded():
+        if unneeded := committer.unneeded():
             send({"t": "unneeded", "bases": unneeded})
-            pen.remove_bases(unneeded)
+            committer.remove_bases(unneeded)
     except (OSError, OwnerError) as error:
         log.warning("frozen parameters that no checkpoint refers to stay until the next start: %s", error)
 
@@ -94,9 +96,9 @@ def _remove_bases(pen: Pen, send: Callable[[ToRanks], None]) -> None:
 class CoordinatorThread:
     """From the constructor on, until `close`."""
 
-    def __init__(self, coordinator: Coordinator, pen: Pen, send: Callable[[ToRanks], None]) -> None:
+    def __init__(self, coordinator: Coordinator, committer: CommitterWork, send: Callable[[ToRanks], None]) -> None:
         """`send(message)` reaches every rank, in order."""
-        self._coordinator, self._pen, self._send = coordinator, pen, send
+        self._coordinator, self._committer, self._send = coordinator, committer, send
         self._inbox: queue.SimpleQueue[ToCoordinator | queue.SimpleQueue[bool] | None] = queue.SimpleQueue()
         self._thread = background.start("layerwise-coordinator", self._run, self._broke)
 
@@ -118,8 +120,8 @@ class CoordinatorThread:
                 time.sleep(0.005)
 
     def close(self, timeout_s: float) -> bool:
-        """Closes the pen after all that is still to be written, on the thread that writes. Whether that was done in
-        time.
+        """Closes the committer after all that is still to be written, on the thread that writes. Whether that was
+        done in time.
         """
         self._inbox.put(None)
         self._thread.join(timeout_s)
@@ -139,13 +141,13 @@ class CoordinatorThread:
                 else:
                     self._do(self._coordinator.handle(message, time.monotonic()))
             self._do(self._coordinator.tick(time.monotonic()))
-        self._pen.close()
+        self._committer.close()
 
     def _broke(self, why: str) -> None:
         """Nothing is decided any more, which no rank would hear of else."""
         self._send({"t": "stop", "at": self._coordinator.last_granted, "reason": f"rank 0: {why}"})
-        self._pen.close()
+        self._committer.close()
 
     def _do(self, outputs: list[Output]) -> None:
         for output in outputs:
-            self._do(perform(self._coordinator, self._pen, self._send, output))
+            self._do(perform(self._coordinator, self._committer, self._send, output))

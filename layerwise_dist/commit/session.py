@@ -42,7 +42,7 @@ _REMEMBERED = 64  # retired attempts whose folders are looked after at the end
 _SHARDS = TypeAdapter(list[ShardRecord])
 
 
-class Requests(Protocol):
+class CommitRequests(Protocol):
     """What rank 0's training thread says of commits, and asks for."""
 
     boundary_kind: BoundaryKind
@@ -59,7 +59,7 @@ class Requests(Protocol):
 
 
 class Committer:
-    """Rank 0's pen: the owner lock, the lineage's head, and what is written when all shards are durable."""
+    """What commits, on rank 0: the owner lock, the lineage's head, and what is written once all shards are durable."""
 
     def __init__(
         self, manager: CheckpointMetadataManager, owner: Owner, info: SessionInfo, *, world_size: int, framework: str,
@@ -260,7 +260,7 @@ class Committer:
 
 
 def follow(
-    participant: Participant, committer: Requests | None, head: ParentRef | None, branch_seq: int | None
+    participant: Participant, committer: CommitRequests | None, head: ParentRef | None, branch_seq: int | None
 ) -> list[str]:
     """All ranks together: the next commit continues from `head`. With `branch_seq`, a branch record makes that durable,
     in every place, before it returns. Raises OSError, InDoubt, OwnerError or DamageError on every rank.

@@ -74,7 +74,7 @@ def examine(directory: str, plan: Questions, progress: Callable[[str], None] = l
     add(findings.of_directory(report.directory, looked_at, here, owned))
     add(findings.of_access(_access(looked_at, here)))
     report.findings += findings.of_file_system(mount, device, kernel.flushes_are_hooked())
-    state, held = plan.state_bytes, findings.Held(0, 0)
+    state, held = plan.state_bytes, findings.Used(0, 0)
     source = "as given"
     if here:
         try:
@@ -137,7 +137,7 @@ def _backend(config: LayerwiseConfig, refusal: str | None) -> str | None:
     return None if wanted == "uring" and refusal is not None else wanted
 
 
-def _checkpoints(root: str, keep_every: int | None, keep_tags: int | None) -> tuple[int | None, findings.Held]:
+def _checkpoints(root: str, keep_every: int | None, keep_tags: int | None) -> tuple[int | None, findings.Used]:
     """(bytes of the newest commit of the lineage, what lies on the disk). Raises OSError.
 
     Damaged commits, and lineages that a fresh start left, are not counted: nothing ever removes them.
@@ -148,7 +148,7 @@ def _checkpoints(root: str, keep_every: int | None, keep_tags: int | None) -> tu
     commits = {commit.seq: _on_disk(os.path.join(root, commit.attempt_id.folder)) for commit in family}
     bases = sum(_on_disk(os.path.join(root, filenames.base_folder(base))) for base in inventory.bases)
     unfinished = sum(_on_disk(os.path.join(root, attempt.folder)) for attempt in inventory.unfinished)
-    held = findings.Held(sum(commits.values()) + bases + unfinished, bases + sum(commits[seq] for seq in stay))
+    held = findings.Used(sum(commits.values()) + bases + unfinished, bases + sum(commits[seq] for seq in stay))
     return (lineage[0].nbytes if lineage else None), held
 
 

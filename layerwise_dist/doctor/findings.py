@@ -112,7 +112,7 @@ def of_file_system(mount: Mount | None, device: Device | None, hooked: str | Non
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class Used:
     """Bytes of checkpoints that are there already, and of those the ones that stay: under tags, multiples of
     `keep_every_n_steps`, frozen parameters.
     """
@@ -121,7 +121,7 @@ class Held:
     staying: int
 
 
-def of_space(space: Space, held: Held, state: int | None, source: str, config: LayerwiseConfig) -> Finding:
+def of_space(space: Space, held: Used, state: int | None, source: str, config: LayerwiseConfig) -> Finding:
     """`state`: bytes of one checkpoint."""
     figures: dict[str, Any] = {
         "free": space.free, "total": space.total, "files_free": space.files, "held": held.nbytes,

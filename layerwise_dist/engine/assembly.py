@@ -226,7 +226,7 @@ def assemble(
             participant.when_leaving(preemption.leaving)
         workings = Workings(
             found, updates, config, objects, adapter=parts.adapter, manager=parts.manager, info=parts.info,
-            participant=participant, committer=parts.pen, coordinator=parts.coordinator, fresh=fresh,
+            participant=participant, committer=parts.committer, coordinator=parts.coordinator, fresh=fresh,
             preemption=preemption, replicas=replicas, loan=loan,
         )  # fmt: skip
         return LayerwiseEngine(workings)

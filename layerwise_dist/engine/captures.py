@@ -13,7 +13,7 @@ from layerwise_dist.capture.lease import Capture, LeaseBroken
 from layerwise_dist.capture.sealed import Sealer
 from layerwise_dist.capture.survey import Survey, Surveyor
 from layerwise_dist.commit.participant import Participant
-from layerwise_dist.commit.session import Requests
+from layerwise_dist.commit.session import CommitRequests
 from layerwise_dist.engine.attempts import Attempts
 from layerwise_dist.engine.last_step import LastStep
 from layerwise_dist.engine.replicas import Replicas
@@ -39,10 +39,10 @@ class Captures:
     """
 
     def __init__(
-        self, attempts: Attempts, participant: Participant, *, committer: Requests | None, optimizer: OptimizerAdapter,
-        surveyor: Surveyor, scheduler: LayerwiseCheckpointScheduler, replicas: Replicas, frozen: FrozenBases,
-        sealer: Sealer, statistics: Statistics, tracing: Tracing, last: LastStep, thread: TrainingThread,
-        updates: int = 0,
+        self, attempts: Attempts, participant: Participant, *, committer: CommitRequests | None,
+        optimizer: OptimizerAdapter, surveyor: Surveyor, scheduler: LayerwiseCheckpointScheduler,
+        replicas: Replicas, frozen: FrozenBases, sealer: Sealer, statistics: Statistics, tracing: Tracing,
+        last: LastStep, thread: TrainingThread, updates: int = 0,
     ) -> None:  # fmt: skip
         self._attempts, self._participant, self._committer = attempts, participant, committer
         self._optimizer, self._surveyor, self._scheduler = optimizer, surveyor, scheduler

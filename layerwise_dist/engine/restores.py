@@ -14,7 +14,7 @@ from layerwise_dist.capture.survey import Surveyor
 from layerwise_dist.commit.agreement import together
 from layerwise_dist.commit.metadata import CheckpointMetadataManager, Inventory, ParentRef
 from layerwise_dist.commit.participant import Participant
-from layerwise_dist.commit.session import Requests, follow
+from layerwise_dist.commit.session import CommitRequests, follow
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.engine.attempts import Attempts
 from layerwise_dist.engine.captures import Captures
@@ -48,9 +48,9 @@ class Restores:
 
     def __init__(
         self, config: LayerwiseConfig, restorer: Restorer, captures: Captures, boundary: Boundary, *,
-        attempts: Attempts, manager: CheckpointMetadataManager, participant: Participant, committer: Requests | None,
-        optimizer: OptimizerAdapter, surveyor: Surveyor, replicas: Replicas, frozen: FrozenBases, sealer: Sealer,
-        statistics: Statistics, last: LastStep, empty: bool, fresh: bool,
+        attempts: Attempts, manager: CheckpointMetadataManager, participant: Participant,
+        committer: CommitRequests | None, optimizer: OptimizerAdapter, surveyor: Surveyor, replicas: Replicas,
+        frozen: FrozenBases, sealer: Sealer, statistics: Statistics, last: LastStep, empty: bool, fresh: bool,
     ) -> None:  # fmt: skip
         """`empty`: nothing was in the directory when the session began. `fresh`: the job starts anew beside what is."""
         self._config, self._restorer, self._captures, self._boundary = config, restorer, captures, boundary

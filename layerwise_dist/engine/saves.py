@@ -9,7 +9,7 @@ from typing import Any
 from layerwise_dist.commit.agreement import together
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.records import LONGEST_TAG, is_tag
-from layerwise_dist.commit.session import Requests
+from layerwise_dist.commit.session import CommitRequests
 from layerwise_dist.engine.attempts import Attempts
 from layerwise_dist.engine.captures import Captures
 from layerwise_dist.engine.closing import Closing
@@ -26,7 +26,7 @@ class Saves:
 
     def __init__(
         self, captures: Captures, boundary: Boundary, *, attempts: Attempts, participant: Participant,
-        committer: Requests | None, optimizer: OptimizerAdapter, meetings: Meetings, restores: Restores,
+        committer: CommitRequests | None, optimizer: OptimizerAdapter, meetings: Meetings, restores: Restores,
         closing: Closing, timeout_s: float,
     ) -> None:  # fmt: skip
         self._captures, self._boundary, self._attempts = captures, boundary, attempts

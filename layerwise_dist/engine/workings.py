@@ -11,7 +11,7 @@ from layerwise_dist.commit.coordinator_thread import CoordinatorThread
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.opening import SessionInfo
 from layerwise_dist.commit.participant import Participant
-from layerwise_dist.commit.session import Requests
+from layerwise_dist.commit.session import CommitRequests
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.engine import at_exit
 from layerwise_dist.engine.attempts import Attempts
@@ -52,8 +52,8 @@ class Workings:
     def __init__(
         self, framework: Framework, optimizer: OptimizerAdapter, config: LayerwiseConfig, objects: StateObjects, *,
         adapter: ShardWriterAdapter, manager: CheckpointMetadataManager, info: SessionInfo, participant: Participant,
-        committer: Requests | None, coordinator: CoordinatorThread | None, fresh: bool, preemption: Preemption | None,
-        replicas: Replicas, loan: Loan | None = None,
+        committer: CommitRequests | None, coordinator: CoordinatorThread | None, fresh: bool,
+        preemption: Preemption | None, replicas: Replicas, loan: Loan | None = None,
     ) -> None:  # fmt: skip
         """With `loan`, `framework`, `optimizer` and `objects` are of it.
 

@@ -8,21 +8,21 @@ from layerwise_dist.commit.coordinator_thread import CoordinatorThread
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.opening import SessionInfo
 from layerwise_dist.commit.participant import Participant
-from layerwise_dist.commit.session import Requests
+from layerwise_dist.commit.session import CommitRequests
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.monitor.connection import MonitorLink
 from layerwise_dist.monitor.messages import Open, Opened
-from layerwise_dist.monitor.staging import RemotePen, StagingAdapter
+from layerwise_dist.monitor.staging import RemoteCommitter, StagingAdapter
 from layerwise_dist.storage.protocols import Env, ShardWriterAdapter
 
 
 class OpenSession(NamedTuple):
-    """What writes and decides for one rank, here or in another process. `pen` and `coordinator` are rank 0's."""
+    """What writes and decides for one rank, here or in another process. `committer` and `coordinator` are rank 0's."""
 
     adapter: ShardWriterAdapter
     manager: CheckpointMetadataManager
     info: SessionInfo
-    pen: Requests | None
+    committer: CommitRequests | None
     coordinator: CoordinatorThread | None
 
 
@@ -35,5 +35,5 @@ def open_monitored(
     opened: Opened = link.ask("open the checkpoint directory", message, 2 * config.commit.timeout_s)
     adapter = StagingAdapter(link, config, opened, participant.written)
     manager = CheckpointMetadataManager(env, config.path, file_mode=config.file_bits)
-    pen = RemotePen(link, config.commit.timeout_s) if participant.rank == 0 else None
-    return OpenSession(adapter, manager, SessionInfo(**opened["info"]), pen, None)
+    committer = RemoteCommitter(link, config.commit.timeout_s) if participant.rank == 0 else None
+    return OpenSession(adapter, manager, SessionInfo(**opened["info"]), committer, None)

@@ -261,8 +261,8 @@ class StagingAdapter:
         return closed
 
 
-class RemotePen:
-    """Rank 0's pen (`commit.session.Requests`), which the monitor holds."""
+class RemoteCommitter:
+    """Asks rank 0's committer (`commit.session.CommitRequests`), which the monitor holds."""
 
     def __init__(self, link: MonitorLink, timeout_s: float) -> None:
         self._link, self._timeout_s = link, timeout_s

@@ -21,16 +21,16 @@ _ranks_of = cache(ranks_of)
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class RankPart:
     """One rank's part of a commit: its tensors by name (`<kind>/<fqn>`), and the state that the boundary sealed."""
 
     entries: Entries
     sealed: SealedState
 
 
-def read(shards: Sequence[Shard], framework: str) -> Held:
+def read(shards: Sequence[Shard], framework: str) -> RankPart:
     """Of a rank's shard and, behind it, its base if it has one. Raises DamageError or OSError."""
-    return Held(entries(shards), read_state(shards[0], framework))
+    return RankPart(entries(shards), read_state(shards[0], framework))
 
 
 def entries(shards: Sequence[Shard]) -> Entries:

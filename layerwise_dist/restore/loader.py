@@ -19,7 +19,7 @@ from layerwise_dist.frameworks.parts import WHOLE, Parts
 from layerwise_dist.frameworks.subclasses import unlike, unmakable
 from layerwise_dist.loop.sealed import SealedState
 from layerwise_dist.restore import contents
-from layerwise_dist.restore.contents import Held
+from layerwise_dist.restore.contents import RankPart
 from layerwise_dist.restore.contradictions import contradictions
 from layerwise_dist.restore.filling import fill
 from layerwise_dist.restore.planner import ByteRange, Found, ShardSet, plan
@@ -154,7 +154,7 @@ def load(loading: LoadPlan) -> None:
 
 
 def index_of(
-    own: Held, shards: ShardSet, partners: Iterable[int], sharers: Callable[[str, str], Collection[int]]
+    own: RankPart, shards: ShardSet, partners: Iterable[int], sharers: Callable[[str, str], Collection[int]]
 ) -> dict[str, list[tuple[Shard, Entry]]]:
     """Entries by name, this rank's first. Of the shards of `partners` only what they share with this rank: the rest is
     none of its business, though it may have the same name. `sharers(name, fqn)` are the ranks that share it here.

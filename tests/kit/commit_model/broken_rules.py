@@ -291,7 +291,7 @@ class BringsNothing(Place):
         return super().settle(replace(plan, lacking=[]), texts)
 
 
-# -- rank 0's pen -----------------------------------------------------------------------------------------------------
+# -- rank 0's committer -----------------------------------------------------------------------------------------------
 
 
 @breaks("keep_last newer commits are durable before one goes", found_as="not whole")

@@ -21,7 +21,7 @@ from layerwise_dist.errors import OwnerError
 from layerwise_dist.storage.filenames import AttemptId
 
 
-class WatchedPen:
+class WatchedCommitter:
     """The committer, and what is counted of it."""
 
     def __init__(self, committer: Committer, course: Course, rules: Rules, world: World) -> None:
@@ -80,7 +80,7 @@ class Job:
             world.world_size, timeout_s=TIMEOUT, on_failure=dice.choice(["warn", "warn", "raise"]), raise_after=4,
             now=world.now, keepers=[place[0] for place in info.places[1:]],
         )  # fmt: skip
-        self._pen = WatchedPen(committer, course, rules, world)
+        self._committer = WatchedCommitter(committer, course, rules, world)
         self._outputs: deque[Output] = deque()  # what the coordinator said is to be done
         self.ranks = [Rank(rank, self.script, course, self.network, rules, world) for rank in range(world.world_size)]
         self.frozen = False  # all of it is stopped
@@ -147,7 +147,7 @@ class Job:
         output = self._outputs.popleft()
         if isinstance(output, Announce):
             self._rules.announced(self.course, output.message)
-        more = coordinator_thread.perform(self._coordinator, self._pen, self.network.announce, output)
+        more = coordinator_thread.perform(self._coordinator, self._committer, self.network.announce, output)
         self._outputs.extendleft(reversed(more))
 
     def finish(self) -> None:
