@@ -55,6 +55,8 @@ class Sealer:
             ),
             "extra_state": {name: _extra_state(name, module) for name, module in survey.extra_states},
         }
+        if aliases := {view.fqn: [*view.aliases] for view in framework.params if view.aliases}:
+            sealed["aliases"] = self._prepare("aliases", aliases)
         if survey.standing:
             sealed["standing"] = dict(survey.standing)
         return typed_json.dumps(sealed, path="state")

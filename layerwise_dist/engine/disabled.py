@@ -27,7 +27,7 @@ class DisabledEngine:
 
     def restore(
         self, step: int | None = None, *, tag: str | None = None, saved: bool = False, on_missing: str | None = None,
-        partly: bool = False,
+        partly: bool = False, cast: str | None = None, objects: Mapping[str, str] | None = None,
     ) -> int:  # fmt: skip
         return 0
 

@@ -10,6 +10,7 @@ from typing import Any
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.engine.workings import Workings
+from layerwise_dist.restore.restorer import Terms
 
 
 class LayerwiseEngine:
@@ -87,7 +88,7 @@ class LayerwiseEngine:
 
     def restore(
         self, step: int | None = None, *, tag: str | None = None, saved: bool = False, on_missing: str | None = None,
-        partly: bool = False,
+        partly: bool = False, cast: str | None = None, objects: Mapping[str, str] | None = None,
     ) -> int:  # fmt: skip
         """Loads the lineage's newest commit whose shards verify, the same on all ranks; returns its step. 0 if nothing
         was ever committed in the lineage.
@@ -98,11 +99,18 @@ class LayerwiseEngine:
         `on_missing` is "error" (the default with a step or tag) or "fresh" (the default without: start from 0).
         With `partly` the model may have parameters and buffers that the checkpoint has not: they stay as they are, and
         `lacking` names them.
-        Raises MismatchError (another model, optimizer, state or world size: nothing was loaded), NotFoundError,
+
+        The job may have another number of ranks, another wrapper, or other groups than the one that saved: each rank
+        reads its part from the shards that have it. One warning says so where the number of ranks is another.
+        `cast="target"` allows values to be rounded to the dtypes that parameters and optimizer state have here.
+        `objects={name: "rank0"}` gives a `state` object of rank 0 to all ranks, where those of the checkpoint differ.
+
+        Raises MismatchError (another model, optimizer or state: nothing was loaded), NotFoundError,
         DamageError (nothing of the lineage verifies, or damage leaves open what that is), OSError (the disk is in
         trouble), CommitError or DeadlineError.
         """
-        return self._workings.restores.restore(step, tag=tag, saved=saved, on_missing=on_missing, partly=partly)
+        terms = Terms(partly=partly, cast=cast, objects=objects or {})
+        return self._workings.restores.restore(step, tag=tag, saved=saved, on_missing=on_missing, terms=terms)
 
     @property
     def restored_from(self) -> str | None:

@@ -28,7 +28,7 @@ from layerwise_dist.loop.boundary import Boundary
 from layerwise_dist.loop.sealed import SealedState
 from layerwise_dist.restore.choice import Wish
 from layerwise_dist.restore.loader import LoadPlan
-from layerwise_dist.restore.restorer import Restorer
+from layerwise_dist.restore.restorer import Restorer, Terms
 from layerwise_dist.supervision.patience import within
 
 log = logging.getLogger("layerwise_dist")
@@ -75,8 +75,12 @@ class Restores:
         if not self.ready:
             raise BoundaryError(f"{self._config.path} already holds checkpoints: {self._way_on}")
 
-    def restore(self, step: int | None, *, tag: str | None, saved: bool, on_missing: str | None, partly: bool) -> int:
+    def restore(self, step: int | None, *, tag: str | None, saved: bool, on_missing: str | None, terms: Terms) -> int:
         """As `LayerwiseEngine.restore`."""
+        if terms.cast not in (None, "target"):
+            raise ValueError(f"cast must be None or 'target', not {terms.cast!r}")
+        if other := sorted({*terms.objects.values()} - {"rank0"}):
+            raise ValueError(f"objects: each must be 'rank0', not {other[0]!r}")
         if on_missing not in (None, "fresh", "error"):
             raise ValueError(f"on_missing must be 'fresh' or 'error', not {on_missing!r}")
         if (step is not None) + (tag is not None) + saved > 1:
@@ -85,7 +89,7 @@ class Restores:
         fresh = (on_missing or ("error" if wish.certain else "fresh")) == "fresh"
         self._prepare(wish)
         try:
-            return self._restore(wish, fresh_if_missing=fresh, partly=partly)
+            return self._restore(wish, terms, fresh_if_missing=fresh)
         finally:
             if self._committer is not None:
                 self._committer.hold(False)
@@ -102,7 +106,7 @@ class Restores:
         self._prepare(wish)
         try:
             if root is None:
-                return self._restore(wish, fresh_if_missing=tag is None, partly=False, parts=parts)
+                return self._restore(wish, Terms(parts=parts), fresh_if_missing=tag is None)
             return self._restore_from(root, wish, parts)
         finally:
             if self._committer is not None:
@@ -143,10 +147,8 @@ class Restores:
         self._captures.drain(self._config.commit.timeout_s)
         self._frozen.forget()
 
-    def _restore(self, wish: Wish, *, fresh_if_missing: bool, partly: bool, parts: Parts = WHOLE) -> int:
-        found = self._restorer.newest(
-            wish, self._held_inventory, fresh_if_missing=fresh_if_missing, partly=partly, parts=parts
-        )
+    def _restore(self, wish: Wish, terms: Terms, *, fresh_if_missing: bool) -> int:
+        found = self._restorer.newest(wish, self._held_inventory, terms, fresh_if_missing=fresh_if_missing)
         self._forget_last()
         if found is None:
             # If something else was asked for, this goes on beside what is there, as attach(fresh=True) does.
@@ -155,7 +157,7 @@ class Restores:
             self.ready = True
             return self._boundary.completed
         attempt, loading, leaves = found
-        self._adopt(loading, parts)
+        self._adopt(loading, terms.parts)
         self.lacking = loading.lacking
         kept = self.follow(ParentRef(seq=attempt.seq, attempt=attempt.text), new_branch=leaves)
         if loading.base is not None and loading.base[0].attempt in kept:
@@ -172,7 +174,7 @@ class Restores:
         self._forget_last()
         try:
             found = restorer.newest(
-                wish, lambda: self._looked_for(manager), fresh_if_missing=not wish.certain, parts=parts
+                wish, lambda: self._looked_for(manager), Terms(parts=parts), fresh_if_missing=not wish.certain
             )
             if found is None:
                 return self._boundary.completed

@@ -290,6 +290,9 @@ class CompositeOptimizer(OptimizerAdapter):
     def place(self, view: ParamView, entry: Slice, wrapped: bool) -> torch.Tensor:
         return self._owner[view.fqn].place(view, entry, wrapped)
 
+    def joined(self) -> list[list[str]]:
+        return [names for member in self._members.values() for names in member.joined()]
+
     def adopt(
         self, states: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any],
         lacking: Collection[str] = (),

@@ -86,6 +86,9 @@ class DDPFramework(Framework):
     def carry(self) -> Any:
         return self._buckets.order if self._buckets else None
 
+    def carry_on(self, carried: Any, step: int, *, same_world: bool) -> Any:
+        return carried if same_world else None  # buckets follow from the ranks too
+
     def check_forward(self) -> None:
         """Under `Join` a rank whose inputs have ended makes no more iterations, and the others go on."""
         joined = self._wrapper._join_config if self._wrapper is not None else None

@@ -183,6 +183,9 @@ class FlatState(OptimizerAdapter):
         on_device = group.get("capturable") or group.get("fused")
         return self.flat.unit(number).device if on_device else torch.device("cpu")
 
+    def joined(self) -> list[list[str]]:
+        return [[view.fqn for view in self.flat.views_in(number)] for number in self._numbers()]
+
     def adopt(
         self, states: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any],
         lacking: Collection[str] = (),

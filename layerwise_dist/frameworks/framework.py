@@ -201,6 +201,12 @@ class Framework:
         """What of it a restore of `parts` takes up."""
         return carried
 
+    def carry_on(self, carried: Any, step: int, *, same_world: bool) -> Any:
+        """What `take_up` gets of a checkpoint of another cut. `carried` is what the same kind of wrapper had come to at
+        that step, in a job of as many ranks if `same_world`; None of another kind.
+        """
+        return None
+
     def check_forward(self) -> None:
         """A training forward begins. Raises UnsupportedError where the ranks may not all make the same iterations."""
 

@@ -134,6 +134,10 @@ class OptimizerAdapter:
         """The tensor to load the saved state `entry` into: the live one if it is alike, else a new one."""
         raise NotImplementedError
 
+    def joined(self) -> list[list[str]]:
+        """Names of parameters that have one tensor of state together."""
+        return []
+
     def adopt(
         self, states: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any],
         lacking: Collection[str] = (),

@@ -59,17 +59,18 @@ def group_origins(
                 f"group {number} of the optimizer is empty, and its groups are not those of the checkpoint"
             )
         for other in sources[1:]:
-            differing = _differing(saved[sources[0]], saved[other])
-            if differing:
+            if found := differing(saved[sources[0]], saved[other]):
                 raise ValueError(
                     f"group {number} of the optimizer has parameters of groups {sources[0]} and {other} of the "
-                    f"checkpoint, which differ in {', '.join(differing)}"
+                    f"checkpoint, which differ in {', '.join(found)}"
                 )
         origins.append(sources[0])
     return origins
 
 
-def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Names of the hyper-parameters in which two groups differ."""
+
     def equal(a: Any, b: Any) -> bool:
         if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
             return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and torch.equal(a, b)

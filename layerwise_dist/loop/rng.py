@@ -14,6 +14,7 @@ of a loader to `loop.loaders`, any other to `state=`. The generators inside load
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import random
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -57,6 +58,25 @@ def put(state: RngState) -> None:
         for index, each in state["cuda"].items():
             if index < len(torch.cuda.default_generators):
                 torch.cuda.default_generators[index].set_state(each)
+
+
+def derived(state: RngState, step: int, rank: int) -> RngState:
+    """Generators of a rank that a checkpoint has not: seeded by those of one that it has, the step and the rank.
+
+    CUDA's stay as the process has made them.
+    """
+    told = state["torch"].numpy().tobytes() + f" step {step} rank {rank}".encode()
+    seeds = [
+        int.from_bytes(hashlib.sha256(what + told).digest()[:8], "big") for what in (b"torch", b"python", b"numpy")
+    ]
+    found: RngState = {
+        "torch": torch.Generator().manual_seed(seeds[0] >> 1).get_state(),
+        "cuda": {},
+        "python": random.Random(seeds[1]).getstate(),
+    }
+    if numpy is not None:
+        found["numpy"] = numpy.random.RandomState(seeds[2] >> 32).get_state()
+    return found
 
 
 def problems(state: Mapping[str, Any]) -> dict[str, str]:

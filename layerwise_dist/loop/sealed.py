@@ -90,6 +90,7 @@ class _SealedState(TypedDict):
 
 
 class SealedState(_SealedState, total=False):
-    """All of it. `standing`: parameters that stand for others, by fqn."""
+    """All of it. `standing`: parameters that stand for others, by fqn. `aliases`: further names of tied ones."""
 
+    aliases: dict[str, list[str]]
     standing: dict[str, Standing]

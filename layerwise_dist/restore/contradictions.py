@@ -11,22 +11,21 @@ from typing import Any
 import torch
 
 from layerwise_dist.frameworks.overlaps import overlaps
-from layerwise_dist.restore.filling import fill
-from layerwise_dist.restore.planner import ByteRange
+from layerwise_dist.restore.filling import Read, fill
 
 _ALIGN = 16  # bytes; no element is larger
 
 
-def contradictions(names: Sequence[str], reads: Sequence[tuple[torch.Tensor, Sequence[ByteRange]]]) -> list[str]:
+def contradictions(names: Sequence[str], reads: Sequence[Read]) -> list[str]:
     """What is wrong, in words. Touches no live tensor. Raises DamageError or OSError."""
     problems: list[str] = []
     content: dict[int, torch.Tensor] = {}
-    for pair in _pairs([tensor for tensor, _ in reads]):
+    for pair in _pairs([read.tensor for read in reads]):
         for place in pair:
             if place not in content:
-                content[place] = _read(*reads[place])
+                content[place] = _content(reads[place])
         one, other = pair
-        if not _agree(reads[one][0], content[one], reads[other][0], content[other]):
+        if not _agree(reads[one].tensor, content[one], reads[other].tensor, content[other]):
             problems.append(f"{names[one]} and {names[other]} share memory here, and differ in the checkpoint")
     return problems
 
@@ -43,11 +42,11 @@ def _pairs(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
     return pairs + [(firsts[one], firsts[other]) for one, other in overlaps([tensors[place] for place in firsts])]
 
 
-def _read(tensor: torch.Tensor, spans: Sequence[ByteRange]) -> torch.Tensor:
+def _content(read: Read) -> torch.Tensor:
     """What a tensor is to become, in memory of its own."""
-    found = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-    fill([(found, spans)])
-    return found
+    found = read.staging()
+    fill([read.into(found)])
+    return found.to(read.tensor.dtype)
 
 
 def _agree(one: torch.Tensor, content: torch.Tensor, other: torch.Tensor, more: torch.Tensor) -> bool:

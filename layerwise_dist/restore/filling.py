@@ -2,16 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from layerwise_dist.restore.planner import ByteRange
 from layerwise_dist.restore.reslice import reach
 from layerwise_dist.storage.reader import Shard
+from layerwise_dist.tensors.pieces import is_dense
 
 _BUFFER_BYTES = 64 << 20  # of what lies otherwise in the file than in memory, read at once
+_STAGED_BYTES = 256 << 20  # of what does not go straight into its tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Read:
+    """A tensor of this rank, wherever it is, and the spans that fill it. `dtype` is the file's."""
+
+    tensor: torch.Tensor
+    spans: Sequence[ByteRange]
+    dtype: torch.dtype
+
+    def into(self, memory: torch.Tensor) -> tuple[torch.Tensor, Sequence[ByteRange]]:
+        return memory, self.spans
+
+    @property
+    def straight(self) -> bool:
+        """Whether the tensor's memory takes the bytes of the file as they are."""
+        tensor = self.tensor
+        return tensor.device.type == "cpu" and tensor.dtype == self.dtype and is_dense(tensor)
+
+    def staging(self) -> torch.Tensor:
+        """Memory for the bytes as the file has them."""
+        return torch.empty(self.tensor.shape, dtype=self.dtype, device="cpu")
+
+
+def load(reads: Iterable[Read]) -> None:
+    """Each tensor from its spans, through memory of its own where it lies elsewhere or has another dtype: of 256 MiB,
+    or of one tensor where that is larger. On DamageError or OSError tensors may be partly overwritten.
+    """
+    staged: list[Read] = []
+    straight: list[Read] = []
+    for read in reads:
+        (straight if read.straight else staged).append(read)
+    fill(read.into(read.tensor) for read in straight)
+    batch: list[tuple[Read, torch.Tensor]] = []
+    held = 0
+    for read in staged:
+        memory = read.staging()
+        if batch and held + memory.nbytes > _STAGED_BYTES:
+            _unload(batch)
+            batch, held = [], 0
+        batch.append((read, memory))
+        held += memory.nbytes
+    _unload(batch)
+
+
+def _unload(batch: Sequence[tuple[Read, torch.Tensor]]) -> None:
+    fill(read.into(memory) for read, memory in batch)
+    with torch.no_grad():
+        for read, memory in batch:
+            read.tensor.copy_(memory)
 
 
 def fill(reads: Iterable[tuple[torch.Tensor, Iterable[ByteRange]]]) -> None:

@@ -18,30 +18,31 @@ from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.frameworks.parts import WHOLE, Parts
 from layerwise_dist.frameworks.subclasses import unlike, unmakable
 from layerwise_dist.loop.sealed import SealedState
-from layerwise_dist.restore import contents
+from layerwise_dist.restore import contents, filling
 from layerwise_dist.restore.contents import RankPart
 from layerwise_dist.restore.contradictions import contradictions
-from layerwise_dist.restore.filling import fill
-from layerwise_dist.restore.planner import ByteRange, Found, ShardSet, plan
+from layerwise_dist.restore.filling import Read
+from layerwise_dist.restore.planner import Found, ShardSet, plan
 from layerwise_dist.storage.reader import Entry, Shard, ShardIndex
 from layerwise_dist.storage.reports import BaseReport
-from layerwise_dist.tensors.pieces import is_dense
 from layerwise_dist.tensors.slices import Slice, ranks_of
 
-_LISTED = 8
+LISTED = 8
 
 
 @dataclass
 class LoadPlan:
     """One rank's restore, checked and ready. `sealed` is what the boundary saved (`capture.sealed.Sealer`).
 
+    `given` are values that no shard has as they are, and the tensors that take them.
     `lacking` are the model's tensors (`<kind>/<fqn>`) that the checkpoint has not, and need not have. `base` is what is
     known of the frozen parameters that this rank's shard refers to.
     """
 
     sealed: SealedState
-    reads: list[tuple[torch.Tensor, list[ByteRange]]] = field(default_factory=list)
+    reads: list[Read] = field(default_factory=list)
     states: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    given: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     lacking: list[str] = field(default_factory=list)
     base: tuple[BaseReport, ShardIndex] | None = None
 
@@ -90,7 +91,8 @@ def prepare(
         if found and not found[0][1].slice.among:  # this rank wrote it for itself alone, so that is what it gets
             wanted = replace(wanted, among="")
         try:
-            loading.reads.append((framework.local(tensor), plan(wanted, found, lambda: elsewhere(wanted))))
+            local = framework.local(tensor)
+            loading.reads.append(Read(local, plan(wanted, found, lambda: elsewhere(wanted)), local.dtype))
             read_names.append(wanted.name)
         except MismatchError as error:
             (shaped if found else missing).append(str(error) if found else wanted.name)
@@ -117,40 +119,32 @@ def prepare(
     if not parts.takes_optimizer:
         unexpected = [name for name in unexpected if name.split("/", 1)[0] in ("param", "master", "buffer")]
     problems = (
-        shaped[:_LISTED]
-        + _listing("missing from the checkpoint", missing)
-        + _listing("unexpected in the checkpoint", unexpected)
+        shaped[:LISTED]
+        + listing("missing from the checkpoint", missing)
+        + listing("unexpected in the checkpoint", unexpected)
     )
     if parts.takes_optimizer:
         problems += optimizer.check(sealed["optimizer"], loading.lacking_fqns)
-        problems += unmakable(sealed["optimizer"]["scalars"], sealed["optimizer"]["order"])[:_LISTED]
-    problems += unlike(framework.standing, sealed.get("standing", {}))[:_LISTED]
-    problems += contradictions(read_names, loading.reads)[:_LISTED]
+        problems += unmakable(sealed["optimizer"]["scalars"], sealed["optimizer"]["order"])[:LISTED]
+    problems += unlike(framework.standing, sealed.get("standing", {}))[:LISTED]
+    problems += contradictions(read_names, loading.reads)[:LISTED]
     if problems:
         raise MismatchError(
             f"{where} is not of this model and optimizer; nothing was loaded:\n  " + "\n  ".join(problems)
         )
     if gone := list(contents.absent(sealed, lambda kind, fqn: f"{kind}/{fqn}" in index)):
         raise DamageError(
-            f"{where}: rank {framework.rank} had {', '.join(gone[:_LISTED])} at the boundary, and no shard has it"
+            f"{where}: rank {framework.rank} had {', '.join(gone[:LISTED])} at the boundary, and no shard has it"
         )
     return loading
 
 
 def load(loading: LoadPlan) -> None:
     """Reads everything, verified block by block. On DamageError or OSError live tensors may be partly overwritten."""
-    reads: list[tuple[torch.Tensor, list[ByteRange]]] = []
-    staged: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for tensor, spans in loading.reads:
-        target = tensor
-        if tensor.device.type != "cpu" or not is_dense(tensor):
-            target = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-            staged.append((tensor, target))
-        reads.append((target, spans))
-    fill(reads)
+    filling.load(loading.reads)
     with torch.no_grad():
-        for tensor, target in staged:
-            tensor.copy_(target)
+        for tensor, value in loading.given:
+            tensor.copy_(value)
 
 
 def index_of(
@@ -169,8 +163,8 @@ def index_of(
     return index
 
 
-def _listing(what: str, names: list[str]) -> list[str]:
+def listing(what: str, names: list[str]) -> list[str]:
     if not names:
         return []
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return [f"{what}: {', '.join(names[:_LISTED])}{more}"]
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return [f"{what}: {', '.join(names[:LISTED])}{more}"]

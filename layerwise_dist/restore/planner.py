@@ -1,11 +1,11 @@
-"""Which bytes of which shards fill which slices, however both are cut."""
+"""Which bytes of which shards fill which slices: as they were cut (`plan`), or however both are cut (`replan`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from layerwise_dist.errors import MismatchError
+from layerwise_dist.errors import DamageError, MismatchError
 from layerwise_dist.restore.reslice import copies
 from layerwise_dist.storage.reader import Entry, Shard
 from layerwise_dist.tensors.slices import ITEM_BYTES, Slice
@@ -61,7 +61,8 @@ Found = list[tuple[Shard, Entry]]
 def plan(wanted: Slice, found: Found, more: Callable[[], Found] | None = None) -> list[ByteRange]:
     """`more` gives the entries of shards that are opened only if `found` is not enough.
 
-    Raises MismatchError when the entries do not give exactly the wanted slice.
+    Raises MismatchError when the entries do not give exactly the wanted slice, or are of tensors that are cut or shared
+    otherwise.
     """
     if not found:
         raise MismatchError(f"{wanted.name} is missing from the checkpoint")
@@ -74,28 +75,47 @@ def plan(wanted: Slice, found: Found, more: Callable[[], Found] | None = None) -
     for _, entry in found:
         if entry.slice.among != wanted.among:
             raise MismatchError(
-                f"{wanted.name}: in the checkpoint {_held(entry.slice.among)}, here {_held(wanted.among)}: restoring "
-                "into other groups of ranks is not supported by this version"
+                f"{wanted.name}: in the checkpoint {_held(entry.slice.among)}, here {_held(wanted.among)}"
             )
     # An equal slice first: it is one read. Then this rank's own, and the others as they come.
     found = sorted(found, key=lambda each: each[1].slice != wanted)
     if wanted.is_flat and wanted.numel and found[0][1].slice != wanted:
         # Tensors of one flat tensor share what is not cut, such as the step of their state.
-        places = "; ".join(f"rank {shard.index.rank}: {entry.slice.place()}" for shard, entry in found[:4])
         raise MismatchError(
-            f"{wanted.name}: this rank needs {wanted.place()}, the checkpoint is cut otherwise ({places}); "
-            "restoring flat parameters into another sharding is not supported by this version"
+            f"{wanted.name}: this rank needs {wanted.place()}, the checkpoint is cut otherwise ({_places(found)})"
         )
-    parts, gap = copies(wanted, [entry.slice for _, entry in found])
+    spans, gap = _spans(wanted, found)
     if gap is not None and more is not None and (further := more()):
         return plan(wanted, found + further)
     if gap is not None:
-        places = "; ".join(f"rank {shard.index.rank}: {entry.slice.place()}" for shard, entry in found[:4])
         raise MismatchError(
             f"{wanted.name}: this rank needs {wanted.place()}, and no shard that it may read has element {list(gap)} "
-            f"({places})"
+            f"({_places(found)})"
         )
-    item = ITEM_BYTES[wanted.dtype]
+    return spans
+
+
+def replan(wanted: Slice, found: Found) -> list[ByteRange]:
+    """Out of all that was written of a tensor, by whichever ranks. Offsets are those of a slice of the file's dtype,
+    whatever `wanted` has. An equal slice comes first: it is one read.
+
+    REQUIRES: all are of one tensor, of this shape. Raises DamageError if they do not have all of what is wanted.
+    """
+    place = (wanted.offsets, wanted.lengths, wanted.start, wanted.length)
+
+    def differs(part: Slice) -> bool:
+        return (part.offsets, part.lengths, part.start, part.length) != place
+
+    ordered = sorted(found, key=lambda each: differs(each[1].slice))
+    spans, gap = _spans(wanted, ordered)
+    if gap is not None:
+        raise DamageError(f"{found[0][1].slice.name}: no shard has its element {list(gap)} ({_places(found)})")
+    return spans
+
+
+def _spans(wanted: Slice, found: Found) -> tuple[list[ByteRange], tuple[int, ...] | None]:
+    parts, gap = copies(wanted, [entry.slice for _, entry in found])
+    item = ITEM_BYTES[found[0][1].slice.dtype]
     spans = []
     for part in parts:
         shard, entry = found[part.number]
@@ -103,7 +123,11 @@ def plan(wanted: Slice, found: Found, more: Callable[[], Found] | None = None) -
         place = (shard, entry.begin + begin * item, entry.begin + end * item, part.target * item)
         strided = () if part.straight else (part.shape, part.source_strides, part.target_strides)
         spans.append(ByteRange(*place, *strided))
-    return spans
+    return spans, gap
+
+
+def _places(found: Found) -> str:
+    return "; ".join(f"rank {shard.index.rank}: {entry.slice.place()}" for shard, entry in found[:4])
 
 
 def _held(among: str) -> str:

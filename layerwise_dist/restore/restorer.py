@@ -1,9 +1,15 @@
-"""One `restore()` call: choose, check, read; the engine then adopts what was read."""
+"""One `restore()` call: choose, check, read; the engine then adopts what was read.
+
+A job that is cut as the checkpoint is, with as many ranks, reads what each rank wrote, and nothing else (`loader`).
+Where any rank finds that it is not, all of them look for their parts in what all ranks wrote (`anywhere`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from layerwise_dist.commit.agreement import together
 from layerwise_dist.commit.metadata import CheckpointMetadataManager, Inventory
@@ -15,15 +21,36 @@ from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.frameworks.parts import WHOLE, Parts
 from layerwise_dist.loop.sealed import SealedState
-from layerwise_dist.restore import choice, loader
+from layerwise_dist.restore import choice, loader, ranks
+from layerwise_dist.restore.anywhere import Fit, Fitting
 from layerwise_dist.restore.choice import Wish
-from layerwise_dist.restore.loader import LoadPlan
+from layerwise_dist.restore.loader import LISTED, LoadPlan, listing
 from layerwise_dist.restore.planner import ShardSet
+from layerwise_dist.restore.whole import Whole
 from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.protocols import ShardWriterAdapter
 from layerwise_dist.storage.reader import Shard
 from layerwise_dist.storage.reports import BaseReport
 from layerwise_dist.supervision.patience import within
+
+log = logging.getLogger("layerwise_dist")
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """On which terms a checkpoint is taken.
+
+    Attributes:
+        partly: the model may have tensors that the checkpoint has not.
+        parts: of the checkpoint.
+        cast: "target" if values may be rounded to the dtypes that are here.
+        objects: of `state` objects, whose all ranks are to take: "rank0".
+    """
+
+    partly: bool = False
+    parts: Parts = WHOLE
+    cast: str | None = None
+    objects: Mapping[str, str] = field(default_factory=dict)
 
 
 class Restorer:
@@ -52,9 +79,8 @@ class Restorer:
         )  # fmt: skip
 
     def newest(
-        self, wish: Wish, read: Callable[[], Inventory], *, fresh_if_missing: bool, partly: bool = False,
-        parts: Parts = WHOLE,
-    ) -> tuple[AttemptId, LoadPlan, bool] | None:  # fmt: skip
+        self, wish: Wish, read: Callable[[], Inventory], terms: Terms, *, fresh_if_missing: bool
+    ) -> tuple[AttemptId, LoadPlan, bool] | None:
         """The best candidate that verifies on all ranks, loaded, and whether newer commits are left behind with it.
         `read` is called on rank 0: what it finds must stay until the lineage goes on from what is chosen.
 
@@ -68,7 +94,7 @@ class Restorer:
                 raise
             return None
         for attempt, leaves in offered:
-            loading = self._load(attempt, partly, parts)
+            loading = self._load(attempt, terms)
             if loading is not None:
                 return attempt, loading, leaves
         if offered:
@@ -84,24 +110,32 @@ class Restorer:
             raise NotFoundError(f"{root} holds no committed {wish}")
         return None
 
-    def _load(self, attempt: AttemptId, partly: bool, parts: Parts) -> LoadPlan | None:
+    def _load(self, attempt: AttemptId, terms: Terms) -> LoadPlan | None:
         """One candidate, on all ranks: check everything, then read.
 
         None if damaged somewhere; other errors are raised.
         """
-        sound, loading = together(
-            self._participant, f"check step {attempt.step}", lambda: self._check(attempt, partly, parts)
-        )
-        if not sound or loading is None:
+        step, participant = attempt.step, self._participant
+        sound, found = together(participant, f"check step {step}", lambda: self._check(attempt, terms))
+        if not sound or found is None:
             return None
-        self._framework.take_up(self._framework.part_of(loading.sealed["wrapper"], parts))
-        self.undefined = (
-            f"the restore of step {attempt.step} did not finish: parameters and optimizer state are undefined"
-        )
-        sound, _ = together(self._participant, f"load step {attempt.step}", lambda: loader.load(loading))
+        manifest, shards, loading = found
+        if not participant.agree(f"compare the cut of step {step}", loading is not None, all):
+            sound, fit = together(participant, f"cut step {step} anew", lambda: self._fit(manifest, shards, terms))
+            if not sound or fit is None:
+                return None
+            self._refuse_unknown(manifest, fit)
+            loading = fit.loading
+            self._say_moved(manifest, fit)
+        assert loading is not None
+        framework, carried = self._framework, loading.sealed["wrapper"]
+        framework.take_up(framework.part_of(carried, terms.parts))
+        self.undefined = f"the restore of step {step} did not finish: parameters and optimizer state are undefined"
+        sound, _ = together(participant, f"load step {step}", lambda: loader.load(loading))
         return loading if sound else None
 
-    def _check(self, attempt: AttemptId, partly: bool, parts: Parts) -> LoadPlan:
+    def _check(self, attempt: AttemptId, terms: Terms) -> tuple[Manifest, ShardSet, LoadPlan | None]:
+        """Without a plan: this rank is not cut as it was."""
         try:
             manifest = within(
                 self._participant.disk_s, "a look at the manifest", lambda: self._manager.read_manifest(attempt)
@@ -109,27 +143,78 @@ class Restorer:
         except FileNotFoundError:
             raise DamageError(f"{self._manager.manifest_path(attempt)} is missing on this rank") from None
         framework = self._framework
-        if manifest.world_size != framework.world_size:
-            raise MismatchError(
-                f"step {manifest.step} was written by {manifest.world_size} ranks, this job has "
-                f"{framework.world_size}: "
-                "restoring into another world size is not supported by this version"
-            )
-        if manifest.framework != framework.name:
-            raise MismatchError(
-                f"step {manifest.step} was written by {manifest.framework}, this job has {framework.name}: "
-                "restoring into another wrapper, or other models, is not supported by this version"
-            )
         shards = ShardSet(framework.rank, lambda rank: self._open(manifest, rank), shared=not self._participant.apart)
-        where = f"step {manifest.step} in {self._manager.root}"
-        loading = loader.prepare(framework, self._optimizer, shards, where, partly=partly, parts=parts)
-        if not parts.module_only:
+        if (manifest.world_size, manifest.framework) != (framework.world_size, framework.name):
+            return manifest, shards, None
+        try:
+            loading = loader.prepare(
+                framework, self._optimizer, shards, self._where(manifest), partly=terms.partly, parts=terms.parts
+            )
+        except MismatchError:
+            return manifest, shards, None  # if it is of another model, that is said once all shards were looked at
+        if not terms.parts.module_only:
             self._check_objects(loading.sealed)
         record = manifest.shards[framework.rank].base
         if record is not None:
             report = BaseReport(record.attempt, record.nbytes, record.header_bytes, int(record.header_hash, 16))
-            return replace(loading, base=(report, shards.own[1].index))
-        return loading
+            loading = replace(loading, base=(report, shards.own[1].index))
+        return manifest, shards, loading
+
+    def _where(self, manifest: Manifest) -> str:
+        return f"step {manifest.step} in {self._manager.root}"
+
+    def _fit(self, manifest: Manifest, shards: ShardSet, terms: Terms) -> Fit:
+        framework, where = self._framework, self._where(manifest)
+        if not shards.shared:
+            raise MismatchError(
+                f"{where} was written by {manifest.world_size} rank(s) of {manifest.framework}, and this job of "
+                f"{framework.world_size} rank(s) of {framework.name} is cut otherwise: that takes a directory that all "
+                "ranks see. Copy all shards into one"
+            )
+        whole = Whole(manifest, shards)
+        same_world = manifest.world_size == framework.world_size
+        sealed, taken = ranks.for_rank(whole.sealed, framework.rank, framework.world_size, choose=terms.objects)
+        if not terms.parts.module_only:
+            self._check_objects(sealed)
+        wrapper = ranks.carried(framework, sealed, manifest.framework, same_world=same_world)
+        fitting = Fitting(
+            framework, self._optimizer, whole, {**sealed, "wrapper": wrapper}, where,
+            partly=terms.partly, parts=terms.parts, cast=terms.cast,
+        )  # fmt: skip
+        fit = fitting.fit()
+        fit.taken = taken + fit.taken
+        return fit
+
+    def _refuse_unknown(self, manifest: Manifest, fit: Fit) -> None:
+        """Raises MismatchError for tensors of the checkpoint for which no rank has a place."""
+
+        def decide(votes: list[list[str]]) -> list[str]:
+            return sorted(set.intersection(*map(set, votes)))
+
+        unknown: list[Any] = self._participant.agree("compare the names", sorted(fit.unknown), decide)
+        if unknown:
+            problems = listing("unexpected in the checkpoint", unknown)
+            raise MismatchError(
+                f"{self._where(manifest)} is not of this model and optimizer; nothing was loaded:\n  "
+                + "\n  ".join(problems)
+            )
+
+    def _say_moved(self, manifest: Manifest, fit: Fit) -> None:
+        framework = self._framework
+        if framework.rank != 0:
+            return
+        if manifest.world_size != framework.world_size:
+            log.warning(
+                "step %d was written by %d rank(s), this job has %d: unless you change the batch of each rank, the "
+                "global batch is another one from here on",
+                manifest.step, manifest.world_size, framework.world_size,
+            )  # fmt: skip
+        if fit.taken:
+            more = f" and {len(fit.taken) - LISTED} more" if len(fit.taken) > LISTED else ""
+            log.warning(
+                "step %d: its ranks differ in %s%s; ranks without their own take rank 0's",
+                manifest.step, ", ".join(fit.taken[:LISTED]), more,
+            )  # fmt: skip
 
     def _open(self, manifest: Manifest, rank: int) -> list[Shard]:
         pool = self._adapter.pool

@@ -173,6 +173,7 @@ class _Sealed(_Part):
     wrapper: Any
     gradients: list[str]
     extra_state: dict[str, Any]
+    aliases: dict[str, list[str]] = {}
     standing: dict[str, _Standing] = {}
 
 

@@ -42,6 +42,21 @@ class Counters:
             "lr_scheduler": None if engine.lr_scheduler is None else engine.lr_scheduler.state_dict(),
         }
 
+    def at(self, step: int) -> dict[str, Any]:
+        """What an engine would have counted that has made this many steps, as `put` takes it; the rest stays as it is.
+
+        Raises MismatchError if there is an LR scheduler, of which nothing is known.
+        """
+        engine = self._engine
+        if engine.lr_scheduler is not None:
+            raise MismatchError(
+                "the checkpoint is not of DeepSpeed, so that it has no state of this engine's LR scheduler "
+                f"({type(engine.lr_scheduler).__name__}): make the scheduler yourself, and give it in state={{...}}"
+            )
+        window = engine.gradient_accumulation_steps()
+        counted = (step, step * engine.train_batch_size(), 0, step * window)
+        return {"counters": dict(zip(_COUNTED, counted, strict=True)), "window": window}
+
     def put(self, taken: dict[str, Any]) -> None:
         """All of it but the LR scheduler, which `put_schedule` puts back. What is not in `taken` stays as it is.
 

@@ -147,6 +147,9 @@ class DeepSpeedFramework(FlatFramework):
         left = [*([] if parts.optimizer else ["loss_scale"]), *([] if parts.scheduler else ["lr_scheduler"])]
         return {name: value for name, value in carried.items() if name not in left}
 
+    def carry_on(self, carried: Any, step: int, *, same_world: bool) -> Any:
+        return self.counters.at(step) if carried is None else carried
+
     def take_up(self, carried: Any) -> None:
         self.counters.put(carried)
         self.units.before_load()

@@ -1,0 +1,230 @@
+"""A checkpoint into a job that is cut otherwise: another number of ranks, another wrapper, other groups.
+
+What this rank would have saved is looked for by name in what all ranks of the checkpoint wrote, and each element is
+read from whichever shard has it. As with the same cut, everything is checked before the first byte of a live tensor is
+touched, and nothing is loaded with `load_state_dict`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from layerwise_dist.errors import DamageError, MismatchError
+from layerwise_dist.frameworks.framework import Framework, ParamView
+from layerwise_dist.frameworks.optimizers import OptimizerAdapter
+from layerwise_dist.frameworks.parts import Parts
+from layerwise_dist.frameworks.subclasses import unlike, unmakable
+from layerwise_dist.loop.sealed import SealedState
+from layerwise_dist.restore import casts
+from layerwise_dist.restore.contradictions import contradictions
+from layerwise_dist.restore.filling import Read
+from layerwise_dist.restore.loader import LISTED, LoadPlan, listing
+from layerwise_dist.restore.planner import replan
+from layerwise_dist.restore.regrouping import regroup, uneven
+from layerwise_dist.restore.whole import OF_MODEL, SavedTensor, Whole, equal
+from layerwise_dist.tensors.pieces import DTYPES
+from layerwise_dist.tensors.slices import Slice
+
+# A parameter and its master are made of one another: by rounding, or by widening.
+_MADE_OF = {"param": "master", "master": "param"}
+
+
+@dataclass
+class Fit:
+    """What one rank has found. `unknown` are names in the checkpoint that this rank has no place for: an error if no
+    rank has. `taken` is what is rank 0's though the checkpoint's ranks differ.
+    """
+
+    loading: LoadPlan
+    unknown: set[str] = field(default_factory=set)
+    taken: list[str] = field(default_factory=list)
+
+
+class Fitting:
+    """One rank's plan, in the making."""
+
+    def __init__(
+        self, framework: Framework, optimizer: OptimizerAdapter, whole: Whole, sealed: SealedState, where: str, *,
+        partly: bool, parts: Parts, cast: str | None,
+    ) -> None:  # fmt: skip
+        """`sealed` is what this rank takes up of all that is not said of tensors (`ranks.for_rank`)."""
+        self._framework, self._optimizer, self._whole, self._where = framework, optimizer, whole, where
+        self._lax, self._parts, self._cast = partly or not parts.strict, parts, cast
+        self._fit = Fit(LoadPlan(sealed))
+        self._names: list[str] = []  # of the reads
+        self._used: set[str] = set()
+        self._missing: list[str] = []
+        self._problems: list[str] = []
+        self._lossy: Counter[tuple[str, str, str]] = Counter()
+        self._rename: dict[str, str] = {}  # of parameters here, their names in the checkpoint
+        self._tied = {
+            alias: name
+            for state in whole.sealed
+            for name, aliases in state.get("aliases", {}).items()
+            for alias in aliases
+        }
+
+    def fit(self) -> Fit:
+        """Raises MismatchError listing everything that differs; UnsupportedError for a model that has become what
+        cannot be saved; DamageError; OSError.
+        """
+        framework, fit = self._framework, self._fit
+        framework.follow()
+        for view in framework.params:
+            self._param(view)
+        for part, tensor in framework.buffer_slices():
+            self._buffer(part, tensor)
+        loading = fit.loading
+        if self._parts.takes_optimizer:
+            self._optimizer_state()
+        if self._lax:
+            loading.lacking, self._missing = self._missing, []
+        self._problems = self._problems[:LISTED] + listing("missing from the checkpoint", self._missing)
+        if self._lossy and self._cast != "target":
+            self._problems += [
+                f"{count} tensors of kind {kind} are {was} in the checkpoint and {now} here, which cannot hold all their "
+                f'values: restore(cast="target") rounds them'
+                for (kind, was, now), count in sorted(self._lossy.items())
+            ]
+        self._problems += unlike(framework.standing, loading.sealed.get("standing", {}))[:LISTED]
+        self._problems += contradictions(self._names, loading.reads)[:LISTED]
+        if self._problems:
+            raise MismatchError(
+                f"{self._where} is not of this model and optimizer; nothing was loaded:\n  "
+                + "\n  ".join(self._problems)
+            )
+        present = {name for state in self._whole.sealed for name in state["gradients"]}
+        gradients = [view.fqn for view in framework.params if self._rename.get(view.fqn) in present]
+        loading.sealed = {**loading.sealed, "gradients": gradients}
+        if self._parts.strict:
+            fit.unknown = {name for name in self._whole.tensors if name not in self._used}
+            if not self._parts.takes_optimizer:
+                fit.unknown = {name for name in fit.unknown if name.split("/", 1)[0] in OF_MODEL}
+        return fit
+
+    # -- the model ----------------------------------------------------------------------------------------------
+
+    def _param(self, view: ParamView) -> None:
+        for part, tensor in self._framework.param_parts(view):
+            names = [part.fqn, *(view.aliases if part.fqn == view.fqn else ())]
+            name = self._find(part.kind, [*names, *(self._tied[name] for name in names if name in self._tied)])
+            if name is None:
+                self._missing.append(part.name)
+                continue
+            if part.fqn == view.fqn and name in self._used:
+                self._problems.append(f"{part.name}: in the checkpoint it is one parameter with another, {name}")
+                continue
+            self._rename.setdefault(view.fqn, name.split("/", 1)[1] if part.fqn == view.fqn else view.fqn)
+            self._want(part, tensor, name, made=part.kind != name.split("/", 1)[0])
+
+    def _find(self, kind: str, fqns: Sequence[str]) -> str | None:
+        kinds = [kind, *([_MADE_OF[kind]] if kind in _MADE_OF else [])]
+        return next((f"{k}/{fqn}" for fqn in fqns for k in kinds if f"{k}/{fqn}" in self._whole.tensors), None)
+
+    def _buffer(self, part: Slice, tensor: torch.Tensor) -> None:
+        found = self._whole.tensors.get(part.name)
+        if found is None:
+            self._missing.append(part.name)
+            return
+        if any(not equal(found[0], other) for other in found[1:]):
+            self._fit.taken.append(part.name)
+        self._want(part, tensor, part.name, of=found[0])
+
+    def _want(
+        self, wanted: Slice, tensor: torch.Tensor, name: str, *, of: SavedTensor | None = None, made: bool = False
+    ) -> None:
+        """`made` says that what is wanted is made of another kind, as the framework would make it."""
+        self._used.add(name)
+        try:
+            saved = of or self._whole.one(name, self._framework.rank, self._framework.world_size)
+        except MismatchError as error:
+            self._problems.append(str(error))
+            return
+        if saved.shape != wanted.global_shape or not casts.possible(saved.dtype, wanted.dtype):
+            self._problems.append(
+                f"{wanted.name}: the checkpoint has {saved.dtype}{list(saved.shape)}, "
+                f"the model {wanted.dtype}{list(wanted.global_shape)}"
+            )
+            return
+        if not (casts.exact(saved.dtype, wanted.dtype) or (made and wanted.kind == "param")):
+            self._lossy[wanted.kind, saved.dtype, wanted.dtype] += 1
+        self._fit.loading.reads.append(
+            Read(self._framework.local(tensor), replan(wanted, saved.parts), DTYPES[saved.dtype])
+        )
+        self._names.append(wanted.name)
+
+    # -- the optimizer ------------------------------------------------------------------------------------------
+
+    def _optimizer_state(self) -> None:
+        framework, optimizer, loading = self._framework, self._optimizer, self._fit.loading
+        idle = [view.fqn for view in framework.params if not view.param.requires_grad]
+        lacking = {view.fqn for view in framework.params if view.fqn not in self._rename} if self._lax else set()
+        held = {view.fqn for view in optimizer.state_views}
+        everything = [state["optimizer"] for state in self._whole.sealed]
+        found, problems = regroup(everything, optimizer.describe(), self._rename, held=held, idle=idle, lacking=lacking)
+        self._problems += problems
+        loading.sealed = {**loading.sealed, "optimizer": found}
+        for view in optimizer.views:  # whoever keeps the state of these
+            name = self._rename.get(view.fqn)
+            self._used.update(f"{kind}/{name}" for kind in self._whole.state_kinds.get(name or "", ()))
+        if problems:
+            return
+        for view in optimizer.state_views:
+            self._state_of(view)
+        self._problems += uneven(optimizer.joined(), found, lambda fqn: loading.states.get(fqn, ()))
+        if not self._problems:
+            self._problems += optimizer.check(found, lacking)
+            self._problems += unmakable(found["scalars"], found["order"])[:LISTED]
+
+    def _state_of(self, view: ParamView) -> None:
+        name = self._rename.get(view.fqn)
+        if name is None:
+            return
+        sealed: Any = self._fit.loading.sealed["optimizer"]
+        tensors = self._whole.state_kinds.get(name, ())
+        for kind in sealed["order"].get(view.fqn, ()):
+            if kind not in tensors and kind not in sealed["scalars"].get(view.fqn, ()):
+                raise DamageError(f"{self._where}: {kind}/{name} was there at the boundary, and no shard has it")
+        param = self._framework.param_parts(view)
+        whole_param = param[0][0] if len(param) == 1 else None
+        for kind in tensors:
+            first = self._whole.tensors[f"{kind}/{name}"][0]
+            wanted = self._state_slice(view, kind, first, whole_param, name)
+            if wanted is None:
+                continue
+            wrapped = first.shape != () and self._framework.is_wrapped(view.param)
+            tensor = self._optimizer.place(view, wanted, wrapped)
+            self._fit.loading.states.setdefault(view.fqn, {})[kind] = tensor
+            self._want(replace(self._framework.need(view, kind, tensor), among=""), tensor, f"{kind}/{name}")
+
+    def _state_slice(
+        self, view: ParamView, kind: str, saved: SavedTensor, param: Slice | None, name: str
+    ) -> Slice | None:
+        """What this rank needs of a tensor of state: of one of the parameter's shape what it has of the parameter."""
+        if param is None or saved.shape != param.global_shape or (saved.shape == () and not self._per_element(kind)):
+            if saved.shape == () or self._framework.whole:
+                return Slice.whole(kind, view.fqn, saved.dtype, saved.shape)
+            self._problems.append(
+                f"{kind}/{view.fqn} of shape {list(saved.shape)} is not of its parameter's shape, and this job cuts "
+                "its parameters: which part of it belongs to which rank is not known"
+            )
+            return None
+        source = self._find("param", [name])
+        same = source is not None and self._whole.tensors[source][0].dtype == param.dtype
+        # A torch optimizer keeps its state in the parameter's dtype, DeepSpeed in the master's.
+        dtype = saved.dtype if same or not casts.is_float(saved.dtype) else param.dtype
+        return replace(param, kind=kind, fqn=view.fqn, dtype=dtype, among="")
+
+    def _per_element(self, kind: str) -> bool:
+        """Of a parameter without dimensions: whether state of this kind has an element for each of a parameter's."""
+        for name in self._rename.values():
+            found = self._whole.tensors.get(f"{kind}/{name}")
+            source = self._find("param", [name])
+            if found and source and self._whole.tensors[source][0].shape != ():
+                return found[0].shape == self._whole.tensors[source][0].shape
+        return kind != "step"

@@ -1,0 +1,201 @@
+"""What a commit says of its optimizers, as those of a job would have said it that is cut and grouped otherwise.
+
+Pure data: values of the state extent (docs/format.md) go in and come out. Groups are mapped by parameter, so that a job
+may have split them, merged equal ones, or taken them in another order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, cast
+
+from layerwise_dist.frameworks.described import OptimizerState
+from layerwise_dist.frameworks.param_groups import KERNEL_KEYS, differing
+from layerwise_dist.tensors.values import alike
+
+_NAMED = 4  # parameters, in a message
+_OWN = ("class", "groups", "updates", "scalars", "order", "optimizers")
+
+
+def same_class(one: str, other: str) -> bool:
+    """Whether two optimizers, as the state names their classes, update alike and keep the same state."""
+    return _real(one) == _real(other)
+
+
+def _real(kind: str) -> str:
+    inside = kind.removeprefix("ZeroRedundancyOptimizer(")
+    return inside.removesuffix(")") if inside != kind else kind
+
+
+def regroup(
+    saved: Sequence[Mapping[str, Any]], live: Mapping[str, Any], rename: Mapping[str, str], *,
+    held: Collection[str], idle: Collection[str], lacking: Collection[str],
+) -> tuple[OptimizerState, list[str]]:  # fmt: skip
+    """The optimizers' state for one rank, and what of it does not fit, in words.
+
+    Args:
+        saved: ``optimizer`` of every saved rank's state, in the order of ranks.
+        live: `OptimizerAdapter.describe()` of this rank.
+        rename: of each parameter of this job, by fqn, its name in the checkpoint; of what that has.
+        held: the parameters whose state this rank keeps.
+        idle: parameters that nothing trains here: whether they are in a group makes no difference.
+        lacking: parameters that the checkpoint lacks, and need not have.
+    """
+    here = {name: fqn for fqn, name in rename.items()}
+    scalars: dict[str, dict[str, Any]] = {}
+    order: dict[str, list[str]] = {}
+    problems: list[str] = []
+    for state in saved:
+        for name, values in state["scalars"].items():
+            known = scalars.setdefault(name, {})
+            for kind, value in values.items():
+                if kind in known and not alike(known[kind], value):
+                    problems.append(f"{kind} of {name} is not the same on all ranks of the checkpoint")
+                known.setdefault(kind, value)
+        for name, kinds in state["order"].items():
+            order[name] = list(dict.fromkeys([*order.get(name, ()), *kinds]))
+    stateful = {name for name, kinds in order.items() if kinds}
+    mapping = _Mapping(rename, here, stateful, {*idle, *lacking})
+    several = "optimizers" in live
+    if several != ("optimizers" in saved[0]):
+        there = f"by name ({sorted(saved[0]['optimizers'])})" if "optimizers" in saved[0] else "without a name"
+        problems.append(f"the checkpoint has optimizers {there}, here they are {'' if several else 'not '}by name")
+        return cast(OptimizerState, {**live, "scalars": {}, "order": {}}), problems
+    found: dict[str, Any]
+    if several:
+        found = {"optimizers": {}}
+        if live["optimizers"].keys() != saved[0]["optimizers"].keys():
+            kept, now = sorted(saved[0]["optimizers"]), sorted(live["optimizers"])
+            return cast(OptimizerState, {**live, "scalars": {}, "order": {}}), [
+                *problems, f"the checkpoint holds optimizers {kept}, attached are {now}"
+            ]  # fmt: skip
+        for name, each in live["optimizers"].items():
+            members, wrong = mapping.one([state["optimizers"][name] for state in saved], each)
+            found["optimizers"][name] = {**members, "updates": saved[0]["optimizers"][name]["updates"]}
+            problems += [f"{name}: {problem}" for problem in wrong]
+    else:
+        found, wrong = mapping.one(saved, live)
+        problems += wrong
+    found["scalars"] = {here[name]: each for name, each in scalars.items() if here.get(name) in held}
+    found["order"] = {here[name]: each for name, each in order.items() if here.get(name) in held}
+    return cast(OptimizerState, found), problems
+
+
+class _Mapping:
+    """Saved groups by parameter, and what may be passed by."""
+
+    def __init__(
+        self, rename: Mapping[str, str], here: Mapping[str, str], stateful: Collection[str], passed: Collection[str]
+    ) -> None:
+        self._rename, self._here, self._stateful, self._passed = rename, here, stateful, passed
+
+    def one(self, saved: Sequence[Mapping[str, Any]], live: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """One optimizer's members, as `live` has them, and what does not fit."""
+        problems: list[str] = []
+        if not same_class(saved[0]["class"], live["class"]):
+            problems.append(f"the checkpoint's optimizer is {saved[0]['class']}, this one is {live['class']}")
+        groups, wrong = self._groups(saved, live["groups"])
+        problems += wrong
+        rest = {key: value for key, value in saved[0].items() if key not in _OWN}
+        for state in saved[1:]:
+            other = {key: value for key, value in state.items() if key not in _OWN and key != "inside"}
+            if not alike({key: value for key, value in rest.items() if key != "inside"}, other):
+                problems.append(f"what {saved[0]['class']} keeps beside its parameters' state differs between ranks")
+                break
+        if "inside" in rest:
+            rest["inside"], wrong = self._inside([state["inside"] for state in saved], live.get("inside", {}))
+            problems += wrong
+        return {"class": live["class"], "groups": groups, **rest}, problems
+
+    def _inside(
+        self, saved: Sequence[Mapping[str, Any]], live: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
+        """Of optimizers inside, by place; one that is not here is told by the adapter's own check."""
+        found, problems = {}, []
+        for place, each in saved[0].items():
+            found[place] = dict(each)
+            if "groups" in each and "groups" in live.get(place, {}):
+                found[place]["groups"], wrong = self._groups([state[place] for state in saved], live[place]["groups"])
+                problems += [f"{place}: {problem}" for problem in wrong]
+        return found, problems
+
+    def _groups(
+        self, saved: Sequence[Mapping[str, Any]], live: Sequence[Mapping[str, Any]]
+    ) -> tuple[list[dict[str, Any]], list[str]]:  # fmt: skip
+        """The live groups with the checkpoint's hyper-parameters, as far as their class has them."""
+        problems: list[str] = []
+        of: dict[str, Mapping[str, Any]] = {}  # the saved group of a parameter, by its name here
+        unknown: list[str] = []
+        for rank, state in enumerate(saved):
+            for number, group in enumerate(state["groups"]):
+                for name in group["params"]:
+                    fqn = self._here.get(name)
+                    if fqn is None:
+                        unknown += [name] if name in self._stateful else []
+                    elif fqn not in of:
+                        of[fqn] = group
+                    elif of[fqn] is not group and (what := differing(of[fqn], group)):
+                        problems.append(
+                            f"{name}: {', '.join(what)} of rank {rank}'s group {number} is another rank's not"
+                        )
+        held = {fqn for group in live for fqn in group["params"]}
+        gone = [fqn for fqn in of if fqn not in held and self._rename[fqn] in self._stateful]
+        if gone or unknown:
+            problems.append(
+                f"updated in the checkpoint, and in no group of the optimizer here: {_some(gone + unknown)}"
+            )
+        found = []
+        for number, group in enumerate(live):
+            members = [fqn for fqn in group["params"] if fqn in of]
+            new = [fqn for fqn in group["params"] if fqn not in of and fqn not in self._passed]
+            if new:
+                problems.append(f"in group {number} of the optimizer, and in none of the checkpoint's: {_some(new)}")
+            sources: list[tuple[str, Mapping[str, Any]]] = []
+            for fqn in members:
+                if not any(of[fqn] is source for _, source in sources):
+                    sources.append((fqn, of[fqn]))
+            for fqn, source in sources[1:]:
+                if what := differing(sources[0][1], source):
+                    problems.append(
+                        f"group {number} of the optimizer has {sources[0][0]} and {fqn}, whose groups in the "
+                        f"checkpoint differ in {', '.join(what)}: give each a group of its own"
+                    )
+            found.append(_taken(group, sources[0][1] if sources else {}))
+        return found, problems
+
+
+def _taken(live: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys that the live group's class lacks are not inserted; which kernel it uses is this run's choice."""
+    kept = {"params", "name", *KERNEL_KEYS}
+    return {key: value if key in kept or key not in saved else saved[key] for key, value in live.items()}
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"{', '.join(names[:_NAMED])}{more}"
+
+
+def uneven(
+    units: Sequence[Sequence[str]], state: OptimizerState, kinds: Callable[[str], Collection[str]]
+) -> list[str]:  # fmt: skip
+    """Parameters that have one tensor of state together here, and in the checkpoint not the same kinds or scalars.
+
+    `units` are their names; `kinds(fqn)` those of a parameter's state that are tensors.
+    """
+    problems: list[str] = []
+    for names in units:
+        for fqn in names[1:]:
+            if {*kinds(fqn)} != {*kinds(names[0])}:
+                with_state, without = (names[0], fqn) if kinds(names[0]) else (fqn, names[0])
+                problems.append(
+                    f"{names[0]} and {fqn} are one tensor to the optimizer here, and in the checkpoint "
+                    f"{with_state} has state that {without} has not: put them into groups of their own"
+                )
+                break
+            if not alike(state["scalars"].get(fqn, {}), state["scalars"].get(names[0], {})):
+                problems.append(
+                    f"{names[0]} and {fqn} are one tensor to the optimizer here, and differ in the checkpoint in "
+                    f"{sorted(state['scalars'].get(names[0], {}))}: put them into groups of their own"
+                )
+                break
+    return problems
