@@ -87,8 +87,8 @@ class Fitting:
         self._problems = self._problems[:LISTED] + listing("missing from the checkpoint", self._missing)
         if self._lossy and self._cast != "target":
             self._problems += [
-                f"{count} tensors of kind {kind} are {was} in the checkpoint and {now} here, which cannot hold all their "
-                f'values: restore(cast="target") rounds them'
+                f"{count} tensors of kind {kind} are {was} in the checkpoint and {now} here, which cannot hold all "
+                'their values: restore(cast="target") rounds them'
                 for (kind, was, now), count in sorted(self._lossy.items())
             ]
         self._problems += unlike(framework.standing, loading.sealed.get("standing", {}))[:LISTED]
