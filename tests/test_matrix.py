@@ -1,0 +1,81 @@
+"""What any wrapper on any number of ranks saved, any other restores, to the bit (docs/restore-matrix.md)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from kit.matrix import CASES, LAYOUTS, MORE_CASES, OK, Launcher, Layout, read_task, restore_all, write_tasks
+from kit.runners import Warm
+
+# Each wrapper once as a source and once as a target, on few numbers of ranks: all of one number are one job.
+DRAWN = [
+    "plain:1>zero3:2", "ddp:3>fsdp1:2", "ddp-zero:2>fsdp2:3", "fsdp1:3>zero1:2", "fsdp1-orig:2>tp-fsdp2:4",
+    "fsdp2:3>zero2:2", "hsdp:4>ddp:3", "tp-fsdp2:4>plain:1", "zero0:2>hsdp:4", "zero1:3>ddp-zero:2",
+    "zero2:2>fsdp1-orig:3", "zero3:3>zero0:3",
+]  # fmt: skip
+TOUR = ("fsdp2:4", "zero3:2", "plain:1", "ddp:3", "fsdp2:4")
+SPOILED = ("fsdp2", "fsdp1", "ddp-zero", "zero1", "zero3")
+
+
+@pytest.fixture
+def launcher(warm: Warm, zero: Warm, tmp_path: Path) -> Launcher:
+    return Launcher(warm, zero, tmp_path)
+
+
+def wrong(found: dict[str, str]) -> dict[str, str]:
+    return {name: verdict for name, verdict in found.items() if verdict != OK}
+
+
+def test_drawn_pairs_of_wrappers_and_numbers_of_ranks_restore_to_the_bit(launcher: Launcher) -> None:
+    pairs = [
+        (Layout.of(source), Layout.of(target), CASES[number % len(CASES)])
+        for number, (source, _, target) in enumerate(pair.partition(">") for pair in DRAWN)
+    ]
+    found: dict[str, str] = {}
+    for ranks in (1, 2, 3, 4):
+        sources = [(source, case) for source, _, case in pairs if source.ranks == ranks]
+        tasks = [task for source, case in sources for task in write_tasks(source, [case], launcher.folder)]
+        names = [f"{source} {case}" for source, case in sources]
+        found |= zip(names, launcher.run(ranks, tasks), strict=True)
+    assert wrong(found) == {}
+    for ranks in (1, 2, 3, 4):
+        mine = [(source, target, case) for source, target, case in pairs if target.ranks == ranks]
+        tasks = [read_task(source, target, case, launcher.folder) for source, target, case in mine]
+        names = [f"{source} > {target} {case}" for source, target, case in mine]
+        found |= zip(names, launcher.run(ranks, tasks), strict=True)
+    assert wrong(found) == {}
+
+
+def test_a_tour_of_wrappers_trains_as_jobs_that_got_each_leg_s_state_by_hand(launcher: Launcher) -> None:
+    before, found = None, {}
+    for number, text in enumerate(TOUR):
+        layout, into = Layout.of(text), str(launcher.folder / f"leg_{number}")
+        task = {
+            "do": "leg", "wrapper": layout.wrapper, "case": CASES[0], "dir": str(launcher.folder / "tour"),
+            "step": number, "before": before, "into": into,
+        }  # fmt: skip
+        found[f"{number}: {layout}"] = launcher.run(layout.ranks, [task])[0]
+        before = into
+        if found[f"{number}: {layout}"] != OK:
+            break
+    assert wrong(found) == {}
+
+
+def test_two_elements_that_changed_places_are_seen_under_every_kind_of_wrapper(launcher: Launcher) -> None:
+    layouts = [Layout(wrapper, 2) for wrapper in SPOILED]
+    case, folder = CASES[0], launcher.folder
+    tasks = [task for layout in layouts for task in write_tasks(layout, [case], folder)]
+    tasks += [read_task(layout, layout, case, folder, sabotage=spoil) for layout in layouts for spoil in (False, True)]
+    verdicts = launcher.run(2, tasks)[len(layouts) :]
+    for layout, sound, spoiled in zip(layouts, verdicts[::2], verdicts[1::2], strict=True):
+        assert sound == OK, f"{layout}: {sound}"
+        assert "param/" in spoiled and "elements differ" in spoiled, f"{layout}: {spoiled}"
+
+
+def test_all_pairs(launcher: Launcher, long: bool) -> None:
+    if not long:
+        pytest.skip("the whole matrix runs with --long, or by tests/matrix.py")
+    pairs = [(source, target) for target in LAYOUTS for source in LAYOUTS]
+    found = restore_all(launcher, pairs, CASES + MORE_CASES, lanes=2, say=print)
+    assert wrong({f"{source} > {target} {case}": verdict for (source, target, case), verdict in found.items()}) == {}
