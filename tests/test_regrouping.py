@@ -57,8 +57,8 @@ def test_groups_that_are_one_here_must_be_equal_there() -> None:
     assert fit([there], live(group("a", "b")))[1] == []
     _, problems = fit([saved(group("a"), group("b", betas=(0.8, 0.99), lr=0.3))], live(group("a", "b")))
     assert problems == [
-        "group 0 of the optimizer has a and b, whose groups in the checkpoint differ in betas, lr: give each a group of "
-        "its own"
+        "group 0 of the optimizer has a and b, whose groups in the checkpoint differ in betas, lr: give each a group "
+        "of its own"
     ]
 
 

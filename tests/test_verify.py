@@ -326,7 +326,7 @@ def test_mutation_without_the_look_for_gaps_verify_calls_sound_what_nobody_can_r
     monkeypatch.setattr(contents, "first_gap", lambda parts: None)
     saved(tmp_path, frameworks(DDPFramework, shorten))
     assert damage(tmp_path) == []
-    assert all(isinstance(each, errors.MismatchError) for each in restored(tmp_path, DDPFramework))
+    assert all(isinstance(each, errors.DamageError) for each in restored(tmp_path, DDPFramework))
 
 
 def test_shards_of_which_some_lie_elsewhere_are_not_looked_at_together_and_that_is_said(

@@ -21,7 +21,7 @@ from layerwise_dist._native import PosixEnv
 from layerwise_dist.commit.transports.local import LocalTransport
 from layerwise_dist.engine import assembly
 from layerwise_dist.frameworks.ddp import DDPFramework
-from layerwise_dist.restore import loader
+from layerwise_dist.restore import filling
 from layerwise_dist.tensors import pieces
 
 pytestmark = pytest.mark.quick
@@ -148,7 +148,7 @@ def test_ranks_that_write_parts_of_a_view_each_write_what_it_shows(tmp_path: Pat
     assert in_ranks(lambda transport: run(transport, other)) == [(1, held), (1, held)]
 
 
-@pytest.mark.parametrize("module", [pieces, loader])
+@pytest.mark.parametrize("module", [pieces, filling])
 def test_taking_memory_for_what_is_seen_through_a_bit_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any
 ) -> None:

@@ -36,11 +36,13 @@ _MADE_OF = {"param": "master", "master": "param"}
 
 @dataclass
 class Fit:
-    """What one rank has found. `unknown` are names in the checkpoint that this rank has no place for: an error if no
-    rank has. `taken` is what is rank 0's though the checkpoint's ranks differ.
+    """What one rank has found. `problems` is what does not fit, in words. `unknown` are names in the checkpoint that
+    this rank has no place for: a problem if no rank has. `taken` is what is rank 0's though the checkpoint's ranks
+    differ.
     """
 
     loading: LoadPlan
+    problems: list[str] = field(default_factory=list)
     unknown: set[str] = field(default_factory=set)
     taken: list[str] = field(default_factory=list)
 
@@ -70,9 +72,7 @@ class Fitting:
         }
 
     def fit(self) -> Fit:
-        """Raises MismatchError listing everything that differs; UnsupportedError for a model that has become what
-        cannot be saved; DamageError; OSError.
-        """
+        """Raises UnsupportedError for a model that has become what cannot be saved; DamageError; OSError."""
         framework, fit = self._framework, self._fit
         framework.follow()
         for view in framework.params:
@@ -93,11 +93,7 @@ class Fitting:
             ]
         self._problems += unlike(framework.standing, loading.sealed.get("standing", {}))[:LISTED]
         self._problems += contradictions(self._names, loading.reads)[:LISTED]
-        if self._problems:
-            raise MismatchError(
-                f"{self._where} is not of this model and optimizer; nothing was loaded:\n  "
-                + "\n  ".join(self._problems)
-            )
+        fit.problems = self._problems
         present = {name for state in self._whole.sealed for name in state["gradients"]}
         gradients = [view.fqn for view in framework.params if self._rename.get(view.fqn) in present]
         loading.sealed = {**loading.sealed, "gradients": gradients}

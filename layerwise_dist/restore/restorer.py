@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from layerwise_dist.commit.agreement import together
 from layerwise_dist.commit.metadata import CheckpointMetadataManager, Inventory
@@ -124,7 +123,7 @@ class Restorer:
             sound, fit = together(participant, f"cut step {step} anew", lambda: self._fit(manifest, shards, terms))
             if not sound or fit is None:
                 return None
-            self._refuse_unknown(manifest, fit)
+            self._refuse(manifest, fit)
             loading = fit.loading
             self._say_moved(manifest, fit)
         assert loading is not None
@@ -185,19 +184,20 @@ class Restorer:
         fit.taken = taken + fit.taken
         return fit
 
-    def _refuse_unknown(self, manifest: Manifest, fit: Fit) -> None:
-        """Raises MismatchError for tensors of the checkpoint for which no rank has a place."""
+    def _refuse(self, manifest: Manifest, fit: Fit) -> None:
+        """Raises MismatchError for what does not fit on any rank, and for what has no place on any of them."""
+        where = self._where(manifest)
 
-        def decide(votes: list[list[str]]) -> list[str]:
-            return sorted(set.intersection(*map(set, votes)))
+        def decide(votes: list[list[list[str]]]) -> None:
+            found = [(rank, problems) for rank, (problems, _) in enumerate(votes) if problems]
+            unknown = sorted(set.intersection(*(set(names) for _, names in votes)))
+            said = (found[0][1] if found else []) + listing("unexpected in the checkpoint", unknown)
+            if said:
+                rank = f"rank {found[0][0]}: " if found else ""
+                text = "\n  ".join(said)
+                raise MismatchError(f"{rank}{where} is not of this model and optimizer; nothing was loaded:\n  {text}")
 
-        unknown: list[Any] = self._participant.agree("compare the names", sorted(fit.unknown), decide)
-        if unknown:
-            problems = listing("unexpected in the checkpoint", unknown)
-            raise MismatchError(
-                f"{self._where(manifest)} is not of this model and optimizer; nothing was loaded:\n  "
-                + "\n  ".join(problems)
-            )
+        self._participant.agree("compare what fits", [fit.problems, sorted(fit.unknown)], decide)
 
     def _say_moved(self, manifest: Manifest, fit: Fit) -> None:
         framework = self._framework

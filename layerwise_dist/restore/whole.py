@@ -68,10 +68,12 @@ class Whole:
         """Raises DamageError, also where shards disagree about a tensor; OSError."""
         self.manifest = manifest
         self.sealed: list[SealedState] = []
+        held: dict[int, dict[str, Entry]] = {}
         together: dict[str, dict[Sequence[int], Found]] = {}
         for rank in range(manifest.world_size):
             part = contents.read(shards.of(rank), manifest.framework)
             self.sealed.append(part.sealed)
+            held[rank] = {name: entry for name, (_, entry) in part.entries.items()}
             for name, (shard, entry) in part.entries.items():
                 ranks = contents.gathered(manifest, rank, entry)
                 together.setdefault(name, {}).setdefault(ranks, []).append((shard, entry))
@@ -79,9 +81,9 @@ class Whole:
             name: [SavedTensor(tuple(ranks), parts) for ranks, parts in found.items()]
             for name, found in together.items()
         }
-        for name, found in self.tensors.items():
-            for tensor in found:
-                _check_one(name, tensor)
+        if problems := contents.lacking(manifest, held, dict(enumerate(self.sealed))):
+            more = f"; and {len(problems) - 1} more" if len(problems) > 1 else ""
+            raise DamageError(f"{problems[0]}{more}")
 
     @cached_property
     def state_kinds(self) -> dict[str, list[str]]:
@@ -108,15 +110,6 @@ class Whole:
                     "job is cut otherwise, so that nothing says which of them is whose"
                 )
         return first
-
-
-def _check_one(name: str, tensor: SavedTensor) -> None:
-    for shard, entry in tensor.parts:
-        if (entry.slice.dtype, entry.slice.global_shape) != (tensor.dtype, tensor.shape):
-            raise DamageError(
-                f"shard {shard.index.path}: {name} is {entry.slice.dtype}{list(entry.slice.global_shape)}, in "
-                f"{tensor.parts[0][0].index.path} it is {tensor.dtype}{list(tensor.shape)}"
-            )
 
 
 def equal(one: SavedTensor, other: SavedTensor) -> bool:

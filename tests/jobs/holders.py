@@ -170,7 +170,7 @@ def groups(folder: str) -> list[str]:
         before = crossed.held()
         with crossed.attach(folder) as ckpt:
             told = "".join(restored(ckpt, 3))
-            if "ranks 0,1 hold it together, here ranks 0,2 hold it together" not in told:
+            if "rank(s) 0,1 and 2,3 of the checkpoint hold different ones" not in told:
                 problems.append(f"into other groups: {told}")
             problems += differences(crossed.held(), before)
     return problems
