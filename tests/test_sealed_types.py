@@ -23,6 +23,7 @@ PAIRS: list[tuple[type[BaseModel], Any]] = [
     (sealed_state._Rng, sealed.RngState),
     (sealed_state._Generators, sealed.GeneratorStates),
     (sealed_state._Now, sealed.LoaderNow),
+    (sealed_state._ElasticPosition, sealed.ElasticPosition),
     (sealed_state._Counted, sealed.CountedLoader),
     (sealed_state._Stateful, sealed.StatefulLoader),
     (sealed_state._Single, described.SingleOptimizer),

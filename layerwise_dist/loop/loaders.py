@@ -18,6 +18,9 @@ torchdata's StatefulDataLoader knows its position: {"kind": "stateful", "iterati
 or None where no iteration is under way, "now"}. Its state_dict leaves its generator out, so the next epoch's order
 would be wrong without `now`, which is set after iter() (torchdata 0.11).
 
+Either has `replicas` where a DistributedSampler deals out the epoch, and `elastic` where an ElasticDistributedSampler
+does (`elastic.py`).
+
 What a replay cannot give back is said in `LoaderTap.doubt`, for the caller to warn of.
 """
 
@@ -35,6 +38,7 @@ from torch.utils.data.dataloader import _DatasetKind
 
 from layerwise_dist.errors import BoundaryError, MismatchError, UnsupportedError
 from layerwise_dist.loop import rng
+from layerwise_dist.loop.elastic import Elastic
 from layerwise_dist.loop.generators import Generators, draws_once, epochs, same, samplers
 from layerwise_dist.loop.position import Position, drawn_by_for
 from layerwise_dist.loop.sealed import LoaderNow, LoaderState
@@ -99,7 +103,7 @@ class LoaderTap:
         check_class(loader, name)
         self.loader, self.name, self.on_draw, self.on_iter = loader, name, on_draw, on_iter
         self.doubt: str | None = None
-        self._generators = Generators(loader, name)
+        self._generators, self._elastic = Generators(loader, name), Elastic(loader, name)
         self._stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
         self._iterable = loader._dataset_kind == _DatasetKind.Iterable
         keeps_state = self._stateful and hasattr(loader.dataset, "state_dict")
@@ -168,14 +172,22 @@ class LoaderTap:
         at = self._counts
         now: LoaderNow = {"own": self._generators.take_own(), "epochs": epochs(self.loader)}
         iterating = at is not None and not at.exhausted and (at.alive or even_if_dropped)
+        self._drop_what_is_left()
         if self._pending is not None:  # restored and not iterated since: still where the checkpoint was
             pending = self._pending.copy()
             pending["now"] = now
             return pending
         position = at if iterating and at is not None else Position()
+        snapshot: LoaderState
         if self._stateful:
             state = copy.deepcopy(self.loader.state_dict()) if iterating else None  # type: ignore[attr-defined]
-            return {"kind": "stateful", "iterating": iterating, "start": position.start, "state": state, "now": now}
+            snapshot = {"kind": "stateful", "iterating": iterating, "start": position.start, "state": state, "now": now}
+        else:
+            snapshot = self._counted(iterating, position, now)
+        self._elastic.seal(snapshot, position.begin if iterating else self._elastic.begin, position.draws)
+        return snapshot
+
+    def _counted(self, iterating: bool, position: Position, now: LoaderNow) -> LoaderState:
         return {
             "kind": "counted",
             "iterating": iterating,
@@ -188,7 +200,9 @@ class LoaderTap:
         }
 
     def check(self, snapshot: LoaderState) -> None:
-        """Raises MismatchError if the snapshot is of the other kind of loader or of other generators."""
+        """Raises MismatchError if the snapshot is of the other kind of loader, of other generators, or within an order
+        that is not this loader's (`Elastic.check`).
+        """
         kind = "stateful" if self._stateful else "counted"
         if snapshot["kind"] != kind:
             raise MismatchError(
@@ -196,30 +210,40 @@ class LoaderTap:
                 f"the checkpoint holds kind {snapshot['kind']}"
             )
         self._generators.check_own(snapshot["now"]["own"])
+        self._elastic.check(snapshot)
 
     def restore(self, snapshot: LoaderState) -> None:
         """Come back to `snapshot`: own generators at once, the position at the next `iter(loader)`.
 
         Nothing but the training loop may iterate the loader in between, and an iterator made before is refused when
-        drawn. Raises MismatchError if the snapshot is of the other kind of loader or of other generators.
+        drawn. Raises MismatchError as `check`.
         """
         self.check(snapshot)
+        snapshot = self._elastic.fitted(snapshot)
         self._generators.put_own(snapshot["now"]["own"])
         for name, epoch in snapshot["now"]["epochs"].items():
             sampler = samplers(self.loader).get(name)
             if sampler is not None and hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
+        self._elastic.start(snapshot)
         for position in (self._current, self._fed):
             if position is not None:
                 position.stale = True
         self._current = self._fed = None
         self._pending = snapshot if snapshot["iterating"] else None
 
+    def _drop_what_is_left(self) -> None:
+        """Of an epoch that the checkpoint stood in, where the script has gone on to another one."""
+        if self._pending is not None and self._elastic.gone_on(self._pending):
+            self.doubt = self._elastic.lost(self._pending) or self.doubt
+            self._pending = None
+
     # -- iterating ----------------------------------------------------------------------------------------------------
     def iterate(self) -> Iterator[Any]:
         """What `iter(loader)` does."""
         if self.on_iter is not None:
             self.on_iter(self)
+        self._drop_what_is_left()
         snapshot, self._pending = self._pending, None
         position = Position()
         if snapshot is not None:
@@ -228,7 +252,7 @@ class LoaderTap:
             self._generators.put_own(snapshot["now"]["own"])
             rng.put(before)
         else:
-            position.start = self._generators.take()
+            position.start, position.begin = self._generators.take(), self._elastic.begin
             position.again = self._has_persistent_workers()
             inner = self._open(position)
             if self.loader.num_workers == 0:
@@ -320,7 +344,10 @@ class LoaderTap:
         assert start is not None, "an iteration that is under way has begun"
         if snapshot["kind"] == "stateful":
             self._generators.put(start)
-            self.loader.load_state_dict(copy.deepcopy(snapshot["state"]))  # type: ignore[attr-defined]
+            position.begin = self._elastic.start(snapshot)
+            if snapshot["state"] is not None:  # else nothing was drawn since `begin`
+                self.loader.load_state_dict(copy.deepcopy(snapshot["state"]))  # type: ignore[attr-defined]
+                position.draws = snapshot["elastic"]["draws"] if "elastic" in snapshot else 0
             inner: Any = self._open(position)
             pending = getattr(inner, "_sampler_iter", None)
             if isinstance(pending, itertools.islice):  # it would skip at the first draw, with the generators of then
@@ -330,6 +357,7 @@ class LoaderTap:
         if position.again and not self._has_persistent_workers():
             self._base.__iter__(self.loader)  # so that the iter() below resets workers, as the one of then did
         self._generators.put(start)
+        position.begin = self._elastic.start(snapshot)
         inner = self._open(position)
         if position.first is not None:
             self._generators.put(position.first)

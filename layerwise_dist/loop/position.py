@@ -46,6 +46,7 @@ class Position:
     left: GeneratorStates | None = None  # the generators as iter() left them, until the first draw
     replaying: dict[int, GeneratorStates] = field(default_factory=dict)  # `later` of the snapshot, while it is replayed
     draws: int = 0
+    begin: int = 0  # of its ElasticDistributedSampler, if it has one
     exhausted: bool = False
     by_for: bool = False
     stale: bool = False  # restore() came after iter()

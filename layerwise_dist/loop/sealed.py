@@ -36,9 +36,23 @@ class LoaderNow(TypedDict):
     epochs: dict[str, int]
 
 
-class CountedLoader(TypedDict):
-    """Where a loader stands whose batches are counted (`loaders.py`)."""
+class ElasticPosition(TypedDict):
+    """Where an epoch stands that an ElasticDistributedSampler deals out (`elastic.py`).
 
+    `begin` and `position`: samples of all ranks, where this iteration began and where it is. `draws`: batches of this
+    rank since. `samples`, `seed`, `shuffle`: what decides the order, beside the epoch.
+    """
+
+    begin: int
+    draws: int
+    position: int
+    batch_size: int | None
+    samples: int
+    seed: int
+    shuffle: bool
+
+
+class _CountedLoader(TypedDict):
     kind: Literal["counted"]
     iterating: bool
     draws: int
@@ -49,14 +63,28 @@ class CountedLoader(TypedDict):
     now: LoaderNow
 
 
-class StatefulLoader(TypedDict):
-    """Where a loader stands that tells by itself."""
+class CountedLoader(_CountedLoader, total=False):
+    """Where a loader stands whose batches are counted (`loaders.py`). `replicas`: to how many a DistributedSampler
+    deals the samples out.
+    """
 
+    replicas: int
+    elastic: ElasticPosition
+
+
+class _StatefulLoader(TypedDict):
     kind: Literal["stateful"]
     iterating: bool
     start: GeneratorStates | None
     state: Any
     now: LoaderNow
+
+
+class StatefulLoader(_StatefulLoader, total=False):
+    """Where a loader stands that tells by itself."""
+
+    replicas: int
+    elastic: ElasticPosition
 
 
 LoaderState = CountedLoader | StatefulLoader

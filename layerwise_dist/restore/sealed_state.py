@@ -25,6 +25,7 @@ from layerwise_dist.storage.schemas import Schema, Unfit, fits
 __all__ = ["SealedState", "optimizers_of", "read_state"]
 
 _Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+_Many = Annotated[int, Field(ge=1, lt=1 << 63)]
 
 
 class _Part(Schema):
@@ -64,6 +65,22 @@ class _Now(_Part):
     epochs: dict[str, _Count]
 
 
+class _ElasticPosition(_Part):
+    begin: _Count
+    draws: _Count
+    position: _Count
+    batch_size: _Many | None
+    samples: _Count
+    seed: int
+    shuffle: bool
+
+    @model_validator(mode="after")
+    def _within(self) -> _ElasticPosition:
+        if not self.begin <= self.position <= self.samples:
+            raise ValueError(f"not in order: begin {self.begin}, position {self.position}, samples {self.samples}")
+        return self
+
+
 class _Counted(_Part):
     kind: Literal["counted"]
     iterating: bool
@@ -73,6 +90,8 @@ class _Counted(_Part):
     later: dict[int, _Generators]
     again: bool
     now: _Now
+    replicas: _Many | None = None
+    elastic: _ElasticPosition | None = None
 
     @model_validator(mode="after")
     def _started(self) -> _Counted:
@@ -87,10 +106,13 @@ class _Stateful(_Part):
     start: _Generators | None
     state: Any
     now: _Now
+    replicas: _Many | None = None
+    elastic: _ElasticPosition | None = None
 
     @model_validator(mode="after")
     def _started(self) -> _Stateful:
-        if self.iterating and (self.start is None or self.state is None):
+        begun = self.elastic is not None and not self.elastic.draws  # and then nothing is to be skipped
+        if self.iterating and (self.start is None or (self.state is None and not begun)):
             raise ValueError("an iteration is under way, and how it began is missing")
         return self
 
