@@ -175,7 +175,7 @@ def test_ranks_that_were_there_keep_their_own_and_new_ones_take_rank_0s() -> Non
         assert state["objects"] == {"same": {"a": 1}, "own": {"a": rank if rank < 2 else 0}}
         assert taken == ["state['own']", "the extra state of m"]
         if rank < 2:
-            assert state["boundary"] is states[rank]["boundary"]
+            assert state["boundary"]["rng"] is states[rank]["boundary"]["rng"]
     assert ranks.for_rank(states, 1, 2, choose={})[1] == []  # as many ranks: each has its own
 
 

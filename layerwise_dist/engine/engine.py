@@ -103,7 +103,9 @@ class LayerwiseEngine:
         The job may have another number of ranks, another wrapper, or other groups than the one that saved: each rank
         reads its part from the shards that have it. One warning says so where the number of ranks is another.
         `cast="target"` allows values to be rounded to the dtypes that parameters and optimizer state have here.
-        `objects={name: "rank0"}` gives a `state` object of rank 0 to all ranks, where those of the checkpoint differ.
+        `objects={name: "rank0"}` gives a `state` object of rank 0 to all ranks, where those of the checkpoint differ;
+        `objects={name: "anew"}` begins a loader's epoch anew, where another number of ranks cannot go on within it
+        (`layerwise_dist.data.ElasticDistributedSampler` can).
 
         Raises MismatchError (another model, optimizer or state: nothing was loaded), NotFoundError,
         DamageError (nothing of the lineage verifies, or damage leaves open what that is), OSError (the disk is in

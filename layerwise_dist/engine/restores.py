@@ -79,8 +79,8 @@ class Restores:
         """As `LayerwiseEngine.restore`."""
         if terms.cast not in (None, "target"):
             raise ValueError(f"cast must be None or 'target', not {terms.cast!r}")
-        if other := sorted({*terms.objects.values()} - {"rank0"}):
-            raise ValueError(f"objects: each must be 'rank0', not {other[0]!r}")
+        if other := {*terms.objects.values()} - {"rank0", "anew"}:
+            raise ValueError(f"objects: each must be 'rank0' or, of a loader, 'anew', not {other.pop()!r}")
         if on_missing not in (None, "fresh", "error"):
             raise ValueError(f"on_missing must be 'fresh' or 'error', not {on_missing!r}")
         if (step is not None) + (tag is not None) + saved > 1:

@@ -13,6 +13,7 @@ from layerwise_dist.errors import MismatchError
 from layerwise_dist.frameworks.composite import CompositeFramework, framework_of
 from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.loop import rng
+from layerwise_dist.loop.elastic import elsewhere
 from layerwise_dist.loop.sealed import BoundaryState, SealedState
 from layerwise_dist.tensors.values import alike
 
@@ -25,12 +26,19 @@ def for_rank(
     """The state that this rank takes, and what of it is rank 0's though ranks differ, in words.
 
     A rank that the checkpoint has keeps its own objects, extra states and random numbers; a new one takes rank 0's, and
-    random numbers of its own. `choose` names objects that all are to take from rank 0.
+    random numbers of its own. `choose` names objects that all are to take from rank 0, and says of loaders what
+    `loop.elastic.elsewhere` takes.
 
-    Raises MismatchError for an object of another world size that holds tensors, and not the same on all ranks.
+    Raises MismatchError for an object of another world size that holds tensors, and not the same on all ranks; for a
+    loader within an epoch that no other number of ranks can go on with.
     """
     saved_world = len(sealed)
     own = sealed[rank] if rank < saved_world else sealed[0]
+    known = {*own["objects"], *own["boundary"]["loaders"]}
+    if unknown := sorted(choose.keys() - known):
+        raise MismatchError(
+            f"objects: the checkpoint has no {unknown[0]!r} in its state, but {sorted(known) or 'nothing'}"
+        )
     taken: list[str] = []
     objects = dict(own["objects"])
     for name in objects:
@@ -50,6 +58,9 @@ def for_rank(
     if world_size != saved_world and not _agree([state["client_state"] for state in sealed]):
         taken.append("client_state")
     state: SealedState = {**own, "objects": objects, "boundary": _boundary(sealed, rank, own["step"])}
+    if world_size != saved_world:
+        positions = {each: state["boundary"]["loaders"] for each, state in enumerate(sealed)}
+        state["boundary"] = {**state["boundary"], "loaders": elsewhere(positions, rank, choose)}
     return state, taken
 
 

@@ -43,7 +43,7 @@ class Terms:
         partly: the model may have tensors that the checkpoint has not.
         parts: of the checkpoint.
         cast: "target" if values may be rounded to the dtypes that are here.
-        objects: of `state` objects, whose all ranks are to take: "rank0".
+        objects: of `state` objects by name, whose all ranks are to take: "rank0"; of loaders also "anew".
     """
 
     partly: bool = False

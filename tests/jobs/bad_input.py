@@ -1,6 +1,6 @@
 """What two ranks get for input that is bad on one of them, or on both: OUT/<rank>.json is {what: [error, message]}.
 
-bad_input.py OUT      OUT/one holds a checkpoint of one rank; OUT/two gets one of two
+bad_input.py OUT      OUT/two gets a checkpoint of two ranks
 """
 
 from __future__ import annotations
@@ -62,9 +62,7 @@ def main() -> None:
         tried("one rank's state object", lambda: attach(plain, "a", state={"bad": object() if rank else {}}))
         foreign = torch.optim.SGD((net() if rank else plain).parameters(), lr=0.1)
         tried("one rank's optimizer", lambda: attach(plain, "b", foreign))
-        tried("saved by one rank", lambda: restore(plain, "one"))
         tried("ddp inside", lambda: attach(nn.Sequential(DistributedDataParallel(net())), "d"))
-        tried("saved by ddp", lambda: restore(plain, "two"))
         # DDP itself compares shapes at its construction; a buffer that only rank 1 has passes it.
         odd = net()
         if rank:

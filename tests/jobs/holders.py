@@ -123,7 +123,7 @@ def pairs(*groups: list[int]) -> dist.ProcessGroup:
 def restored(ckpt: Any, step: int) -> list[str]:
     try:
         return [] if ckpt.restore(step=step) == step else ["not restored"]
-    except errors.MismatchError as error:
+    except (errors.MismatchError, errors.DamageError) as error:
         return [str(error)]
 
 
