@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from kit.matrix import CASES, LAYOUTS, MORE_CASES, OK, Launcher, Layout, read_task, restore_all, write_tasks
+from kit.matrix import CASES, LAYOUTS, MORE_CASES, OK, Launcher, Layout, read_task, restore_all, tour, write_tasks
 from kit.runners import Warm
 
 # Each wrapper once as a source and once as a target, on few numbers of ranks: all of one number are one job.
@@ -48,18 +48,10 @@ def test_drawn_pairs_of_wrappers_and_numbers_of_ranks_restore_to_the_bit(launche
 
 
 def test_a_tour_of_wrappers_trains_as_jobs_that_got_each_leg_s_state_by_hand(launcher: Launcher) -> None:
-    before, found = None, {}
-    for number, text in enumerate(TOUR):
-        layout, into = Layout.of(text), str(launcher.folder / f"leg_{number}")
-        task = {
-            "do": "leg", "wrapper": layout.wrapper, "case": CASES[0], "dir": str(launcher.folder / "tour"),
-            "step": number, "before": before, "into": into,
-        }  # fmt: skip
-        found[f"{number}: {layout}"] = launcher.run(layout.ranks, [task])[0]
-        before = into
-        if found[f"{number}: {layout}"] != OK:
-            break
+    layouts = [Layout.of(text) for text in TOUR]
+    found = tour(launcher, layouts, CASES[0])
     assert wrong(found) == {}
+    assert len(found) == len(layouts)
 
 
 def test_two_elements_that_changed_places_are_seen_under_every_kind_of_wrapper(launcher: Launcher) -> None:

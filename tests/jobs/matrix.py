@@ -156,6 +156,11 @@ def difference(found: Global, golden: Mapping[str, torch.Tensor], rank: int) -> 
     return said(wrong)
 
 
+def with_rank(whole: Global) -> Global:
+    """Its buffers as those of rank 0, as `difference` wants them."""
+    return {f"buffer@0/{name[7:]}" if name.startswith("buffer/") else name: value for name, value in whole.items()}
+
+
 def said(wrong: list[str]) -> str:
     return f"{len(wrong)} wrong; {wrong[0]}" if len(wrong) > 1 else "".join(wrong)
 
@@ -215,8 +220,7 @@ class Tasks:
             if numbers:
                 wanted = shared(numbered(job.take()))
                 job.put(wanted)
-                golden = {name.replace("buffer/", "buffer@0/"): value for name, value in wanted.items()}
-                if wrong := everywhere(difference(job.take(), golden, job.rank)):
+                if wrong := everywhere(difference(job.take(), with_rank(wanted), job.rank)):
                     return f"the numbers were not put in: {wrong}"
                 ckpt.save("numbers")
         keep(job, Path(into, "golden"))
@@ -272,8 +276,11 @@ class Tasks:
             job.train(ASIDE)
             job.noise(step)
         with job.attach(dir, keep_last=1, audit="always", **CONFIG) as ckpt:
-            if (found := ckpt.restore()) != step:
-                return f"restored step {found}, not {step}"
+            restored: list[int] = []
+            if problem := everywhere(tried(lambda: restored.append(ckpt.restore()))):
+                return problem
+            if restored != [step]:
+                return f"restored step {restored[0]}, not {step}"
             for each in ckpt.steps(step + 1):
                 job.train(each)
         keep(job, Path(into))
@@ -287,8 +294,8 @@ class Tasks:
         wanted, found = by_hand.take(), job.take()
         if job.rank:  # running statistics are each rank's own
             found = {name: value for name, value in found.items() if not name.startswith("buffer/")}
-        wanted = {name.replace("buffer/", "buffer@0/"): value for name, value in wanted.items()}
-        return everywhere(difference(found, wanted, job.rank) or unlike(job.hyper(), by_hand.hyper())) or "ok"
+        wrong = difference(found, with_rank(wanted), job.rank)
+        return everywhere(wrong or unlike(job.hyper(), by_hand.hyper())) or "ok"
 
 
 def difference_of_some(found: Global, golden: Mapping[str, torch.Tensor]) -> str:

@@ -13,6 +13,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import (
     logger,
     safe_get_full_fp32_param,
@@ -123,7 +124,9 @@ class Zero(Job):
 
     def whole(self, param: Any) -> Tensor:
         """What the model computes with."""
-        with deepspeed.zero.GatheredParameters([param], enabled=self.stage == 3):
+        # One that stays whole between iterations is taken as it is: gathering would hide what is wrong with it.
+        cut = self.stage == 3 and param.ds_status != ZeroParamStatus.AVAILABLE
+        with deepspeed.zero.GatheredParameters([param], enabled=cut):
             return param.detach().clone()
 
     def live(self) -> Global:
@@ -161,6 +164,10 @@ class Zero(Job):
         return {fqn: compared(self.optimizer.param_groups[group]) for fqn, _, group, _ in self.by_param()}
 
     def put(self, wanted: Mapping[str, Tensor]) -> None:
+        if self.stage in (1, 2):
+            # By itself DeepSpeed does it behind the update of the first group, when the others have no state yet.
+            self.engine.optimizer._hp_optimizer_states_linked = False
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
         with torch.no_grad():
             for fqn, param in self.named():
                 with deepspeed.zero.GatheredParameters([param], modifier_rank=0, enabled=self.stage == 3):

@@ -124,6 +124,23 @@ def place(folder: Path, layout: Layout, case: str) -> Path:
     return path
 
 
+def tour(launcher: Launcher, layouts: Sequence[Layout], case: str) -> dict[str, str]:
+    """One job that goes on under another layout after each step. The verdicts of its legs, up to the first bad one."""
+    before, found = None, dict[str, str]()
+    for number, layout in enumerate(layouts):
+        into = str(launcher.folder / f"leg_{number}")
+        task = {
+            "do": "leg", "wrapper": layout.wrapper, "case": case, "dir": str(launcher.folder / "tour"), "step": number,
+            "before": before, "into": into,
+        }  # fmt: skip
+        [verdict] = launcher.run(layout.ranks, [task])
+        found[f"leg {number}, {layout}"] = verdict
+        if verdict != OK:
+            break
+        before = into
+    return found
+
+
 def restore_all(
     launcher: Launcher, pairs: Sequence[tuple[Layout, Layout]], cases: Sequence[str], *, lanes: int,
     say: Callable[[str], None],
