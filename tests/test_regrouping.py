@@ -49,6 +49,7 @@ def test_groups_go_by_parameter_and_not_by_place() -> None:
     found, problems = fit([there], live(group("c"), group("b"), group("a")))
     assert problems == []
     assert [(each["lr"], each["params"]) for each in found["groups"]] == [(0.2, ["c"]), (0.1, ["b"]), (0.1, ["a"])]
+    assert found["origins"] == [[1, 0, 0], 2]
     assert found["scalars"] == there["scalars"] and found["order"] == there["order"]
 
 
@@ -67,6 +68,7 @@ def test_what_the_class_here_has_no_key_for_is_left_and_kernels_are_this_runs() 
     found, problems = fit([there], live(group("a", fused=True, name="mine")))
     assert problems == []
     assert found["groups"] == [group("a", lr=0.1, fused=True, name="mine")]
+    assert found["origins"] == [[0], 1]
 
 
 def test_parameters_that_nothing_trains_may_be_in_a_group_or_not() -> None:
@@ -141,7 +143,11 @@ def test_what_lies_in_one_tensor_must_have_the_same_state() -> None:
 
 def test_mutation_groups_that_go_by_place_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     def by_place(self: Any, there: Any, here: Any) -> Any:
-        return [{**group, "params": own["params"]} for group, own in zip(there[0]["groups"], here, strict=False)], []
+        return (
+            [{**group, "params": own["params"]} for group, own in zip(there[0]["groups"], here, strict=False)],
+            [],
+            [],
+        )
 
     monkeypatch.setattr(regrouping._Mapping, "_groups", by_place)
     with pytest.raises(AssertionError):

@@ -77,7 +77,7 @@ class Workings:
         sealer = Sealer(framework, optimizer, objects)
         restorer = Restorer(
             framework, optimizer, manager=manager, adapter=adapter, participant=participant,
-            check_objects=objects.check,
+            objects=objects,
         )  # fmt: skip
         self.captures = Captures(
             self.attempts, participant, committer=committer, optimizer=optimizer, surveyor=self.surveyor,

@@ -75,6 +75,10 @@ class StateObjects:
         for name, snapshot in loaders.items():
             self.taps[name].check(snapshot)
 
+    def schedules(self) -> list[str]:
+        """Names of the LR schedulers."""
+        return [name for name, item in self._objects.items() if isinstance(item, torch.optim.lr_scheduler.LRScheduler)]
+
     def put(self, saved: dict[str, Any]) -> None:
         """Raises StateError for an object that does not take back what was saved of one under its name."""
         for name, item in self._objects.items():

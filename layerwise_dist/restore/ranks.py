@@ -5,16 +5,18 @@ belong to a rank, objects, counters. One state, as this rank would have sealed i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from layerwise_dist.errors import MismatchError
 from layerwise_dist.frameworks.composite import CompositeFramework, framework_of
+from layerwise_dist.frameworks.deepspeed.groups import spread
 from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.loop import rng
 from layerwise_dist.loop.elastic import elsewhere
 from layerwise_dist.loop.sealed import BoundaryState, SealedState
+from layerwise_dist.restore.sealed_state import optimizers_of
 from layerwise_dist.tensors.values import alike
 
 _FROM_RANK_0 = "rank0"
@@ -62,6 +64,25 @@ def for_rank(
         positions = {each: state["boundary"]["loaders"] for each, state in enumerate(sealed)}
         state["boundary"] = {**state["boundary"], "loaders": elsewhere(positions, rank, choose)}
     return state, taken
+
+
+def fit_schedules(sealed: SealedState, names: Sequence[str]) -> list[str]:
+    """Where param groups are others than the checkpoint's, gives what LR schedulers keep for each group to the groups
+    of now. Changes `sealed`; returns what cannot be, in words.
+    """
+    optimizers = [cast(dict[str, Any], each) for each in optimizers_of(sealed)]
+    origins = [each["origins"] for each in optimizers]
+    if not names or all(found == list(range(before)) for found, before in origins):
+        return []
+    found, before = origins[0]
+    if len(origins) > 1 or None in found:
+        return [
+            f"state[{names[0]!r}] keeps learning rates for the param groups of the checkpoint, and those are grouped "
+            "otherwise here: make the groups that the checkpoint has"
+        ]
+    objects = {name: spread(each, found, before) if name in names else each for name, each in sealed["objects"].items()}
+    sealed["objects"] = objects
+    return []
 
 
 def _agree(values: Sequence[Any]) -> bool:

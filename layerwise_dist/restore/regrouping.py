@@ -31,7 +31,8 @@ def regroup(
     saved: Sequence[Mapping[str, Any]], live: Mapping[str, Any], rename: Mapping[str, str], *,
     held: Collection[str], idle: Collection[str], lacking: Collection[str],
 ) -> tuple[OptimizerState, list[str]]:  # fmt: skip
-    """The optimizers' state for one rank, and what of it does not fit, in words.
+    """The optimizers' state for one rank, and what of it does not fit, in words. Each optimizer has a member more than
+    the format: ``origins``, of each of its groups the number of the checkpoint's, and how many those were.
 
     Args:
         saved: ``optimizer`` of every saved rank's state, in the order of ranks.
@@ -94,7 +95,7 @@ class _Mapping:
         problems: list[str] = []
         if not same_class(saved[0]["class"], live["class"]):
             problems.append(f"the checkpoint's optimizer is {saved[0]['class']}, this one is {live['class']}")
-        groups, wrong = self._groups(saved, live["groups"])
+        groups, origins, wrong = self._groups(saved, live["groups"])
         problems += wrong
         rest = {key: value for key, value in saved[0].items() if key not in _OWN}
         for state in saved[1:]:
@@ -105,7 +106,8 @@ class _Mapping:
         if "inside" in rest:
             rest["inside"], wrong = self._inside([state["inside"] for state in saved], live.get("inside", {}))
             problems += wrong
-        return {"class": live["class"], "groups": groups, **rest}, problems
+        origin = [origins, len(saved[0]["groups"])]
+        return {"class": live["class"], "groups": groups, "origins": origin, **rest}, problems
 
     def _inside(
         self, saved: Sequence[Mapping[str, Any]], live: Mapping[str, Any]
@@ -115,19 +117,25 @@ class _Mapping:
         for place, each in saved[0].items():
             found[place] = dict(each)
             if "groups" in each and "groups" in live.get(place, {}):
-                found[place]["groups"], wrong = self._groups([state[place] for state in saved], live[place]["groups"])
+                found[place]["groups"], _, wrong = self._groups(
+                    [state[place] for state in saved], live[place]["groups"]
+                )
                 problems += [f"{place}: {problem}" for problem in wrong]
         return found, problems
 
     def _groups(
         self, saved: Sequence[Mapping[str, Any]], live: Sequence[Mapping[str, Any]]
-    ) -> tuple[list[dict[str, Any]], list[str]]:  # fmt: skip
-        """The live groups with the checkpoint's hyper-parameters, as far as their class has them."""
+    ) -> tuple[list[dict[str, Any]], list[int | None], list[str]]:  # fmt: skip
+        """The live groups with the checkpoint's hyper-parameters, as far as their class has them, and the number of the
+        saved group of each.
+        """
         problems: list[str] = []
         of: dict[str, Mapping[str, Any]] = {}  # the saved group of a parameter, by its name here
+        numbers: dict[int, int] = {}  # of a saved group, by identity
         unknown: list[str] = []
         for rank, state in enumerate(saved):
             for number, group in enumerate(state["groups"]):
+                numbers[id(group)] = number
                 for name in group["params"]:
                     fqn = self._here.get(name)
                     if fqn is None:
@@ -144,7 +152,8 @@ class _Mapping:
             problems.append(
                 f"updated in the checkpoint, and in no group of the optimizer here: {_some(gone + unknown)}"
             )
-        found = []
+        found: list[dict[str, Any]] = []
+        origins: list[int | None] = []
         for number, group in enumerate(live):
             members = [fqn for fqn in group["params"] if fqn in of]
             new = [fqn for fqn in group["params"] if fqn not in of and fqn not in self._passed]
@@ -161,7 +170,8 @@ class _Mapping:
                         f"checkpoint differ in {', '.join(what)}: give each a group of its own"
                     )
             found.append(_taken(group, sources[0][1] if sources else {}))
-        return found, problems
+            origins.append(numbers[id(sources[0][1])] if sources else None)
+        return found, origins, problems
 
 
 def _taken(live: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:

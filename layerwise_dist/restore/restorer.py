@@ -19,7 +19,7 @@ from layerwise_dist.errors import DamageError, MismatchError, NotFoundError
 from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.frameworks.parts import WHOLE, Parts
-from layerwise_dist.loop.sealed import SealedState
+from layerwise_dist.loop.objects import StateObjects
 from layerwise_dist.restore import choice, loader, ranks
 from layerwise_dist.restore.anywhere import Fit, Fitting
 from layerwise_dist.restore.choice import Wish
@@ -63,18 +63,18 @@ class Restorer:
         manager: CheckpointMetadataManager,
         adapter: ShardWriterAdapter,
         participant: Participant,
-        check_objects: Callable[[SealedState], None],
+        objects: StateObjects,
     ) -> None:
         self._framework, self._optimizer = framework, optimizer
         self._manager, self._adapter, self._participant = manager, adapter, participant
-        self._check_objects = check_objects
+        self._objects = objects
         self.undefined: str | None = None
 
     def of(self, manager: CheckpointMetadataManager) -> Restorer:
         """The same for another directory, which is only read."""
         return Restorer(
             self._framework, self._optimizer, manager=manager, adapter=self._adapter, participant=self._participant,
-            check_objects=self._check_objects,
+            objects=self._objects,
         )  # fmt: skip
 
     def newest(
@@ -152,7 +152,7 @@ class Restorer:
         except MismatchError:
             return manifest, shards, None  # if it is of another model, that is said once all shards were looked at
         if not terms.parts.module_only:
-            self._check_objects(loading.sealed)
+            self._objects.check(loading.sealed)
         record = manifest.shards[framework.rank].base
         if record is not None:
             report = BaseReport(record.attempt, record.nbytes, record.header_bytes, int(record.header_hash, 16))
@@ -174,7 +174,7 @@ class Restorer:
         same_world = manifest.world_size == framework.world_size
         sealed, taken = ranks.for_rank(whole.sealed, framework.rank, framework.world_size, choose=terms.objects)
         if not terms.parts.module_only:
-            self._check_objects(sealed)
+            self._objects.check(sealed)
         wrapper = ranks.carried(framework, sealed, manifest.framework, same_world=same_world)
         fitting = Fitting(
             framework, self._optimizer, whole, {**sealed, "wrapper": wrapper}, where,
@@ -182,6 +182,8 @@ class Restorer:
         )  # fmt: skip
         fit = fitting.fit()
         fit.taken = taken + fit.taken
+        if terms.parts.takes_optimizer and not fit.problems:
+            fit.problems = ranks.fit_schedules(fit.loading.sealed, self._objects.schedules())
         return fit
 
     def _refuse(self, manifest: Manifest, fit: Fit) -> None:

@@ -99,12 +99,15 @@ class DeepSpeedOptimizer(FlatState):
     def keep(self, saved: Mapping[str, Any], lacking: Collection[str] = ()) -> None:
         counters = self._framework.counters
         if counters.has_schedule:
+            before = len(saved["groups"])
             try:
                 found = group_origins(self._group_names(), saved, lacking)
             except ValueError:  # of an optimizer that is not taken: the schedule is, as DeepSpeed does it
                 found = [None]
+            if "origins" in saved:  # its groups are in this job's terms already
+                found, before = saved["origins"]
             origins = [origin for origin in found if origin is not None]
-            counters.put_schedule(origins if len(origins) == len(found) else None, len(saved["groups"]))
+            counters.put_schedule(origins if len(origins) == len(found) else None, before)
         self._units.after_load()
 
     # -- updates ------------------------------------------------------------------------------------------------
