@@ -57,6 +57,13 @@ class Counters:
         counted = (step, step * engine.train_batch_size(), 0, step * window)
         return {"counters": dict(zip(_COUNTED, counted, strict=True)), "window": window}
 
+    def fitting(self, taken: dict[str, Any]) -> dict[str, Any]:
+        """What an engine of another stage or precision had come to, as `put` takes it. A loss scale that only one of
+        both has stays as it is: fp32 below ZeRO-1 has none, and a scaler that is new begins as one does.
+        """
+        left = {"loss_scale"} if (taken["loss_scale"] is None) != (self._scaler is None) else set()
+        return {name: value for name, value in taken.items() if name not in left}
+
     def put(self, taken: dict[str, Any]) -> None:
         """All of it but the LR scheduler, which `put_schedule` puts back. What is not in `taken` stays as it is.
 
