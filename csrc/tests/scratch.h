@@ -40,10 +40,14 @@ inline Env& DiskEnv() {
   return OnNvm() ? static_cast<Env&>(nvm) : posix;
 }
 
-// How many of `full` rounds of a sweep to run: a quarter if LAYERWISE_TEST_SHORT is set.
+// How many of `full` rounds of a sweep to run: one of LAYERWISE_TEST_SHORT, if that is set.
 // tests/native.sh sets it for the sanitizers, and tests/vm/run.sh for the machine that is
 // emulated: beside both, all rounds run in the plain build.
-inline int Rounds(int full) { return std::getenv("LAYERWISE_TEST_SHORT") == nullptr ? full : (full + 3) / 4; }
+inline int Rounds(int full) {
+  const char* const of = std::getenv("LAYERWISE_TEST_SHORT");
+  const int each = of == nullptr ? 1 : std::max(1, std::atoi(of));
+  return (full + each - 1) / each;
+}
 
 // A directory of its own for one test, in LAYERWISE_TEST_DIR or the system's place
 // for temporary files; removed at the end.
