@@ -19,7 +19,7 @@ STARTERS = {"warm", "zero", "start"}  # fixtures that start processes of several
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="full sweeps instead of samples of them")
-    parser.addoption("--soak-minutes", type=float, help="of the storm in test_soak.py: 60 with --long, else a third")
+    parser.addoption("--soak-minutes", type=float, help="of the storm in test_soak.py: 60 with --long, else a fifth")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     mark_jobs(items)
     for item in items:
         if "soak_minutes" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.timeout(3 * soak_s + 180), append=False)
+            item.add_marker(pytest.mark.timeout(3 * soak_s + 210), append=False)
         elif config.getoption("--long"):
             item.add_marker(pytest.mark.timeout(3600), append=False)
         elif "zero" in getattr(item, "fixturenames", ()) and not operator.exists():
@@ -45,7 +45,7 @@ def mark_jobs(items: list[pytest.Item]) -> None:
 
 def _soak_minutes(config: pytest.Config) -> float:
     asked = config.getoption("--soak-minutes")
-    return asked if asked is not None else 60.0 if config.getoption("--long") else 1 / 3
+    return asked if asked is not None else 60.0 if config.getoption("--long") else 1 / 5
 
 
 @pytest.fixture(scope="session")

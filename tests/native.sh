@@ -33,7 +33,7 @@ run() {
   local kind=$1 short=()
   build "$kind" || return 1
   [ -z "$only_build" ] || return 0
-  if [ "$kind" != plain ] && [ -z "$long" ]; then short=(LAYERWISE_TEST_SHORT=1); fi
+  if [ "$kind" != plain ] && [ -z "$long" ]; then short=(LAYERWISE_TEST_SHORT=4); fi
   echo "native tests ($kind):"
   env "${short[@]}" ctest --test-dir "build/native-$kind" --output-on-failure --no-tests=error
 }

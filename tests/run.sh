@@ -17,10 +17,6 @@ SECONDS=0
 bash launch/setup.sh
 python=${LAYERWISE_VENV:-$root/.venv}/bin/python
 failed=()
-# DeepSpeed would compile it in the first of its tests, within that one's deadline.
-if [ ! -e "$("$python" -c 'import sys; print(sys.prefix)')/torch_extensions/deepspeed_shm_comm/deepspeed_shm_comm.so" ]; then
-  "$python" tests/jobs/zero_ready.py >build/tests-operators.log 2>&1 || failed+=("DeepSpeed's operators: build/tests-operators.log")
-fi
 long=()
 case " $* " in *" --long "*) long=(--long) ;; esac
 
@@ -37,6 +33,11 @@ trap 'kill -- -$native -$machine -$static 2>/dev/null || true' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
+# DeepSpeed would compile it in the first of its tests, within that one's deadline. One core takes a minute for it; the
+# other has the native tests meanwhile.
+if [ ! -e "$("$python" -c 'import sys; print(sys.prefix)')/torch_extensions/deepspeed_shm_comm/deepspeed_shm_comm.so" ]; then
+  "$python" tests/jobs/zero_ready.py >build/tests-operators.log 2>&1 || failed+=("DeepSpeed's operators: build/tests-operators.log")
+fi
 "$python" -m pytest -q -n "$workers" --dist worksteal "$@" || failed+=("Python tests (pytest exit code $?)")
 echo "Python tests: $((SECONDS / 60)) min $((SECONDS % 60)) s after the start"
 wait "$static" || failed+=("ruff or mypy")

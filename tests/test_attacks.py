@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 from attacks import THEMES, run
 
-# Halves of about the same work, each with one worker: where two tests run at once, all is done in half the time.
+# Halves of about the same work: where two tests run at once, all is done in half the time.
 HALVES = [["sizes", "records", "frozen", "terminal"], ["ends", "headers", "names", "sealed", "typed", "directories"]]
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[run.Worker]:
+    made = run.Worker(tmp_path_factory.mktemp("attacks") / "worker")
+    yield made
+    made.close()
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("themes", HALVES, ids=["sizes and records", "headers and states"])
 def test_every_crafted_directory_is_a_named_error_or_an_older_commit(
-    tmp_path: Path, long: bool, themes: list[str]
+    worker: run.Worker, long: bool, themes: list[str]
 ) -> None:
-    figures = run.run(tmp_path, themes, every=1 if long else 5, workers=1)
+    figures = run.run([worker], themes, every=1 if long else 8)
     print(figures)
     assert not figures.problems, f"{figures}\n" + "\n".join(figures.problems)
-    assert figures.tried >= 40
+    assert figures.tried >= 25
 
 
 def test_there_are_many_and_each_has_a_name_of_its_own() -> None:
@@ -28,9 +35,9 @@ def test_there_are_many_and_each_has_a_name_of_its_own() -> None:
     assert sorted(THEMES) == sorted(theme for half in HALVES for theme in half)
 
 
-def test_a_directory_whose_path_is_no_utf_8_works(tmp_path: Path) -> None:
+def test_a_directory_whose_path_is_no_utf_8_works(worker: run.Worker) -> None:
     themes, root = ["frozen", "directories"], "d\xff\xfe\x1b[31m\xe2\x82"
-    figures = run.run(tmp_path, themes, only="m", workers=1, root=root, every=4)
+    figures = run.run([worker], themes, only="m", root=root, every=4)
     assert figures.tried > 3 and not figures.problems, "\n".join(figures.problems)
 
 
@@ -44,19 +51,12 @@ MUTATIONS = {
 }
 
 
-SLOW = {"weight"}  # takes a minute to fill the memory; only with --long
-
-
-@pytest.fixture(scope="module")
-def mutated(tmp_path_factory: pytest.TempPathFactory, long: bool) -> dict[str, run.Figures]:
-    tries = {name: where for name, where in MUTATIONS.items() if long or name not in SLOW}
-    return run.mutated(tmp_path_factory.mktemp("mutated") / "worker", tries)
+SLOW = {"weight"}  # takes half a minute until it is too slow; only with --long
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_mutation_without_a_check_crafted_directories_are_found(
-    mutated: dict[str, run.Figures], mutation: str, long: bool
-) -> None:
+def test_mutation_without_a_check_crafted_directories_are_found(worker: run.Worker, mutation: str, long: bool) -> None:
+    """One that takes too long is ended as soon as that is certain."""
     if mutation in SLOW and not long:
-        pytest.skip("takes a minute: --long")
-    assert mutated[mutation].problems
+        pytest.skip("takes half a minute: --long")
+    assert run.mutated(worker, *MUTATIONS[mutation], mutation).problems

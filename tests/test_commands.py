@@ -85,19 +85,15 @@ TABLE: list[tuple[str, str]] = [
     ),
     (
         r"(torchrun|deepspeed) .*train\.py --deepspeed_config .*",
-        "test_deepspeed_kill.py::test_the_example_starts_and_starts_again_under",
+        "test_deepspeed_kill.py::test_the_example_starts_and_starts_again_under_each_launcher",
     ),
     (
         r"bash launch/torchrun\.sh .*",
-        "test_deepspeed_kill.py::test_the_script_for_torchrun_starts_all_ranks_again_when_one_dies",
+        "test_deepspeed_kill.py::test_each_launchers_script_starts_all_ranks_again_when_one_dies",
     ),
     (
-        r"bash launch/deepspeed\.sh .*",
-        "test_deepspeed_kill.py::test_a_rank_killed_at_any_step_in_any_mode_changes_no_bit",
-    ),
-    (
-        r"bash launch/mpirun\.sh .*|sbatch .*launch/slurm\.sbatch.*",
-        "test_deepspeed_kill.py::test_the_example_starts_and_starts_again_under",
+        r"bash launch/(deepspeed|mpirun)\.sh .*|sbatch .*launch/slurm\.sbatch.*",
+        "test_deepspeed_kill.py::test_the_example_starts_and_starts_again_under_each_launcher",
     ),
     (
         r"python examples/digits_cnn\.py .*",

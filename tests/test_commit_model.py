@@ -39,4 +39,4 @@ def test_no_history_of_crashes_losses_and_failures_breaks_a_rule_of_the_commit(l
 def test_breaking_a_rule_is_found(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     RULES[rule].apply(monkeypatch)
     with pytest.raises(Broken, match=RULES[rule].found_as):
-        walk(1, 400_000)
+        walk(RULES[rule].seed, 400_000)

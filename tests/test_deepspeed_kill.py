@@ -28,12 +28,6 @@ ROOT = Path(__file__).parent.parent
 SEED = int(os.environ.get("LAYERWISE_TEST_SEED", random.SystemRandom().randrange(10**6)))
 
 
-def launched(start: Callable[..., Running], launcher: str, *arguments: Any, **env: Any) -> Running:
-    """One of launch/'s scripts, on two ranks; `env` is of the script, without LAYERWISE_."""
-    named = {f"LAYERWISE_{name.upper()}": str(value) for name, value in {"venv": sys.prefix, **env}.items()}
-    return start(["bash", str(ROOT / "launch" / launcher), *map(str, arguments)], {**DEEPSPEED, **named})
-
-
 # -- every mode, killed once -----------------------------------------------------------------------------------------
 
 
@@ -45,6 +39,8 @@ def lines(out: Path, mode: str, rank: int) -> list[list[str]]:
 def test_a_rank_killed_at_any_step_in_any_mode_changes_no_bit(
     start: Callable[..., Running], zero: Warm, tmp_path: Path, long: bool, launcher: str
 ) -> None:
+    if launcher == "deepspeed" and not long:
+        pytest.skip("--long; the example is started by it or by another launcher below")
     modes = CASES + MONITORED + (NVME if operator("async_io") else [])
     if not long:
         modes = random.Random(f"{SEED} {launcher}").sample(modes, 1)
@@ -57,7 +53,7 @@ def test_a_rank_killed_at_any_step_in_any_mode_changes_no_bit(
     if launcher == "torchrun":  # its agent, as launch/torchrun.sh starts it
         finished = zero.run("zero_kill.py", RANKS, *arguments, max_restarts=len(modes), timeout=timeout)
     else:
-        job = launched(start, "deepspeed.sh", RANKS, *arguments, script=JOBS / "zero_kill.py", restarts=len(modes))
+        job = launched(start, tmp_path, "deepspeed.sh", *arguments, script=JOBS / "zero_kill.py", restarts=len(modes))
         finished = job.wait(timeout)
     assert finished.returncode == 0 and "all modes are done" in finished.output, finished.output[-8000:]
     for mode in modes:
@@ -70,28 +66,6 @@ def test_a_rank_killed_at_any_step_in_any_mode_changes_no_bit(
             assert len(starts) == 2 and starts[0] == 0 < starts[1], (mode, starts)
             held, wanted = (json.loads((out / f"{mode}.{rank}.json").read_text()) for out in (killed, plain))
             assert [name for name in held.keys() | wanted.keys() if held.get(name) != wanted.get(name)] == [], mode
-
-
-ONCE_KILLED = """
-import os, signal, sys, time
-rank, start = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
-print(f"rank {rank} of {os.environ['WORLD_SIZE']}, start {start}, given {' '.join(sys.argv[1:])}", flush=True)
-if start == "0":
-    if rank == "1":
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(60)
-"""
-
-
-def test_the_script_for_torchrun_starts_all_ranks_again_when_one_dies(
-    start: Callable[..., Running], tmp_path: Path
-) -> None:
-    script = tmp_path / "once_killed.py"
-    script.write_text(ONCE_KILLED)
-    finished = launched(start, "torchrun.sh", RANKS, "these", "words", script=script, restarts=1).wait(90)
-    assert finished.returncode == 0, finished.output[-6000:]
-    for rank in range(RANKS):
-        assert finished.lines(f"rank {rank} of {RANKS}, start 1, ") == ["given these words"], finished.output[-6000:]
 
 
 # -- in the middle of a save -----------------------------------------------------------------------------------------
@@ -139,12 +113,10 @@ def test_deepspeeds_own_save_names_a_checkpoint_without_the_killed_ranks_part_an
     assert tag == "global_step1" and len(files) == 2
 
 
-# -- the example, under the other launchers --------------------------------------------------------------------------
+# -- the launchers' scripts ------------------------------------------------------------------------------------------
 
-STEPS = 12
-SHAPE = ["--dim", "32", "--layers", "2", "--heads", "2", "--context", "16", "--batch", "2", "--steps", str(STEPS)]
-EXAMPLE = ROOT / "examples" / "deepspeed"
-
+LAUNCHERS = ["deepspeed.sh", "mpirun.sh", "slurm.sbatch"]
+# Slurm is a stub that starts as many tasks as srun would; docs/deepspeed.md says how the real one was tried.
 SRUN = """#!{python}
 import os, signal, subprocess, sys, time
 command = [word for number, word in enumerate(sys.argv[1:]) if number or not word.startswith("--")]
@@ -160,6 +132,70 @@ while any(task.poll() is None for task in tasks):
     time.sleep(0.05)
 sys.exit(max(code if code >= 0 else 128 - code for code in (task.wait() for task in tasks)))
 """
+ONCE_KILLED = """
+import os, pathlib, signal, sys, time
+rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+if rank is None:  # mpirun
+    rank, size = os.environ["OMPI_COMM_WORLD_RANK"], os.environ["OMPI_COMM_WORLD_SIZE"]
+here = pathlib.Path(__file__).parent
+start = (here / rank).read_text().count("start") if (here / rank).exists() else 0
+with open(here / rank, "a") as told:
+    told.write(f"start {start} of {size} ranks, given {' '.join(sys.argv[-2:])}, port {os.environ['MASTER_PORT']}\\n")
+if start == 0:
+    while rank == "1" and not (here / "0").exists():
+        time.sleep(0.01)
+    if rank == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+"""
+
+
+def here() -> list[str]:
+    """Those of the launchers that there are."""
+    mpi = shutil.which("mpirun") is not None and importlib.util.find_spec("mpi4py") is not None
+    return [launcher for launcher in LAUNCHERS if launcher != "mpirun.sh" or mpi]
+
+
+def launched(start: Callable[..., Running], folder: Path, launcher: str, *arguments: Any, **env: Any) -> Running:
+    """One of launch/'s scripts, on two ranks; `env` is of the script, without LAYERWISE_."""
+    named = {f"LAYERWISE_{name.upper()}": str(value) for name, value in {"venv": sys.prefix, **env}.items()}
+    if launcher != "slurm.sbatch":
+        return start(["bash", str(ROOT / "launch" / launcher), *map(str, [RANKS, *arguments])], {**DEEPSPEED, **named})
+    stubs = folder / "bin"
+    stubs.mkdir()
+    (stubs / "srun").write_text(SRUN.format(python=sys.executable))
+    (stubs / "scontrol").write_text("#!/bin/sh\necho localhost\n")
+    for stub in stubs.iterdir():
+        stub.chmod(0o755)
+    slurm = {
+        "SLURM_NTASKS": str(RANKS), "SLURM_JOB_NODELIST": "here", "SLURM_SUBMIT_DIR": str(ROOT),
+        "PATH": f"{stubs}:{DEEPSPEED['PATH']}",
+    }  # fmt: skip
+    return start(["bash", str(ROOT / "launch" / launcher), *map(str, arguments)], {**DEEPSPEED, **slurm, **named})
+
+
+@pytest.mark.parametrize("launcher", ["torchrun.sh", *LAUNCHERS])
+def test_each_launchers_script_starts_all_ranks_again_when_one_dies(
+    start: Callable[..., Running], tmp_path: Path, launcher: str
+) -> None:
+    if launcher not in ["torchrun.sh", *here()]:
+        pytest.skip("mpirun or mpi4py is not installed (Debian: openmpi-bin; pip: mpi4py)")
+    script = tmp_path / "once_killed.py"
+    script.write_text(ONCE_KILLED)
+    finished = launched(start, tmp_path, launcher, "these", "words", script=script, restarts=1).wait(90)
+    assert finished.returncode == 0, finished.output[-6000:]
+    told = [(tmp_path / str(rank)).read_text().splitlines() for rank in range(RANKS)]
+    assert told[0] == told[1], "the same port, first of all"
+    for number, line in enumerate(told[0]):
+        assert line.startswith(f"start {number} of {RANKS} ranks, given these words, port "), told
+    assert len(told[0]) == 2, told
+
+
+# -- the example, under the launchers --------------------------------------------------------------------------------
+
+STEPS = 12
+SHAPE = ["--dim", "32", "--layers", "2", "--heads", "2", "--context", "16", "--batch", "2", "--steps", str(STEPS)]
+EXAMPLE = ROOT / "examples" / "deepspeed"
 
 
 def losses(output: str) -> list[tuple[int, str]]:
@@ -180,38 +216,27 @@ def kill_one_rank(job: Running, variable: str, after: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("launcher", ["mpirun.sh", "slurm.sbatch"])
-def test_the_example_starts_and_starts_again_under(
-    start: Callable[..., Running], zero: Warm, tmp_path: Path, launcher: str
+def test_the_example_starts_and_starts_again_under_each_launcher(
+    start: Callable[..., Running], zero: Warm, tmp_path: Path, long: bool
 ) -> None:
-    """Slurm is a stub that starts as many tasks as srun would; docs/deepspeed.md says how the real one was tried."""
-    stage = random.choice(["zero1", "zero2", "zero3", "zero3_offload"])
-    arguments = ["--deepspeed_config", EXAMPLE / f"{stage}.json", *SHAPE]
-    if launcher == "mpirun.sh":
-        if shutil.which("mpirun") is None or importlib.util.find_spec("mpi4py") is None:
-            pytest.skip("mpirun or mpi4py is not installed (Debian: openmpi-bin; pip: mpi4py)")
-        ranks, variable, path = [RANKS], "OMPI_COMM_WORLD_RANK", DEEPSPEED["PATH"]
-    else:
-        stubs = tmp_path / "bin"
-        stubs.mkdir()
-        (stubs / "srun").write_text(SRUN.format(python=sys.executable))
-        (stubs / "scontrol").write_text("#!/bin/sh\necho localhost\n")
-        for stub in stubs.iterdir():
-            stub.chmod(0o755)
-        ranks, variable, path = [], "RANK", f"{stubs}:{DEEPSPEED['PATH']}"
-    slurm = {"SLURM_NTASKS": str(RANKS), "SLURM_JOB_NODELIST": "here", "SLURM_SUBMIT_DIR": str(ROOT)}
-    job = start(
-        ["bash", str(ROOT / "launch" / launcher), *map(str, [*ranks, *arguments, "--dir", tmp_path / "ckpt"])],
-        {**DEEPSPEED, **slurm, "PATH": path, "LAYERWISE_VENV": sys.prefix, "LAYERWISE_RESTARTS": "1"},
-    )
-    after = random.randint(2, STEPS - 4)
-    kill_one_rank(job, variable, after)
-    finished = job.wait(90)
-    assert finished.returncode == 0, f"{stage}, killed after step {after}:\n{finished.output[-6000:]}"
-    undisturbed = zero.run(str(EXAMPLE / "train.py"), RANKS, "--no-checkpoints", *arguments, timeout=60)
-    reference = dict(losses(undisturbed.output))
-    told = losses(finished.output)
-    assert len(reference) == STEPS and told[-1][0] == STEPS
-    assert all(loss == reference[step] for step, loss in told), (told, reference)
-    starts = [int(step) for step in re.findall(r"starting at step (\d+)", finished.output)]
-    assert len(starts) == 2 and starts[0] == 0 < starts[1], starts
+    """By default under one that is drawn: each start of DeepSpeed in a process of its own takes seconds a rank."""
+    chance = random.Random(SEED)
+    for launcher in here() if long else [chance.choice(here())]:
+        stage = chance.choice(["zero1", "zero2", "zero3", "zero3_offload"])
+        after = chance.randint(2, STEPS - 4)
+        where = f"seed {SEED}, {launcher}, {stage}, killed after step {after}"
+        print(where)
+        folder = tmp_path / launcher
+        folder.mkdir()
+        arguments = ["--deepspeed_config", EXAMPLE / f"{stage}.json", *SHAPE]
+        job = launched(start, folder, launcher, *arguments, "--dir", folder / "ckpt", restarts=1)
+        kill_one_rank(job, "OMPI_COMM_WORLD_RANK" if launcher == "mpirun.sh" else "RANK", after)
+        finished = job.wait(90)
+        assert finished.returncode == 0, f"{where}:\n{finished.output[-6000:]}"
+        undisturbed = zero.run(str(EXAMPLE / "train.py"), RANKS, "--no-checkpoints", *arguments, timeout=60)
+        reference = dict(losses(undisturbed.output))
+        told = losses(finished.output)
+        assert len(reference) == STEPS and told[-1][0] == STEPS, where
+        assert all(loss == reference[step] for step, loss in told), (where, told, reference)
+        starts = [int(step) for step in re.findall(r"starting at step (\d+)", finished.output)]
+        assert len(starts) == 2 and starts[0] == 0 < starts[1], (where, starts)

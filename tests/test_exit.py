@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from kit.runners import DEEPSPEED
+from kit.runners import Warm
 
 from layerwise_dist._native import PosixEnv
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
@@ -33,12 +32,12 @@ def train():
 """
 
 
-def run(folder: Path, at_14: str = "pass", end: str = "kept = train()") -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(at_14=at_14, end=end)], cwd=folder, capture_output=True, text=True,
-        timeout=60,
-    )  # fmt: skip
-    return done.returncode, done.stderr
+def run(warm: Warm, folder: Path, at_14: str = "pass") -> tuple[int, str]:
+    """In a fork of a process that has imported torch, which ends as any interpreter does."""
+    script = folder / "script.py"
+    script.write_text(SCRIPT.format(at_14=at_14, end="train()"))
+    done = warm.run(script, 0, folder=folder, check=False)
+    return done.returncode, done.output
 
 
 def newest(folder: Path) -> int:
@@ -46,10 +45,15 @@ def newest(folder: Path) -> int:
     return max((manifest.step for manifest in manifests), default=0)
 
 
-@pytest.mark.parametrize("end", ["kept = train()", "train()"], ids=["kept", "out of scope"])
-def test_a_forgotten_close_is_made_up_for_and_said(tmp_path: Path, end: str) -> None:
-    code, told = run(tmp_path, end=end)
+def test_a_forgotten_close_is_made_up_for_and_said(warm: Warm, tmp_path: Path) -> None:
+    code, told = run(warm, tmp_path)
     assert code == 0 and "close() was not called" in told and newest(tmp_path) == 20
+
+
+def test_a_forgotten_close_is_made_up_for_though_the_engine_is_there_as_long_as_the_interpreter(tmp_path: Path) -> None:
+    script = SCRIPT.format(at_14="pass", end="kept = train()")
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "close() was not called" in done.stderr and newest(tmp_path) == 20
 
 
 @pytest.mark.parametrize(
@@ -64,16 +68,18 @@ def test_a_forgotten_close_is_made_up_for_and_said(tmp_path: Path, end: str) -> 
     ],
     ids=["exception", "exit", "interrupt", "handler", "at once"],
 )
-def test_a_script_that_is_left_keeps_its_exit_code(tmp_path: Path, at_14: str, wanted: int, words: str) -> None:
-    code, told = run(tmp_path, at_14)
+def test_a_script_that_is_left_keeps_its_exit_code(
+    warm: Warm, tmp_path: Path, at_14: str, wanted: int, words: str
+) -> None:
+    code, told = run(warm, tmp_path, at_14)
     assert code == wanted and words in told and "terminate called" not in told
     # The iteration that was left is not saved; those before it are on the disk.
     assert newest(tmp_path) == 14
 
 
-def test_mutation_an_exit_that_seals_what_is_open_is_caught(tmp_path: Path) -> None:
+def test_mutation_an_exit_that_seals_what_is_open_is_caught(warm: Warm, tmp_path: Path) -> None:
     sealing = "from layerwise_dist.engine import at_exit; at_exit.begun = lambda: False; sys.exit(3)"
-    code, _ = run(tmp_path, sealing)
+    code, _ = run(warm, tmp_path, sealing)
     assert code == 3 and newest(tmp_path) == 15, "which is half an iteration"
 
 
@@ -114,11 +120,13 @@ for step in ckpt.steps(9):
 """
 
 
-def test_several_engines_a_trainer_and_one_of_a_thread_are_all_left_alike(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", SEVERAL], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 3, done.stderr
+def test_several_engines_a_trainer_and_one_of_a_thread_are_all_left_alike(warm: Warm, tmp_path: Path) -> None:
+    script = tmp_path / "several.py"
+    script.write_text(SEVERAL)
+    done = warm.run(script, 0, folder=tmp_path, check=False)
+    assert done.returncode == 3, done.output
     # The trainer's iteration ends with its step(); the others' were open.
-    assert [newest(tmp_path / name) for name in ("trainer", "engine", "thread")] == [5, 4, 3], done.stderr
+    assert [newest(tmp_path / name) for name in ("trainer", "engine", "thread")] == [5, 4, 3], done.output
 
 
 DROP_IN = """
@@ -142,15 +150,14 @@ for step in engine.layerwise.steps(9):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
-def test_the_drop_in_for_deepspeed_leaves_an_open_iteration_unsaved_as_all_do(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", DROP_IN], cwd=tmp_path, capture_output=True, text=True, timeout=90,
-        env={**os.environ, **DEEPSPEED},
-    )  # fmt: skip
-    assert done.returncode == 3 and "close() was not called" in done.stderr, done.stderr
+def test_the_drop_in_for_deepspeed_leaves_an_open_iteration_unsaved_as_all_do(zero: Warm, tmp_path: Path) -> None:
+    script = tmp_path / "drop_in.py"
+    script.write_text(DROP_IN)
+    done = zero.run(script, 0, folder=tmp_path, timeout=90, check=False)
+    assert done.returncode == 3 and "close() was not called" in done.output, done.output
     assert newest(tmp_path) == 3
 
 
-def test_a_forked_child_leaves_its_parents_engine_alone(tmp_path: Path) -> None:
-    code, told = run(tmp_path, "pid = __import__('os').fork(); pid or sys.exit(0); __import__('os').waitpid(pid, 0)")
+def test_a_forked_child_leaves_its_parents_engine_alone(warm: Warm, tmp_path: Path) -> None:
+    code, told = run(warm, tmp_path, "import os; pid = os.fork(); pid or sys.exit(0); os.waitpid(pid, 0)")
     assert code == 0 and told.count("close() was not called") == 1 and newest(tmp_path) == 20

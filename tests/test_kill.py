@@ -13,7 +13,7 @@ import pytest
 from kit.kill import DEADLINE, KEEP, check, check_folder, kill_rank, launches, read, reference
 from kit.runners import Running, Warm, torchrun_command
 
-WORLDS = [("plain", 1), ("ddp", 2), ("fsdp2", 2), ("ddp", 3), ("fsdp2", 3)]
+ALL = [("plain", 1), ("ddp", 2), ("fsdp2", 2), ("ddp", 3), ("fsdp2", 3)]
 TOTAL = 20
 
 
@@ -22,10 +22,13 @@ def test_a_job_killed_at_any_moment_goes_on_from_one_committed_step(warm: Warm, 
     seed = random.SystemRandom().randrange(1 << 32)
     print(f"seed {seed}")
     dice = random.Random(seed)
-    known = {(w, n): reference(warm, tmp_path / f"reference-{w}-{n}", w, n, TOTAL) for w, n in WORLDS}
-    kills = resumed = 0
-    for number in range(200 if long else 8):
-        wrapper, ranks = WORLDS[number % len(WORLDS)]
+    worlds = ALL if long else [ALL[0], *dice.choice([ALL[1:3], ALL[3:]])]
+    known = {(w, n): reference(warm, tmp_path / f"reference-{w}-{n}", w, n, TOTAL) for w, n in worlds}
+    kills = resumed = number = 0
+    trials = 200 if long else 6
+    # Where most kills came before the first commit, the test has not tested yet what it says.
+    while number < trials or (resumed < kills / 4 and number < 3 * trials):
+        wrapper, ranks = worlds[number % len(worlds)]
         losses, finals, took = known[wrapper, ranks]
         out = tmp_path / f"trial-{number}"
         out.mkdir()
@@ -51,8 +54,9 @@ def test_a_job_killed_at_any_moment_goes_on_from_one_committed_step(warm: Warm, 
             check_folder(out / "ckpt", range(ranks), TOTAL)
         except AssertionError as error:
             raise AssertionError(f"seed {seed}, trial {number} ({wrapper}, {ranks} ranks): {error}") from error
+        number += 1
     print(f"{kills} kills, {resumed} resumes from a step above 0")
-    assert resumed >= kills / 4, "most kills came before the first commit: the test does not test what it says"
+    assert resumed >= kills / 4, "most kills came before the first commit, however often it was tried"
 
 
 @pytest.mark.parametrize(("wrapper", "ranks"), [("ddp", 2), ("fsdp2", 2)])

@@ -1,8 +1,9 @@
 """What the self-test trains: a small model under FSDP2 on the ranks of torchrun, with a checkpoint every step.
 
-    python -m torch.distributed.run ... -m layerwise_dist.selftest.job '{"steps": 20, "dir": null}'
+    python -m torch.distributed.run ... -m layerwise_dist.selftest.job '{"steps": 20, "dirs": [null, "checkpoints"]}'
 
-Rank 0 says in lines of JSON behind a mark on standard output where it starts, each step's loss, and what is left.
+It trains once for each of `dirs`, without checkpoints for null. Rank 0 says in lines of JSON behind a mark on standard
+output where it starts, each step's loss, and what is left at the end.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     try:
-        train(wanted["steps"], wanted["dir"])
+        for directory in wanted["dirs"]:
+            train(wanted["steps"], directory)
     finally:
         gc.collect()  # FSDP's threads must be gone before the group is
         dist.destroy_process_group()

@@ -1,4 +1,7 @@
-"""One trial: train, train again with checkpoints and SIGKILL in the middle, start once more, compare every bit."""
+"""One trial: train, train again with checkpoints and SIGKILL in the middle, start once more, compare every bit.
+
+The first two happen in one job, one after the other: most of a start is the import of torch.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ class Check:
 
 @dataclass
 class Run:
-    """What one start of the job said."""
+    """What one training said."""
 
     start: int = 0
     losses: dict[int, str] = field(default_factory=dict)
@@ -79,18 +82,18 @@ class Trial:
     def _run(self, folder: Path) -> list[Check]:
         checkpoints = str(folder / "checkpoints")
         self._say(f"training {STEPS} steps on {RANKS} ranks without checkpoints")
-        plain = self._start(folder, None)
-        self._say(f"again with a checkpoint every step, and SIGKILL for all of it after step {self.kill_at}")
-        killed = self._start(folder, checkpoints, kill_at=self.kill_at)
+        self._say(f"then with a checkpoint every step, and SIGKILL for all of it after step {self.kill_at}")
+        plain, killed = self._start(folder, [None, checkpoints], kill_at=self.kill_at)
         self._say("starting it once more")
-        resumed = self._start(folder, checkpoints)
+        (resumed,) = self._start(folder, [checkpoints])
         return compare(plain, killed, resumed)
 
-    def _start(self, folder: Path, checkpoints: str | None, kill_at: int | None = None) -> Run:
-        spec = json.dumps({"steps": STEPS, "dir": checkpoints})
+    def _start(self, folder: Path, directories: list[str | None], kill_at: int | None = None) -> list[Run]:
+        """Trainings one after the other, each with checkpoints in its directory or without; the last may be killed."""
+        spec = json.dumps({"steps": STEPS, "dirs": directories})
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
         command = [sys.executable, *launcher, "-m", "layerwise_dist.selftest.job", spec]
-        errors, run = folder / "errors.txt", Run()
+        errors, runs = folder / "errors.txt", [Run()]
         with open(errors, "wb") as file, running(command, file, {"OMP_NUM_THREADS": "1"}) as job:
             assert job.stdout is not None
             watchdog = threading.Timer(_DEADLINE_S, _kill, [job.pid])
@@ -99,19 +102,22 @@ class Trial:
             try:
                 watchdog.start()  # Ctrl-C may come within it: an exit that waited for the thread would take its time
                 for line in job.stdout:
-                    if line.startswith(MARK):
-                        run.take(json.loads(line[len(MARK) :]))
-                    if kill_at is not None and kill_at in run.losses:
+                    if not line.startswith(MARK):
+                        continue
+                    if runs[-1].left:
+                        runs.append(Run())
+                    runs[-1].take(json.loads(line[len(MARK) :]))
+                    if kill_at in runs[-1].losses and len(runs) == len(directories):
                         _kill(job.pid)
-                        return run
+                        return runs
                 code = job.wait()
             finally:
                 watchdog.cancel()
-        if code != 0 or not run.left:
+        if code != 0 or len(runs) < len(directories) or not runs[-1].left:
             late = f", after {_DEADLINE_S:g} s" if time.monotonic() - began >= _DEADLINE_S else ""
             tail = errors.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
             raise TrialFailed("\n".join([f"the job ended with exit code {code}{late}:", *tail]))
-        return run
+        return runs
 
 
 def compare(plain: Run, killed: Run, resumed: Run) -> list[Check]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import tempfile
 from pathlib import Path
@@ -19,8 +20,11 @@ def main() -> int:
     asked = parser.parse_args()
     if unknown := [theme for theme in asked.themes if theme not in THEMES]:
         parser.error(f"no theme {unknown[0]!r}; there are {', '.join(THEMES)}")
-    with tempfile.TemporaryDirectory() as folder:
-        figures = run.run(Path(folder), asked.themes or None, asked.only)
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        workers = [run.Worker(Path(folder) / f"worker_{number}") for number in range(2)]
+        for worker in workers:
+            stack.callback(worker.close)
+        figures = run.run(workers, asked.themes or None, asked.only)
     for line in figures.problems:
         print(line)
     print(figures)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -84,6 +85,11 @@ class Figures:
             setattr(self, name, getattr(self, name) + value)
 
 
+def budget(size: int, *, crowded: bool) -> float:
+    """Seconds of the processor. Where more runs than there are processors, each does half of the work or less."""
+    return (3 if crowded else 1) * (BUDGET_S + size / BYTES_A_SECOND)
+
+
 def judge(theme: str, attack: Attack, found: dict[str, Any]) -> Figures:
     figures = Figures(tried=1)
 
@@ -92,12 +98,12 @@ def judge(theme: str, attack: Attack, found: dict[str, Any]) -> Figures:
         figures.problems.append(f"{theme}: {attack.name}: {kind}: {text}")
 
     if "died" in found:
-        problem("hangs" if "Timeout" in found["errors"] or found["died"] == "hung" else "foreign",
+        kinds = {"hung": "hangs", f"ended with {-signal.SIGXCPU}": "slow"}
+        problem("hangs" if "Timeout" in found["errors"] else kinds.get(found["died"], "foreign"),
                 f"{found['died']}: {found['errors'][-1500:]}")  # fmt: skip
         return figures
     actions, size = found["actions"], found["size"]
-    # Where more runs than there are processors, each second of one does half of the work or less.
-    crowded = 3 if os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1) else 1
+    allowed = budget(size, crowded=os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1))
     if found["outside"]:
         problem("outside", "something outside was touched")
     for name, each in actions.items():
@@ -105,7 +111,7 @@ def judge(theme: str, attack: Attack, found: dict[str, Any]) -> Figures:
             problem("foreign", f"{name}: {each['foreign']}\n{each.get('trace', '')[-1200:]}")
         if each["bytes"] > size + MORE_BYTES:
             problem("memory", f"{name} took {each['bytes'] >> 20} MB, the directory has {size >> 20}")
-        if each["cpu_seconds"] > crowded * (BUDGET_S + size / BYTES_A_SECOND):
+        if each["cpu_seconds"] > allowed:
             problem("slow", f"{name} took {each['cpu_seconds']:.1f} s, {each['seconds']:.1f} s in all")
         _look_at_text(name, each, problem)
     for name in COMMANDS & actions.keys():
@@ -152,29 +158,20 @@ def _judge_restore(attack: Attack, found: dict[str, Any], figures: Figures, prob
                 f"{(restored.get('named') or restored['said'])[:500]}")  # fmt: skip
 
 
-def mutated(folder: Path, tries: dict[str, tuple[str, str]]) -> dict[str, Figures]:
-    """By mutation, what is found with it in the case of a theme and a name."""
-    worker = Worker(folder)
-    found = {}
-    try:
-        for mutation, (theme, name) in tries.items():
-            number = next(number for number, attack in enumerate(THEMES[theme]) if attack.name == name)
-            found[mutation] = judge(theme, THEMES[theme][number], worker.ask(theme, number, "dir", mutation))
-    finally:
-        worker.close()
-    return found
+def mutated(worker: Worker, theme: str, name: str, mutation: str) -> Figures:
+    """What is found with that mutation in the case of that theme and name."""
+    number = next(number for number, attack in enumerate(THEMES[theme]) if attack.name == name)
+    return judge(theme, THEMES[theme][number], worker.ask(theme, number, "dir", mutation))
 
 
 def run(
-    folder: Path, themes: list[str] | None = None, only: str = "", *, workers: int = 2, root: str = "dir",
-    every: int = 1,
-) -> Figures:  # fmt: skip
+    workers: list[Worker], themes: list[str] | None = None, only: str = "", *, root: str = "dir", every: int = 1
+) -> Figures:
     """`root` is what the directory is called, of which each character is one byte. Of so many cases, `every`, one."""
     jobs = [(theme, number) for theme in themes or list(THEMES) for number in range(0, len(THEMES[theme]), every)]
     jobs = [(theme, number) for theme, number in jobs if only in THEMES[theme][number].name]
     free: SimpleQueue[Worker] = SimpleQueue()
-    made = [Worker(folder / f"worker_{number}") for number in range(min(workers, len(jobs)))]
-    for worker in made:
+    for worker in workers:
         free.put(worker)
 
     def one(job: tuple[str, int]) -> Figures:
@@ -185,11 +182,7 @@ def run(
             free.put(worker)
 
     total = Figures()
-    try:
-        with ThreadPoolExecutor(len(made) or 1) as pool:
-            for figures in pool.map(one, jobs):
-                total.add(figures)
-    finally:
-        for worker in made:
-            worker.close()
+    with ThreadPoolExecutor(len(workers)) as pool:
+        for figures in pool.map(one, jobs):
+            total.add(figures)
     return total

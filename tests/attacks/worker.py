@@ -41,6 +41,7 @@ import layerwise_dist.cli.restorable  # noqa: E402, F401
 import layerwise_dist.engine.assembly  # noqa: E402, F401
 from attacks import THEMES  # noqa: E402
 from attacks.kit import Target, copy  # noqa: E402
+from attacks.run import budget  # noqa: E402
 from layerwise_dist.capture import survey  # noqa: E402
 from layerwise_dist.cli import app, console  # noqa: E402
 from layerwise_dist.commit import records  # noqa: E402
@@ -159,9 +160,11 @@ def status(name: str) -> int:
     return int(text.partition(f"{name}:")[2].split()[0]) << 10
 
 
-def measured(action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """With seconds of the processor, seconds in all, and what the peak of memory grew by."""
+def measured(action: Callable[[], dict[str, Any]], cpu_s: int | None = None) -> dict[str, Any]:
+    """With seconds of the processor, seconds in all, and what the peak of memory grew by. SIGXCPU behind `cpu_s`."""
     faulthandler.dump_traceback_later(LIMIT_S, exit=True)
+    if cpu_s is not None:
+        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 1 + cpu_s, resource.RLIM_INFINITY))
     Path("/proc/self/clear_refs").write_text("5")
     before, began, used = status("VmRSS"), time.monotonic(), time.process_time()
     result = action()
@@ -183,16 +186,16 @@ def listing(folder: Path) -> list[Any]:
     return found
 
 
-def look(root: Path, outside: Path, json_too: bool) -> dict[str, Any]:
+def look(root: Path, outside: Path, json_too: bool, cpu_s: int | None = None) -> dict[str, Any]:
     """All that is done with one directory."""
     before = listing(outside)
     name = os.fspath(root)
     result = {
-        "ls": measured(lambda: command("ls", name)),
-        "show": measured(lambda: command("show", name)),
-        "verify": measured(lambda: command("verify", name)),
-        **({"json": measured(lambda: command("verify", name, "--json"))} if json_too else {}),
-        "restore": measured(lambda: restore(root)),
+        "ls": measured(lambda: command("ls", name), cpu_s),
+        "show": measured(lambda: command("show", name), cpu_s),
+        "verify": measured(lambda: command("verify", name), cpu_s),
+        **({"json": measured(lambda: command("verify", name, "--json"), cpu_s)} if json_too else {}),
+        "restore": measured(lambda: restore(root), cpu_s),
     }
     return {"actions": result, "outside": listing(outside) != before}
 
@@ -241,9 +244,12 @@ def _case(attack: Any, root: Path, outside: Path, mutation: str | None) -> dict[
     if mutation is not None:
         MUTATIONS[mutation]()
     os.chdir(outside)
-    limit = status("VmSize") + size_of(root) + MORE_BYTES + THREADS_BYTES
+    size = size_of(root)
+    limit = status("VmSize") + size + MORE_BYTES + THREADS_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    return look(root, outside, attack.name.startswith(("terminal", "a name")))
+    # With a mutation a command may well take minutes, of which no more than it takes to be too slow are needed.
+    cpu_s = None if mutation is None else int(budget(size, crowded=True)) + 1
+    return look(root, outside, attack.name.startswith(("terminal", "a name")), cpu_s)
 
 
 def _fork(action: Callable[[], dict[str, Any]]) -> tuple[int, int]:

@@ -1,9 +1,9 @@
 """Trains many small configurations with and without the engine, and resumes each; writes what differs.
 
-    exactness.py WRAPPER[:CAPTURE[:UPDATE]] OUT FEATURE...
+    exactness.py WRAPPER[:CAPTURE[:UPDATE]] OUT [OPTIMIZER/]FEATURE...
 
-WRAPPER is one of those below; CAPTURE is lease or stage; UPDATE as configured. OUT/<rank>.json is {configuration:
-[differences]}.
+WRAPPER is one of those below; CAPTURE is lease or stage; UPDATE as configured. A feature is tried with each optimizer,
+or with the one that is named. OUT/<rank>.json is {configuration: [differences]}.
 """
 
 from __future__ import annotations
@@ -206,9 +206,10 @@ def main() -> None:
     out, features = Path(sys.argv[2]), sys.argv[3:] or FEATURES
     optimizers = [name for name in OPTIMIZERS if (wrapper == "plain" and UPDATE == "auto") or name != "lbfgs"]
     cases = [
-        (name, feature)
+        (name, feature.rpartition("/")[2])
         for name in optimizers
         for feature in (features if name != "lbfgs" else ("bare", "schedule", "tied"))
+        if feature.rpartition("/")[0] in ("", name)
     ]
     results: dict[str, list[str]] = {}
     with process_group() as rank, tempfile.TemporaryDirectory() as scratch:

@@ -29,10 +29,14 @@ from layerwise_dist.storage.filenames import AttemptId
 
 @dataclass(frozen=True)
 class BrokenRule:
-    """`found_as` is what the model then says, as a regular expression."""
+    """`found_as` is what the model then says, as a regular expression; `seed` begins the runs that are tried.
+
+    Any seed does: one of a run that finds it spares those before. Where the model has changed, others follow on it.
+    """
 
     mutant: type
     found_as: str
+    seed: int
 
     def apply(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """In every module of the engine and of the model."""
@@ -50,11 +54,11 @@ class BrokenRule:
 RULES: dict[str, BrokenRule] = {}
 
 
-def breaks(rule: str, found_as: str) -> Callable[[type], type]:
+def breaks(rule: str, found_as: str, seed: int = 1) -> Callable[[type], type]:
     """The class breaks that rule."""
 
     def register(mutant: type) -> type:
-        RULES[rule] = BrokenRule(mutant, found_as)
+        RULES[rule] = BrokenRule(mutant, found_as, seed)
         return mutant
 
     return register
@@ -92,6 +96,7 @@ class GivesUpWhatMonitorsHold(Coordinator):
 @breaks(
     "what all monitors hold is not given up because another attempt fails behind that",
     found_as="had been staged by all",
+    seed=101,
 )
 class CountsFailuresOfOrphans(Coordinator):
     def _abort(self, *args: Any, **how: Any) -> None:
@@ -192,7 +197,7 @@ class MeetsAtTheNearest(CommonBoundary):
         return [{**each, "b": min(current.held.values())} for each in said if current is not None]
 
 
-@breaks("a boundary that is not agreed on is given up", found_as="has held for")
+@breaks("a boundary that is not agreed on is given up", found_as="has held for", seed=62)
 class NeverGivesUp(CommonBoundary):
     def tick(self, now: float) -> list[Message]:
         return []
@@ -303,6 +308,7 @@ class KeepsOneLess(Committer):
 @breaks(
     "what a restore has chosen stays until the lineage goes on from it",
     found_as="is gone, and a restore has chosen it",
+    seed=345,
 )
 class HoldsNothing(Committer):
     def hold(self, held: bool) -> None:
