@@ -57,23 +57,17 @@ class Counters:
         counted = (step, step * engine.train_batch_size(), 0, step * window)
         return {"counters": dict(zip(_COUNTED, counted, strict=True)), "window": window}
 
-    def fitting(self, taken: dict[str, Any]) -> dict[str, Any]:
-        """What an engine of another stage or precision had come to, as `put` takes it. A loss scale that only one of
-        both has stays as it is: fp32 below ZeRO-1 has none, and a scaler that is new begins as one does.
-        """
-        left = {"loss_scale"} if (taken["loss_scale"] is None) != (self._scaler is None) else set()
-        return {name: value for name, value in taken.items() if name not in left}
-
     def put(self, taken: dict[str, Any]) -> None:
-        """All of it but the LR scheduler, which `put_schedule` puts back. What is not in `taken` stays as it is.
+        """All of it but the LR scheduler, which `put_schedule` puts back. What is not in `taken` stays as it is, and so
+        does a loss scale that only one of the two has: stage 0 in fp32 has none, and a new scaler begins as one does.
 
-        Raises MismatchError where loss scaling or the LR scheduler is there in one of the two only.
+        Raises MismatchError where the LR scheduler is there in one of the two only.
         """
         engine, scaler = self._engine, self._scaler
-        for what, live in (("loss_scale", scaler), ("lr_scheduler", engine.lr_scheduler)):
-            if what in taken and (taken[what] is None) != (live is None):
-                here, there = ("has none", "has one") if live is None else ("has one", "has none")
-                raise MismatchError(f"{what.replace('_', ' ')}: this engine {here}, the checkpoint's {there}")
+        live = engine.lr_scheduler
+        if "lr_scheduler" in taken and (taken["lr_scheduler"] is None) != (live is None):
+            here, there = ("has none", "has one") if live is None else ("has one", "has none")
+            raise MismatchError(f"lr scheduler: this engine {here}, the checkpoint's {there}")
         for name, value in taken.get("counters", {}).items():
             setattr(engine, name, value)
         if taken.get("window", engine.gradient_accumulation_steps()) != engine.gradient_accumulation_steps():
@@ -81,7 +75,7 @@ class Counters:
             engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
         elif "window" in taken:
             engine.micro_steps -= engine.micro_steps % taken["window"]  # one that was saved within begins anew
-        if scaler is not None and "loss_scale" in taken:
+        if scaler is not None and taken.get("loss_scale") is not None:
             external = taken["loss_scale"]["external"]
             for name in _SCALED:
                 if name in taken["loss_scale"] and hasattr(scaler, name):

@@ -148,7 +148,7 @@ class DeepSpeedFramework(FlatFramework):
         return {name: value for name, value in carried.items() if name not in left}
 
     def carry_on(self, carried: Any, step: int, *, same_world: bool) -> Any:
-        return self.counters.at(step) if carried is None else self.counters.fitting(carried)
+        return self.counters.at(step) if carried is None else carried
 
     def take_up(self, carried: Any) -> None:
         self.counters.put(carried)
