@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from kit.runners import Warm, WarmJob, told
 
+SAMPLES = 100_000  # as in jobs/elastic.py
 DEADLINE = 90.0
 
 
@@ -63,11 +65,28 @@ def test_a_job_goes_on_with_fewer_ranks_and_with_more(warm: Warm, tmp_path: Path
     for job in jobs:
         assert job.wait(DEADLINE).returncode == 0, job.output()[-3000:]
     after = told(tmp_path, "told")[before:]
+    check_samples(told(tmp_path, "told"))
     starts = {line["start"] for line in after if "start" in line}
     assert len(starts) == 1 and min(starts) >= alone, "the newest commit of one rank"
     assert len([line for line in after if "end" in line]) == 2
     for line in (line for line in after if "end" in line):
         assert line["threads"] == line["in_attach"] == ["MainThread"], "the job's process groups are the job's"
+
+
+def check_samples(lines: list[dict[str, Any]]) -> None:
+    """What training has seen, steps that a restart took back not counted: the epoch's order up to there, each once."""
+    starts = [(place, line["start"], line["world"]) for place, line in enumerate(lines) if "start" in line]
+    sessions = sorted({(start, world) for _, start, world in starts})
+    ends = [start for start, _ in sessions[1:]] + [max(line["end"] for line in lines if "end" in line)]
+    samples: list[int] = []
+    for (start, world), end in zip(sessions, ends, strict=True):
+        pids = {lines[place]["pid"] for place, its, of in starts if (its, of) == (start, world)}
+        mine = [line for line in lines if line["pid"] in pids and start <= line.get("step", -1) < end]
+        assert len(mine) == world * (end - start), "each rank made each of these steps once"
+        samples += [sample for line in mine for sample in line["samples"]]
+    order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(3)).tolist()
+    assert sorted(samples) == sorted(order[: len(samples)])
+    assert len({world for _, world in sessions}) == 2, "and the number of ranks changed within the epoch"
 
 
 def hosts(job: WarmJob, port: int) -> bool:

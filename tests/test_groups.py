@@ -105,3 +105,26 @@ def test_a_scheduler_is_fitted_to_groups_that_are_split_in_place(make: Any) -> N
         optimizer.step()
         scheduler.step()
         assert [group["lr"] for group in optimizer.param_groups] == [rates[0], rates[0], rates[1], rates[1]]
+
+
+def test_a_torch_scheduler_follows_its_groups_into_another_order(tmp_path: Path) -> None:
+    def make(first: float, *, biases_first: bool) -> tuple[Any, Any, Any]:
+        model, _ = job(False)
+        kinds = [
+            [p for p in model.parameters() if (p.dim() == 1) == biases] for biases in (biases_first, not biases_first)
+        ]
+        rates = (0.2, 0.1) if biases_first else (0.1, 0.2)
+        groups = [{"params": params, "lr": first * rate} for params, rate in zip(kinds, rates, strict=True)]
+        optimizer = torch.optim.AdamW(groups)
+        return model, optimizer, lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+    model, optimizer, schedule = make(1.0, biases_first=False)
+    with lwd.attach(model, optimizer, dir=str(tmp_path), state={"schedule": schedule}) as ckpt:
+        train(ckpt, model, optimizer, 2)
+        schedule.step()
+        ckpt.save("scheduled")
+    model, optimizer, schedule = make(7.0, biases_first=True)
+    with lwd.attach(model, optimizer, dir=str(tmp_path), state={"schedule": schedule}) as ckpt:
+        ckpt.restore()
+        assert schedule.base_lrs == [0.2, 0.1] and schedule.get_last_lr() == [0.1, 0.05]
+        assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.05]

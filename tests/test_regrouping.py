@@ -131,6 +131,16 @@ def test_optimizers_by_name() -> None:
     assert problems == ["the checkpoint has optimizers by name (['one', 'two']), here they are not by name"]
 
 
+def test_ranks_that_say_different_things_of_their_optimizers_are_named() -> None:
+    one = saved(group("a"))
+    for other in (
+        saved(group("a"), kind="SGD"),
+        {"optimizers": {}, "scalars": {}, "order": {}},
+        {**one, "inside": {"base": {"class": "SGD"}}},
+    ):
+        assert fit([one, other], live(group("a")))[1] == ["ranks 0 and 1 of the checkpoint have other optimizers"]
+
+
 def test_what_lies_in_one_tensor_must_have_the_same_state() -> None:
     state: Any = {"scalars": {"a": {"calls": 3}, "b": {"calls": 3}, "c": {"calls": 4}}}
     kinds = {"a": {"exp_avg"}, "b": {"exp_avg"}, "c": {"exp_avg"}, "d": ()}

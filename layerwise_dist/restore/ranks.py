@@ -61,7 +61,7 @@ def for_rank(
         taken.append("client_state")
     state: SealedState = {**own, "objects": objects, "boundary": _boundary(sealed, rank, own["step"])}
     if world_size != saved_world:
-        positions = {each: state["boundary"]["loaders"] for each, state in enumerate(sealed)}
+        positions = {number: each["boundary"]["loaders"] for number, each in enumerate(sealed)}
         state["boundary"] = {**state["boundary"], "loaders": elsewhere(positions, rank, choose)}
     return state, taken
 
@@ -80,8 +80,10 @@ def fit_schedules(sealed: SealedState, names: Sequence[str]) -> list[str]:
             f"state[{names[0]!r}] keeps learning rates for the param groups of the checkpoint, and those are grouped "
             "otherwise here: make the groups that the checkpoint has"
         ]
-    objects = {name: spread(each, found, before) if name in names else each for name, each in sealed["objects"].items()}
-    sealed["objects"] = objects
+    sealed["objects"] = {
+        name: spread(each, found, before) if name in names and isinstance(each, Mapping) else each
+        for name, each in sealed["objects"].items()
+    }
     return []
 
 

@@ -55,6 +55,8 @@ def regroup(
                 known.setdefault(kind, value)
         for name, kinds in state["order"].items():
             order[name] = list(dict.fromkeys([*order.get(name, ()), *kinds]))
+    if other := _unlike(saved):
+        return cast(OptimizerState, {**live, "scalars": {}, "order": {}}), [other]
     stateful = {name for name, kinds in order.items() if kinds}
     mapping = _Mapping(rename, here, stateful, {*idle, *lacking})
     several = "optimizers" in live
@@ -80,6 +82,21 @@ def regroup(
     found["scalars"] = {here[name]: each for name, each in scalars.items() if here.get(name) in held}
     found["order"] = {here[name]: each for name, each in order.items() if here.get(name) in held}
     return cast(OptimizerState, found), problems
+
+
+def _unlike(saved: Sequence[Mapping[str, Any]]) -> str | None:
+    """What all ranks that saved must have alike: which optimizers there are, and which are inside them."""
+
+    def shape(state: Mapping[str, Any]) -> Any:
+        if "optimizers" in state:
+            return {name: shape(each) for name, each in state["optimizers"].items()}
+        inside = {place: "groups" in each for place, each in state.get("inside", {}).items()}
+        return [state["class"], inside]
+
+    for rank, state in enumerate(saved):
+        if shape(state) != shape(saved[0]):
+            return f"ranks 0 and {rank} of the checkpoint have other optimizers"
+    return None
 
 
 class _Mapping:

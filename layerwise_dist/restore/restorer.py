@@ -7,8 +7,9 @@ Where any rank finds that it is not, all of them look for their parts in what al
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from layerwise_dist.commit.agreement import together
 from layerwise_dist.commit.metadata import CheckpointMetadataManager, Inventory
@@ -20,11 +21,13 @@ from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.frameworks.parts import WHOLE, Parts
 from layerwise_dist.loop.objects import StateObjects
+from layerwise_dist.loop.sealed import SealedState
 from layerwise_dist.restore import choice, loader, ranks
 from layerwise_dist.restore.anywhere import Fit, Fitting
 from layerwise_dist.restore.choice import Wish
 from layerwise_dist.restore.loader import LISTED, LoadPlan, listing
 from layerwise_dist.restore.planner import ShardSet
+from layerwise_dist.restore.sealed_state import optimizers_of
 from layerwise_dist.restore.whole import Whole
 from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.protocols import ShardWriterAdapter
@@ -118,8 +121,11 @@ class Restorer:
         sound, found = together(participant, f"check step {step}", lambda: self._check(attempt, terms))
         if not sound or found is None:
             return None
-        manifest, shards, loading = found
+        manifest, shards, checked = found
+        loading = checked if isinstance(checked, LoadPlan) else None
         if not participant.agree(f"compare the cut of step {step}", loading is not None, all):
+            if not shards.shared:
+                together(participant, f"look at step {step}", lambda: self._refuse_nodes(manifest, checked))
             sound, fit = together(participant, f"cut step {step} anew", lambda: self._fit(manifest, shards, terms))
             if not sound or fit is None:
                 return None
@@ -133,8 +139,8 @@ class Restorer:
         sound, _ = together(participant, f"load step {step}", lambda: loader.load(loading))
         return loading if sound else None
 
-    def _check(self, attempt: AttemptId, terms: Terms) -> tuple[Manifest, ShardSet, LoadPlan | None]:
-        """Without a plan: this rank is not cut as it was."""
+    def _check(self, attempt: AttemptId, terms: Terms) -> tuple[Manifest, ShardSet, LoadPlan | MismatchError | None]:
+        """Without a plan: this rank is not cut as it was, or, as the error says, it is of another model."""
         try:
             manifest = within(
                 self._participant.disk_s, "a look at the manifest", lambda: self._manager.read_manifest(attempt)
@@ -149,8 +155,10 @@ class Restorer:
             loading = loader.prepare(
                 framework, self._optimizer, shards, self._where(manifest), partly=terms.partly, parts=terms.parts
             )
-        except MismatchError:
-            return manifest, shards, None  # if it is of another model, that is said once all shards were looked at
+        except MismatchError as error:
+            return manifest, shards, error
+        if terms.parts.takes_optimizer and self._objects.schedules() and self._regrouped(loading.sealed):
+            return manifest, shards, None  # LR schedulers keep something for each group
         if not terms.parts.module_only:
             self._objects.check(loading.sealed)
         record = manifest.shards[framework.rank].base
@@ -159,17 +167,18 @@ class Restorer:
             loading = replace(loading, base=(report, shards.own[1].index))
         return manifest, shards, loading
 
+    def _regrouped(self, sealed: SealedState) -> bool:
+        def groups(optimizers: Iterable[Mapping[str, Any]]) -> list[list[list[str]]]:
+            return [[list(group["params"]) for group in each["groups"]] for each in optimizers]
+
+        live = self._optimizer.describe()
+        return groups(optimizers_of(sealed)) != groups(live.get("optimizers", {"": live}).values())
+
     def _where(self, manifest: Manifest) -> str:
         return f"step {manifest.step} in {self._manager.root}"
 
     def _fit(self, manifest: Manifest, shards: ShardSet, terms: Terms) -> Fit:
         framework, where = self._framework, self._where(manifest)
-        if not shards.shared:
-            raise MismatchError(
-                f"{where} was written by {manifest.world_size} rank(s) of {manifest.framework}, and this job of "
-                f"{framework.world_size} rank(s) of {framework.name} is cut otherwise: that takes a directory that all "
-                "ranks see. Copy all shards into one"
-            )
         whole = Whole(manifest, shards)
         same_world = manifest.world_size == framework.world_size
         sealed, taken = ranks.for_rank(whole.sealed, framework.rank, framework.world_size, choose=terms.objects)
@@ -185,6 +194,18 @@ class Restorer:
         if terms.parts.takes_optimizer and not fit.problems:
             fit.problems = ranks.fit_schedules(fit.loading.sealed, self._objects.schedules())
         return fit
+
+    def _refuse_nodes(self, manifest: Manifest, checked: LoadPlan | MismatchError | None) -> None:
+        """Raises MismatchError, on some rank, where none sees the shards of all."""
+        framework = self._framework
+        if isinstance(checked, MismatchError):
+            raise checked
+        if checked is None:
+            raise MismatchError(
+                f"{self._where(manifest)} was written by {manifest.world_size} rank(s) of {manifest.framework}, and "
+                f"this job has {framework.world_size} of {framework.name}, or groups its parameters otherwise: that "
+                "takes a directory that all ranks see. Copy all shards into one"
+            )
 
     def _refuse(self, manifest: Manifest, fit: Fit) -> None:
         """Raises MismatchError for what does not fit on any rank, and for what has no place on any of them."""

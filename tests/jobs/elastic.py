@@ -18,9 +18,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from job_kit import process_group
+from torch.utils.data import DataLoader
 
 import layerwise_dist as lwd
+from layerwise_dist.data import ElasticDistributedSampler
 
+SAMPLES, BATCH = 100_000, 2
 COLLECTIVES = ("all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "barrier", "broadcast")
 
 
@@ -52,7 +55,9 @@ def main() -> None:
         collectives = watch()
         model = torch.nn.Linear(3, 3)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        ckpt = lwd.attach(model, optimizer, dir=folder, commit={"timeout_s": 30.0, "on_failure": "raise"})
+        loader = DataLoader(range(SAMPLES), batch_size=BATCH, sampler=ElasticDistributedSampler(range(SAMPLES), seed=3))
+        options = {"commit": {"timeout_s": 30.0, "on_failure": "raise"}, "state": {"loader": loader}}
+        ckpt = lwd.attach(model, optimizer, dir=folder, **options)
         at_start = set(collectives)
         try:
             start = ckpt.restore()
@@ -61,7 +66,9 @@ def main() -> None:
             ckpt.close()
             return
         tell(start=start)
+        batches = iter(loader)
         for step in ckpt.steps(10**6):
+            tell(step=step, samples=next(batches).tolist())
             model(torch.ones(1, 3)).sum().backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -1,0 +1,171 @@
+"""Restores into other ranks and other names, in threads of one process; docs/restore-matrix.md has the wrappers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kit.crash import build, in_ranks, settings, tensors_of, train, try_ranks
+from kit.shards import differing
+from torch import nn
+
+import layerwise_dist as lwd
+from layerwise_dist import errors
+from layerwise_dist._native import PosixEnv
+from layerwise_dist.commit.transports.local import LocalTransport
+from layerwise_dist.engine import assembly
+from layerwise_dist.frameworks.ddp import DDPFramework
+from layerwise_dist.frameworks.framework import Framework
+from layerwise_dist.restore import whole
+
+pytestmark = pytest.mark.quick
+
+torch.set_num_threads(1)
+Seen = list[tuple[int, dict[str, torch.Tensor]]]
+
+
+def session(
+    folder: Path,
+    kind: type[Framework],
+    world: int,
+    steps: int,
+    *,
+    own: bool = False,
+    only: bool = False,
+    **options: Any,
+) -> Seen:
+    """Restores, trains to `steps`, and closes: of each rank, the step restored and the tensors, as restored (`only`) or
+    at the end. `own`: each rank trains on data of its own.
+    """
+
+    def body(transport: LocalTransport) -> tuple[int, dict[str, torch.Tensor]]:
+        model, optimizer = build(0, salt=world)
+        framework = kind(model, transport.rank, world)
+        config = settings(str(folder), **options)
+        with assembly.assemble(model, optimizer, config, transport, PosixEnv(), framework=framework) as ckpt:
+            begin = ckpt.restore()
+            for step in ckpt.steps(begin if only else steps):
+                train(model, optimizer, transport.rank if own else 0, 0, step)
+            return begin, tensors_of(model, optimizer)
+
+    return in_ranks(body, world=world)
+
+
+@pytest.mark.parametrize(("kind", "world"), [(Framework, 1), (DDPFramework, 3), (Framework, 3)])
+def test_other_ranks_get_the_same_state_and_go_on_from_it(
+    tmp_path: Path, kind: type[Framework], world: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    ((_, wanted), _) = session(tmp_path, DDPFramework, 2, 3)
+    for begin, found in session(tmp_path, kind, world, 0, only=True):
+        assert begin == 3 and differing(found, wanted) == []
+    assert f"step 3 was written by 2 rank(s), this job has {world}" in caplog.text
+    ((_, later), *_) = session(tmp_path, kind, world, 5, keep_last=1)
+    folders = sorted(path.name for path in tmp_path.glob("step_*"))
+    assert len(folders) == 1 and folders[0].startswith("step_0000000005"), "what other ranks wrote goes as well"
+    for begin, found in session(tmp_path, DDPFramework, 2, 0, only=True):
+        assert begin == 5 and differing(found, later) == []
+
+
+def test_training_goes_on_as_if_nothing_had_changed(tmp_path: Path) -> None:
+    ((_, wanted), _) = session(tmp_path / "whole", DDPFramework, 2, 6)
+    session(tmp_path / "parts", DDPFramework, 2, 2)
+    session(tmp_path / "parts", Framework, 1, 3)
+    session(tmp_path / "parts", DDPFramework, 4, 5)
+    assert all(differing(found, wanted) == [] for _, found in session(tmp_path / "parts", DDPFramework, 2, 6))
+
+
+def refused(folder: Path, kind: type[Framework], world: int) -> list[Any]:
+    def body(transport: LocalTransport) -> int:
+        model, optimizer = build(0, 5)
+        before = tensors_of(model, optimizer)
+        framework = kind(model, transport.rank, world)
+        config = settings(str(folder))
+        with assembly.assemble(model, optimizer, config, transport, PosixEnv(), framework=framework) as ckpt:
+            try:
+                return ckpt.restore()
+            except errors.LayerwiseError:
+                assert differing(tensors_of(model, optimizer), before) == []
+                raise
+
+    return [thread.error or thread.value for thread in try_ranks(body, world=world)]
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_ranks_that_hold_different_tensors_under_one_name_go_nowhere_else(tmp_path: Path, world: int) -> None:
+    session(tmp_path, Framework, 2, 2, own=True)
+    for error in refused(tmp_path, Framework, world):
+        assert isinstance(error, errors.MismatchError)
+        assert "rank(s) 0 and 1 of the checkpoint hold different ones" in str(error)
+    assert [begin for begin, _ in session(tmp_path, Framework, 2, 0, only=True)] == [2, 2]
+
+
+def test_mutation_copies_that_are_not_compared_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whole, "equal", lambda one, other: True)
+    with pytest.raises(AssertionError):
+        test_ranks_that_hold_different_tensors_under_one_name_go_nowhere_else(tmp_path, 1)
+
+
+def test_a_damaged_block_of_any_rank_makes_all_go_back_together(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    session(tmp_path, DDPFramework, 2, 1)
+    ((_, wanted), _) = session(tmp_path, DDPFramework, 2, 1)
+    session(tmp_path, DDPFramework, 2, 2)
+    (shard,) = tmp_path.glob("step_0000000002-*/rank_00001.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[int.from_bytes(content[:8], "little") + 8 + 5000] ^= 1
+    shard.write_bytes(content)
+    for begin, found in session(tmp_path, DDPFramework, 3, 0, only=True):
+        assert begin == 1 and differing(found, wanted) == []
+    assert f"shard {os.path.join(shard.parent, 'rank_00001.safetensors')} of step 2: block 0" in caplog.text
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """An embedding and a head that are one parameter, first met under the one name or the other."""
+
+    def __init__(self, head_first: bool, tied: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(head_first)
+        emb, head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+        if tied:
+            head.weight = emb.weight
+        for name, module in [("head", head), ("emb", emb)][:: 1 if head_first else -1]:
+            self.add_module(name, module)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.emb(x))
+
+
+def trained(model: nn.Module, folder: Path, steps: int, restore: Callable[[Any], Any]) -> dict[str, torch.Tensor]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    with lwd.attach(model, optimizer, dir=str(folder)) as ckpt:
+        restore(ckpt)
+        for step in ckpt.steps(steps):
+            optimizer.zero_grad()
+            model(torch.arange(5) * (step + 1) % 5).square().mean().backward()
+            optimizer.step()
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_a_tied_parameter_is_found_under_any_of_its_names(tmp_path: Path) -> None:
+    wanted = trained(Tied(False), tmp_path / "whole", 4, lambda ckpt: None)
+    trained(Tied(False), tmp_path / "parts", 2, lambda ckpt: None)
+    found = trained(Tied(True), tmp_path / "parts", 4, lambda ckpt: ckpt.restore())
+    assert differing(found, wanted) == []
+
+
+def test_a_parameter_that_is_tied_there_and_not_here_is_another_model(tmp_path: Path) -> None:
+    trained(Tied(False), tmp_path, 2, lambda ckpt: None)
+
+    def restore(ckpt: Any) -> None:
+        with pytest.raises(errors.MismatchError, match=r"param/head.weight: .* one parameter with another, param/emb"):
+            ckpt.restore()
+
+    trained(Tied(False, tied=False), tmp_path, 0, restore)
