@@ -104,7 +104,7 @@ def test_ranks_that_hold_different_tensors_under_one_name_go_nowhere_else(tmp_pa
 
 
 def test_mutation_copies_that_are_not_compared_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(whole, "equal", lambda one, other: True)
+    monkeypatch.setattr(whole, "_surely_equal", lambda one, other: True)
     with pytest.raises(AssertionError):
         test_ranks_that_hold_different_tensors_under_one_name_go_nowhere_else(tmp_path, 1)
 
@@ -122,6 +122,58 @@ def test_a_damaged_block_of_any_rank_makes_all_go_back_together(
     for begin, found in session(tmp_path, DDPFramework, 3, 0, only=True):
         assert begin == 1 and differing(found, wanted) == []
     assert f"shard {os.path.join(shard.parent, 'rank_00001.safetensors')} of step 2: block 0" in caplog.text
+
+
+def test_what_the_checkpoint_lacks_stays_as_it_is_with_other_ranks_too(tmp_path: Path) -> None:
+    ((_, wanted), _) = session(tmp_path, DDPFramework, 2, 2)
+
+    def body(transport: LocalTransport) -> None:
+        model, _ = build(0, 5)
+        model.append(nn.Linear(3, 2))
+        before = model[5].weight.detach().clone()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        framework = Framework(model, transport.rank, 3)
+        with assembly.assemble(
+            model, optimizer, settings(str(tmp_path)), transport, PosixEnv(), framework=framework
+        ) as ckpt:
+            with pytest.raises(errors.MismatchError, match="missing from the checkpoint: param/5.weight, param/5.bias"):
+                ckpt.restore()
+            assert ckpt.restore(partly=True) == 2
+            assert ckpt.lacking == ["param/5.weight", "param/5.bias"]
+            assert torch.equal(model[5].weight, before)
+            found = {name: value for name, value in tensors_of(model, optimizer).items() if "/5." not in name}
+            assert differing(found, wanted) == []
+
+    in_ranks(body, world=3)
+
+
+def test_rank_0s_object_for_all_where_that_is_asked_for(tmp_path: Path) -> None:
+    def body(transport: LocalTransport) -> None:
+        averages = {"own": torch.full((3,), float(transport.rank))}
+        model, optimizer = build(0)
+        world = transport.world_size
+        framework = DDPFramework(model, transport.rank, world)
+        with assembly.assemble(
+            model, optimizer, settings(str(tmp_path)), transport, PosixEnv(), framework=framework,
+            state={"averages": averages},
+        ) as ckpt:  # fmt: skip
+            if not ckpt.metadata.inventory().empty:
+                if world != 2:
+                    with pytest.raises(errors.MismatchError, match=r"restore\(objects=\{'averages': \"rank0\"\}\)"):
+                        ckpt.restore()
+                averages["own"] = torch.full((3,), 9.0)
+                with pytest.raises(errors.MismatchError, match="no 'average' in its state"):
+                    ckpt.restore(objects={"average": "rank0"})
+                ckpt.restore(objects={"averages": "rank0"})
+                assert averages["own"].tolist() == [0.0, 0.0, 0.0]
+            else:
+                ckpt.restore()
+                for step in ckpt.steps(1):
+                    train(model, optimizer, 0, 0, step)
+
+    in_ranks(body, world=2)
+    in_ranks(body, world=2)
+    in_ranks(body, world=3)
 
 
 # -- names ------------------------------------------------------------------------------------------------------------

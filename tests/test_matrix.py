@@ -14,7 +14,11 @@ DRAWN = [
     "fsdp2:3>zero2:2", "hsdp:4>ddp:3", "tp-fsdp2:4>plain:1", "zero0:2>hsdp:4", "zero1:3>ddp-zero:2",
     "zero2:2>fsdp1-orig:3", "zero3:3>zero0:3",
 ]  # fmt: skip
-TOUR = ("fsdp2:4", "zero3:2", "plain:1", "ddp:3", "fsdp2:4")
+TOURS = [
+    ("fsdp2:4", "zero3:2", "plain:1", "ddp:3", "fsdp2:4"),
+    # Ranks without an element of a parameter must not get state that does not go on with that of the others.
+    ("plain:1", "fsdp1-orig:3", "fsdp1-orig:2", "ddp:2"),
+]
 SPOILED = ("fsdp2", "fsdp1", "ddp-zero", "zero1", "zero3")
 
 
@@ -47,9 +51,11 @@ def test_drawn_pairs_of_wrappers_and_numbers_of_ranks_restore_to_the_bit(launche
     assert wrong(found) == {}
 
 
-def test_a_tour_of_wrappers_trains_as_jobs_that_got_each_leg_s_state_by_hand(launcher: Launcher) -> None:
-    layouts = [Layout.of(text) for text in TOUR]
-    found = tour(launcher, layouts, CASES[0])
+@pytest.mark.parametrize("layouts", TOURS, ids=" ".join)
+def test_a_tour_of_wrappers_trains_as_jobs_that_got_each_leg_s_state_by_hand(
+    launcher: Launcher, layouts: tuple[str, ...]
+) -> None:
+    found = tour(launcher, [Layout.of(text) for text in layouts], CASES[0])
     assert wrong(found) == {}
     assert len(found) == len(layouts)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from layerwise_dist import errors
 from layerwise_dist.loop import rng
+from layerwise_dist.loop.objects import StateObjects
 from layerwise_dist.restore import casts, ranks, regrouping
 from layerwise_dist.restore.regrouping import regroup, same_class, uneven
 from layerwise_dist.tensors.pieces import DTYPES
@@ -178,6 +181,12 @@ def test_casts_are_exact_where_every_value_has_its_own() -> None:
 # -- what belongs to a rank -------------------------------------------------------------------------------------------
 
 
+def for_rank(states: list[Any], rank: int, world_size: int, **choose: str) -> tuple[Any, list[str]]:
+    """Objects that are generators here are called so."""
+    objects = StateObjects({name: torch.Generator() for name in states[0]["objects"] if name == "generator"})
+    return ranks.for_rank(states, rank, world_size, choose=choose, objects=objects)
+
+
 def sealed(rank: int, objects: dict[str, Any], extra: Any = None) -> Any:
     torch.manual_seed(100 + rank)
     boundary = {"rng": rng.take(), "rng_event": "draw", "rng_after": None, "kind": "explicit", "at": [], "loaders": {}}
@@ -187,27 +196,45 @@ def sealed(rank: int, objects: dict[str, Any], extra: Any = None) -> Any:
 def test_ranks_that_were_there_keep_their_own_and_new_ones_take_rank_0s() -> None:
     states = [sealed(rank, {"same": {"a": 1}, "own": {"a": rank}}, extra=rank) for rank in range(2)]
     for rank in range(3):
-        state, taken = ranks.for_rank(states, rank, 3, choose={})
+        state, taken = for_rank(states, rank, 3)
         assert state["objects"] == {"same": {"a": 1}, "own": {"a": rank if rank < 2 else 0}}
         assert taken == ["state['own']", "the extra state of m"]
         if rank < 2:
             assert state["boundary"]["rng"] is states[rank]["boundary"]["rng"]
-    assert ranks.for_rank(states, 1, 2, choose={})[1] == []  # as many ranks: each has its own
+    assert for_rank(states, 1, 2)[1] == []  # as many ranks: each has its own
 
 
 def test_a_new_ranks_random_numbers_are_its_own_and_the_same_in_every_restore() -> None:
     states = [sealed(0, {})]
-    found = [ranks.for_rank(states, rank, 4, choose={})[0]["boundary"] for rank in (1, 2, 1)]
+    found = [for_rank(states, rank, 4)[0]["boundary"] for rank in (1, 2, 1)]
     assert rng.same(found[0]["rng"], found[2]["rng"]) and not rng.same(found[0]["rng"], found[1]["rng"])
     assert not rng.same(found[0]["rng"], states[0]["boundary"]["rng"]) and rng.problems(found[0]["rng"]) == {}
     assert (found[0]["rng_event"], found[0]["rng_after"]) == ("boundary", None)
     later = [{**states[0], "step": 6}]
-    assert not rng.same(ranks.for_rank(later, 1, 4, choose={})[0]["boundary"]["rng"], found[0]["rng"])
+    assert not rng.same(for_rank(later, 1, 4)[0]["boundary"]["rng"], found[0]["rng"])
 
 
 def test_tensors_in_an_object_that_differ_between_ranks_are_refused_unless_rank_0s_are_asked_for() -> None:
     states = [sealed(rank, {"ema": {"w": torch.full((3,), rank)}}) for rank in range(2)]
-    with pytest.raises(errors.MismatchError, match=r"state\['ema'\] holds tensors that differ.*rank0"):
-        ranks.for_rank(states, 0, 1, choose={})
-    state, taken = ranks.for_rank(states, 1, 3, choose={"ema": "rank0"})
+    for world in (1, 2, 3):  # of the same ranks in another wrapper too: their parts are others
+        with pytest.raises(errors.MismatchError, match=r"state\['ema'\] holds tensors that differ.*rank0"):
+            for_rank(states, 0, world)
+    state, taken = for_rank(states, 1, 3, ema="rank0")
     assert alike(state["objects"]["ema"], states[0]["objects"]["ema"]) and taken == []
+    for choice, says in ({"emma": "rank0"}, "no 'emma'"), ({"ema": "anew"}, "'ema' is no loader"):
+        with pytest.raises(errors.MismatchError, match=says):
+            for_rank(states, 1, 3, **choice)
+
+
+def test_generators_of_the_scripts_own_are_no_tensors_that_differ_and_new_ranks_get_their_own() -> None:
+    states = [sealed(rank, {"generator": torch.Generator().manual_seed(rank).get_state()}) for rank in range(2)]
+    found = [for_rank(states, rank, 4)[0]["objects"]["generator"] for rank in range(4)]
+    assert all(alike(found[rank], states[rank]["objects"]["generator"]) for rank in range(2))
+    assert len({bytes(state.tolist()) for state in found}) == 4
+    assert alike(found[3], for_rank(states, 3, 5)[0]["objects"]["generator"])
+    for generator in (random.Random(3), np.random.RandomState(3), np.random.default_rng(3)):
+        objects = StateObjects({"own": generator})
+        saved = objects.take()["own"]
+        new = [objects.derived("own", saved, 5, rank) for rank in (2, 3, 2)]
+        assert alike(new[0], new[2]) and not alike(new[0], new[1])
+        objects.put({"own": new[0]})

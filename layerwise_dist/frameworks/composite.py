@@ -154,6 +154,12 @@ class CompositeFramework(Framework):
     def is_wrapped(self, tensor: torch.Tensor) -> bool:
         return any(part.is_wrapped(tensor) for part in self.parts.values())
 
+    def keeps_state(self, view: ParamView) -> bool:
+        return self._part(view).keeps_state(view)
+
+    def cut_buffers(self) -> list[str]:
+        return [fqn for part in self.parts.values() for fqn in part.cut_buffers()]
+
     def new_state(self, view: ParamView, entry: Slice, dtype: torch.dtype, wrapped: bool) -> torch.Tensor:
         return self._part(view).new_state(view, entry, dtype, wrapped)
 

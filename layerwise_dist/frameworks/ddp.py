@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.buckets import BucketOrder
 from layerwise_dist.frameworks.framework import Framework, ParamView
+from layerwise_dist.frameworks.parts import Parts
 from layerwise_dist.frameworks.shares import shares
 from layerwise_dist.tensors.pieces import Piece
 from layerwise_dist.tensors.slices import Slice, ranks_text
@@ -86,7 +87,7 @@ class DDPFramework(Framework):
     def carry(self) -> Any:
         return self._buckets.order if self._buckets else None
 
-    def carry_on(self, carried: Any, step: int, *, same_world: bool) -> Any:
+    def carry_on(self, carried: Any, step: int, parts: Parts, *, same_world: bool) -> Any:
         return carried if same_world else None  # buckets follow from the ranks too
 
     def check_forward(self) -> None:

@@ -165,18 +165,24 @@ class FlatState(OptimizerAdapter):
 
     def place(self, view: ParamView, entry: Slice, wrapped: bool) -> torch.Tensor:
         number = self.flat.unit_of(view)
-        dtype, shape = DTYPES[entry.dtype], torch.Size(entry.global_shape)
-        if entry.is_flat:
-            shape = self.flat.unit(number).shape
+        dtype, shape, unit = DTYPES[entry.dtype], torch.Size(entry.global_shape), self.flat.unit(number)
+        # Whole, but of a parameter that lies in a unit with others: where ranks hold all of a unit alike.
+        inside = entry.is_flat or (bool(shape) and shape != unit.shape and shape.numel() == self._numel(view))
+        if inside:
+            shape = unit.shape
         loading = self._loading.setdefault(number, {})
         tensor = loading.get(entry.kind, self.state_of(number).get(entry.kind))
         if not (isinstance(tensor, torch.Tensor) and tensor.dtype == dtype and tensor.shape == shape):
-            if entry.is_flat:
+            if inside:
                 tensor = self.new_state(number, entry.kind, dtype)
             else:
                 tensor = torch.zeros(shape, dtype=dtype, device=self._scalar_device(number))
         loading[entry.kind] = tensor
-        return self.flat.fragment_of(view, tensor) if entry.is_flat else tensor
+        return self.flat.fragment_of(view, tensor) if inside else tensor
+
+    def _numel(self, view: ParamView) -> int:
+        fragment = self.flat.fragments.get(view.fqn)
+        return view.param.numel() if fragment is None else fragment.length
 
     def _scalar_device(self, number: int) -> torch.device:
         group = next(g for g, numbers in zip(self.base.param_groups, self.units(), strict=True) if number in numbers)

@@ -175,6 +175,14 @@ class Framework:
         """Shape of the optimizer's tensor on this rank, of which `entry` was saved."""
         return entry.global_shape
 
+    def keeps_state(self, view: ParamView) -> bool:
+        """Whether this rank's optimizer has state of a parameter that others have some of."""
+        return True
+
+    def cut_buffers(self) -> list[str]:
+        """Names of the buffers of which this rank has a part only, and nothing says which."""
+        return []
+
     def new_state(self, view: ParamView, entry: Slice, dtype: torch.dtype, wrapped: bool) -> torch.Tensor:
         """An uninitialized optimizer state tensor like the one that was saved as `entry`, in the parameter's memory.
 
@@ -201,7 +209,7 @@ class Framework:
         """What of it a restore of `parts` takes up."""
         return carried
 
-    def carry_on(self, carried: Any, step: int, *, same_world: bool) -> Any:
+    def carry_on(self, carried: Any, step: int, parts: Parts, *, same_world: bool) -> Any:
         """What `take_up` gets of a checkpoint of another cut. `carried` is what the same kind of wrapper had come to at
         that step, in a job of as many ranks if `same_world`; None of another kind.
         """

@@ -110,6 +110,13 @@ class FSDP2Framework(Framework):
             return []
         return super().pieces(view, kind, tensor, lease=lease)
 
+    def cut_buffers(self) -> list[str]:
+        return [
+            fqn
+            for fqn, buffer in self.buffers()
+            if isinstance(buffer, DTensor) and not all(placement.is_replicate() for placement in buffer.placements)
+        ]
+
     def new_state(self, view: ParamView, entry: Slice, dtype: torch.dtype, wrapped: bool) -> torch.Tensor:
         param = view.param
         if not isinstance(param, DTensor):

@@ -152,6 +152,11 @@ class FSDP1Framework(FlatFramework):
     def state_shape(self, view: ParamView, entry: Slice) -> tuple[int, ...]:
         return tuple(view.param.shape) if entry.is_flat else entry.global_shape
 
+    def keeps_state(self, view: ParamView) -> bool:
+        # Of what a rank has no element of, torch takes the gradient away, so that its optimizer passes it by.
+        fragment = self.fragments.get(view.fqn)
+        return self.holds_flat or fragment is None or fragment.length > 0
+
     # -- restore ------------------------------------------------------------------------------------------------
 
     def take_up(self, carried: Any) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from layerwise_dist.tensors.values import alike
+
 # Which kernel a group uses is this run's choice, not the checkpoint's: kernels are never switched by a restore.
 KERNEL_KEYS = frozenset({"foreach", "fused", "capturable", "differentiable"})
 
@@ -37,6 +39,8 @@ def group_origins(
     """
     saved: Sequence[Mapping[str, Any]] = saved_state["groups"]
     kept = [list(group["params"]) for group in saved]
+    if [list(group) for group in live] == kept:
+        return list(range(len(kept)))
     lacking = set(lacking)
     live = [[name for name in group if name not in lacking] for group in live] if lacking else live
     if [list(group) for group in live] == kept:
@@ -72,9 +76,11 @@ def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Names of the hyper-parameters in which two groups differ."""
 
     def equal(a: Any, b: Any) -> bool:
-        if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
-            return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and torch.equal(a, b)
-        return bool(a == b)
+        if isinstance(a, int | float) and isinstance(b, int | float):
+            return a == b or (a != a and b != b)
+        if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+            return len(a) == len(b) and all(map(equal, a, b))
+        return alike(a, b)
 
     skipped = {"params", "name", *KERNEL_KEYS}
     keys = sorted((one.keys() | other.keys()) - skipped)

@@ -79,6 +79,15 @@ class StateObjects:
         """Names of the LR schedulers."""
         return [name for name, item in self._objects.items() if isinstance(item, torch.optim.lr_scheduler.LRScheduler)]
 
+    def generators(self) -> list[str]:
+        """Names of the random number generators."""
+        kinds = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+        return [name for name, item in self._objects.items() if isinstance(item, kinds)]
+
+    def derived(self, name: str, saved: Any, step: int, rank: int) -> Any:
+        """The state of such a generator for a rank that a checkpoint has not, which that of one that it has decides."""
+        return rng.derived_generator(self._objects[name], saved, step, rank)
+
     def put(self, saved: dict[str, Any]) -> None:
         """Raises StateError for an object that does not take back what was saved of one under its name."""
         for name, item in self._objects.items():

@@ -65,18 +65,33 @@ def derived(state: RngState, step: int, rank: int) -> RngState:
 
     CUDA's stay as the process has made them.
     """
-    told = state["torch"].numpy().tobytes() + f" step {step} rank {rank}".encode()
-    seeds = [
-        int.from_bytes(hashlib.sha256(what + told).digest()[:8], "big") for what in (b"torch", b"python", b"numpy")
-    ]
+    told = state["torch"].numpy().tobytes()
     found: RngState = {
-        "torch": torch.Generator().manual_seed(seeds[0] >> 1).get_state(),
+        "torch": torch.Generator().manual_seed(_seed(told, step, rank, "torch")).get_state(),
         "cuda": {},
-        "python": random.Random(seeds[1]).getstate(),
+        "python": random.Random(_seed(told, step, rank, "python")).getstate(),
     }
     if numpy is not None:
-        found["numpy"] = numpy.random.RandomState(seeds[2] >> 32).get_state()
+        found["numpy"] = numpy.random.RandomState(_seed(told, step, rank, "numpy") >> 31).get_state()
     return found
+
+
+def derived_generator(generator: Any, saved: Any, step: int, rank: int) -> Any:
+    """The same of a generator of somebody's own: what takes the place of `saved`, the state of one of its kind."""
+    seed = _seed(repr(saved).encode() if not isinstance(saved, torch.Tensor) else bytes(saved.tolist()), step, rank, "")
+    if isinstance(generator, torch.Generator):
+        return torch.Generator(generator.device).manual_seed(seed).get_state()
+    if isinstance(generator, random.Random):
+        return random.Random(seed).getstate()
+    if isinstance(generator, numpy.random.RandomState):
+        return numpy.random.RandomState(seed >> 31).get_state()
+    return type(generator.bit_generator)(seed).state
+
+
+def _seed(told: bytes, step: int, rank: int, what: str) -> int:
+    """63 bits."""
+    digest = hashlib.sha256(told + f" {what} step {step} rank {rank}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def problems(state: Mapping[str, Any]) -> dict[str, str]:

@@ -45,6 +45,7 @@ class Fit:
     problems: list[str] = field(default_factory=list)
     unknown: set[str] = field(default_factory=set)
     taken: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)  # what wrappers had come to, and has no place here
 
 
 class Fitting:
@@ -75,16 +76,29 @@ class Fitting:
         """Raises UnsupportedError for a model that has become what cannot be saved; DamageError; OSError."""
         framework, fit = self._framework, self._fit
         framework.follow()
+        takes_optimizer = self._parts.takes_optimizer
+        try:
+            self._whole.compare(
+                framework.rank, framework.world_size,
+                lambda kind: kind != "buffer" and (takes_optimizer or kind in OF_MODEL),
+            )  # fmt: skip
+        except MismatchError as error:
+            self._problems.append(str(error))
         for view in framework.params:
             self._param(view)
         for part, tensor in framework.buffer_slices():
             self._buffer(part, tensor)
+        self._problems += [
+            f"buffer/{fqn} is cut over ranks here, and a checkpoint does not say how buffers were cut"
+            for fqn in framework.cut_buffers()
+        ]
         loading = fit.loading
         if self._parts.takes_optimizer:
             self._optimizer_state()
         if self._lax:
             loading.lacking, self._missing = self._missing, []
-        self._problems = self._problems[:LISTED] + listing("missing from the checkpoint", self._missing)
+        more = [f"and {len(self._problems) - LISTED} more"] if len(self._problems) > LISTED else []
+        self._problems = self._problems[:LISTED] + more + listing("missing from the checkpoint", self._missing)
         if self._lossy and self._cast != "target":
             self._problems += [
                 f"{count} tensors of kind {kind} are {was} in the checkpoint and {now} here, which cannot hold all "
@@ -127,20 +141,15 @@ class Fitting:
         if found is None:
             self._missing.append(part.name)
             return
-        if any(not equal(found[0], other) for other in found[1:]):
+        # Rank 0 looks for all: it is the one that tells.
+        if self._framework.rank == 0 and any(not equal(found[0], other) for other in found[1:]):
             self._fit.taken.append(part.name)
-        self._want(part, tensor, part.name, of=found[0])
+        self._want(part, tensor, part.name)
 
-    def _want(
-        self, wanted: Slice, tensor: torch.Tensor, name: str, *, of: SavedTensor | None = None, made: bool = False
-    ) -> None:
+    def _want(self, wanted: Slice, tensor: torch.Tensor, name: str, *, made: bool = False) -> None:
         """`made` says that what is wanted is made of another kind, as the framework would make it."""
         self._used.add(name)
-        try:
-            saved = of or self._whole.one(name, self._framework.rank, self._framework.world_size)
-        except MismatchError as error:
-            self._problems.append(str(error))
-            return
+        saved = self._whole.tensors[name][0]
         if saved.shape != wanted.global_shape or not casts.possible(saved.dtype, wanted.dtype):
             self._problems.append(
                 f"{wanted.name}: the checkpoint has {saved.dtype}{list(saved.shape)}, "
@@ -160,7 +169,8 @@ class Fitting:
         framework, optimizer, loading = self._framework, self._optimizer, self._fit.loading
         idle = [view.fqn for view in framework.params if not view.param.requires_grad]
         lacking = {view.fqn for view in framework.params if view.fqn not in self._rename} if self._lax else set()
-        held = {view.fqn for view in optimizer.state_views}
+        views = [view for view in optimizer.state_views if framework.keeps_state(view)]
+        held = {view.fqn for view in views}
         everything = [state["optimizer"] for state in self._whole.sealed]
         found, problems = regroup(everything, optimizer.describe(), self._rename, held=held, idle=idle, lacking=lacking)
         self._problems += problems
@@ -170,7 +180,7 @@ class Fitting:
             self._used.update(f"{kind}/{name}" for kind in self._whole.state_kinds.get(name or "", ()))
         if problems:
             return
-        for view in optimizer.state_views:
+        for view in views:
             self._state_of(view)
         self._problems += uneven(optimizer.joined(), found, lambda fqn: loading.states.get(fqn, ()))
         if not self._problems:

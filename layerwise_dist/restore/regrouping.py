@@ -90,8 +90,8 @@ def _unlike(saved: Sequence[Mapping[str, Any]]) -> str | None:
     def shape(state: Mapping[str, Any]) -> Any:
         if "optimizers" in state:
             return {name: shape(each) for name, each in state["optimizers"].items()}
-        inside = {place: "groups" in each for place, each in state.get("inside", {}).items()}
-        return [state["class"], inside]
+        inside = {place: len(each.get("groups", ())) for place, each in state.get("inside", {}).items()}
+        return [state["class"], len(state["groups"]), inside]
 
     for rank, state in enumerate(saved):
         if shape(state) != shape(saved[0]):
@@ -121,7 +121,8 @@ class _Mapping:
                 problems.append(f"what {saved[0]['class']} keeps beside its parameters' state differs between ranks")
                 break
         if "inside" in rest:
-            rest["inside"], wrong = self._inside([state["inside"] for state in saved], live.get("inside", {}))
+            there = [state.get("inside", {}) for state in saved]  # as many as rank 0 has, as `_unlike` saw
+            rest["inside"], wrong = self._inside(there, live.get("inside", {}))
             problems += wrong
         origin = [origins, len(saved[0]["groups"])]
         return {"class": live["class"], "groups": groups, "origins": origin, **rest}, problems
@@ -194,7 +195,10 @@ class _Mapping:
 def _taken(live: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
     """Keys that the live group's class lacks are not inserted; which kernel it uses is this run's choice."""
     kept = {"params", "name", *KERNEL_KEYS}
-    return {key: value if key in kept or key not in saved else saved[key] for key, value in live.items()}
+    taken = {key: value if key in kept or key not in saved else saved[key] for key, value in live.items()}
+    if "initial_lr" in saved:  # an LR scheduler's, which may be made after the restore
+        taken["initial_lr"] = saved["initial_lr"]
+    return taken
 
 
 def _some(names: Sequence[str]) -> str:

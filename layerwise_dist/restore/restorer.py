@@ -7,7 +7,7 @@ Where any rank finds that it is not, all of them look for their parts in what al
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,15 +19,15 @@ from layerwise_dist.commit.shards import open_base, open_shard
 from layerwise_dist.errors import DamageError, MismatchError, NotFoundError
 from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
+from layerwise_dist.frameworks.param_groups import group_origins
 from layerwise_dist.frameworks.parts import WHOLE, Parts
 from layerwise_dist.loop.objects import StateObjects
-from layerwise_dist.loop.sealed import SealedState
 from layerwise_dist.restore import choice, loader, ranks
 from layerwise_dist.restore.anywhere import Fit, Fitting
 from layerwise_dist.restore.choice import Wish
 from layerwise_dist.restore.loader import LISTED, LoadPlan, listing
 from layerwise_dist.restore.planner import ShardSet
-from layerwise_dist.restore.sealed_state import optimizers_of
+from layerwise_dist.restore.sealed_state import optimizers_of, read_state
 from layerwise_dist.restore.whole import Whole
 from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.protocols import ShardWriterAdapter
@@ -134,7 +134,10 @@ class Restorer:
             self._say_moved(manifest, fit)
         assert loading is not None
         framework, carried = self._framework, loading.sealed["wrapper"]
-        framework.take_up(framework.part_of(carried, terms.parts))
+        part = framework.part_of(carried, terms.parts)
+        sound, _ = together(participant, f"take up step {step}", lambda: framework.take_up(part))
+        if not sound:
+            return None
         self.undefined = f"the restore of step {step} did not finish: parameters and optimizer state are undefined"
         sound, _ = together(participant, f"load step {step}", lambda: loader.load(loading))
         return loading if sound else None
@@ -157,8 +160,13 @@ class Restorer:
             )
         except MismatchError as error:
             return manifest, shards, error
-        if terms.parts.takes_optimizer and self._objects.schedules() and self._regrouped(loading.sealed):
-            return manifest, shards, None  # LR schedulers keep something for each group
+        if terms.objects:
+            if not shards.shared:
+                raise MismatchError("restore(objects=...) takes a directory that all ranks see")
+            every = [read_state(shards.of(rank)[0], framework.name) for rank in range(framework.world_size)]
+            loading.sealed = ranks.chosen(every, framework.rank, choose=terms.objects)
+        if terms.parts.takes_optimizer and (wrong := self._fit_schedules(loading)):
+            raise MismatchError("; ".join(wrong))
         if not terms.parts.module_only:
             self._objects.check(loading.sealed)
         record = manifest.shards[framework.rank].base
@@ -167,12 +175,18 @@ class Restorer:
             loading = replace(loading, base=(report, shards.own[1].index))
         return manifest, shards, loading
 
-    def _regrouped(self, sealed: SealedState) -> bool:
-        def groups(optimizers: Iterable[Mapping[str, Any]]) -> list[list[list[str]]]:
-            return [[list(group["params"]) for group in each["groups"]] for each in optimizers]
-
+    def _fit_schedules(self, loading: LoadPlan) -> list[str]:
+        """LR schedulers keep something for each group, and groups may be others than the checkpoint's."""
+        names = self._objects.schedules()
+        if not names:
+            return []
         live = self._optimizer.describe()
-        return groups(optimizers_of(sealed)) != groups(live.get("optimizers", {"": live}).values())
+        pairs = zip(live.get("optimizers", {"": live}).values(), optimizers_of(loading.sealed), strict=True)
+        lacking, origins = loading.lacking_fqns, []
+        for here, saved in pairs:
+            found = group_origins([group["params"] for group in here["groups"]], saved, lacking)
+            origins.append((found, len(saved["groups"])))
+        return ranks.fit_schedules(loading.sealed, names, origins)
 
     def _where(self, manifest: Manifest) -> str:
         return f"step {manifest.step} in {self._manager.root}"
@@ -181,18 +195,24 @@ class Restorer:
         framework, where = self._framework, self._where(manifest)
         whole = Whole(manifest, shards)
         same_world = manifest.world_size == framework.world_size
-        sealed, taken = ranks.for_rank(whole.sealed, framework.rank, framework.world_size, choose=terms.objects)
+        sealed = whole.sealed[framework.rank if framework.rank < manifest.world_size else 0]
+        taken: list[str] = []
         if not terms.parts.module_only:
+            sealed, taken = ranks.for_rank(
+                whole.sealed, framework.rank, framework.world_size, choose=terms.objects, objects=self._objects
+            )
             self._objects.check(sealed)
-        wrapper = ranks.carried(framework, sealed, manifest.framework, same_world=same_world)
+        wrapper, lost = ranks.carried(framework, sealed, manifest.framework, terms.parts, same_world=same_world)
         fitting = Fitting(
             framework, self._optimizer, whole, {**sealed, "wrapper": wrapper}, where,
             partly=terms.partly, parts=terms.parts, cast=terms.cast,
         )  # fmt: skip
         fit = fitting.fit()
-        fit.taken = taken + fit.taken
+        fit.taken, fit.lost = taken + fit.taken, lost
         if terms.parts.takes_optimizer and not fit.problems:
-            fit.problems = ranks.fit_schedules(fit.loading.sealed, self._objects.schedules())
+            described: list[Any] = optimizers_of(fit.loading.sealed)
+            origins = [tuple(each["origins"]) for each in described]
+            fit.problems = ranks.fit_schedules(fit.loading.sealed, self._objects.schedules(), origins)
         return fit
 
     def _refuse_nodes(self, manifest: Manifest, checked: LoadPlan | MismatchError | None) -> None:
@@ -235,9 +255,11 @@ class Restorer:
         if fit.taken:
             more = f" and {len(fit.taken) - LISTED} more" if len(fit.taken) > LISTED else ""
             log.warning(
-                "step %d: its ranks differ in %s%s; ranks without their own take rank 0's",
+                "step %d: its ranks differ in %s%s; buffers are rank 0's from here on, and so is what new ranks take",
                 manifest.step, ", ".join(fit.taken[:LISTED]), more,
             )  # fmt: skip
+        if fit.lost:
+            log.warning("step %d: %s of the checkpoint has no place here", manifest.step, " and ".join(fit.lost))
 
     def _open(self, manifest: Manifest, rank: int) -> list[Shard]:
         pool = self._adapter.pool

@@ -29,7 +29,13 @@ _Many = Annotated[int, Field(ge=1, lt=1 << 63)]
 
 
 class _Part(Schema):
-    pass
+    @model_validator(mode="after")
+    def _missing_or_there(self) -> _Part:
+        for name in self.model_fields_set & type(self).model_fields.keys():
+            field = type(self).model_fields[name]
+            if not field.is_required() and field.default is None and getattr(self, name) is None:
+                raise ValueError(f"{name} is null, and may only be missing")
+        return self
 
 
 class _Rng(_Part):

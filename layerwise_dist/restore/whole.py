@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,6 +21,7 @@ from layerwise_dist.tensors.slices import ITEM_BYTES, Slice, ranks_text
 OF_MODEL = ("param", "master", "buffer")  # every other kind is of an optimizer's state
 
 _COMPARED_BYTES = 64 << 20  # of two replicas, at once
+_SMALL_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,11 +46,14 @@ class SavedTensor:
 
     def read(self, start: int, length: int) -> torch.Tensor:
         """Elements of it in row-major order, verified. Raises DamageError or OSError."""
-        of = self.slice
-        wanted = Slice(of.kind, of.fqn, of.dtype, of.global_shape, start=start, length=length)
-        found = torch.empty(length, dtype=DTYPES[of.dtype], device="cpu")
-        fill([(found, replan(wanted, self.parts))])
+        found = torch.empty(length, dtype=DTYPES[self.dtype], device="cpu")
+        fill([(found, replan(self.range(start, length), self.parts))])
         return found
+
+    def range(self, start: int, length: int) -> Slice:
+        """Elements of it in row-major order."""
+        of = self.slice
+        return Slice(of.kind, of.fqn, of.dtype, of.global_shape, start=start, length=length)
 
     @cached_property
     def numel(self) -> int:
@@ -95,21 +99,47 @@ class Whole:
                 found.setdefault(fqn, []).append(kind)
         return found
 
-    def one(self, name: str, rank: int, world_size: int) -> SavedTensor:
-        """The tensor of that name, if there is one or all are equal to the bit. Of many copies each of the ranks that
-        restore compares some: what one finds, all hear.
+    def compare(self, rank: int, world_size: int, needed: Callable[[str], bool]) -> None:
+        """Of tensors that several ranks wrote for themselves under one name, the copies must be equal to the bit. Each
+        of the ranks that restore compares a part of them: what one finds, all hear.
 
-        Raises MismatchError where they differ; DamageError; OSError.
+        `needed(kind)`: of which kinds. Raises MismatchError where copies differ; DamageError; OSError.
         """
-        first, *others = self.tensors[name]
-        for number, other in enumerate(others):
-            if number % world_size == rank and not equal(first, other):
+        copies = [
+            (name, found[0], other)
+            for name, found in self.tensors.items()
+            if len(found) > 1 and needed(name.split("/", 1)[0])
+            for other in found[1:]
+        ]
+        unsure = [each for each in copies[rank::world_size] if not _surely_equal(each[1], each[2])]
+        small = _read_all([tensor for _, *pair in unsure for tensor in pair if tensor.slice.nbytes <= _SMALL_BYTES])
+        for name, one, other in unsure:
+            known = small.get(id(one)), small.get(id(other))
+            same = (
+                torch.equal(known[0], known[1]) if known[0] is not None and known[1] is not None else equal(one, other)
+            )
+            if not same or (one.dtype, one.shape) != (other.dtype, other.shape):
                 raise MismatchError(
-                    f"{name}: rank(s) {ranks_text(first.ranks) or first.ranks[0]} and "
+                    f"{name}: rank(s) {ranks_text(one.ranks) or one.ranks[0]} and "
                     f"{ranks_text(other.ranks) or other.ranks[0]} of the checkpoint hold different ones, and this "
                     "job is cut otherwise, so that nothing says which of them is whose"
                 )
-        return first
+
+
+def _read_all(tensors: Sequence[SavedTensor]) -> dict[int, torch.Tensor]:
+    """All of each, as bytes, by identity: many small ones of a shard lie in one block, which is read once."""
+    found = {id(tensor): torch.empty(tensor.numel, dtype=DTYPES[tensor.dtype], device="cpu") for tensor in tensors}
+    by_id = {id(tensor): tensor for tensor in tensors}
+    fill((memory, replan(by_id[key].range(0, by_id[key].numel), by_id[key].parts)) for key, memory in found.items())
+    return {key: memory.view(torch.uint8) for key, memory in found.items()}
+
+
+def _surely_equal(one: SavedTensor, other: SavedTensor) -> bool:
+    """By the hashes of blocks, where both are cut and laid out alike."""
+    return (one.dtype, one.shape) == (other.dtype, other.shape) and (
+        len(one.parts) == len(other.parts)
+        and all(_same_blocks(mine, yours) for mine, yours in zip(one.parts, other.parts, strict=True))
+    )
 
 
 def equal(one: SavedTensor, other: SavedTensor) -> bool:
@@ -119,9 +149,7 @@ def equal(one: SavedTensor, other: SavedTensor) -> bool:
     """
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    if len(one.parts) == len(other.parts) and all(
-        _same_blocks(mine, yours) for mine, yours in zip(one.parts, other.parts, strict=True)
-    ):
+    if _surely_equal(one, other):
         return True
     step = _COMPARED_BYTES // ITEM_BYTES[one.dtype]
     return all(

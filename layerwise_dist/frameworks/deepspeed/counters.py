@@ -42,13 +42,13 @@ class Counters:
             "lr_scheduler": None if engine.lr_scheduler is None else engine.lr_scheduler.state_dict(),
         }
 
-    def at(self, step: int) -> dict[str, Any]:
+    def at(self, step: int, *, scheduled: bool) -> dict[str, Any]:
         """What an engine would have counted that has made this many steps, as `put` takes it; the rest stays as it is.
 
-        Raises MismatchError if there is an LR scheduler, of which nothing is known.
+        Raises MismatchError if there is an LR scheduler that is to be put back (`scheduled`): nothing is known of it.
         """
         engine = self._engine
-        if engine.lr_scheduler is not None:
+        if engine.lr_scheduler is not None and scheduled:
             raise MismatchError(
                 "the checkpoint is not of DeepSpeed, so that it has no state of this engine's LR scheduler "
                 f"({type(engine.lr_scheduler).__name__}): make the scheduler yourself, and give it in state={{...}}"
@@ -59,7 +59,7 @@ class Counters:
 
     def put(self, taken: dict[str, Any]) -> None:
         """All of it but the LR scheduler, which `put_schedule` puts back. What is not in `taken` stays as it is, and so
-        does a loss scale that only one of the two has: stage 0 in fp32 has none, and a new scaler begins as one does.
+        does a loss scale of another kind: stage 0 in fp32 has none, that of fp16 adapts itself and begins as a new one.
 
         Raises MismatchError where the LR scheduler is there in one of the two only.
         """
@@ -75,7 +75,8 @@ class Counters:
             engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
         elif "window" in taken:
             engine.micro_steps -= engine.micro_steps % taken["window"]  # one that was saved within begins anew
-        if scaler is not None and taken.get("loss_scale") is not None:
+        scale = taken.get("loss_scale")
+        if scaler is not None and scale is not None and ("cur_iter" in scale) == hasattr(scaler, "cur_iter"):
             external = taken["loss_scale"]["external"]
             for name in _SCALED:
                 if name in taken["loss_scale"] and hasattr(scaler, name):

@@ -147,8 +147,9 @@ class DeepSpeedFramework(FlatFramework):
         left = [*([] if parts.optimizer else ["loss_scale"]), *([] if parts.scheduler else ["lr_scheduler"])]
         return {name: value for name, value in carried.items() if name not in left}
 
-    def carry_on(self, carried: Any, step: int, *, same_world: bool) -> Any:
-        return self.counters.at(step) if carried is None else carried
+    def carry_on(self, carried: Any, step: int, parts: Parts, *, same_world: bool) -> Any:
+        scheduled = parts.scheduler and not parts.module_only
+        return self.counters.at(step, scheduled=scheduled) if carried is None else carried
 
     def take_up(self, carried: Any) -> None:
         self.counters.put(carried)

@@ -74,9 +74,13 @@ def spread(schedule: Mapping[str, Any], origins: Sequence[int], before: int) -> 
         values = schedule.get(name)
         if isinstance(values, (list, tuple)) and len(values) == before:
             fitted[name] = type(values)([values[origin] for origin in origins])
-    if "_schedulers" in schedule:  # a scheduler of schedulers
+    if isinstance(schedule.get("_schedulers"), list):  # a scheduler of schedulers
         fitted["_schedulers"] = [
-            spread(each, origins, before) if isinstance(each, Mapping) else _fit(each, origins, before)
+            spread(each, origins, before)
+            if isinstance(each, Mapping)
+            else _fit(each, origins, before)
+            if hasattr(each, "__dict__")
+            else each
             for each in schedule["_schedulers"]
         ]
     return fitted
