@@ -169,6 +169,9 @@ class CompositeFramework(Framework):
     def has_gradient(self, view: ParamView) -> bool:
         return self._part(view).has_gradient(view)
 
+    def frees_gradients(self, view: ParamView) -> bool:
+        return self._part(view).frees_gradients(view)
+
     def put_gradient(self, view: ParamView, present: bool) -> None:
         self._part(view).put_gradient(view, present)
 

@@ -197,6 +197,10 @@ class Framework:
         """Whether there is one, be it zeros: AdamW decays those, and leaves parameters with None alone."""
         return view.param.grad is not None
 
+    def frees_gradients(self, view: ParamView) -> bool:
+        """Whether an update leaves no gradient, and the next one must find none."""
+        return False
+
     def put_gradient(self, view: ParamView, present: bool) -> None:
         """Zeros, or None: the values of a boundary's gradients are never used again."""
         put_gradient(view.param, present)

@@ -109,7 +109,11 @@ class Fitting:
         self._problems += contradictions(self._names, loading.reads)[:LISTED]
         fit.problems = self._problems
         present = {name for state in self._whole.sealed for name in state["gradients"]}
-        gradients = [view.fqn for view in framework.params if self._rename.get(view.fqn) in present]
+        gradients = [
+            view.fqn
+            for view in framework.params
+            if self._rename.get(view.fqn) in present and not framework.frees_gradients(view)
+        ]
         loading.sealed = {**loading.sealed, "gradients": gradients}
         if self._parts.strict:
             fit.unknown = {name for name in self._whole.tensors if name not in self._used}

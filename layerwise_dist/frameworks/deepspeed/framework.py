@@ -91,6 +91,9 @@ class DeepSpeedFramework(FlatFramework):
     def gradient_ready_params(self) -> list[nn.Parameter]:
         return []  # ZeRO's own hooks take gradients away as they come
 
+    def frees_gradients(self, view: ParamView) -> bool:
+        return True
+
     # -- which slices -------------------------------------------------------------------------------------------
 
     def sharers(self, view: ParamView) -> tuple[int, ...]:
