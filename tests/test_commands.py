@@ -35,6 +35,7 @@ TABLE: list[tuple[str, str]] = [
     (r"bash launch/setup\.sh", "tests/run.sh runs it before these tests"),
     (r"bash tests/run\.sh( --long( -k soak)?)?", "it is what runs these tests"),
     (r"bash tests/quick\.sh( .*)?", "tests/run.sh runs each of its steps"),
+    (r"torchrun --nnodes=1:4 --max-restarts=3", "test_elastic.py::test_a_job_goes_on_with_fewer_ranks_and_with_more"),
     (r"bash tests/(native|vm/run)\.sh", "tests/run.sh runs it beside these tests"),
     (r"(sudo )?apt-get install .*|python3 -m venv \.venv|(\.venv/bin/)?pip install .*", _INSTALLS),
     (r"layerwise ls( DIR)?", "test_cli.py::test_ls_tells_the_newest_the_lineage_and_what_was_abandoned"),

@@ -13,14 +13,14 @@ THREE = [
     "trial:ddp:adamw-fused:bare:in_backward", "trial:ddp:sgd-momentum:batchnorm:in_backward",
     "trial:fsdp1:adamw-fused:bare:in_backward", "trial:fsdp1:adamw-foreach:clipping:pipelined_step",
     "written:fsdp1", "written:fsdp1-flat", "written:zero", "rollback:fsdp1-flat",
-    "mutation:fsdp1", "refusals", "cuts:fsdp1>fsdp1-flat", "cuts:fsdp1>fsdp2", "cuts:zero>ddp", "cuts:ddp>zero",
+    "mutation:fsdp1", "refusals",
     "recut:fsdp2",
     "replaced:ddp", "replaced:fsdp1-hand", "replaced:fsdp2", "replaced:fsdp2-hand", "follows:fsdp2",
 ]  # fmt: skip
 FOUR = [
     "trial:hsdp:adamw-fused:all", "trial:tp:adamw-foreach:unused", "trial:tp:sgd-momentum:accumulation",
     "trial:hsdp:sgd-momentum:bare:in_backward",
-    "written:hsdp", "written:tp", "written:fsdp1-hybrid", "cuts:hsdp>fsdp2", "takes:fsdp2>hsdp", "cuts:tp>fsdp2",
+    "written:hsdp", "written:tp", "written:fsdp1-hybrid", "takes:hsdp>fsdp2", "takes:fsdp2>hsdp",
 ]  # fmt: skip
 OPTIMIZERS = ("sgd-momentum", "adamw-foreach", "adamw-fused")
 # Clipping over two meshes is an error of torch's, and a tied weight cannot be in two.

@@ -113,26 +113,6 @@ def region(whole: torch.Tensor, place: dict[str, Any], part: torch.Tensor) -> to
     return whole
 
 
-# -- what is not taken -----------------------------------------------------------------------------------------------
-
-
-def cuts(wrappers: str, folder: str) -> list[str]:
-    """A checkpoint of the first wrapper is not the second's: MismatchError, and nothing is loaded."""
-    first, second = wrappers.split(">")
-    saved(first, folder, 1)
-    job = Job(second, "adamw-fused", "bare", seed=2)
-    job.step()
-    before = job.contents()
-    ckpt = attach(job, folder)
-    try:
-        ckpt.restore()
-    except errors.MismatchError:
-        return differences(job.contents(), before)
-    finally:
-        ckpt.close()
-    return [f"{second} took a checkpoint of {first}"]
-
-
 def recut(wrapper: str, folder: str) -> list[str]:
     """Parameters that were sharded along one dimension are restored where they are sharded along the other."""
     assert wrapper == "fsdp2"
@@ -153,6 +133,9 @@ def recut(wrapper: str, folder: str) -> list[str]:
     _, *rest = found
     pairs = zip([found[0], rest[1]], [rest[0], rest[2]], strict=True)
     return [name for saved, restored in pairs for name in saved if not torch.equal(saved[name], restored[name])]
+
+
+# -- other cuts ---------------------------------------------------------------------------------------------------------
 
 
 def takes(wrappers: str, folder: str) -> list[str]:
@@ -319,7 +302,7 @@ def train(model: nn.Module, optimizer: Any) -> None:
 
 
 CHECKS = {
-    "written": written, "cuts": cuts, "recut": recut, "takes": takes, "rollback": roll_back, "mutation": mutation,
+    "written": written, "recut": recut, "takes": takes, "rollback": roll_back, "mutation": mutation,
     "refusals": refusals, "replaced": replaced, "follows": follows,
 }  # fmt: skip
 

@@ -198,8 +198,7 @@ def window_in_two(root: str) -> list[str]:
 
 
 def other_stage(root: str) -> list[str]:
-    """A checkpoint of stage 1 is one of stage 2, and not one of stage 3: nothing is loaded then."""
-    found = []
+    """A checkpoint of stage 1 is one of stage 2, which cuts as it does. (`matrix.py` has the other stages.)"""
     job = Job("1-bf16", seed=1)
     ckpt = job.attach(root)
     job.train(ckpt, 2)
@@ -210,17 +209,7 @@ def other_stage(root: str) -> list[str]:
     ckpt.restore()
     ckpt.close()
     got = job.contents()
-    found += [name for name in differences(got, expected) if name != "rng"]
-    job = Job("3-bf16", seed=2)
-    before = job.contents()
-    ckpt = job.attach(root)
-    try:
-        ckpt.restore()
-        found.append("stage 3 took a checkpoint of stage 1")
-    except errors.MismatchError:
-        found += differences(job.contents(), before)
-    ckpt.close()
-    return found
+    return [name for name in differences(got, expected) if name != "rng"]
 
 
 def given_other_memory(case: str, root: str) -> list[str]:
