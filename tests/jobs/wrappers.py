@@ -135,7 +135,7 @@ def recut(wrapper: str, folder: str) -> list[str]:
     return [name for saved, restored in pairs for name in saved if not torch.equal(saved[name], restored[name])]
 
 
-# -- other cuts ---------------------------------------------------------------------------------------------------------
+# -- other cuts --------------------------------------------------------------------------------------------------------
 
 
 def takes(wrappers: str, folder: str) -> list[str]:
