@@ -247,7 +247,7 @@ def test_an_interrupted_benchmark_leaves_no_file_and_no_process(
     finally:
         job.kill()
         job.communicate()
-    assert (job.returncode, out) == (130, b"")
+    assert (job.returncode, out) == (130, b""), err.decode()[-2000:]
     assert b"interrupted" in err and b"Traceback" not in err
     assert list(tmp_path.iterdir()) == []
     assert processes_in(tmp_path) == []

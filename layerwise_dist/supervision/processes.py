@@ -98,16 +98,30 @@ def kill_all(find: Callable[[], list[int]], timeout_s: float = 30.0) -> int:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM ends the body as Ctrl-C does, so that nothing is left behind."""
+    """SIGTERM ends the body as Ctrl-C does, so that nothing is left behind. A KeyboardInterrupt leaves it, also where a
+    library in it has made another exception of that one (torch.distributed.checkpoint does).
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
+    came = False
+
     def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    ours = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        ours.append(signal.SIGINT)
+    before = {number: signal.signal(number, interrupt) for number in ours}
     try:
         yield
+    except Exception as error:
+        if came:
+            raise KeyboardInterrupt from error
+        raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
