@@ -180,10 +180,12 @@ class Restorer:
         names = self._objects.schedules()
         if not names:
             return []
-        live = self._optimizer.describe()
-        pairs = zip(live.get("optimizers", {"": live}).values(), optimizers_of(loading.sealed), strict=True)
+        live: dict[str, Any] = self._optimizer.describe()
+        there: dict[str, Any] = {**loading.sealed["optimizer"]}
+        by_name = there.get("optimizers", {"": there})
         lacking, origins = loading.lacking_fqns, []
-        for here, saved in pairs:
+        for name, here in live.get("optimizers", {"": live}).items():
+            saved = by_name[name]
             found = group_origins([group["params"] for group in here["groups"]], saved, lacking)
             origins.append((found, len(saved["groups"])))
         return ranks.fit_schedules(loading.sealed, names, origins)
@@ -223,8 +225,8 @@ class Restorer:
         if checked is None:
             raise MismatchError(
                 f"{self._where(manifest)} was written by {manifest.world_size} rank(s) of {manifest.framework}, and "
-                f"this job has {framework.world_size} of {framework.name}, or groups its parameters otherwise: that "
-                "takes a directory that all ranks see. Copy all shards into one"
+                f"this job has {framework.world_size} of {framework.name}: that takes a directory that all ranks see. "
+                "Copy all shards into one"
             )
 
     def _refuse(self, manifest: Manifest, fit: Fit) -> None:
