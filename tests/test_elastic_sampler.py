@@ -204,7 +204,7 @@ class Ranks:
         states = {rank: {"train": tap.snapshot()} for rank, tap in enumerate(self.taps)}
         read = typed_json.loads(*typed_json.dumps(states))
         for each in read.values():
-            fits(sealed_state._LOADERS[each["train"]["kind"]], each["train"], "state")
+            fits(sealed_state.LOADERS[each["train"]["kind"]], each["train"], "state")
         return read
 
     def restore(self, saved: dict[int, dict[str, Any]], choices: dict[str, str] | None = None) -> Ranks:
@@ -637,7 +637,7 @@ def test_a_position_that_cannot_be_is_damage(change: dict[str, Any]) -> None:
     state = ranks.saved()[0]["train"]
     state["elastic"] |= change
     with pytest.raises(Exception, match="elastic"):
-        fits(sealed_state._LOADERS["counted"], state, "state")
+        fits(sealed_state.LOADERS["counted"], state, "state")
 
 
 # -- mutations --------------------------------------------------------------------------------------------------------

@@ -149,7 +149,7 @@ def test_nothing_tells_of_loaders_once_nobody_watches() -> None:
     gc.collect()  # boundaries of other tests
     before = DataLoader.__iter__
     job = loose()()
-    assert DataLoader.__iter__ is not before or loose_module._watches
+    assert DataLoader.__iter__ is not before or loose_module.watching
     job.boundary.close()
     assert list(DataLoader(PLAIN, batch_size=8))[0].shape == (8, 4)
 

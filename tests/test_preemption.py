@@ -215,8 +215,8 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     yield []
     for each in made:
         each.close()
-        each._grace.join(30)
-        preemption._native.stop_hearing(each._bell)
+        each.grace.join(30)
+        preemption._native.stop_hearing(each.bell)
     assert ended == [each.exit_code for each in made if each.begun]
 
 
@@ -303,7 +303,7 @@ def test_a_bell_that_is_closed_is_not_rung_any_more(heard: list[str], monkeypatc
         threading.Timer(0.1, goes_on.set).start()
         watching.close()
         others = os.eventfd(0, os.EFD_NONBLOCK)
-        assert others == watching._bell, "the number is free"
+        assert others == watching.bell, "the number is free"
         os.kill(os.getpid(), signal.SIGTERM)
         while not calls:
             time.sleep(0.005)
@@ -379,7 +379,7 @@ def stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The process, which is the tests', is not ended at the deadline, and hears of its children again."""
     before = signal.getsignal(signal.SIGCHLD)
     bells: list[int] = []
-    monkeypatch.setattr(Preemption, "_end_in_time", lambda self: bells.append(self._bell))
+    monkeypatch.setattr(Preemption, "_end_in_time", lambda self: bells.append(self.bell))
     yield
     for bell in bells:
         preemption._native.stop_hearing(bell)

@@ -18,21 +18,21 @@ pytestmark = pytest.mark.quick
 FORMAT = Path(__file__).parent.parent / "docs" / "format.md"
 
 PAIRS: list[tuple[type[BaseModel], Any]] = [
-    (sealed_state._Sealed, sealed.SealedState),
-    (sealed_state._Boundary, sealed.BoundaryState),
-    (sealed_state._Rng, sealed.RngState),
-    (sealed_state._Generators, sealed.GeneratorStates),
-    (sealed_state._Now, sealed.LoaderNow),
-    (sealed_state._ElasticPosition, sealed.ElasticPosition),
-    (sealed_state._Counted, sealed.CountedLoader),
-    (sealed_state._Stateful, sealed.StatefulLoader),
-    (sealed_state._Single, described.SingleOptimizer),
-    (sealed_state._Several, described.SeveralOptimizers),
-    (sealed_state._OneOfSeveral, described.DescribedOptimizer),
-    (sealed_state._Inside, described.Inside),
-    (sealed_state._Elsewhere, described.KeptElsewhere),
-    (sealed_state._Standing, described.Standing),
-    (sealed_state._Counters, described.CarriedCounters),
+    (sealed_state.SealedSchema, sealed.SealedState),
+    (sealed_state.BoundarySchema, sealed.BoundaryState),
+    (sealed_state.RngSchema, sealed.RngState),
+    (sealed_state.GeneratorsSchema, sealed.GeneratorStates),
+    (sealed_state.NowSchema, sealed.LoaderNow),
+    (sealed_state.ElasticPositionSchema, sealed.ElasticPosition),
+    (sealed_state.CountedSchema, sealed.CountedLoader),
+    (sealed_state.StatefulSchema, sealed.StatefulLoader),
+    (sealed_state.SingleSchema, described.SingleOptimizer),
+    (sealed_state.SeveralSchema, described.SeveralOptimizers),
+    (sealed_state.OneOfSeveralSchema, described.DescribedOptimizer),
+    (sealed_state.InsideSchema, described.Inside),
+    (sealed_state.ElsewhereSchema, described.KeptElsewhere),
+    (sealed_state.StandingSchema, described.Standing),
+    (sealed_state.CountersSchema, described.CarriedCounters),
 ]
 OF_SEVERAL_ONLY = {"updates"}
 
@@ -42,7 +42,7 @@ def differences(model: type[BaseModel], typed: Any) -> set[str]:
     named = {field.alias or name: field.is_required() for name, field in model.model_fields.items()}
     members = {name: name in typed.__required_keys__ for name in typed.__required_keys__ | typed.__optional_keys__}
     found = named.items() ^ members.items()
-    return {name for name, _ in found} - (OF_SEVERAL_ONLY if issubclass(model, sealed_state._Optimizer) else set())
+    return {name for name, _ in found} - (OF_SEVERAL_ONLY if issubclass(model, sealed_state.OptimizerSchema) else set())
 
 
 @pytest.mark.parametrize(("model", "typed"), PAIRS)
@@ -53,14 +53,19 @@ def test_the_types_of_the_state_are_what_a_reader_checks(model: type[BaseModel],
 def test_every_model_of_the_reader_has_its_type() -> None:
     parts = {each for each in vars(sealed_state).values() if isinstance(each, type)}
     parts = {
-        each for each in parts if issubclass(each, sealed_state._Part) and each.__module__ == sealed_state.__name__
+        each for each in parts if issubclass(each, sealed_state.PartSchema) and each.__module__ == sealed_state.__name__
     }
-    without = {sealed_state._Part, sealed_state._Group, sealed_state._Optimizer, sealed_state._PerParameter}
+    without = {
+        sealed_state.PartSchema,
+        sealed_state.GroupSchema,
+        sealed_state.OptimizerSchema,
+        sealed_state.PerParameterSchema,
+    }
     assert parts - without == {model for model, _ in PAIRS}
 
 
 def test_a_member_that_only_one_side_has_or_requires_is_found() -> None:
-    class Now(sealed_state._Part):
+    class Now(sealed_state.PartSchema):
         others: ClassVar[bool] = False
         own: dict[str, Any] = {}
         more: int

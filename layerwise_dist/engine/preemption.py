@@ -64,12 +64,12 @@ class Preemption:
         self._deadline: float | None = None
         self._closed = threading.Event()
         self._over = threading.Event()  # all are leaving, or it is closed
-        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         # Both at once: a process that is told to leave may get no thread any more.
-        self._grace = background.start("layerwise-grace", self._end_in_time, lambda _: end_process(self.exit_code))
+        self.grace = background.start("layerwise-grace", self._end_in_time, lambda _: end_process(self.exit_code))
         self._thread = background.start("layerwise-signals", self._listen, failed)
         _active.add(self)
-        _native.hear_signal(_SIGNAL, self._bell)
+        _native.hear_signal(_SIGNAL, self.bell)
 
     def leaving(self, why: str) -> None:
         """All ranks leave: from now on the process has `grace_s` seconds.
@@ -109,28 +109,28 @@ class Preemption:
             return
         self._closed.set()
         self._over.set()
-        os.eventfd_write(self._bell, 1)
+        os.eventfd_write(self.bell, 1)
         self._thread.join(5.0)  # it may be about to take its place in front once more
         _active.discard(self)
         if not self.begun:
-            _native.stop_hearing(self._bell)
+            _native.stop_hearing(self.bell)
             if not self._thread.is_alive():
-                os.close(self._bell)
+                os.close(self.bell)
 
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _listen(self) -> None:
         bell = select.poll()
-        bell.register(self._bell, select.POLLIN)
+        bell.register(self.bell, select.POLLIN)
         while not self._closed.is_set():
             if bell.poll(_KEEP_MS):
-                os.eventfd_read(self._bell)
+                os.eventfd_read(self.bell)
                 if not self._closed.is_set():
                     why = f"{signal.Signals(_SIGNAL).name} on rank {self._rank}"
                     self.leaving(why)
                     self._ask(why)
             elif not self._closed.is_set():
-                _native.hear_signal(_SIGNAL, self._bell)
+                _native.hear_signal(_SIGNAL, self.bell)
 
     def _end_in_time(self) -> None:
         self._over.wait()
@@ -167,7 +167,7 @@ def _in_child() -> None:
         return
     for preemption in list(_active):
         preemption._closed.set()
-        _native.stop_hearing(preemption._bell)
+        _native.stop_hearing(preemption.bell)
     _active.clear()
     workers: Any = sys.modules.get(_WORKERS)
     if workers is not None:

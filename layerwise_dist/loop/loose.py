@@ -20,7 +20,7 @@ from layerwise_dist.loop import rng
 
 _STATEFUL = "torchdata.stateful_dataloader.stateful_dataloader"
 
-_watches: weakref.WeakSet[LooseLoaders] = weakref.WeakSet()
+watching: weakref.WeakSet[LooseLoaders] = weakref.WeakSet()
 _plain: dict[type[DataLoader[Any]], Callable[[Any], Iterator[Any]]] = {}  # the `__iter__` of each class that tells
 
 
@@ -71,13 +71,13 @@ class LooseLoaders:
         self._started: list[Started] = []
         self._outside: set[str] = set()  # names of those that a resume starts between iterations, as this run did
         self._seed: int | None = None  # of torch's generator at the last boundary
-        _watches.add(self)
+        watching.add(self)
         _tell()
 
     def close(self) -> None:
-        _watches.discard(self)
+        watching.discard(self)
         self._started.clear()
-        if not _watches:
+        if not watching:
             _tell_no_more()
 
     def started(self, loader: DataLoader[Any], iterator: Any, *, inside: bool, moved: bool) -> None:
@@ -151,8 +151,8 @@ def _tell_no_more() -> None:
 
 def _telling(plain: Callable[[Any], Iterator[Any]]) -> Callable[[Any], Iterator[Any]]:
     def __iter__(self: DataLoader[Any]) -> Iterator[Any]:
-        name = describe(self) if _watches else ""
-        told = [(watch, watch.starting(self, name)) for watch in list(_watches)]
+        name = describe(self) if watching else ""
+        told = [(watch, watch.starting(self, name)) for watch in list(watching)]
         told = [(watch, inside) for watch, inside in told if inside is not None]
         if not told:
             return plain(self)

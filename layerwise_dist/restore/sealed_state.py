@@ -28,9 +28,9 @@ _Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 _Many = Annotated[int, Field(ge=1, lt=1 << 63)]
 
 
-class _Part(Schema):
+class PartSchema(Schema):
     @model_validator(mode="after")
-    def _missing_or_there(self) -> _Part:
+    def _missing_or_there(self) -> PartSchema:
         for name in self.model_fields_set & type(self).model_fields.keys():
             field = type(self).model_fields[name]
             if not field.is_required() and field.default is None and getattr(self, name) is None:
@@ -38,14 +38,14 @@ class _Part(Schema):
         return self
 
 
-class _Rng(_Part):
+class RngSchema(PartSchema):
     torch: Tensor
     cuda: dict[int, Tensor]
     python: tuple[int, tuple[int, ...], float | None]
     numpy: tuple[Any, ...] | dict[str, Any] | None = None
 
     @model_validator(mode="after")
-    def _can_be_put(self) -> _Rng:
+    def _can_be_put(self) -> RngSchema:
         there = {name: getattr(self, name) for name in self.model_fields_set}
         for name, problem in rng.problems(there).items():
             raise ValueError(f"{name}: no generator takes it: {problem}")
@@ -61,17 +61,17 @@ def _generator(state: torch.Tensor) -> torch.Tensor:
 _Own = dict[str, Annotated[torch.Tensor, AfterValidator(_generator)]]
 
 
-class _Generators(_Part):
-    rng: _Rng
+class GeneratorsSchema(PartSchema):
+    rng: RngSchema
     own: _Own
 
 
-class _Now(_Part):
+class NowSchema(PartSchema):
     own: _Own
     epochs: dict[str, _Count]
 
 
-class _ElasticPosition(_Part):
+class ElasticPositionSchema(PartSchema):
     begin: _Count
     draws: _Count
     position: _Count
@@ -81,62 +81,62 @@ class _ElasticPosition(_Part):
     shuffle: bool
 
     @model_validator(mode="after")
-    def _within(self) -> _ElasticPosition:
+    def _within(self) -> ElasticPositionSchema:
         if not self.begin <= self.position <= self.samples:
             raise ValueError(f"not in order: begin {self.begin}, position {self.position}, samples {self.samples}")
         return self
 
 
-class _Counted(_Part):
+class CountedSchema(PartSchema):
     kind: Literal["counted"]
     iterating: bool
     draws: _Count
-    start: _Generators | None
-    first: _Generators | None
-    later: dict[int, _Generators]
+    start: GeneratorsSchema | None
+    first: GeneratorsSchema | None
+    later: dict[int, GeneratorsSchema]
     again: bool
-    now: _Now
+    now: NowSchema
     replicas: _Many | None = None
-    elastic: _ElasticPosition | None = None
+    elastic: ElasticPositionSchema | None = None
 
     @model_validator(mode="after")
-    def _started(self) -> _Counted:
+    def _started(self) -> CountedSchema:
         if self.iterating and self.start is None:
             raise ValueError("an iteration is under way, and how it began is missing")
         return self
 
 
-class _Stateful(_Part):
+class StatefulSchema(PartSchema):
     kind: Literal["stateful"]
     iterating: bool
-    start: _Generators | None
+    start: GeneratorsSchema | None
     state: Any
-    now: _Now
+    now: NowSchema
     replicas: _Many | None = None
-    elastic: _ElasticPosition | None = None
+    elastic: ElasticPositionSchema | None = None
 
     @model_validator(mode="after")
-    def _started(self) -> _Stateful:
+    def _started(self) -> StatefulSchema:
         begun = self.elastic is not None and not self.elastic.draws  # and then nothing is to be skipped
         if self.iterating and (self.start is None or (self.state is None and not begun)):
             raise ValueError("an iteration is under way, and how it began is missing")
         return self
 
 
-_LOADERS: dict[Any, type[_Part]] = {"counted": _Counted, "stateful": _Stateful}
+LOADERS: dict[Any, type[PartSchema]] = {"counted": CountedSchema, "stateful": StatefulSchema}
 
 
-class _Boundary(_Part):
+class BoundarySchema(PartSchema):
     kind: Literal["explicit", "loader", "inferred", "call"]
-    rng: _Rng
+    rng: RngSchema
     rng_event: Literal["boundary", "draw"]
-    rng_after: _Rng | None
+    rng_after: RngSchema | None
     at: list[str]
     loaders: dict[str, dict[str, Any]]
     starts: list[str] = []
 
 
-class _Group(_Part):
+class GroupSchema(PartSchema):
     """With the group's hyper-parameters beside it, whatever they are."""
 
     others: ClassVar[bool] = True
@@ -144,43 +144,43 @@ class _Group(_Part):
     params: list[str]
 
 
-class _Elsewhere(_Part):
+class ElsewhereSchema(PartSchema):
     state: dict[str, Any] = {}
     on_device: list[str] = []
     told: dict[Any, Any] = {}
 
 
-class _Inside(_Elsewhere):
+class InsideSchema(ElsewhereSchema):
     kind: str = Field(alias="class")
     own_state: bool
-    groups: list[_Group] | None = None
+    groups: list[GroupSchema] | None = None
 
 
-class _Optimizer(_Elsewhere):
+class OptimizerSchema(ElsewhereSchema):
     kind: str = Field(alias="class")
-    groups: list[_Group]
-    inside: dict[str, _Inside] = {}
-    around: dict[str, _Elsewhere] = {}
+    groups: list[GroupSchema]
+    inside: dict[str, InsideSchema] = {}
+    around: dict[str, ElsewhereSchema] = {}
 
 
-class _OneOfSeveral(_Optimizer):
+class OneOfSeveralSchema(OptimizerSchema):
     updates: _Count
 
 
-class _PerParameter(_Part):
+class PerParameterSchema(PartSchema):
     scalars: dict[str, dict[str, Any]]
     order: dict[str, list[str]]
 
 
-class _Single(_Optimizer, _PerParameter):
+class SingleSchema(OptimizerSchema, PerParameterSchema):
     pass
 
 
-class _Several(_PerParameter):
-    optimizers: dict[str, _OneOfSeveral]
+class SeveralSchema(PerParameterSchema):
+    optimizers: dict[str, OneOfSeveralSchema]
 
 
-class _Standing(_Part):
+class StandingSchema(PartSchema):
     """As `frameworks.subclasses.describe` has it."""
 
     kind: str = Field(alias="class")
@@ -188,13 +188,13 @@ class _Standing(_Part):
     size: list[_Count]
     stride: list[_Count]
     inner: list[str]
-    nested: dict[str, _Standing]
+    nested: dict[str, StandingSchema]
 
 
-class _Sealed(_Part):
+class SealedSchema(PartSchema):
     step: int = Field(ge=0, lt=STEPS_END)
     updates: _Count
-    boundary: _Boundary
+    boundary: BoundarySchema
     objects: dict[str, Any]
     client_state: dict[Any, Any] | None
     optimizer: dict[str, Any]
@@ -202,10 +202,10 @@ class _Sealed(_Part):
     gradients: list[str]
     extra_state: dict[str, Any]
     aliases: dict[str, list[str]] = {}
-    standing: dict[str, _Standing] = {}
+    standing: dict[str, StandingSchema] = {}
 
 
-class _Counters(_Part):
+class CountersSchema(PartSchema):
     counters: dict[str, _Count]
     window: int = Field(ge=1, lt=1 << 63)
     loss_scale: dict[str, Any] | None
@@ -232,15 +232,15 @@ def optimizers_of(sealed: SealedState) -> list[DescribedOptimizer]:
 
 
 def _check(sealed: SealedState, framework: str) -> None:
-    fits(_Sealed, sealed, "state")
+    fits(SealedSchema, sealed, "state")
     for name, loader in sealed["boundary"]["loaders"].items():
         path = f"state.boundary.loaders.{shown(name, 100)}"
         kind = loader.get("kind")
-        model = _LOADERS.get(kind) if type(kind) is str else None
+        model = LOADERS.get(kind) if type(kind) is str else None
         if model is None:
-            raise Unfit(f"{path}.kind is {ascii(kind)[:100]}, known are {sorted(_LOADERS)}")
+            raise Unfit(f"{path}.kind is {ascii(kind)[:100]}, known are {sorted(LOADERS)}")
         fits(model, loader, path)
-    fits(_Several if "optimizers" in sealed["optimizer"] else _Single, sealed["optimizer"], "state.optimizer")
+    fits(SeveralSchema if "optimizers" in sealed["optimizer"] else SingleSchema, sealed["optimizer"], "state.optimizer")
     check_wrapper(sealed["wrapper"], framework, "state.wrapper")
 
 
@@ -252,7 +252,7 @@ def check_wrapper(carried: Any, framework: str, path: str) -> None:
             raise Unfit(f"{path}.{name}: missing")
         check_wrapper(carried[name], each, f"{path}.{name}")
     if framework == "deepspeed":
-        fits(_Counters, carried, path)
+        fits(CountersSchema, carried, path)
         scale = carried["loss_scale"]
         if scale is not None and "external" not in scale:
             raise Unfit(f"{path}.loss_scale.external: missing")
