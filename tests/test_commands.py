@@ -61,6 +61,10 @@ TABLE: list[tuple[str, str]] = [
         r"\.venv/bin/python tests/exactness_table\.py > docs/exactness\.md",
         "test_exactness.py::test_the_table_in_the_docs_is_whole_and_what_is_tried_again_is_as_it_says",
     ),
+    (
+        r"\.venv/bin/python tests/matrix\.py --out docs/restore-matrix\.md",
+        "test_matrix.py::test_drawn_pairs_of_wrappers_and_numbers_of_ranks_restore_to_the_bit",
+    ),
     (r"python tests/attacks", "test_attacks.py::test_every_crafted_directory_is_a_named_error_or_an_older_commit"),
     (r"python tests/fuzz/fuzz\.py", "test_fuzz.py::test_no_reader_raises_anything_but_a_damage_error"),
     (r"bash tests/fuzz/native\.sh", "builds the core with sanitizers for minutes: it is for hours, not for each run"),

@@ -287,6 +287,11 @@ def longest(out: Path) -> int:
     return 1 + max(line["step"] for line in told if "step" in line)
 
 
+def has_committed(out: Path) -> bool:
+    told = (line for each in out.iterdir() for lines in read(each, RANKS) for line in lines)
+    return any(line.get("committed") for line in told)
+
+
 def run(folder: Path, minutes: float, seed: int) -> dict[str, Any]:
     folder.mkdir(parents=True)
     chance, out, plain = random.Random(seed), folder / "out", folder / "plain"
@@ -305,10 +310,12 @@ def run(folder: Path, minutes: float, seed: int) -> dict[str, Any]:
         if filler is not None:
             stack.callback(filler.close)
         storm, number, until = Storm(chance), 0, time.monotonic() + 60 * minutes
-        while time.monotonic() < until:
+        # Longer where the machine is so busy that no launch has come to a commit, which is what a resume needs.
+        while time.monotonic() < until or (not has_committed(out) and time.monotonic() < until + 60):
             number += 1
             launch = Launch(warm, root, out, number, 10**9)
-            storm.bother(launch, min(chance.uniform(1.0, 12.0), max(0.5, until - time.monotonic())))
+            left = until - time.monotonic()
+            storm.bother(launch, min(chance.uniform(1.0, 12.0), max(0.5, left)) if left > 0 else 6.0)
             storm.end(launch)
             watcher.check()
         if filler is not None:
