@@ -23,7 +23,6 @@ from layerwise_dist.restore import sealed_state
 from layerwise_dist.storage import typed_json
 from layerwise_dist.storage.schemas import fits
 
-quick = pytest.mark.quick
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step", "ignore:'set_vital'")
 torch.set_num_threads(1)
 
@@ -70,7 +69,6 @@ def is_whole(dealt: list[int], order: list[int], world: int, drop_last: bool) ->
 
 
 # -- as torch's -------------------------------------------------------------------------------------------------------
-@quick
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("size", [*SIZES, 3, 64])
 def test_from_an_epochs_beginning_it_yields_what_torchs_yields(size: int, drop_last: bool) -> None:
@@ -89,7 +87,6 @@ def test_from_an_epochs_beginning_it_yields_what_torchs_yields(size: int, drop_l
                     assert both[0].num_samples == both[1].num_samples and both[0].total_size == both[1].total_size
 
 
-@quick
 def test_it_takes_torchs_arguments_and_raises_torchs_errors() -> None:
     assert isinstance(ElasticDistributedSampler(Numbers(3), 2, 1, False, 4, True), DistributedSampler)
     with pytest.raises(ValueError, match="Invalid rank 2"):
@@ -99,7 +96,6 @@ def test_it_takes_torchs_arguments_and_raises_torchs_errors() -> None:
 
 
 # -- the position -----------------------------------------------------------------------------------------------------
-@quick
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("size", SIZES)
 def test_a_change_of_world_size_at_any_position_loses_and_repeats_nothing(size: int, drop_last: bool) -> None:
@@ -131,7 +127,6 @@ def test_a_change_of_world_size_at_any_position_loses_and_repeats_nothing(size: 
                         assert seen + rest == together(parts), "as if nothing had been"
 
 
-@quick
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_several_changes_in_one_epoch_lose_and_repeat_nothing(drop_last: bool) -> None:
     draw = random.Random(0)
@@ -152,7 +147,6 @@ def test_several_changes_in_one_epoch_lose_and_repeat_nothing(drop_last: bool) -
         assert is_whole(dealt, order, world, drop_last)
 
 
-@quick
 def test_only_the_next_iteration_begins_there() -> None:
     plain = list(DistributedSampler(Numbers(100), 2, 0))
     (sampler, _) = samplers(100, 2)
@@ -245,7 +239,6 @@ def change(size: int, worlds: list[int], batch_sizes: list[int | None], draws: l
     return dealt
 
 
-@quick
 @pytest.mark.parametrize("batch_size", [1, 2, 5, None])
 @pytest.mark.parametrize("size", SIZES)
 def test_loaders_go_on_elsewhere_after_any_number_of_batches(size: int, batch_size: int | None) -> None:
@@ -258,7 +251,6 @@ def test_loaders_go_on_elsewhere_after_any_number_of_batches(size: int, batch_si
             assert is_whole(dealt, order, world if ended else other, False), (world, other, count)
 
 
-@quick
 def test_the_batch_size_may_change_with_the_ranks_or_without_them() -> None:
     order = order_of(100)
     assert is_whole(change(100, [4, 2], [3, 6], [3]), order, 2, False)
@@ -266,7 +258,6 @@ def test_the_batch_size_may_change_with_the_ranks_or_without_them() -> None:
     assert is_whole(change(100, [4, 1, 3, 3, 5], [2, None, 7, 4, 1], [3, 11, 1, 2]), order, 5, False)
 
 
-@quick
 def test_a_batch_that_drop_last_would_drop_is_dealt_out_if_it_fills_elsewhere() -> None:
     """20 samples to two ranks, in batches of 4: two of each are dropped. One rank alone has a whole batch of these."""
     order = order_of(20)
@@ -317,7 +308,6 @@ def test_behind_a_change_a_resume_with_the_same_ranks_yields_what_the_job_yielde
         each.end()
 
 
-@quick
 def test_the_next_epoch_begins_at_its_beginning() -> None:
     ranks = Ranks(10, 2, 2)
     ranks.draw(2)
@@ -333,7 +323,6 @@ def test_the_next_epoch_begins_at_its_beginning() -> None:
     assert Ranks(10, 2, 5).restore(between).draw() == order_of(10), "between two epochs"
 
 
-@quick
 def test_an_epoch_that_was_at_its_end_yields_nothing_elsewhere() -> None:
     ranks = Ranks(10, 3, 2)
     ranks.draw(2)
@@ -341,7 +330,6 @@ def test_an_epoch_that_was_at_its_end_yields_nothing_elsewhere() -> None:
     assert Ranks(10, 2, 2).restore(ranks.saved()).draw() == []
 
 
-@quick
 def test_replicas_may_be_fewer_than_ranks() -> None:
     """Two ranks of one tensor-parallel group get the same samples; the same ranks may then be two replicas."""
     order = order_of(12)
@@ -352,7 +340,6 @@ def test_replicas_may_be_fewer_than_ranks() -> None:
     assert Ranks(12, 2, 2).restore(saved).draw() == order[4:]
 
 
-@quick
 def test_workers_elsewhere_draw_other_numbers_than_before_and_no_two_ranks_the_same() -> None:
     ranks = Ranks(40, 2, 2)
     ranks.draw(2)
@@ -370,7 +357,6 @@ def test_workers_elsewhere_draw_other_numbers_than_before_and_no_two_ranks_the_s
 
 
 # -- loops ------------------------------------------------------------------------------------------------------------
-@quick
 def test_a_resume_with_the_same_ranks_is_as_exact_as_with_torchs() -> None:
     data = [torch.full((4,), index / 8) for index in range(8)]
 
@@ -393,7 +379,6 @@ def test_a_resume_with_the_same_ranks_is_as_exact_as_with_torchs() -> None:
     assert dealt.losses == plain.losses
 
 
-@quick
 @pytest.mark.parametrize("loop", ["for", "accumulating", "prefetching"])
 def test_a_loop_goes_on_elsewhere_with_what_it_has_not_trained_on(loop: str) -> None:
     data = [torch.full((4,), index / 16) for index in range(16)]
@@ -432,7 +417,6 @@ def test_a_loop_goes_on_elsewhere_with_what_it_has_not_trained_on(loop: str) -> 
     assert [int(row[0] * 16) for row in next(cycle(alone.loader))] == order[:4]
 
 
-@quick
 def test_another_epoch_behind_a_restore_gives_the_place_up_and_is_warned_of() -> None:
     ranks = Ranks(40, 2, 2, epoch=3)
     ranks.draw(2)
@@ -457,7 +441,6 @@ def test_another_epoch_behind_a_restore_gives_the_place_up_and_is_warned_of() ->
     assert over.draw() == order_of(40, epoch=4) and over.taps[0].doubt is None, "nothing was left"
 
 
-@quick
 def test_another_batch_size_goes_on_within_the_epoch_of_a_checkpoint(tmp_path: Path) -> None:
     def attached(batch_size: int) -> tuple[Any, Callable[[int], list[int]]]:
         data = [torch.full((4,), index / 32) for index in range(32)]
@@ -505,7 +488,6 @@ class Backwards(ElasticDistributedSampler):
         return iter(reversed(list(super().__iter__())))
 
 
-@quick
 @pytest.mark.parametrize(
     "options",
     [
@@ -543,7 +525,6 @@ def is_refused(saved: dict[int, dict[str, Any]]) -> MismatchError | None:
     return None
 
 
-@quick
 def test_loaders_that_yield_the_same_on_all_ranks_go_on_as_rank_0s() -> None:
     ranks = [Ranks(40, 1, 2, sampler=lambda data, *_: unsplit(data)).taps[0] for _ in range(2)]
     its = [iter(tap.loader) for tap in ranks]
@@ -559,7 +540,6 @@ def unsplit(data: Numbers) -> Any:
     return sampler
 
 
-@quick
 def test_torchs_sampler_is_replaced_where_the_ranks_are_the_same_and_then_they_may_change() -> None:
     ranks = Ranks(40, 2, 2, sampler=DistributedSampler)
     begun = ranks.draw(2)
@@ -568,7 +548,6 @@ def test_torchs_sampler_is_replaced_where_the_ranks_are_the_same_and_then_they_m
     assert begun + Ranks(40, 1, 2).restore(replaced.saved()).draw() == order_of(40)
 
 
-@quick
 def test_the_same_ranks_as_other_replicas_are_refused_and_as_the_same_replicas_more_ranks_may_go_on() -> None:
     """Four ranks, two replicas of two tensor-parallel ranks each, and no longer four replicas."""
 
@@ -590,7 +569,6 @@ def test_the_same_ranks_as_other_replicas_are_refused_and_as_the_same_replicas_m
     assert begun + together([numbers(iter(tap.loader), None) for tap in eight.taps[:4]]) == order_of(40)
 
 
-@quick
 def test_ranks_that_stand_at_different_places_are_refused() -> None:
     ranks = Ranks(40, 2, 2)
     ranks.draw(2)
@@ -602,7 +580,6 @@ def test_ranks_that_stand_at_different_places_are_refused() -> None:
         Ranks(40, 1, 2).restore(ranks.saved())
 
 
-@quick
 @pytest.mark.parametrize(
     ("other", "said"),
     [
@@ -620,7 +597,6 @@ def test_another_order_than_the_checkpoints_is_a_mismatch(other: Callable[[], Ra
         other().restore(ranks.saved())
 
 
-@quick
 def test_a_rank_may_have_loaders_of_its_own() -> None:
     ranks = Ranks(40, 2, 2)
     ranks.draw(2)
@@ -629,7 +605,6 @@ def test_a_rank_may_have_loaders_of_its_own() -> None:
     assert [sorted(elsewhere(saved, rank)) for rank in range(3)] == [["train", "val"], ["train"], ["train"]]
 
 
-@quick
 @pytest.mark.parametrize("change", [{"position": 41}, {"begin": 9}, {"draws": -1}, {"batch_size": 0}, {"seed": 1.0}])
 def test_a_position_that_cannot_be_is_damage(change: dict[str, Any]) -> None:
     ranks = Ranks(40, 2, 2)
@@ -641,7 +616,6 @@ def test_a_position_that_cannot_be_is_damage(change: dict[str, Any]) -> None:
 
 
 # -- mutations --------------------------------------------------------------------------------------------------------
-@quick
 def test_mutation_a_position_of_one_rank_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ElasticDistributedSampler, "position", lambda _, begin, samples: begin + samples)
     with pytest.raises(AssertionError):
@@ -650,7 +624,6 @@ def test_mutation_a_position_of_one_rank_is_caught(monkeypatch: pytest.MonkeyPat
         test_loaders_go_on_elsewhere_after_any_number_of_batches(100, 2)
 
 
-@quick
 def test_mutation_draws_that_are_skipped_where_the_ranks_are_others_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elastic, "_begun", lambda state, at, rank: state)
     monkeypatch.setattr(Elastic, "fitted", lambda _, state: state)
@@ -658,7 +631,6 @@ def test_mutation_draws_that_are_skipped_where_the_ranks_are_others_are_caught(m
         test_loaders_go_on_elsewhere_after_any_number_of_batches(100, 2)
 
 
-@quick
 def test_mutation_an_iteration_that_began_elsewhere_and_is_replayed_from_0_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -674,7 +646,6 @@ def test_mutation_what_workers_have_ready_counted_as_consumed_is_caught(monkeypa
         test_what_workers_have_ready_is_not_consumed(2, False)
 
 
-@quick
 def test_mutation_a_place_in_another_epoch_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Elastic, "gone_on", lambda *_: False)
     with pytest.raises(AssertionError):
