@@ -233,7 +233,8 @@ def test_without_hashes_sizes_header_and_state_are_checked_and_the_data_is_taken
     spoil(disk, path, position_of(disk, newest, 1, "param/2.weight"))
     assert not disk.findings(newest), "nothing can tell"
     assert start(disk.env) == [4, 4]
-    for harm in (good[:-4096], good + bytes(4096), good[:100] + b"x" + good[101:], good[:-4000] + b"x" + good[-3999:]):
+    turned = [bytes([*good[:at], good[at] ^ 1, *good[at + 1 :]]) for at in (100, len(good) - 4000)]
+    for harm in (good[:-4096], good + bytes(4096), *turned):
         disk.put(path, harm)
         assert path in disk.findings(newest)
         assert start(disk.env) == [3, 3]
