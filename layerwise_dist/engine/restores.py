@@ -25,6 +25,7 @@ from layerwise_dist.errors import BoundaryError, DamageError
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.frameworks.parts import WHOLE, Parts
 from layerwise_dist.loop.boundary import Boundary
+from layerwise_dist.loop.elastic import CHOICES
 from layerwise_dist.loop.sealed import SealedState
 from layerwise_dist.restore.choice import Wish
 from layerwise_dist.restore.loader import LoadPlan
@@ -79,7 +80,7 @@ class Restores:
         """As `LayerwiseEngine.restore`."""
         if terms.cast not in (None, "target"):
             raise ValueError(f"cast must be None or 'target', not {terms.cast!r}")
-        if other := {*terms.objects.values()} - {"rank0", "anew"}:
+        if other := {*terms.objects.values()} - {*CHOICES}:
             raise ValueError(f"objects: each must be 'rank0' or, of a loader, 'anew', not {other.pop()!r}")
         if on_missing not in (None, "fresh", "error"):
             raise ValueError(f"on_missing must be 'fresh' or 'error', not {on_missing!r}")

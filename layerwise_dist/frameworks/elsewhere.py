@@ -8,14 +8,14 @@ neither holds cannot be saved: when one changes, the checkpoint is refused.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from layerwise_dist.errors import UnsupportedError
-from layerwise_dist.tensors.values import alike, bytes_of, fits
+from layerwise_dist.tensors.values import alike, bytes_of, fits, leaves
 
 Optimizer = torch.optim.Optimizer
 
@@ -144,7 +144,7 @@ class Elsewhere:
                 found[key] = value
                 if isinstance(value, torch.Tensor) and value.device.type != "cpu" and value.device == self._device:
                     on_device.append(key)
-                elif any(tensor.device.type != "cpu" for tensor in _tensors(value)):
+                elif any(isinstance(each, torch.Tensor) and each.device.type != "cpu" for each in leaves(value)):
                     raise UnsupportedError(
                         f"{self.kind} keeps tensors in state[{key!r}] that are not on the CPU: to which device each "
                         "belongs would not be known. Keep them on the CPU, or each under a string of its own"
@@ -257,18 +257,6 @@ def _is_captured(value: Any, held: set[int], dicts: Sequence[Any]) -> bool:
     if isinstance(value, Mapping):
         return all(_is_captured(each, held, dicts) for each in value.values())
     return isinstance(value, list | tuple) and all(_is_captured(each, held, dicts) for each in value)
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Those in a value, wherever typed JSON would find them."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from _tensors(each)
-    elif isinstance(value, list | tuple | deque):
-        for each in value:
-            yield from _tensors(each)
 
 
 class _Version:

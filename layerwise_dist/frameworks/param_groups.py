@@ -39,11 +39,10 @@ def group_origins(
     """
     saved: Sequence[Mapping[str, Any]] = saved_state["groups"]
     kept = [list(group["params"]) for group in saved]
-    if [list(group) for group in live] == kept:
-        return list(range(len(kept)))
     lacking = set(lacking)
-    live = [[name for name in group if name not in lacking] for group in live] if lacking else live
-    if [list(group) for group in live] == kept:
+    whole = [list(group) for group in live]
+    live = [[name for name in group if name not in lacking] for group in live]
+    if kept in (whole, live):
         return list(range(len(kept)))
     group_of = {name: number for number, names in enumerate(kept) for name in names}
     here = {name for group in live for name in group}

@@ -23,7 +23,8 @@ from layerwise_dist.errors import MismatchError
 from layerwise_dist.loop.generators import alike_own, derived, epochs, samplers
 from layerwise_dist.loop.sealed import ElasticPosition, LoaderNow, LoaderState
 
-_CHOICES = ("anew", "rank0")
+FROM_RANK_0 = "rank0"
+CHOICES = ("anew", FROM_RANK_0)
 _ORDER: tuple[Literal["samples", "seed", "shuffle"], ...] = ("samples", "seed", "shuffle")
 _WAYS = (
     "only layerwise_dist.data.ElasticDistributedSampler, in batches of torch's BatchSampler or none, deals out the "
@@ -182,10 +183,10 @@ def elsewhere(
 
 
 def _elsewhere(name: str, saved: Mapping[int, LoaderState], rank: int, choice: str | None) -> LoaderState:
-    if choice not in (None, *_CHOICES):
-        raise ValueError(f"loader {name!r}: choices are {', '.join(map(repr, _CHOICES))}, not {choice!r}")
+    if choice not in (None, *CHOICES):
+        raise ValueError(f"loader {name!r}: choices are {', '.join(map(repr, CHOICES))}, not {choice!r}")
     first = saved[min(saved)]
-    if choice == "rank0":
+    if choice == FROM_RANK_0:
         return first
     state = saved.get(rank, first).copy()
     if rank not in saved:

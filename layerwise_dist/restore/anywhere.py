@@ -21,12 +21,13 @@ from layerwise_dist.frameworks.parts import Parts
 from layerwise_dist.frameworks.subclasses import unlike, unmakable
 from layerwise_dist.loop.sealed import SealedState
 from layerwise_dist.restore import casts
+from layerwise_dist.restore.contents import OF_MODEL
 from layerwise_dist.restore.contradictions import contradictions
 from layerwise_dist.restore.filling import Read
 from layerwise_dist.restore.loader import LISTED, LoadPlan, listing
 from layerwise_dist.restore.planner import replan
 from layerwise_dist.restore.regrouping import regroup, uneven
-from layerwise_dist.restore.whole import OF_MODEL, SavedTensor, Whole, equal
+from layerwise_dist.restore.whole import SavedTensor, Whole, equal
 from layerwise_dist.tensors.pieces import DTYPES
 from layerwise_dist.tensors.slices import Slice
 
@@ -93,7 +94,7 @@ class Fitting:
             for fqn in framework.cut_buffers()
         ]
         loading = fit.loading
-        if self._parts.takes_optimizer:
+        if takes_optimizer:
             self._optimizer_state()
         if self._lax:
             loading.lacking, self._missing = self._missing, []
@@ -117,7 +118,7 @@ class Fitting:
         loading.sealed = {**loading.sealed, "gradients": gradients}
         if self._parts.strict:
             fit.unknown = {name for name in self._whole.tensors if name not in self._used}
-            if not self._parts.takes_optimizer:
+            if not takes_optimizer:
                 fit.unknown = {name for name in fit.unknown if name.split("/", 1)[0] in OF_MODEL}
         return fit
 

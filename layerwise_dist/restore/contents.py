@@ -16,6 +16,8 @@ from layerwise_dist.restore.sealed_state import optimizers_of, read_state
 from layerwise_dist.storage.reader import Entry, Shard
 from layerwise_dist.tensors.slices import Slice, ranks_of, ranks_text
 
+OF_MODEL = ("param", "master", "buffer")  # every other kind is of an optimizer's state
+
 Entries = dict[str, tuple[Shard, Entry]]
 _ranks_of = cache(ranks_of)
 

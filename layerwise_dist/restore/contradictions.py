@@ -45,7 +45,7 @@ def _pairs(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
 def _content(read: Read) -> torch.Tensor:
     """What a tensor is to become, in memory of its own."""
     found = read.staging()
-    fill([read.into(found)])
+    fill([(found, read.spans)])
     return found.to(read.tensor.dtype)
 
 

@@ -24,9 +24,6 @@ class Read:
     spans: Sequence[ByteRange]
     dtype: torch.dtype
 
-    def into(self, memory: torch.Tensor) -> tuple[torch.Tensor, Sequence[ByteRange]]:
-        return memory, self.spans
-
     @property
     def straight(self) -> bool:
         """Whether the tensor's memory takes the bytes of the file as they are."""
@@ -46,7 +43,7 @@ def load(reads: Iterable[Read]) -> None:
     straight: list[Read] = []
     for read in reads:
         (straight if read.straight else staged).append(read)
-    fill(read.into(read.tensor) for read in straight)
+    fill((read.tensor, read.spans) for read in straight)
     batch: list[tuple[Read, torch.Tensor]] = []
     held = 0
     for read in staged:
@@ -60,7 +57,7 @@ def load(reads: Iterable[Read]) -> None:
 
 
 def _unload(batch: Sequence[tuple[Read, torch.Tensor]]) -> None:
-    fill(read.into(memory) for read, memory in batch)
+    fill((memory, read.spans) for read, memory in batch)
     with torch.no_grad():
         for read, memory in batch:
             read.tensor.copy_(memory)

@@ -105,7 +105,7 @@ def prepare(
     by_fqn: dict[str, list[str]] = {}
     for name in index:
         kind, fqn = name.split("/", 1)
-        if kind not in ("param", "master", "buffer"):
+        if kind not in contents.OF_MODEL:
             by_fqn.setdefault(fqn, []).append(name)
     for view in optimizer.state_views if parts.takes_optimizer else ():
         for name in by_fqn.pop(view.fqn, []):
@@ -117,7 +117,7 @@ def prepare(
         loading.lacking, missing = missing, []
     unexpected = sorted(name for name in index if name not in wanted_names) if parts.strict else []
     if not parts.takes_optimizer:
-        unexpected = [name for name in unexpected if name.split("/", 1)[0] in ("param", "master", "buffer")]
+        unexpected = [name for name in unexpected if name.split("/", 1)[0] in contents.OF_MODEL]
     problems = (
         shaped[:LISTED]
         + listing("missing from the checkpoint", missing)
@@ -129,9 +129,7 @@ def prepare(
     problems += unlike(framework.standing, sealed.get("standing", {}))[:LISTED]
     problems += contradictions(read_names, loading.reads)[:LISTED]
     if problems:
-        raise MismatchError(
-            f"{where} is not of this model and optimizer; nothing was loaded:\n  " + "\n  ".join(problems)
-        )
+        raise another_model(where, problems)
     if gone := list(contents.absent(sealed, lambda kind, fqn: f"{kind}/{fqn}" in index)):
         raise DamageError(
             f"{where}: rank {framework.rank} had {', '.join(gone[:LISTED])} at the boundary, and no shard has it"
@@ -161,6 +159,12 @@ def index_of(
             if entry.slice.among and shard.index.rank in sharers(name, entry.slice.fqn):
                 index.setdefault(name, []).append((shard, entry))
     return index
+
+
+def another_model(where: str, problems: list[str]) -> MismatchError:
+    """`where` is the checkpoint, `problems` what differs, a line each."""
+    text = "\n  ".join(problems)
+    return MismatchError(f"{where} is not of this model and optimizer; nothing was loaded:\n  {text}")
 
 
 def listing(what: str, names: list[str]) -> list[str]:

@@ -101,12 +101,7 @@ def replan(wanted: Slice, found: Found) -> list[ByteRange]:
 
     REQUIRES: all are of one tensor, of this shape. Raises DamageError if they do not have all of what is wanted.
     """
-    place = (wanted.offsets, wanted.lengths, wanted.start, wanted.length)
-
-    def differs(part: Slice) -> bool:
-        return (part.offsets, part.lengths, part.start, part.length) != place
-
-    ordered = sorted(found, key=lambda each: differs(each[1].slice))
+    ordered = sorted(found, key=lambda each: each[1].slice.cut != wanted.cut)
     spans, gap = _spans(wanted, ordered)
     if gap is not None:
         raise DamageError(f"{found[0][1].slice.name}: no shard has its element {list(gap)} ({_places(found)})")

@@ -4,7 +4,6 @@ belong to a rank, objects, counters. One state, as this rank would have sealed i
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,12 +16,10 @@ from layerwise_dist.frameworks.deepspeed.groups import spread
 from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.frameworks.parts import Parts
 from layerwise_dist.loop import rng
-from layerwise_dist.loop.elastic import elsewhere
+from layerwise_dist.loop.elastic import FROM_RANK_0, elsewhere
 from layerwise_dist.loop.objects import StateObjects
 from layerwise_dist.loop.sealed import BoundaryState, SealedState
-from layerwise_dist.tensors.values import alike
-
-_FROM_RANK_0 = "rank0"
+from layerwise_dist.tensors.values import alike, leaves
 
 # Of each of an optimizer's groups the number of the checkpoint's, if it is of one; and how many those were.
 Origins = tuple[Sequence[int | None], int]
@@ -46,7 +43,7 @@ def for_rank(
     found = dict(own["objects"])
     for name in found:
         values = [state["objects"].get(name) for state in sealed]
-        if choose.get(name) == _FROM_RANK_0:
+        if choose.get(name) == FROM_RANK_0:
             found[name] = values[0]
         elif _agree(values):
             continue
@@ -57,7 +54,7 @@ def for_rank(
             raise MismatchError(
                 f"state[{name!r}] holds tensors that differ between the {len(sealed)} ranks of the checkpoint, and "
                 f"this job of {world_size} is cut otherwise: nothing says which are whose. restore(objects={{{name!r}: "
-                f'"{_FROM_RANK_0}"}}) gives rank 0\'s to all'
+                f'"{FROM_RANK_0}"}}) gives rank 0\'s to all'
             )
         elif world_size != len(sealed):
             taken.append(f"state[{name!r}]")
@@ -86,8 +83,8 @@ def _check_choices(own: SealedState, choose: Mapping[str, str]) -> None:
     if unknown := sorted(choose.keys() - known):
         raise MismatchError(f"objects: the checkpoint has no {unknown[0]!r} in its state, but {sorted(known)}")
     for name, choice in choose.items():
-        if choice != _FROM_RANK_0 and name in own["objects"]:
-            raise MismatchError(f"objects: {name!r} is no loader, and takes {_FROM_RANK_0!r} only, not {choice!r}")
+        if choice != FROM_RANK_0 and name in own["objects"]:
+            raise MismatchError(f"objects: {name!r} is no loader, and takes {FROM_RANK_0!r} only, not {choice!r}")
 
 
 def _placed(
@@ -128,13 +125,10 @@ def _agree(values: Sequence[Any]) -> bool:
 
 
 def _holds_tensors(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return any(map(_holds_tensors, value.values()))
-    if isinstance(value, list | tuple | deque | set | frozenset):
-        return any(map(_holds_tensors, value))
-    if isinstance(value, np.ndarray):
-        return value.size > 1
-    return isinstance(value, torch.Tensor) and value.numel() > 1
+    return any(
+        each.numel() > 1 if isinstance(each, torch.Tensor) else isinstance(each, np.ndarray) and each.size > 1
+        for each in leaves(value)
+    )
 
 
 def _boundary(sealed: Sequence[SealedState], rank: int, step: int) -> BoundaryState:

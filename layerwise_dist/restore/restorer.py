@@ -25,7 +25,7 @@ from layerwise_dist.loop.objects import StateObjects
 from layerwise_dist.restore import choice, loader, ranks
 from layerwise_dist.restore.anywhere import Fit, Fitting
 from layerwise_dist.restore.choice import Wish
-from layerwise_dist.restore.loader import LISTED, LoadPlan, listing
+from layerwise_dist.restore.loader import LISTED, LoadPlan, another_model, listing
 from layerwise_dist.restore.planner import ShardSet
 from layerwise_dist.restore.sealed_state import optimizers_of, read_state
 from layerwise_dist.restore.whole import Whole
@@ -238,9 +238,7 @@ class Restorer:
             unknown = sorted(set.intersection(*(set(names) for _, names in votes)))
             said = (found[0][1] if found else []) + listing("unexpected in the checkpoint", unknown)
             if said:
-                rank = f"rank {found[0][0]}: " if found else ""
-                text = "\n  ".join(said)
-                raise MismatchError(f"{rank}{where} is not of this model and optimizer; nothing was loaded:\n  {text}")
+                raise another_model(f"rank {found[0][0]}: {where}" if found else where, said)
 
         self._participant.agree("compare what fits", [fit.problems, sorted(fit.unknown)], decide)
 

@@ -18,8 +18,6 @@ from layerwise_dist.storage.reader import Entry, Shard
 from layerwise_dist.tensors.pieces import DTYPES
 from layerwise_dist.tensors.slices import ITEM_BYTES, Slice, ranks_text
 
-OF_MODEL = ("param", "master", "buffer")  # every other kind is of an optimizer's state
-
 _COMPARED_BYTES = 64 << 20  # of two replicas, at once
 _SMALL_BYTES = 64 << 10
 
@@ -95,7 +93,7 @@ class Whole:
         found: dict[str, list[str]] = {}
         for name in self.tensors:
             kind, fqn = name.split("/", 1)
-            if kind not in OF_MODEL:
+            if kind not in contents.OF_MODEL:
                 found.setdefault(fqn, []).append(kind)
         return found
 
@@ -162,9 +160,7 @@ def equal(one: SavedTensor, other: SavedTensor) -> bool:
 
 
 def _same_blocks(mine: tuple[Shard, Entry], yours: tuple[Shard, Entry]) -> bool:
-    one, other = mine[1].slice, yours[1].slice
-    place = (one.offsets, one.lengths, one.start, one.length)
-    if place != (other.offsets, other.lengths, other.start, other.length):
+    if mine[1].slice.cut != yours[1].slice.cut:
         return False
     seen = _blocks(*mine)
     return seen is not None and seen == _blocks(*yours)

@@ -53,6 +53,11 @@ class Slice:
         return f"{self.kind}/{self.fqn}"
 
     @property
+    def cut(self) -> tuple[object, ...]:
+        """Which part of its global tensor it is: equal for two slices of one shape that have the same elements."""
+        return self.offsets, self.lengths, self.start, self.length
+
+    @property
     def is_flat(self) -> bool:
         return self.start is not None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,17 @@ def alike(one: Any, other: Any) -> bool:
     if isinstance(one, np.ndarray):
         return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
     return bool(one == other) or (one != one and other != other)
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """All that is no container in a value, wherever typed JSON would find it."""
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, list | tuple | deque | set | frozenset):
+        yield value
+        return
+    for each in value:
+        yield from leaves(each)
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
