@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,6 +21,8 @@ from layerwise_dist.engine import assembly
 from layerwise_dist.frameworks.ddp import DDPFramework
 from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.restore import whole
+from layerwise_dist.storage.header import Entry
+from layerwise_dist.tensors.slices import Slice
 
 pytestmark = pytest.mark.quick
 
@@ -107,6 +109,12 @@ def test_mutation_copies_that_are_not_compared_are_found(tmp_path: Path, monkeyp
     monkeypatch.setattr(whole, "_surely_equal", lambda one, other: True)
     with pytest.raises(AssertionError):
         test_ranks_that_hold_different_tensors_under_one_name_go_nowhere_else(tmp_path, 1)
+
+
+def test_a_large_tensor_in_small_parts_is_not_taken_for_a_small_one() -> None:
+    part = Slice("param", "w", "F32", (1000, 1000), start=0, length=10, among="0,1")
+    tensor = whole.SavedTensor((0, 1), [(cast(Any, None), Entry(part, 0, 40, False))])
+    assert tensor.slice.nbytes == 40 and tensor.nbytes == 4_000_000
 
 
 def test_a_damaged_block_of_any_rank_makes_all_go_back_together(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,6 +21,7 @@ from layerwise_dist.tensors.slices import ITEM_BYTES, Slice, ranks_text
 
 _COMPARED_BYTES = 64 << 20  # of two replicas, at once
 _SMALL_BYTES = 64 << 10
+_NOTHING_READ: Mapping[int, torch.Tensor] = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +57,12 @@ class SavedTensor:
 
     @cached_property
     def numel(self) -> int:
-        return Slice.whole("", "", self.dtype, self.shape).numel
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all of it, however many parts it is in."""
+        return self.numel * ITEM_BYTES[self.dtype]
 
 
 class Whole:
@@ -110,13 +117,9 @@ class Whole:
             for other in found[1:]
         ]
         unsure = [each for each in copies[rank::world_size] if not _surely_equal(each[1], each[2])]
-        small = _read_all([tensor for _, *pair in unsure for tensor in pair if tensor.slice.nbytes <= _SMALL_BYTES])
+        small = _read_all([tensor for _, *pair in unsure for tensor in pair if tensor.nbytes <= _SMALL_BYTES])
         for name, one, other in unsure:
-            known = small.get(id(one)), small.get(id(other))
-            same = (
-                torch.equal(known[0], known[1]) if known[0] is not None and known[1] is not None else equal(one, other)
-            )
-            if not same or (one.dtype, one.shape) != (other.dtype, other.shape):
+            if not equal(one, other, small):
                 raise MismatchError(
                     f"{name}: rank(s) {ranks_text(one.ranks) or one.ranks[0]} and "
                     f"{ranks_text(other.ranks) or other.ranks[0]} of the checkpoint hold different ones, and this "
@@ -126,9 +129,9 @@ class Whole:
 
 def _read_all(tensors: Sequence[SavedTensor]) -> dict[int, torch.Tensor]:
     """All of each, as bytes, by identity: many small ones of a shard lie in one block, which is read once."""
-    found = {id(tensor): torch.empty(tensor.numel, dtype=DTYPES[tensor.dtype], device="cpu") for tensor in tensors}
-    by_id = {id(tensor): tensor for tensor in tensors}
-    fill((memory, replan(by_id[key].range(0, by_id[key].numel), by_id[key].parts)) for key, memory in found.items())
+    each = {id(tensor): tensor for tensor in tensors}  # the first of many copies comes often
+    found = {key: torch.empty(of.numel, dtype=DTYPES[of.dtype], device="cpu") for key, of in each.items()}
+    fill((found[key], replan(of.range(0, of.numel), of.parts)) for key, of in each.items())
     return {key: memory.view(torch.uint8) for key, memory in found.items()}
 
 
@@ -140,15 +143,17 @@ def _surely_equal(one: SavedTensor, other: SavedTensor) -> bool:
     )
 
 
-def equal(one: SavedTensor, other: SavedTensor) -> bool:
+def equal(one: SavedTensor, other: SavedTensor, read: Mapping[int, torch.Tensor] = _NOTHING_READ) -> bool:
     """To the bit. By the hashes of blocks where both are cut and laid out alike; only otherwise by reading both.
 
-    Raises DamageError or OSError.
+    `read` are bytes of such tensors, by identity. Raises DamageError or OSError.
     """
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     if _surely_equal(one, other):
         return True
+    if id(one) in read and id(other) in read:
+        return torch.equal(read[id(one)], read[id(other)])
     step = _COMPARED_BYTES // ITEM_BYTES[one.dtype]
     return all(
         torch.equal(
