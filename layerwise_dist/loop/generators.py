@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import torch
@@ -90,8 +89,7 @@ def alike_own(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> b
 
 def derived(state: torch.Tensor, *salt: int | str) -> torch.Tensor:
     """The state of a new CPU generator, which this one's state and the salt decide: 5,056 bytes."""
-    digest = hashlib.sha256(state.numpy().tobytes() + repr(salt).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1).get_state()
+    return torch.Generator().manual_seed(rng.seed_of(state.numpy().tobytes(), *salt)).get_state()
 
 
 def samplers(loader: DataLoader[Any]) -> dict[str, Any]:

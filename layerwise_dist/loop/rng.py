@@ -67,18 +67,19 @@ def derived(state: RngState, step: int, rank: int) -> RngState:
     """
     told = state["torch"].numpy().tobytes()
     found: RngState = {
-        "torch": torch.Generator().manual_seed(_seed(told, step, rank, "torch")).get_state(),
+        "torch": torch.Generator().manual_seed(seed_of(told, "torch", step, rank)).get_state(),
         "cuda": {},
-        "python": random.Random(_seed(told, step, rank, "python")).getstate(),
+        "python": random.Random(seed_of(told, "python", step, rank)).getstate(),
     }
     if numpy is not None:
-        found["numpy"] = numpy.random.RandomState(_seed(told, step, rank, "numpy") >> 31).get_state()
+        found["numpy"] = numpy.random.RandomState(seed_of(told, "numpy", step, rank) >> 31).get_state()
     return found
 
 
 def derived_generator(generator: Any, saved: Any, step: int, rank: int) -> Any:
     """The same of a generator of somebody's own: what takes the place of `saved`, the state of one of its kind."""
-    seed = _seed(repr(saved).encode() if not isinstance(saved, torch.Tensor) else bytes(saved.tolist()), step, rank, "")
+    told = saved.numpy().tobytes() if isinstance(saved, torch.Tensor) else repr(saved).encode()
+    seed = seed_of(told, step, rank)
     if isinstance(generator, torch.Generator):
         return torch.Generator(generator.device).manual_seed(seed).get_state()
     if isinstance(generator, random.Random):
@@ -88,10 +89,9 @@ def derived_generator(generator: Any, saved: Any, step: int, rank: int) -> Any:
     return type(generator.bit_generator)(seed).state
 
 
-def _seed(told: bytes, step: int, rank: int, what: str) -> int:
-    """63 bits."""
-    digest = hashlib.sha256(told + f" {what} step {step} rank {rank}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+def seed_of(told: bytes, *salt: int | str) -> int:
+    """63 bits, which both decide: the seed of a generator that follows from the state of another one."""
+    return int.from_bytes(hashlib.sha256(told + repr(salt).encode()).digest()[:8], "little") >> 1
 
 
 def problems(state: Mapping[str, Any]) -> dict[str, str]:
