@@ -9,7 +9,7 @@ import torch
 from layerwise_dist.capture.survey import Survey
 from layerwise_dist.errors import StateError
 from layerwise_dist.frameworks.described import OptimizerState
-from layerwise_dist.frameworks.framework import Framework
+from layerwise_dist.frameworks.framework import Framework, ParamView
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.loop.objects import StateObjects
 from layerwise_dist.loop.sealed import BoundaryState, SealedState
@@ -27,6 +27,7 @@ class Sealer:
 
     def __init__(self, framework: Framework, optimizer: OptimizerAdapter, objects: StateObjects) -> None:
         self._framework, self._optimizer, self._objects = framework, optimizer, objects
+        self._tied: tuple[list[ParamView], dict[str, list[str]]] = [], {}
         self._prepared: dict[str, tuple[Any, Prepared]] = {}
 
     def take(
@@ -55,7 +56,7 @@ class Sealer:
             ),
             "extra_state": {name: _extra_state(name, module) for name, module in survey.extra_states},
         }
-        if aliases := {view.fqn: [*view.aliases] for view in framework.params if view.aliases}:
+        if aliases := self._aliases():
             sealed["aliases"] = self._prepare("aliases", aliases)
         if survey.standing:
             sealed["standing"] = dict(survey.standing)
@@ -85,6 +86,13 @@ class Sealer:
                         f"{type(error).__name__}: {error}; what was loaded before it, parameters and optimizer state "
                         "too, is undefined",
                     ) from error
+
+    def _aliases(self) -> dict[str, list[str]]:
+        """Further names of tied parameters, looked for again when the parameters are others."""
+        views = self._framework.params  # the very same list while they are the same
+        if self._tied[0] is not views:
+            self._tied = views, {view.fqn: [*view.aliases] for view in views if view.aliases}
+        return self._tied[1]
 
     def _prepare(self, what: str, names: _N) -> _N:
         """Names as JSON, which typed JSON takes for them; nearly always those of the last checkpoint, which are not
