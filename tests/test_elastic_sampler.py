@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from kit.loops import Job, by_epochs, cycle, prefetching, seed, trial
+from kit.loops import Job, by_epochs, by_set_epoch, cycle, prefetching, seed, trial
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, RandomSampler, SequentialSampler
 
 import layerwise_dist as lwd
@@ -363,14 +363,7 @@ def test_a_resume_with_the_same_ranks_is_as_exact_as_with_torchs() -> None:
     def make() -> Job:
         return Job(lambda: DataLoader(data, batch_size=1, sampler=ElasticDistributedSampler(data, 2, 1)))
 
-    def loop(job: Job) -> None:
-        while job.at["epoch"] < 3:
-            job.loader.sampler.set_epoch(job.at["epoch"])
-            for batch in job.loader:
-                job.update(batch)
-            job.at["epoch"] += 1
-
-    trial(make, loop, kind="loader", boundaries=12, skip=(1, 3, 5, 7, 9, 11))
+    trial(make, by_set_epoch, kind="loader", boundaries=12, skip=(1, 3, 5, 7, 9, 11))
     dealt = trial(make, by_epochs, kind="loader", boundaries=12, skip=(2, 4, 6, 8, 10, 12))
     plain = trial(
         lambda: Job(lambda: DataLoader(data, batch_size=1, sampler=DistributedSampler(data, 2, 1))),

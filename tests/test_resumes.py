@@ -16,6 +16,7 @@ from kit.loops import (
     by_cycle,
     by_end_step,
     by_epochs,
+    by_set_epoch,
     by_steps,
     by_zip,
     cycle,
@@ -265,14 +266,7 @@ def test_distributed_sampler_with_set_epoch_resumes_exactly() -> None:
     def make() -> Job:
         return Job(lambda: DataLoader(data, batch_size=1, sampler=DistributedSampler(data, num_replicas=2, rank=1)))
 
-    def loop(job: Job) -> None:
-        while job.at["epoch"] < 3:
-            job.loader.sampler.set_epoch(job.at["epoch"])
-            for batch in job.loader:
-                job.update(batch)
-            job.at["epoch"] += 1
-
-    trial(make, loop, kind="loader", boundaries=12)
+    trial(make, by_set_epoch, kind="loader", boundaries=12)
 
     def endless(job: Job) -> None:
         batches = iter(job.loader)

@@ -235,6 +235,15 @@ def by_zip(job: Job) -> None:
         torch.randn(3)
 
 
+def by_set_epoch(job: Job) -> None:
+    """Three epochs, of each of which the sampler is told."""
+    while job.at["epoch"] < 3:
+        job.loader.sampler.set_epoch(job.at["epoch"])
+        for batch in job.loader:
+            job.update(batch)
+        job.at["epoch"] += 1
+
+
 def by_epochs(
     job: Job,
     wrap: Callable[[DataLoader], Any] = lambda loader: loader,
