@@ -93,7 +93,7 @@ class GatedSink final : public BlockSink {
   std::vector<size_t> cancelled_;
 };
 
-// A tensor at an address of which `shift` is the remainder modulo 4096.
+// A tensor whose address modulo 4096 is `shift`.
 class Tensor {
  public:
   explicit Tensor(const std::string& content, size_t shift = 0) : size_(content.size()), shift_(shift) {

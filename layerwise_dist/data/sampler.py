@@ -23,8 +23,8 @@ class ElasticDistributedSampler(DistributedSampler[int]):
 
     Give it to a DataLoader that `attach(state=...)` names, and a restore goes on at the samples that training has
     consumed on all ranks, what workers had ready not counted: after a change of world size within an epoch no sample is
-    seen twice and none is left out, but for the padding, or what is dropped, at the epoch's end. A loader of which
-    `state=` knows nothing is the script's to place, by `start_at`.
+    seen twice and none is left out, but for the padding, or what is dropped, at the epoch's end. The script places a
+    loader that `state=` does not name itself, by `start_at`.
 
     The batches must be torch's BatchSampler's (what `batch_size` makes, or given as `batch_sampler`), or none
     (`batch_size=None`): of others nobody can tell which samples they have consumed.

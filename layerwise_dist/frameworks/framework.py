@@ -180,7 +180,7 @@ class Framework:
         return True
 
     def cut_buffers(self) -> list[str]:
-        """Names of the buffers of which this rank has a part only, and nothing says which."""
+        """Names of buffers that are cut over ranks, so that this rank holds a part and nothing says which."""
         return []
 
     def new_state(self, view: ParamView, entry: Slice, dtype: torch.dtype, wrapped: bool) -> torch.Tensor:
