@@ -5,7 +5,8 @@
 #   ruff     the rules of pyproject.toml, and the format
 #   mypy     the types of the whole package
 #   native   the native tests, without sanitizers (tests/native.sh plain)
-#   tests    the Python tests that are marked `quick`: no job of several ranks, about a second each at most
+#   tests    the Python tests that are marked `quick`: no job of several ranks, about a second each at most (`slow` ones of
+#            the same files are left to tests/run.sh)
 #
 # launch/setup.sh runs first. The first run takes some minutes more, since it builds the native tests and lets mypy read
 # torch; later ones build what has changed. What fails is printed whole, and the script ends with 1. Each step's output is
@@ -42,7 +43,7 @@ test_natively() { nice -n 5 bash tests/native.sh plain; }
 test_quickly() {
   local files
   mapfile -t files < <(grep -l 'pytest\.mark\.quick' tests/test_*.py)
-  "$bin/python" -m pytest -q -m quick -n 2 --dist worksteal "${files[@]}"
+  "$bin/python" -m pytest -q -m "quick and not slow" -n 2 --dist worksteal "${files[@]}"
 }
 
 # A line when it is over, and a file that says so if it failed.

@@ -92,6 +92,7 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("name", CASES)
 def test_what_ends_a_thread_stops_all_ranks_by_name(
@@ -132,6 +133,7 @@ def test_what_ends_a_thread_stops_all_ranks_by_name(
     assert max(steps) < 1_000, "no rank trains for long without checkpoints"
 
 
+@pytest.mark.slow
 def test_mutation_a_thread_that_ends_unheard_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(background, "guarded", lambda name, act, failed: act())
     monkeypatch.setattr(threading, "excepthook", lambda _: None)

@@ -98,6 +98,7 @@ def test_the_lag_is_what_a_crash_would_cost(tmp_path: Path) -> None:
     in_ranks(run, world=1)
 
 
+@pytest.mark.slow
 def test_a_rank_0_that_is_stuck_holds_training_up_once(tmp_path: Path) -> None:
     """Its manifest's flush hangs. Once that is over, checkpoints go on."""
     hang_s, timeout_s = 2.0, 0.4

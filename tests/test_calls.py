@@ -138,6 +138,7 @@ def test_no_proof_is_good_for_another_part_rank_token_or_connection() -> None:
 # -- who holds whom up -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_strangers_without_number_and_without_end_do_not_keep_a_rank_out(
     things: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:

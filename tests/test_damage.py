@@ -101,6 +101,7 @@ def expected_words(shard: Shard, at: int) -> list[str]:
     return ["state block"] if at >= index.state_range[0] else ["header"]
 
 
+@pytest.mark.slow
 def test_every_damage_of_a_shard_is_found_and_named(disk: Disk, long: bool) -> None:
     draw = random.Random(1)
     pristine = {(m.seq, rank): disk.shard(m, rank) for m in disk.commits for rank in range(2)}

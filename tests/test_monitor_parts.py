@@ -48,6 +48,7 @@ def test_what_a_monitor_cannot_do_is_a_config_error_that_says_why(more: dict[str
         load_config({"mode": "monitor", **more})
 
 
+@pytest.mark.slow
 def test_a_configuration_or_owner_that_the_monitor_refuses_is_raised_by_attach(tmp_path: Path) -> None:
     model = torch.nn.Linear(3, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -183,6 +184,7 @@ def test_ranks_in_different_modes_are_an_error_on_all() -> None:
 # -- who waits for the directory --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_monitor_whose_job_has_ended_is_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     old = Owner(PosixEnv(), str(tmp_path), file_mode=0o600, who="monitor 1", monitored=True)
     old.begin("a" * 32, 3)

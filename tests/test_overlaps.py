@@ -235,6 +235,7 @@ def clamped(root: Path, share: Callable[[Pair], None]) -> dict[int, list[Tensor]
     return held
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", SHARING.values(), ids=SHARING)
 def test_parameters_that_share_memory_are_saved_as_they_are_at_the_boundary(
     tmp_path: Path, share: Callable[[Pair], None]

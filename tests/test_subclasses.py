@@ -138,6 +138,7 @@ def run(folder: Path, kind: str, seed: int, total: int) -> tuple[int, dict[str, 
     return restored, contents(model, optimizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, kind: str) -> None:
     model, optimizer = build(0, OPTIMIZERS[kind])

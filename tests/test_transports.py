@@ -178,6 +178,7 @@ def test_a_stranger_on_the_port_is_sent_away_and_everybody_still_meets() -> None
         sock.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", [1, 2], ids=["the rank itself", "another"])
 def test_a_rank_that_cannot_connect_is_an_error_on_all_ranks_at_the_deadline(
     monkeypatch: pytest.MonkeyPatch, missing: int
@@ -219,6 +220,7 @@ def test_frames_are_found_however_the_bytes_arrive() -> None:
         assert [encode([])[4:] if not body else body for body in bodies] == [encode(each)[4:] for each in messages]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", range(5))
 def test_a_thread_that_serves_connections_and_breaks_is_named_to_all_ranks(which: int) -> None:
     ranks = stores(NODES["two nodes"])

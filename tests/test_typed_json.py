@@ -23,6 +23,7 @@ from layerwise_dist.storage.typed_json_types import DENSE, MAX_DEPTH
 pytestmark = pytest.mark.quick
 
 
+@pytest.mark.slow
 @LIGHT
 @given(values)
 def test_every_supported_value_comes_back_with_its_type_and_bits(value):
