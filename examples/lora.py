@@ -71,7 +71,7 @@ def pretrained(images: Tensor, classes: Tensor) -> nn.Sequential:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", default="checkpoints/lora", help="directory of the checkpoints")
-    parser.add_argument("--steps", type=int, default=150, help="training steps; the adapters are merged behind them")
+    parser.add_argument("--steps", type=int, default=150, help="training steps; the adapters are merged after them")
     args = parser.parse_args()
 
     images, classes, turned = digits()
@@ -83,7 +83,7 @@ def main() -> None:
 
     ckpt = lwd.attach(model, optimizer, dir=args.dir)
     start = ckpt.restore()
-    print(f"starting behind step {start}", flush=True)
+    print(f"starting after step {start}", flush=True)
     for step in ckpt.steps(args.steps + 1):
         batch = torch.randint(len(turned), (64,))
         loss = nn.functional.cross_entropy(model(turned[batch]), classes[batch])

@@ -16,7 +16,7 @@ optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
 trainer = LayerwiseCheckpointTrainer(model, optimizer, checkpoint_dir="checkpoints/mnist_mlp")
 trainer.load_checkpoint()
-print(f"going on behind step {trainer.completed}" if trainer.completed else "nothing is saved yet: training begins")
+print(f"going on after step {trainer.completed}" if trainer.completed else "nothing is saved yet: training begins")
 while trainer.completed < 200:
     trainer.zero_grad()
     images, classes = torch.randn(64, 1, 28, 28, device=device), torch.randint(10, (64,), device=device)

@@ -144,7 +144,7 @@ if ! python_module torch; then
 fi
 if ! python_module deepspeed; then
   say "installing DeepSpeed"
-  # Behind torch, which its set-up imports; without its operators, of which the tests and examples need none.
+  # After torch, which its set-up imports; without its operators, since the tests and examples need none.
   quietly "${pip[@]}" wheel setuptools ninja packaging &&
     DS_BUILD_OPS=0 quietly "${pip[@]}" deepspeed --no-build-isolation ||
     fail "DeepSpeed could not be installed; the whole output is in $log"

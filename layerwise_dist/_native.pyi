@@ -147,7 +147,7 @@ class BufferPool:
     @staticmethod
     def attached(file: int, begin: int, nbytes: int, wake: int) -> BufferPool:
         """The pool that another process made by `shared`. It acquires nothing; it adopts. `wake` is an eventfd that is
-        told of each buffer that is given back.
+        notified of each buffer that is given back.
         """
 
     def adopt(self, place: int, nbytes: int) -> PoolBuffer:
@@ -232,7 +232,7 @@ class Plan:
     """Which bytes of which tensor go where in a shard.
 
     blocks: (file offset, length); segments: (block, offset in block, tensor, offset in tensor, length).
-    `tail_offset` is where appended data begins if no block ends behind it.
+    `tail_offset` is where appended data begins if no block ends after it.
     """
 
     def __init__(
@@ -292,7 +292,7 @@ class ShardWriter:
         """The same for blocks that lie in the buffer. It is released: back in its pool once they are written."""
 
     def append(self, data: Buffer) -> int:
-        """Queues a copy of data behind the last block; returns the number of blocks (0 on a poisoned writer)."""
+        """Queues a copy of data after the last block; returns the number of blocks (0 on a poisoned writer)."""
 
     def wait(self, timeout_s: float) -> bool:
         """Whether nothing was pending within the time."""

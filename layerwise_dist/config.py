@@ -85,7 +85,7 @@ class LayerwiseConfig(_Strict):
         "every_n_steps.",
     )
     keep_last: int = Field(2, ge=1, description="Newest commits of the lineage that are kept.")
-    keep_every_n_steps: int | None = Field(None, ge=1, description="Commits at multiples of this step stay for ever.")
+    keep_every_n_steps: int | None = Field(None, ge=1, description="Commits at multiples of this step stay forever.")
     keep_tags: int | None = Field(
         None,
         ge=1,
@@ -105,7 +105,7 @@ class LayerwiseConfig(_Strict):
     )
     capture: Literal["auto", "lease", "stage"] = Field(
         "auto",
-        description="lease: tensors are read in place until the next update; stage: copied right behind the update; "
+        description="lease: tensors are read in place until the next update; stage: copied right after the update; "
         "auto: lease for host memory, stage for device memory.",
     )
     replicas: Literal["together", "apart"] = Field(

@@ -28,7 +28,7 @@ class LayerwiseCheckpointScheduler:
     """Decides when a step is saved and how its layers go to the writer. One for a rank; belongs to the training thread.
 
     *When*: every `every_n_steps`-th step (none by itself with None), a step that was asked for (`request`), and the
-    next applied update behind one that was due and skipped (`postpone`).
+    next applied update after one that was due and skipped (`postpone`).
 
     *How*: layers in the update order, small ones together in *batches* of at least `batch_bytes`, so that writes are
     few and large, and of more than that where there would be many. A batch is captured when the last of its layers was
@@ -47,7 +47,7 @@ class LayerwiseCheckpointScheduler:
     # -- which steps --------------------------------------------------------------------------------------------
 
     def due(self, step: int) -> bool:
-        """Whether `step` is to be saved. Asked before its update as well as behind it, with one answer."""
+        """Whether `step` is to be saved. Asked before its update as well as after it, with one answer."""
         return self._postponed or self._requested or (self._every is not None and step % self._every == 0)
 
     def request(self) -> None:
@@ -94,7 +94,7 @@ class LayerwiseCheckpointScheduler:
         self._handed = set()
 
     def updated(self, layers: Iterable[str]) -> list[int]:
-        """Numbers of the batches of which these were the last layers to be updated.
+        """Numbers of the batches whose last layers to be updated these were.
 
         Names without a batch are passed by.
         """

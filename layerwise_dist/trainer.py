@@ -108,7 +108,7 @@ class LayerwiseCheckpointTrainer:
         if not self._warned and self._epochs() != self._scheduled:
             self._warned = True
             log.warning(
-                "an LR scheduler was stepped behind trainer.step(), where its iteration was over and saved: a "
+                "an LR scheduler was stepped after trainer.step(), where its iteration was over and saved: a "
                 "resume would "
                 "be one step of it short. Let trainer.step(scheduler=scheduler) do it"
             )

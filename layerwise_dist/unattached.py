@@ -1,6 +1,6 @@
 """A warning for a ds_config with a ``layerwise_checkpoint`` block that nothing reads: DeepSpeed takes it in silence.
 
-It can be seen where this package is imported behind DeepSpeed at all, at an engine's first forward. Imports neither.
+It can be seen where this package is imported after DeepSpeed at all, at an engine's first forward. Imports neither.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _look_at_first_forward(engine: Any) -> None:
             log.warning(
                 "ds_config has a layerwise_checkpoint block, and this DeepSpeed engine is checkpointed by nobody: "
                 "DeepSpeed does not know the block. Write `import layerwise_dist.deepspeed as deepspeed` in place of "
-                "`import deepspeed`, or call layerwise_dist.attach(engine) behind deepspeed.initialize()"
+                "`import deepspeed`, or call layerwise_dist.attach(engine) after deepspeed.initialize()"
             )
 
     hook = engine.register_forward_pre_hook(look)

@@ -81,7 +81,7 @@ def test_a_blind_write_that_begins_late_is_found_within_a_hundred_checkpoints_an
         weight.detach().numpy().view(np.int32)[-1, -1] ^= 1  # one bit: only the window that has it can tell
 
     found_at = 0
-    # One writer of small blocks: what is changed behind the boundary is still on its way then.
+    # One writer of small blocks: what is changed after the boundary is still on its way then.
     options = {"writer": {"queue_depth": 1, "block_kb": 4, "direct_io": "off"}, "commit": {"raise_after": 1000}}
     with lwd.attach(model, optimizer, dir=str(tmp_path), **options) as ckpt:
         for number in ckpt.steps(audit.FULL_FIRST + groups + 3):

@@ -231,7 +231,7 @@ def processes_in(folder: Path) -> list[str]:
 def test_an_interrupted_benchmark_leaves_no_file_and_no_process(
     tmp_path: Path, what: tuple[str, ...], number: signal.Signals
 ) -> None:
-    # Behind `&` a shell lets SIGINT be ignored, and that is inherited.
+    # After `&` a shell lets SIGINT be ignored, and that is inherited.
     listening = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     job = subprocess.Popen(
         command(what[0], tmp_path, *what[1:]), stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=listening
@@ -267,7 +267,7 @@ def test_a_figure_is_the_median_with_its_extremes() -> None:
 
 
 def test_a_stall_belongs_to_the_checkpoint_that_caused_it() -> None:
-    """Open and seal in the step that is due, the fence in the one behind it."""
+    """Open and seal in the step that is due, the fence in the one after it."""
     assert by_checkpoint([5.0, 6.0], 1) == [5.0, 6.0]
     assert by_checkpoint([1.0, 0.0, 4.0, 1.0, 0.0, 7.0], 3) == [5.0, 8.0]
 

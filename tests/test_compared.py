@@ -26,7 +26,7 @@ pytestmark = pytest.mark.quick
 def first_checkpoint(
     path: Path, *, several: bool = False, spoil: Any = lambda rank, model, optimizers: None, timeout_s: float = 20.0
 ) -> tuple[list[Any], float]:
-    """What two replicas raise at theirs, and after how many seconds; `spoil` runs behind the update."""
+    """What two replicas raise at theirs, and after how many seconds; `spoil` runs after the update."""
 
     def body(transport: LocalTransport) -> None:
         model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4), nn.Linear(4, 3))

@@ -200,7 +200,7 @@ def test_leaving_out_one_flush_or_rename_is_found(left_out: str) -> None:
 
 
 def retire_one_commit_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The end of a manifest is said, and comes behind the next commit."""
+    """The end of a manifest is said, and comes after the next commit."""
     withdraw, late = CheckpointMetadataManager.withdraw, []
 
     def one_commit_later(manager: CheckpointMetadataManager, attempt: AttemptId) -> None:
@@ -249,14 +249,14 @@ def test_reporting_a_shard_before_the_base_that_it_refers_to_is_durable_is_found
         late.append(file._env)
         return publish(file)
 
-    def behind_the_commit(engine: LayerwiseEngine, step: int) -> None:
+    def after_the_commit(engine: LayerwiseEngine, step: int) -> None:
         if workings_of(engine).adapter.rank == 0:
             while late:
                 late.pop().do()
 
     monkeypatch.setattr(BaseFile, "publish", early)
     story = Story(testing.MemoryEnv(), frozen=True)
-    story.session(1, 2, at_step=behind_the_commit)
+    story.session(1, 2, at_step=after_the_commit)
     with pytest.raises(AssertionError, match="^prefix.*file is missing"):
         sweep(story, 4)
 
@@ -372,7 +372,7 @@ def test_a_roll_back_that_a_restart_follows_stays_even_if_the_first_job_could_no
 def test_a_base_stays_while_a_crash_may_bring_back_the_manifest_that_refers_to_it(
     monkeypatch: pytest.MonkeyPatch, careless: str | None
 ) -> None:
-    """Neither the job that withdrew the manifest nor the start behind it could flush that."""
+    """Neither the job that withdrew the manifest nor the start after it could flush that."""
     env = MutantEnv(Mutation("sync_dir", "*/step_*1-*", "withdraw", forget=False))
     story = Story(env, frozen=True)
     story.session(1, 2, keep_last=1, at_step=merge_at(1))

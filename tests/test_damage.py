@@ -215,7 +215,7 @@ def test_a_bad_manifest_in_the_middle_never_brings_an_abandoned_branch_back(disk
         assert isinstance(error, DamageError), repr(error)
 
 
-def test_retention_removes_nothing_behind_a_damaged_manifest(disk: Disk) -> None:
+def test_retention_removes_nothing_after_a_damaged_manifest(disk: Disk) -> None:
     spoil(disk, disk.manager.manifest_path(disk.commits[1].attempt_id), 100)
     disk.story.session(2, 6, keep_last=1)
     left = disk.manager.inventory()

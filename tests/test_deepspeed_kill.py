@@ -91,7 +91,7 @@ def test_a_rank_killed_in_the_middle_of_a_save_leaves_no_checkpoint_without_its_
         assert all(len(each) == 1 for each in losses.values()), "a step that was made again was the same"
         for (before, _, committed), (step, _, _) in zip(log, log[1:], strict=False):
             if int(step) != int(before) + 1:
-                assert int(step) > int(committed), "the next start goes on at what had been reported, or behind it"
+                assert int(step) > int(committed), "the next start goes on at what had been reported, or after it"
     if long:
         assert any(each["unfinished"] for each in seen), "some of the kills came in the middle"
     assert kept

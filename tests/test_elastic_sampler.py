@@ -286,7 +286,7 @@ def test_a_loader_that_tells_by_itself_goes_on_elsewhere(workers: int) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stateful", [False, True])
-def test_behind_a_change_a_resume_with_the_same_ranks_yields_what_the_job_yielded(stateful: bool, workers: int) -> None:
+def test_after_a_change_a_resume_with_the_same_ranks_yields_what_the_job_yielded(stateful: bool, workers: int) -> None:
     kind = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader if stateful else None
     options: dict[str, Any] = {"kind": kind, "workers": workers}
     first = Ranks(40, 3, 2, **options)
@@ -410,7 +410,7 @@ def test_a_loop_goes_on_elsewhere_with_what_it_has_not_trained_on(loop: str) -> 
     assert [int(row[0] * 16) for row in next(cycle(alone.loader))] == order[:4]
 
 
-def test_another_epoch_behind_a_restore_gives_the_place_up_and_is_warned_of() -> None:
+def test_another_epoch_after_a_restore_gives_the_place_up_and_is_warned_of() -> None:
     ranks = Ranks(40, 2, 2, epoch=3)
     ranks.draw(2)
     for world in (1, 2):
@@ -421,7 +421,7 @@ def test_another_epoch_behind_a_restore_gives_the_place_up_and_is_warned_of() ->
         assert is_whole(other.draw(), order_of(40), world, False)
         doubts = {tap.doubt for tap in other.taps}
         assert doubts == {
-            "set_epoch(0) came behind restore(), and the checkpoint stands at sample 8 of epoch 3, of which the rest "
+            "set_epoch(0) came after restore(), and the checkpoint stands at sample 8 of epoch 3, of which the rest "
             "is left out"
         }
     back = Ranks(40, 1, 2).restore(ranks.saved())
@@ -629,7 +629,7 @@ def test_mutation_an_iteration_that_began_elsewhere_and_is_replayed_from_0_is_ca
 ) -> None:
     monkeypatch.setattr(Elastic, "start", lambda *_: 0)
     with pytest.raises(AssertionError):
-        test_behind_a_change_a_resume_with_the_same_ranks_yields_what_the_job_yielded(False, 0)
+        test_after_a_change_a_resume_with_the_same_ranks_yields_what_the_job_yielded(False, 0)
 
 
 def test_mutation_what_workers_have_ready_counted_as_consumed_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -642,4 +642,4 @@ def test_mutation_what_workers_have_ready_counted_as_consumed_is_caught(monkeypa
 def test_mutation_a_place_in_another_epoch_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Elastic, "gone_on", lambda *_: False)
     with pytest.raises(AssertionError):
-        test_another_epoch_behind_a_restore_gives_the_place_up_and_is_warned_of()
+        test_another_epoch_after_a_restore_gives_the_place_up_and_is_warned_of()

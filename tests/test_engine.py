@@ -354,7 +354,7 @@ def clamped(how: str) -> Callable[[nn.Module], None]:
 
 
 @pytest.mark.parametrize("how", ["no_grad", "data", "numpy"])
-def test_weights_changed_behind_the_update_are_saved_as_they_are_at_the_boundary(
+def test_weights_changed_after_the_update_are_saved_as_they_are_at_the_boundary(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str
 ) -> None:
     clamp = clamped(how)
@@ -410,7 +410,7 @@ def changed_after_each_boundary(
             with torch.no_grad():
                 model.weight.fill_(
                     step % 7 + 2
-                )  # written once more at the boundary: the writer is still at it behind it
+                )  # written once more at the boundary: the writer is still at it after it
     assert committed(folder)[-1] == 40, "the last one, which nothing changed, is committed"
     return aborted, sound, torn
 
@@ -425,7 +425,7 @@ def test_a_slow_change_after_the_boundary_is_never_committed_half_done(tmp_path:
     assert torn == []
 
 
-def test_two_updates_in_one_iteration_save_the_state_behind_the_last(tmp_path: Path) -> None:
+def test_two_updates_in_one_iteration_save_the_state_after_the_last(tmp_path: Path) -> None:
     model, optimizer = job()
     at = {}
     with lwd.attach(model, optimizer, dir=str(tmp_path), audit="always") as ckpt:

@@ -71,7 +71,7 @@ def test_the_smallest_script_goes_on_where_it_was_killed(fast: Warm, tmp_path: P
     first = kill(fast, tmp_path, EXAMPLES / "mnist_mlp.py", once="checkpoints/mnist_mlp/step_*/manifest.json")
     assert first.splitlines()[:1] in ([], ["nothing is saved yet: training begins"]), "nothing that looks like an error"
     told = run(fast, tmp_path, EXAMPLES / "mnist_mlp.py")
-    done = re.search(r"^going on behind step (\d+)$", told, re.MULTILINE)
+    done = re.search(r"^going on after step (\d+)$", told, re.MULTILINE)
     assert done and 0 < int(done[1]) < 200 and "step 200" in told
 
 
@@ -82,7 +82,7 @@ def test_frozen_weights_are_written_once_and_again_when_the_adapters_are_merged(
     assert "written 2 time(s)" in whole and re.search(r"step 51; accuracy (\S+)", whole)
     kill(fast, tmp_path, script, "--dir", "cut", "--steps", "50", once="cut/step_00000000[1-3]?-*/manifest.json")
     resumed = run(fast, tmp_path, script, "--dir", "cut", "--steps", "50")
-    first = re.search(r"starting behind step (\d+)", resumed)
+    first = re.search(r"starting after step (\d+)", resumed)
     assert first and 10 <= int(first[1]) < 50
     assert "written 1 time(s)" in resumed  # the merged ones
     assert resumed.splitlines()[-1] == whole.splitlines()[-1]

@@ -133,7 +133,7 @@ def judge(case: Case, out: Path, others: list[int]) -> None:
     if goes_on:
         assert not any(raised.values()) and all({"end": TOTAL} in lines[rank] for rank in others)
         wanted = [] if case.kind == "slow" or case.stage == "retire" else [ATTEMPT]
-        if case.kind != "late":  # how many are late behind a late one is not said
+        if case.kind != "late":  # how many are late after a late one is not said
             assert all(aborted[rank] == wanted for rank in others)
         else:
             assert all(ATTEMPT in aborted[rank] for rank in others)

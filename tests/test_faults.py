@@ -157,7 +157,7 @@ def trial(root: Path, index: int | None, number: int, short: bool, on_failure: s
 
 
 def is_flush_of_manifest(trace: list[str], at: int) -> bool:
-    """Whether operation `at` is the directory flush behind a manifest's rename."""
+    """Whether operation `at` is the directory flush after a manifest's rename."""
     operation, _, folder = trace[at].partition(" ")
     before = [line.partition(" ")[2] for line in trace[:at] if line.startswith("rename ")]
     return operation == "sync_dir" and any(line.endswith(f"{folder}/manifest.json") for line in before)

@@ -71,17 +71,17 @@ class Job:
         return found
 
 
-def trial(folder: Path, change: Change, *, behind: bool = False, **options: Any) -> list[str]:
+def trial(folder: Path, change: Change, *, after: bool = False, **options: Any) -> list[str]:
     """What a job that was made as the first one had become holds otherwise than that one after a restore, and how many
-    of its four checkpoints were lost. The change comes before the third update, or behind it.
+    of its four checkpoints were lost. The change comes before the third update, or after it.
     """
     job = Job(1)
     with lwd.attach(job.model, job.optimizer, dir=str(folder), **options) as ckpt:
         for step in ckpt.steps(4):
-            if step == 2 and not behind:
+            if step == 2 and not after:
                 change(job)
             job.step()
-            if step == 2 and behind:
+            if step == 2 and after:
                 change(job)
         ckpt.wait(4)
         lost = int(ckpt.stats()["checkpoints_aborted"])
@@ -203,7 +203,7 @@ def test_frozen_parameters_that_were_replaced_are_never_saved_as_they_were(
     monkeypatch.setattr(survey, "LEAST_BASE_BYTES", nbytes)
     assert trial(tmp_path / "before", change) == []
     if change is assign_frozen:  # also between update and boundary, at no checkpoint's cost
-        assert trial(tmp_path / "behind", change, behind=True) == []
+        assert trial(tmp_path / "after", change, after=True) == []
 
 
 def test_a_teacher_among_several_models_is_followed_and_so_is_a_student_that_grows(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_an_update_of_a_parameter_that_is_not_known_yet_may_change_any_layer() -
 def test_what_changes_between_update_and_boundary_is_saved_as_the_boundary_has_it(
     tmp_path: Path, change: Change
 ) -> None:
-    assert trial(tmp_path, change, behind=True) == []
+    assert trial(tmp_path, change, after=True) == []
 
 
 def test_a_roll_back_to_before_a_change_is_a_mismatch_and_loads_nothing(tmp_path: Path) -> None:
@@ -373,7 +373,7 @@ def test_what_got_another_shape_in_the_same_memory_is_saved_as_it_is(
 
 @pytest.mark.parametrize("what", ["parameter turn", "buffer shrink"])
 def test_another_shape_between_update_and_boundary_is_saved_as_the_boundary_has_it(tmp_path: Path, what: str) -> None:
-    assert trial(tmp_path, RESHAPED[what], behind=True) == []
+    assert trial(tmp_path, RESHAPED[what], after=True) == []
 
 
 # -- proofs that these can fail ----------------------------------------------------------------------------------------
@@ -444,19 +444,19 @@ REFUSED: dict[Change, str] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("behind", [False, True], ids=["before the update", "behind it"])
+@pytest.mark.parametrize("after", [False, True], ids=["before the update", "after it"])
 @pytest.mark.parametrize("change", REFUSED, ids=lambda change: change.__name__)
 def test_an_optimizer_that_updates_what_is_not_in_the_model_is_refused_by_name_before_anything_is_committed(
-    tmp_path: Path, change: Change, behind: bool
+    tmp_path: Path, change: Change, after: bool
 ) -> None:
     job = Job(1, torch.optim.SGD)
     ckpt = lwd.attach(job.model, job.optimizer, dir=str(tmp_path))
     with pytest.raises(errors.UnsupportedError, match=REFUSED[change]):
         for step in ckpt.steps(9):
-            if step == 2 and not behind:
+            if step == 2 and not after:
                 change(job)
             job.step()
-            if step == 2 and behind:
+            if step == 2 and after:
                 change(job)
     assert step == 2
     with pytest.raises(errors.CommitError, match=REFUSED[change]):

@@ -151,7 +151,7 @@ def test_unfreezing_writes_what_is_still_frozen_again(tmp_path: Path) -> None:
         for step in loop:
             job.step()
             if step == 3:
-                unfreeze(job)  # behind the update: step 4 is saved as it was when that was made
+                unfreeze(job)  # after the update: step 4 is saved as it was when that was made
 
     make = {"wrapper": "plain", "seed": 1, "width": 500, "all_params": False}
     plain = lora.Job(**make)
@@ -306,7 +306,7 @@ def slow(tmp_path: Path, any_size: None, monkeypatch: pytest.MonkeyPatch) -> Ite
     made.ckpt.close()
 
 
-def test_a_base_is_written_behind_training_once_the_first_checkpoints_are_over(slow: Slow, tmp_path: Path) -> None:
+def test_a_base_is_written_beside_training_once_the_first_checkpoints_are_over(slow: Slow, tmp_path: Path) -> None:
     slow.slow(0.05)
     slow.steps(1)
     assert slow.read, "the first is audited in full, and so written before its boundary is over"
@@ -341,7 +341,7 @@ def test_what_changes_while_it_is_being_written_ends_those_checkpoints_and_no_ot
     slow.env.clear()
     slow.steps(6)
     slow.ckpt.wait(6)
-    assert re.search("step 5 failed: .*param/0.base.weight.* changed behind the boundary", caplog.text)
+    assert re.search("step 5 failed: .*param/0.base.weight.* changed after the boundary", caplog.text)
     assert sorted(manifests(tmp_path)) == [1, 2, 3, 4, 6] and len(bases(tmp_path)) == 2
 
 

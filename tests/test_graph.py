@@ -144,7 +144,7 @@ def test_edges_show_the_branches_of_a_shortcut() -> None:
 def test_a_layer_used_twice_is_passed_through_where_its_gradient_is_not_final() -> None:
     model, loss = _reused()
     graph = DependencyGraphBuilder(model).build_dependency_graph(loss(model))
-    # The first thing to be final is what lies behind the tied head and the block's later use.
+    # The first thing to be final is what lies after the tied head and the block's later use.
     assert list(graph.predecessors("(root)")) == [] and list(graph.predecessors("middle")) == ["(root)"]
     assert "block.2" not in graph.predecessors("middle")
     assert set(graph.predecessors("head")) >= {"block.0"}

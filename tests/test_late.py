@@ -74,10 +74,10 @@ def nothing(model: Experts, optimizer: torch.optim.Optimizer, step: int) -> None
 
 @dataclass(frozen=True)
 class Case:
-    """`used`: the experts of each step; `behind`: what the script does between update and boundary."""
+    """`used`: the experts of each step; `after`: what the script does between update and boundary."""
 
     used: Callable[[int], range] = lambda step: range(1)
-    behind: Callable[[Experts, torch.optim.Optimizer, int], None] = nothing
+    after: Callable[[Experts, torch.optim.Optimizer, int], None] = nothing
     optimizer: Callable[[nn.Module], torch.optim.Optimizer] = adam
     quiet: int = 6  # the step from which on nothing comes, goes or moves
 
@@ -105,16 +105,16 @@ CASES = {
     "one layer comes late": Case(lambda step: range(2 if step >= 4 else 1)),
     "one layer after the other": Case(lambda step: range(max(1, min(4, step - 2))), quiet=7),
     "a layer is used in some steps": Case(lambda step: range(2 if step % 3 == 2 else 1)),
-    "state goes, and comes again": Case(behind=_pop),
-    "a tensor of state is added": Case(behind=_add),
-    "a tensor of state moves in every step": Case(behind=_move, quiet=STEPS),
+    "state goes, and comes again": Case(after=_pop),
+    "a tensor of state is added": Case(after=_add),
+    "a tensor of state moves in every step": Case(after=_move, quiet=STEPS),
     "an update moves a tensor of state, now and then": Case(
         optimizer=lambda model: Renewing(model.parameters(), lambda step: step in (5, 8)), quiet=STEPS
     ),
     "every update moves a tensor of state": Case(
         optimizer=lambda model: Renewing(model.parameters(), lambda step: True), quiet=STEPS
     ),
-    "all layers get their state late": Case(behind=_momentum, optimizer=sgd),
+    "all layers get their state late": Case(after=_momentum, optimizer=sgd),
 }
 
 UPDATES = [name for name in CASES if "update" in name]
@@ -128,7 +128,7 @@ def trained(case: Case, steps: Any, model: Experts, optimizer: torch.optim.Optim
         model(x, case.used(step)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        case.behind(model, optimizer, step)
+        case.after(model, optimizer, step)
         held[step + 1] = tensors(model, optimizer)
     return held
 
@@ -200,7 +200,7 @@ def test_a_second_update_may_bring_state(tmp_path: Path) -> None:
         check(tmp_path / mode, Case(), held)
 
 
-def test_where_every_update_moves_something_captures_begin_behind_it(tmp_path: Path, early: list[int]) -> None:
+def test_where_every_update_moves_something_captures_begin_after_it(tmp_path: Path, early: list[int]) -> None:
     """Else each would be done twice."""
     model = Experts()
     optimizer = adam(model)

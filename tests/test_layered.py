@@ -47,7 +47,7 @@ def test_the_first_layer_is_captured_before_the_last_is_updated(tmp_path: Path, 
     order = sorted(rows["updates"], key=lambda layer: rows["updates"][layer])
     assert order[:2] == ["6", "5"] and order[-1] == "0", "in the order in which gradients became ready"
     assert min(at for at, _ in rows["captures"].values()) < rows["updates"]["0"][0]
-    assert len(rows["captures"]) == len(rows["writes"]) == 6, "the norm is taken together with the layer behind it"
+    assert len(rows["captures"]) == len(rows["writes"]) == 6, "the norm is taken together with the layer after it"
 
 
 def test_in_backward_captures_before_the_backward_ends(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_in_backward_captures_before_the_backward_ends(tmp_path: Path) -> None:
     assert min(at for at, _ in rows["captures"].values()) < max(at for at, _ in rows["gradients"].values())
 
 
-def test_a_whole_update_is_captured_behind_it(tmp_path: Path) -> None:
+def test_a_whole_update_is_captured_after_it(tmp_path: Path) -> None:
     rows = traced(tmp_path, "whole")
     assert list(rows["updates"]) == ["(all)"]
     assert min(at for at, _ in rows["captures"].values()) >= rows["updates"]["(all)"][1]
@@ -122,12 +122,12 @@ def test_a_step_that_saves_nothing_is_the_optimizers_own(tmp_path: Path, monkeyp
             asked.clear()
             update(model, optimizer, step)
             by_layers.append(bool(asked))
-    # The first is observed; behind a saved step the leases may still be open.
+    # The first is observed; after a saved step the leases may still be open.
     assert [step + 1 for step, layered in enumerate(by_layers) if layered and step % 4 in (1, 2)] == []
     assert by_layers[7] and by_layers[11]
 
 
-def test_an_optimizer_that_puts_new_tensors_in_place_is_captured_behind_its_update(tmp_path: Path) -> None:
+def test_an_optimizer_that_puts_new_tensors_in_place_is_captured_after_its_update(tmp_path: Path) -> None:
     class Replacing(torch.optim.SGD):
         pass
 

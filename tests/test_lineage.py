@@ -47,7 +47,7 @@ class Job:
             self.ckpt.explicit()
 
     def train(self, steps: int) -> torch.Tensor:
-        """Returns the weights behind the last of them, which is committed."""
+        """Returns the weights after the last of them, which is committed."""
         for _ in range(steps):
             self.update()
             self.ckpt.end_step()
@@ -112,7 +112,7 @@ def restored(folder: Path, *, seed: int = 9, **how: Any) -> tuple[int, torch.Ten
 
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
-    """Once it was called, retention behind the next commit is carried out in the middle of a restore."""
+    """Once it was called, retention after the next commit is carried out in the middle of a restore."""
     begins, go, done = threading.Event(), threading.Event(), threading.Event()
     retire, adopt = Committer.retire, Restores._adopt
 
@@ -405,7 +405,7 @@ def test_a_tag_given_anew_lets_the_older_go_however_much_was_retired_between(tmp
     assert commits(tmp_path) == [(15, "best"), (16, None if every else "last")]
 
 
-def test_a_tag_given_anew_lets_the_older_go_behind_any_number_of_archived_commits(tmp_path: Path) -> None:
+def test_a_tag_given_anew_lets_the_older_go_after_any_number_of_archived_commits(tmp_path: Path) -> None:
     with Job(tmp_path, keep_last=1, keep_every_n_steps=2) as job:
         job.train(1)
         job.ckpt.save("best")

@@ -32,7 +32,7 @@ SHARD = "rank_00000.safetensors"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Steps 1 to 4; steps 3 and 4 refer to another base than 1 and 2; steps from 2 on are behind a branch record."""
+    """Steps 1 to 4; steps 3 and 4 refer to another base than 1 and 2; steps from 2 on are after a branch record."""
     root = tmp_path_factory.mktemp("trained") / "ck"
     with bases_of_any_size():
         Job().run(root, 2, keep_last=9)

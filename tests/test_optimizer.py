@@ -147,7 +147,7 @@ def test_the_original_s_own_step_is_layered_too_and_detach_ends_it(mode: str) ->
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_each_layer_is_announced_right_before_and_reported_right_behind_its_update(mode: str) -> None:
+def test_each_layer_is_announced_right_before_and_reported_right_after_its_update(mode: str) -> None:
     model, optimizer = made("AdamW", {})
     before: dict[str, list[Tensor]] = {}
     events: list[tuple[str, str, int]] = []
@@ -273,14 +273,14 @@ def test_clipping_and_accumulation_are_exact_in_pipelined_step() -> None:
     assert same(*runs)
 
 
-@pytest.mark.parametrize("registered", ["before", "behind"])
+@pytest.mark.parametrize("registered", ["before", "after"])
 def test_clipping_in_a_step_hook_is_exact_wherever_the_hook_stands(registered: str) -> None:
     runs = made("SGD", {}), made("SGD", {})
     for index, (model, optimizer) in enumerate(runs):
-        if index and registered == "behind":
+        if index and registered == "after":
             LayerwiseOptimizer(optimizer, model)
             train(model, optimizer)
-        elif not index and registered == "behind":
+        elif not index and registered == "after":
             train(model, optimizer)
         optimizer.register_step_pre_hook(
             lambda *_, model=model: torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01) and None
@@ -292,7 +292,7 @@ def test_clipping_in_a_step_hook_is_exact_wherever_the_hook_stands(registered: s
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_step_hooks_behind_the_update_see_the_gradients(mode: str) -> None:
+def test_step_hooks_after_the_update_see_the_gradients(mode: str) -> None:
     model, optimizer = made("SGD", {})
     seen: list[bool] = []
     optimizer.register_step_post_hook(lambda *_: seen.append(model.middle.weight.grad is not None))

@@ -183,7 +183,7 @@ def test_what_an_optimizer_changes_before_its_closure_is_fenced(tmp_path: Path) 
     assert _lost_on_a_slow_disk(tmp_path) == 0
 
 
-def test_mutation_a_fence_only_behind_the_closure_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutation_a_fence_only_after_the_closure_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nested.Nest, "foreign", False)
     assert _lost_on_a_slow_disk(tmp_path) > 0
 

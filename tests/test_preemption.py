@@ -53,7 +53,7 @@ def test_all_ranks_commit_one_step_and_leave_when_one_is_told_to(
     at = left[0]["at"]
     for rank in range(RANKS):
         assert left[rank]["left"] == 77 and left[rank]["at"] == left[rank]["committed"] == at >= 5, left
-        assert told(tmp_path, rank)[-2]["step"] == at - 1, "nothing was trained behind it"
+        assert told(tmp_path, rank)[-2]["step"] == at - 1, "nothing was trained after it"
         assert left[rank]["restored"] and left[rank]["wakeup"] == -1
     assert left[1]["calls"] == [signal.SIGTERM], "the script's own handler ran too"
     assert CheckpointMetadataManager(PosixEnv(), str(tmp_path / "ckpt")).inventory().lineage()[0].step == at

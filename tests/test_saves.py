@@ -197,7 +197,7 @@ def test_what_is_saved_in_another_directory_leaves_nothing_open_and_the_training
 def test_mutation_a_session_that_does_not_follow_what_is_there_is_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Restores, "begin_behind_newest", lambda self: None)
+    monkeypatch.setattr(Restores, "begin_after_newest", lambda self: None)
     with pytest.raises(errors.BoundaryError, match="already holds checkpoints"):
         test_what_is_saved_in_another_directory_leaves_nothing_open_and_the_training_as_it_was(tmp_path)
 

@@ -92,7 +92,7 @@ def test_mutation_an_optimizer_that_is_not_restored_is_caught(tmp_path: Path, mo
 
 
 def _on_a_slow_disk(root: Path) -> tuple[list[bool], list[torch.Tensor], Any]:
-    """Trains two models by turns; whether the second's lease went on behind the first's update, the last weights."""
+    """Trains two models by turns; whether the second's lease went on after the first's update, the last weights."""
     env = testing.FaultEnv(PosixEnv())
     env.delay("write", "*rank_*", 0.01)
     nets = {"one": nn.Linear(256, 256), "two": nn.Linear(256, 256)}
@@ -359,7 +359,7 @@ def test_one_model_may_have_several_optimizers(tmp_path: Path) -> None:
     assert several.differences(resumed, run(4, tmp_path / "whole")) == []
 
 
-def test_a_layer_whose_state_comes_behind_another_optimizer_s_update_finds_room_in_the_pool(tmp_path: Path) -> None:
+def test_a_layer_whose_state_comes_after_another_optimizer_s_update_finds_room_in_the_pool(tmp_path: Path) -> None:
     nets = {"small": nn.Linear(2, 2), "large": nn.Linear(256, 256)}
     optimizers = {name: torch.optim.AdamW(net.parameters()) for name, net in nets.items()}
     options: dict[str, Any] = {"capture": "stage", "writer": {"queue_depth": 1, "block_kb": 64}, "fence_timeout_s": 5}

@@ -146,7 +146,7 @@ def test_staged_training_is_bit_identical_and_so_is_each_checkpoint(
     assert adapter.buffers.in_use == adapter.bounce_bytes, "all of the pool came back"
 
 
-def test_a_clamp_behind_the_update_is_in_the_staged_checkpoint(tmp_path: Path) -> None:
+def test_a_clamp_after_the_update_is_in_the_staged_checkpoint(tmp_path: Path) -> None:
     for blind in (False, True):
         root = tmp_path / str(blind)
         model, optimizer = build()
@@ -162,7 +162,7 @@ def test_a_clamp_behind_the_update_is_in_the_staged_checkpoint(tmp_path: Path) -
         assert equal(tensors(model, optimizer), expected)
 
 
-def test_staged_tensors_may_change_behind_the_boundary(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_staged_tensors_may_change_after_the_boundary(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, optimizer = build()
     with attach(model, optimizer, tmp_path, slow(0.001), capture="stage", max_in_flight=8) as ckpt:
         for step in ckpt.steps(5):

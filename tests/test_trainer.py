@@ -123,7 +123,7 @@ def test_a_full_checkpoint_is_kept_and_found_by_its_name(tmp_path: Path) -> None
         one_step(trainer, model)
 
 
-def test_an_lr_schedule_behind_the_step_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_lr_schedule_after_the_step_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, optimizer = job()
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
     options = {"checkpoint_dir": str(tmp_path), "state": {"scheduler": scheduler}}
@@ -131,7 +131,7 @@ def test_an_lr_schedule_behind_the_step_is_warned_of(tmp_path: Path, caplog: pyt
         for _ in range(3):
             one_step(trainer, model)
             scheduler.step()
-    assert sum("behind trainer.step()" in record.getMessage() for record in caplog.records) == 1
+    assert sum("after trainer.step()" in record.getMessage() for record in caplog.records) == 1
 
 
 def test_each_argument_is_a_key_of_the_configuration(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ Make = Callable[[nn.Module], Any]
 
 
 class Averager(averagers.ModelAverager):
-    """Counts as PeriodicModelAverager does, and changes parameters behind the optimizer's step."""
+    """Counts as PeriodicModelAverager does, and changes parameters after the optimizer's step."""
 
     def __init__(self) -> None:
         self.step = 0
@@ -216,8 +216,8 @@ def test_mutation_hooks_of_the_inner_step_alone_are_caught(
     monkeypatch.setattr(torch_optimizer, "is_thin", lambda wrapper: True)
     with pytest.raises(AssertionError):
         test_what_a_wrapper_changes_before_the_step_is_fenced(tmp_path / "before")
-    with pytest.raises(AssertionError):  # what is changed behind it, without raising a version counter
-        test_training_is_what_it_is_without_and_a_resume_goes_on_bit_for_bit(tmp_path / "behind", caplog, "Lookahead")
+    with pytest.raises(AssertionError):  # what is changed after it, without raising a version counter
+        test_training_is_what_it_is_without_and_a_resume_goes_on_bit_for_bit(tmp_path / "after", caplog, "Lookahead")
 
 
 def test_mutation_a_wrapper_s_own_state_that_is_left_out_is_caught(
@@ -277,7 +277,7 @@ def test_wrappers_that_cannot_be_taken_apart_are_refused_by_name(tmp_path: Path)
     twice = around(lambda real: Lookahead(Lookahead(real)))
     assert "a Lookahead around another Lookahead" in refused(tmp_path / "6", twice)
     found = refused(tmp_path / "7", around(Decayed), update="pipelined_step")
-    assert "Decayed may change parameters behind its optimizer's step" in found and "use update = 'whole'" in found
+    assert "Decayed may change parameters after its optimizer's step" in found and "use update = 'whole'" in found
 
 
 def test_what_a_wrapper_keeps_fits_only_where_it_is_there_too(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ class NvmWritableFile final : public WritableFile {
 
  private:
   // Bytes [offset, offset + length) of the file, at `base`. The segments are
-  // contiguous from 0; the last one may end behind the end of the file.
+  // contiguous from 0; the last one may end past the end of the file.
   struct Segment {
     uint64_t offset;
     uint64_t length;

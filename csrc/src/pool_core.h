@@ -91,7 +91,7 @@ class PoolCore {
 using Bounce = std::span<char>;
 std::vector<AlignedBuffer> CutBounce(Bounce bounce, int depth);
 
-// `depth` threads, each of which writes, by the file's own calls, and hashes.
+// `depth` threads; each writes, by the file's own calls, and hashes.
 std::unique_ptr<PoolCore> MakeThreadCore(int depth, Bounce bounce);
 
 }  // namespace layerwise

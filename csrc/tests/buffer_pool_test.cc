@@ -157,7 +157,7 @@ TEST_CASE("what is no free buffer of a shared pool is refused") {
   uint64_t begin = 0;
   auto first = MakeShared(file.fd, 4096, &begin);
   auto owner = MakeShared(file.fd, 4 * 4096, &begin);
-  CHECK(begin == 4096);  // behind the other
+  CHECK(begin == 4096);  // after the other
   std::shared_ptr<BufferPool> other;
   REQUIRE_OK(BufferPool::Attach(file.fd, begin, 4 * 4096, -1, &other));
   BufferPool::Buffer middle;
@@ -174,12 +174,12 @@ TEST_CASE("what is no free buffer of a shared pool is refused") {
   CHECK(Invalid(other->Adopt(begin, SIZE_MAX, &no)));
   CHECK(!no);
   BufferPool::Buffer before;
-  BufferPool::Buffer behind;
+  BufferPool::Buffer after;
   REQUIRE_OK(other->Adopt(begin, 4096, &before));
-  REQUIRE_OK(other->Adopt(begin + 3 * 4096, 4096, &behind));
+  REQUIRE_OK(other->Adopt(begin + 3 * 4096, 4096, &after));
   middle.Release();
   before.Release();
-  behind.Release();
+  after.Release();
   CHECK(other->TryAcquire(4 * 4096));  // the pieces are one again
 }
 

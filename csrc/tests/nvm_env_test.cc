@@ -115,7 +115,7 @@ TEST_CASE("threads that write neighboring bytes do not disturb each other") {
   CHECK(Content(&env, dir / "f") == data);
 }
 
-TEST_CASE("a write behind the mapping extends file and mapping, and the gap reads as zeros") {
+TEST_CASE("a write past the mapping extends file and mapping, and the gap reads as zeros") {
   if (SkipWithoutDax()) return;
   ScratchDir dir;
   NvmEnv env;
@@ -147,7 +147,7 @@ TEST_CASE("a file system without room is an error and not the death of the proce
   CHECK(Content(&env, dir / "f") == "y");
 }
 
-TEST_CASE("a mapped file that is cut takes writes behind its new end, and reuse keeps its space") {
+TEST_CASE("a mapped file that is cut takes writes past its new end, and reuse keeps its space") {
   if (SkipWithoutDax()) return;
   ScratchDir dir;
   NvmEnv env;

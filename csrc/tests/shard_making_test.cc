@@ -58,7 +58,7 @@ SHARD_TEST_CASE("creation fails where the space cannot be reserved, and leaves n
   CHECK_ERRNO(f.disk.Stat("/s", &info), ENOENT);
 }
 
-SHARD_TEST_CASE("a retired file is written over, and what is behind the new end is cut off") {
+SHARD_TEST_CASE("a retired file is written over, and what is past the new end is cut off") {
   for (size_t old_size : {size_t{4096}, size_t{64 * 4096}}) {
     ShardFixture f;
     Tensor tensor(Pattern(3 * 4096));

@@ -74,7 +74,7 @@ SHARD_TEST_CASE("a complete block may be submitted again, and its hash is replac
   CHECK(f.Content().substr(8192) == tensor.content().substr(4096));
 }
 
-SHARD_TEST_CASE("appended data lies behind the plan in padded, hashed blocks") {
+SHARD_TEST_CASE("appended data lies after the plan in padded, hashed blocks") {
   ShardFixture f;
   Tensor tensor(Pattern(4096));
   auto writer = f.Submitted(&tensor, 1);

@@ -48,7 +48,7 @@ std::string ReadBack(Env* env, const std::string& path) {
   return data;
 }
 
-// What a plan with these tensors says that the file holds behind its header.
+// What a plan with these tensors says that the file holds after its header.
 std::string Expected(const Plan& plan, const std::vector<std::string>& contents) {
   std::string data(plan.end(), '\0');
   std::fill_n(data.begin(), 4096, 'H');

@@ -143,7 +143,7 @@ class Switchboard:
         self._pairs = [socket.socketpair() for _ in range(world_size)]
 
     def of(self, rank: int) -> Gather:
-        """For the process of that rank. To be called there, behind the fork."""
+        """For the process of that rank. To be called there, after the fork."""
         mine = self._pairs[rank][1]
         for number, (here, there) in enumerate(self._pairs):
             here.close()

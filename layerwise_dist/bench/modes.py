@@ -1,6 +1,6 @@
 """The ways to checkpoint that `bench train` compares, each used as its own documentation shows.
 
-A mode is started before a block of steps and ended behind it. In between, the training loop calls `update` in place of
+A mode is started before a block of steps and ended after it. In between, the training loop calls `update` in place of
 `optimizer.step()` and `end_iteration` at the end of each iteration; what those take belongs to the step.
 """
 
@@ -42,7 +42,7 @@ class Mode:
         return 1
 
     def start(self, folder: Path) -> None:
-        """Checkpoints go below `folder`, which is new, and removed behind `finish`."""
+        """Checkpoints go below `folder`, which is new, and removed after `finish`."""
 
     def update(self) -> None:
         self.optimizer.step()
@@ -55,7 +55,7 @@ class Mode:
         return 0.0
 
     def between(self, step: int) -> None:
-        """Behind each iteration, outside the measured time."""
+        """After each iteration, outside the measured time."""
 
     def finish(self) -> None:
         """Waits until all is done."""

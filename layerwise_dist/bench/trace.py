@@ -15,7 +15,7 @@ from layerwise_dist.bench.progress import bar
 from layerwise_dist.bench.workplace import workplace
 from layerwise_dist.engine.trace_picture import draw
 
-_STEPS = 8  # behind the observed first one, the audited ones, and those in which files are new
+_STEPS = 8  # after the observed first one, the audited ones, and those in which files are new
 
 
 @dataclass(frozen=True, slots=True)

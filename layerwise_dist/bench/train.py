@@ -1,7 +1,7 @@
 """`bench train`: what checkpoints cost a training loop, under this engine and under others, in one run.
 
 The training happens in processes of their own (train_worker.py). A block of steps without checkpoints stands before and
-behind each block with them, and a block's figure is its mean step over the mean of those two.
+after each block with them, and a block's figure is its mean step over the mean of those two.
 """
 
 from __future__ import annotations

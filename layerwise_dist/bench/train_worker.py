@@ -2,7 +2,7 @@
 
     python -m layerwise_dist.bench.train_worker '{"shape": {...}, "folder": ..., ...}'
 
-Rank 0 says what it does and found in lines of JSON behind a mark on standard output; train.py reads them.
+Rank 0 says what it does and found in lines of JSON after a mark on standard output; train.py reads them.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ class Worker:
 def by_checkpoint(stalls: list[float], every: int) -> list[float]:
     """From one number a step to one a checkpoint: its own step, the last of `every`, and those up to the next.
 
-    What the last checkpoint still costs falls behind the block; what the one before the block cost in it stands in.
+    What the last checkpoint still costs falls after the block; what the one before the block cost in it stands in.
     """
     turned = stalls[every - 1 :] + stalls[: every - 1]
     return [sum(turned[begin : begin + every]) for begin in range(0, len(turned), every)]

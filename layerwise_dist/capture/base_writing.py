@@ -187,7 +187,7 @@ class Writing:
             for block in run:
                 if self._file.hash(block) != self._hashes[block]:
                     names = sorted(self._names[number] for number in content.tensors_of(block))
-                    raise BaseFailed(f"{' or '.join(names[:3])} changed behind the boundary, before it was read")
+                    raise BaseFailed(f"{' or '.join(names[:3])} changed after the boundary, before it was read")
 
     def _discard(self) -> None:
         try:

@@ -1,7 +1,7 @@
 """Frozen parameters: written once, into a base, to which checkpoints refer as long as it holds what the memory holds.
 
 That is decided at each boundary by hashes: of the blocks whose tensors moved or whose version counters rose, and of the
-next hundredth of all, as the audit goes round. All are looked at in the first checkpoints behind a base's beginning.
+next hundredth of all, as the audit goes round. All are looked at in the first checkpoints after a base's beginning.
 What the writer read is held against the same hashes, so a change while a base is written is found, whoever makes it.
 """
 
@@ -228,7 +228,7 @@ class FrozenBases:
         return blocks
 
     def _tell(self, names: Collection[str], *, seen: bool) -> None:
-        """`names` lie in one block, of which no more is known than that it changed."""
+        """`names` lie in one block; no more is known than that it changed."""
         what = " or ".join(sorted(names)[:3]) + (f" or {len(names) - 3} more" if len(names) > 3 else "")
         if seen:
             log.info("rank %d: %s changed, and no optimizer updates it", self._adapter.rank, what)

@@ -27,7 +27,7 @@ log = logging.getLogger("layerwise_dist")
 
 _WORD = ctypes.sizeof(ctypes.c_size_t)
 _LOOKED_AT = 8  # words of a storage; it has more
-_DELETER, _CONTEXT = 1, 2  # words behind the address
+_DELETER, _CONTEXT = 1, 2  # words after the address
 
 
 class MemoryGone(LayerwiseError):
@@ -76,7 +76,7 @@ class Holder:
         return deleter in self._deleters
 
     def hold(self, tensors: Sequence[torch.Tensor]) -> tuple[list[int], Any]:
-        """Addresses of tensors that can be held, and what holds all that was behind them. Raises MemoryGone."""
+        """Addresses of tensors that can be held, and what keeps all their memory. Raises MemoryGone."""
         owners: dict[int, int] = {}
         addresses = []
         for tensor in tensors:
@@ -143,7 +143,7 @@ def _find_place() -> int | None:
 
 
 def _is_data_ptr(place: int, made: Sequence[torch.UntypedStorage]) -> bool:
-    """Whether a deleter and a context lie behind the address: of an allocator's memory the context is the address."""
+    """Whether a deleter and a context lie after the address: of an allocator's memory the context is the address."""
     first, second, *others = ([_words(storage)[place + i] for i in (0, _DELETER, _CONTEXT)] for storage in made)
     return (
         first[_DELETER] == second[_DELETER]

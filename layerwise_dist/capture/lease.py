@@ -1,4 +1,4 @@
-"""One checkpoint's capture on one rank: batch by batch behind the update, sealed at the boundary, fenced before the
+"""One checkpoint's capture on one rank: batch by batch after the update, sealed at the boundary, fenced before the
 next.
 """
 
@@ -31,7 +31,7 @@ class Capture:
     """Leases or stages every batch. Holds its survey, and with it the memory that is leased, until nothing is read any
     more.
 
-    Life: `take` for each batch right behind its update, and again behind a further update of the same iteration; `seal`
+    Life: `take` for each batch right after its update, and again after a further update of the same iteration; `seal`
     at the boundary; `settle` whenever the engine is entered; `fence` before the next update, of all or batch by batch;
     these on the training thread. `confirm` waits for them on another one.
 
@@ -138,7 +138,7 @@ class Capture:
 
     @property
     def unjudged(self) -> frozenset[int]:
-        """Numbers of the survey's batches of which it is still to be found out whether they were changed too early."""
+        """Numbers of the survey's batches that may have been changed too early; not checked yet."""
         return frozenset(self._unjudged)
 
     @property

@@ -85,7 +85,7 @@ def _collapse(ranges: list[tuple[int, int]], closing: threading.Event) -> list[t
 
 
 def joined(ranges: Iterable[tuple[int, int]], page: int = 2 << 20) -> list[tuple[int, int]]:
-    """The whole huge pages under (address, bytes) ranges, of which near ones are taken as one."""
+    """The whole huge pages under (address, bytes) ranges; near ones are taken as one."""
     found: list[list[int]] = []
     for begin, nbytes in sorted(ranges):
         if found and begin - found[-1][1] <= _GAP:

@@ -1,4 +1,4 @@
-"""Staging: a layer is copied right behind its update into pool memory, laid out as its extent in the file.
+"""Staging: a layer is copied right after its update into pool memory, laid out as its extent in the file.
 
 The host does not wait for the copies of device memory. They run on a stream of their own; the next update's stream
 waits for them (the fence), and a layer goes to the writer once they are done.
@@ -28,7 +28,7 @@ Wait = Callable[[], None]
 
 
 class Mark(Protocol):
-    """A point behind copies that were launched, as `torch.cuda.Event`."""
+    """A point after copies that were launched, as `torch.cuda.Event`."""
 
     def query(self) -> bool:
         """Whether they are done."""
@@ -43,15 +43,15 @@ class Copies(Protocol):
     """Where copies run. `copy` and `record` belong to the training thread, as does `wait`: that is the fence."""
 
     def copy(self, pairs: Pairs) -> None:
-        """Launches copies of (to host memory, from), behind all that this thread has launched so far."""
+        """Launches copies of (to host memory, from), after all that this thread has launched so far."""
         ...
 
     def record(self) -> Mark:
-        """A mark behind all copies launched so far."""
+        """A mark after all copies launched so far."""
         ...
 
     def wait(self, mark: Mark) -> None:
-        """What this thread launches from now on comes behind the mark. The host need not wait for that."""
+        """What this thread launches from now on comes after the mark. The host need not wait for that."""
         ...
 
 

@@ -298,7 +298,7 @@ class Surveyor:
         return piece.slice.name not in copying and (self._stays(piece) if in_place else _is_plain(piece))
 
     def _stays(self, piece: Piece) -> bool:
-        """Whether the file has it as its memory is, and that can be held while it is read behind the boundary."""
+        """Whether the file has it as its memory is, and that can be held while it is read after the boundary."""
         return _is_plain(piece) and (not piece.on_host or holder().can_hold(piece.tensor))
 
     def _hold_memory(self, batches: Iterable[Batch], frozen: Iterable[Piece]) -> tuple[list[int], Any]:
@@ -333,7 +333,7 @@ class Surveyor:
             typed_json.dumps(description, path="it")
         except StateError as error:
             raise UnsupportedError(
-                f"{name} is a {description['class']}, of which __tensor_flatten__ gives what cannot be written: {error}"
+                f"{name} is a {description['class']}, and its __tensor_flatten__ gives what cannot be written: {error}"
             ) from error
 
     def _check_name(self, name: object) -> None:

@@ -1,6 +1,6 @@
 """How ranks agree on one boundary that none of them has passed: for `save()`, and for leaving together.
 
-Pure, as coordinator and ledger are, of which these are parts. A rank *asks* and passes no further boundary before it
+Pure, as coordinator and ledger are; these are parts of both. A rank *asks* and passes no further boundary before it
 hears where they meet. The coordinator tells all to *hold*; each answers, from its background, which boundary is the
 next that it has not passed, and does not pass that one. They meet at the furthest of those.
 """

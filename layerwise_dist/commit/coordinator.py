@@ -107,7 +107,7 @@ class Coordinator:
         self._now = now
         for attempt in [a for a in self._open.values() if now - a.since > self._timeout_s]:
             missing = sorted(attempt.keepers or set(range(self._world_size)) - set(attempt.reports))
-            whom = f"for rank(s) {', '.join(map(str, missing))}" if missing else "behind an older attempt"
+            whom = f"for rank(s) {', '.join(map(str, missing))}" if missing else "after an older attempt"
             self._give_up(attempt, f"waited {self._timeout_s:g} s {whom}")
         self._say_all(self._common.tick(now))
         return self._taken()

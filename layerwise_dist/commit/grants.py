@@ -1,6 +1,6 @@
 """How far ranks may go: boundaries are granted ahead of them, so that all can stop at one that none has passed.
 
-Pure, as the coordinator is, of which this is a part. Boundaries are counted from the session's start.
+Pure, as the coordinator is; this is a part of it. Boundaries are counted from the session's start.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from layerwise_dist.storage.filenames import AttemptId
 class Inventory:
     """What lies in a directory: sound manifests and branch records by seq, damage, and everything without a manifest.
 
-    `bases` are the attempts of which there is a folder of frozen parameters. `identity` is the directory's, None where
+    `bases` are the attempts that have a folder of frozen parameters. `identity` is the directory's, None where
     its file is missing or damaged. `odd` are entries whose names are like ours and are none, with what is wrong.
     `taken` are seqs for which no branch record can be written, since something that is not ours lies there.
     """
@@ -142,7 +142,7 @@ class Inventory:
         mine = (newest.identity, newest.root)
         return [found for _, found in sorted(self.manifests.items()) if (found.identity, found.root) == mine]
 
-    def spans_behind(self, parent: Manifest | None) -> list[Span]:
+    def spans_after(self, parent: Manifest | None) -> list[Span]:
         """What a branch that goes on from `parent` descends from, as far as there is anything left of it."""
         there = [*self.manifests, *(attempt.seq for attempt in self.damaged_commits)]
         return [span for span in (parent.spans if parent is not None else []) if any(map(span.holds, there))]

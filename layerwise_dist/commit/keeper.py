@@ -29,7 +29,7 @@ class Keeper:
         self._prepared: set[int] = set()
 
     def handle(self, message: ToRanks) -> Kept | None:
-        """The answer, for what is asked; what is told needs none."""
+        """The answer, for what is asked; a notice needs none."""
         match message["t"]:
             case "aborted":
                 self._drop(message["seq"], message["step"])

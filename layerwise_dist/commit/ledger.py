@@ -123,7 +123,7 @@ class Ledger:
         return [Post({"t": "at", "rank": self.rank, "b": count})]
 
     def passed(self, count: int) -> Meeting | None:
-        """The rank goes on behind this boundary; what all have agreed to do at it."""
+        """The rank goes on after this boundary; what all have agreed to do at it."""
         return self._hold.passed(count)
 
     def ask(self, *, leave: bool, why: str) -> list[Action]:

@@ -57,7 +57,7 @@ class At(TypedDict):
 
 
 class OfAttempt(TypedDict):
-    """Who speaks, of which attempt."""
+    """Who speaks, about which attempt."""
 
     rank: int
     world_size: int

@@ -126,7 +126,7 @@ class CheckpointMetadataManager:
         return record
 
     def bases(self) -> list[str]:
-        """The attempts of which there is a folder of frozen parameters. Raises OSError."""
+        """The attempts that have a folder of frozen parameters. Raises OSError."""
         try:
             names = self.env.list_dir(os.path.join(self.root, filenames.BASES))
         except (FileNotFoundError, NotADirectoryError):
@@ -260,7 +260,7 @@ class CheckpointMetadataManager:
         """Makes what was read durable: a session may have died between a manifest's rename or removal and its flush,
         and what the next one builds on, or takes the shards of, must not change with a power failure.
 
-        REQUIRES: the owner lock is held. Returns unfinished attempts of which it failed: nobody may touch those.
+        REQUIRES: the owner lock is held. Returns the unfinished attempts for which it failed: nobody may touch those.
         Raises OSError if it failed of a commit.
         """
         for manifest in inventory.manifests.values():

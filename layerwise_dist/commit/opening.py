@@ -227,11 +227,11 @@ def unusable(manager: CheckpointMetadataManager, found: Inventory) -> dict[str, 
 
 
 def _too_few(root: str, epoch: int, seq: int) -> str | None:
-    """Why no session can begin behind these, the highest in the directory, if so."""
+    """Why no session can begin after these, the highest in the directory, if so."""
     for what, number in (("epoch", epoch), ("seq", seq)):
         if number + 1 >= filenames.BEGIN_BELOW:
             return (
-                f"{root} holds a checkpoint or an attempt of {what} {number}: behind it there are too few numbers for "
+                f"{root} holds a checkpoint or an attempt of {what} {number}: after it there are too few numbers for "
                 f"a session, which begins below {filenames.BEGIN_BELOW}. Go on in a new directory, or move what has "
                 "that number away"
             )

@@ -73,8 +73,8 @@ class Participant:
         return self._apart
 
     def recycle(self, retire: Callable[[AttemptId], None]) -> None:
-        """`retire` is told of each checkpoint of this session whose manifest rank 0 removed durably. The writer brings
-        it, which is opened in the session's directory. It must not wait.
+        """`retire` is called with each checkpoint of this session whose manifest rank 0 removed durably. The writer
+        brings it, which is opened in the session's directory. It must not wait.
         """
         self._retire = retire
 

@@ -54,7 +54,7 @@ class Persisting:
     def _persist(self, write: Write) -> None:
         with self._waits.changed:
             if not self._ledger.wanted(write):
-                return  # aborted meanwhile; its clean-up is queued behind this
+                return  # aborted meanwhile; its clean-up is queued after this
         try:
             report = write.persist(self._timeout_s)
         except (OSError, LayerwiseError) as error:

@@ -173,7 +173,7 @@ class Branch(Record):
     root: NumberOrNone
 
     def contradiction(self) -> str | None:
-        return _not_behind(self.seq, self.parent, self.before, self.root)
+        return _not_after(self.seq, self.parent, self.before, self.root)
 
     @property
     def branch(self) -> int:
@@ -197,7 +197,7 @@ R = TypeVar("R", bound=Record)
 def _contradiction(manifest: Manifest) -> str | None:
     if manifest.attempt != manifest.attempt_id.text:
         return f"attempt is {manifest.attempt}, epoch and seq make it {manifest.attempt_id.text}"
-    if problem := _not_behind(manifest.seq, manifest.parent, manifest.before, manifest.root):
+    if problem := _not_after(manifest.seq, manifest.parent, manifest.before, manifest.root):
         return problem
     if not manifest.root <= manifest.branch <= manifest.seq:
         return f"root {manifest.root}, branch {manifest.branch} and seq {manifest.seq} do not follow each other"
@@ -220,7 +220,7 @@ def _contradiction(manifest: Manifest) -> str | None:
     return None
 
 
-def _not_behind(seq: int, parent: ParentRef | None, before: list[Span], root: int) -> str | None:
+def _not_after(seq: int, parent: ParentRef | None, before: list[Span], root: int) -> str | None:
     """What says of itself that it descends from something that came later."""
     if parent is not None and parent.seq >= seq:
         return f"seq {seq} continues seq {parent.seq}"

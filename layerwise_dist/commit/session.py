@@ -82,7 +82,7 @@ class Committer:
         self._linked: set[int] = set()  # seqs of manifests that lie behind a link: nothing there is removed
         self._bases_are_used = False
         self._bases_named: set[str] = set()  # as unneeded
-        # `follow` comes from the training thread, while the coordinator's may still retire behind the last commit.
+        # `follow` comes from the training thread, while the coordinator's may still retire after the last commit.
         self._lock = threading.Lock()
         self._announced: deque[AttemptId] = deque(maxlen=_REMEMBERED)
         self.boundary_kind: BoundaryKind = "explicit"
@@ -124,7 +124,7 @@ class Committer:
             newest = known.newest
             branch, before, root = (newest.branch, newest.before, newest.root) if newest is not None else (0, [], 0)
         else:
-            branch, before = branch_seq, known.spans_behind(parent)
+            branch, before = branch_seq, known.spans_after(parent)
             root = parent.root if parent is not None else branch_seq
             self.owner.check()
             record = Branch(
@@ -169,7 +169,7 @@ class Committer:
     def retire(self, withdrawn: Callable[[AttemptId], None]) -> None:
         """Removes the manifests that retention no longer keeps, and all branch records but the newest.
 
-        Raises OSError, InDoubt or OwnerError; `withdrawn` is told of each manifest that is gone for good here.
+        Raises OSError, InDoubt or OwnerError; `withdrawn` is called with each manifest that is gone for good here.
         """
         with self._lock:
             if not self._held:
@@ -237,7 +237,7 @@ class Committer:
             return found
 
     def _referring(self, known: Inventory) -> list[Manifest]:
-        """Manifests of which the bases stay: those that are there, and those that a crash may bring back."""
+        """Manifests whose bases stay: those that are there, and those that a crash may bring back."""
         return [*known.manifests.values(), *self._returning.values()]
 
     def remove_bases(self, bases: Iterable[str]) -> None:

@@ -70,7 +70,7 @@ def start_session(
     check: Callable[[SessionInfo], None] = lambda info: None,
 ) -> Session:  # fmt: skip
     """All ranks together: the directory is this session's, and rank 0 decides what is committed, until the participant
-    is closed, and behind it the coordinator.
+    is closed, and after it the coordinator.
 
     `check(info)` raises where such a session can't go on, on all ranks alike. The other arguments are those of
     `open_session`. What fails here leaves the directory to others.

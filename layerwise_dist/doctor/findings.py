@@ -158,7 +158,7 @@ def of_space(space: Space, held: Used, state: int | None, source: str, config: L
         return inodes
     if config.keep_every_n_steps is not None:
         advice = (
-            f"keep_every_n_steps {config.keep_every_n_steps} keeps checkpoints for ever: the disk is full after "
+            f"keep_every_n_steps {config.keep_every_n_steps} keeps checkpoints forever: the disk is full after "
             f"{(room - needed) // state} of them. Copy them elsewhere and remove them in time."
         )
         return Finding("space", "warn", text, advice, figures)

@@ -82,7 +82,7 @@ class Attempts:
         try:
             return self._last if self._last is not None and (self._known() or self.look()) is self._last else None
         except LayerwiseError:
-            return None  # behind the update it is met again, where it fails the attempt
+            return None  # after the update it is met again, where it fails the attempt
 
     def fail(self, attempt: AttemptId, error: LayerwiseError | OSError, write: Leftover | None) -> None:
         """This rank gives an attempt up. What no later one can do either ends checkpoints for all ranks, which raise it
@@ -241,7 +241,7 @@ class Attempts:
                 )
         self._adapter.allocate_staging_buffer(size_mb=nbytes / 2**20)
         log.info(
-            "rank %d: a pool of %.1f MiB for a state of %.1f MiB, of which %.1f MiB are staged (pool_mb = %s)",
+            "rank %d: a pool of %.1f MiB for a state of %.1f MiB (%.1f MiB staged; pool_mb = %s)",
             self._rank, nbytes / 2**20, found.nbytes / 2**20, found.staged_bytes / 2**20, self._config.pool_mb,
         )  # fmt: skip
         assert self._adapter.buffers is not None

@@ -57,7 +57,7 @@ class Captures:
     # -- the open one -------------------------------------------------------------------------------------------
 
     def begin(self, step: int, *, patience_s: float | None = None, expected: Survey | None = None) -> None:
-        """Opens the attempt of `step` behind its update, and captures all. `open` stays None where that fails.
+        """Opens the attempt of `step` after its update, and captures all. `open` stays None where that fails.
 
         `expected`: what there was while the update went on. `patience_s` and what is raised: as of `Attempts.open`.
         """
@@ -82,7 +82,7 @@ class Captures:
             self._tracing.step.captured(capture, batches)
 
     def seal(self, mark: BoundaryMark) -> None:
-        """The open one is what there is at this boundary; from now on it is written and committed behind training."""
+        """The open one is what there is at this boundary; from now on it is written and committed beside training."""
         capture = self.open
         assert capture is not None
         with self._statistics.stall("seal"):
@@ -184,7 +184,7 @@ class Captures:
         self._participant.drain(max(0.0, deadline - time.monotonic()))
 
     def abandon(self, reason: str) -> None:
-        """What is sealed and not judged is given up."""
+        """Discards what is sealed and not judged."""
         for capture in self.sealed:
             capture.give_up(reason)
 

@@ -181,7 +181,7 @@ class LayerwiseEngine:
         """Writes what happens to each layer in the next step that is saved, and when, into `path`.
 
         JSON in the Trace Event Format, which Perfetto (ui.perfetto.dev) opens: gradients, updates, captures and writes.
-        It is there at the first boundary behind that step's writes, or at `close()`. Raises BoundaryError while one
+        It is there at the first boundary after that step's writes, or at `close()`. Raises BoundaryError while one
         runs.
         """
         self._workings.tracing.begin(path, self._workings.framework.params)

@@ -32,7 +32,7 @@ class Hooks:
         for root in self._framework.roots:
             self._handles.append(root.register_forward_pre_hook(eager(self._before_forward)))
         for module in self._framework.forward_modules():
-            self._handles.append(module.register_forward_hook(eager(self._behind_forward)))
+            self._handles.append(module.register_forward_hook(eager(self._after_forward)))
         for param in self._framework.gradient_ready_params():
             self._handles.append(param.register_post_accumulate_grad_hook(self._during_backward))
         self._optimizer.watch(self._events)
@@ -48,7 +48,7 @@ class Hooks:
             self._framework.check_forward()
             self._boundary.training_forward()
 
-    def _behind_forward(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+    def _after_forward(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         if self._captures.sealed:
             self._captures.settle()
 

@@ -47,7 +47,7 @@ class OnCall:
 
     def loaded_elsewhere(self) -> None:
         """Something else did; training goes on from there."""
-        self._restores.begin_behind_newest()
+        self._restores.begin_after_newest()
 
     def agree(self, what: str, vote: Any, decide: Callable[[list[Any]], Any]) -> Any:
         """What rank 0 decides from what all ranks say, on every rank."""
@@ -67,5 +67,5 @@ class OnCall:
         config = self.config.model_copy(update=changes)
         transport = open_transport(config.commit.transport, config.commit.timeout_s)
         with assemble(None, None, config, transport, environment(config), loan=self._lend()) as session:
-            workings_of(session).restores.begin_behind_newest()
+            workings_of(session).restores.begin_after_newest()
             session.save(tag, client_state, within_window=within_window)

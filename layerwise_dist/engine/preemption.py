@@ -1,13 +1,13 @@
 """SIGTERM: all ranks agree on one boundary, commit it, and leave; and whatever happens, this process leaves in time.
 
-Python runs signal handlers on the main thread, between two bytecodes. A main thread that sits in a collective of which
-the other side is dead gets to none, and both handler and wake-up descriptor may be taken by something else (asyncio,
+Python runs signal handlers on the main thread, between two bytecodes. A main thread that sits in a collective whose
+other side is dead gets to none, and both handler and wake-up descriptor may be taken by something else (asyncio,
 the script). So the signal is heard by a handler of the native core, in front of whoever else handles it. That wakes a
 thread, which asks the other ranks, and ends the process at the deadline.
 
 A launcher signals whole process groups. Workers of data loaders that died of it would take the rest of the iteration
 with them, and torch raises on the main thread for each that dies. So they leave their end to their rank, and from the
-signal on nothing is told of children that die.
+signal on, nothing hears of children that die.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from layerwise_dist.supervision import background
 
 log = logging.getLogger("layerwise_dist")
 
-FAREWELL_S = 3.0  # of the time to leave: for closing, and for what the script does behind it
+FAREWELL_S = 3.0  # of the time to leave: for closing, and for what the script does after it
 
 _SIGNAL = signal.SIGTERM
 _KEEP_MS = 200  # how long another handler, installed since, may stay in front
@@ -184,7 +184,7 @@ os.register_at_fork(after_in_child=_in_child)
 
 
 def _destroy_process_group() -> None:
-    """Behind the script's own end: torch may abort the interpreter, and with it the exit code, if the group is left."""
+    """After the script's own end: torch may abort the interpreter, and with it the exit code, if the group is left."""
     import torch.distributed as dist
 
     gc.collect()

@@ -112,7 +112,7 @@ class _Vote(TypedDict, total=False):
 
 
 class _Differing(TypedDict):
-    """Whether anybody shares anything, and of which ranks it is not the same."""
+    """Whether anybody shares anything, and which ranks do not share the same."""
 
     any: bool
     differing: list[str]
@@ -236,7 +236,7 @@ class Replicas:
 
 
 def _differing(votes: list[_Vote]) -> _Differing:
-    """Rank 0's: of which ranks it is not the same that they say to share."""
+    """Rank 0's: the ranks that do not say to share the same."""
     for rank, vote in enumerate(votes):
         if "error" in vote:
             said: DescribedError = {**vote["error"], "message": f"rank {rank}: {vote['error']['message']}"}
@@ -249,7 +249,7 @@ def _differing(votes: list[_Vote]) -> _Differing:
 
 def judge(texts: Sequence[str], votes: Sequence[dict[str, list[list[str]]]]) -> list[str]:
     """Rank 0's: of what each rank of `texts` holds (name, place, hash), the parameters whose state is not the same on
-    all of them; for ranks of which it is known that they do not hold the same.
+    all of them; for ranks that are known not to hold the same.
 
     Raises UnsupportedError for parameters that not all have, or have in another order, or that have other values.
     """

@@ -113,7 +113,7 @@ class Restores:
             if self._committer is not None:
                 self._committer.hold(False)
 
-    def begin_behind_newest(self) -> None:
+    def begin_after_newest(self) -> None:
         """The model comes from elsewhere. What is saved from now on follows the newest commit of the directory all the
         same: until then, a restart finds that one.
         """
@@ -186,7 +186,7 @@ class Restores:
             raise
         self.lacking = loading.lacking
         self.restored_from = os.path.join(root, attempt.folder)
-        self.begin_behind_newest()
+        self.begin_after_newest()
         log.info("rank %d: restored step %d from %s", self._participant.rank, attempt.step, root)
         return attempt.step
 

@@ -46,7 +46,7 @@ class Workings:
     """Of one engine, from the constructor until `closing.end()`.
 
     Events come in from the optimizer's adapter (`UpdateHandler`), the model (`Hooks`) and the loop (`boundary`);
-    everything behind a seal runs in the background.
+    everything after a seal runs in the background.
     """
 
     def __init__(

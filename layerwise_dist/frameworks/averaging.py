@@ -23,7 +23,7 @@ Hook = Callable[[Any, "GradBucket"], torch.futures.Future[Any]]
 
 
 class Averaging:
-    """The hook's state. Listeners are told of each bucket when its reduction has begun, in the backward's thread.
+    """The hook's state. Listeners hear of each bucket when its reduction has begun, in the backward's thread.
 
     DDP takes one hook and never gives it back. So there is one of these for a DistributedDataParallel; without a
     listener it averages, and that is all.

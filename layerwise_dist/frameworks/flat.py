@@ -1,4 +1,4 @@
-"""Parameters that lie in flat tensors: which part of which is whose, and the optimizer's state of those by parameter.
+"""Parameters that lie in flat tensors: which part is whose, and the optimizer's state of those by parameter.
 
 A *unit* is one tensor in an optimizer's groups that holds parts of one or more parameters, as FSDP1's flat parameters
 and ZeRO's partitions do. Its optimizer state has its shape, or is a scalar.
@@ -27,7 +27,7 @@ from layerwise_dist.tensors.slices import Slice
 class Fragment:
     """Elements `start` to `start + length` of a parameter (row-major), from element `offset` of unit `unit` on.
 
-    `length` is 0 for a parameter of the unit of which this rank holds nothing.
+    `length` is 0 for a parameter of the unit that this rank holds nothing of.
     """
 
     unit: int
@@ -65,7 +65,7 @@ class FlatFramework(Framework):
 class FlatState(OptimizerAdapter):
     """State of a unit is that of each parameter in it: what has the unit's shape by range, scalars to each.
 
-    Every rank writes the scalars of all parameters of a unit that it has, also of those of which it holds no element:
+    Every rank writes the scalars of all parameters of a unit that it has, also of those that it holds no element of:
     so a partition of padding alone is restored too.
     """
 

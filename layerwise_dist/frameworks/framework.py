@@ -153,7 +153,7 @@ class Framework:
         return [view.param for view in self.params if view.param.is_leaf and view.param.requires_grad]
 
     def forward_modules(self) -> list[nn.Module]:
-        """Modules behind whose forward the engine may look whether a checkpoint can be judged."""
+        """Modules after whose forward the engine may look whether a checkpoint can be judged."""
         return [self.root]
 
     def need(self, view: ParamView, kind: str, tensor: torch.Tensor) -> Slice:
@@ -172,7 +172,7 @@ class Framework:
         return False
 
     def state_shape(self, view: ParamView, entry: Slice) -> tuple[int, ...]:
-        """Shape of the optimizer's tensor on this rank, of which `entry` was saved."""
+        """Shape of the optimizer's tensor on this rank that `entry` was saved from."""
         return entry.global_shape
 
     def keeps_state(self, view: ParamView) -> bool:

@@ -56,7 +56,7 @@ class CleanNames:
             self.of_module.setdefault(id(module), clean)
 
     def parameters(self, stand_ins: Mapping[int, nn.Parameter] = _NONE) -> list[tuple[nn.Parameter, list[str]]]:
-        """Each parameter once, in the model's order, with all its names, the first of which is the one to go by.
+        """Each parameter once, in the model's order, with all its names; the first is the one to go by.
 
         `stand_ins` says, by the id of what hangs in the place of a parameter, which one that is.
         """

@@ -228,7 +228,7 @@ class Nest:
         return any(called)
 
     def confirm(self, saved: Mapping[str, Any], lacking: Collection[str] = ()) -> None:
-        """When they are, behind a `load_state_dict()`. Raises UnsupportedError if it was not the way back."""
+        """When they are, after a `load_state_dict()`. Raises UnsupportedError if it was not the way back."""
         for place, part in self._elsewhere.items():
             part.confirm(self._of(place, saved))
         self._around.confirm(saved)
@@ -254,7 +254,7 @@ class _JoinedState(MadeMapping):
                 continue
             if not isinstance(state, Mapping) or id(state) in held:
                 raise UnsupportedError(
-                    f"{self._nest.kind}: the state of a parameter is no dict, or one dict of two optimizers, of which "
+                    f"{self._nest.kind}: the state of a parameter is no dict, or one dict of two optimizers, and "
                     "each has more in its `state`: share all of it, or nothing"
                 )
             held.add(id(state))

@@ -25,7 +25,7 @@ class UpdateEvents(Protocol):
         """
 
     def before_closure(self, layers: Collection[str] | None = None) -> None:
-        """These layers, or all, may change before the update starts: behind `update_starting(in_closure=True)`, before
+        """These layers, or all, may change before the update starts: after `update_starting(in_closure=True)`, before
         the closure's first call; or in a wrapper, before it steps the optimizer, if it does.
         """
 

@@ -33,7 +33,7 @@ def overlaps(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
 
 
 def _spans(tensors: Sequence[torch.Tensor]) -> Iterator[tuple[int, int, int]]:
-    """Of each tensor with memory: its first byte's address, the one behind its last byte, and its position."""
+    """Of each tensor with memory: its first byte's address, the one after its last byte, and its position."""
     for place, tensor in enumerate(tensors):
         numel, begin = tensor.numel(), tensor.data_ptr()
         if numel and begin:

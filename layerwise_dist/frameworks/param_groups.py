@@ -34,8 +34,8 @@ def group_origins(
 ) -> list[int | None]:
     """Of each live group (names of its parameters), the number of the saved group that its hyper-parameters are of.
 
-    Groups may have been split since, or merged where their hyper-parameters were equal. Of a group of which the
-    checkpoint has nothing, and need not (all of it is `lacking`), it is None. Raises ValueError in words.
+    Groups may have been split since, or merged where their hyper-parameters were equal. Where the
+    checkpoint has nothing of a group, and need not (all of it is `lacking`), it is None. Raises ValueError in words.
     """
     saved: Sequence[Mapping[str, Any]] = saved_state["groups"]
     kept = [list(group["params"]) for group in saved]

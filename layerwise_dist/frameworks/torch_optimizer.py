@@ -275,7 +275,7 @@ class TorchOptimizer(OptimizerAdapter):
         return (args[0], wrapped, *args[2:]), kwargs
 
     def _fenced(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """The closure, fenced behind its first return: its forward may be the boundary of the last iteration."""
+        """The closure, fenced after its first return: its forward may be the boundary of the last iteration."""
         first = True
 
         def call() -> Any:

@@ -1,6 +1,6 @@
 """Optimizers that are only wrapped around another one (Accelerate's, PostLocalSGDOptimizer, those of mmengine): they
 have not called `Optimizer.__init__()`, and the real one is at `.optimizer` or `.optim`. That one is attached. What its
-wrappers do behind its step, and what they keep themselves, is watched here.
+wrappers do after its step, and what they keep themselves, is watched here.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Around:
 
     def check(self, saved: Mapping[str, Any]) -> list[str]:
         problems = [
-            f"the checkpoint's {saved['class']} was inside a {kind}, of which it holds {[*each.get('told', {})]}; here "
+            f"the checkpoint's {saved['class']} was inside a {kind}, and it holds {[*each.get('told', {})]}; here "
             "there is none around it"
             for kind, each in saved.get("around", {}).items()
             if kind not in self._parts
@@ -108,7 +108,7 @@ class Around:
 
 
 class Steps:
-    """Calls of a wrapper's `step()`: what it changes before and behind the optimizer's own belongs to the update.
+    """Calls of a wrapper's `step()`: what it changes before and after the optimizer's own belongs to the update.
 
     From the constructor until `detach`. Its `step` is replaced on the instance, since hooks are the class's.
     """
@@ -129,7 +129,7 @@ class Steps:
         except AttributeError as error:
             kind = type(wrapper).__name__
             raise UnsupportedError(
-                f"{kind}: calls of its step() cannot be seen ({error}), so that what it does behind the optimizer's "
+                f"{kind}: calls of its step() cannot be seen ({error}), so that what it does after the optimizer's "
                 f"own is missed: attach the optimizer inside it, if {kind} does nothing there"
             ) from error
 

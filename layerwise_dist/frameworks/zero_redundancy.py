@@ -25,7 +25,7 @@ class ZeroRedundancyAdapter(TorchOptimizer):
     """State is written and read by its owner, whole; parameters go as their wrapper has them go."""
 
     _opens = False
-    whole_only = "it steps an optimizer of its own on each rank, and sends all parameters around behind it"
+    whole_only = "it steps an optimizer of its own on each rank, and sends all parameters around after it"
 
     def __init__(self, framework: Framework, optimizer: Any) -> None:
         real, _ = unwrap(optimizer)

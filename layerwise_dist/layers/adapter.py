@@ -29,7 +29,7 @@ class LayeredOptimizer(TorchOptimizer):
         super().__init__(framework, optimizer)
         if thick := next((each for each in self._around if not is_thin(each)), None):
             raise UnsupportedError(
-                f"update = {mode!r}: {type(thick).__name__} may change parameters behind its optimizer's step, when "
+                f"update = {mode!r}: {type(thick).__name__} may change parameters after its optimizer's step, when "
                 "layers are captured already; use update = 'whole'"
             )
         check_layered(self._optimizer, framework.root, mode, framework.params)
@@ -58,7 +58,7 @@ class LayeredOptimizer(TorchOptimizer):
 
     def watch(self, events: UpdateEvents) -> None:
         super().watch(events)
-        # Behind this adapter's own hooks, since the layered update is done in the last of them.
+        # After this adapter's own hooks, since the layered update is done in the last of them.
         self._layerwise = LayerwiseOptimizer(
             self._optimizer, self._framework.root, mode=self._mode, active=self._active,
             before_layer=lambda layer, _: events.overwriting([_layer(layer)]),
@@ -72,7 +72,7 @@ class LayeredOptimizer(TorchOptimizer):
         super().detach()
 
     def _active(self) -> bool:
-        """Asked at an iteration's first gradient (in_backward), or in its step, behind `_before`."""
+        """Asked at an iteration's first gradient (in_backward), or in its step, after `_before`."""
         if self._by_layers is None:
             self._by_layers = self._events.wants_layers()
             if self._by_layers:

@@ -12,7 +12,7 @@ from torch import nn
 class Arrivals:
     """Watches the gradients of `params` (by name) from one `reset()` to the next; `remove()` ends it.
 
-    The event is torch's post-accumulate hook: behind the last use of the parameter, and under FSDP2 behind the
+    The event is torch's post-accumulate hook: after the last use of the parameter, and under FSDP2 after the
     reduction. Under DDP it comes before the reduction, and under FSDP1 not at all: `wrapper_gradients` has others.
     `on_arrival` is called in it with the parameter's name.
 

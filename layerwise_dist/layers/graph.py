@@ -128,7 +128,7 @@ class DependencyGraphBuilder:
         """Watches one iteration: ``with builder.observe(): loss.backward()``.
 
         Several backwards inside count as one iteration: what counts is each gradient's last arrival. Under DDP
-        gradients are seen before they are reduced, under FSDP2 behind the reduction. Leaving the `with` raises
+        gradients are seen before they are reduced, under FSDP2 after the reduction. Leaving the `with` raises
         BoundaryError if no gradient arrived; an exception inside it leaves the builder as it was.
         """
         return Observation(self)

@@ -43,12 +43,12 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         graph: its order is used; one that has observed an iteration saves the observation here.
         before_layer: called with the layer's name and the number of the update (1 for the first), right before the
             layer is overwritten. Of a layer without gradients it is called too.
-        after_layer: the same, right behind the layer's update.
+        after_layer: the same, right after the layer's update.
         active: asked once an iteration, at the step or at the first gradient of a backward. Where it says False, the
             original step runs untouched and nothing is called. Without it every step is layered.
 
     The first iteration, in which the order is observed, is stepped whole, with the calls for all layers before and
-    behind it. So is a step that finds a pre-step hook registered behind this one's, since that may still change
+    after it. So is a step that finds a pre-step hook registered after this one's, since that may still change
     gradients.
 
     Attributes:
@@ -94,7 +94,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
 
         Raises:
             UnsupportedError: a closure; or, with in_backward, something that makes an update in the backward inexact.
-            BoundaryError: with in_backward, a gradient changed behind its update.
+            BoundaryError: with in_backward, a gradient changed after its update.
         """
         optimizer = self.__dict__[_KEY].optimizer
         return type(optimizer).step(optimizer) if closure is None else type(optimizer).step(optimizer, closure)
@@ -141,7 +141,7 @@ class _Stepping:
         self._apart = LayersApart(graph.views)
         self._step, self._counted = 0, False  # updates begun, and whether this iteration's is one of them
         self._aside: list[tuple[nn.Parameter, torch.Tensor | None]] = []
-        self._whole: list[str] = []  # layers to be captured behind a whole step
+        self._whole: list[str] = []  # layers to be captured after a whole step
         self._observing = mode == "in_backward" or graph.source != "observed"
         self._arrivals: Arrivals | None = self._watch() if self._observing else None
         # Of the backward that is going on, with in_backward.
@@ -341,7 +341,7 @@ class _Stepping:
         if changed or not last:
             what = f"the gradient of {changed[0]} was changed" if changed else "a step pre-hook was registered"
             raise BoundaryError(
-                f"{what} between backward() and step() (clipping, a scaler, zero_grad), behind the update "
+                f"{what} between backward() and step() (clipping, a scaler, zero_grad), after the update "
                 "in the backward. The parameters hold an update that plain training would not make: go back to a "
                 "checkpoint, and use mode='pipelined_step'"
             )

@@ -84,7 +84,7 @@ class BucketArrivals(Arrivals):
                 self._fired(self._names[id(param)])
 
     def _ended(self) -> None:
-        """The last node has run. DDP's own callback, which puts gradients into place, comes next, ours behind it."""
+        """The last node has run. DDP's own callback, which puts gradients into place, comes next, ours after it."""
         self._give_back()
         torch.autograd.Variable._execution_engine.queue_callback(self._in_place)
 
@@ -100,7 +100,7 @@ class UnitArrivals(Arrivals):
     """Under FSDP1 with use_orig_params=True: its units call what stands as an optimizer in a parameter's
     `_in_backward_optimizers`, with the reduced gradient of this rank's part in place.
 
-    A parameter of which this rank has nothing never arrives. Parameters that FSDP ignores arrive as any others, and so
+    A parameter that this rank has nothing of never arrives. Parameters that FSDP ignores arrive as any others, and so
     do flat ones (use_orig_params=False), before they are reduced.
     """
 
@@ -120,7 +120,7 @@ class UnitArrivals(Arrivals):
 
     def _register(self) -> list[Any]:
         if any(handle._offload_params for handle in self._handles):
-            raise UnsupportedError("FSDP1 with CPU offload drops each gradient that it has told of")
+            raise UnsupportedError("FSDP1 with CPU offload drops each gradient that it has announced")
         names = {id(param): fqn for fqn, param in self._params.items()}
         self._elsewhere = {
             names[id(param)]

@@ -1,7 +1,7 @@
 """Which attached loader feeds the training, and what the loop drew from it ahead of the forward that uses it.
 
 A loader feeds the training when its iterator is alive and was drawn from before a grad-enabled training forward. A
-batch that is drawn behind an iteration's last forward belongs to the next one: its loader, and the random numbers, are
+batch that is drawn after an iteration's last forward belongs to the next one: its loader, and the random numbers, are
 recorded as before that draw. Batches that are drawn earlier still are recognized by the pace alone.
 """
 
@@ -41,7 +41,7 @@ class Attribution:
         self.begin_loop()
 
     def begin_loop(self) -> None:
-        """At the start, and behind a restore."""
+        """At the start, and after a restore."""
         self._pace: dict[LoaderTap, list[tuple[object, int]]] = {}
         self._used: dict[LoaderTap, tuple[object, int]] = {}  # draws as of the last training forward
         self.begin()
@@ -71,18 +71,18 @@ class Attribution:
         if not self.in_for:
             self._update_rng = rng.take()
 
-    def draw(self, tap: LoaderTap, *, behind_update: bool) -> None:
-        """A batch is about to be drawn, and the boundary that this made, if it did, is over. `behind_update`: the
+    def draw(self, tap: LoaderTap, *, after_update: bool) -> None:
+        """A batch is about to be drawn, and the boundary that this made, if it did, is over. `after_update`: the
         iteration has updated.
         """
         if self._forward and tap not in self._ahead:
-            # Behind an update that may end the iteration, the random numbers of that update are the ones that count.
-            self._ahead[tap] = Ahead(tap, tap.snapshot(), self._update_rng or rng.take(), behind_update)
+            # After an update that may end the iteration, the random numbers of that update are the ones that count.
+            self._ahead[tap] = Ahead(tap, tap.snapshot(), self._update_rng or rng.take(), after_update)
         self._pace.setdefault(tap, [(tap.position, tap.draws)])
         self._drew.add(tap)
 
     def iterating(self, tap: LoaderTap) -> None:
-        """`iter()` of the tap's loader is about to run, behind an update that may end the iteration."""
+        """`iter()` of the tap's loader is about to run, after an update that may end the iteration."""
         if tap not in self._ahead:
             self._iters.setdefault(tap, tap.snapshot())
 

@@ -57,7 +57,7 @@ class Boundary:
         log: takes the warnings; each is given once.
         excuse: asked at the third boundary in a row, and each one after, at which no update was observed. True lets it
             pass (a GradScaler whose scale fell); otherwise that is a BoundaryError.
-        several: several optimizers update one by one, so that a forward behind an update tells nothing: a
+        several: several optimizers update one by one, so that a forward after an update tells nothing: a
             BoundaryError asks for an explicit end.
         by_call: nothing is saved but by `call()`, so how other boundaries are known makes no difference.
         on_last: called before the last iteration of a loop over `steps()`.
@@ -147,7 +147,7 @@ class Boundary:
 
     def call(self) -> BoundaryMark | None:
         """The script saves now: the iteration ends here if it has updated. Otherwise nothing is counted, and a mark of
-        the last boundary, as it is now, is returned, of which `on_boundary` does not hear.
+        the last boundary, as it is now, is returned, and `on_boundary` does not hear of it.
         """
         if self.step_of_call > self.completed:
             self._mark("call")
@@ -190,7 +190,7 @@ class Boundary:
             return
         if by_for and self._counting.may_be_over and tap in feeding:
             self._mark("loader", at=(tap.name,))
-        self._loaders.draw(tap, behind_update=self._counting.progress)
+        self._loaders.draw(tap, after_update=self._counting.progress)
 
     def iterating(self, tap: LoaderTap) -> None:
         """`iter()` of the tap's loader is about to run; it draws random numbers too."""

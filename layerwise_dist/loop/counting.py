@@ -104,7 +104,7 @@ class Counting:
         if not self.may_be_over or in_for:
             return False
         if self._several:
-            raise self._untold("a forward behind the update of one of several optimizers")
+            raise self._untold("a forward after the update of one of several optimizers")
         return True
 
     def _untold(self, what: str) -> BoundaryError:
@@ -122,7 +122,7 @@ class Counting:
         if self.explicit and (self.in_steps or self.progress):
             raise BoundaryError(
                 "save() within an iteration whose end is told by steps() or end_step(): those are saved as "
-                "every_n_steps says, and committed behind their end; wait(step) waits for one. Between end_step() and "
+                "every_n_steps says, and committed after their end; wait(step) waits for one. Between end_step() and "
                 "the next iteration it may be called"
             )
         return self.completed + self.progress

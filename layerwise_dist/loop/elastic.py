@@ -130,7 +130,7 @@ class Elastic:
         if at is None or sampler is None or not at["position"] or not sampler.length_from(at["position"]):
             return None
         return (
-            f"set_epoch({sampler.epoch}) came behind restore(), and the checkpoint stands at sample {at['position']} "
+            f"set_epoch({sampler.epoch}) came after restore(), and the checkpoint stands at sample {at['position']} "
             f"of epoch {max(snapshot['now']['epochs'].values(), default=0)}, of which the rest is left out"
         )
 

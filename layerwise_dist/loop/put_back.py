@@ -26,7 +26,7 @@ class PendingRng:
         self._starts = state.get("starts", [])
         self._final = False  # put at the very event of the boundary, whatever comes
         self._at = [name for name in state["at"] if name in attached]
-        # A script that saves by a call restores by one, and draws its next batch behind either.
+        # A script that saves by a call restores by one, and draws its next batch after either.
         here |= state["kind"] == "inferred" or (state["kind"] == "call" and not attached)
         if here and state["rng_event"] == "boundary":
             self._set(state["rng"])

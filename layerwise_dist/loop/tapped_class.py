@@ -1,4 +1,4 @@
-"""The class of an attached DataLoader: which can be told of, and one that tells of each `iter()`."""
+"""The class of an attached DataLoader: which loaders can be followed, and one that reports each `iter()`."""
 
 from __future__ import annotations
 

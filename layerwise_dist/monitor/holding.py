@@ -54,7 +54,7 @@ class HeldWrite:
 
 
 class _Coming:
-    """An attempt of which not all is here."""
+    """An attempt that is not here as a whole."""
 
     def __init__(self, write: HeldWrite, laid: Laid) -> None:
         self.write = write

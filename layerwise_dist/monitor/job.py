@@ -143,7 +143,7 @@ class MonitoredJob:
     def finish(self, timeout_s: float, *, orphaned: str | None = None) -> None:
         """Makes durable what is held, waits for rank 0's decisions, and leaves; rank 0 last.
 
-        `orphaned` is why the training process will say no more: what it had not sealed is given up for all ranks.
+        `orphaned` is why the training process will say no more: what it had not sealed is discarded for all ranks.
         """
         deadline = time.monotonic() + timeout_s
         if orphaned is not None:

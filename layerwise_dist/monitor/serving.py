@@ -217,7 +217,7 @@ class MonitorServer:
                             self._session.holder.give_back()
                     else:
                         selector.unregister(key.fd)
-                        # What it had sent before it died is in the socket: the wire's own end comes behind that.
+                        # What it had sent before it died is in the socket: the wire's own end comes after that.
                         time.sleep(_LINGER_S)
                         self._trainer_gone("")
 

@@ -32,7 +32,7 @@ class PoolFull(LayerwiseError):
 
 
 class StagedWrite:
-    """As `storage.adapter.ShardWrite`, of which the blocks lie in the pool and the file is the monitor's."""
+    """As `storage.adapter.ShardWrite`, but the blocks lie in the pool and the file is the monitor's."""
 
     in_place = None
 

@@ -31,7 +31,7 @@ class RankPart:
 
 
 def read(shards: Sequence[Shard], framework: str) -> RankPart:
-    """Of a rank's shard and, behind it, its base if it has one. Raises DamageError or OSError."""
+    """Of a rank's shard and, after it, its base if it has one. Raises DamageError or OSError."""
     return RankPart(entries(shards), read_state(shards[0], framework))
 
 

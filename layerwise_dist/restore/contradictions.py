@@ -1,4 +1,4 @@
-"""Tensors that share memory here, and of which the checkpoint says two different things: it is not of this model.
+"""Tensors that share memory here, and for which the checkpoint says two different things: it is not of this model.
 
 What is shared was saved from one memory at one moment, so in a checkpoint of this model it agrees.
 """

@@ -80,7 +80,7 @@ def prepare(
         return contents.entries(shards.of(rank))
 
     def elsewhere(wanted: Slice) -> Found:
-        """What other ranks wrote, of which this one reads nothing where all are cut as they were."""
+        """What other ranks wrote; this one reads nothing of it where all are cut as they were."""
         ranks = set(ranks_of(wanted.among, framework.world_size)) if shards.shared else set()
         others = [entries_of(rank).get(wanted.name) for rank in sorted(ranks - partners - {framework.rank})]
         return [each for each in others if each is not None and each[1].slice.among == wanted.among]

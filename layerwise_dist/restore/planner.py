@@ -1,4 +1,4 @@
-"""Which bytes of which shards fill which slices: as they were cut (`plan`), or however both are cut (`replan`)."""
+"""Which bytes of the shards fill which slices: as they were cut (`plan`), or however both are cut (`replan`)."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class Copy:
 
     @property
     def span(self) -> tuple[int, int]:
-        """From the first element of the source to behind the last that is taken."""
+        """From the first element of the source to just past the last that is taken."""
         return self.source, self.source + reach(self.shape, self.source_strides)
 
     @property
@@ -59,7 +59,7 @@ class Copy:
 
 
 def reach(shape: Iterable[int], strides: Iterable[int]) -> int:
-    """From the first element to behind the last, in elements."""
+    """From the first element to just past the last, in elements."""
     return sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1
 
 
@@ -170,7 +170,7 @@ def _common(one: Box, other: Box) -> Box | None:
 
 
 def _without(box: Box, hole: Box) -> list[Box]:
-    """What is left of a box without one that lies in it: in front and behind, one dimension after the other."""
+    """What is left of a box without one that lies in it: in front and after, one dimension after the other."""
     found: list[Box] = []
     begin, end = list(box.begin), list(box.end)
     for d in range(len(begin)):

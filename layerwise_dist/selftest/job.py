@@ -2,7 +2,7 @@
 
     python -m torch.distributed.run ... -m layerwise_dist.selftest.job '{"steps": 20, "dirs": [null, "checkpoints"]}'
 
-It trains once for each of `dirs`, without checkpoints for null. Rank 0 says in lines of JSON behind a mark on standard
+It trains once for each of `dirs`, without checkpoints for null. Rank 0 says in lines of JSON after a mark on standard
 output where it starts, each step's loss, and what is left at the end.
 """
 

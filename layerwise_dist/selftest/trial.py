@@ -138,7 +138,7 @@ def compare(plain: Run, killed: Run, resumed: Run) -> list[Check]:
         Check("training with checkpoints is training without them", went.good, went.found),
         Check(
             "the restart goes on at a committed step", back,
-            f"step {resumed.start}; the killed job had told of step {killed.committed} as committed",
+            f"step {resumed.start}; the killed job had reported step {killed.committed} as committed",
         ),
         Check("what was resumed is what was never interrupted", after.good, after.found),
         Check("it ends in the same state", not left, ends if not left else f"rank {left[0]} holds other bits"),

@@ -122,7 +122,7 @@ class PCCheckAdapter:
         return self._readers
 
     def lay_out(self, layers: Sequence[tuple[str, Sequence[Source]]], gathered: Collection[int]) -> Laid:
-        """The static layout for these layers, of which `gathered` ones are written out of one buffer each."""
+        """The static layout for these layers; `gathered` ones are written out of one buffer each."""
         shard = ShardLayout(layers, self.memory_align, self.block_bytes)
         segments, extents = gather(shard, gathered)
         plan = _native.Plan(shard.blocks, segments, shard.tensors + len(extents), shard.end)
@@ -303,7 +303,7 @@ class ShardWrite:
         self, text: bytes, blob: bytes, *, confirm: Callable[[float], None] | None = None,
         base: Callable[[float], BaseReport] | None = None,
     ) -> None:  # fmt: skip
-        """Writes the state extent behind the layers: what the boundary sealed. Layers may still be on their way to it.
+        """Writes the state extent after the layers: what the boundary sealed. Layers may still be on their way to it.
 
         `confirm(timeout_s)` is asked before the header is written: it raises if what the blocks were read from had
         changed by then. `base(timeout_s)` waits until the frozen parameters that this shard refers to are durable, and

@@ -25,7 +25,7 @@ _NO_STATE = state_extent(b"", b"")
 
 
 # Blocks of so many bytes are with the writer at once. More would not be faster, and a shard's own blocks, which
-# training may wait for, come behind them.
+# training may wait for, come after them.
 _RUN_BYTES = 32 << 20
 
 

@@ -17,7 +17,7 @@ class GatheredExtent:
     """One extent whose memory is one buffer of `nbytes` bytes, the native plan's tensor number `tensor`.
 
     `places` are (number of the slice in the layout, offset in the buffer), without those that have no bytes; `gaps`
-    are the (begin, end) between and behind them, which are zeros in the file and so must be in the buffer.
+    are the (begin, end) between and after them, which are zeros in the file and so must be in the buffer.
     """
 
     tensor: int

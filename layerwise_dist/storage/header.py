@@ -180,7 +180,7 @@ def _index(path: str, size: int, base: int, tree: dict[str, Any], expected: tupl
 def _tensors(
     tree: dict[str, Any], base: int, rank: int, world_size: int, places: Any
 ) -> tuple[dict[str, Entry], dict[str, tuple[int, int]], int]:
-    """(tensors, ranges of the state's two parts, where the last one ends behind the header). Takes `tree` apart."""
+    """(tensors, ranges of the state's two parts, where the last one ends after the header). Takes `tree` apart."""
     if type(places) is not dict:
         raise ValueError("slices are no object")
     for name, item in tree.items():

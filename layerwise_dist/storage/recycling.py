@@ -38,7 +38,7 @@ class Recycler:
     """This rank's retired shards, on their way to the next attempts or out of the directory.
 
     Thread-safe. `take` never waits; unlinking and flushing is done on a thread of its own, which neither the training
-    nor a commit waits for. Only shards that this object was told of by `published` are ever reused: those of earlier
+    nor a commit waits for. Only shards that `published` named to this object are ever reused: those of earlier
     sessions may still get writes that were queued when their process was killed.
     """
 

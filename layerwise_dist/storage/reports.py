@@ -1,4 +1,4 @@
-"""What is told of files once they are durable."""
+"""What is reported of files once they are durable."""
 
 from __future__ import annotations
 

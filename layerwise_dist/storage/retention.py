@@ -27,7 +27,7 @@ class Referring(Protocol):
 def unneeded_bases(found: Iterable[str], manifests: Iterable[Referring], below: int | None = None) -> list[str]:
     """Of the bases that were found, those that no manifest refers to. REQUIRES: every manifest is known.
 
-    While ranks write, only those of attempts before `below`, the newest commit's seq: what an attempt behind it refers
+    While ranks write, only those of attempts before `below`, the newest commit's seq: what an attempt after it refers
     to is that commit's too, or its own, since no rank takes up again what it has stopped referring to.
     """
     needed = {base for manifest in manifests for base in manifest.bases}

@@ -44,7 +44,7 @@ def _weight_outside_strings(data: bytes) -> int:
         bare = _STRING.sub(b"\0\0", chunk)  # which stand for the two quotes of each
         begun = bare.find(b'"')
         whole = at + step >= len(data)
-        if begun >= 0 and not whole:  # a string that ends behind the chunk is left to the next one
+        if begun >= 0 and not whole:  # a string that ends after the chunk is left to the next one
             chunk, bare = chunk[: len(chunk) - (len(bare) - begun)], bare[:begun]
         if not chunk:
             step *= 2

@@ -245,7 +245,7 @@ def _write_array(w: Writer, v: np.ndarray) -> Any:
     return {TAG: "array", "dtype": dtype, "shape": list(v.shape), **w.content(data, data.size)}
 
 
-# torch copies these for every dtype of that size, also for those, such as int4, of which it can make no copy
+# torch copies these for every dtype of that size, also for those, such as int4, which it cannot copy
 _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

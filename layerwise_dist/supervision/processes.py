@@ -33,7 +33,7 @@ def own_environment() -> dict[str, str]:
 def running(
     command: list[str], errors: IO[Any] | int, environment: Mapping[str, str]
 ) -> Iterator[subprocess.Popen[str]]:
-    """The command in a session of its own, all of which is gone when the body ends, however it does.
+    """The command in a session of its own; all of it is gone when the body ends, however it does.
 
     `errors` takes its standard error; `environment` goes on top of `own_environment()`.
     """

@@ -72,7 +72,7 @@ class Piece:
 class Batch:
     """The unit of capture: one layer, or several small ones that are updated one after another. One extent of the file.
 
-    `staged` says that it is copied right behind the update; otherwise it is read in place until the next one.
+    `staged` says that it is copied right after the update; otherwise it is read in place until the next one.
     """
 
     layers: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""The shared vocabulary of files: which part of which global tensor a shard holds. Pure data, no torch.
+"""The shared vocabulary of files: which parts of the global tensors a shard holds. Pure data, no torch.
 
 `pieces.py` binds a slice to the live tensor that holds it.
 """

@@ -73,7 +73,7 @@ def attacks() -> list[Attack]:
             "that is no JSON": text(lambda s: s[:-1]),
             "that is an array": text(lambda s: "[]"),
             "that is null": text(lambda s: "null"),
-            "with something behind it": text(lambda s: s + " x"),
+            "with something after it": text(lambda s: s + " x"),
             "with NaN": text(lambda s: s.replace('"rank":"0"', '"rank":NaN', 1)),
             "that is nested without end": text(lambda s: "[" * 100_000),
             "that is no UTF-8": lambda target: target.newest.put_header(b'{"__metadata__":{"format":"\xff"}}'),

@@ -181,7 +181,7 @@ class Commit:
 
     def put_object(self, text: str, blob: bytes = b"") -> None:
         """The text of one more value in the state: `objects.extra`, which the job has as a dict. What it needs of the
-        blob is behind all that is there; `@` in it stands for that offset.
+        blob is after all that is there; `@` in it stands for that offset.
         """
         old, held = self.state()
         at = round_up(len(held), 64)

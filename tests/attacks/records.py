@@ -126,7 +126,7 @@ def attacks() -> list[Attack]:
             "only a checksum": raw(lambda data: seal("}")),
             "cut": raw(lambda data: data[:-1]),
             "cut in half": raw(lambda data: data[: len(data) // 2]),
-            "with something behind it": raw(lambda data: data + b"\n"),
+            "with something after it": raw(lambda data: data + b"\n"),
             "twice in one file": raw(lambda data: data + data),
             "with a checksum in capitals": raw(lambda data: data[:-20] + data[-20:].upper()),
             "with another checksum": raw(lambda data: data[:-19] + b"0123456789abcdef" + data[-3:]),

@@ -180,7 +180,7 @@ def attacks() -> list[Attack]:
             "with a place of a hundred dimensions": table("slices", lambda s: {**s, TENSOR: {
                 "shape": [1] * 98 + [3, 3], "offsets": [0] * 100}}),
             "with a slice of nothing of a trillion": edit(lambda tree: _empty(tree, {"shape": [HUGE], "start": 0})),
-            "with a slice of nothing behind a trillion": edit(
+            "with a slice of nothing after a trillion": edit(
                 lambda tree: _empty(tree, {"shape": [HUGE], "start": HUGE})),
             "with a slice of nothing of a trillion rows": edit(lambda tree: _empty(
                 tree, {"shape": [HUGE, HUGE], "offsets": [0, 0]}, [0, HUGE])),

@@ -161,7 +161,7 @@ def status(name: str) -> int:
 
 
 def measured(action: Callable[[], dict[str, Any]], cpu_s: int | None = None) -> dict[str, Any]:
-    """With seconds of the processor, seconds in all, and what the peak of memory grew by. SIGXCPU behind `cpu_s`."""
+    """With seconds of the processor, seconds in all, and what the peak of memory grew by. SIGXCPU after `cpu_s`."""
     faulthandler.dump_traceback_later(LIMIT_S, exit=True)
     if cpu_s is not None:
         resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 1 + cpu_s, resource.RLIM_INFINITY))

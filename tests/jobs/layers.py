@@ -171,7 +171,7 @@ def compare(wrapper: str, tries: list[tuple[dict[str, Any], str, str]]) -> list[
         train(*plain, wrapper, feature)
         train(*layered, wrapper, feature)
         if differences(contents(*plain), contents(*layered)):
-            different.append(f"{what} behind detach()")
+            different.append(f"{what} after detach()")
         del plain, layered, optimizer
     return different
 

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import layerwise_dist as lwd
 from layerwise_dist.capture import survey
 
-STEPS, MERGED, STOP = 7, 2, 4  # merged behind so many steps
+STEPS, MERGED, STOP = 7, 2, 4  # merged after so many steps
 
 
 class Adapted(nn.Module):

@@ -165,7 +165,7 @@ class Zero(Job):
 
     def put(self, wanted: Mapping[str, Tensor]) -> None:
         if self.stage in (1, 2):
-            # By itself DeepSpeed does it behind the update of the first group, when the others have no state yet.
+            # By itself DeepSpeed does it after the update of the first group, when the others have no state yet.
             self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
         with torch.no_grad():
@@ -196,7 +196,7 @@ class Zero(Job):
             state[key].copy_(value)
 
     def mine(self, param: Any, value: Tensor) -> Tensor:
-        """This rank's part as ZeRO-3 cuts it; zeros behind the last element. (Its setters of whole tensors take no
+        """This rank's part as ZeRO-3 cuts it; zeros after the last element. (Its setters of whole tensors take no
         sizes that do not divide by the ranks.)
         """
         length = param.partition_numel()

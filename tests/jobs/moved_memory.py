@@ -92,7 +92,7 @@ WAYS: dict[str, tuple[Callable[[torch.Tensor], Any], bool]] = {
     "set_": (other_storage, True),
     "data": (other_data, False),
 }
-MOMENTS = ("behind the update", "before the update")
+MOMENTS = ("after the update", "before the update")
 
 
 def run(folder: Path, backend: str, move: Callable[[torch.Tensor], Any], moment: str) -> str:
@@ -124,7 +124,7 @@ def run(folder: Path, backend: str, move: Callable[[torch.Tensor], Any], moment:
             param.grad = torch.full((SIZE, SIZE), 0.5)
         here("before the update", step)
         optimizer.step()
-        here("behind the update", step)
+        here("after the update", step)
         at[step + 1] = {f"param/{name}": param.detach().clone() for name, param in model.named_parameters()} | {
             f"momentum_buffer/{name}": optimizer.state[param]["momentum_buffer"].clone()
             for name, param in list(model.named_parameters())[:LAYERS]

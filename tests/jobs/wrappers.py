@@ -164,7 +164,7 @@ def full(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.
 
 
 def roll_back(wrapper: str, folder: str) -> list[str]:
-    """A restore behind an evaluation, which leaves the root gathered, is seen by the next forward."""
+    """A restore after an evaluation, which leaves the root gathered, is seen by the next forward."""
     job = saved(wrapper, folder, 3, keep_last=3, max_in_flight=3)
     expected = job.contents()
     ckpt = attach(job, folder)

@@ -146,7 +146,7 @@ def parts(case: str, root: str) -> list[str]:
     def load(**switches: bool) -> tuple[list[str], list[str]]:
         """(what is unlike the checkpoint now, what is unlike the engine before), and it trains on."""
         script = UserScript(f"{root}/ckpt", 2, case, net=Net())
-        workings_of(script.engine.layerwise).restores.ready = True  # it trains, as behind a load of another checkpoint
+        workings_of(script.engine.layerwise).restores.ready = True  # it trains, as after a load of another checkpoint
         script.train(1)
         before = copy.deepcopy(script.held())
         path, state = script.engine.load_checkpoint(f"{root}/ckpt", **switches)
@@ -236,7 +236,7 @@ def two_directories(root: str, **block: Any) -> list[str]:
     script = UserScript(f"{root}/dir", 2, **block)  # goes on beside what is in its own directory
     _, state = script.engine.load_checkpoint(f"{root}/dir_best")
     found += [] if state == {"at": STOP} and script.engine.global_steps == STOP else [f"{state}"]
-    found += [] if script.train(STEPS - STOP) == losses[2 * STOP :] else ["other losses behind dir_best"]
+    found += [] if script.train(STEPS - STOP) == losses[2 * STOP :] else ["other losses after dir_best"]
     script.engine.save_checkpoint(f"{root}/dir_best", tag="last")
     script.engine.save_checkpoint(f"{root}/dir")
     script.close()

@@ -68,7 +68,7 @@ def not_looked_for(root: str) -> list[str]:
 
 
 def nvme_mutation(root: str) -> list[str]:
-    """A mirror that is not copied behind the update is an older one, or zeros."""
+    """A mirror that is not copied after the update is an older one, or zeros."""
     return [] if without(nvme.Zero3OnNvme, "_copy", "3-fp32-nvme", root) else ["not seen"]
 
 
@@ -100,7 +100,7 @@ def nvme_full(root: str) -> list[str]:
 
 
 def nvme_saved(root: str) -> list[str]:
-    """Saved when asked, behind an update that was not to be saved: read from DeepSpeed's swap files again."""
+    """Saved when asked, after an update that was not to be saved: read from DeepSpeed's swap files again."""
     os.makedirs(root, exist_ok=True)
     job = Job("3-fp32-nvme", 1, root)
     losses = job.train(None, STEPS)
@@ -314,7 +314,7 @@ def in_backward(root: str) -> list[str]:
         return expect(error, message, run)
 
     found += ends(errors.UnsupportedError, "more than once in a backward", {"backwards": 2})
-    found += ends(errors.BoundaryError, "got another gradient behind its update", {}, {"backwards": 2})
+    found += ends(errors.BoundaryError, "got another gradient after its update", {}, {"backwards": 2})
     found += ends(errors.BoundaryError, "hyper-parameters changed between", {}, {"faster": 0.01})
     found += ends(errors.BoundaryError, "gradients are not finite", {}, {"scale": float("nan")})
     return found

@@ -59,7 +59,7 @@ def main() -> None:
             with open(out / f"{rank}.log", "a") as log:
                 log.write(f"{step + 1} {loss} {ckpt.committed_step or 0}\n")
             if launch < kills and rank == victim and trained == after:
-                # The save of this update begins with it, and goes on behind this line.
+                # The save of this update begins with it, and goes on after this line.
                 threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
         ckpt.close()
         dist.barrier()

@@ -53,7 +53,7 @@ Found = dict[tuple[Layout, Layout, str], str]  # by source, target and case: OK,
 
 class Launcher:
     """Starts jobs, from several threads too. A task in which a job ends or stands still is that task's failure; the
-    tasks behind it are done by another job.
+    tasks after it are done by another job.
     """
 
     def __init__(self, torch: Warm, zero: Warm, folder: Path) -> None:

@@ -66,7 +66,7 @@ class Reused(nn.Module):
 
 
 class Keeping(torch.optim.Optimizer):
-    """Gradient descent with momentum that does what `keep` says behind each update of a parameter.
+    """Gradient descent with momentum that does what `keep` says after each update of a parameter.
 
     No subclass of one of torch's: a `step()` that calls another class's runs the hooks of both.
     """

@@ -160,7 +160,7 @@ class Inner(torch.optim.Optimizer):
 
 
 class Container(torch.optim.Optimizer):
-    """Optimizers of parts of the model, in a list, behind one `step()`; torchtitan's, but for its state_dict()."""
+    """Optimizers of parts of the model, in a list, after one `step()`; torchtitan's, but for its state_dict()."""
 
     def __init__(self, params: Any, lr: float = 0.1) -> None:
         params = list(params)

@@ -19,7 +19,7 @@ def beginning_of(data: bytes) -> bytes:
 
 
 def content_hash(data: bytes) -> int:
-    """Of what is behind the header of a shard."""
+    """Of what is after the header of a shard."""
     return _native.xxh3_64(data[8 + int.from_bytes(data[:8], "little") :])
 
 

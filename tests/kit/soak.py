@@ -197,7 +197,7 @@ class Launch:
             if self.job.poll() is not None:
                 self.fail("it ended, and nobody had ended it")
             if time.monotonic() > deadline:
-                self.fail(f"no step behind {before} within {MOVES_S:g} s")
+                self.fail(f"no step after {before} within {MOVES_S:g} s")
             time.sleep(0.05)
 
 

@@ -26,7 +26,7 @@ namespace layerwise {
 // Shared. A pool may lie in a memory file (memfd_create) instead, which two processes
 // map: what one stages, the other writes. One side, the owner (CreateShared), hands
 // buffers out; it passes on where one begins, and keeps it. The other (Attach) takes
-// up what it is told of (Adopt), and learns which of those are released (TakeReturned),
+// up what it is handed (Adopt), and learns which of those are released (TakeReturned),
 // to tell the owner. So neither side trusts memory that the other may change for
 // anything but content. The file has no name, and goes with the last process that has
 // it.
@@ -64,7 +64,7 @@ class BufferPool {
   // InvalidArgument if bytes is 0; ENOMEM. The capacity is rounded up to kAlign.
   static Status Create(size_t bytes, std::shared_ptr<BufferPool>* pool);
 
-  // Lays a pool behind what the memory file `file` holds; several pools may lie in one.
+  // Lays a pool after what the memory file `file` holds; several pools may lie in one.
   // The memory is taken at once, so that no later touch can fail for want of it, and
   // the file sealed, so that neither side can cut it short under the other. The
   // descriptor stays the caller's. *begin: where the pool begins in the file.

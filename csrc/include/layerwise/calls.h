@@ -35,7 +35,7 @@ class OngoingCall {
   friend std::vector<Call> CallsUnderWay();
 
   Calls* const calls_;
-  const std::optional<std::list<Call>::iterator> place_;  // without memory nothing is told of the call
+  const std::optional<std::list<Call>::iterator> place_;  // without memory nobody hears of the call
 };
 
 // The longest first.

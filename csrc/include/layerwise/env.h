@@ -53,7 +53,7 @@ class WritableFile {
   // REQUIRES: if direct(), data, offset and n are aligned (EINVAL otherwise).
   virtual Status Pwrite(const void* data, size_t n, uint64_t offset) = 0;
 
-  // Writes `count` pieces one behind the other, all of them, or fails as Pwrite does.
+  // Writes `count` pieces one after the other, all of them, or fails as Pwrite does.
   // At most 1024 pieces. REQUIRES: each piece is one that Pwrite would take. As it
   // is here, it calls Pwrite for each.
   virtual Status Pwritev(const iovec* pieces, int count, uint64_t offset);
@@ -145,7 +145,7 @@ class Env {
 
   // From now on this Env never leaves that directory by what is below it. A path below
   // the root leads through folders only: a symbolic link on the way is ELOOP, and nothing
-  // is made, written, renamed, removed or given a mode behind it. Reading (NewReadableFile,
+  // is made, written, renamed, removed or given a mode after it. Reading (NewReadableFile,
   // ListDir, Stat, SyncDir) follows a link to a folder if this user, root or the owner of
   // the root directory made it: somebody may have moved a folder away and linked it back.
   // ".." is EINVAL.

@@ -55,7 +55,7 @@ class ShardWriter final : public BlockSink {
     bool direct = false;
     // Unless empty: a retired file that Env::ReuseFile turns into `path`, with its
     // space. Its old bytes stay where nothing is written; Finish cuts off what is
-    // behind the new end. If it is refused it is removed and a new file made: see
+    // past the new end. If it is refused it is removed and a new file made: see
     // reuse_refused(). REQUIRES: its header is blank and flushed, so that no crash can
     // leave it above a mixture of old and new blocks.
     std::string spare;
@@ -98,7 +98,7 @@ class ShardWriter final : public BlockSink {
   // the memory goes back to its pool when the last of them is no longer pending.
   Status Submit(size_t first, size_t count, BufferPool::Buffer memory);
 
-  // Copies data to blocks behind the last one, padded with zeros to kAlign, and
+  // Copies data to blocks after the last one, padded with zeros to kAlign, and
   // queues them. Stores their number; they are numbered on from the plan's.
   // InvalidArgument if the plan has neither blocks nor a tail offset.
   Status Append(std::string_view data, size_t* blocks);

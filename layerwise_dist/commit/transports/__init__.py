@@ -16,9 +16,9 @@ CoordinatorHandler = Callable[[ToCoordinator], None]
 class Transport(Protocol):
     """Contract: what one rank posts reaches the coordinator once and in order, what rank 0 announces reaches every rank
     once and in order, or `on_error` is called on the rank for which that no longer holds; it then hears nothing more.
-    ``{"t": "closed", "rank": ...}`` is the last that a rank posts: what ends behind it is no error.
+    ``{"t": "closed", "rank": ...}`` is the last that a rank posts: what ends after it is no error.
 
-    The coordinator is told of a rank that can be known to be gone without having posted ``closed``:
+    The coordinator hears of a rank that is known to be gone without having posted ``closed``:
     ``{"t": "gone", "rank": ..., "why": ...}``. Not every transport knows, and none knows of a process that is stopped.
 
     `post` and `announce` never wait for the network and may be called from any thread; handlers run on a thread of the

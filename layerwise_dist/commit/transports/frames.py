@@ -29,7 +29,7 @@ def framed(body: bytes) -> bytes:
 
 
 def decode(body: bytes) -> Any:
-    """A list of messages, of which only that each has a kind is known. Raises ValueError for what is no such array."""
+    """A list of messages; all that is known of each is its kind. Raises ValueError for what is no such array."""
     messages = json.loads(body)
     if not isinstance(messages, list):
         raise ValueError(f"a frame that holds a {type(messages).__name__}")

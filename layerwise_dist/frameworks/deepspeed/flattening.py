@@ -1,4 +1,4 @@
-"""DeepSpeed's flat tensors by name: which elements of which parameter lie where in what the inner optimizer updates.
+"""DeepSpeed's flat tensors by name: which elements of each parameter lie where in what the inner optimizer updates.
 
 A *unit* (`flat.py`) is one tensor in the inner optimizer's groups: a rank's flat part of a param group (ZeRO-1, 2), of
 a sub-group (ZeRO-3), a whole flat group, or one parameter (stage 0).
@@ -88,7 +88,7 @@ class Units:
         return found
 
     def updated(self, number: int, *, wanted: bool) -> None:
-        """Right behind a unit's update; `wanted` says that what it leaves is to be saved."""
+        """Right after a unit's update; `wanted` says that what it leaves is to be saved."""
 
     def link_state(self) -> None:
         """After the first update of all units: DeepSpeed's own ways to a parameter's state lead to it from now on."""

@@ -97,7 +97,7 @@ class DeepSpeedFramework(FlatFramework):
     # -- which slices -------------------------------------------------------------------------------------------
 
     def sharers(self, view: ParamView) -> tuple[int, ...]:
-        """All: a rank needs its part of what is divided, and what there is of a parameter of which it holds nothing."""
+        """All: a rank needs its part of what is divided, and what there is of a parameter that it holds nothing of."""
         return self._all
 
     def _replicas(self, view: ParamView, tensor: torch.Tensor) -> tuple[int, ...]:

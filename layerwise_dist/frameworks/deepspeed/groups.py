@@ -16,7 +16,7 @@ def param_groups(model: nn.Module, base_groups: Iterable[dict[str, Any]] | None 
     """Param groups by layer for `deepspeed.initialize(model_parameters=...)` or an optimizer of your own.
 
     Each of `base_groups` (as torch optimizers take them; by default one with all trainable parameters) is split into
-    one group a layer, in the model's order, and keeps its hyper-parameters. ``name`` is the layer's, behind the name of
+    one group a layer, in the model's order, and keeps its hyper-parameters. ``name`` is the layer's, after the name of
     a base group that has one. Parameters of a layer that is wholly frozen go along with the base group's first layer
     that is not: ZeRO takes no group without a trainable parameter. An LR scheduler must be made for these groups, not
     for the base ones.
@@ -68,7 +68,7 @@ _OF_EACH_GROUP = (
 
 
 def spread(schedule: Mapping[str, Any], origins: Sequence[int], before: int) -> dict[str, Any]:
-    """The state of an LR scheduler of `before` groups for other groups, of which `origins` has each one's old group."""
+    """The state of an LR scheduler of `before` groups for other groups; `origins` has each one's old group."""
     fitted = dict(schedule)
     for name in _OF_EACH_GROUP:
         values = schedule.get(name)

@@ -29,7 +29,7 @@ _ENGINE = (
 class InBackward:
     """Steps units in the backward. The first window is only watched, and stepped as DeepSpeed does.
 
-    Raises UnsupportedError: there behind the first backward, if a gradient arrives more than once in one; when it is
+    Raises UnsupportedError: there after the first backward, if a gradient arrives more than once in one; when it is
     built, for what it is not exact with. Later, BoundaryError for an update that can no longer be what it should be.
     """
 
@@ -87,7 +87,7 @@ class InBackward:
             for number in self._of.get(id(param), ()):
                 if number in self._stepped:
                     raise BoundaryError(
-                        f"parameter {self._names[id(param)]} got another gradient behind its update in this backward, "
+                        f"parameter {self._names[id(param)]} got another gradient after its update in this backward, "
                         "unlike in the first one: what was updated is wrong, go back to a checkpoint"
                     )
                 self._missing[number].discard(id(param))

@@ -1,6 +1,6 @@
 """ZeRO-3 with its optimizer offloaded to NVMe: a unit and its state are in memory only while they are updated.
 
-Here each has a *mirror*, copied right behind its update, that is saved in its place and restored into. Mirrors are
+Here each has a *mirror*, copied right after its update, that is saved in its place and restored into. Mirrors are
 files mapped into memory, beside DeepSpeed's own swap files and without names: the kernel may write them out and take
 the memory back, so that offloading still saves memory, and nothing of them outlives the process.
 """

@@ -42,7 +42,7 @@ class ZeroStage:
 
 
 class _Zero(ZeroStage):
-    """A unit is stepped by DeepSpeed's own `_optimizer_step`, behind the method that reduces gradients."""
+    """A unit is stepped by DeepSpeed's own `_optimizer_step`, after the method that reduces gradients."""
 
     attributes: tuple[str, ...] = ()
     reduction = ""

@@ -79,7 +79,7 @@ class CommitsWithoutOneRank(Coordinator):
         return super()._reported(attempt)
 
 
-@breaks("a newer commit aborts older attempts, those that begin later too", found_as="committed behind")
+@breaks("a newer commit aborts older attempts, those that begin later too", found_as="committed after")
 class CommitsOlderAttemptsLater(Coordinator):
     def _is_superseded(self, attempt: Any) -> bool:
         return False
@@ -94,7 +94,7 @@ class GivesUpWhatMonitorsHold(Coordinator):
 
 
 @breaks(
-    "what all monitors hold is not given up because another attempt fails behind that",
+    "what all monitors hold is not given up because another attempt fails after that",
     found_as="had been staged by all",
     seed=101,
 )
@@ -127,7 +127,7 @@ class AbortsWhatIsInDoubt(Coordinator):
 
 
 @breaks(
-    "a session in doubt commits no more", found_as="committed behind|not whole|lineage|base .* goes, and the manifest"
+    "a session in doubt commits no more", found_as="committed after|not whole|lineage|base .* goes, and the manifest"
 )
 class CommitsBehindADoubt(Coordinator):
     def _finish(self, reason: str) -> None:
@@ -268,7 +268,7 @@ class FlushesNothingThatItReads(CheckpointMetadataManager):
 
 @breaks("a branch descends from what it left, and from nothing that came later", found_as="the lineage is")
 class DescendsFromEverything(Inventory):
-    def spans_behind(self, parent: Manifest | None) -> list[Span]:
+    def spans_after(self, parent: Manifest | None) -> list[Span]:
         return [Span(first=0, last=max(self.manifests))] if parent is not None else []
 
 
@@ -277,7 +277,7 @@ class DescendsFromEverything(Inventory):
 
 @breaks(
     "an old epoch commits nothing",
-    found_as="old epoch commits|committed behind|goes, and the manifest|is not durable|comes back",
+    found_as="old epoch commits|committed after|goes, and the manifest|is not durable|comes back",
 )
 class ChecksNoEpoch(Owner):
     def check(self) -> None:

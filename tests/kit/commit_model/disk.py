@@ -65,7 +65,7 @@ class Disk:
         self.locks: dict[str, Lock] = {}
         self.fault: tuple[int, str, int] | None = None  # how many operations of this kind (or "") go well before, errno
         self.fuse: int | None = None  # after so many operations, whoever does the next one is killed
-        self.doubts = False  # the flush behind the next manifest's rename fails
+        self.doubts = False  # the flush after the next manifest's rename fails
 
     # -- what breaks
 

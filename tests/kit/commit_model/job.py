@@ -100,7 +100,7 @@ class Job:
     # -- messages
 
     def deliver_up(self, rank: int) -> None:
-        """The coordinator reads the oldest message of that rank, behind all that it still has to do."""
+        """The coordinator reads the oldest message of that rank, after all that it still has to do."""
         self.finish()
         if self.network.up[rank]:  # it may have died over what it had to do
             message = self.network.up[rank].popleft()[1]

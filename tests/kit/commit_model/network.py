@@ -31,7 +31,7 @@ class Network:
                 channel.append((self._world.now, message))
 
     def say_gone(self, rank: int) -> None:
-        """What a transport that knows tells the coordinator, behind all that came from that rank."""
+        """What a transport that knows tells the coordinator, after all that came from that rank."""
         if self._tells_gone and not self._ended and rank:
             self.up[rank].append((self._world.now, {"t": "gone", "rank": rank, "why": "its connection is gone"}))
 

@@ -28,7 +28,7 @@ class Script:
     every: int  # how many steps lie between checkpoints
     max_in_flight: int
     skips_when_full: bool
-    restores_at: int | None = None  # the boundary behind which all ranks do
+    restores_at: int | None = None  # the boundary after which all ranks do
 
 
 @dataclass

@@ -63,7 +63,7 @@ class Rules:
         need(attempt.epoch == self.epoch, f"{attempt}: an old epoch commits, the newest is {self.epoch}")
         need(attempt.seq not in appeared, f"{attempt}: a second record of that seq: {appeared.get(attempt.seq)}")
         newer = max(appeared, default=0)
-        need(attempt.seq > newer, f"{attempt}: committed behind seq {newer}")
+        need(attempt.seq > newer, f"{attempt}: committed after seq {newer}")
         self.history.add_commit(self._course, attempt, bases)
 
     def branch_appears(self, place: int, seq: int, branch: Branch) -> None:

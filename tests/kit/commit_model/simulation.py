@@ -35,7 +35,7 @@ class Simulation:
         action()
 
     def end(self) -> None:
-        """Power fails, behind which everything is checked once more. Raises Broken."""
+        """Power fails, after which everything is checked once more. Raises Broken."""
         self._failures.power()
 
     def _choices(self) -> Iterator[Choice]:
