@@ -26,11 +26,13 @@ if TYPE_CHECKING:
     from layerwise_dist.frameworks.deepspeed.groups import param_groups
     from layerwise_dist.layers.graph import DependencyGraphBuilder
     from layerwise_dist.layers.optimizer import LayerwiseOptimizer
+    from layerwise_dist.reading.checkpoint import Checkpoint, open_checkpoint
     from layerwise_dist.scheduler import LayerwiseCheckpointScheduler
     from layerwise_dist.storage.adapter import PCCheckAdapter
     from layerwise_dist.trainer import LayerwiseCheckpointTrainer
 
 __all__ = [
+    "Checkpoint",
     "CheckpointMetadataManager",
     "DependencyGraphBuilder",
     "LayerwiseCheckpointScheduler",
@@ -43,6 +45,7 @@ __all__ = [
     "__version__",
     "attach",
     "errors",
+    "open_checkpoint",
     "param_groups",
     "register_comm_hook",
 ]
@@ -54,6 +57,8 @@ _LAZY = {
     "LayerwiseEngine": "engine.engine",
     "param_groups": "frameworks.deepspeed.groups",
     "register_comm_hook": "frameworks.averaging",
+    "Checkpoint": "reading.checkpoint",
+    "open_checkpoint": "reading.checkpoint",
     "CheckpointMetadataManager": "commit.metadata",
     "LayerwiseCheckpointScheduler": "scheduler",
     "LayerwiseCheckpointTrainer": "trainer",

@@ -74,6 +74,12 @@ class Env:
     def write_file(self, path: _Path, data: Buffer, mode: int = 0o600) -> None: ...
     def read_file(self, path: _Path, cap: int) -> bytes: ...
     def lock(self, path: _Path, mode: int = 0o600) -> FileLock: ...
+    def hold(self, path: _Path, alone: bool = False) -> FileLock:
+        """Locks a file that is there, alone or with others who read it (csrc/include/layerwise/env.h).
+
+        BlockingIOError while it can't be had; EOPNOTSUPP, ENOSYS or ENOLCK where there are no such locks.
+        """
+
     def file_system(self, path: _Path) -> int:
         """The f_type of statfs(2); 0 if there is none."""
 

@@ -5,7 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from kit.matrix import CASES, LAYOUTS, MORE_CASES, OK, Launcher, Layout, read_task, restore_all, tour, write_tasks
+from kit.matrix import (
+    CASES,
+    LAYOUTS,
+    MORE_CASES,
+    OK,
+    Launcher,
+    Layout,
+    place,
+    read_task,
+    restore_all,
+    tour,
+    write_tasks,
+)
+from kit.reading import apart
 from kit.runners import Warm
 
 # Each wrapper once as a source and once as a target, on few numbers of ranks: all of one number are one job.
@@ -43,6 +56,8 @@ def test_drawn_pairs_of_wrappers_and_numbers_of_ranks_restore_to_the_bit(launche
         names = [f"{source} {case}" for source, case in sources]
         found |= zip(names, launcher.run(ranks, tasks), strict=True)
     assert wrong(found) == {}
+    written = {f"{source} {case}": place(launcher.folder, source, case) for source, _, case in pairs}
+    assert {name: problem for name, folder in written.items() if (problem := apart(folder))} == {}
     for ranks in (1, 2, 3, 4):
         mine = [(source, target, case) for source, target, case in pairs if target.ranks == ranks]
         tasks = [read_task(source, target, case, launcher.folder) for source, target, case in mine]

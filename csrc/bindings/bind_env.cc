@@ -65,6 +65,12 @@ std::unique_ptr<FileLock> Lock(Env& env, const Path& path, uint32_t mode) {
   return lock;
 }
 
+std::unique_ptr<FileLock> Hold(Env& env, const Path& path, bool alone) {
+  std::unique_ptr<FileLock> lock;
+  Disk("hold", path, [&] { return env.Hold(path.native(), alone, &lock); });
+  return lock;
+}
+
 nb::list ListDir(Env& env, const Path& path) {
   std::vector<std::string> names;
   Disk("list directory", path, [&] { return env.ListDir(path.native(), &names); });
@@ -193,6 +199,7 @@ void BindEnv(nb::module_& m) {
              return ToBytes(data);
            }, nb::arg("path"), nb::arg("cap"))
       .def("lock", &Lock, nb::arg("path"), nb::arg("mode") = 0600, nb::keep_alive<0, 1>())
+      .def("hold", &Hold, nb::arg("path"), nb::arg("alone") = false, nb::keep_alive<0, 1>())
       .def("direct_io", &DirectIo, nb::arg("path"))
       .def("file_system",
            [](Env& env, const Path& path) {

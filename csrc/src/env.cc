@@ -13,6 +13,10 @@ Status WritableFile::Pwritev(const iovec* pieces, int count, uint64_t offset) {
   return Status::Ok();
 }
 
+Status Env::Hold(const std::string& path, bool, std::unique_ptr<FileLock>*) {
+  return Status::IoError(EOPNOTSUPP, "hold", path);
+}
+
 Status Env::FileSystem(const std::string&, uint64_t* type) {
   *type = 0;
   return Status::Ok();

@@ -154,6 +154,10 @@ Status PosixEnv::Lock(const std::string& path, uint32_t mode, std::unique_ptr<Fi
   return PosixFileLock::Acquire(*roots_, path, mode, lock);
 }
 
+Status PosixEnv::Hold(const std::string& path, bool alone, std::unique_ptr<FileLock>* lock) {
+  return PosixFileLock::Hold(*roots_, path, alone, lock);
+}
+
 Status PosixEnv::DirectIo(const std::string& dir, std::optional<DirectIoAlignment>* alignment) {
   std::string path;
   Descriptor fd;

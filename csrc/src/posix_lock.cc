@@ -1,6 +1,7 @@
 #include "posix_lock.h"
 
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -39,6 +40,26 @@ Status PosixFileLock::Acquire(Roots& roots, const std::string& path, uint32_t mo
   if (fcntl(fd.get(), F_OFD_SETLK, &whole) != 0) {
     return Status::IoError(errno == EACCES ? EAGAIN : errno, "lock", path);
   }
+  *lock = std::make_unique<PosixFileLock>(roots, path, std::move(fd));
+  return Status::Ok();
+}
+
+Status PosixFileLock::Hold(Roots& roots, const std::string& path, bool alone, std::unique_ptr<FileLock>* lock) {
+  Place place;
+  Descriptor fd;
+  struct stat held, there;
+  Status status = roots.Find("hold", path, Links::kFollowed, &place);
+  if (!status.ok()) return status;
+  // Over NFS an exclusive lock takes a file that is open for writing, a shared one a file that is open for reading.
+  status = OpenRegular("hold", place, path, alone ? O_RDWR : O_RDONLY, &fd, &held);
+  if (alone && (status.error_number() == EACCES || status.error_number() == EROFS)) {
+    status = OpenRegular("hold", place, path, O_RDONLY, &fd, &held);
+  }
+  if (!status.ok()) return status;
+  if (flock(fd.get(), (alone ? LOCK_EX : LOCK_SH) | LOCK_NB) != 0) return PosixError("hold", path);
+  // Whoever removes it did so while holding it alone: it may be gone since it was opened.
+  if (fstatat(place.dir(), place.name(), &there, AT_SYMLINK_NOFOLLOW) != 0) return PosixError("hold", path);
+  if (held.st_dev != there.st_dev || held.st_ino != there.st_ino) return Status::IoError(ENOENT, "hold", path);
   *lock = std::make_unique<PosixFileLock>(roots, path, std::move(fd));
   return Status::Ok();
 }

@@ -10,12 +10,14 @@
 
 namespace layerwise {
 
-// An open-file-description lock. It lives as long as any copy of its descriptor, and
-// forked children close theirs at once.
+// A lock that lives as long as any copy of its descriptor; forked children close theirs at once. Acquire takes an
+// open-file-description lock (fcntl), Hold one of flock(2), of which a shared one needs no right to write.
 class PosixFileLock final : public FileLock {
  public:
   // REQUIRES: `roots` outlives the lock.
   static Status Acquire(Roots& roots, const std::string& path, uint32_t mode, std::unique_ptr<FileLock>* lock);
+
+  static Status Hold(Roots& roots, const std::string& path, bool alone, std::unique_ptr<FileLock>* lock);
 
   PosixFileLock(Roots& roots, std::string path, Descriptor fd)
       : roots_(roots), path_(std::move(path)), fd_(std::move(fd)) {}

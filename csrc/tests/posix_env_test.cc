@@ -258,4 +258,28 @@ TEST_CASE("a forked child keeps no file open, and destroying one there closes no
   CHECK(got == 2);
 }
 
+TEST_CASE("a file that others hold cannot be held alone, and one that was removed not at all") {
+  ScratchDir dir;
+  Env& env = DiskEnv();
+  std::unique_ptr<FileLock> one, other, alone;
+  REQUIRE_OK(env.WriteFile(dir / "f", "content", 0400));  // the right to read is enough
+  REQUIRE_OK(env.Hold(dir / "f", false, &one));
+  REQUIRE_OK(env.Hold(dir / "f", false, &other));
+  CHECK_ERRNO(env.Hold(dir / "f", true, &alone), EAGAIN);
+  std::string content;
+  REQUIRE_OK(one->Read(7, &content));
+  CHECK(content == "content");
+  CHECK_ERRNO(one->Write("other"), EBADF);
+  REQUIRE_OK(one->Release());
+  CHECK_ERRNO(env.Hold(dir / "f", true, &alone), EAGAIN);
+  other.reset();
+  REQUIRE_OK(env.Hold(dir / "f", true, &alone));
+  CHECK_ERRNO(env.Hold(dir / "f", false, &one), EAGAIN);
+  REQUIRE_OK(env.Unlink(dir / "f"));
+  REQUIRE_OK(alone->Release());
+  CHECK_ERRNO(env.Hold(dir / "f", false, &one), ENOENT);
+  REQUIRE(symlink("nowhere", (dir / "link").c_str()) == 0);
+  CHECK_ERRNO(env.Hold(dir / "link", false, &one), ELOOP);
+}
+
 }  // namespace layerwise

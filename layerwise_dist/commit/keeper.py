@@ -69,7 +69,7 @@ class Keeper:
     def _withdraw(self, attempts: list[AttemptId]) -> None:
         for attempt in attempts:
             try:
-                self._manager.withdraw(attempt)
+                self._manager.withdraw(attempt, anyway=True)  # rank 0's is gone: it is no checkpoint
             except OSError as error:
                 leave(error, attempt.folder)  # an archive behind a link stays
         self._manager.remove_old_branches()

@@ -30,7 +30,7 @@ from layerwise_dist.errors import DamageError
 from layerwise_dist.storage import filenames
 from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.odd import is_no_folder, kind_at, leave, oddity
-from layerwise_dist.storage.protocols import Env
+from layerwise_dist.storage.protocols import Env, FileLock
 from layerwise_dist.storage.removal import remove, remove_files
 from layerwise_dist.storage.retention import unneeded_bases
 
@@ -40,6 +40,9 @@ __all__ = [
 ]  # fmt: skip
 
 log = logging.getLogger("layerwise_dist")
+
+# Where readers cannot hold a checkpoint, none is asked after.
+NO_LOCKS = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)
 
 R = TypeVar("R", bound=Record)
 
@@ -160,6 +163,14 @@ class CheckpointMetadataManager:
             raise
         return decode(data, model, path)
 
+    def hold(self, attempt: AttemptId) -> FileLock:
+        """While this is held, retention passes the checkpoint by; its shards and what they refer to stay as they are.
+
+        It takes the right to read only, and ends with the process. Raises FileNotFoundError if it is gone,
+        BlockingIOError if it is just being removed, OSError with one of `NO_LOCKS` where the file system has no locks.
+        """
+        return self.env.hold(self.manifest_path(attempt))
+
     # -- writing ------------------------------------------------------------------------------------------------
 
     def commit(self, manifest: Manifest) -> None:
@@ -221,19 +232,37 @@ class CheckpointMetadataManager:
                 f"{folder}: {final} was renamed into place, but the flush of its directory failed: {error}"
             ) from error
 
-    def withdraw(self, attempt: AttemptId) -> None:
+    def withdraw(self, attempt: AttemptId, *, anyway: bool = False) -> None:
         """Ends a checkpoint: once this returns, no crash brings its manifest back, and its shards may be changed.
 
-        Raises OSError (nothing happened; `oddity` says whether it lies behind a link and stays), or `InDoubt`: a crash
-        may bring it back, so that its shards must stay.
+        Raises BlockingIOError while somebody reads it (`hold`), unless it must go `anyway`. Raises OSError (nothing
+        happened; `oddity` says whether it lies behind a link and stays), or `InDoubt`: a crash may bring it back, so
+        that its shards must stay.
         """
         folder = os.path.join(self.root, attempt.folder)
-        self._unlink(os.path.join(folder, filenames.MANIFEST))
+        path = os.path.join(folder, filenames.MANIFEST)
+        alone = None if anyway else self._hold_alone(path)
+        try:
+            self._unlink(path)
+        finally:
+            if alone is not None:
+                alone.release()
         try:
             self.env.sync_dir(folder)
         except OSError as error:
             said = f"{folder}: {filenames.MANIFEST} was removed, but that could not be flushed"
             raise InDoubt(f"{said}: {error}") from error
+
+    def _hold_alone(self, path: str) -> FileLock | None:
+        """Keeps readers from beginning while a manifest goes. None where it is gone, or where nobody can hold one."""
+        try:
+            return self.env.hold(path, True)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                return None
+            raise
 
     def collect(self, attempt: AttemptId) -> None:
         """Removes an attempt that has no manifest: only files that this package named, and the folder if empty."""

@@ -190,6 +190,8 @@ class Committer:
             attempt = inventory.manifests[seq].attempt_id
             try:
                 self._manager.withdraw(attempt)
+            except BlockingIOError:
+                continue  # somebody reads it: the next commit asks again
             except InDoubt:
                 self._returning[attempt] = inventory.manifests.pop(seq)  # a flush that failed is not tried again
                 raise

@@ -216,6 +216,14 @@ class Env {
   // if another lock holds it, in this process or another one.
   virtual Status Lock(const std::string& path, uint32_t mode, std::unique_ptr<FileLock>* lock) = 0;
 
+  // Locks a regular file that is there, without waiting: EAGAIN while somebody holds it alone, or, for one who asks
+  // for it `alone`, while anybody holds it. ENOENT if the file was removed meanwhile. A shared hold takes the right
+  // to read only. Holds and Lock do not see each other. EOPNOTSUPP, ENOSYS or ENOLCK where the file system has no
+  // such locks.
+  //
+  // This is how readers keep a file from being removed by those who ask first: who removes it holds it alone.
+  virtual Status Hold(const std::string& path, bool alone, std::unique_ptr<FileLock>* lock);
+
   // What direct I/O demands in this directory; nullopt where it is refused. May
   // create a file ".probe-*" there, which is gone when this returns.
   virtual Status DirectIo(const std::string& dir, std::optional<DirectIoAlignment>* alignment) = 0;
@@ -266,6 +274,9 @@ class EnvWrapper : public Env {
   Status Stat(const std::string& path, FileInfo* info) override { return target_->Stat(path, info); }
   Status Lock(const std::string& path, uint32_t mode, std::unique_ptr<FileLock>* lock) override {
     return target_->Lock(path, mode, lock);
+  }
+  Status Hold(const std::string& path, bool alone, std::unique_ptr<FileLock>* lock) override {
+    return target_->Hold(path, alone, lock);
   }
   Status DirectIo(const std::string& dir, std::optional<DirectIoAlignment>* alignment) override {
     return target_->DirectIo(dir, alignment);

@@ -35,6 +35,7 @@ class PosixEnv : public Env {
   Status ListDir(const std::string& path, std::vector<std::string>* names) override;
   Status Stat(const std::string& path, FileInfo* info) override;
   Status Lock(const std::string& path, uint32_t mode, std::unique_ptr<FileLock>* lock) override;
+  Status Hold(const std::string& path, bool alone, std::unique_ptr<FileLock>* lock) override;
   Status DirectIo(const std::string& dir, std::optional<DirectIoAlignment>* alignment) override;
   Status FileSystem(const std::string& path, uint64_t* type) override;
 

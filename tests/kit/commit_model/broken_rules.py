@@ -233,7 +233,7 @@ class GoesOnThoughItAsked(GoesOnThoughToldToHold):
 
 @breaks("a shard stays until its manifest is gone for good", found_as="not gone for good")
 class WithdrawsWithoutAFlush(CheckpointMetadataManager):
-    def withdraw(self, attempt: AttemptId) -> None:
+    def withdraw(self, attempt: AttemptId, *, anyway: bool = False) -> None:
         self._unlink(self.manifest_path(attempt))
 
 

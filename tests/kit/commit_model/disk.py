@@ -154,6 +154,9 @@ class Disk:
         self.memory.lock(path, mode).release()
         return Lock(self, path)
 
+    def hold(self, path: str, alone: bool = False) -> Lock:
+        raise OSError(errno.EOPNOTSUPP, "no reader is modeled", path)
+
     # -- what is on it
 
     @property

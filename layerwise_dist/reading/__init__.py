@@ -1,0 +1,1 @@
+"""Checkpoints without the job that wrote them: opened to read, and loaded into models without an engine."""
