@@ -100,11 +100,12 @@ def _placed(
     return {**boundary, "loaders": {**kept, **elsewhere(positions, rank, choose)}}
 
 
-def fit_schedules(sealed: SealedState, names: Sequence[str], origins: Sequence[Origins]) -> list[str]:
+def fit_schedules(sealed: SealedState, objects: StateObjects, origins: Sequence[Origins]) -> list[str]:
     """Where param groups are others than the checkpoint's, gives what LR schedulers keep for each group to the groups
     of now. `origins` of each optimizer. Changes `sealed`; returns what cannot be, in words.
     """
     if not names or all(found == list(range(before)) for found, before in origins):
+    names = objects.schedules()
         return []
     found, before = origins[0]
     known = [origin for origin in found if origin is not None and origin < before]
@@ -113,10 +114,14 @@ def fit_schedules(sealed: SealedState, names: Sequence[str], origins: Sequence[O
             f"state[{names[0]!r}] keeps learning rates for the param groups of the checkpoint, and those are grouped "
             "otherwise here: make the groups that the checkpoint has"
         ]
-    sealed["objects"] = {
-        name: spread(each, known, before) if name in names and isinstance(each, Mapping) else each
-        for name, each in sealed["objects"].items()
-    }
+    live, fitted = objects.take(), dict(sealed["objects"])
+    for name in names:
+        if isinstance(fitted.get(name), Mapping):
+            try:
+                fitted[name] = spread(fitted[name], known, before, live[name])
+            except MismatchError as error:
+                return [f"state[{name!r}]: {error}"]
+    sealed["objects"] = fitted
     return []
 
 

@@ -177,8 +177,7 @@ class Restorer:
 
     def _fit_schedules(self, loading: LoadPlan) -> list[str]:
         """LR schedulers keep something for each group, and groups may be others than the checkpoint's."""
-        names = self._objects.schedules()
-        if not names:
+        if not self._objects.schedules():
             return []
         live: dict[str, Any] = self._optimizer.describe()
         there: dict[str, Any] = {**loading.sealed["optimizer"]}
@@ -188,7 +187,7 @@ class Restorer:
             saved = by_name[name]
             found = group_origins([group["params"] for group in here["groups"]], saved, lacking)
             origins.append((found, len(saved["groups"])))
-        return ranks.fit_schedules(loading.sealed, names, origins)
+        return ranks.fit_schedules(loading.sealed, self._objects, origins)
 
     def _where(self, manifest: Manifest) -> str:
         return f"step {manifest.step} in {self._manager.root}"
@@ -214,7 +213,7 @@ class Restorer:
         if terms.parts.takes_optimizer and not fit.problems:
             described: list[Any] = optimizers_of(fit.loading.sealed)
             origins = [tuple(each["origins"]) for each in described]
-            fit.problems = ranks.fit_schedules(fit.loading.sealed, self._objects.schedules(), origins)
+            fit.problems = ranks.fit_schedules(fit.loading.sealed, self._objects, origins)
         return fit
 
     def _refuse_nodes(self, manifest: Manifest, checked: LoadPlan | MismatchError | None) -> None:

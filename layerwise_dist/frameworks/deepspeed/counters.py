@@ -97,5 +97,5 @@ class Counters:
         schedule, self._schedule = self._schedule, None
         if schedule is not None:
             if origins is not None and list(origins) != list(range(groups)):
-                schedule = spread(schedule, origins, groups)
-            self._engine.lr_scheduler.load_state_dict(schedule)
+                schedule = spread(schedule, origins, groups, live.state_dict())
+            live.load_state_dict(schedule)
