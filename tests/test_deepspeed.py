@@ -121,6 +121,14 @@ def test_masters_and_state_that_were_given_other_memory_are_saved_from_there(zer
     for found in results(zero, tmp_path / "out", *cases):
         assert found == {case: [] for case in cases}
 
+def test_an_engine_s_scheduler_and_loss_scale_and_a_script_s_own_stand_for_each_other(
+    zero: Warm, tmp_path: Path
+) -> None:
+    cases = ["stand-ins", "stand-ins that differ", "stand-ins mutation"]
+    for found in results(zero, tmp_path / "out", *cases):
+        assert found == {case: [] for case in cases}
+
+
 
 def test_what_is_left_out_of_a_checkpoint_or_a_restore_is_seen(zero: Warm, tmp_path: Path) -> None:
     ranks = results(zero, tmp_path / "out", "mutations")

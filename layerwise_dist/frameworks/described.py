@@ -73,10 +73,14 @@ class Standing(_OfClass):
     nested: dict[str, Standing]
 
 
-class CarriedCounters(TypedDict):
-    """What a DeepSpeed engine had come to (`Framework.carry`). `window`: micro-batches an update."""
-
+class _CarriedCounters(TypedDict):
     counters: dict[str, int]
     window: int
     loss_scale: dict[str, Any] | None
     lr_scheduler: dict[str, Any] | None
+
+
+class CarriedCounters(_CarriedCounters, total=False):
+    """What a DeepSpeed engine had come to (`Framework.carry`). `window`: micro-batches an update."""
+
+    lr_scheduler_class: str

@@ -22,7 +22,7 @@ from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.frameworks.param_groups import group_origins
 from layerwise_dist.frameworks.parts import WHOLE, Parts
 from layerwise_dist.loop.objects import StateObjects
-from layerwise_dist.restore import choice, loader, ranks
+from layerwise_dist.restore import choice, loader, ranks, stand_ins
 from layerwise_dist.restore.anywhere import Fit, Fitting
 from layerwise_dist.restore.choice import Wish
 from layerwise_dist.restore.loader import LISTED, LoadPlan, another_model, listing
@@ -202,8 +202,12 @@ class Restorer:
             sealed, taken = ranks.for_rank(
                 whole.sealed, framework.rank, framework.world_size, choose=terms.objects, objects=self._objects
             )
+        sealed, given = stand_ins.exchange(sealed, manifest.framework, framework, self._objects, terms.parts)
+        if not terms.parts.module_only:
             self._objects.check(sealed)
-        wrapper, lost = ranks.carried(framework, sealed, manifest.framework, terms.parts, same_world=same_world)
+        wrapper, lost = ranks.carried(
+            framework, sealed, manifest.framework, terms.parts, same_world=same_world, given=given
+        )
         fitting = Fitting(
             framework, self._optimizer, whole, {**sealed, "wrapper": wrapper}, where,
             partly=terms.partly, parts=terms.parts, cast=terms.cast,

@@ -204,6 +204,7 @@ class SealedSchema(PartSchema):
     aliases: dict[str, list[str]] = {}
     standing: dict[str, StandingSchema] = {}
 
+    classes: dict[str, str] = {}
 
 class CountersSchema(PartSchema):
     counters: dict[str, _Count]
@@ -212,6 +213,7 @@ class CountersSchema(PartSchema):
     lr_scheduler: dict[str, Any] | None
 
 
+    lr_scheduler_class: str = ""
 def read_state(shard: Shard, framework: str) -> SealedState:
     """The sealed state of a shard of that framework, as the manifest names it. Raises DamageError or OSError."""
     where = f"shard {shard.index.path}"
