@@ -36,11 +36,13 @@ class _Described(_OfClass):
 
 
 class DescribedOptimizer(_Described, KeptElsewhere, total=False):
-    """One optimizer, as `OptimizerAdapter.describe()` has it; `updates` of one of several."""
+    """One optimizer, as `OptimizerAdapter.describe()` has it; `updates` of one of several, and what `adams` says."""
 
     inside: dict[str, Inside]
     around: dict[str, KeptElsewhere]
     updates: int
+    adam_w_mode: bool
+    step_by_group: bool
 
 
 class _PerParameter(TypedDict):

@@ -161,6 +161,8 @@ class OptimizerSchema(ElsewhereSchema):
     groups: list[GroupSchema]
     inside: dict[str, InsideSchema] = {}
     around: dict[str, ElsewhereSchema] = {}
+    adam_w_mode: bool = True
+    step_by_group: bool = False
 
 
 class OneOfSeveralSchema(OptimizerSchema):
@@ -202,18 +204,18 @@ class SealedSchema(PartSchema):
     gradients: list[str]
     extra_state: dict[str, Any]
     aliases: dict[str, list[str]] = {}
+    classes: dict[str, str] = {}
     standing: dict[str, StandingSchema] = {}
 
-    classes: dict[str, str] = {}
 
 class CountersSchema(PartSchema):
     counters: dict[str, _Count]
     window: int = Field(ge=1, lt=1 << 63)
     loss_scale: dict[str, Any] | None
     lr_scheduler: dict[str, Any] | None
-
-
     lr_scheduler_class: str = ""
+
+
 def read_state(shard: Shard, framework: str) -> SealedState:
     """The sealed state of a shard of that framework, as the manifest names it. Raises DamageError or OSError."""
     where = f"shard {shard.index.path}"

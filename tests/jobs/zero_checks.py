@@ -14,9 +14,10 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import safe_get_full_optimizer_state
 from job_kit import differences
 from zero_calls import CHECKS as OF_CALLS
+from zero_equal import CHECKS as OF_EQUALS
 from zero_kit import STEPS, STOP, Job, Net, expect, settings, trial
-
 from zero_stand_ins import CHECKS as OF_STAND_INS
+
 import layerwise_dist as lwd
 import layerwise_dist.deepspeed as drop_in
 from layerwise_dist import errors
@@ -372,6 +373,6 @@ CHECKS: dict[str, Callable[[str], Any]] = {
     "regrouped": regrouped, "mutations": mutations,
     "nvme mutation": nvme_mutation, "nvme full": nvme_full, "nvme saved": nvme_saved,
     "in backward": in_backward, "in backward mutation": in_backward_mutation,
-    "frozen layers": frozen_layers, **OF_CALLS, **OF_STAND_INS,
+    "frozen layers": frozen_layers, **OF_CALLS, **OF_STAND_INS, **OF_EQUALS,
     "other memory 2": partial(given_other_memory, "2-bf16"), "other memory 3": partial(given_other_memory, "3-bf16"),
 }  # fmt: skip
