@@ -211,11 +211,12 @@ class Fitting:
                     self._give_step(view, step)
             elif name in self._whole.tensors:
                 saved = self._whole.tensors[name][0]
-                if saved.shape != ():
-                    self._problems.append(f"{name}: the checkpoint has one of shape {list(saved.shape)}, not a number")
+                if saved.shape != () or not casts.is_float(saved.dtype):
+                    self._problems.append(f"{name}: {saved.dtype}{list(saved.shape)} is no count of torch's")
                     continue
-                counted[view.fqn] = torch.empty(1, dtype=DTYPES[saved.dtype], device="cpu")
-                reads.append((counted[view.fqn], replan(saved.range(0, 1), saved.parts)))
+                counted[view.fqn] = torch.empty((), dtype=DTYPES[saved.dtype], device="cpu")
+                wanted = Slice.whole("step", view.fqn, saved.dtype, ())
+                reads.append((counted[view.fqn], replan(wanted, saved.parts)))
         fill(reads)
         for fqn, memory in counted.items():
             value = float(memory.item())
@@ -234,8 +235,14 @@ class Fitting:
             self._problems.append(f"step of {view.fqn} is {step!r} in the checkpoint, which no {code} holds")
             return
         tensor = self._optimizer.place(view, Slice.whole("step", view.fqn, code, ()), False)
+        given = self._fit.loading.given
+        if any(each is tensor and other.item() != step for each, other in given):
+            self._problems.append(
+                f"{view.fqn} is one tensor with others to the optimizer here, and in the checkpoint it has another "
+                "step than these: put it into a group of its own"
+            )
         self._fit.loading.states.setdefault(view.fqn, {})["step"] = tensor
-        self._fit.loading.given.append((tensor, value))
+        given.append((tensor, value))
 
     def _state_of(self, view: ParamView) -> None:
         name = self._rename.get(view.fqn)
