@@ -6,7 +6,7 @@ an int, and are both of them, as their `adam_w_mode` says.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,9 @@ _DEEPSPEEDS = ("FusedAdam", "DeepSpeedCPUAdam")
 # What a group has in one class only, where that is not at its default; the other one always does as the default says.
 _TORCH_ONLY: Mapping[str, Any] = {"amsgrad": False, "maximize": False}
 _DEEPSPEED_ONLY: Mapping[str, Any] = {"bias_correction": True}
+
+# After so many steps one less a beta's power is 1 in fp32, however it was made: 0.99999 to that is e^-20.
+_POWERS_END = 2_000_000
 
 # The members of an optimizer's description that this module makes.
 MEMBERS = ("adam_w_mode", "step_by_group")
@@ -41,6 +44,28 @@ def describe(optimizer: object, *, together: bool) -> dict[str, Any]:
     # FusedAdam counts on in the state of the last of its parameters only, and takes that for all of the group.
     by_group = {"step_by_group": True} if together and name == "FusedAdam" else {}
     return {"adam_w_mode": bool(vars(optimizer)["adam_w_mode"]), **by_group}
+
+
+def count_on(optimizer: torch.optim.Optimizer, states: Iterable[Mapping[str, Any]]) -> None:
+    """After a restore into DeepSpeedCPUAdam. `states` are those of its tensors.
+
+    Its kernel keeps the powers of its betas from one step to the next, each rounded, in memory that nothing shows. A
+    new one would take them from pow(), which rounds otherwise. So it makes all steps again, of one element that is
+    nobody's.
+    """
+    kernel = getattr(optimizer, "ds_opt_adam", None)
+    if type(optimizer).__qualname__ != "DeepSpeedCPUAdam" or kernel is None:
+        return
+    betas = {tuple(group["betas"]) for group in optimizer.param_groups}
+    steps = {state["step"] for state in states if state}
+    if len(betas) != 1 or len(steps) != 1:
+        return  # with several it takes pow() in every step
+    ((beta1, beta2),), (done,) = betas, steps
+    if done > _POWERS_END:
+        return
+    values = [torch.zeros(1, dtype=torch.float32, device="cpu") for _ in range(4)]
+    for step in range(1, done + 1):
+        kernel.adam_update(vars(optimizer)["opt_id"], step, 0.0, beta1, beta2, 1.0, 0.0, True, *values)
 
 
 def real_class(kind: str) -> str:
@@ -91,7 +116,7 @@ def _adam(described: Mapping[str, Any]) -> _Adam | None:
     # Others have an AdamW of their own: torch's is known by what its groups have.
     if kind in _TORCHS and all(group.keys() >= _TORCH_ONLY.keys() for group in groups):
         modes = [group.get("decoupled_weight_decay", kind == "AdamW") for group in groups]
-        if all(mode is modes[0] for mode in modes) and isinstance(modes[0], bool):
+        if modes and all(mode is modes[0] for mode in modes) and isinstance(modes[0], bool):
             return _Adam(modes[0], torchs=True)
     return None
 

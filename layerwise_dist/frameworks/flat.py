@@ -212,6 +212,7 @@ class FlatState(OptimizerAdapter):
             self._put_units(states, saved)
             self._nest.confirm(saved)
         self._loading.clear()
+        adams.count_on(self.base, (self.state_of(number) for number in self._numbers()))
 
     def _put_units(self, states: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any]) -> None:
         for number in self._numbers():

@@ -177,6 +177,7 @@ class TorchOptimizer(OptimizerAdapter):
         if self._nest.put(saved):
             self._put(states, saved, lacking)
             self._nest.confirm(saved, lacking)
+        adams.count_on(self._keeper, self._keeper.state.values())
 
     def _put(
         self, states: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any], lacking: Collection[str]
