@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,12 +17,16 @@ from torch import nn
 import layerwise_dist as lwd
 from layerwise_dist import errors
 from layerwise_dist._native import PosixEnv
+from layerwise_dist.capture import survey
+from layerwise_dist.capture.frozen import FrozenBases
 from layerwise_dist.commit.transports.local import LocalTransport
 from layerwise_dist.engine import assembly
 from layerwise_dist.frameworks.ddp import DDPFramework
 from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.restore import whole
+from layerwise_dist.restore.restorer import Restorer
 from layerwise_dist.storage.header import Entry
+from layerwise_dist.storage.reports import BaseReport
 from layerwise_dist.tensors.slices import Slice
 
 pytestmark = pytest.mark.quick
@@ -38,6 +43,7 @@ def session(
     *,
     own: bool = False,
     only: bool = False,
+    frozen: bool = False,
     **options: Any,
 ) -> Seen:
     """Restores, trains to `steps`, and closes: of each rank, the step restored and the tensors, as restored (`only`) or
@@ -45,7 +51,7 @@ def session(
     """
 
     def body(transport: LocalTransport) -> tuple[int, dict[str, torch.Tensor]]:
-        model, optimizer = build(0, salt=world)
+        model, optimizer = build(0, salt=world, frozen=frozen)
         framework = kind(model, transport.rank, world)
         config = settings(str(folder), **options)
         with assembly.assemble(model, optimizer, config, transport, PosixEnv(), framework=framework) as ckpt:
@@ -94,6 +100,52 @@ def refused(folder: Path, kind: type[Framework], world: int) -> list[Any]:
                 raise
 
     return [thread.error or thread.value for thread in try_ranks(body, world=world)]
+
+
+def test_frozen_parameters_of_another_cut_are_written_anew_and_restored_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(survey, "LEAST_BASE_BYTES", 1)
+
+    def bases() -> set[str]:
+        return {path.name for path in tmp_path.glob("base/*")}
+
+    session(tmp_path, DDPFramework, 2, 2, frozen=True, keep_last=1)
+    before = bases()
+    ((_, wanted), *_) = session(tmp_path, DDPFramework, 3, 3, frozen=True, keep_last=1)
+    after = bases()
+    assert len(before) == len(after) == 1 and before != after
+    for world in (2, 3):
+        for begin, found in session(tmp_path, DDPFramework, world, 0, frozen=True, only=True):
+            assert begin == 3 and differing(found, wanted) == []
+    session(tmp_path, DDPFramework, 3, 4, frozen=True, keep_last=1)
+    assert bases() == after, "of the same cut it is the same base"
+
+
+def test_mutation_a_base_of_another_cut_that_is_referred_to_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Restorer._fit
+
+    def with_base(self: Any, manifest: Any, shards: Any, terms: Any) -> Any:
+        fit = original(self, manifest, shards, terms)
+        record = manifest.shards[0].base
+        if record is not None:
+            report = BaseReport(record.attempt, record.nbytes, record.header_bytes, int(record.header_hash, 16))
+            fit.loading = replace(fit.loading, base=(report, shards.of(0)[1].index))
+        return fit
+
+    def take_up(self: Any, found: Any) -> None:
+        if self._restored is not None:
+            report, self._restored = self._restored[0], None
+            self._begin = lambda found, attempt: replace(
+                FrozenBases._begin(self, found, attempt), report=lambda timeout_s: report
+            )
+
+    monkeypatch.setattr(Restorer, "_fit", with_base)
+    monkeypatch.setattr(FrozenBases, "_take_up", take_up)
+    with pytest.raises((AssertionError, errors.LayerwiseError)):
+        test_frozen_parameters_of_another_cut_are_written_anew_and_restored_from_there(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("world", [1, 3])

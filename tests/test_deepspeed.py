@@ -78,11 +78,11 @@ def test_what_is_swapped_to_nvme_is_saved_and_restored_bit_for_bit(zero: Warm, t
         assert found == {case: [] for case in cases}
 
 
-def build(folder: Path) -> bool | str:
-    """Builds async_io as DeepSpeed does at first use; if that cannot be, why."""
+def build(folder: Path, builder: str = "AsyncIOBuilder") -> bool | str:
+    """Builds an operator as DeepSpeed does at first use; if that cannot be, why."""
     code = (
-        "from deepspeed.ops.op_builder import AsyncIOBuilder as Op\n"
-        "assert Op().is_compatible(), 'incompatible'\nOp().load()"
+        f"from deepspeed.accelerator import get_accelerator\nop = get_accelerator().create_op_builder({builder!r})\n"
+        "assert op.is_compatible(), 'incompatible'\nop.load()"
     )
     with open(folder / "build.log", "wb") as output:
         done = subprocess.run(
@@ -93,11 +93,39 @@ def build(folder: Path) -> bool | str:
         return True
     text = (folder / "build.log").read_text(errors="replace")
     assert "incompatible" in text, text[-4000:]
-    return "DeepSpeed's async_io operator cannot be built: libaio's header is missing (Debian: libaio-dev)"
+    return f"DeepSpeed's {builder} cannot build its operator here; async_io needs libaio's header (Debian: libaio-dev)"
+
+
+OWN_ADAMS = {"equal fused": ("fused_adam", "FusedAdamBuilder"), "equal cpu": ("cpu_adam", "CPUAdamBuilder")}
+
+
+@pytest.mark.parametrize("case", OWN_ADAMS)
+def test_deepspeed_s_own_adams_and_torch_s_go_on_from_one_another(
+    zero: Warm, tmp_path: Path, long: bool, case: str
+) -> None:
+    """--long builds DeepSpeed's operators for it; otherwise they must have been built before."""
+    name, builder = OWN_ADAMS[case]
+    built: bool | str = operator(name)
+    if not built and not long:
+        pytest.skip(f"DeepSpeed's {name} operator is not built here (--long builds it)")
+    built = built or build(tmp_path, builder)
+    if isinstance(built, str):
+        pytest.skip(built)
+    cases = [case, "cpuadam", "cpuadam mutation"] if case == "equal cpu" else [case]
+    for found in results(zero, tmp_path / "out", *cases):
+        assert found == {case: [] for case in cases}
 
 
 def test_what_cannot_be_served_is_refused_by_name_and_misuse_is_an_error(zero: Warm, tmp_path: Path) -> None:
     cases = ["refusals", "window", "in backward", "stages", "block", "regrouped", "frozen layers"]
+    for found in results(zero, tmp_path / "out", *cases):
+        assert found == {case: [] for case in cases}
+
+
+def test_an_engine_s_scheduler_and_loss_scale_and_a_script_s_own_stand_for_each_other(
+    zero: Warm, tmp_path: Path
+) -> None:
+    cases = ["stand-ins", "stand-ins that differ", "stand-ins mutation"]
     for found in results(zero, tmp_path / "out", *cases):
         assert found == {case: [] for case in cases}
 

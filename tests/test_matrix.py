@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 from kit.matrix import (
     CASES,
+    GOOD,
     LAYOUTS,
     MORE_CASES,
     OK,
+    PRECISIONS,
+    ROUNDED,
     Launcher,
     Layout,
     place,
@@ -32,6 +35,11 @@ TOURS = [
     # Ranks without an element of a parameter must not get state that does not go on with that of the others.
     ("plain:1", "fsdp1-orig:3", "fsdp1-orig:2", "ddp:2"),
 ]
+# Of these, whether values must be rounded.
+PRECISE = {
+    "zero3-bf16:2>fsdp2:2": False, "fsdp2:2>zero3-bf16:2": True, "zero3-bf16:2>ddp-bf16:2": True,
+    "ddp-bf16:2>zero1-bf16:2": False, "zero1-bf16:2>zero3-bf16:2": False,
+}  # fmt: skip
 SPOILED = ("fsdp2", "fsdp1", "ddp-zero", "zero1", "zero3")
 
 
@@ -41,7 +49,7 @@ def launcher(warm: Warm, zero: Warm, tmp_path: Path) -> Launcher:
 
 
 def wrong(found: dict[str, str]) -> dict[str, str]:
-    return {name: verdict for name, verdict in found.items() if verdict != OK}
+    return {name: verdict for name, verdict in found.items() if verdict not in GOOD}
 
 
 def test_drawn_pairs_of_wrappers_and_numbers_of_ranks_restore_to_the_bit(launcher: Launcher) -> None:
@@ -64,6 +72,18 @@ def test_drawn_pairs_of_wrappers_and_numbers_of_ranks_restore_to_the_bit(launche
         names = [f"{source} > {target} {case}" for source, target, case in mine]
         found |= zip(names, launcher.run(ranks, tasks), strict=True)
     assert wrong(found) == {}
+
+
+def test_what_must_be_rounded_into_another_precision_is_refused_unless_it_is_asked_for(launcher: Launcher) -> None:
+    case, folder = CASES[0], launcher.folder
+    pairs = [tuple(map(Layout.of, pair.split(">"))) for pair in PRECISE]
+    sources = list(dict.fromkeys(source for source, _ in pairs))
+    tasks = [task for source in sources for task in write_tasks(source, [case], folder)]
+    tasks += [read_task(source, target, case, folder) for source, target in pairs]
+    verdicts = launcher.run(2, tasks)
+    assert verdicts[: len(sources)] == [OK] * len(sources)
+    found = dict(zip(PRECISE, verdicts[len(sources) :], strict=True))
+    assert found == {pair: ROUNDED if rounds else OK for pair, rounds in PRECISE.items()}
 
 
 @pytest.mark.parametrize("layouts", TOURS, ids=" ".join)
@@ -89,6 +109,6 @@ def test_two_elements_that_changed_places_are_seen_under_every_kind_of_wrapper(l
 def test_all_pairs(launcher: Launcher, long: bool) -> None:
     if not long:
         pytest.skip("the whole matrix runs with --long, or by tests/matrix.py")
-    pairs = [(source, target) for target in LAYOUTS for source in LAYOUTS]
+    pairs = [(source, target) for target in LAYOUTS for source in LAYOUTS] + PRECISIONS
     found = restore_all(launcher, pairs, CASES + MORE_CASES, lanes=2, say=print)
     assert wrong({f"{source} > {target} {case}": verdict for (source, target, case), verdict in found.items()}) == {}

@@ -56,6 +56,8 @@ class Sealer:
             ),
             "extra_state": {name: _extra_state(name, module) for name, module in survey.extra_states},
         }
+        if classes := self._objects.classes():
+            sealed["classes"] = classes
         if aliases := self._aliases():
             sealed["aliases"] = self._prepare("aliases", aliases)
         if survey.standing:

@@ -36,11 +36,13 @@ class _Described(_OfClass):
 
 
 class DescribedOptimizer(_Described, KeptElsewhere, total=False):
-    """One optimizer, as `OptimizerAdapter.describe()` has it; `updates` of one of several."""
+    """One optimizer, as `OptimizerAdapter.describe()` has it; `updates` of one of several, and what `adams` says."""
 
     inside: dict[str, Inside]
     around: dict[str, KeptElsewhere]
     updates: int
+    adam_w_mode: bool
+    step_by_group: bool
 
 
 class _PerParameter(TypedDict):
@@ -73,10 +75,14 @@ class Standing(_OfClass):
     nested: dict[str, Standing]
 
 
-class CarriedCounters(TypedDict):
-    """What a DeepSpeed engine had come to (`Framework.carry`). `window`: micro-batches an update."""
-
+class _CarriedCounters(TypedDict):
     counters: dict[str, int]
     window: int
     loss_scale: dict[str, Any] | None
     lr_scheduler: dict[str, Any] | None
+
+
+class CarriedCounters(_CarriedCounters, total=False):
+    """What a DeepSpeed engine had come to (`Framework.carry`). `window`: micro-batches an update."""
+
+    lr_scheduler_class: str

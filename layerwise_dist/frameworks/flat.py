@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from layerwise_dist.errors import UnsupportedError
+from layerwise_dist.frameworks import adams
 from layerwise_dist.frameworks.framework import Framework, ParamView
 from layerwise_dist.frameworks.nested import NO_STATE, Nest
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
@@ -154,14 +155,24 @@ class FlatState(OptimizerAdapter):
         return [[view.fqn for number in numbers for view in self.flat.views_in(number)] for numbers in self.units()]
 
     def describe(self) -> dict[str, Any]:
-        return {**OptimizerAdapter.describe(self), **self._nest.describe()}
+        return {**OptimizerAdapter.describe(self), **self._adam(), **self._nest.describe()}
+
+    @property
+    def together(self) -> bool:
+        """Whether a step of the optimizer has all units of a group at once."""
+        return True
+
+    def _adam(self) -> dict[str, Any]:
+        return adams.describe(self.base, together=self.together)
 
     # -- restore ------------------------------------------------------------------------------------------------
 
     def check(self, saved: Mapping[str, Any], lacking: Collection[str] = ()) -> list[str]:
         if lacking:
             return ["parameters that the checkpoint lacks cannot be left as they are where several lie in one tensor"]
-        return check_groups(self.kind, self._group_names(), saved) or self._nest.check(saved)
+        groups = self._group_names()
+        problems = check_groups(self.kind, groups, saved) or adams.check(saved, self._adam(), groups)
+        return problems or self._nest.check(saved)
 
     def place(self, view: ParamView, entry: Slice, wrapped: bool) -> torch.Tensor:
         number = self.flat.unit_of(view)
@@ -201,6 +212,7 @@ class FlatState(OptimizerAdapter):
             self._put_units(states, saved)
             self._nest.confirm(saved)
         self._loading.clear()
+        adams.count_on(self.base, (self.state_of(number) for number in self._numbers()))
 
     def _put_units(self, states: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any]) -> None:
         for number in self._numbers():

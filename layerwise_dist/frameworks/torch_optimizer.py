@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from layerwise_dist.errors import UnsupportedError
+from layerwise_dist.frameworks import adams
 from layerwise_dist.frameworks.framework import Framework, ParamView
 from layerwise_dist.frameworks.nested import Nest, find
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter, UpdateEvents
@@ -144,12 +145,17 @@ class TorchOptimizer(OptimizerAdapter):
         return [{**group, "params": names} for group, names in groups]
 
     def describe(self) -> dict[str, Any]:
-        return {**super().describe(), **self._nest.describe()}
+        return {**super().describe(), **self._adam(), **self._nest.describe()}
+
+    def _adam(self) -> dict[str, Any]:
+        return adams.describe(self._keeper, together=True)
 
     # -- restore ------------------------------------------------------------------------------------------------
 
     def check(self, saved: Mapping[str, Any], lacking: Collection[str] = ()) -> list[str]:
-        return check_groups(self.kind, self._group_names(), saved, lacking) or self._nest.check(saved, lacking)
+        groups = self._group_names()
+        problems = check_groups(self.kind, groups, saved, lacking) or adams.check(saved, self._adam(), groups)
+        return problems or self._nest.check(saved, lacking)
 
     def place(self, view: ParamView, entry: Slice, wrapped: bool) -> torch.Tensor:
         dtype, framework = DTYPES[entry.dtype], self._framework
@@ -171,6 +177,7 @@ class TorchOptimizer(OptimizerAdapter):
         if self._nest.put(saved):
             self._put(states, saved, lacking)
             self._nest.confirm(saved, lacking)
+        adams.count_on(self._keeper, self._keeper.state.values())
 
     def _put(
         self, states: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any], lacking: Collection[str]

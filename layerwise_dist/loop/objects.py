@@ -22,6 +22,9 @@ _ALLOWED = (
 )
 
 
+SCALER = "GradScaler"  # of whichever class, in `StateObjects.classes`
+
+
 class StateObjects:
     """Everything that the user gave as `state`. Loaders are tapped; the boundary keeps their positions."""
 
@@ -75,9 +78,25 @@ class StateObjects:
         for name, snapshot in loaders.items():
             self.taps[name].check(snapshot)
 
+    def names(self) -> list[str]:
+        """All but loaders."""
+        return [*self._objects]
+
     def schedules(self) -> list[str]:
         """Names of the LR schedulers."""
-        return [name for name, item in self._objects.items() if isinstance(item, torch.optim.lr_scheduler.LRScheduler)]
+        return [name for name, item in self._objects.items() if _is_schedule(item)]
+
+    def classes(self) -> dict[str, str]:
+        """Of LR schedulers and GradScalers, by name: what a DeepSpeed engine has within itself."""
+        return {
+            name: SCALER if isinstance(item, torch.amp.GradScaler) else type(item).__qualname__
+            for name, item in self._objects.items()
+            if isinstance(item, torch.amp.GradScaler) or _is_schedule(item)
+        }
+
+    def is_on(self, name: str) -> bool:
+        """Whether a GradScaler scales at all."""
+        return self._objects[name].is_enabled()
 
     def generators(self) -> list[str]:
         """Names of the random number generators."""
@@ -105,6 +124,13 @@ class StateObjects:
     def detach(self) -> None:
         for tap in self.taps.values():
             tap.detach()
+
+
+def _is_schedule(item: object) -> bool:
+    """Torch's, whoever wrote it, and DeepSpeed's, which are none of torch's."""
+    if isinstance(item, torch.optim.lr_scheduler.LRScheduler):
+        return True
+    return any(base.__module__ == "deepspeed.runtime.lr_schedules" for base in type(item).__mro__)
 
 
 def _check_scaler(name: str, scaler: torch.amp.GradScaler, saved: Any) -> None:

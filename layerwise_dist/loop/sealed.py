@@ -118,7 +118,10 @@ class _SealedState(TypedDict):
 
 
 class SealedState(_SealedState, total=False):
-    """All of it. `standing`: parameters that stand for others, by fqn. `aliases`: further names of tied ones."""
+    """All of it. `standing`: parameters that stand for others, by fqn. `aliases`: further names of tied ones.
+    `classes`: of the LR schedulers and GradScalers in `objects`, by name.
+    """
 
+    classes: dict[str, str]
     aliases: dict[str, list[str]]
     standing: dict[str, Standing]

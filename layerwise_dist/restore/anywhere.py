@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from layerwise_dist.errors import DamageError, MismatchError
+from layerwise_dist.frameworks.adams import Translation
 from layerwise_dist.frameworks.framework import Framework, ParamView
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.frameworks.parts import Parts
@@ -23,10 +24,10 @@ from layerwise_dist.loop.sealed import SealedState
 from layerwise_dist.restore import casts
 from layerwise_dist.restore.contents import OF_MODEL
 from layerwise_dist.restore.contradictions import contradictions
-from layerwise_dist.restore.filling import Read
+from layerwise_dist.restore.filling import Read, fill
 from layerwise_dist.restore.loader import LISTED, LoadPlan, listing
 from layerwise_dist.restore.planner import replan
-from layerwise_dist.restore.regrouping import regroup, uneven
+from layerwise_dist.restore.regrouping import regroup, translations, uneven
 from layerwise_dist.restore.whole import SavedTensor, Whole, equal
 from layerwise_dist.tensors.pieces import DTYPES
 from layerwise_dist.tensors.slices import Slice
@@ -65,6 +66,7 @@ class Fitting:
         self._missing: list[str] = []
         self._problems: list[str] = []
         self._lossy: Counter[tuple[str, str, str]] = Counter()
+        self._translations: dict[str, Translation] = {}  # of what an equal optimizer of another class has kept
         self._rename: dict[str, str] = {}  # of parameters here, their names in the checkpoint
         self._tied = {
             alias: name
@@ -177,7 +179,8 @@ class Fitting:
         views = [view for view in optimizer.state_views if framework.keeps_state(view)]
         held = {view.fqn for view in views}
         everything = [state["optimizer"] for state in self._whole.sealed]
-        found, problems = regroup(everything, optimizer.describe(), self._rename, held=held, idle=idle, lacking=lacking)
+        live = optimizer.describe()
+        found, problems = regroup(everything, live, self._rename, held=held, idle=idle, lacking=lacking)
         self._problems += problems
         loading.sealed = {**loading.sealed, "optimizer": found}
         for view in optimizer.views:  # whoever keeps the state of these
@@ -185,6 +188,8 @@ class Fitting:
             self._used.update(f"{kind}/{name}" for kind in self._whole.state_kinds.get(name or "", ()))
         if problems:
             return
+        self._translations = translations(everything[0], live)
+        self._translate_steps(views, found["scalars"])
         for view in views:
             self._state_of(view)
         self._problems += uneven(optimizer.joined(), found, lambda fqn: loading.states.get(fqn, ()))
@@ -192,18 +197,68 @@ class Fitting:
             self._problems += optimizer.check(found, lacking)
             self._problems += unmakable(found["scalars"], found["order"])[:LISTED]
 
+    def _translate_steps(self, views: Sequence[ParamView], scalars: dict[str, dict[str, Any]]) -> None:
+        """Counted in a tensor in the checkpoint and in a number here, or the other way round."""
+        counted: dict[str, torch.Tensor] = {}
+        reads = []
+        for view in views:
+            translation, name = self._translations.get(view.fqn), f"step/{self._rename.get(view.fqn)}"
+            if translation is None:
+                continue
+            if translation.into_torch:
+                step = scalars.get(view.fqn, {}).pop("step", None)
+                if step is not None:
+                    self._give_step(view, step)
+            elif name in self._whole.tensors:
+                saved = self._whole.tensors[name][0]
+                if saved.shape != () or not casts.is_float(saved.dtype):
+                    self._problems.append(f"{name}: {saved.dtype}{list(saved.shape)} is no count of torch's")
+                    continue
+                counted[view.fqn] = torch.empty((), dtype=DTYPES[saved.dtype], device="cpu")
+                wanted = Slice.whole("step", view.fqn, saved.dtype, ())
+                reads.append((counted[view.fqn], replan(wanted, saved.parts)))
+        fill(reads)
+        for fqn, memory in counted.items():
+            value = float(memory.item())
+            if value.is_integer():
+                scalars.setdefault(fqn, {})["step"] = int(value)
+            else:
+                self._problems.append(
+                    f"step of {fqn} is {value} in the checkpoint, and the optimizer here counts in ints"
+                )
+
+    def _give_step(self, view: ParamView, step: object) -> None:
+        code = "F64" if torch.get_default_dtype() == torch.float64 else "F32"  # as torch makes it
+        counts = isinstance(step, int) and 0 <= step < 1 << 53
+        value = torch.tensor(step if counts else 0, dtype=DTYPES[code], device="cpu")
+        if not counts or value.item() != step:
+            self._problems.append(f"step of {view.fqn} is {step!r} in the checkpoint, which no {code} holds")
+            return
+        tensor = self._optimizer.place(view, Slice.whole("step", view.fqn, code, ()), False)
+        given = self._fit.loading.given
+        if any(each is tensor and other.item() != step for each, other in given):
+            self._problems.append(
+                f"{view.fqn} is one tensor with others to the optimizer here, and in the checkpoint it has another "
+                "step than these: put it into a group of its own"
+            )
+        self._fit.loading.states.setdefault(view.fqn, {})["step"] = tensor
+        given.append((tensor, value))
+
     def _state_of(self, view: ParamView) -> None:
         name = self._rename.get(view.fqn)
         if name is None:
             return
         sealed: Any = self._fit.loading.sealed["optimizer"]
-        tensors = self._whole.state_kinds.get(name, ())
+        tensors, placed = self._whole.state_kinds.get(name, ()), self._fit.loading.states.get(view.fqn, ())
+        numbers = sealed["scalars"].get(view.fqn, ())
         for kind in sealed["order"].get(view.fqn, ()):
-            if kind not in tensors and kind not in sealed["scalars"].get(view.fqn, ()):
+            if not (kind in tensors or kind in numbers or kind in placed):
                 raise DamageError(f"{self._where}: {kind}/{name} was there at the boundary, and no shard has it")
         param = self._framework.param_parts(view)
         whole_param = param[0][0] if len(param) == 1 else None
         for kind in tensors:
+            if kind == "step" and view.fqn in self._translations:
+                continue
             first = self._whole.tensors[f"{kind}/{name}"][0]
             wanted = self._state_slice(view, kind, first, whole_param, name)
             if wanted is None:
@@ -228,6 +283,10 @@ class Fitting:
         source = self._find("param", [name])
         same = source is not None and self._whole.tensors[source][0].dtype == param.dtype
         # A torch optimizer keeps its state in the parameter's dtype, DeepSpeed in the master's.
+        translation = self._translations.get(view.fqn)
+        same = same and not (
+            translation and translation.into_torch
+        )  # its DeepSpeed original may keep fp32 state of bf16
         dtype = saved.dtype if same or not casts.is_float(saved.dtype) else param.dtype
         return replace(param, kind=kind, fqn=view.fqn, dtype=dtype, among="")
 

@@ -12,6 +12,7 @@ import torch
 
 from layerwise_dist.errors import MismatchError
 from layerwise_dist.frameworks.composite import CompositeFramework, framework_of
+from layerwise_dist.frameworks.deepspeed.counters import adapts
 from layerwise_dist.frameworks.deepspeed.groups import spread
 from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.frameworks.parts import Parts
@@ -100,10 +101,11 @@ def _placed(
     return {**boundary, "loaders": {**kept, **elsewhere(positions, rank, choose)}}
 
 
-def fit_schedules(sealed: SealedState, names: Sequence[str], origins: Sequence[Origins]) -> list[str]:
+def fit_schedules(sealed: SealedState, objects: StateObjects, origins: Sequence[Origins]) -> list[str]:
     """Where param groups are others than the checkpoint's, gives what LR schedulers keep for each group to the groups
     of now. `origins` of each optimizer. Changes `sealed`; returns what cannot be, in words.
     """
+    names = objects.schedules()
     if not names or all(found == list(range(before)) for found, before in origins):
         return []
     found, before = origins[0]
@@ -113,10 +115,14 @@ def fit_schedules(sealed: SealedState, names: Sequence[str], origins: Sequence[O
             f"state[{names[0]!r}] keeps learning rates for the param groups of the checkpoint, and those are grouped "
             "otherwise here: make the groups that the checkpoint has"
         ]
-    sealed["objects"] = {
-        name: spread(each, known, before) if name in names and isinstance(each, Mapping) else each
-        for name, each in sealed["objects"].items()
-    }
+    live, fitted = objects.take(), dict(sealed["objects"])
+    for name in names:
+        if isinstance(fitted.get(name), Mapping):
+            try:
+                fitted[name] = spread(fitted[name], known, before, live[name])
+            except MismatchError as error:
+                return [f"state[{name!r}]: {error}"]
+    sealed["objects"] = fitted
     return []
 
 
@@ -140,11 +146,14 @@ def _boundary(sealed: Sequence[SealedState], rank: int, step: int) -> BoundarySt
 
 
 def carried(
-    framework: Framework, sealed: SealedState, saved: str, parts: Parts, *, same_world: bool
+    framework: Framework, sealed: SealedState, saved: str, parts: Parts, *, same_world: bool,
+    given: dict[str, Any] | None = None,
 ) -> tuple[Any, list[str]]:  # fmt: skip
-    """What the wrapper takes up (`Framework.take_up`) of what one by the name of `saved` had come to; and what of that
-    has no place here, in words.
+    """What the wrapper takes up (`Framework.take_up`) of what one by the name of `saved` had come to, or of what it is
+    `given` (`stand_ins.exchange`); and what of that has no place here, in words.
     """
+    if given is not None:
+        return framework.carry_on(given, sealed["step"], parts, same_world=same_world), []
     lost: list[str] = []
     return _carried(framework, sealed["wrapper"], saved, sealed["step"], parts, same_world, lost), lost
 
@@ -162,5 +171,8 @@ def _carried(
     if saved == framework.name:
         return framework.carry_on(there, step, parts, same_world=same_world)
     if saved == "deepspeed":
-        lost += [f"DeepSpeed's {name.replace('_', ' ')}" for name in ("lr_scheduler", "loss_scale") if there[name]]
+        if there["lr_scheduler"] is not None:
+            lost.append(f"DeepSpeed's LR scheduler ({there.get('lr_scheduler_class', 'of a class that is not known')})")
+        if adapts(there["loss_scale"]):
+            lost.append("DeepSpeed's loss scale")
     return framework.carry_on(None, step, parts, same_world=same_world)

@@ -9,22 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, cast
 
+from layerwise_dist.frameworks import adams
 from layerwise_dist.frameworks.described import OptimizerState
 from layerwise_dist.frameworks.param_groups import KERNEL_KEYS, differing
 from layerwise_dist.tensors.values import alike
 
 _NAMED = 4  # parameters, in a message
-_OWN = ("class", "groups", "updates", "scalars", "order", "optimizers")
-
-
-def same_class(one: str, other: str) -> bool:
-    """Whether two optimizers, as the state names their classes, update alike and keep the same state."""
-    return _real(one) == _real(other)
-
-
-def _real(kind: str) -> str:
-    inside = kind.removeprefix("ZeroRedundancyOptimizer(")
-    return inside.removesuffix(")") if inside != kind else kind
+_OWN = ("class", "groups", "updates", "scalars", "order", "optimizers", *adams.MEMBERS)
 
 
 def regroup(
@@ -57,6 +48,9 @@ def regroup(
             order[name] = list(dict.fromkeys([*order.get(name, ()), *kinds]))
     if other := _unlike(saved):
         return cast(OptimizerState, {**live, "scalars": {}, "order": {}}), [other]
+    for described in saved[0].get("optimizers", {"": saved[0]}).values():
+        for name, step in adams.steps_of_groups(described, scalars).items():
+            scalars[name]["step"] = step
     stateful = {name for name, kinds in order.items() if kinds}
     mapping = _Mapping(rename, here, stateful, {*idle, *lacking})
     several = "optimizers" in live
@@ -84,6 +78,20 @@ def regroup(
     return cast(OptimizerState, found), problems
 
 
+def translations(saved: Mapping[str, Any], live: Mapping[str, Any]) -> dict[str, adams.Translation]:
+    """Of each parameter here whose optimizer is of another class than the equal one in the checkpoint. `saved` and
+    `live` as `regroup` takes them.
+    """
+    there = saved.get("optimizers", {"": saved})
+    return {
+        fqn: translation
+        for name, each in live.get("optimizers", {"": live}).items()
+        if name in there and (translation := adams.translation(there[name], each)) is not None
+        for group in each["groups"]
+        for fqn in group["params"]
+    }
+
+
 def _unlike(saved: Sequence[Mapping[str, Any]]) -> str | None:
     """What all ranks that saved must have alike: which optimizers there are, and which are inside them."""
 
@@ -109,10 +117,8 @@ class _Mapping:
 
     def one(self, saved: Sequence[Mapping[str, Any]], live: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """One optimizer's members, as `live` has them, and what does not fit."""
-        problems: list[str] = []
-        if not same_class(saved[0]["class"], live["class"]):
-            problems.append(f"the checkpoint's optimizer is {saved[0]['class']}, this one is {live['class']}")
-        groups, origins, wrong = self._groups(saved, live["groups"])
+        problems = adams.unequal(saved[0], live)
+        groups, origins, wrong = self._groups(saved, live["groups"], adams.translation(saved[0], live))
         problems += wrong
         rest = {key: value for key, value in saved[0].items() if key not in _OWN}
         for state in saved[1:]:
@@ -125,7 +131,8 @@ class _Mapping:
             rest["inside"], wrong = self._inside(there, live.get("inside", {}))
             problems += wrong
         origin = [origins, len(saved[0]["groups"])]
-        return {"class": live["class"], "groups": groups, "origins": origin, **rest}, problems
+        own = {key: live[key] for key in adams.MEMBERS if key in live}
+        return {"class": live["class"], "groups": groups, "origins": origin, **own, **rest}, problems
 
     def _inside(
         self, saved: Sequence[Mapping[str, Any]], live: Mapping[str, Any]
@@ -142,7 +149,8 @@ class _Mapping:
         return found, problems
 
     def _groups(
-        self, saved: Sequence[Mapping[str, Any]], live: Sequence[Mapping[str, Any]]
+        self, saved: Sequence[Mapping[str, Any]], live: Sequence[Mapping[str, Any]],
+        translation: adams.Translation | None = None,
     ) -> tuple[list[dict[str, Any]], list[int | None], list[str]]:  # fmt: skip
         """The live groups with the checkpoint's hyper-parameters, as far as their class has them, and the number of the
         saved group of each.
@@ -187,7 +195,8 @@ class _Mapping:
                         f"group {number} of the optimizer has {sources[0][0]} and {fqn}, whose groups in the "
                         f"checkpoint differ in {', '.join(what)}: give each a group of its own"
                     )
-            found.append(_taken(group, sources[0][1] if sources else {}))
+            source = sources[0][1] if sources else {}
+            found.append(_taken(group, translation.group(source) if translation and sources else source))
             origins.append(numbers[id(sources[0][1])] if sources else None)
         return found, origins, problems
 

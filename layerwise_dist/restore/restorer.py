@@ -22,7 +22,7 @@ from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.frameworks.param_groups import group_origins
 from layerwise_dist.frameworks.parts import WHOLE, Parts
 from layerwise_dist.loop.objects import StateObjects
-from layerwise_dist.restore import choice, loader, ranks
+from layerwise_dist.restore import choice, loader, ranks, stand_ins
 from layerwise_dist.restore.anywhere import Fit, Fitting
 from layerwise_dist.restore.choice import Wish
 from layerwise_dist.restore.loader import LISTED, LoadPlan, another_model, listing
@@ -177,8 +177,7 @@ class Restorer:
 
     def _fit_schedules(self, loading: LoadPlan) -> list[str]:
         """LR schedulers keep something for each group, and groups may be others than the checkpoint's."""
-        names = self._objects.schedules()
-        if not names:
+        if not self._objects.schedules():
             return []
         live: dict[str, Any] = self._optimizer.describe()
         there: dict[str, Any] = {**loading.sealed["optimizer"]}
@@ -188,7 +187,7 @@ class Restorer:
             saved = by_name[name]
             found = group_origins([group["params"] for group in here["groups"]], saved, lacking)
             origins.append((found, len(saved["groups"])))
-        return ranks.fit_schedules(loading.sealed, names, origins)
+        return ranks.fit_schedules(loading.sealed, self._objects, origins)
 
     def _where(self, manifest: Manifest) -> str:
         return f"step {manifest.step} in {self._manager.root}"
@@ -203,8 +202,12 @@ class Restorer:
             sealed, taken = ranks.for_rank(
                 whole.sealed, framework.rank, framework.world_size, choose=terms.objects, objects=self._objects
             )
+        sealed, given = stand_ins.exchange(sealed, manifest.framework, framework, self._objects, terms.parts)
+        if not terms.parts.module_only:
             self._objects.check(sealed)
-        wrapper, lost = ranks.carried(framework, sealed, manifest.framework, terms.parts, same_world=same_world)
+        wrapper, lost = ranks.carried(
+            framework, sealed, manifest.framework, terms.parts, same_world=same_world, given=given
+        )
         fitting = Fitting(
             framework, self._optimizer, whole, {**sealed, "wrapper": wrapper}, where,
             partly=terms.partly, parts=terms.parts, cast=terms.cast,
@@ -214,7 +217,7 @@ class Restorer:
         if terms.parts.takes_optimizer and not fit.problems:
             described: list[Any] = optimizers_of(fit.loading.sealed)
             origins = [tuple(each["origins"]) for each in described]
-            fit.problems = ranks.fit_schedules(fit.loading.sealed, self._objects.schedules(), origins)
+            fit.problems = ranks.fit_schedules(fit.loading.sealed, self._objects, origins)
         return fit
 
     def _refuse_nodes(self, manifest: Manifest, checked: LoadPlan | MismatchError | None) -> None:

@@ -161,6 +161,8 @@ class OptimizerSchema(ElsewhereSchema):
     groups: list[GroupSchema]
     inside: dict[str, InsideSchema] = {}
     around: dict[str, ElsewhereSchema] = {}
+    adam_w_mode: bool = True
+    step_by_group: bool = False
 
 
 class OneOfSeveralSchema(OptimizerSchema):
@@ -202,6 +204,7 @@ class SealedSchema(PartSchema):
     gradients: list[str]
     extra_state: dict[str, Any]
     aliases: dict[str, list[str]] = {}
+    classes: dict[str, str] = {}
     standing: dict[str, StandingSchema] = {}
 
 
@@ -210,6 +213,7 @@ class CountersSchema(PartSchema):
     window: int = Field(ge=1, lt=1 << 63)
     loss_scale: dict[str, Any] | None
     lr_scheduler: dict[str, Any] | None
+    lr_scheduler_class: str = ""
 
 
 def read_state(shard: Shard, framework: str) -> SealedState:

@@ -6,7 +6,8 @@ TASKS is a JSON file with a list of tasks, done in order; OUT gets one JSON line
 "verdict": "ok" or what is wrong}, and {"task": ..., "begun": true} before. A task has `do`, `wrapper`, and
 
     write   case, into                   trains, saves in INTO/ckpt, and puts down the global form beside it
-    read    case, source                 fills its memory with noise, restores what `write` left, compares
+    read    case, source                 fills its memory with noise, restores what `write` left, compares;
+                                         "rounded" if that took `cast="target"`
     leg     case, dir, step, before, into   one leg of a tour: restores, trains one step, and compares with a job that
                                          got the state of BEFORE by hand; leaves the global form in INTO
 
@@ -45,19 +46,27 @@ from matrix_wrappers import (
 from safetensors.torch import load_file, save_file
 
 from layerwise_dist.capture import survey
+from layerwise_dist.errors import MismatchError
 
 STEPS, ASIDE = 3, 500  # an iteration whose batch is none of the others
+STATE = {"exp_avg", "exp_avg_sq", "momentum_buffer"}
 CONFIG = {"commit": {"timeout_s": 30.0, "on_failure": "raise"}, "pool_mb": 8, "writer": {"block_kb": 4}}
 STEP_OF = {"block": 5.0, "rest": 7.0}  # in `numbers`: what becomes one flat tensor counts alike
 
 
-def zero(stage: int) -> Callable[[str, int], Job]:
+def zero(stage: int, dtype: torch.dtype = torch.float32) -> Callable[[str, int], Job]:
     def build(optimizer: str, seed: int) -> Job:
         import matrix_zero
 
-        return (matrix_zero.Zero, matrix_zero.Zero1, matrix_zero.Zero2, matrix_zero.Zero3)[stage](optimizer, seed)
+        kind = (matrix_zero.Zero, matrix_zero.Zero1, matrix_zero.Zero2, matrix_zero.Zero3)[stage]
+        return low(kind, dtype)(optimizer, seed)
 
     return build
+
+
+def low(kind: type[Job], dtype: torch.dtype = torch.bfloat16) -> type[Job]:
+    """The same job in another precision."""
+    return type(kind.__name__, (kind,), {"dtype": dtype})
 
 
 BUILD: dict[str, Callable[[str, int], Job]] = {
@@ -70,6 +79,9 @@ BUILD: dict[str, Callable[[str, int], Job]] = {
     "hsdp": lambda optimizer, seed: Hybrid(optimizer, seed, frozen_too=True),
     "tp-fsdp2": TensorParallel,
     "zero0": zero(0), "zero1": zero(1), "zero2": zero(2), "zero3": zero(3),
+    "ddp-bf16": lambda optimizer, seed: low(Replicated)(optimizer, seed, frozen_too=True),
+    "fsdp2-bf16": lambda optimizer, seed: low(Sharded)(optimizer, seed, turned=True),
+    "zero1-bf16": zero(1, torch.bfloat16), "zero2-fp16": zero(2, torch.float16), "zero3-bf16": zero(3, torch.bfloat16),
 }  # fmt: skip
 
 
@@ -226,7 +238,10 @@ class Tasks:
         keep(job, Path(into, "golden"))
         return "ok"
 
-    def read(self, number: int, wrapper: str, case: str, source: str, sabotage: bool = False) -> str:
+    def read(
+        self, number: int, wrapper: str, case: str, source: str, sabotage: bool = False, from_masters: bool = False
+    ) -> str:
+        """`from_masters`: the source had fp32 masters of what it computed with."""
         optimizer = case.partition("-")[0]
         job = self._jobs.get((wrapper, optimizer))
         if job is None:  # the first restore is into an optimizer without state, all others into noise
@@ -240,37 +255,47 @@ class Tasks:
         if problem := everywhere(copied):
             return problem
         try:
-            return self._restored(job, folder, source, sabotage)
+            return self._restored(job, folder, source, sabotage, from_masters)
         finally:
             if job.rank == 0:
                 shutil.rmtree(folder)
 
-    def _restored(self, job: Job, folder: str, source: str, sabotage: bool) -> str:
+    def _restored(self, job: Job, folder: str, source: str, sabotage: bool, from_masters: bool) -> str:
         ckpt: Any = None
 
         def restore() -> None:
             nonlocal ckpt
             ckpt = job.attach(folder, every_n_steps=None, save_last=False, **CONFIG)
-            step = ckpt.restore()
+            if rounds:
+                try:
+                    ckpt.restore()
+                except MismatchError as error:
+                    assert 'restore(cast="target") rounds them' in str(error), error
+                else:
+                    raise AssertionError("values were rounded, and nobody had asked for it")
+            step = ckpt.restore(cast="target") if rounds else ckpt.restore()
             assert step == STEPS, f"restored step {step}"
 
+        golden, hyper = kept(f"{source}/golden")
+        rounds = rounded(job, golden, made=from_masters)
         problem = everywhere(tried(restore))
         if not problem and sabotage:
             spoil(job.tensors())
         lacking = [] if problem else job.without_state()
         problem = problem or everywhere(f"no optimizer state of {lacking}" * bool(lacking))
         if not problem:
-            golden, hyper = kept(f"{source}/golden")
+            golden = {name: value.to(dtype_of(job, name, golden)) for name, value in golden.items()}
             live = "what the model computes with: "
             wrong = difference(job.take(), golden, job.rank)
             wrong = wrong or (live + rest if (rest := difference_of_some(job.live(), golden)) else "")
             problem = everywhere(wrong or unlike(job.hyper(), hyper))
         if ckpt is not None:
             problem = everywhere(tried(ckpt.close)) or problem
-        return problem or "ok"
+        return problem or ("rounded" if rounds else "ok")
 
     def leg(self, number: int, wrapper: str, case: str, dir: str, step: int, before: str | None, into: str) -> str:
         optimizer = case.partition("-")[0]
+        survey.LEAST_BASE_BYTES = 1  # the frozen layer is in a file of its own, which no job of another cut refers to
         job = BUILD[wrapper](optimizer, 10 + step)
         if before is not None:
             job.train(ASIDE)
@@ -283,6 +308,10 @@ class Tasks:
                 return f"restored step {restored[0]}, not {step}"
             for each in ckpt.steps(step + 1):
                 job.train(each)
+        told: list[int] = [0] * dist.get_world_size()
+        dist.all_gather_object(told, ckpt.stats()["bases_written"])
+        if not sum(told):
+            return "the frozen layer was not written anew"
         keep(job, Path(into))
         if before is None:
             return "ok"
@@ -296,6 +325,36 @@ class Tasks:
             found = {name: value for name, value in found.items() if not name.startswith("buffer/")}
         wrong = difference(found, with_rank(wanted), job.rank)
         return everywhere(wrong or unlike(job.hyper(), by_hand.hyper())) or "ok"
+
+
+def dtype_of(job: Job, name: str, golden: Mapping[str, torch.Tensor]) -> torch.dtype:
+    """The dtype in which a job has what is called so in a global form."""
+    kind, _, fqn = name.partition("/")
+    if kind == "step" or not golden[name].is_floating_point():
+        return golden[name].dtype
+    of_model = kind.startswith("buffer") or (kind == "param" and not trained(fqn, golden))
+    return torch.float32 if job.masters and not of_model else job.dtype
+
+
+def trained(fqn: str, golden: Mapping[str, torch.Tensor]) -> bool:
+    return any(name.endswith(f"/{fqn}") and name.split("/", 1)[0] in STATE for name in golden)
+
+
+def rounded(job: Job, golden: Mapping[str, torch.Tensor], *, made: bool) -> bool:
+    """Whether a restore into it loses values, by the table in docs/format.md.
+
+    `made`: a parameter is made of its master.
+    """
+
+    def loses(name: str) -> bool:
+        was, now = golden[name].dtype, dtype_of(job, name, golden)
+        kind, _, fqn = name.partition("/")
+        if was == now or not was.is_floating_point or (made and kind == "param" and trained(fqn, golden)):
+            return False
+        there, here = torch.finfo(was), torch.finfo(now)
+        return there.eps < here.eps or there.max > here.max
+
+    return any(map(loses, golden))
 
 
 def difference_of_some(found: Global, golden: Mapping[str, torch.Tensor]) -> str:
@@ -315,7 +374,7 @@ def main() -> None:
     tasks, out = json.loads(Path(sys.argv[1]).read_text()), open(sys.argv[2], "a", buffering=1)
     logging.getLogger("layerwise_dist").setLevel(logging.ERROR)
     with process_group() as rank, tempfile.TemporaryDirectory() as scratch:
-        if any(task["wrapper"] in ("zero0", "zero1", "zero2", "zero3") for task in tasks):
+        if any(task["wrapper"].startswith("zero") for task in tasks):
             import matrix_zero
 
             matrix_zero.prepare()

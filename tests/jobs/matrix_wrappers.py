@@ -110,13 +110,15 @@ class Job:
     model: nn.Module
     optimizer: Any
     kernel = ""
+    dtype = torch.float32  # of parameters and buffers
+    masters = False  # whether what is trained, and its state, is in fp32 all the same
 
     def __init__(self, optimizer: str, seed: int, *, turned: bool = False, frozen_too: bool = False) -> None:
         """`frozen_too`: the optimizer holds frozen parameters as well, as `AdamW(model.parameters())` does."""
         self.kernel = optimizer
         self.rank, self.share, self.shares = dist.get_rank(), dist.get_rank(), dist.get_world_size()
         torch.manual_seed(seed)
-        self.net = Net()
+        self.net = Net().to(self.dtype)
         self.wrap()
         named = [(fqn, param) for fqn, param in self.named() if param.requires_grad or frozen_too]
         self.optimizer = self.make(groups(named, turned=turned))
@@ -134,7 +136,7 @@ class Job:
     def train(self, step: int) -> None:
         tokens, targets = batch(step, self.share, self.shares)
         self.optimizer.zero_grad()
-        nn.functional.cross_entropy(self.model(tokens), targets).backward()
+        nn.functional.cross_entropy(self.model(tokens).float(), targets).backward()
         self.optimizer.step()
 
     def named(self) -> list[tuple[str, nn.Parameter]]:

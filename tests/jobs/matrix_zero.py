@@ -29,6 +29,10 @@ from torch import Tensor, nn
 import layerwise_dist as lwd
 import layerwise_dist.deepspeed as drop_in
 
+PRECISIONS: dict[torch.dtype, dict[str, Any]] = {
+    torch.float32: {}, torch.bfloat16: {"bf16": {"enabled": True}},
+    torch.float16: {"fp16": {"enabled": True, "initial_scale_power": 4}},
+}  # fmt: skip
 _LINEAR = nn.functional.linear
 logger.setLevel(logging.ERROR)
 
@@ -47,13 +51,14 @@ class Zero(Job):
     """
 
     stage = 0
+    masters = True
 
     def __init__(self, optimizer: str, seed: int) -> None:
         self.kernel = optimizer
         self.rank, self.share, self.shares = dist.get_rank(), dist.get_rank(), dist.get_world_size()
         nn.functional.linear = _LINEAR  # ZeRO-3 puts another one there, which rounds otherwise, for all the process
         torch.manual_seed(seed)
-        self.net = Net()
+        self.net = Net().to(self.dtype)  # buffers too, which DeepSpeed leaves in fp32
         kind, options = OPTIMIZERS[optimizer]
         trained = [(fqn, param) for fqn, param in self.net.named_parameters() if param.requires_grad]
         config = {
@@ -62,6 +67,7 @@ class Zero(Job):
             "zero_optimization": {"stage": self.stage, "stage3_param_persistence_threshold": 50},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
+            **PRECISIONS[self.dtype],
         }
         initialize = drop_in.initialize if self.stage > 1 else deepspeed.initialize
         self.engine, *_ = initialize(
@@ -84,7 +90,7 @@ class Zero(Job):
 
     def train(self, step: int) -> None:
         tokens, targets = batch(step, self.share, self.shares)
-        self.engine.backward(nn.functional.cross_entropy(self.engine(tokens), targets))
+        self.engine.backward(nn.functional.cross_entropy(self.engine(tokens).float(), targets))
         self.engine.step()
 
     def units(self) -> list[tuple[int, Tensor, list[nn.Parameter]]]:

@@ -10,17 +10,20 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+import zero_kit
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import safe_get_full_optimizer_state
 from job_kit import differences
 from zero_calls import CHECKS as OF_CALLS
+from zero_equal import CHECKS as OF_EQUALS
 from zero_kit import STEPS, STOP, Job, Net, expect, settings, trial
+from zero_stand_ins import CHECKS as OF_STAND_INS
 
 import layerwise_dist as lwd
 import layerwise_dist.deepspeed as drop_in
 from layerwise_dist import errors
+from layerwise_dist.frameworks import adams, flat
 from layerwise_dist.frameworks import deepspeed as room
-from layerwise_dist.frameworks import flat
 from layerwise_dist.frameworks.deepspeed import counters, flattening, nvme
 from layerwise_dist.frameworks.deepspeed import in_backward as in_backward_room
 
@@ -70,6 +73,22 @@ def not_looked_for(root: str) -> list[str]:
 def nvme_mutation(root: str) -> list[str]:
     """A mirror that is not copied after the update is an older one, or zeros."""
     return [] if without(nvme.Zero3OnNvme, "_copy", "3-fp32-nvme", root) else ["not seen"]
+
+
+def cpuadam(run: Callable[[str, str], list[str]], root: str) -> list[str]:
+    """Resumed where a new kernel would take another power of its beta: the sixth of 0.999 is one by pow() and another
+    as a product, and what both have subtracted from 1 is so too.
+    """
+    usual, (zero_kit.STOP, zero_kit.STEPS) = (zero_kit.STOP, zero_kit.STEPS), (5, 8)
+    try:
+        return run("2-fp32-cpuadam-offload", f"{root}/2") + run("3-bf16-cpuadam-flat", f"{root}/3")
+    finally:
+        zero_kit.STOP, zero_kit.STEPS = usual
+
+
+def cpuadam_mutation(root: str) -> list[str]:
+    """A kernel that does not make its steps again rounds otherwise."""
+    return [] if cpuadam(partial(without, adams, "count_on"), root) else ["not seen"]
 
 
 def nvme_full(root: str) -> list[str]:
@@ -371,6 +390,7 @@ CHECKS: dict[str, Callable[[str], Any]] = {
     "regrouped": regrouped, "mutations": mutations,
     "nvme mutation": nvme_mutation, "nvme full": nvme_full, "nvme saved": nvme_saved,
     "in backward": in_backward, "in backward mutation": in_backward_mutation,
-    "frozen layers": frozen_layers, **OF_CALLS,
+    "frozen layers": frozen_layers, **OF_CALLS, **OF_STAND_INS, **OF_EQUALS,
+    "cpuadam": partial(cpuadam, trial), "cpuadam mutation": cpuadam_mutation,
     "other memory 2": partial(given_other_memory, "2-bf16"), "other memory 3": partial(given_other_memory, "3-bf16"),
 }  # fmt: skip

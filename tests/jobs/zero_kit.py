@@ -154,7 +154,11 @@ class Job:
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.1},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
-        make = Keyed if "keyed" in self.features else torch.optim.SGD if "sgd" in self.features else torch.optim.AdamW
+        make: Any = (
+            Keyed if "keyed" in self.features else torch.optim.SGD if "sgd" in self.features else torch.optim.AdamW
+        )
+        if "cpuadam" in self.features:
+            make = deepspeed.ops.adam.DeepSpeedCPUAdam
         optimizer = make(groups, lr=0.01, **({"momentum": 0.9} if issubclass(make, torch.optim.SGD) else {}))
         config, scheduler = settings(int(stage), self.features, scratch), None
         if "cyclic" in self.features:  # one that keeps something for each group

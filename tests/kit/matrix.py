@@ -23,8 +23,13 @@ RANKS: dict[str, tuple[int, ...]] = {
 }  # fmt: skip
 CASES = ("adamw-numbers", "sgd-trained")
 MORE_CASES = ("adamw-trained", "sgd-numbers")
+# Parameters and buffers in bf16 or fp16; under DeepSpeed with fp32 masters and state of what is trained.
+LOW: dict[str, tuple[int, ...]] = {
+    "ddp-bf16": (2,), "fsdp2-bf16": (3,), "zero1-bf16": (2,), "zero2-fp16": (3,), "zero3-bf16": (2,),
+}  # fmt: skip
 OK = "ok"
-_DEEPSPEED = ("zero0", "zero1", "zero2", "zero3")
+ROUNDED = "rounded"  # refused; and with cast="target" right, with values rounded as torch rounds them
+GOOD = (OK, ROUNDED)
 _START_S, _STALL_S, _CRASHES = 90.0, 90.0, 3
 
 
@@ -42,12 +47,21 @@ class Layout:
     def of(cls, text: str) -> Layout:
         """`fsdp2:4`. Raises ValueError if there is no such one."""
         wrapper, _, ranks = text.partition(":")
-        if not ranks.isdigit() or int(ranks) not in RANKS.get(wrapper, ()):
-            raise ValueError(f"{text!r} is none of {' '.join(map(str, LAYOUTS))}")
+        if not ranks.isdigit() or int(ranks) not in {**RANKS, **LOW}.get(wrapper, ()):
+            raise ValueError(f"{text!r} is none of {' '.join(map(str, (*LAYOUTS, *PRECISE)))}")
         return cls(wrapper, int(ranks))
 
 
 LAYOUTS = tuple(Layout(wrapper, ranks) for wrapper, numbers in RANKS.items() for ranks in numbers)
+PRECISE = tuple(Layout(wrapper, ranks) for wrapper, numbers in LOW.items() for ranks in numbers)
+_FULL = (Layout("fsdp2", 2), Layout("zero2", 2), Layout("zero3", 3))
+# Each precision into each other, those in fp32 on both sides being the matrix above.
+PRECISIONS = [
+    (source, target)
+    for target in (*_FULL, *PRECISE)
+    for source in (*_FULL, *PRECISE)
+    if source in PRECISE or target in PRECISE
+]
 Found = dict[tuple[Layout, Layout, str], str]  # by source, target and case: OK, or what is wrong
 
 
@@ -82,7 +96,7 @@ class Launcher:
         plan, out = path.with_suffix(".json"), path.with_suffix(".jsonl")
         plan.write_text(json.dumps(tasks))
         out.touch()
-        server = self._zero if any(task["wrapper"] in _DEEPSPEED for task in tasks) else self._torch
+        server = self._zero if any(task["wrapper"].startswith("zero") for task in tasks) else self._torch
         with self._lock:
             job = server.start("matrix.py", ranks, plan, out, env={"COLLECTIVE_S": "60"})
         size, deadline = 0, time.monotonic() + _START_S
@@ -115,7 +129,10 @@ def write_tasks(layout: Layout, cases: Iterable[str], folder: Path) -> list[dict
 
 def read_task(source: Layout, target: Layout, case: str, folder: Path, **more: Any) -> dict[str, Any]:
     where = str(place(folder, source, case))
-    return {"do": "read", "wrapper": target.wrapper, "case": case, "source": where, **more}
+    masters = source in PRECISE and source.wrapper.startswith("zero")
+    return {
+        "do": "read", "wrapper": target.wrapper, "case": case, "source": where, "from_masters": masters, **more
+    }  # fmt: skip
 
 
 def place(folder: Path, layout: Layout, case: str) -> Path:
@@ -165,9 +182,9 @@ def restore_all(
         for source, case in mine:
             verdict = results.get((source, case), f"not written: {written[source, case]}")
             found[source, target, case] = verdict
-            if verdict != OK:
+            if verdict not in GOOD:
                 heard(f"{source} > {target} {case}: {short(verdict)}")
-        good = sum(found[source, target, case] == OK for source, case in mine)
+        good = sum(found[source, target, case] in GOOD for source, case in mine)
         heard(f"{target} read {good} of {len(mine)}")
 
     with ThreadPoolExecutor(lanes) as pool:
@@ -186,16 +203,17 @@ def short(verdict: str) -> str:
 
 def table(found: Found) -> str:
     """Rows are sources, columns targets. A cell has a mark for each number of ranks: `=` for what is equal to the bit
-    in all cases, else the number of a note below.
+    in all cases, `~` for what must be rounded in some, else the number of a note below.
     """
     notes: dict[str, tuple[int, str, list[str]]] = {}
     for (source, target, case), verdict in found.items():
-        if verdict != OK:
+        if verdict not in GOOD:
             number, text, where = notes.setdefault(_kind(verdict), (len(notes) + 1, verdict, []))
             where.append(f"{source} > {target} {case}")
     sources = list(dict.fromkeys(source for source, _, _ in found))
-    sources.sort(key=LAYOUTS.index)
-    targets = sorted({target for _, target, _ in found}, key=LAYOUTS.index)
+    order = [*LAYOUTS, *PRECISE].index
+    sources.sort(key=order)
+    targets = sorted({target for _, target, _ in found}, key=order)
     wrappers = list(dict.fromkeys(target.wrapper for target in targets))
     numbers = {name: [target for target in targets if target.wrapper == name] for name in wrappers}
     head = [f"{name} {' '.join(str(each.ranks) for each in numbers[name])}" for name in wrappers]
@@ -211,8 +229,8 @@ def table(found: Found) -> str:
 
 def _mark(found: Found, source: Layout, target: Layout, notes: Mapping[str, tuple[int, str, list[str]]]) -> str:
     verdicts = [verdict for (one, other, _), verdict in found.items() if (one, other) == (source, target)]
-    numbers = sorted({notes[_kind(verdict)][0] for verdict in verdicts if verdict != OK})
-    return ",".join(map(str, numbers)) or ("=" if verdicts else "·")
+    numbers = sorted({notes[_kind(verdict)][0] for verdict in verdicts if verdict not in GOOD})
+    return ",".join(map(str, numbers)) or ("~" if ROUNDED in verdicts else "=" if verdicts else "·")
 
 
 def _kind(verdict: str) -> str:

@@ -75,6 +75,10 @@ class DeepSpeedOptimizer(FlatState):
     def units(self) -> list[list[int]]:
         return self._groups
 
+    @property
+    def together(self) -> bool:
+        return self._units.replicated  # ZeRO has one unit at a time in its groups
+
     # -- where the state of a unit is ---------------------------------------------------------------------------
 
     def gather(self) -> None:

@@ -151,8 +151,10 @@ class DeepSpeedFramework(FlatFramework):
         return {name: value for name, value in carried.items() if name not in left}
 
     def carry_on(self, carried: Any, step: int, parts: Parts, *, same_world: bool) -> Any:
-        scheduled = parts.scheduler and not parts.module_only
-        return self.counters.at(step, scheduled=scheduled) if carried is None else carried
+        """`carried` may also be what this engine is given of another wrapper's checkpoint (`Counters.at`)."""
+        if carried is not None and "counters" in carried:
+            return carried
+        return self.counters.at(step, carried or {}, scheduled=parts.scheduler and not parts.module_only)
 
     def take_up(self, carried: Any) -> None:
         self.counters.put(carried)

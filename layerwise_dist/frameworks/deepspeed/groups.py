@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerwise_dist.errors import UnsupportedError
+from layerwise_dist.errors import MismatchError, UnsupportedError
 from layerwise_dist.frameworks.names import CleanNames
+from layerwise_dist.tensors.values import alike
 
 
 def param_groups(model: nn.Module, base_groups: Iterable[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
@@ -65,25 +66,48 @@ _OF_EACH_GROUP = (
     "base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums",
     "delta_lrs", "min_lr", "min_moms", "max_moms", "org_lrs",
 )  # fmt: skip
+# Lists that torch's keep and that have nothing to do with groups.
+_OF_NO_GROUP = ("_schedulers", "_milestones", "_schedule_phases")
 
 
-def spread(schedule: Mapping[str, Any], origins: Sequence[int], before: int) -> dict[str, Any]:
-    """The state of an LR scheduler of `before` groups for other groups; `origins` has each one's old group."""
+def spread(
+    schedule: Mapping[str, Any], origins: Sequence[int], before: int, live: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The state of an LR scheduler of `before` groups for other groups; `origins` has each one's old group.
+
+    `live` is the state of the scheduler that takes it, which tells what somebody's own keeps for each group: lists that
+    are as long as there are groups, there and here. Raises MismatchError where that may be so or not.
+    """
     fitted = dict(schedule)
-    for name in _OF_EACH_GROUP:
-        values = schedule.get(name)
-        if isinstance(values, (list, tuple)) and len(values) == before:
+    for name, values in schedule.items():
+        if not (isinstance(values, list | tuple) and len(values) == before) or name in _OF_NO_GROUP:
+            continue
+        if name in _OF_EACH_GROUP or _follows_groups(name, values, len(origins), live or {}):
             fitted[name] = type(values)([values[origin] for origin in origins])
     if isinstance(schedule.get("_schedulers"), list):  # a scheduler of schedulers
+        inside = live.get("_schedulers") if live is not None else None
+        known = inside if isinstance(inside, list) and len(inside) == len(schedule["_schedulers"]) else []
         fitted["_schedulers"] = [
-            spread(each, origins, before)
+            spread(each, origins, before, known[number] if known and isinstance(known[number], Mapping) else None)
             if isinstance(each, Mapping)
             else _fit(each, origins, before)
             if hasattr(each, "__dict__")
             else each
-            for each in schedule["_schedulers"]
+            for number, each in enumerate(schedule["_schedulers"])
         ]
     return fitted
+
+
+def _follows_groups(name: str, values: Sequence[Any], now: int, live: Mapping[str, Any]) -> bool:
+    here = live.get(name)
+    if not isinstance(here, list | tuple) or len(here) != now:
+        return False
+    if len(values) == now and not all(alike(values[0], value) for value in values):
+        raise MismatchError(
+            f"the LR scheduler keeps {now} values as {name!r}, and there are {now} param groups, in another order than "
+            "in the checkpoint: nothing says whether each value is a group's. Put the groups in the checkpoint's order"
+        )
+    return len(values) != now
 
 
 def _fit(scheduler: Any, origins: Sequence[int], before: int) -> Any:
