@@ -9,15 +9,26 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from layerwise_dist._version import __version__
-from layerwise_dist.cli import bench, console, doctoring, listing, selftesting, showing, verifying
+from layerwise_dist.cli import (
+    bench,
+    console,
+    doctoring,
+    listing,
+    pinning,
+    selftesting,
+    showing,
+    verifying,
+)
 from layerwise_dist.cli.catalogue import Catalogue, WrongUsage
-from layerwise_dist.errors import ConfigError, DamageError, shown
+from layerwise_dist.errors import DamageError, LayerwiseError, shown
+from layerwise_dist.supervision.processes import terminable
 
 T = TypeVar("T")
 
 Dir = Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint directory: the `dir` of the configuration.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Step = Annotated[int | None, typer.Option("--step", metavar="N", min=0, help="The checkpoint of this step.")]
+Tag = Annotated[str | None, typer.Option("--tag", metavar="TAG", help="The newest checkpoint saved under this name.")]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.add_typer(bench.app, name="bench")
@@ -27,7 +38,7 @@ app.add_typer(bench.app, name="bench")
 def layerwise(
     context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
 ) -> None:
-    """Looks at checkpoint directories of layerwise_dist, and at machines.
+    """Looks at checkpoint directories of layerwise_dist and keeps them in order; looks at machines.
 
     Exit code: 0 all is well, 1 looked and it is bad (something is damaged, a disk is unfit), 2 wrong usage.
     """
@@ -46,17 +57,41 @@ def ls(directory: Dir, json: Json = False) -> None:
 def show(
     directory: Dir,
     step: Step = None,
+    tag: Tag = None,
     everything: Annotated[bool, typer.Option("--all", help="List every tensor and every shard.")] = False,
     json: Json = False,
 ) -> None:
-    """Shows one checkpoint: its manifest, its shards and its tensors. Without --step, the one restore would choose."""
-    _finish(lambda catalogue: showing.show(catalogue, step, everything), directory, json)
+    """Shows one checkpoint: its manifest, its shards and its tensors. Without --step or --tag, the one that restore
+    would choose.
+    """
+    _finish(lambda catalogue: showing.show(catalogue, step, everything, tag), directory, json)
 
 
 @app.command("verify")
-def verify(directory: Dir, step: Step = None, json: Json = False) -> None:
-    """Reads every block of every checkpoint, or of one step's, and names the file, tensor and block of each damage."""
-    _finish(lambda catalogue: verifying.verify(catalogue, step), directory, json)
+def verify(directory: Dir, step: Step = None, tag: Tag = None, json: Json = False) -> None:
+    """Reads every block of every checkpoint, or of one of them, and names the file, tensor and block of each damage."""
+    _finish(lambda catalogue: verifying.verify(catalogue, step, tag), directory, json)
+
+
+@app.command("pin")
+def pin(directory: Dir, step: Step = None, tag: Tag = None, json: Json = False) -> None:
+    """Keeps one checkpoint, whatever retention would do.
+
+    A job that runs here heeds it at its next look, and so does layerwise prune. What is pinned has a file `pinned` in
+    its folder, and layerwise ls says so.
+
+    Example: layerwise pin checkpoints --step 12000
+    """
+    _finish(lambda catalogue: pinning.pin(catalogue, step, tag, keep=True), directory, json, "pin")
+
+
+@app.command("unpin")
+def unpin(directory: Dir, step: Step = None, tag: Tag = None, json: Json = False) -> None:
+    """Takes a pin back: the checkpoint goes when its time comes, as the others do.
+
+    Example: layerwise unpin checkpoints --step 12000
+    """
+    _finish(lambda catalogue: pinning.pin(catalogue, step, tag, keep=False), directory, json, "unpin")
 
 
 @app.command("doctor")
@@ -103,19 +138,23 @@ def selftest(
     _answer(lambda: selftesting.selftest(directory, seed=seed), json)
 
 
-def _finish(command: Callable[[Catalogue], console.Answer], directory: str, json: bool) -> None:
-    _answer(lambda: command(Catalogue(directory)), json)
+def _finish(command: Callable[[Catalogue], console.Answer], directory: str, json: bool, doing: str = "read") -> None:
+    _answer(lambda: command(Catalogue(directory)), json, doing)
 
 
-def _answer(command: Callable[[], console.Answer], json: bool) -> None:
+def _answer(command: Callable[[], console.Answer], json: bool, doing: str = "read") -> None:
+    """`doing`: what a command can't do when the operating system says no."""
     try:
-        answer = command()
-    except (WrongUsage, ConfigError) as error:
-        raise _failed(str(error), 2, json) from None
+        with terminable():
+            answer = command()
+    except KeyboardInterrupt as stopped:
+        raise _failed(str(stopped) or "interrupted", 130, json) from None
     except DamageError as error:
         raise _failed(str(error), 1, json) from None
+    except (WrongUsage, LayerwiseError) as error:
+        raise _failed(str(error), 2, json) from None
     except OSError as error:
-        raise _failed(f"cannot read: {error}", 2, json) from None
+        raise _failed(f"cannot {doing}: {error}", 2, json) from None
     console.put(answer, json)
     raise typer.Exit(0 if answer.good else 1)
 
