@@ -52,6 +52,10 @@ TABLE: list[tuple[str, str]] = [
         r"layerwise (un)?pin( DIR --step N)?",
         "test_housekeeping.py::test_a_running_job_keeps_what_is_pinned_and_lets_it_go_once_it_is_not",
     ),
+    (
+        r"layerwise prune( DIR --keep-last N( --keep-every M --yes)?)?",
+        "test_housekeeping.py::test_prune_lists_what_would_go_and_removes_it_only_if_told",
+    ),
     (r"layerwise selftest( \[DIR\])?", "test_selftest.py::test_it_kills_resumes_compares_and_leaves_nothing"),
     (
         r"layerwise doctor.*",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ import layerwise_dist as lwd
 from layerwise_dist import errors
 from layerwise_dist._native import PosixEnv
 from layerwise_dist.capture import survey
-from layerwise_dist.commit import holding, pins
-from layerwise_dist.commit.metadata import CheckpointMetadataManager
+from layerwise_dist.commit import holding, pins, pruning
+from layerwise_dist.commit.metadata import CheckpointMetadataManager, InDoubt
+from layerwise_dist.storage import retention
 from layerwise_dist.storage.filenames import AttemptId
 
 torch.set_num_threads(1)
@@ -193,3 +196,203 @@ def test_what_cannot_be_pinned_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     shutil.rmtree(root / found.attempt_id.folder)
     with pytest.raises(errors.NotFoundError, match="removed"):
         pins.pin(manager(root), found)
+
+
+# -- prune -----------------------------------------------------------------------------------------------------------
+
+
+def test_prune_lists_what_would_go_and_removes_it_only_if_told(tmp_path: Path) -> None:
+    train(tmp_path, 8, keep_last=8)
+    call("pin", tmp_path, "--step", 2)
+    before = tree(tmp_path)
+    asked = ("--keep-last", 2, "--keep-every", 4)
+    code, found = call_json("prune", tmp_path, *asked)
+    assert code == 0 and found["dry_run"] and tree(tmp_path) == before
+    verdicts = {entry["step"]: entry["verdict"] for entry in found["checkpoints"]}
+    assert verdicts == {8: "stays", 7: "stays", 6: "goes", 5: "goes", 4: "stays", 3: "goes", 2: "stays", 1: "goes"}
+    assert {entry["step"]: entry["why"] for entry in found["checkpoints"] if entry["why"]} == {
+        8: "newest", 7: "of the newest 2", 4: "a multiple of 4", 2: "pinned",
+    }  # fmt: skip
+    text = call("prune", tmp_path, *asked)[1]
+    assert "nothing was removed" in text and "4 of 8 checkpoints would go" in text
+    code, found = call_json("prune", tmp_path, *asked, "--yes")
+    assert code == 0 and not found["dry_run"] and steps(tmp_path) == [2, 4, 7, 8]
+    assert len(list(tmp_path.glob("step_*"))) == 4 and call("verify", tmp_path)[0] == 0
+    assert found["bytes"] == sum(len(data) for name, data in before.items() if "rank_" in name) // 2
+    train(tmp_path, 9, keep_last=8)
+    assert steps(tmp_path) == [2, 4, 7, 8, 9]
+
+
+def test_prune_takes_the_rules_of_a_configuration_and_of_tags(tmp_path: Path) -> None:
+    root, config = tmp_path / "checkpoints", tmp_path / "config.json"
+    loop = Loop(root, keep_last=20)
+    for step in range(1, 6):
+        loop.to(step)
+        loop.ckpt.save(f"global_step{step}")
+    loop.ckpt.save("best")
+    loop.ckpt.close()
+    assert call("prune", root, "--yes")[0] == 2, "nobody said how many stay"
+    config.write_text('{"keep_last": 1, "keep_every_n_steps": 2}')
+    found = call_json("prune", root, "--config", config, "--tags", 2)[1]
+    stays = [(entry["step"], entry["tag"]) for entry in found["checkpoints"] if entry["verdict"] == "stays"]
+    assert stays == [(5, "best"), (5, "global_step5"), (4, "global_step4"), (4, None), (2, "global_step2"), (2, None)]
+    found = call_json("prune", root, "--keep-last", 1, "--yes")[1]
+    tags = {entry["tag"] for entry in found["checkpoints"] if entry["verdict"] == "stays"}
+    assert tags == {"best", *(f"global_step{step}" for step in range(1, 6))}
+    assert call("show", root, "--tag", "global_step3")[0] == call("verify", root, "--tag", "global_step3")[0] == 0
+
+
+def test_prune_is_refused_while_a_job_runs(tmp_path: Path) -> None:
+    loop = Loop(tmp_path, keep_last=5)
+    loop.to(5)
+    before = steps(tmp_path)
+    code, text = call("prune", tmp_path, "--keep-last", 1, "--yes")
+    assert code == 2 and f"pid {os.getpid()}" in text and steps(tmp_path) == before
+    loop.to(6)  # it still owns the directory
+    loop.ckpt.close()
+    assert call("prune", tmp_path, "--keep-last", 1, "--yes")[0] == 0 and steps(tmp_path) == [6]
+
+
+def test_a_job_that_starts_meanwhile_waits_for_the_end(tmp_path: Path) -> None:
+    train(tmp_path, 3, keep_last=3)
+    under_way = pruning.Pruning(manager(tmp_path), pruning.Kept(1, None, None))
+    came: list[BaseException | list[int]] = []
+
+    def job() -> None:
+        try:
+            train(tmp_path, 4, keep_last=3)
+            came.append(steps(tmp_path))
+        except BaseException as error:
+            came.append(error)
+
+    thread = threading.Thread(target=job)
+    thread.start()
+    try:
+        under_way.run(lambda manifest: None)
+        assert steps(tmp_path) == [3] and not came
+    finally:
+        under_way.close()
+    thread.join(60)
+    assert came == [[3, 4]]
+
+
+def test_what_somebody_reads_stays(tmp_path: Path) -> None:
+    train(tmp_path, 3, keep_last=3)
+    with holding.held(manager(tmp_path), attempt(tmp_path, 1)):
+        code, found = call_json("prune", tmp_path, "--keep-last", 1, "--yes")
+    assert code == 1 and steps(tmp_path) == [1, 3]
+    assert [entry["why"] for entry in found["checkpoints"]] == ["newest", None, pruning.OPEN]
+
+
+def shares_a_base(root: Path) -> None:
+    """Steps 1 and 2 refer to one base, 3 and 4 to another."""
+    train(root, 2, keep_last=9, frozen=True)
+    loop = Loop(root, keep_last=9, frozen=True)
+    with torch.no_grad():
+        loop.model[0].weight.add_(1)
+    loop.to(4)
+    loop.ckpt.close()
+
+
+@pytest.mark.usefixtures("frozen")
+def test_bases_go_with_the_last_checkpoint_that_refers_to_them(tmp_path: Path) -> None:
+    shares_a_base(tmp_path)
+    first, second = sorted(path.name for path in (tmp_path / "base").iterdir())
+    call("pin", tmp_path, "--step", 1)
+    assert call_json("prune", tmp_path, "--keep-last", 1)[1]["bases"] == []
+    assert call("prune", tmp_path, "--keep-last", 1, "--yes")[0] == 0
+    assert steps(tmp_path) == [1, 4] and call("verify", tmp_path)[0] == 0
+    call("unpin", tmp_path, "--step", 1)
+    assert call_json("prune", tmp_path, "--keep-last", 1)[1]["bases"] == [first]
+    assert call_json("prune", tmp_path, "--keep-last", 1, "--yes")[1]["bases"] == [first]
+    assert [path.name for path in (tmp_path / "base").iterdir()] == [second] and call("verify", tmp_path)[0] == 0
+
+
+@pytest.mark.usefixtures("frozen")
+def test_mutation_bases_that_go_though_they_are_referred_to_are_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares_a_base(tmp_path)
+    call("pin", tmp_path, "--step", 1)
+    monkeypatch.setattr(
+        "layerwise_dist.commit.metadata.unneeded_bases",
+        lambda found, manifests, below=None: retention.unneeded_bases(found, [], below),
+    )
+    assert call("prune", tmp_path, "--keep-last", 1, "--yes")[0] == 0
+    monkeypatch.undo()
+    code, text = call("verify", tmp_path)
+    assert code == 1 and "missing" in text
+
+
+def stops_after(monkeypatch: pytest.MonkeyPatch, call_number: int) -> None:
+    """Each call that changes a name is counted, and this one and all later ones fail: so the process may have died."""
+    done = 0
+
+    def counted(name: str) -> None:
+        original = getattr(PosixEnv, name)
+
+        def change(self: PosixEnv, *args: Any) -> Any:
+            nonlocal done
+            done += 1
+            if done >= call_number:
+                raise OSError(5, "the disk is gone", str(args[0]))
+            return original(self, *args)
+
+        monkeypatch.setattr(PosixEnv, name, change)
+
+    for name in ("unlink", "remove_dir", "rename"):
+        counted(name)
+
+
+@pytest.mark.usefixtures("frozen")
+def test_wherever_a_prune_ends_what_is_left_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = tmp_path / "start"
+    shares_a_base(start)
+    ends = set[tuple[int, ...]]()
+    for number in range(1, 99):
+        root = Path(shutil.copytree(start, tmp_path / str(number)))
+        with monkeypatch.context() as faults:
+            stops_after(faults, number)
+            code, _ = call("prune", root, "--keep-last", 1, "--yes")
+        left = steps(root)
+        assert left[-1] == 4 and call("verify", root)[0] == 0, number
+        ends.add(tuple(left))
+        if code == 0 and not list(root.glob("base/*"))[1:]:
+            break
+        assert call("prune", root, "--keep-last", 1, "--yes")[0] == 0 and steps(root) == [4]
+        assert len(list(root.glob("step_*"))) == len(list(root.glob("base/*"))) == 1
+    assert ends == {(1, 2, 3, 4), (2, 3, 4), (3, 4), (4,)} and number > 6
+
+
+def test_mutation_shards_that_go_before_their_manifest_are_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path, 2, keep_last=2)
+    withdraw = CheckpointMetadataManager.withdraw
+
+    def too_late(self: CheckpointMetadataManager, attempt: AttemptId) -> None:
+        os.unlink(os.path.join(self.folder(attempt), "rank_00000.safetensors"))
+        raise InDoubt("the machine stops here")
+
+    monkeypatch.setattr(CheckpointMetadataManager, "withdraw", too_late)
+    assert call("prune", tmp_path, "--keep-last", 1, "--yes")[0] == 2
+    monkeypatch.setattr(CheckpointMetadataManager, "withdraw", withdraw)
+    assert call("verify", tmp_path)[0] == 1
+
+
+def test_prune_removes_nothing_where_it_is_not_known_what_is_needed(tmp_path: Path) -> None:
+    train(tmp_path, 4, keep_last=9)
+    loop = lwd.attach(torch.nn.Linear(2, 2), torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 0.1), enabled=False)
+    loop.close()
+    damaged = tmp_path / attempt(tmp_path, 3).folder / "manifest.json"
+    damaged.write_bytes(b"{}" + damaged.read_bytes()[2:])
+    code, found = call_json("prune", tmp_path, "--keep-last", 1, "--yes")
+    assert code == 0 and steps(tmp_path) == [1, 2, 4]
+    assert {entry["why"] for entry in found["checkpoints"]} == {"newest", "older than a damaged one"}
+    branch = tmp_path / "branch_0000000099.json"
+    branch.write_text("{}")
+    code, text = call("prune", tmp_path, "--keep-last", 1, "--yes")
+    assert code == 1 and "nothing is removed" in text and steps(tmp_path) == [1, 2, 4]
+    branch.unlink()
+    (tmp_path / "identity.json").unlink()
+    assert call("prune", tmp_path, "--keep-last", 1, "--yes")[0] == 2

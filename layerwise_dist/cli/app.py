@@ -15,6 +15,7 @@ from layerwise_dist.cli import (
     doctoring,
     listing,
     pinning,
+    pruning,
     selftesting,
     showing,
     verifying,
@@ -64,7 +65,7 @@ def show(
     """Shows one checkpoint: its manifest, its shards and its tensors. Without --step or --tag, the one that restore
     would choose.
     """
-    _finish(lambda catalogue: showing.show(catalogue, step, everything, tag), directory, json)
+    _finish(lambda catalogue: showing.show(catalogue, step, tag, everything), directory, json)
 
 
 @app.command("verify")
@@ -92,6 +93,44 @@ def unpin(directory: Dir, step: Step = None, tag: Tag = None, json: Json = False
     Example: layerwise unpin checkpoints --step 12000
     """
     _finish(lambda catalogue: pinning.pin(catalogue, step, tag, keep=False), directory, json, "unpin")
+
+
+@app.command("prune")
+def prune(
+    directory: Dir,
+    keep_last: Annotated[
+        int | None, typer.Option("--keep-last", metavar="N", min=1, help="Newest checkpoints of the lineage that stay.")
+    ] = None,
+    keep_every: Annotated[
+        int | None, typer.Option("--keep-every", metavar="N", min=1, help="Multiples of this step stay too.")
+    ] = None,
+    tags: Annotated[
+        int | None,
+        typer.Option(
+            "--tags", metavar="N", min=1,
+            help="Of tags that differ in their digits only, as DeepSpeed's global_step100, the newest N stay. Without "
+            "it, the newest checkpoint under each tag stays.",
+        ),
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option("--config", metavar="FILE", help="Take these from a job's configuration.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove them. Without it, only what would go is listed.")] = False,
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Removes old checkpoints where no job runs: by the same rules as a job, which does it by itself.
+
+    Lists what would go, and removes nothing without --yes. What always stays: the newest of the lineage, what is
+    pinned, what somebody has open, other lineages, all that is older than a damaged checkpoint, and frozen parameters
+    that any checkpoint refers to. Refused while a job writes here; a job that starts meanwhile waits for the end.
+
+    Example: layerwise prune checkpoints --keep-last 3 --keep-every 1000 --yes
+    """
+
+    def run(catalogue: Catalogue) -> console.Answer:
+        return pruning.prune(catalogue, pruning.kept(config, keep_last, keep_every, tags, certain=yes), yes=yes)
+
+    _finish(run, directory, json, "prune")
 
 
 @app.command("doctor")
