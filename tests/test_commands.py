@@ -56,6 +56,10 @@ TABLE: list[tuple[str, str]] = [
         r"layerwise prune( DIR --keep-last N( --keep-every M --yes)?)?",
         "test_housekeeping.py::test_prune_lists_what_would_go_and_removes_it_only_if_told",
     ),
+    (
+        r"layerwise cp( DIR OUT( --step N| \[--step N \| --tag TAG\])?)?",
+        "test_housekeeping.py::test_a_copy_restores_by_itself",
+    ),
     (r"layerwise selftest( \[DIR\])?", "test_selftest.py::test_it_kills_resumes_compares_and_leaves_nothing"),
     (
         r"layerwise doctor.*",

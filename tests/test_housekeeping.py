@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from kit.cli import call, call_json
+from kit.commands import ROOT
 
 import layerwise_dist as lwd
 from layerwise_dist import errors
 from layerwise_dist._native import PosixEnv
 from layerwise_dist.capture import survey
-from layerwise_dist.commit import holding, pins, pruning
+from layerwise_dist.commit import copying, holding, pins, pruning
+from layerwise_dist.commit.copying import CheckpointCopy
 from layerwise_dist.commit.metadata import CheckpointMetadataManager, InDoubt
 from layerwise_dist.storage import retention
 from layerwise_dist.storage.filenames import AttemptId
@@ -396,3 +402,179 @@ def test_prune_removes_nothing_where_it_is_not_known_what_is_needed(tmp_path: Pa
     branch.unlink()
     (tmp_path / "identity.json").unlink()
     assert call("prune", tmp_path, "--keep-last", 1, "--yes")[0] == 2
+
+
+# -- cp --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("frozen")
+def test_a_copy_restores_by_itself(tmp_path: Path) -> None:
+    root, out = tmp_path / "checkpoints", tmp_path / "copy"
+    wanted = train(root, 2, keep_last=9, frozen=True)
+    train(root, 4, keep_last=9, frozen=True)
+    before = tree(root)
+    code, found = call_json("cp", root, out, "--step", 2)
+    assert code == 0 and found["step"] == 2 and tree(root) == before
+    assert len([file for file in found["files"] if file["file"].startswith("base/")]) == 1
+    shutil.rmtree(root)
+    assert call("verify", out)[0] == 0 and steps(out) == [2]
+    loop = Loop(out, keep_last=9, frozen=True)
+    assert all(torch.equal(loop.values()[name], value) for name, value in wanted.items())
+    loop.to(3)
+    loop.ckpt.close()
+    assert steps(out) == [2, 3]
+
+
+@pytest.mark.usefixtures("frozen")
+def test_mutation_a_copy_without_its_base_does_not_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, out = tmp_path / "checkpoints", tmp_path / "copy"
+    train(root, 2, frozen=True)
+    files = copying._files
+    monkeypatch.setattr(copying, "_files", lambda *args: (file for file in files(*args) if not file.base))
+    assert call("cp", root, out)[0] == 0
+    monkeypatch.undo()
+    assert call("verify", out)[0] == 1
+
+
+def test_a_copy_takes_what_restore_would_choose_or_what_is_asked_for(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    loop = Loop(root, keep_last=9)
+    loop.to(2)
+    loop.ckpt.save("best")
+    loop.to(3)
+    call("pin", root, "--tag", "best")
+    assert call_json("cp", root, tmp_path / "a")[1]["step"] == 3  # while the job runs
+    assert call_json("cp", root, tmp_path / "b", "--tag", "best")[1]["tag"] == "best"
+    loop.ckpt.close()
+    assert not call_json("show", tmp_path / "b")[1]["pinned"], "a pin is of its directory"
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "a").rglob("*") if path.is_file()} == {0o600}
+
+
+def test_a_copy_goes_nowhere_that_something_is_and_says_why(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    train(root, 1)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for out, words in (("there", "already"), ("link", "already"), ("no/copy", "no such directory"),
+                       ("checkpoints/copy", "inside")):  # fmt: skip
+        code, text = call("cp", root, tmp_path / out)
+        assert code == 2 and words in text, text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "link", "there"]
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+def test_damage_is_told_from_a_copy_that_went_wrong_and_nothing_of_it_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hashed: bool
+) -> None:
+    root, out = tmp_path / "checkpoints", tmp_path / "copy"
+    train(root, 1, hash=hashed)
+    verify = CheckpointCopy.verify
+
+    def bad_disk(self: CheckpointCopy, advance: Any) -> None:
+        flip(next(out.rglob("rank_00000.safetensors")), 4096 + 8)
+        verify(self, advance)
+
+    monkeypatch.setattr(CheckpointCopy, "verify", bad_disk)
+    code, text = call("cp", root, out)
+    assert code == 1 and "came out of its new place otherwise" in text and not out.exists()
+    monkeypatch.undo()
+    if hashed:
+        flip(next(root.rglob("rank_00000.safetensors")), 4096 + 8)
+        code, text = call("cp", root, out)
+        assert code == 1 and "was damaged before it was copied" in text and not out.exists()
+    next(root.rglob("rank_00000.safetensors")).unlink()
+    code, text = call("cp", root, out)
+    assert code == 1 and "is missing" in text and not out.exists()
+
+
+def test_mutation_a_copy_that_is_not_verified_may_be_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, out = tmp_path / "checkpoints", tmp_path / "copy"
+    train(root, 1)
+    monkeypatch.setattr(
+        CheckpointCopy, "verify",
+        lambda self, advance: flip(next(out.rglob("rank_00000.safetensors")), 4096 + 8),
+    )  # fmt: skip
+    assert call("cp", root, out)[0] == 0
+    monkeypatch.undo()
+    assert call("verify", out)[0] == 1
+
+
+def test_wherever_a_copy_is_interrupted_nothing_of_it_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "checkpoints"
+    train(root, 1)
+    for name in ("make_dir", "create", "sync_dir", "write_file", "rename"):
+        original = getattr(PosixEnv, name)
+        for before in (True, False):
+
+            def interrupted(self: PosixEnv, path: str, *args: Any) -> Any:
+                if before or name == "create":  # noqa: B023
+                    raise KeyboardInterrupt
+                original(self, path, *args)  # noqa: B023
+                raise KeyboardInterrupt
+
+            with monkeypatch.context() as faults:
+                faults.setattr(PosixEnv, name, interrupted)
+                assert call("cp", root, tmp_path / "copy")[0] == 130
+            assert not (tmp_path / "copy").exists(), (name, before)
+    assert call("cp", root, tmp_path / "copy")[0] == 0
+
+
+SLOW = """
+import sys, time
+from layerwise_dist.cli import main
+from layerwise_dist.commit.copying import CheckpointCopy
+def verify(self, advance):
+    print("here", file=sys.stderr, flush=True)
+    time.sleep(60)
+CheckpointCopy.verify = verify
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_copy_and_nothing_of_it_stays(tmp_path: Path, number: int) -> None:
+    root, out = tmp_path / "checkpoints", tmp_path / "copy"
+    train(root, 1)
+    command = [sys.executable, "-c", SLOW, "cp", str(root), str(out)]
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    try:
+        assert job.stderr is not None and job.stderr.readline() == b"here\n"
+        assert list(out.rglob("rank_*")) and not list(out.rglob("manifest.json")), "the manifest comes last"
+        job.send_signal(number)
+        said, told = job.communicate(timeout=30)
+    finally:
+        job.kill()
+        job.communicate()
+    assert job.returncode == 130 and said == b"" and b"interrupted" in told and b"Traceback" not in told
+    assert not out.exists()
+
+
+@pytest.fixture
+def unprivileged(tmp_path: Path) -> Iterator[Path]:
+    if os.geteuid() == 0:
+        pytest.skip("root may write anywhere")
+    yield tmp_path
+
+
+def test_a_directory_that_may_not_be_written_is_named(unprivileged: Path) -> None:
+    root = unprivileged / "checkpoints"
+    train(root, 2)
+    folders = [root, *root.glob("step_*")]
+    for folder in folders:
+        folder.chmod(0o500)
+    try:
+        for command in (("pin", root, "--step", 1), ("prune", root, "--keep-last", 1, "--yes")):
+            code, text = call(*command)
+            assert code == 2 and "Traceback" not in text
+        assert call("cp", root, unprivileged / "copy")[0] == 0
+    finally:
+        for folder in folders:
+            folder.chmod(0o700)
+
+
+def flip(path: Path, offset: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte[0] ^ 0x10]))

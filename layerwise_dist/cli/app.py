@@ -12,6 +12,7 @@ from layerwise_dist._version import __version__
 from layerwise_dist.cli import (
     bench,
     console,
+    copying,
     doctoring,
     listing,
     pinning,
@@ -131,6 +132,25 @@ def prune(
         return pruning.prune(catalogue, pruning.kept(config, keep_last, keep_every, tags, certain=yes), yes=yes)
 
     _finish(run, directory, json, "prune")
+
+
+@app.command("cp")
+def cp(
+    directory: Dir,
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The new directory. It must not be there yet.")],
+    step: Step = None,
+    tag: Tag = None,
+    json: Json = False,
+) -> None:
+    """Copies one checkpoint with all that it needs into a new directory, from which restore() goes on.
+
+    Without --step or --tag, the one that restore would choose. Everything is flushed, read back and compared before
+    the copy becomes a checkpoint; if anything fails, or is interrupted, nothing of it stays. A pin is not copied. A job
+    may run in DIR meanwhile.
+
+    Example: layerwise cp checkpoints /archive/best --tag best
+    """
+    _finish(lambda catalogue: copying.copy(catalogue, out, step, tag), directory, json, "copy")
 
 
 @app.command("doctor")
