@@ -66,13 +66,14 @@ def plan(manager: CheckpointMetadataManager, found: Inventory, kept: Kept) -> Pl
         lineage, family, keep_last=kept.keep_last, keep_every_n_steps=every, keep_tags=tags, above=above
     )  # fmt: skip
     stay = staying(lineage, family, keep_every_n_steps=every, keep_tags=tags, above=above)
+    related = {manifest.seq for manifest in family}
     why: dict[int, str] = {}
     newest = [manifest.seq for manifest in lineage[: kept.keep_last]]
     for seq, manifest in found.manifests.items():
         if manager.pinned(manifest.attempt_id):
             why[seq] = PINNED
         elif seq not in gone:
-            why[seq] = _why(manifest, newest, stay, family, kept, above)
+            why[seq] = _why(manifest, newest, stay, related, kept, above)
     going = [found.manifests[seq] for seq in gone if seq not in why]
     rest = [manifest for seq, manifest in found.manifests.items() if seq in why]
     bases = [] if found.damaged else unneeded_bases(found.bases, rest)
@@ -80,11 +81,11 @@ def plan(manager: CheckpointMetadataManager, found: Inventory, kept: Kept) -> Pl
 
 
 def _why(
-    manifest: Manifest, newest: list[int], stay: set[int], family: list[Manifest], kept: Kept, damage: int
+    manifest: Manifest, newest: list[int], stay: set[int], family: set[int], kept: Kept, damage: int
 ) -> str:  # fmt: skip
     if manifest.seq in newest:
         return "newest" if manifest.seq == newest[0] else f"of the newest {kept.keep_last}"
-    if manifest not in family:
+    if manifest.seq not in family:
         return "of another lineage"
     if manifest.seq not in stay:
         return "not older than what the lineage keeps"
