@@ -49,6 +49,12 @@ TABLE: list[tuple[str, str]] = [
         "test_cli.py::test_verify_of_sound_checkpoints_reads_all_of_them",
     ),
     (
+        r"layerwise show (DIR )?--tensors.*",
+        "test_diff.py::test_show_lists_the_tensors_that_fit_where_they_lie_and_what_is_no_number",
+    ),
+    (r"layerwise diff( DIR --step N --step M)?", "test_diff.py::test_two_steps_of_one_directory"),
+    (r"layerwise diff A B", "test_diff.py::test_it_finds_which_tensors_differ_in_how_many_elements_and_how_far"),
+    (
         r"layerwise (un)?pin( DIR --step N)?",
         "test_housekeeping.py::test_a_running_job_keeps_what_is_pinned_and_lets_it_go_once_it_is_not",
     ),

@@ -21,6 +21,7 @@ from layerwise_dist.cli import (
     showing,
     verifying,
 )
+from layerwise_dist.cli import tensors as listed
 from layerwise_dist.cli.catalogue import Catalogue, WrongUsage
 from layerwise_dist.errors import DamageError, LayerwiseError, shown
 from layerwise_dist.supervision.processes import terminable
@@ -60,19 +61,69 @@ def show(
     directory: Dir,
     step: Step = None,
     tag: Tag = None,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="Only tensors, all of them or those that fit PATTERN, and where they lie.")
+    ] = False,
+    pattern: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[PATTERN]", help="With --tensors: names, with * and ?, such as 'exp_avg/*' or '*.bias'."
+        ),
+    ] = None,
+    values: Annotated[bool, typer.Option("--values", help="With --tensors: read them, and count NaN and Inf.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="List every tensor and every shard.")] = False,
     json: Json = False,
 ) -> None:
     """Shows one checkpoint: its manifest, its shards and its tensors. Without --step or --tag, the one that restore
     would choose.
+
+    Example: layerwise show checkpoints --tensors 'exp_avg/*' --values
     """
-    _finish(lambda catalogue: showing.show(catalogue, step, tag, everything), directory, json)
+
+    def run(catalogue: Catalogue) -> console.Answer:
+        if tensors:
+            return listed.tensors(catalogue, step, tag, pattern, values)
+        if pattern is not None or values:
+            raise WrongUsage("PATTERN and --values are for --tensors: give that too")
+        return showing.show(catalogue, step, everything, tag)
+
+    _finish(run, directory, json)
 
 
 @app.command("verify")
 def verify(directory: Dir, step: Step = None, tag: Tag = None, json: Json = False) -> None:
     """Reads every block of every checkpoint, or of one of them, and names the file, tensor and block of each damage."""
     _finish(lambda catalogue: verifying.verify(catalogue, step, tag), directory, json)
+
+
+@app.command("diff")
+def diff(
+    one: Annotated[str, typer.Argument(metavar="A", help="A checkpoint directory, or a file of weights.")],
+    other: Annotated[str | None, typer.Argument(metavar="[B]", help="Another one; without it, A once more.")] = None,
+    step: Annotated[
+        list[int] | None, typer.Option("--step", metavar="N", min=0, help="Of A, and given twice, of A and of B.")
+    ] = None,
+    tag: Annotated[
+        list[str] | None, typer.Option("--tag", metavar="TAG", help="The same by tag; those given by step come first.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="List every tensor that differs.")] = False,
+    json: Json = False,
+) -> None:
+    """Compares two checkpoints tensor by tensor, however each is cut: which differ, in how many elements, how far.
+
+    Every bit counts. The distance is given in the values' own unit, and in ULPs: 1 means neighbouring floating-point
+    numbers. A or B may be a .safetensors file, or one of torch.save (read without running code): then parameters and
+    buffers are compared. Exit code: 0 equal, 1 they differ or are damaged, 2 wrong usage.
+
+    Example: layerwise diff checkpoints --step 100 --step 200
+    """
+
+    def run() -> console.Answer:
+        from layerwise_dist.cli.diffing import diff  # torch comes along
+
+        return diff(one, other, step or [], tag or [], everything)
+
+    _answer(run, json)
 
 
 @app.command("pin")

@@ -98,9 +98,13 @@ def _objects(shard: Shard) -> list[str]:
     except ValueError as error:
         raise DamageError(f"shard {shard.index.path}: its state is not JSON: {error}") from None
     found = tree.get("objects") if type(tree) is dict else None
+    if type(found) is dict and _TAG in found:
+        found = found.get("v")
+        pairs = type(found) is list and all(type(each) is list and len(each) == 2 for each in found)
+        found = {ascii(key): value for key, value in found} if pairs else None
     if type(found) is not dict:
         raise DamageError(f"shard {shard.index.path}: its state names no objects")
-    return [ascii(key) for key, _ in found["v"]] if _TAG in found else list(found)
+    return list(found)
 
 
 def _tensor(name: str, part: Slice) -> dict[str, Any]:
