@@ -39,9 +39,33 @@ TABLE: list[tuple[str, str]] = [
     (r"bash tests/(native|vm/run)\.sh", "tests/run.sh runs it beside these tests"),
     (r"(sudo )?apt-get install .*|python3 -m venv \.venv|(\.venv/bin/)?pip install .*", _INSTALLS),
     (r"layerwise ls( DIR)?", "test_cli.py::test_ls_tells_the_newest_the_lineage_and_what_was_abandoned"),
-    (r"layerwise show( DIR)?( \[--step N\])?", "test_cli.py::test_show_chooses_the_lineage_s_commit_of_a_step"),
+    (
+        r"layerwise show( DIR)?( \[--step N \| --tag TAG\])?",
+        "test_cli.py::test_show_chooses_the_lineage_s_commit_of_a_step",
+    ),
     (r"layerwise show --json", "test_cli.py::test_show_gives_every_tensor_with_its_place"),
-    (r"layerwise verify( DIR)?( \[--step N\])?", "test_cli.py::test_verify_of_sound_checkpoints_reads_all_of_them"),
+    (
+        r"layerwise verify( DIR)?( \[--step N \| --tag TAG\])?",
+        "test_cli.py::test_verify_of_sound_checkpoints_reads_all_of_them",
+    ),
+    (
+        r"layerwise show (DIR )?--tensors.*",
+        "test_diff.py::test_show_lists_the_tensors_that_fit_where_they_lie_and_what_is_no_number",
+    ),
+    (r"layerwise diff( DIR --step N --step M)?", "test_diff.py::test_two_steps_of_one_directory"),
+    (r"layerwise diff A B", "test_diff.py::test_it_finds_which_tensors_differ_in_how_many_elements_and_how_far"),
+    (
+        r"layerwise (un)?pin( DIR --step N)?",
+        "test_housekeeping.py::test_a_running_job_keeps_what_is_pinned_and_lets_it_go_once_it_is_not",
+    ),
+    (
+        r"layerwise prune( DIR --keep-last N( --keep-every M --yes)?)?",
+        "test_housekeeping.py::test_prune_lists_what_would_go_and_removes_it_only_if_told",
+    ),
+    (
+        r"layerwise cp( DIR OUT( --step N| \[--step N \| --tag TAG\])?)?",
+        "test_housekeeping.py::test_a_copy_restores_by_itself",
+    ),
     (r"layerwise selftest( \[DIR\])?", "test_selftest.py::test_it_kills_resumes_compares_and_leaves_nothing"),
     (
         r"layerwise doctor.*",
@@ -158,7 +182,8 @@ OTHERS = [command for command in commands() if not command.startswith(("layerwis
 def test_the_command_line_knows_every_option_that_is_told(tmp_path: Path, command: str) -> None:
     (tmp_path / "layerwise.json").write_text("{}")
     text = command.replace("[--step N]", "--step 3").replace("[DIR]", "")
-    words = [{"DIR": str(tmp_path), "checkpoints": str(tmp_path)}.get(word, word) for word in shlex.split(text)[1:]]
+    given = {**dict.fromkeys(("DIR", "A", "checkpoints"), str(tmp_path)), "N": "3", "M": "4"}
+    words = [given.get(word, word) for word in shlex.split(text)[1:]]
     words = [str(tmp_path / word) if word == "layerwise.json" else word for word in words]
     at: Any = typer.main.get_command(app)
     while words and hasattr(at, "commands"):
@@ -166,7 +191,7 @@ def test_the_command_line_knows_every_option_that_is_told(tmp_path: Path, comman
         at, words = at.commands[words[0]], words[1:]
     needed = [p.name for p in getattr(at, "params", []) if p.param_type_name == "argument" and p.required]
     if needed and not any(word == str(tmp_path) for word in words):
-        words.insert(0, str(tmp_path))  # told without its directory
+        words = [str(tmp_path)] * len(needed) + words  # told without its directories
     if not hasattr(at, "commands"):
         at.make_context("layerwise", words)
 

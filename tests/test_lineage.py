@@ -330,7 +330,7 @@ def test_what_is_asked_for_and_damaged_is_not_taken_from_another_branch(tmp_path
         with Job(tmp_path, 9) as job, pytest.raises(DamageError, match=r"may be a damaged one.*step_0000000002"):
             job.ckpt.restore(**how)
     with pytest.raises(DamageError, match="may be a damaged one"):
-        Catalogue(str(tmp_path)).of_step(2)
+        Catalogue(str(tmp_path)).chosen(2)
     with pytest.raises(DamageError, match="may be a damaged one"):
         candidates(found, Wish(tag="nowhere"), "here")
     for path in tmp_path.glob("step_0000000002-*/manifest.json"):

@@ -81,9 +81,9 @@ def test_a_job_on_two_nodes_commits_to_both_and_goes_on(start: Callable[..., Run
     for node in (0, 1):
         catalogue = Catalogue(str(tmp_path / f"ckpt-{node}"))
         assert ls(catalogue).good, "what is on the other node is not missing"
-        (shard,) = [record for record in catalogue.here(catalogue.newest()) if record.rank % 2]
+        (shard,) = [record for record in catalogue.here(catalogue.chosen()) if record.rank % 2]
         assert shard.rank == 2 * node + 1
-        path = Path(catalogue.manager.shard_path(catalogue.newest(), shard.rank))
+        path = Path(catalogue.manager.shard_path(catalogue.chosen(), shard.rank))
         path.rename(tmp_path / "away")
         assert f"{shard.file} is missing" in str(ls(catalogue).data)
         (tmp_path / "away").rename(path)

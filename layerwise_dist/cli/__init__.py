@@ -1,8 +1,9 @@
 """The `layerwise` command: looks at checkpoint directories and machines. Needs no stopped job.
 
-But for `verify`, `bench` and `selftest` it imports no torch.
+It imports torch only for `verify`, `diff`, `show --values`, `bench` and `selftest`.
 
-`doctor` and `bench` write, in a folder of their own that they remove; all others read only.
+`pin`, `unpin` and `prune` change a checkpoint directory, `cp` makes one. `doctor`, `selftest` and `bench` write in a
+folder of their own that they remove. All others read only.
 """
 
 from layerwise_dist.cli.app import main

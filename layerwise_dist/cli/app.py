@@ -9,15 +9,29 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from layerwise_dist._version import __version__
-from layerwise_dist.cli import bench, console, doctoring, listing, selftesting, showing, verifying
+from layerwise_dist.cli import (
+    bench,
+    console,
+    copying,
+    doctoring,
+    listing,
+    pinning,
+    pruning,
+    selftesting,
+    showing,
+    verifying,
+)
+from layerwise_dist.cli import tensors as listed
 from layerwise_dist.cli.catalogue import Catalogue, WrongUsage
-from layerwise_dist.errors import ConfigError, DamageError, shown
+from layerwise_dist.errors import DamageError, LayerwiseError, shown
+from layerwise_dist.supervision.processes import terminable
 
 T = TypeVar("T")
 
 Dir = Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint directory: the `dir` of the configuration.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Step = Annotated[int | None, typer.Option("--step", metavar="N", min=0, help="The checkpoint of this step.")]
+Tag = Annotated[str | None, typer.Option("--tag", metavar="TAG", help="The newest checkpoint saved under this name.")]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.add_typer(bench.app, name="bench")
@@ -27,7 +41,7 @@ app.add_typer(bench.app, name="bench")
 def layerwise(
     context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
 ) -> None:
-    """Looks at checkpoint directories of layerwise_dist, and at machines.
+    """Looks at checkpoint directories of layerwise_dist and keeps them in order; looks at machines.
 
     Exit code: 0 all is well, 1 looked and it is bad (something is damaged, a disk is unfit), 2 wrong usage.
     """
@@ -46,17 +60,148 @@ def ls(directory: Dir, json: Json = False) -> None:
 def show(
     directory: Dir,
     step: Step = None,
+    tag: Tag = None,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="Only tensors, all of them or those that fit PATTERN, and where they lie.")
+    ] = False,
+    pattern: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[PATTERN]", help="With --tensors: names, with * and ?, such as 'exp_avg/*' or '*.bias'."
+        ),
+    ] = None,
+    values: Annotated[bool, typer.Option("--values", help="With --tensors: read them, and count NaN and Inf.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="List every tensor and every shard.")] = False,
     json: Json = False,
 ) -> None:
-    """Shows one checkpoint: its manifest, its shards and its tensors. Without --step, the one restore would choose."""
-    _finish(lambda catalogue: showing.show(catalogue, step, everything), directory, json)
+    """Shows one checkpoint: its manifest, its shards and its tensors. Without --step or --tag, the one that restore
+    would choose.
+
+    Example: layerwise show checkpoints --tensors 'exp_avg/*' --values
+    """
+
+    def run(catalogue: Catalogue) -> console.Answer:
+        if tensors:
+            return listed.tensors(catalogue, step, tag, pattern, values)
+        if pattern is not None or values:
+            raise WrongUsage("PATTERN and --values are for --tensors: give that too")
+        return showing.show(catalogue, step, everything, tag)
+
+    _finish(run, directory, json)
 
 
 @app.command("verify")
-def verify(directory: Dir, step: Step = None, json: Json = False) -> None:
-    """Reads every block of every checkpoint, or of one step's, and names the file, tensor and block of each damage."""
-    _finish(lambda catalogue: verifying.verify(catalogue, step), directory, json)
+def verify(directory: Dir, step: Step = None, tag: Tag = None, json: Json = False) -> None:
+    """Reads every block of every checkpoint, or of one of them, and names the file, tensor and block of each damage."""
+    _finish(lambda catalogue: verifying.verify(catalogue, step, tag), directory, json)
+
+
+@app.command("diff")
+def diff(
+    one: Annotated[str, typer.Argument(metavar="A", help="A checkpoint directory, or a file of weights.")],
+    other: Annotated[str | None, typer.Argument(metavar="[B]", help="Another one; without it, A once more.")] = None,
+    step: Annotated[
+        list[int] | None, typer.Option("--step", metavar="N", min=0, help="Of A, and given twice, of A and of B.")
+    ] = None,
+    tag: Annotated[
+        list[str] | None, typer.Option("--tag", metavar="TAG", help="The same by tag; those given by step come first.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="List every tensor that differs.")] = False,
+    json: Json = False,
+) -> None:
+    """Compares two checkpoints tensor by tensor, however each is cut: which differ, in how many elements, how far.
+
+    Every bit counts. The distance is given in the values' own unit, and in ULPs: 1 means neighbouring floating-point
+    numbers. A or B may be a .safetensors file, or one of torch.save (read without running code): then parameters and
+    buffers are compared. Exit code: 0 equal, 1 they differ or are damaged, 2 wrong usage.
+
+    Example: layerwise diff checkpoints --step 100 --step 200
+    """
+
+    def run() -> console.Answer:
+        from layerwise_dist.cli.diffing import diff  # torch comes along
+
+        return diff(one, other, step or [], tag or [], everything)
+
+    _answer(run, json)
+
+
+@app.command("pin")
+def pin(directory: Dir, step: Step = None, tag: Tag = None, json: Json = False) -> None:
+    """Keeps one checkpoint, whatever retention would do.
+
+    A job that runs here heeds it at its next look, and so does layerwise prune. What is pinned has a file `pinned` in
+    its folder, and layerwise ls says so.
+
+    Example: layerwise pin checkpoints --step 12000
+    """
+    _finish(lambda catalogue: pinning.pin(catalogue, step, tag, keep=True), directory, json, "pin")
+
+
+@app.command("unpin")
+def unpin(directory: Dir, step: Step = None, tag: Tag = None, json: Json = False) -> None:
+    """Takes a pin back: the checkpoint goes when its time comes, as the others do.
+
+    Example: layerwise unpin checkpoints --step 12000
+    """
+    _finish(lambda catalogue: pinning.pin(catalogue, step, tag, keep=False), directory, json, "unpin")
+
+
+@app.command("prune")
+def prune(
+    directory: Dir,
+    keep_last: Annotated[
+        int | None, typer.Option("--keep-last", metavar="N", min=1, help="Newest checkpoints of the lineage that stay.")
+    ] = None,
+    keep_every: Annotated[
+        int | None, typer.Option("--keep-every", metavar="N", min=1, help="Multiples of this step stay too.")
+    ] = None,
+    tags: Annotated[
+        int | None,
+        typer.Option(
+            "--tags", metavar="N", min=1,
+            help="Of tags that differ in their digits only, as DeepSpeed's global_step100, the newest N stay. Without "
+            "it, the newest checkpoint under each tag stays.",
+        ),
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option("--config", metavar="FILE", help="Take these from a job's configuration.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove them. Without it, only what would go is listed.")] = False,
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Removes old checkpoints where no job runs: by the same rules as a job, which does it by itself.
+
+    Lists what would go, and removes nothing without --yes. What always stays: the newest of the lineage, what is
+    pinned, what somebody has open, other lineages, all that is older than a damaged checkpoint, and frozen parameters
+    that any checkpoint refers to. Refused while a job writes here; a job that starts meanwhile waits for the end.
+
+    Example: layerwise prune checkpoints --keep-last 3 --keep-every 1000 --yes
+    """
+
+    def run(catalogue: Catalogue) -> console.Answer:
+        return pruning.prune(catalogue, pruning.kept(config, keep_last, keep_every, tags, certain=yes), yes=yes)
+
+    _finish(run, directory, json, "prune")
+
+
+@app.command("cp")
+def cp(
+    directory: Dir,
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The new directory. It must not be there yet.")],
+    step: Step = None,
+    tag: Tag = None,
+    json: Json = False,
+) -> None:
+    """Copies one checkpoint with all that it needs into a new directory, from which restore() goes on.
+
+    Without --step or --tag, the one that restore would choose. Everything is flushed, read back and compared before
+    the copy becomes a checkpoint; if anything fails, or is interrupted, nothing of it stays. A pin is not copied. A job
+    may run in DIR meanwhile.
+
+    Example: layerwise cp checkpoints /archive/best --tag best
+    """
+    _finish(lambda catalogue: copying.copy(catalogue, out, step, tag), directory, json, "copy")
 
 
 @app.command("doctor")
@@ -103,19 +248,23 @@ def selftest(
     _answer(lambda: selftesting.selftest(directory, seed=seed), json)
 
 
-def _finish(command: Callable[[Catalogue], console.Answer], directory: str, json: bool) -> None:
-    _answer(lambda: command(Catalogue(directory)), json)
+def _finish(command: Callable[[Catalogue], console.Answer], directory: str, json: bool, doing: str = "read") -> None:
+    _answer(lambda: command(Catalogue(directory)), json, doing)
 
 
-def _answer(command: Callable[[], console.Answer], json: bool) -> None:
+def _answer(command: Callable[[], console.Answer], json: bool, doing: str = "read") -> None:
+    """`doing`: what a command can't do when the operating system says no."""
     try:
-        answer = command()
-    except (WrongUsage, ConfigError) as error:
-        raise _failed(str(error), 2, json) from None
+        with terminable():
+            answer = command()
+    except KeyboardInterrupt as stopped:
+        raise _failed(str(stopped) or "interrupted", 130, json) from None
     except DamageError as error:
         raise _failed(str(error), 1, json) from None
+    except (WrongUsage, LayerwiseError) as error:
+        raise _failed(str(error), 2, json) from None
     except OSError as error:
-        raise _failed(f"cannot read: {error}", 2, json) from None
+        raise _failed(f"cannot {doing}: {error}", 2, json) from None
     console.put(answer, json)
     raise typer.Exit(0 if answer.good else 1)
 

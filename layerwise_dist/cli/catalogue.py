@@ -80,16 +80,28 @@ class Catalogue:
             return "abandoned"
         return "newest" if manifest.seq == seqs[0] else "lineage"
 
-    def of_step(self, step: int) -> Manifest:
-        """What `restore(step=...)` takes. Raises WrongUsage or DamageError."""
+    def chosen(self, step: int | None = None, tag: str | None = None) -> Manifest:
+        """What `restore(step=...)` or `restore(tag=...)` takes; without either, what `restore()` tries first. Raises
+        WrongUsage, or DamageError where `restore()` does.
+        """
+        if step is not None and tag is not None:
+            raise WrongUsage("give --step or --tag, not both")
+        if step is None and tag is None:
+            return self._newest()
         try:
-            return candidates(self.inventory, Wish(step=step), self.root)[0]
+            return candidates(self.inventory, Wish(step=step, tag=tag), self.root)[0]
         except NotFoundError:
-            steps = sorted({manifest.step for manifest in self.inventory.manifests.values()})
+            manifests = self.inventory.manifests.values()
+            if tag is not None:
+                tags = sorted({manifest.tag for manifest in manifests if manifest.tag is not None})
+                more = f", and {len(tags) - 8} more" if len(tags) > 8 else ""
+                raise WrongUsage(
+                    f"{self.root} has no checkpoint under the tag {tag!r}; it has {', '.join(tags[:8]) or 'none'}{more}"
+                ) from None
+            steps = sorted({manifest.step for manifest in manifests})
             raise WrongUsage(f"{self.root} has no checkpoint of step {step}; it has {self._short(steps)}") from None
 
-    def newest(self) -> Manifest:
-        """What `restore()` tries first. Raises WrongUsage, or DamageError where `restore()` does."""
+    def _newest(self) -> Manifest:
         found = candidates(self.inventory, Wish(), self.root)
         if not found:
             raise WrongUsage(

@@ -77,7 +77,8 @@ class Beneath:
         self._rows: list[tuple[dict[str, str], str]] = []
 
     def row(self, *cells: object, style: str = "") -> None:
-        self._rows.append((dict(zip(self._columns, map(str, cells), strict=True)), style))
+        texts = (shown(str(cell), _LONGEST_CELL) for cell in cells)
+        self._rows.append((dict(zip(self._columns, texts, strict=True)), style))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         unbounded = options.update(max_width=10_000)

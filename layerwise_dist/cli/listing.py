@@ -28,13 +28,14 @@ def ls(catalogue: Catalogue) -> Answer:
     ]
     right = ("step", "seq", "ranks", "size", "shared", "age")
     tags = ("tag",) if any(entry["tag"] for entry in entries) else ()
+    pins = ("pin",) if any(entry["pinned"] for entry in entries) else ()
     bases = catalogue.bases()
     shared = ("shared",) if bases else ()
-    columns = ("step", "seq", "status", *tags, "ranks", "size", *shared, "age", "folder")
+    columns = ("step", "seq", "status", *pins, *tags, "ranks", "size", *shared, "age", "folder")
     shown = Beneath(*columns, right=right, long=("folder", "tag"))
     for entry in entries:
         created = entry["created"]
-        named = (entry["tag"],) if tags else ()
+        named = (*(("pinned" if entry["pinned"] else "",) if pins else ()), *((entry["tag"],) if tags else ()))
         sizes = (size(entry["bytes"]), *((size(entry["base_bytes"]),) if shared else ()))
         cells = (entry["step"], entry["seq"], entry["status"], *named, entry["ranks"], *sizes)
         shown.row(
@@ -68,6 +69,7 @@ def _committed(catalogue: Catalogue) -> list[dict[str, Any]]:
         found.append({
             "step": manifest.step, "seq": manifest.seq, "attempt": manifest.attempt,
             "status": "damaged" if problem else catalogue.status(manifest), "tag": manifest.tag,
+            "pinned": catalogue.manager.pinned(manifest.attempt_id),
             "ranks": manifest.world_size,
             "bytes": manifest.nbytes, "base_bytes": manifest.base_nbytes, "created": manifest.created,
             "folder": manifest.attempt_id.folder,
@@ -85,8 +87,8 @@ def _incomplete(catalogue: Catalogue) -> list[dict[str, Any]]:
             continue  # collected while this looks
         found.append({
             "step": attempt.step, "seq": attempt.seq, "attempt": attempt.text, "status": "incomplete", "tag": None,
-            "ranks": None, "bytes": nbytes, "base_bytes": 0, "created": created, "folder": attempt.folder,
-            "problem": None,
+            "pinned": False, "ranks": None, "bytes": nbytes, "base_bytes": 0, "created": created,
+            "folder": attempt.folder, "problem": None,
         })  # fmt: skip
     return found
 
@@ -103,8 +105,8 @@ def _damaged(catalogue: Catalogue) -> list[dict[str, Any]]:
             continue
         found.append({
             "step": attempt.step if attempt else None, "seq": seq, "attempt": attempt.text if attempt else None,
-            "status": "damaged", "tag": None, "ranks": None, "bytes": nbytes, "base_bytes": 0, "created": created,
-            "folder": name,
+            "status": "damaged", "tag": None, "pinned": False, "ranks": None, "bytes": nbytes, "base_bytes": 0,
+            "created": created, "folder": name,
             "problem": damage,
         })  # fmt: skip
     return found

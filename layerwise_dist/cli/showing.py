@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import RenderableType
@@ -12,37 +13,51 @@ from layerwise_dist.cli.catalogue import Catalogue
 from layerwise_dist.cli.console import Answer, damaged, row, size, table
 from layerwise_dist.commit.records import Manifest
 from layerwise_dist.errors import DamageError
-from layerwise_dist.storage import filenames
+from layerwise_dist.storage import filenames, strict_json
 from layerwise_dist.storage.reader import Shard
 from layerwise_dist.tensors.slices import Slice
 
 _LISTED = 20
+_TAG = "!"  # of a dict that is written as pairs, since not all of its keys can be JSON's (docs/format.md)
 _SHARDS = 200
 
 Found = dict[str, Any]
 
 
-def show(catalogue: Catalogue, step: int | None, everything: bool) -> Answer:
+def show(catalogue: Catalogue, step: int | None, everything: bool, tag: str | None = None) -> Answer:
     """Bad when a shard's header does not read; blocks are not read."""
-    manifest = catalogue.newest() if step is None else catalogue.of_step(step)
-    shards, tensors, problems = _read(catalogue, manifest)
+    manifest = catalogue.chosen(step, tag)
+    held = read_headers(catalogue, manifest)
+    problems = held.problems
     data = {
         "dir": catalogue.root,
         "folder": manifest.attempt_id.folder,
         "status": catalogue.status(manifest),
+        "pinned": catalogue.manager.pinned(manifest.attempt_id),
         "good": not problems,
         "problems": problems,
         "manifest": manifest.model_dump(mode="json"),
-        "shards": shards,
-        "tensors": list(tensors.values()),
+        "objects": held.objects,
+        "shards": held.shards,
+        "tensors": list(held.tensors.values()),
     }
     return Answer(data, _parts(data, manifest, everything), good=not problems)
 
 
-def _read(catalogue: Catalogue, manifest: Manifest) -> tuple[list[Found], dict[str, Found], list[str]]:
-    """(shards, tensors by name, what does not read)."""
+@dataclass
+class Headers:
+    """Of one checkpoint: its files, its tensors by name, the names of what `state=` named, and what does not read."""
+
+    shards: list[Found]
+    tensors: dict[str, Found]
+    objects: list[str]
+    problems: list[str]
+
+
+def read_headers(catalogue: Catalogue, manifest: Manifest) -> Headers:
     shards: list[dict[str, Any]] = []
     tensors: dict[str, dict[str, Any]] = {}
+    objects: dict[str, None] = {}
     problems: list[str] = []
     with catalogue.shards(manifest) as opener:
         for record in catalogue.here(manifest):
@@ -67,7 +82,29 @@ def _read(catalogue: Catalogue, manifest: Manifest) -> tuple[list[Found], dict[s
                     tensor = tensors.setdefault(name, _tensor(name, entry.slice))
                     place = {"begin": entry.begin, "end": entry.end, **_place(entry.slice)}
                     tensor["parts"].append({"rank": record.rank, "file": shard["file"], **place})
-    return shards, tensors, problems
+                if open_it == opener.open:
+                    try:
+                        objects |= dict.fromkeys(_objects(opened))
+                    except DamageError as error:
+                        problems.append(str(error))
+    return Headers(shards, tensors, list(objects), problems)
+
+
+def _objects(shard: Shard) -> list[str]:
+    """Without what is in them, which only a restore makes. Raises DamageError or OSError."""
+    text, _ = shard.state()
+    try:
+        tree = strict_json.loads(bytes(text))
+    except ValueError as error:
+        raise DamageError(f"shard {shard.index.path}: its state is not JSON: {error}") from None
+    found = tree.get("objects") if type(tree) is dict else None
+    if type(found) is dict and _TAG in found:
+        found = found.get("v")
+        pairs = type(found) is list and all(type(each) is list and len(each) == 2 for each in found)
+        found = {ascii(key): value for key, value in found} if pairs else None
+    if type(found) is not dict:
+        raise DamageError(f"shard {shard.index.path}: its state names no objects")
+    return list(found)
 
 
 def _tensor(name: str, part: Slice) -> dict[str, Any]:
@@ -94,7 +131,7 @@ def _parts(data: dict[str, Any], manifest: Manifest, everything: bool) -> list[A
     created = datetime.datetime.fromtimestamp(manifest.created).astimezone().isoformat(" ", "seconds")
     for name, value in (
         ("folder", data["folder"]),
-        ("status", data["status"]),
+        ("status", data["status"] + (", pinned" if data["pinned"] else "")),
         ("committed", created),
         ("seq, attempt", f"{manifest.seq}, {manifest.attempt}"),
         ("parent", parent),
@@ -102,6 +139,7 @@ def _parts(data: dict[str, Any], manifest: Manifest, everything: bool) -> list[A
         ("ranks, framework", f"{manifest.world_size}, {manifest.framework}"),
         ("boundary", manifest.boundary),
         *((("tag", manifest.tag),) if manifest.tag is not None else ()),
+        ("state objects", ", ".join(data["objects"]) or "none"),
         ("software", ", ".join(f"{name} {version}" for name, version in sorted(manifest.software.items()))),
         ("size", size(manifest.nbytes)),
         *((("shared", _shared(manifest)),) if manifest.bases else ()),

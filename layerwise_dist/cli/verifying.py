@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from rich.console import Console, RenderableType
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.console import RenderableType
 
 from layerwise_dist.cli.catalogue import Catalogue
 from layerwise_dist.cli.console import Answer, damaged, row, size, table
+from layerwise_dist.cli.progress import bytes_bar
 from layerwise_dist.commit.opening import unusable
 from layerwise_dist.commit.records import BaseRecord, Manifest
 from layerwise_dist.errors import DamageError
@@ -22,30 +21,32 @@ from layerwise_dist.storage.reader import Shard
 _STYLE = {"sound": "green", "not hashed": "yellow", "damaged": "bold red", "retired": "dim"}
 
 
-def verify(catalogue: Catalogue, step: int | None) -> Answer:
-    """Bad when anything is not what was committed, or cannot be read. Without `step`, all checkpoints are read.
+def verify(catalogue: Catalogue, step: int | None = None, tag: str | None = None) -> Answer:
+    """Bad when anything is not what was committed, or cannot be read. Without `step` or `tag`, all checkpoints are
+    read.
 
     Of a checkpoint written with `hash: false` sizes, header and state are checked; its tensors are only read, and said
     to be not hashed: nothing tells whether they are what was written.
     """
-    if step is None:
+    everything = step is None and tag is None
+    if everything:
         manifests = sorted(catalogue.inventory.manifests.values(), key=lambda manifest: -manifest.seq)
         records = dict(catalogue.damaged_records)
     else:
-        manifests = [catalogue.of_step(step)]
+        manifests = [catalogue.chosen(step, tag)]
         records = {
             name: damage
             for name, damage in catalogue.inventory.damaged.items()
-            if (attempt := filenames.parse_folder(name)) is not None and attempt.step == step
+            if (attempt := filenames.parse_folder(name)) is not None and attempt.step == manifests[0].step
         }
-    odd = catalogue.odd_commits() if step is None else {}
+    odd = catalogue.odd_commits() if everything else {}
     records |= {**odd, **unusable(catalogue.manager, catalogue.inventory)}
     from layerwise_dist.cli.restorable import unrestorable  # torch comes along, of whose tensors state is made
 
     began = time.monotonic()
     bases = {(rank, base): base.nbytes for manifest in manifests for rank, base in catalogue.bases_here(manifest)}
     total = sum(record.nbytes for manifest in manifests for record in catalogue.here(manifest)) + sum(bases.values())
-    with _progress(total) as advance:
+    with bytes_bar("verifying", total) as advance:
         found = _Verifier(catalogue, advance, unrestorable)
         results = [found.look(manifest) for manifest in manifests]
     seconds = time.monotonic() - began
@@ -147,13 +148,3 @@ def _read(path: str, open_it: Callable[[], Shard | None]) -> tuple[list[str], bo
         return [str(error)], True
     except OSError as error:
         return [f"shard {path}: cannot be read: {error}"], True
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error while a person watches; it is gone when the result is printed."""
-    console = Console(stderr=True)
-    columns = (TextColumn("verifying"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("verify", total=total)
-        yield lambda nbytes: progress.update(task, advance=nbytes)

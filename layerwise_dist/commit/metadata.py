@@ -143,6 +143,18 @@ class CheckpointMetadataManager:
     def manifest_path(self, attempt: AttemptId) -> str:
         return os.path.join(self.root, attempt.folder, filenames.MANIFEST)
 
+    def folder(self, attempt: AttemptId) -> str:
+        return os.path.join(self.root, attempt.folder)
+
+    def pin_path(self, attempt: AttemptId) -> str:
+        return os.path.join(self.root, attempt.folder, filenames.PIN)
+
+    def pinned(self, attempt: AttemptId) -> bool:
+        """Whether somebody wants it kept. Whatever lies under that name says so: a checkpoint rather stays once too
+        often. Raises OSError.
+        """
+        return kind_at(self.env, self.pin_path(attempt)) is not None
+
     def shard_path(self, manifest: Manifest, rank: int) -> str:
         return os.path.join(self.root, manifest.attempt_id.folder, filenames.shard_file(rank))
 
@@ -235,14 +247,17 @@ class CheckpointMetadataManager:
     def withdraw(self, attempt: AttemptId, *, anyway: bool = False) -> None:
         """Ends a checkpoint: once this returns, no crash brings its manifest back, and its shards may be changed.
 
-        Raises BlockingIOError while somebody reads it (`hold`), unless it must go `anyway`. Raises OSError (nothing
-        happened; `oddity` says whether it lies behind a link and stays), or `InDoubt`: a crash may bring it back, so
-        that its shards must stay.
+        Raises BlockingIOError while somebody reads it (`hold`) or has pinned it, unless it must go `anyway`. Raises
+        OSError (nothing happened; `oddity` says whether it lies behind a link and stays), or `InDoubt`: a crash may
+        bring it back, so that its shards must stay.
         """
         folder = os.path.join(self.root, attempt.folder)
         path = os.path.join(folder, filenames.MANIFEST)
         alone = None if anyway else self._hold_alone(path)
         try:
+            # Who pins it holds it: from here on nobody is told that it is pinned.
+            if not anyway and self.pinned(attempt):
+                raise BlockingIOError(errno.EAGAIN, "it is pinned", path)
             self._unlink(path)
         finally:
             if alone is not None:

@@ -21,12 +21,14 @@ _CAP = 4096
 # A monitor notices at once that its training process died, and says so in the file. Until then it looks like the
 # monitor of a live job.
 _GRACE_S = 2.0
+_FINISHES = "finishes the last checkpoints of a job that has ended"
 _MEMBERS = {"epoch": int, "session": str, "who": str}
 _LOOK_S = 0.02
 
 
 class OwnerNote(TypedDict, total=False):
     """What the file says: whose the directory is. `monitor`: a monitor's; `ends`: its job has ended, and it finishes.
+    `does`: what else it is that ends by itself, as it is told to who waits.
 
     Nothing of it is there, or the first three at least.
     """
@@ -36,6 +38,7 @@ class OwnerNote(TypedDict, total=False):
     who: str
     monitor: bool
     ends: bool
+    does: str
 
 
 class Owner:
@@ -72,13 +75,13 @@ class Owner:
         self._env.sync_dir(self._root)
         self.epoch, self._session = epoch, session
 
-    def end(self) -> None:
+    def end(self, does: str = _FINISHES) -> None:
         """This session only finishes what it has begun: who waits for the lock will get it. Any thread.
 
         Raises OSError.
         """
         if self._session:
-            self._write(self.epoch, self._session, {"monitor": True, "ends": True})
+            self._write(self.epoch, self._session, {"monitor": True, "ends": True, "does": does})
 
     def _write(self, epoch: int, session: str, more: OwnerNote) -> None:
         note: OwnerNote = {"epoch": epoch, "session": session, "who": self._who, **more}
@@ -141,20 +144,17 @@ def _take(env: Env, root: str, path: str, file_mode: int, patience_s: float, gra
             pass
         holder = _holder(env, root)
         limit = patience_s if holder.get("ends") else min(patience_s, _GRACE_S if holder.get("monitor") else grace_s)
-        who = shown(str(holder.get("who", "unknown")), 200)
+        who, does = (shown(str(each), 200) for each in (holder.get("who", "unknown"), holder.get("does", _FINISHES)))
         if time.monotonic() - began >= limit:
             if holder.get("ends"):
                 raise OwnerError(
-                    f"{root}: waited {limit:g} s for {who}, which finishes the last checkpoints of a job that has "
-                    "ended and has not let go of the directory: kill it, or start again later"
+                    f"{root}: waited {limit:g} s for {who}, which {does} and has not let go of the directory: kill it, "
+                    "or start again later"
                 )
             raise OwnerError(f"{root} is owned by another live job ({who}): stop it, or use another dir")
         if holder.get("ends") and not told:
             told = True
-            log.warning(
-                "%s: waiting at most %g s for %s, which finishes the last checkpoints of a job that has ended",
-                root, limit, who,
-            )  # fmt: skip
+            log.warning("%s: waiting at most %g s for %s, which %s", root, limit, who, does)
         time.sleep(_LOOK_S)
 
 

@@ -191,7 +191,7 @@ class Committer:
             try:
                 self._manager.withdraw(attempt)
             except BlockingIOError:
-                continue  # somebody reads it: the next commit asks again
+                continue  # somebody reads it, or has pinned it: the next commit asks again
             except InDoubt:
                 self._returning[attempt] = inventory.manifests.pop(seq)  # a flush that failed is not tried again
                 raise

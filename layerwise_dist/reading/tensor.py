@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import EllipsisType
 
 import torch
 
 from layerwise_dist.restore.filling import fill
 from layerwise_dist.restore.planner import replan
-from layerwise_dist.restore.whole import SavedTensor
+from layerwise_dist.restore.whole import SavedTensor, read_all, surely_equal
 from layerwise_dist.tensors.pieces import DTYPES
 from layerwise_dist.tensors.slices import Slice
 
@@ -70,11 +70,27 @@ class LazyTensor:
         """Elements `start` to `start + length` in row-major order, as one row. Raises as indexing."""
         return self._read(self._saved.range(start, length), (length,))
 
+    def surely_equals(self, other: LazyTensor) -> bool:
+        """Whether the hashes of all blocks that have some of them say that both are equal to the bit. False says
+        nothing: they may be cut or laid out otherwise, or not be hashed.
+        """
+        self._check()
+        other._check()
+        return surely_equal(self._saved, other._saved)
+
     def _read(self, wanted: Slice, shape: tuple[int, ...]) -> torch.Tensor:
         self._check()
         found = torch.empty(shape, dtype=self.dtype, device="cpu")
         fill([(found, replan(wanted, self._saved.parts))])
         return found
+
+
+def read_rows(tensors: Sequence[LazyTensor]) -> list[torch.Tensor]:
+    """All of each, as one row: many small ones of a shard lie in one block, which is read once. Raises as indexing."""
+    for tensor in tensors:
+        tensor._check()
+    found = read_all([tensor._saved for tensor in tensors])
+    return [found[id(tensor._saved)] for tensor in tensors]
 
 
 def _resolve(index: Index, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int | slice, ...]]:

@@ -116,8 +116,8 @@ class Whole:
             if len(found) > 1 and needed(name.split("/", 1)[0])
             for other in found[1:]
         ]
-        unsure = [each for each in copies[rank::world_size] if not _surely_equal(each[1], each[2])]
-        small = _read_all([tensor for _, *pair in unsure for tensor in pair if tensor.nbytes <= _SMALL_BYTES])
+        unsure = [each for each in copies[rank::world_size] if not surely_equal(each[1], each[2])]
+        small = read_all([tensor for _, *pair in unsure for tensor in pair if tensor.nbytes <= _SMALL_BYTES])
         for name, one, other in unsure:
             if not equal(one, other, small):
                 raise MismatchError(
@@ -127,15 +127,17 @@ class Whole:
                 )
 
 
-def _read_all(tensors: Sequence[SavedTensor]) -> dict[int, torch.Tensor]:
-    """All of each, as bytes, by identity: many small ones of a shard lie in one block, which is read once."""
+def read_all(tensors: Sequence[SavedTensor]) -> dict[int, torch.Tensor]:
+    """All elements of each, in one dimension, by identity: many small ones of a shard lie in one block, which is read
+    once. Raises DamageError or OSError.
+    """
     each = {id(tensor): tensor for tensor in tensors}  # the first of many copies comes often
     found = {key: torch.empty(of.numel, dtype=DTYPES[of.dtype], device="cpu") for key, of in each.items()}
     fill((found[key], replan(of.range(0, of.numel), of.parts)) for key, of in each.items())
-    return {key: memory.view(torch.uint8) for key, memory in found.items()}
+    return found
 
 
-def _surely_equal(one: SavedTensor, other: SavedTensor) -> bool:
+def surely_equal(one: SavedTensor, other: SavedTensor) -> bool:
     """By the hashes of blocks, where both are cut and laid out alike."""
     return (one.dtype, one.shape) == (other.dtype, other.shape) and (
         len(one.parts) == len(other.parts)
@@ -146,14 +148,14 @@ def _surely_equal(one: SavedTensor, other: SavedTensor) -> bool:
 def equal(one: SavedTensor, other: SavedTensor, read: Mapping[int, torch.Tensor] = _NOTHING_READ) -> bool:
     """To the bit. By the hashes of blocks where both are cut and laid out alike; only otherwise by reading both.
 
-    `read` are bytes of such tensors, by identity. Raises DamageError or OSError.
+    `read` are elements of such tensors, by identity. Raises DamageError or OSError.
     """
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    if _surely_equal(one, other):
+    if surely_equal(one, other):
         return True
     if id(one) in read and id(other) in read:
-        return torch.equal(read[id(one)], read[id(other)])
+        return torch.equal(read[id(one)].view(torch.uint8), read[id(other)].view(torch.uint8))
     step = _COMPARED_BYTES // ITEM_BYTES[one.dtype]
     return all(
         torch.equal(

@@ -6,6 +6,7 @@
     <dir>/spare_<attempt>_<rank>
     <dir>/step_<step>-<attempt>/rank_<rank>.safetensors[.partial]
     <dir>/step_<step>-<attempt>/manifest.json[.tmp]
+    <dir>/step_<step>-<attempt>/pinned
     <dir>/base/<attempt>/rank_<rank>.safetensors[.partial]
 
 An attempt's id is sixteen hexadecimal digits: the epoch of the session that made it (eight) and its seq (eight).
@@ -25,6 +26,7 @@ IDENTITY = "identity.json"
 OWNER = "owner"
 MANIFEST = "manifest.json"
 MANIFEST_TMP = "manifest.json.tmp"
+PIN = "pinned"
 PARTIAL = ".partial"
 BASES = "base"  # folder of the folders of frozen parameters, each named after the attempt that wrote it
 
@@ -133,7 +135,7 @@ def is_shard_file(name: str) -> bool:
 
 def is_attempt_file(name: str) -> bool:
     """Whether a file inside an attempt's folder was named by this package (so that collection may delete it)."""
-    return name in (MANIFEST, MANIFEST_TMP) or is_shard_file(name)
+    return name in (MANIFEST, MANIFEST_TMP, PIN) or is_shard_file(name)
 
 
 def is_leftover_in_commit(name: str) -> bool:

@@ -1,0 +1,171 @@
+"""What `layerwise diff` compares: a checkpoint, or a file of weights that another tool has written. Imports torch."""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from layerwise_dist.cli.catalogue import Catalogue, WrongUsage
+from layerwise_dist.reading.checkpoint import Checkpoint
+from layerwise_dist.reading.tensor import LazyTensor
+from layerwise_dist.tensors.pieces import DTYPE_CODES
+from layerwise_dist.tensors.slices import ITEM_BYTES, ranks_text
+
+# Under which a training script's file has the model's tensors, if not all of it are such.
+_MODELS = ("model", "state_dict", "module", "model_state_dict")
+
+
+class Readable(Protocol):
+    """One tensor, as a `LazyTensor` is one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def get_dtype(self) -> str:
+        """A code of the safetensors format."""
+        ...
+
+    def read_range(self, start: int, length: int) -> torch.Tensor:
+        """Elements in row-major order, as one row, on the host. Raises DamageError or OSError."""
+        ...
+
+
+@dataclass(frozen=True)
+class Side:
+    """`tensors`: of a checkpoint all, by `<kind>/<fqn>`; None of a file, which has no kinds. `weights`: by the keys of
+    the model's `state_dict()`.
+    """
+
+    title: str
+    tensors: Mapping[str, Readable] | None
+    weights: Mapping[str, Readable]
+
+
+def open_side(path: str, step: int | None, tag: str | None, stack: ExitStack) -> Side:
+    """Raises WrongUsage for what is neither a checkpoint directory nor a file of weights, DamageError or OSError."""
+    where = os.path.expanduser(path)
+    if os.path.isdir(where) or not os.path.exists(where):
+        return _checkpoint(Catalogue(path), step, tag, stack)
+    if step is not None or tag is not None:
+        raise WrongUsage(f"{path} is a file, and has no step or tag to choose")
+    if not os.path.isfile(where):
+        raise WrongUsage(f"{path}: neither a directory nor a file")
+    return _safetensors(path, where, stack) if where.endswith(".safetensors") else _saved_by_torch(path, where)
+
+
+def _checkpoint(catalogue: Catalogue, step: int | None, tag: str | None, stack: ExitStack) -> Side:
+    manifest = catalogue.chosen(step, tag)
+    try:
+        hold = catalogue.manager.hold(manifest.attempt_id)
+    except (FileNotFoundError, BlockingIOError):
+        raise WrongUsage(f"step {manifest.step} in {catalogue.root} was removed by retention just now") from None
+    opened = stack.enter_context(Checkpoint(catalogue.manager, manifest, hold))
+    weights = {key: opened[name] for key, name in opened.weights().items()} if not opened.models else {}
+    for model in opened.models:
+        weights |= {f"{model}.{key}": opened[name] for key, name in opened.weights(model).items()}
+    return Side(f"step {manifest.step} in {catalogue.root}", dict(_single(opened)), weights)
+
+
+def _single(opened: Checkpoint) -> Iterator[tuple[str, LazyTensor]]:
+    """Of what several ranks wrote for themselves under one name one, if all are equal; else each with its ranks."""
+    for name in opened.names:
+        if not opened.unlike(name):
+            yield name, opened[name]
+            continue
+        for ranks in opened.info(name).copies:
+            yield f"{name} (rank {ranks_text(ranks) or ranks[0]})", opened.tensor(name, ranks[0])
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A tensor of a file of torch's, mapped."""
+
+    tensor: torch.Tensor
+    code: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    def get_dtype(self) -> str:
+        return self.code
+
+    def read_range(self, start: int, length: int) -> torch.Tensor:
+        return self.tensor.detach().reshape(-1)[start : start + length].contiguous()
+
+
+def _saved_by_torch(path: str, where: str) -> Side:
+    """What `torch.save` wrote, without code: `weights_only` refuses all else."""
+    try:
+        try:
+            tree = torch.load(where, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # of a format that can't be mapped
+            tree = torch.load(where, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+        said = str(error).strip().splitlines()
+        raise WrongUsage(f"{path}: torch.load takes no tensors from it: {said[0] if said else error!r}") from None
+    if isinstance(tree, dict):
+        tree = next((tree[name] for name in _MODELS if isinstance(tree.get(name), dict)), tree)
+    tensors: dict[str, Readable] = {}
+    for name, tensor in _tensors_in(tree, ""):
+        code = DTYPE_CODES.get(tensor.dtype)
+        if code is None or tensor.layout != torch.strided or tensor.is_quantized:
+            raise WrongUsage(f"{path}: {name} is {tensor.dtype}, {tensor.layout}, which is not compared")
+        tensors[name] = _Loaded(tensor.detach().resolve_conj().resolve_neg(), code)
+    if not tensors:
+        raise WrongUsage(f"{path}: holds no tensors")
+    return Side(path, None, tensors)
+
+
+def _tensors_in(tree: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(tree, torch.Tensor):
+        yield name or "(the tensor)", tree
+    elif isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _tensors_in(value, f"{name}.{key}" if name else str(key))
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A tensor of a safetensors file, read by its first dimension."""
+
+    file: Any
+    name: str
+    code: str
+    shape: tuple[int, ...]
+
+    def get_dtype(self) -> str:
+        return self.code
+
+    def read_range(self, start: int, length: int) -> torch.Tensor:
+        if not self.shape:
+            whole: torch.Tensor = self.file.get_tensor(self.name)
+            return whole.reshape(-1)[start : start + length]
+        row = max(1, math.prod(self.shape[1:]))
+        first, last = start // row, -(-(start + length) // row)
+        found: torch.Tensor = self.file.get_slice(self.name)[first:last].reshape(-1)
+        return found[start - first * row : start - first * row + length].contiguous()
+
+
+def _safetensors(path: str, where: str, stack: ExitStack) -> Side:
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise WrongUsage(f"{path}: reading it takes the package safetensors: pip install safetensors") from None
+    try:
+        file = stack.enter_context(safe_open(where, framework="pt", device="cpu"))
+        tensors: dict[str, Readable] = {}
+        for name in file.keys():  # noqa: SIM118  # it is no mapping
+            part = file.get_slice(name)
+            if part.get_dtype() not in ITEM_BYTES:
+                raise WrongUsage(f"{path}: {name} is of dtype {part.get_dtype()}, which is not compared")
+            tensors[name] = _Row(file, name, part.get_dtype(), tuple(part.get_shape()))
+    except SafetensorError as error:
+        raise WrongUsage(f"{path}: is no safetensors file: {error}") from None
+    return Side(path, None, tensors)
