@@ -73,6 +73,10 @@ TABLE: list[tuple[str, str]] = [
         "test_foreign.py::test_the_runner_of_deepspeeds_tests_tells_what_passes_what_fails_what_hangs_and_leaves_nothing",
     ),
     (
+        r"python tests/foreign/dcp\.py SOURCE_TREE",
+        "test_foreign.py::test_the_runner_of_pytorchs_tests_tells_what_passes_and_what_does_not",
+    ),
+    (
         r"python tests/contrast_deepspeed\.py",
         "test_deepspeed_kill.py::"
         "test_deepspeeds_own_save_names_a_checkpoint_without_the_killed_ranks_part_and_this_one_does_not",
