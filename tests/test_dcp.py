@@ -19,6 +19,7 @@ from kit.cli import call
 from kit.runners import QUICK, Warm
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import layerwise_dist as lwd
 from layerwise_dist import errors
@@ -317,3 +318,30 @@ def test_errors_of_this_package_travel_between_ranks() -> None:
     for error in (errors.StateError("state['a']", "no"), errors.UnsupportedError("x"), errors.DirectoryError("y")):
         back = pickle.loads(pickle.dumps(error))
         assert type(back) is type(error) and str(back) == str(error)
+
+
+def test_what_a_training_saved_is_loaded_in_the_layout_of_get_state_dict(tmp_path: Path) -> None:
+    def trained(seed: int, steps: int, folder: Path | None) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 2))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1 * seed)
+        ckpt = lwd.attach(model, optimizer, dir=str(folder), enabled=folder is not None)
+        for _ in ckpt.steps(steps):
+            model(torch.randn(4, 3)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ckpt.close()
+        return model, optimizer
+
+    model, optimizer = trained(1, 3, tmp_path)
+    other, its = trained(2, 1, None)
+    parts = get_state_dict(other, its)
+    held = {"model": parts[0], "optim": parts[1], "step": 0}
+    load(tmp_path, held)
+    set_state_dict(other, its, model_state_dict=held["model"], optim_state_dict=held["optim"])
+    assert held["step"] == 3
+    assert same(dict(model.state_dict()), dict(other.state_dict()))
+    one, two = optimizer.state_dict(), its.state_dict()
+    assert same(one["state"], two["state"]) and one["param_groups"] == two["param_groups"]
+    found = load(tmp_path, {"net": dict(parts[0])}, model="net", step=2)
+    assert not same(found["net"], dict(model.state_dict()))

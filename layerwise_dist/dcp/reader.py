@@ -20,9 +20,13 @@ from layerwise_dist import _native
 from layerwise_dist.commit.metadata import CheckpointMetadataManager, Manifest
 from layerwise_dist.commit.records import OF_DCP
 from layerwise_dist.commit.shards import open_shard
+from layerwise_dist.dcp import trained
 from layerwise_dist.dcp.metadata import Place, lacking, metadata_of, read_state
+from layerwise_dist.dcp.trained import Value
 from layerwise_dist.errors import ConfigError, DamageError, MismatchError, NotFoundError
 from layerwise_dist.interop.one_commit import check_names, root_of
+from layerwise_dist.reading.checkpoint import Checkpoint
+from layerwise_dist.reading.tensor import LazyTensor
 from layerwise_dist.restore.choice import Wish, candidates
 from layerwise_dist.restore.filling import Read, load
 from layerwise_dist.restore.planner import replan
@@ -36,19 +40,23 @@ _AT_ONCE_BYTES = 256 << 20
 
 
 class LayerwiseReader(StorageReader):
-    """A `StorageReader` for `dcp.load`. Every block that is read is verified before a byte of it is copied.
+    """A `StorageReader` for `dcp.load`, of what `dcp.save` wrote with a `LayerwiseWriter`, and of a training's
+    checkpoints: those are `{"model": ..., "optim": ..., "step": ...}` in the layout of `get_state_dict`. Every block
+    that is read is verified before a byte of it is copied.
 
     It never takes an older checkpoint in place of a damaged one: that is a DamageError which names what is damaged.
     """
 
     def __init__(
-        self, dir: str | os.PathLike[str], *, step: int | None = None, tag: str | None = None, timeout_s: float = 300.0
-    ) -> None:
+        self, dir: str | os.PathLike[str], *, step: int | None = None, tag: str | None = None, model: str = "model",
+        optimizer: str = "optim", timeout_s: float = 300.0,
+    ) -> None:  # fmt: skip
         """
         Args:
             dir: where the checkpoints are. `checkpoint_id` of `dcp.load` goes before it.
             step: which one; by default the newest.
             tag: the newest under that tag.
+            model, optimizer: what the state that is loaded calls them, of a checkpoint that `attach()` has saved.
             timeout_s: how long the disk may take to answer, seconds.
 
         Raises ConfigError.
@@ -57,6 +65,7 @@ class LayerwiseReader(StorageReader):
         if step is not None and tag is not None:
             raise ConfigError("a step and a tag: give one of them")
         self._root, self._wish, self._timeout_s = root_of(dir), Wish(step=step, tag=tag), timeout_s
+        self._keys = (model, optimizer)
         self._found: _Commit | None = None
         self._load_id = ""
 
@@ -83,7 +92,7 @@ class LayerwiseReader(StorageReader):
     def read_metadata(self, *args: Any, **options: Any) -> Metadata:
         """Chooses the checkpoint. Raises NotFoundError, DamageError, MismatchError or OSError."""
         self._close()
-        self._found = found = _Commit(self._root, self._wish, self._timeout_s)
+        self._found = found = _Commit(self._root, self._wish, self._timeout_s, self._keys)
         metadata = found.metadata()
         self._load_id = uuid.uuid4().hex
         metadata.storage_meta = StorageMeta(checkpoint_id=self._root, load_id=self._load_id)
@@ -128,7 +137,7 @@ class LayerwiseReader(StorageReader):
 class _Commit:
     """One commit, open to be read."""
 
-    def __init__(self, root: str, wish: Wish, timeout_s: float) -> None:
+    def __init__(self, root: str, wish: Wish, timeout_s: float, keys: tuple[str, str]) -> None:
         if not os.path.isdir(root):
             raise NotFoundError(f"{root}: no such directory")
         self._manager = CheckpointMetadataManager(_native.PosixEnv(), root)
@@ -143,21 +152,33 @@ class _Commit:
                 f"the newest checkpoint in {root} is damaged ({'; '.join(newer.values())}): to load an older one, name "
                 f"it: LayerwiseReader(dir, step={self.manifest.step})"
             )
-        self._pool = _native.WriterPool(_READERS, patience_s=timeout_s)
+        self._keys = keys
         self._shards: dict[int, Shard] = {}
         self._objects: dict[int, dict[str, Any]] = {}
+        self._pool: _native.WriterPool | None = None
+        self._trained: Checkpoint | None = None
+        try:
+            self._hold = self._manager.hold(self.manifest.attempt_id)
+        except (FileNotFoundError, BlockingIOError):
+            raise NotFoundError(f"{root}: step {self.manifest.step} was just removed by retention") from None
+        if self.manifest.framework == OF_DCP:
+            self._pool = _native.WriterPool(_READERS, patience_s=timeout_s)
+        else:
+            self._trained = Checkpoint(self._manager, self.manifest, self._hold)
 
     def close(self) -> None:
+        """Retention may have it."""
         self._shards.clear()
-        self._pool.close()
+        if self._trained is not None:
+            self._trained.close()
+        if self._pool is not None:
+            self._pool.close()
+            self._hold.release()
 
     def metadata(self) -> Metadata:
         manifest = self.manifest
-        if manifest.framework != OF_DCP:
-            raise MismatchError(
-                f"step {manifest.step} in {self._manager.root} was written by a training ({manifest.framework}), not "
-                "by dcp.save()"
-            )
+        if self._trained is not None:
+            return trained.metadata_of(self._trained, *self._keys)
         shard = self._shard(0)
         state = read_state(shard)
         if state.index is None:
@@ -167,35 +188,40 @@ class _Commit:
 
     def _shard(self, rank: int) -> Shard:
         if rank not in self._shards:
+            assert self._pool is not None, "it is of dcp.save()"
             self._shards[rank] = open_shard(self._manager, self._pool, self.manifest, rank)
         return self._shards[rank]
 
-    def read(self, items: list[ReadItem], places: dict[Any, Place], planner: LoadPlanner) -> None:
+    def read(self, items: list[ReadItem], places: dict[Any, Place | LazyTensor | Value], planner: LoadPlanner) -> None:
         """Raises DamageError, MismatchError or OSError."""
         reads: list[tuple[ReadItem, torch.Tensor, Read]] = []
         for item in items:
             place = places.get(item.storage_index)
-            if place is None or (place.slice is None) != (item.type == LoadItemType.BYTE_IO):
+            is_object = isinstance(place, Value) or (isinstance(place, Place) and place.slice is None)
+            if place is None or is_object != (item.type == LoadItemType.BYTE_IO):
                 raise MismatchError(f"{item.storage_index.fqn}: the checkpoint has no such part of it")
-            if place.slice is None:
-                planner.load_bytes(item, self._archive(place.rank, item.storage_index.fqn))
-                continue
-            target = planner.resolve_tensor(item).detach()
-            reads.append((item, target, self._read(item, place, target)))
+            if isinstance(place, Value):
+                planner.load_bytes(item, _archive(place.value))
+            elif isinstance(place, Place) and place.slice is None:
+                planner.load_bytes(item, _archive(self._object(place.rank, item.storage_index.fqn)))
+            else:
+                target = planner.resolve_tensor(item).detach()
+                if isinstance(place, Place):
+                    reads.append((item, target, self._read(item, place, target)))
+                else:
+                    with torch.no_grad():
+                        target.copy_(_boxed(item, place, target))
+                    planner.commit_tensor(item, target)
         load([read for _, _, read in reads])
         for item, target, _ in reads:
             planner.commit_tensor(item, target)
 
-    def _archive(self, rank: int, fqn: str) -> io.BytesIO:
-        """The object as DCP expects it: an archive of `torch.save`, made anew in memory."""
+    def _object(self, rank: int, fqn: str) -> Any:
         if rank not in self._objects:
             self._objects[rank] = read_state(self._shard(rank)).objects
         if fqn not in self._objects[rank]:
             raise DamageError(lacking(self._shard(rank), f"object {fqn}"))
-        archive = io.BytesIO()
-        torch.save(self._objects[rank][fqn], archive)
-        archive.seek(0)
-        return archive
+        return self._objects[rank][fqn]
 
     def _read(self, item: ReadItem, place: Place, target: torch.Tensor) -> Read:
         part = place.slice
@@ -204,16 +230,34 @@ class _Commit:
         entry = shard.index.entries.get(part.name)
         if entry is None or dataclasses.replace(entry.slice, among="") != part:
             raise DamageError(lacking(shard, part.name))
-        begin, size = tuple(item.storage_offsets), tuple(item.lengths)
-        if len(begin) != len(part.lengths) or any(
-            b < 0 or n < 0 or b + n > length for b, n, length in zip(begin, size, part.lengths, strict=True)
-        ):
-            raise MismatchError(f"{part.fqn}: asked for {list(size)} at {list(begin)} of a part of {part.lengths}")
-        if tuple(target.shape) != size:
-            raise MismatchError(f"{part.fqn}: the planner gives a tensor of {list(target.shape)} for {list(size)}")
+        begin, size = _checked(item, part.lengths, target)
         offsets = tuple(o + b for o, b in zip(part.offsets, begin, strict=True))
         wanted = dataclasses.replace(part, offsets=offsets, lengths=size)
         return Read(target, replan(wanted, [(shard, entry)]), DTYPES[part.dtype])
+
+
+def _archive(value: Any) -> io.BytesIO:
+    """An object as DCP expects it: an archive of `torch.save`, made anew in memory."""
+    archive = io.BytesIO()
+    torch.save(value, archive)
+    archive.seek(0)
+    return archive
+
+
+def _checked(item: ReadItem, lengths: tuple[int, ...], target: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where a part of a chunk of these lengths begins, and its size. Raises MismatchError."""
+    begin, size, fqn = tuple(item.storage_offsets), tuple(item.lengths), item.storage_index.fqn
+    if len(begin) != len(lengths) or any(
+        b < 0 or n < 0 or b + n > length for b, n, length in zip(begin, size, lengths, strict=True)
+    ):
+        raise MismatchError(f"{fqn}: asked for {list(size)} at {list(begin)} of a part of {list(lengths)}")
+    if tuple(target.shape) != size:
+        raise MismatchError(f"{fqn}: the planner gives a tensor of {list(target.shape)} for {list(size)}")
+    return begin, size
+
+
+def _boxed(item: ReadItem, lazy: LazyTensor, target: torch.Tensor) -> torch.Tensor:
+    return lazy.read_box(*_checked(item, tuple(lazy.shape), target))
 
 
 def _batches(items: list[ReadItem]) -> Iterator[list[ReadItem]]:

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from layerwise_dist import _native
-from layerwise_dist.commit.metadata import Inventory, Manifest
+from layerwise_dist.commit.metadata import Inventory
 from layerwise_dist.commit.records import OF_DCP
 from layerwise_dist.dcp.items import check_objects, jobs, objects, resolved
 from layerwise_dist.dcp.metadata import FORMAT, Written, index_of
@@ -253,9 +253,9 @@ class LayerwiseWriter(StorageWriter):
 
 
 def _check_own(found: Inventory, root: str) -> None:
-    newest = found.newest
-    if isinstance(newest, Manifest) and newest.framework != OF_DCP:
+    other = next((manifest for manifest in found.manifests.values() if manifest.framework != OF_DCP), None)
+    if other is not None:
         raise DirectoryError(
-            f"{root} holds the checkpoints of a training ({newest.framework}), whose restore() would find what "
+            f"{root} holds the checkpoints of a training ({other.framework}), whose restore() would find what "
             "dcp.save() writes as its newest: give dcp.save() a directory of its own"
         )
