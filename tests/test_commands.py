@@ -42,6 +42,7 @@ TABLE: list[tuple[str, str]] = [
     (r"layerwise show( DIR)?( \[--step N\])?", "test_cli.py::test_show_chooses_the_lineage_s_commit_of_a_step"),
     (r"layerwise show --json", "test_cli.py::test_show_gives_every_tensor_with_its_place"),
     (r"layerwise verify( DIR)?( \[--step N\])?", "test_cli.py::test_verify_of_sound_checkpoints_reads_all_of_them"),
+    (r"layerwise import .*", "test_import.py::test_a_file_of_torch_save_goes_on_with_its_optimizer"),
     (r"layerwise selftest( \[DIR\])?", "test_selftest.py::test_it_kills_resumes_compares_and_leaves_nothing"),
     (
         r"layerwise doctor.*",
