@@ -50,7 +50,10 @@ class StateError(LayerwiseError, TypeError):
 
     def __init__(self, path: str, message: str) -> None:
         super().__init__(f"{path}: {message}")
-        self.path = path
+        self.path, self._message = path, message
+
+    def __reduce__(self) -> tuple[type[StateError], tuple[str, str]]:
+        return type(self), (self.path, self._message)  # between ranks, errors travel as pickles of their arguments
 
 
 class BoundaryError(LayerwiseError, RuntimeError):

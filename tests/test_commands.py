@@ -66,6 +66,7 @@ TABLE: list[tuple[str, str]] = [
         r"layerwise cp( DIR OUT( --step N| \[--step N \| --tag TAG\])?)?",
         "test_housekeeping.py::test_a_copy_restores_by_itself",
     ),
+    (r"layerwise import .*", "test_import.py::test_a_file_of_torch_save_goes_on_with_its_optimizer"),
     (r"layerwise selftest( \[DIR\])?", "test_selftest.py::test_it_kills_resumes_compares_and_leaves_nothing"),
     (
         r"layerwise doctor.*",
@@ -95,6 +96,10 @@ TABLE: list[tuple[str, str]] = [
     (
         r"python tests/foreign/deepspeed\.py SOURCE_TREE",
         "test_foreign.py::test_the_runner_of_deepspeeds_tests_tells_what_passes_what_fails_what_hangs_and_leaves_nothing",
+    ),
+    (
+        r"python tests/foreign/dcp\.py SOURCE_TREE",
+        "test_foreign.py::test_the_runner_of_pytorchs_tests_tells_what_passes_and_what_does_not",
     ),
     (
         r"python tests/contrast_deepspeed\.py",

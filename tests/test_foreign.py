@@ -95,3 +95,54 @@ def test_the_runner_of_deepspeeds_tests_tells_what_passes_what_fails_what_hangs_
     assert sorted(path for path in source.rglob("*")) == before, "the tree stays as it is"
     assert list(scratch.glob("layerwise_*")) == []
     assert job.pids() == [], "nor is a process left of the test that hangs"
+
+
+DCP = """
+import tempfile, pytest, torch
+import torch.distributed.checkpoint as dcp
+from torch.testing._internal.common_utils import TestCase
+
+class TestSmall(TestCase):
+    def test_round(self):
+        with tempfile.TemporaryDirectory() as folder:
+            dcp.save({"a": torch.ones(3), "n": 2}, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
+            state = {"a": torch.zeros(3), "n": 0}
+            dcp.load(state, checkpoint_id=folder, no_dist=True)
+            self.assertEqual((state["n"], state["a"]), (2, torch.ones(3)))
+
+    def test_files(self):
+        with tempfile.TemporaryDirectory() as folder:
+            dcp.save({"a": 1}, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
+            open(folder + "/.metadata").close()
+
+    def test_wrong(self):
+        self.assertEqual(1, 2)
+
+    def test_skipped(self):
+        self.skipTest("not here")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("expecttest") is None, reason="PyTorch's tests need expecttest")
+def test_the_runner_of_pytorchs_tests_tells_what_passes_and_what_does_not(
+    tmp_path: Path, start: Callable[..., Running]
+) -> None:
+    folder, out, scratch = tmp_path / "tree/test/distributed/checkpoint", tmp_path / "out.json", tmp_path / "scratch"
+    folder.mkdir(parents=True)
+    scratch.mkdir()
+    (folder / "test_planner.py").write_text(DCP)
+    script = SCRIPT.with_name("dcp.py")
+    job = start([sys.executable, str(script), str(tmp_path / "tree"), "--json", str(out)], env={"TMPDIR": str(scratch)})
+    finished = job.wait(100)
+    outcomes = {
+        test.rpartition("::")[2]: [each[kind]["outcome"] for kind in ("plain", "layerwise")]
+        for test, each in json.loads(out.read_text()).items()
+    }
+    assert outcomes == {
+        "test_round": ["passed", "passed"], "test_files": ["passed", "failed"], "test_wrong": ["failed", "failed"],
+        "test_skipped": ["skipped", "skipped"],
+    }, finished.output  # fmt: skip
+    assert finished.returncode == 1 and "1 pass, 0 cannot pass, 1 fail" in finished.output
+    assert "FAILS: test_planner.py::TestSmall::test_files: " in finished.output
+    assert [path.name for path in folder.iterdir()] == ["test_planner.py"], "the tree stays as it is"
+    assert list(scratch.iterdir()) == [] and job.pids() == []

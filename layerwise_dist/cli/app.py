@@ -204,6 +204,56 @@ def cp(
     _finish(lambda catalogue: copying.copy(catalogue, out, step, tag), directory, json, "copy")
 
 
+@app.command("import")
+def import_(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A file or a folder that another tool has written.")],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A new directory, or one without checkpoints.")],
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read pickles, by an unpickler that runs nothing.")
+    ] = False,
+    step: Annotated[
+        int | None, typer.Option("--step", metavar="N", min=0, help="What the checkpoint is called; else as it says.")
+    ] = None,
+    tag: Annotated[str | None, typer.Option("--tag", metavar="NAME", help="A name for the checkpoint.")] = None,
+    source_tag: Annotated[
+        str | None, typer.Option("--source-tag", metavar="TAG", help="Which of DeepSpeed's; else its latest.")
+    ] = None,
+    optimizer: Annotated[
+        str | None, typer.Option("--optimizer", metavar="CLASS", help="Its class, where the source does not say.")
+    ] = None,
+    names: Annotated[
+        str | None, typer.Option("--names", metavar="FILE", help="Parameters in the optimizer's order, one a line.")
+    ] = None,
+    buffer: Annotated[
+        list[str] | None, typer.Option("--buffer", metavar="PATTERN", help="Names of the model that are buffers.")
+    ] = None,
+    drop: Annotated[
+        list[str] | None, typer.Option("--drop", metavar="NAME", help="Leave this object of the source out.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Makes another tool's checkpoint the first one of DIR: restore() goes on from it, with optimizer state.
+
+    SOURCE is a folder of torch.distributed.checkpoint, safetensors (a file, or a folder as transformers has it), a file
+    of torch.save, or DeepSpeed's own checkpoint (ZeRO 1 to 3, any number of ranks; DeepSpeed need not be installed).
+    What cannot be carried over is listed. Nothing is ever overwritten, and what fails leaves no checkpoint.
+
+    All but safetensors are pickles. With --allow-pickle they are read by an unpickler that runs nothing: it takes
+    tensors, plain values, and a fixed list of names, of which it makes nothing; any other name is an error.
+
+    layerwise import ds_checkpoints run --allow-pickle --optimizer AdamW
+    """
+    from layerwise_dist.cli import importing
+
+    def look() -> console.Answer:
+        return importing.import_checkpoint(
+            source, directory, names=names, allow_pickle=allow_pickle, step=step, tag=tag, source_tag=source_tag,
+            optimizer=optimizer, buffers=tuple(buffer or ()), drop=tuple(drop or ()),
+        )  # fmt: skip
+
+    _answer(look, json)
+
+
 @app.command("doctor")
 def doctor(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="Where checkpoints are, or will be.")],

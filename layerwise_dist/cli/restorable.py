@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from layerwise_dist.cli.catalogue import ShardOpener
-from layerwise_dist.commit.records import Manifest, ShardRecord
+from layerwise_dist.commit.records import OF_DCP, Manifest, ShardRecord
+from layerwise_dist.dcp.metadata import contradictions
 from layerwise_dist.errors import DamageError
 from layerwise_dist.restore import contents
 from layerwise_dist.restore.sealed_state import SealedState
@@ -17,6 +18,8 @@ def unrestorable(manifest: Manifest, here: Sequence[ShardRecord], opener: ShardO
 
     Whether all shards together hold every tensor whole is looked at only where all of them are here.
     """
+    if manifest.framework == OF_DCP:
+        return _unloadable(manifest, here, opener)
     problems: list[str] = []
     entries: dict[int, dict[str, Entry]] = {}
     sealed: dict[int, SealedState] = {}
@@ -34,3 +37,13 @@ def unrestorable(manifest: Manifest, here: Sequence[ShardRecord], opener: ShardO
     if len(sealed) == manifest.world_size:
         problems += contents.lacking(manifest, entries, sealed)
     return problems
+
+
+def _unloadable(manifest: Manifest, here: Sequence[ShardRecord], opener: ShardOpener) -> list[str]:
+    """The same of what `dcp.save()` wrote, and `dcp.load()`."""
+    try:
+        return contradictions(manifest, {record.rank: opener.open(record.rank) for record in here})
+    except DamageError as error:
+        return [str(error)]
+    except OSError as error:
+        return [f"step {manifest.step}: cannot be read: {error}"]

@@ -30,6 +30,9 @@ _LONGEST_FRAMEWORK = 1 << 16
 _TEXTS, _OBJECT = 1 << 20, 1 << 10  # bytes: more than all texts of a record, and than all of a shard in it
 _LAST_TIME = 1e11  # seconds since 1970; the year 5138
 
+# The framework of what `dcp.save()` wrote: keys of a state of its own, which no restore takes.
+OF_DCP = "dcp"
+
 BoundaryKind = Literal["explicit", "loader", "inferred", "call"]
 Number = Annotated[int, Field(ge=1, lt=filenames.NUMBERS_END)]
 NumberOrNone = Annotated[int, Field(ge=0, lt=filenames.NUMBERS_END)]

@@ -12,7 +12,8 @@ import torch
 from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
-from layerwise_dist.errors import DamageError, shown
+from layerwise_dist.commit.records import OF_DCP
+from layerwise_dist.errors import DamageError, MismatchError, shown
 from layerwise_dist.frameworks.composite import framework_of
 from layerwise_dist.frameworks.described import DescribedOptimizer
 from layerwise_dist.loop import rng
@@ -217,7 +218,14 @@ class CountersSchema(PartSchema):
 
 
 def read_state(shard: Shard, framework: str) -> SealedState:
-    """The sealed state of a shard of that framework, as the manifest names it. Raises DamageError or OSError."""
+    """The sealed state of a shard of that framework, as the manifest names it. Raises DamageError or OSError, and
+    MismatchError for what `dcp.save()` wrote.
+    """
+    if framework == OF_DCP:
+        raise MismatchError(
+            f"step {shard.index.step} ({shard.index.path}) was written by dcp.save(), not by a training: read it with "
+            "dcp.load() and layerwise_dist.dcp.LayerwiseReader"
+        )
     where = f"shard {shard.index.path}"
     sealed: SealedState = typed_json.loads(*shard.state(), where=where)
     try:

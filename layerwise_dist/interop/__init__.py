@@ -1,0 +1,1 @@
+"""Checkpoints that are made outside a training loop: of what other tools have written, and for them."""
