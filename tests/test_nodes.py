@@ -28,8 +28,9 @@ from layerwise_dist.commit import places
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.transports.local import LocalTransport
 from layerwise_dist.engine import assembly
-from layerwise_dist.errors import DamageError, DirectoryError, UnsupportedError
+from layerwise_dist.errors import DamageError, DirectoryError, MismatchError, UnsupportedError
 from layerwise_dist.frameworks.framework import Framework
+from layerwise_dist.restore import nodes
 
 NODE_OF = [0, 0, 1, 1]
 
@@ -178,6 +179,17 @@ def trained(root: Path, total: int, *, restore: int | None = None) -> list[dict[
     return in_ranks(body)
 
 
+def refused(root: Path, step: int | None = None, *, world: int = 2) -> list[BaseException | None]:
+    """How a restore fails, on each rank."""
+
+    def body(transport: LocalTransport) -> None:
+        _, _, ckpt = engine(transport, root, 2)
+        with ckpt:
+            ckpt.restore(step)
+
+    return [thread.error for thread in try_ranks(body, world=world)]
+
+
 def test_an_engine_restores_and_rolls_back_from_disks_of_nodes(two_nodes: None, tmp_path: Path) -> None:
     first = trained(tmp_path, 4)
     second = trained(tmp_path, 5)
@@ -190,16 +202,52 @@ def test_an_engine_restores_and_rolls_back_from_disks_of_nodes(two_nodes: None, 
         shutil.rmtree(next(iter((tmp_path / str(rank)).glob("branch_*"))), ignore_errors=True)
 
 
-def test_a_shard_that_is_gone_from_one_node_makes_all_take_the_step_before(two_nodes: None, tmp_path: Path) -> None:
+def test_a_shard_that_is_gone_from_one_node_makes_all_take_the_step_before(
+    two_nodes: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     first = trained(tmp_path, 4)
     next(iter((tmp_path / "1").glob("step_0000000004-*/rank_00001.safetensors"))).unlink()
+    gone = "step 4: no node that is here holds the shards of rank 1 (all of one disk)"
+    errors = refused(tmp_path, 4)
+    assert all(isinstance(error, DamageError) for error in errors)
+    assert all(f"{gone}; whole on the nodes that are here: steps [3]" in str(error) for error in errors)
     found = trained(tmp_path, 3)
+    assert gone in caplog.text
     for rank in range(2):
         assert list(found[rank]) == [3] and differing(found[rank][3], first[rank][3]) == []
     for shard in (tmp_path / "1").glob("step_*/rank_*"):
         shard.unlink()
-    errors = [thread.error for thread in try_ranks(lambda transport: engine(transport, tmp_path, 2)[2].restore())]
+    errors = refused(tmp_path)
     assert all(isinstance(error, DamageError) for error in errors), "never a start from 0"
+    assert all("whole on the nodes that are here: steps none" in str(error) for error in errors)
+
+
+def test_what_lay_on_a_node_that_is_lost_is_named_by_the_ones_that_are_left(two_nodes: None, tmp_path: Path) -> None:
+    trained(tmp_path, 4)
+    shutil.rmtree(tmp_path / "1")
+    (error,) = refused(tmp_path, world=1)
+    assert isinstance(error, DamageError) and "the shards of rank 1 (all of one disk)" in str(error)
+    assert "whole on the nodes that are here: steps none" in str(error)
+
+
+def test_ranks_that_changed_their_nodes_are_named(two_nodes: None, tmp_path: Path) -> None:
+    first = trained(tmp_path, 4)
+    for old, new in (("0", "away"), ("1", "0"), ("away", "1")):
+        (tmp_path / old).rename(tmp_path / new)
+    for error in refused(tmp_path):
+        assert isinstance(error, MismatchError) and "step 4" in str(error)
+        assert "the shards of rank(s) [0, 1] are not on the nodes" in str(error)
+    for old, new in (("0", "away"), ("1", "0"), ("away", "1")):
+        (tmp_path / old).rename(tmp_path / new)
+    assert differing(trained(tmp_path, 4)[1][4], first[1][4]) == []
+
+
+def test_mutation_a_node_that_is_taken_to_hold_everything_is_found(
+    two_nodes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nodes, "_is_there", lambda manager, path: True)
+    with pytest.raises(AssertionError):
+        test_ranks_that_changed_their_nodes_are_named(None, tmp_path)
 
 
 def test_an_empty_node_may_be_taken_in_by_a_fresh_start(two_nodes: None, tmp_path: Path) -> None:

@@ -17,6 +17,17 @@ log = logging.getLogger("layerwise_dist")
 
 
 @dataclass(frozen=True, slots=True)
+class Candidate:
+    """`leaves`: whether commits of the lineage are left behind with it. `apart`: whether its shards lay on disks of
+    nodes when it was made.
+    """
+
+    attempt: AttemptId
+    leaves: bool
+    apart: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Wish:
     """Which checkpoint is asked for: that of a step, the newest under a tag, the lineage's newest that has any tag
     (`saved`), or else the lineage's newest.
@@ -89,10 +100,8 @@ def _others(inventory: Inventory) -> str:
     return f"choose one yourself with restore(step=...); committed and sound are {steps or 'none'}"
 
 
-def offer(
-    participant: Participant, read: Callable[[], Inventory], wish: Wish, root: str
-) -> list[tuple[AttemptId, bool]]:
-    """Rank 0's candidates, on every rank, each with whether commits of the lineage are left behind with it.
+def offer(participant: Participant, read: Callable[[], Inventory], wish: Wish, root: str) -> list[Candidate]:
+    """Rank 0's candidates, on every rank.
 
     Damaged records are warned about by rank 0, with what is wrong with them. Raises as `candidates`, on every rank.
     """
@@ -102,7 +111,7 @@ def offer(
         for message in inventory.damaged.values():
             log.warning("skipped: %s", message)
         found = candidates(inventory, wish, root)
-        return [[m.epoch, m.seq, m.step, wish.certain or not inventory.is_next(m)] for m in found]
+        return [[m.epoch, m.seq, m.step, wish.certain or not inventory.is_next(m), m.places is not None] for m in found]
 
     chosen = participant.agree("choose a checkpoint", None, decide)
-    return [(AttemptId(epoch, seq, step), leaves) for epoch, seq, step, leaves in chosen]
+    return [Candidate(AttemptId(epoch, seq, step), leaves, apart) for epoch, seq, step, leaves, apart in chosen]

@@ -22,7 +22,7 @@ from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.frameworks.param_groups import group_origins
 from layerwise_dist.frameworks.parts import WHOLE, Parts
 from layerwise_dist.loop.objects import StateObjects
-from layerwise_dist.restore import choice, loader, ranks, stand_ins
+from layerwise_dist.restore import choice, loader, nodes, ranks, stand_ins
 from layerwise_dist.restore.anywhere import Fit, Fitting
 from layerwise_dist.restore.choice import Wish
 from layerwise_dist.restore.loader import LISTED, LoadPlan, another_model, listing
@@ -95,15 +95,20 @@ class Restorer:
             if not fresh_if_missing:
                 raise
             return None
-        for attempt, leaves in offered:
-            loading = self._load(attempt, terms)
-            if loading is not None:
-                return attempt, loading, leaves
+        apart = self._participant.apart or any(candidate.apart for candidate in offered)
+        held = nodes.look(self._participant, self._manager, [each.attempt for each in offered]) if apart else {}
+        for candidate in offered:
+            if self._is_whole(held.get(candidate.attempt)):
+                loading = self._load(candidate.attempt, terms)
+                if loading is not None:
+                    return candidate.attempt, loading, candidate.leaves
         if offered:
             message = (
-                f"no checkpoint in {root} verifies (tried steps {[a.step for a, _ in offered]}); see the warnings. "
-                "Others are never chosen by themselves: restore(step=...) takes one"
+                f"no checkpoint in {root} verifies (tried steps {[each.attempt.step for each in offered]}); see the "
+                "warnings. Others are never chosen by themselves: restore(step=...) takes one"
             )
+            if apart:
+                message += self._said_gone(held, read)
             if self.undefined is not None:
                 message += "; parameters and optimizer state were partly overwritten and are undefined"
                 self.undefined = message
@@ -111,6 +116,30 @@ class Restorer:
         if not fresh_if_missing:
             raise NotFoundError(f"{root} holds no committed {wish}")
         return None
+
+    def _is_whole(self, held: nodes.Held | None) -> bool:
+        """Whether all of its shards are here. Raises MismatchError if they are, and not where their ranks are."""
+        if held is not None and held.gone:
+            if self._framework.rank == 0:
+                log.warning("%s", held)
+            return False
+        if held is not None and held.away:
+            raise MismatchError(
+                f"step {held.step} in {self._manager.root} is whole on the nodes that are here, but the shards of "
+                f"rank(s) {held.away} are not on the nodes where these ranks are now: start each rank where it was, or "
+                "copy all shards into one directory that all ranks see"
+            )
+        return True
+
+    def _said_gone(self, held: Mapping[AttemptId, nodes.Held], read: Callable[[], Inventory]) -> str:
+        """What no node that is here holds of what was tried, and which commits are whole. All ranks together."""
+        manifests = self._participant.agree(
+            "which commits there are", None, lambda _: [[m.epoch, m.seq, m.step] for m in read().manifests.values()]
+        )
+        every = nodes.look(self._participant, self._manager, [AttemptId(*each) for each in manifests])
+        whole = sorted(each.step for each in every.values() if not each.gone)
+        gone = [str(each) for each in held.values() if each.gone]
+        return "".join(f"; {each}" for each in gone) + f"; whole on the nodes that are here: steps {whole or 'none'}"
 
     def _load(self, attempt: AttemptId, terms: Terms) -> LoadPlan | None:
         """One candidate, on all ranks: check everything, then read.
@@ -229,7 +258,7 @@ class Restorer:
             raise MismatchError(
                 f"{self._where(manifest)} was written by {manifest.world_size} rank(s) of {manifest.framework}, and "
                 f"this job has {framework.world_size} of {framework.name}: that takes a directory that all ranks see. "
-                "Copy all shards into one"
+                "All of its shards are on the nodes that are here: copy them into one"
             )
 
     def _refuse(self, manifest: Manifest, fit: Fit) -> None:

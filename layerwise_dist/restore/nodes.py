@@ -1,0 +1,108 @@
+"""Checkpoints on disks of nodes: which shards the nodes that are here hold, and whether ranks see their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from layerwise_dist.commit.metadata import CheckpointMetadataManager
+from layerwise_dist.commit.participant import Participant
+from layerwise_dist.commit.records import Manifest
+from layerwise_dist.commit.votes import tried, values
+from layerwise_dist.errors import DamageError
+from layerwise_dist.storage.filenames import AttemptId
+from layerwise_dist.tensors.slices import ranks_text
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Of one commit, by ranks that wrote it: what frozen parameters their shards refer to is as good as in these.
+
+    Attributes:
+        step: as it was committed.
+        gone: for each node, the ranks whose shards no node that is here holds, and all that had their shards there.
+        away: ranks of this job that do not see the shard of their number, though some node has it.
+    """
+
+    step: int
+    gone: list[tuple[list[int], list[int]]]
+    away: list[int]
+
+    def __str__(self) -> str:
+        """What is gone."""
+        each = [
+            f"{_ranks(gone)}" + (f" (a disk had those of {_ranks(node)})" if node != gone else " (all of one disk)")
+            for gone, node in self.gone
+        ]
+        return f"step {self.step}: no node that is here holds the shards of {' and of '.join(each)}"
+
+
+def look(
+    participant: Participant, manager: CheckpointMetadataManager, attempts: Sequence[AttemptId]
+) -> dict[AttemptId, Held]:
+    """Of these commits, those of which rank 0 can read the manifest. All ranks together; each looks at its own disk."""
+
+    def seen() -> list[list[int]]:
+        return [_seen(manager, attempt) for attempt in attempts]
+
+    def decide(votes: list[Any]) -> list[Any]:
+        found: list[list[list[int]]] = values(votes)
+        return [_merged(_manifest(manager, attempt), [each[n] for each in found]) for n, attempt in enumerate(attempts)]
+
+    mine = tried(participant.disk_s, "the look for shards", seen)
+    decided = participant.agree("which node has which shards", mine, decide)
+    return {
+        attempt: Held(attempt.step, [(gone, node) for gone, node in each["gone"]], each["away"])
+        for attempt, each in zip(attempts, decided, strict=True)
+        if each is not None
+    }
+
+
+def _manifest(manager: CheckpointMetadataManager, attempt: AttemptId) -> Manifest | None:
+    try:
+        return manager.read_manifest(attempt)
+    except (FileNotFoundError, DamageError):
+        return None  # found damaged, and said to be, when it is checked
+
+
+def _seen(manager: CheckpointMetadataManager, attempt: AttemptId) -> list[int]:
+    """Ranks whose files of that commit are here, as far as their names say it."""
+    manifest = _manifest(manager, attempt)
+    if manifest is None:
+        return []
+    paths = {
+        record.rank: [
+            manager.shard_path(manifest, record.rank),
+            *([manager.base_path(record.base.attempt, record.rank)] if record.base is not None else []),
+        ]
+        for record in manifest.shards
+    }
+    return [rank for rank, files in paths.items() if all(_is_there(manager, path) for path in files)]
+
+
+def _is_there(manager: CheckpointMetadataManager, path: str) -> bool:
+    try:
+        manager.env.stat(path)
+        return True
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def _merged(manifest: Manifest | None, seen: Sequence[Sequence[int]]) -> dict[str, Any] | None:
+    if manifest is None:
+        return None
+    have = {rank for each in seen for rank in each}
+    everyone = list(range(manifest.world_size))
+    places = [
+        [rank for rank in everyone if rank not in have and rank in place] for place in manifest.places or [everyone]
+    ]
+    same = manifest.world_size == len(seen)
+    return {
+        "gone": [[gone, place] for gone, place in zip(places, manifest.places or [everyone], strict=True) if gone],
+        "away": [rank for rank in everyone if rank in have and rank not in seen[rank]] if same else [],
+    }
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"ranks {ranks_text(ranks)}" if len(ranks) > 1 else f"rank {ranks[0]}"
