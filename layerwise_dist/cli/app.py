@@ -23,7 +23,7 @@ from layerwise_dist.cli import (
 )
 from layerwise_dist.cli import tensors as listed
 from layerwise_dist.cli.catalogue import Catalogue, WrongUsage
-from layerwise_dist.errors import DamageError, LayerwiseError, shown
+from layerwise_dist.errors import ConfigError, DamageError, LayerwiseError, shown
 from layerwise_dist.supervision.processes import terminable
 
 T = TypeVar("T")
@@ -251,7 +251,7 @@ def import_(
             optimizer=optimizer, buffers=tuple(buffer or ()), drop=tuple(drop or ()),
         )  # fmt: skip
 
-    _answer(look, json)
+    _answer(look, json, "import", bad=LayerwiseError)
 
 
 @app.command("doctor")
@@ -302,16 +302,25 @@ def _finish(command: Callable[[Catalogue], console.Answer], directory: str, json
     _answer(lambda: command(Catalogue(directory)), json, doing)
 
 
-def _answer(command: Callable[[], console.Answer], json: bool, doing: str = "read") -> None:
-    """`doing`: what a command can't do when the operating system says no."""
+def _answer(
+    command: Callable[[], console.Answer],
+    json: bool,
+    doing: str = "read",
+    bad: type[LayerwiseError] = DamageError,
+) -> None:
+    """`doing`: what a command can't do when the operating system says no. `bad`: errors that say that what it looked
+    at is bad (exit code 1); all others say that it was asked for what can't be done.
+    """
     try:
         with terminable():
             answer = command()
     except KeyboardInterrupt as stopped:
         raise _failed(str(stopped) or "interrupted", 130, json) from None
-    except DamageError as error:
+    except (WrongUsage, ConfigError) as error:
+        raise _failed(str(error), 2, json) from None
+    except bad as error:
         raise _failed(str(error), 1, json) from None
-    except (WrongUsage, LayerwiseError) as error:
+    except LayerwiseError as error:
         raise _failed(str(error), 2, json) from None
     except OSError as error:
         raise _failed(f"cannot {doing}: {error}", 2, json) from None
