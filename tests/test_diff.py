@@ -48,7 +48,7 @@ def train(root: Path, steps: int, change: Any = None) -> nn.Module:
             model(torch.arange(8)).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
-            if change is not None and step == steps:
+            if change is not None and step == steps - 1:
                 with torch.no_grad():
                     change(model)
         ckpt.save("last")

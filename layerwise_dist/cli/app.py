@@ -315,7 +315,11 @@ def _answer(command: Callable[[], console.Answer], json: bool, doing: str = "rea
         raise _failed(str(error), 2, json) from None
     except OSError as error:
         raise _failed(f"cannot {doing}: {error}", 2, json) from None
-    console.put(answer, json)
+    try:
+        console.put(answer, json)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        sys.stdout = None  # the reader (head, less) has seen enough; nothing may be flushed to it at exit
     raise typer.Exit(0 if answer.good else 1)
 
 
