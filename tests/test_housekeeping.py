@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -402,6 +403,20 @@ def test_prune_removes_nothing_where_it_is_not_known_what_is_needed(tmp_path: Pa
     branch.unlink()
     (tmp_path / "identity.json").unlink()
     assert call("prune", tmp_path, "--keep-last", 1, "--yes")[0] == 2
+
+
+def test_disks_of_nodes_are_left_to_the_job(tmp_path: Path) -> None:
+    train(tmp_path, 2)
+    found = manager(tmp_path).inventory()
+    manifests = {
+        seq: manifest.model_copy(update={"places": [[0], [1]], "world_size": 2, "shards": [
+            *manifest.shards, manifest.shards[0].model_copy(update={"rank": 1, "file": "rank_00001.safetensors"}),
+        ]}) for seq, manifest in found.manifests.items()
+    }  # fmt: skip
+    with pytest.raises(errors.DirectoryError, match="on all nodes"):
+        pruning.plan(manager(tmp_path), replace(found, manifests=manifests), pruning.Kept(1, None, None))
+    with pytest.raises(errors.NotFoundError, match="on other nodes"):
+        CheckpointCopy(manager(tmp_path), manifests[max(manifests)], str(tmp_path.parent / "copy"))
 
 
 # -- cp --------------------------------------------------------------------------------------------------------------
