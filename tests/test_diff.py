@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import struct
@@ -10,9 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from kit.cli import call, call_json
 from kit.commands import ROOT
 from safetensors.torch import save_file
@@ -48,7 +49,7 @@ def train(root: Path, steps: int, change: Any = None) -> nn.Module:
             model(torch.arange(8)).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
-            if change is not None and step == steps:
+            if change is not None and step == steps - 1:
                 with torch.no_grad():
                     change(model)
         ckpt.save("last")
@@ -64,7 +65,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
 def changed(model: nn.Module) -> None:
     """One neighbour, a zero's sign, and no number."""
     weight = model.embedding.weight.view(-1)
-    weight[5] = np.nextafter(np.float32(weight[5]), np.float32(9))
+    weight[5] = torch.nextafter(weight[5], torch.tensor(9.0))
     model.norm.bias[0], model.norm.bias[1] = -0.0, math.nan
 
 
@@ -141,6 +142,32 @@ def test_weights_of_other_tools_are_compared_by_the_models_names(
     assert by_name.keys() == {"head.weight", "norm.bias"} and by_name["head.weight"]["elements"] == 1
     assert by_name["norm.bias"]["a"]["dtype"] == "F64" and "elements" not in by_name["norm.bias"]
     assert "A has F64" in call("diff", save(state), root)[1]
+
+
+def test_folders_of_other_tools_are_compared_with_what_they_have(
+    trained: tuple[Path, nn.Module], tmp_path: Path
+) -> None:
+    root, model = trained
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    names = sorted(state)
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    save_file({name: state[name] for name in names[:3]}, folder / "a.safetensors")
+    save_file({name: state[name] for name in names[3:]}, folder / "b.safetensors")
+    weight_map = {name: "a.safetensors" if name in names[:3] else "b.safetensors" for name in names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    code, found = call_json("diff", root, folder, "--step", 2)
+    assert code == 2 and "no step" in found["error"]
+    code, found = call_json("diff", root, folder)
+    assert code == 0 and found["compared"] == len(state)
+    state["norm.bias"][0] += 1
+    dcp.save({"model": state}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    code, found = call_json("diff", tmp_path / "dcp", root)
+    assert code == 2 and "--allow-pickle" in found["error"]
+    code, found = call_json("diff", tmp_path / "dcp", root, "--allow-pickle")
+    assert (
+        code == 1 and [each["name"] for each in found["differing"]] == ["norm.bias"] and found["compared"] == len(state)
+    )
 
 
 class Harm:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -404,6 +405,20 @@ def test_prune_removes_nothing_where_it_is_not_known_what_is_needed(tmp_path: Pa
     assert call("prune", tmp_path, "--keep-last", 1, "--yes")[0] == 2
 
 
+def test_disks_of_nodes_are_left_to_the_job(tmp_path: Path) -> None:
+    train(tmp_path, 2)
+    found = manager(tmp_path).inventory()
+    manifests = {
+        seq: manifest.model_copy(update={"places": [[0], [1]], "world_size": 2, "shards": [
+            *manifest.shards, manifest.shards[0].model_copy(update={"rank": 1, "file": "rank_00001.safetensors"}),
+        ]}) for seq, manifest in found.manifests.items()
+    }  # fmt: skip
+    with pytest.raises(errors.DirectoryError, match="on all nodes"):
+        pruning.plan(manager(tmp_path), replace(found, manifests=manifests), pruning.Kept(1, None, None))
+    with pytest.raises(errors.NotFoundError, match="on other nodes"):
+        CheckpointCopy(manager(tmp_path), manifests[max(manifests)], str(tmp_path.parent / "copy"))
+
+
 # -- cp --------------------------------------------------------------------------------------------------------------
 
 
@@ -549,27 +564,22 @@ def test_a_signal_ends_a_copy_and_nothing_of_it_stays(tmp_path: Path, number: in
     assert not out.exists()
 
 
-@pytest.fixture
-def unprivileged(tmp_path: Path) -> Iterator[Path]:
-    if os.geteuid() == 0:
-        pytest.skip("root may write anywhere")
-    yield tmp_path
-
-
-def test_a_directory_that_may_not_be_written_is_named(unprivileged: Path) -> None:
-    root = unprivileged / "checkpoints"
+def test_a_directory_that_may_not_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root, who runs tests, may write anywhere: so the operating system's answer is put in."""
+    root = tmp_path / "checkpoints"
     train(root, 2)
-    folders = [root, *root.glob("step_*")]
-    for folder in folders:
-        folder.chmod(0o500)
-    try:
-        for command in (("pin", root, "--step", 1), ("prune", root, "--keep-last", 1, "--yes")):
-            code, text = call(*command)
-            assert code == 2 and "Traceback" not in text
-        assert call("cp", root, unprivileged / "copy")[0] == 0
-    finally:
-        for folder in folders:
-            folder.chmod(0o700)
+    before = tree(root)
+
+    def refused(self: PosixEnv, path: str, *args: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    for name in ("write_file", "lock", "make_dir"):
+        monkeypatch.setattr(PosixEnv, name, refused)
+    commands = (("pin", root, "--step", 1), ("prune", root, "--keep-last", 1, "--yes"), ("cp", root, tmp_path / "copy"))
+    for command in commands:
+        code, text = call(*command)
+        assert code == 2 and f"cannot {'copy' if command[0] == 'cp' else command[0]}" in text and "Permission" in text
+    assert tree(root) == before and not (tmp_path / "copy").exists()
 
 
 def flip(path: Path, offset: int) -> None:

@@ -107,13 +107,20 @@ def diff(
         list[str] | None, typer.Option("--tag", metavar="TAG", help="The same by tag; those given by step come first.")
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="List every tensor that differs.")] = False,
+    allow_pickle: Annotated[
+        bool,
+        typer.Option(
+            "--allow-pickle", help="Read DCP's and DeepSpeed's own folders, by an unpickler that runs nothing."
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Compares two checkpoints tensor by tensor, however each is cut: which differ, in how many elements, how far.
 
     Every bit counts. The distance is given in the values' own unit, and in ULPs: 1 means neighbouring floating-point
-    numbers. A or B may be a .safetensors file, or one of torch.save (read without running code): then parameters and
-    buffers are compared. Exit code: 0 equal, 1 they differ or are damaged, 2 wrong usage.
+    numbers. A or B may be a .safetensors file, one of torch.save (read without running code), or a folder of Hugging
+    Face's, DCP's or DeepSpeed's: then tensors are compared by the names of a state_dict. Exit code: 0 equal, 1 they
+    differ or are damaged, 2 wrong usage.
 
     Example: layerwise diff checkpoints --step 100 --step 200
     """
@@ -121,7 +128,7 @@ def diff(
     def run() -> console.Answer:
         from layerwise_dist.cli.diffing import diff  # torch comes along
 
-        return diff(one, other, step or [], tag or [], everything)
+        return diff(one, other, step or [], tag or [], everything, allow_pickle)
 
     _answer(run, json)
 
@@ -324,7 +331,11 @@ def _answer(
         raise _failed(str(error), 2, json) from None
     except OSError as error:
         raise _failed(f"cannot {doing}: {error}", 2, json) from None
-    console.put(answer, json)
+    try:
+        console.put(answer, json)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        sys.stdout = None  # the reader (head, less) has seen enough; nothing may be flushed to it at exit
     raise typer.Exit(0 if answer.good else 1)
 
 

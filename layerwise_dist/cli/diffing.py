@@ -27,18 +27,22 @@ Pair = tuple[str, Readable, Readable]
 Choice = tuple[int | None, str | None]
 
 
-def diff(one: str, other: str | None, steps: Sequence[int], tags: Sequence[str], everything: bool) -> Answer:
+def diff(
+    one: str, other: str | None, steps: Sequence[int], tags: Sequence[str], everything: bool, allow_pickle: bool
+) -> Answer:  # fmt: skip
     """Bad when any tensor differs. Raises WrongUsage, DamageError or OSError."""
     paths = (one, other if other is not None else one)
     choices = chosen(one, other, steps, tags)
     with ExitStack() as stack:
-        a, b = (open_side(path, *choice, stack) for path, choice in zip(paths, choices, strict=True))
+        a, b = (open_side(path, *choice, allow_pickle, stack) for path, choice in zip(paths, choices, strict=True))
         notes: list[str] = []
         if a.tensors is not None and b.tensors is not None:
             one_has, other_has = a.tensors, b.tensors
         else:
-            one_has, other_has = a.weights, b.weights
-            notes += ["parameters and buffers are compared, by the names of a state_dict"]
+            both = bool(a.state and b.state)
+            one_has, other_has = ({**side.weights, **(side.state if both else {})} for side in (a, b))
+            what = "parameters, buffers and optimizer state" if both else "parameters and buffers"
+            notes.append(f"{what} are compared, by the names of a state_dict")
         names = sorted(one_has.keys() & other_has.keys())
         only = (sorted(one_has.keys() - other_has.keys()), sorted(other_has.keys() - one_has.keys()))
         pairs: list[Pair] = [(name, one_has[name], other_has[name]) for name in names]

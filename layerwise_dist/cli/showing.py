@@ -99,9 +99,9 @@ def _objects(shard: Shard) -> list[str]:
         raise DamageError(f"shard {shard.index.path}: its state is not JSON: {error}") from None
     found = tree.get("objects") if type(tree) is dict else None
     if type(found) is dict and _TAG in found:
-        found = found.get("v")
-        pairs = type(found) is list and all(type(each) is list and len(each) == 2 for each in found)
-        found = {ascii(key): value for key, value in found} if pairs else None
+        pairs = found.get("v")
+        sound = type(pairs) is list and all(type(each) is list and len(each) == 2 for each in pairs)
+        found = {ascii(key): value for key, value in pairs} if sound and pairs is not None else None
     if type(found) is not dict:
         raise DamageError(f"shard {shard.index.path}: its state names no objects")
     return list(found)

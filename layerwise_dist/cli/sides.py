@@ -13,12 +13,16 @@ from typing import Any, Protocol
 import torch
 
 from layerwise_dist.cli.catalogue import Catalogue, WrongUsage
-from layerwise_dist.reading.checkpoint import Checkpoint
+from layerwise_dist.errors import DamageError, NotFoundError, UnsupportedError
+from layerwise_dist.interop import importing
+from layerwise_dist.interop.gathered_state import Found
+from layerwise_dist.reading.checkpoint import Checkpoint, is_of_model
 from layerwise_dist.reading.tensor import LazyTensor
 from layerwise_dist.tensors.pieces import DTYPE_CODES
 from layerwise_dist.tensors.slices import ITEM_BYTES, ranks_text
 
 # Under which a training script's file has the model's tensors, if not all of it are such.
+_ORDER = ("buffer", "param", "master")  # of one name the last counts
 _MODELS = ("model", "state_dict", "module", "model_state_dict")
 
 
@@ -38,20 +42,31 @@ class Readable(Protocol):
 
 @dataclass(frozen=True)
 class Side:
-    """`tensors`: of a checkpoint all, by `<kind>/<fqn>`; None of a file, which has no kinds. `weights`: by the keys of
-    the model's `state_dict()`.
+    """`tensors`: of a checkpoint of this package all, by `<kind>/<fqn>`; None of another tool's, which may say
+    otherwise what is a buffer. `weights`: by the keys of the model's `state_dict()`. `state`: the optimizer's, by
+    `<kind>/<fqn>`.
     """
 
     title: str
     tensors: Mapping[str, Readable] | None
     weights: Mapping[str, Readable]
+    state: Mapping[str, Readable]
 
 
-def open_side(path: str, step: int | None, tag: str | None, stack: ExitStack) -> Side:
-    """Raises WrongUsage for what is neither a checkpoint directory nor a file of weights, DamageError or OSError."""
+def open_side(path: str, step: int | None, tag: str | None, allow_pickle: bool, stack: ExitStack) -> Side:
+    """Raises WrongUsage for what is neither a checkpoint nor a file of weights, UnsupportedError, DamageError or
+    OSError.
+    """
     where = os.path.expanduser(path)
     if os.path.isdir(where) or not os.path.exists(where):
-        return _checkpoint(Catalogue(path), step, tag, stack)
+        try:
+            catalogue = Catalogue(path)
+        except WrongUsage:
+            kind = _kind_of(where, tag)
+            if kind is None:
+                raise
+            return _of_another_tool(path, where, kind, step, tag, allow_pickle)
+        return _checkpoint(catalogue, step, tag, stack)
     if step is not None or tag is not None:
         raise WrongUsage(f"{path} is a file, and has no step or tag to choose")
     if not os.path.isfile(where):
@@ -69,7 +84,9 @@ def _checkpoint(catalogue: Catalogue, step: int | None, tag: str | None, stack: 
     weights = {key: opened[name] for key, name in opened.weights().items()} if not opened.models else {}
     for model in opened.models:
         weights |= {f"{model}.{key}": opened[name] for key, name in opened.weights(model).items()}
-    return Side(f"step {manifest.step} in {catalogue.root}", dict(_single(opened)), weights)
+    tensors = dict(_single(opened))
+    state = {name: tensor for name, tensor in tensors.items() if not is_of_model(name)}
+    return Side(f"step {manifest.step} in {catalogue.root}", tensors, weights, state)
 
 
 def _single(opened: Checkpoint) -> Iterator[tuple[str, LazyTensor]]:
@@ -80,6 +97,66 @@ def _single(opened: Checkpoint) -> Iterator[tuple[str, LazyTensor]]:
             continue
         for ranks in opened.info(name).copies:
             yield f"{name} (rank {ranks_text(ranks) or ranks[0]})", opened.tensor(name, ranks[0])
+
+
+def _kind_of(where: str, tag: str | None) -> str | None:
+    try:
+        return importing.kind_of(where, tag)
+    except (UnsupportedError, NotFoundError):
+        return None
+
+
+def _of_another_tool(
+    path: str, where: str, kind: str, step: int | None, tag: str | None, allow_pickle: bool
+) -> Side:  # fmt: skip
+    """What an import would make of a folder of DCP's, DeepSpeed's or Hugging Face's."""
+    if step is not None:
+        raise WrongUsage(f"{path} is no directory of this package, and has no step to choose")
+    if kind != "safetensors" and not allow_pickle:
+        raise WrongUsage(
+            f"{path} holds pickles: with --allow-pickle they are read by an unpickler that runs nothing, and takes "
+            "tensors, plain values and a fixed list of other names only"
+        )
+    _, found = importing.read(where, importing.Wanted(allow_pickle=allow_pickle, source_tag=tag))
+    state: dict[str, Readable] = {}
+    weights: dict[str, Readable] = {}
+    of_kind: dict[str, dict[str, Readable]] = {kind: {} for kind in _ORDER}
+    for name, each in found.tensors.items():
+        kind_of_it, fqn = name.split("/", 1)
+        whole = _Whole(name, each)
+        if kind_of_it in of_kind:
+            of_kind[kind_of_it] |= dict.fromkeys([fqn, *found.aliases.get(fqn, ())], whole)
+        else:
+            state[name] = whole
+    for kind_of_it in _ORDER:
+        weights |= of_kind[kind_of_it]
+    return Side(f"{path} ({kind})", None, weights, state)
+
+
+class _Whole:
+    """A tensor of another tool's checkpoint, of which nothing less than all can be read: held until its end was."""
+
+    def __init__(self, name: str, found: Found) -> None:
+        self._name, self._found = name, found
+        self._held: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._found.shape
+
+    def get_dtype(self) -> str:
+        return DTYPE_CODES[self._found.dtype]
+
+    def read_range(self, start: int, length: int) -> torch.Tensor:
+        if self._held is None:
+            try:
+                self._held = self._found.read().detach().cpu().contiguous().reshape(-1)
+            except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+                raise DamageError(f"{self._name} is not as its tool writes it: {error}") from error
+        whole = self._held
+        if start + length >= math.prod(self.shape):
+            self._held = None
+        return whole[start : start + length]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +197,7 @@ def _saved_by_torch(path: str, where: str) -> Side:
         tensors[name] = _Loaded(tensor.detach().resolve_conj().resolve_neg(), code)
     if not tensors:
         raise WrongUsage(f"{path}: holds no tensors")
-    return Side(path, None, tensors)
+    return Side(path, None, tensors, {})
 
 
 def _tensors_in(tree: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
@@ -168,4 +245,4 @@ def _safetensors(path: str, where: str, stack: ExitStack) -> Side:
             tensors[name] = _Row(file, name, part.get_dtype(), tuple(part.get_shape()))
     except SafetensorError as error:
         raise WrongUsage(f"{path}: is no safetensors file: {error}") from None
-    return Side(path, None, tensors)
+    return Side(path, None, tensors, {})
