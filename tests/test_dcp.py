@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import collections
 import io
-import os
 import pickle
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from kit.cli import call
-from kit.runners import QUICK, Warm
+from kit.runners import Warm
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -232,51 +229,23 @@ def test_one_flipped_bit_is_found_by_load_and_by_verify_and_no_older_checkpoint_
     assert load(tmp_path, {"n": 0}, step=1)["n"] == 1
 
 
-def test_a_save_that_is_killed_before_its_manifest_is_not_there_and_the_next_one_goes_on(tmp_path: Path) -> None:
-    assert kill(tmp_path, "commit") == [1]
+def test_a_save_that_is_killed_before_its_manifest_is_not_there_and_the_next_one_goes_on(
+    tmp_path: Path, warm: Warm
+) -> None:
+    assert kill(warm, tmp_path, "commit") == [1]
     assert load(tmp_path, {"n": 0, "t": torch.zeros(3)})["n"] == 1
     save(tmp_path, {"n": 3, "t": torch.ones(3)})
     assert len(list(tmp_path.glob("step_*"))) == 2, "what was left is gone"
 
 
-def test_mutation_a_manifest_before_the_shards_is_found(tmp_path: Path) -> None:
-    assert kill(tmp_path, "early") != [1]
+def test_mutation_a_manifest_before_the_shards_is_found(tmp_path: Path, warm: Warm) -> None:
+    assert kill(warm, tmp_path, "early") != [1]
 
 
-KILLED = """
-import os, signal, sys, torch, warnings
-warnings.simplefilter("ignore")
-import torch.distributed.checkpoint as dcp
-from layerwise_dist.dcp import LayerwiseWriter
-from layerwise_dist.interop import one_commit, one_shard
-from layerwise_dist.storage.reports import ShardReport
-folder, how = sys.argv[1:]
-dcp.save({"n": 1, "t": torch.ones(3)}, storage_writer=LayerwiseWriter(folder))
-die = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
-if how == "commit":
-    one_commit.Committer.commit = die
-else:
-    def early(self, state):
-        one_commit.OneCommit.commit(early.of, [ShardReport(0, "rank_00000.safetensors", 8192, 4096, 0)])
-        die()
-    began = one_commit.OneCommit.__init__
-    def init(self, *args, **kwargs):
-        began(self, *args, **kwargs)
-        early.of = self
-    one_commit.OneCommit.__init__ = init
-    one_commit.OneCommit.commit = lambda self, reports: self._committer.commit(
-        self.attempt.seq, self.attempt.step, [self._durable(each) for each in reports])
-    one_shard.OneShard.persist = early
-dcp.save({"n": 2, "t": torch.ones(3)}, storage_writer=LayerwiseWriter(folder))
-"""
-
-
-def kill(folder: Path, how: str) -> list[int]:
+def kill(warm: Warm, folder: Path, how: str) -> list[int]:
     """The steps that are committed and sound after a SIGKILL of the second save; -1 for one that is not sound."""
-    job = subprocess.run(
-        [sys.executable, "-c", KILLED, str(folder), how], env={**os.environ, **QUICK}, timeout=90, capture_output=True
-    )
-    assert job.returncode == -signal.SIGKILL, job.stderr.decode()
+    job = warm.run("dcp_killed.py", 0, folder, how, check=False)
+    assert job.returncode == -signal.SIGKILL, job.output
     found = [int(path.parent.name[5:15]) for path in folder.glob("step_*/manifest.json")]
     return sorted(step if call("verify", folder, "--step", step)[0] == 0 else -1 for step in found)
 

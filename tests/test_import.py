@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def tensors(folder: Path, step: int | None = None) -> dict[str, torch.Tensor]:
     """All of the newest commit's, whole and verified."""
     catalogue = Catalogue(str(folder))
-    manifest = catalogue.newest() if step is None else catalogue.of_step(step)
+    manifest = catalogue.chosen(step)
     with catalogue.shards(manifest) as opener:
 
         def of(rank: int) -> list[Any]:
@@ -226,6 +226,13 @@ def test_weights_of_safetensors_are_taken_whole_and_a_missing_file_is_named(tmp_
     code, found = call_json("import", source, tmp_path / "run", "--step", "0")
     assert code == 0 and found["optimizer"] is None, found
     assert differing(tensors(tmp_path / "run"), {f"param/{name}": each for name, each in held.items()}) == []
+    with lwd.open_checkpoint(tmp_path / "run") as ckpt:
+        assert ckpt.weights() == {name: f"param/{name}" for name in sorted(held)}
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(torch.nn.Linear(20, 30, bias=False) for _ in range(4))})
+    engine = lwd.attach(model, torch.optim.AdamW(model.parameters()), dir=str(tmp_path / "run"), save_last=False)
+    with pytest.raises(errors.MismatchError, match="none: only weights were imported"):
+        engine.restore()
+    engine.close()
     (source / "model-1.safetensors").unlink()
     code, said = call("import", source, tmp_path / "other")
     assert code == 1 and "model-1.safetensors is missing" in said
@@ -298,7 +305,7 @@ def test_a_name_that_another_library_allowed_torch_is_not_taken_either(tmp_path:
     with torch.serialization.safe_globals([print]):
         with pytest.raises(errors.UnsupportedError, match="it holds print, which is not on the list"):
             pickles.load(str(tmp_path / "a.pt"), allowed=True)
-        assert torch.serialization.get_safe_globals() == [print], "and it is as it was"
+        assert print in torch.serialization.get_safe_globals(), "and it is as it was"
 
 
 def test_stand_ins_do_nothing_and_keep_what_was_said(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def take_model(
 ) -> None:  # fmt: skip
     """Frozen parameters, buffers, and names of tied ones. Trained parameters are in their masters."""
     where = models[min(models)]
-    module = member(first, "module", Mapping, where)  # type: ignore[type-abstract]
+    module = member(first, "module", Mapping, where)
     names, shared = set(first.get("buffer_names") or ()), dict(first.get("shared_params") or {})
     for alias, name in shared.items():
         found.aliases.setdefault(name, []).append(alias)
