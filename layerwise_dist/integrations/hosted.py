@@ -61,7 +61,8 @@ class HostedEngine(LayerwiseEngine):
         restored = super().restore(
             step, tag=tag, saved=saved, on_missing=on_missing, partly=partly, cast=cast, objects=objects
         )
-        self._tap.restored()
+        if self.restored_from is not None:
+            self._tap.restored()
         return restored
 
     def close(self) -> None:

@@ -251,7 +251,8 @@ class _Following:
     def _set_up(self, plain: Callable[[], None]) -> None:
         first = not self._attached
         plain()
-        if first and self.tap is not None and not self._resumes_within:
+        restored = self._engine is not None and self._engine.restored_from is not None
+        if first and restored and self.tap is not None and not self._resumes_within:
             self.tap.restored()  # the first iter() of an epoch belongs to what follows the boundary
 
     def _loader_made(self, plain: Callable[[], None]) -> None:
