@@ -24,6 +24,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 
 from layerwise_dist.config import LayerwiseConfig
@@ -264,6 +265,7 @@ class _Following:
             kinds = ", ".join(type(each).__name__ for each in loaders)
             raise UnsupportedError(f"training loaders {kinds}: what can be followed is one torch DataLoader")
         self._attached = True
+        self._reshard()
         engine = self._attach(self, loaders[0])
         if isinstance(engine, HostedEngine):
             self._engine, self.within = engine, True
@@ -292,9 +294,18 @@ class _Following:
         engine = self._engine
         if engine is None or not workings_of(engine).boundary.progress:
             return
+        self._reshard()
         engine.end_iteration()
         if self.fit.improved:
             self._save_best()
+
+    def _reshard(self) -> None:
+        """A validation, whose forward no backward follows, leaves an FSDP2 root with whole parameters in place of those
+        that the optimizer has.
+        """
+        for module in self.trainer.strategy.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def _save_best(self) -> None:
         assert self._engine is not None

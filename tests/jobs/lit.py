@@ -24,6 +24,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics import MeanMetric
 
@@ -57,8 +58,6 @@ class Net(LightningModule):
 
     def configure_model(self) -> None:
         if self.options.fsdp2:
-            from torch.distributed.fsdp import fully_shard
-
             fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -190,6 +189,9 @@ def main() -> None:
         )  # fmt: skip
         trainer.fit(module, train, DataLoader(data(12, 6), batch_size=4))
         seen = hashlib.sha256()
+        for each in module.modules():
+            if isinstance(each, FSDPModule):
+                each.reshard()  # validation leaves its parameters whole
         held = contents(module, *trainer.optimizers)
         for name, value in sorted(held.items()):
             seen.update(name.encode())
