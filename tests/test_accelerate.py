@@ -118,7 +118,7 @@ def fresh_states() -> Iterator[None]:
     gc.collect()
 
 
-def prepared(seed: int = 0, accumulate: int = 2, **options: Any) -> tuple[Any, Any, Any, Any, Any]:
+def prepared(seed: int = 0, accumulate: int = 2, order: int = 7, **options: Any) -> tuple[Any, Any, Any, Any, Any]:
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=accumulate, **options)
@@ -126,7 +126,7 @@ def prepared(seed: int = 0, accumulate: int = 2, **options: Any) -> tuple[Any, A
     model = nn.Sequential(nn.Linear(3, 5), nn.Dropout(0.3), nn.Linear(5, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
-    torch.manual_seed(7)
+    torch.manual_seed(order)
     loader = DataLoader(Drawing(), batch_size=2, shuffle=True)
     return (accelerator, *accelerator.prepare(model, optimizer, scheduler, loader))
 
@@ -181,6 +181,14 @@ def resumed(tmp_path: Path) -> tuple[list[float], list[float]]:
 def test_a_crash_within_a_window_goes_on_at_its_beginning(tmp_path: Path) -> None:
     after, expected = resumed(tmp_path)
     assert len(after) == 5 and after == expected
+
+
+def test_a_seedable_sampler_goes_on_in_its_order_whatever_the_seed_is_now(tmp_path: Path) -> None:
+    seedable = {"dataloader_config": DataLoaderConfiguration(use_seedable_sampler=True)}
+    whole = trained(prepared(**seedable), None)
+    trained(prepared(**seedable), tmp_path, crash_at=10)
+    after = trained(prepared(seed=1, order=8, **seedable), tmp_path)
+    assert len(after) == 5 and after == whole[len(whole) - 5 :]
 
 
 @pytest.mark.parametrize("broken", ["the batch ahead counts as used", "random numbers stay as they are"])

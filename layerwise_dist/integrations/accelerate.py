@@ -23,7 +23,7 @@ from typing import Any
 
 import accelerate
 import torch
-from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard, SkipBatchSampler
+from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard, SeedableRandomSampler, SkipBatchSampler
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
 
@@ -226,18 +226,31 @@ class _Tap(PlacedTap):
 
 
 class _Counters:
-    """`epoch`: of `AcceleratedEngine.epochs`. Accelerate's own: micro-batches of the window, passes over the loader."""
+    """`epoch`: of `AcceleratedEngine.epochs`. Accelerate's own: micro-batches of the window, passes over the loader,
+    and the seed from which a seedable sampler makes each pass's order.
+    """
 
     def __init__(self, accelerator: Any, loader: Any) -> None:
         self._accelerator, self._loader = accelerator, loader
         self.epoch = 0
+        sampler = loader.get_sampler()
+        self._sampler = sampler if isinstance(sampler, SeedableRandomSampler) else None
+        if self._sampler is not None and self._sampler.generator is None:  # as its first pass makes it
+            self._sampler.generator = torch.Generator(torch.get_default_device()).manual_seed(sampler.initial_seed)
 
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "iteration": self._loader.iteration, "window": self._accelerator.step}
+    def state_dict(self) -> dict[str, int | None]:
+        return {
+            "epoch": self.epoch,
+            "iteration": self._loader.iteration,
+            "window": self._accelerator.step,
+            "seed": None if self._sampler is None else self._sampler.initial_seed,
+        }
 
-    def load_state_dict(self, saved: Mapping[str, int]) -> None:
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         self.epoch, self._loader.iteration = saved["epoch"], saved["iteration"]
         self._accelerator.step = saved["window"]
+        if self._sampler is not None and saved["seed"] is not None:
+            self._sampler.initial_seed = saved["seed"]
 
 
 def _become(loader: Any, kind: type) -> None:
