@@ -138,6 +138,10 @@ TABLE: list[tuple[str, str]] = [
         "test_examples.py::test_the_cnn_trains_one_replica_a_rank_under_torchrun",
     ),
     (
+        r"(python|torchrun .*) ?examples/digits_(accelerate|lightning)\.py .*",
+        "test_examples.py::test_the_loops_of_accelerate_and_lightning_go_on_within_an_epoch",
+    ),
+    (
         r"python examples/lora\.py .*",
         "test_examples.py::test_frozen_weights_are_written_once_and_again_when_the_adapters_are_merged",
     ),

@@ -67,6 +67,26 @@ def test_the_cnn_trains_one_replica_a_rank_under_torchrun(fast: Warm, tmp_path: 
     assert re.search(r"^epoch 1: \d\d.\d% of the test images are right$", told, re.M) and "committed: step 24" in told
 
 
+@pytest.mark.parametrize("package", ["accelerate", "lightning"])
+def test_the_loops_of_accelerate_and_lightning_go_on_within_an_epoch(
+    fast: Warm, tmp_path: Path, package: str, long: bool
+) -> None:
+    for needed in ("sklearn", package):
+        pytest.importorskip(needed, reason=f"{needed} is not installed")
+    if not long:
+        pytest.skip("--long")
+    script = EXAMPLES / f"digits_{package}.py"
+    kill(fast, tmp_path, script, "--dir", "cut", once="cut/step_00000000[2-4]?-*/manifest.json")
+    resumed = run(fast, tmp_path, script, "--dir", "cut")
+    told = re.findall(r"^step +(\d+)", resumed, re.MULTILINE)
+    assert told and 20 < int(told[0]) <= 60 and "committed: step 94" in resumed
+    whole = run(fast, tmp_path, script, "--dir", "whole")
+    assert {each for each in resumed.splitlines() if each.startswith("step")} < set(whole.splitlines())
+    assert resumed.splitlines()[-1] == whole.splitlines()[-1]
+    under = fast.run(script, 2, "--dir", tmp_path / "ddp", "--epochs", "1", timeout=100).output
+    assert "of the test images are right" in under and "committed: step 24" in under
+
+
 def test_the_smallest_script_goes_on_where_it_was_killed(fast: Warm, tmp_path: Path) -> None:
     first = kill(fast, tmp_path, EXAMPLES / "mnist_mlp.py", once="checkpoints/mnist_mlp/step_*/manifest.json")
     assert first.splitlines()[:1] in ([], ["nothing is saved yet: training begins"]), "nothing that looks like an error"

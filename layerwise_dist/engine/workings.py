@@ -67,7 +67,7 @@ class Workings:
         scheduler = LayerwiseCheckpointScheduler(
             every_n_steps=config.every_n_steps, batch_bytes=BLOCKS_A_BATCH * config.writer.block_kb << 10
         )
-        last = LastStep(config, scheduler)
+        last = self.last = LastStep(config, scheduler)
         self.surveyor = Surveyor(framework, optimizer, config.captured_by, scheduler.arrange, bases=not adapter.pooled)
         self.attempts = Attempts(
             config, framework.rank, self.surveyor, scheduler, adapter, participant,

@@ -41,6 +41,7 @@ from layerwise_dist.loop.loaders import LoaderTap
 from layerwise_dist.loop.loose import LooseLoaders
 from layerwise_dist.loop.mark import BoundaryMark, Kind
 from layerwise_dist.loop.once import Log, Once
+from layerwise_dist.loop.placed import PlacedTap
 from layerwise_dist.loop.put_back import PutBack
 from layerwise_dist.loop.sealed import BoundaryState
 
@@ -78,7 +79,8 @@ class Boundary:
         self._once = Once(log, {"inferred"} if by_call else ())
         self._counting = Counting(self._once, excuse=excuse, several=several)
         self._loaders = Attribution(self._taps, self._once)
-        self._put_back = PutBack(self._taps.keys(), self._counting, self._once)
+        told = [name for name, tap in self._taps.items() if not isinstance(tap, PlacedTap)]
+        self._put_back = PutBack(told, self._counting, self._once)
         self._loose = LooseLoaders(self._starting)
         for tap in self._taps.values():
             tap.on_draw, tap.on_iter = tap.on_draw or self.draw, tap.on_iter or self.iterating
@@ -87,6 +89,11 @@ class Boundary:
     def completed(self) -> int:
         """Boundaries completed: the step of the newest one."""
         return self._counting.completed
+
+    @property
+    def progress(self) -> bool:
+        """Has the iteration that is under way updated, or seen that it must not?"""
+        return self._counting.progress
 
     def start_at(self, step: int) -> None:
         """Count on from `step` completed boundaries."""

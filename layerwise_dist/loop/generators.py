@@ -95,12 +95,15 @@ def derived(state: torch.Tensor, *salt: int | str) -> torch.Tensor:
 def samplers(loader: DataLoader[Any]) -> dict[str, Any]:
     """Everything that decides the order, by where it sits in the loader."""
     inner = getattr(loader.batch_sampler, "sampler", None)
-    return {
+    found = {
         "loader": loader,
         "sampler": loader.sampler,
         "batch_sampler": loader.batch_sampler,
         "batch_sampler.sampler": inner,
     }
+    if (around := getattr(loader.batch_sampler, "batch_sampler", None)) is not None:  # Accelerate's shard of one
+        found["batch_sampler.batch_sampler.sampler"] = getattr(around, "sampler", None)
+    return found
 
 
 def epochs(loader: DataLoader[Any]) -> dict[str, int]:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from layerwise_dist.errors import LayerwiseError, MismatchError, StateError
 from layerwise_dist.loop import rng
 from layerwise_dist.loop.loaders import LoaderTap
+from layerwise_dist.loop.placed import PlacedTap
 from layerwise_dist.loop.sealed import SealedState
 from layerwise_dist.storage import typed_json
 
@@ -33,10 +34,13 @@ class StateObjects:
         self._objects: dict[str, Any] = {}
         self.loaders: dict[str, DataLoader[Any]] = {}
         self.taps: dict[str, LoaderTap] = {}
+        self._placed: dict[str, PlacedTap] = {}
         for name, item in (objects or {}).items():
             if not isinstance(name, str):
                 raise StateError(f"state[{name!r}]", "names must be strings")
-            if isinstance(item, DataLoader):
+            if isinstance(item, PlacedTap):
+                self.loaders[name], self._placed[name] = item.loader, item
+            elif isinstance(item, DataLoader):
                 self.loaders[name] = item
             else:
                 self._objects[name] = item
@@ -45,7 +49,7 @@ class StateObjects:
     def tap(self) -> None:
         """From now on, until `detach`, loaders tell of what is drawn. Raises UnsupportedError."""
         for name, loader in self.loaders.items():
-            self.taps[name] = LoaderTap(loader, name)
+            self.taps[name] = self._placed.get(name) or LoaderTap(loader, name)
 
     @property
     def scalers(self) -> list[torch.amp.GradScaler]:

@@ -65,9 +65,11 @@ class _CountedLoader(TypedDict):
 
 class CountedLoader(_CountedLoader, total=False):
     """Where a loader stands whose batches are counted (`loaders.py`). `replicas`: to how many a DistributedSampler
-    deals the samples out.
+    deals the samples out. `ahead`: the generators before the batch that comes next, where the loop had drawn it already
+    (`placed.py`).
     """
 
+    ahead: RngState
     replicas: int
     elastic: ElasticPosition
 
@@ -83,6 +85,7 @@ class _StatefulLoader(TypedDict):
 class StatefulLoader(_StatefulLoader, total=False):
     """Where a loader stands that tells by itself."""
 
+    ahead: RngState
     replicas: int
     elastic: ElasticPosition
 

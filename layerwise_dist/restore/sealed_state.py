@@ -97,6 +97,7 @@ class CountedSchema(PartSchema):
     later: dict[int, GeneratorsSchema]
     again: bool
     now: NowSchema
+    ahead: RngSchema | None = None
     replicas: _Many | None = None
     elastic: ElasticPositionSchema | None = None
 
@@ -113,6 +114,7 @@ class StatefulSchema(PartSchema):
     start: GeneratorsSchema | None
     state: Any
     now: NowSchema
+    ahead: RngSchema | None = None
     replicas: _Many | None = None
     elastic: ElasticPositionSchema | None = None
 
