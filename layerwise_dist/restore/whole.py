@@ -14,8 +14,9 @@ from layerwise_dist.errors import DamageError, MismatchError
 from layerwise_dist.loop.sealed import SealedState
 from layerwise_dist.restore import contents
 from layerwise_dist.restore.filling import fill
+from layerwise_dist.restore.planned import Readable
 from layerwise_dist.restore.planner import Found, ShardSet, replan
-from layerwise_dist.storage.reader import Entry, Shard
+from layerwise_dist.storage.reader import Entry
 from layerwise_dist.tensors.pieces import DTYPES
 from layerwise_dist.tensors.slices import ITEM_BYTES, Slice, ranks_text
 
@@ -166,14 +167,14 @@ def equal(one: SavedTensor, other: SavedTensor, read: Mapping[int, torch.Tensor]
     )
 
 
-def _same_blocks(mine: tuple[Shard, Entry], yours: tuple[Shard, Entry]) -> bool:
+def _same_blocks(mine: tuple[Readable, Entry], yours: tuple[Readable, Entry]) -> bool:
     if mine[1].slice.cut != yours[1].slice.cut:
         return False
-    seen = _blocks(*mine)
-    return seen is not None and seen == _blocks(*yours)
+    seen = blocks_of(*mine)
+    return seen is not None and seen == blocks_of(*yours)
 
 
-def _blocks(shard: Shard, entry: Entry) -> tuple[int, list[tuple[int, int]]] | None:
+def blocks_of(shard: Readable, entry: Entry) -> tuple[int, list[tuple[int, int]]] | None:
     """Where an entry begins in its first block, and length and hash of each block that has some of it."""
     index = shard.index
     if not index.hashed or entry.begin == entry.end:

@@ -1,0 +1,34 @@
+"""A checkpoint of hundreds of ranks: each header is read once in the job, and files are opened as they are needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kit.many_headers import make
+from kit.runners import Warm, told
+
+FILES = 230  # what a rank may open beside what it has: sockets and guests at the door take most of them
+
+
+def test_more_shards_than_a_rank_may_open_files_restore(tmp_path: Path, warm: Warm) -> None:
+    ckpt, ranks = tmp_path / "ckpt", 260
+    make(ckpt, ranks=ranks, params=3, width=16)
+    warm.run("many.py", 2, ckpt, tmp_path, ranks, 3, 16, FILES, timeout=90)
+    for rank in range(2):
+        (said,) = told(tmp_path, rank)
+        assert said["step"] == 1 and said["nonzero"] == 0 and said["steps"] == [0.0]
+
+
+def test_the_headers_of_512_shards_of_1800_tensors_are_planned_in_seconds(
+    tmp_path: Path, warm: Warm, long: bool
+) -> None:
+    """With --long; otherwise an eighth of them, and no bounds but the same work."""
+    ckpt, ranks, params = tmp_path / "ckpt", *((512, 450) if long else (32, 60))
+    make(ckpt, ranks=ranks, params=params, width=16)
+    warm.run("many.py", 4, ckpt, tmp_path, ranks, params, 16, timeout=300)
+    every = [told(tmp_path, rank)[0] for rank in range(4)]
+    print(every)
+    assert all(said["step"] == 1 and said["nonzero"] == 0 for said in every)
+    if long:
+        assert max(said["planned_s"] for said in every) < 5, every
+        assert max(said["planned_bytes"] for said in every) < 200e6, every
