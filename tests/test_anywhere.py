@@ -127,13 +127,13 @@ def test_mutation_a_base_of_another_cut_that_is_referred_to_is_found(
 ) -> None:
     original = Restorer._fit
 
-    def with_base(self: Any, manifest: Any, shards: Any, terms: Any) -> Any:
-        fit = original(self, manifest, shards, terms)
+    def with_base(self: Any, manifest: Any, exchange: Any, terms: Any) -> Any:
+        fit, gathered = original(self, manifest, exchange, terms)
         record = manifest.shards[0].base
         if record is not None:
             report = BaseReport(record.attempt, record.nbytes, record.header_bytes, int(record.header_hash, 16))
-            fit.loading = replace(fit.loading, base=(report, shards.of(0)[1].index))
-        return fit
+            fit.loading = replace(fit.loading, base=(report, self._open(manifest, 0)[1].index))
+        return fit, gathered
 
     def take_up(self: Any, found: Any) -> None:
         if self._restored is not None:
