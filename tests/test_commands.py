@@ -114,7 +114,10 @@ TABLE: list[tuple[str, str]] = [
         "test_deepspeed_kill.py::"
         "test_deepspeeds_own_save_names_a_checkpoint_without_the_killed_ranks_part_and_this_one_does_not",
     ),
-    (r"python -m layerwise_dist\.bench\.(commit|train|reshard)_worker .*", "`layerwise bench` starts it, in test_bench.py"),
+    (
+        r"python -m layerwise_dist\.bench\.(commit|train|reshard)_worker .*",
+        "`layerwise bench` starts it, in test_bench.py",
+    ),
     (r"python -m layerwise_dist\.monitor SOCKET MEMORY PID", "a training process starts it, in test_monitor.py"),
     (r"python -m torch\.distributed\.run \.\.\. -m layerwise_dist\.selftest\.job .*", "`layerwise selftest` starts it"),
     (
