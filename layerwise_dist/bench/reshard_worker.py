@@ -2,7 +2,7 @@
 
     python -m layerwise_dist.bench.reshard_worker '{"do": "save" or "load", "shape": {...}, "folder": ..., ...}'
 
-Rank 0 says what it found in lines of JSON behind a mark on standard output; reshard.py reads them.
+Rank 0 says what it found in lines of JSON after a mark on standard output; reshard.py reads them.
 """
 
 from __future__ import annotations

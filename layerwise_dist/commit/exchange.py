@@ -70,7 +70,7 @@ class Exchange:
         self._changed = threading.Condition()
         self._on_their_way = dict.fromkeys(lines, 0)
         self._heard = dict.fromkeys(lines, time.monotonic())
-        self._over: dict[int, str | None] = {}  # ranks of which nothing more comes, and why if they failed
+        self._over: dict[int, str | None] = {}  # ranks that send nothing more, and why if they failed
         self._gone: dict[int, str] = {}
         self._broken: str | None = None
         self._rounds = 0

@@ -17,7 +17,7 @@ def within(
     parts as it takes: at most two a dimension, and one. `targets` are the strides in the target. All in elements; parts
     of fewer dimensions lack the first ones.
 
-    REQUIRES: rows lie one behind the other in the source, as those of a row-major tensor do.
+    REQUIRES: rows lie one after the other in the source, as those of a row-major tensor do.
     """
     if begin <= 0 and end >= reach(shape, strides):
         yield 0, 0, shape
@@ -25,8 +25,8 @@ def within(
     if not shape or begin >= end:
         return
     row, step, target = reach(shape[1:], strides[1:]), strides[0], targets[0]
-    first = max(0, (begin - row) // step + 1)  # with an element at or behind `begin`
-    last = min(shape[0], -(-end // step))  # behind the last that begins before `end`
+    first = max(0, (begin - row) // step + 1)  # with an element at or after `begin`
+    last = min(shape[0], -(-end // step))  # after the last that begins before `end`
     inner_first = min(last, max(first, -(-begin // step)))
     inner_last = max(inner_first, min(last, (end - row) // step + 1))
     for index in (*range(first, inner_first), *range(inner_last, last)):

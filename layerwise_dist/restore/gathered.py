@@ -19,7 +19,7 @@ from layerwise_dist.commit.records import Manifest
 from layerwise_dist.errors import DamageError, MismatchError
 from layerwise_dist.loop.sealed import SealedState
 from layerwise_dist.restore import contents, headers, states
-from layerwise_dist.restore.headers import FILES_A_RANK, ROW, Share, Told
+from layerwise_dist.restore.headers import FILES_A_RANK, ROW, Share, Summary
 from layerwise_dist.restore.holdings import Holdings
 from layerwise_dist.restore.planned import Files, PlannedShard, Readable
 from layerwise_dist.restore.planner import ByteRange, Found, replan
@@ -116,7 +116,7 @@ class Gathered:
         sealed: what each rank of the checkpoint sealed, by rank.
         tensors: by name. Of several copies under one name the first.
         unlike: names whose copies are not equal, with the ranks of two that differ.
-        shards: files of which this rank may read something, by number.
+        shards: files that this rank may read a part of, by number.
         files: all that is read of blocks is read by it.
         block_bytes: of the files whose headers this rank has read, by number.
     """
@@ -126,7 +126,7 @@ class Gathered:
         holdings: Holdings, needed: Callable[[str], bool],
     ) -> None:  # fmt: skip
         """All ranks together. `open_shards(rank)` gives that rank's shard, then its base if it has one; `needed(kind)`:
-        of which kinds copies must be equal.
+        whether copies of that kind must be equal.
 
         Raises DamageError, also where shards disagree about a tensor; OSError; what `Exchange.all_to_all` raises.
         """
@@ -147,11 +147,11 @@ class Gathered:
 
     # -- what all ranks hear -------------------------------------------------------------------------------------
 
-    def _take_all(self, heard: Sequence[bytes]) -> dict[str, list[Told]]:
+    def _take_all(self, heard: Sequence[bytes]) -> dict[str, list[Summary]]:
         both = [headers.read_for_all(each) for each in heard]
         sealed = states.decode([encoded for encoded, _ in both])
         self.sealed: list[SealedState] = [sealed[rank] for rank in range(self.manifest.world_size)]
-        merged: dict[tuple[str, str, str, tuple[int, ...]], Told] = {}
+        merged: dict[tuple[str, str, str, tuple[int, ...]], Summary] = {}
         for each in (each for _, found in both for each in found):
             known = merged.setdefault((each.name, each.among, each.dtype, each.shape), each)
             if known is each:
@@ -160,29 +160,29 @@ class Gathered:
             known.first = min(known.first, each.first)
             for mark, ranks in each.copies.items():
                 known.copies.setdefault(mark, []).extend(ranks)
-        told: dict[str, list[Told]] = {}
+        told: dict[str, list[Summary]] = {}
         for each in sorted(merged.values(), key=lambda each: each.first):
             told.setdefault(each.name, []).append(each)
         self.tensors = {name: self._first(found[0]) for name, found in told.items()}
         self._check(told)
         return told
 
-    def _first(self, told: Told) -> GatheredTensor:
+    def _first(self, told: Summary) -> GatheredTensor:
         ranks = headers.ranks_among(told, self.manifest.world_size)
         return GatheredTensor(told.name, min(ranks), told.dtype, told.shape)
 
-    def _holders(self, told: Mapping[str, Sequence[Told]]) -> dict[str, list[tuple[int, ...]]]:
+    def _holders(self, told: Mapping[str, Sequence[Summary]]) -> dict[str, list[tuple[int, ...]]]:
         world = self.manifest.world_size
         return {
             name: [ranks for each in found for ranks in headers.ranks_among(each, world)]
             for name, found in told.items()
         }
 
-    def _check(self, told: Mapping[str, Sequence[Told]]) -> None:
+    def _check(self, told: Mapping[str, Sequence[Summary]]) -> None:
         """That there is all of what is held together, and in one shape. Raises DamageError."""
         problems: list[str] = []
         for name, found in told.items():
-            groups: dict[str, list[Told]] = {}
+            groups: dict[str, list[Summary]] = {}
             for each in found:
                 if not each.among:
                     continue
@@ -259,7 +259,7 @@ class Gathered:
     # -- copies --------------------------------------------------------------------------------------------------
 
     def _compare(
-        self, told: Mapping[str, Sequence[Told]], exchange: Exchange, needed: Callable[[str], bool]
+        self, told: Mapping[str, Sequence[Summary]], exchange: Exchange, needed: Callable[[str], bool]
     ) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
         """Of copies that the headers do not show to be equal each of the ranks reads some, verified."""
         unsure = {

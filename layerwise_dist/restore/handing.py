@@ -2,7 +2,7 @@
 hands it to the others; where all need all, as under DDP, each reads its share.
 
 For each file one rank, the one that has read its header, hears which blocks each rank needs, and says who reads those
-that several do (`_deal`). Blocks of which nobody else needs anything are read straight into place where the tensor
+that several do (`_deal`). Blocks that nobody else needs are read straight into place where the tensor
 takes the bytes of the file as they are. The rest goes through a buffer of a few blocks, also what is handed on.
 """
 

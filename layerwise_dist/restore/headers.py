@@ -1,8 +1,8 @@
-"""The headers of a commit, each read once in the job: a rank parses its share of them, and tells every other rank where
-the tensors are of which that one may hold something.
+"""The headers of a commit, each read once in the job: a rank parses its share of them, and sends every other rank the
+places of the tensors that this one may hold a part of.
 
-What a rank tells another is numbers in arrays (little-endian, 64 bits each) and names in JSON: of a job of 512 ranks
-there are a million tensors in headers. What it tells all is which tensors there are at all (`Told`).
+What goes to one rank is numbers in arrays (little-endian, 64 bits each) and names in JSON: of a job of 512 ranks
+there are a million tensors in headers. What goes to all is which tensors there are at all (`Summary`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ROW = 5  # numbers: the tensor, the file, where it begins in it, the first eleme
 
 
 @dataclass
-class Told:
+class Summary:
     """What all ranks hear of one tensor: name, the ranks that hold it together (as `Slice.among`), dtype and shape.
 
     `elements` of all parts that were read. `first` is the lowest rank that wrote some. `copies`: the ranks that have
@@ -50,8 +50,8 @@ class Told:
     copies: dict[str, list[int]] = field(default_factory=dict)
 
 
-class _ForOne:
-    """What one other rank is told."""
+class _Outbox:
+    """What goes to one other rank."""
 
     def __init__(self) -> None:
         self.rows = array("Q")
@@ -59,7 +59,7 @@ class _ForOne:
         self.tensors: set[int] = set()
         self.files: set[int] = set()
 
-    def encode(self, tensors: Sequence[Told], files: Mapping[int, tuple[list[int], bytes, bytes]]) -> bytes:
+    def encode(self, tensors: Sequence[Summary], files: Mapping[int, tuple[list[int], bytes, bytes]]) -> bytes:
         names = {
             number: [of.name, of.among, of.dtype, of.shape, of.first] for number, of in _some(tensors, self.tensors)
         }
@@ -68,7 +68,7 @@ class _ForOne:
         return pack([json.dumps([names, about, self.boxes]).encode(), self.rows.tobytes(), *tables])
 
 
-def _some(tensors: Sequence[Told], numbers: set[int]) -> list[tuple[int, Told]]:
+def _some(tensors: Sequence[Summary], numbers: set[int]) -> list[tuple[int, Summary]]:
     return [(number, tensors[number]) for number in sorted(numbers)]
 
 
@@ -78,9 +78,9 @@ class Share:
     def __init__(self, manifest: Manifest, holdings: Sequence[Holdings]) -> None:
         """`holdings` of all ranks of this job, by rank."""
         self._manifest, self._holdings = manifest, holdings
-        self._outgoing = [_ForOne() for _ in holdings]
+        self._outgoing = [_Outbox() for _ in holdings]
         self.states = States()
-        self.tensors: list[Told] = []
+        self.tensors: list[Summary] = []
         self._numbers: dict[tuple[str, str, str, tuple[int, ...]], int] = {}
         self._own_first: dict[str, int] = {}  # the lowest rank that has a tensor of this name for itself
         self._files: dict[int, tuple[list[int], bytes, bytes]] = {}
@@ -91,7 +91,7 @@ class Share:
         """A rank's shard, and its base if it has one. Raises DamageError or OSError."""
         entries = contents.entries(shards)
         numbers = {id(shard): FILES_A_RANK * rank + at for at, shard in enumerate(shards)}
-        own: list[tuple[Told, Shard, Entry]] = []
+        own: list[tuple[Summary, Shard, Entry]] = []
         for name, (shard, entry) in entries.items():
             part = entry.slice
             told = self._told(rank, entry)
@@ -112,12 +112,12 @@ class Share:
         missing = contents.absent(sealed, lambda kind, fqn: f"{kind}/{fqn}" in entries)
         self._absent += [(rank, name) for name in missing]
 
-    def _told(self, rank: int, entry: Entry) -> Told:
+    def _told(self, rank: int, entry: Entry) -> Summary:
         part = entry.slice
         key = part.name, part.among, part.dtype, part.global_shape
         number = self._numbers.setdefault(key, len(self.tensors))
         if number == len(self.tensors):
-            self.tensors.append(Told(*key, 0, rank))
+            self.tensors.append(Summary(*key, 0, rank))
         told = self.tensors[number]
         if part.among:
             told.elements += part.numel
@@ -182,7 +182,7 @@ class Share:
             raise DamageError(f"step {self._manifest.step}: {problems[0]}{more}")
 
 
-def _marks(own: Sequence[tuple[Told, Shard, Entry]]) -> list[str]:
+def _marks(own: Sequence[tuple[Summary, Shard, Entry]]) -> list[str]:
     """Of tensors that one rank has for itself, what another rank's has in common exactly if it holds the same; where
     that is not known, something that no other has.
 
@@ -208,16 +208,16 @@ def _marks(own: Sequence[tuple[Told, Shard, Entry]]) -> list[str]:
     return found
 
 
-def read_for_all(data: bytes) -> tuple[bytes, list[Told]]:
+def read_for_all(data: bytes) -> tuple[bytes, list[Summary]]:
     """Of `Share.for_all`: the states, encoded, and the tensors. Raises ValueError or TypeError."""
     states, told = unpack(data)
     return bytes(states), [
-        Told(name, among, dtype, tuple(shape), elements, first, copies)
+        Summary(name, among, dtype, tuple(shape), elements, first, copies)
         for name, among, dtype, shape, elements, first, copies in strict_json.loads(bytes(told))
     ]
 
 
-def ranks_among(told: Told, world_size: int) -> list[tuple[int, ...]]:
+def ranks_among(told: Summary, world_size: int) -> list[tuple[int, ...]]:
     """The ranks that have a tensor, together or each for itself."""
     if told.among:
         return [ranks_of(told.among, world_size)]

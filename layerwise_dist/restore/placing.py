@@ -90,7 +90,7 @@ class File:
         self._reader[first : last + 1] = reader
 
     def bytes_of(self, first: int, last: int) -> tuple[int, int]:
-        """Where blocks begin and end, which lie one behind the other."""
+        """Where blocks begin and end, which lie one after the other."""
         offset, length = self.shard.blocks[last]
         return self.shard.blocks[first][0], offset + length
 

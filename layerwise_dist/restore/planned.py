@@ -1,5 +1,5 @@
-"""Shards of which a rank knows only what it reads: where the blocks are, and their hashes. Their headers were read by
-one rank of the job, each by another.
+"""Shards as a rank knows them that has not read their headers: where the blocks are, and their hashes. One rank of the
+job has read each header.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Files:
     def __init__(
         self, env: _native.Env, pool: _native.WriterPool, path: Callable[[int, int], str], count: Callable[[int], None]
     ) -> None:
-        """`path(rank, which)`: of a rank's shard (0) or base (1). `count(bytes)` is told of all that is read."""
+        """`path(rank, which)`: of a rank's shard (0) or base (1). `count(bytes)` is called with all that is read."""
         self._env, self._pool, self._count = env, pool, count
         self.path = path
         self._last: tuple[str, _native.ShardReader] | None = None

@@ -28,7 +28,7 @@ class Many(nn.Module):
 
 
 def model(ranks: int, params: int, width: int) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Of `params` parameters, of which each of `ranks` ranks would have one row."""
+    """`params` parameters; each of `ranks` ranks would have one row of each."""
     net = Many(ranks, params, width)
     return net, torch.optim.AdamW(net.parameters(), lr=0.0, foreach=False)
 
