@@ -150,6 +150,16 @@ def test_restore_is_measured_from_a_cold_disk_against_other_loaders(tmp_path: Pa
         assert row["bytes"] > 12 * found["parameters"]
 
 
+def test_a_restore_into_another_cut_is_measured_beside_the_same_cut_and_dcp(tmp_path: Path) -> None:
+    found = quick(tmp_path, "restore", "--reshard", "2:1")
+    rows = {row["way"]: row for row in found["results"]}
+    assert set(rows) == {"same", "reshard", "dcp-load"} and (found["saved_ranks"], found["ranks"]) == (2, 1)
+    assert (
+        rows["same"]["ratio_to_same_cut"] == rows["dcp-load"]["ratio_to_dcp_load"] == {"median": 1, "min": 1, "max": 1}
+    )
+    assert all(set(row["seconds"]) == SPREAD and row["seconds"]["min"] > 0 for row in rows.values())
+
+
 def test_the_markdown_is_the_command_the_machine_and_its_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +193,7 @@ def test_too_little_memory_is_an_error_too(tmp_path: Path, monkeypatch: pytest.M
         (("writer", "--sizes", "12"), "--sizes '12': expected a number and K, M, G or T"),
         (("writer", "--backend", "floppy"), "backend 'floppy': this machine has "),
         (("writer", "--tensors", "0"), "--tensors '0': expected whole numbers above 0"),
+        (("restore", "--reshard", "4"), "--reshard '4': expected two numbers of ranks"),
         (("train", "--modes", "dcp,hope"), "mode 'hope': there are layerwise, "),
         (("train", "--params", "7B"), "--params '7B': expected 34M or 98M"),
         (("train", "--deepspeed", "1"), "--deepspeed 1: expected 2 or 3"),

@@ -76,12 +76,20 @@ TABLE: list[tuple[str, str]] = [
     (r"layerwise bench writer\|train\|restore DIR", "three of the others here in one"),
     (r"layerwise bench layers", "test_bench.py::test_steps_by_layers_are_measured_against_the_optimizers_own"),
     (r"layerwise bench trace( DIR .*)?", "test_bench.py::test_a_step_is_traced_and_drawn"),
+    (
+        r"layerwise bench restore( DIR)? --reshard( 4:2)?",
+        "test_bench.py::test_a_restore_into_another_cut_is_measured_beside_the_same_cut_and_dcp",
+    ),
     (r"layerwise bench (writer|restore|commit|train) DIR.*", _MINUTES),
     (r"python -c .*", HERE + "test_the_schema_is_printed_as_the_guide_says"),
     (r"python -X faulthandler", _PLACE),
     (r"python -m", _PLACE),
     (r"python reader\.py DIR", "test_frozen.py::test_the_reader_of_the_format_s_page_reads_bases_too"),
     (r"\.venv/bin/python -m pytest tests/test_kill\.py", "it is one of these tests"),
+    (
+        r"\.venv/bin/python -m pytest -s --long tests/test_many_headers\.py",
+        "test_many_headers.py::test_the_headers_of_512_shards_of_1800_tensors_are_planned_in_bounded_memory",
+    ),
     (
         r"\.venv/bin/python tests/exactness_table\.py > docs/exactness\.md",
         "test_exactness.py::test_the_table_in_the_docs_is_whole_and_what_is_tried_again_is_as_it_says",
@@ -106,7 +114,10 @@ TABLE: list[tuple[str, str]] = [
         "test_deepspeed_kill.py::"
         "test_deepspeeds_own_save_names_a_checkpoint_without_the_killed_ranks_part_and_this_one_does_not",
     ),
-    (r"python -m layerwise_dist\.bench\.(commit|train)_worker .*", "`layerwise bench` starts it, in test_bench.py"),
+    (
+        r"python -m layerwise_dist\.bench\.(commit|train|reshard)_worker .*",
+        "`layerwise bench` starts it, in test_bench.py",
+    ),
     (r"python -m layerwise_dist\.monitor SOCKET MEMORY PID", "a training process starts it, in test_monitor.py"),
     (r"python -m torch\.distributed\.run \.\.\. -m layerwise_dist\.selftest\.job .*", "`layerwise selftest` starts it"),
     (

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import mmap
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,6 +15,7 @@ import torch
 
 import layerwise_dist as lwd
 from layerwise_dist.bench import machine, raw
+from layerwise_dist.bench.cold import make_cold
 from layerwise_dist.bench.failure import BenchFailed
 from layerwise_dist.bench.figures import Chart, Findings, Spread
 from layerwise_dist.bench.model import GPT, Shape, adamw, windows
@@ -55,7 +53,7 @@ def run(bench: RestoreBench, directory: str, command: str) -> Findings:
             for way in _WAYS:
                 progress.now(_WAYS[way])
                 gc.collect()
-                _make_cold(loads.files[way])
+                make_cold(loads.files[way])
                 took = loads.load(way)
                 if number > 0:
                     seconds[way].append(took)
@@ -111,7 +109,7 @@ class _Loads:
 
     def _layerwise(self) -> float:
         with self._attached() as engine:
-            _make_cold(self.files["layerwise"])
+            make_cold(self.files["layerwise"])
             began = time.perf_counter()
             step = engine.restore()
             took = time.perf_counter() - began
@@ -140,38 +138,6 @@ def _one_process() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield
-
-
-def _make_cold(paths: list[Path]) -> None:
-    """Takes the files out of the page cache. Raises BenchFailed if some of one stays."""
-    for path in paths:
-        file = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(file)
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-            left = _cached_pages(file)
-        finally:
-            os.close(file)
-        if left:
-            raise BenchFailed(f"{path.name}: {left} pages stay in the page cache: reads would not come from the disk")
-
-
-def _cached_pages(file: int) -> int:
-    nbytes = os.fstat(file).st_size
-    if nbytes == 0:
-        return 0
-    pages = -(-nbytes // mmap.PAGESIZE)
-    found = (ctypes.c_ubyte * pages)()
-    libc = ctypes.CDLL(None, use_errno=True)
-    # A private writable mapping, so that ctypes may take its address; nothing is written.
-    with mmap.mmap(file, nbytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE) as view:
-        first = ctypes.c_char.from_buffer(view)
-        result = libc.mincore(ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(nbytes), found)
-        number = ctypes.get_errno()
-        del first
-    if result != 0:
-        raise OSError(number, os.strerror(number))
-    return sum(flags & 1 for flags in found)
 
 
 def _findings(

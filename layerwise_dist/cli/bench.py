@@ -125,6 +125,9 @@ def restore(
     rounds: Rounds = 5,
     depth: Depth = 4,
     block_kb: BlockKb = 1024,
+    reshard: Annotated[
+        str | None, typer.Option("--reshard", metavar="A:B", help="Saved by A ranks under FSDP2, restored by B.")
+    ] = None,
     quick: Quick = False,
     json: Json = False,
     markdown: Markdown = False,
@@ -137,6 +140,13 @@ def restore(
 
         _one_of("--params", params, SHAPES)
         shape = QUICK if quick else SHAPES[params]
+        if reshard is not None:
+            from layerwise_dist.bench.reshard import ReshardBench
+            from layerwise_dist.bench.reshard import run as run_reshard
+
+            saved, ranks = _ranks(reshard)
+            cut = ReshardBench(shape, rounds=2 if quick else rounds, saved=saved, ranks=ranks)
+            return run_reshard(cut, directory, command)
         asked = RestoreBench(shape, rounds=2 if quick else rounds, depth=depth, block_bytes=block_kb << 10)
         return run(asked, directory, command)
 
@@ -216,6 +226,13 @@ def trace(
         return run(asked, directory, command)
 
     _finish(run, json, markdown)
+
+
+def _ranks(reshard: str) -> tuple[int, int]:
+    saved, _, ranks = reshard.partition(":")
+    if not all(word.isascii() and word.isdigit() and 0 < int(word) <= 64 for word in (saved, ranks)):
+        raise ValueError(f"--reshard {reshard!r}: expected two numbers of ranks from 1 to 64, such as 4:2")
+    return int(saved), int(ranks)
 
 
 def _one_of(option: str, value: str, allowed: Iterable[str]) -> None:

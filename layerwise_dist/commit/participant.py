@@ -42,7 +42,7 @@ class Participant:
             tells: whether rank 0 warns of what became of all ranks' checkpoints; the other ranks never do.
         """
         self.rank, self.world_size = transport.rank, transport.world_size
-        self._transport, self._timeout_s = transport, timeout_s
+        self._transport, self.timeout_s = transport, timeout_s
         self._through_monitor, self._tells = through_monitor, tells and self.rank == 0
         self.disk_s = DISK_SHARE * timeout_s  # the longest wait for this rank's disk within what all ranks do
         self._ledger = Ledger(self.rank, self.world_size)
@@ -199,10 +199,8 @@ class Participant:
             if not self._ledger.may_pass(count):
                 self._waits.wait_for(
                     lambda: self._ledger.may_pass(count),
-                    time.monotonic() + self._timeout_s,
-                    lambda: (
-                        f"boundary {count}: waited {self._timeout_s:g} s for the coordinator on rank 0 to say go on"
-                    ),
+                    time.monotonic() + self.timeout_s,
+                    lambda: f"boundary {count}: waited {self.timeout_s:g} s for the coordinator on rank 0 to say go on",
                 )
             if (reason := self._ledger.must_raise(count)) is not None:
                 raise CommitError(reason)
@@ -238,7 +236,7 @@ class Participant:
 
     def wait(self, step: int, level: str, timeout_s: float | None) -> None:
         """Raises CommitError when that step's checkpoint was aborted, DeadlineError at the timeout (seconds)."""
-        timeout = self._timeout_s if timeout_s is None else timeout_s
+        timeout = self.timeout_s if timeout_s is None else timeout_s
         state = self._ledger
         with self._changed:
             self._waits.wait_for(

@@ -25,10 +25,9 @@ from layerwise_dist.restore import casts
 from layerwise_dist.restore.contents import OF_MODEL
 from layerwise_dist.restore.contradictions import contradictions
 from layerwise_dist.restore.filling import Read, fill
+from layerwise_dist.restore.gathered import Gathered, GatheredTensor
 from layerwise_dist.restore.loader import LISTED, LoadPlan, listing
-from layerwise_dist.restore.planner import replan
 from layerwise_dist.restore.regrouping import regroup, translations, uneven
-from layerwise_dist.restore.whole import SavedTensor, Whole, equal
 from layerwise_dist.tensors.pieces import DTYPES
 from layerwise_dist.tensors.slices import Slice
 
@@ -54,7 +53,7 @@ class Fitting:
     """One rank's plan, in the making."""
 
     def __init__(
-        self, framework: Framework, optimizer: OptimizerAdapter, whole: Whole, sealed: SealedState, where: str, *,
+        self, framework: Framework, optimizer: OptimizerAdapter, whole: Gathered, sealed: SealedState, where: str, *,
         partly: bool, parts: Parts, cast: str | None,
     ) -> None:  # fmt: skip
         """`sealed` is what this rank takes up of all that is not said of tensors (`ranks.for_rank`)."""
@@ -81,10 +80,7 @@ class Fitting:
         framework.follow()
         takes_optimizer = self._parts.takes_optimizer
         try:
-            self._whole.compare(
-                framework.rank, framework.world_size,
-                lambda kind: kind != "buffer" and (takes_optimizer or kind in OF_MODEL),
-            )  # fmt: skip
+            self._whole.refuse_unlike(lambda kind: kind != "buffer" and (takes_optimizer or kind in OF_MODEL))
         except MismatchError as error:
             self._problems.append(str(error))
         for view in framework.params:
@@ -148,15 +144,14 @@ class Fitting:
         if found is None:
             self._missing.append(part.name)
             return
-        # Rank 0 looks for all: it is the one that tells.
-        if self._framework.rank == 0 and any(not equal(found[0], other) for other in found[1:]):
+        if part.name in self._whole.unlike:
             self._fit.taken.append(part.name)
         self._want(part, tensor, part.name)
 
     def _want(self, wanted: Slice, tensor: torch.Tensor, name: str, *, made: bool = False) -> None:
         """`made` says that what is wanted is made of another kind, as the framework would make it."""
         self._used.add(name)
-        saved = self._whole.tensors[name][0]
+        saved = self._whole.tensors[name]
         if saved.shape != wanted.global_shape or not casts.possible(saved.dtype, wanted.dtype):
             self._problems.append(
                 f"{wanted.name}: the checkpoint has {saved.dtype}{list(saved.shape)}, "
@@ -166,7 +161,7 @@ class Fitting:
         if not (casts.exact(saved.dtype, wanted.dtype) or (made and wanted.kind == "param")):
             self._lossy[wanted.kind, saved.dtype, wanted.dtype] += 1
         self._fit.loading.reads.append(
-            Read(self._framework.local(tensor), replan(wanted, saved.parts), DTYPES[saved.dtype])
+            Read(self._framework.local(tensor), self._whole.spans(name, wanted), DTYPES[saved.dtype])
         )
         self._names.append(wanted.name)
 
@@ -210,13 +205,13 @@ class Fitting:
                 if step is not None:
                     self._give_step(view, step)
             elif name in self._whole.tensors:
-                saved = self._whole.tensors[name][0]
+                saved = self._whole.tensors[name]
                 if saved.shape != () or not casts.is_float(saved.dtype):
                     self._problems.append(f"{name}: {saved.dtype}{list(saved.shape)} is no count of torch's")
                     continue
                 counted[view.fqn] = torch.empty((), dtype=DTYPES[saved.dtype], device="cpu")
                 wanted = Slice.whole("step", view.fqn, saved.dtype, ())
-                reads.append((counted[view.fqn], replan(wanted, saved.parts)))
+                reads.append((counted[view.fqn], self._whole.spans(name, wanted)))
         fill(reads)
         for fqn, memory in counted.items():
             value = float(memory.item())
@@ -259,7 +254,7 @@ class Fitting:
         for kind in tensors:
             if kind == "step" and view.fqn in self._translations:
                 continue
-            first = self._whole.tensors[f"{kind}/{name}"][0]
+            first = self._whole.tensors[f"{kind}/{name}"]
             wanted = self._state_slice(view, kind, first, whole_param, name)
             if wanted is None:
                 continue
@@ -269,7 +264,7 @@ class Fitting:
             self._want(replace(self._framework.need(view, kind, tensor), among=""), tensor, f"{kind}/{name}")
 
     def _state_slice(
-        self, view: ParamView, kind: str, saved: SavedTensor, param: Slice | None, name: str
+        self, view: ParamView, kind: str, saved: GatheredTensor, param: Slice | None, name: str
     ) -> Slice | None:
         """What this rank needs of a tensor of state: of one of the parameter's shape what it has of the parameter."""
         if param is None or saved.shape != param.global_shape or (saved.shape == () and not self._per_element(kind)):
@@ -281,7 +276,7 @@ class Fitting:
             )
             return None
         source = self._find("param", [name])
-        same = source is not None and self._whole.tensors[source][0].dtype == param.dtype
+        same = source is not None and self._whole.tensors[source].dtype == param.dtype
         # A torch optimizer keeps its state in the parameter's dtype, DeepSpeed in the master's.
         translation = self._translations.get(view.fqn)
         same = same and not (
@@ -295,6 +290,6 @@ class Fitting:
         for name in self._rename.values():
             found = self._whole.tensors.get(f"{kind}/{name}")
             source = self._find("param", [name])
-            if found and source and self._whole.tensors[source][0].shape != ():
-                return found[0].shape == self._whole.tensors[source][0].shape
+            if found and source and self._whole.tensors[source].shape != ():
+                return found.shape == self._whole.tensors[source].shape
         return kind != "step"

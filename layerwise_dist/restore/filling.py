@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from layerwise_dist.restore.planned import Readable
 from layerwise_dist.restore.planner import ByteRange
 from layerwise_dist.restore.reslice import reach
-from layerwise_dist.storage.reader import Shard
 from layerwise_dist.tensors.pieces import is_dense
 
 _BUFFER_BYTES = 64 << 20  # of what lies otherwise in the file than in memory, read at once
@@ -69,7 +69,7 @@ def fill(reads: Iterable[tuple[torch.Tensor, Iterable[ByteRange]]]) -> None:
     What lies in the file as in the tensor is read straight into it, all of a shard in one call; the rest through a
     buffer of 64 MiB, or of one row where that is larger. On DamageError or OSError tensors may be partly overwritten.
     """
-    straight: dict[int, tuple[Shard, list[tuple[int, int, int]]]] = {}
+    straight: dict[int, tuple[Readable, list[tuple[int, int, int]]]] = {}
     strided: list[tuple[torch.Tensor, ByteRange]] = []
     for tensor, spans in reads:
         for span in spans:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from layerwise_dist.errors import DamageError, MismatchError
+from layerwise_dist.restore.planned import Readable
 from layerwise_dist.restore.reslice import copies
 from layerwise_dist.storage.reader import Entry, Shard
 from layerwise_dist.tensors.slices import ITEM_BYTES, Slice
@@ -19,7 +20,7 @@ class ByteRange:
     `target_strides` apart in the slice from `offset` on, both in elements.
     """
 
-    shard: Shard
+    shard: Readable
     begin: int
     end: int
     offset: int
@@ -55,7 +56,7 @@ class ShardSet:
         return (self.of(rank) for rank in sorted(ranks) if rank != self._own)
 
 
-Found = list[tuple[Shard, Entry]]
+Found = Sequence[tuple[Readable, Entry]]
 
 
 def plan(wanted: Slice, found: Found, more: Callable[[], Found] | None = None) -> list[ByteRange]:
@@ -86,7 +87,7 @@ def plan(wanted: Slice, found: Found, more: Callable[[], Found] | None = None) -
         )
     spans, gap = _spans(wanted, found)
     if gap is not None and more is not None and (further := more()):
-        return plan(wanted, found + further)
+        return plan(wanted, [*found, *further])
     if gap is not None:
         raise MismatchError(
             f"{wanted.name}: this rank needs {wanted.place()}, and no shard that it may read has element {list(gap)} "

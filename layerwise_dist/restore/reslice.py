@@ -74,6 +74,30 @@ def boxes(part: Slice) -> list[Box]:
     return list(_range_boxes(part.start, part.start + part.length, part.global_shape))
 
 
+def run_of(part: Slice) -> tuple[int, int] | None:
+    """The first element and the number of elements, where a slice is one run of its global tensor in row-major order;
+    None where it is several.
+    """
+    if part.start is not None and part.length is not None:
+        return part.start, part.length
+    assert part.offsets is not None and part.lengths is not None
+    start, rest, stride = 0, True, 1
+    for offset, length, size in zip(
+        reversed(part.offsets), reversed(part.lengths), reversed(part.global_shape), strict=True
+    ):
+        if not rest and length != 1:
+            return (0, 0) if 0 in part.lengths else None
+        rest = rest and length == size
+        start += offset * stride
+        stride *= size
+    return start, math.prod(part.lengths)
+
+
+def meet(one: Slice, other: Slice) -> bool:
+    """Whether two slices of one shape have an element in common."""
+    return any(_common(a, b) is not None for a in boxes(one) for b in boxes(other))
+
+
 def copies(wanted: Slice, sources: Sequence[Slice]) -> tuple[list[Copy], tuple[int, ...] | None]:
     """What fills `wanted`, each element once, from the first of the `sources` that has it.
 

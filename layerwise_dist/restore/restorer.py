@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
+from layerwise_dist import _native
 from layerwise_dist.commit.agreement import together
+from layerwise_dist.commit.exchange import Exchange, jointly
 from layerwise_dist.commit.metadata import CheckpointMetadataManager, Inventory
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.records import Manifest
@@ -25,15 +27,21 @@ from layerwise_dist.loop.objects import StateObjects
 from layerwise_dist.restore import choice, loader, nodes, ranks, stand_ins
 from layerwise_dist.restore.anywhere import Fit, Fitting
 from layerwise_dist.restore.choice import Wish
+from layerwise_dist.restore.contents import OF_MODEL
+from layerwise_dist.restore.gathered import Gathered
+from layerwise_dist.restore.handing import Handing
+from layerwise_dist.restore.holdings import Holdings
 from layerwise_dist.restore.loader import LISTED, LoadPlan, another_model, listing
+from layerwise_dist.restore.planned import Files
 from layerwise_dist.restore.planner import ShardSet
 from layerwise_dist.restore.sealed_state import optimizers_of, read_state
-from layerwise_dist.restore.whole import Whole
 from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.protocols import ShardWriterAdapter
 from layerwise_dist.storage.reader import Shard
 from layerwise_dist.storage.reports import BaseReport
 from layerwise_dist.supervision.patience import within
+
+T = TypeVar("T")
 
 log = logging.getLogger("layerwise_dist")
 
@@ -152,23 +160,51 @@ class Restorer:
             return None
         manifest, shards, checked = found
         loading = checked if isinstance(checked, LoadPlan) else None
-        if not participant.agree(f"compare the cut of step {step}", loading is not None, all):
-            if not shards.shared:
-                together(participant, f"look at step {step}", lambda: self._refuse_nodes(manifest, checked))
-            sound, fit = together(participant, f"cut step {step} anew", lambda: self._fit(manifest, shards, terms))
-            if not sound or fit is None:
+        if participant.agree(f"compare the cut of step {step}", loading is not None, all):
+            assert loading is not None
+            own = loading
+            return self._fill(
+                attempt, terms, own, lambda what, load: together(participant, what, load), lambda: loader.load(own)
+            )
+        if not shards.shared:
+            together(participant, f"look at step {step}", lambda: self._refuse_nodes(manifest, checked))
+        with Exchange.open(participant, participant.timeout_s) as exchange:
+
+            def join(what: str, action: Callable[[], T]) -> tuple[bool, T | None]:
+                return jointly(participant, exchange, what, action)
+
+            sound, cut = join(f"cut step {step} anew", lambda: self._fit(manifest, exchange, terms))
+            if not sound or cut is None:
                 return None
+            fit, whole = cut
             self._refuse(manifest, fit)
-            loading = fit.loading
             self._say_moved(manifest, fit)
-        assert loading is not None
-        framework, carried = self._framework, loading.sealed["wrapper"]
-        part = framework.part_of(carried, terms.parts)
-        sound, _ = together(participant, f"take up step {step}", lambda: framework.take_up(part))
+            handing = Handing(exchange, fit.loading.reads, whole.shards, whole.block_bytes)
+            sound, _ = join(f"plan the reading of step {step}", handing.plan)
+            if not sound:
+                return None
+            filled = self._fill(
+                attempt, terms, fit.loading, join, lambda: loader.load(fit.loading, lambda _: handing.load())
+            )
+            if filled is not None:
+                log.info(
+                    "rank %d: step %d cut anew: %d bytes of shards read, %d handed over by others, %d are held here",
+                    participant.rank, step, whole.files.bytes_read, exchange.bytes_received, handing.bytes_held,
+                )  # fmt: skip
+            return filled
+
+    def _fill(
+        self, attempt: AttemptId, terms: Terms, loading: LoadPlan,
+        run: Callable[[str, Callable[[], None]], tuple[bool, None]], load: Callable[[], None],
+    ) -> LoadPlan | None:  # fmt: skip
+        """Nothing is left to be refused: from here on live tensors change. `run` is `together`, or `jointly`."""
+        step, framework = attempt.step, self._framework
+        part = framework.part_of(loading.sealed["wrapper"], terms.parts)
+        sound, _ = together(self._participant, f"take up step {step}", lambda: framework.take_up(part))
         if not sound:
             return None
         self.undefined = f"the restore of step {step} did not finish: parameters and optimizer state are undefined"
-        sound, _ = together(participant, f"load step {step}", lambda: loader.load(loading))
+        sound, _ = run(f"load step {step}", load)
         return loading if sound else None
 
     def _check(self, attempt: AttemptId, terms: Terms) -> tuple[Manifest, ShardSet, LoadPlan | MismatchError | None]:
@@ -221,9 +257,14 @@ class Restorer:
     def _where(self, manifest: Manifest) -> str:
         return f"step {manifest.step} in {self._manager.root}"
 
-    def _fit(self, manifest: Manifest, shards: ShardSet, terms: Terms) -> Fit:
+    def _fit(self, manifest: Manifest, exchange: Exchange, terms: Terms) -> tuple[Fit, Gathered]:
         framework, where = self._framework, self._where(manifest)
-        whole = Whole(manifest, shards)
+        framework.follow()
+        whole = Gathered(
+            manifest, lambda rank: self._open(manifest, rank), self._files(manifest, exchange), exchange,
+            Holdings.of(framework, self._optimizer),
+            lambda kind: terms.parts.takes_optimizer or kind in OF_MODEL,
+        )  # fmt: skip
         same_world = manifest.world_size == framework.world_size
         sealed = whole.sealed[framework.rank if framework.rank < manifest.world_size else 0]
         taken: list[str] = []
@@ -247,7 +288,7 @@ class Restorer:
             described: list[Any] = optimizers_of(fit.loading.sealed)
             origins = [tuple(each["origins"]) for each in described]
             fit.problems = ranks.fit_schedules(fit.loading.sealed, self._objects, origins)
-        return fit
+        return fit, whole
 
     def _refuse_nodes(self, manifest: Manifest, checked: LoadPlan | MismatchError | None) -> None:
         """Raises MismatchError, on some rank, where none sees the shards of all."""
@@ -292,6 +333,19 @@ class Restorer:
             )  # fmt: skip
         if fit.lost:
             log.warning("step %d: %s of the checkpoint has no place here", manifest.step, " and ".join(fit.lost))
+
+    def _files(self, manifest: Manifest, exchange: Exchange) -> Files:
+        manager, env = self._manager, self._manager.env
+        assert isinstance(env, _native.Env), "the native core reads shards"
+
+        def path(rank: int, which: int) -> str:
+            base = manifest.shards[rank].base
+            return manager.base_path(base.attempt, rank) if which and base else manager.shard_path(manifest, rank)
+
+        def count(nbytes: int) -> None:
+            exchange.bytes_read += nbytes
+
+        return Files(env, self._adapter.pool, path, count)
 
     def _open(self, manifest: Manifest, rank: int) -> list[Shard]:
         pool = self._adapter.pool

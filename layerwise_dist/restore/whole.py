@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
 from layerwise_dist.commit.records import Manifest
-from layerwise_dist.errors import DamageError, MismatchError
+from layerwise_dist.errors import DamageError
 from layerwise_dist.loop.sealed import SealedState
 from layerwise_dist.restore import contents
 from layerwise_dist.restore.filling import fill
+from layerwise_dist.restore.planned import Readable
 from layerwise_dist.restore.planner import Found, ShardSet, replan
-from layerwise_dist.storage.reader import Entry, Shard
+from layerwise_dist.storage.reader import Entry
 from layerwise_dist.tensors.pieces import DTYPES
-from layerwise_dist.tensors.slices import ITEM_BYTES, Slice, ranks_text
+from layerwise_dist.tensors.slices import ITEM_BYTES, Slice
 
 _COMPARED_BYTES = 64 << 20  # of two replicas, at once
-_SMALL_BYTES = 64 << 10
 _NOTHING_READ: Mapping[int, torch.Tensor] = {}
 
 
@@ -78,7 +78,7 @@ class Whole:
         self.manifest = manifest
         self.sealed: list[SealedState] = []
         held: dict[int, dict[str, Entry]] = {}
-        together: dict[str, dict[Sequence[int], Found]] = {}
+        together: dict[str, dict[Sequence[int], list[tuple[Readable, Entry]]]] = {}
         for rank in range(manifest.world_size):
             part = contents.read(shards.of(rank), manifest.framework)
             self.sealed.append(part.sealed)
@@ -103,28 +103,6 @@ class Whole:
             if kind not in contents.OF_MODEL:
                 found.setdefault(fqn, []).append(kind)
         return found
-
-    def compare(self, rank: int, world_size: int, needed: Callable[[str], bool]) -> None:
-        """Of tensors that several ranks wrote for themselves under one name, the copies must be equal to the bit. Each
-        of the ranks that restore compares a part of them: what one finds, all hear.
-
-        `needed(kind)`: of which kinds. Raises MismatchError where copies differ; DamageError; OSError.
-        """
-        copies = [
-            (name, found[0], other)
-            for name, found in self.tensors.items()
-            if len(found) > 1 and needed(name.split("/", 1)[0])
-            for other in found[1:]
-        ]
-        unsure = [each for each in copies[rank::world_size] if not surely_equal(each[1], each[2])]
-        small = read_all([tensor for _, *pair in unsure for tensor in pair if tensor.nbytes <= _SMALL_BYTES])
-        for name, one, other in unsure:
-            if not equal(one, other, small):
-                raise MismatchError(
-                    f"{name}: rank(s) {ranks_text(one.ranks) or one.ranks[0]} and "
-                    f"{ranks_text(other.ranks) or other.ranks[0]} of the checkpoint hold different ones, and this "
-                    "job is cut otherwise, so that nothing says which of them is whose"
-                )
 
 
 def read_all(tensors: Sequence[SavedTensor]) -> dict[int, torch.Tensor]:
@@ -166,14 +144,14 @@ def equal(one: SavedTensor, other: SavedTensor, read: Mapping[int, torch.Tensor]
     )
 
 
-def _same_blocks(mine: tuple[Shard, Entry], yours: tuple[Shard, Entry]) -> bool:
+def _same_blocks(mine: tuple[Readable, Entry], yours: tuple[Readable, Entry]) -> bool:
     if mine[1].slice.cut != yours[1].slice.cut:
         return False
-    seen = _blocks(*mine)
-    return seen is not None and seen == _blocks(*yours)
+    seen = blocks_of(*mine)
+    return seen is not None and seen == blocks_of(*yours)
 
 
-def _blocks(shard: Shard, entry: Entry) -> tuple[int, list[tuple[int, int]]] | None:
+def blocks_of(shard: Readable, entry: Entry) -> tuple[int, list[tuple[int, int]]] | None:
     """Where an entry begins in its first block, and length and hash of each block that has some of it."""
     index = shard.index
     if not index.hashed or entry.begin == entry.end:

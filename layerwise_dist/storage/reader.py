@@ -6,16 +6,18 @@ error (EIO, no permission) is an OSError: the disk is in trouble, and nothing is
 
 from __future__ import annotations
 
+import ctypes
 from bisect import bisect_right
+from collections.abc import Sequence
 from functools import cached_property
 
 from layerwise_dist import _native
 from layerwise_dist.errors import DamageError, shown
-from layerwise_dist.storage.header import Entry, ShardIndex, parse_header
+from layerwise_dist.storage.header import Blocks, Entry, ShardIndex, parse_header
 from layerwise_dist.storage.odd import oddity
 from layerwise_dist.storage.shard_layout import HEADER_CAP, cut_segments
 
-__all__ = ["Entry", "Shard", "ShardIndex", "parse_header"]
+__all__ = ["Blocks", "Entry", "Shard", "ShardIndex", "parse_header", "read_verified"]
 
 _BLOCKS_AT_ONCE = 4096  # of a verification
 _DESCRIBED = 100  # bad blocks of one
@@ -47,6 +49,7 @@ class Shard:
         header = self._reader.read(0, header_bytes)
         if len(header) != header_bytes or _native.xxh3_64(header) != header_hash:
             raise DamageError(f"shard {path}: its header hashes otherwise than the manifest says ({header_hash:016x})")
+        self.header_bytes = header_bytes
         self.index = parse_header(path, nbytes, header, of)
 
     def state(self) -> tuple[memoryview, memoryview]:
@@ -69,20 +72,19 @@ class Shard:
         Nothing of a bad block is copied, but other blocks may have been when DamageError is raised.
         REQUIRES: ranges lie in the layers, and the memory stays alive and unshared until the call returns.
         """
-        index = self.index
-        ordered = sorted(spans)
-        touched: dict[int, int] = {}
-        for begin, end, _ in ordered:
-            if end > begin:
-                for block in range(index.blocks.at(begin), index.blocks.at(end - 1) + 1):
-                    touched.setdefault(block, len(touched))
-        blocks = [(*index.blocks[block], index.hashes[block]) for block in touched]
-        ranges = [(offset, length) for offset, length, _ in blocks]
-        segments = [(b, o, address + t, n) for b, o, address, t, n in cut_segments(ranges, ordered)]
-        bad = self._reader.read_blocks(blocks, segments)
+        bad, _ = read_verified(self._reader, self.index.blocks, self.index.hashes, spans)
         if bad:
-            numbers = list(touched)
-            raise DamageError("; ".join(self.describe(numbers[block]) for block in bad[:5]))
+            raise DamageError("; ".join(self.describe(block) for block in bad[:5]))
+
+    def peek(self, ranges: list[tuple[int, int]]) -> list[bytes]:
+        """Bytes `begin` to `end` of the file as they are, unverified. Raises OSError."""
+        memory = [bytearray(end - begin) for begin, end in ranges]
+        views = [(ctypes.c_char * len(each)).from_buffer(each) if each else None for each in memory]
+        blocks = [(begin, end - begin, None) for begin, end in ranges if end > begin]
+        there = [view for view in views if view is not None]
+        segments = [(number, 0, ctypes.addressof(view), len(view)) for number, view in enumerate(there)]
+        self._reader.read_blocks(blocks, segments)
+        return [bytes(each) for each in memory]
 
     def verify(self) -> list[str]:
         """Reads everything; returns one message a bad block, of many only the first (empty: as committed, where it is
@@ -128,3 +130,24 @@ class Shard:
         expected = self.index.hashes[block]
         problem = "is cut" if expected is None else f"hashes otherwise than the header says ({expected:016x})"
         return f"shard {self.index.path} of step {self.index.step}: block {block} at offset {offset} ({what}) {problem}"
+
+
+def read_verified(
+    reader: _native.ShardReader, blocks: Blocks, hashes: Sequence[int | None], spans: list[tuple[int, int, int]]
+) -> tuple[list[int], int]:
+    """As `Shard.read_into`, of a file with these blocks: the numbers of bad blocks, and the bytes of all read.
+
+    Raises OSError.
+    """
+    ordered = sorted(spans)
+    touched: dict[int, int] = {}
+    for begin, end, _ in ordered:
+        if end > begin:
+            for block in range(blocks.at(begin), blocks.at(end - 1) + 1):
+                touched.setdefault(block, len(touched))
+    wanted = [(*blocks[block], hashes[block]) for block in touched]
+    ranges = [(offset, length) for offset, length, _ in wanted]
+    segments = [(b, o, address + t, n) for b, o, address, t, n in cut_segments(ranges, ordered)]
+    bad = reader.read_blocks(wanted, segments)
+    numbers = list(touched)
+    return [numbers[block] for block in bad], sum(length for _, length in ranges)

@@ -1,9 +1,9 @@
 """How ranks find each other at the start of a session, and connect.
 
-The only use of the job's process groups: three gathers over the default group, on the training thread inside
-`attach()`. What is gathered cannot be left over from an earlier incarnation of the job, as a key in a launcher's store
-can: the addresses and ports, and a token that rank 0 made for this session, by which the two ends of a connection know
-each other (`calls.py`).
+The only use of the job's process groups: three gathers over the default group (`meet`), on the training thread inside
+`attach()`. Ranks that have met gather over the session's own messages from then on (`meet_each`). What is gathered
+cannot be left over from an earlier incarnation of the job, as a key in a launcher's store can: the addresses and ports,
+and a token that rank 0 made, by which the two ends of a connection know each other (`calls.py`).
 """
 
 from __future__ import annotations
@@ -82,6 +82,50 @@ def meet(rank: int, gather: Gather, timeout_s: float, *, where: str | None = Non
         for server in servers:
             server.close()
     return met
+
+
+def meet_each(rank: int, gather: Gather, timeout_s: float, *, where: str | None = None) -> dict[int, Line]:
+    """Collective: one connection to each other rank, by its rank. Each rank calls those below it.
+
+    Raises as `meet`.
+    """
+    first = gather({"place": where or place(), "from": _toward(os.environ.get("MASTER_ADDR", _ANYWHERE))[:2]})
+    lines: dict[int, Line] = {}
+    servers: list[socket.socket] = []
+    said: dict[str, Any] = {}
+    try:
+        try:
+            if rank + 1 < len(first):
+                far = [host for record in first if record["place"] != first[rank]["place"] for host in record["from"]]
+                hosts = _own_addresses(list(dict.fromkeys(far))) if far else []
+                servers = listen([_LOOPBACK, *hosts], len(first) - 1 - rank)
+                said["ports"] = [server.getsockname()[:2] for server in servers]
+            if rank == 0:
+                said["token"] = secrets.token_hex(16)
+        except OSError as error:
+            said = {"error": f"rank {rank} could not open a port for the other ranks: {error}"[:400]}
+        records = _all_well(gather(said))
+        problem = {}
+        try:
+            deadline, token = time.monotonic() + timeout_s, records[0]["token"]
+            for other in range(rank):
+                near = first[other]["place"] == first[rank]["place"]
+                ports: list[Address] = [(host, port) for host, port in records[other]["ports"]]
+                found = [address for address in ports if (address[0] == _LOOPBACK) == near]
+                lines[other] = connect(rank, found or ports, token, deadline)
+            if servers:
+                lines |= accept(servers, set(range(rank + 1, len(first))), token, deadline)
+        except (OSError, CommitError) as error:
+            problem = {"error": f"rank {rank}: {error}"[:400]}
+        _all_well(gather(problem))
+    except BaseException:
+        for line in lines.values():
+            line.close()
+        raise
+    finally:
+        for server in servers:
+            server.close()
+    return lines
 
 
 def _connect_all(

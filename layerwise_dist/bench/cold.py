@@ -1,0 +1,42 @@
+"""Files that are read from the disk, and not from memory."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from pathlib import Path
+
+from layerwise_dist.bench.failure import BenchFailed
+
+
+def make_cold(paths: list[Path]) -> None:
+    """Takes the files out of the page cache. Raises BenchFailed if some of one stays."""
+    for path in paths:
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(file)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            left = _cached_pages(file)
+        finally:
+            os.close(file)
+        if left:
+            raise BenchFailed(f"{path.name}: {left} pages stay in the page cache: reads would not come from the disk")
+
+
+def _cached_pages(file: int) -> int:
+    nbytes = os.fstat(file).st_size
+    if nbytes == 0:
+        return 0
+    pages = -(-nbytes // mmap.PAGESIZE)
+    found = (ctypes.c_ubyte * pages)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    # A private writable mapping, so that ctypes may take its address; nothing is written.
+    with mmap.mmap(file, nbytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE) as view:
+        first = ctypes.c_char.from_buffer(view)
+        result = libc.mincore(ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(nbytes), found)
+        number = ctypes.get_errno()
+        del first
+    if result != 0:
+        raise OSError(number, os.strerror(number))
+    return sum(flags & 1 for flags in found)

@@ -1,0 +1,109 @@
+"""The ranks of `bench restore --reshard`, under torchrun.
+
+    python -m layerwise_dist.bench.reshard_worker '{"do": "save" or "load", "shape": {...}, "folder": ..., ...}'
+
+Rank 0 says what it found in lines of JSON after a mark on standard output; reshard.py reads them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import layerwise_dist as lwd
+from layerwise_dist.bench.cold import make_cold
+from layerwise_dist.bench.failure import BenchFailed
+from layerwise_dist.bench.model import Shape, windows
+from layerwise_dist.bench.trainings import Training
+
+MARK = "@layerwise-bench "
+WAYS = ("same", "reshard", "dcp-load")
+_GROUP_TIMEOUT = datetime.timedelta(seconds=300)
+
+
+def _state(training: Training) -> dict[str, Any]:
+    return {"model": training.model.state_dict(), "optimizer": training.optimizer.state_dict()}
+
+
+def _train(training: Training, shape: Shape) -> None:
+    training.model(windows(shape, dist.get_world_size())).backward()
+    training.optimizer.step()
+    training.optimizer.zero_grad()
+
+
+def _save(training: Training, shape: Shape, folder: Path) -> None:
+    """One step, saved by both."""
+    import torch.distributed.checkpoint as dcp
+
+    ranks = dist.get_world_size()
+    with lwd.attach(training.model, training.optimizer, dir=str(folder / f"layerwise-{ranks}")) as engine:
+        engine.restore()
+        engine.explicit()
+        _train(training, shape)
+        engine.end_step()
+    dcp.save(_state(training), checkpoint_id=str(folder / f"dcp-{ranks}"))
+
+
+def _load(training: Training, folder: Path, way: str, saved: int) -> float:
+    """Seconds of the slowest rank."""
+    import torch.distributed.checkpoint as dcp
+
+    ranks = dist.get_world_size()
+    place = folder / (f"dcp-{saved}" if way == "dcp-load" else f"layerwise-{ranks if way == 'same' else saved}")
+    if way == "dcp-load":
+        state = _state(training)
+        _cold(place)
+        began = time.perf_counter()
+        dcp.load(state, checkpoint_id=str(place))
+        return _slowest(time.perf_counter() - began)
+    with lwd.attach(training.model, training.optimizer, dir=str(place)) as engine:
+        _cold(place)
+        began = time.perf_counter()
+        step = engine.restore()
+        took = time.perf_counter() - began
+    if step != 1:
+        raise BenchFailed(f"restore() came to step {step}, and step 1 was saved")
+    return _slowest(took)
+
+
+def _cold(place: Path) -> None:
+    if dist.get_rank() == 0:
+        make_cold([path for path in place.rglob("*") if path.suffix in (".safetensors", ".distcp")])
+    dist.barrier()
+
+
+def _slowest(seconds: float) -> float:
+    found = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return float(found)
+
+
+def main() -> None:
+    spec = json.loads(sys.argv[1])
+    shape, folder = Shape(**spec["shape"]), Path(spec["folder"])
+    dist.init_process_group("gloo", timeout=_GROUP_TIMEOUT)
+    training = Training(shape, "foreach", dist.get_world_size())
+    try:
+        if spec["do"] == "save":
+            _save(training, shape, folder)
+        else:
+            _train(training, shape)  # makes the optimizer's state
+            for number in range(spec["rounds"] + 1):
+                for way in WAYS:
+                    seconds = _load(training, folder, way, spec["saved"])
+                    if dist.get_rank() == 0:
+                        print(MARK + json.dumps({"round": number, "way": way, "seconds": seconds}), flush=True)
+    finally:
+        training.close()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

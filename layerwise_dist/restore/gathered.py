@@ -1,0 +1,314 @@
+"""A commit as whole tensors, for a job that is cut otherwise: each rank has read a share of the headers, and knows of
+the others what concerns it.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from layerwise_dist.commit.exchange import Exchange
+from layerwise_dist.commit.records import Manifest
+from layerwise_dist.errors import DamageError, MismatchError
+from layerwise_dist.loop.sealed import SealedState
+from layerwise_dist.restore import contents, headers, states
+from layerwise_dist.restore.headers import FILES_A_RANK, ROW, Share, Summary
+from layerwise_dist.restore.holdings import Holdings
+from layerwise_dist.restore.planned import Files, PlannedShard, Readable
+from layerwise_dist.restore.planner import ByteRange, Found, replan
+from layerwise_dist.restore.reslice import run_of
+from layerwise_dist.restore.sealed_state import read_state
+from layerwise_dist.restore.whole import SavedTensor, equal, read_all, surely_equal
+from layerwise_dist.storage import strict_json
+from layerwise_dist.storage.header import Blocks, Entry
+from layerwise_dist.storage.reader import Shard
+from layerwise_dist.tensors.slices import ITEM_BYTES, Slice, ranks_text
+
+Rows = np.ndarray  # [n, headers.ROW] of uint64
+
+
+@dataclass(eq=False)
+class GatheredTensor:
+    """One global tensor, with the parts of it that are of interest to this rank. Several ranks hold it together, or one
+    has it for itself.
+    """
+
+    name: str
+    ranks: tuple[int, ...]
+    dtype: str
+    shape: tuple[int, ...]
+    rows: list[Rows] = field(default_factory=list)
+    boxes: list[tuple[int, int, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+
+    @cached_property
+    def _runs(self) -> Rows:
+        """Those parts that are one run of elements, in the order of these."""
+        found = np.concatenate(self.rows) if self.rows else np.empty((0, ROW), dtype=np.uint64)
+        self.rows = []
+        return found[np.argsort(found[:, 3], kind="stable")].astype(np.int64)
+
+    def spans(self, wanted: Slice, shards: Mapping[int, PlannedShard]) -> list[ByteRange]:
+        """What fills `wanted`, of this shape. Offsets are those of a slice of the file's dtype, whatever `wanted` has.
+
+        Raises DamageError where some of it is not there.
+        """
+        run = run_of(wanted)
+        if run is not None and not self.boxes:
+            return self._of_run(*run, shards)
+        if not wanted.numel:
+            return []
+        return replan(wanted, self._parts(shards))
+
+    def _of_run(self, start: int, length: int, shards: Mapping[int, PlannedShard]) -> list[ByteRange]:
+        item, runs, end = ITEM_BYTES[self.dtype], self._runs, start + length
+        found: list[ByteRange] = []
+        at = start
+        near = runs[(runs[:, 3] < end) & (runs[:, 3] + runs[:, 4] > start)]
+        for _, file, place, first, count in near.tolist():
+            if first > at:
+                break
+            upto = min(first + count, end)
+            if upto > at:
+                begin = place + (at - first) * item
+                found.append(ByteRange(shards[file], begin, begin + (upto - at) * item, (at - start) * item))
+                at = upto
+        if at < end:
+            gap = [int(index) for index in np.unravel_index(at, self.shape)] if self.shape else []
+            raise DamageError(f"{self.name}: no shard has its element {gap}")
+        return found
+
+    def _parts(self, shards: Mapping[int, PlannedShard]) -> Found:
+        kind, fqn = self.name.split("/", 1)
+        item = ITEM_BYTES[self.dtype]
+        found: list[tuple[Readable, Entry]] = []
+        for _, file, begin, start, length in self._runs.tolist():
+            part = Slice(kind, fqn, self.dtype, self.shape, start=start, length=length)
+            found.append((shards[file], Entry(part, begin, begin + length * item, False)))
+        for file, begin, offsets, lengths in self.boxes:
+            part = Slice(kind, fqn, self.dtype, self.shape, offsets=offsets, lengths=lengths)
+            found.append((shards[file], Entry(part, begin, begin + part.nbytes, False)))
+        return found
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Millions of objects are made and none of them is in a cycle; looking for one takes as long as making them."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+class Gathered:
+    """What all ranks have read of a commit's headers together, as far as it concerns this rank.
+
+    Attributes:
+        sealed: what each rank of the checkpoint sealed, by rank.
+        tensors: by name. Of several copies under one name the first.
+        unlike: names whose copies are not equal, with the ranks of two that differ.
+        shards: files that this rank may read a part of, by number.
+        files: all that is read of blocks is read by it.
+        block_bytes: of the files whose headers this rank has read, by number.
+    """
+
+    def __init__(
+        self, manifest: Manifest, open_shards: Callable[[int], Sequence[Shard]], files: Files, exchange: Exchange,
+        holdings: Holdings, needed: Callable[[str], bool],
+    ) -> None:  # fmt: skip
+        """All ranks together. `open_shards(rank)` gives that rank's shard, then its base if it has one; `needed(kind)`:
+        whether copies of that kind must be equal.
+
+        Raises DamageError, also where shards disagree about a tensor; OSError; what `Exchange.all_to_all` raises.
+        """
+        self.manifest, self._open, self.files = manifest, open_shards, files
+        every = exchange.all_to_all("tell what it holds", [holdings.encode()] * exchange.world_size)
+        share = Share(manifest, [Holdings.decode(each) for each in every])
+        with _without_collector():
+            for rank in range(exchange.rank, manifest.world_size, exchange.world_size):
+                shards = open_shards(rank)
+                share.add(rank, shards, read_state(shards[0], manifest.framework))
+                exchange.bytes_read += sum(shard.header_bytes for shard in shards)
+        self.block_bytes = share.block_bytes
+        heard = exchange.all_to_all("read headers", [share.for_all()] * exchange.world_size)
+        told = self._take_all(heard)
+        share.check(self._holders(told))
+        self._take_mine(exchange.all_to_all("tell what is where", share.for_each()))
+        self.unlike = self._compare(told, exchange, needed)
+
+    # -- what all ranks hear -------------------------------------------------------------------------------------
+
+    def _take_all(self, heard: Sequence[bytes]) -> dict[str, list[Summary]]:
+        both = [headers.read_for_all(each) for each in heard]
+        sealed = states.decode([encoded for encoded, _ in both])
+        self.sealed: list[SealedState] = [sealed[rank] for rank in range(self.manifest.world_size)]
+        merged: dict[tuple[str, str, str, tuple[int, ...]], Summary] = {}
+        for each in (each for _, found in both for each in found):
+            known = merged.setdefault((each.name, each.among, each.dtype, each.shape), each)
+            if known is each:
+                continue
+            known.elements += each.elements
+            known.first = min(known.first, each.first)
+            for mark, ranks in each.copies.items():
+                known.copies.setdefault(mark, []).extend(ranks)
+        told: dict[str, list[Summary]] = {}
+        for each in sorted(merged.values(), key=lambda each: each.first):
+            told.setdefault(each.name, []).append(each)
+        self.tensors = {name: self._first(found[0]) for name, found in told.items()}
+        self._check(told)
+        return told
+
+    def _first(self, told: Summary) -> GatheredTensor:
+        ranks = headers.ranks_among(told, self.manifest.world_size)
+        return GatheredTensor(told.name, min(ranks), told.dtype, told.shape)
+
+    def _holders(self, told: Mapping[str, Sequence[Summary]]) -> dict[str, list[tuple[int, ...]]]:
+        world = self.manifest.world_size
+        return {
+            name: [ranks for each in found for ranks in headers.ranks_among(each, world)]
+            for name, found in told.items()
+        }
+
+    def _check(self, told: Mapping[str, Sequence[Summary]]) -> None:
+        """That there is all of what is held together, and in one shape. Raises DamageError."""
+        problems: list[str] = []
+        for name, found in told.items():
+            groups: dict[str, list[Summary]] = {}
+            for each in found:
+                if not each.among:
+                    continue
+                groups.setdefault(each.among, []).append(each)
+                total = int(np.prod(each.shape, dtype=object))
+                if each.elements < total:
+                    problems.append(
+                        f"{name} of shape {list(each.shape)}: shards have {each.elements} of its {total} elements"
+                    )
+            for among, alike in groups.items():
+                if len(alike) > 1:
+                    shapes = " and ".join(sorted(f"{each.dtype}{list(each.shape)}" for each in alike))
+                    problems.append(f"{name}: it is one tensor of ranks {among}, and shards have {shapes}")
+        if problems:
+            more = f"; and {len(problems) - 1} more" if len(problems) > 1 else ""
+            raise DamageError(f"step {self.manifest.step}: {problems[0]}{more}")
+
+    @cached_property
+    def state_kinds(self) -> dict[str, list[str]]:
+        """Kinds of optimizer state that are tensors, by the parameter's fqn."""
+        found: dict[str, list[str]] = {}
+        for name in self.tensors:
+            kind, fqn = name.split("/", 1)
+            if kind not in contents.OF_MODEL:
+                found.setdefault(fqn, []).append(kind)
+        return found
+
+    def spans(self, name: str, wanted: Slice) -> list[ByteRange]:
+        """As `GatheredTensor.spans`."""
+        return self.tensors[name].spans(wanted, self.shards)
+
+    # -- what this rank hears ------------------------------------------------------------------------------------
+
+    def _take_mine(self, heard: Sequence[bytes]) -> None:
+        self.shards: dict[int, PlannedShard] = {}
+        for data in heard:
+            head, rows, *tables = states.unpack(data)
+            names, about, boxes = strict_json.loads(bytes(head))
+            for at, (number, size, block_bytes, hashed, _) in enumerate(about):
+                self.shards[number] = self._shard(number, size, block_bytes, bool(hashed), *tables[2 * at : 2 * at + 2])
+            mine: dict[int, GatheredTensor] = {}
+            for number, (name, among, dtype, shape, first) in names.items():
+                found = self.tensors[name]
+                group = among if among else ""
+                same = ranks_text(found.ranks) == group if group else found.ranks == (first,)
+                if same and (found.dtype, found.shape) == (dtype, tuple(shape)):
+                    mine[int(number)] = found
+            table = np.frombuffer(rows, dtype="<u8").reshape(-1, ROW)
+            order = np.argsort(table[:, 0], kind="stable")
+            table = table[order]
+            bounds = np.flatnonzero(np.diff(table[:, 0])) + 1
+            for group_rows in np.split(table, bounds) if len(table) else ():
+                if (of := mine.get(int(group_rows[0, 0]))) is not None:
+                    of.rows.append(group_rows)
+            for number, file, begin, offsets, lengths in boxes:
+                if (of := mine.get(number)) is not None:
+                    of.boxes.append((file, begin, tuple(offsets), tuple(lengths)))
+
+    def _shard(
+        self, number: int, size: int, block_bytes: int, hashed: bool, layers: memoryview, hashes: memoryview
+    ) -> PlannedShard:
+        places = array("Q", bytes(layers))
+        blocks = Blocks([("", *each) for each in zip(places[::2], places[1::2], strict=True)], block_bytes)
+        known: Sequence[int | None] = array("Q", bytes(hashes)) if hashed else [None] * len(blocks)
+        rank, which = divmod(number, FILES_A_RANK)
+        return self._planned(number, rank, which, size, blocks, known)
+
+    def _planned(
+        self, number: int, rank: int, which: int, size: int, blocks: Blocks, hashes: Sequence[int | None]
+    ) -> PlannedShard:
+        path = self.files.path(rank, which)
+        return PlannedShard(number, rank, path, size, blocks, hashes, self.files, lambda: self._open(rank)[which])
+
+    # -- copies --------------------------------------------------------------------------------------------------
+
+    def _compare(
+        self, told: Mapping[str, Sequence[Summary]], exchange: Exchange, needed: Callable[[str], bool]
+    ) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Of copies that the headers do not show to be equal each of the ranks reads some, verified."""
+        unsure = {
+            name: [ranks for each in found for ranks in headers.ranks_among(each, self.manifest.world_size)]
+            for name, found in told.items()
+            if needed(name.split("/", 1)[0]) and (len(found) > 1 or len(found[0].copies) > 1)
+        }
+        if not unsure:
+            return {}
+        mine = {name: sorted(unsure[name]) for name in sorted(unsure)[exchange.rank :: exchange.world_size]}
+        parts: dict[str, dict[tuple[int, ...], list[tuple[Readable, Entry]]]] = {name: {} for name in mine}
+        for rank in sorted({rank for groups in mine.values() for ranks in groups for rank in ranks}):
+            shards = self._open(rank)
+            exchange.bytes_read += sum(shard.header_bytes for shard in shards)
+            light = {
+                id(shard): self._planned(
+                    FILES_A_RANK * rank + at, rank, at, shard.index.size, shard.index.blocks, shard.index.hashes
+                )
+                for at, shard in enumerate(shards)
+            }
+            for name, (shard, entry) in contents.entries(shards).items():
+                if name in mine:
+                    group = tuple(contents.gathered(self.manifest, rank, entry))
+                    parts[name].setdefault(group, []).append((light[id(shard)], entry))
+        found = _first_unlike(
+            {name: [SavedTensor(ranks, group) for ranks, group in groups.items()] for name, groups in parts.items()}
+        )
+        said = json.dumps([[name, one.ranks, other.ranks] for name, (one, other) in found.items()]).encode()
+        heard = exchange.all_to_all("compare copies", [said] * exchange.world_size)
+        return {name: (tuple(one), tuple(other)) for each in heard for name, one, other in strict_json.loads(each)}
+
+    def refuse_unlike(self, needed: Callable[[str], bool]) -> None:
+        """Raises MismatchError where copies of a tensor of a kind that is `needed` are not equal to the bit."""
+        for name, (one, other) in self.unlike.items():
+            if needed(name.split("/", 1)[0]):
+                raise MismatchError(
+                    f"{name}: rank(s) {ranks_text(one) or one[0]} and {ranks_text(other) or other[0]} of the "
+                    "checkpoint hold different ones, and this job is cut otherwise, so that nothing says which of them "
+                    "is whose"
+                )
+
+
+def _first_unlike(copies: Mapping[str, Sequence[SavedTensor]]) -> dict[str, tuple[SavedTensor, SavedTensor]]:
+    """Of each name whose copies are not all equal, the first and one that differs. Raises DamageError or OSError."""
+    pairs = [(name, found[0], other) for name, found in copies.items() for other in found[1:]]
+    unsure = [each for each in pairs if not surely_equal(each[1], each[2])]
+    small = read_all([tensor for _, *pair in unsure for tensor in pair if tensor.nbytes <= headers.SMALL_BYTES])
+    found: dict[str, tuple[SavedTensor, SavedTensor]] = {}
+    for name, one, other in unsure:
+        if name not in found and not equal(one, other, small):
+            found[name] = one, other
+    return found

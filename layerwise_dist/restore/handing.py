@@ -1,0 +1,189 @@
+"""Reads what this rank needs of shards. A block that several ranks need is read and verified by one of them, which
+hands it to the others; where all need all, as under DDP, each reads its share.
+
+For each file one rank, the one that has read its header, hears which blocks each rank needs, and says who reads those
+that several do (`_deal`). Blocks that nobody else needs are read straight into place where the tensor
+takes the bytes of the file as they are. The rest goes through a buffer of a few blocks, also what is handed on.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from layerwise_dist.commit.exchange import PART_BYTES, Exchange, PeerFailed
+from layerwise_dist.restore import filling
+from layerwise_dist.restore.filling import Read
+from layerwise_dist.restore.headers import FILES_A_RANK
+from layerwise_dist.restore.placing import File, Target
+from layerwise_dist.restore.planned import PlannedShard
+from layerwise_dist.restore.states import pack, unpack
+from layerwise_dist.storage import strict_json
+
+BUFFER_BYTES = 8 << 20  # of blocks that are read at once to be handed on, or of one block where that is larger
+_AT_ONCE_BYTES = (
+    256 << 20
+)  # of blocks that go straight into place: between two calls others hear that this rank gets on
+_NEED, _DEALT = (
+    3,
+    5,
+)  # numbers in a row: file, first and last block; and who reads them, and which set of ranks needs them
+
+
+class Handing:
+    """One rank's part of it. All ranks together: `plan`, then `load`."""
+
+    def __init__(
+        self, exchange: Exchange, reads: Sequence[Read], shards: Mapping[int, PlannedShard],
+        block_bytes: Mapping[int, int],
+    ) -> None:  # fmt: skip
+        """`block_bytes` of the files whose headers this rank has read."""
+        self._exchange, self._block_bytes = exchange, block_bytes
+        number = {id(shard): at for at, shard in shards.items()}
+        self._files: dict[int, File] = {}
+        self._targets: list[Target] = []
+        self._apart: list[Read] = []
+        self._dealt: dict[int, list[tuple[int, int, list[int]]]] = {}  # what this rank reads for others too, by file
+        self._lacks: dict[int, int] = {}  # bytes that are still to come, by the rank that reads them
+        self._scratch = torch.empty(PART_BYTES, dtype=torch.uint8, device="cpu")
+        for read in reads:
+            if any(span.begin % read.dtype.itemsize for span in read.spans):
+                self._apart.append(read)  # elements may lie across blocks; no writer of ours makes such a file
+                continue
+            target = Target(read)
+            self._targets.append(target)
+            for span in read.spans:
+                at = number[id(span.shard)]
+                if at not in self._files:
+                    self._files[at] = File(shards[at])
+                self._files[at].add(span, target)
+        for file in self._files.values():
+            file.close()
+
+    @property
+    def bytes_held(self) -> int:
+        """Of what this rank fills, as the files have it."""
+        return sum(read.tensor.numel() * read.dtype.itemsize for read in (*self._apart, *self._reads))
+
+    @property
+    def _reads(self) -> list[Read]:
+        return [target.read for target in self._targets]
+
+    def plan(self) -> None:
+        """Raises what `Exchange.all_to_all` raises."""
+        exchange = self._exchange
+        needs = [array("Q") for _ in range(exchange.world_size)]
+        for number, file in self._files.items():
+            home = needs[number // FILES_A_RANK % exchange.world_size]
+            for first, last in file.runs(1, 2):
+                home.extend((number, first, last))
+        heard = exchange.all_to_all("plan the reading", [each.tobytes() for each in needs])
+        told = exchange.all_to_all("deal out the reading", self._deal(heard))
+        for message in told:
+            sets, rows = unpack(message)
+            ranks = strict_json.loads(bytes(sets))
+            for number, first, last, reader, which in np.frombuffer(rows, dtype="<u8").reshape(-1, _DEALT).tolist():
+                file = self._files[number]
+                if reader == exchange.rank:
+                    others = [rank for rank in ranks[which] if rank != reader]
+                    self._dealt.setdefault(number, []).append((first, last, others))
+                    file.set_apart(first, last, reader)
+                else:
+                    nbytes = file.bytes_of(first, last)
+                    self._lacks[reader] = self._lacks.get(reader, 0) + nbytes[1] - nbytes[0]
+                    file.set_apart(first, last, reader)
+
+    def _deal(self, heard: Sequence[bytes]) -> list[bytes]:
+        """For the files whose headers this rank has read: to each rank, who reads which of the blocks that it needs."""
+        world, me = self._exchange.world_size, self._exchange.rank
+        load = dict.fromkeys(range(world), 0)
+        sets: dict[tuple[int, ...], int] = {}
+        rows = [array("Q") for _ in range(world)]
+        for number, first, last, ranks in _shared(heard):
+            nbytes = self._block_bytes[number]
+            which = sets.setdefault(ranks, len(sets))
+            step = max(1, min(BUFFER_BYTES // nbytes, -(-(last + 1 - first) // len(ranks))))
+            for begin, end in _cut(first, last, step):
+                reader = min(ranks, key=lambda rank: (load[rank], (rank - me) % world))
+                load[reader] += (end - begin + 1) * nbytes
+                for rank in ranks:
+                    rows[rank].extend((number, begin, end, reader, which))
+        known = json.dumps(list(sets)).encode()
+        return [pack([known, each.tobytes()]) for each in rows]
+
+    def load(self) -> None:
+        """On DamageError or OSError live tensors may be partly overwritten. Raises PeerFailed where another rank's
+        blocks do not come, and what `Exchange.all_to_all` raises.
+        """
+        exchange = self._exchange
+        exchange.take_blocks(self._take)
+        exchange.all_to_all("begin to read", [b""] * exchange.world_size)
+        for number in sorted(self._files):
+            self._read(number, self._files[number])
+        filling.load(self._apart)
+        exchange.done()
+        exchange.wait_for_blocks(lambda: [rank for rank, nbytes in self._lacks.items() if nbytes > 0])
+        if any(nbytes > 0 for nbytes in self._lacks.values()):
+            exchange.check_others()
+            raise PeerFailed(
+                f"blocks of rank(s) {sorted(rank for rank, n in self._lacks.items() if n > 0)} did not come"
+            )
+        for target in self._targets:
+            target.finish()
+        exchange.wait_until_done()
+
+    def _read(self, number: int, file: File) -> None:
+        exchange = self._exchange
+        step = max(1, BUFFER_BYTES // file.block_bytes)
+        buffered: list[tuple[int, int, list[int]]] = list(self._dealt.get(number, ()))
+        buffered += [(begin, end, []) for first, last in file.runs(2) for begin, end in _cut(first, last, step)]
+        for first, last, others in sorted(buffered):
+            exchange.check_others()
+            begin, end = file.bytes_of(first, last)
+            memory = torch.empty(end - begin, dtype=torch.uint8, device="cpu")
+            file.shard.read_into([(begin, end, memory.data_ptr())])
+            if others:
+                exchange.send_block(number, begin, memoryview(memory.numpy().data), others)
+            file.place(begin, end, memory)
+        for first, last in file.runs(1):
+            for begin, end in _cut(first, last, max(1, _AT_ONCE_BYTES // file.block_bytes)):
+                exchange.check_others()
+                file.shard.read_into(file.straight(*file.bytes_of(begin, end)))
+
+    def _take(self, number: int, offset: int, content: memoryview) -> None:
+        """On the exchange's thread. Raises ValueError for what nobody is to send."""
+        file = self._files.get(number)
+        reader = None if file is None else file.reader_of(offset, len(content))
+        if file is None or reader is None or len(content) > PART_BYTES:
+            raise ValueError(f"{len(content)} bytes of file {number} at {offset}, which were not asked for")
+        self._scratch.numpy()[: len(content)] = np.frombuffer(content, dtype=np.uint8)
+        file.place(offset, offset + len(content), self._scratch)
+        self._lacks[reader] -= len(content)
+
+
+def _shared(heard: Sequence[bytes]) -> Iterator[tuple[int, int, int, tuple[int, ...]]]:
+    """Of the needs of all ranks, the blocks that several have: file, first, last, and those ranks."""
+    events: dict[int, list[tuple[int, int, int]]] = {}
+    for rank, message in enumerate(heard):
+        for number, first, last in np.frombuffer(message, dtype="<u8").reshape(-1, _NEED).tolist():
+            events.setdefault(number, []).extend(((first, 1, rank), (last + 1, 0, rank)))
+    for number in sorted(events):
+        needing: set[int] = set()
+        begun = 0
+        for at, begins, rank in sorted(events[number]):
+            if at > begun and len(needing) > 1:
+                yield number, begun, at - 1, tuple(sorted(needing))
+            begun = at
+            if begins:
+                needing.add(rank)
+            else:
+                needing.discard(rank)
+
+
+def _cut(first: int, last: int, step: int) -> Iterator[tuple[int, int]]:
+    for begin in range(first, last + 1, step):
+        yield begin, min(begin + step - 1, last)

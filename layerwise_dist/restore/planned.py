@@ -1,0 +1,111 @@
+"""Shards as a rank knows them that has not read their headers: where the blocks are, and their hashes. One rank of the
+job has read each header.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from layerwise_dist import _native
+from layerwise_dist.errors import DamageError
+from layerwise_dist.storage.odd import oddity
+from layerwise_dist.storage.reader import Blocks, Shard, read_verified
+
+Span = tuple[int, int, int]
+
+
+class Index(Protocol):
+    """What must be known of a header to read a file: see `ShardIndex`."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def hashed(self) -> bool: ...
+    @property
+    def blocks(self) -> Blocks: ...
+    @property
+    def hashes(self) -> Sequence[int | None]: ...
+
+
+class Readable(Protocol):
+    """What a byte range is read out of: a `Shard`, or a `PlannedShard`."""
+
+    @property
+    def index(self) -> Index: ...
+
+    def read_into(self, spans: list[Span]) -> None: ...
+
+
+class Files:
+    """Opens files as they are needed, and keeps only the last one open.
+
+    Attributes:
+        bytes_read: of blocks, whole ones.
+    """
+
+    def __init__(
+        self, env: _native.Env, pool: _native.WriterPool, path: Callable[[int, int], str], count: Callable[[int], None]
+    ) -> None:
+        """`path(rank, which)`: of a rank's shard (0) or base (1). `count(bytes)` is called with all that is read."""
+        self._env, self._pool, self._count = env, pool, count
+        self.path = path
+        self._last: tuple[str, _native.ShardReader] | None = None
+        self.bytes_read = 0
+
+    def reader(self, path: str, nbytes: int) -> _native.ShardReader:
+        """Raises DamageError or OSError."""
+        if self._last is not None and self._last[0] == path:
+            return self._last[1]
+        self._last = None
+        try:
+            reader = _native.ShardReader(self._env, self._pool, path)
+        except (FileNotFoundError, NotADirectoryError):
+            raise DamageError(f"shard {path}: the file is missing") from None
+        except OSError as error:
+            if (what := oddity(error, path)) is not None:
+                raise DamageError(f"shard {what}") from None
+            raise
+        if reader.size != nbytes:
+            raise DamageError(f"shard {path}: is {reader.size} bytes long, the manifest says {nbytes}")
+        self._last = path, reader
+        return reader
+
+    def read(self, nbytes: int) -> None:
+        self.bytes_read += nbytes
+        self._count(nbytes)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class PlannedShard:
+    """One file of a commit. `number` tells it from the others, on all ranks alike.
+
+    `whole` opens it with all of its header, to say what a bad block holds.
+    """
+
+    number: int
+    rank: int
+    path: str
+    nbytes: int
+    blocks: Blocks
+    hashes: Sequence[int | None]
+    files: Files
+    whole: Callable[[], Shard]
+
+    @property
+    def index(self) -> Index:
+        return self
+
+    @property
+    def hashed(self) -> bool:
+        return not self.hashes or self.hashes[0] is not None
+
+    def read_into(self, spans: list[Span]) -> None:
+        """As `Shard.read_into`."""
+        reader = self.files.reader(self.path, self.nbytes)
+        bad, nbytes = read_verified(reader, self.blocks, self.hashes, spans)
+        self.files.read(nbytes)
+        if bad:
+            shard = self.whole()
+            raise DamageError("; ".join(shard.describe(block) for block in bad[:5]))
