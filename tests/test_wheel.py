@@ -55,7 +55,9 @@ def test_the_wheel_trains_is_killed_and_resumes_in_an_empty_environment(clone: P
     wheel = wheel_of(".", clone)
     assert wheel.name.startswith(f"layerwise_dist-{__version__}-")
     names = zipfile.ZipFile(wheel).namelist()
-    assert not [name for name in names if "layerwise_native_testing" in name or name.startswith("tests")], "what only tests import"
+    assert not [name for name in names if "layerwise_native_testing" in name or name.startswith("tests")], (
+        "what only tests import"
+    )
     assert {name for name in names if name.endswith(".py")} >= {
         str(path.relative_to(clone)) for path in (clone / "layerwise_dist").rglob("*.py")
     }
