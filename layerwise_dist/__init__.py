@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from layerwise_dist.layers.graph import DependencyGraphBuilder
     from layerwise_dist.layers.optimizer import LayerwiseOptimizer
     from layerwise_dist.reading.checkpoint import Checkpoint, open_checkpoint
+    from layerwise_dist.reading.loading import LoadReport, load
     from layerwise_dist.scheduler import LayerwiseCheckpointScheduler
     from layerwise_dist.storage.adapter import PCCheckAdapter
     from layerwise_dist.trainer import LayerwiseCheckpointTrainer
@@ -41,10 +42,12 @@ __all__ = [
     "LayerwiseEngine",
     "LayerwiseError",
     "LayerwiseOptimizer",
+    "LoadReport",
     "PCCheckAdapter",
     "__version__",
     "attach",
     "errors",
+    "load",
     "open_checkpoint",
     "param_groups",
     "register_comm_hook",
@@ -58,6 +61,8 @@ _LAZY = {
     "param_groups": "frameworks.deepspeed.groups",
     "register_comm_hook": "frameworks.averaging",
     "Checkpoint": "reading.checkpoint",
+    "load": "reading.loading",
+    "LoadReport": "reading.loading",
     "open_checkpoint": "reading.checkpoint",
     "CheckpointMetadataManager": "commit.metadata",
     "LayerwiseCheckpointScheduler": "scheduler",

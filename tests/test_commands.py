@@ -67,6 +67,10 @@ TABLE: list[tuple[str, str]] = [
         "test_housekeeping.py::test_a_copy_restores_by_itself",
     ),
     (r"layerwise import( .*)?", "test_import.py::test_a_file_of_torch_save_goes_on_with_its_optimizer"),
+    (
+        r"layerwise export( DIR OUT \[--format hf\|dcp\|torch\])?",
+        "test_exporting.py::test_torch_reads_a_file_that_both_load_state_dicts_take_and_trains_on",
+    ),
     (r"layerwise selftest( \[DIR\])?", "test_selftest.py::test_it_kills_resumes_compares_and_leaves_nothing"),
     (
         r"layerwise doctor.*",

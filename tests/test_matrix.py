@@ -15,6 +15,7 @@ from kit.matrix import (
     ROUNDED,
     Launcher,
     Layout,
+    load_task,
     place,
     read_task,
     restore_all,
@@ -29,6 +30,11 @@ DRAWN = [
     "plain:1>zero3:2", "ddp:3>fsdp1:2", "ddp-zero:2>fsdp2:3", "fsdp1:3>zero1:2", "fsdp1-orig:2>tp-fsdp2:4",
     "fsdp2:3>zero2:2", "hsdp:4>ddp:3", "tp-fsdp2:4>plain:1", "zero0:2>hsdp:4", "zero1:3>ddp-zero:2",
     "zero2:2>fsdp1-orig:3", "zero3:3>zero0:3",
+]  # fmt: skip
+# Without an engine, all in one job of two ranks.
+LOADED = [
+    ("ddp:3", "fsdp1:2", "into"), ("zero1:3", "fsdp2:2", "into"), ("fsdp2:3", "zero2:2", "into"),
+    ("tp-fsdp2:4", "zero3:2", "into"), ("hsdp:4", "fsdp2:2", "meta"), ("fsdp1:3", "fsdp2:2", "dcp"),
 ]  # fmt: skip
 TOURS = [
     ("fsdp2:4", "zero3:2", "plain:1", "ddp:3", "fsdp2:4"),
@@ -70,6 +76,10 @@ def test_drawn_pairs_of_wrappers_and_numbers_of_ranks_restore_to_the_bit(launche
         mine = [(source, target, case) for source, target, case in pairs if target.ranks == ranks]
         tasks = [read_task(source, target, case, launcher.folder) for source, target, case in mine]
         names = [f"{source} > {target} {case}" for source, target, case in mine]
+        for source, target, how in LOADED if ranks == 2 else ():
+            case = next(case for one, _, case in pairs if str(one) == source)
+            tasks.append(load_task(Layout.of(source), Layout.of(target), case, launcher.folder, how))
+            names.append(f"{source} > {target} {case}, {how}")
         found |= zip(names, launcher.run(ranks, tasks), strict=True)
     assert wrong(found) == {}
 

@@ -355,6 +355,7 @@ def test_a_checkpoint_that_is_removed_between_the_look_and_the_hold_is_looked_fo
             assert differing({name: ckpt[name][...] for name in ckpt}, job.held[ckpt.step]) == []
 
 
+@pytest.mark.slow
 def test_the_right_to_read_is_enough_and_the_end_of_a_process_ends_the_hold(trained: tuple[Path, Job]) -> None:
     folder, _ = trained
     [manifest] = folder.glob("step_0000000001-*/manifest.json")

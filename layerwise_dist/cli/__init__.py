@@ -1,9 +1,9 @@
 """The `layerwise` command: looks at checkpoint directories and machines. Needs no stopped job.
 
-It imports torch only for `verify`, `diff`, `show --values`, `bench` and `selftest`.
+It imports torch only for `verify`, `diff`, `show --values`, `export`, `import`, `bench` and `selftest`.
 
-`pin`, `unpin` and `prune` change a checkpoint directory, `cp` makes one. `doctor`, `selftest` and `bench` write in a
-folder of their own that they remove. All others read only.
+`pin`, `unpin` and `prune` change a checkpoint directory, `cp` and `import` make one, `export` writes beside it.
+`doctor`, `selftest` and `bench` write in a folder of their own that they remove. All others read only.
 """
 
 from layerwise_dist.cli.app import main

@@ -14,6 +14,7 @@ from layerwise_dist.cli import (
     console,
     copying,
     doctoring,
+    exporting,
     listing,
     pinning,
     pruning,
@@ -259,6 +260,51 @@ def import_(
         )  # fmt: skip
 
     _answer(look, json, "import", bad=LayerwiseError)
+
+
+@app.command("export")
+def export(
+    directory: Dir,
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A folder, or with --format torch a file; not there yet.")],
+    step: Step = None,
+    tag: Tag = None,
+    model: Annotated[str | None, typer.Option("--model", metavar="NAME", help="Which of several models.")] = None,
+    kind: Annotated[str, typer.Option("--format", metavar="hf|dcp|torch", help="See above.")] = "hf",
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", metavar="fp32|bf16|fp16", help="Of the model's floats; else as they are.")
+    ] = None,
+    rename: Annotated[
+        list[str] | None, typer.Option("--rename", metavar="OLD=NEW", help="Beginnings of names; may be given again.")
+    ] = None,
+    max_shard_size: Annotated[
+        str, typer.Option("--max-shard-size", metavar="SIZE", help="Of one file of --format hf.")
+    ] = "5GB",
+    like: Annotated[
+        str | None, typer.Option("--like", metavar="MODEL_DIR", help="Copy configuration and tokenizer from there.")
+    ] = None,
+    weights_only: Annotated[bool, typer.Option("--weights-only", help="Leave the optimizer out.")] = False,
+    json: Json = False,
+) -> None:
+    """Writes a checkpoint as other tools read it. Without --step or --tag, the newest.
+
+    hf: safetensors with an index, for from_pretrained() and vLLM; weights only.
+
+    dcp: torch.distributed.checkpoint, as get_state_dict() names things: dcp.load() reads model and optimizer into
+    any layout.
+
+    torch: one file for torch.load(): {"model": ..., "optimizer": ...}, both for load_state_dict(). It is made in
+    memory; the others take little of it, however large the model is.
+
+    A ZeRO run gives its fp32 weights. OUT is flushed and read back before it gets its name, and never overwritten;
+    whatever ends the command earlier leaves nothing. A job that runs keeps the checkpoint meanwhile.
+    """
+    _answer(
+        lambda: exporting.export(
+            directory, out, step=step, tag=tag, model=model, kind=kind, dtype=dtype, rename=rename or [],
+            max_shard_size=max_shard_size, like=like, weights_only=weights_only,
+        ),
+        json, "export",
+    )  # fmt: skip
 
 
 @app.command("doctor")

@@ -28,6 +28,7 @@ class DisabledEngine:
     def restore(
         self, step: int | None = None, *, tag: str | None = None, saved: bool = False, on_missing: str | None = None,
         partly: bool = False, cast: str | None = None, objects: Mapping[str, str] | None = None,
+        model_only: bool = False,
     ) -> int:  # fmt: skip
         return 0
 

@@ -89,6 +89,7 @@ class LayerwiseEngine:
     def restore(
         self, step: int | None = None, *, tag: str | None = None, saved: bool = False, on_missing: str | None = None,
         partly: bool = False, cast: str | None = None, objects: Mapping[str, str] | None = None,
+        model_only: bool = False,
     ) -> int:  # fmt: skip
         """Loads the lineage's newest commit whose shards verify, the same on all ranks; returns its step. 0 if nothing
         was ever committed in the lineage.
@@ -107,12 +108,20 @@ class LayerwiseEngine:
         `objects={name: "anew"}` begins a loader's epoch anew, where another number of ranks cannot go on within it
         (`layerwise_dist.data.ElasticDistributedSampler` can).
 
+        With `model_only` a training begins from the weights of a checkpoint: parameters, buffers and extra states are
+        loaded, optimizer, random numbers and `state` objects stay as they are, the step is 0, which it returns, and
+        what is committed from now on is a new lineage, which the next start's `restore()` finds. `on_missing` is
+        "error" by default then. `layerwise_dist.load` does it from the directory of another training.
+
         Raises MismatchError (another model, optimizer or state: nothing was loaded), NotFoundError,
         DamageError (nothing of the lineage verifies, or damage leaves open what that is), OSError (the disk is in
         trouble), CommitError or DeadlineError.
         """
         terms = Terms(partly=partly, cast=cast, objects=objects or {})
-        return self._workings.restores.restore(step, tag=tag, saved=saved, on_missing=on_missing, terms=terms)
+        return self._workings.restores.restore(
+            step, tag=tag, saved=saved, on_missing=on_missing, terms=terms,
+            model_only=model_only,
+        )  # fmt: skip
 
     @property
     def restored_from(self) -> str | None:

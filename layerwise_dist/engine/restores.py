@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from layerwise_dist import _native
@@ -76,21 +77,31 @@ class Restores:
         if not self.ready:
             raise BoundaryError(f"{self._config.path} already holds checkpoints: {self._way_on}")
 
-    def restore(self, step: int | None, *, tag: str | None, saved: bool, on_missing: str | None, terms: Terms) -> int:
+    def restore(
+        self, step: int | None, *, tag: str | None, saved: bool, on_missing: str | None, terms: Terms,
+        model_only: bool = False,
+    ) -> int:  # fmt: skip
         """As `LayerwiseEngine.restore`."""
         if terms.cast not in (None, "target"):
             raise ValueError(f"cast must be None or 'target', not {terms.cast!r}")
         if other := {*terms.objects.values()} - {*CHOICES}:
             raise ValueError(f"objects: each must be 'rank0' or, of a loader, 'anew', not {other.pop()!r}")
+        if model_only and self._boundary.completed:
+            raise BoundaryError(
+                f"restore(model_only=True) begins a training, and this one is at step {self._boundary.completed}: call "
+                "it before the first step"
+            )
         if on_missing not in (None, "fresh", "error"):
             raise ValueError(f"on_missing must be 'fresh' or 'error', not {on_missing!r}")
         if (step is not None) + (tag is not None) + saved > 1:
             raise ValueError("restore() takes one of step, tag and saved")
         wish = Wish(step, tag, saved)
-        fresh = (on_missing or ("error" if wish.certain else "fresh")) == "fresh"
+        fresh = (on_missing or ("error" if wish.certain or model_only else "fresh")) == "fresh"
+        if model_only:
+            terms = replace(terms, parts=Parts(module_only=True))
         self._prepare(wish)
         try:
-            return self._restore(wish, terms, fresh_if_missing=fresh)
+            return self._restore(wish, terms, fresh_if_missing=fresh, anew=model_only)
         finally:
             if self._committer is not None:
                 self._committer.hold(False)
@@ -148,7 +159,8 @@ class Restores:
         self._captures.drain(self._config.commit.timeout_s)
         self._frozen.forget()
 
-    def _restore(self, wish: Wish, terms: Terms, *, fresh_if_missing: bool) -> int:
+    def _restore(self, wish: Wish, terms: Terms, *, fresh_if_missing: bool, anew: bool = False) -> int:
+        """`anew`: what follows is a lineage of its own, which begins at step 0."""
         found = self._restorer.newest(wish, self._held_inventory, terms, fresh_if_missing=fresh_if_missing)
         self._forget_last()
         if found is None:
@@ -160,14 +172,19 @@ class Restores:
         attempt, loading, leaves = found
         self._adopt(loading, terms.parts)
         self.lacking = loading.lacking
-        kept = self.follow(ParentRef(seq=attempt.seq, attempt=attempt.text), new_branch=leaves)
+        if anew:
+            self.client_state = None
+            self.follow(None, new_branch=True)
+            kept = []
+        else:
+            kept = self.follow(ParentRef(seq=attempt.seq, attempt=attempt.text), new_branch=leaves)
         if loading.base is not None and loading.base[0].attempt in kept:
             self._frozen.restored(*loading.base)
         self.restored_from = os.path.join(self._config.path, attempt.folder)
         self._restorer.undefined = None
         self.ready = True
         log.info("rank %d: restored step %d", self._participant.rank, attempt.step)
-        return attempt.step
+        return self._boundary.completed if anew else attempt.step
 
     def _restore_from(self, root: str, wish: Wish, parts: Parts) -> int:
         manager = CheckpointMetadataManager(_native.PosixEnv(), root)

@@ -10,7 +10,6 @@ import copy
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -19,51 +18,27 @@ import torch
 from layerwise_dist import _native
 from layerwise_dist.commit.metadata import NO_LOCKS, CheckpointMetadataManager
 from layerwise_dist.commit.records import Manifest
-from layerwise_dist.commit.shards import open_base, open_shard
 from layerwise_dist.errors import DamageError, DirectoryError, MismatchError, NotFoundError
 from layerwise_dist.frameworks.composite import framework_of
 from layerwise_dist.frameworks.described import Standing
 from layerwise_dist.loop.sealed import SealedState
+from layerwise_dist.reading.files import HeldFiles
+from layerwise_dist.reading.info import TensorInfo
+from layerwise_dist.reading.renaming import Rename, renamed, renamer
 from layerwise_dist.reading.tensor import LazyTensor
 from layerwise_dist.restore.choice import Wish, candidates
 from layerwise_dist.restore.contents import OF_MODEL
-from layerwise_dist.restore.planner import ShardSet
 from layerwise_dist.restore.sealed_state import optimizers_of
 from layerwise_dist.restore.whole import SavedTensor, Whole, equal
+from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.protocols import FileLock
-from layerwise_dist.storage.reader import Shard
 from layerwise_dist.tensors.pieces import DTYPES
 from layerwise_dist.tensors.slices import ranks_text
 
 log = logging.getLogger("layerwise_dist")
 
-_READERS = 4  # threads
 _LOOKS = 100  # at a directory whose checkpoints are retired between the look and the hold
 _LISTED = 4
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """What is known of a tensor before it is read.
-
-    Attributes:
-        name: `<kind>/<fqn>`.
-        kind: `param`, `master` (the fp32 copy that DeepSpeed saves in a parameter's place), `buffer`, or the
-            optimizer's name for a tensor of its state: `exp_avg`.
-        fqn: the parameter's or buffer's name in the model; of several models it begins with the model's name.
-        dtype, shape, nbytes: of the global tensor.
-        aliases: other names of the same parameter, where it is tied.
-        copies: the ranks of each tensor under this name; several where ranks have one each, such as a counter.
-    """
-
-    name: str
-    kind: str
-    fqn: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    nbytes: int
-    aliases: tuple[str, ...]
-    copies: tuple[tuple[int, ...], ...]
 
 
 def open_checkpoint(directory: str | os.PathLike[str], step: int | None = None, tag: str | None = None) -> Checkpoint:
@@ -77,7 +52,7 @@ def open_checkpoint(directory: str | os.PathLike[str], step: int | None = None, 
     locks), OSError.
     """
     if step is not None and tag is not None:
-        raise ValueError("open_checkpoint() takes one of step and tag")
+        raise ValueError("one of step and tag says which checkpoint is meant, not both")
     root = os.path.abspath(os.path.expanduser(os.fspath(directory)))
     if not os.path.isdir(root):
         raise NotFoundError(f"{root}: {'not a directory' if os.path.lexists(root) else 'no such directory'}")
@@ -92,6 +67,15 @@ def open_checkpoint(directory: str | os.PathLike[str], step: int | None = None, 
         except _Retired:
             continue
     raise NotFoundError(f"{root}: each {wish} that was seen in {_LOOKS} looks was removed before it could be held")
+
+
+def open_attempt(directory: str | os.PathLike[str], attempt: AttemptId) -> Checkpoint:
+    """The very checkpoint that another rank has open. Raises as `open_checkpoint`."""
+    manager = CheckpointMetadataManager(_native.PosixEnv(), os.path.abspath(os.path.expanduser(os.fspath(directory))))
+    try:
+        return _first(manager, [manager.read_manifest(attempt)], Wish(attempt.step))
+    except (FileNotFoundError, _Retired):
+        raise NotFoundError(f"{manager.manifest_path(attempt)} is not on this rank, and rank 0 has it open") from None
 
 
 class _Retired(Exception):
@@ -123,7 +107,7 @@ def _first(manager: CheckpointMetadataManager, found: list[Manifest], wish: Wish
 
 
 class Checkpoint(Mapping[str, LazyTensor]):
-    """An open checkpoint: a mapping of tensors by name, of which nothing is read before it is indexed.
+    """An open checkpoint: a mapping of tensors by name. Nothing of a tensor is read before it is indexed.
 
     A name is `<kind>/<fqn>`, as in docs/format.md: ``param/fc.weight``, ``buffer/bn.running_mean``,
     ``exp_avg/fc.weight``. A tied parameter is there once in `names`, and found under each of its names. Where ranks
@@ -131,27 +115,21 @@ class Checkpoint(Mapping[str, LazyTensor]):
     says so.
 
     Any thread may read. `open_checkpoint` makes one.
+
+    Attributes:
+        models: names of the models, where the job had several by name; each fqn begins with one and a dot. Else empty.
+        path: the checkpoint's folder.
+        manifest: its commit record.
     """
 
     def __init__(self, manager: CheckpointMetadataManager, manifest: Manifest, hold: FileLock) -> None:
         """Takes the hold over, also when it raises: DamageError, OSError, MismatchError (shards of other nodes)."""
-        self._hold = hold
-        self._pool: _native.WriterPool | None = None
+        self._files = HeldFiles(manager, manifest, hold)
         self.manifest = manifest
+        self.models = sorted(framework_of(manifest.framework))
         self.path = os.path.join(manager.root, manifest.attempt_id.folder)
         try:
-            pool = self._pool = _native.WriterPool(_READERS)
-
-            def open_shards(rank: int) -> list[Shard]:
-                base = open_base(manager, pool, manifest, rank)
-                return [open_shard(manager, pool, manifest, rank), *([base] if base is not None else [])]
-
-            if lacking := _elsewhere(manager, manifest):
-                raise MismatchError(
-                    f"{self.path}: each node has a directory of its own, and the shards of rank(s) "
-                    f"{ranks_text(lacking) or lacking[0]} are not here: copy all of them into one directory"
-                )
-            self._whole = Whole(manifest, ShardSet(0, open_shards))
+            self._whole = Whole(manifest, self._files.shards())
         except BaseException:
             self.close()
             raise
@@ -172,11 +150,6 @@ class Checkpoint(Mapping[str, LazyTensor]):
     def world_size(self) -> int:
         """Ranks of the job that wrote it."""
         return self.manifest.world_size
-
-    @property
-    def models(self) -> list[str]:
-        """Names of the models, where the job had several by name; each fqn begins with one and a dot. Else empty."""
-        return sorted(framework_of(self.manifest.framework))
 
     @property
     def hashed(self) -> bool:
@@ -238,12 +211,27 @@ class Checkpoint(Mapping[str, LazyTensor]):
 
     @property
     def state_fqns(self) -> set[str]:
-        """Parameters of which an optimizer keeps state, be it tensors or numbers."""
+        """Parameters with optimizer state, be it tensors or numbers."""
         return {fqn for state in self._whole.sealed for fqn, kinds in state["optimizer"]["order"].items() if kinds}
 
     def state_kinds(self, fqn: str) -> list[str]:
         """Kinds of a parameter's optimizer state that are tensors, sorted; each is called `<kind>/<fqn>`."""
         return sorted(self._whole.state_kinds.get(fqn, ()))
+
+    def view(self, rename: Rename | None = None, model: str | None = None) -> Checkpoint:
+        """The same checkpoint under other names, as `layerwise_dist.load` takes `rename`; open as long as this one.
+        With `model`, of one of several models only, whose names come without its own.
+
+        Raises MismatchError for a model that is not there, and where two tensors would have one name.
+        """
+        if model is not None:
+            self.weights(model)  # raises where there is no such one
+        made = copy.copy(self)
+        for name in ("names", "aliases", "_tied", "standing", "hyperparameters"):
+            vars(made).pop(name, None)
+        made._whole, made._differ = renamed(self.whole, renamer(rename, model)), {}
+        made.models = self.models if model is None else []
+        return made
 
     # -- tensors ------------------------------------------------------------------------------------------------
 
@@ -321,6 +309,12 @@ class Checkpoint(Mapping[str, LazyTensor]):
 
     # -- what is no tensor --------------------------------------------------------------------------------------
 
+    @property
+    def whole(self) -> Whole:
+        """All of it, as a restore sees it. REQUIRES: open."""
+        self._check_open()
+        return self._whole
+
     def sealed(self, rank: int = 0) -> SealedState:
         """All that a rank's boundary sealed beside tensors (docs/format.md, "The state extent"); not to be changed."""
         return self._whole.sealed[rank]
@@ -362,17 +356,14 @@ class Checkpoint(Mapping[str, LazyTensor]):
 
     def close(self) -> None:
         """Lets retention have the checkpoint. Nothing can be read from now on. Safe to call twice."""
-        pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.close()
-        self._hold.release()
+        self._files.end()
 
     @property
     def closed(self) -> bool:
-        return self._pool is None
+        return self._files.ended
 
     def _check_open(self) -> None:
-        if self._pool is None:
+        if self.closed:
             raise ValueError(f"the checkpoint of step {self.step} in {os.path.dirname(self.path)} is closed")
 
     def __enter__(self) -> Checkpoint:
@@ -389,10 +380,3 @@ class Checkpoint(Mapping[str, LazyTensor]):
 def is_of_model(name: str) -> bool:
     """Whether a tensor of this name is a model's and not an optimizer's."""
     return name.split("/", 1)[0] in OF_MODEL
-
-
-def _elsewhere(manager: CheckpointMetadataManager, manifest: Manifest) -> list[int]:
-    """The ranks whose shards lie in directories of other nodes."""
-    if manifest.places is None:
-        return []
-    return [rank for rank in range(manifest.world_size) if not os.path.lexists(manager.shard_path(manifest, rank))]

@@ -8,7 +8,7 @@ touched, and nothing is loaded with `load_state_dict`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,7 +27,13 @@ from layerwise_dist.restore.contradictions import contradictions
 from layerwise_dist.restore.filling import Read, fill
 from layerwise_dist.restore.gathered import Gathered, GatheredTensor
 from layerwise_dist.restore.loader import LISTED, LoadPlan, listing
+<<<<<<< HEAD
 from layerwise_dist.restore.regrouping import regroup, translations, uneven
+=======
+from layerwise_dist.restore.planner import replan
+from layerwise_dist.restore.regrouping import regroup, translations, under_names, uneven
+from layerwise_dist.restore.whole import SavedTensor, Whole, equal
+>>>>>>> h18a
 from layerwise_dist.tensors.pieces import DTYPES
 from layerwise_dist.tensors.slices import Slice
 
@@ -47,20 +53,30 @@ class Fit:
     unknown: set[str] = field(default_factory=set)
     taken: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)  # what wrappers had come to, and has no place here
+    names: list[str] = field(default_factory=list)  # of what is read: `<kind>/<fqn>` here
+    unfit: dict[str, str] = field(default_factory=dict)  # what is passed by for its shape or dtype, by name: in words
 
 
 class Fitting:
     """One rank's plan, in the making."""
 
     def __init__(
+<<<<<<< HEAD
         self, framework: Framework, optimizer: OptimizerAdapter, whole: Gathered, sealed: SealedState, where: str, *,
         partly: bool, parts: Parts, cast: str | None,
+=======
+        self, framework: Framework, optimizer: OptimizerAdapter, whole: Whole, sealed: SealedState, where: str, *,
+        partly: bool, parts: Parts, cast: str | None, pass_unfit: bool = False,
+>>>>>>> h18a
     ) -> None:  # fmt: skip
-        """`sealed` is what this rank takes up of all that is not said of tensors (`ranks.for_rank`)."""
+        """`sealed` is what this rank takes up of all that is not said of tensors (`ranks.for_rank`). With `pass_unfit`,
+        and `partly`, a tensor of another shape is as one that the checkpoint has not.
+        """
+        self._pass_unfit = pass_unfit
         self._framework, self._optimizer, self._whole, self._where = framework, optimizer, whole, where
         self._lax, self._parts, self._cast = partly or not parts.strict, parts, cast
         self._fit = Fit(LoadPlan(sealed))
-        self._names: list[str] = []  # of the reads
+        self._names = self._fit.names
         self._used: set[str] = set()
         self._missing: list[str] = []
         self._problems: list[str] = []
@@ -114,7 +130,7 @@ class Fitting:
             if self._rename.get(view.fqn) in present and not framework.frees_gradients(view)
         ]
         loading.sealed = {**loading.sealed, "gradients": gradients}
-        if self._parts.strict:
+        if self._parts.strict or self._pass_unfit:
             fit.unknown = {name for name in self._whole.tensors if name not in self._used}
             if not takes_optimizer:
                 fit.unknown = {name for name in fit.unknown if name.split("/", 1)[0] in OF_MODEL}
@@ -129,11 +145,30 @@ class Fitting:
             if name is None:
                 self._missing.append(part.name)
                 continue
+            if self._pass_unfit and (unfit := self._unfit(part, name)):
+                self._fit.unfit[part.name] = unfit
+                self._used.update((name, *self._states_of(name)))
+                self._missing.append(part.name)
+                continue
             if part.fqn == view.fqn and name in self._used:
                 self._problems.append(f"{part.name}: in the checkpoint it is one parameter with another, {name}")
                 continue
             self._rename.setdefault(view.fqn, name.split("/", 1)[1] if part.fqn == view.fqn else view.fqn)
             self._want(part, tensor, name, made=part.kind != name.split("/", 1)[0])
+
+    def _unfit(self, wanted: Slice, name: str) -> str | None:
+        """Why a tensor of the checkpoint cannot be what is wanted, in words."""
+        saved = self._whole.tensors[name][0]
+        if saved.shape == wanted.global_shape and casts.possible(saved.dtype, wanted.dtype):
+            return None
+        return (
+            f"{wanted.name}: the checkpoint has {saved.dtype}{list(saved.shape)}, "
+            f"the model {wanted.dtype}{list(wanted.global_shape)}"
+        )
+
+    def _states_of(self, name: str) -> list[str]:
+        fqn = name.split("/", 1)[1]
+        return [f"{kind}/{fqn}" for kind in self._whole.state_kinds.get(fqn, ())]
 
     def _find(self, kind: str, fqns: Sequence[str]) -> str | None:
         kinds = [kind, *([_MADE_OF[kind]] if kind in _MADE_OF else [])]
@@ -144,19 +179,35 @@ class Fitting:
         if found is None:
             self._missing.append(part.name)
             return
+<<<<<<< HEAD
         if part.name in self._whole.unlike:
+=======
+        if self._pass_unfit and (unfit := self._unfit(part, part.name)):
+            self._fit.unfit[part.name] = unfit
+            self._used.add(part.name)
+            self._missing.append(part.name)
+            return
+        # Rank 0 looks for all: it is the one that tells.
+        if self._framework.rank == 0 and any(not equal(found[0], other) for other in found[1:]):
+>>>>>>> h18a
             self._fit.taken.append(part.name)
         self._want(part, tensor, part.name)
 
     def _want(self, wanted: Slice, tensor: torch.Tensor, name: str, *, made: bool = False) -> None:
         """`made` says that what is wanted is made of another kind, as the framework would make it."""
         self._used.add(name)
+<<<<<<< HEAD
         saved = self._whole.tensors[name]
         if saved.shape != wanted.global_shape or not casts.possible(saved.dtype, wanted.dtype):
             self._problems.append(
                 f"{wanted.name}: the checkpoint has {saved.dtype}{list(saved.shape)}, "
                 f"the model {wanted.dtype}{list(wanted.global_shape)}"
             )
+=======
+        saved = self._whole.tensors[name][0]
+        if (unfit := self._unfit(wanted, name)) is not None:
+            self._problems.append(unfit)
+>>>>>>> h18a
             return
         if not (casts.exact(saved.dtype, wanted.dtype) or (made and wanted.kind == "param")):
             self._lossy[wanted.kind, saved.dtype, wanted.dtype] += 1
@@ -173,7 +224,10 @@ class Fitting:
         lacking = {view.fqn for view in framework.params if view.fqn not in self._rename} if self._lax else set()
         views = [view for view in optimizer.state_views if framework.keeps_state(view)]
         held = {view.fqn for view in views}
-        everything = [state["optimizer"] for state in self._whole.sealed]
+        everything: list[Mapping[str, Any]] = [state["optimizer"] for state in self._whole.sealed]
+        if self._pass_unfit:  # of what this model has not
+            here = {name: name for name in self._rename.values()}
+            everything = [under_names(each, here.get) for each in everything]
         live = optimizer.describe()
         found, problems = regroup(everything, live, self._rename, held=held, idle=idle, lacking=lacking)
         self._problems += problems

@@ -92,6 +92,21 @@ def translations(saved: Mapping[str, Any], live: Mapping[str, Any]) -> dict[str,
     }
 
 
+def under_names(described: Mapping[str, Any], name_of: Callable[[str], str | None]) -> dict[str, Any]:
+    """What a state says of its optimizers, with other names of parameters, and without those that get none."""
+    found = dict(described)
+    for key in ("scalars", "order"):
+        if key in found:
+            found[key] = {new: each for fqn, each in found[key].items() if (new := name_of(fqn)) is not None}
+    if "groups" in found:
+        names = [[new for fqn in group["params"] if (new := name_of(fqn)) is not None] for group in found["groups"]]
+        found["groups"] = [{**group, "params": each} for group, each in zip(found["groups"], names, strict=True)]
+    for key in ("optimizers", "inside"):
+        if key in found:
+            found[key] = {name: under_names(each, name_of) for name, each in found[key].items()}
+    return found
+
+
 def _unlike(saved: Sequence[Mapping[str, Any]]) -> str | None:
     """What all ranks that saved must have alike: which optimizers there are, and which are inside them."""
 

@@ -8,6 +8,8 @@ TASKS is a JSON file with a list of tasks, done in order; OUT gets one JSON line
     write   case, into                   trains, saves in INTO/ckpt, and puts down the global form beside it
     read    case, source                 fills its memory with noise, restores what `write` left, compares;
                                          "rounded" if that took `cast="target"`
+    load    case, source, how            the same without an engine: `into` live tensors, into a model on the `meta`
+                                         device, or by `dcp`, which reads an export
     leg     case, dir, step, before, into   one leg of a tour: restores, trains one step, and compares with a job that
                                          got the state of BEFORE by hand; leaves the global form in INTO
 
@@ -30,6 +32,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from job_kit import process_group
 from matrix_wrappers import (
     Flat,
@@ -37,6 +40,7 @@ from matrix_wrappers import (
     Global,
     Hybrid,
     Job,
+    OnMeta,
     Redundant,
     Replicated,
     Sharded,
@@ -44,9 +48,13 @@ from matrix_wrappers import (
     label,
 )
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+import layerwise_dist as lwd
 from layerwise_dist.capture import survey
 from layerwise_dist.errors import MismatchError
+from layerwise_dist.exporting.export import export
+from layerwise_dist.reading.meta import is_meta
 
 STEPS, ASIDE = 3, 500  # an iteration whose batch is none of the others
 STATE = {"exp_avg", "exp_avg_sq", "momentum_buffer"}
@@ -293,6 +301,44 @@ class Tasks:
             problem = everywhere(tried(ckpt.close)) or problem
         return problem or ("rounded" if rounds else "ok")
 
+    def load(self, number: int, wrapper: str, case: str, source: str, how: str = "into") -> str:
+        optimizer, folder = case.partition("-")[0], f"{source}/ckpt"
+        made: list[Job] = []
+
+        def loaded() -> None:
+            if how == "meta":
+                job = OnMeta(optimizer, 3, lambda net: lwd.load(net, folder))
+                assert not any(map(is_meta, (*job.net.parameters(), *job.net.buffers())))
+                assert job.net.head.weight is job.net.embed.weight
+            else:
+                job = BUILD[wrapper](optimizer, 3)
+                job.train(ASIDE)
+                job.noise(number)
+            made.append(job)
+            if how == "dcp":
+                self._by_dcp(job, folder, f"{self._scratch}/{number}")
+            else:
+                own = job.engine.optimizer if isinstance(job.model, DeepSpeedEngine()) else job.optimizer
+                report = lwd.load(job.model, folder, optimizer=own)
+                assert report.step == STEPS
+
+        problem = everywhere(tried(loaded))
+        if problem:
+            return problem
+        golden, hyper = kept(f"{source}/golden")
+        job = made[0]
+        wrong = difference(job.take(), golden, job.rank)
+        return everywhere(wrong or unlike(job.hyper(), hyper)) or "ok"
+
+    def _by_dcp(self, job: Job, folder: str, out: str) -> None:
+        if job.rank == 0:
+            with lwd.open_checkpoint(folder) as ckpt:
+                export(ckpt, out, "dcp")
+        dist.barrier()
+        model, optimizer = get_state_dict(job.model, job.optimizer)
+        dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=out)
+        set_state_dict(job.model, job.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+
     def leg(self, number: int, wrapper: str, case: str, dir: str, step: int, before: str | None, into: str) -> str:
         optimizer = case.partition("-")[0]
         survey.LEAST_BASE_BYTES = 1  # the frozen layer is in a file of its own, which no job of another cut refers to
@@ -355,6 +401,11 @@ def rounded(job: Job, golden: Mapping[str, torch.Tensor], *, made: bool) -> bool
         return there.eps < here.eps or there.max > here.max
 
     return any(map(loses, golden))
+
+
+def DeepSpeedEngine() -> Any:
+    """Its class, of no object where DeepSpeed is not imported."""
+    return getattr(sys.modules.get("deepspeed"), "DeepSpeedEngine", ())
 
 
 def difference_of_some(found: Global, golden: Mapping[str, torch.Tensor]) -> str:

@@ -288,6 +288,20 @@ class Sharded(Job):
         into.to_local().copy_(whole[mine].reshape(into.to_local().shape))
 
 
+class OnMeta(Sharded):
+    """Made on the meta device, and given memory by `load`; its optimizer is made after that."""
+
+    def __init__(self, optimizer: str, seed: int, load: Callable[[nn.Module], object]) -> None:
+        self._load = load
+        super().__init__(optimizer, seed)
+
+    def wrap(self) -> None:
+        with torch.device("meta"):
+            self.net = Net()
+        super().wrap()
+        self._load(self.net)
+
+
 class Hybrid(Sharded):
     """HSDP: shards that are held twice."""
 

@@ -135,6 +135,12 @@ def read_task(source: Layout, target: Layout, case: str, folder: Path, **more: A
     }  # fmt: skip
 
 
+def load_task(source: Layout, target: Layout, case: str, folder: Path, how: str) -> dict[str, Any]:
+    """As `read_task`, without an engine."""
+    where = str(place(folder, source, case))
+    return {"do": "load", "wrapper": target.wrapper, "case": case, "source": where, "how": how}
+
+
 def place(folder: Path, layout: Layout, case: str) -> Path:
     path = folder / f"{layout.wrapper}-{layout.ranks}" / case
     path.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 import layerwise_dist as lwd
 from kit.shards import raw
+from layerwise_dist.exporting.contents import contents
 
 
 def apart(folder: Path) -> str:
@@ -32,6 +33,9 @@ def apart(folder: Path) -> str:
                 found, wanted = found.double(), wanted.double()
             if found.dtype != wanted.dtype or found.shape != wanted.shape or raw(found) != raw(wanted):
                 return f"{name}, read as {here}, is not what the framework says"
+        for weight in contents(ckpt).weights:
+            if f"param/{weight.key}" in golden and raw(weight.whole()) != raw(golden[f"param/{weight.key}"]):
+                return f"{weight.key} would be exported otherwise than the framework says"
         more = [name for name in ckpt if name.partition("/")[0] in ("param", "master") and
                 f"param/{name.partition('/')[2]}" not in golden]  # fmt: skip
         return f"{more} are there and should not be" if more else ""
