@@ -66,8 +66,10 @@ def test_stopped_by_an_exception_anywhere_it_goes_on_to_the_very_same_end(
 
 
 def test_two_ranks_stopped_anywhere_go_on_to_the_very_same_end(trainers: Warm, tmp_path: Path, long: bool) -> None:
-    for case in ("gpt2", "llama") if long else ("gpt2",):
-        for found in swept(trainers, tmp_path, case, SAMPLE[case][:1] if not long else SAMPLE[case], ranks=2):
+    if not long:
+        pytest.skip("--long only: the two ranks of the next test are killed")
+    for case in ("gpt2", "llama"):
+        for found in swept(trainers, tmp_path, case, SAMPLE[case], ranks=2):
             assert found["problems"] == [] and min(found["steps"].values()) > 0
 
 
@@ -119,12 +121,17 @@ def test_mutation_what_a_resume_needs_beside_the_state_is_missed(trainers: Warm,
     assert len(found) == 4 and all(found.values()), found
 
 
+def test_the_page_of_loops_runs_as_it_stands(trainers: Warm, tmp_path: Path) -> None:
+    trainers.run("hf.py", 0, "page", tmp_path, "gpt2", "-", timeout=90)
+    assert told(tmp_path, 0) == {"steps": [[0, 3], [3, 5]]}
+
+
 def test_the_example_goes_on_within_an_epoch_and_logs_what_it_would_have(trainers: Warm, tmp_path: Path) -> None:
     def run(name: str) -> list[str]:
         return trainers.run(EXAMPLE, 0, "--dir", name, "--epochs", "0.6", folder=tmp_path, timeout=100).lines("step ")
 
     whole = run("whole")
-    assert len(whole) > 9 and any("eval_loss" in line for line in whole)
+    assert len(whole) > 5 and any("eval_loss" in line for line in whole)
     job, deadline = (
         trainers.start(EXAMPLE, 0, "--dir", "cut", "--epochs", "0.6", folder=tmp_path),
         time.monotonic() + 100,

@@ -13,11 +13,12 @@ from layerwise_dist.errors import UnsupportedError
 
 TESTED = "transformers 5.24 with accelerate 1.15"
 
-# Methods that are wrapped on the trainer, and what each must take. The first two are public.
+# Methods that are wrapped on the trainer, and what each must take. The first three are public.
 METHODS: dict[str, frozenset[str]] = {
+    "train": frozenset(),
     "get_batch_samples": frozenset({"epoch_iterator", "num_batches", "device"}),
     "set_initial_training_values": frozenset({"args", "dataloader"}),
-    "_inner_training_loop": frozenset({"resume_from_checkpoint", "trial"}),
+    "_inner_training_loop": frozenset(),
     "_init_training_state": frozenset({"max_steps", "num_update_steps_per_epoch", "num_train_epochs", "trial"}),
     "_prepare_for_training": frozenset({"max_steps", "train_dataloader", "resume_from_checkpoint"}),
     "_run_epoch": frozenset(

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import logging
 import os
 import sys
@@ -147,7 +148,7 @@ class TrainerCheckpoints:
 
     def _wrap(self) -> None:
         around: dict[str, Callable[..., Any]] = {
-            "_inner_training_loop": self._train, "set_initial_training_values": self._values,
+            "train": self._asked, "_inner_training_loop": self._train, "set_initial_training_values": self._values,
             "_init_training_state": self._init_training_state, "_prepare_for_training": self._prepare,
             "_run_epoch": self._run_epoch, "get_batch_samples": self._batches, "_load_rng_state": self._load_rng,
             "_finalize_training": self._finalize,
@@ -159,16 +160,20 @@ class TrainerCheckpoints:
         # First of all, so that what others draw when an epoch begins is drawn from the boundary's random numbers.
         self._trainer.callback_handler.callbacks.insert(0, _begin_epochs(callback, self._epoch_begins))
 
-    def _train(self, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("resume_from_checkpoint") is not None:
+    def _asked(self, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(plain).bind(*args, **kwargs).arguments
+        if given.get("resume_from_checkpoint"):
             raise UnsupportedError(
                 f"train(resume_from_checkpoint=...) with checkpoints attached in {self._settings.path}: those are what "
                 "it goes on from. Leave it out"
             )
-        if kwargs.get("trial") is not None:
+        if given.get("trial") is not None:
             raise UnsupportedError(
                 "hyperparameter_search() with checkpoints attached: trials would go on from each other"
             )
+        return plain(*args, **kwargs)
+
+    def _train(self, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._forget()
         try:
             result = plain(*args, **kwargs)

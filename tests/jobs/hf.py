@@ -5,6 +5,7 @@
     hf.py reference OUT CASE -           once, without checkpoints
     hf.py refused OUT CASE -             what is refused, and in what words
 
+    hf.py page OUT CASE -                the block of docs/loops.md
     hf.py mutated OUT CASE -             resumed without one thing that a resume needs
 
 `max:STEP` is a run that ends by itself at that step, and is then told to go on. Writes what became of it into
@@ -329,12 +330,29 @@ def mutated(out: str, case: str) -> dict[str, list[str]]:
     return found
 
 
+def on_the_page(out: str, case: str) -> dict[str, Any]:
+    """docs/loops.md, as it stands: once, and once more with more steps."""
+    from loops import blocks
+
+    os.chdir(out)
+    steps = []
+    for total in (3, 5):
+        args = TrainingArguments("hf", use_cpu=True, max_steps=total, report_to="none", save_strategy="no")
+        data = [{"input_ids": ids, "labels": ids} for ids in torch.arange(40).remainder(30).view(8, 5)]
+        held = {"Trainer": Trainer, "model": model_of(case), "args": args, "data": data}
+        exec(blocks()["Hugging Face's Trainer"], held)
+        steps.append([held["trainer"]._layerwise_checkpoints.resumed_from, held["trainer"].state.global_step])
+    return {"steps": steps}
+
+
 def main(mode: str, out: str, case: str, *stops: str) -> None:
     with deterministic():
         if mode == "sweep":
             found = sweep(out, case, list(stops))
         elif mode == "refused":
             found = refused(out, case)
+        elif mode == "page":
+            found = on_the_page(out, case)
         elif mode == "mutated":
             found = mutated(out, case)
         elif mode == "reference":
