@@ -138,6 +138,10 @@ TABLE: list[tuple[str, str]] = [
         "test_hf.py::test_the_example_trains_one_replica_a_rank_under_torchrun",
     ),
     (
+        r"(python|torchrun .*) examples/torchtitan_way\.py .*",
+        "test_loops.py::test_torchtitans_way_goes_on_as_if_it_had_not_been_killed",
+    ),
+    (
         r"python examples/digits_cnn\.py .*",
         "test_examples.py::test_the_cnn_goes_on_within_an_epoch_and_ends_as_if_it_had_not_been_killed",
     ),
