@@ -89,7 +89,7 @@ class LRSchedulersContainer:
 class Trainer:
     def __init__(self, directory: str) -> None:
         torch.manual_seed(0)
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         width = 32
         self.model_parts: list[nn.Module] = [
             nn.Sequential(nn.Embedding(64, width), nn.Linear(width, width), nn.GELU(), nn.Dropout(0.1)),
@@ -101,10 +101,10 @@ class Trainer:
         self.optimizers = OptimizersContainer(self.model_parts, lr=3e-3)
         self.lr_schedulers = LRSchedulersContainer(self.optimizers, warmup=10)
         tokens = torch.randint(0, 64, (256, 17), generator=torch.Generator().manual_seed(1))
-        mine = TensorDataset(tokens[rank::world])
+        mine = TensorDataset(tokens[self.rank :: world])
         self.dataloader = DataLoader(mine, 8, shuffle=True, generator=torch.Generator().manual_seed(2))
         self.step, self.ntokens_seen = 0, 0
-        torch.manual_seed(rank)
+        torch.manual_seed(self.rank)
         self.checkpointer = LayerwiseCheckpointManager(
             dataloader=self.dataloader, model_parts=self.model_parts, optimizers=self.optimizers,
             lr_schedulers=self.lr_schedulers, states={"train_state": self}, dir=directory,
@@ -136,14 +136,18 @@ class Trainer:
 
     def train(self, steps: int) -> None:
         self.checkpointer.load()
-        print(f"training starts at step {self.step + 1}", flush=True)
+        self.say(f"training starts at step {self.step + 1}")
         data = self.batches()
         while self.step < steps:
             self.step += 1
             loss = self.train_step(data)
             self.checkpointer.save(self.step, last_step=self.step == steps)
-            print(f"step {self.step} loss {loss:.9g} tokens {self.ntokens_seen}", flush=True)
+            self.say(f"step {self.step} loss {loss:.9g} tokens {self.ntokens_seen}")
         self.checkpointer.close()
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            print(text, flush=True)
 
 
 def main() -> None:

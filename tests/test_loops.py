@@ -39,16 +39,15 @@ def test_torchtitans_way_goes_on_as_if_it_had_not_been_killed(warm: Warm, tmp_pa
 
     agent = 0 if ranks == 1 else ranks
     whole = run("whole").lines("step ")
-    assert len(whole) == 40 * ranks
+    assert len(whole) == 40
     job, deadline = warm.start(TITAN, agent, "--dir", tmp_path / "cut", "--steps", "40"), time.monotonic() + 60
     while not any(tmp_path.glob("cut/step_00000000[1-3]?-*/manifest.json")):
         assert job.poll() is None and time.monotonic() < deadline, job.output()[-3000:]
         time.sleep(0.001)
     job.kill()
     resumed = run("cut")
-    (first,) = {int(step) for step in resumed.lines("training starts at step ")}
-    assert 11 <= first <= 41 and len(resumed.lines("step ")) == ranks * (41 - first)
-    assert {*resumed.lines("step ")} <= {*whole}
+    (first,) = map(int, resumed.lines("training starts at step "))
+    assert 11 <= first <= 41 and resumed.lines("step ") == whole[first - 1 :]
 
 
 @pytest.mark.quick
