@@ -103,6 +103,7 @@ def test_what_can_not_be_resumed_is_refused_by_name(trainers: Warm, tmp_path: Pa
     assert "UnsupportedError: this Trainer is attached already" in found["twice"]
     assert "ignore_data_skip=True: a resume would begin" in found["ignore_data_skip"]
     assert "auto_find_batch_size=True" in found["auto_find_batch_size"]
+    assert "this is one of 2 processes by its environment, and a Trainer that trains alone" in found["alone"]
     assert "train(resume_from_checkpoint=...) with checkpoints attached" in found["resume_from_checkpoint"]
     assert "lacks what resuming a Trainer exactly needs: Trainer._run_epoch()" in found["a name that is missing"]
     assert "Tested was transformers 5.24" in found["a name that is missing"]
@@ -119,6 +120,14 @@ def test_mutation_what_a_resume_needs_beside_the_state_is_missed(trainers: Warm,
     trainers.run("hf.py", 0, "mutated", tmp_path, "gpt2", "-", timeout=90)
     found = told(tmp_path, 0)
     assert len(found) == 4 and all(found.values()), found
+
+
+def test_the_best_evaluation_has_its_tag_and_the_model_has_its_weights(trainers: Warm, tmp_path: Path) -> None:
+    trainers.run("hf.py", 0, "best", tmp_path, "gpt2", "-", timeout=90)
+    found = told(tmp_path, 0)
+    for name in ("whole", "cut"):
+        assert found[name]["best"] == found[name]["expected"] and found[name]["same"] and found[name]["last"] == 12
+    assert found["whole"]["weights"] == found["cut"]["weights"]
 
 
 def test_the_page_of_loops_runs_as_it_stands(trainers: Warm, tmp_path: Path) -> None:

@@ -37,8 +37,9 @@ from layerwise_dist.config import LayerwiseConfig, load_config
 from layerwise_dist.engine.assembly import attach as attach_engine
 from layerwise_dist.engine.engine import LayerwiseEngine
 from layerwise_dist.engine.notices import OnCommit, OnFailure
-from layerwise_dist.errors import BoundaryError, UnsupportedError
+from layerwise_dist.errors import BoundaryError, ConfigError, UnsupportedError
 from layerwise_dist.integrations import trainer_names
+from layerwise_dist.integrations.best import BEST, BestMetric, load_model
 from layerwise_dist.integrations.place import Place, seed_of_order
 from layerwise_dist.integrations.trainer_progress import At, Progress
 from layerwise_dist.loop import rng
@@ -52,7 +53,7 @@ _ATTACHED = "_layerwise_checkpoints"
 
 def attach(
     trainer: Any, config: LayerwiseConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None, *,
-    fresh: bool = False, **overrides: Any,
+    fresh: bool = False, best_metric: str | None = None, greater_is_better: bool | None = None, **overrides: Any,
 ) -> TrainerCheckpoints:  # fmt: skip
     """Turns checkpointing on for each `trainer.train()` from now on. Call it on every rank, once, after the Trainer is
     made.
@@ -62,6 +63,9 @@ def attach(
         config: as `layerwise_dist.attach`; `overrides` (``dir=...``, ``every_n_steps=...``) go on top. Steps are those
             of `TrainerState.global_step`: optimizer updates.
         fresh: the first `train()` starts a new lineage in a directory that holds checkpoints.
+        best_metric: a name that evaluations give (``eval_loss``). The step of the best one is saved under the tag
+            ``best``, and its weights are in the model when `train()` returns.
+        greater_is_better: of that metric; by default as in TrainingArguments, else unless its name ends with "loss".
 
     Raises ConfigError, BoundaryError (within `train()`), or UnsupportedError: a Trainer whose data can't be resumed
     exactly, a second `attach()`, or a name that this version of transformers has not. What `layerwise_dist.attach`
@@ -78,7 +82,10 @@ def attach(
             "attach() within this Trainer's train(), which has begun: epoch and position of the data are decided by "
             "now. Call it before train()"
         )
-    checkpoints = TrainerCheckpoints(trainer, settings, fresh=fresh)
+    if best_metric is not None and settings.mode == "mock":
+        raise ConfigError("best_metric with mode 'mock': nothing is written that could be loaded at the end")
+    best = None if best_metric is None else BestMetric(trainer, best_metric, greater_is_better)
+    checkpoints = TrainerCheckpoints(trainer, settings, fresh=fresh, best=best)
     if settings.enabled:
         trainer_names.check(module, trainer)
         _check_arguments(trainer)
@@ -108,6 +115,11 @@ def _check_arguments(trainer: Any) -> None:
             "deepspeed: this Trainer's engine has not been tried. Train the engine that deepspeed.initialize() returns "
             "(docs/deepspeed.md)"
         )
+    if (world := int(os.environ.get("WORLD_SIZE", "1"))) > 1 and args.world_size == 1:
+        refused.append(
+            f"this is one of {world} processes by its environment, and a Trainer that trains alone: set use_cpu=True "
+            "where there is no accelerator"
+        )
     if refused:
         raise UnsupportedError("TrainingArguments that a run can't be resumed exactly with: " + "; ".join(refused))
 
@@ -121,8 +133,8 @@ class TrainerCheckpoints:
         resumed_from: the step that the last `train()` went on from; 0 if it began anew.
     """
 
-    def __init__(self, trainer: Any, settings: LayerwiseConfig, *, fresh: bool) -> None:
-        self._trainer, self._settings, self._fresh = trainer, settings, fresh
+    def __init__(self, trainer: Any, settings: LayerwiseConfig, *, fresh: bool, best: BestMetric | None) -> None:
+        self._trainer, self._settings, self._fresh, self._best = trainer, settings, fresh, best
         self.ckpt: LayerwiseEngine | None = None
         self.resumed_from = 0
         self._on_commit: list[OnCommit] = []
@@ -158,7 +170,7 @@ class TrainerCheckpoints:
             setattr(self._trainer, name, functools.wraps(plain)(functools.partial(method, plain)))
         callback = importlib.import_module("transformers.trainer_callback").TrainerCallback
         # First of all, so that what others draw when an epoch begins is drawn from the boundary's random numbers.
-        self._trainer.callback_handler.callbacks.insert(0, _begin_epochs(callback, self._epoch_begins))
+        self._trainer.callback_handler.callbacks.insert(0, _callback(callback, self._epoch_begins, self._evaluated))
 
     def _asked(self, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(plain).bind(*args, **kwargs).arguments
@@ -185,6 +197,8 @@ class TrainerCheckpoints:
             self.ckpt = None
             if self._place is not None:
                 self._place.detach()
+            if self._eval_on_start is not None:
+                self._trainer.args.eval_on_start = self._eval_on_start
             self._forget()
         return result
 
@@ -209,6 +223,8 @@ class TrainerCheckpoints:
             return begins
         there = rng.take()
         progress.put()
+        progress.put_kept()
+        self._save_best()  # the job may have died right before it was
         at = progress.at
         self._before_s, self._resume = at["elapsed_s"], (at, there)
         self._eval_on_start, trainer.args.eval_on_start = trainer.args.eval_on_start, False
@@ -225,6 +241,13 @@ class TrainerCheckpoints:
     def _epoch_begins(self) -> None:
         if self._resume is not None and self._resume[0]["micro"] == 0:
             rng.put(self._resume[1])
+
+    def _evaluated(self, metrics: Mapping[str, Any]) -> None:
+        if self._best is None or self._progress is None or self._trainer.state.global_step == self._step:
+            return  # evaluate() outside train(), or eval_on_start
+        value = self._best.value(metrics)
+        if value is not None and self._best.better(value, self._progress.best):
+            self._progress.best = {"value": value, "step": self._trainer.state.global_step, "saved": False}
 
     def _run_epoch(self, plain: Callable[..., Any], **call: Any) -> None:
         self._enter_loop()
@@ -259,6 +282,7 @@ class TrainerCheckpoints:
     def _finalize(self, plain: Callable[..., Any], trial: Any, num_train_samples: Any, start_time: float) -> Any:
         self._enter_loop()
         if self.ckpt is not None:
+            self._load_best()
             self.ckpt.close()
         # All launches count, since what is logged of them does.
         return plain(trial, num_train_samples, start_time - self._before_s)
@@ -281,9 +305,7 @@ class TrainerCheckpoints:
         state = {"trainer": progress, "scheduler": trainer.lr_scheduler}
         if trainer.accelerator.scaler is not None:
             state["scaler"] = trainer.accelerator.scaler
-        made = attach_engine(
-            trainer.model_wrapped, trainer.optimizer, self._settings, state=state, fresh=self._fresh
-        )  # fmt: skip
+        made = attach_engine(trainer.model_wrapped, trainer.optimizer, self._settings, state=state, fresh=self._fresh)
         assert isinstance(made, LayerwiseEngine), "it is enabled"
         self.ckpt = made
         for on_commit in self._on_commit:
@@ -327,6 +349,26 @@ class TrainerCheckpoints:
             self._doubted = True
             log.warning("train_dataset: a resume may not be exact: %s", self._place.doubt)
         self.ckpt.end_step()
+        self._save_best()
+
+    def _save_best(self) -> None:
+        """This step's evaluation was the best so far: all ranks know it alike."""
+        assert self.ckpt is not None and self._progress is not None
+        best = self._progress.best
+        if self._best is not None and best is not None and not best["saved"] and best["step"] == self._step:
+            self.ckpt.save(BEST, {"metric": self._best.name, "value": best["value"]})
+            best["saved"] = True
+
+    def _load_best(self) -> None:
+        """Into the model, once the last step is safe; what a restart goes on from stays the last step."""
+        assert self.ckpt is not None and self._progress is not None
+        if self._best is None or self._progress.best is None:
+            return
+        self.ckpt.drain()
+        settings = self._settings
+        if settings.save_last and settings.every_n_steps is not None and self.ckpt.committed_step != self._step:
+            self.ckpt.save("last")
+        load_model(self.ckpt, settings.path, BEST)
 
 
 @contextmanager
@@ -341,11 +383,14 @@ def _skipping_nothing() -> Iterator[None]:
         setattr(module, trainer_names.SKIPS, plain)
 
 
-def _begin_epochs(base: type, begins: Callable[[], None]) -> Any:
+def _callback(base: type, begins: Callable[[], None], evaluated: Callable[[Mapping[str, Any]], None]) -> Any:
     class LayerwiseCallback(base):  # type: ignore[misc]
-        """Tells when an epoch begins."""
+        """Tells when an epoch begins, and what an evaluation gave."""
 
         def on_epoch_begin(self, *_: Any, **__: Any) -> None:
             begins()
+
+        def on_evaluate(self, *_: Any, metrics: Mapping[str, Any], **__: Any) -> None:
+            evaluated(metrics)
 
     return LayerwiseCallback()

@@ -5,6 +5,7 @@
     hf.py reference OUT CASE -           once, without checkpoints
     hf.py refused OUT CASE -             what is refused, and in what words
 
+    hf.py best OUT CASE -                with best_metric
     hf.py page OUT CASE -                the block of docs/loops.md
     hf.py mutated OUT CASE -             resumed without one thing that a resume needs
 
@@ -20,7 +21,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -291,6 +292,10 @@ def refused(out: str, case: str) -> dict[str, str]:
     note("twice", twice)
     note("ignore_data_skip", lambda: attached(ignore_data_skip=True))
     note("auto_find_batch_size", lambda: attached(auto_find_batch_size=True))
+    trainer = trainer_of(out, case, Stop("", False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        note("alone", lambda: lwd_hf.attach(trainer, dir=f"{out}/ckpt"))
     note("resume_from_checkpoint", lambda: attached().train(resume_from_checkpoint=out))
     note("a name that is missing", nameless)
     note("no Trainer", lambda: lwd_hf.attach("trainer"))
@@ -345,12 +350,39 @@ def on_the_page(out: str, case: str) -> dict[str, Any]:
     return {"steps": steps}
 
 
+def best(out: str, case: str) -> dict[str, Any]:
+    """Run through, and stopped twice: the weights that `train()` leaves, and what the directory holds."""
+    found: dict[str, Any] = {}
+    for name, stops in {"whole": [], "cut": ["epoch_end:8", "step_begin:9"]}.items():
+        for at in (*stops, "never"):
+            stop = Stop(at, False)
+            trainer = trainer_of(f"{out}/{name}", case, stop)
+            options = {"dir": f"{out}/{name}/ckpt", "every_n_steps": 5, "best_metric": "loss"}
+            stop.checkpoints = lwd_hf.attach(trainer, **options)
+            with suppress(Stopped):
+                trainer.train()
+        losses = {each["step"]: each["eval_loss"] for each in trainer.state.log_history if "eval_loss" in each}
+        with lwd.open_checkpoint(f"{out}/{name}/ckpt", tag="best") as saved:
+            same = [torch.equal(saved[f"param/{fqn}"][...], param) for fqn, param in trainer.model.named_parameters()]
+            step = saved.step
+        with lwd.open_checkpoint(f"{out}/{name}/ckpt") as newest:
+            last = newest.step
+        weights = torch.cat([param.detach().reshape(-1) for param in trainer.model.parameters()])
+        found[name] = {
+            "best": step, "expected": min(losses, key=losses.get), "same": all(same) and len(same) > 10, "last": last,
+            "weights": hashlib.sha256(weights.numpy().tobytes()).hexdigest(),
+        }  # fmt: skip
+    return found
+
+
 def main(mode: str, out: str, case: str, *stops: str) -> None:
     with deterministic():
         if mode == "sweep":
             found = sweep(out, case, list(stops))
         elif mode == "refused":
             found = refused(out, case)
+        elif mode == "best":
+            found = best(out, case)
         elif mode == "page":
             found = on_the_page(out, case)
         elif mode == "mutated":
