@@ -196,7 +196,9 @@ def test_a_directory_that_another_live_job_owns_names_the_holder_and_is_free_whe
 
 def test_the_same_process_cannot_own_a_directory_twice(tmp_path: Path) -> None:
     with lwd.attach(*job(), dir=str(tmp_path)):
-        with pytest.raises(errors.OwnerError, match=f"pid {os.getpid()}"):
+        with pytest.raises(
+            errors.OwnerError, match=rf"another engine of this process \(pid {os.getpid()} on .*close\(\) that"
+        ):
             lwd.attach(*job(), dir=str(tmp_path))
     lwd.attach(*job(), dir=str(tmp_path)).close()
 

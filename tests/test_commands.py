@@ -145,6 +145,18 @@ TABLE: list[tuple[str, str]] = [
         "test_deepspeed_kill.py::test_the_example_starts_and_starts_again_under_each_launcher",
     ),
     (
+        r"python examples/digits_hf\.py .*",
+        "test_hf.py::test_the_example_goes_on_within_an_epoch_and_logs_what_it_would_have",
+    ),
+    (
+        r"torchrun .*examples/digits_hf\.py .*",
+        "test_hf.py::test_the_example_trains_one_replica_a_rank_under_torchrun",
+    ),
+    (
+        r"(python|torchrun .*) examples/torchtitan_way\.py .*",
+        "test_loops.py::test_torchtitans_way_goes_on_as_if_it_had_not_been_killed",
+    ),
+    (
         r"python examples/digits_cnn\.py .*",
         "test_examples.py::test_the_cnn_goes_on_within_an_epoch_and_ends_as_if_it_had_not_been_killed",
     ),

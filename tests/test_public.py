@@ -17,7 +17,10 @@ from layerwise_dist.frameworks.optimizers import UpdateEvents
 
 pytestmark = pytest.mark.quick
 
-CALLS = {"close", "drain", "end_step", "explicit", "restore", "save", "stats", "steps", "trace", "wait"}
+CALLS = {
+    "close", "drain", "end_step", "explicit", "on_commit", "on_failure", "restore", "save", "stats", "steps", "trace",
+    "wait",
+}  # fmt: skip
 VALUES = {
     "client_state", "committed_step", "completed", "config", "durable_step", "lacking", "metadata", "restored_from",
     "staged_step",

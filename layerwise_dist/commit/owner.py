@@ -62,7 +62,7 @@ class Owner:
         self._env, self._who, self._monitored = env, who, monitored
         self.epoch, self._session = 0, ""
         self._writing = threading.Lock()  # `end` may come while another thread checks
-        self._lock = _take(env, root, self._path, file_mode, patience_s, _GRACE_S if monitored else 0.0)
+        self._lock = _take(env, root, self._path, file_mode, patience_s, _GRACE_S if monitored else 0.0, who)
         try:
             self.previous: int = self._read().get("epoch", 0)
         except BaseException:
@@ -133,7 +133,9 @@ def _parsed(read: Callable[[], bytes]) -> OwnerNote:
     return cast(OwnerNote, tree) if filenames.is_number(tree["epoch"]) else {}
 
 
-def _take(env: Env, root: str, path: str, file_mode: int, patience_s: float, grace_s: float) -> FileLock:
+def _take(
+    env: Env, root: str, path: str, file_mode: int, patience_s: float, grace_s: float, asker: str
+) -> FileLock:  # fmt: skip
     """The lock. `grace_s`: how long a holder is waited for that does not say what it is."""
     began = time.monotonic()
     told = False
@@ -150,6 +152,11 @@ def _take(env: Env, root: str, path: str, file_mode: int, patience_s: float, gra
                 raise OwnerError(
                     f"{root}: waited {limit:g} s for {who}, which {does} and has not let go of the directory: kill it, "
                     "or start again later"
+                )
+            if holder.get("who") == asker:
+                raise OwnerError(
+                    f"{root} is owned by another engine of this process ({who}): close() that one first, or use "
+                    "another dir"
                 )
             raise OwnerError(f"{root} is owned by another live job ({who}): stop it, or use another dir")
         if holder.get("ends") and not told:

@@ -13,6 +13,7 @@ from layerwise_dist.commit.coordinator_thread import CoordinatorThread
 from layerwise_dist.commit.keeper import HEARS, KeeperThread
 from layerwise_dist.commit.ledger import Action, Ledger, Post, Retire
 from layerwise_dist.commit.messages import ToCoordinator, ToRanks
+from layerwise_dist.commit.news import Listener, News
 from layerwise_dist.commit.persisting import Persisting
 from layerwise_dist.commit.transports import Transport
 from layerwise_dist.commit.waits import Waits
@@ -54,6 +55,7 @@ class Participant:
         self._apart = False
         self._leaving: Callable[[str], None] | None = None
         self._retire: Callable[[AttemptId], None] | None = None
+        self._news = News()
         self._persisting = Persisting(self._ledger, self._waits, self._do, timeout_s=timeout_s, failed=self.broke)
         transport.start(self._on_message, self._on_coordinator_message if self.rank == 0 else None, self._on_error)
 
@@ -91,6 +93,10 @@ class Participant:
         """
         self._leaving = leaving
 
+    def tell(self, listener: Listener) -> None:
+        """From now on. The engine brings it."""
+        self._news.listener = listener
+
     # -- what is said -------------------------------------------------------------------------------------------
 
     def verdict_wanted(self) -> None:
@@ -122,6 +128,7 @@ class Participant:
         self._transport.post({"t": "broke", "rank": self.rank, "why": why})
         with self._changed:
             self._ledger.lose(f"rank {self.rank}: {why}", at_once=False)
+            self._news.lost(f"rank {self.rank}: {why}")
             self._changed.notify_all()
 
     # -- checkpoints --------------------------------------------------------------------------------------------
@@ -351,6 +358,7 @@ class Participant:
                 self._agreement.decided(message)
             else:
                 self._do(self._ledger.receive(message))
+                self._news.heard(message)  # under the lock: who waits for this finds it told
             self._changed.notify_all()
         if self._keeper is not None and message["t"] in HEARS:
             self._keeper.put(message)
@@ -363,6 +371,7 @@ class Participant:
     def _on_error(self, text: str) -> None:
         with self._changed:
             self._ledger.lose(f"rank {self.rank}: {text}", at_once=not self._through_monitor)
+            self._news.lost(f"rank {self.rank}: {text}")
             self._changed.notify_all()
 
 

@@ -23,7 +23,7 @@ from layerwise_dist.commit.start import Rules, start_session, start_writer
 from layerwise_dist.commit.transports import Transport
 from layerwise_dist.commit.transports.choice import find_ranks, open_transport
 from layerwise_dist.config import LayerwiseConfig, load_config
-from layerwise_dist.engine import at_exit
+from layerwise_dist.engine import at_exit, foreign_loops
 from layerwise_dist.engine.disabled import DisabledEngine
 from layerwise_dist.engine.engine import LayerwiseEngine
 from layerwise_dist.engine.holdings import Holdings
@@ -71,6 +71,7 @@ def attach(
         fresh: start a new lineage in a directory that holds checkpoints, instead of calling `restore()`.
 
     Raises ConfigError, UnsupportedError, StateError, OwnerError or DirectoryError; on every rank if on any.
+    BoundaryError within a Trainer's train().
     """
     engines = [each for each in (models.values() if isinstance(models, Mapping) else [model]) if is_engine(each)]
     problem = None
@@ -84,6 +85,7 @@ def attach(
         settings, problem = LayerwiseConfig(), error  # the other ranks are told before it is raised
     if not settings.enabled:
         return disabled(engines, settings)
+    foreign_loops.check_not_within()
     monitor: MonitorLink | None = None
     transport: Transport
     try:

@@ -10,6 +10,7 @@ from typing import Any
 from layerwise_dist import _native
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.config import LayerwiseConfig
+from layerwise_dist.engine.notices import OnCommit, OnFailure
 
 
 class DisabledEngine:
@@ -56,6 +57,12 @@ class DisabledEngine:
         return None
 
     def trace(self, path: str | os.PathLike[str]) -> None:
+        return None
+
+    def on_commit(self, callback: OnCommit) -> None:
+        return None
+
+    def on_failure(self, callback: OnFailure) -> None:
         return None
 
     @cached_property

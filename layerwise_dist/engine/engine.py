@@ -9,6 +9,7 @@ from typing import Any
 
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.config import LayerwiseConfig
+from layerwise_dist.engine.notices import OnCommit, OnFailure
 from layerwise_dist.engine.workings import Workings
 from layerwise_dist.restore.restorer import Terms
 
@@ -194,6 +195,23 @@ class LayerwiseEngine:
         runs.
         """
         self._workings.tracing.begin(path, self._workings.framework.params)
+
+    def on_commit(self, callback: OnCommit) -> None:
+        """From now on calls `callback(step, path)` after each commit of this job; `path` is the checkpoint's folder.
+        Each rank has its own callbacks.
+
+        Callbacks run one after the other on a thread of their own, so that training does not wait for them; `close()`
+        does, within its deadline. What one raises is logged under its name. One that is slower than checkpoints may
+        find the folder retired. Raises BoundaryError after `close()`.
+        """
+        self._workings.notices.on_commit(callback)
+
+    def on_failure(self, callback: OnFailure) -> None:
+        """From now on calls `callback(step, reason)` when a checkpoint is given up, and once with `step` None when
+        there will be none any more: all ranks then raise CommitError at one step. A checkpoint that was skipped
+        (`when_full`), or that a newer one overtook, is no failure. As `on_commit` otherwise.
+        """
+        self._workings.notices.on_failure(callback)
 
     # -- the end ------------------------------------------------------------------------------------------------
 

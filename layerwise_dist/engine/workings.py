@@ -23,6 +23,7 @@ from layerwise_dist.engine.hooks import Hooks
 from layerwise_dist.engine.last_step import LastStep
 from layerwise_dist.engine.lent import Loan, lend
 from layerwise_dist.engine.meetings import Meetings
+from layerwise_dist.engine.notices import Notices
 from layerwise_dist.engine.preemption import Preemption
 from layerwise_dist.engine.replicas import Replicas
 from layerwise_dist.engine.restores import Restores
@@ -85,6 +86,8 @@ class Workings:
             tracing=self.tracing, last=last, thread=thread, updates=0 if loan is None else loan.updates,
         )  # fmt: skip
         participant.judge_by(self.captures.settle)
+        self.notices = Notices(config.path, info.epoch)
+        participant.tell(self.notices)
         meetings = Meetings(
             self.captures, self.attempts, participant, preemption, self.statistics, patience_s=config.fence_timeout_s,
             # Where all leave, a boundary ends what is made below; and that ends the boundary.
@@ -117,7 +120,7 @@ class Workings:
             config, self.captures, self.boundary, hooks=hooks, framework=framework, optimizer=optimizer,
             objects=objects, surveyor=self.surveyor, attempts=self.attempts, frozen=self.frozen, adapter=adapter,
             manager=manager, participant=participant, coordinator=coordinator, preemption=preemption,
-            tracing=self.tracing, scheduler=scheduler, last=last, thread=thread,
+            tracing=self.tracing, scheduler=scheduler, last=last, thread=thread, notices=self.notices,
         )  # fmt: skip
         self.saves = Saves(
             self.captures, self.boundary, attempts=self.attempts, participant=participant, committer=committer,

@@ -55,12 +55,14 @@ class HostedEngine(LayerwiseEngine):
     def restore(
         self, step: int | None = None, *, tag: str | None = None, saved: bool = False, on_missing: str | None = None,
         partly: bool = False, cast: str | None = None, objects: Mapping[str, str] | None = None,
+        model_only: bool = False,
     ) -> int:  # fmt: skip
         """As `LayerwiseEngine.restore`. Within the loop it raises BoundaryError."""
         self._check_between("restore()", "restore before the loop")
         restored = super().restore(
-            step, tag=tag, saved=saved, on_missing=on_missing, partly=partly, cast=cast, objects=objects
-        )
+            step, tag=tag, saved=saved, on_missing=on_missing, partly=partly, cast=cast, objects=objects,
+            model_only=model_only,
+        )  # fmt: skip
         if self.restored_from is not None:
             self._tap.restored()
         return restored

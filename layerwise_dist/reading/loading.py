@@ -30,6 +30,7 @@ from layerwise_dist.reading.together import AllRanks, Alone
 from layerwise_dist.restore import loader, ranks
 from layerwise_dist.restore.anywhere import Fit, Fitting
 from layerwise_dist.restore.loader import another_model, listing
+from layerwise_dist.restore.source import ReadAlone
 from layerwise_dist.storage.filenames import AttemptId
 
 log = logging.getLogger("layerwise_dist")
@@ -197,8 +198,9 @@ class _Loading:
         own = whole.sealed[framework.rank if framework.rank < len(whole.sealed) else 0]
         same = len(whole.sealed) == framework.world_size
         wrapper, _ = ranks.carried(framework, own, ckpt.manifest.framework, parts, same_world=same)
+        source = ReadAlone(whole, framework.rank, framework.world_size)
         fitting = Fitting(
-            framework, cast(OptimizerAdapter, adapter), whole, {**own, "wrapper": wrapper}, self._where,
+            framework, cast(OptimizerAdapter, adapter), source, {**own, "wrapper": wrapper}, self._where,
             partly=not self._strict, parts=parts, cast=self._cast, pass_unfit=not self._strict,
         )  # fmt: skip
         return framework, adapter, parts, fitting.fit()

@@ -25,15 +25,9 @@ from layerwise_dist.restore import casts
 from layerwise_dist.restore.contents import OF_MODEL
 from layerwise_dist.restore.contradictions import contradictions
 from layerwise_dist.restore.filling import Read, fill
-from layerwise_dist.restore.gathered import Gathered, GatheredTensor
 from layerwise_dist.restore.loader import LISTED, LoadPlan, listing
-<<<<<<< HEAD
-from layerwise_dist.restore.regrouping import regroup, translations, uneven
-=======
-from layerwise_dist.restore.planner import replan
 from layerwise_dist.restore.regrouping import regroup, translations, under_names, uneven
-from layerwise_dist.restore.whole import SavedTensor, Whole, equal
->>>>>>> h18a
+from layerwise_dist.restore.source import Source, SourceTensor
 from layerwise_dist.tensors.pieces import DTYPES
 from layerwise_dist.tensors.slices import Slice
 
@@ -61,13 +55,8 @@ class Fitting:
     """One rank's plan, in the making."""
 
     def __init__(
-<<<<<<< HEAD
-        self, framework: Framework, optimizer: OptimizerAdapter, whole: Gathered, sealed: SealedState, where: str, *,
-        partly: bool, parts: Parts, cast: str | None,
-=======
-        self, framework: Framework, optimizer: OptimizerAdapter, whole: Whole, sealed: SealedState, where: str, *,
+        self, framework: Framework, optimizer: OptimizerAdapter, whole: Source, sealed: SealedState, where: str, *,
         partly: bool, parts: Parts, cast: str | None, pass_unfit: bool = False,
->>>>>>> h18a
     ) -> None:  # fmt: skip
         """`sealed` is what this rank takes up of all that is not said of tensors (`ranks.for_rank`). With `pass_unfit`,
         and `partly`, a tensor of another shape is as one that the checkpoint has not.
@@ -158,7 +147,7 @@ class Fitting:
 
     def _unfit(self, wanted: Slice, name: str) -> str | None:
         """Why a tensor of the checkpoint cannot be what is wanted, in words."""
-        saved = self._whole.tensors[name][0]
+        saved = self._whole.tensors[name]
         if saved.shape == wanted.global_shape and casts.possible(saved.dtype, wanted.dtype):
             return None
         return (
@@ -175,39 +164,25 @@ class Fitting:
         return next((f"{k}/{fqn}" for fqn in fqns for k in kinds if f"{k}/{fqn}" in self._whole.tensors), None)
 
     def _buffer(self, part: Slice, tensor: torch.Tensor) -> None:
-        found = self._whole.tensors.get(part.name)
-        if found is None:
+        if part.name not in self._whole.tensors:
             self._missing.append(part.name)
             return
-<<<<<<< HEAD
-        if part.name in self._whole.unlike:
-=======
         if self._pass_unfit and (unfit := self._unfit(part, part.name)):
             self._fit.unfit[part.name] = unfit
             self._used.add(part.name)
             self._missing.append(part.name)
             return
         # Rank 0 looks for all: it is the one that tells.
-        if self._framework.rank == 0 and any(not equal(found[0], other) for other in found[1:]):
->>>>>>> h18a
+        if self._framework.rank == 0 and self._whole.differs(part.name):
             self._fit.taken.append(part.name)
         self._want(part, tensor, part.name)
 
     def _want(self, wanted: Slice, tensor: torch.Tensor, name: str, *, made: bool = False) -> None:
         """`made` says that what is wanted is made of another kind, as the framework would make it."""
         self._used.add(name)
-<<<<<<< HEAD
         saved = self._whole.tensors[name]
-        if saved.shape != wanted.global_shape or not casts.possible(saved.dtype, wanted.dtype):
-            self._problems.append(
-                f"{wanted.name}: the checkpoint has {saved.dtype}{list(saved.shape)}, "
-                f"the model {wanted.dtype}{list(wanted.global_shape)}"
-            )
-=======
-        saved = self._whole.tensors[name][0]
         if (unfit := self._unfit(wanted, name)) is not None:
             self._problems.append(unfit)
->>>>>>> h18a
             return
         if not (casts.exact(saved.dtype, wanted.dtype) or (made and wanted.kind == "param")):
             self._lossy[wanted.kind, saved.dtype, wanted.dtype] += 1
@@ -318,7 +293,7 @@ class Fitting:
             self._want(replace(self._framework.need(view, kind, tensor), among=""), tensor, f"{kind}/{name}")
 
     def _state_slice(
-        self, view: ParamView, kind: str, saved: GatheredTensor, param: Slice | None, name: str
+        self, view: ParamView, kind: str, saved: SourceTensor, param: Slice | None, name: str
     ) -> Slice | None:
         """What this rank needs of a tensor of state: of one of the parameter's shape what it has of the parameter."""
         if param is None or saved.shape != param.global_shape or (saved.shape == () and not self._per_element(kind)):

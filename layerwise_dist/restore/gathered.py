@@ -25,7 +25,8 @@ from layerwise_dist.restore.planned import Files, PlannedShard, Readable
 from layerwise_dist.restore.planner import ByteRange, Found, replan
 from layerwise_dist.restore.reslice import run_of
 from layerwise_dist.restore.sealed_state import read_state
-from layerwise_dist.restore.whole import SavedTensor, equal, read_all, surely_equal
+from layerwise_dist.restore.source import unlike_words
+from layerwise_dist.restore.whole import SavedTensor, first_unlike
 from layerwise_dist.storage import strict_json
 from layerwise_dist.storage.header import Blocks, Entry
 from layerwise_dist.storage.reader import Shard
@@ -284,31 +285,19 @@ class Gathered:
                 if name in mine:
                     group = tuple(contents.gathered(self.manifest, rank, entry))
                     parts[name].setdefault(group, []).append((light[id(shard)], entry))
-        found = _first_unlike(
+        found = first_unlike(
             {name: [SavedTensor(ranks, group) for ranks, group in groups.items()] for name, groups in parts.items()}
         )
         said = json.dumps([[name, one.ranks, other.ranks] for name, (one, other) in found.items()]).encode()
         heard = exchange.all_to_all("compare copies", [said] * exchange.world_size)
         return {name: (tuple(one), tuple(other)) for each in heard for name, one, other in strict_json.loads(each)}
 
+    def differs(self, name: str) -> bool:
+        """REQUIRES: `needed` named its kind."""
+        return name in self.unlike
+
     def refuse_unlike(self, needed: Callable[[str], bool]) -> None:
         """Raises MismatchError where copies of a tensor of a kind that is `needed` are not equal to the bit."""
         for name, (one, other) in self.unlike.items():
             if needed(name.split("/", 1)[0]):
-                raise MismatchError(
-                    f"{name}: rank(s) {ranks_text(one) or one[0]} and {ranks_text(other) or other[0]} of the "
-                    "checkpoint hold different ones, and this job is cut otherwise, so that nothing says which of them "
-                    "is whose"
-                )
-
-
-def _first_unlike(copies: Mapping[str, Sequence[SavedTensor]]) -> dict[str, tuple[SavedTensor, SavedTensor]]:
-    """Of each name whose copies are not all equal, the first and one that differs. Raises DamageError or OSError."""
-    pairs = [(name, found[0], other) for name, found in copies.items() for other in found[1:]]
-    unsure = [each for each in pairs if not surely_equal(each[1], each[2])]
-    small = read_all([tensor for _, *pair in unsure for tensor in pair if tensor.nbytes <= headers.SMALL_BYTES])
-    found: dict[str, tuple[SavedTensor, SavedTensor]] = {}
-    for name, one, other in unsure:
-        if name not in found and not equal(one, other, small):
-            found[name] = one, other
-    return found
+                raise MismatchError(unlike_words(name, one, other))

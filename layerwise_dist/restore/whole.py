@@ -21,6 +21,7 @@ from layerwise_dist.tensors.pieces import DTYPES
 from layerwise_dist.tensors.slices import ITEM_BYTES, Slice
 
 _COMPARED_BYTES = 64 << 20  # of two replicas, at once
+_SMALL_BYTES = 64 << 10  # of a tensor that is read together with others
 _NOTHING_READ: Mapping[int, torch.Tensor] = {}
 
 
@@ -142,6 +143,18 @@ def equal(one: SavedTensor, other: SavedTensor, read: Mapping[int, torch.Tensor]
         )
         for start in range(0, one.numel, step)
     )
+
+
+def first_unlike(copies: Mapping[str, Sequence[SavedTensor]]) -> dict[str, tuple[SavedTensor, SavedTensor]]:
+    """Of each name whose copies are not all equal, the first and one that differs. Raises DamageError or OSError."""
+    pairs = [(name, found[0], other) for name, found in copies.items() for other in found[1:]]
+    unsure = [each for each in pairs if not surely_equal(each[1], each[2])]
+    small = read_all([tensor for _, *pair in unsure for tensor in pair if tensor.nbytes <= _SMALL_BYTES])
+    found: dict[str, tuple[SavedTensor, SavedTensor]] = {}
+    for name, one, other in unsure:
+        if name not in found and not equal(one, other, small):
+            found[name] = one, other
+    return found
 
 
 def _same_blocks(mine: tuple[Readable, Entry], yours: tuple[Readable, Entry]) -> bool:
