@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
@@ -24,15 +23,8 @@ from layerwise_dist.cli import (
 )
 from layerwise_dist.cli import tensors as listed
 from layerwise_dist.cli.catalogue import Catalogue, WrongUsage
-from layerwise_dist.errors import ConfigError, DamageError, LayerwiseError, shown
-from layerwise_dist.supervision.processes import terminable
-
-T = TypeVar("T")
-
-Dir = Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint directory: the `dir` of the configuration.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-Step = Annotated[int | None, typer.Option("--step", metavar="N", min=0, help="The checkpoint of this step.")]
-Tag = Annotated[str | None, typer.Option("--tag", metavar="TAG", help="The newest checkpoint saved under this name.")]
+from layerwise_dist.cli.running import Dir, Json, Step, Tag, finish, give
+from layerwise_dist.errors import LayerwiseError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.add_typer(bench.app, name="bench")
@@ -54,7 +46,7 @@ def layerwise(
 @app.command("ls")
 def ls(directory: Dir, json: Json = False) -> None:
     """Lists the checkpoints, newest first, and which of them restore chooses from."""
-    _finish(lambda catalogue: listing.ls(catalogue), directory, json)
+    finish(lambda catalogue: listing.ls(catalogue), directory, json)
 
 
 @app.command("show")
@@ -88,13 +80,13 @@ def show(
             raise WrongUsage("PATTERN and --values are for --tensors: give that too")
         return showing.show(catalogue, step, everything, tag)
 
-    _finish(run, directory, json)
+    finish(run, directory, json)
 
 
 @app.command("verify")
 def verify(directory: Dir, step: Step = None, tag: Tag = None, json: Json = False) -> None:
     """Reads every block of every checkpoint, or of one of them, and names the file, tensor and block of each damage."""
-    _finish(lambda catalogue: verifying.verify(catalogue, step, tag), directory, json)
+    finish(lambda catalogue: verifying.verify(catalogue, step, tag), directory, json)
 
 
 @app.command("diff")
@@ -131,7 +123,7 @@ def diff(
 
         return diff(one, other, step or [], tag or [], everything, allow_pickle)
 
-    _answer(run, json)
+    give(run, json)
 
 
 @app.command("pin")
@@ -143,7 +135,7 @@ def pin(directory: Dir, step: Step = None, tag: Tag = None, json: Json = False) 
 
     Example: layerwise pin checkpoints --step 12000
     """
-    _finish(lambda catalogue: pinning.pin(catalogue, step, tag, keep=True), directory, json, "pin")
+    finish(lambda catalogue: pinning.pin(catalogue, step, tag, keep=True), directory, json, "pin")
 
 
 @app.command("unpin")
@@ -152,7 +144,7 @@ def unpin(directory: Dir, step: Step = None, tag: Tag = None, json: Json = False
 
     Example: layerwise unpin checkpoints --step 12000
     """
-    _finish(lambda catalogue: pinning.pin(catalogue, step, tag, keep=False), directory, json, "unpin")
+    finish(lambda catalogue: pinning.pin(catalogue, step, tag, keep=False), directory, json, "unpin")
 
 
 @app.command("prune")
@@ -190,7 +182,7 @@ def prune(
     def run(catalogue: Catalogue) -> console.Answer:
         return pruning.prune(catalogue, pruning.kept(config, keep_last, keep_every, tags, certain=yes), yes=yes)
 
-    _finish(run, directory, json, "prune")
+    finish(run, directory, json, "prune")
 
 
 @app.command("cp")
@@ -209,7 +201,7 @@ def cp(
 
     Example: layerwise cp checkpoints /archive/best --tag best
     """
-    _finish(lambda catalogue: copying.copy(catalogue, out, step, tag), directory, json, "copy")
+    finish(lambda catalogue: copying.copy(catalogue, out, step, tag), directory, json, "copy")
 
 
 @app.command("import")
@@ -259,7 +251,7 @@ def import_(
             optimizer=optimizer, buffers=tuple(buffer or ()), drop=tuple(drop or ()),
         )  # fmt: skip
 
-    _answer(look, json, "import", bad=LayerwiseError)
+    give(look, json, "import", bad=LayerwiseError)
 
 
 @app.command("export")
@@ -298,7 +290,7 @@ def export(
     A ZeRO run gives its fp32 weights. OUT is flushed and read back before it gets its name, and never overwritten;
     whatever ends the command earlier leaves nothing. A job that runs keeps the checkpoint meanwhile.
     """
-    _answer(
+    give(
         lambda: exporting.export(
             directory, out, step=step, tag=tag, model=model, kind=kind, dtype=dtype, rename=rename or [],
             max_shard_size=max_shard_size, like=like, weights_only=weights_only,
@@ -335,7 +327,7 @@ def doctor(
             directory, config=config, state_bytes=state_bytes, params=params, nbytes=nbytes, quick=quick
         )
 
-    _answer(look, json)
+    give(look, json)
 
 
 @app.command("selftest")
@@ -348,49 +340,7 @@ def selftest(
 
     Takes under a minute, in a folder of its own below DIR, which is removed.
     """
-    _answer(lambda: selftesting.selftest(directory, seed=seed), json)
-
-
-def _finish(command: Callable[[Catalogue], console.Answer], directory: str, json: bool, doing: str = "read") -> None:
-    _answer(lambda: command(Catalogue(directory)), json, doing)
-
-
-def _answer(
-    command: Callable[[], console.Answer],
-    json: bool,
-    doing: str = "read",
-    bad: type[LayerwiseError] = DamageError,
-) -> None:
-    """`doing`: what a command can't do when the operating system says no. `bad`: errors that say that what it looked
-    at is bad (exit code 1); all others say that it was asked for what can't be done.
-    """
-    try:
-        with terminable():
-            answer = command()
-    except KeyboardInterrupt as stopped:
-        raise _failed(str(stopped) or "interrupted", 130, json) from None
-    except (WrongUsage, ConfigError) as error:
-        raise _failed(str(error), 2, json) from None
-    except bad as error:
-        raise _failed(str(error), 1, json) from None
-    except LayerwiseError as error:
-        raise _failed(str(error), 2, json) from None
-    except OSError as error:
-        raise _failed(f"cannot {doing}: {error}", 2, json) from None
-    try:
-        console.put(answer, json)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        sys.stdout = None  # the reader (head, less) has seen enough; nothing may be flushed to it at exit
-    raise typer.Exit(0 if answer.good else 1)
-
-
-def _failed(message: str, code: int, json: bool) -> typer.Exit:
-    if json:
-        console.put_json({"error": message})
-    else:
-        print(f"layerwise: {shown(message)}", file=sys.stderr)
-    return typer.Exit(code)
+    give(lambda: selftesting.selftest(directory, seed=seed), json)
 
 
 def main() -> Any:
