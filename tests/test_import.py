@@ -158,6 +158,29 @@ def test_there_and_back_every_tensor_of_a_training_is_the_same(tmp_path: Path, k
     assert going_on(tmp_path / "back", model, optimizer) == 2
 
 
+@pytest.mark.parametrize("kind", ["torch", "dcp"])
+def test_what_export_writes_comes_back_every_tensor_the_same(tmp_path: Path, kind: str) -> None:
+    model, optimizer = trained(1, split=True)
+    ckpt = lwd.attach(model, optimizer, dir=str(tmp_path / "run"))
+    for _ in ckpt.steps(2):
+        model(torch.randn(4, 5)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    ckpt.close()
+    code, said = call("export", tmp_path / "run", tmp_path / "out", "--format", kind)
+    assert code == 0, said
+    names = {each: name for name, each in model.named_parameters()}
+    listed = [names[each] for group in optimizer.param_groups for each in group["params"]]
+    (tmp_path / "names").write_text("\n".join(listed))
+    of_torch = ["--names", tmp_path / "names"] if kind == "torch" else []  # which numbers them
+    code, said = call(
+        "import", tmp_path / "out", tmp_path / "back", "--allow-pickle", "--step", "2", *of_torch
+    )  # fmt: skip
+    assert code == 0, said
+    assert differing(tensors(tmp_path / "run"), tensors(tmp_path / "back")) == []
+    assert going_on(tmp_path / "back", model, optimizer, split=True) == 2
+
+
 class Tied(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
