@@ -8,13 +8,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from layerwise_dist.engine.engine import LayerwiseEngine, workings_of
 from layerwise_dist.errors import ConfigError
-from layerwise_dist.frameworks.parts import Parts
 from layerwise_dist.integrations.trainer_progress import Best
 
 BEST = "best"
-_MODEL = Parts(module_only=True, optimizer=False, scheduler=False)
 
 
 class BestMetric:
@@ -43,8 +40,3 @@ class BestMetric:
         if than is None:
             return value == value  # no NaN
         return value > than["value"] if self.greater else value < than["value"]
-
-
-def load_model(ckpt: LayerwiseEngine, directory: str, tag: str) -> None:
-    """The weights, buffers and extra states of the newest checkpoint under that tag; nothing else of it. All ranks."""
-    workings_of(ckpt).restores.restore_parts(_MODEL, tag=tag, root=directory)

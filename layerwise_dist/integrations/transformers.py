@@ -39,11 +39,12 @@ from layerwise_dist.engine.engine import LayerwiseEngine
 from layerwise_dist.engine.notices import OnCommit, OnFailure
 from layerwise_dist.errors import BoundaryError, ConfigError, UnsupportedError
 from layerwise_dist.integrations import trainer_names
-from layerwise_dist.integrations.best import BEST, BestMetric, load_model
+from layerwise_dist.integrations.best import BEST, BestMetric
 from layerwise_dist.integrations.place import Place, seed_of_order
 from layerwise_dist.integrations.trainer_progress import At, Progress
 from layerwise_dist.loop import rng
 from layerwise_dist.loop.sealed import RngState
+from layerwise_dist.reading.loading import load
 
 log = logging.getLogger("layerwise_dist")
 
@@ -282,8 +283,10 @@ class TrainerCheckpoints:
     def _finalize(self, plain: Callable[..., Any], trial: Any, num_train_samples: Any, start_time: float) -> Any:
         self._enter_loop()
         if self.ckpt is not None:
-            self._load_best()
             self.ckpt.close()
+            if self._best is not None and self._progress is not None and self._progress.best is not None:
+                # What a restart goes on from stays the last step.
+                load(self._trainer.model_wrapped, self._settings.path, tag=BEST)
         # All launches count, since what is logged of them does.
         return plain(trial, num_train_samples, start_time - self._before_s)
 
@@ -358,17 +361,6 @@ class TrainerCheckpoints:
         if self._best is not None and best is not None and not best["saved"] and best["step"] == self._step:
             self.ckpt.save(BEST, {"metric": self._best.name, "value": best["value"]})
             best["saved"] = True
-
-    def _load_best(self) -> None:
-        """Into the model, once the last step is safe; what a restart goes on from stays the last step."""
-        assert self.ckpt is not None and self._progress is not None
-        if self._best is None or self._progress.best is None:
-            return
-        self.ckpt.drain()
-        settings = self._settings
-        if settings.save_last and settings.every_n_steps is not None and self.ckpt.committed_step != self._step:
-            self.ckpt.save("last")
-        load_model(self.ckpt, settings.path, BEST)
 
 
 @contextmanager
