@@ -16,6 +16,7 @@ from kit.runners import Warm, told
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import layerwise_dist as lwd
 from layerwise_dist.errors import BoundaryError, ConfigError, LayerwiseError, UnsupportedError
 
 pytest.importorskip("lightning", reason="lightning is not installed: pip install lightning")
@@ -213,6 +214,14 @@ class Adding(Callback):
         trainer.callbacks.append(LayerwiseCheckpoint(self._root))
 
 
+class Attaching(Callback):
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        lwd.attach(trainer.strategy.model, trainer.optimizers[0], dir=str(self._root))
+
+
 class Reading(Small):
     def training_step(self, dataloader_iter: Any) -> Any:  # type: ignore[override]
         batch, *_ = next(dataloader_iter)
@@ -235,6 +244,7 @@ def test_what_cannot_be_followed_is_refused_by_name(tmp_path: Path, monkeypatch:
         return LayerwiseCheckpoint(tmp_path / name)
 
     refused("put among the callbacks when fit.. had begun: too late", Adding(tmp_path / "late"), kind=BoundaryError)
+    refused(r"attach\(\) within Trainer.fit\(\)", Attaching(tmp_path / "by hand"), kind=BoundaryError)
     refused("two LayerwiseCheckpoints", callback("1"), callback("2"), kind=ConfigError)
     refused("reload_dataloaders_every_n_epochs", callback("3"), reload_dataloaders_every_n_epochs=1)
     refused("draws from the loader by itself", callback("4"), module=Reading())

@@ -28,6 +28,10 @@ _LOOPS = (
         "transformers.trainer", "_inner_training_loop", frozenset({"_init_training_state", "_prepare_for_training"}),
         "Trainer.train()", "layerwise_dist.integrations.transformers.attach(trainer, dir=...) before trainer.train()",
     ),
+    _Loop(
+        "lightning.pytorch.loops.fit_loop", "run", frozenset({"setup_data"}), "Trainer.fit()",
+        "Trainer(callbacks=[LayerwiseCheckpoint(dir=...)]) with that of layerwise_dist.integrations.lightning",
+    ),
 )  # fmt: skip
 
 

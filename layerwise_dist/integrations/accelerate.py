@@ -31,10 +31,11 @@ from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.engine.assembly import attach as attach_engine
 from layerwise_dist.engine.disabled import DisabledEngine
 from layerwise_dist.engine.engine import LayerwiseEngine, workings_of
-from layerwise_dist.errors import BoundaryError, StateError, UnsupportedError
+from layerwise_dist.errors import BoundaryError, MismatchError, StateError, UnsupportedError
 from layerwise_dist.frameworks import is_engine
 from layerwise_dist.integrations.host_names import require
 from layerwise_dist.integrations.hosted import HostedEngine
+from layerwise_dist.loop.generators import Generators
 from layerwise_dist.loop.placed import PlacedTap
 
 TESTED = ("1.15.0",)
@@ -45,9 +46,9 @@ _LOADER = "loader"
 def _relied_on(accelerator: Any, loader: Any) -> list[tuple[object, str]]:
     """All that is used of Accelerate beside what it documents."""
     return [
-        (accelerator, "_models"), (accelerator, "_custom_objects"), (accelerator, "step"),
-        (accelerator.gradient_state, "dataloader_references"), (loader, "base_dataloader"), (loader, "iteration"),
-        (loader, "skip_batches"), (DataLoaderShard, "__iter__"),
+        (accelerator, "_models"), (accelerator, "_dataloaders"), (accelerator, "_custom_objects"),
+        (accelerator, "step"), (accelerator.gradient_state, "dataloader_references"), (loader, "base_dataloader"),
+        (loader, "iteration"), (loader, "skip_batches"), (DataLoaderShard, "__iter__"),
     ]  # fmt: skip
 
 
@@ -61,7 +62,8 @@ def attach(
 
     Args:
         scheduler: the prepared LR scheduler, or None.
-        loader: the prepared loader that the training iterates. Others (an evaluation's) need no mention.
+        loader: the prepared loader that the training iterates. Others (an evaluation's) are to be prepared before this
+            call, in the same order in each run, and need no mention.
         config, overrides: as `layerwise_dist.attach` takes them.
         state: what else belongs to a step, by name. What was given to `accelerator.register_for_checkpointing()` is in
             it already.
@@ -226,31 +228,44 @@ class _Tap(PlacedTap):
 
 
 class _Counters:
-    """`epoch`: of `AcceleratedEngine.epochs`. Accelerate's own: micro-batches of the window, passes over the loader,
-    and the seed from which a seedable sampler makes each pass's order.
+    """`epoch`: of `AcceleratedEngine.epochs`. Accelerate's own: micro-batches of the window; of each prepared loader
+    the passes over it, and what decides the order of the next one: own generators, and the seed of a seedable sampler.
     """
 
     def __init__(self, accelerator: Any, loader: Any) -> None:
-        self._accelerator, self._loader = accelerator, loader
-        self.epoch = 0
-        sampler = loader.get_sampler()
-        self._sampler = sampler if isinstance(sampler, SeedableRandomSampler) else None
-        if self._sampler is not None and self._sampler.generator is None:  # as its first pass makes it
-            self._sampler.generator = torch.Generator(torch.get_default_device()).manual_seed(sampler.initial_seed)
+        self._accelerator, self.epoch = accelerator, 0
+        others = [each for each in accelerator._dataloaders if each is not loader]
+        self._loaders = [each for each in (loader, *others) if issubclass(type(each), DataLoaderShard)]
+        self._samplers = [each.get_sampler() for each in self._loaders]
+        for sampler in self._samplers:
+            if isinstance(sampler, SeedableRandomSampler) and sampler.generator is None:  # as its first pass makes it
+                sampler.generator = torch.Generator(torch.get_default_device()).manual_seed(sampler.initial_seed)
+        self._generators = [Generators(each.base_dataloader, "prepared") for each in self._loaders]
 
-    def state_dict(self) -> dict[str, int | None]:
+    def state_dict(self) -> dict[str, Any]:
         return {
             "epoch": self.epoch,
-            "iteration": self._loader.iteration,
             "window": self._accelerator.step,
-            "seed": None if self._sampler is None else self._sampler.initial_seed,
+            "passes": [each.iteration for each in self._loaders],
+            "seeds": [getattr(each, "initial_seed", None) for each in self._samplers],
+            "own": [each.take_own() for each in self._generators[1:]],  # the first one's are the tap's
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        self.epoch, self._loader.iteration = saved["epoch"], saved["iteration"]
-        self._accelerator.step = saved["window"]
-        if self._sampler is not None and saved["seed"] is not None:
-            self._sampler.initial_seed = saved["seed"]
+        if len(saved["passes"]) != len(self._loaders):
+            raise MismatchError(
+                f"{len(self._loaders)} loaders are prepared, the checkpoint's job had {len(saved['passes'])}: prepare "
+                "as many before attach(), in the same order"
+            )
+        self.epoch, self._accelerator.step = saved["epoch"], saved["window"]
+        for loader, sampler, passes, seed in zip(
+            self._loaders, self._samplers, saved["passes"], saved["seeds"], strict=True
+        ):
+            loader.iteration = passes
+            if seed is not None:
+                sampler.initial_seed = seed
+        for generators, own in zip(self._generators[1:], saved["own"], strict=True):
+            generators.put_own(own)
 
 
 def _become(loader: Any, kind: type) -> None:
