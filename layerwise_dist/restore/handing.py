@@ -25,13 +25,10 @@ from layerwise_dist.restore.states import pack, unpack
 from layerwise_dist.storage import strict_json
 
 BUFFER_BYTES = 8 << 20  # of blocks that are read at once to be handed on, or of one block where that is larger
-_AT_ONCE_BYTES = (
-    256 << 20
-)  # of blocks that go straight into place: between two calls others hear that this rank gets on
-_NEED, _DEALT = (
-    3,
-    5,
-)  # numbers in a row: file, first and last block; and who reads them, and which set of ranks needs them
+# Of blocks that go straight into place at once: between two calls others hear that this rank gets on.
+_AT_ONCE_BYTES = 256 << 20
+# Numbers in a row: file, first and last block; and who reads them, and which set of ranks needs them.
+_NEED, _DEALT = 3, 5
 
 
 class Handing:
