@@ -6,7 +6,7 @@
         ...
     ckpt.close()
 
-docs/guide.md tells the rest.
+docs/quickstart.md continues from here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One model for the ds_config block, a JSON file and keyword arguments (docs/guide.md, "Configuration").
+"""One model for the ds_config block, a JSON file and keyword arguments (docs/configuration.md).
 
 Each field's description is its documentation; `LayerwiseConfig.model_json_schema()` exports them.
 """
@@ -25,21 +25,35 @@ class _Strict(BaseModel):
 class WriterConfig(_Strict):
     backend: Literal["auto", "uring", "posix", "nvm"] = Field(
         "auto",
-        description="uring: io_uring; posix: pwrite threads; auto: uring, where that is not refused; "
-        "nvm: mapped persistent memory, an error where the file system has no DAX.",
+        description="uring: io_uring; posix: pwrite threads; nvm: mapped persistent memory (a file system "
+        "mounted with -o dax); auto: uring where the system allows it, else posix. Asking for "
+        "uring or nvm where it is refused is a ConfigError.",
     )
-    queue_depth: int = Field(4, ge=1, le=64, description="Writes in flight at once on this rank.")
-    block_kb: int = Field(1024, ge=4, le=65536, multiple_of=4, description="Largest write and unit of hashing, KiB.")
+    queue_depth: int = Field(
+        4,
+        ge=1,
+        le=64,
+        description="Writes in flight at once on this rank.",
+    )
+    block_kb: int = Field(
+        1024,
+        ge=4,
+        le=65536,
+        multiple_of=4,
+        description="Largest write, and the unit of hashing, in KiB.",
+    )
     recycle: Literal["auto", True, False] = Field(
-        "auto", description="Overwrite files of retired checkpoints; auto: unless the file system is a network's."
+        "auto",
+        description="Overwrite files of retired checkpoints; auto: except on network file systems.",
     )
     huge_pages: Literal["auto", "off"] = Field(
         "auto",
-        description="auto: leased memory is given huge pages, which makes direct I/O cheaper, unless the system says "
-        "never; off: memory is left as it is.",
+        description="auto: back leased memory with huge pages, which makes direct I/O cheaper, unless the "
+        "system says never; off: leave memory as it is.",
     )
     direct_io: Literal["auto", "off"] = Field(
-        "auto", description="auto: O_DIRECT where the file system takes it; off: through the page cache."
+        "auto",
+        description="auto: O_DIRECT where the file system supports it; off: through the page cache.",
     )
 
     @model_validator(mode="after")
@@ -52,88 +66,134 @@ class WriterConfig(_Strict):
 class CommitConfig(_Strict):
     transport: Literal["auto", "store", "mpi"] = Field(
         "auto",
-        description="How ranks exchange messages. store: TCP connections of its own, found over torch.distributed; "
-        "mpi: an MPI communicator of its own; auto: store where torch.distributed is initialized, else mpi "
-        "under mpirun.",
+        description="How ranks exchange messages. store: TCP connections, found over torch.distributed; mpi: "
+        "a separate MPI communicator; auto: store where torch.distributed is initialized, else "
+        "mpi under mpirun.",
     )
-    timeout_s: float = Field(300.0, gt=0, description="Deadline of every wait for another rank, seconds.")
+    timeout_s: float = Field(
+        300.0,
+        gt=0,
+        description="Deadline of every wait for another rank, in seconds.",
+    )
     on_failure: Literal["warn", "raise"] = Field(
-        "warn", description="warn: a failed checkpoint is logged and training goes on; raise: all ranks raise."
+        "warn",
+        description="warn: a failed checkpoint is logged and training continues; raise: all ranks raise.",
     )
-    raise_after: int = Field(5, ge=1, description="With warn: raise anyway after so many failures in a row.")
+    raise_after: int = Field(
+        5,
+        ge=1,
+        description="With warn: raise anyway after this many failures in a row.",
+    )
 
 
 class PreemptionConfig(_Strict):
     enabled: bool = Field(
-        False, description="On SIGTERM of any rank all ranks commit one common step and leave; else it is left alone."
+        False,
+        description="On SIGTERM of any rank, all ranks commit one common step and leave; false: SIGTERM keeps "
+        "its meaning.",
     )
     grace_s: float = Field(
-        25.0, gt=0, description="Seconds from the signal in which the process leaves, whatever happens."
+        25.0,
+        gt=0,
+        description="Seconds after the signal by which the process leaves, whatever happens.",
     )
-    exit_code: int = Field(143, ge=0, le=255, description="Exit code of a process that leaves so; 143 is SIGTERM's.")
+    exit_code: int = Field(
+        143,
+        ge=0,
+        le=255,
+        description="Exit code of a process that leaves this way; 143 is SIGTERM's.",
+    )
 
 
 class LayerwiseConfig(_Strict):
     enabled: bool = Field(True, description="false: attach() hooks nothing and every call is a no-op.")
     dir: str = Field("checkpoints", min_length=1, description="Directory of the checkpoints; ~ is expanded.")
     every_n_steps: int | None = Field(
-        1, ge=1, description="A checkpoint is due each time the step is a multiple of this; null: only when asked for."
+        1,
+        ge=1,
+        description="Save each step that is a multiple of this; null: only when asked.",
     )
     save_last: bool = Field(
         True,
-        description="Also the last step of a loop over steps(), and the one that close() ends, be they no multiples of "
-        "every_n_steps.",
+        description="Also save the last step of a loop over steps() and the step that close() ends, even if "
+        "they are no multiples of every_n_steps.",
     )
-    keep_last: int = Field(2, ge=1, description="Newest commits of the lineage that are kept.")
-    keep_every_n_steps: int | None = Field(None, ge=1, description="Commits at multiples of this step stay forever.")
+    keep_last: int = Field(
+        2,
+        ge=1,
+        description="How many of the lineage's newest commits stay.",
+    )
+    keep_every_n_steps: int | None = Field(
+        None,
+        ge=1,
+        description="Commits at multiples of this step are never removed.",
+    )
     keep_tags: int | None = Field(
         None,
         ge=1,
-        description="Of tags that differ in their digits only, as save_checkpoint() makes them by itself, the newest "
-        "that are kept; null: all. A tag that is alone of its kind stays.",
+        description="Among tags that differ only in their digits (global_step100, global_step200), how many "
+        "of the newest stay; null: all. A tag without such siblings stays.",
     )
     mode: Literal["direct", "monitor", "mock"] = Field(
         "direct",
-        description="direct: this process writes; monitor: a process of its own does, which finishes what was "
-        "staged on all ranks though the training is killed; mock: all is done but the writing, which is counted (no "
-        "directory).",
+        description="direct: this process writes; monitor: a separate process writes, and finishes what all "
+        "ranks have staged even if the training is killed; mock: everything but the writing, "
+        "which is counted (no directory).",
     )
     update: Literal["auto", "whole", "pipelined_step", "in_backward"] = Field(
         "auto",
-        description="whole: the optimizer steps as it does alone; pipelined_step: a step that is saved goes layer by "
-        "layer; in_backward: each layer is updated in the backward, where that is exact; auto: whole.",
+        description="whole: the optimizer steps as it does alone; pipelined_step: a saved step goes layer by "
+        "layer; in_backward: each layer is updated during the backward, where that is exact; "
+        "auto: whole.",
     )
     capture: Literal["auto", "lease", "stage"] = Field(
         "auto",
-        description="lease: tensors are read in place until the next update; stage: copied right after the update; "
-        "auto: lease for host memory, stage for device memory.",
+        description="lease: tensors are read in place until the next update; stage: they are copied right "
+        "after the update; auto: lease for host memory, stage for device memory.",
     )
     replicas: Literal["together", "apart"] = Field(
         "together",
-        description="together: what a wrapper keeps equal on several ranks is written once, and held to be equal; "
-        "apart: each rank writes all that it holds, for replicas that are meant to differ.",
+        description="together: what a wrapper keeps equal on several ranks is written once and checked for "
+        "equality; apart: each rank writes all that it holds, for replicas that are meant to "
+        "differ.",
     )
-    max_in_flight: int = Field(2, ge=1, le=64, description="Checkpoints that may be begun and not decided yet.")
+    max_in_flight: int = Field(
+        2,
+        ge=1,
+        le=64,
+        description="Checkpoints that may be begun and not yet decided.",
+    )
     when_full: Literal["wait", "skip"] = Field(
         "wait",
-        description="With max_in_flight begun and not decided. wait: the update waits for one to be; "
-        "skip: no checkpoint of that step.",
+        description="When max_in_flight checkpoints are undecided. wait: the update waits for a decision; "
+        "skip: this step has no checkpoint.",
     )
     pool_mb: Literal["auto"] | int = Field(
         "auto",
-        description="Memory for bounce buffers, evacuation and staging, MiB, 8 or more; auto: logged once known.",
+        description="Memory for bounce buffers, evacuation and staging, in MiB, 8 or more; auto: chosen and "
+        "logged at the first checkpoint.",
     )
-    hash: bool = Field(True, description="false: data is written without hashes, so damage to it cannot be found.")
-    fence_timeout_s: float = Field(60.0, gt=0, description="Longest wait of an update for the writes of its tensors.")
+    hash: bool = Field(
+        True,
+        description="false: data is written without hashes, so damage to it cannot be found.",
+    )
+    fence_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        description="Longest that an update waits for the writes of its tensors, in seconds.",
+    )
     audit: Literal["auto", "always"] = Field(
         "auto",
-        description="Read leased memory again and compare: the first three checkpoints, then a hundredth in each; or "
-        "all in each.",
+        description="Read leased memory again and compare. auto: all of it in the first three checkpoints, "
+        "then a hundredth in each; always: all of it in each.",
     )
     writer: WriterConfig = Field(default_factory=WriterConfig)
     commit: CommitConfig = Field(default_factory=CommitConfig)
     preemption: PreemptionConfig = Field(default_factory=PreemptionConfig)
-    file_mode: str = Field("0600", description="Mode of the files, octal; directories get the search bits added.")
+    file_mode: str = Field(
+        "0600",
+        description="Mode of the files, in octal; directories get the search bits added.",
+    )
 
     @field_validator("dir", mode="wrap")
     @classmethod

@@ -1,6 +1,6 @@
-"""Makes docs/exactness.md: every wrapper, way to update, optimizer and feature, tried one by one.
+"""Makes docs/tables/exactness.md: every wrapper, way to update, optimizer and feature, tried one by one.
 
-    .venv/bin/python tests/exactness_table.py > docs/exactness.md
+    .venv/bin/python tests/exactness_table.py > docs/tables/exactness.md
 
 Takes some 12 minutes on two cores. A cell that is neither exact nor refused ends it with exit code 1.
 """

@@ -1,6 +1,6 @@
-"""Makes docs/restore-matrix.md: a checkpoint of every wrapper and number of ranks, restored into every other.
+"""Makes docs/tables/restore-matrix.md: a checkpoint of every wrapper and number of ranks, restored into every other.
 
-    .venv/bin/python tests/matrix.py --out docs/restore-matrix.md
+    .venv/bin/python tests/matrix.py --out docs/tables/restore-matrix.md
 
 takes some 20 minutes on two cores. Parts of it:
 

@@ -1,4 +1,4 @@
-"""Restores into other ranks and other names, in threads of one process; docs/restore-matrix.md has the wrappers."""
+"""Restores into other ranks and other names, in threads of one process; docs/tables/restore-matrix.md has them."""
 
 from __future__ import annotations
 

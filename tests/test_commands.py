@@ -38,6 +38,7 @@ TABLE: list[tuple[str, str]] = [
     (r"torchrun --nnodes=1:4 --max-restarts=3", "test_elastic.py::test_a_job_goes_on_with_fewer_ranks_and_with_more"),
     (r"bash tests/(native|vm/run)\.sh", "tests/run.sh runs it beside these tests"),
     (r"(sudo )?apt-get install .*|python3 -m venv \.venv|(\.venv/bin/)?pip install .*", _INSTALLS),
+    (r"layerwise (ls|verify) checkpoints/gpt", "test_cli.py::test_verify_of_sound_checkpoints_reads_all_of_them"),
     (r"layerwise ls( DIR)?", "test_cli.py::test_ls_tells_the_newest_the_lineage_and_what_was_abandoned"),
     (
         r"layerwise show( DIR)?( \[--step N \| --tag TAG\])?",
@@ -77,7 +78,6 @@ TABLE: list[tuple[str, str]] = [
         "test_doctor.py::test_the_options_and_the_configuration_reach_the_writer_and_the_findings",
     ),
     (r"layerwise bench", _PLACE),
-    (r"layerwise bench writer\|train\|restore DIR", "three of the others here in one"),
     (r"layerwise bench layers", "test_bench.py::test_steps_by_layers_are_measured_against_the_optimizers_own"),
     (r"layerwise bench trace( DIR .*)?", "test_bench.py::test_a_step_is_traced_and_drawn"),
     (
@@ -95,12 +95,16 @@ TABLE: list[tuple[str, str]] = [
         "test_many_headers.py::test_the_headers_of_512_shards_of_1800_tensors_are_planned_in_bounded_memory",
     ),
     (
-        r"\.venv/bin/python tests/exactness_table\.py > docs/exactness\.md",
+        r"\.venv/bin/python tests/exactness_table\.py > docs/tables/exactness\.md",
         "test_exactness.py::test_the_table_in_the_docs_is_whole_and_what_is_tried_again_is_as_it_says",
     ),
     (
-        r"\.venv/bin/python tests/matrix\.py --out docs/restore-matrix\.md",
+        r"\.venv/bin/python tests/matrix\.py --out docs/tables/restore-matrix\.md",
         "test_matrix.py::test_drawn_pairs_of_wrappers_and_numbers_of_ranks_restore_to_the_bit",
+    ),
+    (
+        r"\.venv/bin/python tests/configuration_page\.py > docs/configuration\.md",
+        "test_made_pages.py::test_the_page_of_the_configuration_is_what_the_model_says",
     ),
     (r"python tests/attacks", "test_attacks.py::test_every_crafted_directory_is_a_named_error_or_an_older_commit"),
     (r"python tests/fuzz/fuzz\.py", "test_fuzz.py::test_no_reader_raises_anything_but_a_damage_error"),
@@ -218,7 +222,7 @@ OTHERS = [command for command in commands() if not command.startswith(("layerwis
 def test_the_command_line_knows_every_option_that_is_told(tmp_path: Path, command: str) -> None:
     (tmp_path / "layerwise.json").write_text("{}")
     text = command.replace("[--step N]", "--step 3").replace("[DIR]", "")
-    given = {**dict.fromkeys(("DIR", "A", "checkpoints"), str(tmp_path)), "N": "3", "M": "4"}
+    given = {**dict.fromkeys(("DIR", "A", "checkpoints", "checkpoints/gpt"), str(tmp_path)), "N": "3", "M": "4"}
     words = [given.get(word, word) for word in shlex.split(text)[1:]]
     words = [str(tmp_path / word) if word == "layerwise.json" else word for word in words]
     at: Any = typer.main.get_command(app)

@@ -47,7 +47,7 @@ def test_training_with_the_engine_on_and_resumed_training_are_bit_identical(
 
 
 def test_the_table_in_the_docs_is_whole_and_what_is_tried_again_is_as_it_says(warm: Warm, long: bool) -> None:
-    told = read((Path(__file__).parent.parent / "docs" / "exactness.md").read_text())
+    told = read((Path(__file__).parent.parent / "docs" / "tables" / "exactness.md").read_text())
     assert len(told) == len(TABLE) * len(UPDATES) * len(OPTIMIZERS) * len(FEATURES)
     assert not [case for case, verdict in told.items() if not verdict.startswith(("exact", "refused: ", "torch: "))]
     again = [

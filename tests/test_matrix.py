@@ -1,4 +1,4 @@
-"""What any wrapper on any number of ranks saved, any other restores, to the bit (docs/restore-matrix.md)."""
+"""What any wrapper on any number of ranks saved, any other restores, to the bit (docs/tables/restore-matrix.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/architecture.md names every kind of message, and who sends it, as the types of the messages do."""
+"""docs/protocol.md and docs/monitor.md name every kind of message and its sender as the types of the messages do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from layerwise_dist.monitor import messages as with_monitor
 
 pytestmark = pytest.mark.quick
 
-ARCHITECTURE = Path(__file__).parent.parent / "docs" / "architecture.md"
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def pages() -> str:
+    return "".join((DOCS / page).read_text() for page in ("protocol.md", "monitor.md"))
 
 
 def stated(section: str, text: str) -> set[tuple[str, str]]:
@@ -65,7 +69,7 @@ def with_monitor_differ(text: str) -> set[Any]:
 
 
 def test_the_tables_of_messages_are_those_of_their_types() -> None:
-    text = ARCHITECTURE.read_text()
+    text = pages()
     assert not between_ranks_differ(text)
     assert not with_monitor_differ(text)
 
@@ -80,7 +84,7 @@ def test_the_tables_of_messages_are_those_of_their_types() -> None:
     ],
 )
 def test_a_row_that_is_missing_or_says_another_sender_is_found(row: str, instead: str, found: set[str]) -> None:
-    text = ARCHITECTURE.read_text()
+    text = pages()
     assert text.count(row) == 1
     changed = text.replace(row, instead)
     assert between_ranks_differ(changed) | with_monitor_differ(changed) == found

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.quick
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*(ROOT / "layerwise_dist").rglob("*.py"), *(ROOT / "examples").rglob("*.py")])
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _OPENS = re.compile(r"""[rbf]{0,2}(["'])(?!\1\1)""", re.IGNORECASE)
 
 
@@ -116,7 +116,7 @@ def test_what_docstrings_and_comments_point_at_is_there() -> None:
     for path in SOURCES:
         text = path.read_text()
         flat = re.sub(r"\s*\n\s*#?\s*", " ", text)
-        for page, heading in re.findall(r"(docs/[\w-]+\.md)(?:, \"([^\"]+)\")?", flat):
+        for page, heading in re.findall(r"(docs/[\w/-]+\.md)(?:, \"([^\"]+)\")?", flat):
             if not (ROOT / page).exists() or (heading and heading not in headings(ROOT / page)):
                 missing.append(f"{path.relative_to(ROOT)}: {page} {heading}")
         for file in re.findall(r"(?<![\w/])((?:tests|launch|examples|csrc)/[\w/.-]+\.(?:py|sh|h|cc|json))", flat):

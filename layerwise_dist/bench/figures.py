@@ -1,4 +1,4 @@
-"""Medians with their spread, and the tables made of them: for the terminal, for a program, for docs/performance.md."""
+"""Medians with their spread, and the tables made of them: for the terminal, a program, docs/tables/performance.md."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Dir = Annotated[str, typer.Argument(metavar="DIR", help="A directory on the disk to measure; all is removed again.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-Markdown = Annotated[bool, typer.Option("--markdown", help="Print the tables as in docs/performance.md.")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print the tables as in docs/tables/performance.md.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Everything small: shows that it works; the figures say nothing.")]
 Rounds = Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="Times that everything is measured in turn.")]
 Depth = Annotated[int, typer.Option("--depth", metavar="N", min=1, max=64, help="Blocks in flight.")]

@@ -1,6 +1,6 @@
 """What a training process and its monitor say to each other: one class for each kind `t` and direction.
 
-What they mean is in docs/architecture.md, "Monitor mode".
+What they mean is in docs/monitor.md, "How it works".
 """
 
 from __future__ import annotations

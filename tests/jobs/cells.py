@@ -1,4 +1,4 @@
-"""Cells of the table of docs/exactness.md: is training with the engine plain training, bit for bit, and if not, why.
+"""Cells of docs/tables/exactness.md: is training with the engine plain training, bit for bit, and if not, why.
 
     cells.py WRAPPER OUT UPDATE,UPDATE... OPTIMIZER,OPTIMIZER... FEATURE,FEATURE...
 

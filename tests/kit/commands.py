@@ -28,7 +28,7 @@ def functions_in(file: str) -> frozenset[str]:
 def commands(root: Path = ROOT) -> dict[str, list[str]]:
     """Each of them, with the files that tell it."""
     found: dict[str, list[str]] = {}
-    for path in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
+    for path in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
         for command in _of_markdown(path.read_text()):
             found.setdefault(command, []).append(str(path.relative_to(root)))
     for folder in ("layerwise_dist", "examples", "launch"):
