@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CNN of digits_cnn.py in a loop of Hugging Face Accelerate's, with gradient accumulation: one line more.
 
     python examples/digits_accelerate.py --dir checkpoints/digits-accelerate

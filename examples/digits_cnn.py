@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trains a small CNN on real images, scikit-learn's handwritten digits, for two epochs, with a checkpoint every step.
 
     python examples/digits_cnn.py --dir checkpoints/digits

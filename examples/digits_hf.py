@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trains a small GPT with Hugging Face's Trainer on real data: scikit-learn's handwritten digits, pixel by pixel.
 
     python examples/digits_hf.py --dir checkpoints/digits-hf

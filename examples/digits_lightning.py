@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CNN of digits_cnn.py in Lightning's Trainer: one callback saves every step, and the best one under a tag.
 
     python examples/digits_lightning.py --dir checkpoints/digits-lightning

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small GPT over bytes: pre-norm blocks, learned positions, dropout, embeddings tied to the output layer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adapts a frozen network to new data by layers of low rank (LoRA), with a checkpoint every step.
 
     python examples/lora.py --dir checkpoints/lora

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The smallest training script: an MLP of MNIST's size, Adam, and one object that trains and saves.
 
     python examples/mnist_mlp.py

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torchtitan's way: a checkpoint manager with the interface of its own, on top of `layerwise_dist`.
 
     python examples/torchtitan_way.py --dir checkpoints/titan

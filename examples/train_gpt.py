@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trains a small byte-level GPT on the Python standard library's own sources, with a checkpoint every step.
 
     torchrun --standalone --nproc-per-node 2 examples/train_gpt.py --steps 100 --dir checkpoints/gpt

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # bash launch/deepspeed.sh RANKS [arguments of the script]: trains under the deepspeed launcher on this machine.
 # The launcher ends when a rank dies; this script starts it again, and the job resumes.
 #
@@ -8,7 +9,7 @@
 #   LAYERWISE_VENV         the virtual environment (default: .venv in the root of the repository)
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
-[[ ${1:-} =~ ^[1-9][0-9]*$ ]] || { sed -n 's/^# //p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+[[ ${1:-} =~ ^[1-9][0-9]*$ ]] || { sed -n '/SPDX/!s/^# //p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 ranks=$1
 shift
 python=${LAYERWISE_VENV:-$root/.venv}/bin/python

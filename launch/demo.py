@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trains a small GPT on two ranks with a checkpoint every step, kills it with SIGKILL in the middle, starts it again,
 and compares every loss and the final state, bit for bit, with a run that was left alone and wrote no checkpoints.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Read by deepspeed.sh, mpirun.sh and slurm.sbatch. `restarting ARGUMENTS...` calls `start PORT ARGUMENTS...`, which the
 # caller defines, and again after a failure, at most LAYERWISE_RESTARTS times. A port of its own for each start: the last
 # one's may still be taken. Interrupted or terminated, it ends the job and starts no other.

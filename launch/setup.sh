@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Sets up all that the demo and the tests need: system packages where it may install them, a virtual environment, torch
 # where that has none, the native core and the package (editable). Runs again in a moment when nothing has changed, and
 # then needs no network. Called by launch/demo.sh and tests/run.sh.

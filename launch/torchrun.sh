@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # bash launch/torchrun.sh RANKS [arguments of the script]: trains under torchrun, which starts all ranks again when one dies.
 #
 #   LAYERWISE_SCRIPT       the training script (default: examples/deepspeed/train.py)
@@ -6,7 +7,7 @@
 #   LAYERWISE_VENV         the virtual environment (default: .venv in the root of the repository)
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
-[[ ${1:-} =~ ^[1-9][0-9]*$ ]] || { sed -n 's/^# //p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+[[ ${1:-} =~ ^[1-9][0-9]*$ ]] || { sed -n '/SPDX/!s/^# //p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 ranks=$1
 shift
 exec "${LAYERWISE_VENV:-$root/.venv}/bin/python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" \

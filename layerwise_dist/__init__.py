@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """layerwise_dist: checkpoints of distributed training, at every step, that survive any crash.
 
     ckpt = layerwise_dist.attach(model, optimizer, config="layerwise.json", state={"scheduler": scheduler})

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The native core: files, shards and hashes (contracts: csrc/include/layerwise).
 
 Every call that touches a file raises OSError(errno, message, filename), as the subclass that fits the errno, and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One model for the ds_config block, a JSON file and keyword arguments (docs/configuration.md).
 
 Each field's description is its documentation; `LayerwiseConfig.model_json_schema()` exports them.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A drop-in for `import deepspeed`: the same names, and `initialize()` turns checkpointing on as ds_config says.
 
     import layerwise_dist.deepspeed as deepspeed

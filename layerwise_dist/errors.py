@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every error that this package raises on purpose, so that a script can tell them apart.
 
 All of them are `LayerwiseError`; those that have a standard Python meaning inherit from that class too.

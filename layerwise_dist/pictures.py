@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Figures for files, and nothing on a screen."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stage 3, `LayerwiseCheckpointScheduler`: which steps are saved, and in which order their layers."""
 
 from __future__ import annotations

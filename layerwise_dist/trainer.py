@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LayerwiseCheckpointTrainer: model and optimizer in one object whose `step()` is update and checkpoint in one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A warning for a ds_config with a ``layerwise_checkpoint`` block that nothing reads: DeepSpeed takes it in silence.
 
 It can be seen where this package is imported after DeepSpeed at all, at an engine's first forward. Imports neither.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Numbers of bytes in words, and back. Units are decimal, as disks are sold (1 kB is 1000 bytes), unless said."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What all tests share: `--long`, and jobs that never outlive their test."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a killed rank leaves behind: DeepSpeed's own save_checkpoint(), and this library's, in one and the same trial.
 
     python tests/contrast_deepspeed.py

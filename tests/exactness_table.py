@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes docs/tables/exactness.md: every wrapper, way to update, optimizer and feature, tried one by one.
 
     .venv/bin/python tests/exactness_table.py > docs/tables/exactness.md

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """File systems for tests, of the native core (csrc/testing). launch/setup.sh builds this module; no wheel has it."""
 
 from layerwise_dist._native import Env

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes docs/tables/restore-matrix.md: a checkpoint of every wrapper and number of ranks, restored into every other.
 
     .venv/bin/python tests/matrix.py --out docs/tables/restore-matrix.md

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # bash tests/native.sh [--build] [--long] [plain] [address] [thread]: builds and runs the native tests (csrc/tests), by
 # default three times: as they are, under ASan and UBSan, and under TSan. Sweeps are whole in the first run and shorter
 # under the sanitizers; with --long they are whole there too. With --build it only builds. Needs what launch/setup.sh
@@ -6,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
-  sed -n 's/^# //p' "${BASH_SOURCE[0]}"
+  sed -n '/SPDX/!s/^# //p' "${BASH_SOURCE[0]}"
   exit 0
 fi
 # A report of a sanitizer ends the test with an error, whatever the environment says.

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # bash tests/quick.sh [STEP...]: what to run after each change; under a minute on two cores.
 #
 # Steps, side by side; all of them by default:
@@ -14,7 +15,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
-  sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+  sed -n '3,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
   exit 0
 fi
 cd "$root"

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # bash tests/run.sh [--long] [pytest arguments]: sets everything up, then runs the native and the Python tests, ruff and
 # mypy.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
-  sed -n '2,/^set /s/^# //p' "${BASH_SOURCE[0]}"
+  sed -n '3,/^set /s/^# //p' "${BASH_SOURCE[0]}"
   exit 0
 fi
 cd "$root"

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws docs/step.svg, the picture of the README: what happens to one step, and when.
 
 It is a sketch and no measurement: `layerwise bench trace` draws a measured step.

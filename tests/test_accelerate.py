@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Accelerate's loop, attached by one line: killed anywhere, it goes on as if it had not been."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What one rank meets while all restore is raised on all of them, whatever it is."""
 
 from __future__ import annotations

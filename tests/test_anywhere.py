@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Restores into other ranks and other names, in threads of one process; docs/tables/restore-matrix.md has them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an engine has is no other engine's while it is open; an attach() that fails leaves nothing behind."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Crafted directories: each is a named error or the next older commit, in bounded time and memory, and no more."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Changes that no version counter shows are found by reading again: at once in the first checkpoints, then within a
 hundred.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """No thread of this package ends unheard: what ends one stops the session on all ranks, by the thread's name."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Steps that are shorter than a commit: what is begun and not decided stays bounded, and so does what a crash costs."""
 
 from __future__ import annotations

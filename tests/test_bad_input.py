@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bad input gets one clear error, and loses nothing: not a byte of the live tensors, not a file of the directory."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`layerwise bench`: it measures what it says, leaves nothing behind, and says what is missing. No figure is judged."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where an iteration ends, what is an error there, and what taps and generators keep."""
 
 from __future__ import annotations

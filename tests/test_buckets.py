@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """With three ranks the order of addition depends on DDP's bucket layout, which a new DDP does not have yet."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Strangers at the ports: they learn nothing, hold nobody up, and what they send is never taken for a rank's."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line: what it says of sound, abandoned, unfinished and damaged checkpoints, and its exit codes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every command that README, docs, docstrings and scripts tell people to type is run by a test, or here is why not.
 
 A command that is new, or another one than it was, fails here until somebody has said who runs it.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The commit's own decisions under anything that can happen to them, and proof that each broken rule would be found.
 
 `tests/kit/commit_model/` is the model. A failure prints its seed: `walk(SEED, 1)` makes that run again.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """When ranks compare what they are said to hold alike: before the first checkpoint, whatever opens it, all together."""
 
 from __future__ import annotations

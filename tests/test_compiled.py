@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torch.compile: a compiled model trains the same bits with the engine and by layers as without, and resumes."""
 
 from __future__ import annotations

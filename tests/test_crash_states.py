@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Power fails after any operation: the disk then always holds one committed step, never an older one than was said.
 
 The whole log of real two-rank runs is cut at every entry. What the disk may hold then (any subset of what was not

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Damaged bytes are always found and named, never loaded; and the shards are what any safetensors reader expects."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`dcp.save` and `dcp.load` on this package's writer, format and commit: exact, or refused by name; whole, or not."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DeepSpeed: training with checkpoints on is training without them, bit for bit, and so is resumed training."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DeepSpeed jobs that lose a rank, under every launcher: they go on bit for bit, and no checkpoint lacks a shard."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a script sets for its own tensors (`torch.set_default_device`, `set_default_dtype`) decides nothing of ours."""
 
 from __future__ import annotations

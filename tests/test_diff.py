@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`layerwise diff` and `show --tensors`: every bit that differs is found, told how far it is, and nothing else is."""
 
 from __future__ import annotations

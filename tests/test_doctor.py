@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`layerwise doctor`: what it says of directories good and bad, and that it leaves nothing behind."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Restarts under torchrun's agents with fewer ranks than before, and with more again: the job goes on by itself."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """However often the number of ranks changes within an epoch, its order is dealt out whole, and once."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The engine as a script sees it: steps and levels, retention, what a checkpoint holds, and loops that resume from
 every step.
 """

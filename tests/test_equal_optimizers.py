@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adam and AdamW of torch and of DeepSpeed go on from one another's state; what one of them cannot do is refused."""
 
 from __future__ import annotations

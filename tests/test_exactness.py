@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training with the engine on is training without it, bit for bit, and so is what a restart goes on with."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The examples run as they stand, and go on after a kill as if there had been none."""
 
 from __future__ import annotations

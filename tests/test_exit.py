@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A script that ends without `close()`: in order, with its own exit code, and with nothing lost that could be saved."""
 
 from __future__ import annotations

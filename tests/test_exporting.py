@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`layerwise export`: what torch, DCP and transformers read is what the training held, to the bit."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A rank, or rank 0 with its coordinator, fails at any stage of an attempt: what the others do, and what is on disk.
 
 Real processes and connections, without models (tests/jobs/failing.py). A sample by default, the whole table with

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One operation of a save fails: training goes on or stops as the config says, and nothing that was committed is lost.
 
 Two ranks write through a FaultEnv to a real file system; every operation of one whole save fails in turn.

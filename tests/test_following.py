@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a model's parameters and tensors are is asked at every checkpoint: what came, went, was replaced or reshaped in
 the middle of a run is saved as it is, or refused by name.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`tests/foreign/deepspeed.py` tells right from wrong: shown on a small tree of tests of its own kind."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A frozen base is written once, and referred to as long as it is what the memory holds; then it is written again."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """More checkpoints than the disk takes: the loop waits or skips as configured, and never fails, crashes or changes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The readers of files under a coverage-guided fuzzer (tests/fuzz): nothing but a DamageError comes out of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The order of the graph is the order in which torch's engine makes gradients ready, and its edges are data."""
 
 from __future__ import annotations

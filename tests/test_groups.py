@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Param groups that are split or merged between a checkpoint and its restore, and LR schedulers fitted to them."""
 
 from __future__ import annotations

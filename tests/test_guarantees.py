@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every test that docs/guarantees.md names as holding a promise is there, in the file that it says."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Blocks that several ranks need are read once; who is lost meanwhile, and what is damaged, is named on all ranks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hugging Face's Trainer: stopped at any event, by an exception or by SIGKILL, it goes on as if it had not been."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who holds a tensor with whom: what ranks share is written once, what they do not share each saves for itself, and
 replicas that are none are found.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keeping a directory in order: what is pinned stays, what is pruned was not needed, and a copy needs nothing else."""
 
 from __future__ import annotations

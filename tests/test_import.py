@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`layerwise import`: what other tools have written, bit for bit, and nothing that their pickles name is run."""
 
 from __future__ import annotations

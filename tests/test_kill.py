@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Killed at any moment, one rank or all: one committed step on all ranks, and from there the very same run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The last step of a run is saved, however its loop tells where it ends, and once."""
 
 from __future__ import annotations

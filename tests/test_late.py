@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """State that comes, goes or moves between a capture's beginning and the boundary costs no checkpoint."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Updates by layers under the engine: captured early, fenced layer by layer, and every commit is what training held."""
 
 from __future__ import annotations

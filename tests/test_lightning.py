@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lightning's Trainer with one callback: killed anywhere, `fit()` goes on as if it had not been."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which checkpoint a restore goes back to, what retention keeps for it, and what neither ever does by itself."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`load`: a checkpoint into models without an engine. Wrappers of several ranks are in test_matrix.py."""
 
 from __future__ import annotations

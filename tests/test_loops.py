@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The blocks of docs/loops.md run as they stand, and go on where the run before ended."""
 
 from __future__ import annotations

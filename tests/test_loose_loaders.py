@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loaders that `state=` does not name: resumed exactly, or warned of."""
 
 from __future__ import annotations

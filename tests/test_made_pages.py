@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pages and pictures that commands make are what these commands would make now."""
 
 from __future__ import annotations

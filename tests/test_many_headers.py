@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A checkpoint of hundreds of ranks: each header is read once in the job, and files are opened as they are needed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is marked `quick` starts no job, and what starts one is marked so without anybody's doing."""
 
 from __future__ import annotations

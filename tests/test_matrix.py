@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What any wrapper on any number of ranks saved, any other restores, to the bit (docs/tables/restore-matrix.md)."""
 
 from __future__ import annotations

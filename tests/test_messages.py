@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/protocol.md and docs/monitor.md name every kind of message and its sender as the types of the messages do."""
 
 from __future__ import annotations

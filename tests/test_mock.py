@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """mode: mock does everything but write: training is the same, and what would be written is what is written."""
 
 from __future__ import annotations

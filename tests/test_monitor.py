@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Monitor mode, with real processes: what was acknowledged is committed whoever dies, and nobody stays behind."""
 
 from __future__ import annotations

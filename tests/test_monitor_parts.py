@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Monitor mode, part by part: what is refused, who waits for whom, and which of several things is believed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tensors may take other memory while they are read in place: what is read stays, and holds what it held."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The transport over MPI, in jobs that a real mpirun started."""
 
 from __future__ import annotations

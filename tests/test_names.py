@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every tensor has a name of its own, the one that its author gave it; two that cannot be told apart are refused."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nodes with networks and disks of their own: what happens when one is cut off, or dies, and the job is started again.
 
 Each node is a network namespace with an address and a cable to a switch, a mount namespace in which the job's directory

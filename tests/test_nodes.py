@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Directories that are local to a node: one checkpoint of all, whatever is lost of some.
 
 Nodes are pretended: a directory each, and what tells nodes apart is patched (tests/jobs/failing.py).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Callbacks hear of each commit and of each failure, on a thread of their own, and can't disturb the training."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Links, folders, pipes, sockets and devices in the place of any file: it is damaged or named, the rest goes on."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One layer at a time is the whole step, bit for bit, or an error that says why not."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """State that an optimizer keeps elsewhere than under `state[parameter]` comes back to the bit."""
 
 from __future__ import annotations

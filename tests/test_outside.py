@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nothing outside of a checkpoint directory is written, removed or given a mode, whatever links lie in it."""
 
 from __future__ import annotations

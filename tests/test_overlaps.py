@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory, not identity, decides what is one tensor: what shares it is saved consistently, or refused by name."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Huge pages under leased memory: asked for, and nothing of what the memory holds changed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SIGTERM: one common step is committed, all leave with the code that was configured, and nothing hangs.
 
 And `save()`.

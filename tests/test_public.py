@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The public names of what `attach()` returns: one that goes breaks scripts, and one that comes must be meant."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`open_checkpoint`: what it reads, what it verifies, and that the retention of a running job passes it by."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files of retired checkpoints are written over by later ones: only by the protocol, and only where that is safe."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A checkpoint's word on optimizers, objects and random numbers, for a job that is cut and grouped otherwise."""
 
 from __future__ import annotations

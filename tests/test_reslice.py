@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Slices filled from slices that are cut otherwise. Each element is its global number: none can pass for another."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A resume at any boundary gives the losses and parameters of the run that was never interrupted, bit for bit."""
 
 from __future__ import annotations

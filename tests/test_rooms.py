@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rooms of docs/architecture.md: every import goes the way that its table states, and no modules go in a circle."""
 
 from __future__ import annotations

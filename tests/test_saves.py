@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints that a script asks for by name: `save()`, and `restore()` by tag."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a commit grows with the number of ranks: in messages and in the coordinator's work, no faster than linearly."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LR schedulers go with the param groups: torch's, DeepSpeed's, and those that somebody has written."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The types of what a boundary seals are what a reader checks, member by member, and what docs/format.md names."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The real classes fit the protocols of `storage/protocols.py`: by types (mypy reads this file too), and by names."""
 
 from __future__ import annotations

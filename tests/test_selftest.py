@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`layerwise selftest`: it passes where all is well, and each of its checks can fail."""
 
 from __future__ import annotations

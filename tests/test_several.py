@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Several models and optimizers in one attach: one attempt, one manifest, all or nothing."""
 
 from __future__ import annotations

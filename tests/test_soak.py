@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Many commits in a row: nothing of the system is held longer than it is needed; and a job in a storm."""
 
 from __future__ import annotations

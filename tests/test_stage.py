@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Leases that end early by evacuation, and staging: what is copied, what waits for what, and no other change."""
 
 from __future__ import annotations

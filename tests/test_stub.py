@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The stubs of the native core (`_native.pyi`, and of its testing library) name what it has, no more and no less.
 
 What is made for tests is in no wheel.

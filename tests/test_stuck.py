@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calls to the disk that do not return: training goes on, every wait ends in time and names the call, and the process
 ends as its script says.
 """

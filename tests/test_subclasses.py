@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Optimizer state of tensor subclasses that stand for others: saved by what is inside, and put together again."""
 
 from __future__ import annotations

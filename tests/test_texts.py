@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the sources say to people: no message runs two words into one, and what a text points at is there."""
 
 from __future__ import annotations
@@ -138,3 +139,15 @@ def points_at(path: Path, module: str, name: str) -> bool:
     if not candidates:
         return True  # another package's, or an object's
     return any(re.search(rf"\b{name}\b", each.read_text()) for each in candidates)
+
+
+def test_every_source_file_names_its_license() -> None:
+    kinds = (".py", ".pyi", ".sh", ".sbatch", ".cc", ".h", ".inc")
+    folders = ("layerwise_dist", "csrc", "launch", "examples", "tests")
+    sources = [path for name in folders for path in (ROOT / name).rglob("*") if path.suffix in kinds]
+    assert len(sources) > 400
+    heads = {path: path.read_text().split("\n", 2)[:2] for path in sources if path.stat().st_size}
+    lacking = [
+        path for path, head in heads.items() if not any("SPDX-License-Identifier: Apache-2.0" in h for h in head)
+    ]
+    assert [str(path.relative_to(ROOT)) for path in lacking] == []

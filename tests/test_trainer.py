@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LayerwiseCheckpointTrainer: the documented loops, what each argument means, and exact resumes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every transport promises: once, in order, or an error; and nothing that waits for ever."""
 
 from __future__ import annotations

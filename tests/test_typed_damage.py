@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Typed JSON that is damaged, or made to do harm: no more than DamageError comes of it."""
 
 from __future__ import annotations

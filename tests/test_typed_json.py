@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Typed JSON: what goes in comes out, or is refused by name."""
 
 from __future__ import annotations

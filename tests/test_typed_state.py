@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Typed JSON of what a training has: schedulers, scalers and random generators go on bit for bit."""
 
 from __future__ import annotations

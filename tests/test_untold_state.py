@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """State of an optimizer that cannot be saved, or not be put back, is refused by name."""
 
 from __future__ import annotations

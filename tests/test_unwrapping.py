@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Optimizers that are wrapped around a real one, and other things that libraries put around a training loop's own."""
 
 from __future__ import annotations

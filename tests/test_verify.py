@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a restore or attach() would not take, `layerwise verify` names, though every byte is what was committed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tensors that are views of a kind: their values are saved and come back, or they are refused by name."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Waits of the training thread end with what they wait for, however slow the disk is: nothing is overwritten meanwhile,
 so no deadline but their own ends them, and verdicts that only this thread can give are given while it waits.
 """

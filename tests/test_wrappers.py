@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FSDP1, HSDP, tensor parallelism under FSDP2, ZeroRedundancyOptimizer: exact, and each element where it belongs."""
 
 from __future__ import annotations

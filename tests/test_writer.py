@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The native writer as Python sees it: which backend writes, and the pool's buffers."""
 
 from __future__ import annotations

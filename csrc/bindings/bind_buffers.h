@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #ifndef LAYERWISE_BINDINGS_BIND_BUFFERS_H_
 #define LAYERWISE_BINDINGS_BIND_BUFFERS_H_
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #ifndef LAYERWISE_BINDINGS_CONVERT_H_
 #define LAYERWISE_BINDINGS_CONVERT_H_
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #ifndef LAYERWISE_SRC_DISK_IMAGE_H_
 #define LAYERWISE_SRC_DISK_IMAGE_H_
 

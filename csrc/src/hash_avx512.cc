@@ -1,2 +1,3 @@
+// SPDX-License-Identifier: Apache-2.0
 #define LAYERWISE_HASH_SUFFIX Avx512
 #include "hash_variant.inc"

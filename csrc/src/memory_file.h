@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #ifndef LAYERWISE_SRC_MEMORY_FILE_H_
 #define LAYERWISE_SRC_MEMORY_FILE_H_
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "layerwise/posix_env.h"
 
 #include <dirent.h>

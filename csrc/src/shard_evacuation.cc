@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // ShardWriter's evacuation: blocks that were not started are copied away and written from the copy.
 
 #include <algorithm>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // ShardWriter's file: made at once, or by an errand of the pool.
 
 #include <cerrno>

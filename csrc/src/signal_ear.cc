@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "layerwise/signal_ear.h"
 
 #include <signal.h>

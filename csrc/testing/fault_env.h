@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #ifndef LAYERWISE_TESTING_FAULT_ENV_H_
 #define LAYERWISE_TESTING_FAULT_ENV_H_
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #ifndef LAYERWISE_TESTS_SHARD_FIXTURE_H_
 #define LAYERWISE_TESTS_SHARD_FIXTURE_H_
 

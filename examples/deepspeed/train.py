@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trains a small byte-level GPT with DeepSpeed, with a checkpoint every step.
 
     cd examples/deepspeed

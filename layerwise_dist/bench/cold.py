@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files that are read from the disk, and not from memory."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`bench commit`: what commits cost as the number of ranks grows.
 
 Simulated: rank 0 is one process, as it is in a job (connections, coordinator, manifests, retention); all other ranks

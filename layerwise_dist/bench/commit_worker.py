@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The processes of `bench commit`: rank 0 and all the others of a simulated job, or a real job of light ranks.
 
     python -m layerwise_dist.bench.commit_worker root|crowd|job JSON

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ways to checkpoint a DeepSpeed engine that `bench train --deepspeed` compares: this one, and DeepSpeed's own."""
 
 from __future__ import annotations

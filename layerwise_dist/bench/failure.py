@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The error of a benchmark that could not measure what it was asked to."""
 
 

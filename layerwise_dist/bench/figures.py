@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Medians with their spread, and the tables made of them: for the terminal, a program, docs/tables/performance.md."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`layerwise bench layers`: an optimizer's step as it is, on LayerwiseOptimizer's fast path, and layer by layer."""
 
 from __future__ import annotations

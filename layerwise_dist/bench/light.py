@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A rank without a model: what commits, all of it real, around shards that are one small file each.
 
 For what is measured and tested of commits with more ranks, or more commits, than models could be trained for.

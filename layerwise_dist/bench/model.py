@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The models that are trained: GPTs over bytes, pre-norm, learned positions, no dropout, embeddings tied."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ways to checkpoint that `bench train` compares, each used as its own documentation shows.
 
 A mode is started before a block of steps and ended after it. In between, the training loop calls `update` in place of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How far a benchmark is: one bar on standard error, so that standard output holds the answer only."""
 
 from __future__ import annotations

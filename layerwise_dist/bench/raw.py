@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the disk gives without this library: direct writes over a written file, and direct reads. The denominator.
 
 Both move blocks of one size from and to page-aligned memory with one thread for each block in flight; the system calls

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`bench restore --reshard A:B`: what A ranks saved under FSDP2 into B ranks, against the same cut and `dcp.load`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ranks of `bench restore --reshard`, under torchrun.
 
     python -m layerwise_dist.bench.reshard_worker '{"do": "save" or "load", "shape": {...}, "folder": ..., ...}'

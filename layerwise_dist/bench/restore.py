@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`bench restore`: from a cold disk to a model and optimizer in memory, against other loaders and raw reads."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`layerwise bench trace`: one checkpointed step of a GPT, layer by layer, as JSON for Perfetto and as a picture."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`bench train`: what checkpoints cost a training loop, under this engine and under others, in one run.
 
 The training happens in processes of their own (train_worker.py). A block of steps without checkpoints stands before and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `bench train` starts: one process, or one for each rank under torchrun.
 
     python -m layerwise_dist.bench.train_worker '{"shape": {...}, "folder": ..., ...}'

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `bench train` trains: a GPT in one process, under FSDP2, or under DeepSpeed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a benchmark writes: a folder of its own below DIR, made only if there is room, removed whatever happens."""
 
 from __future__ import annotations

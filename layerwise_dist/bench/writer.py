@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`bench writer`: what the native writer makes durable a second, against direct writes without it."""
 
 from __future__ import annotations

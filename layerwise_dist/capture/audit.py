@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The audit: reads captured memory again and compares, for changes that no version counter shows.
 
 The first checkpoints are audited in full. After that each one audits the next hundredth of the bytes in host memory, so

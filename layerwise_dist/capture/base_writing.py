@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A base on its way to the disk: frozen parameters as blocks of a file, and the thread that has them written."""
 
 from __future__ import annotations

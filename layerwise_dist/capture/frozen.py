@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Frozen parameters: written once, into a base, to which checkpoints refer as long as it holds what the memory holds.
 
 That is decided at each boundary by hashes: of the blocks whose tensors moved or whose version counters rose, and of the

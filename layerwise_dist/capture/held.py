@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory that is read in place stays until that is over, whatever becomes of the tensors.
 
 To keep a tensor is not enough, nor its storage: `resize_`, `share_memory_` and a way through a queue of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One checkpoint's capture on one rank: batch by batch after the update, sealed at the boundary, fenced before the
 next.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Huge pages under leased memory: direct I/O pins one page where it pinned 512, and costs a third of the CPU time."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How large the pool for bounce buffers, evacuation and staging is."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a boundary seals beside tensors, as one value for typed JSON, and the way back into the live objects."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Staging: a layer is copied right after its update into pool memory, laid out as its extent in the file.
 
 The host does not wait for the copies of device memory. They run on a stream of their own; the next update's stream

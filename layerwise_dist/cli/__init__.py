@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The `layerwise` command: looks at checkpoint directories and machines. Needs no stopped job.
 
 It imports torch only for `verify`, `diff`, `show --values`, `export`, `import`, `bench` and `selftest`.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`layerwise bench`: the package's benchmarks. Progress goes to standard error, the answer to standard output."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What lies in one checkpoint directory, as the commands need it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How answers are printed: rich tables for people, one JSON object for programs; sizes and times in words."""
 
 from __future__ import annotations

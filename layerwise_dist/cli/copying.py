@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`layerwise cp`: one checkpoint, with all that it needs, in a directory of its own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`layerwise diff`: which tensors of two checkpoints differ, in how many elements, and by how much. Imports torch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`layerwise doctor`: what a directory is good for, and what to change."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`layerwise export`: a checkpoint in another tool's format."""
 
 from __future__ import annotations

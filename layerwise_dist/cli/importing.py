@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`layerwise import`: another tool's checkpoint as the first one of a new directory."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`layerwise pin` and `unpin`: a checkpoint stays, or goes when its time comes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How far a command is: a bar on standard error while a person watches, which is gone when the answer is printed."""
 
 from __future__ import annotations

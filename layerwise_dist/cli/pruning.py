@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`layerwise prune`: removes old checkpoints by retention's rules, where no job does."""
 
 from __future__ import annotations

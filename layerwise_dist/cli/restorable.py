@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether a restore would take a commit, as far as that can be told without a model. Imports torch."""
 
 from __future__ import annotations

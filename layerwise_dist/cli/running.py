@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the commands of `layerwise` have in common: options, and how an answer or an error becomes output and exit."""
 
 from __future__ import annotations

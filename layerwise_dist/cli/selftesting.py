@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`layerwise selftest`: two ranks, kill, resume, compare."""
 
 from __future__ import annotations

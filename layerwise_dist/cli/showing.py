@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`layerwise show`: one checkpoint, from its manifest and the headers of its shards."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `layerwise diff` compares: a checkpoint, or a file of weights that another tool has written. Imports torch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`layerwise show --tensors`: each tensor of a checkpoint, where it lies, and on demand what of it is no number."""
 
 from __future__ import annotations

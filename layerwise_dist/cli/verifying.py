@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`layerwise verify`: reads every byte of checkpoints and compares it with what was committed."""
 
 from __future__ import annotations

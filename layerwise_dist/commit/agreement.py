@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What all ranks decide together: it goes well on all of them, or the same error is raised on all."""
 
 from __future__ import annotations

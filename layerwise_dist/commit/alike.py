@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What ranks say with each checkpoint of what they hold alike, held against each other by the coordinator."""
 
 from __future__ import annotations

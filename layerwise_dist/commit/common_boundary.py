@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How ranks agree on one boundary that none of them has passed: for `save()`, and for leaving together.
 
 Pure, as coordinator and ledger are; these are parts of both. A rank *asks* and passes no further boundary before it

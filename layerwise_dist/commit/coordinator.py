@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rank-0 coordinator: decides, alone, which attempts become checkpoints.
 
 `Coordinator` is a pure state machine: a message or the time goes in, what is to be done comes out. It reads no clock,

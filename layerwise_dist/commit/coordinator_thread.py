@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The thread on rank 0 that runs a `Coordinator`, and does what it says."""
 
 from __future__ import annotations

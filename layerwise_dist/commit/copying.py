@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A copy of one checkpoint that needs nothing else: shards, the frozen parameters that they refer to, identity, and
 last the manifest, without which there is no checkpoint.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bytes from any rank to any other, straight, for as long as something takes that all of them do together.
 
 The session's own messages (`transports`) are small and pass through rank 0. This has one connection between each two

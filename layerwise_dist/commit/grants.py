@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How far ranks may go: boundaries are granted ahead of them, so that all can stop at one that none has passed.
 
 Pure, as the coordinator is; this is a part of it. Boundaries are counted from the session's start.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Holds a checkpoint while it is read or written to, so that retention passes it by."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the records of a directory make together: which commits are there, what is damaged, and the lineage."""
 
 from __future__ import annotations

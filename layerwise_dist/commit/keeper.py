@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is kept in a directory that rank 0 does not see: manifests, by the lowest rank of those that share it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What ranks say to the coordinator, and rank 0 to all ranks: one class for each kind `t` and direction.
 
 What they mean is in docs/protocol.md, "Messages". On a wire they are JSON objects. Once sent, none changes.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stage 5, `CheckpointMetadataManager`: writes, lists and validates manifests, and knows the lineage.
 
 A checkpoint exists exactly when its manifest does. The lineage is what the record with the highest seq descends from; a

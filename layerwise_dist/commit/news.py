@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What became of checkpoints, for one listener: which of rank 0's messages say it, and in what words."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The start of a session in one directory, and what several directories make together.
 
 A *place* is a directory with the ranks that share it; its lowest rank is its *keeper*. With a shared file system there

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a coordinator says is to be done; `coordinator_thread.perform` does it."""
 
 from __future__ import annotations

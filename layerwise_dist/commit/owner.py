@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who may write here: one live session a directory, known by its lock and its epoch."""
 
 from __future__ import annotations

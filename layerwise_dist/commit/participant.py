@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One rank's part in commits: persists sealed shards in the background, reports them, and learns what was decided."""
 
 from __future__ import annotations

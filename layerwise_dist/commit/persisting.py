@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The thread of one rank that waits for its disk: makes sealed shards durable, and removes what came to nothing."""
 
 from __future__ import annotations

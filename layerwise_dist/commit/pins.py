@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A pin keeps a checkpoint, whatever retention would do: an empty file in its folder, which anyone may put there.
 
 It is put there while the manifest is held, and retention looks for it while it holds the manifest alone: a checkpoint

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which ranks share a directory: found out by a file that one makes and others look for, not by configuration."""
 
 from __future__ import annotations

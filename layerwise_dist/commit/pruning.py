@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Removes old checkpoints where no job runs: by retention's rules, in an order that a crash may end anywhere."""
 
 from __future__ import annotations

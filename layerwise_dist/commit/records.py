@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The records of a directory: manifests, branch records and its identity, as they lie in their files.
 
 The bytes are in docs/format.md. What records make together is in `inventory.py`.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One run of the job in one checkpoint directory: what rank 0 writes there, and from where all ranks go on."""
 
 from __future__ import annotations

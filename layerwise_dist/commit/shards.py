@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The files that a manifest names, opened: each is what the manifest says, or it is damage."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The start of a session, the same for a training process, its monitor and a benchmark: all ranks together."""
 
 from __future__ import annotations

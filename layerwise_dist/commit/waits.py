@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Waits of one rank's part in commits: each has a deadline, and begins with what only the training thread can do."""
 
 from __future__ import annotations

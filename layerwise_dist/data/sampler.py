@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A DistributedSampler that can begin anywhere in an epoch, with any number of ranks.
 
 The order of an epoch is one list of all samples, which seed, epoch and `shuffle` decide, and not the number of ranks.

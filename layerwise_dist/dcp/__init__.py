@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """This package as a storage of `torch.distributed.checkpoint`.
 
     dcp.save(state, storage_writer=layerwise_dist.dcp.LayerwiseWriter("checkpoints"))

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The items of a rank's plan: tensors as slices and as memory, and objects as they are, not as archives of pickles."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`LayerwiseReader`: commits of this package for `torch.distributed.checkpoint.load`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`LayerwiseWriter`: what `torch.distributed.checkpoint` saves, as a commit of this package."""
 
 from __future__ import annotations

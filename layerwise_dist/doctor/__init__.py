@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Looks whether a directory is fit to hold checkpoints: what it is, what it takes, how fast and how durable it writes.
 
 `examine` asks and measures (place, kernel, speed); findings.py judges what came out. The command prints it.

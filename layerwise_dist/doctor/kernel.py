@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the kernel, and the container's rules around it, let this process do. Each is tried, not guessed."""
 
 from __future__ import annotations

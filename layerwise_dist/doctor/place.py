@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a directory is: its mount, the device below it, its free space.
 
 Read from /proc and /sys; what they do not tell is None.

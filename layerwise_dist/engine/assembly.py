@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`attach()`: from models, optimizers and a configuration to a running engine, or one clear error on all ranks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Engines that a script has not closed: closed at the process's exit, while their threads can still end in order.
 
 What they have is no other engine's until then.

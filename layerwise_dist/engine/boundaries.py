@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is done where an iteration ends: what is open is sealed, and what all ranks do together there is done."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What of a rank's checkpoints may still be read from the memory of the model: the open one, and those sealed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The end of an engine: what is open is sealed or given up, what is sealed is decided, and all is let go of."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`engine.save_checkpoint()` and `engine.load_checkpoint()` of a script that stays as it is."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `attach()` returns with ``enabled: false``: the same calls, and nothing behind them."""
 
 from __future__ import annotations

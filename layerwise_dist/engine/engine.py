@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`LayerwiseEngine`: what `attach()` returns. It has the calls of a script, and hands each to the part that does it."""
 
 from __future__ import annotations

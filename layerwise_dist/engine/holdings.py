@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the open engines of this process are attached to. No two of them have the same."""
 
 from __future__ import annotations

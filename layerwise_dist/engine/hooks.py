@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an engine hears of the model while it trains: forwards, gradients, and the optimizer's updates."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`save_last`: a job's last step is saved, though it may not be due."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What one engine lends another for a single checkpoint: the same objects, which the other neither hooks nor ends."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a script wants to be told of its checkpoints: each that is committed, and each that failed."""
 
 from __future__ import annotations

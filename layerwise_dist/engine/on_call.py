@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What scripts ask for by DeepSpeed's own calls, of any directory and of parts of a checkpoint."""
 
 from __future__ import annotations

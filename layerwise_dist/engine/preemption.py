@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SIGTERM: all ranks agree on one boundary, commit it, and leave; and whatever happens, this process leaves in time.
 
 Python runs signal handlers on the main thread, between two bytecodes. A main thread that sits in a collective whose

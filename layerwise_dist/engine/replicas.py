@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether ranks that are said to hold the same do hold the same: the net under what a wrapper says.
 
 Before a session's first checkpoint all ranks compare what is there, and hashes of it. From then on each says with each

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a script comes back to: a checkpoint that is put into the live job, and where the lineage goes on from it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Counters of one rank: what was written, and how long the training thread was held up for it."""
 
 from __future__ import annotations

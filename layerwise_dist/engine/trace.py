@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What happens to each layer in one checkpointed step, and when: JSON that Perfetto and chrome://tracing open.
 
 The rows (threads of the trace) are the training thread's phases, gradients, updates, captures, and the writer.

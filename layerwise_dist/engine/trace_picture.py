@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A step's trace as a picture: time from left to right, a line a layer, what happened to it as bars and marks."""
 
 from __future__ import annotations

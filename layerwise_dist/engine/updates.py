@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is done when an optimizer updates: what the update overwrites is fenced, and what it leaves is captured."""
 
 from __future__ import annotations

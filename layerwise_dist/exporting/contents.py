@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What of a checkpoint goes into another format, by the names that it has there. Nothing of it is read yet."""
 
 from __future__ import annotations

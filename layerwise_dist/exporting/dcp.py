@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torch.distributed.checkpoint's layout, as `get_state_dict` names things: ``model.<fqn>``, ``optimizer.param_groups``
 and ``optimizer.state.<fqn>.<kind>``. `dcp.load` reads it into DTensors of any layout. DCP writes it; a part of a tensor
 is in memory at a time.

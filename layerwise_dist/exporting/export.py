@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`layerwise export`: one checkpoint, as another tool reads it."""
 
 from __future__ import annotations

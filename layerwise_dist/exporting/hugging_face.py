@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hugging Face's layout: safetensors files, an index if there are several, and what a model's folder has beside them.
 
 The format is https://github.com/huggingface/safetensors; its own package writes a file from memory that holds all of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where an export goes: written beside its place, flushed, and only then put there; what is there is not touched."""
 
 from __future__ import annotations

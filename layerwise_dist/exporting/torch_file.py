@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One file of `torch.save`: ``{"model": state_dict, "optimizer": state_dict}``, which `torch.load(weights_only=True)`
 reads. It is made in memory as a whole.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Frameworks: what is a layer here, which slices this rank holds, and in which tensors they live."""
 
 from layerwise_dist.frameworks.deepspeed import accumulating, config_block, is_engine

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adam and AdamW as torch and DeepSpeed have them: the same update of the same state, under other names.
 
 torch's Adam and AdamW count steps in a tensor for each parameter. DeepSpeed's FusedAdam and DeepSpeedCPUAdam count in

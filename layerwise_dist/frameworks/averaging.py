@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Communication hooks of DDP that tell of each bucket: what DDP does without one, bit for bit; or the script's own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DDP's gradient buckets, which decide in which order more than two ranks add.
 
 DDP lays its buckets out anew after the first iteration, in the order in which gradients became ready. A resumed job

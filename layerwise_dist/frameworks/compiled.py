@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What of this package torch.compile finds in a model, and leaves alone."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Several models and optimizers as one: a Framework made of frameworks, an OptimizerAdapter made of adapters."""
 
 from __future__ import annotations

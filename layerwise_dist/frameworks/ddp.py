@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DistributedDataParallel: the ranks of its group hold the same, so each writes a part, and each byte is there once."""
 
 from __future__ import annotations

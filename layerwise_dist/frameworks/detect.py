@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which framework a model is wrapped in, and which adapter its optimizer gets. Refuses the rest by name."""
 
 from __future__ import annotations

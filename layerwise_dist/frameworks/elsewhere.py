@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an optimizer keeps elsewhere than under `state[parameter]` and in its groups: saved, or refused by name.
 
 Three places. `state` under strings (MADGRAD's ``state["k"]``) is saved as it is. What the optimizer's `state_dict()`

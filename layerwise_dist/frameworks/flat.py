@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parameters that lie in flat tensors: which part is whose, and the optimizer's state of those by parameter.
 
 A *unit* is one tensor in an optimizer's groups that holds parts of one or more parameters, as FSDP1's flat parameters

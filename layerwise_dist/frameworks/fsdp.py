@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FSDP2 (`fully_shard`), alone, hybrid, or over tensor parallelism: parameters and their optimizer state are DTensors.
 
 Each rank writes its local part. Where a mesh replicates a part, one of the ranks that hold it alike writes it.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FSDP1 (`FullyShardedDataParallel`): each rank has a flat range of its units, which begins and ends within rows.
 
 With `use_orig_params=True` the optimizer holds the user's parameters, whose data are one-dimensional views of the

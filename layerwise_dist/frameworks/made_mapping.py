@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A mapping that is made anew for each question, of what is there at that moment."""
 
 from __future__ import annotations

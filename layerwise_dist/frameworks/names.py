@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names in a model as its author wrote them: without what wrappers put into them, and each of one thing only."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the engine asks of an optimizer. `torch_optimizer.py` is how a `torch.optim.Optimizer` answers.
 
 The engine hears of updates through `UpdateEvents`; everything else that capture and restore need of an optimizer they

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which tensors have memory in common. Objects do not tell: `a.data = b.data` makes two parameters of one memory, each
 with a version counter of its own.
 """

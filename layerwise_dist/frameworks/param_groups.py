@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An optimizer's groups against those of a checkpoint: do they fit, and the saved hyper-parameters back in place."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What of a checkpoint a restore takes: all of it, or what a script of DeepSpeed's asks `load_checkpoint()` for."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tensor subclasses that have no memory of their own but stand for other tensors: saved and restored as those.
 
 torchao's quantized optimizer state is of that kind, and its NF4 parameters. `__tensor_flatten__` of such a tensor names

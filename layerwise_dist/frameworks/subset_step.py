@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An optimizer's own step for a part of its parameters, with the kernels that it would use for all of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Optimizers that are only wrapped around another one (Accelerate's, PostLocalSGDOptimizer, those of mmengine): they
 have not called `Optimizer.__init__()`, and the real one is at `.optimizer` or `.optim`. That one is attached. What its
 wrappers do after its step, and what they keep themselves, is watched here.

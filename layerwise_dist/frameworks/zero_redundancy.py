@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ZeroRedundancyOptimizer: every rank has all parameters, and each parameter's optimizer state is on one rank only."""
 
 from __future__ import annotations

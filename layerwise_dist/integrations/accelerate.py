@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Accelerate: one call after `accelerator.prepare()`, and a script's own loop resumes exactly.
 
     from layerwise_dist.integrations.accelerate import attach

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The best evaluation of a run: its checkpoint has a tag, and the model has its weights at the end."""
 
 from __future__ import annotations

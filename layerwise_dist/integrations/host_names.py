@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an integration relies on in its host package beside its documented interface."""
 
 from __future__ import annotations

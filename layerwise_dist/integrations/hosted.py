@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An engine whose iterations the host's loop ends: the calls by which a script would end them are refused."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lightning: one callback, and `trainer.fit()` that is started again goes on exactly.
 
     from layerwise_dist.integrations.lightning import LayerwiseCheckpoint

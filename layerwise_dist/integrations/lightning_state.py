@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What Lightning keeps of a `fit()` beside model, optimizers and schedulers: a `state_dict()`, and the way back."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the data of somebody else's loop stands, and the way back: a torch DataLoader, or Accelerate's around one.
 
 Accelerate's `DataLoaderShard` draws one batch ahead of the one that it gives, to know which is the last. So at a

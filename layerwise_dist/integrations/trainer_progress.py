@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How far a `transformers.Trainer` has come, as an object of `state=`: beside what the engine saves of any loop."""
 
 from __future__ import annotations

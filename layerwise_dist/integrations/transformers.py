@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hugging Face's Trainer: one line after it is made, and `train()` goes on by itself after any crash, exactly.
 
     from layerwise_dist.integrations.transformers import attach

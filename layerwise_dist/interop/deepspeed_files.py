@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What DeepSpeed's checkpoints have in common, of all kinds: files, the model's states, and the engine's counts."""
 
 from __future__ import annotations

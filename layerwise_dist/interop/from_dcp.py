@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Imports what DCP's own storage has written: `.metadata` and `*.distcp`, in the layout of `get_state_dict`."""
 
 from __future__ import annotations

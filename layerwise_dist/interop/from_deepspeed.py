@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Imports DeepSpeed's own checkpoints, ZeRO 1 to 3, whatever the number of ranks that wrote them.
 
 What is where in them is DeepSpeed 0.19's, as its `zero_to_fp32` and `ds_to_universal` read it. Stages 1 and 2: each

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Imports files of `torch.save`: a model's `state_dict()`, alone or with an optimizer's and more."""
 
 from __future__ import annotations

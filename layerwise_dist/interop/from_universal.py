@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Imports DeepSpeed's universal checkpoints, as `ds_to_universal` writes them: one folder a parameter."""
 
 from __future__ import annotations

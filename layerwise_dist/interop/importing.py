@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`layerwise import`: another tool's checkpoint as step N of a new lineage, or nothing."""
 
 from __future__ import annotations

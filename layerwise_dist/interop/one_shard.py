@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One rank's shard of a checkpoint that is made outside a training loop, by the native writer."""
 
 from __future__ import annotations

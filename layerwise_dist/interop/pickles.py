@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files of `torch.save`, which are pickles, read without running anything that they name.
 
 torch's own restricted unpickler (`weights_only=True`) makes tensors and plain containers. It refuses every file of

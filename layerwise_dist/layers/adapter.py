@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LayeredOptimizer: a torch optimizer whose updates the engine hears of layer by layer, as `update` is configured."""
 
 from __future__ import annotations

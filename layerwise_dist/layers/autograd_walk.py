@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """In which order, and along which data, one backward of a loss would make gradients ready, without running it.
 
 torch's engine takes, of the nodes whose inputs are complete, the one that was made last (`Node._sequence_nr`), and

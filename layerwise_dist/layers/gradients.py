@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """When gradients become ready in a backward, and whether somebody changed them afterwards."""
 
 from __future__ import annotations

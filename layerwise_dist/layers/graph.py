@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stage 1: which layers a model has, and in which order their gradients become ready.
 
 A layer is what one module owns directly: its own parameters, not its children's. Its gradient is ready when the last of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stage 2: the optimizer's own update, one layer at a time, bit for bit what its whole step does.
 
 Nothing of the optimizer is replaced. A pre-step hook does the layered update and sets the gradients aside, so that the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A dependency graph drawn for people: one row a layer, first ready at the top, edges between neighbours straight."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gradients that a wrapper reduces and puts in place by itself: DDP's bucket by bucket, FSDP1's unit by unit."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which attached loader feeds the training, and what the loop drew from it ahead of the forward that uses it.
 
 A loader feeds the training when its iterator is alive and was drawn from before a grad-enabled training forward. A

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where an iteration ends: events of the training loop in, boundaries out.
 
 A checkpoint at step t holds the process after all that iteration t does and before anything of iteration t+1. No hook

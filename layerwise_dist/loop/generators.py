@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The generators that decide what a DataLoader yields: the global ones, and those of its own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loaders that `state=` does not name: when one is started, and which of them go on from one iteration into the next.
 
 `iter()` of a DataLoader draws from torch's global generator (the base seed of its workers), unless it has a generator

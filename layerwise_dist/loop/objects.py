@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The `state={...}` objects: schedulers, scalers, loaders, generators, plain dicts. What each saves and takes back."""
 
 from __future__ import annotations

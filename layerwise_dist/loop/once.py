@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Warnings of one training loop, each given once."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A loader that a host's loop draws from (Accelerate's, Lightning's), where an integration tells the boundaries.
 
 Such a loop may draw one batch ahead of the one that its body uses. So what counts as consumed is what was drawn before

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One iteration of a DataLoader: who draws, and how far it has come."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The way of a boundary's random numbers back into a resumed loop, and whether the loop leaves them a place."""
 
 from __future__ import annotations

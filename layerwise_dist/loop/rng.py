@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The random number generators that a training loop draws from without naming them: one snapshot, one way back.
 
 An `RngState` is a plain dict, fit for `storage.typed_json` (tensors, arrays, tuples, ints, strings; no pickle):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The class of an attached DataLoader: which loaders can be followed, and one that reports each `iter()`."""
 
 from __future__ import annotations

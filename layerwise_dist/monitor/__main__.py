@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m layerwise_dist.monitor SOCKET MEMORY PID`: started by a training process only, with two descriptors."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The start of a session through monitors: what an engine is made of, with the monitor behind it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A rank's monitor, as its training process sees it: started, asked, listened to, and ended."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The monitor's half of shards: takes up what the training process has staged, and acknowledges what it holds all of.
 
 A shard is *held* once every extent and the state of its attempt were given, and the training process has said that all

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a training process and its monitor say to each other: one class for each kind `t` and direction.
 
 What they mean is in docs/monitor.md, "How it works".

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The monitor as a process: started by the training process, of whose death it must learn, and which it survives."""
 
 from __future__ import annotations

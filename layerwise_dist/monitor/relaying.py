@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The monitor's Transport: what it hears it also passes to its training process, whose wrapped messages it carries."""
 
 from __future__ import annotations

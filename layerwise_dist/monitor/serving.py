@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The monitor's loop: messages of its training process, and that process's end, one after the other.
 
 Threads: the wire's takes messages in and notices the end; a watching one passes freed buffers on, and looks at the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Transport of a training process: its messages go through its monitor, which speaks for the rank."""
 
 from __future__ import annotations

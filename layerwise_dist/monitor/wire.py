@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a training process and its monitor say to each other: small JSON objects in frames over one socket.
 
 Everything is in order, and `send` waits for nobody. The socket's end is the word that the other process is gone.

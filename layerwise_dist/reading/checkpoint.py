@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`open_checkpoint`: one committed checkpoint to read, whichever ranks wrote it, without a model and without a job.
 
 While it is open it holds its manifest (`CheckpointMetadataManager.hold`), so that the retention of a job that runs in

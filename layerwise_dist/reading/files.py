@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The files of an open checkpoint: what keeps them, what reads them, and that they are all here."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`load`: a training's checkpoint into a model without an engine: for fine-tuning, evaluation and serving."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model on the meta device gets memory: its own shards of sharded parameters only, ties made again, and nothing in it
 that neither the checkpoint nor the model's own initialization has filled.
 """

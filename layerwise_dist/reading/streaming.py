@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All that a shard holds, or a part of it, one bounded piece after the other in the order of the file."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A checkpoint into a job that is cut otherwise: another number of ranks, another wrapper, other groups.
 
 What this rank would have saved is looked for by name in what all ranks of the checkpoint wrote, and each element is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which values of one dtype another one holds. By the safetensors codes."""
 
 from __future__ import annotations

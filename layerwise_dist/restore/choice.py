@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which commit a restore takes: the same on all ranks, or the same error."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What of a span lies within some bytes of its file: blocks come one by one, and a span may be in many of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the shards of one commit hold together, found without a model: for restore, and for `layerwise verify`."""
 
 from __future__ import annotations

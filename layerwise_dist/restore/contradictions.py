@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tensors that share memory here, and for which the checkpoint says two different things: it is not of this model.
 
 What is shared was saved from one memory at one moment, so in a checkpoint of this model it agrees.

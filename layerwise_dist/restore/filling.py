@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fills memory from the spans of a plan, verified block by block."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A commit as whole tensors, for a job that is cut otherwise: each rank has read a share of the headers, and knows of
 the others what concerns it.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads what this rank needs of shards. A block that several ranks need is read and verified by one of them, which
 hands it to the others; where all need all, as under DDP, each reads its share.
 

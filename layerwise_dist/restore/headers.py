@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The headers of a commit, each read once in the job: a rank parses its share of them, and sends every other rank the
 places of the tensors that this one may hold a part of.
 

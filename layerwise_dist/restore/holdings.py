@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which parts of which tensors a rank may need of a checkpoint, told to the ranks that read headers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fills the live tensors of one rank from a commit's shards, straight, without `load_state_dict`.
 
 `load_state_dict` of an optimizer would cast fp32 moments of bf16 parameters to bf16; here bytes stay bytes.

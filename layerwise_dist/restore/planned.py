@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shards as a rank knows them that has not read their headers: where the blocks are, and their hashes. One rank of the
 job has read each header.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which bytes of the shards fill which slices: as they were cut (`plan`), or however both are cut (`replan`)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a rank takes up that is no tensor, where the checkpoint's ranks are not this job's: numbers and positions that
 belong to a rank, objects, counters. One state, as this rank would have sealed it.
 """

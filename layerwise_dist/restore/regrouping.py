@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a commit says of its optimizers, as those of a job would have said it that is cut and grouped otherwise.
 
 Pure data: values of the state extent (docs/format.md) go in and come out. Groups are mapped by parameter, so that a job

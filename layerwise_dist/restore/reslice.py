@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which elements of saved slices fill a wanted slice of the same tensor, however both are cut. Pure data, no torch.
 
 A slice is a few boxes of its global tensor, and lies in memory or in a file with one stride a dimension: a box with the

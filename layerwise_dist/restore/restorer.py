@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One `restore()` call: choose, check, read; the engine then adopts what was read.
 
 A job that is cut as the checkpoint is, with as many ranks, reads what each rank wrote, and nothing else (`loader`).

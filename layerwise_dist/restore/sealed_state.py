@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The state that a boundary sealed (`capture/sealed.py`), read back and checked as far as restore relies on it.
 
 Its members are in docs/format.md, "The state extent". Whoever reads it, a restore or `layerwise verify`, gets it from

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a plan for another cut is made from: a commit as whole tensors, by name."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DeepSpeed's LR scheduler and loss scale, and the scheduler and GradScaler in `state`: one stands for the other.
 
 A DeepSpeed engine has both within itself; a script without one names its own in `attach(state=...)`. What a checkpoint

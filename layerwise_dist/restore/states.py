@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every rank of a checkpoint sealed, from the rank that read it to all others: each value once that is the same on
 many of them.
 """

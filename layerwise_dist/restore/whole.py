@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A commit as whole tensors, whichever ranks wrote which parts of them: for a job that is cut otherwise."""
 
 from __future__ import annotations

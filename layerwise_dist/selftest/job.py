@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the self-test trains: a small model under FSDP2 on the ranks of torchrun, with a checkpoint every step.
 
     python -m torch.distributed.run ... -m layerwise_dist.selftest.job '{"steps": 20, "dirs": [null, "checkpoints"]}'

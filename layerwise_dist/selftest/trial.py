@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One trial: train, train again with checkpoints and SIGKILL in the middle, start once more, compare every bit.
 
 The first two happen in one job, one after the other: most of a start is the import of torch.

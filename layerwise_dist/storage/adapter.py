@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stage 4, `PCCheckAdapter`: one pool of writer threads, several checkpoints in flight, one shard file each.
 
 After PCcheck (ASPLOS'25): a checkpoint is a pipeline of blocks, and the next may start before the last is durable.

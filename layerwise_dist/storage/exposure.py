@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who else may change what lies in a checkpoint directory. Only asks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Paths and names of a checkpoint directory. Every name comes from integers; nothing else is ever deleted.
 
     <dir>/identity.json

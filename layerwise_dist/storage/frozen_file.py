@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A rank's frozen parameters in a file of their own, a shard without state, which many checkpoints refer to.
 
 `<dir>/base/<attempt>/rank_<rank>.safetensors` is named after the attempt that wrote it. No manifest is beside it: it

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Extents that are gathered in one piece of memory before they are written: laid out there as in the file."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The header of a shard, checked: every member, size, offset and name before it is used, every length before something
 of that length is made.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """File systems that are not a local disk: what other machines, or a process in user space, may write to unseen; memory.
 
 The one list of them, by both names that Linux gives a file system: the number of statfs(2) and the type in mountinfo.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What lies under a name of ours and is not ours: a link, a folder, a pipe, a device. It is named, and stays."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The seams of stage 4: what Python asks of the operating system, and of the writer of shards, whichever process it is
 in.
 

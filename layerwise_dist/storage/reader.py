@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads shards and trusts nothing: every size, offset and name of a header is checked before it is used.
 
 A file that is not what was committed is a `DamageError` that names file, tensor and block. An operating system's

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Retired shard files are overwritten by later checkpoints: faster than extending new ones and removing old ones.
 
 The protocol, and nothing but it (docs/format.md, "Reuse"): rank 0 removes the retired manifest durably and announces

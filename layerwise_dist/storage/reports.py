@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is reported of files once they are durable."""
 
 from __future__ import annotations

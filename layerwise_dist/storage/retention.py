@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which committed checkpoints may go, and which frozen parameters. Pure: it names them, commit/ removes them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The shard file: where each byte goes, and the header that says so (docs/format.md).
 
 A shard is a safetensors file. Its header region is a multiple of 4096 bytes (JSON padded with spaces), so that the

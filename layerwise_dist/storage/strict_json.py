@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """JSON that lies in a file, read without trust: what it makes in memory is bounded, and nothing is taken that two
 readers could take for two things.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Typed JSON: a Python value as readable JSON text and one blob of bytes, and back with every type intact.
 
 `state=` of a training job holds what plain JSON loses: int keys, tuples, Counters, sets, bytes, inf and nan, numpy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The reading half of typed JSON (see typed_json): trusts nothing, and builds only the types of its own table."""
 
 from __future__ import annotations

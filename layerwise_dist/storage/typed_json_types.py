@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the writer and the reader of typed JSON share: the tag, the limits, the types (see typed_json)."""
 
 from __future__ import annotations

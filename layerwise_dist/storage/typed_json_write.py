@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The writing half of typed JSON (see typed_json): a value as a tree that plain JSON can hold, and its contents."""
 
 from __future__ import annotations

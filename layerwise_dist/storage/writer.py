@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The writer of shards as a configuration wants it, in whichever process it runs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The threads of this package. None ends unheard: whatever ends one is told, by the thread's name, to who can stop all.
 
 An exception that nobody catches ends a thread of Python's with a line on standard error, and the job goes on as if it

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What may never end: calls to a disk that does not answer. They are waited for within a time, and then named."""
 
 from __future__ import annotations

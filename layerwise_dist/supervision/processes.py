@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Processes that benchmark, self-test and demo start: none of them outlives those, or runs what lies where they were
 started.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How far two tensors are from each other: in how many elements, by how much, and in units in the last place."""
 
 from __future__ import annotations

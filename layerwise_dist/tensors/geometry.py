@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which memory tensors take, and as what: address, shape, strides, dtype, whether read as negated or conjugated.
 
 Torch changes all of these under the same Python object: by `.data`, `resize_`, `unsqueeze_`, `set_`, `half()`.

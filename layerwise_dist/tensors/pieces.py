@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Slices bound to live tensors: what the frameworks hand to capture."""
 
 from __future__ import annotations

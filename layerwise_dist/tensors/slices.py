@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The shared vocabulary of files: which parts of the global tensors a shard holds. Pure data, no torch.
 
 `pieces.py` binds a slice to the live tensor that holds it.

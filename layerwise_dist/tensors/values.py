@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether two values of Python are the same to the bit, tensors and arrays in them too."""
 
 from __future__ import annotations

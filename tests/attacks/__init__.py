@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Crafted checkpoint directories: one maker for each way in which what is on the disk can be wrong.
 
 The bytes are what somebody who knows the format would write: hashes and sizes agree everywhere, unless that is the

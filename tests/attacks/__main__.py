@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python tests/attacks [--only WORDS] [THEME...]: tries them, and prints the figures and each problem."""
 
 from __future__ import annotations

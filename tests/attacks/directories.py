@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`owner` and `identity.json`: torn, odd, or not there. None of it may lock a directory for ever."""
 
 from __future__ import annotations

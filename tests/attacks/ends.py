@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Epochs, seqs, steps and ranks at their ends, in names and in records."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Frozen parameters: files below `base/` that several commits refer to. Damage to one is damage to all of them."""
 
 from __future__ import annotations

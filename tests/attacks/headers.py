@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The header of a shard: JSON, members, tables, offsets, blocks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What makers work with: one checkpoint directory, whose files they write anew with all hashes right."""
 
 from __future__ import annotations

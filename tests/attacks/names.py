@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Entries of the directory that nobody put there for this, and names that look like ours."""
 
 from __future__ import annotations

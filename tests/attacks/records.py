@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Manifests, branch records and the identity: members, types, duplicates, and what they say of each other."""
 
 from __future__ import annotations

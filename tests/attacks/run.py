@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gives crafted directories to workers, and judges what comes back."""
 
 from __future__ import annotations

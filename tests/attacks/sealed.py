@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The sealed state: members that are missing, of another type, unknown, or of a value that no job has."""
 
 from __future__ import annotations

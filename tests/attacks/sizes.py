@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Few bytes that ask for much work or much memory, and files that are far too large."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bytes that a terminal obeys, and lone surrogates, in all that is printed of a file."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Typed JSON: tags, fields, contents, dtypes, shapes, keys."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs the commands and `restore()` on crafted directories, each in a process of its own that is forked from this one.
 
     worker.py FOLDER

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PyTorch's own tests of DCP storage, with this library's writer and reader in place of the file system's.
 
     python tests/foreign/dcp.py SOURCE_TREE [--json FILE] [--deadline S]

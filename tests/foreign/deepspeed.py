@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DeepSpeed's own checkpoint tests, with this library's drop-in in DeepSpeed's place.
 
     python tests/foreign/deepspeed.py SOURCE_TREE [-k EXPRESSION] [--json FILE] [--deadline S]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One of DeepSpeed's own tests in a forked process, with plain DeepSpeed or with the drop-in in its place.
 
 `prepare()` imports what all tests need, once; `run_test()` is called in a process of its own, forked from that one.

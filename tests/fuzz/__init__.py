@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Coverage-guided fuzzing of what reads files: `fuzz.py` for Python, `native.sh` for the shard reader."""

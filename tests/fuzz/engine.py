@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A coverage-guided fuzzer for Python code: inputs that reach a new line, or go from one line to another for the first
 time, are kept and changed further. It needs nothing but `sys.settrace`; `fuzz.py --atheris` runs the same targets under
 atheris instead, where that is installed.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python tests/fuzz/fuzz.py [TARGET...] [--seconds N] [--seed N] [--keep] [--atheris]
 
 Fuzzes the readers of Python for so long each. `--keep` adds inputs that reach new lines to tests/fuzz/corpus, with

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # bash tests/fuzz/native.sh [SECONDS] [SEED]: fuzzes the shard reader under ASan and UBSan, 10 seconds without an argument.
 # With clang++ it is libFuzzer; without, GCC and a driver of its own, guided by coverage too. Needs what launch/setup.sh
 # installs. The corpus is tests/fuzz/corpus/shard_reader, to which it adds a copy below build/fuzz.

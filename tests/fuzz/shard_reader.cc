@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Fuzzes ShardReader: what a header may make a reader ask for, on a file of any length that may be cut meanwhile.
 //
 // With clang: libFuzzer's own main. With another compiler: -DLAYERWISE_FUZZ_DRIVER gives it a main that is guided by the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is fuzzed: each reader of bytes from a file, as a function that may raise DamageError and nothing else.
 
 Hashes and lengths are made right before the reader sees the bytes, since a fuzzer does not guess them.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A script of Accelerate's that is killed and started again. Every rank tells what it does in OUT/<rank>.jsonl.
 
 accelerated.py DIR OUT [--epochs N] [--accumulate N] [--seedable] [--workers N] [--die-at MICRO_BATCH] [--die-rank R]

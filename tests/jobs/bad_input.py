@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What two ranks get for input that is bad on one of them, or on both: OUT/<rank>.json is {what: [error, message]}.
 
 bad_input.py OUT      OUT/two gets a checkpoint of two ranks

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """At each step: gradients of a DDP that has run on, against those of a new one around the same contents.
 
 buckets.py take_up|leave      rank 0 prints `differing <steps>`

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cells of docs/tables/exactness.md: is training with the engine plain training, bit for bit, and if not, why.
 
     cells.py WRAPPER OUT UPDATE,UPDATE... OPTIMIZER,OPTIMIZER... FEATURE,FEATURE...

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small model under torch.compile, trained without and with the engine, and resumed; writes what differs.
 
     compiled.py BACKEND OUT WRAPPER[:HOW]...      OUT/<rank>.json is {case: [differences]}

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """dcp.save, async_save and dcp.load on several ranks, with FSDP2.
 
 dcp.py DIR [long]    saves, loads into other layouts, fails on one rank, saves again

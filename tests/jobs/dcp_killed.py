@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Saves twice by `dcp.save`, and is killed within the second.
 
 dcp_killed.py DIR commit     right before the manifest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A job whose world may shrink or grow at a restart. Each rank of each start appends what it found to OUT/told.jsonl.
 
     elastic.py DIR OUT TOTAL

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trains many small configurations with and without the engine, and resumes each; writes what differs.
 
     exactness.py WRAPPER[:CAPTURE[:UPDATE]] OUT [OPTIMIZER/]FEATURE...

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ranks without models, one of which fails at one stage of one attempt. Each tells what it sees in OUT/<rank>.jsonl.
 
     failing.py JSON

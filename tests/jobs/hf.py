@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hugging Face's Trainer with checkpoints attached, stopped and started again.
 
     hf.py sweep OUT CASE EVENT:STEP...   stopped by an exception at each of these, and resumed, in one process

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ranks that hold other things under the same names, or are said to hold the same and do not: saved and resumed.
 
     holders.py OUT CASE...      OUT/<rank>.json is {case: [problems]}, for four ranks

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DeepSpeed's own checkpoints, and engines that go on from what was imported of them.
 
 imports.py save OUT CASE...       OUT/<case>/ds: DeepSpeed's; OUT/<case>/ours: a commit of the same moment

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the jobs share: a process group that is torn down in order, and bit-exact comparison of all that a job holds."""
 
 from __future__ import annotations

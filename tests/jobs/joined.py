@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two ranks with uneven inputs under `Join`, then with even ones without. What each met is in OUT/<rank>.txt.
 
 joined.py DIR OUT

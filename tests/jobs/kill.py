@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A job that is killed and started again. Every rank tells what it does in OUT/<rank>.jsonl, one write a line.
 
 kill.py WRAPPER DIR OUT [--total N] [--keep N] [--restore N] [--lr X] [--die-at N]

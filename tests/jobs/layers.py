@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training by layers against plain training, in one job.
 
 layers.py WRAPPER|mutations...     for each wrapper, each rank prints `exact <case>` or `differs <case>` for each case,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A script of Lightning's that is killed and started again. Every rank tells what it does in OUT/<rank>.jsonl.
 
 lit.py DIR OUT [--kind auto|manual|several] [--epochs N] [--accumulate N] [--die-at MICRO_BATCH] [--die-rank R]

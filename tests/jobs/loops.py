@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The blocks of docs/loops.md, as they stand, within what each says that a script has.
 
     loops.py OUT WHICH

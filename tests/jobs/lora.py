@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adapters beside frozen layers: trained with and without checkpoints, and resumed; the frozen layers are merged once.
 
     lora.py OUT WRAPPER...      OUT/<rank>.json is {wrapper: [what is wrong]}; a wrapper is plain, ddp or fsdp2

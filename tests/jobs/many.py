@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Restores, under FSDP2, a checkpoint of many ranks; what it took to plan that goes into OUT/<rank>.jsonl.
 
     many.py DIR OUT RANKS PARAMS WIDTH [FILES]

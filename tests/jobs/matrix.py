@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes checkpoints of one layout (a wrapper on a number of ranks), or restores those of others into one.
 
     matrix.py TASKS OUT

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One small training under every wrapper of torch's, and its state in global form: whole tensors by the user's names.
 
 The global form is got and put in by each framework's own means, with nothing of layerwise_dist: what a restore must be

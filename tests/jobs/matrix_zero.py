@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The training of matrix_wrappers.py around a DeepSpeed engine, ZeRO 0 to 3, and its state in global form."""
 
 from __future__ import annotations

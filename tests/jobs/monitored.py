@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A job in monitor mode. Every rank tells what it does in OUT/<rank>.jsonl, one write a line.
 
     monitored.py WRAPPER DIR OUT [--total N] [--mode M] [--odd NAME] [--timeout S] [--end HOW] [--pause STEP,RANK]

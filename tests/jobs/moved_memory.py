@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A job whose tensors take other memory while they are read in place: in every way, at every moment of an iteration.
 
 moved_memory.py DIR BACKEND MOMENTS [unheld]: prints a line for each way and moment with how many checkpoints were

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a job under mpirun does, by name: mpi.py messages|train|stopped|level DIR OUT [...].
 
 OUT/<rank>.json has the result.

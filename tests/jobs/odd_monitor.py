@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A monitor that is slow, or does one thing wrong, as a test wants it: odd_monitor.py NAME SOCKET MEMORY PID."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """State that an optimizer keeps under strings and in attributes, under every wrapper: cut, resumed and compared.
 
 Arguments: a folder. Each rank writes <rank>.json: what differs, by wrapper.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A job that is told to leave. Every rank tells what it does in OUT/<rank>.jsonl.
 
     preempt.py DIR OUT TOTAL GRACE [stop] [monitor] [workers] [persistent] [asyncio]

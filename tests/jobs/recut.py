@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Saves under one cut, and restores under another; what each rank finds goes into OUT/<rank>.jsonl.
 
 recut.py OUT write          under FSDP2 and DDP, two steps each

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DDP with channels_last convolutions, a frozen layer and batch statistics that differ between ranks; saved and
 resumed.
 

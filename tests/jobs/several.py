@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Several models and optimizers in one attach: trained with and without checkpoints, and resumed from every step.
 
     several.py OUT CASE...      OUT/<rank>.json is {case: [differences]}

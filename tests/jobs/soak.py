@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Commits in a row, and what each rank holds of the system meanwhile; OUT/<rank>.json has it.
 
 soak.py DIR OUT COMMITS

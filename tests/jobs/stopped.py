@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rank 0 stops itself (SIGSTOP) in the middle; rank 1, which needs no collective, tells what each wait of its gives.
 
 stopped.py DIR OUT TIMEOUT

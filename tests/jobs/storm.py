@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A job in a storm: what goes on around it is `tests/kit/soak.py`'s. Each rank tells every step in OUT/<rank>.jsonl.
 
     storm.py DIR OUT TOTAL PAUSE_S

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Starts jobs with torchrun's own agent out of a process that has already imported torch, which takes most of a start.
 
     warm.py [MODULE...]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What each wrapper writes, and what is not taken back: who has which elements, other cuts, refusals.
 
     wrappers.py OUT CASE...      OUT/<rank>.json is {case: [problems]}

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs trials (zero_kit.py) and checks (zero_checks.py) of DeepSpeed engines on all ranks; writes what differs.
 
     zero.py OUT CASE...

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scripts for DeepSpeed that save and load by the engine's own calls; run by zero.py. Each gives what was wrong."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks of DeepSpeed engines that are no trials of a whole training; run by zero.py. Each gives what was wrong."""
 
 from __future__ import annotations

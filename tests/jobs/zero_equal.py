@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DeepSpeed's own Adams and torch's: each goes on from the other's state. REQUIRES: their operators are built."""
 
 from __future__ import annotations

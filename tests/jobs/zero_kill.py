@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trains DeepSpeed engines in one mode after another, and kills a rank once in each; started again, it goes on.
 
     zero_kill.py [--plain] --seed N --out OUT MODE...

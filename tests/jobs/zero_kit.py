@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One small training around one DeepSpeed engine, and the trial: with checkpoints, without, and resumed.
 
 A case is a stage and features joined by ``-``, such as ``2-bf16-clip-accumulate2``.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DeepSpeed with the operator that it loads at the start of each job on a CPU, for jobs that are forked from here.
 
     zero_ready.py       compiles it, if it is not there

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trains a DeepSpeed engine that saves at every update, and kills a rank in the middle of a save, again and again.
 
     zero_saves.py OUT SEED KILLS UPDATES          started by torchrun's agent with --max-restarts KILLS

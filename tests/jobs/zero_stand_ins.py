@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A DeepSpeed engine's LR scheduler and loss scale, and those that a script without an engine names in `state`."""
 
 from __future__ import annotations

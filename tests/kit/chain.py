@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A chain of wide layers that one process trains: with the engine on a disk of any speed, and without it."""
 
 from __future__ import annotations

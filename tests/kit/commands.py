@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The commands that README, docs, docstrings and the heads of scripts tell people to type."""
 
 from __future__ import annotations

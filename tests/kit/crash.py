@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Support for the crash and fault tests: two ranks as threads of one process, and the check of what a crash left.
 
 A `Story` is a list of sessions in one directory of one Env. It keeps what every rank held at every step, so that a

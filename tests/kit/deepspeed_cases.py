@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stages of DeepSpeed with features of an engine and its loop, as tests/jobs/zero.py takes them."""
 
 from __future__ import annotations

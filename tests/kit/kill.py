@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Jobs of `jobs/kill.py` that were killed: what their ranks told, and what must be true of it in the end."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training loops as scripts write them, over data and loaders of every kind; and a trial of one.
 
 Each trial runs a loop once, records everything at every boundary, and then, for every boundary, builds the job anew

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A checkpoint of hundreds of ranks under FSDP2, made without them: headers and states are whole, tensors are holes."""
 
 from __future__ import annotations

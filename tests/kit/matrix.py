@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The matrix of restores: each wrapper on each number of ranks into each other. tests/jobs/matrix.py does the work."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small models whose layers become ready in ways that are easy to get wrong."""
 
 from __future__ import annotations

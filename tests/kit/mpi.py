@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Jobs of `jobs/mpi.py`: how they are started by a real mpirun, and what one that nobody interrupts ends with."""
 
 from __future__ import annotations

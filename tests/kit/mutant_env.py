@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A file system in memory that goes wrong once, where the engine's Python side flushes or renames."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Optimizers that keep state elsewhere than under `state[parameter]`, as people write them; and trainings with one."""
 
 from __future__ import annotations

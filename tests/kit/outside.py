@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoint directories with odd entries, what lies outside of them, and links that come at the worst moment."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an open checkpoint says, held against what each framework says of the same state (tests/jobs/matrix.py)."""
 
 from __future__ import annotations

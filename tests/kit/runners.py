@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Jobs of tests, under torchrun or any other command: none outlives its test, and each wait has a deadline."""
 
 from __future__ import annotations

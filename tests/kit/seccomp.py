@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A real seccomp filter, as source that a child process runs first."""
 
 # io_uring_setup (425) is EPERM from here on; all else is allowed.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the files of shards hold, and whether two ranks or files hold the same."""
 
 from __future__ import annotations

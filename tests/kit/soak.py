@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A storm around a job, until the time is up: a watcher that opens, reads, maps and watches all that there is, a disk
 that fills and empties, and signals to whoever can take them. Nothing may end by itself, nothing may hang, and every
 step of every launch is to the bit what plain training has there.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ranks as threads of one process, before they have a transport."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Values for typed JSON: drawn ones, awkward ones, and what a training has; and when two are the same."""
 
 from __future__ import annotations

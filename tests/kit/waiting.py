@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A job whose disk is as slow as a test wants it, block by block."""
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
 #!/bin/busybox sh
+# SPDX-License-Identifier: Apache-2.0
 # The first process of the virtual machine (see run.sh): makes the two file systems, runs the tests on each, powers off.
 /bin/busybox --install -s /bin
 export PATH=/bin

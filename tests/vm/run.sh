@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # bash tests/vm/run.sh [--long]: the native tests once more on hardware that few machines have, in a virtual machine.
 #
 # One boot runs them twice: on persistent memory (an emulated NVDIMM, ext4 -o dax, the files of NvmEnv) and on an NVMe

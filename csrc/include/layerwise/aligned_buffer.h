@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #ifndef LAYERWISE_ALIGNED_BUFFER_H_
 #define LAYERWISE_ALIGNED_BUFFER_H_
 

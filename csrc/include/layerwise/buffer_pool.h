@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #ifndef LAYERWISE_BUFFER_POOL_H_
 #define LAYERWISE_BUFFER_POOL_H_
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #ifndef LAYERWISE_HUGE_PAGES_H_
 #define LAYERWISE_HUGE_PAGES_H_
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #ifndef LAYERWISE_MAPPED_H_
 #define LAYERWISE_MAPPED_H_
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #ifndef LAYERWISE_MEMORY_HOLD_H_
 #define LAYERWISE_MEMORY_HOLD_H_
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #ifndef LAYERWISE_PLAN_H_
 #define LAYERWISE_PLAN_H_
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #ifndef LAYERWISE_POSIX_ENV_H_
 #define LAYERWISE_POSIX_ENV_H_
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #ifndef LAYERWISE_SHARD_READER_H_
 #define LAYERWISE_SHARD_READER_H_
 

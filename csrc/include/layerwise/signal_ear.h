@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #ifndef LAYERWISE_SIGNAL_EAR_H_
 #define LAYERWISE_SIGNAL_EAR_H_
 

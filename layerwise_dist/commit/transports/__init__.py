@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Transports: how ranks and the coordinator exchange small JSON messages, apart from the job's own communication."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calls between ranks at the start of a session: one listens, others connect, both prove who they are (`proof.py`).
 
 Strangers may call too, and answer in a rank's place. They are sent away; they neither hold up those who belong here nor

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which transport a job gets (`commit.transport`), opened by all ranks together."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What goes over a connection: frames, each a length of four bytes and a JSON array of messages; over the network, and
 its MAC.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TCP connections of one process, served by one thread: frames in, frames out, and the word that one has ended.
 
 A connection is never made again: what was sent on it arrives once and in order, or it ends, and both sides hear of it.

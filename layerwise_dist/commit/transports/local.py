@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Messages inside one process: for a job of one process, and for several ranks as threads of one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Messages over an MPI communicator of the session's own, for jobs that mpirun started (mpi4py, extra ``[mpi]``).
 
 The ranks are a tree (`relay`), each with at most eight below it. After the start every MPI call is made by one thread,

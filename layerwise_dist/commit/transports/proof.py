@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Proof that the other end of a connection belongs to this session, and that what arrives is what it sent, in order.
 
 Both ends know the session's token, and neither ever sends it. Each sends a nonce, and the HMAC (RFC 2104, SHA-256) of

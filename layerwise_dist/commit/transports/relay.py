@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A tree of ranks with rank 0 at the top: what they say is passed up, what rank 0 announces is handed down.
 
 A rank with others below it gathers what they say for a moment, and sends it up in one frame. What comes down it hands

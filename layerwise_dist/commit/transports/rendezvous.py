@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How ranks find each other at the start of a session, and connect.
 
 The only use of the job's process groups: three gathers over the default group (`meet`), on the training thread inside

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Messages between processes over a message store of the session's own, on rank 0, reached by TCP.
 
 The lowest rank of each node keeps one connection to rank 0, and the other ranks of the node one to it. So rank 0 has

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A DeepSpeed engine as a framework: ZeRO's flat masters and optimizer state as named slices, its updates as events."""
 
 from layerwise_dist.frameworks.deepspeed.adapter import DeepSpeedOptimizer

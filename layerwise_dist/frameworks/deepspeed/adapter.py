@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DeepSpeedOptimizer: a DeepSpeed engine's optimizer as capture and restore see it, and the events of its updates."""
 
 from __future__ import annotations

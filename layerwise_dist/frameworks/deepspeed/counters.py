@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a DeepSpeed engine counts and adapts beside the optimizer: steps, samples, loss scale, LR scheduler."""
 
 from __future__ import annotations

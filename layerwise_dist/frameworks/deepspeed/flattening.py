@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DeepSpeed's flat tensors by name: which elements of each parameter lie where in what the inner optimizer updates.
 
 A *unit* (`flat.py`) is one tensor in the inner optimizer's groups: a rank's flat part of a param group (ZeRO-1, 2), of

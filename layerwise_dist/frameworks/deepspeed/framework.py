@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DeepSpeedFramework: an engine's module as layers, and its fp32 masters as slices of the user's parameters."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One param group a layer, so that ZeRO's flat units are as many as layers, and LR schedulers fitted to them."""
 
 from __future__ import annotations

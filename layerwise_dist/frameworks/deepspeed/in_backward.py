@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Updates in the backward: each of ZeRO's units is stepped as soon as its gradient is final, by DeepSpeed's own step.
 
 DeepSpeed reduces gradients in its backward hooks and updates in `engine.step()`. Without clipping and loss scaling,

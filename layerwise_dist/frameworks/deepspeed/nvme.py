@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ZeRO-3 with its optimizer offloaded to NVMe: a unit and its state are in memory only while they are updated.
 
 Here each has a *mirror*, copied right after its update, that is saved in its place and restored into. Mirrors are

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How each ZeRO stage reduces gradients in the backward, and how it steps a part of the model by itself."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What of DeepSpeed is served: which optimizer holds the masters, and a clear refusal of everything else."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model check of the commit: the real decisions, on a simulated clock, network, disk and set of processes.
 
 `Simulation` makes one transition after the other, drawn from a seed: a rank trains on, a disk does one operation, a

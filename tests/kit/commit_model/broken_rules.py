@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The commit with one of its rules broken, in as many ways as it has rules; each is to be found by the model.
 
 A mutant is a subclass that stands for the class of the engine which it derives from, wherever that is named.

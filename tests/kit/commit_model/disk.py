@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A node's disk: a MemoryEnv, which forgets what was not flushed. Any operation may fail, or kill whoever does it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What breaks: disks, processes, connections, power."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What has been written, and what must be left of it: by this the rules are checked."""
 
 from __future__ import annotations

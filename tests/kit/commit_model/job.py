@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One session: its ranks, and the real `Coordinator` with the real `Committer` in rank 0's process."""
 
 from __future__ import annotations

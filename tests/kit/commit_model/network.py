@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The messages between the ranks of a job and the coordinator, which lives in rank 0."""
 
 from __future__ import annotations

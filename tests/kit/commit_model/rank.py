@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One rank's process: the real `Ledger`, a training loop, and the thread that does what the ledger asks for."""
 
 from __future__ import annotations

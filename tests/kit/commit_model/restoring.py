@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A `restore()` in the middle of a job: all wait at one boundary, rank 0 chooses, and all go on from what it chose."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What must hold, checked at the moment at which it could break."""
 
 from __future__ import annotations

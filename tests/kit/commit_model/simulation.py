@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One run of the model, and many: transition after transition, each drawn from all that can happen next."""
 
 from __future__ import annotations

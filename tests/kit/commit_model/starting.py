@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The start of a job: the real start of a session in each place, and what it goes on from."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What all jobs of a run have in common: time, chance, and the nodes with a disk each."""
 
 from __future__ import annotations
