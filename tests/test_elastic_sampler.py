@@ -422,7 +422,7 @@ def test_another_epoch_after_a_restore_gives_the_place_up_and_is_warned_of() -> 
         assert is_whole(other.draw(), order_of(40), world, False)
         doubts = {tap.doubt for tap in other.taps}
         assert doubts == {
-            "set_epoch(0) came after restore(), and the checkpoint stands at sample 8 of epoch 3, of which the rest "
+            "set_epoch(0) came after restore(), and the checkpoint stands at sample 8 of epoch 3; the rest of it "
             "is left out"
         }
     back = Ranks(40, 1, 2).restore(ranks.saved())

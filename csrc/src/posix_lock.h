@@ -12,7 +12,7 @@
 namespace layerwise {
 
 // A lock that lives as long as any copy of its descriptor; forked children close theirs at once. Acquire takes an
-// open-file-description lock (fcntl), Hold one of flock(2), of which a shared one needs no right to write.
+// open-file-description lock (fcntl), Hold one of flock(2); a shared one needs no right to write.
 class PosixFileLock final : public FileLock {
  public:
   // REQUIRES: `roots` outlives the lock.

@@ -240,7 +240,7 @@ def import_(
     What cannot be carried over is listed. Nothing is ever overwritten, and what fails leaves no checkpoint.
 
     All but safetensors are pickles. With --allow-pickle they are read by an unpickler that runs nothing: it takes
-    tensors, plain values, and a fixed list of names, of which it makes nothing; any other name is an error.
+    tensors, plain values, and a fixed list of names, from which it makes nothing; any other name is an error.
 
     layerwise import ds_checkpoints run --allow-pickle --optimizer AdamW
     """

@@ -135,7 +135,7 @@ def _of_another_tool(
 
 
 class _Whole:
-    """A tensor of another tool's checkpoint, of which nothing less than all can be read: held until its end was."""
+    """A tensor of another tool's checkpoint that can be read only as a whole: held until its end was."""
 
     def __init__(self, name: str, found: Found) -> None:
         self._name, self._found = name, found

@@ -97,8 +97,8 @@ class CheckpointCopy:
             self._remove()
 
     def write(self, advance: Advance) -> None:
-        """Every file, flushed. `advance` is told of bytes. Raises DamageError if one is not as long as the manifest
-        says, NotFoundError if the checkpoint was removed, DirectoryError, DeadlineError or OSError.
+        """Every file, flushed. `advance` gets the count of bytes. Raises DamageError if one is not as long as the
+        manifest says, NotFoundError if the checkpoint was removed, DirectoryError, DeadlineError or OSError.
         """
         self._make_dir(self.target)
         try:
@@ -200,7 +200,7 @@ class CheckpointCopy:
                 self._make_dir(path)
 
     def _make_dir(self, path: str) -> None:
-        self._made.append((path, True))  # before: an interruption may come right behind
+        self._made.append((path, True))  # before: an interruption may come right after
         try:
             self._env.make_dir(path, self._dir_mode)
         except FileExistsError:

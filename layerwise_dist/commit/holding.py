@@ -26,7 +26,7 @@ def held(manager: CheckpointMetadataManager, attempt: AttemptId, *, needed: bool
         try:
             lock = manager.hold(attempt)
             break
-        except BlockingIOError:  # it is being removed, or retention looks whether it may be
+        except BlockingIOError:  # it is being removed, or retention is checking whether it may be
             if time.monotonic() >= deadline:
                 path = manager.manifest_path(attempt)
                 raise DeadlineError(

@@ -162,7 +162,7 @@ class Participant:
             self._do(self._ledger.skipped(attempt, reason))
 
     def take_unlike(self) -> set[str]:
-        """Ranks, as text, of which the coordinator has found since that not all have the same optimizer state."""
+        """Ranks, as text, that the coordinator has found not to have the same optimizer state."""
         with self._changed:
             found, self._ledger.unlike = self._ledger.unlike, set()
             return found

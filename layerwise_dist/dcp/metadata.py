@@ -106,7 +106,7 @@ def chunk_slice(
 def index_of(metadata: Metadata, written: Mapping[tuple[str, tuple[int, ...] | None], Written]) -> dict[str, Any]:
     """The value that typed JSON holds; `written` is by key and, of tensors, the chunk's offsets.
 
-    Raises UnsupportedError, naming the key, for a tensor of which no array of elements is saved.
+    Raises UnsupportedError, naming the key, for a tensor that is not saved as an array of elements.
     """
     entries: dict[str, Any] = {}
     for fqn, entry in metadata.state_dict_metadata.items():

@@ -208,7 +208,7 @@ class LayerwiseEngine:
         self._workings.notices.on_commit(callback)
 
     def on_failure(self, callback: OnFailure) -> None:
-        """From now on calls `callback(step, reason)` when a checkpoint is given up, and once with `step` None when
+        """From now on calls `callback(step, reason)` when a checkpoint is discarded, and once with `step` None when
         there will be none any more: all ranks then raise CommitError at one step. A checkpoint that was skipped
         (`when_full`), or that a newer one overtook, is no failure. As `on_commit` otherwise.
         """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a script wants to be told of its checkpoints: each that is committed, and each that failed."""
+"""What a script hears of its checkpoints: each that is committed, and each that failed."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Notices:
                 "close: the callback %s has not ended within %.3g s: it is left behind", self._running, timeout_s
             )
 
-    # -- what is told, on any thread; waits for nothing -----------------------------------------------------------
+    # -- notices, from any thread; waits for nothing -----------------------------------------------------------
 
     def committed(self, seq: int, step: int) -> None:
         """The checkpoint of that attempt of this session is committed."""

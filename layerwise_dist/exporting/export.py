@@ -42,7 +42,7 @@ def export(
     """Writes `out`, which must not be there: a folder, or with "torch" a file. It is flushed and read back before it
     gets its name; whatever ends this earlier leaves nothing.
 
-    `begin(bytes)` gives what is told of the bytes of tensors as they are written. Raises MismatchError,
+    `begin(bytes)` gives what counts the bytes of tensors as they are written. Raises MismatchError,
     UnsupportedError, DamageError, FileExistsError and other OSErrors.
     """
     what: Contents = contents(

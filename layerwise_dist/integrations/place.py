@@ -31,7 +31,7 @@ class Place:
     """Of one loader, from the constructor until `detach`. Belongs to the training thread."""
 
     def __init__(self, loader: Any, name: str) -> None:
-        """Raises UnsupportedError for a loader of which nobody can tell where it stands."""
+        """Raises UnsupportedError for a loader whose position nobody can tell."""
         self._loader = base_of(loader, name)
         self._ahead = self._loader is not loader
         self._tap = LoaderTap(self._loader, name, on_draw=self._drawing)
@@ -74,7 +74,7 @@ def base_of(loader: Any, name: str) -> DataLoader[Any]:
     if f"{kind.__module__}.".startswith("accelerate."):
         if kind.__name__ != "DataLoaderShard":
             raise UnsupportedError(
-                f"loader {name!r} is Accelerate's {kind.__name__}, of which only rank 0 draws for all: set "
+                f"loader {name!r} is Accelerate's {kind.__name__}, from which only rank 0 draws, for all: set "
                 'dispatch_batches to False (accelerator_config={"dispatch_batches": False} of TrainingArguments)'
             )
         base: DataLoader[Any] = loader.base_dataloader

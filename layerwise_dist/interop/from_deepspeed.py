@@ -111,7 +111,7 @@ def _address(place: Inert, folder: str) -> tuple[int, int]:
 def _parts_of_three(
     zero: Sequence[Mapping[str, Any]], shapes: Sequence[Mapping[str, Any]], folder: str
 ) -> dict[str, list[Part]]:
-    """The flat groups of a rank, one behind the other, have its part of each parameter."""
+    """The flat groups of a rank, one after the other, have its part of each parameter."""
     world_size = len(zero)
     lengths = [[each.numel() for each in _flats(state, "fp32_flat_groups", folder)] for state in zero]
     if any(each != lengths[0] for each in lengths):

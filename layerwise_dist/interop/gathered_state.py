@@ -165,7 +165,7 @@ def is_buffer(fqn: str, dtype: torch.dtype, patterns: Iterable[str]) -> bool:
 def unwritable(value: Any, name: str) -> str | None:
     """Why typed JSON cannot hold it, if it cannot."""
     if isinstance(value, Inert):
-        return f"{name}: a {value.kind}, of which only DeepSpeed or its like could make anything"
+        return f"{name}: a {value.kind}, which only DeepSpeed or its like could use"
     try:
         typed_json.dumps(value, path=name)
     except StateError as error:
@@ -184,6 +184,6 @@ def guess_optimizer(groups: Sequence[dict[str, Any]], states: Iterable[Iterable[
     if {"momentum", "dampening", "nesterov"} <= keys:
         return "SGD"
     raise UnsupportedError(
-        f"{source}: it does not say of which class the optimizer was: name it as the job that goes on has it, such as "
+        f"{source}: it does not say which class the optimizer was: name it as the job that goes on has it, such as "
         "--optimizer AdamW"
     )

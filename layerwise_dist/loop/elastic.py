@@ -132,7 +132,7 @@ class Elastic:
             return None
         return (
             f"set_epoch({sampler.epoch}) came after restore(), and the checkpoint stands at sample {at['position']} "
-            f"of epoch {max(snapshot['now']['epochs'].values(), default=0)}, of which the rest is left out"
+            f"of epoch {max(snapshot['now']['epochs'].values(), default=0)}; the rest of it is left out"
         )
 
     def _check_replicas(self, snapshot: LoaderState) -> None:

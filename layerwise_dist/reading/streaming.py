@@ -16,7 +16,7 @@ _AT_ONCE = 64 << 20  # bytes
 
 def stream(shard: Shard, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
     """Of each tensor whose name is `wanted` its elements, verified, as one dimension: a large one in several pieces,
-    one behind the other. No more than 128 MiB are held. Raises DamageError or OSError.
+    one after the other. No more than 128 MiB are held. Raises DamageError or OSError.
     """
     batch: list[tuple[str, torch.Tensor, int, int]] = []
     held = 0

@@ -42,7 +42,7 @@ class Held:
 def look(
     participant: Participant, manager: CheckpointMetadataManager, attempts: Sequence[AttemptId]
 ) -> dict[AttemptId, Held]:
-    """Of these commits, those of which rank 0 can read the manifest. All ranks together; each looks at its own disk."""
+    """Of these commits, those whose manifest rank 0 can read. All ranks together; each looks at its own disk."""
 
     def seen() -> list[list[int]]:
         return [_seen(manager, attempt) for attempt in attempts]

@@ -246,7 +246,7 @@ def _write_array(w: Writer, v: np.ndarray) -> Any:
     return {TAG: "array", "dtype": dtype, "shape": list(v.shape), **w.content(data, data.size)}
 
 
-# torch copies these for every dtype of that size, also for those, such as int4, which it cannot copy
+# torch copies these for every dtype of that size; some of those, such as int4, it cannot copy by their own name
 _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

@@ -18,7 +18,7 @@ class Difference:
 
     `max_abs`: the largest difference of their values; infinite where one of two is. `max_ulps`: how many values of the
     dtype lie between two at most, plus one; 0 for zeros that differ in their sign; None where the dtype is no floating
-    one. `nans`: of these elements, those of which one at least is no number; they count in neither.
+    one. `nans`: of these elements, those where at least one is no number; they count in neither.
     """
 
     elements: int = 0

@@ -40,7 +40,7 @@ class Piece:
     """A slice and this process's tensor that holds it.
 
     `tensor` is a plain tensor, never a DTensor. It has the slice's elements; only where it is not `dense` and the
-    slice is a flat range it is the whole tensor, of which `part` takes the range.
+    slice is a flat range it is the whole tensor, and `part` takes the range.
     `lease` says that it may be read in place until the next update; otherwise it is copied at the boundary.
     `wrapped` says that the optimizer holds it as a DTensor laid out like its parameter.
     """
