@@ -151,6 +151,18 @@ def test_restore_is_measured_from_a_cold_disk_against_other_loaders(tmp_path: Pa
         assert row["bytes"] > 12 * found["parameters"]
 
 
+def test_exports_are_measured_beside_each_tools_own_converter(tmp_path: Path, long: bool) -> None:
+    if not long:
+        pytest.skip("three jobs' imports: --long")
+    found = quick(tmp_path, "export")
+    rows = {row["way"]: row for row in found["results"]}
+    assert set(rows) == {"torch", "dcp-to-torch-save", "hf", "save-pretrained", "zero", "zero-to-fp32"}
+    for row in rows.values():
+        assert set(row["seconds"]) == set(row["bytes_per_s"]) == SPREAD
+        assert row["bytes"] > 4 * found["parameters"]
+        assert (row["ours_to_theirs"] is None) == (row["way"] in ("torch", "hf", "zero"))
+
+
 def test_a_restore_into_another_cut_is_measured_beside_the_same_cut_and_dcp(tmp_path: Path) -> None:
     found = quick(tmp_path, "restore", "--reshard", "2:1")
     rows = {row["way"]: row for row in found["results"]}

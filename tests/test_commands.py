@@ -85,6 +85,10 @@ TABLE: list[tuple[str, str]] = [
         r"layerwise bench restore( DIR)? --reshard( 4:2)?",
         "test_bench.py::test_a_restore_into_another_cut_is_measured_beside_the_same_cut_and_dcp",
     ),
+    (
+        r"layerwise bench export( DIR)?",
+        "test_bench.py::test_exports_are_measured_beside_each_tools_own_converter",
+    ),
     (r"layerwise bench (writer|restore|commit|train) DIR.*", _MINUTES),
     (r"python -c .*", HERE + "test_the_schema_is_printed_as_the_guide_says"),
     (r"python -X faulthandler", _PLACE),

@@ -154,6 +154,28 @@ def restore(
     _finish(run, json, markdown)
 
 
+@app.command("export")
+def export(
+    directory: Dir,
+    params: Params = "34M",
+    rounds: Rounds = 5,
+    quick: Quick = False,
+    json: Json = False,
+    markdown: Markdown = False,
+) -> None:
+    """`layerwise export` against dcp_to_torch_save, save_pretrained and zero_to_fp32."""
+
+    def run(command: str) -> Findings:
+        from layerwise_dist.bench.export import ExportBench, run
+        from layerwise_dist.bench.model import QUICK, SHAPES
+
+        _one_of("--params", params, SHAPES)
+        asked = ExportBench(QUICK if quick else SHAPES[params], rounds=2 if quick else rounds)
+        return run(asked, directory, command)
+
+    _finish(run, json, markdown)
+
+
 @app.command("commit")
 def commit(
     directory: Dir,
