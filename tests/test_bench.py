@@ -163,7 +163,9 @@ def test_exports_are_measured_beside_each_tools_own_converter(tmp_path: Path, lo
         assert (row["ours_to_theirs"] is None) == (row["way"] in ("torch", "hf", "zero"))
 
 
-def test_a_restore_into_another_cut_is_measured_beside_the_same_cut_and_dcp(tmp_path: Path) -> None:
+def test_a_restore_into_another_cut_is_measured_beside_the_same_cut_and_dcp(tmp_path: Path, long: bool) -> None:
+    if not long:
+        pytest.skip("three jobs under torchrun: --long")
     found = quick(tmp_path, "restore", "--reshard", "2:1")
     rows = {row["way"]: row for row in found["results"]}
     assert set(rows) == {"same", "reshard", "dcp-load"} and (found["saved_ranks"], found["ranks"]) == (2, 1)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import shutil
 import signal
@@ -552,7 +553,9 @@ def test_a_signal_ends_a_copy_and_nothing_of_it_stays(tmp_path: Path, number: in
     root, out = tmp_path / "checkpoints", tmp_path / "copy"
     train(root, 1)
     command = [sys.executable, "-c", SLOW, "cp", str(root), str(out)]
-    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    # After `&` a shell lets SIGINT be ignored, and that is inherited.
+    listening = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, preexec_fn=listening)
     try:
         assert job.stderr is not None and job.stderr.readline() == b"here\n"
         assert list(out.rglob("rank_*")) and not list(out.rglob("manifest.json")), "the manifest comes last"

@@ -294,7 +294,7 @@ def test_what_a_wrapper_keeps_fits_only_where_it_is_there_too(tmp_path: Path) ->
 
     bare = around(lambda real: real)
     found = mismatch(WRAPPERS["PostLocalSGD"], bare)
-    assert "the checkpoint's Adam was inside a PostLocalSGDOptimizer, of which it holds ['step']" in found
+    assert "the checkpoint's Adam was inside a PostLocalSGDOptimizer, and it holds ['step']" in found
     found = mismatch(bare, WRAPPERS["PostLocalSGD"])
     assert "PostLocalSGDOptimizer's state_dict() tells ['step'], which the checkpoint does not hold" in found
     found = mismatch(bare, around(Loading))

@@ -45,6 +45,9 @@ class Recorder final : public Env {
   Status Lock(const std::string& path, uint32_t mode, std::unique_ptr<FileLock>*) override {
     return Note("Lock", path, mode);
   }
+  Status Hold(const std::string& path, bool alone, std::unique_ptr<FileLock>*) override {
+    return Note("Hold", path, alone);
+  }
   Status DirectIo(const std::string& dir, std::optional<DirectIoAlignment>* alignment) override {
     *alignment = DirectIoAlignment{8, 16};
     return Note("DirectIo", dir);
@@ -111,6 +114,8 @@ Outcome CallAll(Env* env, Recorder* target) {
   expect("Stat /l", ok && info.size == 7);
   ok = passed(env->Lock("/m", 4, &lock));
   expect("Lock /m 4", ok);
+  ok = passed(env->Hold("/p", true, &lock));
+  expect("Hold /p 1", ok);
   ok = passed(env->DirectIo("/n", &alignment));
   expect("DirectIo /n", ok && alignment && alignment->offset == 16);
   ok = passed(env->FileSystem("/o", &type));

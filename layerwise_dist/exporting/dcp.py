@@ -142,7 +142,7 @@ class _Comparing(LoadPlanner):
         torch.load(value, weights_only=False)  # written by this process, a moment ago
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        return torch.empty(read_item.lengths, dtype=self._sources[read_item.storage_index.fqn][1])
+        return torch.empty(read_item.lengths, dtype=self._sources[read_item.storage_index.fqn][1], device="cpu")
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
         index = read_item.storage_index

@@ -111,7 +111,7 @@ def put_together(
         raise UnsupportedError(f"{source}: {name} has {numel} elements, and the ranks together {at} of them")
 
     def made() -> torch.Tensor:
-        whole = torch.empty(numel, dtype=dtype)
+        whole = torch.empty(numel, dtype=dtype, device="cpu")
         for part in parts:
             row = flat(part.rank, part.group)
             whole[part.begin : part.end] = row[part.start : part.start + part.end - part.begin]

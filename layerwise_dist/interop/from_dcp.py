@@ -69,7 +69,7 @@ def _value(source: str, metadata: Metadata, key: str, entry: Any) -> Any:
         raise DamageError(f"{source}: the chunks of {key} have {covered} elements, it has {torch.Size(shape).numel()}")
 
     def made() -> torch.Tensor:
-        whole = torch.empty(shape, dtype=dtype)
+        whole = torch.empty(shape, dtype=dtype, device="cpu")
         for chunk in entry.chunks:
             index = MetadataIndex(key, chunk.offsets)
             part = loads(*_bytes(source, places.get(index), key))

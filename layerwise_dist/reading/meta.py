@@ -153,10 +153,10 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 def _pattern(tensor: torch.Tensor, number: int) -> torch.Tensor:
     """One of two values that an initialization hardly makes; of a bool there are no others."""
     if tensor.dtype == torch.bool:
-        return torch.tensor(bool(number))
+        return torch.tensor(bool(number), dtype=torch.bool, device="cpu")
     if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
-        return torch.tensor((-0.0380859375, -0.0537109375)[number]).to(tensor.dtype)
-    return torch.tensor((91, 77)[number]).to(tensor.dtype)
+        return torch.tensor((-0.0380859375, -0.0537109375)[number], dtype=torch.float32, device="cpu").to(tensor.dtype)
+    return torch.tensor((91, 77)[number], dtype=torch.int64, device="cpu").to(tensor.dtype)
 
 
 def _fill(tensor: torch.Tensor, pattern: int) -> None:
