@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import re
 from collections.abc import Iterator, Mapping
@@ -35,9 +36,14 @@ def modules(package: Path = PACKAGE) -> dict[str, Path]:
     return found
 
 
+@functools.cache
+def import_statements(text: str) -> list[ast.Import | ast.ImportFrom]:
+    return [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
 def imports(path: Path, known: Mapping[str, Path]) -> Iterator[str]:
     """The modules of the package that a file imports anywhere in it, for its types alone too."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in import_statements(path.read_text()):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE.name:
             base = (node.module or "").partition(".")[2]
             for alias in node.names:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +19,16 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _OPENS = re.compile(r"""[rbf]{0,2}(["'])(?!\1\1)""", re.IGNORECASE)
 
 
+@functools.cache
+def parsed(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
 def torn(text: str) -> Iterator[str]:
     """Adjacent string literals on two lines with no space, and nothing else that parts words, where they meet."""
     lines = text.splitlines()
     seen: set[int] = set()
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(parsed(text)):
         if not isinstance(node, ast.Constant | ast.JoinedStr) or node.end_lineno == node.lineno:
             continue
         if lines[node.lineno - 1][node.col_offset :].lstrip("rRbBfFuU").startswith(('"""', "'''")):
@@ -68,7 +74,7 @@ def test_the_search_finds_what_it_is_for(text: str, finds: bool) -> None:
 def docstrings(path: Path) -> Iterator[tuple[int, list[str]]]:
     text = path.read_text()
     lines = text.splitlines()
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(parsed(text)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             if ast.get_docstring(node) is not None:
                 first = node.body[0]
