@@ -188,10 +188,13 @@ class LayerwiseCheckpoint(Checkpoint):
             raise StateError(f"state[{taken[0]!r}]", "the name is taken by what LayerwiseCheckpoint saves itself")
         optimizers = {f"optimizer{number}": each for number, each in enumerate(trainer.optimizers)}
         one = trainer.optimizers[0] if len(optimizers) == 1 else None
+        overrides = dict(self._overrides)
+        if isinstance(trainer.strategy, DDPStrategy) and not trainer.lightning_module.automatic_optimization:
+            overrides.setdefault("replicas", "apart")  # with manual optimization Lightning's DDP broadcasts no buffers
         try:
             engine = attach(
                 trainer.strategy.model, one, self._config, optimizers=optimizers if one is None else None,
-                state=objects | self._state, fresh=self._fresh, **self._overrides,
+                state=objects | self._state, fresh=self._fresh, **overrides,
             )  # fmt: skip
         except BaseException:
             tap.detach()
