@@ -86,7 +86,7 @@ TABLE: list[tuple[str, str]] = [
         "test_bench.py::test_a_restore_into_another_cut_is_measured_beside_the_same_cut_and_dcp",
     ),
     (
-        r"layerwise bench export( DIR)?",
+        r"layerwise bench export( DIR.*)?",
         "test_bench.py::test_exports_are_measured_beside_each_tools_own_converter",
     ),
     (r"layerwise bench (writer|restore|commit|train) DIR.*", _MINUTES),
@@ -128,7 +128,7 @@ TABLE: list[tuple[str, str]] = [
         "test_deepspeeds_own_save_names_a_checkpoint_without_the_killed_ranks_part_and_this_one_does_not",
     ),
     (
-        r"python -m layerwise_dist\.bench\.(commit|train|reshard)_worker .*",
+        r"python -m layerwise_dist\.bench\.(commit|train|reshard|export)_worker .*",
         "`layerwise bench` starts it, in test_bench.py",
     ),
     (r"python -m layerwise_dist\.monitor SOCKET MEMORY PID", "a training process starts it, in test_monitor.py"),
