@@ -135,6 +135,22 @@ def test_what_was_exported_is_imported_bit_for_bit(trained: tuple[Path, Net, Any
     )
 
 
+def test_a_file_of_one_group_says_by_its_order_which_number_is_whose(tmp_path: Path) -> None:
+    """`0.bias` sorts before `0.weight`, and the optimizer numbers the weight first."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    optimizer = torch.optim.AdamW(model.parameters())
+    with lwd.attach(model, optimizer, dir=str(tmp_path / "run")) as ckpt:
+        for _ in ckpt.steps(2):
+            model(torch.randn(5, 3)).sum().backward()
+            optimizer.step()
+    assert call("export", tmp_path / "run", tmp_path / "out.pt", "--format", "torch")[0] == 0
+    assert list(torch.load(tmp_path / "out.pt")["model"]) == [name for name, _ in model.named_parameters()]
+    code, said = call("import", tmp_path / "out.pt", tmp_path / "back", "--allow-pickle", "--optimizer", "AdamW")
+    assert code == 0, said
+    with lwd.open_checkpoint(tmp_path / "run") as before, lwd.open_checkpoint(tmp_path / "back") as after:
+        assert differing({name: after[name][...] for name in after}, {name: before[name][...] for name in before}) == []
+
+
 def test_safetensors_reads_weights_in_files_of_the_size_that_was_asked_for(
     trained: tuple[Path, Net, Any], tmp_path: Path
 ) -> None:

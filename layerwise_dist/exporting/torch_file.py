@@ -24,7 +24,12 @@ def write(path: Path, contents: Contents, *, advance: Callable[[int], None]) -> 
         value = weight.whole()
         model |= dict.fromkeys((weight.key, *weight.tied), value)
         advance(weight.nbytes)
-    made: dict[str, Any] = {"model": dict(sorted(model.items()))}
+    # Parameters in the order in which the optimizer numbers them, as in a state_dict() of torch's own: whoever has this
+    # file alone can tell which number is whose.
+    groups = (group for each in contents.optimizers.values() for group in each.groups)
+    order = {fqn: at for at, fqn in enumerate(fqn for group in groups for fqn in group["params"])}
+    ordered = sorted(model.items(), key=lambda item: (order.get(item[0], len(order)), item[0]))
+    made: dict[str, Any] = {"model": dict(ordered)}
     found = {name: _state_dict(each, advance) for name, each in contents.optimizers.items()}
     if found:
         made["optimizer"] = next(iter(found.values())) if len(found) == 1 else found
