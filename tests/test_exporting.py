@@ -374,6 +374,19 @@ def test_from_pretrained_computes_the_same_logits_to_the_bit(tmp_path: Path, kin
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, bare.eval()(tokens).logits)
 
+    # And back: trained on by hand, saved as transformers does, imported, loaded.
+    by_hand = torch.optim.AdamW(other.parameters(), lr=0.01)
+    other.train()(tokens, labels=tokens).loss.backward()
+    by_hand.step()
+    other.eval().save_pretrained(tmp_path / "on")
+    code, said = call("import", tmp_path / "on", tmp_path / "back")
+    assert code == 0, said
+    again = language_model(kind, tied).eval()
+    lwd.load(again, tmp_path / "back")
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, other(tokens).logits)
+        assert not torch.equal(again(tokens).logits, model(tokens).logits)
+
 
 @pytest.mark.quick
 def test_a_tied_weight_goes_under_the_key_that_the_architecture_keeps() -> None:
