@@ -6,15 +6,12 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
 from layerwise_dist.cli.catalogue import WrongUsage
 from layerwise_dist.cli.console import Answer, row, size, table
+from layerwise_dist.cli.progress import bytes_bar
 from layerwise_dist.units import parse_number
 
 FORMATS: dict[str, Literal["hf", "dcp", "torch"]] = {"hf": "hf", "dcp": "dcp", "torch": "torch"}
@@ -45,10 +42,11 @@ def export(
     except ValueError as error:
         raise WrongUsage(f"--max-shard-size: {error}") from None
     began = time.monotonic()
-    with open_checkpoint(directory, step, tag) as ckpt, _progress() as begin:
+    with open_checkpoint(directory, step, tag) as ckpt, contextlib.ExitStack() as bar:
         made = export(
             ckpt, out, FORMATS[kind], model=model, rename=renames or None, dtype=DTYPES[dtype] if dtype else None,
-            weights_only=weights_only, max_shard_bytes=most, like=Path(like) if like else None, begin=begin,
+            weights_only=weights_only, max_shard_bytes=most, like=Path(like) if like else None,
+            begin=lambda total: bar.enter_context(bytes_bar("exporting", total)),
         )  # fmt: skip
         found = {"step": ckpt.step, "tag": ckpt.tag, "dir": os.path.dirname(ckpt.path)}
     seconds = time.monotonic() - began
@@ -70,17 +68,3 @@ def _pair(text: str) -> tuple[str, str]:
     if not equals:
         raise WrongUsage(f"--rename {text}: expected OLD=NEW, the beginnings of names there and here")
     return old, new
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int], Callable[[int], None]]]:
-    """A bar on standard error while a person watches; it is gone when the result is printed."""
-    console = Console(stderr=True)
-    columns = (TextColumn("exporting"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-
-        def begin(total: int) -> Callable[[int], None]:
-            task = progress.add_task("export", total=total)
-            return lambda nbytes: progress.update(task, advance=nbytes)
-
-        yield begin

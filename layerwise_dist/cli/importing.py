@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console, RenderableType
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.console import RenderableType
 
 from layerwise_dist.cli.catalogue import WrongUsage
 from layerwise_dist.cli.console import Answer, row, size, table
+from layerwise_dist.cli.progress import bytes_bar
 from layerwise_dist.errors import DirectoryError, NotFoundError, OwnerError
 
 _LISTED = 20
@@ -35,7 +33,7 @@ def import_checkpoint(source: str, directory: str, *, names: str | None, **optio
             )
         kind, found = read(source, wanted)
         nbytes = sum(part.nbytes for part, _ in found.slices())
-        with _progress(nbytes) as advance:
+        with bytes_bar("importing", nbytes) as advance:
             folder = write(found, directory, wanted, advance)
     except (NotFoundError, DirectoryError, OwnerError) as error:
         raise WrongUsage(str(error)) from None
@@ -61,13 +59,3 @@ def import_checkpoint(source: str, directory: str, *, names: str | None, **optio
         parts.append(f"and {len(found.notes) - _LISTED} more: --json lists them")
     parts.append("random numbers are not in any of these formats: the job that goes on begins with those of seed 0")
     return Answer(data, parts, good=True)
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error while a person watches; it is gone when the result is printed."""
-    console = Console(stderr=True)
-    columns = (TextColumn("importing"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("import", total=total)
-        yield lambda nbytes: progress.update(task, advance=nbytes)
