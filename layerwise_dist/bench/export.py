@@ -7,10 +7,8 @@ import contextlib
 import gc
 import importlib.util
 import io
-import json
 import os
 import shutil
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -20,12 +18,11 @@ from typing import Any
 
 from layerwise_dist.bench import machine
 from layerwise_dist.bench.cold import make_cold
-from layerwise_dist.bench.failure import BenchFailed
 from layerwise_dist.bench.figures import Chart, Findings, Spread
+from layerwise_dist.bench.launching import launch
 from layerwise_dist.bench.model import GPT, Shape
 from layerwise_dist.bench.progress import bar
 from layerwise_dist.bench.workplace import workplace
-from layerwise_dist.supervision.processes import running
 from layerwise_dist.units import size
 
 
@@ -69,19 +66,10 @@ def run(bench: ExportBench, directory: str, command: str) -> Findings:
 
 def _make(bench: ExportBench, folder: Path, *, deepspeed: bool) -> None:
     spec = {"shape": asdict(bench.shape), "folder": str(folder), "deepspeed": deepspeed}
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m",
-        "layerwise_dist.bench.export_worker", json.dumps(spec),
-    ]  # fmt: skip
-    errors = folder / "errors.txt"
-    with open(errors, "wb") as file, running(command, file, {}) as job:
-        assert job.stdout is not None
-        for _ in job.stdout:
-            pass
-        code = job.wait()
-    if code != 0:
-        tail = errors.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
-        raise BenchFailed("\n".join([f"the job that makes the state ended with exit code {code}:", *tail]))
+    launch(
+        "export_worker", spec, folder, what="the job that makes the state", ranks=1, environment={},
+        heard=lambda what: None,
+    )  # fmt: skip
 
 
 def _measure(way: _Way, folder: Path) -> tuple[float, int]:

@@ -3,21 +3,18 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from layerwise_dist.bench import machine
-from layerwise_dist.bench.failure import BenchFailed
 from layerwise_dist.bench.figures import Chart, Findings, Spread
+from layerwise_dist.bench.launching import launch
 from layerwise_dist.bench.model import Shape
 from layerwise_dist.bench.progress import Bar, bar
-from layerwise_dist.bench.reshard_worker import MARK, WAYS
+from layerwise_dist.bench.reshard_worker import WAYS
 from layerwise_dist.bench.workplace import workplace
-from layerwise_dist.supervision.processes import running
 from layerwise_dist.units import size
 
 
@@ -49,21 +46,16 @@ def run(bench: ReshardBench, directory: str, command: str) -> Findings:
 def _launch(bench: ReshardBench, do: str, ranks: int, folder: Path, progress: Bar) -> list[dict[str, Any]]:
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)
     spec = {"do": do, "shape": asdict(bench.shape), "rounds": bench.rounds, "saved": bench.saved, "folder": str(folder)}
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m",
-        "layerwise_dist.bench.reshard_worker", json.dumps(spec),
-    ]  # fmt: skip
-    errors, said = folder / "errors.txt", []
-    with open(errors, "wb") as file, running(command, file, {"OMP_NUM_THREADS": str(threads)}) as job:
-        assert job.stdout is not None
-        for line in job.stdout:
-            if line.startswith(MARK):
-                said.append(json.loads(line[len(MARK) :]))
-                progress.advance()
-        code = job.wait()
-    if code != 0:
-        tail = errors.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
-        raise BenchFailed("\n".join([f"{ranks} ranks that {do} ended with exit code {code}:", *tail]))
+    said: list[dict[str, Any]] = []
+
+    def take(what: dict[str, Any]) -> None:
+        said.append(what)
+        progress.advance()
+
+    launch(
+        "reshard_worker", spec, folder, what=f"{ranks} ranks that {do}", ranks=ranks,
+        environment={"OMP_NUM_THREADS": str(threads)}, heard=take,
+    )  # fmt: skip
     return said
 
 

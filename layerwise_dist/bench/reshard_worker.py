@@ -21,10 +21,10 @@ import torch.distributed as dist
 import layerwise_dist as lwd
 from layerwise_dist.bench.cold import make_cold
 from layerwise_dist.bench.failure import BenchFailed
+from layerwise_dist.bench.launching import tell
 from layerwise_dist.bench.model import Shape, windows
 from layerwise_dist.bench.trainings import Training
 
-MARK = "@layerwise-bench "
 WAYS = ("same", "reshard", "dcp-load")
 _GROUP_TIMEOUT = datetime.timedelta(seconds=300)
 
@@ -100,7 +100,7 @@ def main() -> None:
                 for way in WAYS:
                     seconds = _load(training, folder, way, spec["saved"])
                     if dist.get_rank() == 0:
-                        print(MARK + json.dumps({"round": number, "way": way, "seconds": seconds}), flush=True)
+                        tell({"round": number, "way": way, "seconds": seconds})
     finally:
         training.close()
         dist.destroy_process_group()

@@ -7,9 +7,7 @@ after each block with them, and a block's figure is its mean step over the mean 
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,13 +15,12 @@ from statistics import fmean
 from typing import Any
 
 from layerwise_dist.bench import machine
-from layerwise_dist.bench.failure import BenchFailed
 from layerwise_dist.bench.figures import Chart, Findings, Spread
+from layerwise_dist.bench.launching import launch
 from layerwise_dist.bench.model import Shape
 from layerwise_dist.bench.progress import Bar, bar
-from layerwise_dist.bench.train_worker import MARK, modes_of
+from layerwise_dist.bench.train_worker import modes_of
 from layerwise_dist.bench.workplace import workplace
-from layerwise_dist.supervision.processes import running
 from layerwise_dist.units import size
 
 _RAW_BYTES = 512 << 20
@@ -109,21 +106,12 @@ def _launch(bench: TrainBench, folder: Path, heard: _Heard) -> None:
         "rounds": bench.rounds, "modes": list(bench.modes), "quick": bench.quick, "threads": threads,
         "folder": str(folder), "disk_bytes": _RAW_BYTES, "deepspeed": bench.deepspeed,
     }  # fmt: skip
-    launcher = [sys.executable]
-    if bench.ranks > 1 or bench.deepspeed is not None:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={bench.ranks}"]
-    command = [*launcher, "-m", "layerwise_dist.bench.train_worker", json.dumps(spec)]
     environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
-    errors = folder / "errors.txt"
-    with open(errors, "wb") as file, running(command, file, environment) as job:
-        assert job.stdout is not None
-        for line in job.stdout:
-            if line.startswith(MARK):
-                heard.take(json.loads(line[len(MARK) :]))
-        code = job.wait()
-    if code != 0:
-        tail = errors.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
-        raise BenchFailed("\n".join([f"the training ended with exit code {code}:", *tail]))
+    together = bench.ranks > 1 or bench.deepspeed is not None
+    launch(
+        "train_worker", spec, folder, what="the training", ranks=bench.ranks if together else None,
+        environment=environment, heard=heard.take,
+    )  # fmt: skip
 
 
 class _Figures:

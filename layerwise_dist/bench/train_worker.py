@@ -25,13 +25,13 @@ import torch.distributed as dist
 
 from layerwise_dist.bench import memory
 from layerwise_dist.bench.deepspeed_modes import DEEPSPEED_MODES
+from layerwise_dist.bench.launching import tell
 from layerwise_dist.bench.model import Shape, windows
 from layerwise_dist.bench.modes import MODES, Mode
 from layerwise_dist.bench.raw import RawFile
 from layerwise_dist.bench.trainings import DeepSpeedTraining, Training
 from layerwise_dist.commit.transports.rendezvous import over_default_group
 
-MARK = "@layerwise-bench "
 _PR_SET_PDEATHSIG = 1
 _RECORD_BYTES = 1 << 20  # of what a rank has measured in a block: some 20 bytes a step
 _GROUP_TIMEOUT = datetime.timedelta(seconds=120)
@@ -160,7 +160,7 @@ class Worker:
 
     def _say(self, what: dict[str, Any]) -> None:
         if self._rank == 0:
-            print(MARK + json.dumps(what), flush=True)
+            tell(what)
 
     def close(self) -> None:
         self._training.close()

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The jobs that a benchmark starts, and what their rank 0 says: lines of JSON after a mark on standard output."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from layerwise_dist.bench.failure import BenchFailed
+from layerwise_dist.supervision.processes import running
+
+_MARK = "@layerwise-bench "
+_SHOWN = 15  # lines of what a job that failed has said
+
+
+def tell(what: object) -> None:
+    """Of a worker: to the benchmark."""
+    print(_MARK + json.dumps(what), flush=True)
+
+
+def launch(
+    module: str, spec: Mapping[str, Any], folder: Path, *, what: str, ranks: int | None,
+    environment: Mapping[str, str], heard: Callable[[Any], None],
+) -> None:  # fmt: skip
+    """Runs a module of this room with `spec` as its argument, under torchrun with so many ranks, or alone with None.
+    `heard` gets what it tells, as it comes. Its standard error goes into a file in `folder`.
+
+    Raises BenchFailed, which says `what` and shows the end of that file, if the job fails.
+    """
+    launcher = [sys.executable]
+    if ranks is not None:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [*launcher, "-m", f"layerwise_dist.bench.{module}", json.dumps(spec)]
+    errors = folder / "errors.txt"
+    with open(errors, "wb") as file, running(command, file, environment) as job:
+        assert job.stdout is not None
+        for line in job.stdout:
+            if line.startswith(_MARK):
+                heard(json.loads(line[len(_MARK) :]))
+        code = job.wait()
+    if code != 0:
+        tail = errors.read_text(encoding="utf-8", errors="replace").splitlines()[-_SHOWN:]
+        raise BenchFailed("\n".join([f"{what} ended with exit code {code}:", *tail]))
