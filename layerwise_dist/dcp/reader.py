@@ -23,6 +23,7 @@ from layerwise_dist.commit.records import OF_DCP
 from layerwise_dist.commit.shards import open_shard
 from layerwise_dist.dcp import trained
 from layerwise_dist.dcp.metadata import Place, lacking, metadata_of, read_state
+from layerwise_dist.dcp.place import InDirectory
 from layerwise_dist.dcp.trained import Value
 from layerwise_dist.errors import ConfigError, DamageError, MismatchError, NotFoundError
 from layerwise_dist.interop.one_commit import check_names, root_of
@@ -40,7 +41,7 @@ _READERS = 4  # threads
 _AT_ONCE_BYTES = 256 << 20
 
 
-class LayerwiseReader(StorageReader):
+class LayerwiseReader(InDirectory, StorageReader):
     """A `StorageReader` for `dcp.load`, of what `dcp.save` wrote with a `LayerwiseWriter`, and of a training's
     checkpoints: those are `{"model": ..., "optim": ..., "step": ...}` in the layout of `get_state_dict`. Every block
     that is read is verified before a byte of it is copied.
@@ -70,24 +71,10 @@ class LayerwiseReader(StorageReader):
         self._found: _Commit | None = None
         self._load_id = ""
 
-    @property
-    def checkpoint_id(self) -> str | os.PathLike[str]:
-        """The directory."""
-        return self._root
-
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         self._close()
         if checkpoint_id is not None:
             self._root = root_of(checkpoint_id)
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether it is a path of a file system."""
-        try:
-            root_of(checkpoint_id)
-        except (ConfigError, TypeError):
-            return False
-        return True
 
     # No `**kwargs`: DCP would take it as an offer to read what one rank alone has saved.
     def read_metadata(self, *args: Any, **options: Any) -> Metadata:

@@ -21,6 +21,7 @@ from layerwise_dist.commit.metadata import Inventory
 from layerwise_dist.commit.records import OF_DCP
 from layerwise_dist.dcp.items import check_objects, jobs, objects, resolved
 from layerwise_dist.dcp.metadata import FORMAT, Written, index_of
+from layerwise_dist.dcp.place import InDirectory
 from layerwise_dist.errors import ConfigError, DirectoryError, UnsupportedError
 from layerwise_dist.interop.one_commit import OneCommit, check_names, root_of
 from layerwise_dist.interop.one_shard import OneShard
@@ -83,7 +84,7 @@ def _end_what_is_over(root: str) -> None:
             before.end()
 
 
-class LayerwiseWriter(StorageWriter):
+class LayerwiseWriter(InDirectory, StorageWriter):
     """A `StorageWriter` for `dcp.save` and `dcp.async_save`.
 
     Each save is a checkpoint of its own in one directory, hashed, flushed and committed in two phases: after a crash,
@@ -124,25 +125,11 @@ class LayerwiseWriter(StorageWriter):
             "would: use AsyncCheckpointerType.THREAD, the default"
         )
 
-    @property
-    def checkpoint_id(self) -> str | os.PathLike[str]:
-        """The directory."""
-        return self._root
-
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Of a save before this one that failed nothing is left. Raises ConfigError."""
         self._open.end()
         if checkpoint_id is not None:
             self._root = root_of(checkpoint_id)
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether it is a path of a file system."""
-        try:
-            root_of(checkpoint_id)
-        except (ConfigError, TypeError):
-            return False
-        return True
 
     def storage_meta(self) -> StorageMeta | None:
         return StorageMeta(checkpoint_id=self._root, save_id=self._save_id)
