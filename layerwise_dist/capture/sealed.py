@@ -78,17 +78,10 @@ class Sealer:
         self.put_extra_states(sealed)
 
     def put_extra_states(self, sealed: SealedState) -> None:
-        for name, module in self._framework.extra_states():
-            if name in sealed["extra_state"]:
-                try:
-                    module.set_extra_state(sealed["extra_state"][name])
-                except Exception as error:  # of the module's own code
-                    raise StateError(
-                        f"state['extra_state'][{name!r}]",
-                        f"{type(module).__qualname__} does not take back what the checkpoint holds: "
-                        f"{type(error).__name__}: {error}; what was loaded before it, parameters and optimizer state "
-                        "too, is undefined",
-                    ) from error
+        self._framework.put_extra_states(
+            sealed["extra_state"], "state['extra_state']",
+            "what was loaded before it, parameters and optimizer state too, is undefined",
+        )  # fmt: skip
 
     def _aliases(self) -> dict[str, list[str]]:
         """Further names of tied parameters, looked for again when the parameters are others."""

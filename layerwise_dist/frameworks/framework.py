@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerwise_dist.errors import UnsupportedError
+from layerwise_dist.errors import StateError, UnsupportedError
 from layerwise_dist.frameworks.names import CleanNames, check_unique, join
 from layerwise_dist.frameworks.parts import Parts
 from layerwise_dist.frameworks.subclasses import inside, stands_for_others
@@ -248,6 +248,19 @@ class Framework:
     def extra_states(self) -> list[tuple[str, nn.Module]]:
         """Modules that define `get_extra_state()`, as `follow` has found them."""
         return self._tree.extra_states
+
+    def put_extra_states(self, saved: Mapping[str, Any], named: str, after: str) -> None:
+        """Raises StateError for a module that does not take its own back, called `named`; `after`: what that leaves."""
+        for name, module in self.extra_states():
+            if name in saved:
+                try:
+                    module.set_extra_state(saved[name])
+                except Exception as error:  # of the module's own code
+                    raise StateError(
+                        f"{named}[{name!r}]",
+                        f"{type(module).__qualname__} does not take back what the checkpoint holds: "
+                        f"{type(error).__name__}: {error}; {after}",
+                    ) from error
 
 
 def put_gradient(param: torch.Tensor, present: bool) -> None:

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from layerwise_dist.commit.agreement import Agreeing, together
-from layerwise_dist.errors import DamageError, StateError, UnsupportedError
+from layerwise_dist.errors import DamageError, UnsupportedError
 from layerwise_dist.frameworks.compiled import without_compiled_wrapper
 from layerwise_dist.frameworks.deepspeed import DeepSpeedFramework, is_engine
 from layerwise_dist.frameworks.detect import adapt, detect
@@ -234,13 +234,4 @@ class _Loading:
             adapter.adopt(loading.states, sealed["optimizer"], loading.lacking_fqns)
         elif adapter is not None:
             adapter.keep(sealed["optimizer"], loading.lacking_fqns)
-        for name, module in framework.extra_states():
-            if name in sealed["extra_state"]:
-                try:
-                    module.set_extra_state(sealed["extra_state"][name])
-                except Exception as error:  # of the module's own code
-                    raise StateError(
-                        f"extra_state[{name!r}]",
-                        f"{type(module).__qualname__} does not take back what the checkpoint holds: "
-                        f"{type(error).__name__}: {error}; what was loaded before it stays",
-                    ) from error
+        framework.put_extra_states(sealed["extra_state"], "extra_state", "what was loaded before it stays")
