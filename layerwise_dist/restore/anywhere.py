@@ -135,10 +135,8 @@ class Fitting:
             if name is None:
                 self._missing.append(part.name)
                 continue
-            if self._pass_unfit and (unfit := self._unfit(part, name)):
-                self._fit.unfit[part.name] = unfit
-                self._used.update((name, *self._states_of(name)))
-                self._missing.append(part.name)
+            if self._passed_by(part, name):
+                self._used.update(self._states_of(name))
                 continue
             if part.fqn == view.fqn and name in self._used:
                 self._problems.append(f"{part.name}: in the checkpoint it is one parameter with another, {name}")
@@ -156,6 +154,16 @@ class Fitting:
             f"the model {wanted.dtype}{list(wanted.global_shape)}"
         )
 
+    def _passed_by(self, wanted: Slice, name: str) -> bool:
+        """Whether it is as one that the checkpoint has not, since that has it in another shape."""
+        unfit = self._unfit(wanted, name) if self._pass_unfit else None
+        if unfit is None:
+            return False
+        self._fit.unfit[wanted.name] = unfit
+        self._used.add(name)
+        self._missing.append(wanted.name)
+        return True
+
     def _states_of(self, name: str) -> list[str]:
         fqn = name.split("/", 1)[1]
         return [f"{kind}/{fqn}" for kind in self._whole.state_kinds.get(fqn, ())]
@@ -168,10 +176,7 @@ class Fitting:
         if part.name not in self._whole.tensors:
             self._missing.append(part.name)
             return
-        if self._pass_unfit and (unfit := self._unfit(part, part.name)):
-            self._fit.unfit[part.name] = unfit
-            self._used.add(part.name)
-            self._missing.append(part.name)
+        if self._passed_by(part, part.name):
             return
         # Rank 0 looks for all: it is the one that tells.
         if self._framework.rank == 0 and self._whole.differs(part.name):

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -29,6 +29,16 @@ class RankPart:
 
     entries: Entries
     sealed: SealedState
+
+
+def state_kinds(names: Iterable[str]) -> dict[str, list[str]]:
+    """Of tensors called `<kind>/<fqn>`, the kinds of optimizer state, by the parameter's fqn."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        kind, fqn = name.split("/", 1)
+        if kind not in OF_MODEL:
+            found.setdefault(fqn, []).append(kind)
+    return found
 
 
 def read(shards: Sequence[Shard], framework: str) -> RankPart:

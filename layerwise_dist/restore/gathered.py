@@ -205,12 +205,7 @@ class Gathered:
     @cached_property
     def state_kinds(self) -> dict[str, list[str]]:
         """Kinds of optimizer state that are tensors, by the parameter's fqn."""
-        found: dict[str, list[str]] = {}
-        for name in self.tensors:
-            kind, fqn = name.split("/", 1)
-            if kind not in contents.OF_MODEL:
-                found.setdefault(fqn, []).append(kind)
-        return found
+        return contents.state_kinds(self.tensors)
 
     def spans(self, name: str, wanted: Slice) -> list[ByteRange]:
         """As `GatheredTensor.spans`."""

@@ -24,12 +24,11 @@ from layerwise_dist.restore import contents
 from layerwise_dist.restore.holdings import Holdings
 from layerwise_dist.restore.reslice import run_of
 from layerwise_dist.restore.states import States, pack, unpack
-from layerwise_dist.restore.whole import blocks_of
+from layerwise_dist.restore.whole import SMALL_BYTES, blocks_of
 from layerwise_dist.storage import strict_json
 from layerwise_dist.storage.reader import Entry, Shard
 from layerwise_dist.tensors.slices import ranks_of
 
-SMALL_BYTES = 64 << 10  # of a tensor that is compared by its bytes
 FILES_A_RANK = 2  # of a saved rank: its shard, and its base
 ROW = 5  # numbers: the tensor, the file, where it begins in it, the first element, how many
 

@@ -11,8 +11,7 @@ from typing import Protocol
 
 from layerwise_dist import _native
 from layerwise_dist.errors import DamageError
-from layerwise_dist.storage.odd import oddity
-from layerwise_dist.storage.reader import Blocks, Shard, read_verified
+from layerwise_dist.storage.reader import Blocks, Shard, open_file, read_verified
 
 Span = tuple[int, int, int]
 
@@ -60,16 +59,7 @@ class Files:
         if self._last is not None and self._last[0] == path:
             return self._last[1]
         self._last = None
-        try:
-            reader = _native.ShardReader(self._env, self._pool, path)
-        except (FileNotFoundError, NotADirectoryError):
-            raise DamageError(f"shard {path}: the file is missing") from None
-        except OSError as error:
-            if (what := oddity(error, path)) is not None:
-                raise DamageError(f"shard {what}") from None
-            raise
-        if reader.size != nbytes:
-            raise DamageError(f"shard {path}: is {reader.size} bytes long, the manifest says {nbytes}")
+        reader = open_file(self._env, self._pool, path, nbytes)
         self._last = path, reader
         return reader
 

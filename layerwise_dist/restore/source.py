@@ -9,7 +9,7 @@ from typing import Protocol
 from layerwise_dist.errors import MismatchError
 from layerwise_dist.loop.sealed import SealedState
 from layerwise_dist.restore.planner import ByteRange, replan
-from layerwise_dist.restore.whole import SavedTensor, Whole, first_unlike
+from layerwise_dist.restore.whole import Whole, first_unlike
 from layerwise_dist.tensors.slices import Slice, ranks_text
 
 
@@ -72,13 +72,8 @@ class ReadAlone:
             if len(found) > 1 and needed(name.split("/", 1)[0])
         }
         mine = sorted(several)[self._rank :: self._world_size]
-        refuse(first_unlike({name: several[name] for name in mine}))
-
-
-def refuse(unlike: Mapping[str, tuple[SavedTensor, SavedTensor]]) -> None:
-    """Raises MismatchError for the first, if there is one."""
-    for name, (one, other) in unlike.items():
-        raise MismatchError(unlike_words(name, one.ranks, other.ranks))
+        for name, (one, other) in first_unlike({name: several[name] for name in mine}).items():
+            raise MismatchError(unlike_words(name, one.ranks, other.ranks))
 
 
 def unlike_words(name: str, one: Sequence[int], other: Sequence[int]) -> str:

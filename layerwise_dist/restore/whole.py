@@ -22,7 +22,7 @@ from layerwise_dist.tensors.pieces import DTYPES
 from layerwise_dist.tensors.slices import ITEM_BYTES, Slice
 
 _COMPARED_BYTES = 64 << 20  # of two replicas, at once
-_SMALL_BYTES = 64 << 10  # of a tensor that is read together with others
+SMALL_BYTES = 64 << 10  # of a tensor that is compared by its bytes, read together with others
 _NOTHING_READ: Mapping[int, torch.Tensor] = {}
 
 
@@ -99,12 +99,7 @@ class Whole:
     @cached_property
     def state_kinds(self) -> dict[str, list[str]]:
         """Kinds of optimizer state that are tensors, by the parameter's fqn."""
-        found: dict[str, list[str]] = {}
-        for name in self.tensors:
-            kind, fqn = name.split("/", 1)
-            if kind not in contents.OF_MODEL:
-                found.setdefault(fqn, []).append(kind)
-        return found
+        return contents.state_kinds(self.tensors)
 
 
 def read_all(tensors: Sequence[SavedTensor]) -> dict[int, torch.Tensor]:
@@ -150,7 +145,7 @@ def first_unlike(copies: Mapping[str, Sequence[SavedTensor]]) -> dict[str, tuple
     """Of each name whose copies are not all equal, the first and one that differs. Raises DamageError or OSError."""
     pairs = [(name, found[0], other) for name, found in copies.items() for other in found[1:]]
     unsure = [each for each in pairs if not surely_equal(each[1], each[2])]
-    small = read_all([tensor for _, *pair in unsure for tensor in pair if tensor.nbytes <= _SMALL_BYTES])
+    small = read_all([tensor for _, *pair in unsure for tensor in pair if tensor.nbytes <= SMALL_BYTES])
     found: dict[str, tuple[SavedTensor, SavedTensor]] = {}
     for name, one, other in unsure:
         if name not in found and not equal(one, other, small):

@@ -24,6 +24,23 @@ _BLOCKS_AT_ONCE = 4096  # of a verification
 _DESCRIBED = 100  # bad blocks of one
 
 
+def open_file(env: _native.Env, pool: _native.WriterPool, path: str, nbytes: int) -> _native.ShardReader:
+    """A file of a commit, as long as the manifest says. Raises DamageError (missing, odd, of another length) or
+    OSError.
+    """
+    try:
+        reader = _native.ShardReader(env, pool, path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise DamageError(f"shard {path}: the file is missing") from None
+    except OSError as error:
+        if (what := oddity(error, path)) is not None:
+            raise DamageError(f"shard {what}") from None
+        raise
+    if reader.size != nbytes:
+        raise DamageError(f"shard {path}: is {reader.size} bytes long, the manifest says {nbytes}")
+    return reader
+
+
 class Shard:
     """One open shard whose header was read and checked against the manifest's size and hash."""
 
@@ -37,16 +54,7 @@ class Shard:
         """
         if header_bytes > HEADER_CAP:
             raise DamageError(f"shard {path}: a header of {header_bytes} bytes is over the format's {HEADER_CAP}")
-        try:
-            self._reader = _native.ShardReader(env, pool, path)
-        except (FileNotFoundError, NotADirectoryError):
-            raise DamageError(f"shard {path}: the file is missing") from None
-        except OSError as error:
-            if (what := oddity(error, path)) is not None:
-                raise DamageError(f"shard {what}") from None
-            raise
-        if self._reader.size != nbytes:
-            raise DamageError(f"shard {path}: is {self._reader.size} bytes long, the manifest says {nbytes}")
+        self._reader = open_file(env, pool, path, nbytes)
         header = self._reader.read(0, header_bytes)
         if len(header) != header_bytes or _native.xxh3_64(header) != header_hash:
             raise DamageError(f"shard {path}: its header hashes otherwise than the manifest says ({header_hash:016x})")
