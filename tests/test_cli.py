@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from kit.cli import call, call_json
+from kit.shards import flip
 
 import layerwise_dist as lwd
 from layerwise_dist.cli import console
@@ -238,11 +239,3 @@ def test_the_installed_command_works_and_imports_torch_only_to_read_state(traine
             [sys.executable, "-c", script, command, str(trained)], capture_output=True, text=True, timeout=60
         )
         assert done.returncode == 0 and not done.stderr, done.stderr
-
-
-def flip(path: Path, offset: int) -> None:
-    with open(path, "r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)
-        file.seek(offset)
-        file.write(bytes([byte[0] ^ 0x10]))

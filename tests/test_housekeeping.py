@@ -20,6 +20,7 @@ import pytest
 import torch
 from kit.cli import call, call_json
 from kit.commands import ROOT
+from kit.shards import flip
 
 import layerwise_dist as lwd
 from layerwise_dist import errors
@@ -584,11 +585,3 @@ def test_a_directory_that_may_not_be_written_is_named(tmp_path: Path, monkeypatc
         code, text = call(*command)
         assert code == 2 and f"cannot {'copy' if command[0] == 'cp' else command[0]}" in text and "Permission" in text
     assert tree(root) == before and not (tmp_path / "copy").exists()
-
-
-def flip(path: Path, offset: int) -> None:
-    with open(path, "r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)
-        file.seek(offset)
-        file.write(bytes([byte[0] ^ 0x10]))

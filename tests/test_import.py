@@ -64,6 +64,12 @@ class Net(torch.nn.Module):
         return self.b(self.norm(self.a(x)))
 
 
+def update(model: Net, optimizer: torch.optim.Optimizer) -> None:
+    model(torch.randn(4, 5)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def trained(seed: int, split: bool = False) -> tuple[Net, torch.optim.Optimizer]:
     torch.manual_seed(seed)
     model = Net()
@@ -76,9 +82,7 @@ def trained(seed: int, split: bool = False) -> tuple[Net, torch.optim.Optimizer]
         ]
     optimizer = torch.optim.AdamW(groups, lr=0.1 * seed)
     for _ in range(3):
-        model(torch.randn(4, 5)).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        update(model, optimizer)
     return model, optimizer
 
 
@@ -138,12 +142,9 @@ def test_groups_of_numbered_parameters_take_their_names_from_a_file_or_are_refus
 def test_there_and_back_every_tensor_of_a_training_is_the_same(tmp_path: Path, kind: str) -> None:
     """Out of a training's directory by `dcp.load`, on as a file of another tool's, and back."""
     model, optimizer = trained(1)
-    ckpt = lwd.attach(model, optimizer, dir=str(tmp_path / "run"))
-    for _ in ckpt.steps(2):
-        model(torch.randn(4, 5)).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    ckpt.close()
+    with lwd.attach(model, optimizer, dir=str(tmp_path / "run")) as ckpt:
+        for _ in ckpt.steps(2):
+            update(model, optimizer)
     other, its = trained(2)
     parts = get_state_dict(other, its)
     held = {"model": parts[0], "optim": parts[1]}
@@ -162,12 +163,9 @@ def test_there_and_back_every_tensor_of_a_training_is_the_same(tmp_path: Path, k
 @pytest.mark.parametrize("kind", ["torch", "dcp"])
 def test_what_export_writes_comes_back_every_tensor_the_same(tmp_path: Path, kind: str) -> None:
     model, optimizer = trained(1, split=True)
-    ckpt = lwd.attach(model, optimizer, dir=str(tmp_path / "run"))
-    for _ in ckpt.steps(2):
-        model(torch.randn(4, 5)).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    ckpt.close()
+    with lwd.attach(model, optimizer, dir=str(tmp_path / "run")) as ckpt:
+        for _ in ckpt.steps(2):
+            update(model, optimizer)
     code, said = call("export", tmp_path / "run", tmp_path / "out", "--format", kind)
     assert code == 0, said
     names = {each: name for name, each in model.named_parameters()}

@@ -8,7 +8,6 @@ accelerated.py DIR OUT [--epochs N] [--accumulate N] [--seedable] [--workers N] 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import accelerate
 import torch
 from accelerate.utils import DataLoaderConfiguration
-from job_kit import digest, process_group
+from job_kit import digest, process_group, teller
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -65,11 +64,7 @@ def main() -> None:
     parser.add_argument("--deepspeed", action="store_true")
     options = parser.parse_args()
     rank = int(os.environ.get("RANK", "0"))
-    file = os.open(options.out / f"{rank}.jsonl", os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
-
-    def tell(**what: Any) -> None:
-        os.write(file, (json.dumps(what) + "\n").encode())
-
+    tell = teller(options.out / f"{rank}.jsonl")
     with process_group():
         data = DataLoaderConfiguration(use_seedable_sampler=options.seedable)
         plugin = None

@@ -8,7 +8,7 @@ It trains as long as OUT/hold is there, so that a test can take its time to brea
 
 from __future__ import annotations
 
-import json
+import functools
 import os
 import sys
 import threading
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from job_kit import process_group
+from job_kit import process_group, teller
 from torch.utils.data import DataLoader
 
 import layerwise_dist as lwd
@@ -46,11 +46,8 @@ def watch() -> list[str]:
 
 def main() -> None:
     folder, out, total = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    file = os.open(out / "told.jsonl", os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
-
-    def tell(**what: Any) -> None:
-        where = {"rank": int(os.environ["RANK"]), "world": int(os.environ["WORLD_SIZE"]), "pid": os.getpid()}
-        os.write(file, (json.dumps({**where, **what}) + "\n").encode())
+    where = {"rank": int(os.environ["RANK"]), "world": int(os.environ["WORLD_SIZE"]), "pid": os.getpid()}
+    tell = functools.partial(teller(out / "told.jsonl"), **where)
 
     with process_group():
         collectives = watch()

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from job_kit import contents, process_group
+from job_kit import contents, process_group, teller
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -52,11 +50,7 @@ def main() -> None:
     parser.add_argument("--die-at", type=int, default=-1)
     options = parser.parse_args()
     rank = int(os.environ.get("RANK", "0"))
-    file = os.open(options.out / f"{rank}.jsonl", os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
-
-    def tell(**what: Any) -> None:
-        os.write(file, (json.dumps(what) + "\n").encode())
-
+    tell = teller(options.out / f"{rank}.jsonl")
     tell(launched=os.environ.get("LAUNCH", "0"), pid=os.getpid())
     with process_group():
         torch.manual_seed(3)

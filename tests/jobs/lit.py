@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import logging
 import os
 import signal
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from job_kit import contents, process_group
+from job_kit import contents, process_group, teller
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers.logger import Logger
@@ -156,11 +155,7 @@ def main() -> None:
     parser.add_argument("--endless", action="store_true")
     options = parser.parse_args()
     rank = int(os.environ.get("RANK", "0"))
-    file = os.open(options.out / f"{rank}.jsonl", os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
-
-    def tell(**what: Any) -> None:
-        os.write(file, (json.dumps(what) + "\n").encode())
-
+    tell = teller(options.out / f"{rank}.jsonl")
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with process_group():

@@ -12,15 +12,13 @@ close), fork (a child that lives on), wait (for the last step to be staged, then
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
-from job_kit import process_group
+from job_kit import process_group, teller
 from kill import digest
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -63,11 +61,7 @@ def main() -> None:
     parser.add_argument("--roll", type=int)
     options = parser.parse_args()
     rank = int(os.environ.get("RANK", "0"))
-    file = os.open(options.out / f"{rank}.jsonl", os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
-
-    def tell(**what: Any) -> None:
-        os.write(file, (json.dumps(what) + "\n").encode())
-
+    tell = teller(options.out / f"{rank}.jsonl")
     tell(pid=os.getpid())
     if options.odd:
         process.COMMAND = [sys.executable, str(HERE / "odd_monitor.py"), options.odd]

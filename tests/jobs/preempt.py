@@ -11,7 +11,6 @@ takes the wake-up descriptor of signals, and gives it back, after `attach()`.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from job_kit import digest, process_group
+from job_kit import digest, process_group, teller
 from torch.nn.parallel import DistributedDataParallel
 
 import layerwise_dist as lwd
@@ -55,11 +54,7 @@ async def _loop() -> None:
 def main() -> None:
     folder, out, total, grace, stop = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), sys.argv[5:]
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    file = os.open(out / f"{rank}.jsonl", os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
-
-    def tell(**what: Any) -> None:
-        os.write(file, (json.dumps(what) + "\n").encode())
-
+    tell = teller(out / f"{rank}.jsonl")
     calls: list[int] = []
 
     def mine(number: int, frame: Any) -> None:

@@ -8,16 +8,14 @@ Batches come from forked workers that draw random numbers. With "plain" for DIR 
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from job_kit import digest, process_group
+from job_kit import digest, process_group, teller
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
@@ -56,11 +54,7 @@ class Data:
 
 def main() -> None:
     folder, out, total, pause_s = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
-    file = os.open(out / f"{os.environ['RANK']}.jsonl", os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
-
-    def tell(**what: Any) -> None:
-        os.write(file, (json.dumps(what) + "\n").encode())
-
+    tell = teller(out / f"{os.environ['RANK']}.jsonl")
     tell(launched=os.environ.get("LAUNCH", "0"), pid=os.getpid())
     with process_group() as rank:
         torch.manual_seed(3)
