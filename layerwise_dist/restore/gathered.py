@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A commit as whole tensors, for a job that is cut otherwise: each rank has read a share of the headers, and knows of
-the others what concerns it.
+"""A commit as whole tensors, for a job with another cut: each rank reads its share of the headers, and the others
+send it what it may need of theirs.
 """
 
 from __future__ import annotations

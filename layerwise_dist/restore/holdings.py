@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which parts of which tensors a rank may need of a checkpoint, told to the ranks that read headers."""
+"""The parts of tensors that a rank may need from a checkpoint, sent to the ranks that read headers."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def plan(wanted: Slice, found: Found, more: Callable[[], Found] | None = None) -
     if wanted.is_flat and wanted.numel and found[0][1].slice != wanted:
         # Tensors of one flat tensor share what is not cut, such as the step of their state.
         raise MismatchError(
-            f"{wanted.name}: this rank needs {wanted.place()}, the checkpoint is cut otherwise ({_places(found)})"
+            f"{wanted.name}: this rank needs {wanted.place()}, the checkpoint has another cut ({_places(found)})"
         )
     spans, gap = _spans(wanted, found)
     if gap is not None and more is not None and (further := more()):

@@ -55,7 +55,7 @@ def for_rank(
         elif any(map(_holds_tensors, values)):
             raise MismatchError(
                 f"state[{name!r}] holds tensors that differ between the {len(sealed)} ranks of the checkpoint, and "
-                f"this job of {world_size} is cut otherwise: nothing says which are whose. restore(objects={{{name!r}: "
+                f"this job of {world_size} has another cut: nothing says which are whose. restore(objects={{{name!r}: "
                 f'"{FROM_RANK_0}"}}) gives rank 0\'s to all'
             )
         elif world_size != len(sealed):

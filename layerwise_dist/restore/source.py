@@ -79,5 +79,5 @@ class ReadAlone:
 def unlike_words(name: str, one: Sequence[int], other: Sequence[int]) -> str:
     return (
         f"{name}: rank(s) {ranks_text(one) or one[0]} and {ranks_text(other) or other[0]} of the checkpoint hold "
-        "different ones, and this job is cut otherwise, so that nothing says which of them is whose"
+        "different ones, and this job has another cut, so nothing says which of them is whose"
     )

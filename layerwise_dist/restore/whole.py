@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A commit as whole tensors, whichever ranks wrote which parts of them: for a job that is cut otherwise."""
+"""A commit as whole tensors, whichever ranks wrote their parts: for a job with another cut."""
 
 from __future__ import annotations
 
