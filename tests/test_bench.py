@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from layerwise_dist.bench import raw, train, workplace
+from layerwise_dist.bench import raw, workplace
 from layerwise_dist.bench.figures import Spread
 from layerwise_dist.bench.train_worker import by_checkpoint
 from layerwise_dist.cli.app import app
@@ -280,7 +280,7 @@ def test_an_interrupted_benchmark_leaves_no_file_and_no_process(
 
 
 def test_a_training_that_dies_is_reported_with_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     code, _, err = call("train", tmp_path, "--quick")
     assert (code, "the training ended with exit code 1" in err) == (1, True)
     assert list(tmp_path.iterdir()) == []
