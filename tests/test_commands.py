@@ -93,7 +93,7 @@ TABLE: list[tuple[str, str]] = [
     (r"python -c .*", HERE + "test_the_schema_is_printed_as_the_guide_says"),
     (r"python -X faulthandler", _PLACE),
     (r"python -m", _PLACE),
-    (r"python reader\.py DIR", "test_frozen.py::test_the_reader_of_the_format_s_page_reads_bases_too"),
+    (r"python examples/read_checkpoint\.py DIR", "test_frozen.py::test_the_short_reader_reads_bases_too"),
     (r"\.venv/bin/python -m pytest tests/test_kill\.py", "it is one of these tests"),
     (
         r"\.venv/bin/python -m pytest -s --long tests/test_many_headers\.py",
@@ -188,7 +188,7 @@ TABLE: list[tuple[str, str]] = [
 ]  # fmt: skip
 
 # Files that a reader makes.
-_THEIRS = {"train.py", "reader.py", "layerwise.json"}
+_THEIRS = {"train.py", "layerwise.json"}
 
 
 def rows_of(command: str) -> list[tuple[str, str]]:

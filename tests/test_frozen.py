@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import re
 import shutil
 import subprocess
@@ -556,15 +557,14 @@ def test_the_command_line_tells_what_is_shared(two_bases: Path) -> None:
     assert verified["bytes"] == sum(path.stat().st_size for path in two_bases.glob("**/rank_*"))
 
 
-def test_the_reader_of_the_format_s_page_reads_bases_too(two_bases: Path, tmp_path: Path) -> None:
-    page = (Path(__file__).parent.parent / "docs" / "format.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    reader = tmp_path / "reader.py"
-    reader.write_text(code)
+def test_the_short_reader_reads_bases_too(two_bases: Path, tmp_path: Path) -> None:
+    reader = Path(__file__).parent.parent / "examples" / "read_checkpoint.py"
     (tmp_path / "xxhash.py").write_text(
         "from layerwise_dist._native import xxh3_64\nxxh3_64_hexdigest = lambda data: f'{xxh3_64(bytes(data)):016x}'\n"
     )
-    done = subprocess.run([sys.executable, reader, two_bases], capture_output=True, text=True, timeout=60)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, reader, two_bases]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "hashes checked" in done.stdout, done.stderr
     weight = next(line for line in done.stdout.splitlines() if "param/0.base.weight" in line)
     assert "F32 [300, 13] whole 15600 bytes" in weight and "param/0.up.weight" in done.stdout

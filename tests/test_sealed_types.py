@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The types of what a boundary seals are what a reader checks, member by member, and what docs/format.md names."""
+"""The types of what a boundary seals are what a reader checks, and what docs/format/state.md names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from layerwise_dist.restore import sealed_state
 
 pytestmark = pytest.mark.quick
 
-FORMAT = Path(__file__).parent.parent / "docs" / "format.md"
+FORMAT = Path(__file__).parent.parent / "docs" / "format" / "state.md"
 
 PAIRS: list[tuple[type[BaseModel], Any]] = [
     (sealed_state.SealedSchema, sealed.SealedState),
@@ -75,6 +75,6 @@ def test_a_member_that_only_one_side_has_or_requires_is_found() -> None:
 
 
 def test_the_table_of_the_format_names_the_members() -> None:
-    section = FORMAT.read_text().split("### The state extent", 1)[1].split("\n### ", 1)[0]
+    section = FORMAT.read_text().split("## The state extent", 1)[1].split("\n## ", 1)[0]
     named = set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE))
     assert named == sealed.SealedState.__required_keys__

@@ -19,7 +19,7 @@ from layerwise_dist.storage.reader import Shard
 from layerwise_dist.tensors.slices import Slice
 
 _LISTED = 20
-_TAG = "!"  # of a dict that is written as pairs, since not all of its keys can be JSON's (docs/format.md)
+_TAG = "!"  # of a dict that is written as pairs, since not all of its keys can be JSON's (docs/format/state.md)
 _SHARDS = 200
 
 Found = dict[str, Any]

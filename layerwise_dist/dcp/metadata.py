@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DCP's `Metadata` as typed JSON, and back (docs/format.md, "What dcp.save() wrote").
+"""DCP's `Metadata` as typed JSON, and back (docs/format/state.md, "What dcp.save() wrote").
 
 Each rank's state holds the objects that the rank was given; rank 0's holds the index of all as well. Nothing of it is
 pickled, and a reader checks each number against the headers of the shards before it is used.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a checkpoint says of optimizers, and of parameters that stand for other tensors, beside their tensors.
 
-As docs/format.md has it under "The state extent": values for typed JSON.
+As docs/format/state.md has it under "The state extent": values for typed JSON.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ class Elsewhere:
             self._looks = self._attributes()
 
     def describe(self) -> dict[str, Any]:
-        """Members of ``optimizer`` in docs/format.md; none where there is nothing. Shares values with live objects.
+        """Members of ``optimizer`` in docs/format/state.md, or none. Shares values with live objects.
 
         Raises UnsupportedError for state under keys that mean nothing to another process, and for attributes that
         changed and that no member tells.

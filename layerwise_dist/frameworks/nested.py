@@ -130,7 +130,7 @@ class Nest:
         self._around.remember()
 
     def describe(self) -> dict[str, Any]:
-        """Members of ``optimizer`` in docs/format.md: of the outer one, ``inside``, of the others by place, and
+        """Members of ``optimizer`` in docs/format/state.md: of the outer one, ``inside``, of the others by place, and
         ``around``, of its wrappers.
 
         Raises UnsupportedError for what cannot be saved.

@@ -121,7 +121,7 @@ class OptimizerAdapter:
         raise NotImplementedError
 
     def describe(self) -> dict[str, Any]:
-        """What a checkpoint says of it beside its state: members of ``optimizer`` in docs/format.md."""
+        """What a checkpoint says of it beside its state: members of ``optimizer`` in docs/format/state.md."""
         return {"class": self.kind, "groups": self.hyper_parameters()}
 
     def check(self, saved: Mapping[str, Any], lacking: Collection[str] = ()) -> list[str]:

@@ -43,7 +43,7 @@ class Imported:
     """Attributes:
     tensors: by `<kind>/<fqn>`, as shards name them.
     groups: the optimizer's, with `params`, the names of their parameters.
-    scalars, order: as docs/format.md has them.
+    scalars, order: as docs/format/state.md has them.
     notes: what could not be carried over, and what was taken for granted, in words.
     """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a boundary seals beside tensors: the types of the state extent (docs/format.md), values for typed JSON.
+"""What a boundary seals beside tensors: the types of the state extent (docs/format/state.md), values for typed JSON.
 
 `capture/sealed.py` takes it, `restore/sealed_state.py` reads it and checks that it is so.
 """

@@ -317,7 +317,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
         return self._whole
 
     def sealed(self, rank: int = 0) -> SealedState:
-        """All that a rank's boundary sealed beside tensors (docs/format.md, "The state extent"); not to be changed."""
+        """What a rank's boundary sealed besides tensors (docs/format/state.md, "The state extent"). Do not modify."""
         return self._whole.sealed[rank]
 
     @property

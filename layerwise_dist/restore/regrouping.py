@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a commit says of its optimizers, as those of a job would have said it that is cut and grouped otherwise.
 
-Pure data: values of the state extent (docs/format.md) go in and come out. Groups are mapped by parameter, so that a job
-may have split them, merged equal ones, or taken them in another order.
+Pure data: values of the state extent (docs/format/state.md) go in and come out. Groups are mapped by parameter, so a
+job may have split them, merged equal ones, or reordered them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The state that a boundary sealed (`capture/sealed.py`), read back and checked as far as restore relies on it.
 
-Its members are in docs/format.md, "The state extent". Whoever reads it, a restore or `layerwise verify`, gets it from
+Its members are in docs/format/state.md, "The state extent". A restore and `layerwise verify` both read it from
 here: what is missing or of another type is damage that is found before a live tensor is touched.
 """
 

@@ -388,7 +388,7 @@ def trained(fqn: str, golden: Mapping[str, torch.Tensor]) -> bool:
 
 
 def rounded(job: Job, golden: Mapping[str, torch.Tensor], *, made: bool) -> bool:
-    """Whether a restore into it loses values, by the table in docs/format.md.
+    """Whether a restore into it loses values, by the table in docs/format/ranks.md.
 
     `made`: a parameter is made of its master.
     """
