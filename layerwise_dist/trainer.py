@@ -34,9 +34,9 @@ class LayerwiseCheckpointTrainer:
             trainer.step()
         trainer.shutdown()
 
-    An iteration ends with `step()`, so an LR schedule belongs into it: ``trainer.step(scheduler=scheduler)``. Every
-    argument but the first two stands for keys of the configuration, and goes on top of `config`; docs/from-pccheck.md
-    has the table.
+    An iteration ends with `step()`, so an LR schedule belongs in it: ``trainer.step(scheduler=scheduler)``. Every
+    argument but the first two sets keys of the configuration and overrides `config`; docs/appendix/from-pccheck.md has
+    the table.
 
     Args:
         use_pccheck: False writes nothing (``mode: mock``): all else is done, and what would be written is counted.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/protocol.md and docs/monitor.md name every kind of message and its sender as the types of the messages do."""
+"""docs/tables/messages.md and docs/rooms/monitor.md name every kind of message and its sender as the types of the messages do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 def pages() -> str:
-    return "".join((DOCS / page).read_text() for page in ("protocol.md", "monitor.md"))
+    return "".join((DOCS / page).read_text() for page in ("tables/messages.md", "rooms/monitor.md"))
 
 
 def stated(section: str, text: str) -> set[tuple[str, str]]:
@@ -62,7 +62,7 @@ def between_ranks_differ(text: str) -> set[Any]:
 
 
 def with_monitor_differ(text: str) -> set[Any]:
-    said = stated("**The wire**", text)
+    said = stated("## The wire", text)
     assert {sender for _, sender in said} == {"training", "monitor"}
     of_training = {kind for kind, sender in said if sender == "training"}
     of_monitor = {kind for kind, sender in said if sender == "monitor"}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ranks say to the coordinator, and rank 0 to all ranks: one class for each kind `t` and direction.
 
-What they mean is in docs/protocol.md, "Messages". On a wire they are JSON objects. Once sent, none changes.
+What they mean is in docs/tables/messages.md. On a wire they are JSON objects. Once sent, none changes.
 """
 
 from __future__ import annotations

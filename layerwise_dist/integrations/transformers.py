@@ -115,7 +115,7 @@ def _check_arguments(trainer: Any) -> None:
     if trainer.is_deepspeed_enabled:
         refused.append(
             "deepspeed: this Trainer's engine has not been tried. Train the engine that deepspeed.initialize() returns "
-            "(docs/deepspeed.md)"
+            "(docs/integrations/deepspeed.md)"
         )
     if (world := int(os.environ.get("WORLD_SIZE", "1"))) > 1 and args.world_size == 1:
         refused.append(

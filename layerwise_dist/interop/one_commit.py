@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """One checkpoint made outside a training loop: the directory is taken, one attempt is written and committed, and the
-directory is let go of. The order of flushes is that of a training's commit (docs/format.md).
+directory is let go of. The order of flushes is that of a training's commit (docs/format/flushes.md).
 """
 
 from __future__ import annotations

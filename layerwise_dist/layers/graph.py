@@ -2,7 +2,7 @@
 """Stage 1: which layers a model has, and in which order their gradients become ready.
 
 A layer is what one module owns directly: its own parameters, not its children's. Its gradient is ready when the last of
-its parameters' is. docs/layers.md tells how to use it.
+its parameters' is. docs/rooms/layers.md says how to use it.
 """
 
 from __future__ import annotations

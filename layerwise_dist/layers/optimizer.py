@@ -2,7 +2,7 @@
 """Stage 2: the optimizer's own update, one layer at a time, bit for bit what its whole step does.
 
 Nothing of the optimizer is replaced. A pre-step hook does the layered update and sets the gradients aside, so that the
-step itself finds nothing to do; a post-step hook puts them back. docs/layers.md says when which mode is exact.
+step itself finds nothing to do; a post-step hook puts them back. docs/rooms/layers.md says when which mode is exact.
 """
 
 from __future__ import annotations

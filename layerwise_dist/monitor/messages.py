@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a training process and its monitor say to each other: one class for each kind `t` and direction.
 
-What they mean is in docs/monitor.md, "How it works".
+What they mean is in docs/rooms/monitor.md, "The wire".
 """
 
 from __future__ import annotations

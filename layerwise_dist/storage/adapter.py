@@ -320,7 +320,7 @@ class ShardWrite:
         """Blocks, the base, header, fdatasync, rename, directory flushes: afterwards the shard survives power loss, and
         what it refers to.
 
-        The order is the promise (docs/format.md, "Order of flushes"). Raises OSError, or DeadlineError when the blocks
+        The order is the promise (docs/format/flushes.md, "Order of flushes"). Raises OSError, or DeadlineError when the blocks
         are not written in `timeout_s` seconds, or what was given to `seal` raises; the attempt must then be aborted.
         """
         deadline = time.monotonic() + timeout_s

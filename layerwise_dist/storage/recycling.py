@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Retired shard files are overwritten by later checkpoints: faster than extending new ones and removing old ones.
 
-The protocol, and nothing but it (docs/format.md, "Reuse"): rank 0 removes the retired manifest durably and announces
+The protocol, and nothing but it (docs/format/flushes.md, "Reuse"): rank 0 removes the retired manifest durably and announces
 it; then each rank takes its own shard out of the retired folder, makes sure that nobody has it open, and blanks and
 flushes its header; only then may a new attempt write into it.
 """
