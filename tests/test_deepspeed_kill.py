@@ -117,7 +117,7 @@ def test_deepspeeds_own_save_names_a_checkpoint_without_the_killed_ranks_part_an
 # -- the launchers' scripts ------------------------------------------------------------------------------------------
 
 LAUNCHERS = ["deepspeed.sh", "mpirun.sh", "slurm.sbatch"]
-# Slurm is a stub that starts as many tasks as srun would; docs/integrations/deepspeed.md says how the real one was tried.
+# A stub that starts as many tasks as srun would; docs/integrations/deepspeed.md says how the real one was tried.
 SRUN = """#!{python}
 import os, signal, subprocess, sys, time
 command = [word for number, word in enumerate(sys.argv[1:]) if number or not word.startswith("--")]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/tables/messages.md and docs/rooms/monitor.md name every kind of message and its sender as the types of the messages do."""
+"""docs/tables/messages.md and docs/rooms/monitor.md name every kind of message and its sender, as the types do."""
 
 from __future__ import annotations
 

@@ -320,8 +320,8 @@ class ShardWrite:
         """Blocks, the base, header, fdatasync, rename, directory flushes: afterwards the shard survives power loss, and
         what it refers to.
 
-        The order is the promise (docs/format/flushes.md, "Order of flushes"). Raises OSError, or DeadlineError when the blocks
-        are not written in `timeout_s` seconds, or what was given to `seal` raises; the attempt must then be aborted.
+        The order is the promise (docs/format/flushes.md). Raises OSError, DeadlineError if the blocks are not written
+        within `timeout_s` seconds, or what was given to `seal` raises; the attempt must then be aborted.
         """
         deadline = time.monotonic() + timeout_s
         self._written(timeout_s, deadline)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Retired shard files are overwritten by later checkpoints: faster than extending new ones and removing old ones.
 
-The protocol, and nothing but it (docs/format/flushes.md, "Reuse"): rank 0 removes the retired manifest durably and announces
-it; then each rank takes its own shard out of the retired folder, makes sure that nobody has it open, and blanks and
-flushes its header; only then may a new attempt write into it.
+The protocol (docs/format/flushes.md, "Reuse"): rank 0 durably removes the retired manifest and announces it; then each
+rank takes its own shard out of the retired folder, makes sure that nobody has it open, and blanks and flushes its
+header; only then may a new attempt write into it.
 """
 
 from __future__ import annotations
