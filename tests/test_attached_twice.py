@@ -104,7 +104,7 @@ def test_what_an_open_engine_has_is_refused_to_a_second_by_name(tmp_path: Path, 
     ckpt = lwd.attach(model, optimizer, dir=str(tmp_path / "one"), state={"data": loader})
     held = optimizer.param_groups[0]["params"]
     second = make(model, optimizer, loader)
-    with pytest.raises(errors.UnsupportedError, match=rf"{says} is attached already, with checkpoints in .*one: close"):
+    with pytest.raises(errors.UnsupportedError, match=rf"{says} is already attached, with checkpoints in .*one: close"):
         lwd.attach(dir=str(tmp_path / "two"), **second)
     assert not (tmp_path / "two").exists()
     wanted = optimizer.param_groups[0]["params"]

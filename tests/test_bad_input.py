@@ -512,7 +512,7 @@ def test_a_model_that_is_attached_is_refused_by_name_until_it_is_closed(tmp_path
             {"model": nn.Sequential(model, nn.ReLU()), "optimizer": optimizer},
             {"models": {"a": nn.Linear(2, 2), "b": model}, "optimizers": {"c": optimizer}},
         ):
-            with pytest.raises(errors.UnsupportedError, match=r"is attached already, with checkpoints in .*one: close"):
+            with pytest.raises(errors.UnsupportedError, match=r"is already attached, with checkpoints in .*one: close"):
                 lwd.attach(dir=str(tmp_path / "two"), **what)
         assert not (tmp_path / "two").exists()
         other, its = job(1)

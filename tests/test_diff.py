@@ -191,7 +191,7 @@ def test_what_cannot_be_compared_is_named(
     for arguments, words in (
         ((root, "nowhere"), "no such directory"), ((root,), "with what"), ((root, "harm.pt"), "torch.load"),
         ((root, "none.pt"), "no tensors"), ((root, "sparse.pt"), "not compared"), ((root, "text.pt"), "torch.load"),
-        ((root, "empty.pt"), "torch.load"), ((root, "text.safetensors"), "no safetensors file"),
+        ((root, "empty.pt"), "torch.load"), ((root, "text.safetensors"), "not a safetensors file"),
         ((root, "pipe"), "neither"), ((root, "none.pt", "--step", 1, "--step", 2), "is a file"),
         ((root, "--step", 1, "--step", 2, "--tag", "last"), "at most twice"),
         ((root, "--step", 1, "--step", 9), "no checkpoint of step 9"),

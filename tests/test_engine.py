@@ -657,7 +657,7 @@ def test_a_directory_in_memory_is_said_to_be_one(caplog: pytest.LogCaptureFixtur
     with tempfile.TemporaryDirectory(dir="/dev/shm") as root:
         with lwd.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), dir=root):
             pass
-    assert "is on tmpfs: what is committed survives this job, not the machine's end" in caplog.text
+    assert "is on tmpfs: what is committed survives this job, but not the machine" in caplog.text
 
 
 def test_a_model_of_which_all_is_copied_at_the_boundary_is_durable_when_waited_for(tmp_path: Path) -> None:

@@ -270,7 +270,7 @@ def test_wrong_usage_is_said(trained: tuple[Path, Net, Any], tmp_path: Path) -> 
         (("--dtype", "int4"), "must be one of fp32, bf16, fp16, fp64"),
         (("--step", "9"), "no committed checkpoint of step 9"),
         (("--tag", "best"), "no committed checkpoint under the tag 'best'"),
-        (("--step", "1", "--tag", "best"), "one of them says which"),
+        (("--step", "1", "--tag", "best"), "give --step or --tag"),
         (("--model", "ema"), "one model, which has no name"),
         (("--rename", "a.b"), "expected OLD=NEW"),
         (("--rename", "mid.=", "--rename", "norm.="), "both become param/"),

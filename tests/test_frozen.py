@@ -252,7 +252,7 @@ def test_an_average_of_weights_is_no_base(tmp_path: Path, seen: bool, caplog: py
                 ckpt.wait(step)
         ckpt.wait(7)
         assert ckpt.stats()["bases_written"] == 3 and ckpt.stats()["checkpoints_committed"] == 7
-    assert "param/average.weight" in caplog.text and "from now on copied at the boundary" in caplog.text
+    assert "param/average.weight" in caplog.text and "copied at the boundary from now on" in caplog.text
     assert [bool(manifests(tmp_path)[step].bases) for step in range(1, 8)] == [True] * 3 + [False] * 4
     for step in range(1, 8):
         with lwd.attach(models=models, optimizer=optimizer, dir=str(tmp_path)) as ckpt:

@@ -29,7 +29,9 @@ from layerwise_dist.restore.clipping import within
 from layerwise_dist.restore.handing import Handing
 from layerwise_dist.restore.reslice import reach
 
-_SAID = re.compile(r"step 2 cut anew: (\d+) bytes of shards read, (\d+) handed over by others, (\d+) are held here")
+_SAID = re.compile(
+    r"step 2 resharded: (\d+) bytes of shards read here, (\d+) received from other ranks, (\d+) held here"
+)
 
 
 @pytest.fixture(scope="module")

@@ -74,7 +74,7 @@ def test_a_stopped_rank_gives_the_others_errors_within_the_deadline(
         job.kill()
     for rank in (0, 2):
         result = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert "rank(s) 1" in result["error"] or "rank 0 to say go on" in result["error"], result
+        assert "rank(s) 1" in result["error"] or "rank 0's coordinator to let it" in result["error"], result
         assert result["seconds"] < 3 * 2.0 + 5
 
 

@@ -116,7 +116,7 @@ def test_a_rank_in_a_dead_collective_leaves_at_its_deadline(warm: Warm, tmp_path
     while "77" not in job.output() and time.monotonic() < deadline:
         time.sleep(0.05)
     job.kill()
-    assert "the process ends here (exit code 77)" in job.output()
+    assert "the process exits now (exit code 77)" in job.output()
     assert "step" in told(tmp_path, 0)[-1], "the main thread never came out of it"
 
 

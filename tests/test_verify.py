@@ -297,7 +297,12 @@ LOST: list[tuple[type[Framework], Callable[[int, Piece], list[Piece]], str]] = [
     (DDPFramework, drop("momentum_buffer/4.bias"), "momentum_buffer/4.bias: rank 0 had it"),
     (DDPFramework, drop("momentum_buffer/2.weight", (0,)), r"no shard has its element \[0, 0\]"),
     (DDPFramework, shorten, r"param/2.weight of shape \[130, 130\]: no shard has its element"),
-    (DDPFramework, otherwise, r"it is one tensor of ranks 0,1, and shards have F32\[130, 130\] and F32\[131, 130\]"),
+    (
+        DDPFramework,
+        otherwise,
+        r"it is one tensor shared by ranks 0,1, and shards have F32\[130, 130\] and F32\[131, "
+        r"130\]",
+    ),
     (Framework, drop("param/2.weight", (1,)), "param/2.weight: rank 1 had it"),
     (Framework, drop("momentum_buffer/2.bias", (0,)), "momentum_buffer/2.bias: rank 0 had it"),
 ]

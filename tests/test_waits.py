@@ -230,7 +230,7 @@ def test_an_engine_whose_thread_goes_on_is_not_closed_by_another(tmp_path: Path)
     job.to(1)
 
     def run(transport: LocalTransport) -> None:
-        with pytest.raises(errors.BoundaryError, match="while the one that trains"):
+        with pytest.raises(errors.BoundaryError, match="while the training thread"):
             job.ckpt.close()
 
     in_ranks(run, world=1)

@@ -56,7 +56,7 @@ def show(
     step: Step = None,
     tag: Tag = None,
     tensors: Annotated[
-        bool, typer.Option("--tensors", help="Only tensors, all of them or those that fit PATTERN, and where they lie.")
+        bool, typer.Option("--tensors", help="List only tensors, all or those matching PATTERN, and where they are.")
     ] = False,
     pattern: Annotated[
         str | None,
@@ -78,7 +78,7 @@ def show(
         if tensors:
             return listed.tensors(catalogue, step, tag, pattern, values)
         if pattern is not None or values:
-            raise WrongUsage("PATTERN and --values are for --tensors: give that too")
+            raise WrongUsage("PATTERN and --values need --tensors")
         return showing.show(catalogue, step, everything, tag)
 
     finish(run, directory, json)
@@ -93,18 +93,20 @@ def verify(directory: Dir, step: Step = None, tag: Tag = None, json: Json = Fals
 @app.command("diff")
 def diff(
     one: Annotated[str, typer.Argument(metavar="A", help="A checkpoint directory, or a file of weights.")],
-    other: Annotated[str | None, typer.Argument(metavar="[B]", help="Another one; without it, A once more.")] = None,
+    other: Annotated[
+        str | None, typer.Argument(metavar="[B]", help="What to compare it with; default: A again.")
+    ] = None,
     step: Annotated[
-        list[int] | None, typer.Option("--step", metavar="N", min=0, help="Of A, and given twice, of A and of B.")
+        list[int] | None, typer.Option("--step", metavar="N", min=0, help="Step of A; given twice, of A and of B.")
     ] = None,
     tag: Annotated[
-        list[str] | None, typer.Option("--tag", metavar="TAG", help="The same by tag; those given by step come first.")
+        list[str] | None, typer.Option("--tag", metavar="TAG", help="The same by tag; steps count first.")
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="List every tensor that differs.")] = False,
     allow_pickle: Annotated[
         bool,
         typer.Option(
-            "--allow-pickle", help="Read DCP's and DeepSpeed's own folders, by an unpickler that runs nothing."
+            "--allow-pickle", help="Read DCP's and DeepSpeed's own folders, with an unpickler that runs nothing."
         ),
     ] = False,
     json: Json = False,
@@ -152,23 +154,24 @@ def unpin(directory: Dir, step: Step = None, tag: Tag = None, json: Json = False
 def prune(
     directory: Dir,
     keep_last: Annotated[
-        int | None, typer.Option("--keep-last", metavar="N", min=1, help="Newest checkpoints of the lineage that stay.")
+        int | None, typer.Option("--keep-last", metavar="N", min=1, help="Keep this many of the newest checkpoints "
+        "of the lineage.")
     ] = None,
     keep_every: Annotated[
-        int | None, typer.Option("--keep-every", metavar="N", min=1, help="Multiples of this step stay too.")
+        int | None, typer.Option("--keep-every", metavar="N", min=1, help="Also keep multiples of this step.")
     ] = None,
     tags: Annotated[
         int | None,
         typer.Option(
             "--tags", metavar="N", min=1,
-            help="Of tags that differ in their digits only, as DeepSpeed's global_step100, the newest N stay. Without "
-            "it, the newest checkpoint under each tag stays.",
+            help="Of tags that differ only in their digits, such as DeepSpeed's global_step100, keep the newest N. "
+            "Default: the newest checkpoint under each tag.",
         ),
     ] = None,
     config: Annotated[
-        str | None, typer.Option("--config", metavar="FILE", help="Take these from a job's configuration.")
+        str | None, typer.Option("--config", metavar="FILE", help="Take these from a job's configuration file.")
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Remove them. Without it, only what would go is listed.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove them. Without it, only list them.")] = False,
     json: Json = False,
 ) -> None:  # fmt: skip
     """Removes old checkpoints where no job runs: by the same rules as a job, which does it by itself.
@@ -189,7 +192,7 @@ def prune(
 @app.command("cp")
 def cp(
     directory: Dir,
-    out: Annotated[str, typer.Argument(metavar="OUT", help="The new directory. It must not be there yet.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The new directory; it must not exist yet.")],
     step: Step = None,
     tag: Tag = None,
     json: Json = False,
@@ -207,20 +210,22 @@ def cp(
 
 @app.command("import")
 def import_(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A file or a folder that another tool has written.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A file or folder written by another tool.")],
     directory: Annotated[str, typer.Argument(metavar="DIR", help="A new directory, or one without checkpoints.")],
     allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read pickles, by an unpickler that runs nothing.")
+        bool, typer.Option("--allow-pickle", help="Read pickles, with an unpickler that runs nothing.")
     ] = False,
     step: Annotated[
-        int | None, typer.Option("--step", metavar="N", min=0, help="What the checkpoint is called; else as it says.")
+        int | None,
+        typer.Option("--step", metavar="N", min=0, help="Step of the new checkpoint; default: the source's."),
     ] = None,
     tag: Annotated[str | None, typer.Option("--tag", metavar="NAME", help="A name for the checkpoint.")] = None,
     source_tag: Annotated[
-        str | None, typer.Option("--source-tag", metavar="TAG", help="Which of DeepSpeed's; else its latest.")
+        str | None, typer.Option("--source-tag", metavar="TAG", help="DeepSpeed tag to read; default: its latest.")
     ] = None,
     optimizer: Annotated[
-        str | None, typer.Option("--optimizer", metavar="CLASS", help="Its class, where the source does not say.")
+        str | None,
+        typer.Option("--optimizer", metavar="CLASS", help="The optimizer's class, if the source does not say."),
     ] = None,
     names: Annotated[
         str | None, typer.Option("--names", metavar="FILE", help="Parameters in the optimizer's order, one a line.")
@@ -258,19 +263,21 @@ def import_(
 @app.command("export")
 def export(
     directory: Dir,
-    out: Annotated[str, typer.Argument(metavar="OUT", help="A folder, or with --format torch a file; not there yet.")],
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="A folder, or a file with --format torch; it must not exist yet.")
+    ],
     step: Step = None,
     tag: Tag = None,
     model: Annotated[str | None, typer.Option("--model", metavar="NAME", help="Which of several models.")] = None,
     kind: Annotated[str, typer.Option("--format", metavar="hf|dcp|torch", help="See above.")] = "hf",
     dtype: Annotated[
-        str | None, typer.Option("--dtype", metavar="fp32|bf16|fp16", help="Of the model's floats; else as they are.")
+        str | None, typer.Option("--dtype", metavar="fp32|bf16|fp16", help="Round the model's floats to this type.")
     ] = None,
     rename: Annotated[
-        list[str] | None, typer.Option("--rename", metavar="OLD=NEW", help="Beginnings of names; may be given again.")
+        list[str] | None, typer.Option("--rename", metavar="OLD=NEW", help="Rename a prefix of names; repeatable.")
     ] = None,
     max_shard_size: Annotated[
-        str, typer.Option("--max-shard-size", metavar="SIZE", help="Of one file of --format hf.")
+        str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest size of a file, with --format hf.")
     ] = "5GB",
     like: Annotated[
         str | None, typer.Option("--like", metavar="MODEL_DIR", help="Copy configuration and tokenizer from there.")
@@ -304,18 +311,22 @@ def export(
 def doctor(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="Where checkpoints are, or will be.")],
     config: Annotated[
-        str | None, typer.Option("--config", metavar="FILE", help="The job's configuration; DIR goes before its dir.")
+        str | None, typer.Option("--config", metavar="FILE", help="The job's configuration; DIR overrides its dir.")
     ] = None,
     state_bytes: Annotated[
-        str | None, typer.Option("--state-bytes", metavar="SIZE", help="Bytes of one checkpoint of all ranks: 1.2G.")
+        str | None,
+        typer.Option("--state-bytes", metavar="SIZE", help="Size of one checkpoint, all ranks together, such as 1.2G."),
     ] = None,
     params: Annotated[
-        str | None, typer.Option("--params", metavar="N", help="The same by parameters, float32 with AdamW: 98M.")
+        str | None,
+        typer.Option(
+            "--params", metavar="N", help="The same from a number of parameters (float32, AdamW), such as 98M."
+        ),
     ] = None,
     nbytes: Annotated[
-        str | None, typer.Option("--bytes", metavar="SIZE", help="Data of one measurement; without it, 268 MB.")
+        str | None, typer.Option("--bytes", metavar="SIZE", help="Data per measurement; default: 268 MB.")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Little data and few rounds: a rough look.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Little data and few rounds: rough figures.")] = False,
     json: Json = False,
 ) -> None:
     """Looks whether a directory is fit for checkpoints: file system, space, flushes, speed; says what to change.
@@ -333,7 +344,7 @@ def doctor(
 
 @app.command("selftest")
 def selftest(
-    directory: Annotated[str, typer.Argument(metavar="[DIR]", help="On the disk that checkpoints go to.")] = ".",
+    directory: Annotated[str, typer.Argument(metavar="[DIR]", help="A directory on the disk for checkpoints.")] = ".",
     seed: Annotated[int | None, typer.Option("--seed", help="Of the step at which the job is killed.")] = None,
     json: Json = False,
 ) -> None:

@@ -20,11 +20,15 @@ from layerwise_dist.errors import ConfigError, UnsupportedError
 if TYPE_CHECKING:
     from layerwise_dist.bench.figures import Findings
 
-Dir = Annotated[str, typer.Argument(metavar="DIR", help="A directory on the disk to measure; all is removed again.")]
+Dir = Annotated[
+    str, typer.Argument(metavar="DIR", help="A directory on the disk to measure. Everything written is removed again.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print the tables as in docs/tables/performance.md.")]
-Quick = Annotated[bool, typer.Option("--quick", help="Everything small: shows that it works; the figures say nothing.")]
-Rounds = Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="Times that everything is measured in turn.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Small sizes: shows that it works; the figures mean nothing.")]
+Rounds = Annotated[
+    int, typer.Option("--rounds", metavar="N", min=1, help="Rounds; in each, everything is measured in turn.")
+]
 Depth = Annotated[int, typer.Option("--depth", metavar="N", min=1, max=64, help="Blocks in flight.")]
 BlockKb = Annotated[int, typer.Option("--block-kb", metavar="N", min=4, max=65536, help="Size of a block, KiB.")]
 Params = Annotated[str, typer.Option("--params", metavar="SIZE", help="The model's parameters: 34M or 98M.")]

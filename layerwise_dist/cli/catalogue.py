@@ -69,7 +69,7 @@ class Catalogue:
         found = self.inventory.odd.items()
         paths = {name: os.path.join(self.root, name, filenames.MANIFEST) for name, _ in found}
         return {
-            name: f"{name!r} holds a {filenames.MANIFEST} that no restore looks at: {problem}"
+            name: f"{name!r} holds a {filenames.MANIFEST} that no restore reads: {problem}"
             for name, problem in found
             if os.path.lexists(paths[name])
         }

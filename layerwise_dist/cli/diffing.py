@@ -159,7 +159,7 @@ def _told(
     if hidden and not everything:
         parts.append("there are more: --all lists them")
     if good:
-        parts.append(f"all {common} tensors are equal to the bit")
+        parts.append(f"all {common} tensors are bit-for-bit equal")
     else:
         parts.append(f"{len(found)} of {common} tensors differ; {len(only[0])} are only in A, {len(only[1])} only in B")
     return Answer(data, parts, good=good)

@@ -31,11 +31,11 @@ def export(
     if dtype is not None and dtype not in DTYPES:
         raise WrongUsage(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}")
     if step is not None and tag is not None:
-        raise WrongUsage("--step and --tag: one of them says which checkpoint is meant")
+        raise WrongUsage("give --step or --tag, not both")
     if like is not None and (kind != "hf" or not os.path.isdir(like)):
         raise WrongUsage(f"--like {like}: {'no such folder' if kind == 'hf' else 'is for --format hf'}")
     if os.path.lexists(out):
-        raise WrongUsage(f"{out} is there already, and an export overwrites nothing")
+        raise WrongUsage(f"{out} already exists, and an export overwrites nothing")
     renames = dict(_pair(each) for each in rename)
     try:
         most = parse_number(max_shard_size)

@@ -28,8 +28,8 @@ def import_checkpoint(source: str, directory: str, *, names: str | None, **optio
     try:
         if kind_of(source, wanted.source_tag) != "safetensors" and not wanted.allow_pickle:
             raise WrongUsage(
-                f"{source} holds pickles: with --allow-pickle they are read by an unpickler that runs nothing, and "
-                "takes tensors, plain values and a fixed list of other names only"
+                f"{source} holds pickles: --allow-pickle reads them with an unpickler that runs nothing and accepts "
+                "only tensors, plain values and a fixed list of other names"
             )
         kind, found = read(source, wanted)
         nbytes = sum(part.nbytes for part, _ in found.slices())
@@ -54,8 +54,8 @@ def import_checkpoint(source: str, directory: str, *, names: str | None, **optio
     row(facts, "size", size(nbytes))
     parts: list[RenderableType] = [facts]
     for note in found.notes[:_LISTED]:
-        parts.append(f"not carried over, or to look at: {note}")
+        parts.append(f"not carried over, or worth checking: {note}")
     if len(found.notes) > _LISTED:
         parts.append(f"and {len(found.notes) - _LISTED} more: --json lists them")
-    parts.append("random numbers are not in any of these formats: the job that goes on begins with those of seed 0")
+    parts.append("none of these formats holds random numbers: the job that resumes starts with those of seed 0")
     return Answer(data, parts, good=True)

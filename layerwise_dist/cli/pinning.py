@@ -20,7 +20,7 @@ def pin(catalogue: Catalogue, step: int | None, tag: str | None, *, keep: bool) 
         "pinned": keep, "changed": changed, "good": True,
     }  # fmt: skip
     if keep:
-        said = "pinned: retention and layerwise prune pass it by" if changed else "was pinned already"
+        said = "pinned: retention and layerwise prune keep it" if changed else "was pinned already"
     else:
-        said = "no longer pinned: the next look of retention may remove it" if changed else "was not pinned"
+        said = "no longer pinned: retention may remove it" if changed else "was not pinned"
     return Answer(data, [f"step {manifest.step} ({folder}) {said}"])

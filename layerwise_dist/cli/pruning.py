@@ -25,7 +25,7 @@ def kept(
     Raises WrongUsage or ConfigError.
     """
     if certain and config is None and keep_last is None:
-        raise WrongUsage("how many stay? With --yes, give --keep-last, or --config with the job's configuration")
+        raise WrongUsage("how many to keep? --yes needs --keep-last, or --config with the job's configuration")
     said = load_config(config) if config is not None else LayerwiseConfig()
     return Kept(
         said.keep_last if keep_last is None else keep_last,
@@ -55,8 +55,8 @@ def prune(catalogue: Catalogue, rules: Kept, *, yes: bool) -> Answer:
                 stays = pruning.run(note)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(
-                    f"interrupted: {len(removed)} of {len(pruning.plan.going)} checkpoints were removed, each as a "
-                    "whole; what else was to go is as it was"
+                    f"interrupted: {len(removed)} of {len(pruning.plan.going)} checkpoints were removed, each "
+                    "completely; the rest is untouched"
                 ) from None
     finally:
         pruning.close()
@@ -98,7 +98,7 @@ def _told(
     )
     verb = "removed" if done else "would go"
     for base in sorted(bases):
-        parts.append(f"base/{base}: frozen parameters that no checkpoint refers to then: {verb}")
+        parts.append(f"base/{base}: frozen parameters that no remaining checkpoint refers to: {verb}")
     for attempt in found.leftovers:
         parts.append(f"{attempt.folder}: left by a crash: {verb}")
     parts.append(f"{len(going)} of {len(entries)} checkpoints {verb}, {size(freed)}")

@@ -80,7 +80,7 @@ def _checkpoint(catalogue: Catalogue, step: int | None, tag: str | None, stack: 
     try:
         hold = catalogue.manager.hold(manifest.attempt_id)
     except (FileNotFoundError, BlockingIOError):
-        raise WrongUsage(f"step {manifest.step} in {catalogue.root} was removed by retention just now") from None
+        raise WrongUsage(f"step {manifest.step} in {catalogue.root} was just removed by retention") from None
     opened = stack.enter_context(Checkpoint(catalogue.manager, manifest, hold))
     weights = {key: opened[name] for key, name in opened.weights().items()} if not opened.models else {}
     for model in opened.models:
@@ -112,11 +112,11 @@ def _of_another_tool(
 ) -> Side:  # fmt: skip
     """What an import would make of a folder of DCP's, DeepSpeed's or Hugging Face's."""
     if step is not None:
-        raise WrongUsage(f"{path} is no directory of this package, and has no step to choose")
+        raise WrongUsage(f"{path} is not a directory of this package, and has no step to choose")
     if kind != "safetensors" and not allow_pickle:
         raise WrongUsage(
-            f"{path} holds pickles: with --allow-pickle they are read by an unpickler that runs nothing, and takes "
-            "tensors, plain values and a fixed list of other names only"
+            f"{path} holds pickles: --allow-pickle reads them with an unpickler that runs nothing and accepts only "
+            "tensors, plain values and a fixed list of other names"
         )
     _, found = importing.read(where, importing.Wanted(allow_pickle=allow_pickle, source_tag=tag))
     state: dict[str, Readable] = {}
@@ -153,7 +153,7 @@ class _Whole:
             try:
                 self._held = self._found.read().detach().cpu().contiguous().reshape(-1)
             except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
-                raise DamageError(f"{self._name} is not as its tool writes it: {error}") from error
+                raise DamageError(f"{self._name} is not what its tool writes: {error}") from error
         whole = self._held
         if start + length >= math.prod(self.shape):
             self._held = None
@@ -245,5 +245,5 @@ def _safetensors(path: str, where: str, stack: ExitStack) -> Side:
                 raise WrongUsage(f"{path}: {name} is of dtype {part.get_dtype()}, which is not compared")
             tensors[name] = _Row(file, name, part.get_dtype(), tuple(part.get_shape()))
     except SafetensorError as error:
-        raise WrongUsage(f"{path}: is no safetensors file: {error}") from None
+        raise WrongUsage(f"{path}: is not a safetensors file: {error}") from None
     return Side(path, None, tensors, {})

@@ -71,12 +71,12 @@ def verify(catalogue: Catalogue, step: int | None = None, tag: str | None = None
     elsewhere = [result["step"] for result in results if result["ranks_here"] < result["ranks"]]
     if elsewhere:
         parts.append(
-            f"of step(s) {_listed(elsewhere)} only some ranks' shards lie here: whether all together hold every tensor "
-            "whole was not looked at"
+            f"of step(s) {_listed(elsewhere)} only some ranks' shards lie here: whether they hold every tensor "
+            "together was not checked"
         )
     unhashed = [str(result["step"]) for result in results if result["result"] == "not hashed"]
     if unhashed:
-        parts.append(f"data not hashed: whether the tensors of step(s) {', '.join(unhashed)} are sound cannot be told")
+        parts.append(f"data not hashed: damage to tensors of step(s) {', '.join(unhashed)} cannot be detected")
     verdict = f"{len(damage)} damages found" if damage else "no damage found" if unhashed else "all sound"
     for base in data["bases"]:
         if base["damage"]:

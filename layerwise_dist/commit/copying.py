@@ -66,13 +66,13 @@ class CheckpointCopy:
     def _check(self) -> None:
         parent = os.path.dirname(self.target)
         if os.path.lexists(self.target):
-            raise DirectoryError(f"{self.target} is there already, and nothing is written over: give another name")
+            raise DirectoryError(f"{self.target} already exists, and nothing is overwritten: choose another name")
         if not os.path.isdir(parent):
             raise DirectoryError(f"{parent}: no such directory")
         if os.path.commonpath([os.path.realpath(parent), os.path.realpath(self._source.root)]) == os.path.realpath(
             self._source.root
         ):
-            raise DirectoryError(f"{self.target} is inside of {self._source.root}, which it is to be a copy of")
+            raise DirectoryError(f"{self.target} is inside {self._source.root}, which it would copy")
         away = [file.rank for file in self.files if kind_at(self._source.env, self._of_source(file.name)) is None]
         if away and self._manifest.places is None:
             missing = next(file for file in self.files if file.rank == away[0]).name
@@ -128,7 +128,7 @@ class CheckpointCopy:
                 found = found or self._otherwise(file, pool)
                 if found:
                     there = self._problems(self._source, pool, file)
-                    whose = "was damaged before it was copied" if there else "came out of its new place otherwise"
+                    whose = "was damaged before it was copied" if there else "reads back differently from its new place"
                     raise DamageError(f"step {self._manifest.step}: {file.name} {whose}: {(there or found)[0]}")
                 advance(file.nbytes)
 
@@ -205,7 +205,7 @@ class CheckpointCopy:
             self._env.make_dir(path, self._dir_mode)
         except FileExistsError:
             self._made.pop()
-            raise DirectoryError(f"{path} is there already, and nothing is written over") from None
+            raise DirectoryError(f"{path} already exists, and nothing is overwritten") from None
 
     def _remove(self) -> None:
         while self._made:

@@ -225,7 +225,7 @@ class Exchange:
                     if now >= oldest + self._timeout_s:
                         late = sorted(other for other in waited if now >= since[other] + self._timeout_s)
                         raise DeadlineError(
-                            f"{what}: rank(s) {late} have got on with nothing for {self._timeout_s:g} s{stuck_calls()}"
+                            f"{what}: rank(s) {late} have made no progress for {self._timeout_s:g} s{stuck_calls()}"
                         )
                     self._changed.wait(oldest + self._timeout_s - now)
                 if self._broken is not None:

@@ -29,9 +29,7 @@ def held(manager: CheckpointMetadataManager, attempt: AttemptId, *, needed: bool
         except BlockingIOError:  # it is being removed, or retention is checking whether it may be
             if time.monotonic() >= deadline:
                 path = manager.manifest_path(attempt)
-                raise DeadlineError(
-                    f"{path}: somebody has held it alone for {_PATIENCE_S:g} s: see fuser {path}"
-                ) from None
+                raise DeadlineError(f"{path}: somebody has locked it for {_PATIENCE_S:g} s: see fuser {path}") from None
             time.sleep(_LOOK_S)
         except OSError as error:
             if error.errno not in NO_LOCKS:
@@ -39,7 +37,7 @@ def held(manager: CheckpointMetadataManager, attempt: AttemptId, *, needed: bool
             if not needed:
                 break
             raise DirectoryError(
-                f"{manager.root}: its file system has no file locks ({error.strerror}), so that nothing would keep a "
+                f"{manager.root}: its file system has no file locks ({error.strerror}), so nothing would stop a "
                 "running job from removing the checkpoint meanwhile"
             ) from error
     try:

@@ -83,7 +83,7 @@ class Inventory:
         newest = self.newest
         for seq, problem in self._damaged_branches.items():
             if newest is None or seq > newest.seq:
-                return f"{problem}; it said from which commit the newest branch goes on"
+                return f"{problem}; it said which commit the newest branch continues"
         if newest is None and self.manifests:
             return f"every checkpoint here is of another directory than {filenames.IDENTITY} ({self.identity})"
         if newest is None or self.dangling is None:
@@ -105,7 +105,7 @@ class Inventory:
         if found is not None and found.ref == parent:
             return None
         return (
-            f"{filenames.branch_file(newest.seq)}: the commit that it goes on from (seq {parent.seq}, attempt "
+            f"{filenames.branch_file(newest.seq)}: the commit that it continues (seq {parent.seq}, attempt "
             f"{parent.attempt}) is not there"
         )
 

@@ -133,7 +133,7 @@ class Place:
             damage = error
         self._manager.write_identity(Identity(identity=identity))
         if damage is not None:
-            log.warning("%s; it was written anew", damage)
+            log.warning("%s; it was rewritten", damage)
 
     def texts(self, plan: StartPlan) -> dict[str, str]:
         """The records that only this place can give to others, by name."""
@@ -233,8 +233,8 @@ def _too_few(root: str, epoch: int, seq: int) -> str | None:
         if number + 1 >= filenames.BEGIN_BELOW:
             return (
                 f"{root} holds a checkpoint or an attempt of {what} {number}: after it there are too few numbers for "
-                f"a session, which begins below {filenames.BEGIN_BELOW}. Go on in a new directory, or move what has "
-                "that number away"
+                f"a session, which begins below {filenames.BEGIN_BELOW}. Continue in a new directory, or move away "
+                "what has that number"
             )
     return None
 
@@ -246,7 +246,7 @@ def _way_out(manager: CheckpointMetadataManager, found: Inventory) -> str:
         return str(error)
     if told is None:
         return "no sound record here says what was in it: only attach(fresh=True) makes a new one"
-    return f"the next attach() writes it anew, with what the records here say ({told})"
+    return f"the next attach() rewrites it from the records here ({told})"
 
 
 def told_identity(found: Inventory, root: str) -> str | None:
@@ -258,7 +258,7 @@ def told_identity(found: Inventory, root: str) -> str | None:
         listed = ", ".join(f"{times} of {identity}" for identity, times in said[:4])
         raise DirectoryError(
             f"{os.path.join(root, filenames.IDENTITY)} is missing or damaged, and the records in {root} are of several "
-            f"directories ({listed}): move those that were copied here away, and start again"
+            f"directories ({listed}): move away those that were copied here, and start again"
         )
     return said[0][0] if said else None
 

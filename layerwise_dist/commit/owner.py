@@ -93,7 +93,9 @@ class Owner:
     def check(self) -> None:
         """Raises OwnerError when the directory has a newer owner."""
         if not self._lock.held_path_is_mine():
-            raise OwnerError(f"{self._path} was replaced: this session (epoch {self.epoch}) owns the directory no more")
+            raise OwnerError(
+                f"{self._path} was replaced: this session (epoch {self.epoch}) no longer owns the directory"
+            )
         with self._writing:
             found = self._read()
         if found.get("epoch") != self.epoch or found.get("session") != self._session:
@@ -151,7 +153,7 @@ def _take(
         if time.monotonic() - began >= limit:
             if holder.get("ends"):
                 raise OwnerError(
-                    f"{root}: waited {limit:g} s for {who}, which {does} and has not let go of the directory: kill it, "
+                    f"{root}: waited {limit:g} s for {who}, which {does} and still holds the directory: kill it, "
                     "or start again later"
                 )
             if holder.get("who") == asker:

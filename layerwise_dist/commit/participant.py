@@ -208,7 +208,9 @@ class Participant:
                 self._waits.wait_for(
                     lambda: self._ledger.may_pass(count),
                     time.monotonic() + self.timeout_s,
-                    lambda: f"boundary {count}: waited {self.timeout_s:g} s for the coordinator on rank 0 to say go on",
+                    lambda: (
+                        f"boundary {count}: waited {self.timeout_s:g} s for rank 0's coordinator to let it continue"
+                    ),
                 )
             if (reason := self._ledger.must_raise(count)) is not None:
                 raise CommitError(reason)

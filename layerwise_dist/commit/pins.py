@@ -23,7 +23,7 @@ def pin(manager: CheckpointMetadataManager, manifest: Manifest) -> bool:
     env, attempt = manager.env, manifest.attempt_id
     if manifest.places is not None and kind_at(env, manager.shard_path(manifest, 0)) is None:
         raise DirectoryError(
-            f"{manager.root} has no shard of rank 0, on whose node it is decided what goes on all nodes: pin step "
+            f"{manager.root} has no shard of rank 0, whose node decides what is removed on all nodes: pin step "
             f"{manifest.step} there"
         )
     path = manager.pin_path(attempt)
@@ -31,7 +31,7 @@ def pin(manager: CheckpointMetadataManager, manifest: Manifest) -> bool:
         with held(manager, attempt):
             kind = kind_at(env, path)
             if kind not in (None, "file"):
-                raise DirectoryError(f"{path} is not a file, and so no pin of ours: move it away")
+                raise DirectoryError(f"{path} is not a regular file, so it is not a pin: move it away")
             if kind is None:
                 env.write_file(path, b"", 0o600)
             env.sync_dir(manager.folder(attempt))  # of an earlier pin too, which may have died before

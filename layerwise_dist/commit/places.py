@@ -22,7 +22,7 @@ from layerwise_dist.supervision.patience import within
 
 log = logging.getLogger("layerwise_dist")
 
-_LOOK = "the look for a common directory"
+_LOOK = "the search for a common directory"
 _T = TypeVar("_T")
 
 
@@ -87,7 +87,7 @@ def find_places(env: Env, root: str, participant: Participant, *, file_mode: int
         return token
 
     try:
-        token = participant.agree("look for a common directory", None, begin)
+        token = participant.agree("search for a common directory", None, begin)
         apart = participant.agree(
             "who sees rank 0's directory", tried(participant.disk_s, _LOOK, lambda: probe.sees(token, 0)), _blind
         )

@@ -21,7 +21,7 @@ from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.odd import oddity
 from layerwise_dist.storage.retention import retired, staying, unneeded_bases
 
-OPEN = "open: somebody reads it"
+OPEN = "open: somebody is reading it"
 PINNED = "pinned"
 
 
@@ -52,7 +52,7 @@ def plan(manager: CheckpointMetadataManager, found: Inventory, kept: Kept) -> Pl
     OSError.
     """
     if found.lost is not None:
-        raise DamageError(f"nothing is removed, since it is not known where the lineage goes on: {found.lost}")
+        raise DamageError(f"nothing is removed, since it is unclear where the lineage continues: {found.lost}")
     if problems := unusable(manager, found):
         raise DirectoryError(f"nothing is removed, since no job could start here: {'; '.join(problems.values())}")
     for manifest in found.manifests.values():

@@ -87,7 +87,7 @@ class BaseRecord(Record):
     @model_validator(mode="after")
     def _of_an_attempt(self) -> BaseRecord:
         if filenames.parse_base(self.attempt) is None:
-            raise ValueError(f"{self.attempt} is the attempt of no session")
+            raise ValueError(f"{self.attempt} is not an attempt of any session")
         return self
 
 
@@ -204,7 +204,7 @@ def _contradiction(manifest: Manifest) -> str | None:
     if problem := _not_after(manifest.seq, manifest.parent, manifest.before, manifest.root):
         return problem
     if not manifest.root <= manifest.branch <= manifest.seq:
-        return f"root {manifest.root}, branch {manifest.branch} and seq {manifest.seq} do not follow each other"
+        return f"root {manifest.root}, branch {manifest.branch} and seq {manifest.seq} are out of order"
     tag, world_size, shards = manifest.tag, manifest.world_size, manifest.shards
     if tag is not None and not is_tag(tag):
         return f"the tag is not one of 1 to {LONGEST_TAG} printable characters"
@@ -272,7 +272,7 @@ def decode(data: bytes, model: type[R], path: str) -> R:
 def _read(data: bytes, text: bytes, model: type[R]) -> R:
     """Raises ValueError or Unfit."""
     if len(text) > _TEXTS + _OBJECT * text.count(b"{"):
-        raise ValueError(f"{len(text)} bytes, with texts longer than any record has")
+        raise ValueError(f"{len(text)} bytes, with strings longer than any record has")
     if strict_json.weight(text) <= strict_json.WEIGHT_CAP:
         try:
             found = model.model_validate_json(text)

@@ -120,7 +120,9 @@ class Committer:
         self._known = known = self._manager.inventory().light()
         parent = known.manifests.get(head.seq) if head is not None else None
         if head is not None and (parent is None or parent.ref != head):
-            raise DamageError(f"the commit to go on from (seq {head.seq}, attempt {head.attempt}) is no longer there")
+            raise DamageError(
+                f"the commit to continue from (seq {head.seq}, attempt {head.attempt}) is no longer there"
+            )
         if branch_seq is None:
             newest = known.newest
             branch, before, root = (newest.branch, newest.before, newest.root) if newest is not None else (0, [], 0)

@@ -212,7 +212,7 @@ def assemble(
         else:
             parts = _open_direct(config, env, transport, participant, found, fresh, closers)
         if rank == 0 and config.mode != "mock" and (memory := within(participant.disk_s, "a look", in_memory)):
-            log.warning("%s is on %s: what is committed survives this job, not the machine's end", config.path, memory)
+            log.warning("%s is on %s: what is committed survives this job, but not the machine", config.path, memory)
         if rank == 0 and config.mode != "mock" and (others := within(participant.disk_s, "a look", looked_after)):
             log.warning(
                 "%s: others may change or remove checkpoints, or put links there; give it to the user of the job with "
@@ -238,7 +238,7 @@ def assemble(
             try:
                 close()
             except Exception as error:  # the rest is let go of all the same
-                log.warning("rank %d: attach: what had begun could not be ended: %s", rank, error)
+                log.warning("rank %d: attach: what had been started could not be stopped: %s", rank, error)
         env.let_go()
         raise
 

@@ -79,8 +79,8 @@ def check_free(wanted: Holdings) -> None:
     for each in _here():
         if each.holdings is not None and (common := wanted.common(each.holdings)):
             raise UnsupportedError(
-                f"{common} is attached already, with checkpoints in {each.directory}: close() that first. Several "
-                "models or optimizers of one loop belong into one attach(models={...}, optimizers={...})"
+                f"{common} is already attached, with checkpoints in {each.directory}: close() that first. Several "
+                "models or optimizers of one loop belong in one attach(models={...}, optimizers={...})"
             )
 
 

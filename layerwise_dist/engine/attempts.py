@@ -71,8 +71,7 @@ class Attempts:
         if names:
             self._copying |= names
             log.info(
-                "rank %d: %s changed at two checkpoints in a row: from now on copied at the boundary, with each "
-                "of them",
+                "rank %d: %s changed at two checkpoints in a row: copied at the boundary from now on, each time",
                 self._rank, ", ".join(sorted(names)),
             )  # fmt: skip
 
@@ -103,7 +102,7 @@ class Attempts:
             self._copying |= names
             log.warning(
                 "rank %d: %s changed between its boundary or update and %s without raising its version counter "
-                "(through .data or numpy, say): from now on copied at the boundary instead of being read in place",
+                "(through .data or numpy, say): copied at the boundary from now on, not read in place",
                 self._rank, ", ".join(sorted(names)), until,
             )  # fmt: skip
 
@@ -128,7 +127,7 @@ class Attempts:
             if attempt.seq >= filenames.NUMBERS_END or step >= filenames.STEPS_END:
                 raise UnsupportedError(
                     f"step {step}, attempt {attempt.seq} of this directory: steps are below {filenames.STEPS_END}, "
-                    f"attempts below {filenames.NUMBERS_END}; go on in a new directory"
+                    f"attempts below {filenames.NUMBERS_END}; continue in a new directory"
                 )
             write = self._adapter.begin(attempt, laid.shard, laid.plan)
             return self._capture(step, found, laid, write, self._audits.next(found))
@@ -209,7 +208,7 @@ class Attempts:
         if config.when_full == "skip":
             self._participant.skipped(attempt, f"{full}, and when_full is 'skip'")
         elif vain == "disk":
-            self._participant.failed(attempt, f"{full} and the disk does not end one", None)
+            self._participant.failed(attempt, f"{full} and the disk finishes none", None)
         elif self._stuck:
             self._participant.skipped(attempt, undecided)
         else:

@@ -34,8 +34,8 @@ class BoundaryHandler:
         """
         if self._optimizer.mid_window:
             raise BoundaryError(
-                "an iteration ended within an accumulation window: steps() counts windows, so all micro-batches of one "
-                "belong into its body; a loop over micro-batches calls explicit() before it and end_step() at the "
+                "an iteration ended within an accumulation window: steps() counts windows, so all micro-batches of "
+                "one belong in its body; a loop over micro-batches calls explicit() before it and end_step() at the "
                 "end of its body"
             )
         self._tracing.end_if_complete()

@@ -141,7 +141,7 @@ class Closing:
         self._notices.close(left())
         if not all(closed):
             log.warning(
-                "rank %d: close: the disk is busy%s; this process leaves that to itself, and what it uses is kept",
+                "rank %d: close: the disk is busy%s; this process no longer waits for it, and keeps what it uses",
                 self._framework.rank, stuck_calls(),
             )  # fmt: skip
         self._manager.env.let_go()

@@ -68,7 +68,7 @@ class CheckpointCalls:
                 "save_checkpoint(save_latest=False): load_checkpoint() without a tag takes the newest checkpoint"
             )
         if exclude_frozen_parameters:
-            log.warning("save_checkpoint(exclude_frozen_parameters=True): frozen parameters are saved all the same")
+            log.warning("save_checkpoint(exclude_frozen_parameters=True): frozen parameters are saved anyway")
         tag = f"global_step{self._engine.global_steps}" if tag is None else str(tag)
         self._engine._checkpoint_tag_validation(tag)  # what ds_config says of tags that differ
         tag = self._ckpt.agree("name a checkpoint", tag, lambda tags: tags[0])
@@ -95,7 +95,7 @@ class CheckpointCalls:
             self._warned = True
             log.warning(
                 "save_checkpoint() within an accumulation window: as with DeepSpeed, the gradients of its first "
-                "micro-batches are not saved, and a resume begins the window anew"
+                "micro-batches are not saved, and a resume restarts the window"
             )
         return True
 
@@ -120,7 +120,7 @@ class CheckpointCalls:
                 self._ckpt.loaded_elsewhere()
             return found
         if custom_load_fn is not None:
-            raise UnsupportedError("load_checkpoint(custom_load_fn=...): tensors are read into place, by nobody else")
+            raise UnsupportedError("load_checkpoint(custom_load_fn=...): this library fills the tensors itself")
         parts = Parts(load_module_only, load_optimizer_states, load_lr_scheduler_states, load_module_strict)
         tag = None if tag is None else str(tag)
         shared = own and self._asked_for != self._own and self._holds_ours(self._asked_for)

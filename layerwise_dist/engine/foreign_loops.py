@@ -46,8 +46,9 @@ def check_not_within() -> None:
         for loop in loops:
             if name == loop.function and module == loop.module and not loop.before & inner:
                 raise BoundaryError(
-                    f"attach() within {loop.host}, which has begun: epoch and position of the data are decided by now, "
-                    f"so that a resume would train on other data than the run that was interrupted. Call {loop.way}"
+                    f"attach() within {loop.host}, which has already started: the epoch and the position in the "
+                    f"data are decided by now, so a resume would train on other data than the interrupted run. Call "
+                    f"{loop.way}"
                 )
         inner.add(name)
         frame = frame.f_back

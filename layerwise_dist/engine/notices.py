@@ -19,7 +19,7 @@ log = logging.getLogger("layerwise_dist")
 OnCommit = Callable[[int, str], object]
 """`(step, path)`: the folder of the checkpoint, as an absolute path."""
 OnFailure = Callable[[int | None, str], object]
-"""`(step, reason)`: the step whose checkpoint was given up; None where checkpoints have stopped for good."""
+"""`(step, reason)`: the step whose checkpoint was aborted; None where checkpoints have stopped for good."""
 
 
 class Notices:
@@ -59,7 +59,7 @@ class Notices:
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             log.warning(
-                "close: the callback %s has not ended within %.3g s: it is left behind", self._running, timeout_s
+                "close: the callback %s did not finish within %.3g s and is left running", self._running, timeout_s
             )
 
     # -- notices, from any thread; waits for nothing -----------------------------------------------------------

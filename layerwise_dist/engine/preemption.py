@@ -44,7 +44,8 @@ def check_thread() -> None:
     """Raises ConfigError on another thread than the main one, which `SystemExit` would end alone."""
     if threading.current_thread() is not threading.main_thread():
         raise ConfigError(
-            "preemption.enabled needs attach() on the main thread: a process is left from there only (SystemExit)"
+            "preemption.enabled needs attach() on the main thread: only the main thread can leave the process "
+            "(SystemExit)"
         )
 
 
@@ -140,7 +141,7 @@ class Preemption:
         while (left := self._deadline - time.monotonic()) > 0:
             time.sleep(left)
         log.warning(
-            "rank %d: %g s are over: the process ends here (exit code %d)", self._rank, self._grace_s, self.exit_code
+            "rank %d: %g s have passed: the process exits now (exit code %d)", self._rank, self._grace_s, self.exit_code
         )
         end_process(self.exit_code)
 

@@ -89,13 +89,14 @@ class Restores:
             raise ValueError(f"objects: each must be 'rank0' or, of a loader, 'anew', not {other.pop()!r}")
         if model_only and self._boundary.completed:
             raise BoundaryError(
-                f"restore(model_only=True) begins a training, and this one is at step {self._boundary.completed}: call "
+                f"restore(model_only=True) starts a new training, but this one is at step "
+                f"{self._boundary.completed}: call "
                 "it before the first step"
             )
         if on_missing not in (None, "fresh", "error"):
             raise ValueError(f"on_missing must be 'fresh' or 'error', not {on_missing!r}")
         if (step is not None) + (tag is not None) + saved > 1:
-            raise ValueError("restore() takes one of step, tag and saved")
+            raise ValueError("restore() takes only one of step, tag and saved")
         wish = Wish(step, tag, saved)
         fresh = (on_missing or ("error" if wish.certain or model_only else "fresh")) == "fresh"
         if model_only:
@@ -219,7 +220,7 @@ class Restores:
         return self._looked_for(self._manager)
 
     def _looked_for(self, manager: CheckpointMetadataManager) -> Inventory:
-        return within(self._participant.disk_s, "the look for checkpoints", manager.inventory)
+        return within(self._participant.disk_s, "the search for checkpoints", manager.inventory)
 
     def _adopt(self, loading: LoadPlan, parts: Parts) -> None:
         sealed = loading.sealed
@@ -235,7 +236,7 @@ class Restores:
         # An optimizer's own load_state_dict() may run in it, and fail.
         self._all("adopt", adopt)
         # And that of an object in `state=`, or of a module with set_extra_state().
-        self._all("put back what is no tensor", lambda: self._put_back(sealed, parts))
+        self._all("restore what is not a tensor", lambda: self._put_back(sealed, parts))
         self.client_state = sealed["client_state"]
         if not parts.module_only:
             self._participant.restored(sealed["step"])

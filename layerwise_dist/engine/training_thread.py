@@ -22,7 +22,8 @@ class TrainingThread:
         if threading.get_ident() != self.ident:
             if self._thread.is_alive():
                 raise BoundaryError(
-                    f"close() on thread {threading.current_thread().name!r} while the one that trains, "
-                    f"{self._thread.name!r}, goes on: it alone can tell that nothing changes what is still being read"
+                    f"close() on thread {threading.current_thread().name!r} while the training thread, "
+                    f"{self._thread.name!r}, is still running: only that thread can confirm that nothing changes "
+                    "what is still being read"
                 )
             self.ident = threading.get_ident()

@@ -22,7 +22,7 @@ def beside(out: str | os.PathLike[str], *, folder: bool) -> Iterator[Path]:
     """
     target = Path(os.path.abspath(os.path.expanduser(os.fspath(out))))
     if os.path.lexists(target):
-        raise FileExistsError(17, "is there already, and an export overwrites nothing", str(target))
+        raise FileExistsError(17, "already exists, and an export overwrites nothing", str(target))
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
         made = scratch / target.name

@@ -71,7 +71,7 @@ def read(source: str, wanted: Wanted) -> tuple[str, Imported]:
     except (LayerwiseError, OSError):
         raise
     except _ODD as error:
-        raise DamageError(f"{source}: it is not as its tool writes it: {type(error).__name__}: {error}") from error
+        raise DamageError(f"{source}: it is not what its tool writes: {type(error).__name__}: {error}") from error
     for name in wanted.drop:
         if name not in found.objects:
             raise NotFoundError(f"--drop {name}: {source} has no such object; it has {sorted(found.objects) or 'none'}")
@@ -140,9 +140,7 @@ def _read(found: Found, name: str) -> torch.Tensor:
     except (LayerwiseError, OSError):
         raise
     except _ODD as error:
-        raise DamageError(
-            f"{name}: its source is not as its tool writes it: {type(error).__name__}: {error}"
-        ) from error
+        raise DamageError(f"{name}: its source is not what its tool writes: {type(error).__name__}: {error}") from error
     if tensor.dtype != found.dtype or tuple(tensor.shape) != found.shape:
         raise DamageError(f"{name}: its source has another one than it said")
     return tensor if is_dense(tensor) and tensor.device.type == "cpu" else tensor.cpu().contiguous().clone()

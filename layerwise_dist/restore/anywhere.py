@@ -94,7 +94,7 @@ class Fitting:
         for part, tensor in framework.buffer_slices():
             self._buffer(part, tensor)
         self._problems += [
-            f"buffer/{fqn} is cut over ranks here, and a checkpoint does not say how buffers were cut"
+            f"buffer/{fqn} is cut over ranks here, but a checkpoint does not say how buffers were cut"
             for fqn in framework.cut_buffers()
         ]
         loading = fit.loading
@@ -139,7 +139,7 @@ class Fitting:
                 self._used.update(self._states_of(name))
                 continue
             if part.fqn == view.fqn and name in self._used:
-                self._problems.append(f"{part.name}: in the checkpoint it is one parameter with another, {name}")
+                self._problems.append(f"{part.name}: in the checkpoint it is the same parameter as {name}")
                 continue
             self._rename.setdefault(view.fqn, name.split("/", 1)[1] if part.fqn == view.fqn else view.fqn)
             self._want(part, tensor, name, made=part.kind != name.split("/", 1)[0])
@@ -242,7 +242,7 @@ class Fitting:
             elif name in self._whole.tensors:
                 saved = self._whole.tensors[name]
                 if saved.shape != () or not casts.is_float(saved.dtype):
-                    self._problems.append(f"{name}: {saved.dtype}{list(saved.shape)} is no count of torch's")
+                    self._problems.append(f"{name}: {saved.dtype}{list(saved.shape)} is not a step count of torch's")
                     continue
                 counted[view.fqn] = torch.empty((), dtype=DTYPES[saved.dtype], device="cpu")
                 wanted = Slice.whole("step", view.fqn, saved.dtype, ())
@@ -283,7 +283,7 @@ class Fitting:
         numbers = sealed["scalars"].get(view.fqn, ())
         for kind in sealed["order"].get(view.fqn, ()):
             if not (kind in tensors or kind in numbers or kind in placed):
-                raise DamageError(f"{self._where}: {kind}/{name} was there at the boundary, and no shard has it")
+                raise DamageError(f"{self._where}: {kind}/{name} existed at the boundary, but no shard has it")
         param = self._framework.param_parts(view)
         whole_param = param[0][0] if len(param) == 1 else None
         for kind in tensors:

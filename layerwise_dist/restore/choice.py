@@ -64,8 +64,8 @@ def candidates(inventory: Inventory, wish: Wish, root: str) -> list[Manifest]:
         found = [manifest for manifest in lineage if manifest.tag is not None or not wish.saved]
         if not found and (damage := inventory.lineage_damage()):
             raise DamageError(
-                f"no checkpoint of the lineage in {root} is sound ({_said(damage)}), and those of other branches are "
-                f"never chosen by themselves: {_others(inventory)}"
+                f"no checkpoint of the lineage in {root} is sound ({_said(damage)}), and those of other branches "
+                f"are never chosen automatically: {_others(inventory)}"
             )
         return found
     chosen = next((manifest for manifest in _by_preference(inventory) if wish.fits(manifest.step, manifest.tag)), None)
@@ -76,8 +76,8 @@ def candidates(inventory: Inventory, wish: Wish, root: str) -> list[Manifest]:
     if damage and inventory.lost is None:
         other = f"; {chosen.attempt_id.folder} is of another branch" if chosen is not None else ""
         raise DamageError(
-            f"the {wish} may be a damaged one ({_said(damage)}){other}: {_others(inventory)}, or move what is damaged "
-            "away"
+            f"the {wish} may be a damaged one ({_said(damage)}){other}: {_others(inventory)}, or move away what is "
+            "damaged"
         )
     if chosen is not None:
         return [chosen]

@@ -85,7 +85,9 @@ def lacking(
                     problems[f"{name} of shape {list(shape)}: no shard has its element {list(gap)}"] = None
             if len(alike) > 1:
                 shapes = " and ".join(f"{dtype}{list(shape)}" for dtype, shape in sorted(alike))
-                problems[f"{name}: it is one tensor of ranks {ranks_text(ranks)}, and shards have {shapes}"] = None
+                problems[f"{name}: it is one tensor shared by ranks {ranks_text(ranks)}, and shards have {shapes}"] = (
+                    None
+                )
     for rank, state in sealed.items():
 
         def has(kind: str, fqn: str, rank: int = rank) -> bool:
@@ -93,7 +95,7 @@ def lacking(
             return name in held[rank] or any(rank in ranks for ranks in parts.get(name, ()))
 
         for name in absent(state, has):
-            problems[f"{name}: rank {rank} had it at the boundary, and it is in no shard"] = None
+            problems[f"{name}: rank {rank} had it at the boundary, but it is in no shard"] = None
     return [f"step {manifest.step}: {problem}" for problem in problems]
 
 

@@ -27,7 +27,7 @@ def contradictions(names: Sequence[str], reads: Sequence[Read]) -> list[str]:
                 content[place] = _content(reads[place])
         one, other = pair
         if not _agree(reads[one].tensor, content[one], reads[other].tensor, content[other]):
-            problems.append(f"{names[one]} and {names[other]} share memory here, and differ in the checkpoint")
+            problems.append(f"{names[one]} and {names[other]} share memory here, but differ in the checkpoint")
     return problems
 
 

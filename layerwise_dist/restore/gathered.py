@@ -197,7 +197,7 @@ class Gathered:
             for among, alike in groups.items():
                 if len(alike) > 1:
                     shapes = " and ".join(sorted(f"{each.dtype}{list(each.shape)}" for each in alike))
-                    problems.append(f"{name}: it is one tensor of ranks {among}, and shards have {shapes}")
+                    problems.append(f"{name}: it is one tensor shared by ranks {among}, and shards have {shapes}")
         if problems:
             more = f"; and {len(problems) - 1} more" if len(problems) > 1 else ""
             raise DamageError(f"step {self.manifest.step}: {problems[0]}{more}")

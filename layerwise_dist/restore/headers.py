@@ -173,7 +173,7 @@ class Share:
             return any(rank in ranks for each in kinds for ranks in holders.get(f"{each}/{fqn}", ()))
 
         problems = [
-            f"{name}: rank {rank} had it at the boundary, and it is in no shard"
+            f"{name}: rank {rank} had it at the boundary, but it is in no shard"
             for rank, name in self._absent
             if not held(rank, name)
         ]

@@ -133,7 +133,7 @@ def prepare(
         raise another_model(where, problems)
     if gone := list(contents.absent(sealed, lambda kind, fqn: f"{kind}/{fqn}" in index)):
         raise DamageError(
-            f"{where}: rank {framework.rank} had {', '.join(gone[:LISTED])} at the boundary, and no shard has it"
+            f"{where}: rank {framework.rank} had {', '.join(gone[:LISTED])} at the boundary, but no shard has it"
         )
     return loading
 

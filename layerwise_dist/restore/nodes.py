@@ -51,7 +51,7 @@ def look(
         found: list[list[list[int]]] = values(votes)
         return [_merged(_manifest(manager, attempt), [each[n] for each in found]) for n, attempt in enumerate(attempts)]
 
-    mine = tried(participant.disk_s, "the look for shards", seen)
+    mine = tried(participant.disk_s, "the search for shards", seen)
     decided = participant.agree("which node has which shards", mine, decide)
     return {
         attempt: Held(attempt.step, [(gone, node) for gone, node in each["gone"]], each["away"])

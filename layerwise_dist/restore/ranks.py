@@ -86,7 +86,7 @@ def _check_choices(own: SealedState, choose: Mapping[str, str]) -> None:
         raise MismatchError(f"objects: the checkpoint has no {unknown[0]!r} in its state, but {sorted(known)}")
     for name, choice in choose.items():
         if choice != FROM_RANK_0 and name in own["objects"]:
-            raise MismatchError(f"objects: {name!r} is no loader, and takes {FROM_RANK_0!r} only, not {choice!r}")
+            raise MismatchError(f"objects: {name!r} is not a loader and accepts {FROM_RANK_0!r} only, not {choice!r}")
 
 
 def _placed(
@@ -113,8 +113,8 @@ def fit_schedules(sealed: SealedState, objects: StateObjects, origins: Sequence[
     known = [origin for origin in found if origin is not None and origin < before]
     if len(origins) > 1 or len(known) < len(found):
         return [
-            f"state[{names[0]!r}] keeps learning rates for the param groups of the checkpoint, and those are grouped "
-            "otherwise here: make the groups that the checkpoint has"
+            f"state[{names[0]!r}] keeps learning rates for the param groups of the checkpoint, but the groups here "
+            "are others: make the groups that the checkpoint has"
         ]
     live, fitted = objects.take(), dict(sealed["objects"])
     for name in names:

@@ -114,7 +114,7 @@ class Restorer:
         if offered:
             message = (
                 f"no checkpoint in {root} verifies (tried steps {[each.attempt.step for each in offered]}); see the "
-                "warnings. Others are never chosen by themselves: restore(step=...) takes one"
+                "warnings. Others are never chosen automatically: restore(step=...) takes one"
             )
             if apart:
                 message += self._said_gone(held, read)
@@ -189,7 +189,8 @@ class Restorer:
             )
             if filled is not None:
                 log.info(
-                    "rank %d: step %d cut anew: %d bytes of shards read, %d handed over by others, %d are held here",
+                    "rank %d: step %d resharded: %d bytes of shards read here, %d received from other ranks, %d "
+                    "held here",
                     participant.rank, step, whole.files.bytes_read, exchange.bytes_received, handing.bytes_held,
                 )  # fmt: skip
             return filled
@@ -212,7 +213,7 @@ class Restorer:
         """Without a plan: this rank is not cut as it was, or, as the error says, it is of another model."""
         try:
             manifest = within(
-                self._participant.disk_s, "a look at the manifest", lambda: self._manager.read_manifest(attempt)
+                self._participant.disk_s, "reading the manifest", lambda: self._manager.read_manifest(attempt)
             )
         except FileNotFoundError:
             raise DamageError(f"{self._manager.manifest_path(attempt)} is missing on this rank") from None
@@ -323,7 +324,7 @@ class Restorer:
         if manifest.world_size != framework.world_size:
             log.warning(
                 "step %d was written by %d rank(s), this job has %d: unless you change the batch of each rank, the "
-                "global batch is another one from here on",
+                "global batch differs from here on",
                 manifest.step, manifest.world_size, framework.world_size,
             )  # fmt: skip
         if fit.taken:

@@ -36,7 +36,7 @@ class PartSchema(Schema):
         for name in self.model_fields_set & type(self).model_fields.keys():
             field = type(self).model_fields[name]
             if not field.is_required() and field.default is None and getattr(self, name) is None:
-                raise ValueError(f"{name} is null, and may only be missing")
+                raise ValueError(f"{name} is null; it may only be absent")
         return self
 
 
@@ -50,13 +50,13 @@ class RngSchema(PartSchema):
     def _can_be_put(self) -> RngSchema:
         there = {name: getattr(self, name) for name in self.model_fields_set}
         for name, problem in rng.problems(there).items():
-            raise ValueError(f"{name}: no generator takes it: {problem}")
+            raise ValueError(f"{name}: no generator accepts it: {problem}")
         return self
 
 
 def _generator(state: torch.Tensor) -> torch.Tensor:
     if problem := rng.refused(lambda: torch.Generator().set_state(state)):
-        raise ValueError(f"no generator takes it: {problem}")
+        raise ValueError(f"no generator accepts it: {problem}")
     return state
 
 

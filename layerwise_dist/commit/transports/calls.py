@@ -67,7 +67,7 @@ def connect(rank: int, addresses: Sequence[Address], token: str, deadline: float
             left = deadline - time.monotonic()
             if left <= 0:
                 tried = "; ".join(f"{host} port {port}: {why}" for (host, port), why in failures.items())
-                raise CommitError(f"no way to the rank that takes its messages ({tried or 'no time was left'})")
+                raise CommitError(f"cannot reach the rank that takes its messages ({tried or 'no time was left'})")
             try:
                 return _call(rank, address, token, time.monotonic() + min(left, HELLO_S))
             except OSError as error:
@@ -87,7 +87,7 @@ def _call(rank: int, address: Address, token: str, deadline: float) -> Line:
             raise OSError("something else answers there")
         sock.sendall(proof)
         if not caller.is_welcome(_exactly(sock, PROOF_BYTES, deadline)):
-            raise OSError("it does not take this rank")
+            raise OSError("it rejects this rank")
         return Line(sock, caller.keys())
     except BaseException:
         sock.close()
@@ -140,7 +140,7 @@ class _Guest:
             return None
         welcome = self.host.welcome(said)
         if welcome is None or self.host.rank not in expected:
-            raise ValueError("no rank that is expected")
+            raise ValueError("not an expected rank")
         self._say(welcome)
         return Line(self.sock, self.host.keys())
 

@@ -196,7 +196,7 @@ class Links:
                 self.bytes_in += len(body)
                 self._on_frame(link.key, body)
         except ValueError as error:
-            self._end(link, f"it sent what is no message: {error}")
+            self._end(link, f"it sent something that is not a message: {error}")
             return
         if not data:
             self._end(link, "it has ended")

@@ -94,7 +94,7 @@ class Host:
     def __init__(self, token: str, call: bytes) -> None:
         found = _CALL.fullmatch(call)
         if found is None:
-            raise ValueError("no call of a rank")
+            raise ValueError("not a call from a rank")
         self.rank = int(found[1])
         self._token, self._theirs, self._nonce = token, found[2].decode(), secrets.token_hex(16)
 
