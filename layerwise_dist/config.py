@@ -96,7 +96,7 @@ class PreemptionConfig(_Strict):
     grace_s: float = Field(
         25.0,
         gt=0,
-        description="Seconds after the signal by which the process leaves, whatever happens.",
+        description="The process leaves within this many seconds of the signal, whatever happens.",
     )
     exit_code: int = Field(
         143,
@@ -122,7 +122,7 @@ class LayerwiseConfig(_Strict):
     keep_last: int = Field(
         2,
         ge=1,
-        description="How many of the lineage's newest commits stay.",
+        description="How many of the lineage's newest commits to keep.",
     )
     keep_every_n_steps: int | None = Field(
         None,
@@ -132,8 +132,8 @@ class LayerwiseConfig(_Strict):
     keep_tags: int | None = Field(
         None,
         ge=1,
-        description="Among tags that differ only in their digits (global_step100, global_step200), how many "
-        "of the newest stay; null: all. A tag without such siblings stays.",
+        description="Among tags that differ only in their digits (global_step100, global_step200), how many of the "
+        "newest to keep; null: all. Other tags are kept.",
     )
     mode: Literal["direct", "monitor", "mock"] = Field(
         "direct",
@@ -162,7 +162,7 @@ class LayerwiseConfig(_Strict):
         2,
         ge=1,
         le=64,
-        description="Checkpoints that may be begun and not yet decided.",
+        description="Checkpoints in flight: begun and not yet decided.",
     )
     when_full: Literal["wait", "skip"] = Field(
         "wait",
@@ -181,7 +181,7 @@ class LayerwiseConfig(_Strict):
     fence_timeout_s: float = Field(
         60.0,
         gt=0,
-        description="Longest that an update waits for the writes of its tensors, in seconds.",
+        description="Longest time an update waits for its tensors to be written, in seconds.",
     )
     audit: Literal["auto", "always"] = Field(
         "auto",
@@ -239,13 +239,13 @@ class LayerwiseConfig(_Strict):
             )
         if self.commit.transport == "mpi":
             raise ValueError(
-                "commit.transport = 'mpi' with mode 'monitor': monitors are no processes of mpirun's; use 'auto' or "
+                "commit.transport = 'mpi' with mode 'monitor': monitors are not processes of mpirun's; use 'auto' or "
                 "'store' with torch.distributed initialized, or mode 'direct'"
             )
         if self.writer.backend == "nvm":
             raise ValueError(
-                "writer.backend = 'nvm' with mode 'monitor': persistent memory is written as fast as another process "
-                "could be given it; use mode 'direct', or another backend"
+                "writer.backend = 'nvm' with mode 'monitor': handing data to another process costs as much as "
+                "writing it to persistent memory; use mode 'direct', or another backend"
             )
         return self
 

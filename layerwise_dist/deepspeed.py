@@ -65,7 +65,7 @@ def initialize(
     if settings.enabled and (own := _own_folder(settings.path)) != settings.path:
         folder = {"dir": own}
         log.warning(
-            "another engine of this process saves in %s: this one does in %s. Give each a directory of its own, or "
+            "another engine of this process saves in %s: this one saves in %s. Give each a directory of its own, or "
             "attach both as one with layerwise_dist.attach(models={...})", settings.path, own
         )  # fmt: skip
     engine.layerwise = attach(engine, state=layerwise_state, fresh=layerwise_fresh, **folder)

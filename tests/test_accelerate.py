@@ -234,7 +234,7 @@ def test_a_plugin_that_accelerate_does_not_turn_on_is_said_by_name(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # the plugin sets it; put back after the test
     made = prepared(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2))
-    refused(made, tmp_path, "an FSDP plugin is asked for, and Accelerate has not turned it on.*this job is NO on cpu")
+    refused(made, tmp_path, "an FSDP plugin is asked for, but Accelerate has not turned it on.*this job is NO on cpu")
 
 
 def test_calls_that_would_cut_an_iteration_in_two_are_refused(tmp_path: Path) -> None:

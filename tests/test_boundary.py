@@ -188,7 +188,7 @@ def test_another_loader_is_a_mismatch() -> None:
     shorter.restore(job.saved[6])
     with pytest.raises(MismatchError, match="after 1 batches"):
         iter(shorter.loader)
-    with pytest.raises(MismatchError, match="attached are"):
+    with pytest.raises(MismatchError, match="this job has"):
         Job(shuffled(), attach=()).restore(job.saved[4])
 
 

@@ -108,7 +108,7 @@ def test_each_save_is_a_checkpoint_and_the_newest_or_a_named_one_is_loaded(tmp_p
     save(tmp_path, {"n": 9}, step=100)
     save(tmp_path, {"n": 10})
     assert load(tmp_path, {"n": 0}, step=101)["n"] == 10
-    with pytest.raises(errors.ConfigError, match="give one of them"):
+    with pytest.raises(errors.ConfigError, match="not both"):
         LayerwiseReader(tmp_path, step=1, tag="a")
 
 

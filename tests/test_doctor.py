@@ -168,7 +168,7 @@ def test_a_full_disk_is_bad_and_says_what_the_look_would_take(tiny: Path) -> Non
 def test_a_disk_that_fills_up_under_the_look_is_a_finding_and_is_cleaned(tmp_path: Path, tiny: Path) -> None:
     (tiny / "filler").unlink()
     plan = examination.Questions(CONFIG, nbytes=4 << 20, flushes=3, rounds=1)
-    # As when another process takes the space after it was looked at.
+    # As when another process takes the space after it was checked.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(place, "space_of", lambda directory: Space(10**9, 10**9, None))
         report = examination.examine(str(tiny), plan)

@@ -552,7 +552,7 @@ def test_the_same_ranks_as_other_replicas_are_refused_and_as_the_same_replicas_m
     begun = four.draw(2)
     for dealer in (DistributedSampler, ElasticDistributedSampler):
         with pytest.raises(
-            MismatchError, match="'train' stands within an epoch that was dealt out to 4 replicas, here"
+            MismatchError, match="'train' stands within an epoch that was divided among 4 replicas, here"
         ):
             job(4, 2, dealer).restore(four.saved())
         with pytest.raises(MismatchError, match="here it would be to 2"):

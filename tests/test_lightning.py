@@ -248,7 +248,7 @@ def test_what_cannot_be_followed_is_refused_by_name(tmp_path: Path, monkeypatch:
     refused(r"attach\(\) within Trainer.fit\(\)", Attaching(tmp_path / "by hand"), kind=BoundaryError)
     refused("two LayerwiseCheckpoints", callback("1"), callback("2"), kind=ConfigError)
     refused("reload_dataloaders_every_n_epochs", callback("3"), reload_dataloaders_every_n_epochs=1)
-    refused("draws from the loader by itself", callback("4"), module=Reading())
+    refused("draws from the loader itself", callback("4"), module=Reading())
     data = DataLoader(TensorDataset(torch.ones(4, 3)))
     refused("training loaders DataLoader, DataLoader", callback("5"), loader=[data, data])
     refused("within an iteration of Lightning's loop", callback("6"), Saving(), kind=BoundaryError)

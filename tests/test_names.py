@@ -239,7 +239,7 @@ def test_cutting_names_wherever_they_occur_is_found(tmp_path: Path, monkeypatch:
         ([("state", "json")], "names of the format itself: .'state/json'"),
         ([("state", "bytes")], "names of the format itself: .'state/bytes'"),
         ([(".pad", "0")], "names of the format itself: .'.pad/0'"),
-        ([("param", "\ud800")], "names that are no Unicode text"),
+        ([("param", "\ud800")], "names that are not valid Unicode"),
     ],
 )
 def test_a_layout_with_a_name_twice_or_of_the_format_itself_is_refused(

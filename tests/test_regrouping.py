@@ -131,7 +131,7 @@ def test_optimizers_by_name() -> None:
     found, problems = fit([there], here, rename={"a": "a", "b": "b"})
     assert problems == [] and found["optimizers"]["two"]["updates"] == 5
     _, problems = fit([there], {"optimizers": {"one": live(group("a"))}}, rename={"a": "a", "b": "b"})
-    assert problems == ["the checkpoint holds optimizers ['one', 'two'], attached are ['one']"]
+    assert problems == ["the checkpoint holds optimizers ['one', 'two'], this job has ['one']"]
     _, problems = fit([there], live(group("a")), rename={"a": "a", "b": "b"})
     assert problems == ["the checkpoint has optimizers by name (['one', 'two']), here they are not by name"]
 

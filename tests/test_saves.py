@@ -252,7 +252,7 @@ def test_misuse_is_an_error_and_changes_nothing(tmp_path: Path) -> None:
         script.ckpt.restore()
         for _ in script.ckpt.steps(2):
             script.train(1)
-            with pytest.raises(errors.BoundaryError, match="within an iteration whose end is told by steps"):
+            with pytest.raises(errors.BoundaryError, match="within an iteration whose end is marked by steps"):
                 script.ckpt.save("b")
     assert commits(tmp_path) == [(1, "a")]
 

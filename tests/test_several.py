@@ -321,8 +321,8 @@ def test_a_checkpoint_of_other_models_or_optimizers_is_refused_by_their_names(tm
     adam = torch.optim.AdamW(two.parameters())
     others: list[tuple[dict[str, nn.Module], dict[str, Any], str]] = [
         ({"one": one, "three": two}, {"a": sgd(one), "b": sgd(two)}, "missing from the checkpoint: param/three"),
-        (nets, {"a": sgd(one), "c": sgd(two)}, r"optimizers \['a', 'b'\], attached are \['a', 'c'\]"),
-        (nets, {"a": sgd(one)}, r"optimizers \['a', 'b'\], attached are \['a'\]"),
+        (nets, {"a": sgd(one), "c": sgd(two)}, r"optimizers \['a', 'b'\], this job has \['a', 'c'\]"),
+        (nets, {"a": sgd(one)}, r"optimizers \['a', 'b'\], this job has \['a'\]"),
         (nets, {"a": sgd(two), "b": sgd(one)}, "a: updated in the checkpoint, and in no group of the optimizer"),
         (nets, {"a": sgd(one), "b": adam}, "b: the checkpoint's optimizer is SGD, this one is AdamW"),
     ]  # fmt: skip

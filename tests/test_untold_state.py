@@ -119,7 +119,7 @@ def test_what_is_told_and_not_taken_back_is_saved_only_while_it_stays_as_it_is(t
 
     assert not differs(tmp_path / "version", of(Version))
     found = failure(tmp_path / "not taken", of(NotTaken))
-    assert "what its state_dict() tells (['k']) changes" in found and "takes none of it back" in found
+    assert "what its state_dict() tells (['k']) changes" in found and "accepts none of it" in found
     model, optimizer = job(of(Forgetful))
     with lwd.attach(model, optimizer, dir=str(tmp_path / "forgetful")) as ckpt:
         train(ckpt, model, optimizer, 2)
@@ -249,7 +249,7 @@ def test_keys_and_values_that_another_process_cannot_use_are_refused(tmp_path: P
         lwd.attach(model, optimizer, dir=str(tmp_path / "3"))
     model, optimizer = job(keyed("unused"))
     optimizer.state[model[0].weight] = torch.zeros(1)  # type: ignore[index, assignment]
-    with pytest.raises(errors.UnsupportedError, match="the state of a parameter is no dict"):
+    with pytest.raises(errors.UnsupportedError, match="the state of a parameter is not a dict"):
         lwd.attach(model, optimizer, dir=str(tmp_path / "4"))
 
 
@@ -270,8 +270,8 @@ def test_a_checkpoint_of_an_optimizer_that_keeps_its_state_elsewhere_fits_no_oth
         return str(caught.value)
 
     plain, told, inside = named(InState), named(Told), named(Inner)
-    assert "the checkpoint holds ['k'], which Same's load_state_dict() does not take" in mismatch(told, plain)
-    assert "Same's state_dict() tells ['k'], which the checkpoint does not hold" in mismatch(plain, told)
+    assert "the checkpoint holds ['k'], which Same's load_state_dict() does not accept" in mismatch(told, plain)
+    assert "Same's state_dict() tells ['k'], which the checkpoint lacks" in mismatch(plain, told)
     assert "Same has optimizers inside it (['inner']), this one has others (none)" in mismatch(inside, plain)
     assert "Same has optimizers inside it (none), this one has others (['inner'])" in mismatch(plain, inside)
     assert "shares its state or groups" in mismatch(inside, named(Inner, shared="state"))

@@ -101,8 +101,8 @@ class FrozenBases:
             assert writing is not None
             if (wait or changed) and not writing.wait_read(self._timeout_s):
                 log.warning(
-                    "rank %d: %.1f MiB of frozen parameters are still being written after fence_timeout_s = %g s; the "
-                    "checkpoints that need them wait for that in the background",
+                    "rank %d: %.1f MiB of frozen parameters are still being written after fence_timeout_s = %g s; "
+                    "checkpoints that need them wait in the background",
                     self._adapter.rank, self._base.nbytes / 2**20, self._timeout_s,
                 )  # fmt: skip
         self.nbytes = self._base.nbytes
@@ -236,7 +236,7 @@ class FrozenBases:
         else:
             log.warning(
                 "rank %d: %s changed without raising its version counter (through .data or numpy, say), and no "
-                "optimizer updates it: checkpoints since it was last looked at may have what it was before",
+                "optimizer updates it: checkpoints since its last check may hold the old value",
                 self._adapter.rank, what,
             )  # fmt: skip
 

@@ -32,7 +32,7 @@ _DELETER, _CONTEXT = 1, 2  # words after the address
 
 
 class MemoryGone(LayerwiseError):
-    """A tensor has no memory any more, or took other memory while it was looked at. Ends this attempt."""
+    """A tensor has no memory any more, or moved to other memory while it was being read. Ends this attempt."""
 
 
 def check_present(name: str, tensor: torch.Tensor) -> None:
@@ -106,7 +106,7 @@ def holder() -> Holder:
 
 
 def _moved(tensor: torch.Tensor) -> MemoryGone:
-    return MemoryGone(f"a tensor of shape {list(tensor.shape)} took other memory while it was looked at")
+    return MemoryGone(f"a tensor of shape {list(tensor.shape)} moved to other memory while it was being read")
 
 
 def _words(storage: torch.UntypedStorage) -> list[int]:
@@ -136,8 +136,8 @@ def _find_place() -> int | None:
     if len(places) == 1 and _is_data_ptr(places[0], made) and _try_out(places[0]):
         return places[0]
     log.warning(
-        "torch %s keeps the memory of tensors in another way than is known here: tensors are copied at each boundary "
-        "instead of being read in place, and checkpoints hold training up for longer",
+        "torch %s manages tensor memory in an unknown way: tensors are copied at each boundary, not read in place, "
+        "and checkpoints stall training for longer",
         torch.__version__,
     )
     return None

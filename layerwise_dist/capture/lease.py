@@ -182,7 +182,7 @@ class Capture:
         if not self._settled.wait(max(0.0, deadline - time.monotonic())):
             raise LeaseBroken(
                 f"for {timeout_s:g} s after its boundary the training thread neither ran the model nor called the "
-                "engine, which alone can tell that the parameters did not change meanwhile; call wait() or close()"
+                "engine, and only that thread can confirm that the parameters did not change; call wait() or close()"
             )
         if self._verdict:
             raise LeaseBroken(self._verdict)

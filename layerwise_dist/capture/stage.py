@@ -182,8 +182,8 @@ class Stage:
         buffer = self._pool.acquire(nbytes, max(0.0, deadline - time.monotonic()))
         if buffer is None:
             raise StageError(
-                f"a layer of {nbytes} bytes found no room in the pool (pool_mb) within fence_timeout_s: the disk does "
-                "not keep up"
+                f"a layer of {nbytes} bytes found no room in the pool (pool_mb) within fence_timeout_s: the disk is "
+                "too slow"
             )
         return buffer
 
@@ -244,8 +244,8 @@ def _pin(pool: _native.BufferPool) -> int | None:
     if int(error) == 0:
         return address
     log.warning(
-        "%d bytes of the pool cannot be page-locked (CUDA error %s): copies of device memory hold the training "
-        "thread up; a "
+        "%d bytes of the pool cannot be page-locked (CUDA error %s): copies of device memory block the training "
+        "thread; a "
         "smaller pool_mb may help",
         nbytes, error,
     )  # fmt: skip

@@ -334,7 +334,8 @@ class Surveyor:
             typed_json.dumps(description, path="it")
         except StateError as error:
             raise UnsupportedError(
-                f"{name} is a {description['class']}, and its __tensor_flatten__ gives what cannot be written: {error}"
+                f"{name} is a {description['class']}, and its __tensor_flatten__ returns what cannot be written: "
+                f"{error}"
             ) from error
 
     def _check_name(self, name: object) -> None:

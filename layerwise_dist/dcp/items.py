@@ -58,8 +58,8 @@ def objects(items: Iterable[WriteItem], planner: SavePlanner) -> dict[str, Any]:
         fqn, lookup = item.index.fqn, getattr(planner, "lookup_object", None)
         if lookup is None:
             raise UnsupportedError(
-                f"{fqn}: {type(planner).__name__} has no lookup_object(), so that the object is to be had as a pickle "
-                "only, which is not written: derive the planner from DefaultSavePlanner"
+                f"{fqn}: {type(planner).__name__} has no lookup_object(), so the object is available only as a "
+                "pickle, which is never written: derive the planner from DefaultSavePlanner"
             )
         found[fqn] = lookup(item.index)
         if not _plain(type(planner)) and not _unchanged(planner, item, found[fqn]):

@@ -140,7 +140,7 @@ def _found(
 ) -> Written:
     if (fqn, offsets) not in written:
         part = "" if offsets is None else f", the part at {list(offsets)}"
-        raise UnsupportedError(f"{fqn}{part}: the planner lists it, and no rank was asked to write it")
+        raise UnsupportedError(f"{fqn}{part}: the planner lists it, but no rank was asked to write it")
     return written[fqn, offsets]
 
 

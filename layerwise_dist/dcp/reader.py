@@ -65,7 +65,7 @@ class LayerwiseReader(InDirectory, StorageReader):
         """
         check_names(step, tag, None)
         if step is not None and tag is not None:
-            raise ConfigError("a step and a tag: give one of them")
+            raise ConfigError("give a step or a tag, not both")
         self._root, self._wish, self._timeout_s = root_of(dir), Wish(step=step, tag=tag), timeout_s
         self._keys = (model, optimizer)
         self._found: _Commit | None = None

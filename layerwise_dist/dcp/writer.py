@@ -139,8 +139,8 @@ class LayerwiseWriter(InDirectory, StorageWriter):
         self._open.end()
         if not kwargs.get("use_collectives", True):
             raise UnsupportedError(
-                "dcp.save(use_collectives=False): each rank would be a checkpoint of its own, and a checkpoint of this "
-                "package is one of all ranks: leave use_collectives=True"
+                "dcp.save(use_collectives=False): each rank would write a checkpoint of its own, but here one "
+                "checkpoint holds all ranks: leave use_collectives=True"
             )
         self._coordinates, self._save_id, self._objects = is_coordinator, uuid.uuid4().hex, {}
 
@@ -229,7 +229,7 @@ class LayerwiseWriter(InDirectory, StorageWriter):
                     offset = result.index.offset
                     key = result.index.fqn, None if offset is None else tuple(offset)
                     if key in written:
-                        raise UnsupportedError(f"{key[0]}: the planner has the same part of it written twice")
+                        raise UnsupportedError(f"{key[0]}: the planner writes the same part of it twice")
                     written[key] = result.storage_data
             index = index_of(metadata, written)
             own = shard.persist({"format": FORMAT, "objects": self._objects, "index": index})

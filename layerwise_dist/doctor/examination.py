@@ -84,7 +84,7 @@ def examine(directory: str, plan: Questions, progress: Callable[[str], None] = l
                 state, source = found, "the newest checkpoint"
         except OSError as error:
             text = f"The checkpoints here cannot be read: {_said(error)}."
-            add(Finding("checkpoints", "bad", text, "Look who owns them, and run this as the user of the job."))
+            add(Finding("checkpoints", "bad", text, "Check who owns them, and run this as the user of the job."))
     space = place.space_of(looked_at)
     add(findings.of_space(space, held, state, source, plan.config))
     refusal = kernel.uring_refusal()
@@ -94,7 +94,7 @@ def examine(directory: str, plan: Questions, progress: Callable[[str], None] = l
 
     needed = 2 * plan.nbytes + _ROOM
     if space.free < needed:
-        text = f"Nothing was measured: that takes {size(needed)}, and {size(space.free)} are free."
+        text = f"Nothing was measured: it needs {size(needed)}, and {size(space.free)} are free."
         add(Finding("measured", "bad", text, "Free some, or give a smaller --bytes.", {"needed": needed}))
         return report
     try:
@@ -127,7 +127,7 @@ def _access(looked_at: str, here: bool) -> list[str]:
     try:
         return [*(exposed(looked_at) if here else ()), *exposed_above(looked_at)]
     except OSError as error:
-        return [f"{_said(error)}: who may write there can't be told"]
+        return [f"{_said(error)}: cannot tell who may write there"]
 
 
 def _backend(config: LayerwiseConfig, refusal: str | None) -> str | None:
@@ -163,7 +163,7 @@ def _on_disk(folder: str) -> int:
 
 
 def _failed(error: OSError) -> Finding:
-    advice = "Mend that, or use another directory."
+    advice = "Fix that, or use another directory."
     if error.errno in (errno.EACCES, errno.EPERM):
         advice = "Give the user of the job the right to write there: chown or chmod."
     elif error.errno == errno.EROFS:

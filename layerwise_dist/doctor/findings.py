@@ -48,18 +48,18 @@ class Finding:
 def of_directory(directory: str, looked_at: str, here: bool, locked: bool) -> Finding:
     figures = {"exists": here, "job_running": locked}
     if locked:
-        text = f"{directory} belongs to a job that runs now: the speeds below are what it leaves over."
-        return Finding("directory", "warn", text, "Look again while no job writes there.", figures)
+        text = f"{directory} is in use by a running job: the speeds below are what it leaves over."
+        return Finding("directory", "warn", text, "Run this again while no job writes there.", figures)
     if here:
         return Finding("directory", "ok", f"{directory} is there.", None, figures)
-    text = f"{directory} does not exist yet: its nearest existing parent {looked_at} was looked at."
+    text = f"{directory} does not exist yet: its nearest existing parent {looked_at} was checked."
     return Finding("directory", "ok", text, None, figures)
 
 
 def of_access(exposed: list[str]) -> Finding:
     figures = {"exposed": exposed}
     if not exposed:
-        return Finding("access", "ok", "Nobody else may change what lies there, but root.", None, figures)
+        return Finding("access", "ok", "Nobody but root may change what is there.", None, figures)
     who = f"{listed(exposed)}: others"
     text = f"{who} may change or remove checkpoints, put links there, or another directory in its place."
     advice = "chmod go-w, or the sticky bit above it; or a directory of the job's user below one that is nobody else's."
@@ -68,7 +68,7 @@ def of_access(exposed: list[str]) -> Finding:
 
 def of_file_system(mount: Mount | None, device: Device | None, hooked: str | None) -> list[Finding]:
     if mount is None:
-        return [Finding("file_system", "warn", "/proc/self/mountinfo does not tell which file system this is.")]
+        return [Finding("file_system", "warn", "/proc/self/mountinfo does not say which file system this is.")]
     figures = {
         "type": mount.kind, "where": mount.where, "mount_point": mount.point, "source": mount.source,
         "options": list(mount.options), "device": asdict(device) if device else None,
@@ -94,9 +94,9 @@ def of_file_system(mount: Mount | None, device: Device | None, hooked: str | Non
         advice = "Mount a volume or a host directory into the container, and use that."
     elif slowing:
         verdict, text = "warn", f"{on} is mounted with {', '.join(slowing)}, which slows writes down."
-        advice = f"Mount it without {', '.join(slowing)}: the engine flushes what must be flushed by itself."
+        advice = f"Mount it without {', '.join(slowing)}: the engine flushes what must be flushed."
     elif mount.where == "other":
-        verdict, text = "warn", f"{on} is none of the file systems that are known to flush and rename as they should."
+        verdict, text = "warn", f"{on} is not a file system known to flush and rename as it should."
         advice = "Prefer ext4 or xfs."
     found = [Finding("file_system", verdict, text, advice, figures)]
     if hooked:
@@ -137,7 +137,8 @@ def of_space(space: Space, held: Used, state: int | None, source: str, config: L
     if state is None and few:
         return inodes
     if state is None:
-        advice = "Give --state-bytes or --params to know whether that is enough: no checkpoint is here to tell from."
+        advice = "Give --state-bytes or --params to check whether that is enough: there is no checkpoint here to "
+        "judge by."
         return Finding("space", "ok", f"{there}.", advice, figures)
     copies = config.keep_last + config.max_in_flight + 1
     needed, room = copies * state + held.staying, space.free + held.nbytes
@@ -165,12 +166,12 @@ def of_space(space: Space, held: Used, state: int | None, source: str, config: L
         return Finding("space", "warn", text, advice, figures)
     if room < figures["peak"]:
         advice = (
-            f"That is enough where steps take longer than a commit. Where they are shorter, {spares} more retired "
-            f"files may wait to be written over: free {size(figures['peak'] - room)}, or set writer.recycle to false."
+            f"That is enough if steps take longer than a commit. If they are shorter, {spares} more retired files "
+            f"may wait to be overwritten: free {size(figures['peak'] - room)}, or set writer.recycle to false."
         )
         return Finding("space", "warn", text, advice, figures)
     if needed > _NEARLY_FULL * room:
-        return Finding("space", "warn", text, "That is nearly all there is: other files may fill it.", figures)
+        return Finding("space", "warn", text, "That is nearly all the free space: other files may fill it.", figures)
     return Finding("space", "ok", text, None, figures)
 
 
@@ -217,7 +218,7 @@ def of_lockable(limit: int | None, shape: Shape, backend: str | None) -> Finding
     needed = shape.depth * shape.block
     figures = {"limit": limit, "needed": needed}
     if backend != "uring":
-        text = "No memory has to be locked: only io_uring has its buffers registered."
+        text = "No memory has to be locked: only io_uring registers buffers."
         return Finding("locked_memory", "ok", text, None, figures)
     if limit is None or limit >= needed:
         text = f"Enough memory may be locked for the writer's {size(needed)} of buffers."
@@ -250,22 +251,20 @@ def of_flushes(times: Flushes, mount: Mount | None, device: Device | None) -> Fi
         return Finding("flush", "ok", text, "In memory a flush does nothing.", figures)
     if p50 < _QUICK_FLUSH_S:
         if device is not None and device.virtual:
-            advice = "Too quick for a virtual disk: make sure that the host's cache mode does not ignore flushes."
+            advice = "Too fast for a virtual disk: make sure that the host's cache mode does not ignore flushes."
         elif device is not None and device.rotational:
-            advice = "Too quick for a rotating disk: its cache is on, or its controller's; it must have a battery."
+            advice = "Too fast for a rotating disk: its cache is on, or its controller's; it must have a battery."
         elif device is None:
-            advice = "That is suspiciously quick, and the device is not known: find out what it does with flushes."
+            advice = "That is suspiciously fast for an unknown device: find out what it does with flushes."
         else:
-            advice = (
-                "Only a device whose cache survives power loss is honestly that quick: make sure that this one does."
-            )
+            advice = "Only a device whose cache survives power loss can be that fast: make sure that this one does."
             return Finding("flush", "ok", text, advice, figures)
         return Finding("flush", "warn", text, advice, figures)
     if p99 > _SLOW_FLUSH_S:
-        advice = "Slow flushes delay commits, not training: look who else writes to this disk."
+        advice = "Slow flushes delay commits, not training: check who else writes to this disk."
         return Finding("flush", "warn", text, advice, figures)
     if device is not None and device.volatile_cache is False:
-        advice = "The kernel sends this device no flushes, since it says that it has no volatile cache; is that so?"
+        advice = "The kernel sends this device no flushes, since it claims to have no volatile cache; is that true?"
         return Finding("flush", "ok", text, advice, figures)
     return Finding("flush", "ok", text, None, figures)
 

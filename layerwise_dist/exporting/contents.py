@@ -89,7 +89,7 @@ def contents(
     if seen.standing:
         raise UnsupportedError(
             f"{_some(sorted(seen.standing))}: parameters that stand for other tensors (quantized ones), which only "
-            "restore() puts together again"
+            "restore() can reassemble"
         )
     by_name: dict[str, list[str]] = {}
     for key, name in seen.weights().items():
@@ -134,7 +134,7 @@ def _check(name: str, described: DescribedOptimizer) -> None:
     if more:
         raise UnsupportedError(
             f"optimizer {name or described['class']} keeps more than state by parameter ({', '.join(more)}), which "
-            "only restore() puts back: --weights-only exports none of it"
+            "only restore() can restore: --weights-only exports none of it"
         )
 
 
@@ -149,8 +149,8 @@ def _state(seen: Checkpoint, fqn: str) -> dict[str, Any]:
     tensors = seen.state_kinds(fqn)
     if odd := [kind for kind in (*tensors, *scalars) if MARK in kind or "." in kind]:
         raise UnsupportedError(
-            f"{odd[0]} of {fqn}: state that stands for other tensors, or is of an optimizer inside another, which only "
-            "restore() puts together again: --weights-only exports none of it"
+            f"{odd[0]} of {fqn}: state that stands for other tensors, or is of an optimizer inside another, which "
+            "only restore() can reassemble: --weights-only exports none of it"
         )
     kinds = dict.fromkeys([*order, *tensors, *scalars])
     return {

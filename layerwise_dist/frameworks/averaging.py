@@ -61,11 +61,11 @@ class Averaging:
             return
         if root._comm_hooks:
             reason = (
-                "a communication hook is registered, and DDP takes one only: register it by "
+                "a communication hook is registered, and DDP takes only one: register it with "
                 "layerwise_dist.register_comm_hook(model, state, hook)"
             )
         elif root.static_graph:
-            reason = "with static_graph=True it is not known in a backward which gradients are still to come"
+            reason = "with static_graph=True a backward cannot tell which gradients are still to come"
         elif root.find_unused_parameters:
             reason = "with find_unused_parameters=True a bucket has zeros for parameters that have no gradient"
         elif root.mixed_precision is not None:
@@ -149,7 +149,7 @@ def register_comm_hook(model: DistributedDataParallel, state: object, hook: Hook
     another model than DistributedDataParallel.
     """
     if not isinstance(model, DistributedDataParallel):
-        raise TypeError(f"register_comm_hook: the model is to be a DistributedDataParallel, not {type(model).__name__}")
+        raise TypeError(f"register_comm_hook: expected a DistributedDataParallel, not {type(model).__name__}")
     model.register_comm_hook(Following(model, state, hook), _average)
 
 

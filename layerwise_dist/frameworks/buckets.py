@@ -68,7 +68,7 @@ class BucketOrder:
             if self._root.static_graph or (self._root._comm_hooks and ours is None):
                 what = "static_graph=True" if self._root.static_graph else "a communication hook"
                 log.warning(
-                    "DistributedDataParallel with %s: its bucket layout cannot be taken up, so the first iteration "
+                    "DistributedDataParallel with %s: its bucket layout cannot be restored, so the first iteration "
                     "after this restore may differ in the last bits from an uninterrupted run",
                     what,
                 )

@@ -30,7 +30,7 @@ def check_names(what: str, named: object) -> None:
         raise UnsupportedError(f"{what} is empty")
     for name in named:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise UnsupportedError(f"{what}: {name!r} is no name: letters, digits, '_' and '-' are allowed")
+            raise UnsupportedError(f"{what}: {name!r} is not a valid name: letters, digits, '_' and '-' are allowed")
 
 
 def framework_of(name: str) -> dict[str, str]:
@@ -292,7 +292,7 @@ class CompositeOptimizer(OptimizerAdapter):
         there = saved.get("optimizers", {})
         if there.keys() != self._members.keys():
             kept, here = sorted(there) or "without names", sorted(self._members)
-            return [f"the checkpoint holds optimizers {kept}, attached are {here}"]
+            return [f"the checkpoint holds optimizers {kept}, this job has {here}"]
         return [
             f"{name}: {problem}" for name, each in self._members.items() for problem in each.check(there[name], lacking)
         ]

@@ -79,7 +79,7 @@ class Elsewhere:
         if (told or self._fixed) and not takes(self._optimizer) and _Looks(self._kin()).of(told) != self._fixed:
             raise UnsupportedError(
                 f"{self.kind}: what its state_dict() tells ({[*told]}) changes, and the load_state_dict() that it "
-                "has, torch.optim.Optimizer's, takes none of it back: define load_state_dict() too, or keep it in "
+                "has, torch.optim.Optimizer's, accepts none of it: define load_state_dict() too, or keep it in "
                 "optimizer.state[...] or in a group"
             )
         if self._looks is not None:
@@ -91,9 +91,9 @@ class Elsewhere:
         """What of a checkpoint does not fit, before anything is loaded."""
         there, here = saved.get("told", {}), self._told()
         if there and not takes(self._optimizer) and not alike(here, there):
-            return [f"the checkpoint holds {[*there]}, which {self.kind}'s load_state_dict() does not take"]
+            return [f"the checkpoint holds {[*there]}, which {self.kind}'s load_state_dict() does not accept"]
         if here and not there:
-            return [f"{self.kind}'s state_dict() tells {[*here]}, which the checkpoint does not hold"]
+            return [f"{self.kind}'s state_dict() tells {[*here]}, which the checkpoint lacks"]
         return []
 
     def put(self, saved: Mapping[str, Any]) -> bool:
@@ -147,13 +147,13 @@ class Elsewhere:
                     on_device.append(key)
                 elif any(isinstance(each, torch.Tensor) and each.device.type != "cpu" for each in leaves(value)):
                     raise UnsupportedError(
-                        f"{self.kind} keeps tensors in state[{key!r}] that are not on the CPU: to which device each "
-                        "belongs would not be known. Keep them on the CPU, or each under a string of its own"
+                        f"{self.kind} keeps tensors in state[{key!r}] that are not on the CPU: a restore could not "
+                        "tell which device each belongs on. Keep them on the CPU, or each under a string of its own"
                     )
             elif not isinstance(key, torch.Tensor):
                 raise UnsupportedError(
                     f"{self.kind} keeps state under {key!r}, which is neither a parameter nor a string: another "
-                    "process would not find it"
+                    "process could not find it"
                 )
         return {"state": found, "on_device": on_device}
 

@@ -142,7 +142,7 @@ class FlatState(OptimizerAdapter):
             elif isinstance(value, torch.Tensor) and value.dim():
                 raise UnsupportedError(
                     f"{self.kind} keeps {name!r} of shape {list(value.shape)} for a unit of {unit.numel()} elements: "
-                    "which part of it belongs to which parameter is not known"
+                    "which part belongs to which parameter is unknown"
                 )
             else:
                 found[name] = value
@@ -170,7 +170,7 @@ class FlatState(OptimizerAdapter):
 
     def check(self, saved: Mapping[str, Any], lacking: Collection[str] = ()) -> list[str]:
         if lacking:
-            return ["parameters that the checkpoint lacks cannot be left as they are where several lie in one tensor"]
+            return ["parameters that the checkpoint lacks cannot be left unchanged where several share one tensor"]
         groups = self._group_names()
         problems = check_groups(self.kind, groups, saved) or adams.check(saved, self._adam(), groups)
         return problems or self._nest.check(saved)

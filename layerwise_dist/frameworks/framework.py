@@ -258,7 +258,7 @@ class Framework:
                 except Exception as error:  # of the module's own code
                     raise StateError(
                         f"{named}[{name!r}]",
-                        f"{type(module).__qualname__} does not take back what the checkpoint holds: "
+                        f"{type(module).__qualname__} does not accept what the checkpoint holds: "
                         f"{type(error).__name__}: {error}; {after}",
                     ) from error
 
@@ -385,8 +385,8 @@ def _check_inside(fqn: str, param: torch.Tensor) -> None:
     """Raises UnsupportedError unless a parameter that stands for other tensors can be saved as those."""
     if param.requires_grad:
         raise UnsupportedError(
-            f"parameter {fqn} is a {type(param).__name__}, which has no memory of its own but stands for others; "
-            "these are saved if it is frozen (requires_grad=False), and it is trained"
+            f"parameter {fqn} is a {type(param).__name__}, which stands for other tensors and has no memory of its "
+            "own; such parameters can be saved only if frozen (requires_grad=False), and this one is trained"
         )
     for name, tensor in inside(fqn, param):
         check_layout(f"parameter {name}", tensor)

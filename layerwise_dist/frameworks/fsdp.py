@@ -169,7 +169,7 @@ def _check_part(view: ParamView) -> None:
     if tuple(local.shape) != tuple(shape):
         raise UnsupportedError(
             f"parameter {view.fqn}: its local shard of shape {list(local.shape)} is not what its placements "
-            f"{param.placements} say ({list(shape)}), so its place is not known"
+            f"{param.placements} say ({list(shape)}), so its place is unknown"
         )
     if local.numel() and not local.is_contiguous():
         raise UnsupportedError(f"parameter {view.fqn}: its local shard is not row-major ({param.placements})")

@@ -93,7 +93,7 @@ class Nest:
         if not self.inside:
             found = [of.get(view.param, NO_STATE) for view in views]
             if not all(issubclass(kind, Mapping) for kind in {*map(type, found)}):
-                raise UnsupportedError(f"{self.kind}: the state of a parameter is no dict")
+                raise UnsupportedError(f"{self.kind}: the state of a parameter is not a dict")
             return found
         states = [each.state for each in self.owners().values()]
         return [
@@ -234,7 +234,7 @@ class Nest:
             part.confirm(self._of(place, saved))
         self._around.confirm(saved)
         if problems := self.check(saved, lacking):
-            raise UnsupportedError(f"{self.kind} is another one after its load_state_dict(): {'; '.join(problems)}")
+            raise UnsupportedError(f"{self.kind} changed in its load_state_dict(): {'; '.join(problems)}")
 
     def _of(self, place: str, saved: Mapping[str, Any]) -> Mapping[str, Any]:
         return saved["inside"][place] if place else saved
@@ -255,7 +255,7 @@ class _JoinedState(MadeMapping):
                 continue
             if not isinstance(state, Mapping) or id(state) in held:
                 raise UnsupportedError(
-                    f"{self._nest.kind}: the state of a parameter is no dict, or one dict of two optimizers, and "
+                    f"{self._nest.kind}: the state of a parameter is not a dict, or one dict of two optimizers, and "
                     "each has more in its `state`: share all of it, or nothing"
                 )
             held.add(id(state))

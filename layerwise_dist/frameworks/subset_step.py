@@ -39,7 +39,7 @@ class SubsetStep:
                 if is_zero_redundancy(optimizer)
                 else "it evaluates a closure several times and its state spans all parameters"
                 if isinstance(optimizer, torch.optim.LBFGS)
-                else "whether it counts something in its groups or across parameters is not known"
+                else "it may keep state in its groups or across parameters"
             )
             raise UnsupportedError(
                 f"{kind} cannot be stepped one layer at a time: {why}. What works: torch.optim's "

@@ -329,8 +329,8 @@ def _check_made(optimizer: torch.optim.Optimizer) -> None:
         kind = type(optimizer).__name__
         inside = " or ".join(f"optimizer.{place}" for place in find(optimizer))
         raise UnsupportedError(
-            f"{kind} has not called torch.optim.Optimizer.__init__(), so that its updates cannot be seen, nor what it "
-            f"keeps: call it there; or attach the optimizer inside it{f' ({inside})' if inside else ''}, if {kind} "
+            f"{kind} did not call torch.optim.Optimizer.__init__(), so its updates and its state cannot be seen: "
+            f"call it; or attach the optimizer inside it{f' ({inside})' if inside else ''}, if {kind} "
             "keeps nothing itself that a resume needs"
         )
 

@@ -130,8 +130,8 @@ class Steps:
         except AttributeError as error:
             kind = type(wrapper).__name__
             raise UnsupportedError(
-                f"{kind}: calls of its step() cannot be seen ({error}), so that what it does after the optimizer's "
-                f"own is missed: attach the optimizer inside it, if {kind} does nothing there"
+                f"{kind}: calls of its step() cannot be seen ({error}), so what it does after the optimizer's "
+                f"own would be missed: attach the optimizer inside it, if {kind} does nothing there"
             ) from error
 
     def _run(self, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:

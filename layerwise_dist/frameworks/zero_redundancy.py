@@ -26,14 +26,14 @@ class ZeroRedundancyAdapter(TorchOptimizer):
     """State is written and read by its owner, whole; parameters go as their wrapper has them go."""
 
     _opens = False
-    whole_only = "it steps an optimizer of its own on each rank, and sends all parameters around after it"
+    whole_only = "it steps its own optimizer on each rank, then broadcasts all parameters"
 
     def __init__(self, framework: Framework, optimizer: Any) -> None:
         real, _ = unwrap(optimizer)
         if real._overlap_with_ddp:
             raise UnsupportedError(
-                "ZeroRedundancyOptimizer with overlap_with_ddp=True updates in DDP's communication hook, where no step "
-                "is seen; without it, it works"
+                "ZeroRedundancyOptimizer with overlap_with_ddp=True updates in DDP's communication hook, where no "
+                "step is visible; it works without that option"
             )
         super().__init__(framework, optimizer)
         self.kind = f"ZeroRedundancyOptimizer({type(real.optim).__qualname__})"
@@ -50,8 +50,8 @@ class ZeroRedundancyAdapter(TorchOptimizer):
         strays = [param for group in self._optimizer.param_groups for param in group["params"] if param not in owner]
         if strays:
             raise UnsupportedError(
-                f"{names[id(strays[0])]} was put into a param group of ZeroRedundancyOptimizer, which has given it to "
-                "no rank and does not update it: use add_param_group(), or make the optimizer anew"
+                f"{names[id(strays[0])]} was put into a param group of ZeroRedundancyOptimizer, which assigned it "
+                "to no rank and does not update it: use add_param_group(), or build the optimizer again"
             )
 
     @property

@@ -222,8 +222,8 @@ class _Tap(PlacedTap):
                 grad = getattr(param.grad, "_local_tensor", param.grad)
                 if grad is not None and bool(grad.any()):
                     raise BoundaryError(
-                        f"the gradient of {name} is there at the end of an accumulation window, and would be added to "
-                        "by the next one: a resume, which has it not, would go on with other gradients. Call "
+                        f"the gradient of {name} is there at the end of an accumulation window, and the next one "
+                        "would add to it: a resume, which lacks it, would continue with other gradients. Call "
                         "optimizer.zero_grad() after optimizer.step(), within accelerator.accumulate()"
                     )
 
@@ -285,14 +285,14 @@ def _check(accelerator: Any, model: Any, loader: Any) -> None:
     asked = plugin is not None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if asked and kind != "FSDP":
         raise UnsupportedError(
-            f"an FSDP plugin is asked for, and Accelerate has not turned it on: it does so on accelerators of several "
-            f"processes only, and this job is {kind} on {accelerator.device}. Leave the plugin out, or apply "
+            f"an FSDP plugin is asked for, but Accelerate has not turned it on: it does so only for accelerators "
+            f"with several processes, and this job is {kind} on {accelerator.device}. Leave the plugin out, or apply "
             "fully_shard() and use layerwise_dist.attach() without Accelerate"
         )
     if isinstance(loader, DataLoaderDispatcher) or type(loader) is DataLoaderDispatcher:
         raise UnsupportedError(
             "the loader's batches are made on the main process and sent to the others (an IterableDataset, or "
-            "dispatch_batches=True), so that where the others stand can't be told: give "
+            "dispatch_batches=True), so the position of the others is unknown: set "
             "DataLoaderConfiguration(dispatch_batches=False), with a dataset that has a length"
         )
     if not issubclass(type(loader), DataLoaderShard):
@@ -302,7 +302,7 @@ def _check(accelerator: Any, model: Any, loader: Any) -> None:
         )
     require("accelerate", accelerate.__version__, TESTED, _relied_on(accelerator, loader))
     if loader.skip_batches or isinstance(loader.batch_sampler, SkipBatchSampler):
-        raise UnsupportedError("the loader is one of skip_first_batches(): attach() skips what was consumed by itself")
+        raise UnsupportedError("the loader is one of skip_first_batches(): attach() skips consumed batches on its own")
     known = {id(each) for each in accelerator._models}  # of DDP the module inside
     modules = [*model.modules()]
     replicated = any(isinstance(each, torch.nn.parallel.DistributedDataParallel) for each in modules)
@@ -313,7 +313,7 @@ def _check(accelerator: Any, model: Any, loader: Any) -> None:
         )
     if any(each is loader for each in accelerator.gradient_state.dataloader_references):
         raise BoundaryError(
-            "attach() within the loop over the loader: too late for the data to go on where it was. Call it after "
+            "attach() within the loop over the loader: too late to place the data. Call it after "
             "accelerator.prepare() and before the loop over epochs"
         )
 

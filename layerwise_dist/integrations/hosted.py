@@ -28,7 +28,7 @@ class HostedEngine(LayerwiseEngine):
         workings.boundary.explicit(restored_in_loop=True)
 
     def _refuse(self, what: str) -> BoundaryError:
-        return BoundaryError(f"{what}: {self._host}'s loop tells where its iterations end; leave the call out")
+        return BoundaryError(f"{what}: {self._host}'s loop marks where its iterations end; leave the call out")
 
     def steps(self, total: int) -> Iterator[int]:
         raise self._refuse("steps()")

@@ -100,7 +100,7 @@ class LayerwiseCheckpoint(Checkpoint):
         if stage != "fit":
             return
         if sum(isinstance(each, LayerwiseCheckpoint) for each in trainer.callbacks) > 1:
-            raise ConfigError("two LayerwiseCheckpoints among the callbacks: one saves all there is")
+            raise ConfigError("two LayerwiseCheckpoints among the callbacks: one is enough")
         self._check(trainer)
         self.engine = None
         self._following = _Following(trainer, self._attach)
@@ -109,8 +109,8 @@ class LayerwiseCheckpoint(Checkpoint):
         self._check_in_time()
         if isinstance(trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher):
             raise UnsupportedError(
-                "training_step(dataloader_iter) draws from the loader by itself, so that where it stands can't be "
-                "told: take batch and batch_idx"
+                "training_step(dataloader_iter) draws from the loader itself, so its position is unknown: take "
+                "batch and batch_idx"
             )
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -149,8 +149,8 @@ class LayerwiseCheckpoint(Checkpoint):
     def _check_in_time(self) -> None:
         if self.engine is None:
             raise BoundaryError(
-                "LayerwiseCheckpoint was put among the callbacks when fit() had begun: too late for the data to go on "
-                "where it was. Give it in Trainer(callbacks=[...])"
+                "LayerwiseCheckpoint was put among the callbacks when fit() had begun: too late to place the data. "
+                "Give it in Trainer(callbacks=[...])"
             )
 
     def _let_go(self, exception: BaseException | None) -> None:
@@ -169,11 +169,11 @@ class LayerwiseCheckpoint(Checkpoint):
         require("lightning", lightning.__version__, TESTED, _relied_on(trainer))
         if trainer.reload_dataloaders_every_n_epochs:
             raise UnsupportedError(
-                "Trainer(reload_dataloaders_every_n_epochs=...): loaders that are made anew within fit() can't be "
+                "Trainer(reload_dataloaders_every_n_epochs=...): loaders that are rebuilt within fit() can't be "
                 "followed"
             )
         if trainer._val_check_time_interval is not None:
-            log.warning("Trainer(val_check_interval=...) goes by the clock: a resume validates after other batches")
+            log.warning("Trainer(val_check_interval=...) follows the clock: a resume validates after other batches")
 
     def _attach(self, following: _Following, loader: Any) -> HostedEngine | DisabledEngine:
         """Between the making of the training loader and its first `iter()`."""
@@ -207,7 +207,7 @@ class LayerwiseCheckpoint(Checkpoint):
         if not self._fresh and hosted.restore() and trainer.ckpt_path is not None:
             raise ConfigError(
                 f"fit(ckpt_path={str(trainer.ckpt_path)!r}), and {hosted.config.path} holds step {hosted.completed}: "
-                "leave ckpt_path out to go on from there, or give LayerwiseCheckpoint(fresh=True)"
+                "leave ckpt_path out to continue from there, or give LayerwiseCheckpoint(fresh=True)"
             )
         return hosted
 
@@ -263,7 +263,7 @@ class _Following:
     def _loader_made(self, plain: Callable[[], None]) -> None:
         plain()
         if self._attached:
-            raise UnsupportedError("the training loader was made anew within fit(), which can't be followed")
+            raise UnsupportedError("the training loader was rebuilt within fit(), which can't be followed")
         loaders = self.trainer.fit_loop._combined_loader.flattened
         if len(loaders) != 1 or not isinstance(loaders[0], DataLoader):
             kinds = ", ".join(type(each).__name__ for each in loaders)

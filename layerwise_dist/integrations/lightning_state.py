@@ -131,7 +131,7 @@ def _result(key: str, result: Any) -> dict[str, Any]:
     if meta.sync.group is not None:
         raise UnsupportedError(
             f"self.log({meta.name!r}, sync_dist_group=...) in {meta.fx}: what an epoch has gathered over a group of "
-            "ranks can't be given back. Leave the group out, or log a torchmetrics.Metric"
+            "ranks cannot be restored. Leave the group out, or log a torchmetrics.Metric"
         )
     return {
         **{name: getattr(meta, name) for name in _DESCRIBED},

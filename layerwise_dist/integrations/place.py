@@ -74,7 +74,7 @@ def base_of(loader: Any, name: str) -> DataLoader[Any]:
     if f"{kind.__module__}.".startswith("accelerate."):
         if kind.__name__ != "DataLoaderShard":
             raise UnsupportedError(
-                f"loader {name!r} is Accelerate's {kind.__name__}, from which only rank 0 draws, for all: set "
+                f"loader {name!r} is Accelerate's {kind.__name__}, which only rank 0 draws from, for all: set "
                 'dispatch_batches to False (accelerator_config={"dispatch_batches": False} of TrainingArguments)'
             )
         base: DataLoader[Any] = loader.base_dataloader

@@ -66,8 +66,8 @@ class Progress:
         if saved["at"]["micro"] and differ:
             raise MismatchError(
                 f"the checkpoint stands {saved['at']['micro']} batches into epoch {saved['at']['epoch']}, and the "
-                f"batches of an epoch are others here: {', '.join(differ)}. Go on with those of then; between two "
-                "epochs they may change"
+                f"batches of an epoch differ here: {', '.join(differ)}. Keep them until the end of the epoch; "
+                "between epochs they may change"
             )
         self.saved = saved
 
@@ -81,7 +81,7 @@ class Progress:
         for name in here.keys() & there.keys():
             _put(here[name], there[name])
         for name in sorted(there.keys() - here.keys()):
-            log.warning("the checkpoint holds the state of a callback %s, which this Trainer has not", name)
+            log.warning("the checkpoint holds the state of a callback %s, which this Trainer does not have", name)
 
     def put_kept(self) -> None:
         """What `_inner_training_loop` has begun anew by then."""

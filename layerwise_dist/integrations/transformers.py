@@ -78,11 +78,11 @@ def attach(
     if not isinstance(trainer, module.Trainer):
         raise UnsupportedError(f"attach() needs a transformers.Trainer, not {type(trainer).__name__}")
     if hasattr(trainer, _ATTACHED):
-        raise UnsupportedError("this Trainer is attached already: call attach() once, and train() as often as you like")
+        raise UnsupportedError("this Trainer is already attached: call attach() once, and train() as often as you like")
     if _is_training(trainer, module):
         raise BoundaryError(
-            "attach() within this Trainer's train(), which has begun: epoch and position of the data are decided by "
-            "now. Call it before train()"
+            "attach() within this Trainer's train(), which has already started: the epoch and the position in the "
+            "data are decided by now. Call it before train()"
         )
     if best_metric is not None and settings.mode == "mock":
         raise ConfigError("best_metric with mode 'mock': nothing is written that could be loaded at the end")
@@ -109,9 +109,9 @@ def _is_training(trainer: Any, module: Any) -> bool:
 def _check_arguments(trainer: Any) -> None:
     args, refused = trainer.args, []
     if args.ignore_data_skip:
-        refused.append("ignore_data_skip=True: a resume would begin the epoch's data anew")
+        refused.append("ignore_data_skip=True: a resume would restart the epoch's data")
     if args.auto_find_batch_size:
-        refused.append("auto_find_batch_size=True: a step could be begun with one batch size and ended with another")
+        refused.append("auto_find_batch_size=True: a step could start with one batch size and end with another")
     if trainer.is_deepspeed_enabled:
         refused.append(
             "deepspeed: this Trainer's engine has not been tried. Train the engine that deepspeed.initialize() returns "
@@ -178,12 +178,12 @@ class TrainerCheckpoints:
         given = inspect.signature(plain).bind(*args, **kwargs).arguments
         if given.get("resume_from_checkpoint"):
             raise UnsupportedError(
-                f"train(resume_from_checkpoint=...) with checkpoints attached in {self._settings.path}: those are what "
-                "it goes on from. Leave it out"
+                f"train(resume_from_checkpoint=...) with checkpoints attached in {self._settings.path}: it "
+                "continues from those. Leave it out"
             )
         if given.get("trial") is not None:
             raise UnsupportedError(
-                "hyperparameter_search() with checkpoints attached: trials would go on from each other"
+                "hyperparameter_search() with checkpoints attached: trials would continue from each other"
             )
         return plain(*args, **kwargs)
 
@@ -231,7 +231,7 @@ class TrainerCheckpoints:
         self._before_s, self._resume = at["elapsed_s"], (at, there)
         self._eval_on_start, trainer.args.eval_on_start = trainer.args.eval_on_start, False
         over = at["stopped"] or trainer.state.global_step >= max_steps
-        log.info("going on at step %d, epoch %.6g%s", self._step, trainer.state.epoch, ": nothing is left" * over)
+        log.info("resuming at step %d, epoch %.6g%s", self._step, trainer.state.epoch, ": nothing is left" * over)
         if over:
             return sys.maxsize, 0  # no epoch is left
         return at["epoch"], at["micro"]

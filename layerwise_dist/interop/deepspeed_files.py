@@ -68,7 +68,7 @@ def files_of(folder: str, pattern: re.Pattern[str]) -> dict[int, str]:
         if int(match[2]):
             raise UnsupportedError(
                 f"{os.path.join(folder, name)}: its model is cut by tensor or pipeline parallelism, which an import "
-                "does not put together"
+                "does not reassemble"
             )
         rank = int(match[1] or 0)
         if rank in found:
@@ -166,7 +166,7 @@ def take_model(
         else:
             found.notes.append(f"{name} of the model: its values are not in the files, unless it is tied to another")
     if len(models) > 1 and names:
-        found.notes.append("buffers of rank 0 were taken; those of other ranks may be others")
+        found.notes.append("buffers were taken from rank 0; those of other ranks may differ")
 
 
 def of_rank(rows: Sequence[torch.Tensor]) -> Callable[[int, int], torch.Tensor]:

@@ -37,21 +37,21 @@ def read(
 def _place(state: dict[Any, Any], path: Any, value: Any, where: str) -> None:
     """Puts it where it was before DCP flattened the state. Numbers are places in lists."""
     if not isinstance(path, tuple) or not path or not all(type(each) in (str, int) for each in path):
-        raise DamageError(f"{where}: {path!r} is no place in a state")
+        raise DamageError(f"{where}: {path!r} is not a place in a state")
     held: Any = state
     for at, step in enumerate(path):
         last = at + 1 == len(path)
         made: Any = value if last else [] if type(path[at + 1]) is int else {}
         if type(step) is int:
             if not isinstance(held, list) or not 0 <= step < 1 << 20:
-                raise DamageError(f"{where}: {path!r} is no place in a state")
+                raise DamageError(f"{where}: {path!r} is not a place in a state")
             held.extend([None] * (step + 1 - len(held)))
             if last or held[step] is None:
                 held[step] = made
             held = held[step]
         else:
             if not isinstance(held, dict):
-                raise DamageError(f"{where}: {path!r} is no place in a state")
+                raise DamageError(f"{where}: {path!r} is not a place in a state")
             if last:
                 held[step] = made
             held = held.setdefault(step, made)

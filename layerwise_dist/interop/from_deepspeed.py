@@ -92,7 +92,7 @@ def _parts_of_two(
             for name, place in mapping.items():
                 if name not in found or not isinstance(place, Inert):
                     raise UnsupportedError(
-                        f"{folder}: rank {rank} has a part of {name}, which is no parameter of group {group}"
+                        f"{folder}: rank {rank} has a part of {name}, which is not a parameter of group {group}"
                     )
                 numel, start = _address(place, folder)
                 begin = found[name][-1].end if found[name] else 0

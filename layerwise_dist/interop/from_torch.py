@@ -23,7 +23,7 @@ def read(
     optimizer's, where the file does not say. Raises UnsupportedError.
     """
     if not isinstance(value, Mapping):
-        raise UnsupportedError(f"{source}: holds a {type(value).__name__}, and no state_dict()")
+        raise UnsupportedError(f"{source}: holds a {type(value).__name__}, not a state_dict()")
     found = Imported(source)
     model = next((key for key in MODEL if isinstance(value.get(key), Mapping)), None)
     state = value if model is None else value[model]
@@ -118,11 +118,11 @@ def _by_name(
         if params == sorted(params) and len(set(shapes)) < len(shapes):
             raise UnsupportedError(
                 f"{found.source}: its optimizer numbers its parameters, and the model's names are in alphabetical "
-                "order, which need not be theirs: give --names FILE, a name a line, in the optimizer's order"
+                "order, which may not be its order: give --names FILE, a name a line, in the optimizer's order"
             )
         given = params
         found.notes.append(
-            "the file does not name the optimizer's parameters: they were taken to be all of the model's, in its order"
+            "the file does not name the optimizer's parameters: assuming all of the model's, in its order"
         )
     else:
         raise UnsupportedError(
@@ -132,8 +132,8 @@ def _by_name(
     if len(given) != len(numbers):
         raise UnsupportedError(
             f"{found.source}: the optimizer has {len(numbers)} parameters, and {len(given)} names are known: give "
-            "--names FILE, a name a line, in the order of the optimizer's groups; and --buffer PATTERN for what is no "
-            "parameter"
+            "--names FILE, a name a line, in the order of the optimizer's groups; and --buffer PATTERN for what is "
+            "not a parameter"
         )
     if unknown := sorted(set(given) - set(params)):
         raise UnsupportedError(

@@ -65,7 +65,7 @@ class Imported:
     def add(self, kind: str, fqn: str, found: Found) -> None:
         """Raises UnsupportedError for a name that is there already, or for what no file can hold."""
         if not fqn or "/" in kind:
-            raise UnsupportedError(f"{self.source}: {kind!r} of {fqn!r} is no name that a checkpoint can have")
+            raise UnsupportedError(f"{self.source}: {kind!r} of {fqn!r} is not a name that a checkpoint can have")
         name = f"{kind}/{fqn}"
         if name in self.tensors:
             raise UnsupportedError(f"{self.source}: {name} is there twice")
@@ -117,7 +117,7 @@ class Imported:
                 if torch.equal(value, same.view(torch.uint8) if each.shape else same):
                     del self.tensors[name]
                     self.aliases.setdefault(other, []).append(fqn)
-                    self.notes.append(f"{fqn} is {other} to the bit, and taken to be tied to it")
+                    self.notes.append(f"{fqn} is {other} bit for bit, and taken to be tied to it")
                     break
 
     def slices(self) -> list[tuple[Slice, Found]]:
@@ -184,6 +184,6 @@ def guess_optimizer(groups: Sequence[dict[str, Any]], states: Iterable[Iterable[
     if {"momentum", "dampening", "nesterov"} <= keys:
         return "SGD"
     raise UnsupportedError(
-        f"{source}: it does not say which class the optimizer was: name it as the job that goes on has it, such as "
+        f"{source}: it does not say which class the optimizer was: name the class of the job that resumes, such as "
         "--optimizer AdamW"
     )

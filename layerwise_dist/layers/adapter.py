@@ -53,8 +53,8 @@ class LayeredOptimizer(TorchOptimizer):
         held = [id(param) for group in self._optimizer.param_groups for param in group["params"]]
         if strays := [names[each] for each in held if known.get(each) != names[each]]:
             raise UnsupportedError(
-                f"update = {self._mode!r}: {strays[0]} came after attach(), and the order of layers is that of the "
-                "parameters there were: use update = 'whole', or close() and attach() anew"
+                f"update = {self._mode!r}: {strays[0]} came after attach(), and is not in the order of layers: use "
+                "update = 'whole', or close() and attach() again"
             )
 
     def watch(self, events: UpdateEvents) -> None:

@@ -51,8 +51,8 @@ def _check_wrapper(model: nn.Module) -> None:
     sharded = bool(units) or any(isinstance(param, DTensor) for param in model.parameters())
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and not sharded:
         raise UnsupportedError(
-            f"in_backward in a job of {dist.get_world_size()} ranks: of a model without DDP or FSDP it cannot be told "
-            "when its gradients are reduced" + _INSTEAD
+            f"in_backward in a job of {dist.get_world_size()} ranks: without DDP or FSDP, nothing shows when "
+            "gradients are reduced" + _INSTEAD
         )
 
 
@@ -77,4 +77,4 @@ def check_observed(optimizer: torch.optim.Optimizer, arrivals: Arrivals) -> None
 def check_scaler(optimizer: torch.optim.Optimizer) -> None:
     """Raises UnsupportedError if a GradScaler steps it."""
     if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
-        raise UnsupportedError("in_backward with a GradScaler: it looks at all gradients before the update" + _INSTEAD)
+        raise UnsupportedError("in_backward with a GradScaler: it needs all gradients before the update" + _INSTEAD)

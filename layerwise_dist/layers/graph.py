@@ -65,7 +65,7 @@ class Observation:
 
     def __enter__(self) -> Observation:
         if self._arrivals is not None:
-            raise BoundaryError("this observation is running already: one `with` at a time")
+            raise BoundaryError("this observation is already running: one `with` at a time")
         params = {view.fqn: view.param for view in self._builder.views if view.param.requires_grad}
         self._arrivals = watch(self._builder.model, params)
         self.fires = self._arrivals.fires

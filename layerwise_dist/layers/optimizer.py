@@ -75,7 +75,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         if mode not in _MODES:
             raise ConfigError(f"mode is {mode!r}; allowed: {', '.join(_MODES)}")
         if _KEY in optimizer.__dict__:
-            raise ConfigError("this optimizer is stepped one layer at a time already: detach() the first one")
+            raise ConfigError("this optimizer is already stepped one layer at a time: detach() the first one")
         graph = graph or DependencyGraphBuilder(model)
         stepping = _Stepping(optimizer, model, mode, graph, before_layer or _nothing, after_layer or _nothing, active)
         # Shared, not copied: whatever anybody sets on one (a scheduler, a scaler, load_state_dict) is set on the other.
@@ -185,7 +185,7 @@ class _Stepping:
                 if fqn is None:
                     raise UnsupportedError(
                         f"parameter {place} of the optimizer's group {index}, of shape {tuple(param.shape)}, is not a "
-                        "parameter of the model, so it has no layer: give the model that owns it. One that came since "
+                        "parameter of the model, so it has no layer: give the model that owns it. One added later "
                         "needs another LayerwiseOptimizer (with an engine: update = 'whole')"
                     )
                 plan.setdefault(self.graph.layer_of[fqn], [[] for _ in groups])[index].append(param)

@@ -153,5 +153,5 @@ class Attribution:
                         f"pace {tap.name}",
                         f"loader {tap.name!r} gave {before} batches to the first iteration and {between} to the "
                         "second: if the loop draws batches ahead, draw one at most, and after the forward of the one "
-                        "before it, otherwise a resume skips what was drawn and not used",
+                        "before it, otherwise a resume skips what was drawn but not used",
                     )

@@ -222,7 +222,7 @@ class Boundary:
         missing = sorted(state["loaders"].keys() - self._taps.keys())
         if missing:
             raise MismatchError(
-                f"the checkpoint holds the position of loaders {missing}, attached are {sorted(self._taps)}"
+                f"the checkpoint holds the position of loaders {missing}, this job has {sorted(self._taps)}"
             )
         for name, snapshot in state["loaders"].items():
             self._taps[name].restore(snapshot)

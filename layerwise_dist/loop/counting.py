@@ -56,7 +56,7 @@ class Counting:
         if not self.here:
             raise BoundaryError(
                 f"{what} on thread {threading.current_thread().name!r}: training must stay on the one thread that "
-                "attached, since the end of an iteration cannot be told across threads"
+                "attached, since the end of an iteration cannot be detected across threads"
             )
 
     # -- the iteration that is under way ------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ class Counting:
 
     def _untold(self, what: str) -> BoundaryError:
         return BoundaryError(
-            f"{what} since boundary {self.completed}, and nothing told where the iteration ends (several optimizers, "
+            f"{what} since boundary {self.completed}, and nothing marked where the iteration ends (several optimizers, "
             "or several updates an iteration as in GAN or PPO): loop with `for step in ckpt.steps(total)`, or call "
             "explicit() before the loop and end_step() at the end of its body"
         )
@@ -122,9 +122,9 @@ class Counting:
         self.check_thread("save()")
         if self.explicit and (self.in_steps or self.progress):
             raise BoundaryError(
-                "save() within an iteration whose end is told by steps() or end_step(): those are saved as "
-                "every_n_steps says, and committed after their end; wait(step) waits for one. Between end_step() and "
-                "the next iteration it may be called"
+                "save() within an iteration whose end is marked by steps() or end_step(): it is saved if "
+                "every_n_steps says so, and committed after it ends; wait(step) waits for one. Call it between "
+                "end_step() and the next iteration"
             )
         return self.completed + self.progress
 

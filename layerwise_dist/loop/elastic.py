@@ -28,10 +28,11 @@ FROM_RANK_0 = "rank0"
 CHOICES = ("anew", FROM_RANK_0)
 _ORDER: tuple[Literal["samples", "seed", "shuffle"], ...] = ("samples", "seed", "shuffle")
 _WAYS = (
-    "only layerwise_dist.data.ElasticDistributedSampler, in batches of torch's BatchSampler or none, deals out the "
-    "rest of an epoch to others. It deals as DistributedSampler does: with the ranks of then, put it in that one's "
+    "only layerwise_dist.data.ElasticDistributedSampler, in batches of torch's BatchSampler or none, divides the "
+    "rest of an epoch among other ranks. It divides as DistributedSampler does: on as many ranks as before, put it "
+    "in that one's "
     "place, restore, and save once. Or restore what save() made between two epochs, or give "
-    "restore(objects={{{name!r}: 'anew'}}) to begin the epoch anew, or 'rank0' where replicas are as many as before "
+    "restore(objects={{{name!r}: 'anew'}}) to restart the epoch, or 'rank0' where replicas are as many as before "
     "or all ranks draw the same"
 )
 _ITER = ElasticDistributedSampler.__iter__  # a subclass with another one has another order
@@ -94,13 +95,13 @@ class Elastic:
         if here is None:
             raise MismatchError(
                 f"loader {self._name!r}: the checkpoint stands at sample {at['position']} of an epoch that a "
-                "layerwise_dist.data.ElasticDistributedSampler deals out, and here it has none, or a BatchSampler that "
+                "layerwise_dist.data.ElasticDistributedSampler divides, and here it has none, or a BatchSampler that "
                 "is not torch's"
             )
         if differ := [f"{key} {at[key]}, here {here[key]}" for key in _ORDER if at[key] != here[key]]:
             raise MismatchError(
-                f"loader {self._name!r}: the checkpoint stands at sample {at['position']} of an epoch, and the order "
-                f"of its samples is another one here: {', '.join(differ)}"
+                f"loader {self._name!r}: the checkpoint stands at sample {at['position']} of an epoch, and its "
+                f"samples are ordered differently here: {', '.join(differ)}"
             )
 
     def fitted(self, snapshot: LoaderState) -> LoaderState:
@@ -140,7 +141,7 @@ class Elastic:
         was, here = snapshot.get("replicas"), self._replicas
         if was not in (None, here) and _within(snapshot):
             raise MismatchError(
-                f"loader {self._name!r} stands within an epoch that was dealt out to {was} replicas, here it would be "
+                f"loader {self._name!r} stands within an epoch that was divided among {was} replicas, here it would be "
                 f"to {here or 'whoever draws'}: {_WAYS.format(name=self._name)}"
             )
 
@@ -205,7 +206,7 @@ def _elsewhere(name: str, saved: Mapping[int, LoaderState], rank: int, choice: s
         if where != stand[min(saved)]:
             raise MismatchError(
                 f"loader {name!r} stood {stand[min(saved)]} on rank {min(saved)} and {where} on rank {each}: ranks "
-                "that draw unevenly have no one position from which others could go on"
+                "that draw unevenly have no common position to continue from"
             )
     return _begun(state, at, rank)
 

@@ -27,12 +27,12 @@ _plain: dict[type[DataLoader[Any]], Callable[[Any], Iterator[Any]]] = {}  # the 
 
 
 _PLACE = (
-    "was started within an iteration and goes on in later ones: a resume starts it anew, at another place, so that "
-    "random numbers differ from there on, and does not know where it stood. Name it in attach(state=...), or start it "
+    "was started within an iteration and continues in later ones: a resume restarts it elsewhere, so random numbers "
+    "differ from there on, and its position is lost. Name it in attach(state=...), or start it "
     "before steps()"
 )
 _ORDER = (
-    "takes its order from the global generators: a resume within such an epoch gives it another order. Name it in "
+    "takes its order from the global generators: a resume within an epoch gives it another order. Name it in "
     "attach(state=...), or give it a generator of its own that the script seeds for each epoch"
 )
 

@@ -78,7 +78,7 @@ class StateObjects:
         loaders = sealed["boundary"]["loaders"]
         if lacking := sorted(loaders.keys() - self.taps.keys()):
             raise MismatchError(
-                f"the checkpoint holds the position of loaders {lacking}, attached are {sorted(self.taps)}"
+                f"the checkpoint holds the position of loaders {lacking}, this job has {sorted(self.taps)}"
             )
         for name, snapshot in loaders.items():
             self.taps[name].check(snapshot)
@@ -122,7 +122,7 @@ class StateObjects:
             except Exception as error:  # of the object's own code
                 raise StateError(
                     f"state[{name!r}]",
-                    f"{type(item).__qualname__} does not take back what the checkpoint holds: {type(error).__name__}: "
+                    f"{type(item).__qualname__} does not accept what the checkpoint holds: {type(error).__name__}: "
                     f"{error}; what was loaded before it, parameters and optimizer state too, is undefined",
                 ) from error
 
@@ -145,8 +145,8 @@ def _check_scaler(name: str, scaler: torch.amp.GradScaler, saved: Any) -> None:
         raise MismatchError(
             f"state[{name!r}]: the GradScaler was {was} when the checkpoint was made, and is {now} "
             f"(enabled={scaler.is_enabled()}): {'its scale would be lost' if saved else 'no scale was saved'}. Make it "
-            f"with enabled={bool(saved)}; to change it for good, restore() with it as it was, close(), and go on with "
-            "the other one by attach(fresh=True)"
+            f"with enabled={bool(saved)}; to change it for good, restore() with it as it was, close(), and continue "
+            "with the other one by attach(fresh=True)"
         )
 
 

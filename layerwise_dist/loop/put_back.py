@@ -67,14 +67,14 @@ class PendingRng:
         self._set(self._state["rng"])
         if self._starts:
             return (
-                f"the random numbers of the boundary are put back at the first forward, since no {self._starts[0]} was "
+                f"the random numbers of the boundary are restored at the first forward, since no {self._starts[0]} was "
                 "started after restore(): this resume is not exact"
             )
         if self._state["kind"] in ("explicit", "call") and self._state["rng_event"] == "boundary":
             return None
         loaders = ", ".join(self._at) or "an attached loader"
         return (
-            f"the random numbers of a boundary of kind {self._state['kind']!r} are put back at the first forward, "
+            f"the random numbers of a boundary of kind {self._state['kind']!r} are restored at the first forward, "
             "since no "
             f"batch was drawn from {loaders} after restore(): this resume is not exact"
         )

@@ -66,12 +66,12 @@ def check_class(loader: Any, name: str) -> None:
     if any(f"{kind.__module__}.".startswith("accelerate.") for kind in kinds):
         raise UnsupportedError(
             f"loader {name!r} is Accelerate's {type(loader).__name__}, which draws a batch ahead, and seeds and counts "
-            "epochs by itself: where it stands cannot be told. Leave the DataLoader out of accelerator.prepare(), and "
+            "epochs by itself: its position is unknown. Leave the DataLoader out of accelerator.prepare(), and "
             "name it in state as it is: a DistributedSampler divides it among the ranks, and "
             "batch.to(accelerator.device) moves what it yields"
         )
     if DataLoader not in kinds:
         raise UnsupportedError(
-            f"loader {name!r}: a {type(loader).__name__} says that it is a DataLoader, and is another object "
-            "around one: name the DataLoader itself in state"
+            f"loader {name!r}: a {type(loader).__name__} claims to be a DataLoader, but wraps one: name the "
+            "DataLoader itself in state"
         )

@@ -25,7 +25,7 @@ class Gathering:
             record = {**record, "mode": "monitor"}
         elif self._others and "error" not in record:
             record = {
-                "error": f"rank {self._rank}: mode is 'monitor' here, and another one on rank(s) "
+                "error": f"rank {self._rank}: mode is 'monitor' here, and differs on rank(s) "
                 f"{str(self._others)[1:200].rstrip(']')}, or their configuration is wrong"
             }
         records = self._gather(record)

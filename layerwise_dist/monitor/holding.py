@@ -180,7 +180,7 @@ class StagedShards:
         for begin, end, pool in self._pools:
             if begin <= place < end:
                 return pool.adopt(place, message["nbytes"])
-        raise ValueError(f"a buffer at {place}, where no pool is")
+        raise ValueError(f"a buffer at {place}, but there is no pool")
 
 
 def _slice(fields: dict[str, Any]) -> Slice:

@@ -154,11 +154,11 @@ class MonitoredJob:
         try:
             self._participant.drain(timeout_s, stopped=True)
         except LayerwiseError as error:
-            log.warning("rank %d: the monitor leaves without a decision: %s", self._rank, error)
+            log.warning("rank %d: the monitor exits without a decision: %s", self._rank, error)
         self._participant.close(max(0.1, deadline - time.monotonic()))
         coordinator = self._session.coordinator if self._session is not None else None
         closed = coordinator is None or coordinator.close(max(0.1, deadline - time.monotonic()))
         if self._adapter is not None:
             closed = self._adapter.close(max(0.1, deadline - time.monotonic())) and closed
         if not closed:
-            log.warning("rank %d: the monitor leaves with the disk busy%s", self._rank, stuck_calls())
+            log.warning("rank %d: the monitor exits with the disk busy%s", self._rank, stuck_calls())

@@ -69,12 +69,12 @@ class MonitorProcess:
         deadline = time.monotonic() + timeout_s
         if self.ended(timeout_s) is None:
             if _is_stopped(self.pid):
-                log.warning("the monitor (pid %d) is stopped, and so cannot end by itself: it is killed", self.pid)
+                log.warning("the monitor (pid %d) is stopped and cannot exit: killing it", self.pid)
                 self._process.send_signal(signal.SIGKILL)
                 self.ended(max(5.0, deadline - time.monotonic()))
             else:
                 log.warning(
-                    "the monitor (pid %d) has not ended within %g s: it is left to finish by itself", self.pid,
+                    "the monitor (pid %d) did not exit within %g s: it is left to finish", self.pid,
                     timeout_s,
                 )  # fmt: skip
                 self._process.returncode = 0  # nobody waits for it any more

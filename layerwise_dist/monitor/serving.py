@@ -69,7 +69,7 @@ class MonitorServer:
         try:
             self._serve()
         except Exception as error:  # nothing of it can be relied on; what it held is decided by the other ranks
-            log.error("the monitor (pid %d) ends by an error: %r", os.getpid(), error)
+            log.error("the monitor (pid %d) failed: %r", os.getpid(), error)
             self._wire.close(_FAREWELL_S)
             raise
 

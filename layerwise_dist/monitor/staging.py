@@ -219,7 +219,7 @@ class StagingAdapter:
         if buffer is None:
             raise PoolFull(
                 f"{len(data)} bytes of state found no room in the pool (pool_mb) within fence_timeout_s = "
-                f"{self._timeout_s:g} s: the disk does not keep up"
+                f"{self._timeout_s:g} s: the disk is too slow"
             )
         with memoryview(buffer) as view:
             view.cast("B")[: len(data)] = data

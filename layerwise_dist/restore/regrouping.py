@@ -65,7 +65,7 @@ def regroup(
         if live["optimizers"].keys() != saved[0]["optimizers"].keys():
             kept, now = sorted(saved[0]["optimizers"]), sorted(live["optimizers"])
             return cast(OptimizerState, {**live, "scalars": {}, "order": {}}), [
-                *problems, f"the checkpoint holds optimizers {kept}, attached are {now}"
+                *problems, f"the checkpoint holds optimizers {kept}, this job has {now}"
             ]  # fmt: skip
         for name, each in live["optimizers"].items():
             members, wrong = mapping.one([state["optimizers"][name] for state in saved], each)

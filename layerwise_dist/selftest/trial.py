@@ -33,7 +33,7 @@ class TrialFailed(Exception):
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at."""
+    """One thing that was checked."""
 
     what: str
     good: bool

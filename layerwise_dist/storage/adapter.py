@@ -38,7 +38,7 @@ def _choose_backend(wanted: str, rank: int) -> str:
         return "uring"
     if wanted == "uring":
         raise ConfigError(
-            f"writer.backend = 'uring': this process may not use io_uring: {refusal}; use 'posix' or 'auto'"
+            f"writer.backend = 'uring': io_uring is not available to this process: {refusal}; use 'posix' or 'auto'"
         )
     log.warning("rank %d: io_uring is refused here (%s): writing by threads, which costs a little more", rank, refusal)
     return "posix"
@@ -83,7 +83,7 @@ class PCCheckAdapter:
             if self.backend != "nvm" or error.errno != errno.EOPNOTSUPP:
                 raise
             raise ConfigError(
-                f"writer.backend = 'nvm': {root} is on no DAX file system of persistent memory ({error.strerror}); "
+                f"writer.backend = 'nvm': {root} is not on a DAX file system of persistent memory ({error.strerror}); "
                 "use 'auto', or mount one with -o dax"
             ) from error
         # At least what any dtype needs: tensors are also viewed in buffers that are laid out as the file is.
@@ -91,7 +91,9 @@ class PCCheckAdapter:
         if aligns is not None and max(aligns) <= 4096:
             self.direct, self.memory_align = True, max(aligns[0], 64)
         if direct_io and not self.direct:
-            log.warning("rank %d: %s takes no direct I/O: writing through the page cache, which is slower", rank, root)
+            log.warning(
+                "rank %d: %s does not support direct I/O: writing through the page cache, which is slower", rank, root
+            )
 
     @property
     def bases(self) -> PCCheckAdapter:

@@ -83,8 +83,8 @@ def odd(name: str) -> str | None:
     if ours or not _LIKE_OURS.match(name):
         return None
     if _STEP_DIR.match(name) or _BRANCH.match(name) or _SPARE.match(name):
-        return "no session has such numbers"
-    return "it is not written as this package writes names"
+        return "no session uses such numbers"
+    return "this package does not write such names"
 
 
 def shard_file(rank: int) -> str:

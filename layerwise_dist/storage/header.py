@@ -183,7 +183,7 @@ def _tensors(
 ) -> tuple[dict[str, Entry], dict[str, tuple[int, int]], int]:
     """(tensors, ranges of the state's two parts, where the last one ends after the header). Takes `tree` apart."""
     if type(places) is not dict:
-        raise ValueError("slices are no object")
+        raise ValueError("slices is not an object")
     for name, item in tree.items():
         _check_tensor(name, item)
     groups: set[str] = {""}  # of ranks, that were looked at
@@ -224,7 +224,7 @@ def _check_tensor(name: str, item: Any) -> None:
     kind, slash, fqn = name.partition("/")
     special = name in (STATE_JSON, STATE_BYTES) or name.startswith(PAD)
     if len(name) > LONGEST_NAME or not (special or (kind and slash and fqn and kind != "state")):
-        raise ValueError(f"{name[:200]} is no name of a tensor: <kind>/<name>, of at most {LONGEST_NAME} characters")
+        raise ValueError(f"{name[:200]} is not a tensor name: <kind>/<name>, of at most {LONGEST_NAME} characters")
     if special and dtype != "U8":
         raise ValueError(f"{name} is of dtype {dtype}, expected U8")
 
@@ -271,7 +271,7 @@ def _slice(name: str, dtype: str, shape: tuple[int, ...], place: dict[str, Any])
 
 def _layers(table: Any, base: int, end: int) -> list[tuple[str, int, int]]:
     if type(table) is not list or len(table) > LAYERS:
-        raise ValueError(f"layers are no array of at most {LAYERS}")
+        raise ValueError(f"layers is not an array of at most {LAYERS}")
     layers = []
     cursor = base
     for row in table:

@@ -14,7 +14,7 @@ log = logging.getLogger("layerwise_dist")
 # What `Env` says of it (csrc/include/layerwise/env.h).
 _WHAT = {
     errno.ELOOP: "a symbolic link", errno.EISDIR: "a directory", errno.EINVAL: "not a regular file",
-    errno.ENOTDIR: "not what it should be: the folder above it is none",
+    errno.ENOTDIR: "the folder above it is not a directory",
 }  # fmt: skip
 _KINDS = {"link": "a symbolic link", "dir": "a directory", "other": "neither a file nor a directory"}
 
@@ -46,7 +46,7 @@ def is_no_folder(env: Env, path: str) -> str | None:
     kind = kind_at(env, path)
     if kind in (None, "dir"):
         return None
-    return f"{path}: is {_KINDS.get(kind, 'a file')}, and there is no manifest behind it"
+    return f"{path}: is {_KINDS.get(kind, 'a file')}, so there is no manifest"
 
 
 def leave(error: OSError, path: str) -> None:
@@ -58,4 +58,4 @@ def leave(error: OSError, path: str) -> None:
         new = what not in _named
         _named.add(what)
     if new:
-        log.warning("%s: it is left there, and nothing is written or removed through it", what)
+        log.warning("%s: it is left alone, and nothing is written or removed through it", what)

@@ -57,7 +57,7 @@ class Shard:
         self._reader = open_file(env, pool, path, nbytes)
         header = self._reader.read(0, header_bytes)
         if len(header) != header_bytes or _native.xxh3_64(header) != header_hash:
-            raise DamageError(f"shard {path}: its header hashes otherwise than the manifest says ({header_hash:016x})")
+            raise DamageError(f"shard {path}: its header does not match its hash in the manifest ({header_hash:016x})")
         self.header_bytes = header_bytes
         self.index = parse_header(path, nbytes, header, of)
 
@@ -68,7 +68,7 @@ class Shard:
         data = memoryview(self._reader.read(begin, end - begin))
         if len(data) != end - begin or _native.xxh3_64(data) != index.state_hash:
             raise DamageError(
-                f"shard {index.path} of step {index.step}: the state block hashes otherwise than "
+                f"shard {index.path} of step {index.step}: the state block does not match its hash "
                 f"{index.state_hash:016x}"
             )
         text, blob = index.state_json, index.state_bytes
@@ -137,7 +137,7 @@ class Shard:
         names = sorted((name for name, nbytes in held.items() if nbytes > 0), key=lambda name: -held[name])
         what = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "padding"
         expected = self.index.hashes[block]
-        problem = "is cut" if expected is None else f"hashes otherwise than the header says ({expected:016x})"
+        problem = "is cut" if expected is None else f"does not match its hash in the header ({expected:016x})"
         return f"shard {self.index.path} of step {self.index.step}: block {block} at offset {offset} ({what}) {problem}"
 
 

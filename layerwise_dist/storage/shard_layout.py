@@ -121,7 +121,7 @@ class ShardLayout:
             f"more than {LAYERS} layers": [str(len(self.layers))] if len(self.layers) > LAYERS else [],
             "names of the format itself": [n for n in names if n in (STATE_JSON, STATE_BYTES) or n.startswith(PAD)],
             "names that appear twice": [name for name, times in Counter(names).items() if times > 1],
-            "names that are no Unicode text": [n for n in names if n.encode(errors="ignore").decode() != n],
+            "names that are not valid Unicode": [n for n in names if n.encode(errors="ignore").decode() != n],
         }
         if said := [f"{problem}: {found[:5]}" for problem, found in problems.items() if found]:
             raise UnsupportedError(f"this rank's shard would have {'; '.join(said)}; nothing was written")

@@ -94,7 +94,7 @@ def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(literal: str) -> Any:
-    raise ValueError(f"{literal} is no JSON value")
+    raise ValueError(f"{literal} is not a JSON value")
 
 
 def _look_at(tree: Any) -> None:
@@ -110,7 +110,7 @@ def _look_at(tree: Any) -> None:
         elif kind is float and not isfinite(value):
             raise ValueError("a number is too large for any float")
         elif kind is str and not _whole(value):
-            raise ValueError(f"a string has half a character in it: {ascii(value[:100])}")
+            raise ValueError(f"a string has a lone surrogate: {ascii(value[:100])}")
 
 
 def _whole(text: str) -> bool:

@@ -40,7 +40,7 @@ def _check_keys(keys: list[Any], what: str) -> None:
     except (TypeError, ValueError, OverflowError):
         raise Problem(f"{what} of a kind that cannot be one") from None
     if most > strict_json.COLLIDING:
-        raise Problem(f"{most} of {len(keys)} have one hash; a writer allows {strict_json.COLLIDING}")
+        raise Problem(f"{most} of {len(keys)} have the same hash; a writer allows {strict_json.COLLIDING}")
 
 
 def _put(made: Any, key: Any, value: Any) -> None:

@@ -195,7 +195,9 @@ def _write_set(w: Writer, v: set[Any] | frozenset[Any]) -> Any:
 
 def _check_hashes(keys: Collection[Any], what: str) -> None:
     if len(keys) > COLLIDING and (most := most_of_one(list(keys))) > COLLIDING:
-        raise Problem(f"{most} of {len(keys)} {what} have one hash, which no reader takes: at most {COLLIDING} may")
+        raise Problem(
+            f"{most} of {len(keys)} {what} have the same hash, which no reader accepts: at most {COLLIDING} may"
+        )
 
 
 def _write_dict(w: Writer, v: dict[Any, Any]) -> Any:
@@ -252,7 +254,9 @@ _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def _write_tensor(w: Writer, v: torch.Tensor) -> Any:
     if w.in_key:
-        raise Problem("a tensor as a key or set element is found by identity, which is lost: use its value or a name")
+        raise Problem(
+            "a tensor as a key or set element is found by identity, which a file cannot keep: use its value or a name"
+        )
     if v.dim() > DIMENSIONS:
         raise Problem(f"a tensor of {v.dim()} dimensions, of at most {DIMENSIONS} that a reader takes")
     dtype = str(v.dtype).removeprefix("torch.")

@@ -210,8 +210,8 @@ def refusals(wrapper: str, folder: str) -> list[str]:
         problems += refused(model, torch.optim.SGD(model.parameters(), lr=0.1), message, folder)
     for wrapper, update, message in (
         ("fsdp1-flat", "pipelined_step", "one flat parameter a wrapped module"),
-        ("zero", "pipelined_step", "it steps an optimizer of its own"),
-        ("zero", "in_backward", "it steps an optimizer of its own"),
+        ("zero", "pipelined_step", "it steps its own optimizer"),
+        ("zero", "in_backward", "it steps its own optimizer"),
     ):
         job = Job(wrapper, "adamw-fused", "bare", seed=1)
         problems += refused(job.model, job.optimizer, message, folder, update=update)

@@ -297,7 +297,9 @@ def second_engine(root: str) -> list[str]:
     expected = first.held()
     with warnings_of() as warned:
         second = UserScript(f"{root}/ckpt", 2, every_n_steps=1)
-    found = [] if any(f"this one does in {root}/ckpt/engine2" in each for each in warned) else [f"no warning: {warned}"]
+    found = (
+        [] if any(f"this one saves in {root}/ckpt/engine2" in each for each in warned) else [f"no warning: {warned}"]
+    )
     path, _ = second.engine.load_checkpoint(f"{root}/ckpt")
     found += [] if path is not None and path.startswith(f"{root}/ckpt/step_") else [f"loaded {path}"]
     found += differences(second.held(), expected)

@@ -55,8 +55,8 @@ class DeepSpeedOptimizer(FlatState):
             sizes = Counter({n: sum(_numel(view) for view in views) for n, views in in_unit.items()})
             largest = 100 * sizes.most_common(1)[0][1] / max(1, sum(sizes.values()))
             log.warning(
-                "DeepSpeed updates %d layers in %d unit%s, and the largest holds %.0f %% of the parameters: what "
-                "is updated at once is captured at once. One group a layer makes them as many as layers: pass "
+                "DeepSpeed updates %d layers in %d unit%s, and the largest holds %.0f %% of the parameters: what is "
+                "updated at once is captured at once. Make one group a layer: pass "
                 "model_parameters=layerwise_dist.param_groups(model) to deepspeed.initialize()",
                 layers, units, "" if units == 1 else "s", largest,
             )  # fmt: skip

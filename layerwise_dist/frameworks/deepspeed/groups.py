@@ -106,7 +106,8 @@ def _follows_groups(name: str, values: Sequence[Any], now: int, live: Mapping[st
     if len(values) == now and not all(alike(values[0], value) for value in values):
         raise MismatchError(
             f"the LR scheduler keeps {now} values as {name!r}, and there are {now} param groups, in another order than "
-            "in the checkpoint: nothing says whether each value is a group's. Put the groups in the checkpoint's order"
+            "in the checkpoint: nothing says which value belongs to which group's. Put the groups in the "
+            "checkpoint's order"
         )
     return len(values) != now
 

@@ -150,9 +150,9 @@ def _why_not(engine: Any, units: Units) -> str | None:
     """Why updates in the backward are not exact, or not possible, for this engine."""
     wrapper, window = units.wrapper, engine.gradient_accumulation_steps()
     if isinstance(units, Zero3OnNvme) or getattr(wrapper, "offload_optimizer", False):
-        return "the optimizer is offloaded, and gets its gradients when the backward is over"
+        return "the optimizer is offloaded, and gets its gradients after the backward"
     if getattr(wrapper, "cpu_offload", False):
-        return "the optimizer is offloaded, and gets its gradients when the backward is over"
+        return "the optimizer is offloaded, and gets its gradients after the backward"
     if not isinstance(units, (Unwrapped, Zero12, Zero3)):
         return f"{type(wrapper).__name__} casts all gradients before it updates anything"
     if isinstance(units, Unwrapped) and engine.dp_world_size > 2:
@@ -164,7 +164,7 @@ def _why_not(engine: Any, units: Units) -> str | None:
     if engine.fp16_enabled() or getattr(wrapper, "loss_scale", 1.0) != 1.0:
         return "loss scaling must know of overflows in all gradients before any update"
     if not engine.managed_gradient_accumulation():
-        return "with managed_gradient_accumulation off, no backward knows that it is an update's last"
+        return "with managed_gradient_accumulation off, no backward can tell whether it is an update's last"
     if window > 1 and isinstance(units, Zero12):
         return (
             f"ZeRO-1 and 2 sum up {window} micro-batches when the last backward is over; ZeRO-3 does it in the backward"

@@ -108,13 +108,15 @@ def _units(wrapper: Any, rank: int) -> Units:
 def _check_inner(base: object) -> None:
     name = type(base).__name__
     if not isinstance(base, torch.optim.Optimizer):
-        raise UnsupportedError(f"DeepSpeed around {name}, which is no torch.optim.Optimizer, is not supported; {WORKS}")
+        raise UnsupportedError(
+            f"DeepSpeed around {name}, which is not a torch.optim.Optimizer, is not supported; {WORKS}"
+        )
     if isinstance(base, torch.optim.LBFGS) or (type(base).__module__.startswith("deepspeed.") and name not in _INNER):
         raise UnsupportedError(f"DeepSpeed around the optimizer {name} is not supported by this version; {WORKS}")
     if tells(base):
         raise UnsupportedError(
-            f"DeepSpeed around the optimizer {name}, which has a state_dict() of its own, is not supported: what it "
-            f"tells cannot be asked while ZeRO has its own tensors in the groups; {WORKS}"
+            f"DeepSpeed around the optimizer {name}, which has a state_dict() of its own, is not supported: it "
+            f"cannot be called while ZeRO has its own tensors in the groups; {WORKS}"
         )
 
 
