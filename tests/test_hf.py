@@ -99,9 +99,12 @@ def test_killed_again_and_again_it_ends_as_if_it_had_run_through(
 def test_what_can_not_be_resumed_is_refused_by_name(trainers: Warm, tmp_path: Path) -> None:
     trainers.run("hf.py", 0, "refused", tmp_path, "gpt2", "-", timeout=90)
     found = told(tmp_path, 0)
-    assert "BoundaryError: attach() within Trainer.train(), which has already started" in found["a callback, by lwd.attach"]
+    assert (
+        "BoundaryError: attach() within Trainer.train(), which has already started"
+        in found["a callback, by lwd.attach"]
+    )
     assert "BoundaryError: attach() within this Trainer's train()" in found["a callback, by the integration"]
-    assert "UnsupportedError: this Trainer is attached already" in found["twice"]
+    assert "UnsupportedError: this Trainer is already attached" in found["twice"]
     assert "ignore_data_skip=True: a resume would restart" in found["ignore_data_skip"]
     assert "auto_find_batch_size=True" in found["auto_find_batch_size"]
     assert "this is one of 2 processes by its environment, and a Trainer that trains alone" in found["alone"]

@@ -294,7 +294,7 @@ def test_a_training_begins_from_the_weights_and_is_a_lineage_of_its_own(tmp_path
         assert not mine.state and mine.param_groups[0]["lr"] == 0.1 and fresh.last_epoch == 0
         for step in ckpt.steps(2):
             update(other, mine, step)
-        with pytest.raises(BoundaryError, match="begins a training, and this one is at step 2"):
+        with pytest.raises(BoundaryError, match="starts a new training, but this one is at step 2"):
             ckpt.restore(model_only=True)
     with lwd.open_checkpoint(tmp_path) as ckpt:
         assert ckpt.step == 2

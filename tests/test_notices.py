@@ -107,7 +107,7 @@ def test_close_does_not_wait_for_ever_for_a_callback(tmp_path: Path, caplog: pyt
         for step in ckpt.steps(1):
             train(model, optimizer, 0, 0, step)
     go_on.set()
-    assert any("hangs has not ended" in record.getMessage() for record in caplog.records)
+    assert any("hangs did not finish" in record.getMessage() for record in caplog.records)
 
 
 def test_only_what_can_be_called_is_taken(tmp_path: Path) -> None:

@@ -249,9 +249,7 @@ def test_a_damaged_block_is_named_when_it_is_touched_and_not_before(tmp_path: Pa
     with lwd.open_checkpoint(tmp_path) as ckpt:
         [(file, entry)] = ckpt._whole.tensors["param/emb.weight"][0].parts
         spoil(shard, entry.begin + 2)
-        with pytest.raises(
-            DamageError, match=r"rank_00000.safetensors of step 1: block \d+ .* does not match"
-        ):
+        with pytest.raises(DamageError, match=r"rank_00000.safetensors of step 1: block \d+ .* does not match"):
             ckpt["param/emb.weight"][0, 0]
         assert torch.equal(ckpt["buffer/norm.running_mean"][...], job.held[1]["buffer/norm.running_mean"])
 

@@ -235,7 +235,7 @@ REFUSED: dict[str, tuple[Callable[[torch.Tensor], dict[str, Any]], str]] = {
     "bare": (lambda param: {"odd": Bare(torch.zeros_like(param))}, "odd of .* is a Bare, which has no memory"),
     "a context that cannot be written": (
         lambda param: {"odd": Named(torch.zeros_like(param), print)},
-        r"state odd of .* is a test_subclasses:Named, and its __tensor_flatten__ gives what cannot be written",
+        r"state odd of .* is a test_subclasses:Named, and its __tensor_flatten__ returns what cannot be written",
     ),
     "bare inside": (
         lambda param: {"odd": Named(Bare(torch.zeros_like(param)), None)},

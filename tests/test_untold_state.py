@@ -161,7 +161,7 @@ def test_wrappers_that_are_no_whole_optimizers_are_refused_and_leave_nothing_loc
         return wrapper
 
     assert "attach the optimizer inside it (optimizer.inner)" in refused(tmp_path, hidden)
-    assert "Bare has not called torch.optim.Optimizer.__init__()" in refused(tmp_path, lambda model: Bare())
+    assert "Bare did not call torch.optim.Optimizer.__init__()" in refused(tmp_path, lambda model: Bare())
 
 
 def test_optimizers_inside_that_cannot_be_captured_are_refused(tmp_path: Path) -> None:

@@ -424,7 +424,7 @@ def test_a_loader_whose_class_draws_in_its_own_way_is_warned_of(
             model(batch).sum().backward()
             optimizer.step()
     assert "Endless has an __iter__() of its own, and what that keeps" in caplog.text
-    with pytest.raises(errors.UnsupportedError, match="a Proxy says that it is a DataLoader, and is another object"):
+    with pytest.raises(errors.UnsupportedError, match="a Proxy claims to be a DataLoader, but wraps one"):
         lwd.attach(model, optimizer, dir=str(tmp_path / "2"), state={"data": Proxy()})
 
 
