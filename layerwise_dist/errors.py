@@ -42,8 +42,8 @@ class UnsupportedError(LayerwiseError, TypeError):
 
 
 class StateError(LayerwiseError, TypeError):
-    """Something in `state=` that can be written neither as a tensor nor as typed JSON, or that does not take back what
-    was saved of it.
+    """Something in `state=` can be written neither as a tensor nor as typed JSON, or does not accept what was saved of
+    it.
 
     Attributes:
         path: where it is, such as ``state['scheduler']['lr_lambdas'][0]``.
@@ -58,21 +58,21 @@ class StateError(LayerwiseError, TypeError):
 
 
 class BoundaryError(LayerwiseError, RuntimeError):
-    """The training loop does something from which the end of an iteration cannot be told, or a call came too early."""
+    """The end of an iteration is unclear, or a call came too early."""
 
 
 class OwnerError(LayerwiseError, RuntimeError):
-    """Another live job writes in this checkpoint directory, or this session is no longer its owner."""
+    """Another live job writes in this checkpoint directory, or has taken it over."""
 
 
 class DirectoryError(LayerwiseError, OSError):
-    """The checkpoint directory is not what it must be: not writable, not the mount that rank 0 sees, no directory."""
+    """The checkpoint directory is unusable: not writable, not a directory, or not the mount that rank 0 sees."""
 
 
 class DamageError(LayerwiseError):
-    """Bytes on disk that are not what was committed: cut, flipped, or of another checkpoint.
+    """Bytes on disk are not what was committed: cut, flipped, or of another checkpoint.
 
-    Names file, tensor, block.
+    The message names file, tensor and block.
     """
 
 

@@ -35,9 +35,9 @@ app.add_typer(bench.app, name="bench")
 def layerwise(
     context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
 ) -> None:
-    """Looks at checkpoint directories of layerwise_dist and keeps them in order; looks at machines.
+    """Inspect and maintain checkpoint directories of layerwise_dist; check machines.
 
-    Exit code: 0 all is well, 1 looked and it is bad (something is damaged, a disk is unfit), 2 wrong usage.
+    Exit code: 0 all is well, 1 something is damaged or unfit, 2 wrong usage.
     """
     if version:
         print(__version__)
@@ -46,7 +46,7 @@ def layerwise(
 
 @app.command("ls")
 def ls(directory: Dir, json: Json = False) -> None:
-    """Lists the checkpoints, newest first, and which of them restore chooses from."""
+    """List the checkpoints, newest first, and which of them restore may choose."""
     finish(lambda catalogue: listing.ls(catalogue), directory, json)
 
 
@@ -68,7 +68,7 @@ def show(
     everything: Annotated[bool, typer.Option("--all", help="List every tensor and every shard.")] = False,
     json: Json = False,
 ) -> None:
-    """Shows one checkpoint: its manifest, its shards and its tensors. Without --step or --tag, the one that restore
+    """Show one checkpoint: its manifest, its shards and its tensors. Without --step or --tag, the one that restore
     would choose.
 
     Example: layerwise show checkpoints --tensors 'exp_avg/*' --values
@@ -86,7 +86,7 @@ def show(
 
 @app.command("verify")
 def verify(directory: Dir, step: Step = None, tag: Tag = None, json: Json = False) -> None:
-    """Reads every block of every checkpoint, or of one of them, and names the file, tensor and block of each damage."""
+    """Read every block of every checkpoint, or of one, and name file, tensor and block of any damage."""
     finish(lambda catalogue: verifying.verify(catalogue, step, tag), directory, json)
 
 
@@ -111,12 +111,12 @@ def diff(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Compares two checkpoints tensor by tensor, however each is cut: which differ, in how many elements, how far.
+    """Compare two checkpoints tensor by tensor, whatever wrote them: which differ, in how many elements, how far.
 
-    Every bit counts. The distance is given in the values' own unit, and in ULPs: 1 means neighbouring floating-point
-    numbers. A or B may be a .safetensors file, one of torch.save (read without running code), or a folder of Hugging
-    Face's, DCP's or DeepSpeed's: then tensors are compared by the names of a state_dict. Exit code: 0 equal, 1 they
-    differ or are damaged, 2 wrong usage.
+    Every bit counts. The distance is given in the values' own unit, and in ULPs: 1 means neighboring floating-point
+    numbers. A or B may be a .safetensors or torch.save file (read without running code), or a Hugging Face, DCP or
+    DeepSpeed folder: then tensors are compared by state_dict name. Exit code: 0 equal, 1 different or damaged, 2 wrong
+    usage.
 
     Example: layerwise diff checkpoints --step 100 --step 200
     """
@@ -131,10 +131,10 @@ def diff(
 
 @app.command("pin")
 def pin(directory: Dir, step: Step = None, tag: Tag = None, json: Json = False) -> None:
-    """Keeps one checkpoint, whatever retention would do.
+    """Keep one checkpoint, whatever retention would do.
 
-    A job that runs here heeds it at its next look, and so does layerwise prune. What is pinned has a file `pinned` in
-    its folder, and layerwise ls says so.
+    A running job heeds it, and so does layerwise prune. A pinned checkpoint has a file `pinned` in its folder, and
+    layerwise ls shows it.
 
     Example: layerwise pin checkpoints --step 12000
     """
@@ -143,7 +143,7 @@ def pin(directory: Dir, step: Step = None, tag: Tag = None, json: Json = False) 
 
 @app.command("unpin")
 def unpin(directory: Dir, step: Step = None, tag: Tag = None, json: Json = False) -> None:
-    """Takes a pin back: the checkpoint goes when its time comes, as the others do.
+    """Take a pin back: from now on retention may remove the checkpoint.
 
     Example: layerwise unpin checkpoints --step 12000
     """
@@ -174,11 +174,11 @@ def prune(
     yes: Annotated[bool, typer.Option("--yes", help="Remove them. Without it, only list them.")] = False,
     json: Json = False,
 ) -> None:  # fmt: skip
-    """Removes old checkpoints where no job runs: by the same rules as a job, which does it by itself.
+    """Remove old checkpoints where no job runs, by the rules that a job applies itself.
 
-    Lists what would go, and removes nothing without --yes. What always stays: the newest of the lineage, what is
-    pinned, what somebody has open, other lineages, all that is older than a damaged checkpoint, and frozen parameters
-    that any checkpoint refers to. Refused while a job writes here; a job that starts meanwhile waits for the end.
+    Lists what would be removed, and removes nothing without --yes. What always stays: the lineage's newest, pinned and
+    open checkpoints, other lineages, everything older than a damaged checkpoint, and frozen parameters that a
+    checkpoint refers to. Refused while a job writes here; a job that starts meanwhile waits.
 
     Example: layerwise prune checkpoints --keep-last 3 --keep-every 1000 --yes
     """
@@ -197,11 +197,11 @@ def cp(
     tag: Tag = None,
     json: Json = False,
 ) -> None:
-    """Copies one checkpoint with all that it needs into a new directory, from which restore() goes on.
+    """Copy one checkpoint, with all that it needs, into a new directory that restore() can continue from.
 
-    Without --step or --tag, the one that restore would choose. Everything is flushed, read back and compared before
-    the copy becomes a checkpoint; if anything fails, or is interrupted, nothing of it stays. A pin is not copied. A job
-    may run in DIR meanwhile.
+    Without --step or --tag, the one that restore would choose. Everything is flushed, read back and compared before the
+    copy counts as a checkpoint; a failed or interrupted copy leaves nothing. A pin is not copied. A job may run in DIR
+    meanwhile.
 
     Example: layerwise cp checkpoints /archive/best --tag best
     """
@@ -238,14 +238,14 @@ def import_(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Makes another tool's checkpoint the first one of DIR: restore() goes on from it, with optimizer state.
+    """Make another tool's checkpoint the first one of DIR: restore() continues from it, with optimizer state.
 
-    SOURCE is a folder of torch.distributed.checkpoint, safetensors (a file, or a folder as transformers has it), a file
-    of torch.save, or DeepSpeed's own checkpoint (ZeRO 1 to 3, any number of ranks; DeepSpeed need not be installed).
-    What cannot be carried over is listed. Nothing is ever overwritten, and what fails leaves no checkpoint.
+    SOURCE is a torch.distributed.checkpoint folder, safetensors (a file, or a folder as transformers has it), a
+    torch.save file, or DeepSpeed's own checkpoint (ZeRO 1 to 3, any number of ranks; DeepSpeed need not be installed).
+    What cannot be carried over is listed. Nothing is overwritten, and a failed import leaves no checkpoint.
 
-    All but safetensors are pickles. With --allow-pickle they are read by an unpickler that runs nothing: it takes
-    tensors, plain values, and a fixed list of names, from which it makes nothing; any other name is an error.
+    All but safetensors are pickles. With --allow-pickle they are read with an unpickler that runs nothing: it accepts
+    tensors, plain values, and a fixed list of other names, which stay inert; any other name is an error.
 
     layerwise import ds_checkpoints run --allow-pickle --optimizer AdamW
     """
@@ -285,18 +285,18 @@ def export(
     weights_only: Annotated[bool, typer.Option("--weights-only", help="Leave the optimizer out.")] = False,
     json: Json = False,
 ) -> None:
-    """Writes a checkpoint as other tools read it. Without --step or --tag, the newest.
+    """Write a checkpoint for other tools. Without --step or --tag, the newest.
 
     hf: safetensors with an index, for from_pretrained() and vLLM; weights only.
 
-    dcp: torch.distributed.checkpoint, as get_state_dict() names things: dcp.load() reads model and optimizer into
-    any layout.
+    dcp: torch.distributed.checkpoint, named as get_state_dict() does: dcp.load() reads model and optimizer into any
+    layout.
 
-    torch: one file for torch.load(): {"model": ..., "optimizer": ...}, both for load_state_dict(). It is made in
-    memory; the others take little of it, however large the model is.
+    torch: one file for torch.load(): {"model": ..., "optimizer": ...}, both for load_state_dict(). It is built in
+    memory; the others need little memory, however large the model is.
 
-    A ZeRO run gives its fp32 weights. OUT is flushed and read back before it gets its name, and never overwritten;
-    whatever ends the command earlier leaves nothing. A job that runs keeps the checkpoint meanwhile.
+    A ZeRO run gives its fp32 weights. OUT is flushed and read back before it gets its name, and never overwritten; an
+    interrupted command leaves nothing. A running job keeps the checkpoint meanwhile.
     """
     give(
         lambda: exporting.export(
@@ -329,7 +329,7 @@ def doctor(
     quick: Annotated[bool, typer.Option("--quick", help="Little data and few rounds: rough figures.")] = False,
     json: Json = False,
 ) -> None:
-    """Looks whether a directory is fit for checkpoints: file system, space, flushes, speed; says what to change.
+    """Check whether a directory is fit for checkpoints (file system, space, flushes, speed), and say what to change.
 
     Measures in a folder of its own below DIR, and removes it.
     """
@@ -348,7 +348,7 @@ def selftest(
     seed: Annotated[int | None, typer.Option("--seed", help="Of the step at which the job is killed.")] = None,
     json: Json = False,
 ) -> None:
-    """Does it work on this machine? Trains on two ranks, kills the job, resumes it, and compares every bit.
+    """Does it work on this machine? Train on two ranks, kill the job, resume it, and compare every bit.
 
     Takes under a minute, in a folder of its own below DIR, which is removed.
     """

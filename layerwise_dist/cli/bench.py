@@ -38,9 +38,9 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 @app.callback()
 def bench() -> None:
-    """Measures on this machine: each figure is a ratio of things done in turn in one run.
+    """Measure on this machine: each figure is a ratio of things done in turn within one run.
 
-    Exit code: 0 measured, 1 something failed while it was measured, 2 wrong usage (too little space included).
+    Exit code: 0 measured, 1 something failed while measuring, 2 wrong usage (too little space included).
     """
 
 
@@ -213,7 +213,7 @@ def commit(
 
 @app.command("layers")
 def layers(rounds: Rounds = 9, quick: Quick = False, json: Json = False, markdown: Markdown = False) -> None:
-    """An optimizer's step as it is, and one layer at a time; writes nothing."""
+    """Time an optimizer's step as it is, and one layer at a time; writes nothing."""
 
     def run(command: str) -> Findings:
         from layerwise_dist.bench.layers import LayersBench, Model, run

@@ -22,13 +22,13 @@ from torch.utils.data import DistributedSampler
 class ElasticDistributedSampler(DistributedSampler[int]):
     """A `torch.utils.data.DistributedSampler`, with its arguments and, from an epoch's beginning, exactly its indices.
 
-    Give it to a DataLoader that `attach(state=...)` names, and a restore goes on at the samples that training has
-    consumed on all ranks, what workers had ready not counted: after a change of world size within an epoch no sample is
-    seen twice and none is left out, but for the padding, or what is dropped, at the epoch's end. The script places a
-    loader that `state=` does not name itself, by `start_at`.
+    Give it to a DataLoader that `attach(state=...)` names. A restore then continues at the samples that training has
+    consumed on all ranks, not counting what workers had ready: after a change of world size within an epoch no sample
+    is repeated or left out, except for the padding, or what is dropped, at the epoch's end. For a loader outside
+    `state=`, the script calls `start_at`.
 
-    The batches must be torch's BatchSampler's (what `batch_size` makes, or given as `batch_sampler`), or none
-    (`batch_size=None`): of others nobody can tell which samples they have consumed.
+    Batches must come from torch's BatchSampler (made by `batch_size`, or given as `batch_sampler`), or there are none
+    (`batch_size=None`): other batch samplers do not show which samples they have consumed.
 
     `num_samples` and `total_size` are of a whole epoch, as in torch.
 
@@ -39,10 +39,10 @@ class ElasticDistributedSampler(DistributedSampler[int]):
     _dealt = False  # has an iteration from `_begin` been dealt from?
 
     def start_at(self, position: int) -> None:
-        """The next iteration, and only that, begins where `position` samples of this epoch are consumed by all ranks.
+        """Makes the next iteration, and only that, begin where all ranks have consumed `position` samples of this
+        epoch.
 
-        Until then `set_epoch()` with another epoch takes that back. Raises ValueError unless 0 <= position <=
-        len(dataset).
+        A later `set_epoch()` with another epoch cancels it. Raises ValueError unless 0 <= position <= len(dataset).
         """
         if not 0 <= position <= self._samples:
             raise ValueError(f"position {position} is not within the epoch: the data set has {self._samples} samples")

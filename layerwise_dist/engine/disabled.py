@@ -15,7 +15,7 @@ from layerwise_dist.engine.notices import OnCommit, OnFailure
 
 
 class DisabledEngine:
-    """Hooks nothing, writes nothing, restores nothing; a script needs no other branch for it."""
+    """Hooks nothing, writes nothing, restores nothing, so that a script needs no branch for it."""
 
     staged_step = durable_step = committed_step = None
     client_state = restored_from = None

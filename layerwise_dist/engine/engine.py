@@ -16,9 +16,9 @@ from layerwise_dist.restore.restorer import Terms
 
 
 class LayerwiseEngine:
-    """Checkpoints what is trained on this rank: models and their optimizers. All methods belong to the training thread.
+    """Checkpoints what is trained on this rank: models and their optimizers. Call it from the training thread only.
 
-    Made by `attach()`. As a context manager it closes itself; left by an exception, it gives up what is not sealed.
+    Made by `attach()`. As a context manager it closes itself; left by an exception, it discards what is not sealed.
     """
 
     def __init__(self, workings: Workings) -> None:
@@ -26,14 +26,14 @@ class LayerwiseEngine:
 
     @property
     def config(self) -> LayerwiseConfig:
-        """The configuration, with all that it left to defaults."""
+        """The configuration, with defaults filled in."""
         return self._workings.config
 
     # -- the loop -----------------------------------------------------------------------------------------------
 
     @property
     def completed(self) -> int:
-        """Steps completed: boundaries since step 0, those before the restored checkpoint included."""
+        """Steps completed: boundaries since step 0, including those before the restored checkpoint."""
         return self._workings.boundary.completed
 
     def steps(self, total: int) -> Iterator[int]:
@@ -52,10 +52,10 @@ class LayerwiseEngine:
             self._workings.boundary.end_step()
 
     def explicit(self, *, restored_in_loop: bool = False) -> None:
-        """Says before the loop that it will call `end_step()`, for loops with several updates an iteration.
+        """Announces, before the loop, that it will call `end_step()`: for loops with several updates an iteration.
 
-        With `restored_in_loop` nothing draws random numbers between `restore()` and the loop, so they are put back by
-        it.
+        With `restored_in_loop`, nothing draws random numbers between `restore()` and the loop, so the loop restores
+        them.
         """
         self._workings.boundary.explicit(restored_in_loop=restored_in_loop)
 
@@ -65,17 +65,20 @@ class LayerwiseEngine:
         self, tag: str | None = None, client_state: Mapping[str, Any] | None = None, *, timeout: float | None = None,
         within_window: bool = False,
     ) -> int | None:  # fmt: skip
-        """Without a tag: asks for a checkpoint of the next boundary, due or not, and returns at once, with None. If all
-        ranks ask within one iteration, it is that one's end; if one asks, all save the first boundary that none of them
-        has passed, the same or soon after it.
+        """Saves a checkpoint now, or under a name.
 
-        With a tag: saves the job as it is now under that name, and returns the step once it is committed. On all ranks
-        alike. In loops without steps() and end_step() the iteration, if it has updated, ends here; with end_step() it
-        is called between two iterations. Retention never removes what `restore(tag=...)` would take.
-        `client_state` is what `state=` takes as a dict, each rank's own;
-        `restore()` gives it back as `client_state`. `timeout` is in seconds, by default commit.timeout_s; a checkpoint
-        that is not committed by then is still on its way: `wait(step)` goes on waiting for it. `within_window` allows
-        it within an accumulation window too, whose gradients are then not saved: a resume begins the window anew.
+        Without a tag: asks for a checkpoint of the next boundary, due or not, and returns None at once. If all ranks
+        ask within one iteration, its end is saved; if one asks, all save the first boundary that none of them has
+        passed.
+
+        With a tag: on all ranks alike, saves the job as it is now under that name, and returns the step once it is
+        committed. In loops without steps() and end_step() the iteration, if it has updated, ends here; with end_step(),
+        call it between two iterations. Retention never removes what `restore(tag=...)` would take.
+
+        `client_state` holds what `state=` may, each rank's own; `restore()` returns it as `client_state`. `timeout` is
+        in seconds, by default commit.timeout_s; a checkpoint not committed by then continues, and `wait(step)` waits
+        for it. `within_window` allows the call within an accumulation window, whose gradients are then not saved: a
+        resume restarts the window.
 
         With a tag it raises BoundaryError (within an accumulation window or an iteration of steps(), before
         `restore()`, or with tags that differ), StateError for a client_state that cannot be written, CommitError or
@@ -93,31 +96,30 @@ class LayerwiseEngine:
         partly: bool = False, cast: str | None = None, objects: Mapping[str, str] | None = None,
         model_only: bool = False,
     ) -> int:  # fmt: skip
-        """Loads the lineage's newest commit whose shards verify, the same on all ranks; returns its step. 0 if nothing
-        was ever committed in the lineage.
+        """Loads the lineage's newest commit whose shards verify, the same on all ranks, and returns its step. 0 if
+        nothing was ever committed in the lineage.
 
         With `step`, exactly that commit; with `tag`, the newest that `save()` made under it, the lineage's if it has
-        one; with `saved`, the lineage's newest that `save()` made at all. What was committed after it is abandoned: the
-        lineage goes on from there. It stays on the disk until the next commit.
-        `on_missing` is "error" (the default with a step or tag) or "fresh" (the default without: start from 0).
-        With `partly` the model may have parameters and buffers that the checkpoint has not: they stay as they are, and
-        `lacking` names them.
+        one; with `saved`, the lineage's newest that `save()` made at all. Later commits are abandoned: the lineage
+        continues from the chosen one, which stays on disk until the next commit. `on_missing` is "error" (the default
+        with a step or tag) or "fresh" (the default without: start from 0). With `partly` the model may have parameters
+        and buffers that the checkpoint lacks: they stay as they are, and `lacking` names them.
 
         The job may have another number of ranks, another wrapper, or other groups than the one that saved: each rank
-        reads its part from the shards that have it. One warning says so where the number of ranks is another.
-        `cast="target"` allows values to be rounded to the dtypes that parameters and optimizer state have here.
-        `objects={name: "rank0"}` gives a `state` object of rank 0 to all ranks, where those of the checkpoint differ;
-        `objects={name: "anew"}` begins a loader's epoch anew, where another number of ranks cannot go on within it
+        reads its part from the shards that have it. A warning says so if the number of ranks differs. `cast="target"`
+        allows rounding to the dtypes that parameters and optimizer state have here. `objects={name: "rank0"}` gives
+        rank 0's `state` object to all ranks, if those of the checkpoint differ; `objects={name: "anew"}` restarts a
+        loader's epoch, if another number of ranks cannot continue within it
         (`layerwise_dist.data.ElasticDistributedSampler` can).
 
-        With `model_only` a training begins from the weights of a checkpoint: parameters, buffers and extra states are
-        loaded, optimizer, random numbers and `state` objects stay as they are, the step is 0, which it returns, and
-        what is committed from now on is a new lineage, which the next start's `restore()` finds. `on_missing` is
-        "error" by default then. `layerwise_dist.load` does it from the directory of another training.
+        With `model_only` a training starts from the weights of a checkpoint: parameters, buffers and extra states are
+        loaded; optimizer, random numbers and `state` objects stay as they are. It returns step 0, and what is committed
+        from then on is a new lineage, which the next `restore()` finds. `on_missing` is then "error" by default.
+        `layerwise_dist.load` does the same from another training's directory.
 
-        Raises MismatchError (another model, optimizer or state: nothing was loaded), NotFoundError,
-        DamageError (nothing of the lineage verifies, or damage leaves open what that is), OSError (the disk is in
-        trouble), CommitError or DeadlineError.
+        Raises MismatchError (another model, optimizer or state: nothing was loaded), NotFoundError, DamageError
+        (nothing in the lineage verifies, or damage leaves the lineage unclear), OSError (disk trouble), CommitError or
+        DeadlineError.
         """
         terms = Terms(partly=partly, cast=cast, objects=objects or {})
         return self._workings.restores.restore(
@@ -132,12 +134,12 @@ class LayerwiseEngine:
 
     @property
     def client_state(self) -> dict[str, Any] | None:
-        """What `save()` was given with that checkpoint; None if it was not made by `save()`."""
+        """What `save()` was given with the restored checkpoint; None if `save()` did not make it."""
         return self._workings.restores.client_state
 
     @property
     def lacking(self) -> list[str]:
-        """The model's tensors (`<kind>/<fqn>`) that it had not; empty but for `restore(partly=True)`."""
+        """The model's tensors (`<kind>/<fqn>`) that the checkpoint lacked; empty but for `restore(partly=True)`."""
         return self._workings.restores.lacking
 
     # -- what is where ------------------------------------------------------------------------------------------
@@ -160,18 +162,19 @@ class LayerwiseEngine:
     def wait(self, step: int, level: str = "committed", timeout: float | None = None) -> None:
         """Waits until `step` or a newer one is "staged", "durable" or "committed".
 
-        `timeout` is in seconds, by default commit.timeout_s. Raises CommitError if that checkpoint was aborted,
-        DeadlineError at the timeout, which ends nothing: it may be waited for again; ValueError for another level.
+        `timeout` is in seconds, by default commit.timeout_s. Raises CommitError if that checkpoint was aborted;
+        DeadlineError at the timeout, after which the checkpoint continues and can be awaited again; ValueError for
+        another level.
         """
         if level not in ("staged", "durable", "committed"):
             raise ValueError(f"level must be 'staged', 'durable' or 'committed', not {level!r}")
         self._workings.participant.wait(step, level, timeout)
 
     def drain(self, timeout: float | None = None) -> None:
-        """Waits until nothing reads the model's memory any more and every checkpoint on its way is decided.
+        """Waits until nothing reads the model's memory and every checkpoint in flight is decided.
 
-        Call it before something changes parameters or optimizer state between iterations: DeepSpeed's
-        `offload_states()`, say. `timeout` is in seconds, by default commit.timeout_s; raises DeadlineError.
+        Call it before something changes parameters or optimizer state between iterations, such as DeepSpeed's
+        `offload_states()`. `timeout` is in seconds, by default commit.timeout_s; raises DeadlineError.
         """
         self._workings.captures.drain(self.config.commit.timeout_s if timeout is None else timeout)
 
@@ -181,7 +184,7 @@ class LayerwiseEngine:
         return self._workings.manager
 
     def stats(self) -> dict[str, float | int]:
-        """Counters of this rank since attach(): bytes, checkpoints, and how long the training thread was held up."""
+        """Counters of this rank since attach(): bytes, checkpoints, and how long the training thread was stalled."""
         workings = self._workings
         return workings.statistics.report(
             *workings.participant.outcomes, workings.adapter.buffers, workings.frozen,
@@ -189,39 +192,39 @@ class LayerwiseEngine:
         )  # fmt: skip
 
     def trace(self, path: str | os.PathLike[str]) -> None:
-        """Writes what happens to each layer in the next step that is saved, and when, into `path`.
+        """Writes what happens to each layer in the next saved step, and when, into `path`.
 
-        JSON in the Trace Event Format, which Perfetto (ui.perfetto.dev) opens: gradients, updates, captures and writes.
-        It is there at the first boundary after that step's writes, or at `close()`. Raises BoundaryError while one
+        JSON in the Trace Event Format, for Perfetto (ui.perfetto.dev): gradients, updates, captures and writes. The
+        file appears at the first boundary after that step's writes, or at `close()`. Raises BoundaryError while a trace
         runs.
         """
         self._workings.tracing.begin(path, self._workings.framework.params)
 
     def on_commit(self, callback: OnCommit) -> None:
-        """From now on calls `callback(step, path)` after each commit of this job; `path` is the checkpoint's folder.
-        Each rank has its own callbacks.
+        """Calls `callback(step, path)` after each later commit of this job; `path` is the checkpoint's folder. Each
+        rank has its own callbacks.
 
-        Callbacks run one after the other on a thread of their own, so that training does not wait for them; `close()`
-        does, within its deadline. What one raises is logged under its name. One that is slower than checkpoints may
-        find the folder retired. Raises BoundaryError after `close()`.
+        Callbacks run one after the other on their own thread, so training does not wait for them; `close()` does,
+        within its deadline. What one raises is logged under its name. A callback slower than checkpoints may find the
+        folder retired. Raises BoundaryError after `close()`.
         """
         self._workings.notices.on_commit(callback)
 
     def on_failure(self, callback: OnFailure) -> None:
-        """From now on calls `callback(step, reason)` when a checkpoint is discarded, and once with `step` None when
-        there will be none any more: all ranks then raise CommitError at one step. A checkpoint that was skipped
-        (`when_full`), or that a newer one overtook, is no failure. As `on_commit` otherwise.
+        """Calls `callback(step, reason)` when a checkpoint is aborted, and once with `step` None when checkpointing has
+        stopped: all ranks then raise CommitError at one step. A checkpoint that was skipped (`when_full`), or that a
+        newer one overtook, is no failure. Otherwise as `on_commit`.
         """
         self._workings.notices.on_failure(callback)
 
     # -- the end ------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Seals what is open, waits until everything is decided (commit.timeout_s), and lets go of model and directory.
+        """Seals what is open, waits until everything is decided (commit.timeout_s), and releases model and directory.
 
-        Called while an exception is on its way (then for 10 s at most), or at the process's exit, it gives up what is
-        not sealed. Safe to call twice.
-        Raises CommitError when the last checkpoint was not committed, DeadlineError when that is not known in time.
+        Called during an exception (then for 10 s at most), or at the process's exit, it discards what is not sealed.
+        Safe to call twice. Raises CommitError if the last checkpoint was not committed, DeadlineError if that is not
+        known in time.
         """
         self._workings.closing.end(orderly=sys.exc_info()[0] is None)
 

@@ -63,21 +63,21 @@ def load(
 ) -> LoadReport:  # fmt: skip
     """Loads parameters, persistent buffers and extra states of a checkpoint into a model, whatever wrapper and number
     of ranks either has, each rank its own part. With `optimizer`, its state and hyper-parameters too. Random numbers,
-    `attach(state=...)` objects and the step stay with the job that saved them.
+    `attach(state=...)` objects and the step are not loaded.
 
-    Of a sharded model (FSDP, tensor parallelism, DeepSpeed) all ranks of the default process group call it together; of
-    any other each rank loads for itself. Nothing is changed before everything was found to fit.
+    If the model is sharded (FSDP, tensor parallelism, DeepSpeed), all ranks of the default process group call it
+    together; otherwise each rank loads for itself. Nothing changes before everything was found to fit.
 
     Args:
-        directory: that of a training (`dir`); `step` or `tag` say which checkpoint, by default the newest.
-        strict: names and shapes are the same in both. Otherwise what does not fit is left, and reported.
-        rename: from names in the checkpoint to those in the model: a function, or a mapping of prefixes (the
-            longest that fits counts). None in place of a new name leaves a tensor out.
-        name: which model of several that were attached by name.
-        cast: "target" if values may be rounded to the model's dtypes.
+        directory: a training's `dir`; `step` or `tag` choose the checkpoint, by default the newest.
+        strict: require the same names and shapes. Otherwise what does not fit is left alone, and reported.
+        rename: maps names in the checkpoint to names in the model: a function, or a mapping of prefixes (the longest
+            match counts). None in place of a new name leaves a tensor out.
+        name: which of several models attached by name.
+        cast: "target" allows rounding to the model's dtypes.
         device: where a model on the meta device gets its memory (default: the CPU; DTensors: where their mesh is). Ties
-            are made again. What no checkpoint has, such as non-persistent buffers, is filled by the
-            `reset_parameters()` or `init_weights()` of its module or one around it.
+            are restored. What no checkpoint has, such as non-persistent buffers, is filled by `reset_parameters()` or
+            `init_weights()` of its module or one around it.
 
     Raises MismatchError (nothing was loaded), UnsupportedError, NotFoundError, OSError; DamageError, also in the middle
     of reading: then the model's contents are undefined.
