@@ -3,7 +3,7 @@
 
     python examples/digits_cnn.py --dir checkpoints/digits
 
-Interrupt it at any moment, with Ctrl-C or with kill -9, and start it again: it goes on within the epoch, at the newest
+Interrupt it at any moment, with Ctrl-C or with kill -9, and start it again: it resumes within the epoch, at the newest
 committed step, with the batches that were still to come. Started once more when it is done, it only evaluates.
 Under torchrun it trains one replica a rank with DDP:
 

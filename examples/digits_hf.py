@@ -3,7 +3,7 @@
 
     python examples/digits_hf.py --dir checkpoints/digits-hf
 
-Interrupt it at any moment, with Ctrl-C or with kill -9, and start it again: `train()` goes on within the epoch, at the
+Interrupt it at any moment, with Ctrl-C or with kill -9, and start it again: `train()` resumes within the epoch, at the
 newest committed step, and logs what a run without interruption would. Started once more when it is done, it trains
 nothing. Under torchrun the Trainer makes it one DDP replica a rank:
 
@@ -59,7 +59,7 @@ def main() -> None:
     checkpoints = attach(trainer, dir=given.dir, every_n_steps=given.every_n_steps)
     trainer.train()
     if trainer.is_world_process_zero():
-        print(f"went on from step {checkpoints.resumed_from}")
+        print(f"resumed from step {checkpoints.resumed_from}")
         for entry in trainer.state.log_history:
             print(*(f"{key} {entry[key]:.6g}" for key in ("step", "loss", "eval_loss") if key in entry))
     if dist.is_initialized():

@@ -3,7 +3,7 @@
 
     python examples/digits_lightning.py --dir checkpoints/digits-lightning
 
-Kill it at any moment and start it again: it goes on within the epoch. Under torchrun it trains one replica a rank:
+Kill it at any moment and start it again: it resumes within the epoch. Under torchrun it trains one replica a rank:
 
     torchrun --standalone --nproc-per-node 2 examples/digits_lightning.py --dir checkpoints/digits-lightning-ddp
 """

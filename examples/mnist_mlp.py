@@ -3,7 +3,7 @@
 
     python examples/mnist_mlp.py
 
-Start it again to go on where it was; kill it whenever you like. The images are random numbers: nothing is downloaded.
+Start it again to resume; kill it whenever you like. The images are random numbers: nothing is downloaded.
 """
 
 import torch

@@ -3,7 +3,7 @@
 
     torchrun --standalone --nproc-per-node 2 examples/train_gpt.py --steps 100 --dir checkpoints/gpt
 
-Kill it at any moment and start the same command again: it goes on at the newest committed step, bit for bit. What
+Kill it at any moment and start the same command again: it resumes at the newest committed step, bit for bit. What
 that takes is marked CHECKPOINT below; the rest is an ordinary training script. Without torchrun it trains in one
 process.
 """

@@ -208,7 +208,7 @@ class MemoryHold:
     def __init__(self, owners: Sequence[tuple[int, int]]) -> None: ...
 
 class WriterPool:
-    """Writes and hashes `depth` blocks at once, for all shards. Closed by itself at the interpreter's exit.
+    """Writes and hashes `depth` blocks at once, for all shards. Closed at the interpreter's exit.
 
     backend: "posix" (`depth` threads) or "uring" (one thread, io_uring; OSError where that is refused). Of `buffers`
     it keeps depth * block_bytes for itself; without it, nothing can be evacuated.

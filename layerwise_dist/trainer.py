@@ -46,7 +46,7 @@ class LayerwiseCheckpointTrainer:
         batch_size_mb: MiB that are captured and written together at least: small layers are joined until they have as
             much. A single write is a quarter of it (``writer.block_kb``).
         ratio: bytes of the pool for staging and evacuation (``pool_mb``) as a multiple of the bytes of the parameters
-            that this rank holds; without it the pool is sized by itself.
+            that this rank holds; without it the pool is sized automatically.
         checkpoint_dir: ``dir``.
         is_distributed, rank, world_size: what the script believes; an error if torch.distributed says otherwise.
         state: what else belongs to a step, as `attach()` takes it.

@@ -244,7 +244,7 @@ def test_calls_that_would_cut_an_iteration_in_two_are_refused(tmp_path: Path) ->
         with pytest.raises(BoundaryError, match=r"outside of `for epoch in ckpt.epochs"):
             next(iter(loader))
         for call in (lambda: ckpt.steps(3), ckpt.end_step, ckpt.explicit):
-            with pytest.raises(BoundaryError, match="Accelerate's loop tells where its iterations end"):
+            with pytest.raises(BoundaryError, match="Accelerate's loop marks where its iterations end"):
                 call()
         with pytest.raises(BoundaryError, match="the gradient of 0.weight is there at the end of an accumulation"):
             for _ in ckpt.epochs(1):

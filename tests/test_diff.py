@@ -93,7 +93,7 @@ def test_the_same_training_twice_is_equal_to_the_bit(trained: tuple[Path, nn.Mod
     train(tmp_path / "other", 2)
     code, found = call_json("diff", root, tmp_path / "other", "--step", 1)
     assert code == 0 and found["good"] and found["equal"] == found["compared"] > 6 and found["differing"] == []
-    assert "equal to the bit" in call("diff", root, tmp_path / "other")[1]
+    assert "bit-for-bit equal" in call("diff", root, tmp_path / "other")[1]
 
 
 def test_two_steps_of_one_directory(trained: tuple[Path, nn.Module]) -> None:

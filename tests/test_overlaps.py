@@ -264,7 +264,7 @@ def test_a_checkpoint_of_two_tensors_is_refused_where_they_share_memory(
         if mutated:
             assert ckpt.restore() == 2 and not equal(contents(model, optimizer), at)
             return
-        says = "param/(tokens|head).weight and param/(tokens|head).weight share memory here, and differ"
+        says = "param/(tokens|head).weight and param/(tokens|head).weight share memory here, but differ"
         with pytest.raises(errors.MismatchError, match=says):
             ckpt.restore()
     assert equal(contents(model, optimizer), was), "nothing was loaded"

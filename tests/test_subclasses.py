@@ -365,7 +365,7 @@ def test_such_parameters_and_buffers_are_refused_by_name(tmp_path: Path) -> None
         attach(Lora(0, Bare))
     model = Lora(0, named)
     model.frozen.weight = nn.Parameter(TwoTensor(torch.zeros(64, 64), torch.zeros(64, 64)))
-    with pytest.raises(errors.UnsupportedError, match=r"parameter frozen\.weight is a TwoTensor.*it is trained"):
+    with pytest.raises(errors.UnsupportedError, match=r"parameter frozen\.weight is a TwoTensor.*this one is trained"):
         attach(model)
     with pytest.raises(
         errors.UnsupportedError,

@@ -379,7 +379,7 @@ def test_what_cannot_be_written_is_found_at_attach(tmp_path: Path, what: str) ->
     ("extra", "says"),
     [
         (True, "Extra does not accept what the checkpoint holds: KeyError"),
-        (False, "'mine'.*Stubborn does not take"),
+        (False, "'mine'.*Stubborn does not accept"),
     ],
 )
 def test_what_does_not_take_back_what_it_gave_is_named_and_nothing_is_trained_then(

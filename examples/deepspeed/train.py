@@ -5,7 +5,7 @@
     torchrun --standalone --nproc-per-node 2 train.py --deepspeed_config zero2.json
     deepspeed --num_accelerators 2 train.py --deepspeed_config zero3.json
 
-Kill it at any moment and start the same command again: it goes on at the newest committed step, bit for bit. The
+Kill it at any moment and start the same command again: it resumes at the newest committed step, bit for bit. The
 `layerwise_checkpoint` block of the configuration and the lines marked CHECKPOINT are what that takes.
 """
 

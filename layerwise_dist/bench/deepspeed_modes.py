@@ -151,7 +151,7 @@ class DecoupledSaveCheckpoint(FastSaveCheckpoint):
 def operator_is_built(root: str, name: str) -> bool:
     """Whether the installed DeepSpeed finds that operator built below `root`, and need not compile it for minutes.
 
-    Another DeepSpeed's would be compiled anew, and one whose compiler was killed is waited for without end.
+    Another DeepSpeed's would be compiled again, and one whose compiler was killed is waited for without end.
     """
     found = importlib.util.find_spec("deepspeed")
     if found is None or found.origin is None:

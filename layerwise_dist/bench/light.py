@@ -95,7 +95,7 @@ class LightRank:
         self.start = self._follow(session.manager)
 
     def _follow(self, manager: CheckpointMetadataManager) -> int:
-        """The lineage goes on from its newest commit. Its step, 0 if there is none."""
+        """The lineage continues from its newest commit. Its step, 0 if there is none."""
 
         def newest(_: list[Any]) -> list[int] | None:
             lineage = manager.inventory().lineage()

@@ -93,7 +93,7 @@ class Rotation:
         self._units: list[list[Window]] = []
 
     def again(self, survey: Survey) -> Audit:
-        """Of a checkpoint that is captured anew: it is the same one's turn."""
+        """Of a checkpoint that is captured again: it is the same one's turn."""
         self._opened -= 1
         return self.next(survey)
 

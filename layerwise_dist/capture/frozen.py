@@ -129,7 +129,7 @@ class FrozenBases:
             return
         if not self._base.params.isdisjoint(id(view.param) for view in trained()):
             for writing in self._writings:
-                writing.wait_read(self._timeout_s)  # in vain: then its checkpoints are given up, as a lease's are
+                writing.wait_read(self._timeout_s)  # in vain: then its checkpoints are aborted, as a lease's are
 
     def drain(self, timeout_s: float) -> None:
         """Waits until no memory of the model's is read any more. Raises DeadlineError."""
@@ -139,7 +139,7 @@ class FrozenBases:
                 raise DeadlineError(f"frozen parameters were still being written after {timeout_s:g} s")
 
     def close(self, timeout_s: float) -> bool:
-        """Whether it could be done in time. REQUIRES: every attempt is decided, or given up."""
+        """Whether it could be done in time. REQUIRES: every attempt is decided or aborted."""
         deadline = time.monotonic() + timeout_s
         closed = [writing.close(max(0.0, deadline - time.monotonic())) for writing in self._writings]
         self.forget()

@@ -84,7 +84,7 @@ class Capture:
         self._stage_batches(number for number in batches if self.survey.batches[number].staged)
 
     def take_all(self) -> None:
-        """Captures every batch anew."""
+        """Captures every batch again."""
         self.take(range(len(self.survey.batches)))
 
     def drain(self) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `layerwise` command: looks at checkpoint directories and machines. Needs no stopped job.
+"""The `layerwise` command: inspects checkpoint directories and machines. Jobs may run meanwhile.
 
 It imports torch only for `verify`, `diff`, `show --values`, `export`, `import`, `bench` and `selftest`.
 

@@ -50,7 +50,7 @@ class Catalogue:
 
     @cached_property
     def damaged_records(self) -> dict[str, str]:
-        """What is wrong with records, by name: of their bytes, or that the newest branch goes on from nothing."""
+        """What is wrong with records, by name: of their bytes, or that the newest branch continues from nothing."""
         found = self.inventory
         if found.dangling is None or found.newest is None:
             return found.damaged
@@ -75,7 +75,7 @@ class Catalogue:
         }
 
     def status(self, manifest: Manifest) -> Status:
-        """newest: what restore tries first; lineage: what it falls back to; abandoned: never chosen by itself."""
+        """newest: what restore tries first; lineage: what it falls back to; abandoned: never chosen automatically."""
         seqs = [commit.seq for commit in self.lineage]
         if manifest.seq not in seqs:
             return "abandoned"

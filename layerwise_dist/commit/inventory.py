@@ -75,7 +75,7 @@ class Inventory:
 
     @property
     def lost(self) -> str | None:
-        """Why it is not known where the lineage goes on, if it is not. Any guess could bring an abandoned branch back.
+        """Why it is unclear where the lineage continues, if it is. Any guess could bring an abandoned branch back.
 
         The newest branch record is never removed. So if newer commits than the newest sound record are damaged, either
         they are of its own branch, or the damaged record of theirs is here.
@@ -93,7 +93,7 @@ class Inventory:
 
     @property
     def dangling(self) -> str | None:
-        """What is wrong with the newest sound record if it is a branch record that goes on from a commit which is gone.
+        """What is wrong with the newest sound record if that is a branch record whose parent is gone.
 
         Retention removes that only when there are newer commits on the branch.
         """
@@ -144,12 +144,12 @@ class Inventory:
         return [found for _, found in sorted(self.manifests.items()) if (found.identity, found.root) == mine]
 
     def spans_after(self, parent: Manifest | None) -> list[Span]:
-        """What a branch that goes on from `parent` descends from, as far as there is anything left of it."""
+        """What a branch that continues from `parent` descends from, as far as there is anything left of it."""
         there = [*self.manifests, *(attempt.seq for attempt in self.damaged_commits)]
         return [span for span in (parent.spans if parent is not None else []) if any(map(span.holds, there))]
 
     def is_next(self, manifest: Manifest) -> bool:
-        """Whether the lineage goes on from this commit with nothing left behind: no newer commit of it, sound or
+        """Whether the lineage continues from this commit with nothing left behind: no newer commit of it, sound or
         damaged.
         """
         newest = self.newest

@@ -91,7 +91,7 @@ class Ledger:
     # -- what the training thread does --------------------------------------------------------------------------
 
     def began(self, attempt: AttemptId) -> None:
-        """The attempt's shard is on its way to this rank's disk, until it is durable or given up."""
+        """The attempt's shard is on its way to this rank's disk, until it is durable or aborted."""
         self._busy.add(attempt.seq)
 
     def sealed(self, write: Write) -> list[Action]:
@@ -221,7 +221,7 @@ class Ledger:
     def lose(self, why: str, *, at_once: bool = True) -> None:
         """The connection to rank 0 is gone, for good: what is in doubt stays so until the next start.
 
-        Without `at_once` the other ranks' training goes on, and this rank raises where they will: at the last boundary
+        Without `at_once` the others' training continues, and this rank raises where they will: at the last boundary
         that was granted.
         """
         if self.lost is None:

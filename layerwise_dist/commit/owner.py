@@ -121,7 +121,7 @@ class Owner:
 
 def _parsed(read: Callable[[], bytes]) -> OwnerNote:
     """What `read` gives, as `begin` writes it; nothing if it is anything else: empty, or torn by a crash before the
-    epoch was flushed. Epochs in the names of folders still count then, and the next session writes it anew.
+    epoch was flushed. Epochs in the names of folders still count then, and the next session rewrites it.
     """
     try:
         tree = strict_json.loads(read())

@@ -4,7 +4,7 @@
 The order of an epoch is one list of all samples, which seed, epoch and `shuffle` decide, and not the number of ranks.
 It is dealt out like cards: of N ranks, rank r gets the places r, r + N, r + 2N, ... So what N ranks have consumed after
 equally many samples each is a beginning of the list, and its length, the *position* in samples, says all of it. Whoever
-goes on from there, with M ranks, deals out the rest of the list in the same way. At its end torch's DistributedSampler
+continues there, with M ranks, deals out the rest of the list in the same way. At its end torch's DistributedSampler
 pads with samples of the list's beginning until each rank has equally many, or drops what is left over (`drop_last`):
 so does the rest.
 """

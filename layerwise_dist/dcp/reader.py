@@ -225,7 +225,7 @@ class _Commit:
 
 
 def _archive(value: Any) -> io.BytesIO:
-    """An object as DCP expects it: an archive of `torch.save`, made anew in memory."""
+    """An object as DCP expects it: an archive of `torch.save`, rebuilt in memory."""
     archive = io.BytesIO()
     torch.save(value, archive)
     archive.seek(0)

@@ -108,7 +108,7 @@ class Attempts:
 
     def open(self, step: int, found: Survey | None = None, *, patience_s: float | None = None) -> Capture | None:
         """A capture, of `found` if it is known what there is, with nothing taken yet. None if there is none of
-        this step: rank 0, which drops it for all, then knows why, and training goes on. It waits for room at most
+        this step: rank 0, which drops it for all, then knows why, and training continues. It waits for room at most
         `patience_s` seconds, by default as `when_full` says.
 
         Raises as `fail`; the other ranks stop at an agreed boundary.

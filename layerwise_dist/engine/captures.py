@@ -110,7 +110,7 @@ class Captures:
             self._client_state = None
 
     def guarded(self, capture: Capture, action: Callable[[], object]) -> bool:
-        """Runs a step of a capture; if its lease is broken the attempt ends for all ranks, and training goes on.
+        """Runs a step of a capture; if its lease is broken the attempt ends for all ranks, and training continues.
 
         Raises as `Attempts.fail`.
         """
@@ -201,6 +201,6 @@ class Captures:
         return True
 
     def heed_replicas(self) -> None:
-        """What the coordinator has found to be unlike is laid out anew."""
+        """What the coordinator has found to be unlike is laid out again."""
         if self._replicas.heed():
             self._surveyor.forget()

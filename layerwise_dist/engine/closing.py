@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The end of an engine: what is open is sealed or given up, what is sealed is decided, and all is let go of."""
+"""The end of an engine: what is open is sealed or discarded, what is sealed is decided, and all is let go of."""
 
 from __future__ import annotations
 

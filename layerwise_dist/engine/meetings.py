@@ -78,7 +78,7 @@ class Meetings:
         preemption.leave()
 
     def _commit_in_time(self, mark: BoundaryMark, preemption: Preemption) -> None:
-        """What was given up is tried once more: every rank hears of that, and none goes on from here."""
+        """What was aborted is tried once more: every rank hears of that, and none continues from here."""
         for again in (True, False):
             assert self._attempts.newest is not None
             left = max(0.1, preemption.remaining_s - FAREWELL_S)

@@ -71,7 +71,7 @@ class Notices:
             self._queue.put((callback, (step, path)))
 
     def failed(self, step: int | None, reason: str) -> None:
-        """The checkpoint of that step was given up, or, with None, there will be none any more, which is told once."""
+        """The checkpoint of that step was aborted; with None, once, checkpointing has stopped."""
         if step is None:
             if self._stopped:
                 return

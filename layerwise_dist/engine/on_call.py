@@ -47,7 +47,7 @@ class OnCall:
         self._captures.drain(self.config.commit.timeout_s)
 
     def loaded_elsewhere(self) -> None:
-        """Something else did; training goes on from there."""
+        """Something else did; training continues from there."""
         self._restores.begin_after_newest()
 
     def agree(self, what: str, vote: Any, decide: Callable[[list[Any]], Any]) -> Any:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a script comes back to: a checkpoint that is put into the live job, and where the lineage goes on from it."""
+"""What a script comes back to: a checkpoint that is put into the live job, and where the lineage continues from it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Restores:
         committer: CommitRequests | None, optimizer: OptimizerAdapter, surveyor: Surveyor, replicas: Replicas,
         frozen: FrozenBases, sealer: Sealer, statistics: Statistics, last: LastStep, empty: bool, fresh: bool,
     ) -> None:  # fmt: skip
-        """`empty`: nothing was in the directory when the session began. `fresh`: the job starts anew beside what is."""
+        """`empty`: the directory was empty at the start. `fresh`: the job starts over beside what is there."""
         self._config, self._restorer, self._captures, self._boundary = config, restorer, captures, boundary
         self._attempts, self._manager, self._participant, self._committer = attempts, manager, participant, committer
         self._optimizer, self._surveyor, self._replicas = optimizer, surveyor, replicas
@@ -68,7 +68,7 @@ class Restores:
         self.lacking: list[str] = []
 
     def advise(self, way_on: str) -> None:
-        """What a script is told that trains in a directory with checkpoints before it restored one."""
+        """The error of a script that trains in a directory with checkpoints before restoring one."""
         self._way_on = way_on
 
     def check_ready(self) -> None:
@@ -144,7 +144,7 @@ class Restores:
         self.ready = True
 
     def follow(self, head: ParentRef | None, *, new_branch: bool) -> list[str]:
-        """From where the lineage goes on. A roll-back is made durable before the first step that follows it.
+        """From where the lineage continues. A roll-back is made durable before the first step that follows it.
 
         Returns the bases that `head` refers to, which are there and stay as long as checkpoints refer to them.
         """

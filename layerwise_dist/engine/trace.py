@@ -21,7 +21,7 @@ _ROWS = ("training", "gradients", "updates", "captures", "writes")
 
 
 class StepTrace:
-    """Notes one step, from its making until its checkpoint is written; then `save` is called by itself, once.
+    """Notes one step, from its making until its checkpoint is written; then `save` is called once.
 
     Times are in nanoseconds of `time.monotonic_ns()`. Belongs to the training thread.
     """
@@ -70,7 +70,7 @@ class StepTrace:
         """These batches of it were taken now."""
         if self._sealed:
             return
-        if capture is not self._capture:  # captured anew, in other batches
+        if capture is not self._capture:  # captured again, in other batches
             self._capture = capture
             self.captures.clear()
             self._layers_of.clear()

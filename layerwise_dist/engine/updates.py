@@ -113,7 +113,7 @@ class UpdateHandler(UpdateEvents):
                 captures.take(self._scheduler.updated(layers))
 
     def update_done(self, *, applied: bool) -> None:
-        """Opens an attempt, if one is due, or captures anew what an earlier update of this iteration had opened."""
+        """Opens an attempt, if one is due, or captures again what an earlier update of this iteration had opened."""
         update, self._update = self._update, None
         captures = self._captures
         assert update is not None, "update_starting() comes first"

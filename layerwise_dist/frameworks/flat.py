@@ -117,7 +117,7 @@ class FlatState(OptimizerAdapter):
     # -- what there is ------------------------------------------------------------------------------------------
 
     def states(self, views: Sequence[ParamView]) -> list[Mapping[str, Any]]:
-        """The very same list while nothing changed: units are looked at anew each time, since tensors may be replaced,
+        """The very same list while nothing changed: units are examined again each time, since tensors may be replaced,
         or given other memory.
         """
         numbers, parts = self._numbers(), self._parts

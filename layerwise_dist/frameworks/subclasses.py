@@ -4,7 +4,7 @@
 torchao's quantized optimizer state is of that kind, and its NF4 parameters. `__tensor_flatten__` of such a tensor names
 what is inside it and gives a context; `__tensor_unflatten__` makes the same tensor of both. Here the tensors inside get
 names of their own (``exp_avg::codes``; one level more for each subclass inside a subclass), and all else a description
-under ``exp_avg::``, which is a scalar of the optimizer's state to everybody else. A parameter is never made anew: its
+under ``exp_avg::``, which is a scalar of the optimizer's state to everybody else. A parameter is never rebuilt: its
 description is compared.
 """
 
@@ -58,7 +58,7 @@ def describe(tensor: Any, told: Callable[[Any], Any] = lambda context: context) 
 
 
 def describe_param(param: Any) -> Standing:
-    """What must be alike for a restore to fill a parameter. It is not made anew, so its context need only be told."""
+    """What must be alike for a restore to fill a parameter. It is not rebuilt, so its context need only be told."""
     return describe(param, _told)
 
 

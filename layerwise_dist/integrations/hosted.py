@@ -77,7 +77,7 @@ class HostedEngine(LayerwiseEngine):
         super().__exit__(kind, error, trace)
 
     def _leave_out_what_is_open(self) -> None:
-        """A window of accumulation that was left is made anew by a resume, from the newest checkpoint."""
+        """A window of accumulation that was left is repeated by a resume, from the newest checkpoint."""
         if self._within():
             self._workings.last.wanted = False
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lightning: one callback, and `trainer.fit()` that is started again goes on exactly.
+"""Lightning: one callback, and a restarted `trainer.fit()` resumes exactly.
 
     from layerwise_dist.integrations.lightning import LayerwiseCheckpoint
 

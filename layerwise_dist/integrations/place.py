@@ -47,7 +47,7 @@ class Place:
         return self._before
 
     def go_on(self, stand: Stand, at_boundary: RngState) -> None:
-        """The next `iter()` of the loader goes on from there, and what is drawn after it finds the random numbers of
+        """The next `iter()` of the loader continues from there, and what is drawn after it finds the random numbers of
         the boundary. Raises MismatchError if this is another kind of loader.
         """
         self._tap.restore(stand["loader"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face's Trainer: one line after it is made, and `train()` goes on by itself after any crash, exactly.
+"""Hugging Face's Trainer: one line after it is made, and `train()` resumes exactly after any crash.
 
     from layerwise_dist.integrations.transformers import attach
 
@@ -132,7 +132,7 @@ class TrainerCheckpoints:
     Attributes:
         ckpt: the engine, while `train()` runs: `save()` asks for a checkpoint of this step's end, `wait()`, `stats()`
             and the like; None before and after, and where nothing is turned on.
-        resumed_from: the step that the last `train()` went on from; 0 if it began anew.
+        resumed_from: the step that the last `train()` resumed from; 0 if it started from scratch.
     """
 
     def __init__(self, trainer: Any, settings: LayerwiseConfig, *, fresh: bool, best: BestMetric | None) -> None:
@@ -286,7 +286,7 @@ class TrainerCheckpoints:
         if self.ckpt is not None:
             self.ckpt.close()
             if self._best is not None and self._progress is not None and self._progress.best is not None:
-                # What a restart goes on from stays the last step.
+                # What a restart continues from stays the last step.
                 load(self._trainer.model_wrapped, self._settings.path, tag=BEST)
         # All launches count, since what is logged of them does.
         return plain(trial, num_train_samples, start_time - self._before_s)
@@ -378,7 +378,7 @@ def _skipping_nothing() -> Iterator[None]:
 
 def _callback(base: type, begins: Callable[[], None], evaluated: Callable[[Mapping[str, Any]], None]) -> Any:
     class LayerwiseCallback(base):  # type: ignore[misc]
-        """Tells when an epoch begins, and what an evaluation gave."""
+        """Reports when an epoch begins, and what an evaluation returned."""
 
         def on_epoch_begin(self, *_: Any, **__: Any) -> None:
             begins()

@@ -4,7 +4,7 @@
 torch's own restricted unpickler (`weights_only=True`) makes tensors and plain containers. It refuses every file of
 DeepSpeed's optimizers, since those hold objects of its classes. Here each of a fixed list of names stands for an inert
 object instead, which keeps what was said of it and does nothing: DeepSpeed need not even be installed. Any other name
-in a file is an error, and nothing of that file is used.
+in a file is an error, and the file is not used.
 """
 
 from __future__ import annotations

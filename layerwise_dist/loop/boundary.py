@@ -150,7 +150,7 @@ class Boundary:
 
     @property
     def step_of_call(self) -> int:
-        """The step that `call()` would be of. Raises BoundaryError within an iteration whose end is told otherwise."""
+        """The step that `call()` would be of. Raises BoundaryError within an iteration that ends elsewhere."""
         return self._counting.step_of_call()
 
     def call(self) -> BoundaryMark | None:

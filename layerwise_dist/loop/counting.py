@@ -118,7 +118,7 @@ class Counting:
     # -- its end ------------------------------------------------------------------------------------------------------
 
     def step_of_call(self) -> int:
-        """Raises BoundaryError within an iteration whose end is told otherwise."""
+        """Raises BoundaryError within an iteration whose end is marked otherwise."""
         self.check_thread("save()")
         if self.explicit and (self.in_steps or self.progress):
             raise BoundaryError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loaders that `state=` does not name: when one is started, and which of them go on from one iteration into the next.
+"""Loaders that `state=` does not name: when one is started, and which of them continue across iterations.
 
 `iter()` of a DataLoader draws from torch's global generator (the base seed of its workers), unless it has a generator
 of its own. So where a loop starts one decides which numbers come after it, in the run that was never interrupted and in

@@ -30,7 +30,7 @@ class PlacedTap(LoaderTap):
         self._one_ahead = one_ahead
         self._before: LoaderState | None = None  # where it stood before the newest draw, if that is ahead
         self._ahead: RngState | None = None  # what a resume makes its first draw with
-        self._here: RngState | None = None  # the generators of the restored boundary, until the loop goes on from it
+        self._here: RngState | None = None  # the generators of the restored boundary, until the loop continues from it
 
     # -- what the integration tells -----------------------------------------------------------------------------------
 
@@ -39,7 +39,7 @@ class PlacedTap(LoaderTap):
         self._here = rng.take()
 
     def go_on(self) -> None:
-        """The loop is where the restored boundary was: its random numbers go on from there. Once after a restore."""
+        """The loop is where the restored boundary was: its random numbers continue from there. Once after a restore."""
         here, self._here = self._here, None
         if here is not None:
             rng.put(here)

@@ -144,7 +144,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
 
     @property
     def tag(self) -> str | None:
-        """The name that `save()` gave it; None if it was made by itself."""
+        """The name that `save()` gave it; None for an automatic checkpoint."""
         return self.manifest.tag
 
     @property

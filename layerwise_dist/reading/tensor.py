@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One global tensor of an open checkpoint: nothing of it is read before it is indexed."""
+"""One global tensor of an open checkpoint: nothing is read before it is indexed."""
 
 from __future__ import annotations
 

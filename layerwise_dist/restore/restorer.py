@@ -93,7 +93,7 @@ class Restorer:
         self, wish: Wish, read: Callable[[], Inventory], terms: Terms, *, fresh_if_missing: bool
     ) -> tuple[AttemptId, LoadPlan, bool] | None:
         """The best candidate that verifies on all ranks, loaded, and whether newer commits are left behind with it.
-        `read` is called on rank 0: what it finds must stay until the lineage goes on from what is chosen.
+        `read` is called on rank 0: what it finds must stay until the lineage continues from what is chosen.
 
         None: nothing is there, and that may be. Raises as `LayerwiseEngine.restore`.
         """

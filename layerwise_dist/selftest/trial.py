@@ -122,7 +122,7 @@ class Trial:
 
 
 def compare(plain: Run, killed: Run, resumed: Run) -> list[Check]:
-    """A training without checkpoints, one that was killed, and the one that went on from there."""
+    """A training without checkpoints, one that was killed, and the one that resumed from there."""
 
     def same(run: Run) -> Check:
         other = [step for step, loss in run.losses.items() if loss != plain.losses.get(step)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The threads of this package. None ends unheard: whatever ends one is told, by the thread's name, to who can stop all.
+"""The threads of this package. Whatever ends one is reported, with its name, to who can stop all ranks.
 
 An exception that nobody catches ends a thread of Python's with a line on standard error, and the job goes on as if it
 were still there. So every thread is started here.
@@ -19,7 +19,7 @@ Failed = Callable[[str], None]
 
 
 def start(name: str, body: Callable[[], None], failed: Failed) -> threading.Thread:
-    """Runs `body` on a daemon thread; whatever it raises, KeyboardInterrupt and SystemExit too, is told to `failed`.
+    """Runs `body` on a daemon thread; whatever it raises, KeyboardInterrupt and SystemExit too, goes to `failed`.
 
     Raises OSError where the system gives no thread.
     """

@@ -32,7 +32,7 @@ def stuck_calls() -> str:
 def within(timeout_s: float, what: str, action: Callable[[], T]) -> T:
     """Runs `action` on a thread of its own, and returns or raises what it does.
 
-    Raises DeadlineError if it takes longer than `timeout_s` seconds. It then goes on by itself, and what it returns or
+    Raises DeadlineError after `timeout_s` seconds. It then continues in the background, and what it returns or
     raises is lost.
     """
     value: list[T] = []

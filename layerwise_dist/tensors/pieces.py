@@ -124,7 +124,7 @@ def check_layout(name: str, tensor: torch.Tensor) -> None:
         problem = f"is a {kind} tensor, which is not an array of elements in memory"
         way_out = "keep its parts (values and indices, say) as tensors of their own"
     elif is_traceable_wrapper_subclass(local):
-        problem = f"is a {type(local).__name__}, which has no memory of its own but stands for other tensors"
+        problem = f"is a {type(local).__name__}, which has no memory of its own: it stands for other tensors"
         way_out = (
             "keep those; only frozen parameters of a plain module can be such tensors, and an optimizer's state where "
             "ranks have whole parameters (not with FSDP or ZeRO)"
