@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures for files, and nothing on a screen."""
+"""Saves figures to files; shows nothing on a screen."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LayerwiseCheckpointTrainer: model and optimizer in one object whose `step()` is update and checkpoint in one."""
+"""LayerwiseCheckpointTrainer: model and optimizer in one object whose `step()` updates and checkpoints."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers of bytes in words, and back. Units are decimal, as disks are sold (1 kB is 1000 bytes), unless said."""
+"""Byte counts as text, and back. Units are decimal, as disks are sold (1 kB is 1000 bytes), unless said."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are read from the disk, and not from memory."""
+"""Evicts files from the page cache, so that they are read from the disk."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ways to checkpoint a DeepSpeed engine that `bench train --deepspeed` compares: this one, and DeepSpeed's own."""
+"""The ways to checkpoint a DeepSpeed engine that `bench train --deepspeed` compares."""
 
 from __future__ import annotations
 

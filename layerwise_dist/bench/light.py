@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A rank without a model: what commits, all of it real, around shards that are one small file each.
+"""A rank without a model: real commits around one small file for each shard.
 
 For what is measured and tested of commits with more ranks, or more commits, than models could be trained for.
 """

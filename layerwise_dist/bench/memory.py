@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory a stretch of the run took at most."""
+"""Peak memory over a stretch of a run."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models that are trained: GPTs over bytes, pre-norm, learned positions, no dropout, embeddings tied."""
+"""The models that benchmarks train: byte-level GPTs, pre-norm, learned positions, no dropout, tied embeddings."""
 
 from __future__ import annotations
 

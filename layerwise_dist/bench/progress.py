@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a benchmark is: one bar on standard error, so that standard output holds the answer only."""
+"""A benchmark's progress bar, on standard error, so that standard output holds only the answer."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the disk gives without this library: direct writes over a written file, and direct reads. The denominator.
+"""The disk's own speed, without this library: direct writes over a written file, and direct reads. The denominator.
 
 Both move blocks of one size from and to page-aligned memory with one thread for each block in flight; the system calls
 release the interpreter's lock. What is written lies in huge pages where the kernel gives them, as leased tensors do.

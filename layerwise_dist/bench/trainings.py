@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `bench train` trains: a GPT in one process, under FSDP2, or under DeepSpeed."""
+"""The trainings of `bench train`: a GPT in one process, under FSDP2, or under DeepSpeed."""
 
 from __future__ import annotations
 

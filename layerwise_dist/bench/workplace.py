@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a benchmark writes: a folder of its own below DIR, made only if there is room, removed whatever happens."""
+"""A benchmark's own folder below DIR, made only if there is room, and always removed."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`bench writer`: what the native writer makes durable a second, against direct writes without it."""
+"""`bench writer`: durable throughput of the native writer, against plain direct writes."""
 
 from __future__ import annotations
 

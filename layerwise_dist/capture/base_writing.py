@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A base on its way to the disk: frozen parameters as blocks of a file, and the thread that has them written."""
+"""Writes a base: frozen parameters as blocks of a file, and the thread that flushes them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The live tensors of one rank at a glance: whether any of them came, went or moved since the last one."""
+"""A quick check whether any live tensor of this rank came, went or moved since the last one."""
 
 from __future__ import annotations
 

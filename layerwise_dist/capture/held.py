@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory that is read in place stays until that is over, whatever becomes of the tensors.
+"""Keeps memory alive while it is read in place, whatever happens to the tensors.
 
 To keep a tensor is not enough, nor its storage: `resize_`, `share_memory_` and a way through a queue of
 `torch.multiprocessing` give other memory to the same storage, and free what was in it. A storage owns its memory as a

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How large the pool for bounce buffers, evacuation and staging is."""
+"""Sizes the pool for bounce buffers, evacuation and staging."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a boundary seals beside tensors, as one value for typed JSON, and the way back into the live objects."""
+"""Seals everything besides tensors at a boundary, as one value for typed JSON, and restores it into live objects."""
 
 from __future__ import annotations
 

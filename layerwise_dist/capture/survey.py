@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What there is to capture now: every tensor of model and optimizer that this rank writes, batch by batch."""
+"""Finds what to capture now: every tensor of model and optimizer that this rank writes, batch by batch."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands of `layerwise`, and their exit codes: 0 good, 1 looked and it is bad, 2 wrong usage."""
+"""The commands of `layerwise`. Exit codes: 0 good, 1 something is bad, 2 wrong usage."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lies in one checkpoint directory, as the commands need it."""
+"""The contents of one checkpoint directory, for the commands."""
 
 from __future__ import annotations
 

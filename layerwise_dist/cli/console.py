@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How answers are printed: rich tables for people, one JSON object for programs; sizes and times in words."""
+"""Prints answers: rich tables for people, one JSON object for programs, sizes and times as text."""
 
 from __future__ import annotations
 

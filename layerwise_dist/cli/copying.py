@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`layerwise cp`: one checkpoint, with all that it needs, in a directory of its own."""
+"""`layerwise cp`: copies one checkpoint, with all that it needs, into a new directory."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`layerwise doctor`: what a directory is good for, and what to change."""
+"""`layerwise doctor`: is a directory fit, and what to change."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`layerwise pin` and `unpin`: a checkpoint stays, or goes when its time comes."""
+"""`layerwise pin` and `unpin`: keep a checkpoint, or let retention have it."""
 
 from __future__ import annotations
 

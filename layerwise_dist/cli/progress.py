@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a command is: a bar on standard error while a person watches, which is gone when the answer is printed."""
+"""A command's progress bar, shown only in a terminal and gone when the answer is printed."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`layerwise prune`: removes old checkpoints by retention's rules, where no job does."""
+"""`layerwise prune`: removes old checkpoints by retention's rules, where no job runs."""
 
 from __future__ import annotations
 

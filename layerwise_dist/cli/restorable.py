@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a restore would take a commit, as far as that can be told without a model. Imports torch."""
+"""Checks, without a model, whether a restore would take a commit. Imports torch."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands of `layerwise` have in common: options, and how an answer or an error becomes output and exit."""
+"""Shared by the commands of `layerwise`: options, and how an answer or error becomes output and exit code."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `layerwise diff` compares: a checkpoint, or a file of weights that another tool has written. Imports torch."""
+"""The two sides of `layerwise diff`: a checkpoint, or another tool's file of weights. Imports torch."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`layerwise show --tensors`: each tensor of a checkpoint, where it lies, and on demand what of it is no number."""
+"""`layerwise show --tensors`: each tensor of a checkpoint, where it is, and on request its NaNs and Infs."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all ranks decide together: it goes well on all of them, or the same error is raised on all."""
+"""Agreement among all ranks: either all succeed, or the same error is raised on all."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ranks say with each checkpoint of what they hold alike, held against each other by the coordinator."""
+"""Compares what ranks claim to hold alike, for each checkpoint, in the coordinator."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How ranks agree on one boundary that none of them has passed: for `save()`, and for leaving together.
+"""Finds one boundary that no rank has passed: for `save()`, and for leaving together.
 
 Pure, as coordinator and ledger are; these are parts of both. A rank *asks* and passes no further boundary before it
 hears where they meet. The coordinator tells all to *hold*; each answers, from its background, which boundary is the

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rank-0 coordinator: decides, alone, which attempts become checkpoints.
+"""The rank-0 coordinator: decides which attempts become checkpoints.
 
 `Coordinator` is a pure state machine: a message or the time goes in, what is to be done comes out. It reads no clock,
 does no I/O and knows no threads, so that a simulation can drive it through any history. A `CoordinatorThread` runs it.

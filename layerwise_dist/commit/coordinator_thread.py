@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The thread on rank 0 that runs a `Coordinator`, and does what it says."""
+"""The thread on rank 0 that runs a `Coordinator` and carries out its orders."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Holds a checkpoint while it is read or written to, so that retention passes it by."""
+"""Holds a checkpoint while it is read or written to, so that retention skips it."""
 
 from __future__ import annotations
 

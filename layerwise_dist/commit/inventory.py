@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the records of a directory make together: which commits are there, what is damaged, and the lineage."""
+"""The records of a directory taken together: the commits, the damage, and the lineage."""
 
 from __future__ import annotations
 

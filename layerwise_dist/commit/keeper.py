@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is kept in a directory that rank 0 does not see: manifests, by the lowest rank of those that share it."""
+"""Keeps manifests in a directory that rank 0 does not see; run by the lowest rank that shares it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one rank knows of its attempts, as a pure state machine: events go in, what is to be done comes out.
+"""One rank's record of its attempts, as a pure state machine: events go in, actions come out.
 
 No clock, no I/O, no threads: a simulation can drive it through any history. `participant.Participant` runs it.
 

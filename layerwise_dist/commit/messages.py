@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ranks say to the coordinator, and rank 0 to all ranks: one class for each kind `t` and direction.
+"""Messages between ranks and the coordinator: one class for each kind `t` and direction.
 
 What they mean is in docs/tables/messages.md. On a wire they are JSON objects. Once sent, none changes.
 """

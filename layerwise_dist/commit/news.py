@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What became of checkpoints, for one listener: which of rank 0's messages say it, and in what words."""
+"""Tells one listener what became of checkpoints, from rank 0's messages."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The start of a session in one directory, and what several directories make together.
+"""Opens a session in one directory, and merges what several directories hold.
 
 A *place* is a directory with the ranks that share it; its lowest rank is its *keeper*. With a shared file system there
 is one place, kept by rank 0. With a disk in each node there are several, and a checkpoint exists if its manifest lies

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a coordinator says is to be done; `coordinator_thread.perform` does it."""
+"""The coordinator's orders, which `coordinator_thread.perform` carries out."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may write here: one live session a directory, known by its lock and its epoch."""
+"""Who may write here: one live session per directory, identified by its lock and its epoch."""
 
 from __future__ import annotations
 

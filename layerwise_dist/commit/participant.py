@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank's part in commits: persists sealed shards in the background, reports them, and learns what was decided."""
+"""One rank's part in commits: persists sealed shards in the background, reports them, and learns the decisions."""
 
 from __future__ import annotations
 

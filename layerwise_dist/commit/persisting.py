@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The thread of one rank that waits for its disk: makes sealed shards durable, and removes what came to nothing."""
+"""A rank's disk thread: makes sealed shards durable, and removes failed ones."""
 
 from __future__ import annotations
 

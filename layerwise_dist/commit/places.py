@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which ranks share a directory: found out by a file that one makes and others look for, not by configuration."""
+"""Finds out which ranks share a directory: one makes a file, and the others look for it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Removes old checkpoints where no job runs: by retention's rules, in an order that a crash may end anywhere."""
+"""Removes old checkpoints where no job runs, by retention's rules and in an order that is safe at any crash."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run of the job in one checkpoint directory: what rank 0 writes there, and from where all ranks go on."""
+"""One run of the job in one checkpoint directory: what rank 0 writes there, and where all ranks continue from."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files that a manifest names, opened: each is what the manifest says, or it is damage."""
+"""Opens the files that a manifest names. Anything that is not as the manifest says is damage."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The start of a session, the same for a training process, its monitor and a benchmark: all ranks together."""
+"""Starts a session on all ranks together, for a training process, its monitor or a benchmark."""
 
 from __future__ import annotations
 

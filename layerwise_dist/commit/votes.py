@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one rank says when all decide together: a value, or the error that it met, which the others then raise."""
+"""One rank's vote in an agreement: a value, or an error that the others then raise."""
 
 from __future__ import annotations
 

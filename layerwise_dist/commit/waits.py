@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Waits of one rank's part in commits: each has a deadline, and begins with what only the training thread can do."""
+"""Waits of one rank's part in commits. Each has a deadline, and first does what only the training thread can do."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The items of a rank's plan: tensors as slices and as memory, and objects as they are, not as archives of pickles."""
+"""The items of a rank's plan: tensors as slices and memory, objects as values rather than pickle archives."""
 
 from __future__ import annotations
 

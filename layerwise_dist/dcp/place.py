@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a storage of DCP says of where it is: the same for writer and reader."""
+"""What a DCP storage says about its place, shared by writer and reader."""
 
 from __future__ import annotations
 

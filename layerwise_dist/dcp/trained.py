@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `attach()` has saved, as `dcp.load` asks for it: the layout of `get_state_dict`, whichever ranks wrote what."""
+"""A training's checkpoint as `dcp.load` asks for it: the layout of `get_state_dict`, whichever ranks wrote what."""
 
 from __future__ import annotations
 

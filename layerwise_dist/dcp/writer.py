@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`LayerwiseWriter`: what `torch.distributed.checkpoint` saves, as a commit of this package."""
+"""`LayerwiseWriter`: commits what `torch.distributed.checkpoint` saves, in this package's format."""
 
 from __future__ import annotations
 

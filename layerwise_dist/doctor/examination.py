@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looks at one directory from the outside in: what it is, what the kernel allows there, then how it writes.
+"""Examines one directory: what it is, what the kernel allows there, and how it writes.
 
 Writes only below a folder `.layerwise-doctor-*` of its own, and removes that on every way out that Python sees.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Judges what was found: one sentence, a verdict, and what to change. Pure: nothing here asks or measures.
+"""Judges the measurements: one sentence, a verdict, and what to change. Pure: measures nothing.
 
 ok: nothing to do. warn: it works, slower or with less of a promise than it could. bad: checkpoints will not be
 written, or not survive, or not fit.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernel, and the container's rules around it, let this process do. Each is tried, not guessed."""
+"""What the kernel, and the container around it, allow this process. Each is tried, not guessed."""
 
 from __future__ import annotations
 

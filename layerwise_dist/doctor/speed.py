@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a flush takes and how fast data goes out: a raw loop, and the engine's own writer beside it.
+"""Measures flushes and throughput: a raw loop, and the engine's own writer.
 
 Everything is written below a folder that the caller made and removes. Times in seconds, sizes in bytes.
 """

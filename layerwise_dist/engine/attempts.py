@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a step that is due to a capture that has begun: a number, room, a layout, a file, and the memory it needs."""
+"""Begins a capture for a step that is due: a number, room, a layout, a file, and the memory it needs."""
 
 from __future__ import annotations
 

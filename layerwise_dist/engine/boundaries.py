@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is done where an iteration ends: what is open is sealed, and what all ranks do together there is done."""
+"""The end of an iteration: seals what is open, and does what all ranks do together there."""
 
 from __future__ import annotations
 

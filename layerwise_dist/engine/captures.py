@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a rank's checkpoints may still be read from the memory of the model: the open one, and those sealed."""
+"""Checkpoints of this rank that may still read the model's memory: the open one, and those sealed."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The end of an engine: what is open is sealed or discarded, what is sealed is decided, and all is let go of."""
+"""Closes an engine: seals or discards what is open, awaits decisions, and releases everything."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`engine.save_checkpoint()` and `engine.load_checkpoint()` of a script that stays as it is."""
+"""Serves `engine.save_checkpoint()` and `engine.load_checkpoint()` of an unchanged script."""
 
 from __future__ import annotations
 

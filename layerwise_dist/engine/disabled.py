@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `attach()` returns with ``enabled: false``: the same calls, and nothing behind them."""
+"""What `attach()` returns with ``enabled: false``: the same calls, which do nothing."""
 
 from __future__ import annotations
 

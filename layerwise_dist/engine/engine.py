@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`LayerwiseEngine`: what `attach()` returns. It has the calls of a script, and hands each to the part that does it."""
+"""`LayerwiseEngine`: what `attach()` returns. It has a script's calls, and hands each to the part that does it."""
 
 from __future__ import annotations
 

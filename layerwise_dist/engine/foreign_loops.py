@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training loops of other packages that are under way: an engine that is attached within one comes too late.
+"""Running loops of other packages: attaching within one is too late.
 
 Such a loop has counted by then where it begins, in local variables that nobody can change: parameters would be those of
 step N, and the data those of step 0.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the open engines of this process are attached to. No two of them have the same."""
+"""What this process's open engines are attached to. No two share anything."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine hears of the model while it trains: forwards, gradients, and the optimizer's updates."""
+"""Hooks on model and optimizer: forwards, gradients, and updates."""
 
 from __future__ import annotations
 

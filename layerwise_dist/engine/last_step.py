@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`save_last`: a job's last step is saved, though it may not be due."""
+"""`save_last`: saves a job's last step, even if it is not due."""
 
 from __future__ import annotations
 

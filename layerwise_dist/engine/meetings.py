@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all ranks have agreed to do at one boundary: save though no step is due, or save and leave."""
+"""What all ranks agreed to do at one boundary: an extra save, or save and leave."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a script hears of its checkpoints: each that is committed, and each that failed."""
+"""Callbacks of a script: each commit, and each failure."""
 
 from __future__ import annotations
 

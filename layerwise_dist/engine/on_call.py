@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What scripts ask for by DeepSpeed's own calls, of any directory and of parts of a checkpoint."""
+"""DeepSpeed's own save and load calls, for any directory and for parts of a checkpoint."""
 
 from __future__ import annotations
 

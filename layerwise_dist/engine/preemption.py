@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGTERM: all ranks agree on one boundary, commit it, and leave; and whatever happens, this process leaves in time.
+"""SIGTERM: all ranks agree on one boundary, commit it, and leave; in any case this process leaves in time.
 
 Python runs signal handlers on the main thread, between two bytecodes. A main thread that sits in a collective whose
 other side is dead gets to none, and both handler and wake-up descriptor may be taken by something else (asyncio,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a script comes back to: a checkpoint that is put into the live job, and where the lineage continues from it."""
+"""Restores a checkpoint into the live job, and decides where the lineage continues."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a script asks to be saved by a call: the next boundary of all ranks, or the job as it is now, under a name."""
+"""Saves on request: the next boundary of all ranks, or the job as it is now, under a name."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counters of one rank: what was written, and how long the training thread was held up for it."""
+"""Counters of one rank: what was written, and how long training was stalled for it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A step's trace as a picture: time from left to right, a line a layer, what happened to it as bars and marks."""
+"""Draws a step's trace: time from left to right, one line per layer, events as bars and marks."""
 
 from __future__ import annotations
 

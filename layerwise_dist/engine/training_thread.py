@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one thread that trains: it alone can tell that nothing changes what is still being read."""
+"""The training thread, which alone can confirm that nothing changes what is still being read."""
 
 from __future__ import annotations
 

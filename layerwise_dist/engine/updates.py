@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is done when an optimizer updates: what the update overwrites is fenced, and what it leaves is captured."""
+"""An optimizer's update: fences what it will overwrite, and captures what it leaves."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of an engine, made and joined for one rank. Each knows those that were made before it."""
+"""The parts of an engine, made and joined for one rank. Each knows those made before it."""
 
 from __future__ import annotations
 

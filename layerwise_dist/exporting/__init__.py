@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint in the formats that other tools read: Hugging Face's, torch's DCP, and one file of torch.save."""
+"""Writes checkpoints in other tools' formats: Hugging Face's, torch's DCP, and one torch.save file."""

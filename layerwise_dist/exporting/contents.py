@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a checkpoint goes into another format, by the names that it has there. Nothing of it is read yet."""
+"""Selects what goes into another format, by its names there. Reads no data yet."""
 
 from __future__ import annotations
 

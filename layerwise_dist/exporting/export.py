@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`layerwise export`: one checkpoint, as another tool reads it."""
+"""`layerwise export`: writes one checkpoint for another tool."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where an export goes: written beside its place, flushed, and only then put there; what is there is not touched."""
+"""An export's output: written beside its place, flushed, then renamed; nothing existing is touched."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frameworks: what is a layer here, which slices this rank holds, and in which tensors they live."""
+"""Frameworks: what a layer is, which slices this rank holds, and which tensors hold them."""
 
 from layerwise_dist.frameworks.deepspeed import accumulating, config_block, is_engine
 from layerwise_dist.frameworks.detect import find_framework, find_optimizer

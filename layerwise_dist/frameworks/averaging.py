@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Communication hooks of DDP that tell of each bucket: what DDP does without one, bit for bit; or the script's own."""
+"""DDP communication hooks that report each bucket: DDP's own averaging, bit for bit, or the script's hook."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DDP's gradient buckets, which decide in which order more than two ranks add.
+"""DDP's gradient buckets, which decide the order in which more than two ranks add.
 
 DDP lays its buckets out anew after the first iteration, in the order in which gradients became ready. A resumed job
 would reduce its first iteration in the first layout, the uninterrupted one reduced it in the second; with three ranks

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of this package torch.compile finds in a model, and leaves alone."""
+"""Parts of this package that torch.compile meets in a model, and must leave alone."""
 
 from __future__ import annotations
 

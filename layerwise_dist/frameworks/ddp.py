@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DistributedDataParallel: the ranks of its group hold the same, so each writes a part, and each byte is there once."""
+"""DistributedDataParallel: the ranks of a group hold the same, so each writes a part."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which framework a model is wrapped in, and which adapter its optimizer gets. Refuses the rest by name."""
+"""Detects a model's wrapper and an optimizer's adapter. Refuses the rest by name."""
 
 from __future__ import annotations
 

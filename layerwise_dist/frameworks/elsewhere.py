@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an optimizer keeps elsewhere than under `state[parameter]` and in its groups: saved, or refused by name.
+"""What an optimizer keeps outside `state[parameter]` and its groups: saved, or refused by name.
 
 Three places. `state` under strings (MADGRAD's ``state["k"]``) is saved as it is. What the optimizer's `state_dict()`
 tells beyond ``state`` and ``param_groups`` is saved, and given back through its `load_state_dict()`. Attributes that

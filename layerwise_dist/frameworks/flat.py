@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters that lie in flat tensors: which part is whose, and the optimizer's state of those by parameter.
+"""Parameters in flat tensors: which part belongs to which, and optimizer state by parameter.
 
 A *unit* is one tensor in an optimizer's groups that holds parts of one or more parameters, as FSDP1's flat parameters
 and ZeRO's partitions do. Its optimizer state has its shape, or is a scalar.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the engine asks of a wrapper (plain module, DDP, FSDP2), and what is the same for all of them."""
+"""What the engine asks of a wrapper (plain module, DDP, FSDP2), and what all wrappers share."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A mapping that is rebuilt for each question, of what is there at that moment."""
+"""A mapping that is rebuilt at each access."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names in a model as its author wrote them: without what wrappers put into them, and each of one thing only."""
+"""Names as the model's author wrote them: without what wrappers add, and each unique."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An optimizer with those inside it (SAM's, Lookahead's, a container's): all that they keep, as one optimizer's."""
+"""An optimizer with others inside it (SAM, Lookahead, containers): all their state, as one optimizer's."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An optimizer's groups against those of a checkpoint: do they fit, and the saved hyper-parameters back in place."""
+"""Compares an optimizer's groups with a checkpoint's, and restores the saved hyper-parameters."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a checkpoint a restore takes: all of it, or what a script of DeepSpeed's asks `load_checkpoint()` for."""
+"""Which parts of a checkpoint a restore takes: all, or what DeepSpeed's `load_checkpoint()` was asked for."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who writes what of tensors that several ranks hold alike: equal parts of one long row of bytes, or whole tensors."""
+"""Divides tensors that several ranks hold alike: equal parts of one row of bytes, or whole tensors."""
 
 from __future__ import annotations
 

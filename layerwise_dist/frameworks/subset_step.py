@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An optimizer's own step for a part of its parameters, with the kernels that it would use for all of them."""
+"""An optimizer's own step on some of its parameters, with the kernels that it would use for all."""
 
 from __future__ import annotations
 

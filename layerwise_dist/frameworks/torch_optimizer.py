@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a `torch.optim.Optimizer` answers what the engine asks: its own state, in its own groups, in whole steps."""
+"""The adapter of a `torch.optim.Optimizer`: its own state, in its own groups, in whole steps."""
 
 from __future__ import annotations
 

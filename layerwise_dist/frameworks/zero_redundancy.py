@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ZeroRedundancyOptimizer: every rank has all parameters, and each parameter's optimizer state is on one rank only."""
+"""ZeroRedundancyOptimizer: every rank has all parameters, but each parameter's state is on one rank."""
 
 from __future__ import annotations
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loops of other packages, one module each, imported only when asked for: exact resume in one line."""
+"""Training loops of other packages, one module each, imported only on request: exact resume in one line."""

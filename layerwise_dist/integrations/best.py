@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The best evaluation of a run: its checkpoint has a tag, and the model has its weights at the end."""
+"""The best evaluation of a run: tags its checkpoint, and loads its weights at the end."""
 
 from __future__ import annotations
 

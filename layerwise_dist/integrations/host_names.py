@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an integration relies on in its host package beside its documented interface."""
+"""The private names of a host package that an integration relies on."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine whose iterations the host's loop ends: the calls by which a script would end them are refused."""
+"""An engine whose iterations a host's loop ends; calls with which a script would end them are refused."""
 
 from __future__ import annotations
 

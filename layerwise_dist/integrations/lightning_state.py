@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Lightning keeps of a `fit()` beside model, optimizers and schedulers: a `state_dict()`, and the way back."""
+"""What Lightning keeps during `fit()` besides model, optimizers and schedulers, as a `state_dict()`."""
 
 from __future__ import annotations
 

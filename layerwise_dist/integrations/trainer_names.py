@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this package uses of `transformers.Trainer` that is not public, in one place. A name that is missing is named.
+"""All private names of `transformers.Trainer` that this package uses. A missing one is named.
 
 Tested with transformers 5.24 and accelerate 1.15.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a `transformers.Trainer` has come, as an object of `state=`: beside what the engine saves of any loop."""
+"""The progress of a `transformers.Trainer`, as an object of `state=`."""
 
 from __future__ import annotations
 

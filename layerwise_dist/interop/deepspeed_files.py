@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What DeepSpeed's checkpoints have in common, of all kinds: files, the model's states, and the engine's counts."""
+"""What all kinds of DeepSpeed checkpoints share: files, the model's states, and the engine's counters."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an import has found in another tool's checkpoint, and what becomes of it: tensors by name, one sealed state."""
+"""What an import found in another tool's checkpoint, as tensors by name and one sealed state."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of `torch.save`, which are pickles, read without running anything that they name.
+"""Reads `torch.save` files, which are pickles, without running anything that they name.
 
 torch's own restricted unpickler (`weights_only=True`) makes tensors and plain containers. It refuses every file of
 DeepSpeed's optimizers, since those hold objects of its classes. Here each of a fixed list of names stands for an inert

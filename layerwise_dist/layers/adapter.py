@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LayeredOptimizer: a torch optimizer whose updates the engine hears of layer by layer, as `update` is configured."""
+"""LayeredOptimizer: a torch optimizer that reports its updates layer by layer, as `update` says."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be updated one layer at a time, bit for bit as a whole step does it; anything else is refused by name."""
+"""What can be updated one layer at a time, bit for bit as in a whole step; anything else is refused by name."""
 
 from __future__ import annotations
 

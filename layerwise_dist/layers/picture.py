@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A dependency graph drawn for people: one row a layer, first ready at the top, edges between neighbours straight."""
+"""Draws a dependency graph: one row per layer, the first ready at the top."""
 
 from __future__ import annotations
 

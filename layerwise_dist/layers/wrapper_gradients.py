@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients that a wrapper reduces and puts in place by itself: DDP's bucket by bucket, FSDP1's unit by unit."""
+"""Gradients that a wrapper reduces itself: DDP's bucket by bucket, FSDP1's unit by unit."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which event ends an iteration, how many have ended, and that all of it happens on one thread."""
+"""Which event ends an iteration, how many have ended, and that all happens on one thread."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a loader stands in samples of all ranks, so that a job of other ranks can continue within the epoch.
+"""A loader's position in samples of all ranks, so that a job of other ranks can continue within the epoch.
 
 What a rank's loader has drawn says where all are only if the ranks are those of then. So a loader whose
 `ElasticDistributedSampler` deals out the epoch seals, beside its draws, the global position (`ElasticPosition`):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The generators that decide what a DataLoader yields: the global ones, and those of its own."""
+"""The generators that decide what a DataLoader yields: the global ones, and its own."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a DataLoader stands: told at every draw, written down at a boundary, and reached again after a restart.
+"""A DataLoader's position: counted at every draw, saved at a boundary, and reached again after a restart.
 
 A plain `torch.utils.data.DataLoader` has no `state_dict`. What it yields is a function of the random numbers that
 `iter()` and the sampler drew, and of how many batches were drawn since. So its position is *counted*:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `state={...}` objects: schedulers, scalers, loaders, generators, plain dicts. What each saves and takes back."""
+"""The `state={...}` objects: schedulers, scalers, loaders, generators, plain dicts; how each is saved and restored."""
 
 from __future__ import annotations
 

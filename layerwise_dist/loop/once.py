@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Warnings of one training loop, each given once."""
+"""Warnings of a training loop, each given once."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One iteration of a DataLoader: who draws, and how far it has come."""
+"""One iteration of a DataLoader: who draws, and how far it is."""
 
 from __future__ import annotations
 

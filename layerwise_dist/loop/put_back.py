@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The way of a boundary's random numbers back into a resumed loop, and whether the loop leaves them a place."""
+"""Restores a boundary's random numbers in a resumed loop, and warns if the loop leaves no place for that."""
 
 from __future__ import annotations
 

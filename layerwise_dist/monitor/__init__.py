@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The writer in a process of its own: what all ranks have staged is committed though every training process dies."""
+"""The writer in a process of its own: what all ranks have staged is committed even if every training process dies."""

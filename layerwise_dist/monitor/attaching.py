@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The start of a session through monitors: what an engine is made of, with the monitor behind it."""
+"""Starts a session through monitors, and makes the parts of an engine that use one."""
 
 from __future__ import annotations
 

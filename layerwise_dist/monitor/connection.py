@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A rank's monitor, as its training process sees it: started, asked, listened to, and ended."""
+"""A rank's monitor, seen from its training process: started, asked, listened to, and ended."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How monitors of a job meet: each asks its training process, which alone is in the job's process group, to gather."""
+"""How a job's monitors meet: each asks its training process, which is in the job's process group, to gather."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The monitor's half of shards: takes up what the training process has staged, and acknowledges what it holds all of.
+"""The monitor's half of a shard: takes what was staged, and acknowledges a shard once it has all of it.
 
 A shard is *held* once every extent and the state of its attempt were given, and the training process has said that all
 of it is final. From then on nothing that happens to that process changes it: it is reported as staged, and made

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a monitor does for its rank from the start of a session to its end: directory, writer, coordinator."""
+"""The monitor's work for its rank, from the start of a session to its end: directory, writer, coordinator."""
 
 from __future__ import annotations
 

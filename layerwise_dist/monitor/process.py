@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The monitor as a process: started by the training process, of whose death it must learn, and which it survives."""
+"""The monitor as a process: started by the training process, it notices that one's death and survives it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The monitor's Transport: what it hears it also passes to its training process, whose wrapped messages it carries."""
+"""The monitor's Transport: passes what it hears on to its training process, and carries that one's messages."""
 
 from __future__ import annotations
 

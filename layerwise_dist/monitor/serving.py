@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The monitor's loop: messages of its training process, and that process's end, one after the other.
+"""The monitor's loop: handles its training process's messages, and its end, one after the other.
 
 Threads: the wire's takes messages in and notices the end; a watching one passes freed buffers on, and looks at the
 training process itself, since a socket may be held open by a child of it; the main one does what is said.

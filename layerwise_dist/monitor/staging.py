@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training process's half of a shard in monitor mode: it stages into the pool, and says what lies where.
+"""The training process's half of a shard in monitor mode: stages into the pool, and says what is where.
 
 The monitor's half is `holding.py`. A buffer is this side's until it is given, and comes back when it is written.
 """

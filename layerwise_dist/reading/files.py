@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of an open checkpoint: what keeps them, what reads them, and that they are all here."""
+"""The files of an open checkpoint: holds them, reads them, and checks that all are here."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of a tensor of an open checkpoint before it is read."""
+"""What is known of a tensor in an open checkpoint before it is read."""
 
 from __future__ import annotations
 

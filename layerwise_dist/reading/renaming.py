@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The names of a checkpoint as a model has them: of one of several models, and after a `rename`."""
+"""Maps a checkpoint's names to a model's: of one of several models, and after a `rename`."""
 
 from __future__ import annotations
 

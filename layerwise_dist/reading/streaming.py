@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All that a shard holds, or a part of it, one bounded piece after the other in the order of the file."""
+"""Reads a shard, or part of it, in bounded pieces in the order of the file."""
 
 from __future__ import annotations
 

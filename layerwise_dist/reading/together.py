@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the ranks of a sharded model decide together while it is loaded, over torch.distributed; others decide alone."""
+"""Agreement among the ranks of a sharded model while it is loaded, over torch.distributed; others decide alone."""
 
 from __future__ import annotations
 

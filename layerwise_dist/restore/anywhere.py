@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint into a job with another cut: another number of ranks, another wrapper, other groups.
+"""Fits a checkpoint to a job with another cut: another number of ranks, another wrapper, other groups.
 
 What this rank would have saved is looked for by name in what all ranks of the checkpoint wrote, and each element is
 read from whichever shard has it. As with the same cut, everything is checked before the first byte of a live tensor is

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which values of one dtype another one holds. By the safetensors codes."""
+"""Which dtypes hold all values of another, by safetensors code."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which commit a restore takes: the same on all ranks, or the same error."""
+"""Chooses the commit to restore: the same on all ranks, or the same error."""
 
 from __future__ import annotations
 

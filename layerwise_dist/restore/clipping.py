@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a span lies within some bytes of its file: blocks come one by one, and a span may be in many of them."""
+"""Clips spans to the bytes at hand: blocks come one by one, and a span may cross many of them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the shards of one commit hold together, found without a model: for restore, and for `layerwise verify`."""
+"""The contents of a commit's shards together, without a model: for restore and `layerwise verify`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of tensors that a rank may need from a checkpoint, sent to the ranks that read headers."""
+"""Tells the ranks that read headers which parts of tensors each rank may need."""
 
 from __future__ import annotations
 

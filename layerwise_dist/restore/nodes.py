@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints on disks of nodes: which shards the nodes that are here hold, and whether ranks see their own."""
+"""Checkpoints on node-local disks: which shards the present nodes hold, and whether ranks see their own."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the bytes of a file go: into the tensors of one rank, whatever part of the file comes next."""
+"""Places the bytes of a file into one rank's tensors, whatever part of the file comes next."""
 
 from __future__ import annotations
 

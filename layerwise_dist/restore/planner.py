@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which bytes of the shards fill which slices: as they were cut (`plan`), or however both are cut (`replan`)."""
+"""Plans which bytes of the shards fill which slices: in the same cut (`plan`), or in any (`replan`)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a commit says of its optimizers, as those of a job would have said it that is cut and grouped otherwise.
+"""Rewrites what a commit says about its optimizers for a job with another cut or other groups.
 
 Pure data: values of the state extent (docs/format/state.md) go in and come out. Groups are mapped by parameter, so a
 job may have split them, merged equal ones, or reordered them.

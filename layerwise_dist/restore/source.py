@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a plan for another cut is made from: a commit as whole tensors, by name."""
+"""The source of a plan for another cut: a commit as whole tensors, by name."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`layerwise selftest`: does it work on this machine? A job is killed, resumed, and compared with one that was not."""
+"""`layerwise selftest`: kills a job, resumes it, and compares it with one that was not killed."""
 
 from layerwise_dist.selftest.trial import Check, Trial, TrialFailed
 

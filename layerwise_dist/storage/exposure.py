@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who else may change what lies in a checkpoint directory. Only asks."""
+"""Who else may change the contents of a checkpoint directory. Changes nothing."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A rank's frozen parameters in a file of their own, a shard without state, which many checkpoints refer to.
+"""The file of a rank's frozen parameters: a shard without state, which many checkpoints refer to.
 
 `<dir>/base/<attempt>/rank_<rank>.safetensors` is named after the attempt that wrote it. No manifest is beside it: it
 counts as long as a checkpoint's manifest names it. The order of flushes is in docs/format/flushes.md.

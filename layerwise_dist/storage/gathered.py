@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Extents that are gathered in one piece of memory before they are written: laid out there as in the file."""
+"""Extents gathered in memory before they are written, laid out as in the file."""
 
 from __future__ import annotations
 

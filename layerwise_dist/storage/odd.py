@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lies under a name of ours and is not ours: a link, a folder, a pipe, a device. It is named, and stays."""
+"""Something else under one of our names: a link, a folder, a pipe, a device. It is named, and left alone."""
 
 from __future__ import annotations
 

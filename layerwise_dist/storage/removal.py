@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Takes files out of a folder that others may be using too."""
+"""Removes files from a folder that others may be using too."""
 
 from __future__ import annotations
 

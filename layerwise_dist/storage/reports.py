@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is reported of files once they are durable."""
+"""Reports about files that have become durable."""
 
 from __future__ import annotations
 

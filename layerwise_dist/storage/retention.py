@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which committed checkpoints may go, and which frozen parameters. Pure: it names them, commit/ removes them."""
+"""Which committed checkpoints, and which frozen parameters, may go. Pure: commit/ removes them."""
 
 from __future__ import annotations
 

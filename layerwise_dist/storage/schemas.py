@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is on the disk has a schema: exactly these members, of exactly these types."""
+"""Schemas of everything on disk: exactly these members, of exactly these types."""
 
 from __future__ import annotations
 

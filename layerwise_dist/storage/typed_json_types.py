@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the writer and the reader of typed JSON share: the tag, the limits, the types (see typed_json)."""
+"""Shared by the writer and the reader of typed JSON: the tag, the limits, the types."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The writer of shards as a configuration wants it, in whichever process it runs."""
+"""Makes the writer of shards that a configuration asks for, in whichever process it runs."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What may never end: calls to a disk that does not answer. They are waited for within a time, and then named."""
+"""Calls that may never return, such as to a stuck disk: awaited up to a deadline, then named."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far two tensors are from each other: in how many elements, by how much, and in units in the last place."""
+"""How far two tensors differ: in how many elements, by how much, and by how many ULPs."""
 
 from __future__ import annotations
 

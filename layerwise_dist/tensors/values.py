@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether two values of Python are the same to the bit, tensors and arrays in them too."""
+"""Whether two Python values are the same bit for bit, including tensors and arrays inside them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which transport a job gets (`commit.transport`), opened by all ranks together."""
+"""Chooses the transport of a job (`commit.transport`), and opens it on all ranks together."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How ranks find each other at the start of a session, and connect.
+"""Connects the ranks at the start of a session.
 
 The only use of the job's process groups: three gathers over the default group (`meet`), on the training thread inside
 `attach()`. Ranks that have met gather over the session's own messages from then on (`meet_each`). What is gathered

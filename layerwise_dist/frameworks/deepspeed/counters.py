@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a DeepSpeed engine counts and adapts beside the optimizer: steps, samples, loss scale, LR scheduler."""
+"""What a DeepSpeed engine counts and adapts besides the optimizer: steps, samples, loss scale, LR scheduler."""
 
 from __future__ import annotations
 

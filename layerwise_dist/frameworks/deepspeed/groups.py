@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One param group a layer, so that ZeRO's flat units are as many as layers, and LR schedulers fitted to them."""
+"""One param group per layer, so that ZeRO has a flat unit for each, and LR schedulers to match."""
 
 from __future__ import annotations
 

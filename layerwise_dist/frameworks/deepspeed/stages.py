@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How each ZeRO stage reduces gradients in the backward, and how it steps a part of the model by itself."""
+"""How each ZeRO stage reduces gradients in the backward, and how it steps one part of the model."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of DeepSpeed is served: which optimizer holds the masters, and a clear refusal of everything else."""
+"""Which DeepSpeed engines are supported: finds the optimizer with the masters, and refuses the rest by name."""
 
 from __future__ import annotations
 
