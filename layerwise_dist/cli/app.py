@@ -46,7 +46,10 @@ def layerwise(
 
 @app.command("ls")
 def ls(directory: Dir, json: Json = False) -> None:
-    """List the checkpoints, newest first, and which of them restore may choose."""
+    """List the checkpoints, newest first.
+
+    Marks those that restore may choose.
+    """
     finish(lambda catalogue: listing.ls(catalogue), directory, json)
 
 
@@ -68,8 +71,9 @@ def show(
     everything: Annotated[bool, typer.Option("--all", help="List every tensor and every shard.")] = False,
     json: Json = False,
 ) -> None:
-    """Show one checkpoint: its manifest, its shards and its tensors. Without --step or --tag, the one that restore
-    would choose.
+    """Show one checkpoint: manifest, shards, tensors.
+
+    Without --step or --tag, the one that restore would choose.
 
     Example: layerwise show checkpoints --tensors 'exp_avg/*' --values
     """
@@ -86,7 +90,10 @@ def show(
 
 @app.command("verify")
 def verify(directory: Dir, step: Step = None, tag: Tag = None, json: Json = False) -> None:
-    """Read every block of every checkpoint, or of one, and name file, tensor and block of any damage."""
+    """Read every byte and name what is damaged.
+
+    Of every checkpoint, or of one. Damage is named by file, tensor and block.
+    """
     finish(lambda catalogue: verifying.verify(catalogue, step, tag), directory, json)
 
 
@@ -111,12 +118,12 @@ def diff(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Compare two checkpoints tensor by tensor, whatever wrote them: which differ, in how many elements, how far.
+    """Compare two checkpoints, tensor by tensor.
 
-    Every bit counts. The distance is given in the values' own unit, and in ULPs: 1 means neighboring floating-point
-    numbers. A or B may be a .safetensors or torch.save file (read without running code), or a Hugging Face, DCP or
-    DeepSpeed folder: then tensors are compared by state_dict name. Exit code: 0 equal, 1 different or damaged, 2 wrong
-    usage.
+    Says which tensors differ, in how many elements and how far, whatever number of ranks wrote each side. The distance
+    is given in the values' own unit, and in ULPs: 1 means neighboring floating-point numbers. A or B may be a
+    .safetensors or torch.save file (read without running code), or a Hugging Face, DCP or DeepSpeed folder: then
+    tensors are compared by state_dict name. Exit code: 0 equal, 1 different or damaged, 2 wrong usage.
 
     Example: layerwise diff checkpoints --step 100 --step 200
     """
@@ -143,7 +150,9 @@ def pin(directory: Dir, step: Step = None, tag: Tag = None, json: Json = False) 
 
 @app.command("unpin")
 def unpin(directory: Dir, step: Step = None, tag: Tag = None, json: Json = False) -> None:
-    """Take a pin back: from now on retention may remove the checkpoint.
+    """Take a pin back.
+
+    From now on retention may remove the checkpoint.
 
     Example: layerwise unpin checkpoints --step 12000
     """
@@ -174,11 +183,12 @@ def prune(
     yes: Annotated[bool, typer.Option("--yes", help="Remove them. Without it, only list them.")] = False,
     json: Json = False,
 ) -> None:  # fmt: skip
-    """Remove old checkpoints where no job runs, by the rules that a job applies itself.
+    """Remove old checkpoints where no job runs.
 
-    Lists what would be removed, and removes nothing without --yes. What always stays: the lineage's newest, pinned and
-    open checkpoints, other lineages, everything older than a damaged checkpoint, and frozen parameters that a
-    checkpoint refers to. Refused while a job writes here; a job that starts meanwhile waits.
+    Applies the rules of a job's own retention. Lists what would be removed, and removes nothing without --yes. What
+    always stays: the lineage's newest, pinned and open checkpoints, other lineages, everything older than a damaged
+    checkpoint, and frozen parameters that a checkpoint refers to. Refused while a job writes here; a job that starts
+    meanwhile waits.
 
     Example: layerwise prune checkpoints --keep-last 3 --keep-every 1000 --yes
     """
@@ -197,11 +207,11 @@ def cp(
     tag: Tag = None,
     json: Json = False,
 ) -> None:
-    """Copy one checkpoint, with all that it needs, into a new directory that restore() can continue from.
+    """Copy one checkpoint into a new directory.
 
-    Without --step or --tag, the one that restore would choose. Everything is flushed, read back and compared before the
-    copy counts as a checkpoint; a failed or interrupted copy leaves nothing. A pin is not copied. A job may run in DIR
-    meanwhile.
+    With all that it needs, so that restore() can continue from the copy. Without --step or --tag, the one that restore
+    would choose. Everything is flushed, read back and compared before the copy counts as a checkpoint; a failed or
+    interrupted copy leaves nothing. A pin is not copied. A job may run in DIR meanwhile.
 
     Example: layerwise cp checkpoints /archive/best --tag best
     """
@@ -238,16 +248,17 @@ def import_(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Make another tool's checkpoint the first one of DIR: restore() continues from it, with optimizer state.
+    """Turn another tool's checkpoint into one of ours.
 
-    SOURCE is a torch.distributed.checkpoint folder, safetensors (a file, or a folder as transformers has it), a
-    torch.save file, or DeepSpeed's own checkpoint (ZeRO 1 to 3, any number of ranks; DeepSpeed need not be installed).
-    What cannot be carried over is listed. Nothing is overwritten, and a failed import leaves no checkpoint.
+    It becomes the first checkpoint of DIR, and restore() continues from it, with optimizer state. SOURCE is a
+    torch.distributed.checkpoint folder, safetensors (a file, or a folder as transformers has it), a torch.save file, or
+    DeepSpeed's own checkpoint (ZeRO 1 to 3, any number of ranks; DeepSpeed need not be installed). What cannot be
+    carried over is listed. Nothing is overwritten, and a failed import leaves no checkpoint.
 
     All but safetensors are pickles. With --allow-pickle they are read with an unpickler that runs nothing: it accepts
     tensors, plain values, and a fixed list of other names, which stay inert; any other name is an error.
 
-    layerwise import ds_checkpoints run --allow-pickle --optimizer AdamW
+    Example: layerwise import ds_checkpoints run --allow-pickle --optimizer AdamW
     """
     from layerwise_dist.cli import importing
 
@@ -285,7 +296,9 @@ def export(
     weights_only: Annotated[bool, typer.Option("--weights-only", help="Leave the optimizer out.")] = False,
     json: Json = False,
 ) -> None:
-    """Write a checkpoint for other tools. Without --step or --tag, the newest.
+    """Write a checkpoint for other tools.
+
+    Without --step or --tag, the newest.
 
     hf: safetensors with an index, for from_pretrained() and vLLM; weights only.
 
@@ -329,9 +342,10 @@ def doctor(
     quick: Annotated[bool, typer.Option("--quick", help="Little data and few rounds: rough figures.")] = False,
     json: Json = False,
 ) -> None:
-    """Check whether a directory is fit for checkpoints (file system, space, flushes, speed), and say what to change.
+    """Check whether a directory is fit for checkpoints.
 
-    Measures in a folder of its own below DIR, and removes it.
+    Examines file system, space, flushes and speed, and says what to change. Measures in a folder of its own below DIR,
+    and removes it.
     """
 
     def look() -> console.Answer:
@@ -348,9 +362,10 @@ def selftest(
     seed: Annotated[int | None, typer.Option("--seed", help="Of the step at which the job is killed.")] = None,
     json: Json = False,
 ) -> None:
-    """Does it work on this machine? Train on two ranks, kill the job, resume it, and compare every bit.
+    """Check that it works on this machine.
 
-    Takes under a minute, in a folder of its own below DIR, which is removed.
+    Trains on two ranks, kills the job, resumes it, and compares every bit. Takes under a minute, in a folder of its own
+    below DIR, which is removed.
     """
     give(lambda: selftesting.selftest(directory, seed=seed), json)
 

@@ -38,9 +38,10 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 @app.callback()
 def bench() -> None:
-    """Measure on this machine: each figure is a ratio of things done in turn within one run.
+    """Measure what checkpoints cost on this machine.
 
-    Exit code: 0 measured, 1 something failed while measuring, 2 wrong usage (too little space included).
+    Each figure is a ratio of things done in turn within one run. Exit code: 0 measured, 1 something failed while
+    measuring, 2 wrong usage (too little space included).
     """
 
 
