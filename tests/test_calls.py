@@ -130,7 +130,7 @@ def test_no_proof_is_good_for_another_part_rank_token_or_connection() -> None:
     nonce, proved = host.answer().split()
     assert host.welcome(proved + b"\n") is None, "the host's own"
     for wrong in (b"", b"\n", b"x" * 54, caller.call()[:-1], b"\xff" * 54, caller.call().replace(b"layer", b"LAYER")):
-        with pytest.raises(ValueError, match="no call"):
+        with pytest.raises(ValueError, match="not a call"):
             Host(TOKEN, wrong)
     for wrong in (b"", b"x" * 98, host.answer()[:-1], host.answer().upper(), nonce + b" " + nonce + b"\n"):
         assert caller.prove(wrong) is None
