@@ -137,8 +137,7 @@ def of_space(space: Space, held: Used, state: int | None, source: str, config: L
     if state is None and few:
         return inodes
     if state is None:
-        advice = "Give --state-bytes or --params to check whether that is enough: there is no checkpoint here to "
-        "judge by."
+        advice = "Give --state-bytes or --params to check whether that is enough: no checkpoint is here to judge by."
         return Finding("space", "ok", f"{there}.", advice, figures)
     copies = config.keep_last + config.max_in_flight + 1
     needed, room = copies * state + held.staying, space.free + held.nbytes
