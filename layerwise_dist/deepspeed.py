@@ -32,6 +32,7 @@ from layerwise_dist.engine.on_call import OnCall
 from layerwise_dist.errors import ConfigError
 from layerwise_dist.frameworks.deepspeed.groups import param_groups, split_groups
 from layerwise_dist.frameworks.deepspeed.support import config_block
+from layerwise_dist.rehearsal.plan import redirected
 
 log = logging.getLogger("layerwise_dist")
 unattached.watch()
@@ -86,7 +87,7 @@ def _own_folder(path: str) -> str:
     """`path`, or a folder in it if an engine of this process that is open saves there already."""
     taken = set(map(os.path.realpath, open_directories()))
     number, own = 1, path
-    while os.path.realpath(own) in taken:
+    while os.path.realpath(redirected(own)) in taken:
         number += 1
         own = os.path.join(path, f"engine{number}")
     return own

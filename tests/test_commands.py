@@ -75,6 +75,10 @@ TABLE: list[tuple[str, str]] = [
     ),
     (r"layerwise selftest( \[DIR\])?", "test_selftest.py::test_it_kills_resumes_compares_and_leaves_nothing"),
     (
+        r"layerwise rehearse( -- .*)?",
+        "test_rehearse.py::test_a_script_that_resumes_exactly_passes_and_its_own_directory_stays_as_it_is",
+    ),
+    (
         r"layerwise doctor.*",
         "test_doctor.py::test_the_options_and_the_configuration_reach_the_writer_and_the_findings",
     ),

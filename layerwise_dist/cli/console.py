@@ -27,11 +27,14 @@ _PIPE_WIDTH = 200  # columns where there is no terminal to ask
 
 @dataclass
 class Answer:
-    """What a command found. `data` is its JSON, `parts` the same for people, `good` its exit code."""
+    """What a command found. `data` is its JSON, `parts` the same for people; `code` is its exit code, by default 0 if
+    it is `good` and 1 if not.
+    """
 
     data: dict[str, Any]
     parts: list[RenderableType] = field(default_factory=list)
     good: bool = True
+    code: int | None = None
 
 
 def put(answer: Answer, as_json: bool) -> None:

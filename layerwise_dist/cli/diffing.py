@@ -3,28 +3,21 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from rich.console import RenderableType
 
 from layerwise_dist.cli.catalogue import WrongUsage
 from layerwise_dist.cli.console import Answer, Beneath
-from layerwise_dist.cli.progress import Advance, bytes_bar
-from layerwise_dist.cli.sides import Readable, open_side
-from layerwise_dist.reading.tensor import LazyTensor, read_rows
-from layerwise_dist.tensors.difference import Difference, difference
-from layerwise_dist.tensors.slices import ITEM_BYTES
+from layerwise_dist.cli.progress import bytes_bar
+from layerwise_dist.cli.sides import open_side
+from layerwise_dist.reading.differing import Pair, differences, nbytes
 
-_AT_ONCE = 16 << 20  # bytes of one tensor
-_SMALL = 64 << 10  # bytes; tensors of at most so many are read together
 _LISTED = 50
 
-Pair = tuple[str, Readable, Readable]
 Choice = tuple[int | None, str | None]
 
 
@@ -47,8 +40,8 @@ def diff(
         names = sorted(one_has.keys() & other_has.keys())
         only = (sorted(one_has.keys() - other_has.keys()), sorted(other_has.keys() - one_has.keys()))
         pairs: list[Pair] = [(name, one_has[name], other_has[name]) for name in names]
-        with bytes_bar("comparing", sum(_nbytes(tensor) for _, tensor, _ in pairs)) as advance:
-            found = list(_differences(pairs, advance))
+        with bytes_bar("comparing", sum(nbytes(tensor) for _, tensor, _ in pairs)) as advance:
+            found = list(differences(pairs, advance))
     return _told((a.title, b.title), found, len(names), only, notes, everything)
 
 
@@ -67,67 +60,6 @@ def chosen(one: str, other: str | None, steps: Sequence[int], tags: Sequence[str
         )
         return of_one, of_other
     return said[0], said[-1]
-
-
-def _nbytes(tensor: Readable) -> int:
-    return math.prod(tensor.shape) * ITEM_BYTES.get(tensor.get_dtype(), 1)
-
-
-def _differences(pairs: Sequence[Pair], advance: Advance) -> Iterator[dict[str, Any]]:
-    small: list[Pair] = []
-    held = 0
-    for pair in pairs:
-        name, one, other = pair
-        nbytes = _nbytes(one)
-        if _kind(one) != _kind(other):
-            yield {"name": name, "a": _kind(one), "b": _kind(other)}
-        elif isinstance(one, LazyTensor) and isinstance(other, LazyTensor) and one.surely_equals(other):
-            pass  # by the hashes of all their blocks
-        elif nbytes <= _SMALL:
-            small.append(pair)
-            held += nbytes
-            if held >= _AT_ONCE:
-                yield from _of_small(small)
-                small, held = [], 0
-        else:
-            yield from _of(name, one, _pieces(one, other))
-        advance(nbytes)
-    yield from _of_small(small)
-
-
-def _of_small(pairs: Sequence[Pair]) -> Iterator[dict[str, Any]]:
-    lazy = [tensor for _, *both in pairs for tensor in both if isinstance(tensor, LazyTensor)]
-    rows = dict(zip(map(id, lazy), read_rows(lazy), strict=True))
-
-    def row(tensor: Readable) -> torch.Tensor:
-        return rows[id(tensor)] if id(tensor) in rows else tensor.read_range(0, math.prod(tensor.shape))
-
-    for name, one, other in pairs:
-        yield from _of(name, one, iter([(row(one), row(other))]))
-
-
-def _pieces(one: Readable, other: Readable) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    count, step = math.prod(one.shape), _AT_ONCE // ITEM_BYTES[one.get_dtype()]
-    for start in range(0, count, step):
-        length = min(step, count - start)
-        yield one.read_range(start, length), other.read_range(start, length)
-
-
-def _of(name: str, tensor: Readable, pieces: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[dict[str, Any]]:
-    found = Difference()
-    for values, theirs in pieces:
-        found += difference(values, theirs)
-    if found.elements:
-        far = found.max_abs
-        yield {
-            "name": name, "a": _kind(tensor), "b": _kind(tensor), "elements": found.elements,
-            "of": math.prod(tensor.shape), "max_abs": far if math.isfinite(far) else "inf",
-            "max_ulps": found.max_ulps, "nans": found.nans,
-        }  # fmt: skip
-
-
-def _kind(tensor: Readable) -> dict[str, Any]:
-    return {"dtype": tensor.get_dtype(), "shape": list(tensor.shape)}
 
 
 def _told(

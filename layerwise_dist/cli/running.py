@@ -51,7 +51,7 @@ def give(
         sys.stdout.flush()
     except BrokenPipeError:
         sys.stdout = None  # the reader (head, less) has seen enough; nothing may be flushed to it at exit
-    raise typer.Exit(0 if answer.good else 1)
+    raise typer.Exit((0 if answer.good else 1) if answer.code is None else answer.code)
 
 
 def failed(message: str, code: int, json: bool) -> typer.Exit:

@@ -9,7 +9,7 @@ import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -18,27 +18,13 @@ from layerwise_dist.errors import DamageError, NotFoundError, UnsupportedError
 from layerwise_dist.interop import importing
 from layerwise_dist.interop.gathered_state import Found
 from layerwise_dist.reading.checkpoint import Checkpoint, is_of_model
-from layerwise_dist.reading.tensor import LazyTensor
+from layerwise_dist.reading.differing import Readable, single
 from layerwise_dist.tensors.pieces import DTYPE_CODES
-from layerwise_dist.tensors.slices import ITEM_BYTES, ranks_text
+from layerwise_dist.tensors.slices import ITEM_BYTES
 
 # Under which a training script's file has the model's tensors, if not all of it are such.
 _ORDER = ("buffer", "param", "master")  # of one name the last counts
 _MODELS = ("model", "state_dict", "module", "model_state_dict")
-
-
-class Readable(Protocol):
-    """One tensor, as a `LazyTensor` is one."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    def get_dtype(self) -> str:
-        """A code of the safetensors format."""
-        ...
-
-    def read_range(self, start: int, length: int) -> torch.Tensor:
-        """Elements in row-major order, as one row, on the host. Raises DamageError or OSError."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -85,19 +71,9 @@ def _checkpoint(catalogue: Catalogue, step: int | None, tag: str | None, stack: 
     weights = {key: opened[name] for key, name in opened.weights().items()} if not opened.models else {}
     for model in opened.models:
         weights |= {f"{model}.{key}": opened[name] for key, name in opened.weights(model).items()}
-    tensors = dict(_single(opened))
+    tensors = dict(single(opened))
     state = {name: tensor for name, tensor in tensors.items() if not is_of_model(name)}
     return Side(f"step {manifest.step} in {catalogue.root}", tensors, weights, state)
-
-
-def _single(opened: Checkpoint) -> Iterator[tuple[str, LazyTensor]]:
-    """Of what several ranks wrote for themselves under one name one, if all are equal; else each with its ranks."""
-    for name in opened.names:
-        if not opened.unlike(name):
-            yield name, opened[name]
-            continue
-        for ranks in opened.info(name).copies:
-            yield f"{name} (rank {ranks_text(ranks) or ranks[0]})", opened.tensor(name, ranks[0])
 
 
 def _kind_of(where: str, tag: str | None) -> str | None:

@@ -30,6 +30,7 @@ from layerwise_dist.engine.engine import LayerwiseEngine
 from layerwise_dist.engine.holdings import Holdings
 from layerwise_dist.engine.lent import Loan
 from layerwise_dist.engine.preemption import Preemption, check_thread
+from layerwise_dist.engine.rehearsing import Rehearsal, rehearsed
 from layerwise_dist.engine.replicas import Replicas
 from layerwise_dist.engine.workings import Workings
 from layerwise_dist.errors import ConfigError, LayerwiseError, StateError, UnsupportedError
@@ -75,13 +76,15 @@ def attach(
     BoundaryError within a Trainer's train().
     """
     engines = [each for each in (models.values() if isinstance(models, Mapping) else [model]) if is_engine(each)]
-    problem = None
+    problem, rehearsal = None, None
     try:
         if config is None and engines:
             config = common_block(engines)
             if config is None and not overrides:
                 return disabled(engines, LayerwiseConfig(enabled=False))
         settings = load_config(config, **overrides)
+        rehearsal = rehearsed(settings)
+        settings = settings if rehearsal is None else rehearsal.config
     except ConfigError as error:
         settings, problem = LayerwiseConfig(), error  # the other ranks are told before it is raised
     if not settings.enabled:
@@ -106,6 +109,7 @@ def attach(
     return assemble(
         model, optimizer, settings, transport, env,
         models=models, optimizers=optimizers, state=state, fresh=fresh, problem=problem, monitor=monitor,
+        rehearsal=rehearsal,
     )  # fmt: skip
 
 
@@ -145,6 +149,7 @@ def assemble(
     optimizers: Mapping[str, torch.optim.Optimizer] | None = None,
     state: dict[str, Any] | None = None, fresh: bool = False, framework: Framework | None = None,
     problem: ConfigError | None = None, monitor: MonitorLink | None = None, loan: Loan | None = None,
+    rehearsal: Rehearsal | None = None,
 ) -> LayerwiseEngine:  # fmt: skip
     """`attach()` behind its two seams: any `Transport`, any `Env`. Rank and world size are the transport's.
 
@@ -230,7 +235,7 @@ def assemble(
         workings = Workings(
             found, updates, config, objects, adapter=parts.adapter, manager=parts.manager, info=parts.info,
             participant=participant, committer=parts.committer, coordinator=parts.coordinator, fresh=fresh,
-            preemption=preemption, replicas=replicas, loan=loan,
+            preemption=preemption, replicas=replicas, loan=loan, rehearsal=rehearsal,
         )  # fmt: skip
         return LayerwiseEngine(workings)
     except BaseException:

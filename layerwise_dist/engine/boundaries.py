@@ -6,6 +6,7 @@ from __future__ import annotations
 from layerwise_dist.engine.captures import Captures
 from layerwise_dist.engine.last_step import LastStep
 from layerwise_dist.engine.meetings import Meetings
+from layerwise_dist.engine.rehearsing import Rehearsal
 from layerwise_dist.engine.statistics import Statistics
 from layerwise_dist.engine.trace import Tracing
 from layerwise_dist.errors import BoundaryError
@@ -21,10 +22,12 @@ class BoundaryHandler:
     def __init__(
         self, captures: Captures, meetings: Meetings, *, optimizer: OptimizerAdapter, objects: StateObjects,
         scheduler: LayerwiseCheckpointScheduler, statistics: Statistics, tracing: Tracing, last: LastStep,
+        rehearsal: Rehearsal | None,
     ) -> None:  # fmt: skip
         self._captures, self._meetings = captures, meetings
         self._optimizer, self._objects, self._scheduler = optimizer, objects, scheduler
         self._statistics, self._tracing, self._last = statistics, tracing, last
+        self._rehearsal = rehearsal
         self._count = 0
         self._scales: list[float] = []  # of the last boundary, if it had no update
 
@@ -58,6 +61,8 @@ class BoundaryHandler:
             self._tracing.step.sealed()
         self._scales = self._scales_now() if not mark.updated else []
         self._meetings.pass_boundary(self._count, mark, attempted=due and mark.updated)
+        if self._rehearsal is not None:
+            self._rehearsal.passed(mark)
 
     def excuses(self) -> bool:
         """Whether a GradScaler explains a boundary without an update: it saw an overflow and lowered its scale."""

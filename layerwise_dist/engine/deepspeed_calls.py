@@ -13,6 +13,7 @@ from layerwise_dist.errors import NotFoundError, UnsupportedError
 from layerwise_dist.frameworks.deepspeed.flattening import missing
 from layerwise_dist.frameworks.deepspeed.support import accumulating
 from layerwise_dist.frameworks.parts import Parts
+from layerwise_dist.rehearsal.plan import redirected
 from layerwise_dist.storage import filenames
 
 log = logging.getLogger("layerwise_dist")
@@ -76,7 +77,7 @@ class CheckpointCalls:
         folder = self._absolute(save_dir)
         self._event("checkpoint_event_prologue")
         try:
-            root = None if self._is_own(folder) else folder
+            root = None if self._is_own(folder) else redirected(folder)
             self._ckpt.save(root, tag, client_state, within_window=within)
         finally:
             self._event("checkpoint_event_epilogue")
@@ -109,6 +110,8 @@ class CheckpointCalls:
         """
         folder = self._absolute(load_dir)
         own = self._is_own(folder)
+        if not own and (there := redirected(folder)) != folder and self._holds_ours(there):
+            folder = there
         if not own and not self._holds_ours(folder):
             self._ckpt.loads_elsewhere()
             found = self._load_of_deepspeed(
@@ -123,7 +126,8 @@ class CheckpointCalls:
             raise UnsupportedError("load_checkpoint(custom_load_fn=...): this library fills the tensors itself")
         parts = Parts(load_module_only, load_optimizer_states, load_lr_scheduler_states, load_module_strict)
         tag = None if tag is None else str(tag)
-        shared = own and self._asked_for != self._own and self._holds_ours(self._asked_for)
+        also = redirected(self._asked_for)  # in a rehearsal this engine's own folder stands for it
+        shared = own and also != self._own and self._holds_ours(also)
         loaded = None
         try:
             loaded = self._ckpt.load(None if own else folder, tag, parts)
@@ -131,7 +135,7 @@ class CheckpointCalls:
             if not shared:
                 raise
         if shared and loaded is None:
-            loaded = self._ckpt.load(self._asked_for, tag, parts)
+            loaded = self._ckpt.load(also, tag, parts)
         if loaded is None:
             log.warning("load_checkpoint(): save_checkpoint() has made none in %s yet", folder)
             return None, None

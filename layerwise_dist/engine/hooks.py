@@ -10,6 +10,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from layerwise_dist.engine.captures import Captures
+from layerwise_dist.engine.rehearsing import Rehearsal
 from layerwise_dist.engine.training_thread import TrainingThread
 from layerwise_dist.frameworks.compiled import eager
 from layerwise_dist.frameworks.framework import Framework
@@ -22,10 +23,11 @@ class Hooks:
 
     def __init__(
         self, framework: Framework, optimizer: OptimizerAdapter, events: UpdateEvents, captures: Captures,
-        boundary: Boundary, thread: TrainingThread,
+        boundary: Boundary, thread: TrainingThread, rehearsal: Rehearsal | None,
     ) -> None:  # fmt: skip
         self._framework, self._optimizer, self._events = framework, optimizer, events
         self._captures, self._boundary, self._thread = captures, boundary, thread
+        self._rehearsal = rehearsal
         self._handles: list[RemovableHandle] = []
 
     def register(self) -> None:
@@ -37,11 +39,15 @@ class Hooks:
         for param in self._framework.gradient_ready_params():
             self._handles.append(param.register_post_accumulate_grad_hook(self._during_backward))
         self._optimizer.watch(self._events)
+        if self._rehearsal is not None:
+            self._rehearsal.watch()
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._optimizer.detach()
+        if self._rehearsal is not None:
+            self._rehearsal.detach()
 
     def _before_forward(self, module: torch.nn.Module, args: Any) -> None:
         self._captures.settle()

@@ -13,6 +13,7 @@ from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.engine.attempts import Attempts
 from layerwise_dist.engine.captures import Captures
 from layerwise_dist.engine.last_step import LastStep
+from layerwise_dist.engine.rehearsing import Rehearsal
 from layerwise_dist.engine.replicas import Replicas
 from layerwise_dist.engine.restores import Restores
 from layerwise_dist.engine.statistics import Statistics
@@ -44,11 +45,13 @@ class UpdateHandler(UpdateEvents):
         self, config: LayerwiseConfig, captures: Captures, boundary: Boundary, *, attempts: Attempts,
         restores: Restores, optimizer: OptimizerAdapter, scheduler: LayerwiseCheckpointScheduler, replicas: Replicas,
         frozen: FrozenBases, participant: Participant, statistics: Statistics, tracing: Tracing, last: LastStep,
+        rehearsal: Rehearsal | None,
     ) -> None:  # fmt: skip
         self._config, self._captures, self._boundary = config, captures, boundary
         self._attempts, self._restores, self._optimizer, self._scheduler = attempts, restores, optimizer, scheduler
         self._replicas, self._frozen, self._participant = replicas, frozen, participant
         self._statistics, self._tracing, self._last = statistics, tracing, last
+        self._rehearsal = rehearsal
         self._update: Update | None = None
 
     def update_starting(self, *, in_closure: bool = False, layers: Collection[str] | None = None) -> None:
@@ -56,6 +59,8 @@ class UpdateHandler(UpdateEvents):
         self._boundary.update_starting(in_closure=in_closure)
         if not in_closure:
             self._restores.check_ready()
+            if self._rehearsal is not None:
+                self._rehearsal.updating()
             with self._statistics.stall("fence"):
                 self._frozen.before_update(lambda: self._optimizer.trained)
             self._update = Update(self._captures.open is not None, layers)

@@ -26,6 +26,7 @@ from layerwise_dist.engine.lent import Loan, lend
 from layerwise_dist.engine.meetings import Meetings
 from layerwise_dist.engine.notices import Notices
 from layerwise_dist.engine.preemption import Preemption
+from layerwise_dist.engine.rehearsing import Rehearsal
 from layerwise_dist.engine.replicas import Replicas
 from layerwise_dist.engine.restores import Restores
 from layerwise_dist.engine.saves import Saves
@@ -56,6 +57,7 @@ class Workings:
         adapter: ShardWriterAdapter, manager: CheckpointMetadataManager, info: SessionInfo, participant: Participant,
         committer: CommitRequests | None, coordinator: CoordinatorThread | None, fresh: bool,
         preemption: Preemption | None, replicas: Replicas, loan: Loan | None = None,
+        rehearsal: Rehearsal | None = None,
     ) -> None:  # fmt: skip
         """With `loan`, `framework`, `optimizer` and `objects` are of it.
 
@@ -99,7 +101,7 @@ class Workings:
         else:
             handler = BoundaryHandler(
                 self.captures, meetings, optimizer=optimizer, objects=objects, scheduler=scheduler,
-                statistics=self.statistics, tracing=self.tracing, last=last,
+                statistics=self.statistics, tracing=self.tracing, last=last, rehearsal=rehearsal,
             )  # fmt: skip
             self.boundary = Boundary(
                 handler.passed, objects.taps, log=log, excuse=handler.excuses, several=optimizer.several,
@@ -114,9 +116,9 @@ class Workings:
         updates = UpdateHandler(
             config, self.captures, self.boundary, attempts=self.attempts, restores=self.restores, optimizer=optimizer,
             scheduler=scheduler, replicas=replicas, frozen=self.frozen, participant=participant,
-            statistics=self.statistics, tracing=self.tracing, last=last,
+            statistics=self.statistics, tracing=self.tracing, last=last, rehearsal=rehearsal,
         )  # fmt: skip
-        hooks = Hooks(framework, optimizer, updates, self.captures, self.boundary, thread)
+        hooks = Hooks(framework, optimizer, updates, self.captures, self.boundary, thread, rehearsal)
         self.closing = Closing(
             config, self.captures, self.boundary, hooks=hooks, framework=framework, optimizer=optimizer,
             objects=objects, surveyor=self.surveyor, attempts=self.attempts, frozen=self.frozen, adapter=adapter,
@@ -129,6 +131,8 @@ class Workings:
             timeout_s=config.commit.timeout_s,
         )  # fmt: skip
         try:
+            if rehearsal is not None:
+                rehearsal.begin(framework, optimizer, objects, self.captures, participant)
             hooks.register()
             if fresh and not info.empty:
                 self.restores.follow(None, new_branch=True)

@@ -287,7 +287,7 @@ class TrainerCheckpoints:
             self.ckpt.close()
             if self._best is not None and self._progress is not None and self._progress.best is not None:
                 # What a restart continues from stays the last step.
-                load(self._trainer.model_wrapped, self._settings.path, tag=BEST)
+                load(self._trainer.model_wrapped, self.ckpt.config.path, tag=BEST)
         # All launches count, since what is logged of them does.
         return plain(trial, num_train_samples, start_time - self._before_s)
 

@@ -83,6 +83,10 @@ class StateObjects:
         for name, snapshot in loaders.items():
             self.taps[name].check(snapshot)
 
+    def held(self) -> list[object]:
+        """All that was given, loaders too."""
+        return [*self._objects.values(), *self.loaders.values()]
+
     def names(self) -> list[str]:
         """All but loaders."""
         return [*self._objects]

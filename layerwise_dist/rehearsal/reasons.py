@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The likeliest reason why two runs part: of what differs, the first thing in an iteration causes the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from layerwise_dist.rehearsal.contents import Contents
+from layerwise_dist.rehearsal.story import Parting, Rank, loaders
+
+_LISTED = 4
+
+
+@dataclass(frozen=True)
+class Reason:
+    """`key` is stable, for programs; `text` says what is the matter, `advice` what to do."""
+
+    key: str
+    text: str
+    advice: str
+
+
+def of_starts(parting: Parting | None, contents: Contents, *, first_step: bool, by_hash_order: bool) -> Reason:
+    """Why two runs of one command differ that nothing interrupted. `by_hash_order`: they do not when Python hashes
+    texts alike in both.
+    """
+    if by_hash_order:
+        return Reason(
+            "hash-order", "the order of a set, or of a dict made from one, decides something: it differs between "
+            "processes (PYTHONHASHSEED)",
+            "sort what is iterated over, or use a list or a dict in the order of insertion",
+        )  # fmt: skip
+    if parting is not None and (own := _of_kind(parting, "generator")) and parting.given:
+        return Reason("unseeded", f"a generator that nothing seeds: {own}", "give it a seed that the script knows")
+    if parting is not None and first_step and parting.weights:
+        return Reason(
+            "unseeded", f"the model begins with other values: {_some(parting.weights)}",
+            "seed before the model is made: torch.manual_seed(), and numpy's and Python's generators if they are used",
+        )  # fmt: skip
+    if parting is not None and parting.given:
+        unseeded = f" (the global generators differ too: {_some(parting.rng)})" if parting.rng else ""
+        return Reason(
+            "data", f"the forward is given other data: {_some(parting.given, 'argument ')}{unseeded}. They come from a "
+            "clock, os.urandom, an unseeded generator, or the order of files",
+            "compute data from seeds, step and epoch only; seed random and numpy.random; sort what a directory lists",
+        )  # fmt: skip
+    if parting is not None and parting.gives:
+        return Reason(
+            "op", "the forward is given the same and gives something else: an operation in it is not deterministic",
+            "torch.use_deterministic_algorithms(True) names such operations of torch's",
+        )  # fmt: skip
+    if parting is not None and parting.gradients:
+        return Reason(
+            "op", "the forwards are alike and the gradients are not: the loss depends on something else, or an "
+            f"operation of the backward is not deterministic ({_some(parting.gradients)})",
+            "torch.use_deterministic_algorithms(True) names such operations of torch's",
+        )  # fmt: skip
+    return Reason(
+        "update", f"the update itself, or what follows it, differs: {_some(contents.names())}",
+        "look at what changes these between the backward and the iteration's end",
+    )  # fmt: skip
+
+
+def of_resume(parting: Parting | None, contents: Contents, rank: Rank, *, restored: int) -> Reason:
+    """Why a run that was killed and went on after step `restored` differs from one that was not."""
+    if parting is not None:
+        found = (
+            _written(parting, restored) or _object_outside(parting) or _data(parting, rank) or _hidden(parting)
+            or _random(parting, rank) or _inside(parting)
+        )  # fmt: skip
+        if found is not None:
+            return found
+    return _sealed(contents)
+
+
+def _written(parting: Parting, restored: int) -> Reason | None:
+    if not parting.weights:
+        return None
+    when = "between restore() and the first forward" if parting.step == restored + 1 else "between two iterations"
+    return Reason(
+        "write", f"something writes into the model {when}, as every start does: {_some(parting.weights)}",
+        "do it before restore(), or only where restore() returned 0",
+    )  # fmt: skip
+
+
+def _object_outside(parting: Parting) -> Reason | None:
+    wanted = ("generator", "object", "optimizer", "schedule", "model")
+    if not parting.given:
+        wanted = ("optimizer", "schedule", "model", "object", "generator")
+    for kind in wanted:
+        if names := _of_kind(parting, kind):
+            return Reason(f"{kind}-outside", f"{_WHAT[kind]} that no checkpoint has: {names}", _HOW[kind])
+    return None
+
+
+_WHAT = {
+    "generator": "a random number generator", "object": "an object with a state, or a part of one,",
+    "optimizer": "an optimizer", "schedule": "an LR scheduler", "model": "a model",
+}  # fmt: skip
+_HOW = {
+    "generator": "name it in attach(state={...})",
+    "object": "name it in attach(state={...}); if it is in there, its state_dict() leaves something out",
+    "optimizer": "attach both: attach(models=..., optimizers={...})",
+    "schedule": "name it in attach(state={...})",
+    "model": "give it in attach(models={...}), or name it in attach(state={...})",
+}
+
+
+def _data(parting: Parting, rank: Rank) -> Reason | None:
+    if not parting.given:
+        return None
+    what = f"the forward is given other data ({_some(parting.given, 'argument ')})"
+    doubts = [text for text in rank.warned if "a resume may not be exact" in text]
+    if doubts:
+        key = "workers" if any("worker" in text for text in doubts) else "loader"
+        return Reason(key, f"{what}, and of its loader: {doubts[0]}", "see docs/guide.md, state=")
+    attached = rank.attached[-1]["loaders"]
+    if not attached and (loose := loaders(rank, parting.step)):
+        return Reason(
+            "loader-outside", f"{what}, from a loader whose place no checkpoint has: {_some(loose)}",
+            "name it in attach(state={...})",
+        )  # fmt: skip
+    for name, told in attached.items():
+        if told["workers"]:
+            return Reason(
+                "workers", f"{what}: loader {name!r} has {told['workers']} worker(s), whose own random numbers no "
+                "checkpoint has", "draw from generators that are seeded by the sample's index",
+            )  # fmt: skip
+        if told["by_epoch"]:
+            return Reason(
+                "set-epoch", f"{what}: loader {name!r} is at its place in another order. set_epoch() is called after "
+                "iter(), or with an epoch that a restart counts from 0",
+                "keep the epoch in state=, and call set_epoch() with it before each iter()",
+            )  # fmt: skip
+        return Reason(
+            "dataset", f"{what}: loader {name!r} is at its place, so its dataset {told['data']} has a state of its own",
+            "draw from generators that are seeded by the sample's index, or name them in attach(state={...})",
+        )  # fmt: skip
+    hints = [f"{name} was {one} and is {other}" for name, (one, other) in parting.values.items()]
+    counted = f"; variables that differ: {_some(hints)}" if hints else ""
+    return Reason(
+        "data", f"{what}, from something that no checkpoint has: a counter, an iterator, a file's position{counted}",
+        "name it in attach(state={...}), or compute it from the step",
+    )  # fmt: skip
+
+
+def _hidden(parting: Parting) -> Reason | None:
+    if not (parting.hidden and (parting.gives or parting.gradients)):
+        return None
+    return Reason(
+        "hidden", f"attributes of modules that are neither parameters nor buffers: {_some(parting.hidden)}",
+        "use register_buffer(), or get_extra_state() and set_extra_state()",
+    )  # fmt: skip
+
+
+def _random(parting: Parting, rank: Rank) -> Reason | None:
+    if not parting.rng or parting.forward is None or not (parting.gives or parting.gradients):
+        return None
+    if not rank.attached[-1]["loaders"] and (loose := loaders(rank, parting.step)):
+        return Reason(
+            "loader-outside", f"a loader that state= does not name is started at another place: {_some(loose)}; it "
+            "draws from the global generators", "name it in attach(state={...})",
+        )  # fmt: skip
+    return Reason(
+        "random-numbers", f"the global random numbers are others before the forward: {_some(parting.rng)}. Something "
+        "draws from them, or seeds them, only in one of the two",
+        "seed before restore(), and end iterations by steps() or end_step()",
+    )  # fmt: skip
+
+
+def _inside(parting: Parting) -> Reason | None:
+    if parting.count:
+        return Reason(
+            "forwards", "the iteration has another number of forwards", "keep what it is counted by in state="
+        )
+    if parting.gives:
+        return Reason(
+            "forward", "the forward is given the same and gives something else: it depends on something outside the "
+            "model", "keep that in a buffer of the model, or name it in attach(state={...})",
+        )  # fmt: skip
+    if parting.gradients:
+        return Reason(
+            "loss", f"the forwards are alike and the gradients are not ({_some(parting.gradients)}): the loss depends "
+            "on something that no checkpoint has", "name it in attach(state={...})",
+        )  # fmt: skip
+    return None
+
+
+def _sealed(contents: Contents) -> Reason:
+    objects = [path for path in contents.paths if path.startswith("objects")]
+    if objects and not contents.tensors:
+        return Reason(
+            "object", f"an object in state= does not come back as it was: {_some(objects)}",
+            "compare its state_dict() before and after load_state_dict()",
+        )  # fmt: skip
+    groups = [path for path in contents.paths if path.startswith("optimizer.") and "groups" in path]
+    if groups:
+        return Reason(
+            "schedule-outside", f"hyper-parameters of the optimizer: {_some(groups)}",
+            "name what sets them, an LR scheduler say, in attach(state={...})",
+        )  # fmt: skip
+    return Reason(
+        "update", f"the update itself, or what follows it, differs: {_some(contents.names())}",
+        "name what it depends on in attach(state={...})",
+    )  # fmt: skip
+
+
+def _of_kind(parting: Parting, kind: str) -> str:
+    return _some(name for name, each in parting.objects.items() if each == kind)
+
+
+def _some(names: Iterable[str], before: str = "") -> str:
+    listed = list(names)
+    more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
+    return ", ".join(f"{before}{name}" for name in listed[:_LISTED]) + more

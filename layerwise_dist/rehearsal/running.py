@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run of the user's own command, watched until it has done what it was told to; nothing of it is left."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from layerwise_dist.rehearsal.plan import VARIABLE, Plan
+from layerwise_dist.rehearsal.story import Story
+from layerwise_dist.supervision.processes import kill_all
+
+_LOOK_S = 0.05  # between two looks at what the ranks told
+_GRACE_S = 30.0  # for a launcher whose ranks have ended
+_TAIL = 15  # lines of a failed run's output
+
+Say = Callable[[str], None]
+
+
+class RunFailed(Exception):
+    """A run did not do what a script that is resumed in real life would; the message says which, and how it ended.
+
+    `attached`: whether it came as far as attach().
+    """
+
+    def __init__(self, message: str, *, attached: bool) -> None:
+        super().__init__(message)
+        self.attached = attached
+
+
+class Job(Protocol):
+    """A command that was started."""
+
+    def poll(self) -> int | None:
+        """Its exit code; None while it runs."""
+        ...
+
+    def kill(self) -> None:
+        """SIGKILL for all of its processes, the launcher first, until none is left."""
+        ...
+
+    def output(self) -> str: ...
+
+
+class Start(Protocol):
+    """Starts a command; its output, of all its processes, goes into `log`. Raises OSError."""
+
+    def __call__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> Job: ...
+
+
+class Process:
+    """A command in a session of its own. Its processes are known by a variable in their environment, which passes from
+    one to the next: launchers give ranks sessions of their own, and workers outlive ranks.
+    """
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        self._log = log
+        self._mark = f"{VARIABLE}={environment[VARIABLE]}".encode()
+        with open(log, "wb") as file:
+            self._process = subprocess.Popen(
+                list(command), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+                start_new_session=True, env={**os.environ, **environment},
+            )  # fmt: skip
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def kill(self) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+        kill_all(self._alive)
+        self._process.wait()
+
+    def output(self) -> str:
+        return self._log.read_text(encoding="utf-8", errors="replace")
+
+    def _alive(self) -> list[int]:
+        found = []
+        for entry in os.listdir("/proc"):
+            if not entry.isdigit():
+                continue
+            try:
+                environment = Path("/proc", entry, "environ").read_bytes()
+                state = Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()[0]
+            except OSError:
+                continue  # it has ended, or is another user's
+            if self._mark in environment.split(b"\0") and state not in "ZX":
+                found.append(int(entry))
+        return found
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is left of one. `name` is how messages call it. `whole`: its ranks stopped where they were told to."""
+
+    name: str
+    plan: Plan
+    story: Story
+    whole: bool
+
+    def place(self, directory: str) -> str:
+        return self.story.place(directory)
+
+
+def run(
+    name: str, plan: Plan, command: Sequence[str], folder: Path, environment: Mapping[str, str], *, start: Start,
+    say: Say, limit_s: float,
+) -> Run:  # fmt: skip
+    """Runs it to the plan's end: all ranks have stopped, or wait to be killed and are. `limit_s` is in seconds.
+
+    Raises RunFailed for any other end, but for one with exit code 0 before the plan's last step: then the run is not
+    `whole`. OSError where the command can't be started.
+    """
+    path = folder / f"{name}.json"
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        file.write(plan.model_dump_json())
+    story, log = Story(plan), folder / f"{name}.txt"
+    job = start(command, {**environment, VARIABLE: str(path)}, log)
+    try:
+        deadline, newest, done_at = time.monotonic() + limit_s, 0, None
+        while True:
+            code = job.poll()  # before the story: what it told to its end is then in that
+            story.read()
+            if story.newest > newest:
+                newest = story.newest
+                say(f"{name} run: step {newest} of {plan.stop_at}")
+            if plan.kill_after is not None and story.all_are("ready"):
+                say(f"{name} run: SIGKILL after step {newest}; step {story.committed} is committed")
+                return Run(name, plan, story, whole=True)
+            if story.all_are("stopped"):
+                done_at = done_at or time.monotonic()
+                if code is not None or time.monotonic() - done_at > _GRACE_S:
+                    return Run(name, plan, story, whole=True)
+            elif code is not None:
+                return _ended(name, plan, story, job, code)
+            if time.monotonic() > deadline:
+                where = f"at step {newest}" if newest else "before the first step"
+                raise _failed(name, f"was not over after {limit_s:g} s, {where} (--timeout)", story, job)
+            time.sleep(_LOOK_S)
+    finally:
+        job.kill()
+        path.unlink()
+
+
+def _ended(name: str, plan: Plan, story: Story, job: Job, code: int) -> Run:
+    if code != 0:
+        raise _failed(name, f"failed with exit code {code}", story, job)
+    if not story.directories:
+        raise _failed(name, "ended without an attach() that is enabled", story, job)
+    return Run(name, plan, story, whole=False)
+
+
+def _failed(name: str, how: str, story: Story, job: Job) -> RunFailed:
+    tail = job.output().splitlines()[-_TAIL:]
+    return RunFailed("\n".join([f"the {name} run {how}:", *tail]), attached=bool(story.directories))

@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`layerwise rehearse`: scripts that resume exactly pass, and of others the fault is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kit.cli import call
+from kit.commands import ROOT
+from kit.runners import DEEPSPEED, JOBS, QUICK, Warm
+from torch import nn
+
+import layerwise_dist as lwd
+from layerwise_dist import errors
+from layerwise_dist.cli import rehearsing
+from layerwise_dist.rehearsal import plan as plans
+from layerwise_dist.rehearsal import story
+from layerwise_dist.rehearsal.contents import restless
+from layerwise_dist.rehearsal.plan import VARIABLE, Plan, told
+from layerwise_dist.rehearsal.running import Job, RunFailed
+from layerwise_dist.rehearsal.trial import Trial, Unfit, Verdict
+
+SCRIPT = JOBS / "rehearsed.py"
+COMMAND = [sys.executable, "-P", "-c", "from layerwise_dist.cli import main; main()", "rehearse"]
+
+# Of each fault: what the verdict is, the first step that differs, what the reason is called, and a word of its text.
+FAULTS: dict[str, tuple[str, int, str, str]] = {
+    "unsaved_generator": ("differs", 7, "generator-outside", "gen in unsaved_generator(), rehearsed.py"),
+    "worker_rng": ("differs", 7, "workers", "persistent workers"),
+    "loader_outside": ("differs", 7, "loader-outside", "loader in loader_outside(), rehearsed.py"),
+    "time_in_data": ("nondeterministic", 1, "data", "a clock"),
+    "average_outside": ("differs", 7, "model-outside", "average in average_outside(), rehearsed.py"),
+    "dict_order": ("nondeterministic", 1, "hash-order", "the order of a set"),
+    "late_set_epoch": ("differs", 7, "set-epoch", "loader 'loader'"),
+    "optimizer_outside": ("differs", 7, "optimizer-outside", "other in optimizer_outside(), rehearsed.py"),
+    "write_in_place": ("differs", 7, "write", "3.weight"),
+    "unsteady_op": ("nondeterministic", 1, "op", "not deterministic"),
+}
+OTHERS: dict[str, tuple[str, int, str, str]] = {
+    "hidden_state": ("differs", 7, "hidden", "1.running"),
+    "half_a_state": ("differs", 7, "generator-outside", "source.gen in half_a_state(), rehearsed.py"),
+    "schedule_outside": ("differs", 7, "schedule-outside", "scheduler in schedule_outside(), rehearsed.py"),
+    "never_restored": ("differs", 7, "not-resumed", "its first step is 1"),
+    "raises_when_resumed": ("differs", 7, "restart", "no way on from here"),
+}
+
+
+def by(warm: Warm) -> Callable[..., Job]:
+    """Starts `[SCRIPT, ARGUMENTS...]` without the import of torch."""
+
+    def start(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Job:
+        script, *arguments = command
+        return warm.start(script, 0, *arguments, env=environment, folder=log.parent)
+
+    return start
+
+
+def rehearsed(warm: Warm, folder: Path, name: str, **options: Any) -> Verdict:
+    """In `folder`, where nothing may be left."""
+    said: list[str] = []
+    given = {"steps": 9, "kill_at": 6, "timeout_s": 60.0, **options}
+    trial = Trial([str(SCRIPT), name, str(folder / "own")], str(folder), say=said.append, start=by(warm), **given)
+    try:
+        verdict, kept = trial.run()
+    finally:
+        assert list(folder.iterdir()) == [] and said
+    assert kept is None
+    return verdict
+
+
+def check(verdict: Verdict, kind: str, step: int, key: str, word: str) -> None:
+    assert verdict.reason is not None, verdict
+    assert (verdict.kind, verdict.step, verdict.reason.key) == (kind, step, key), verdict
+    assert word in verdict.reason.text, verdict.reason.text
+
+
+@pytest.mark.parametrize("name", ["unsaved_generator", "average_outside", "unsteady_op"])
+def test_a_planted_fault_is_named(warm: Warm, tmp_path: Path, name: str) -> None:
+    check(rehearsed(warm, tmp_path, name), *FAULTS[name])
+
+
+@pytest.mark.parametrize("name", [*FAULTS, *OTHERS])
+def test_every_planted_fault_is_named(warm: Warm, tmp_path: Path, name: str, long: bool) -> None:
+    if not long:
+        pytest.skip("--long")
+    if name == "dict_order":  # what Python hashes by is decided where an interpreter begins
+        code, told = command(tmp_path, "--steps", 9, "--kill-at", 6, "--", sys.executable, SCRIPT, name)
+        assert code == 4 and told["reason"]["key"] == "hash-order" and told["step"] == 1, told
+        return
+    check(rehearsed(warm, tmp_path, name), *{**FAULTS, **OTHERS}[name])
+
+
+def command(folder: Path, *arguments: object, timeout: float = 600.0) -> tuple[int, dict[str, Any]]:
+    """The exit code and the answer of the command itself, in `folder`."""
+    done = subprocess.run(
+        [*COMMAND, "--json", *map(str, arguments)], cwd=folder, capture_output=True, text=True, timeout=timeout,
+        env={**os.environ, **QUICK, **DEEPSPEED}, check=False,
+    )  # fmt: skip
+    assert done.stdout, done.stderr
+    return done.returncode, json.loads(done.stdout)
+
+
+def test_a_script_that_resumes_exactly_passes_and_its_own_directory_stays_as_it_is(
+    warm: Warm, tmp_path: Path, long: bool
+) -> None:
+    """And nothing is left behind. With --long by the command itself, which starts four interpreters."""
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "mine").write_text("stays")
+    if long:
+        code, told = command(tmp_path, "--steps", 4, "--", sys.executable, SCRIPT, "clean", own)
+    else:
+        given = [str(SCRIPT), "clean", str(own)]
+        options: dict[str, Any] = {"steps": 4, "kill_at": None, "timeout_s": 60.0, "keep": False}
+        answer = rehearsing.rehearse(given, str(tmp_path), **options, start=by(warm))
+        code, told = answer.code, answer.data
+    assert code == 0 and told["verdict"] == "exact" and told["good"], told
+    assert told["restored"] == 2 and told["compared"] == 4 + 1 + 2 and told["reason"] is None
+    assert [each.name for each in tmp_path.iterdir()] == ["own"] and [each.name for each in own.iterdir()] == ["mine"]
+
+
+def test_a_script_that_fails_by_itself_is_told_apart(warm: Warm, tmp_path: Path) -> None:
+    for name, word in (
+        ("raises", "no training today"), ("does_not_attach", "without an attach"),
+    ):  # fmt: skip
+        with pytest.raises(RunFailed, match=word):
+            rehearsed(warm, tmp_path, name)
+    with pytest.raises(RunFailed, match="not over after 2 s, before the first step"):
+        rehearsed(warm, tmp_path, "stands_still", timeout_s=2.0)
+    with pytest.raises(Unfit, match="ended by itself after step 12"):
+        rehearsed(warm, tmp_path, "clean", steps=20, kill_at=11)
+
+
+def test_exit_codes_of_wrong_usage_and_of_a_command_that_fails(tmp_path: Path) -> None:
+    assert call("rehearse")[0] == 2
+    assert call("rehearse", "--dir", tmp_path, "--steps", "4", "--kill-at", "3", "--", "true")[0] == 2
+    code, said = call("rehearse", "--dir", tmp_path, "--", str(tmp_path / "none"))
+    assert code == 2 and "none" in said
+    assert call("rehearse", "--dir", tmp_path / "none", "--", "true")[0] == 2
+    code, said = call("rehearse", "--dir", tmp_path, "--", "sh", "-c", "echo what is wrong; exit 7")
+    assert code == 3 and "exit code 7" in said and "what is wrong" in said
+    assert call("rehearse", "--dir", tmp_path, "--", "true")[0] == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_ends_the_job_and_leaves_no_file(tmp_path: Path) -> None:
+    """Of the job's processes too those that are in a session of their own."""
+    pids = tmp_path / "pids"
+    script = f"setsid sleep 600 & echo $! $$ >{pids}.new; mv {pids}.new {pids}; sleep 600"
+    work = tmp_path / "work"
+    work.mkdir()
+    job = subprocess.Popen(
+        [*COMMAND, "--dir", str(work), "--", "sh", "-c", script], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not pids.exists():
+            assert time.monotonic() < deadline and job.poll() is None
+            time.sleep(0.02)
+        job.send_signal(signal.SIGINT)
+        assert job.wait(30) == 130
+    finally:
+        job.kill()
+        job.communicate()
+    assert list(work.iterdir()) == []
+    for pid in pids.read_text().split():
+        status = Path("/proc", pid, "status")
+        assert not status.exists() or "zombie" in status.read_text()
+
+
+# -- the variable -----------------------------------------------------------------------------------------------------
+
+
+def attached(tmp_path: Path) -> Any:
+    model = nn.Linear(2, 2)
+    return lwd.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), dir=str(tmp_path / "own"))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "No such file"), ("", "not what it writes"), ('{"version": 2}', "version"),
+        ('{"version": 1, "more": 1}', "unknown member more"),
+        (
+            '{"checkpoints": "here", "told": "/t", "every": 1, "stop_at": 2, "kill_after": null, "timeout_s": 1}',
+            "absolute",
+        ),
+        ("[" * (1 << 16) + "]", "longer than"),
+    ],
+)  # fmt: skip
+def test_a_variable_that_was_left_behind_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, said: str
+) -> None:
+    path = tmp_path / "plan.json"
+    if text is not None:
+        path.write_text(text)
+        path.chmod(0o600)
+    monkeypatch.setenv(VARIABLE, str(path))
+    with pytest.raises(errors.ConfigError, match=VARIABLE) as caught:
+        attached(tmp_path)
+    assert said in str(caught.value) and "Unset the variable" in str(caught.value)
+    assert not (tmp_path / "own").exists()
+
+
+@pytest.mark.quick
+def test_a_plan_behind_a_link_or_that_others_may_write_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan(checkpoints="/c", told="/t", every=1, stop_at=2, kill_after=None, timeout_s=1.0)
+    path = tmp_path / "plan.json"
+    path.write_text(plan.model_dump_json())
+    path.chmod(0o600)
+    monkeypatch.setenv(VARIABLE, str(path))
+    assert told() == plan
+    path.chmod(0o622)
+    with pytest.raises(errors.ConfigError, match="others may write"):
+        told()
+    path.chmod(0o600)
+    (tmp_path / "link").symlink_to(path)
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "link"))
+    with pytest.raises(errors.ConfigError):
+        told()
+    monkeypatch.setenv(VARIABLE, "")
+    with pytest.raises(errors.ConfigError):
+        told()
+    monkeypatch.delenv(VARIABLE)
+    assert told() is None and plans.redirected("/here") == "/here"
+
+
+@pytest.mark.quick
+def test_a_rehearsal_is_logged_and_saves_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("checkpoints", "told"):
+        (tmp_path / name).mkdir()
+    plan = Plan(
+        checkpoints=str(tmp_path / "checkpoints"), told=str(tmp_path / "told"), every=1, stop_at=5, kill_after=None,
+        timeout_s=30.0,
+    )  # fmt: skip
+    path = tmp_path / "plan.json"
+    path.write_text(plan.model_dump_json())
+    path.chmod(0o600)
+    monkeypatch.setenv(VARIABLE, str(path))
+    with attached(tmp_path) as ckpt:
+        assert ckpt.config.dir == plan.place_of(str(tmp_path / "own")) and ckpt.config.keep_last > 1 << 20
+    assert f"this is a rehearsal ({VARIABLE})" in caplog.text
+    assert not (tmp_path / "own").exists() and Path(plan.place_of(str(tmp_path / "own"))).is_dir()
+
+
+# -- what the verdict is made from ------------------------------------------------------------------------------------
+
+
+def rank(**steps: dict[str, Any]) -> story.Rank:
+    found = story.Rank()
+    for name, seen in steps.items():
+        found.take({"t": "passed", "step": int(name[1:]), **seen})
+    return found
+
+
+@pytest.mark.quick
+def test_the_first_forward_that_differs_is_the_one_that_is_told_of() -> None:
+    same = {"rng": {"torch": "1"}, "in": {"[0]": "2"}, "out": {"": "3"}}
+    one = rank(s1={"forwards": [same, same], "weights": {"w": "1"}})
+    other = rank(s1={"forwards": [same, {**same, "in": {"[0]": "9"}, "out": {"": "9"}}], "weights": {"w": "1"}})
+    found = story.parting(one, other, 1, 0)
+    assert found is not None and (found.forward, found.given, found.gives, found.weights) == (1, ["[0]"], [""], [])
+    assert found.stage == 1 and story.parting(one, one, 1, 0).stage is None and story.parting(one, other, 2, 0) is None
+
+
+@pytest.mark.quick
+def test_a_generator_that_nothing_seeds_and_nobody_uses_is_no_difference() -> None:
+    passes = restless({"boundary.rng['numpy']", "objects['log']['seconds']"})
+    assert passes("boundary.rng['numpy']") and passes("objects['log']['seconds']")
+    assert passes("boundary.loaders['loader'].start['rng']['numpy']")
+    assert not passes("boundary.rng['torch']") and not passes("objects['log']['epoch']")
+
+
+# -- every launcher and every loop ------------------------------------------------------------------------------------
+
+EXAMPLES: dict[str, list[str]] = {
+    "mnist_mlp": [sys.executable, "examples/mnist_mlp.py"],
+    "digits_cnn": [sys.executable, "examples/digits_cnn.py", "--dir", "own"],
+    "digits_hf": [sys.executable, "examples/digits_hf.py", "--dir", "own"],
+    "digits_accelerate": [sys.executable, "examples/digits_accelerate.py", "--dir", "own"],
+    "digits_lightning": [sys.executable, "examples/digits_lightning.py", "--dir", "own"],
+    "lora": [sys.executable, "examples/lora.py", "--dir", "own"],
+    "train_gpt under torchrun": [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3",
+        "examples/train_gpt.py", "--dir", "own", "--dim", "32", "--layers", "2", "--heads", "2", "--context", "16",
+        "--batch", "2",
+    ],
+    "DeepSpeed under its launcher": [
+        f"{Path(sys.executable).parent}/deepspeed", "--num_accelerators", "2", "examples/deepspeed/train.py",
+        "--deepspeed_config", "examples/deepspeed/zero2.json", "--dir", "own", "--dim", "32", "--layers", "2",
+        "--heads", "2", "--context", "16",
+    ],
+    "DeepSpeed under mpirun": [
+        "mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, "examples/deepspeed/train.py",
+        "--deepspeed_config", "examples/deepspeed/zero3.json", "--dir", "own", "--dim", "32", "--layers", "2",
+        "--heads", "2", "--context", "16",
+    ],
+}  # fmt: skip
+NEEDS = {"digits_hf": "transformers", "digits_accelerate": "accelerate", "digits_lightning": "lightning"}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_resume_exactly(tmp_path: Path, name: str, long: bool) -> None:
+    if not long:
+        pytest.skip("--long")
+    for package in {NEEDS.get(name, "torch"), "deepspeed" if "DeepSpeed" in name else "torch"}:
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    given = [str(ROOT / each) if each.startswith("examples/") else each for each in EXAMPLES[name]]
+    code, told = command(tmp_path, "--timeout", 300, "--", *given, timeout=1500)
+    assert code == 0 and told["verdict"] == "exact", json.dumps(told, indent=1)
+    assert [each.name for each in tmp_path.iterdir() if "rehearsal" in each.name] == []
