@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The likeliest reason why two runs part: of what differs, the first thing in an iteration causes the rest."""
+"""The likeliest reason why two runs diverge: of what differs, the first thing in an iteration causes the rest."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from layerwise_dist.rehearsal.contents import Contents
-from layerwise_dist.rehearsal.story import Parting, Rank, loaders
+from layerwise_dist.rehearsal.story import Divergence, Rank, loaders
 
 _LISTED = 4
 
@@ -21,7 +21,7 @@ class Reason:
     advice: str
 
 
-def of_starts(parting: Parting | None, contents: Contents, *, first_step: bool, by_hash_order: bool) -> Reason:
+def of_starts(divergence: Divergence | None, contents: Contents, *, first_step: bool, by_hash_order: bool) -> Reason:
     """Why two runs of one command differ that nothing interrupted. `by_hash_order`: they do not when Python hashes
     texts alike in both.
     """
@@ -31,29 +31,29 @@ def of_starts(parting: Parting | None, contents: Contents, *, first_step: bool, 
             "processes (PYTHONHASHSEED)",
             "sort what is iterated over, or use a list or a dict in the order of insertion",
         )  # fmt: skip
-    if parting is not None and (own := _of_kind(parting, "generator")) and parting.given:
+    if divergence is not None and (own := _of_kind(divergence, "generator")) and divergence.given:
         return Reason("unseeded", f"a generator that nothing seeds: {own}", "give it a seed that the script knows")
-    if parting is not None and first_step and parting.weights:
+    if divergence is not None and first_step and divergence.weights:
         return Reason(
-            "unseeded", f"the model begins with other values: {_some(parting.weights)}",
+            "unseeded", f"the model begins with other values: {_some(divergence.weights)}",
             "seed before the model is made: torch.manual_seed(), and numpy's and Python's generators if they are used",
         )  # fmt: skip
-    if parting is not None and parting.given:
-        unseeded = f" (the global generators differ too: {_some(parting.rng)})" if parting.rng else ""
+    if divergence is not None and divergence.given:
+        unseeded = f" (the global generators differ too: {_some(divergence.rng)})" if divergence.rng else ""
         return Reason(
-            "data", f"the forward is given other data: {_some(parting.given, 'argument ')}{unseeded}. They come from a "
-            "clock, os.urandom, an unseeded generator, or the order of files",
+            "data", f"the forward is given other data: {_some(divergence.given, 'argument ')}{unseeded}. They come "
+            "from a clock, os.urandom, an unseeded generator, or the order of files",
             "compute data from seeds, step and epoch only; seed random and numpy.random; sort what a directory lists",
         )  # fmt: skip
-    if parting is not None and parting.gives:
+    if divergence is not None and divergence.gives:
         return Reason(
             "op", "the forward is given the same and gives something else: an operation in it is not deterministic",
             "torch.use_deterministic_algorithms(True) names such operations of torch's",
         )  # fmt: skip
-    if parting is not None and parting.gradients:
+    if divergence is not None and divergence.gradients:
         return Reason(
             "op", "the forwards are alike and the gradients are not: the loss depends on something else, or an "
-            f"operation of the backward is not deterministic ({_some(parting.gradients)})",
+            f"operation of the backward is not deterministic ({_some(divergence.gradients)})",
             "torch.use_deterministic_algorithms(True) names such operations of torch's",
         )  # fmt: skip
     return Reason(
@@ -62,34 +62,34 @@ def of_starts(parting: Parting | None, contents: Contents, *, first_step: bool, 
     )  # fmt: skip
 
 
-def of_resume(parting: Parting | None, contents: Contents, rank: Rank, *, restored: int) -> Reason:
+def of_resume(divergence: Divergence | None, contents: Contents, rank: Rank, *, restored: int) -> Reason:
     """Why a run that was killed and went on after step `restored` differs from one that was not."""
-    if parting is not None:
+    if divergence is not None:
         found = (
-            _written(parting, restored) or _object_outside(parting) or _data(parting, rank) or _hidden(parting)
-            or _random(parting, rank) or _inside(parting)
+            _written(divergence, restored) or _object_outside(divergence) or _data(divergence, rank)
+            or _hidden(divergence) or _random(divergence, rank) or _inside(divergence)
         )  # fmt: skip
         if found is not None:
             return found
     return _sealed(contents)
 
 
-def _written(parting: Parting, restored: int) -> Reason | None:
-    if not parting.weights:
+def _written(divergence: Divergence, restored: int) -> Reason | None:
+    if not divergence.weights:
         return None
-    when = "between restore() and the first forward" if parting.step == restored + 1 else "between two iterations"
+    when = "between restore() and the first forward" if divergence.step == restored + 1 else "between two iterations"
     return Reason(
-        "write", f"something writes into the model {when}, as every start does: {_some(parting.weights)}",
+        "write", f"something writes into the model {when}, as every start does: {_some(divergence.weights)}",
         "do it before restore(), or only where restore() returned 0",
     )  # fmt: skip
 
 
-def _object_outside(parting: Parting) -> Reason | None:
+def _object_outside(divergence: Divergence) -> Reason | None:
     wanted = ("generator", "object", "optimizer", "schedule", "model")
-    if not parting.given:
+    if not divergence.given:
         wanted = ("optimizer", "schedule", "model", "object", "generator")
     for kind in wanted:
-        if names := _of_kind(parting, kind):
+        if names := _of_kind(divergence, kind):
             return Reason(f"{kind}-outside", f"{_WHAT[kind]} that no checkpoint has: {names}", _HOW[kind])
     return None
 
@@ -107,16 +107,16 @@ _HOW = {
 }
 
 
-def _data(parting: Parting, rank: Rank) -> Reason | None:
-    if not parting.given:
+def _data(divergence: Divergence, rank: Rank) -> Reason | None:
+    if not divergence.given:
         return None
-    what = f"the forward is given other data ({_some(parting.given, 'argument ')})"
+    what = f"the forward is given other data ({_some(divergence.given, 'argument ')})"
     doubts = [text for text in rank.warned if "a resume may not be exact" in text]
     if doubts:
         key = "workers" if any("worker" in text for text in doubts) else "loader"
         return Reason(key, f"{what}, and of its loader: {doubts[0]}", "see docs/guide.md, state=")
     attached = rank.attached[-1]["loaders"]
-    if not attached and (loose := loaders(rank, parting.step)):
+    if not attached and (loose := loaders(rank, divergence.step)):
         return Reason(
             "loader-outside", f"{what}, from a loader whose place no checkpoint has: {_some(loose)}",
             "name it in attach(state={...})",
@@ -137,7 +137,7 @@ def _data(parting: Parting, rank: Rank) -> Reason | None:
             "dataset", f"{what}: loader {name!r} is at its place, so its dataset {told['data']} has a state of its own",
             "draw from generators that are seeded by the sample's index, or name them in attach(state={...})",
         )  # fmt: skip
-    hints = [f"{name} was {one} and is {other}" for name, (one, other) in parting.values.items()]
+    hints = [f"{name} was {one} and is {other}" for name, (one, other) in divergence.values.items()]
     counted = f"; variables that differ: {_some(hints)}" if hints else ""
     return Reason(
         "data", f"{what}, from something that no checkpoint has: a counter, an iterator, a file's position{counted}",
@@ -145,44 +145,44 @@ def _data(parting: Parting, rank: Rank) -> Reason | None:
     )  # fmt: skip
 
 
-def _hidden(parting: Parting) -> Reason | None:
-    if not (parting.hidden and (parting.gives or parting.gradients)):
+def _hidden(divergence: Divergence) -> Reason | None:
+    if not (divergence.hidden and (divergence.gives or divergence.gradients)):
         return None
     return Reason(
-        "hidden", f"attributes of modules that are neither parameters nor buffers: {_some(parting.hidden)}",
+        "hidden", f"attributes of modules that are neither parameters nor buffers: {_some(divergence.hidden)}",
         "use register_buffer(), or get_extra_state() and set_extra_state()",
     )  # fmt: skip
 
 
-def _random(parting: Parting, rank: Rank) -> Reason | None:
-    if not parting.rng or parting.forward is None or not (parting.gives or parting.gradients):
+def _random(divergence: Divergence, rank: Rank) -> Reason | None:
+    if not divergence.rng or divergence.forward is None or not (divergence.gives or divergence.gradients):
         return None
-    if not rank.attached[-1]["loaders"] and (loose := loaders(rank, parting.step)):
+    if not rank.attached[-1]["loaders"] and (loose := loaders(rank, divergence.step)):
         return Reason(
             "loader-outside", f"a loader that state= does not name is started at another place: {_some(loose)}; it "
             "draws from the global generators", "name it in attach(state={...})",
         )  # fmt: skip
     return Reason(
-        "random-numbers", f"the global random numbers are others before the forward: {_some(parting.rng)}. Something "
-        "draws from them, or seeds them, only in one of the two",
+        "random-numbers", f"the global random numbers are others before the forward: {_some(divergence.rng)}. "
+        "Something draws from them, or seeds them, only in one of the two",
         "seed before restore(), and end iterations by steps() or end_step()",
     )  # fmt: skip
 
 
-def _inside(parting: Parting) -> Reason | None:
-    if parting.count:
+def _inside(divergence: Divergence) -> Reason | None:
+    if divergence.count:
         return Reason(
             "forwards", "the iteration has another number of forwards", "keep what it is counted by in state="
         )
-    if parting.gives:
+    if divergence.gives:
         return Reason(
             "forward", "the forward is given the same and gives something else: it depends on something outside the "
             "model", "keep that in a buffer of the model, or name it in attach(state={...})",
         )  # fmt: skip
-    if parting.gradients:
+    if divergence.gradients:
         return Reason(
-            "loss", f"the forwards are alike and the gradients are not ({_some(parting.gradients)}): the loss depends "
-            "on something that no checkpoint has", "name it in attach(state={...})",
+            "loss", f"the forwards are alike and the gradients are not ({_some(divergence.gradients)}): the loss "
+            "depends on something that no checkpoint has", "name it in attach(state={...})",
         )  # fmt: skip
     return None
 
@@ -206,8 +206,8 @@ def _sealed(contents: Contents) -> Reason:
     )  # fmt: skip
 
 
-def _of_kind(parting: Parting, kind: str) -> str:
-    return _some(name for name, each in parting.objects.items() if each == kind)
+def _of_kind(divergence: Divergence, kind: str) -> str:
+    return _some(name for name, each in divergence.objects.items() if each == kind)
 
 
 def _some(names: Iterable[str], before: str = "") -> str:

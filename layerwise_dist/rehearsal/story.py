@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the ranks of one run told, read while it goes on, and where two runs part."""
+"""What the ranks of one run told, read while it goes on, and where two runs diverge."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Story:
 
 
 @dataclass(frozen=True)
-class Parting:
+class Divergence:
     """What differs of one iteration between two runs, on one rank.
 
     Attributes:
@@ -145,7 +145,7 @@ class Parting:
         return None
 
 
-def parting(one: Rank, other: Rank, step: int, rank: int) -> Parting | None:
+def divergence(one: Rank, other: Rank, step: int, rank: int) -> Divergence | None:
     """None if either saw nothing of that iteration."""
     if step not in one.steps or step not in other.steps:
         return None
@@ -162,7 +162,7 @@ def parting(one: Rank, other: Rank, step: int, rank: int) -> Parting | None:
         if rng or given or gives:
             at = number
             break
-    return Parting(
+    return Divergence(
         step, rank,
         {
             name: script[name]["kind"] for name in both
@@ -178,17 +178,17 @@ def parting(one: Rank, other: Rank, step: int, rank: int) -> Parting | None:
     )  # fmt: skip
 
 
-def partings(one: Story, other: Story, step: int, without: Set[str]) -> list[Parting]:
+def divergences(one: Story, other: Story, step: int, without: Set[str]) -> list[Divergence]:
     """Of each rank that both runs have; objects of the names in `without` are left out."""
     both = sorted(one.ranks.keys() & other.ranks.keys())
-    found = [parting(one.ranks[rank], other.ranks[rank], step, rank) for rank in both]
+    found = [divergence(one.ranks[rank], other.ranks[rank], step, rank) for rank in both]
     return [
         replace(each, objects={name: kind for name, kind in each.objects.items() if name not in without})
         for each in found if each is not None
     ]  # fmt: skip
 
 
-def first_of(found: Sequence[Parting], *, objects: bool) -> Parting | None:
+def first_of(found: Sequence[Divergence], *, objects: bool) -> Divergence | None:
     """The one that differs earliest in the iteration; with `objects` those too where the script's objects differ."""
     telling = [each for each in found if each.stage is not None or (objects and each.objects)]
     return min(telling, key=lambda each: (-1 if objects and each.objects else each.stage or 0, each.rank), default=None)

@@ -16,7 +16,7 @@ from layerwise_dist.rehearsal.contents import Contents, Restless, compare, restl
 from layerwise_dist.rehearsal.plan import Plan
 from layerwise_dist.rehearsal.reasons import Reason
 from layerwise_dist.rehearsal.running import Process, Run, RunFailed, Say, Start, run
-from layerwise_dist.rehearsal.story import Parting, first_of, partings
+from layerwise_dist.rehearsal.story import Divergence, divergences, first_of
 
 _HASH_SEED = "PYTHONHASHSEED"
 
@@ -49,16 +49,16 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Found:
-    """The first difference of two runs. `step` is that of the checkpoints, `parting` of what led to it."""
+    """The first difference of two runs. `step` is that of the checkpoints, `divergence` of what led to it."""
 
     step: int
     contents: Contents
-    parting: Parting | None
+    divergence: Divergence | None
 
     @property
     def rank(self) -> int:
-        if self.parting is not None:
-            return self.parting.rank
+        if self.divergence is not None:
+            return self.divergence.rank
         return self.contents.rank or 0
 
 
@@ -167,8 +167,8 @@ class Trial:
         if found is None:
             return Verdict("exact", restored=restored, compared=self._compared, notes=self._notes)
         rank = resumed.story.ranks[found.rank]
-        reason = reasons.of_resume(found.parting, found.contents, rank, restored=restored)
-        step = found.step if found.parting is None else min(found.step, found.parting.step)
+        reason = reasons.of_resume(found.divergence, found.contents, rank, restored=restored)
+        step = found.step if found.divergence is None else min(found.step, found.divergence.step)
         return Verdict(
             "differs", step, found.rank, _where(found), reason, restored, self._compared, self._notes
         )  # fmt: skip
@@ -201,9 +201,9 @@ class Trial:
         """Without `objects` two starts are compared, and what differs without an effect goes into `effectless`. With
         them the states of the script's variables count too.
         """
-        early: Parting | None = None
+        early: Divergence | None = None
         for step in steps:
-            there = partings(one.story, other.story, step, self._restless if objects else frozenset())
+            there = divergences(one.story, other.story, step, self._restless if objects else frozenset())
             early = early or first_of(there, objects=objects)
             contents = self._compare(one, other, step).without(without)
             if not objects:
@@ -239,8 +239,8 @@ class Trial:
             self._say("two runs without an interruption differ: once more with the first one's PYTHONHASHSEED")
             again = self._once(folder, "again", "1")
             by_hash_order = self._first_difference(first, again, [apart.step], set()) is None
-        step = apart.step if apart.parting is None else min(apart.step, apart.parting.step)
-        reason = reasons.of_starts(apart.parting, apart.contents, first_step=step == 1, by_hash_order=by_hash_order)
+        step = apart.step if apart.divergence is None else min(apart.step, apart.divergence.step)
+        reason = reasons.of_starts(apart.divergence, apart.contents, first_step=step == 1, by_hash_order=by_hash_order)
         return Verdict(
             "nondeterministic", step, apart.rank, _where(apart), reason, None, self._compared, self._notes
         )  # fmt: skip
@@ -249,6 +249,6 @@ class Trial:
 def _where(found: Found) -> list[str]:
     """What a checkpoint of that step has otherwise, or if that is nothing, the variables."""
     names = found.contents.names()
-    if not names and found.parting is not None:
-        names = [f"rank {found.parting.rank}: {name}" for name in found.parting.objects]
+    if not names and found.divergence is not None:
+        names = [f"rank {found.divergence.rank}: {name}" for name in found.divergence.objects]
     return names
