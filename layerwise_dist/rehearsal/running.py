@@ -6,14 +6,14 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from layerwise_dist.rehearsal.plan import VARIABLE, Plan
 from layerwise_dist.rehearsal.story import Story
-from layerwise_dist.supervision.processes import kill_all
+from layerwise_dist.supervision.processes import descendants, kill_all
 
 _LOOK_S = 0.05  # between two looks at what the ranks told
 _GRACE_S = 30.0  # for a launcher whose ranks have ended
@@ -71,27 +71,40 @@ class Process:
         return self._process.poll()
 
     def kill(self) -> None:
+        below: list[int] = []
         if self._process.poll() is None:
+            below = descendants(
+                self._process.pid
+            )  # one that writes its title over its environment is known by this only
             self._process.kill()
-        kill_all(self._alive)
+        kill_all(lambda: sorted({*self._marked(), *alive(below)}))
         self._process.wait()
 
     def output(self) -> str:
         return self._log.read_text(encoding="utf-8", errors="replace")
 
-    def _alive(self) -> list[int]:
+    def _marked(self) -> list[int]:
         found = []
         for entry in os.listdir("/proc"):
-            if not entry.isdigit():
-                continue
             try:
-                environment = Path("/proc", entry, "environ").read_bytes()
-                state = Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()[0]
+                if entry.isdigit() and self._mark in Path("/proc", entry, "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry))
             except OSError:
                 continue  # it has ended, or is another user's
-            if self._mark in environment.split(b"\0") and state not in "ZX":
-                found.append(int(entry))
-        return found
+        return alive(found)
+
+
+def alive(pids: Iterable[int]) -> list[int]:
+    """Those of them that are there and have not ended."""
+    found = []
+    for pid in pids:
+        try:
+            state = Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if state not in "ZX":
+            found.append(pid)
+    return found
 
 
 @dataclass(frozen=True)
