@@ -18,6 +18,7 @@ from layerwise_dist.cli import (
     listing,
     pinning,
     pruning,
+    rehearsal,
     selftesting,
     showing,
     verifying,
@@ -370,44 +371,7 @@ def selftest(
     give(lambda: selftesting.selftest(directory, seed=seed), json)
 
 
-@app.command("rehearse")
-def rehearse(
-    command: Annotated[
-        list[str], typer.Argument(metavar="-- COMMAND...", help="What trains: torchrun ... train.py, python train.py.")
-    ],
-    directory: Annotated[
-        str, typer.Option("--dir", metavar="DIR", help="Where its folder is made; room for 3 x STEPS checkpoints.")
-    ] = ".",
-    steps: Annotated[int, typer.Option("--steps", metavar="N", min=3, help="Each run ends with this step.")] = 6,
-    kill_at: Annotated[
-        int | None, typer.Option("--kill-at", metavar="K", min=1, help="Resume after this step; else half of them.")
-    ] = None,
-    timeout: Annotated[
-        float, typer.Option("--timeout", metavar="SECONDS", min=1, help="The longest that one run may take.")
-    ] = 600.0,
-    keep: Annotated[
-        bool, typer.Option("--keep", help="Leave checkpoints and output of the runs where they are.")
-    ] = False,
-    json: Json = False,
-) -> None:  # fmt: skip
-    """Is a script exactly resumable? Runs its own command for a few steps, kills it, resumes it, and compares.
-
-    It runs twice without an interruption, once until SIGKILL after step K and one more, and once from there. All
-    checkpoints of equal steps are compared to the bit. The first step, rank, and tensor or object that differs is named
-    with the likeliest reason. The script's own checkpoint directories stay as they are.
-
-    Exit code: 0 exact, 1 the resumed run differs, 2 wrong usage, 3 the script failed by itself or never attached, 4 two
-    runs without an interruption differ.
-
-    Example: layerwise rehearse -- torchrun --nproc-per-node 2 train.py
-    """
-
-    def look() -> console.Answer:
-        from layerwise_dist.cli.rehearsing import rehearse  # torch comes along
-
-        return rehearse(command, directory, steps=steps, kill_at=kill_at, timeout_s=timeout, keep=keep)
-
-    give(look, json, "rehearse")
+app.command("rehearse")(rehearsal.rehearse)
 
 
 def main() -> Any:
