@@ -74,9 +74,9 @@ class Contents:
 
 
 def restless(paths: set[str]) -> Restless:
-    """Whether a path is one of these. A generator that nothing seeds is none of a loader's start either."""
+    """Whether a path is one of these. A generator that nothing seeds differs where a loader began, too."""
     unseeded = {path.rpartition("[")[2] for path in paths if path.startswith("boundary.rng[")}
-    return lambda path: path in paths or (".rng[" in path and path.rpartition("[")[2] in unseeded)
+    return lambda path: path in paths or (path.startswith("boundary.") and path.rpartition("[")[2] in unseeded)
 
 
 def compare(one: str, other: str, step: int, titles: tuple[str, str]) -> Contents:
@@ -120,7 +120,7 @@ def _unlike(one: Any, other: Any, path: str) -> Iterator[str]:
     if isinstance(one, Mapping) and isinstance(other, Mapping) and type(one) is type(other):
         generators = _GENERATORS >= one.keys() >= {"torch", "python"}
         for key in [*one, *(each for each in other if each not in one)]:
-            at = _member(path, key)
+            at = f"{path}[{key!r}]" if generators else _member(path, key)
             if key not in one or key not in other:
                 yield at
             elif generators:

@@ -285,12 +285,6 @@ def raises() -> None:
     raise RuntimeError("no training today")
 
 
-def stands_still() -> None:
-    model = network()
-    lwd.attach(model, sgd(model.parameters()), dir=DIR).restore()
-    time.sleep(600)
-
-
 def does_not_attach() -> None:
     print("done")
 
