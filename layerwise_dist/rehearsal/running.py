@@ -73,9 +73,8 @@ class Process:
     def kill(self) -> None:
         below: list[int] = []
         if self._process.poll() is None:
-            below = descendants(
-                self._process.pid
-            )  # one that writes its title over its environment is known by this only
+            # One that writes its title over its environment is known by this only.
+            below = descendants(self._process.pid)
             self._process.kill()
         kill_all(lambda: sorted({*self._marked(), *alive(below)}))
         self._process.wait()
