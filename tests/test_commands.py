@@ -77,6 +77,10 @@ TABLE: list[tuple[str, str]] = [
         r"layerwise watch( (DIR|checkpoints))?( --once)?",
         "test_watching.py::test_it_tells_of_a_job_and_changes_nothing",
     ),
+    (
+        r"layerwise report( (DIR|checkpoints))?( -o report\.html)?",
+        "test_report.py::test_the_command_makes_a_page_of_a_job_and_replaces_nothing_unasked",
+    ),
     (r"layerwise selftest( \[DIR\])?", "test_selftest.py::test_it_kills_resumes_compares_and_leaves_nothing"),
     (
         r"layerwise doctor.*",
