@@ -106,6 +106,43 @@ class PreemptionConfig(_Strict):
     )
 
 
+class TelemetryConfig(_Strict):
+    events: str | None = Field(
+        None,
+        description="File for events, one JSON object a line (docs/telemetry.md): the name of a file in dir, or an "
+        "absolute path. It ends in .jsonl. Other ranks add their number: events.00001.jsonl.",
+    )
+    tensorboard: str | None = Field(
+        None,
+        min_length=1,
+        description="Directory for TensorBoard, where rank 0 writes scalars; ~ is expanded. Needs the package "
+        "tensorboard.",
+    )
+    prometheus_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="TCP port on which rank 0 serves metrics to Prometheus. Needs the package prometheus-client.",
+    )
+    prometheus_host: str = Field(
+        "127.0.0.1",
+        min_length=1,
+        description="Address that this port listens on; 0.0.0.0: every address of the machine.",
+    )
+
+    @field_validator("events")
+    @classmethod
+    def _lines(cls, value: str | None) -> str | None:
+        plain = value is None or ("\0" not in value and (os.path.isabs(value) or os.sep not in value))
+        if value is None or (plain and value.endswith(".jsonl")):
+            return value
+        raise ValueError("must be a file name, or an absolute path, that ends in .jsonl")
+
+    @property
+    def on(self) -> bool:
+        return self.events is not None or self.tensorboard is not None or self.prometheus_port is not None
+
+
 class LayerwiseConfig(_Strict):
     enabled: bool = Field(True, description="false: attach() hooks nothing and every call is a no-op.")
     dir: str = Field("checkpoints", min_length=1, description="Directory of the checkpoints; ~ is expanded.")
@@ -191,6 +228,7 @@ class LayerwiseConfig(_Strict):
     writer: WriterConfig = Field(default_factory=WriterConfig)
     commit: CommitConfig = Field(default_factory=CommitConfig)
     preemption: PreemptionConfig = Field(default_factory=PreemptionConfig)
+    telemetry: TelemetryConfig = Field(default_factory=TelemetryConfig)
     file_mode: str = Field(
         "0600",
         description="Mode of the files, in octal; directories get the search bits added.",
@@ -249,6 +287,15 @@ class LayerwiseConfig(_Strict):
             )
         return self
 
+    @model_validator(mode="after")
+    def _events_somewhere(self) -> LayerwiseConfig:
+        events = self.telemetry.events
+        if self.mode == "mock" and events is not None and not os.path.isabs(events):
+            raise ValueError(
+                f"telemetry.events = {events!r} with mode 'mock', which makes no directory: give an absolute path"
+            )
+        return self
+
     @property
     def captured_by(self) -> Literal["auto", "lease", "stage"]:
         """`capture`; "stage" where another process writes."""
@@ -274,7 +321,12 @@ class LayerwiseConfig(_Strict):
         return os.path.abspath(os.path.expanduser(self.dir))
 
 
-_PARTS: dict[str, type[BaseModel]] = {"writer": WriterConfig, "commit": CommitConfig, "preemption": PreemptionConfig}
+_PARTS: dict[str, type[BaseModel]] = {
+    "writer": WriterConfig,
+    "commit": CommitConfig,
+    "preemption": PreemptionConfig,
+    "telemetry": TelemetryConfig,
+}
 
 
 def load_config(

@@ -46,7 +46,7 @@ THREADS = {
     "layerwise-signals": "stops all", "layerwise-grace": "ends the process",
     "layerwise-flush": "the process ends anyway",
     "layerwise-within": "is raised by who waits", "layerwise-watch": "ends the monitor",
-    "layerwise-deadline": "ends the monitor", "layerwise-notices": "is logged",
+    "layerwise-deadline": "ends the monitor", "layerwise-notices": "is logged", "layerwise-telemetry": "is warned of",
 }  # fmt: skip
 
 

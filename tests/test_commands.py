@@ -73,6 +73,14 @@ TABLE: list[tuple[str, str]] = [
         r"layerwise export( DIR OUT \[--format hf\|dcp\|torch\])?",
         "test_exporting.py::test_torch_reads_a_file_that_both_load_state_dicts_take_and_trains_on",
     ),
+    (
+        r"layerwise watch( (DIR|checkpoints))?( --once)?",
+        "test_watching.py::test_it_tells_of_a_job_and_changes_nothing",
+    ),
+    (
+        r"layerwise report( (DIR|checkpoints))?( -o report\.html)?",
+        "test_report.py::test_the_command_makes_a_page_of_a_job_and_replaces_nothing_unasked",
+    ),
     (r"layerwise selftest( \[DIR\])?", "test_selftest.py::test_it_kills_resumes_compares_and_leaves_nothing"),
     (
         r"layerwise rehearse( -- .*)?",

@@ -79,7 +79,7 @@ def adapters() -> Iterator[tuple[PCCheckAdapter, StagingAdapter]]:
     direct.allocate_staging_buffer(8)
     link = SimpleNamespace(rank=0, on=lambda *_: None, on_lost=lambda _: None, send=lambda _: None, close=lambda: None)
     facts: Opened = {"info": {}, "direct": False, "memory_align": 64}
-    yield direct, StagingAdapter(cast(MonitorLink, link), LayerwiseConfig(), facts, lambda _: None)
+    yield direct, StagingAdapter(cast(MonitorLink, link), LayerwiseConfig(), facts, lambda *_: None)
     direct.close(10)
 
 

@@ -16,6 +16,7 @@ from layerwise_dist.cli import (
     doctoring,
     exporting,
     listing,
+    observing,
     pinning,
     pruning,
     rehearsal,
@@ -30,6 +31,8 @@ from layerwise_dist.errors import LayerwiseError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.add_typer(bench.app, name="bench")
+app.command("watch")(observing.watch)
+app.command("report")(observing.report)
 
 
 @app.callback(invoke_without_command=True)

@@ -54,6 +54,16 @@ def give(
     raise typer.Exit((0 if answer.good else 1) if answer.code is None else answer.code)
 
 
+def give_live(command: Callable[[], None]) -> None:
+    """Of a command that shows what it finds by itself until Ctrl-C."""
+    try:
+        command()
+    except WrongUsage as error:
+        raise failed(str(error), 2, False) from None
+    except OSError as error:
+        raise failed(f"cannot read: {error}", 2, False) from None
+
+
 def failed(message: str, code: int, json: bool) -> typer.Exit:
     if json:
         console.put_json({"error": message})

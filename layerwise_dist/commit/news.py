@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tells one listener what became of checkpoints, from rank 0's messages."""
+"""Tells one listener what became of checkpoints, and one witness each step of the way, from messages."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
-from layerwise_dist.commit.messages import ToRanks
+from layerwise_dist.commit.messages import Durable, ToCoordinator, ToRanks
+from layerwise_dist.storage.filenames import AttemptId
 
 
 class Listener(Protocol):
@@ -17,14 +18,49 @@ class Listener(Protocol):
         """`step` None: there will be no checkpoint any more."""
 
 
+class Witness(Protocol):
+    """Sees each step of each attempt, on any thread and with a lock held. It must not wait."""
+
+    def began(self, attempt: AttemptId) -> None:
+        """This rank captures it."""
+
+    def written(self, attempt: AttemptId, nbytes: int) -> None:
+        """This rank's shard, of so many bytes, is durable."""
+
+    def heard(self, message: ToRanks) -> None:
+        """Rank 0 said this to all ranks."""
+
+    def told(self, message: Durable) -> None:
+        """A rank's shard is durable. On rank 0 only, where it decides in this process."""
+
+    def lost(self, why: str) -> None:
+        """Nothing is decided any more."""
+
+
 class News:
-    """Nothing is told while `listener` is None."""
+    """Nothing is told while `listener` and `witness` are None."""
 
     def __init__(self) -> None:
         self.listener: Listener | None = None
+        self.witness: Witness | None = None
+
+    def began(self, attempt: AttemptId) -> None:
+        if self.witness is not None:
+            self.witness.began(attempt)
+
+    def written(self, attempt: AttemptId, nbytes: int) -> None:
+        if self.witness is not None:
+            self.witness.written(attempt, nbytes)
+
+    def told(self, message: ToCoordinator) -> None:
+        """To rank 0, by a rank."""
+        if self.witness is not None and message["t"] == "durable":
+            self.witness.told(message)
 
     def heard(self, message: ToRanks) -> None:
         """Of rank 0."""
+        if self.witness is not None:
+            self.witness.heard(message)
         if self.listener is None:
             return
         if message["t"] == "committed":
@@ -36,5 +72,7 @@ class News:
 
     def lost(self, why: str) -> None:
         """Nothing is decided any more."""
+        if self.witness is not None:
+            self.witness.lost(why)
         if self.listener is not None:
             self.listener.failed(None, why)

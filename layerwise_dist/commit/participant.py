@@ -14,7 +14,7 @@ from layerwise_dist.commit.coordinator_thread import CoordinatorThread
 from layerwise_dist.commit.keeper import HEARS, KeeperThread
 from layerwise_dist.commit.ledger import Action, Ledger, Post, Retire
 from layerwise_dist.commit.messages import ToCoordinator, ToRanks
-from layerwise_dist.commit.news import Listener, News
+from layerwise_dist.commit.news import Listener, News, Witness
 from layerwise_dist.commit.persisting import Persisting
 from layerwise_dist.commit.transports import Transport
 from layerwise_dist.commit.waits import Waits
@@ -57,7 +57,9 @@ class Participant:
         self._leaving: Callable[[str], None] | None = None
         self._retire: Callable[[AttemptId], None] | None = None
         self._news = News()
-        self._persisting = Persisting(self._ledger, self._waits, self._do, timeout_s=timeout_s, failed=self.broke)
+        self._persisting = Persisting(
+            self._ledger, self._waits, self._do, self._news.written, timeout_s=timeout_s, failed=self.broke
+        )
         transport.start(self._on_message, self._on_coordinator_message if self.rank == 0 else None, self._on_error)
 
     # -- what is there only later -------------------------------------------------------------------------------
@@ -97,6 +99,10 @@ class Participant:
     def tell(self, listener: Listener) -> None:
         """From now on. The engine brings it."""
         self._news.listener = listener
+
+    def show(self, witness: Witness) -> None:
+        """From now on. The engine brings it."""
+        self._news.witness = witness
 
     # -- what is said -------------------------------------------------------------------------------------------
 
@@ -142,6 +148,7 @@ class Participant:
     def began(self, attempt: AttemptId) -> None:
         with self._changed:
             self._ledger.began(attempt)
+            self._news.began(attempt)
 
     def failed(
         self, attempt: AttemptId, error: str, write: Leftover | None, *, final: bool = False, told: bool = False
@@ -150,10 +157,11 @@ class Participant:
         with self._changed:
             self._do(self._ledger.failed(attempt, error, write, final=final, told=told))
 
-    def written(self, attempt: AttemptId) -> None:
-        """Another process, which reports it itself, has made this rank's shard durable."""
+    def written(self, attempt: AttemptId, nbytes: int) -> None:
+        """Another process, which reports it itself, has made this rank's shard of so many bytes durable."""
         with self._changed:
             self._ledger.written(attempt)
+            self._news.written(attempt, nbytes)
             self._changed.notify_all()
 
     def skipped(self, attempt: AttemptId, reason: str) -> None:
@@ -352,6 +360,7 @@ class Participant:
             with self._changed:
                 self._agreement.left(message)
                 self._changed.notify_all()
+        self._news.told(message)
         if self._coordinator is not None:
             self._coordinator.post(message)
 

@@ -11,6 +11,7 @@ from functools import partial
 from layerwise_dist.commit.ledger import Action, Discard, GiveUp, Ledger, Persist
 from layerwise_dist.commit.waits import Waits
 from layerwise_dist.errors import LayerwiseError
+from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.protocols import Leftover, Write
 from layerwise_dist.supervision import background
 
@@ -21,13 +22,14 @@ class Persisting:
     """From the constructor until `close`. One job after the other, in the order in which they are put."""
 
     def __init__(
-        self, ledger: Ledger, waits: Waits, do: Callable[[list[Action]], None], *, timeout_s: float,
-        failed: background.Failed,
+        self, ledger: Ledger, waits: Waits, do: Callable[[list[Action]], None],
+        written: Callable[[AttemptId, int], None], *, timeout_s: float, failed: background.Failed,
     ) -> None:  # fmt: skip
-        """`do` takes what the ledger says to how a job ended, with the lock of `waits` held. `timeout_s`: the longest
-        that a shard may take.
+        """`do` takes what the ledger says to how a job ended, `written` which shards are durable and their bytes; both
+        with the lock of `waits` held. `timeout_s`: the longest that a shard may take.
         """
-        self._ledger, self._waits, self._do, self._timeout_s, self._failed = ledger, waits, do, timeout_s, failed
+        self._ledger, self._waits, self._do, self._written = ledger, waits, do, written
+        self._timeout_s, self._failed = timeout_s, failed
         self._work: queue.SimpleQueue[Persist | GiveUp | Discard | None] = queue.SimpleQueue()
         self._thread = background.start("layerwise-persist", self._run, failed)
 
@@ -66,6 +68,7 @@ class Persisting:
             raise
         with self._waits.changed:
             if report is not None:
+                self._written(write.attempt, report.nbytes)
                 self._do(self._ledger.persisted(write.attempt, report))
             self._waits.changed.notify_all()
 

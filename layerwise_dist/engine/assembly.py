@@ -48,6 +48,7 @@ from layerwise_dist.storage.exposure import exposed, listed
 from layerwise_dist.storage.network import memory_by_magic
 from layerwise_dist.storage.writer import open_writer
 from layerwise_dist.supervision.patience import within
+from layerwise_dist.telemetry.boards import open_boards
 
 log = logging.getLogger("layerwise_dist")
 
@@ -160,6 +161,7 @@ def assemble(
     rank, world_size = transport.rank, transport.world_size
     participant = Participant(transport, timeout_s=config.commit.timeout_s, through_monitor=monitor is not None)
     closers: list[Callable[[], object]] = [] if monitor is None else [monitor.close]
+    boards: list[Any] = []
     closers.append(lambda: participant.close(1.0))
 
     def in_memory() -> str | None:
@@ -202,6 +204,8 @@ def assemble(
             survey = Surveyor(found, adapter, config.captured_by, bases=not pooled).look()
             check_pool(config.pool_mb, config.bounce_bytes, survey, pooled=pooled)
             Sealer(found, adapter, objects).try_out(survey)
+            boards.extend(open_boards(config.telemetry, rank))
+            closers.extend(board.close for board in boards)
             closers.append(objects.detach)
             objects.tap()
             return found, adapter, objects
@@ -235,7 +239,7 @@ def assemble(
         workings = Workings(
             found, updates, config, objects, adapter=parts.adapter, manager=parts.manager, info=parts.info,
             participant=participant, committer=parts.committer, coordinator=parts.coordinator, fresh=fresh,
-            preemption=preemption, replicas=replicas, loan=loan, rehearsal=rehearsal,
+            preemption=preemption, replicas=replicas, loan=loan, rehearsal=rehearsal, boards=boards,
         )  # fmt: skip
         return LayerwiseEngine(workings)
     except BaseException:

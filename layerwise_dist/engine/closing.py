@@ -21,6 +21,7 @@ from layerwise_dist.engine.hooks import Hooks
 from layerwise_dist.engine.last_step import LastStep
 from layerwise_dist.engine.notices import Notices
 from layerwise_dist.engine.preemption import FAREWELL_S, Preemption
+from layerwise_dist.engine.statistics import Statistics
 from layerwise_dist.engine.trace import Tracing
 from layerwise_dist.engine.training_thread import TrainingThread
 from layerwise_dist.errors import LayerwiseError
@@ -46,14 +47,14 @@ class Closing:
         frozen: FrozenBases, adapter: ShardWriterAdapter, manager: CheckpointMetadataManager, participant: Participant,
         coordinator: CoordinatorThread | None, preemption: Preemption | None, tracing: Tracing,
         scheduler: LayerwiseCheckpointScheduler, last: LastStep, thread: TrainingThread,
-        notices: Notices,
+        notices: Notices, statistics: Statistics,
     ) -> None:  # fmt: skip
         self._config, self._captures, self._boundary, self._hooks = config, captures, boundary, hooks
         self._framework, self._optimizer, self._objects, self._surveyor = framework, optimizer, objects, surveyor
         self._attempts, self._frozen, self._adapter, self._manager = attempts, frozen, adapter, manager
         self._participant, self._coordinator, self._preemption = participant, coordinator, preemption
         self._tracing, self._scheduler, self._last, self._thread = tracing, scheduler, last, thread
-        self._notices = notices
+        self._notices, self._statistics = notices, statistics
         self.closed = False
 
     def end(self, *, orderly: bool, limit_s: float = math.inf) -> None:
@@ -139,6 +140,7 @@ class Closing:
         ]
         self._captures.sealed.clear()
         self._notices.close(left())
+        self._statistics.close(left())
         if not all(closed):
             log.warning(
                 "rank %d: close: the disk is busy%s; this process no longer waits for it, and keeps what it uses",

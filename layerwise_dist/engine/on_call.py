@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from layerwise_dist.commit.transports.choice import open_transport
-from layerwise_dist.config import LayerwiseConfig, PreemptionConfig
+from layerwise_dist.config import LayerwiseConfig, PreemptionConfig, TelemetryConfig
 from layerwise_dist.engine.assembly import assemble, environment
 from layerwise_dist.engine.engine import workings_of
 from layerwise_dist.engine.workings import Workings
@@ -61,7 +61,8 @@ class OnCall:
         self._saves.check(tag, within_window=within_window)
         self._boundary.call()  # the iteration ends here if it has updated, as with save(tag)
         changes: dict[str, Any] = {
-            "dir": root, "every_n_steps": None, "update": "auto", "preemption": PreemptionConfig()
+            "dir": root, "every_n_steps": None, "update": "auto", "preemption": PreemptionConfig(),
+            "telemetry": TelemetryConfig(),
         }  # fmt: skip
         if self.config.mode == "monitor":
             changes["mode"] = "direct"  # the call waits until it is committed: there is nothing to outlive

@@ -10,6 +10,8 @@ from layerwise_dist import _native
 from layerwise_dist.capture.frozen import FrozenBases
 from layerwise_dist.capture.lease import Capture
 from layerwise_dist.storage.protocols import ShardWrite
+from layerwise_dist.telemetry.assembling import PARTS
+from layerwise_dist.telemetry.recorder import Telemetry
 
 _KEPT = 10_000  # stalls of this many checkpoints are remembered for the percentiles
 _RECENT = 8  # captures whose writers may still count
@@ -17,20 +19,28 @@ _COUNTED = ("writes", "bytes_written", "bytes_copied", "bytes_evacuated", "bytes
 
 
 class Statistics:
-    """Belongs to the training thread. Times in seconds unless a name says ms."""
+    """Belongs to the training thread. Times in seconds unless a name says ms.
+
+    Attributes:
+        newest: step and end, by `time.monotonic()`, of the last boundary. Any thread may read it.
+        telemetry: hears of each checkpoint; None if nobody wants to.
+    """
+
+    telemetry: Telemetry | None = None
 
     def __init__(self) -> None:
         self._recent: list[tuple[ShardWrite, int, int]] = []
         self._past = dict.fromkeys(_COUNTED, 0)
         self._captures = 0
         self._state_bytes = self._captured_bytes = 0
-        self._stalls = dict.fromkeys(("open", "seal", "settle", "fence"), 0.0)
+        self._stalls = dict.fromkeys(PARTS, 0.0)
         self._per_checkpoint: list[float] = []
-        self._pending = 0.0
+        self._pending = dict.fromkeys(PARTS, 0.0)
+        self._unpaid = 0  # seq of the newest capture
         self._paid = 0  # captures whose cost is known
         self._since = time.monotonic()
         # (step, when it ended): the newest boundary; checkpoints on their way, oldest first; what a restart would find.
-        self._newest = self._safe = 0, self._since
+        self.newest = self._safe = 0, self._since
         self._sealed: deque[tuple[int, float]] = deque(maxlen=_KEPT)
 
     def stall(self, where: str) -> _Stall:
@@ -39,35 +49,48 @@ class Statistics:
 
     def held_up(self, where: str, seconds: float) -> None:
         self._stalls[where] += seconds
-        self._pending += seconds
+        self._pending[where] += seconds
 
     def update_over(self) -> None:
         """The fence of the next update is the last that a checkpoint can cost."""
         if self._captures > self._paid:
             self._paid = self._captures
-            self._per_checkpoint.append(self._pending)
+            self._per_checkpoint.append(sum(self._pending.values()))
             del self._per_checkpoint[:-_KEPT]
-        self._pending = 0.0
+            if self.telemetry is not None:
+                self.telemetry.stalled(self._unpaid, self._pending)
+        self._pending = dict.fromkeys(PARTS, 0.0)
 
     def passed(self, step: int) -> None:
         """The boundary of `step` is here."""
-        self._newest = step, time.monotonic()
+        self.newest = step, time.monotonic()
 
     def restored(self, step: int) -> None:
         """Everything is as at the boundary of `step`."""
-        self._newest = self._safe = step, time.monotonic()
+        self.newest = self._safe = step, time.monotonic()
         self._sealed.clear()
+        if self.telemetry is not None:
+            self.telemetry.restored(self.newest)
 
     def captured(self, capture: Capture, nbytes: int) -> None:
         """It was sealed, of a state of `nbytes` bytes."""
         self._captures += 1
         self._state_bytes = nbytes
         self._captured_bytes += nbytes
-        self._sealed.append(self._newest)
+        self._sealed.append(self.newest)
+        self._unpaid = capture.write.attempt.seq
+        if self.telemetry is not None:
+            self.telemetry.captured(capture.write.attempt, nbytes, self.newest)
         self._recent.append((capture.write, capture.bytes_staged, capture.bytes_sealed))
         if len(self._recent) > _RECENT:
             for name, count in _bytes_of(*self._recent.pop(0)).items():
                 self._past[name] += count
+
+    def close(self, timeout_s: float) -> None:
+        """No update comes that could still cost anything; telemetry ends within so many seconds."""
+        self.update_over()
+        if self.telemetry is not None:
+            self.telemetry.close(timeout_s)
 
     def report(
         self, committed: int, aborted: int, skipped: int, pool: _native.BufferPool | None, frozen: FrozenBases, *,
@@ -91,8 +114,8 @@ class Statistics:
             "checkpoints_aborted": aborted,
             "checkpoints_skipped": skipped,
             "in_flight": in_flight,
-            "lag_steps": self._newest[0] - self._safe[0],
-            "lag_s": self._newest[1] - self._safe[1],
+            "lag_steps": self.newest[0] - self._safe[0],
+            "lag_s": self.newest[1] - self._safe[1],
             "state_bytes": self._state_bytes,
             "base_bytes": frozen.nbytes,
             "bases_written": frozen.written,
@@ -104,6 +127,8 @@ class Statistics:
             **{f"stall_{where}_s": seconds for where, seconds in self._stalls.items()},
             "stall_ms_p50": percentile(0.50),
             "stall_ms_p99": percentile(0.99),
+            "telemetry_events": self.telemetry.events_written if self.telemetry is not None else 0,
+            "telemetry_lost": self.telemetry.events_lost if self.telemetry is not None else 0,
             "elapsed_s": time.monotonic() - self._since,
         }
 

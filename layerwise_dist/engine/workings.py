@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from typing import Any
 
 from layerwise_dist.capture.frozen import FrozenBases
 from layerwise_dist.capture.sealed import Sealer
@@ -41,6 +43,7 @@ from layerwise_dist.loop.objects import StateObjects
 from layerwise_dist.restore.restorer import Restorer
 from layerwise_dist.scheduler import BLOCKS_A_BATCH, LayerwiseCheckpointScheduler
 from layerwise_dist.storage.protocols import ShardWriterAdapter
+from layerwise_dist.telemetry.opening import open_telemetry
 
 log = logging.getLogger("layerwise_dist")
 
@@ -57,9 +60,9 @@ class Workings:
         adapter: ShardWriterAdapter, manager: CheckpointMetadataManager, info: SessionInfo, participant: Participant,
         committer: CommitRequests | None, coordinator: CoordinatorThread | None, fresh: bool,
         preemption: Preemption | None, replicas: Replicas, loan: Loan | None = None,
-        rehearsal: Rehearsal | None = None,
+        rehearsal: Rehearsal | None = None, boards: Sequence[Any] = (),
     ) -> None:  # fmt: skip
-        """With `loan`, `framework`, `optimizer` and `objects` are of it.
+        """With `loan`, `framework`, `optimizer` and `objects` are of it. `boards`: as `telemetry.boards` opens them.
 
         Raises what the branch record of `fresh` raises, and leaves nothing hooked then.
         """
@@ -124,12 +127,24 @@ class Workings:
             objects=objects, surveyor=self.surveyor, attempts=self.attempts, frozen=self.frozen, adapter=adapter,
             manager=manager, participant=participant, coordinator=coordinator, preemption=preemption,
             tracing=self.tracing, scheduler=scheduler, last=last, thread=thread, notices=self.notices,
+            statistics=self.statistics,
         )  # fmt: skip
         self.saves = Saves(
             self.captures, self.boundary, attempts=self.attempts, participant=participant, committer=committer,
             optimizer=optimizer, meetings=meetings, restores=self.restores, closing=self.closing,
             timeout_s=config.commit.timeout_s,
         )  # fmt: skip
+
+        def pool() -> tuple[int, int, int] | None:
+            buffers = adapter.buffers
+            return None if buffers is None else (buffers.capacity, buffers.in_use, buffers.peak)
+
+        self.telemetry = self.statistics.telemetry = open_telemetry(
+            config, boards, rank=framework.rank, world_size=participant.world_size, framework=framework.name,
+            epoch=info.epoch, passed=lambda: self.statistics.newest, pool=pool,
+        )  # fmt: skip
+        if self.telemetry is not None:
+            participant.show(self.telemetry)
         try:
             if rehearsal is not None:
                 rehearsal.begin(framework, optimizer, objects, self.captures, participant)
@@ -139,6 +154,7 @@ class Workings:
         except BaseException:
             hooks.remove()
             self.boundary.close(seal=False)
+            self.statistics.close(1.0)
             raise
         holdings = Holdings(framework, optimizer, objects.loaders) if loan is None else None
         at_exit.opened(self.closing, holdings, config.path)

@@ -133,10 +133,11 @@ class StagingAdapter:
     bases = None
 
     def __init__(
-        self, link: MonitorLink, config: LayerwiseConfig, facts: Opened, written: Callable[[AttemptId], None]
-    ) -> None:
-        """`facts` are what the monitor found out about the directory; `written(attempt)` hears of shards that are
-        durable.
+        self, link: MonitorLink, config: LayerwiseConfig, facts: Opened,
+        written: Callable[[AttemptId, int], None],
+    ) -> None:  # fmt: skip
+        """`facts` are what the monitor found out about the directory; `written(attempt, nbytes)` hears of shards that
+        are durable.
         """
         self.link, self.rank = link, link.rank
         self.direct, self.memory_align = facts["direct"], facts["memory_align"]
@@ -249,7 +250,7 @@ class StagingAdapter:
             write = self._writes.pop(message["seq"], None)
         if write is not None:
             write.done(message["counts"])
-            self._on_written(write.attempt)
+            self._on_written(write.attempt, write.bytes_written)
 
     def close(self, timeout_s: float) -> bool:
         """The pool ends with the last buffer; the monitor is let go of. Whether the readers ended in time."""

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opens telemetry as the configuration asks."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from layerwise_dist._version import __version__
+from layerwise_dist.config import LayerwiseConfig
+from layerwise_dist.telemetry.assembling import Assembler, Boundary
+from layerwise_dist.telemetry.boards import Prometheus
+from layerwise_dist.telemetry.events_file import EventsFile, path_of_rank
+from layerwise_dist.telemetry.recorder import Sink, Telemetry
+
+
+def open_telemetry(
+    config: LayerwiseConfig, boards: Sequence[Any], *, rank: int, world_size: int, framework: str, epoch: int,
+    passed: Callable[[], tuple[int, float]], pool: Callable[[], tuple[int, int, int] | None],
+) -> Telemetry | None:  # fmt: skip
+    """None where nobody wants any.
+
+    `boards` as `open_boards` opened them. `passed()`: step and end, by `time.monotonic()`, of the newest boundary.
+    `pool()`: its size, what is in use and the most that was, in bytes. Raises OSError where there is no thread.
+    """
+    if not config.telemetry.on:
+        return None
+
+    def newest() -> Boundary:
+        return Boundary(*passed())
+
+    def facts() -> dict[str, int | None]:
+        capacity, used, peak = pool() or (None, None, None)
+        return {
+            "pool_bytes": capacity, "pool_used_bytes": used, "pool_peak_bytes": peak,
+            "disk_free_bytes": None if config.mode == "mock" else _free(config.path),
+        }  # fmt: skip
+
+    assembler = Assembler(epoch, newest, facts)
+    sinks: list[Sink] = list(boards)
+    for board in boards:
+        if isinstance(board, Prometheus):
+            board.follow(newest, lambda: assembler.safe)
+    if config.telemetry.events is not None:
+        sinks.append(EventsFile(path_of_rank(config.telemetry.events, config.path, rank), config.file_bits))
+    start = {
+        "epoch": epoch, "world_size": world_size, "host": socket.gethostname(), "pid": os.getpid(),
+        "mode": config.mode, "framework": framework, "every_n_steps": config.every_n_steps,
+        "max_in_flight": config.max_in_flight, "version": __version__,
+    }  # fmt: skip
+    return Telemetry(assembler, rank, sinks, start)
+
+
+def _free(directory: str) -> int | None:
+    """Bytes that are left to the user."""
+    try:
+        found = os.statvfs(directory)
+    except OSError:
+        return None
+    return found.f_bavail * found.f_frsize

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`layerwise watch` tells how a job is from its files alone, whatever happens to these, and changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kit.cli import call, call_json
+from kit.crash import build, train
+from kit.events import BEGAN, checkpoint, event, start, write
+
+import layerwise_dist as lwd
+from layerwise_dist.cli import watching
+from layerwise_dist.telemetry import reading
+from layerwise_dist.telemetry.reading import EventReader, parse
+from layerwise_dist.telemetry.summary import Commit, Summary
+
+GB = 10**9
+
+
+def snapshot(root: Path) -> dict[str, tuple[int, int]]:
+    return {
+        str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in [root, *sorted(root.rglob("*"))]
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("job")
+    model, optimizer = build(0)
+    with lwd.attach(model, optimizer, dir=str(root), telemetry={"events": "events.jsonl"}) as ckpt:
+        for step in ckpt.steps(5):
+            train(model, optimizer, 0, 0, step)
+    return root
+
+
+def test_it_tells_of_a_job_and_changes_nothing(job: Path) -> None:
+    before = snapshot(job)
+    code, output = call("watch", job, "--once")
+    assert code == 0 and re.search(r"^job +ended at step 5 on 1 rank, last event \d+ s ago", output, re.MULTILINE)
+    assert re.search(r"^committed +step 5, \d+ s old$", output, re.MULTILINE)
+    assert re.search(r"^stall +\S+ ms a checkpoint, p99", output, re.MULTILINE)
+    assert "5 committed, 0 failed" in output and re.search(r"^disk +.* left$", output, re.MULTILINE)
+    code, found = call_json("watch", job)
+    assert code == 0 and (found["step"], found["committed_step"], found["lag_steps"]) == (5, 5, 0)
+    assert found["gb_per_s"] > 0 and found["steps_per_s"] > 0 and found["outcomes"]["committed"] == 5
+    assert snapshot(job) == before
+
+
+def test_without_events_it_tells_what_the_manifests_say(job: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "copy"
+    assert call("cp", job, copied)[0] == 0
+    code, output = call("watch", copied, "--once")
+    assert code == 0 and "no events here" in output and re.search(r"^committed +step 5", output, re.MULTILINE)
+    code, found = call_json("watch", copied, "--events", job / "events.jsonl")
+    assert code == 0 and found["state"] == "ended" and found["outcomes"]["committed"] == 5
+
+
+def test_what_is_no_directory_of_checkpoints_is_wrong_usage(tmp_path: Path) -> None:
+    assert call("watch", tmp_path, "--once")[0] == 2 and call("watch", tmp_path / "none", "--once")[0] == 2
+
+
+def test_in_a_terminal_it_goes_on_until_ctrl_c_in_80_columns(job: Path) -> None:
+    """The directory goes away meanwhile, and comes back."""
+    terminal, theirs = pty.openpty()
+    code = "import sys; from layerwise_dist.cli import main; sys.argv = ['layerwise', *sys.argv[1:]]; main()"
+    command = [sys.executable, "-c", code, "watch", str(job), "--every", "0.1"]
+    environment = {**os.environ, "COLUMNS": "80", "LINES": "40", "TERM": "xterm"}
+    watched = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    said = b""
+
+    def until(text: bytes) -> None:
+        nonlocal said
+        deadline = time.monotonic() + 60
+        while text not in said:
+            assert time.monotonic() < deadline and watched.poll() is None, said[-2000:]
+            if select.select([terminal], [], [], 1.0)[0]:
+                said += os.read(terminal, 65536)
+
+    aside = job.with_name("aside")
+    try:
+        until(b"step 5")
+        job.rename(aside)
+        until(b"not readable now")
+        aside.rename(job)
+        said = b""
+        until(b"step 5")
+        watched.send_signal(2)
+        assert watched.wait(30) == 0
+    finally:
+        watched.kill()
+        watched.wait()
+        os.close(terminal)
+        if aside.exists():
+            aside.rename(job)
+    plain = re.sub(rb"\x1b\[[0-9;?]*[a-zA-Z]", b"", said).decode()
+    assert max(map(len, plain.replace("\r", "\n").split("\n"))) <= 80
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.quick
+def test_a_line_counts_once_it_is_whole(tmp_path: Path) -> None:
+    path, reader = tmp_path / "events.jsonl", EventReader(str(tmp_path))
+    line = json.dumps(checkpoint(1, 1.0)).encode()
+    path.write_bytes(line[:30])
+    assert reader.poll() == []
+    with path.open("ab") as file:
+        file.write(line[30:] + b"\n" + line[:5])
+    assert [each["step"] for each in reader.poll()] == [1] and reader.poll() == []
+    with path.open("ab") as file:  # the job was killed there, and the next one began a line of its own
+        file.write(b"\n" + line + b"\n")
+    assert [each["step"] for each in reader.poll()] == [1] and reader.skipped == 1
+
+
+@pytest.mark.quick
+def test_files_that_are_rotated_cut_or_gone_are_followed(tmp_path: Path) -> None:
+    path, reader = tmp_path / "events.jsonl", EventReader(str(tmp_path))
+    write(path, [checkpoint(1, 1.0), checkpoint(2, 2.0)])
+    assert len(reader.poll()) == 2
+    path.rename(tmp_path / "events.1")
+    assert reader.poll() == []
+    write(path, [checkpoint(3, 3.0), checkpoint(4, 4.0), checkpoint(5, 5.0)])
+    assert [each["step"] for each in reader.poll()] == [3, 4, 5]
+    write(path, [checkpoint(6, 6.0)])  # cut in place, and begun anew
+    assert [each["step"] for each in reader.poll()] == [6]
+    path.unlink()
+    assert reader.poll() == []
+
+
+@pytest.mark.quick
+def test_ranks_are_told_apart_and_links_pipes_and_folders_passed_by(tmp_path: Path) -> None:
+    for rank in (0, 3):
+        write(tmp_path / ("events.jsonl" if rank == 0 else "events.00003.jsonl"), [start(rank=rank)])
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "events.jsonl")
+    (tmp_path / "folder.jsonl").mkdir()
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    assert [each["rank"] for each in EventReader(str(tmp_path)).poll()] == [0]
+    assert sorted(each["rank"] for each in EventReader(str(tmp_path)).poll(all_ranks=True)) == [0, 3]
+
+
+@pytest.mark.quick
+def test_of_a_file_without_end_the_end_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "_MOST_BYTES", 4000)
+    write(tmp_path / "events.jsonl", [checkpoint(step, step) for step in range(1, 100)])
+    found = EventReader(str(tmp_path)).poll()
+    assert found[-1]["step"] == 99 and 1 < len(found) < 10
+    (tmp_path / "events.jsonl").write_bytes(b"x" * 10**6)
+    assert EventReader(str(tmp_path)).poll() == []
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layerwise": 2}, {"event": "party"}, {"event": ["start"]}, {"time": 1e300}, {"time": "now"}, {"rank": -1},
+        {"rank": True}, {"step": "1"}, {"step": None}, {"step": 10**12}, {"outcome": "great"}, {"stall_s": "1"},
+        {"stall_s": True}, {"reason": 3}, {"reason": "x" * 5000}, {"stall_s": 1 << 70},
+    ],
+)  # fmt: skip
+def test_what_is_no_event_is_passed_by(change: dict[str, Any]) -> None:
+    good = checkpoint(1, 1.0)
+    assert parse(json.dumps(good).encode()) == good
+    assert parse(json.dumps({**good, **change}).encode()) is None
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "line",
+    [b"", b"\xff", b"[]", b"1", b'{"layerwise":1', b'{"time": NaN}', pytest.param(b"[" * 60_000, id="nested")],
+)
+def test_what_is_no_object_is_passed_by(line: bytes) -> None:
+    assert parse(line) is None
+
+
+@pytest.mark.quick
+def test_unknown_members_are_left_out() -> None:
+    assert parse(json.dumps({**checkpoint(1, 1.0), "new_s": {}}).encode()) == checkpoint(1, 1.0)
+
+
+# -- what it comes to ------------------------------------------------------------------------------------------------
+
+
+def summary(events: list[dict[str, Any]], now: float, commits: list[Commit], free: int | None = None) -> dict[str, Any]:
+    made = Summary()
+    for each in events:
+        made.take(each)
+    return made.now(BEGAN + now, commits, free)
+
+
+@pytest.mark.quick
+def test_rates_lag_and_speed() -> None:
+    events = [start(), checkpoint(10, 10.0), checkpoint(20, 20.0)]
+    events.append(event("progress", 25.0, step=25, lag_steps=5, lag_s=5.0))
+    found = summary(events, 26.0, [Commit(20, BEGAN + 20, 4 * GB, 20), Commit(10, BEGAN + 10, 4 * GB, 10)])
+    assert (found["state"], found["step"], found["committed_step"], found["lag_steps"]) == ("running", 25, 20, 5)
+    assert (found["committed_age_s"], found["last_event_age_s"]) == (6.0, 1.0)
+    assert found["steps_per_s"] == 1.0 and found["checkpoints_per_h"] == 360
+    assert found["gb_per_s"] == pytest.approx(4 / 1.1) and found["rank_gb_per_s"] == 1.0
+    assert found["stall_ms_p50"] == found["stall_ms_p99"] == 4.0
+
+
+@pytest.mark.quick
+def test_a_disk_that_fills_up_is_full_in_a_time() -> None:
+    events = [start(), *(checkpoint(n, 10.0 * n, disk_free_bytes=(100 - n) * GB) for n in range(1, 11))]
+    found = summary(events, 110.0, [], 89 * GB)
+    assert found["disk_full_in_s"] == pytest.approx(890)
+    text = "\n".join(each.plain for each in watching.lines({"dir": "d", **found}))
+    assert "disk full in 15 min (89 GB left)" in text
+    assert summary(events[:3], 21.0, [], 89 * GB)["disk_full_in_s"] is None, "two looks are no trend"
+    steady = [start(), *(checkpoint(n, 10.0 * n, disk_free_bytes=9 * GB) for n in range(1, 11))]
+    assert summary(steady, 110.0, [], 9 * GB)["disk_full_in_s"] is None
+
+
+@pytest.mark.quick
+def test_failures_are_told_newest_first_and_an_end_of_checkpoints_stays() -> None:
+    events = [start(), *(checkpoint(n, n, outcome="failed", reason=f"why {n}") for n in range(1, 6))]
+    events.append(event("stopped", 6.0, reason="five in a row"))
+    found = summary(events, 10.0, [])
+    assert found["state"] == "stopped" and [each["step"] for each in found["failures"]] == [3, 4, 5]
+    text = [each.plain for each in watching.lines({"dir": "d", **found, "disk_free_bytes": GB})]
+    assert [line.split()[2] for line in text if line.startswith("failed")] == ["5,", "4,", "3,"]
+    assert "stopped    five in a row" in text
+    assert summary([*events, start(9.0)], 10.0, [])["stopped"] is None, "a new start"
+
+
+@pytest.mark.quick
+def test_a_job_that_says_nothing_is_said_to_be_silent() -> None:
+    found = summary([start(), checkpoint(1, 1.0)], 1000.0, [])
+    assert "silent at step 1" in watching.lines({"dir": "d", **found, "disk_free_bytes": GB})[1].plain
+
+
+@pytest.mark.quick
+def test_no_name_in_the_files_reaches_the_terminal_as_a_command() -> None:
+    bad = "\x1b]0;owned\x07 [red]x[/red] \u202e"
+    found = summary([start(), checkpoint(1, 1.0, outcome="failed", reason=bad)], 2.0, [])
+    text = "\n".join(each.plain for each in watching.lines({"dir": bad, **found, "disk_free_bytes": GB}))
+    assert not {"\x1b", "\x07", "\u202e"} & set(text) and "[red]x[/red]" in text
