@@ -158,6 +158,12 @@ class LayerwiseConfig(_Strict):
         "equality; apart: each rank writes all that it holds, for replicas that are meant to "
         "differ.",
     )
+    replica_drift: Literal["raise", "warn", "off"] = Field(
+        "raise",
+        description="Whether what a wrapper keeps equal on several ranks still is: each checkpoint compares the next "
+        "hundredth. Where parameters differ, raise: all ranks stop, and that checkpoint is not committed; warn: one "
+        "warning, counted in stats(), and it is; off: what is there at the first checkpoint is not compared again.",
+    )
     max_in_flight: int = Field(
         2,
         ge=1,

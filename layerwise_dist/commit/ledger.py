@@ -74,6 +74,7 @@ class Ledger:
         self.rank, self.world_size = rank, world_size
         self.reached: dict[str, int | None] = dict.fromkeys(LEVELS)
         self.commits = self.aborts = self.skips = 0
+        self.drifts = 0  # how often ranks that should were found not to hold the same parameters, and went on
         self.stop: tuple[float, str] | None = None  # the boundary to raise at, and why
         self.lost: str | None = None
         self._lost_at = -math.inf  # the boundary to raise that at
@@ -192,6 +193,8 @@ class Ledger:
                     self._undecided.pop(message["seq"], None)
             case "aborted":
                 actions += self._note_aborted(message)
+            case "drifted":
+                self.drifts += 1
             case "hold":
                 actions += map(Post, self._hold.hold(message))
             case "meet":

@@ -239,6 +239,12 @@ class Participant:
         with self._changed:
             return self._ledger.commits, self._ledger.aborts, self._ledger.skips
 
+    @property
+    def drifts(self) -> int:
+        """How often replicas were found to differ, and training went on."""
+        with self._changed:
+            return self._ledger.drifts
+
     def restored(self, step: int | None) -> None:
         """After a restore the step counts from there: what a later, abandoned branch had reached says nothing now."""
         with self._changed:
@@ -382,5 +388,7 @@ def _tell(message: ToRanks) -> None:
     """Warns of what became of all ranks' checkpoints."""
     if message["t"] == "aborted" and (message["failure"] or message["unlike"]):
         log.warning("checkpoint of step %d aborted: %s", message["step"], message["reason"])
+    elif message["t"] == "drifted" and message["first"]:
+        log.warning("%s. Training goes on (replica_drift = 'warn'); stats() counts what follows", message["reason"])
     elif message["t"] == "meet" and message["b"] is None:
         log.warning("no boundary could be agreed on for a checkpoint: %s", message["why"])

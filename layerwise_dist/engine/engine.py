@@ -189,6 +189,7 @@ class LayerwiseEngine:
         return workings.statistics.report(
             *workings.participant.outcomes, workings.adapter.buffers, workings.frozen,
             newest=self._reached("committed"), in_flight=workings.participant.in_flight,
+            drifts=workings.participant.drifts,
         )  # fmt: skip
 
     def trace(self, path: str | os.PathLike[str]) -> None:

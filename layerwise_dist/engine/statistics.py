@@ -71,7 +71,7 @@ class Statistics:
 
     def report(
         self, committed: int, aborted: int, skipped: int, pool: _native.BufferPool | None, frozen: FrozenBases, *,
-        newest: int | None, in_flight: int,
+        newest: int | None, in_flight: int, drifts: int,
     ) -> dict[str, float | int]:  # fmt: skip
         """`pool` is None before the first checkpoint; `newest` is the newest committed step."""
         while newest is not None and self._sealed and self._sealed[0][0] <= newest:
@@ -91,6 +91,7 @@ class Statistics:
             "checkpoints_aborted": aborted,
             "checkpoints_skipped": skipped,
             "in_flight": in_flight,
+            "replica_drifts": drifts,
             "lag_steps": self._newest[0] - self._safe[0],
             "lag_s": self._newest[1] - self._safe[1],
             "state_bytes": self._state_bytes,
