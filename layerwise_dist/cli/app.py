@@ -20,6 +20,7 @@ from layerwise_dist.cli import (
     pruning,
     selftesting,
     showing,
+    tuning,
     verifying,
 )
 from layerwise_dist.cli import tensors as listed
@@ -354,6 +355,9 @@ def doctor(
         )
 
     give(look, json)
+
+
+app.command("tune")(tuning.command)
 
 
 @app.command("selftest")

@@ -55,8 +55,7 @@ class Coordinator:
     ) -> None:  # fmt: skip
         """Attempts that are not decided in `timeout_s` seconds are aborted."""
         self._forgives_drift = replica_drift == "warn"
-        self._samples = Samples()
-        self._drifts: set[tuple[str, str]] = set()  # that were told
+        self._samples, self._drifts = Samples(), set[tuple[str, str]]()  # those that were told
         self._keepers, self._now = frozenset(keepers), now
         self._current: _Attempt | None = None
         self._withdrawing: dict[int, tuple[list[AttemptId], set[int]]] = {}
@@ -89,6 +88,10 @@ class Coordinator:
                 self._say_all(self._common.ask(message, now))
             case "held":
                 self._say_all(self._common.held(message))
+            case "pace":
+                if not self._stopped:
+                    at = self.last_granted
+                    self._say({"t": "interval", "at": at, "steps": message["steps"], "why": message["why"]})
             case "broke":
                 self._finish(f"rank {message['rank']}: {message['why']}")
             case "gone":

@@ -143,6 +143,15 @@ class Ask(TypedDict):
     why: str
 
 
+class Pace(TypedDict):
+    """Of rank 0: a checkpoint every `steps` steps would be better, and why."""
+
+    t: Literal["pace"]
+    rank: int
+    steps: int
+    why: str
+
+
 class Held(TypedDict):
     t: Literal["held"]
     rank: int
@@ -242,6 +251,15 @@ class Drifted(TypedDict):
     first: bool
 
 
+class Interval(TypedDict):
+    """A checkpoint every `steps` steps, from boundary `at` on, which no rank has passed."""
+
+    t: Literal["interval"]
+    at: int
+    steps: int
+    why: str
+
+
 class RetiredForGood(TypedDict):
     t: Literal["retired"]
     epoch: int
@@ -315,12 +333,12 @@ class DecidedOfTraining(TypedDict):
 
 
 ToCoordinator = (
-    Agree | At | AlikeSaid | Staged | Durable | Failed | Skipped | Ask | Held | Kept | Closed | Broke | Gone | Orphaned
-    | SaidOfTraining
+    Agree | At | AlikeSaid | Staged | Durable | Failed | Skipped | Ask | Pace | Held | Kept | Closed | Broke | Gone
+    | Orphaned | SaidOfTraining
 )  # fmt: skip
 ToKeepers = Prepare | Publish | Withdraw
 ToRanks = (
-    Agreed | Grant | Stop | Reached | Aborted | Drifted | RetiredForGood | Unneeded | HoldBoundary | Meet | ToKeepers
-    | DecidedOfTraining
+    Agreed | Grant | Stop | Reached | Aborted | Drifted | Interval | RetiredForGood | Unneeded | HoldBoundary | Meet
+    | ToKeepers | DecidedOfTraining
 )  # fmt: skip
 Message = ToCoordinator | ToRanks | Cut

@@ -216,6 +216,11 @@ class Participant:
                 raise CommitError(reason)
             return self._ledger.passed(count)
 
+    def interval(self, count: int) -> tuple[int, str] | None:
+        """After `boundary(count)`: steps between checkpoints from now on, and why, if all ranks change them there."""
+        with self._changed:
+            return self._ledger.interval(count)
+
     def ask(self, *, leave: bool, why: str) -> None:
         """For one boundary at which all ranks save, or save and leave; `boundary` says when it is there. Any thread."""
         with self._changed:
