@@ -143,14 +143,39 @@ class TelemetryConfig(_Strict):
         return self.events is not None or self.tensorboard is not None or self.prometheus_port is not None
 
 
+class IntervalConfig(_Strict):
+    max_overhead: float = Field(
+        0.02,
+        gt=0,
+        le=1,
+        description="With every_n_steps 'auto': what checkpoints may cost, as a share of training without them.",
+    )
+    mtbf_s: float | None = Field(
+        None,
+        gt=0,
+        description="With 'auto': mean seconds between failures of the whole job. Saves no more often than Young's and "
+        "Daly's rule then.",
+    )
+    min_steps: int = Field(1, ge=1, description="With 'auto': at least so many steps.")
+    max_steps: int | None = Field(None, ge=1, description="With 'auto': at most so many, whatever that costs.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> IntervalConfig:
+        if self.max_steps is not None and self.max_steps < self.min_steps:
+            raise ValueError(f"max_steps = {self.max_steps} is less than min_steps = {self.min_steps}")
+        return self
+
+
 class LayerwiseConfig(_Strict):
     enabled: bool = Field(True, description="false: attach() hooks nothing and every call is a no-op.")
     dir: str = Field("checkpoints", min_length=1, description="Directory of the checkpoints; ~ is expanded.")
-    every_n_steps: int | None = Field(
+    every_n_steps: int | Literal["auto"] | None = Field(
         1,
-        ge=1,
-        description="Save each step that is a multiple of this; null: only when asked.",
+        json_schema_extra={"anyOf": [{"type": "integer", "minimum": 1}, {"const": "auto"}, {"type": "null"}]},
+        description="Save each step that is a multiple of this; auto: of a number that follows what checkpoints cost "
+        "(`interval`); null: only when asked.",
     )
+    interval: IntervalConfig = Field(default_factory=IntervalConfig)
     save_last: bool = Field(
         True,
         description="Also save the last step of a loop over steps() and the step that close() ends, even if "
@@ -194,6 +219,12 @@ class LayerwiseConfig(_Strict):
         description="together: what a wrapper keeps equal on several ranks is written once and checked for "
         "equality; apart: each rank writes all that it holds, for replicas that are meant to "
         "differ.",
+    )
+    replica_drift: Literal["raise", "warn", "off"] = Field(
+        "raise",
+        description="Whether what a wrapper keeps equal on several ranks still is: each checkpoint compares the next "
+        "hundredth. Where parameters differ, raise: all ranks stop, and that checkpoint is not committed; warn: one "
+        "warning, counted in stats(), and it is; off: what is there at the first checkpoint is not compared again.",
     )
     max_in_flight: int = Field(
         2,
@@ -239,6 +270,13 @@ class LayerwiseConfig(_Strict):
     def _any_path(cls, value: Any, check: Callable[[Any], str]) -> str:
         # As os.fsdecode() gives a path that is not UTF-8, which pydantic does not take for text.
         return value if type(value) is str and not value.isascii() and "\0" not in value else check(value)
+
+    @field_validator("every_n_steps", mode="before")
+    @classmethod
+    def _every(cls, value: Any) -> Any:
+        if value is not None and value != "auto" and (type(value) is not int or value < 1):
+            raise ValueError("must be an integer greater than or equal to 1, 'auto' or null")
+        return value
 
     @field_validator("pool_mb", mode="before")
     @classmethod
@@ -322,11 +360,9 @@ class LayerwiseConfig(_Strict):
 
 
 _PARTS: dict[str, type[BaseModel]] = {
-    "writer": WriterConfig,
-    "commit": CommitConfig,
-    "preemption": PreemptionConfig,
+    "interval": IntervalConfig, "writer": WriterConfig, "commit": CommitConfig, "preemption": PreemptionConfig,
     "telemetry": TelemetryConfig,
-}
+}  # fmt: skip
 
 
 def load_config(

@@ -31,13 +31,15 @@ class LayerwiseCheckpointScheduler:
     *When*: every `every_n_steps`-th step (none by itself with None), a step that was asked for (`request`), and the
     next applied update after one that was due and skipped (`postpone`).
 
+    `every` may be set between two iterations.
+
     *How*: layers in the update order, small ones together in *batches* of at least `batch_bytes`, so that writes are
     few and large, and of more than that where there would be many. A batch is captured when the last of its layers was
     updated (`updated`).
     """
 
     def __init__(self, *, every_n_steps: int | None = 1, batch_bytes: int = BLOCKS_A_BATCH << 20) -> None:
-        self._every, self._batch_bytes = every_n_steps, batch_bytes
+        self.every, self._batch_bytes = every_n_steps, batch_bytes
         self._postponed = self._requested = False
         self._order: dict[str, int] = {}
         self._batch_of: dict[str, int] = {}
@@ -49,7 +51,7 @@ class LayerwiseCheckpointScheduler:
 
     def due(self, step: int) -> bool:
         """Whether `step` is to be saved. Asked before its update as well as after it, with one answer."""
-        return self._postponed or self._requested or (self._every is not None and step % self._every == 0)
+        return self._postponed or self._requested or (self.every is not None and step % self.every == 0)
 
     def request(self) -> None:
         """Makes the next step due, whatever its number."""

@@ -19,6 +19,12 @@ def size(nbytes: float, *, binary: bool = False) -> str:
     raise AssertionError("unreachable")
 
 
+def parse_count(text: str) -> int:
+    """``7B``, ``98M``, ``1000``: of things, where B is a billion. Raises ValueError."""
+    text = text.strip()
+    return parse_number(text[:-1] + "G" if text[-1:] in "Bb" and text[-2:-1].isdigit() else text)
+
+
 def parse_number(text: str) -> int:
     """``1.2G``, ``98M``, ``512MiB``, ``1000``. Raises ValueError."""
     match = _NUMBER.match(text.strip())

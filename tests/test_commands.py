@@ -90,6 +90,7 @@ TABLE: list[tuple[str, str]] = [
         r"layerwise doctor.*",
         "test_doctor.py::test_the_options_and_the_configuration_reach_the_writer_and_the_findings",
     ),
+    (r"layerwise tune.*", "test_paced.py::test_tune_predicts_from_the_disk"),
     (r"layerwise bench", _PLACE),
     (r"layerwise bench layers", "test_bench.py::test_steps_by_layers_are_measured_against_the_optimizers_own"),
     (r"layerwise bench trace( DIR .*)?", "test_bench.py::test_a_step_is_traced_and_drawn"),

@@ -17,7 +17,7 @@ from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.transports.local import LocalTransport
 from layerwise_dist.engine import assembly
 from layerwise_dist.engine.captures import Captures
-from layerwise_dist.engine.replicas import Common
+from layerwise_dist.engine.samples import Common
 from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.ddp import DDPFramework
 
@@ -121,5 +121,13 @@ def test_mutation_state_that_comes_later_and_is_only_sampled_is_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Common, "new", lambda common, known: [])
-    monkeypatch.setattr(Common, "sample", lambda common, turn: ("", "", ""))  # as where its turn is another tensor's
+    nothing = {
+        "seq": 0,
+        "step": 0,
+        "late": False,
+        "params": "",
+        "state": "",
+        "blocks": [],
+    }  # as where its turn is another tensor's
+    monkeypatch.setattr(Common, "sample", lambda common, attempt, name: nothing)
     assert 4 in late_state(tmp_path, 4)

@@ -32,8 +32,9 @@ class Sealer:
         self._prepared: dict[str, tuple[Any, Prepared]] = {}
 
     def take(
-        self, step: int, updates: int, boundary: BoundaryState, survey: Survey, client_state: dict[str, Any] | None
-    ) -> tuple[bytes, bytes]:
+        self, step: int, updates: int, boundary: BoundaryState, survey: Survey, client_state: dict[str, Any] | None,
+        interval: int | None,
+    ) -> tuple[bytes, bytes]:  # fmt: skip
         """The state as (JSON text, blob), sharing nothing with live objects; `boundary` is `BoundaryMark.state()`.
 
         Raises StateError with the path of what cannot be written.
@@ -57,6 +58,8 @@ class Sealer:
             ),
             "extra_state": {name: _extra_state(name, module) for name, module in survey.extra_states},
         }
+        if interval is not None:
+            sealed["interval"] = interval
         if classes := self._objects.classes():
             sealed["classes"] = classes
         if aliases := self._aliases():
@@ -67,7 +70,7 @@ class Sealer:
 
     def try_out(self, survey: Survey) -> None:
         """Raises what the first checkpoint would: for what cannot be written of objects, extra states and the rest."""
-        self.take(0, 0, cast(BoundaryState, {}), survey, None)
+        self.take(0, 0, cast(BoundaryState, {}), survey, None, None)
 
     def put(self, sealed: SealedState) -> None:
         """Gradients, `state=` objects and extra states as they were sealed; the rest belongs to loader and boundary."""

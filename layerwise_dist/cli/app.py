@@ -22,6 +22,7 @@ from layerwise_dist.cli import (
     rehearsal,
     selftesting,
     showing,
+    tuning,
     verifying,
 )
 from layerwise_dist.cli import tensors as listed
@@ -358,6 +359,9 @@ def doctor(
         )
 
     give(look, json)
+
+
+app.command("tune")(tuning.command)
 
 
 @app.command("selftest")

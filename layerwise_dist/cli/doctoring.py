@@ -15,11 +15,11 @@ from layerwise_dist.cli.catalogue import WrongUsage
 from layerwise_dist.cli.console import Answer, row, table
 from layerwise_dist.config import load_config
 from layerwise_dist.doctor import Finding, Questions, Report, examine
-from layerwise_dist.units import parse_number
+from layerwise_dist.units import parse_count, parse_number
 
 BYTES_A_PARAMETER = 12  # float32, and AdamW's two moments
 _LEAST = 1 << 20
-_QUICK = {"nbytes": 4 << 20, "flushes": 10, "rounds": 1}
+QUICK: dict[str, Any] = {"nbytes": 4 << 20, "flushes": 10, "rounds": 1}
 _STYLE = {"ok": "green", "warn": "yellow", "bad": "bold red"}
 
 
@@ -29,10 +29,10 @@ def doctor(
     """Bad when a finding is. Raises WrongUsage, or ConfigError for a bad configuration file."""
     settings = load_config(config, dir=directory)
     state = _state(state_bytes, params)
-    sizes: dict[str, Any] = dict(_QUICK) if quick else {}
+    sizes: dict[str, Any] = dict(QUICK) if quick else {}
     if nbytes is not None:
         sizes["nbytes"] = -(-_number("--bytes", nbytes, _LEAST) // 4096) * 4096
-    with _watched() as progress:
+    with watched() as progress:
         try:
             report = examine(directory, Questions(settings, state, **sizes), progress)
         except NotADirectoryError as error:
@@ -49,12 +49,12 @@ def _state(state_bytes: str | None, params: str | None) -> int | None:
         raise WrongUsage("give --state-bytes or --params, not both")
     if state_bytes is not None:
         return _number("--state-bytes", state_bytes, 1)
-    return None if params is None else BYTES_A_PARAMETER * _number("--params", params, 1)
+    return None if params is None else BYTES_A_PARAMETER * _number("--params", params, 1, parse_count)
 
 
-def _number(option: str, text: str, least: int) -> int:
+def _number(option: str, text: str, least: int, parse: Callable[[str], int] = parse_number) -> int:
     try:
-        value = parse_number(text)
+        value = parse(text)
     except ValueError as error:
         raise WrongUsage(f"{option}: {error}") from None
     if value < least:
@@ -81,7 +81,7 @@ def _advice(finding: Finding) -> Text:
 
 
 @contextmanager
-def _watched() -> Iterator[Callable[[str], None]]:
+def watched() -> Iterator[Callable[[str], None]]:
     """What is going on, on standard error while a person watches."""
     console = Console(stderr=True)
     if not console.is_terminal:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from layerwise_dist.commit.alike import Alike
+from layerwise_dist.commit.alike import Alike, Samples, Unlike
 from layerwise_dist.commit.common_boundary import CommonBoundary
 from layerwise_dist.commit.grants import Grants
 from layerwise_dist.commit.messages import AlikeSaid, Durable, Failed, Kept, Skipped, Staged, ToCoordinator, ToRanks
@@ -51,9 +51,11 @@ class Coordinator:
 
     def __init__(
         self, world_size: int, *, timeout_s: float, on_failure: str, raise_after: int, now: float,
-        keepers: Collection[int] = (),
+        keepers: Collection[int] = (), replica_drift: str = "raise",
     ) -> None:  # fmt: skip
         """Attempts that are not decided in `timeout_s` seconds are aborted."""
+        self._forgives_drift = replica_drift == "warn"
+        self._samples, self._drifts = Samples(), set[tuple[str, str]]()  # those that were told
         self._keepers, self._now = frozenset(keepers), now
         self._current: _Attempt | None = None
         self._withdrawing: dict[int, tuple[list[AttemptId], set[int]]] = {}
@@ -86,6 +88,10 @@ class Coordinator:
                 self._say_all(self._common.ask(message, now))
             case "held":
                 self._say_all(self._common.held(message))
+            case "pace":
+                if not self._stopped:
+                    at = self.last_granted
+                    self._say({"t": "interval", "at": at, "steps": message["steps"], "why": message["why"]})
             case "broke":
                 self._finish(f"rank {message['rank']}: {message['why']}")
             case "gone":
@@ -172,6 +178,8 @@ class Coordinator:
         if message["t"] == "failed" and message["final"] and not self._orphaned:
             self._finish(f"checkpoint of step {message['step']} failed: rank {message['rank']}: {message['error']}")
         if seq in self._decided:
+            if message["t"] == "alike":
+                self._compare(message)
             return
         attempt = self._open.get(seq)
         if attempt is None:
@@ -197,10 +205,7 @@ class Coordinator:
         elif message["t"] == "skipped":
             self._abort(attempt, f"rank {message['rank']}: {message['reason']}", failure=False, skipped=True)
         elif message["t"] == "alike":
-            if (unlike := attempt.alike.compare(message)) is not None:
-                if unlike.final:
-                    self._finish(unlike.why)
-                self._abort(attempt, unlike.why, failure=unlike.final, unlike="" if unlike.final else unlike.ranks)
+            self._compare(message)
         elif message["t"] == "staged":
             if message["rank"] not in attempt.staged:
                 attempt.staged.add(message["rank"])
@@ -211,8 +216,32 @@ class Coordinator:
             attempt.reports[message["rank"]] = message
             self._abort_if_missed(attempt)
             if self._has_all_reports(attempt):
+                self._judge(seq, attempt.step, self._samples.rest(seq))
+            if self._has_all_reports(attempt) and seq in self._open:
                 self._say({"t": "durable", "seq": seq, "step": attempt.step})
                 attempt.ready = True
+
+    def _compare(self, message: AlikeSaid) -> None:
+        """What a rank says to hold alike with others, with what they have said."""
+        attempt = self._open.get(message["seq"])
+        if attempt is not None and (unlike := attempt.alike.compare(message)) is not None:
+            self._judge(message["seq"], message["step"], [unlike])
+        for group in message["groups"]:
+            self._judge(message["seq"], message["step"], self._samples.take(message["rank"], group))
+
+    def _judge(self, seq: int, step: int, found: Iterable[Unlike]) -> None:
+        """What was found when this attempt was heard of; it may be of an earlier one."""
+        for unlike in found:
+            if unlike.final and self._forgives_drift:
+                known = unlike.ranks, unlike.sides
+                first = known not in self._drifts
+                self._drifts.add(known)
+                self._say({"t": "drifted", "seq": seq, "step": step, "reason": unlike.why, "first": first})
+                continue
+            if unlike.final:
+                self._finish(unlike.why)
+            if (attempt := self._open.get(seq)) is not None:
+                self._abort(attempt, unlike.why, failure=unlike.final, unlike="" if unlike.final else unlike.ranks)
 
     def _is_superseded(self, attempt: _Attempt) -> bool:
         """Whether a newer one is committed already."""
@@ -298,6 +327,7 @@ class Coordinator:
 
     def _abort(self, attempt: _Attempt, reason: str, *, failure: bool, skipped: bool = False, unlike: str = "") -> None:
         self._close(attempt)
+        self._judge(attempt.seq, attempt.step, self._samples.rest(attempt.seq))
         if failure and not self._orphaned:  # else all have stopped, and what monitors hold is still to be committed
             self._failures += 1
             if self._failures >= self._patience:  # said first: a rank that closes once this is decided must know it

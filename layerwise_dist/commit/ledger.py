@@ -74,6 +74,7 @@ class Ledger:
         self.rank, self.world_size = rank, world_size
         self.reached: dict[str, int | None] = dict.fromkeys(LEVELS)
         self.commits = self.aborts = self.skips = 0
+        self.drifts = 0  # how often ranks that should were found not to hold the same parameters, and went on
         self.stop: tuple[float, str] | None = None  # the boundary to raise at, and why
         self.lost: str | None = None
         self._lost_at = -math.inf  # the boundary to raise that at
@@ -85,6 +86,7 @@ class Ledger:
         self._undecided: dict[int, Leftover] = {}
         self._busy: set[int] = set()
         self._granted = float(FIRST_GRANT) if world_size > 1 else math.inf
+        self._intervals: list[tuple[int, int, str]] = []  # from a boundary on, so many steps, and why
         self._hold = Hold(rank)
         self._tell = self._granted / 2  # the boundary from which on the coordinator wants to hear
 
@@ -126,6 +128,12 @@ class Ledger:
     def passed(self, count: int) -> Meeting | None:
         """The rank goes on after this boundary; what all have agreed to do at it."""
         return self._hold.passed(count)
+
+    def interval(self, count: int) -> tuple[int, str] | None:
+        """How many steps lie between checkpoints after boundary `count`, and why, if that changes there."""
+        due = [each for each in self._intervals if each[0] <= count]
+        self._intervals = [each for each in self._intervals if each[0] > count]
+        return due[-1][1:] if due else None
 
     def ask(self, *, leave: bool, why: str) -> list[Action]:
         """For one boundary at which all ranks save, or save and leave.
@@ -192,6 +200,10 @@ class Ledger:
                     self._undecided.pop(message["seq"], None)
             case "aborted":
                 actions += self._note_aborted(message)
+            case "drifted":
+                self.drifts += 1
+            case "interval":
+                self._intervals.append((message["at"], message["steps"], message["why"]))
             case "hold":
                 actions += map(Post, self._hold.hold(message))
             case "meet":

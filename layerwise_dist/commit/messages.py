@@ -67,9 +67,32 @@ class OfAttempt(TypedDict):
     step: int
 
 
-# The ranks, as text; hashes of what they hold, of a sample of parameters and of one of state; what the samples are of;
-# hashes of what is new. An array on the wire.
-AlikeGroup = tuple[str, str, str, str, str, list[str]]
+@final
+class Sampled(TypedDict):
+    """Hashes of blocks that the checkpoint of `seq` has compared, one after the other, 16 hexadecimal digits each: of
+    parameters, and of optimizer state. `blocks`: which these are, in words, from the first of the ranks. `late`: they
+    come with a later checkpoint, since they had yet to be computed.
+    """
+
+    seq: int
+    step: int
+    late: bool
+    params: str
+    state: str
+    blocks: list[str]
+
+
+@final
+class AlikeGroup(TypedDict):
+    """`count` ranks, as text, hold something alike; hashes of what that is, and of what of it is new (none, or two).
+    Samples are of this checkpoint, and what had yet to be computed of earlier ones.
+    """
+
+    ranks: str
+    count: int
+    listing: str
+    samples: list[Sampled]
+    new: list[str]
 
 
 class AlikeSaid(OfAttempt):
@@ -117,6 +140,15 @@ class Ask(TypedDict):
     rank: int
     b: int
     leave: bool
+    why: str
+
+
+class Pace(TypedDict):
+    """Of rank 0: a checkpoint every `steps` steps would be better, and why."""
+
+    t: Literal["pace"]
+    rank: int
+    steps: int
     why: str
 
 
@@ -209,6 +241,25 @@ class Aborted(TypedDict):
     unlike: str
 
 
+class Drifted(TypedDict):
+    """Ranks do not hold the same parameters, and the checkpoint goes on all the same. `first`: as not said before."""
+
+    t: Literal["drifted"]
+    seq: int
+    step: int
+    reason: str
+    first: bool
+
+
+class Interval(TypedDict):
+    """A checkpoint every `steps` steps, from boundary `at` on, which no rank has passed."""
+
+    t: Literal["interval"]
+    at: int
+    steps: int
+    why: str
+
+
 class RetiredForGood(TypedDict):
     t: Literal["retired"]
     epoch: int
@@ -282,12 +333,12 @@ class DecidedOfTraining(TypedDict):
 
 
 ToCoordinator = (
-    Agree | At | AlikeSaid | Staged | Durable | Failed | Skipped | Ask | Held | Kept | Closed | Broke | Gone | Orphaned
-    | SaidOfTraining
+    Agree | At | AlikeSaid | Staged | Durable | Failed | Skipped | Ask | Pace | Held | Kept | Closed | Broke | Gone
+    | Orphaned | SaidOfTraining
 )  # fmt: skip
 ToKeepers = Prepare | Publish | Withdraw
 ToRanks = (
-    Agreed | Grant | Stop | Reached | Aborted | RetiredForGood | Unneeded | HoldBoundary | Meet | ToKeepers
-    | DecidedOfTraining
+    Agreed | Grant | Stop | Reached | Aborted | Drifted | Interval | RetiredForGood | Unneeded | HoldBoundary | Meet
+    | ToKeepers | DecidedOfTraining
 )  # fmt: skip
 Message = ToCoordinator | ToRanks | Cut

@@ -224,6 +224,11 @@ class Participant:
                 raise CommitError(reason)
             return self._ledger.passed(count)
 
+    def interval(self, count: int) -> tuple[int, str] | None:
+        """After `boundary(count)`: steps between checkpoints from now on, and why, if all ranks change them there."""
+        with self._changed:
+            return self._ledger.interval(count)
+
     def ask(self, *, leave: bool, why: str) -> None:
         """For one boundary at which all ranks save, or save and leave; `boundary` says when it is there. Any thread."""
         with self._changed:
@@ -246,6 +251,12 @@ class Participant:
         """Checkpoints committed, aborted and skipped since the session's start."""
         with self._changed:
             return self._ledger.commits, self._ledger.aborts, self._ledger.skips
+
+    @property
+    def drifts(self) -> int:
+        """How often replicas were found to differ, and training went on."""
+        with self._changed:
+            return self._ledger.drifts
 
     def restored(self, step: int | None) -> None:
         """After a restore the step counts from there: what a later, abandoned branch had reached says nothing now."""
@@ -391,5 +402,7 @@ def _tell(message: ToRanks) -> None:
     """Warns of what became of all ranks' checkpoints."""
     if message["t"] == "aborted" and (message["failure"] or message["unlike"]):
         log.warning("checkpoint of step %d aborted: %s", message["step"], message["reason"])
+    elif message["t"] == "drifted" and message["first"]:
+        log.warning("%s. Training goes on (replica_drift = 'warn'); stats() counts what follows", message["reason"])
     elif message["t"] == "meet" and message["b"] is None:
         log.warning("no boundary could be agreed on for a checkpoint: %s", message["why"])

@@ -45,13 +45,14 @@ class Rules:
     on_failure: str
     raise_after: int
     keep_tags: int | None = None
+    replica_drift: str = "raise"
 
     @classmethod
     def of(cls, config: LayerwiseConfig, framework: str, software: dict[str, str]) -> Rules:
         return cls(
             framework, software, keep_last=config.keep_last, keep_every_n_steps=config.keep_every_n_steps,
             timeout_s=config.commit.timeout_s, on_failure=config.commit.on_failure,
-            raise_after=config.commit.raise_after, keep_tags=config.keep_tags,
+            raise_after=config.commit.raise_after, keep_tags=config.keep_tags, replica_drift=config.replica_drift,
         )  # fmt: skip
 
 
@@ -109,6 +110,7 @@ def start_coordinator(
     logic = Coordinator(
         transport.world_size, timeout_s=rules.timeout_s, on_failure=rules.on_failure, raise_after=rules.raise_after,
         now=time.monotonic(), keepers=[place[0] for place in info.places[1:]],
+        replica_drift=rules.replica_drift,
     )  # fmt: skip
     return committer, CoordinatorThread(logic, committer, transport.announce)
 

@@ -326,7 +326,7 @@ def of_writer(rates: Rates, manner: Manner, state: int | None, config: Layerwise
         spare_core = "Leave the writer a core that training does not use (OMP_NUM_THREADS one lower)."
         return Finding("writer", "warn", text, spare_core, figures)
     advice = None
-    if state and config.every_n_steps is not None:
+    if state and type(config.every_n_steps) is int:
         advice = (
             f"Training waits for the disk where every_n_steps ({config.every_n_steps}) iterations take less: raise it."
         )

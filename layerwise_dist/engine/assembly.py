@@ -213,7 +213,7 @@ def assemble(
         _, examined = together(participant, "attach", examine)
         assert examined is not None, "nothing is read here that could be damaged"
         found, updates, objects = examined
-        replicas = Replicas(found, updates, participant)
+        replicas = Replicas(found, updates, participant, sampled=config.replica_drift != "off")
         replicas.meet()
         if monitor is not None:
             parts = open_monitored(monitor, env, config, participant, found.name, _software(), fresh=fresh)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from layerwise_dist.engine.captures import Captures
 from layerwise_dist.engine.last_step import LastStep
 from layerwise_dist.engine.meetings import Meetings
+from layerwise_dist.engine.pacing import Pacing
 from layerwise_dist.engine.rehearsing import Rehearsal
 from layerwise_dist.engine.statistics import Statistics
 from layerwise_dist.engine.trace import Tracing
@@ -22,9 +23,9 @@ class BoundaryHandler:
     def __init__(
         self, captures: Captures, meetings: Meetings, *, optimizer: OptimizerAdapter, objects: StateObjects,
         scheduler: LayerwiseCheckpointScheduler, statistics: Statistics, tracing: Tracing, last: LastStep,
-        rehearsal: Rehearsal | None,
+        pacing: Pacing, rehearsal: Rehearsal | None,
     ) -> None:  # fmt: skip
-        self._captures, self._meetings = captures, meetings
+        self._captures, self._meetings, self._pacing = captures, meetings, pacing
         self._optimizer, self._objects, self._scheduler = optimizer, objects, scheduler
         self._statistics, self._tracing, self._last = statistics, tracing, last
         self._rehearsal = rehearsal
@@ -61,6 +62,7 @@ class BoundaryHandler:
             self._tracing.step.sealed()
         self._scales = self._scales_now() if not mark.updated else []
         self._meetings.pass_boundary(self._count, mark, attempted=due and mark.updated)
+        self._pacing.passed(self._count, mark.step, self._statistics.captures)
         if self._rehearsal is not None:
             self._rehearsal.passed(mark)
 

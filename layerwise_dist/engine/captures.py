@@ -17,6 +17,7 @@ from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.session import CommitRequests
 from layerwise_dist.engine.attempts import Attempts
 from layerwise_dist.engine.last_step import LastStep
+from layerwise_dist.engine.pacing import Pacing
 from layerwise_dist.engine.replicas import Replicas
 from layerwise_dist.engine.statistics import Statistics
 from layerwise_dist.engine.trace import Tracing
@@ -43,12 +44,13 @@ class Captures:
         self, attempts: Attempts, participant: Participant, *, committer: CommitRequests | None,
         optimizer: OptimizerAdapter, surveyor: Surveyor, scheduler: LayerwiseCheckpointScheduler,
         replicas: Replicas, frozen: FrozenBases, sealer: Sealer, statistics: Statistics, tracing: Tracing,
-        last: LastStep, thread: TrainingThread, updates: int = 0,
+        last: LastStep, pacing: Pacing, thread: TrainingThread, updates: int = 0,
     ) -> None:  # fmt: skip
         self._attempts, self._participant, self._committer = attempts, participant, committer
         self._optimizer, self._surveyor, self._scheduler = optimizer, surveyor, scheduler
         self._replicas, self._frozen, self._sealer = replicas, frozen, sealer
         self._statistics, self._tracing, self._last, self._thread = statistics, tracing, last, thread
+        self._pacing = pacing
         self.open: Capture | None = None
         self.sealed: list[Capture] = []
         self.updates = updates
@@ -135,7 +137,7 @@ class Captures:
         base, restless = self._frozen.seal(found, capture.write.attempt, wait=capture.certain)
         self._attempts.copy(restless)
         capture.write.seal(
-            *self._sealer.take(mark.step, self.updates, mark.state(), found, self._client_state),
+            *self._sealer.take(mark.step, self.updates, mark.state(), found, self._client_state, self._pacing.sealed),
             confirm=capture.confirm, base=base,
         )  # fmt: skip
         self._replicas.report(capture.write.attempt, found)

@@ -189,6 +189,8 @@ class LayerwiseEngine:
         return workings.statistics.report(
             *workings.participant.outcomes, workings.adapter.buffers, workings.frozen,
             newest=self._reached("committed"), in_flight=workings.participant.in_flight,
+            drifts=workings.participant.drifts,
+            every_n_steps=workings.pacing.steps, interval_changes=workings.pacing.changes,
         )  # fmt: skip
 
     def trace(self, path: str | os.PathLike[str]) -> None:

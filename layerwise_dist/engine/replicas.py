@@ -2,8 +2,8 @@
 """Whether ranks that are said to hold the same do hold the same: the net under what a wrapper says.
 
 Before a session's first checkpoint all ranks compare what is there, and hashes of it. From then on each says with each
-checkpoint which tensors it takes for shared, and hashes of a few of them in turn; the coordinator commits nothing for
-which these differ.
+checkpoint which tensors it takes for shared, and hashes of a hundredth of their bytes (`samples.py`), which the
+coordinator holds against each other.
 
 That parameters are equal is the wrapper's word: where they are not, that is an error. Of optimizer state no wrapper
 says anything: where it is not the same on all ranks, each of them saves its own.
@@ -13,96 +13,27 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import chain
-from typing import TypedDict, TypeVar
+from collections.abc import Sequence
+from typing import TypedDict
 
 import torch
 
-from layerwise_dist import _native
-from layerwise_dist.capture.audit import ROUND, WINDOW_BYTES
 from layerwise_dist.capture.survey import Survey
 from layerwise_dist.commit.alike import unequal
 from layerwise_dist.commit.messages import AlikeGroup, DescribedError
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.votes import describe_error, rebuild_error
+from layerwise_dist.engine.samples import Common, Sums, digest, is_param, place_of
 from layerwise_dist.errors import LayerwiseError, UnsupportedError
 from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.storage.filenames import AttemptId
-from layerwise_dist.tensors.pieces import Piece, is_dense
-from layerwise_dist.tensors.slices import Slice, ranks_of, ranks_text
+from layerwise_dist.tensors.pieces import Piece
+from layerwise_dist.tensors.slices import ranks_of, ranks_text
 
 log = logging.getLogger("layerwise_dist")
 
-MOST_WINDOWS = 4  # of at most WINDOW_BYTES each, that a checkpoint's sample hashes
-_CHUNK_BYTES = 64 << 20  # of device memory that are on the host at once
 _LISTED = 3
-_W = TypeVar("_W")
-
-
-@dataclass(frozen=True, slots=True)
-class _Window:
-    """Bytes `begin` to `end` of piece number `piece`."""
-
-    piece: int
-    begin: int
-    end: int
-
-
-class Common:
-    """What this rank holds alike with the same other ranks, in an order that is the same on all of them."""
-
-    def __init__(self, pieces: Sequence[Piece]) -> None:
-        self.pieces = list(pieces)
-        self.listing = _digest(" ".join(_place(piece.slice)) for piece in self.pieces)
-        windows = [
-            _Window(number, begin, min(begin + WINDOW_BYTES, piece.slice.nbytes))
-            for number, piece in enumerate(self.pieces)
-            for begin in range(0, piece.slice.nbytes, WINDOW_BYTES)
-            if piece.dense
-        ]
-        self._on_host = [window for window in windows if self.pieces[window.piece].on_host]
-        self._elsewhere = [window for window in windows if not self.pieces[window.piece].on_host]
-
-    def hashes(self) -> list[str]:
-        """Of each piece, all of it."""
-        return [_hash(piece.tensor, 0, piece.slice.nbytes) for piece in self.pieces]
-
-    def new(self, known: set[str]) -> list[str]:
-        """What is not among these names, and a hash of it: all of it, since nobody has compared it yet. Empty if there
-        is nothing. `known` has it from then on.
-        """
-        pieces = [piece for piece in self.pieces if piece.slice.name not in known]
-        known.update(piece.slice.name for piece in pieces)
-        if not pieces:
-            return []
-        hashes = [_hash(piece.tensor, 0, piece.slice.nbytes) for piece in pieces]
-        return [_digest(piece.slice.name for piece in pieces), _digest(hashes)]
-
-    def sample(self, turn: int) -> tuple[str, str, str]:
-        """Of the turn's windows: a hash of those of parameters, one of those of state, and which parameters these are
-        of, in words. Host memory comes round in a hundred turns, if it is no more than so many windows; device memory,
-        for which the host has to wait, is looked at in every hundredth.
-        """
-        chosen = in_turn(self._on_host, turn)
-        if turn % ROUND == ROUND - 1:
-            chosen += in_turn(self._elsewhere, turn // ROUND)
-        params: dict[str, list[str]] = {}
-        state: list[str] = []
-        for window in chosen:
-            piece = self.pieces[window.piece]
-            name = piece.slice.name
-            hashes = params.setdefault(name, []) if _is_param(name) else state
-            hashes.append(_hash(piece.tensor, window.begin, window.end))
-        return _digest(chain(*params.values())), _digest(state), _listed(list(params), " or ")
-
-
-def in_turn(windows: Sequence[_W], turn: int) -> list[_W]:
-    """A hundredth of them, at least one and at most `MOST_WINDOWS`; the next ones in the next turn."""
-    count = min(MOST_WINDOWS, -(-len(windows) // ROUND))
-    return [windows[(turn * count + number) % len(windows)] for number in range(count)]
 
 
 class _Vote(TypedDict, total=False):
@@ -125,7 +56,12 @@ class Replicas:
     `agreed`: nothing is shared anywhere, or what is was compared, so that a checkpoint may begin.
     """
 
-    def __init__(self, framework: Framework, optimizer: OptimizerAdapter, participant: Participant) -> None:
+    def __init__(
+        self, framework: Framework, optimizer: OptimizerAdapter, participant: Participant, *, sampled: bool = True
+    ) -> None:
+        """`sampled`: what was once the same is looked at again."""
+        self._sampled = sampled
+        self._sums: dict[str, Sums] = {}  # of the last checkpoint's blocks in device memory
         self._framework, self._optimizer, self._participant = framework, optimizer, participant
         self._needed = participant.world_size > 1
         self.agreed = not self._needed
@@ -175,10 +111,10 @@ class Replicas:
         try:
             for ranks, each in self._look(state=contents).items():
                 hashes = each.hashes() if contents else [""] * len(each.pieces)
-                rows[ranks] = [[*_place(p.slice), hash] for p, hash in zip(each.pieces, hashes, strict=True)]
+                rows[ranks] = [[*place_of(p.slice), hash] for p, hash in zip(each.pieces, hashes, strict=True)]
             if contents:
                 self._known = {ranks: {name for name, *_ in found} for ranks, found in rows.items()}
-            vote = {"digests": {ranks: _digest(map(" ".join, found)) for ranks, found in rows.items()}}
+            vote = {"digests": {ranks: digest(map(" ".join, found)) for ranks, found in rows.items()}}
         except (LayerwiseError, OSError) as error:
             vote = {"error": describe_error(error)}
         found: _Differing = self._participant.agree(what, vote, _differing)
@@ -196,16 +132,30 @@ class Replicas:
             return
         new: dict[str, list[str]] = {}
         if self._of is None or self._of() is not found:
+            self._sums.clear()
             self._of, self._common = weakref.ref(found), self._look(state=True)
             new = {ranks: each.new(self._known.setdefault(ranks, set())) for ranks, each in self._common.items()}
-        groups: list[AlikeGroup] = [
-            (ranks, each.listing, *each.sample(attempt.seq), new.get(ranks, [])) for ranks, each in self._common.items()
-        ]
+        groups = [self._said(attempt, ranks, each, new.get(ranks, [])) for ranks, each in self._common.items()]
         if groups:
             self._participant.post(
                 {"t": "alike", "rank": self._participant.rank, "world_size": self._participant.world_size,
                  "seq": attempt.seq, "attempt": attempt.text, "step": attempt.step, "groups": groups}
             )  # fmt: skip
+
+    def _said(self, attempt: AttemptId, ranks: str, held: Common, new: list[str]) -> AlikeGroup:
+        """What the last checkpoint has of device memory goes with it: the host does not wait for this one's."""
+        all_ranks = ranks_of(ranks, self._participant.world_size)
+        said: AlikeGroup = {
+            "ranks": ranks, "count": len(all_ranks), "listing": held.listing, "new": new, "samples": [],
+        }  # fmt: skip
+        if self._sampled:
+            first = all_ranks[0] == self._participant.rank
+            if (sums := self._sums.pop(ranks, None)) is not None:
+                said["samples"].append(sums.said(name=first))
+            said["samples"].append(held.sample(attempt, name=first))
+            if (sums := held.sums(attempt)) is not None:
+                self._sums[ranks] = sums
+        return said
 
     def heed(self) -> bool:
         """What the coordinator found to be unlike is written whole from now on. Whether there was anything."""
@@ -265,7 +215,7 @@ def judge(texts: Sequence[str], votes: Sequence[dict[str, list[list[str]]]]) -> 
                 by_hash.setdefault(held[rank].get((name, place)), []).append(rank)
             if len(by_hash) == 1:
                 continue
-            if not _is_param(name):
+            if not is_param(name):
                 unlike.add(name.partition("/")[2])
             elif lacking := by_hash.get(None):
                 raise UnsupportedError(
@@ -285,36 +235,6 @@ def judge(texts: Sequence[str], votes: Sequence[dict[str, list[list[str]]]]) -> 
             _listed(sorted(unlike), ", "),
         )
     return sorted(unlike)
-
-
-def _place(part: Slice) -> tuple[str, str]:
-    where = f"{part.start}+{part.length}" if part.is_flat else f"{part.offsets}+{part.lengths}"
-    return part.name, f"{part.dtype} {part.global_shape} {where}"
-
-
-def _is_param(name: str) -> bool:
-    return name.startswith(("param/", "master/"))
-
-
-def _hash(tensor: torch.Tensor, begin: int, end: int) -> str:
-    """Of these bytes, wherever they lie; a tensor that is not row-major is hashed as if it were."""
-    data = None
-    if tensor.device.type != "cpu" or not is_dense(tensor):
-        data = tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
-    hashes = []
-    for at in range(begin, end, _CHUNK_BYTES):
-        stop = min(end, at + _CHUNK_BYTES)
-        if data is None:
-            hashed = _native.hash_memory(tensor.data_ptr() + at, stop - at)
-        else:
-            copy = data[at:stop].cpu()
-            hashed = _native.hash_memory(copy.data_ptr(), stop - at)
-        hashes.append(f"{hashed:016x}")
-    return _digest(hashes)
-
-
-def _digest(texts: Iterable[str]) -> str:
-    return f"{_native.xxh3_64(chr(10).join(texts).encode()):016x}"
 
 
 def _listed(names: Sequence[str], between: str) -> str:

@@ -21,6 +21,7 @@ from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.engine.attempts import Attempts
 from layerwise_dist.engine.captures import Captures
 from layerwise_dist.engine.last_step import LastStep
+from layerwise_dist.engine.pacing import Pacing
 from layerwise_dist.engine.replicas import Replicas
 from layerwise_dist.engine.statistics import Statistics
 from layerwise_dist.errors import BoundaryError, DamageError
@@ -53,14 +54,15 @@ class Restores:
         self, config: LayerwiseConfig, restorer: Restorer, captures: Captures, boundary: Boundary, *,
         attempts: Attempts, manager: CheckpointMetadataManager, participant: Participant,
         committer: CommitRequests | None, optimizer: OptimizerAdapter, surveyor: Surveyor, replicas: Replicas,
-        frozen: FrozenBases, sealer: Sealer, statistics: Statistics, last: LastStep, empty: bool, fresh: bool,
+        frozen: FrozenBases, sealer: Sealer, statistics: Statistics, last: LastStep, pacing: Pacing, empty: bool,
+        fresh: bool,
     ) -> None:  # fmt: skip
         """`empty`: the directory was empty at the start. `fresh`: the job starts over beside what is there."""
         self._config, self._restorer, self._captures, self._boundary = config, restorer, captures, boundary
         self._attempts, self._manager, self._participant, self._committer = attempts, manager, participant, committer
         self._optimizer, self._surveyor, self._replicas = optimizer, surveyor, replicas
         self._frozen, self._sealer, self._statistics, self._last = frozen, sealer, statistics, last
-        self._empty = empty
+        self._pacing, self._empty = pacing, empty
         self.ready = fresh or empty
         self._way_on = _WAY_ON
         self.restored_from: str | None = None
@@ -255,4 +257,5 @@ class Restores:
         self._captures.updates, self._last.unsaved = sealed["updates"], False
         self._boundary.start_at(sealed["step"])
         self._statistics.restored(sealed["step"])
+        self._pacing.restored(sealed.get("interval"))
         self._boundary.restore(sealed["boundary"])

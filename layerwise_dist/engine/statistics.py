@@ -31,7 +31,7 @@ class Statistics:
     def __init__(self) -> None:
         self._recent: list[tuple[ShardWrite, int, int]] = []
         self._past = dict.fromkeys(_COUNTED, 0)
-        self._captures = 0
+        self.captures = 0  # checkpoints sealed
         self._state_bytes = self._captured_bytes = 0
         self._stalls = dict.fromkeys(PARTS, 0.0)
         self._per_checkpoint: list[float] = []
@@ -53,8 +53,8 @@ class Statistics:
 
     def update_over(self) -> None:
         """The fence of the next update is the last that a checkpoint can cost."""
-        if self._captures > self._paid:
-            self._paid = self._captures
+        if self.captures > self._paid:
+            self._paid = self.captures
             self._per_checkpoint.append(sum(self._pending.values()))
             del self._per_checkpoint[:-_KEPT]
             if self.telemetry is not None:
@@ -74,7 +74,7 @@ class Statistics:
 
     def captured(self, capture: Capture, nbytes: int) -> None:
         """It was sealed, of a state of `nbytes` bytes."""
-        self._captures += 1
+        self.captures += 1
         self._state_bytes = nbytes
         self._captured_bytes += nbytes
         self._sealed.append(self.newest)
@@ -94,7 +94,7 @@ class Statistics:
 
     def report(
         self, committed: int, aborted: int, skipped: int, pool: _native.BufferPool | None, frozen: FrozenBases, *,
-        newest: int | None, in_flight: int,
+        newest: int | None, in_flight: int, drifts: int, every_n_steps: int, interval_changes: int,
     ) -> dict[str, float | int]:  # fmt: skip
         """`pool` is None before the first checkpoint; `newest` is the newest committed step."""
         while newest is not None and self._sealed and self._sealed[0][0] <= newest:
@@ -109,11 +109,14 @@ class Statistics:
             return 1e3 * ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
 
         return {
-            "captures": self._captures,
+            "captures": self.captures,
+            "every_n_steps": every_n_steps,
+            "interval_changes": interval_changes,
             "checkpoints_committed": committed,
             "checkpoints_aborted": aborted,
             "checkpoints_skipped": skipped,
             "in_flight": in_flight,
+            "replica_drifts": drifts,
             "lag_steps": self.newest[0] - self._safe[0],
             "lag_s": self.newest[1] - self._safe[1],
             "state_bytes": self._state_bytes,

@@ -27,6 +27,7 @@ from layerwise_dist.engine.last_step import LastStep
 from layerwise_dist.engine.lent import Loan, lend
 from layerwise_dist.engine.meetings import Meetings
 from layerwise_dist.engine.notices import Notices
+from layerwise_dist.engine.pacing import Pacing
 from layerwise_dist.engine.preemption import Preemption
 from layerwise_dist.engine.rehearsing import Rehearsal
 from layerwise_dist.engine.replicas import Replicas
@@ -72,8 +73,10 @@ class Workings:
         self.statistics, self.tracing = Statistics(), Tracing()
         thread = TrainingThread()
         scheduler = LayerwiseCheckpointScheduler(
-            every_n_steps=config.every_n_steps, batch_bytes=BLOCKS_A_BATCH * config.writer.block_kb << 10
+            every_n_steps=None if config.every_n_steps == "auto" else config.every_n_steps,
+            batch_bytes=BLOCKS_A_BATCH * config.writer.block_kb << 10,
         )
+        self.pacing = Pacing(config, participant, scheduler)
         last = self.last = LastStep(config, scheduler)
         self.surveyor = Surveyor(framework, optimizer, config.captured_by, scheduler.arrange, bases=not adapter.pooled)
         self.attempts = Attempts(
@@ -89,7 +92,8 @@ class Workings:
         self.captures = Captures(
             self.attempts, participant, committer=committer, optimizer=optimizer, surveyor=self.surveyor,
             scheduler=scheduler, replicas=replicas, frozen=self.frozen, sealer=sealer, statistics=self.statistics,
-            tracing=self.tracing, last=last, thread=thread, updates=0 if loan is None else loan.updates,
+            tracing=self.tracing, last=last, pacing=self.pacing, thread=thread,
+            updates=0 if loan is None else loan.updates,
         )  # fmt: skip
         participant.judge_by(self.captures.settle)
         self.notices = Notices(config.path, info.epoch)
@@ -104,7 +108,7 @@ class Workings:
         else:
             handler = BoundaryHandler(
                 self.captures, meetings, optimizer=optimizer, objects=objects, scheduler=scheduler,
-                statistics=self.statistics, tracing=self.tracing, last=last, rehearsal=rehearsal,
+                statistics=self.statistics, tracing=self.tracing, last=last, pacing=self.pacing, rehearsal=rehearsal,
             )  # fmt: skip
             self.boundary = Boundary(
                 handler.passed, objects.taps, log=log, excuse=handler.excuses, several=optimizer.several,
@@ -114,7 +118,7 @@ class Workings:
             config, restorer, self.captures, self.boundary, attempts=self.attempts, manager=manager,
             participant=participant, committer=committer, optimizer=optimizer, surveyor=self.surveyor,
             replicas=replicas, frozen=self.frozen, sealer=sealer, statistics=self.statistics, last=last,
-            empty=info.empty, fresh=fresh,
+            pacing=self.pacing, empty=info.empty, fresh=fresh,
         )  # fmt: skip
         updates = UpdateHandler(
             config, self.captures, self.boundary, attempts=self.attempts, restores=self.restores, optimizer=optimizer,

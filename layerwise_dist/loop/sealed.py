@@ -123,8 +123,11 @@ class _SealedState(TypedDict):
 
 class SealedState(_SealedState, total=False):
     """All of it. `standing`: parameters that stand for others, by fqn. `aliases`: further names of tied ones.
-    `classes`: of the LR schedulers and GradScalers in `objects`, by name.
+    `classes`: of the LR schedulers and GradScalers in `objects`, by name. `interval`: steps between checkpoints, where
+    that follows what they cost.
     """
+
+    interval: int
 
     classes: dict[str, str]
     aliases: dict[str, list[str]]

@@ -209,6 +209,7 @@ class SealedSchema(PartSchema):
     extra_state: dict[str, Any]
     aliases: dict[str, list[str]] = {}
     classes: dict[str, str] = {}
+    interval: int = Field(default=1, ge=1, lt=STEPS_END)
     standing: dict[str, StandingSchema] = {}
 
 

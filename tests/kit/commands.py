@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 _STARTS = re.compile(
     r"(?:(?:\S*/)?(?:python3?|pip|pytest)|torchrun|deepspeed|bash|mpirun|sbatch|srun|sudo|apt-get"
-    r"|layerwise(?= (?:ls|show|verify|diff|pin|unpin|prune|cp|export|selftest|rehearse|doctor|bench|import"
+    r"|layerwise(?= (?:ls|show|verify|diff|pin|unpin|prune|cp|export|selftest|rehearse|doctor|tune|bench|import"
     r"|watch|report)\b))\s+\S"
 )
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Watches a job, and says when the interval between its checkpoints should be another one. Runs on rank 0."""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+
+from layerwise_dist.interval.rule import Choice, Costs, Limits, choose
+
+FIRST = 10  # steps, until something is known
+LEAST_COSTS, LEAST_QUIET = 5, 3  # checkpoints and steps that are measured before anything is decided
+_NEVER_QUIET = 8  # checkpoints in a row without a step that none slowed down
+_REMEMBERED = 32  # costs; and as many steps
+_CHANGE = 1.25  # a smaller change is not worth one
+_LEAP = 4  # times as much, or as little, at once
+
+
+class Pace:
+    """Watches training, and says when the interval should be another one.
+
+    `step` at each boundary, `committed` for each commit; `decide` after either.
+    """
+
+    def __init__(self, limits: Limits, steps: int | None = None) -> None:
+        """`steps`: the interval that the job had before, if it had one."""
+        self._limits = limits
+        self.steps = limits.within(FIRST if steps is None else steps)
+        self._quiet: deque[float] = deque(maxlen=_REMEMBERED)
+        self._costs: deque[float] = deque(maxlen=_REMEMBERED)
+        self._writes: deque[float] = deque(maxlen=_REMEMBERED)
+        self._disk: deque[float] = deque(maxlen=_REMEMBERED)
+        self._written: list[float] = []  # of this stretch
+        self._busy_s, self._busy, self._begun = 0.0, 0, 0  # of this stretch: seconds, steps, checkpoints
+        self._fresh = False  # whether there is one since it was last decided
+        self._since_quiet = 0  # checkpoints that began since a step was quiet
+
+    def step(self, elapsed_s: float, *, busy: bool, begun: int) -> None:
+        """A step took `elapsed_s`, its checkpoints' stalls included. `busy`: a checkpoint was begun in it or on its way
+        during any of it; `begun`: how many were begun.
+        """
+        self._begun += begun
+        self._since_quiet += begun
+        if busy or begun:
+            self._busy_s += elapsed_s
+            self._busy += 1
+            if self._begun < _NEVER_QUIET or len(self._quiet) < LEAST_QUIET:
+                return  # else the disk never rests, and earlier steps say what one takes without it
+        else:
+            self._quiet.append(elapsed_s)
+        self._since_quiet = 0
+        if self._begun:
+            base = statistics.median(self._quiet)
+            self._costs.append(max(0.0, self._busy_s - self._busy * base) / self._begun)
+            # The stretch has parts of two steps in which nothing was written; alone, a checkpoint took what it took.
+            alone = statistics.mean(self._written) if self._written else self._busy_s
+            self._disk.append(min(self._busy_s / self._begun, alone))
+            self._fresh = True
+        self.forget_stretch()
+
+    def forget_stretch(self) -> None:
+        """What was measured since the last quiet step is of something else: an evaluation, a restore."""
+        self._busy_s, self._busy, self._begun = 0.0, 0, 0
+        self._written.clear()
+
+    def committed(self, write_s: float) -> None:
+        """A checkpoint was committed `write_s` after its boundary."""
+        self._writes.append(write_s)
+        self._written.append(write_s)
+
+    def decide(self) -> Choice | None:
+        """Another interval, if there should be one. It holds once `follow` says so."""
+        if self._since_quiet >= _NEVER_QUIET:
+            steps = self._limits.within(2 * self.steps)
+            why = f"{self._since_quiet} checkpoints in a row left no step without one: there is nothing to compare with"
+            self._since_quiet = 0
+            return Choice(steps, why) if steps != self.steps else None
+        if not self._fresh:
+            return None
+        self._fresh = False
+        if len(self._costs) < LEAST_COSTS or len(self._quiet) < LEAST_QUIET or not self._writes:
+            return None
+        choice = choose(self.measured, self._limits)
+        steps = self._limits.within(min(max(choice.steps, -(-self.steps // _LEAP)), _LEAP * self.steps))
+        if steps == self.steps or max(steps, self.steps) < _CHANGE * min(steps, self.steps):
+            return None
+        return Choice(steps, choice.why)
+
+    def follow(self, steps: int) -> None:
+        """The interval is this from now on: what checkpoints cost is measured anew, since it may depend on it."""
+        self.steps, self._since_quiet = steps, 0
+        for each in (self._costs, self._writes, self._disk):
+            each.clear()
+
+    @property
+    def measured(self) -> Costs:
+        """Medians. REQUIRES: at least one of each was measured."""
+        return Costs(*map(statistics.median, (self._quiet, self._costs, self._writes, self._disk)))
