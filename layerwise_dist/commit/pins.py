@@ -24,8 +24,8 @@ def pin(manager: CheckpointMetadataManager, manifest: Manifest) -> bool:
     env, attempt = manager.env, manifest.attempt_id
     if manifest.places is not None and (host := read_owner(env, manager.root).get("decided_on")) is not None:
         raise DirectoryError(
-            f"{manager.root} is the directory of one of several nodes, and what is removed on all of them is decided by "
-            f"rank 0, which was last on {shown(str(host), 200)}: pin step {manifest.step} there"
+            f"{manager.root} is the directory of one of several nodes, and what is removed on all of them is decided "
+            f"by rank 0, which was last on {shown(str(host), 200)}: pin step {manifest.step} there"
         )
     try:
         with held(manager, attempt):
