@@ -33,7 +33,7 @@ def merge(found: list[Seen], root: str, *, fresh: bool) -> StartPlan:
             raise DirectoryError(
                 f"{'; '.join(map(_whose, bare))}: {root} holds nothing, and {there}{lost}. Was a disk replaced, or is "
                 "a mount missing? Bring that node's directory back from a copy, or start anew with attach(fresh=True). "
-                f"To go on from an older step without it, copy {filenames.IDENTITY} of another node there"
+                f"To continue from an older step without it, copy {filenames.IDENTITY} of another node there"
             )
         log.warning("%s: %s holds nothing; %s, and all of its shards", "; ".join(map(_whose, bare)), root, there)
     lacking: list[tuple[str, list[Seen]]] = []
@@ -62,7 +62,7 @@ def merge(found: list[Seen], root: str, *, fresh: bool) -> StartPlan:
 
 
 def _check_one_history(found: list[Seen], root: str) -> None:
-    """Raises DirectoryError where jobs have gone on on some nodes without the others, and the other way round."""
+    """Raises DirectoryError where jobs continued on some nodes without the others, and on those without these."""
     of_seq: dict[int, tuple[str, str, Seen]] = {}
     for place in found:
         for seq, name, session in place["records"]:
@@ -70,7 +70,7 @@ def _check_one_history(found: list[Seen], root: str) -> None:
             if (other, its) != (name, session):
                 raise DirectoryError(
                     f"{root}: {other} on {_whose(where)} and {name} on {_whose(place)} are of different sessions and "
-                    "have one number: jobs went on on these nodes without each other. Start with the nodes of one of "
+                    "have one number: jobs continued on these nodes without each other. Start with the nodes of one of "
                     "them, or move the directory of the other away"
                 )
 
