@@ -20,6 +20,7 @@ if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed (launch/setup.sh does it)", allow_module_level=True)
 
 RANKS = 2
+NODES = ["0-fp32-nodes", "2-bf16-nodes", "3-fp32-nodes-base"]  # a disk on each, and ranks swap nodes at the restart
 
 
 def results(zero: Warm, out: Path, *cases: str, ranks: int = RANKS, timeout: float = 150) -> list[dict[str, Any]]:
@@ -43,7 +44,7 @@ def sample() -> list[str]:
 
 
 def test_every_stage_and_precision_trains_and_resumes_bit_for_bit(zero: Warm, tmp_path: Path, long: bool) -> None:
-    cases = CASES + MORE if long else sample()
+    cases = [*(CASES + MORE if long else sample()), *NODES]
     for found in results(zero, tmp_path / "out", *cases, timeout=3000 if long else 150):
         assert found == {case: [] for case in cases}
 
@@ -60,7 +61,7 @@ def test_three_ranks_pad_and_cut_otherwise_and_resume_as_well(zero: Warm, tmp_pa
     if not long:
         pytest.skip("--long")
     cases = ["0-bf16-clip", "1-bf16-fp32grads", "2-bf16-accumulate2", "3-fp32-clip", "3-bf16-subgroups-gather"]
-    cases += ["1-bf16-inbackward", "2-bf16-inbackward", "3-bf16-inbackward"]
+    cases += ["1-bf16-inbackward", "2-bf16-inbackward", "3-bf16-inbackward", *NODES]
     for found in results(zero, tmp_path / "out", *cases, ranks=3):
         assert found == {case: [] for case in cases}
 

@@ -30,35 +30,49 @@ from layerwise_dist.restore.handing import Handing
 from layerwise_dist.restore.reslice import reach
 
 _SAID = re.compile(
-    r"step 2 resharded: (\d+) bytes of shards read here, (\d+) received from other ranks, (\d+) held here"
+    r"step [23] (?:resharded|restored across nodes): (\d+) bytes of shards read here, (\d+) received from other ranks, "
+    r"(\d+) held here"
 )
+
+Written = tuple[Path, dict[tuple[str, int], str], list[list[dict[str, Any]]]]
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> tuple[Path, dict[tuple[str, int], str]]:
-    """A folder with checkpoints of two ranks under FSDP2 and DDP, and digests of what they hold."""
+def written(tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> Written:
+    """A folder with checkpoints of two ranks under FSDP2 and DDP, digests of what they hold, and what each rank told of
+    checkpoints on disks of nodes.
+    """
     out = tmp_path_factory.mktemp("recut")
     warm.run("recut.py", 2, out, "write")
-    digests = {(each["source"], each["step"]): each["digest"] for each in told(out)}
+    digests = {(each["source"], each["step"]): each["digest"] for each in told(out) if "node" not in each}
+    on_nodes = [[each for each in told(out, rank) if "node" in each] for rank in range(2)]
     for rank in range(2):
         (out / f"{rank}.jsonl").unlink()
-    return out, digests
+    return out, digests, on_nodes
+
+
+@pytest.fixture(scope="module")
+def read(written: Written, warm: Warm) -> list[list[dict[str, Any]]]:
+    """What each of three ranks told that restored all of it."""
+    out, _, _ = written
+    warm.run("recut.py", 3, out, "read")
+    found = [told(out, rank) for rank in range(3)]
+    for rank in range(3):
+        (out / f"{rank}.jsonl").unlink()
+    return found
 
 
 def test_each_block_is_read_once_and_what_is_damaged_is_named_by_who_reads_it(
-    written: tuple[Path, dict[tuple[str, int], str]], warm: Warm
+    written: Written, read: list[list[dict[str, Any]]]
 ) -> None:
-    out, digests = written
-    warm.run("recut.py", 3, out, "read")
-    every = [told(out, rank) for rank in range(3)]
+    _, digests, _ = written
+    every = [[each for each in told if "node" not in each] for told in read]
     assert [len(each) for each in every] == [5, 5, 5]
     for at, (source, target) in enumerate(itertools.product(("fsdp2", "ddp"), repeat=2)):
         ranks = [each[at] for each in every]
         assert all((each["source"], each["target"], each["step"]) == (source, target, 2) for each in ranks)
         assert {each["digest"] for each in ranks} == {digests[source, 2]}
-        said = [
-            tuple(map(int, found.groups())) for each in ranks for line in each["log"] if (found := _SAID.search(line))
-        ]
+        said = counts(ranks)
         assert len(said) == 3, ranks
         read, handed = sum(each[0] for each in said), [each[1] for each in said]
         distinct = said[0][2] if target == "ddp" else sum(each[2] for each in said)
@@ -72,14 +86,52 @@ def test_each_block_is_read_once_and_what_is_damaged_is_named_by_who_reads_it(
         assert len(named) == 1 and "rank_00001.safetensors of step 2: block" in named[0] and "exp_avg_sq/0" in named[0]
 
 
+def counts(ranks: list[dict[str, Any]]) -> list[tuple[int, ...]]:
+    """Of ranks that restored together: bytes read, handed over by others, and held."""
+    found = [found for each in ranks for line in each["log"] if (found := _SAID.search(line))]
+    return [tuple(map(int, each.groups())) for each in found]
+
+
+def test_ranks_that_swap_nodes_get_what_was_theirs_and_go_on(written: Written) -> None:
+    """Disks of nodes, under torchrun: FSDP2, where each has its own, and DDP, where each needs what others wrote."""
+    _, _, on_nodes = written
+    for source in ("fsdp2", "ddp"):
+        ranks = [[each for each in told if each["source"] == source] for told in on_nodes]
+        for rank, (fresh, one, two, again, three) in enumerate(ranks):
+            assert (fresh["step"], fresh["node"], again["step"], again["node"]) == (0, rank, 2, 1 - rank)
+            assert again["digest"] == two["digest"] == ranks[0][2]["digest"]
+            assert (one["after"], two["after"], three["after"]) == (1, 2, 3)
+            assert three["drawn"] == torch.randn(3, generator=torch.Generator().manual_seed(2000 + rank)).tolist()
+        said = counts([told[3] for told in ranks])
+        assert len(said) == 2 and all(handed for _, handed, _ in said)
+        distinct = said[0][2] if source == "ddp" else sum(held for *_, held in said)
+        assert sum(read for read, *_ in said) <= 1.1 * distinct, said
+
+
+def test_a_node_more_and_another_wrapper_restore_from_disks_of_nodes(
+    written: Written, read: list[list[dict[str, Any]]]
+) -> None:
+    _, _, on_nodes = written
+    last = {each["source"]: each["digest"] for each in on_nodes[0] if each.get("after") == 3}
+    every = [[each for each in told if "node" in each] for told in read]
+    for at, (source, target) in enumerate(itertools.product(("fsdp2", "ddp"), repeat=2)):
+        ranks = [each[at] for each in every]
+        assert all((each["source"], each["target"], each["step"]) == (source, target, 3) for each in ranks)
+        assert {each["digest"] for each in ranks} == {last[source]}
+        said = counts(ranks)
+        distinct = said[0][2] if target == "ddp" else sum(held for *_, held in said)
+        assert len(said) == 3 and sum(read for read, *_ in said) <= 1.1 * distinct, said
+        assert said[2][0] == 0 and said[2][1], "the new node's rank reads nothing by itself"
+
+
 @pytest.mark.parametrize(
     ("how", "kind", "text"),
     [("killed", "CommitError", "rank 1: its connection is gone"), ("stopped", "DeadlineError", r"rank\(s\) \[1\]")],
 )
 def test_a_rank_that_is_lost_while_blocks_are_handed_over_is_named_on_all_others(
-    written: tuple[Path, Any], warm: Warm, how: str, kind: str, text: str
+    written: Written, warm: Warm, how: str, kind: str, text: str
 ) -> None:
-    out, _ = written
+    out, _, _ = written
     job = warm.start("recut.py", 3, out, how)
     try:
         deadline = time.monotonic() + 120

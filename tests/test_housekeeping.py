@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import json
 import os
 import shutil
 import signal
@@ -200,9 +201,10 @@ def test_what_cannot_be_pinned_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     code, text = call("unpin", root, "--step", 1)
     assert code == 2 and "pinned" in text
     (root / found.attempt_id.folder / "pinned").rmdir()
-    with pytest.raises(errors.DirectoryError, match="rank 0"):
-        apart = found.model_copy(update={"places": [[0], [1]], "epoch": 77})
-        pins.pin(manager(root), apart)
+    note = json.loads((root / "owner").read_text())
+    (root / "owner").write_text(json.dumps({**note, "decided_on": "node7"}))
+    with pytest.raises(errors.DirectoryError, match="rank 0, which was last on node7"):
+        pins.pin(manager(root), found.model_copy(update={"places": [[0], [1]]}))
     shutil.rmtree(root / found.attempt_id.folder)
     with pytest.raises(errors.NotFoundError, match="removed"):
         pins.pin(manager(root), found)

@@ -22,9 +22,10 @@ from typing import Any
 from layerwise_dist import _native
 from layerwise_dist.bench.light import LightRank, LightWrite, Switchboard
 from layerwise_dist.commit.ledger import Ledger, Post
+from layerwise_dist.commit.merging import merge
 from layerwise_dist.commit.messages import ToRanks
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
-from layerwise_dist.commit.opening import Place, merge
+from layerwise_dist.commit.opening import Place
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.start import Rules, start_coordinator
 from layerwise_dist.commit.transports import Message

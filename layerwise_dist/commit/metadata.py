@@ -27,7 +27,7 @@ from layerwise_dist.commit.records import (
     decode,
     encode,
 )
-from layerwise_dist.errors import DamageError
+from layerwise_dist.errors import DamageError, DirectoryError
 from layerwise_dist.storage import filenames
 from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.odd import is_no_folder, kind_at, leave, oddity
@@ -155,6 +155,26 @@ class CheckpointMetadataManager:
         often. Raises OSError.
         """
         return kind_at(self.env, self.pin_path(attempt)) is not None
+
+    def pin(self, attempt: AttemptId) -> bool:
+        """Durable when this returns. Whether it was not pinned before. Raises DirectoryError or OSError."""
+        path = self.pin_path(attempt)
+        kind = kind_at(self.env, path)
+        if kind not in (None, "file"):
+            raise DirectoryError(f"{path} is not a regular file, so it is not a pin: move it away")
+        if kind is None:
+            self.env.write_file(path, b"", 0o600)
+        self.env.sync_dir(self.folder(attempt))  # of an earlier pin too, which may have died before
+        return kind is None
+
+    def unpin(self, attempt: AttemptId) -> bool:
+        """Whether it was pinned. Raises OSError."""
+        try:
+            self.env.unlink(self.pin_path(attempt))
+        except FileNotFoundError:
+            return False
+        self.env.sync_dir(self.folder(attempt))
+        return True
 
     def shard_path(self, manifest: Manifest, rank: int) -> str:
         return os.path.join(self.root, manifest.attempt_id.folder, filenames.shard_file(rank))

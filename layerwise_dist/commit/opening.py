@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opens a session in one directory, and merges what several directories hold.
+"""Opens a session in one directory.
 
 A *place* is a directory with the ranks that share it; its lowest rank is its *keeper*. With a shared file system there
 is one place, kept by rank 0. With a disk in each node there are several, and a checkpoint exists if its manifest lies
-in any of them: what a crash left in some only is brought to the others here.
+in any of them: what a crash left in some only is brought to the others here, by the plan that `merging` makes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import errno
 import logging
 import os
 import socket
-import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypedDict
@@ -55,7 +54,8 @@ class SessionInfo:
 @dataclass(frozen=True, slots=True)
 class StartPlan:
     """What all keepers do. `kept`: attempts that nobody collects, since there may be a manifest of them somewhere.
-    `lacking`: (file name of a record, who has it, who has not).
+    `lacking`: (file name of a record, who has it, who has not). `pinned`: attempts that are, in any place. `host`: that
+    of rank 0.
     """
 
     session: str
@@ -65,6 +65,8 @@ class StartPlan:
     empty: bool
     kept: list[list[int]]
     lacking: list[tuple[str, int, list[int]]]
+    pinned: list[list[int]]
+    host: str
 
     def info(self, places: list[list[int]]) -> SessionInfo:
         return SessionInfo(self.session, self.identity, self.epoch, self.first_seq, self.empty, places)
@@ -82,6 +84,10 @@ class Seen(TypedDict):
     manifests: list[list[int]]
     branches: list[int]
     doubtful: list[list[int]]
+    records: list[tuple[int, str, str]]  # of manifests and branches: seq, name, and the session that wrote it
+    world_size: int  # of the newest manifest; 0 without one
+    pinned: list[list[int]]
+    shards: dict[str, list[int]]  # ranks whose shards are here, by attempt: of the newest manifest, and of later ones
 
 
 class Place:
@@ -108,6 +114,11 @@ class Place:
             doing = f"read the records in {self._root}"
             found = self._manager.inventory()
             doubtful = self._manager.flush_records(found)
+            newest = max(found.manifests, default=0)
+            attempts = [*found.unfinished, *(each.attempt_id for each in found.manifests.values())]
+            shards = {each.text: self._ranks_in(each) for each in attempts if each.seq >= newest}
+            committed = [each.attempt_id for each in found.manifests.values()]
+            pinned = [each for each in committed if self._manager.pinned(each)]
             identity = found.identity or told_identity(found, self._root)
         except DirectoryError:
             raise
@@ -119,7 +130,22 @@ class Place:
             "manifests": [[m.epoch, m.seq, m.step] for m in found.manifests.values()],
             "branches": sorted(found.branches),
             "doubtful": [[each.epoch, each.seq, each.step] for each in doubtful],
+            "records": [
+                *((seq, each.attempt_id.folder, each.session) for seq, each in found.manifests.items()),
+                *((seq, filenames.branch_file(seq), each.session) for seq, each in found.branches.items()),
+            ],
+            "world_size": found.manifests[newest].world_size if newest else 0, "shards": shards,
+            "pinned": [[each.epoch, each.seq, each.step] for each in pinned],
         }  # fmt: skip
+
+    def _ranks_in(self, attempt: AttemptId) -> list[int]:
+        try:
+            names = self._env.list_dir(self._manager.folder(attempt))
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError) and oddity(error, attempt.folder) is None:
+                raise
+            return []
+        return sorted(rank for name in names if (rank := filenames.parse_shard(name)) is not None)
 
     def _write_identity(self, identity: str) -> None:
         """If it is not there; or is damaged, and all records here said what it was."""
@@ -146,50 +172,53 @@ class Place:
         Returns what could not be brought here. Raises OSError or DamageError.
         """
         assert self.owner is not None
-        self.owner.begin(plan.session, plan.epoch)
+        first = self._ranks[0] == 0
+        self.owner.begin(plan.session, plan.epoch, decided_on=None if first else plan.host)
         self._write_identity(plan.identity)
         wanting = []
         for name, _, lacking in plan.lacking:
             if self._ranks[0] in lacking and (why := self._bring(name, texts[name])) is not None:
                 wanting.append(why)
         kept = {AttemptId(*each) for each in plan.kept}
-        self._manager.collect_leftovers(self._manager.inventory(), kept)
+        here = self._manager.inventory()
+        self._manager.collect_leftovers(here, kept)
+        if first:
+            for manifest in here.manifests.values():
+                attempt = manifest.attempt_id
+                wanted = [attempt.epoch, attempt.seq, attempt.step] in plan.pinned
+                if wanted and not self._manager.pinned(attempt):
+                    self._manager.pin(attempt)
         return wanting
 
+    def let_pins_go(self, plan: StartPlan) -> None:
+        """They lie where rank 0 is now, as `settle` has made sure on all ranks: here they would outlive an `unpin`.
+        Raises OSError.
+        """
+        for each in plan.pinned if self._ranks[0] else ():
+            self._manager.unpin(AttemptId(*each))
+
     def _bring(self, name: str, text: str) -> str | None:
-        """Writes a record of another place's here. A manifest only if its shards are here: else why not."""
+        """Writes a record of another place's here. Why not, where something else lies there.
+
+        A manifest lies in each place, whatever of its shards is here: a restore looks for these by what ranks see
+        then, which need not be the ranks that were here when it was made.
+        """
         if (seq := filenames.parse_branch(name)) is not None:
             self._manager.write_branch(decode(text.encode(), Branch, filenames.branch_file(seq)))
             return None
         manifest = decode(text.encode(), Manifest, name)
-        for rank in self._ranks:
-            if (lost := self._lost(manifest, rank)) is not None:
-                return f"step {manifest.step} is not whole: rank {rank} has no {lost} on {socket.gethostname()}"
         try:
+            try:
+                self._env.make_dir(self._manager.folder(manifest.attempt_id), self._dir_mode)
+            except FileExistsError:
+                pass
+            self._env.sync_dir(self._root)
             self._manager.prepare(manifest)
             self._manager.publish(manifest.attempt_id)
         except OSError as error:
             if (what := oddity(error, name)) is None:
                 raise
             return f"the manifest of step {manifest.step} can't be written on {socket.gethostname()}: {what}"
-        return None
-
-    def _lost(self, manifest: Manifest, rank: int) -> str | None:
-        """Of the files that the manifest names for a rank, one that is not here in its size."""
-        files = {self._manager.shard_path(manifest, rank): -1}
-        if rank < manifest.world_size:
-            record = manifest.shards[rank]
-            files = {self._manager.shard_path(manifest, rank): record.nbytes}
-            if record.base is not None:
-                files[self._manager.base_path(record.base.attempt, rank)] = record.base.nbytes
-        for path, nbytes in files.items():
-            try:
-                if self._env.stat(path)[1] != nbytes:
-                    return path
-            except OSError as error:
-                if not isinstance(error, FileNotFoundError) and oddity(error, path) is None:
-                    raise
-                return path
         return None
 
     def release(self) -> None:
@@ -208,7 +237,7 @@ def unusable(manager: CheckpointMetadataManager, found: Inventory) -> dict[str, 
         epoch = max(epoch, read_owner(manager.env, manager.root).get("epoch", 0))
     except OSError as error:
         problems[filenames.OWNER] = f"no job can take {os.path.join(manager.root, filenames.OWNER)}: {error}"
-    if problem := _too_few(manager.root, epoch, found.last_seq):
+    if problem := too_few(manager.root, epoch, found.last_seq):
         problems["numbers"] = problem
     path = os.path.join(manager.root, filenames.IDENTITY)
     try:
@@ -227,7 +256,7 @@ def unusable(manager: CheckpointMetadataManager, found: Inventory) -> dict[str, 
     return problems
 
 
-def _too_few(root: str, epoch: int, seq: int) -> str | None:
+def too_few(root: str, epoch: int, seq: int) -> str | None:
     """Why no session can begin after these, the highest in the directory, if so."""
     for what, number in (("epoch", epoch), ("seq", seq)):
         if number + 1 >= filenames.BEGIN_BELOW:
@@ -261,63 +290,6 @@ def told_identity(found: Inventory, root: str) -> str | None:
             f"directories ({listed}): move away those that were copied here, and start again"
         )
     return said[0][0] if said else None
-
-
-def merge(found: list[Seen], root: str, *, fresh: bool) -> StartPlan:
-    """What the places make together. Raises DirectoryError where they cannot be of one job's disks."""
-    identities = {each["identity"] for each in found if each["identity"] is not None}
-    if len(identities) > 1:
-        said = "; ".join(f"{_whose(each)}: {each['identity']}" for each in found if each["identity"] is not None)
-        raise DirectoryError(f"{root} holds checkpoints of different jobs ({said}): is a mount missing?")
-    manifests = {each[1]: each for place in found for each in sorted(place["manifests"])}
-    bare = [each for each in found if each["identity"] is None]
-    full = [each for each in found if not each["empty"]]
-    if bare and full and not fresh:
-        newest = max((each[2] for each in manifests.values()), default=0)
-        raise DirectoryError(
-            f"{'; '.join(map(_whose, bare))}: {root} holds nothing, and {'; '.join(map(_whose, full))}: "
-            f"checkpoints up to "
-            f"step {newest}. Was a disk replaced, or is a mount missing? Bring that node's directory back from "
-            f"a copy, or "
-            "start anew with attach(fresh=True)"
-        )
-    lacking: list[tuple[str, list[Seen]]] = []
-    for attempt in manifests.values():
-        lacking.append((AttemptId(*attempt).folder, [place for place in found if attempt in place["manifests"]]))
-    for seq in sorted({seq for place in found for seq in place["branches"]}):
-        lacking.append((filenames.branch_file(seq), [place for place in found if seq in place["branches"]]))
-    epoch, last_seq = max(each["epoch"] for each in found), max(each["last_seq"] for each in found)
-    if problem := _too_few(root, epoch, last_seq):
-        raise DirectoryError(problem)
-    return StartPlan(
-        session=uuid.uuid4().hex,
-        identity=identities.pop() if identities else uuid.uuid4().hex,
-        epoch=epoch + 1,
-        first_seq=last_seq + 1,
-        empty=all(each["empty"] for each in found),
-        kept=[*manifests.values(), *(each for place in found for each in place["doubtful"])],
-        lacking=[
-            (name, have[0]["ranks"][0], [each["ranks"][0] for each in found if each not in have])
-            for name, have in lacking
-            if len(have) < len(found)
-        ],
-    )
-
-
-def _whose(found: Seen) -> str:
-    ranks = found["ranks"]
-    return f"rank{'s' if len(ranks) > 1 else ''} {_spans(ranks)} on {found['host']}"
-
-
-def _spans(ranks: list[int]) -> str:
-    """``0-3, 8``"""
-    spans: list[list[int]] = []
-    for rank in ranks:
-        if spans and spans[-1][1] == rank - 1:
-            spans[-1][1] = rank
-        else:
-            spans.append([rank, rank])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
 
 
 def as_start_plan(tree: dict[str, Any]) -> StartPlan:

@@ -29,7 +29,8 @@ _LOOK_S = 0.02
 
 class OwnerNote(TypedDict, total=False):
     """What the file says: whose the directory is. `monitor`: a monitor's; `ends`: its job has ended, and it finishes.
-    `does`: what else it is that ends by itself, as it is told to who waits.
+    `does`: what else it is that ends by itself, as it is told to who waits. `decided_on`: with a disk in each node, the
+    host of rank 0, which decides what goes; not there on that host itself.
 
     Nothing of it is there, or the first three at least.
     """
@@ -40,6 +41,7 @@ class OwnerNote(TypedDict, total=False):
     monitor: bool
     ends: bool
     does: str
+    decided_on: str
 
 
 class Owner:
@@ -70,9 +72,14 @@ class Owner:
             self._lock.release()
             raise
 
-    def begin(self, session: str, epoch: int) -> None:
-        """From here on commits are `session`'s, under `epoch`, which is durable when this returns. Raises OSError."""
-        self._write(epoch, session, {"monitor": True} if self._monitored else {})
+    def begin(self, session: str, epoch: int, *, decided_on: str | None = None) -> None:
+        """From here on commits are `session`'s, under `epoch`, which is durable when this returns. `decided_on` is the
+        host of rank 0, if it has another directory. Raises OSError.
+        """
+        more: OwnerNote = {"monitor": True} if self._monitored else {}
+        if decided_on is not None:
+            more["decided_on"] = decided_on
+        self._write(epoch, session, more)
         self._env.sync_dir(self._root)
         self.epoch, self._session = epoch, session
 

@@ -2,16 +2,17 @@
 """A pin keeps a checkpoint, whatever retention would do: an empty file in its folder, which anyone may put there.
 
 It is put there while the manifest is held, and retention looks for it while it holds the manifest alone: a checkpoint
-that was pinned is not removed a moment later.
+that was pinned is not removed a moment later. With a disk in each node, that is so on the node of rank 0; at a start
+with rank 0 on another node the pins go there (`opening.Place`).
 """
 
 from __future__ import annotations
 
 from layerwise_dist.commit.holding import held
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
+from layerwise_dist.commit.owner import read_owner
 from layerwise_dist.commit.records import Manifest
-from layerwise_dist.errors import DirectoryError, NotFoundError
-from layerwise_dist.storage.odd import kind_at
+from layerwise_dist.errors import DirectoryError, NotFoundError, shown
 
 
 def pin(manager: CheckpointMetadataManager, manifest: Manifest) -> bool:
@@ -21,30 +22,18 @@ def pin(manager: CheckpointMetadataManager, manifest: Manifest) -> bool:
     OSError.
     """
     env, attempt = manager.env, manifest.attempt_id
-    if manifest.places is not None and kind_at(env, manager.shard_path(manifest, 0)) is None:
+    if manifest.places is not None and (host := read_owner(env, manager.root).get("decided_on")) is not None:
         raise DirectoryError(
-            f"{manager.root} has no shard of rank 0, whose node decides what is removed on all nodes: pin step "
-            f"{manifest.step} there"
+            f"{manager.root} is the directory of one of several nodes, and what is removed on all of them is decided "
+            f"by rank 0, which was last on {shown(str(host), 200)}: pin step {manifest.step} there"
         )
-    path = manager.pin_path(attempt)
     try:
         with held(manager, attempt):
-            kind = kind_at(env, path)
-            if kind not in (None, "file"):
-                raise DirectoryError(f"{path} is not a regular file, so it is not a pin: move it away")
-            if kind is None:
-                env.write_file(path, b"", 0o600)
-            env.sync_dir(manager.folder(attempt))  # of an earlier pin too, which may have died before
-            return kind is None
+            return manager.pin(attempt)
     except FileNotFoundError:
         raise NotFoundError(f"step {manifest.step} is no longer in {manager.root}: retention has removed it") from None
 
 
 def unpin(manager: CheckpointMetadataManager, manifest: Manifest) -> bool:
     """The checkpoint goes when its time comes, as others do. Whether it was pinned. Raises OSError."""
-    try:
-        manager.env.unlink(manager.pin_path(manifest.attempt_id))
-    except FileNotFoundError:
-        return False
-    manager.env.sync_dir(manager.folder(manifest.attempt_id))
-    return True
+    return manager.unpin(manifest.attempt_id)

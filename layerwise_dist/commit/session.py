@@ -83,6 +83,7 @@ class Committer:
         self._linked: set[int] = set()  # seqs of manifests that lie behind a link: nothing there is removed
         self._bases_are_used = False
         self._bases_named: set[str] = set()  # as unneeded
+        self._bases_of_retired: set[str] = set()  # which need not lie in this directory: ranks have moved
         # `follow` comes from the training thread, while the coordinator's may still retire after the last commit.
         self._lock = threading.Lock()
         self._announced: deque[AttemptId] = deque(maxlen=_REMEMBERED)
@@ -202,7 +203,8 @@ class Committer:
                 leave(error, attempt.folder)
                 self._linked.add(seq)  # it stays a checkpoint, and keeps what it refers to
                 continue
-            self._returning[attempt] = inventory.manifests.pop(seq)
+            self._returning[attempt] = gone_now = inventory.manifests.pop(seq)
+            self._bases_of_retired.update(gone_now.bases)
             withdrawn(attempt)
         for seq in sorted(inventory.branches)[:-1]:
             self.owner.check()
@@ -236,7 +238,8 @@ class Committer:
             unknown = inventory.damaged or any(attempt.epoch < self.info.epoch for attempt in inventory.unfinished)
             if not self._bases_are_used or unknown:
                 return []
-            found = unneeded_bases(self._manager.bases(), referring, below=head.seq)
+            there = sorted({*self._manager.bases(), *self._bases_of_retired})
+            found = unneeded_bases(there, referring, below=head.seq)
             found = [base for base in found if base not in self._bases_named]
             self._bases_named.update(found)
             return found

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from layerwise_dist import _native
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.records import BaseRecord, Manifest, ShardRecord
 from layerwise_dist.errors import DamageError
-from layerwise_dist.storage.reader import Shard
+from layerwise_dist.storage.reader import Shard, ShardElsewhere
 
 
 def open_shard(manager: CheckpointMetadataManager, pool: _native.WriterPool, manifest: Manifest, rank: int) -> Shard:
@@ -15,11 +17,15 @@ def open_shard(manager: CheckpointMetadataManager, pool: _native.WriterPool, man
     record = manifest.shards[rank]
     of = (manifest.attempt, rank, manifest.world_size)
     shard = _open(manager, pool, manager.shard_path(manifest, rank), record, of)
+    _check_step(manifest, shard)
+    return shard
+
+
+def _check_step(manifest: Manifest, shard: Shard) -> None:
     if shard.index.step != manifest.step:
         raise DamageError(
             f"shard {shard.index.path}: is of step {shard.index.step}, the manifest of step {manifest.step}"
         )
-    return shard
 
 
 def open_base(
@@ -34,6 +40,38 @@ def open_base(
         return None
     of = (record.attempt, rank, manifest.world_size)
     return _open(manager, pool, manager.base_path(record.attempt, rank), record, of)
+
+
+def open_shards(
+    manager: CheckpointMetadataManager, pool: _native.WriterPool, manifest: Manifest, rank: int
+) -> list[Shard]:
+    """A rank's shard, and after it its base if it has one. Raises as `open_shard`."""
+    base = open_base(manager, pool, manifest, rank)
+    return [open_shard(manager, pool, manifest, rank), *([base] if base is not None else [])]
+
+
+def shards_elsewhere(
+    manager: CheckpointMetadataManager, manifest: Manifest, rank: int, headers: Sequence[bytes], state: bytes | None
+) -> list[Shard]:
+    """The same for files that lie in another directory than this rank's, by their headers; `state` is that of the
+    shard, or None if nobody needs it. Raises DamageError where they are not what the manifest names.
+    """
+    record = manifest.shards[rank]
+    texts = [state, None]
+    files: list[tuple[str, ShardRecord | BaseRecord, str]] = [
+        (manager.shard_path(manifest, rank), record, manifest.attempt)
+    ]
+    if record.base is not None:
+        files.append((manager.base_path(record.base.attempt, rank), record.base, record.base.attempt))
+    found: list[Shard] = [
+        ShardElsewhere(
+            path, header, text, nbytes=each.nbytes, header_bytes=each.header_bytes,
+            header_hash=int(each.header_hash, 16), of=(attempt, rank, manifest.world_size),
+        )
+        for (path, each, attempt), header, text in zip(files, headers, texts[: len(files)], strict=True)
+    ]  # fmt: skip
+    _check_step(manifest, found[0])
+    return found
 
 
 def _open(

@@ -14,9 +14,10 @@ from layerwise_dist.commit.agreement import together
 from layerwise_dist.commit.coordinator import Coordinator
 from layerwise_dist.commit.coordinator_thread import CoordinatorThread
 from layerwise_dist.commit.keeper import Keeper, KeeperThread
+from layerwise_dist.commit.merging import merge
 from layerwise_dist.commit.messages import Outcome
 from layerwise_dist.commit.metadata import CheckpointMetadataManager, Identity
-from layerwise_dist.commit.opening import Place, SessionInfo, StartPlan, as_start_plan, as_tree, make_dirs, merge
+from layerwise_dist.commit.opening import Place, SessionInfo, StartPlan, as_start_plan, as_tree, make_dirs
 from layerwise_dist.commit.owner import Owner
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.places import find_places
@@ -160,6 +161,8 @@ def open_session(
                 make_dirs(env, root, dir_mode)
                 manager.write_identity(Identity(identity=info.identity))
             _check_directory(env, root, manager, info)
+            if place is not None:
+                place.let_pins_go(plan)
             return []
 
         participant.agree("see the same checkpoint directory", tried(participant.disk_s, WORK, check), _settled)

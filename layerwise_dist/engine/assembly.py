@@ -18,7 +18,7 @@ from layerwise_dist.capture.room import check_pool
 from layerwise_dist.capture.sealed import Sealer
 from layerwise_dist.capture.survey import Surveyor
 from layerwise_dist.commit.agreement import together
-from layerwise_dist.commit.opening import PATIENCE_SHARE, SessionInfo
+from layerwise_dist.commit.opening import PATIENCE_SHARE
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.start import Rules, start_session, start_writer
 from layerwise_dist.commit.transports import Transport
@@ -262,17 +262,6 @@ def check_scalers(optimizer: OptimizerAdapter, objects: StateObjects) -> None:
             )  # fmt: skip
 
 
-def _check_places(config: LayerwiseConfig, found: Framework, info: SessionInfo) -> None:
-    here = next(place for place in info.places if found.rank in place)
-    if not found.partners() <= set(here):
-        raise UnsupportedError(
-            f"{config.path} is not one directory but {len(info.places)} (of ranks {str(info.places)[:80]}): "
-            f"under {found.name} "
-            "ranks read what others wrote, so all must see one directory. Where each rank writes all that it needs "
-            "(plain, FSDP2 with full shards), or what ranks of one node hold, disks of the nodes will do"
-        )
-
-
 def _software() -> dict[str, str]:
     return {"layerwise_dist": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
@@ -282,15 +271,10 @@ def _open_direct(
     fresh: bool, closers: list[Callable[[], object]],
 ) -> OpenSession:  # fmt: skip
     """This process takes the directory, decides on rank 0, and writes. What is to be undone goes into `closers`."""
-
-    def check(info: SessionInfo) -> None:
-        if not info.shared:
-            together(participant, "look for what others write", lambda: _check_places(config, found, info))
-
     session = start_session(
         env, config.path, transport, participant, Rules.of(config, found.name, _software()),
         file_mode=config.file_bits, dir_mode=config.dir_bits, who=f"pid {os.getpid()} on {socket.gethostname()}",
-        fresh=fresh, mock=config.mode == "mock", patience_s=PATIENCE_SHARE * config.commit.timeout_s, check=check,
+        fresh=fresh, mock=config.mode == "mock", patience_s=PATIENCE_SHARE * config.commit.timeout_s,
     )  # fmt: skip
     owner, coordinator = session.owner, session.coordinator
     if owner is not None:

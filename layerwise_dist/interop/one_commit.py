@@ -15,9 +15,10 @@ import torch
 
 from layerwise_dist import _native
 from layerwise_dist._version import __version__
+from layerwise_dist.commit.merging import merge
 from layerwise_dist.commit.messages import Durable
 from layerwise_dist.commit.metadata import CheckpointMetadataManager, InDoubt, Inventory, Manifest
-from layerwise_dist.commit.opening import Place, merge
+from layerwise_dist.commit.opening import Place
 from layerwise_dist.commit.records import LONGEST_TAG, is_tag
 from layerwise_dist.commit.session import Committer
 from layerwise_dist.errors import ConfigError, DamageError, DirectoryError

@@ -8,7 +8,7 @@ import os
 from layerwise_dist import _native
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.records import Manifest
-from layerwise_dist.commit.shards import open_base, open_shard
+from layerwise_dist.commit.shards import open_shards
 from layerwise_dist.errors import MismatchError
 from layerwise_dist.restore.planner import ShardSet
 from layerwise_dist.storage.protocols import FileLock
@@ -37,11 +37,10 @@ class HeldFiles:
             )
         pool = self._pool = _native.WriterPool(_READERS)
 
-        def open_shards(rank: int) -> list[Shard]:
-            base = open_base(manager, pool, manifest, rank)
-            return [open_shard(manager, pool, manifest, rank), *([base] if base is not None else [])]
+        def of(rank: int) -> list[Shard]:
+            return open_shards(manager, pool, manifest, rank)
 
-        return ShardSet(0, open_shards)
+        return ShardSet(0, of)
 
     @property
     def ended(self) -> bool:

@@ -25,7 +25,7 @@ from layerwise_dist.loop.sealed import SealedState
 from layerwise_dist.restore import casts
 from layerwise_dist.restore.contents import OF_MODEL
 from layerwise_dist.restore.contradictions import contradictions
-from layerwise_dist.restore.filling import Read, fill
+from layerwise_dist.restore.filling import Read
 from layerwise_dist.restore.loader import LISTED, LoadPlan, listing
 from layerwise_dist.restore.regrouping import regroup, translations, under_names, uneven
 from layerwise_dist.restore.source import Source, SourceTensor
@@ -247,7 +247,7 @@ class Fitting:
                 counted[view.fqn] = torch.empty((), dtype=DTYPES[saved.dtype], device="cpu")
                 wanted = Slice.whole("step", view.fqn, saved.dtype, ())
                 reads.append((counted[view.fqn], self._whole.spans(name, wanted)))
-        fill(reads)
+        self._whole.fill(reads)
         for fqn, memory in counted.items():
             value = float(memory.item())
             if value.is_integer():

@@ -5,27 +5,30 @@ send it what it may need of theirs.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+import torch
 
 from layerwise_dist.commit.exchange import Exchange
 from layerwise_dist.commit.records import Manifest
 from layerwise_dist.errors import DamageError, MismatchError
 from layerwise_dist.loop.sealed import SealedState
-from layerwise_dist.restore import contents, headers, states
+from layerwise_dist.restore import contents, copies, filling, headers, states
 from layerwise_dist.restore.headers import FILES_A_RANK, ROW, Share, Summary
 from layerwise_dist.restore.holdings import Holdings
 from layerwise_dist.restore.planned import Files, PlannedShard, Readable
 from layerwise_dist.restore.planner import ByteRange, Found, replan
 from layerwise_dist.restore.reslice import run_of
 from layerwise_dist.restore.sealed_state import read_state
+from layerwise_dist.restore.sight import Sight
 from layerwise_dist.restore.source import unlike_words
 from layerwise_dist.restore.whole import SavedTensor, first_unlike
 from layerwise_dist.storage import strict_json
@@ -55,6 +58,10 @@ class GatheredTensor:
         found = np.concatenate(self.rows) if self.rows else np.empty((0, ROW), dtype=np.uint64)
         self.rows = []
         return found[np.argsort(found[:, 3], kind="stable")].astype(np.int64)
+
+    @property
+    def has_parts(self) -> bool:
+        return bool(len(self._runs) or self.boxes)
 
     def spans(self, wanted: Slice, shards: Mapping[int, PlannedShard]) -> list[ByteRange]:
         """What fills `wanted`, of this shape. Offsets are those of a slice of the file's dtype, whatever `wanted` has.
@@ -119,32 +126,40 @@ class Gathered:
         tensors: by name. Of several copies under one name the first.
         unlike: names whose copies are not equal, with the ranks of two that differ.
         shards: files that this rank may read a part of, by number.
-        files: all that is read of blocks is read by it.
-        block_bytes: of the files whose headers this rank has read, by number.
+        files: all that is read of blocks is read by it, and all that was read of tensors is counted by it.
+        block_bytes: of the files whose headers this rank has read, by number. Where not all see them, they are among
+            `shards`: it may have to read them for others.
     """
 
     def __init__(
         self, manifest: Manifest, open_shards: Callable[[int], Sequence[Shard]], files: Files, exchange: Exchange,
-        holdings: Holdings, needed: Callable[[str], bool],
+        holdings: Holdings, needed: Callable[[str], bool], sight: Sight,
     ) -> None:  # fmt: skip
         """All ranks together. `open_shards(rank)` gives that rank's shard, then its base if it has one; `needed(kind)`:
         whether copies of that kind must be equal.
 
-        Raises DamageError, also where shards disagree about a tensor; OSError; what `Exchange.all_to_all` raises.
+        Raises DamageError, also where shards disagree about a tensor; MismatchError for copies that can't be compared;
+        OSError; what `Exchange.all_to_all` raises.
         """
-        self.manifest, self._open, self.files = manifest, open_shards, files
+        self.manifest, self._open, self.files, self._sight = manifest, open_shards, files, sight
+        self._brought: dict[tuple[int, int, int], bytes] = {}  # by file, begin and end
         every = exchange.all_to_all("tell what it holds", [holdings.encode()] * exchange.world_size)
-        share = Share(manifest, [Holdings.decode(each) for each in every])
+        share = Share(manifest, [Holdings.decode(each) for each in every], keep_all=sight.seen is not None)
         with _without_collector():
-            for rank in range(exchange.rank, manifest.world_size, exchange.world_size):
+            for rank in sight.read_by(exchange.rank):
                 shards = open_shards(rank)
                 share.add(rank, shards, read_state(shards[0], manifest.framework))
                 exchange.bytes_read += sum(shard.header_bytes for shard in shards)
+        files.read(share.peeked_bytes)
         self.block_bytes = share.block_bytes
         heard = exchange.all_to_all("read headers", [share.for_all()] * exchange.world_size)
         told = self._take_all(heard)
         share.check(self._holders(told))
         self._take_mine(exchange.all_to_all("tell what is where", share.for_each()))
+        if sight.seen is not None:
+            for number, (of, layers, hashes) in share.files.items():
+                if number not in self.shards:
+                    self.shards[number] = self._shard(number, of, memoryview(layers), memoryview(hashes))
         self.unlike = self._compare(told, exchange, needed)
 
     # -- what all ranks hear -------------------------------------------------------------------------------------
@@ -218,8 +233,8 @@ class Gathered:
         for data in heard:
             head, rows, *tables = states.unpack(data)
             names, about, boxes = strict_json.loads(bytes(head))
-            for at, (number, size, block_bytes, hashed, _) in enumerate(about):
-                self.shards[number] = self._shard(number, size, block_bytes, bool(hashed), *tables[2 * at : 2 * at + 2])
+            for at, (number, *of) in enumerate(about):
+                self.shards[number] = self._shard(number, of, *tables[2 * at : 2 * at + 2])
             mine: dict[int, GatheredTensor] = {}
             for number, (name, among, dtype, shape, first) in names.items():
                 found = self.tensors[name]
@@ -238,9 +253,8 @@ class Gathered:
                 if (of := mine.get(number)) is not None:
                     of.boxes.append((file, begin, tuple(offsets), tuple(lengths)))
 
-    def _shard(
-        self, number: int, size: int, block_bytes: int, hashed: bool, layers: memoryview, hashes: memoryview
-    ) -> PlannedShard:
+    def _shard(self, number: int, about: Sequence[int], layers: memoryview, hashes: memoryview) -> PlannedShard:
+        size, block_bytes, hashed, _ = about
         places = array("Q", bytes(layers))
         blocks = Blocks([("", *each) for each in zip(places[::2], places[1::2], strict=True)], block_bytes)
         known: Sequence[int | None] = array("Q", bytes(hashes)) if hashed else [None] * len(blocks)
@@ -253,12 +267,59 @@ class Gathered:
         path = self.files.path(rank, which)
         return PlannedShard(number, rank, path, size, blocks, hashes, self.files, lambda: self._open(rank)[which])
 
+    # -- single elements that are needed before anything is dealt out -------------------------------------------------
+
+    def bring(self, exchange: Exchange, names: Iterable[str]) -> None:
+        """All ranks together: of tensors without dimensions that this rank may need, those that it does not see, so
+        that `fill` has them. Raises DamageError, OSError, and what `Exchange.all_to_all` raises.
+        """
+        places: list[list[tuple[int, int, int]]] = [[] for _ in range(exchange.world_size)]
+        for name in names:
+            found = self.tensors[name]
+            if found.shape or not found.has_parts:
+                continue
+            kind, fqn = name.split("/", 1)
+            for span in found.spans(Slice.whole(kind, fqn, found.dtype, ()), self.shards):
+                assert isinstance(span.shard, PlannedShard)
+                if not self._sight.sees(exchange.rank, span.shard.rank):
+                    places[self._sight.readers[span.shard.rank]].append((span.shard.number, span.begin, span.end))
+        asked = exchange.all_to_all("ask for counts", [json.dumps(each).encode() for each in places])
+        heard = exchange.all_to_all("send counts", [self._elements(strict_json.loads(each)) for each in asked])
+        for there, answer in zip(places, heard, strict=True):
+            self._brought.update(zip(there, map(bytes, states.unpack(answer)), strict=True))
+
+    def _elements(self, places: Sequence[Sequence[int]]) -> bytes:
+        """What this rank has read the headers of, verified."""
+        found = [bytearray(end - begin) for _, begin, end in places]
+        by_file: dict[int, list[tuple[int, int, int]]] = {}
+        views = [(ctypes.c_char * len(each)).from_buffer(each) for each in found]
+        for (number, begin, end), view in zip(places, views, strict=True):
+            by_file.setdefault(number, []).append((begin, end, ctypes.addressof(view)))
+        for number, spans in by_file.items():
+            self.shards[number].read_into(spans)
+        return states.pack(bytes(each) for each in found)
+
+    def fill(self, reads: Iterable[tuple[torch.Tensor, Sequence[ByteRange]]]) -> None:
+        """As `filling.fill`, also of what was brought."""
+        here: list[tuple[torch.Tensor, Sequence[ByteRange]]] = []
+        for tensor, spans in reads:
+            for span in spans:
+                assert isinstance(span.shard, PlannedShard)
+                brought = self._brought.get((span.shard.number, span.begin, span.end))
+                if brought is None:
+                    here.append((tensor, [span]))
+                else:
+                    ctypes.memmove(tensor.data_ptr() + span.offset, brought, len(brought))
+        filling.fill(here)
+
     # -- copies --------------------------------------------------------------------------------------------------
 
     def _compare(
         self, told: Mapping[str, Sequence[Summary]], exchange: Exchange, needed: Callable[[str], bool]
     ) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Of copies that the headers do not show to be equal each of the ranks reads some, verified."""
+        """Of copies that the headers do not show to be equal each of the ranks reads some, verified: of some tensors
+        all copies, or, where no rank sees all copies, of all tensors those that it sees.
+        """
         unsure = {
             name: [ranks for each in found for ranks in headers.ranks_among(each, self.manifest.world_size)]
             for name, found in told.items()
@@ -266,27 +327,41 @@ class Gathered:
         }
         if not unsure:
             return {}
+        if self._sight.seen is not None:
+            mine_hashed = [
+                each
+                for rank in self._sight.read_by(exchange.rank)
+                for each in copies.hashed(self._parts_of(rank, unsure.keys(), exchange))
+            ]
+            heard = exchange.all_to_all("compare copies", [json.dumps(mine_hashed).encode()] * exchange.world_size)
+            return copies.unlike([found for each in heard for found in strict_json.loads(each)])
         mine = {name: sorted(unsure[name]) for name in sorted(unsure)[exchange.rank :: exchange.world_size]}
         parts: dict[str, dict[tuple[int, ...], list[tuple[Readable, Entry]]]] = {name: {} for name in mine}
         for rank in sorted({rank for groups in mine.values() for ranks in groups for rank in ranks}):
-            shards = self._open(rank)
-            exchange.bytes_read += sum(shard.header_bytes for shard in shards)
-            light = {
-                id(shard): self._planned(
-                    FILES_A_RANK * rank + at, rank, at, shard.index.size, shard.index.blocks, shard.index.hashes
-                )
-                for at, shard in enumerate(shards)
-            }
-            for name, (shard, entry) in contents.entries(shards).items():
-                if name in mine:
-                    group = tuple(contents.gathered(self.manifest, rank, entry))
-                    parts[name].setdefault(group, []).append((light[id(shard)], entry))
+            for name, group, part in self._parts_of(rank, mine.keys(), exchange):
+                parts[name].setdefault(group, []).append(part)
         found = first_unlike(
             {name: [SavedTensor(ranks, group) for ranks, group in groups.items()] for name, groups in parts.items()}
         )
         said = json.dumps([[name, one.ranks, other.ranks] for name, (one, other) in found.items()]).encode()
         heard = exchange.all_to_all("compare copies", [said] * exchange.world_size)
         return {name: (tuple(one), tuple(other)) for each in heard for name, one, other in strict_json.loads(each)}
+
+    def _parts_of(
+        self, rank: int, names: Collection[str], exchange: Exchange
+    ) -> Iterator[tuple[str, tuple[int, ...], tuple[Readable, Entry]]]:
+        """What one rank wrote of these tensors, each with the ranks that hold it together."""
+        shards = self._open(rank)
+        exchange.bytes_read += sum(shard.header_bytes for shard in shards)
+        light = {
+            id(shard): self._planned(
+                FILES_A_RANK * rank + at, rank, at, shard.index.size, shard.index.blocks, shard.index.hashes
+            )
+            for at, shard in enumerate(shards)
+        }
+        for name, (shard, entry) in contents.entries(shards).items():
+            if name in names:
+                yield name, tuple(contents.gathered(self.manifest, rank, entry)), (light[id(shard)], entry)
 
     def differs(self, name: str) -> bool:
         """REQUIRES: `needed` named its kind."""

@@ -5,6 +5,9 @@ hands it to the others; where all need all, as under DDP, each reads its share.
 For each file one rank, the one that has read its header, hears which blocks each rank needs, and says who reads those
 that several do (`_deal`). Blocks that nobody else needs are read straight into place where the tensor
 takes the bytes of the file as they are. The rest goes through a buffer of a few blocks, also what is handed on.
+
+On disks of nodes a block is read by a rank that sees the file: one that needs it, or else the one that has read the
+header.
 """
 
 from __future__ import annotations
@@ -17,11 +20,13 @@ import numpy as np
 import torch
 
 from layerwise_dist.commit.exchange import PART_BYTES, Exchange, PeerFailed
+from layerwise_dist.errors import DamageError
 from layerwise_dist.restore import filling
 from layerwise_dist.restore.filling import Read
 from layerwise_dist.restore.headers import FILES_A_RANK
 from layerwise_dist.restore.placing import File, Target
-from layerwise_dist.restore.planned import PlannedShard
+from layerwise_dist.restore.planned import PlannedShard, Readable
+from layerwise_dist.restore.sight import Sight
 from layerwise_dist.restore.states import pack, unpack
 from layerwise_dist.storage import strict_json
 
@@ -37,10 +42,12 @@ class Handing:
 
     def __init__(
         self, exchange: Exchange, reads: Sequence[Read], shards: Mapping[int, PlannedShard],
-        block_bytes: Mapping[int, int],
+        block_bytes: Mapping[int, int], sight: Sight,
     ) -> None:  # fmt: skip
-        """`block_bytes` of the files whose headers this rank has read."""
-        self._exchange, self._block_bytes = exchange, block_bytes
+        """`shards` by number: those that `reads` are of, and those whose headers this rank has read where not all see
+        them. `block_bytes` of the files whose headers this rank has read.
+        """
+        self._exchange, self._shards, self._block_bytes, self._sight = exchange, shards, block_bytes, sight
         number = {id(shard): at for at, shard in shards.items()}
         self._files: dict[int, File] = {}
         self._targets: list[Target] = []
@@ -72,11 +79,13 @@ class Handing:
         return [target.read for target in self._targets]
 
     def plan(self) -> None:
-        """Raises what `Exchange.all_to_all` raises."""
+        """Raises DamageError for what can't be handed over, and what `Exchange.all_to_all` raises."""
         exchange = self._exchange
+        for read in self._apart:
+            self._check_seen([span.shard for span in read.spans])
         needs = [array("Q") for _ in range(exchange.world_size)]
         for number, file in self._files.items():
-            home = needs[number // FILES_A_RANK % exchange.world_size]
+            home = needs[self._sight.readers[number // FILES_A_RANK]]
             for first, last in file.runs(1, 2):
                 home.extend((number, first, last))
         heard = exchange.all_to_all("plan the reading", [each.tobytes() for each in needs])
@@ -85,6 +94,9 @@ class Handing:
             sets, rows = unpack(message)
             ranks = strict_json.loads(bytes(sets))
             for number, first, last, reader, which in np.frombuffer(rows, dtype="<u8").reshape(-1, _DEALT).tolist():
+                if number not in self._files:  # read for others only
+                    self._files[number] = File(self._shards[number])
+                    self._files[number].close()
                 file = self._files[number]
                 if reader == exchange.rank:
                     others = [rank for rank in ranks[which] if rank != reader]
@@ -95,20 +107,33 @@ class Handing:
                     self._lacks[reader] = self._lacks.get(reader, 0) + nbytes[1] - nbytes[0]
                     file.set_apart(first, last, reader)
 
+    def _check_seen(self, shards: Sequence[Readable]) -> None:
+        for shard in shards:
+            if not self._sight.sees(self._exchange.rank, shard.index.rank):
+                raise DamageError(
+                    f"the shard of rank {shard.index.rank} is on another node, and has elements that lie across "
+                    "blocks, which are not handed over: no writer of this format makes such a file"
+                )
+
     def _deal(self, heard: Sequence[bytes]) -> list[bytes]:
-        """For the files whose headers this rank has read: to each rank, who reads which of the blocks that it needs."""
+        """For the files whose headers this rank has read: to each rank, who reads which of the blocks that it needs,
+        and which it reads for others.
+        """
         world, me = self._exchange.world_size, self._exchange.rank
         load = dict.fromkeys(range(world), 0)
         sets: dict[tuple[int, ...], int] = {}
         rows = [array("Q") for _ in range(world)]
-        for number, first, last, ranks in _shared(heard):
+        for number, first, last, ranks in _needed(heard):
+            seeing = [rank for rank in ranks if self._sight.sees(rank, number // FILES_A_RANK)]
+            if len(ranks) == len(seeing) == 1:
+                continue  # it reads them, and nobody else has to know
             nbytes = self._block_bytes[number]
             which = sets.setdefault(ranks, len(sets))
-            step = max(1, min(BUFFER_BYTES // nbytes, -(-(last + 1 - first) // len(ranks))))
+            step = max(1, min(BUFFER_BYTES // nbytes, -(-(last + 1 - first) // max(1, len(seeing)))))
             for begin, end in _cut(first, last, step):
-                reader = min(ranks, key=lambda rank: (load[rank], (rank - me) % world))
+                reader = min(seeing or [me], key=lambda rank: (load[rank], (rank - me) % world))
                 load[reader] += (end - begin + 1) * nbytes
-                for rank in ranks:
+                for rank in {*ranks, reader}:
                     rows[rank].extend((number, begin, end, reader, which))
         known = json.dumps(list(sets)).encode()
         return [pack([known, each.tobytes()]) for each in rows]
@@ -163,8 +188,8 @@ class Handing:
         self._lacks[reader] -= len(content)
 
 
-def _shared(heard: Sequence[bytes]) -> Iterator[tuple[int, int, int, tuple[int, ...]]]:
-    """Of the needs of all ranks, the blocks that several have: file, first, last, and those ranks."""
+def _needed(heard: Sequence[bytes]) -> Iterator[tuple[int, int, int, tuple[int, ...]]]:
+    """The needs of all ranks, of each block together: file, first, last, and the ranks that need these."""
     events: dict[int, list[tuple[int, int, int]]] = {}
     for rank, message in enumerate(heard):
         for number, first, last in np.frombuffer(message, dtype="<u8").reshape(-1, _NEED).tolist():
@@ -173,7 +198,7 @@ def _shared(heard: Sequence[bytes]) -> Iterator[tuple[int, int, int, tuple[int, 
         needing: set[int] = set()
         begun = 0
         for at, begins, rank in sorted(events[number]):
-            if at > begun and len(needing) > 1:
+            if at > begun and needing:
                 yield number, begun, at - 1, tuple(sorted(needing))
             begun = at
             if begins:

@@ -75,16 +75,17 @@ def _some(tensors: Sequence[Summary], numbers: set[int]) -> list[tuple[int, Summ
 class Share:
     """What one rank has read of headers, in the order of the ranks that wrote them."""
 
-    def __init__(self, manifest: Manifest, holdings: Sequence[Holdings]) -> None:
-        """`holdings` of all ranks of this job, by rank."""
-        self._manifest, self._holdings = manifest, holdings
+    def __init__(self, manifest: Manifest, holdings: Sequence[Holdings], *, keep_all: bool = False) -> None:
+        """`holdings` of all ranks of this job, by rank. `keep_all`: in `files` are also those that no rank needs."""
+        self._manifest, self._holdings, self._keep_all = manifest, holdings, keep_all
         self._outgoing = [_Outbox() for _ in holdings]
         self.states = States()
         self.tensors: list[Summary] = []
         self._numbers: dict[tuple[str, str, str, tuple[int, ...]], int] = {}
         self._own_first: dict[str, int] = {}  # the lowest rank that has a tensor of this name for itself
-        self._files: dict[int, tuple[list[int], bytes, bytes]] = {}
+        self.files: dict[int, tuple[list[int], bytes, bytes]] = {}  # numbers, layers and hashes, by file
         self.block_bytes: dict[int, int] = {}  # by file
+        self.peeked_bytes = 0  # of small copies, read as they are to be compared
         self._absent: list[tuple[int, str]] = []
 
     def add(self, rank: int, shards: Sequence[Shard], sealed: SealedState) -> None:
@@ -103,7 +104,9 @@ class Share:
         for shard in shards:
             self._keep_file(numbers[id(shard)], shard)
         if self._manifest.world_size > 1:
-            for told, mark in zip((told for told, _, _ in own), _marks(own), strict=True):
+            marks, peeked = _marks(own)
+            self.peeked_bytes += peeked
+            for (told, _, _), mark in zip(own, marks, strict=True):
                 told.copies.setdefault(mark, []).append(rank)
         else:
             for told, _, _ in own:
@@ -147,11 +150,11 @@ class Share:
     def _keep_file(self, number: int, shard: Shard) -> None:
         index = shard.index
         self.block_bytes[number] = index.blocks.block_bytes
-        if any(number in out.files for out in self._outgoing):
+        if self._keep_all or any(number in out.files for out in self._outgoing):
             layers = [(offset, nbytes) for _, offset, nbytes in index.layers if nbytes]
             hashes = array("Q", [each for each in index.hashes if each is not None])
             about = [index.size, index.blocks.block_bytes, int(index.hashed), len(layers)]
-            self._files[number] = about, array("Q", [n for each in layers for n in each]).tobytes(), hashes.tobytes()
+            self.files[number] = about, array("Q", [n for each in layers for n in each]).tobytes(), hashes.tobytes()
 
     def for_all(self) -> bytes:
         """The sealed states, and all tensors."""
@@ -160,7 +163,7 @@ class Share:
 
     def for_each(self) -> list[bytes]:
         """By rank of this job, where in the files what it may need is."""
-        return [out.encode(self.tensors, self._files) for out in self._outgoing]
+        return [out.encode(self.tensors, self.files) for out in self._outgoing]
 
     def check(self, holders: Mapping[str, Sequence[Sequence[int]]]) -> None:
         """`holders` of all tensors by name: ranks that have it, together or for themselves. Raises DamageError for
@@ -182,9 +185,9 @@ class Share:
             raise DamageError(f"step {self._manifest.step}: {problems[0]}{more}")
 
 
-def _marks(own: Sequence[tuple[Summary, Shard, Entry]]) -> list[str]:
+def _marks(own: Sequence[tuple[Summary, Shard, Entry]]) -> tuple[list[str], int]:
     """Of tensors that one rank has for itself, what another rank's has in common exactly if it holds the same; where
-    that is not known, something that no other has.
+    that is not known, something that no other has. And the bytes of files that were read for it.
 
     Small ones are read as they are, without their blocks: what is damaged in them looks like another value, and all
     that looks so is read once more, verified (`gathered`).
@@ -205,7 +208,7 @@ def _marks(own: Sequence[tuple[Summary, Shard, Entry]]) -> list[str]:
             found.append(f"blocks {_native.xxh3_64(text):016x} {entry.slice.cut}")
         else:
             found.append(f"rank {shard.index.rank}")
-    return found
+    return found, sum(map(len, content.values()))
 
 
 def read_for_all(data: bytes) -> tuple[bytes, list[Summary]]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints on node-local disks: which shards the present nodes hold, and whether ranks see their own."""
+"""Checkpoints on node-local disks: which shards the present nodes hold, and which ranks see them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.records import Manifest
 from layerwise_dist.commit.votes import tried, values
 from layerwise_dist.errors import DamageError
+from layerwise_dist.restore.sight import Sight
 from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.tensors.slices import ranks_text
 
@@ -22,13 +23,15 @@ class Held:
 
     Attributes:
         step: as it was committed.
+        framework: that wrote it.
         gone: for each node, the ranks whose shards no node that is here holds, and all that had their shards there.
-        away: ranks of this job that do not see the shard of their number, though some node has it.
+        sight: who sees those that are here.
     """
 
     step: int
+    framework: str
     gone: list[tuple[list[int], list[int]]]
-    away: list[int]
+    sight: Sight
 
     def __str__(self) -> str:
         """What is gone."""
@@ -54,10 +57,21 @@ def look(
     mine = tried(participant.disk_s, "the search for shards", seen)
     decided = participant.agree("which node has which shards", mine, decide)
     return {
-        attempt: Held(attempt.step, [(gone, node) for gone, node in each["gone"]], each["away"])
+        attempt: _held(attempt.step, each, participant.world_size)
         for attempt, each in zip(attempts, decided, strict=True)
         if each is not None
     }
+
+
+def _held(step: int, told: dict[str, Any], world_size: int) -> Held:
+    saved = told["world_size"]
+    seen = [frozenset[int]()] * world_size
+    for ranks, theirs in told["views"]:
+        for rank in ranks:
+            seen[rank] = frozenset(theirs)
+    everything = all(len(each) == saved for each in seen)
+    sight = Sight(world_size, saved, None if everything else seen)
+    return Held(step, told["framework"], [(gone, node) for gone, node in told["gone"]], sight)
 
 
 def _manifest(manager: CheckpointMetadataManager, attempt: AttemptId) -> Manifest | None:
@@ -98,10 +112,14 @@ def _merged(manifest: Manifest | None, seen: Sequence[Sequence[int]]) -> dict[st
     places = [
         [rank for rank in everyone if rank not in have and rank in place] for place in manifest.places or [everyone]
     ]
-    same = manifest.world_size == len(seen)
+    views: dict[tuple[int, ...], list[int]] = {}  # ranks of one node see the same
+    for rank, theirs in enumerate(seen):
+        views.setdefault(tuple(theirs), []).append(rank)
     return {
+        "world_size": manifest.world_size,
+        "framework": manifest.framework,
         "gone": [[gone, place] for gone, place in zip(places, manifest.places or [everyone], strict=True) if gone],
-        "away": [rank for rank in everyone if rank in have and rank not in seen[rank]] if same else [],
+        "views": [[ranks, list(theirs)] for theirs, ranks in views.items()],
     }
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from layerwise_dist import _native
-from layerwise_dist.errors import DamageError
+from layerwise_dist.errors import DamageError, MismatchError
 from layerwise_dist.storage.reader import Blocks, Shard, open_file, read_verified
 
 Span = tuple[int, int, int]
@@ -46,11 +46,14 @@ class Files:
     """
 
     def __init__(
-        self, env: _native.Env, pool: _native.WriterPool, path: Callable[[int, int], str], count: Callable[[int], None]
-    ) -> None:
-        """`path(rank, which)`: of a rank's shard (0) or base (1). `count(bytes)` is called with all that is read."""
+        self, env: _native.Env, pool: _native.WriterPool, path: Callable[[int, int], str], count: Callable[[int], None],
+        sees: Callable[[int], bool],
+    ) -> None:  # fmt: skip
+        """`path(rank, which)`: of a rank's shard (0) or base (1). `count(bytes)` is called with all that is read.
+        `sees(rank)`: whether this process sees that rank's files.
+        """
         self._env, self._pool, self._count = env, pool, count
-        self.path = path
+        self.path, self.sees = path, sees
         self._last: tuple[str, _native.ShardReader] | None = None
         self.bytes_read = 0
 
@@ -93,7 +96,12 @@ class PlannedShard:
         return not self.hashes or self.hashes[0] is not None
 
     def read_into(self, spans: list[Span]) -> None:
-        """As `Shard.read_into`."""
+        """As `Shard.read_into`. Raises MismatchError for a file on another node, which others have to read."""
+        if not self.files.sees(self.rank):
+            raise MismatchError(
+                f"shard {self.path}: it is on another node, and this rank has to read it by itself: copy all shards "
+                "into one directory that all ranks see"
+            )
         reader = self.files.reader(self.path, self.nbytes)
         bad, nbytes = read_verified(reader, self.blocks, self.hashes, spans)
         self.files.read(nbytes)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One `restore()` call: choose, check, read; the engine then adopts what was read.
 
-A job that is cut as the checkpoint is, with as many ranks, reads what each rank wrote, and nothing else (`loader`).
-Where any rank finds that it is not, all of them look for their parts in what all ranks wrote (`anywhere`).
+A job that is cut as the checkpoint is, with as many ranks, reads what each rank wrote, and nothing else (`loader`);
+on disks of nodes, what a rank does not see is sent by one that does (`sent`, `handing`). Where any rank finds that it
+is not, all of them look for their parts in what all ranks wrote (`anywhere`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from layerwise_dist import _native
@@ -18,24 +20,27 @@ from layerwise_dist.commit.exchange import Exchange, jointly
 from layerwise_dist.commit.metadata import CheckpointMetadataManager, Inventory
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.records import Manifest
-from layerwise_dist.commit.shards import open_base, open_shard
+from layerwise_dist.commit.shards import open_shards, shards_elsewhere
 from layerwise_dist.errors import DamageError, MismatchError, NotFoundError
 from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.frameworks.param_groups import group_origins
 from layerwise_dist.frameworks.parts import WHOLE, Parts
 from layerwise_dist.loop.objects import StateObjects
-from layerwise_dist.restore import choice, loader, nodes, ranks, stand_ins
+from layerwise_dist.restore import choice, fits, loader, nodes, ranks, stand_ins
 from layerwise_dist.restore.anywhere import Fit, Fitting
 from layerwise_dist.restore.choice import Wish
 from layerwise_dist.restore.contents import OF_MODEL
 from layerwise_dist.restore.gathered import Gathered
 from layerwise_dist.restore.handing import Handing
 from layerwise_dist.restore.holdings import Holdings
-from layerwise_dist.restore.loader import LISTED, LoadPlan, another_model, listing
+from layerwise_dist.restore.loader import LoadPlan
 from layerwise_dist.restore.planned import Files
 from layerwise_dist.restore.planner import ShardSet
+from layerwise_dist.restore.regrouping import translations
 from layerwise_dist.restore.sealed_state import optimizers_of, read_state
+from layerwise_dist.restore.sent import Sent
+from layerwise_dist.restore.sight import Sight
 from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.protocols import ShardWriterAdapter
 from layerwise_dist.storage.reader import Shard
@@ -62,6 +67,17 @@ class Terms:
     parts: Parts = WHOLE
     cast: str | None = None
     objects: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What one rank has found of a candidate. Without `loading` it is not cut as this rank is, or of another model.
+    `sent`: of files that not all ranks see which need them.
+    """
+
+    manifest: Manifest
+    loading: LoadPlan | None
+    sent: Sent | None
 
 
 class Restorer:
@@ -107,10 +123,14 @@ class Restorer:
         apart = self._participant.apart or any(candidate.apart for candidate in offered)
         held = nodes.look(self._participant, self._manager, [each.attempt for each in offered]) if apart else {}
         for candidate in offered:
-            if self._is_whole(held.get(candidate.attempt)):
-                loading = self._load(candidate.attempt, terms)
-                if loading is not None:
-                    return candidate.attempt, loading, candidate.leaves
+            seen = held.get(candidate.attempt)
+            if seen is not None and seen.gone:
+                if self._framework.rank == 0:
+                    log.warning("%s", seen)
+                continue
+            loading = self._load(candidate.attempt, terms, seen)
+            if loading is not None:
+                return candidate.attempt, loading, candidate.leaves
         if offered:
             message = (
                 f"no checkpoint in {root} verifies (tried steps {[each.attempt.step for each in offered]}); see the "
@@ -126,20 +146,6 @@ class Restorer:
             raise NotFoundError(f"{root} holds no committed {wish}")
         return None
 
-    def _is_whole(self, held: nodes.Held | None) -> bool:
-        """Whether all of its shards are here. Raises MismatchError if they are, and not where their ranks are."""
-        if held is not None and held.gone:
-            if self._framework.rank == 0:
-                log.warning("%s", held)
-            return False
-        if held is not None and held.away:
-            raise MismatchError(
-                f"step {held.step} in {self._manager.root} is whole on the nodes that are here, but the shards of "
-                f"rank(s) {held.away} are not on the nodes where these ranks are now: start each rank where it was, or "
-                "copy all shards into one directory that all ranks see"
-            )
-        return True
-
     def _said_gone(self, held: Mapping[AttemptId, nodes.Held], read: Callable[[], Inventory]) -> str:
         """What no node that is here holds of what was tried, and which commits are whole. All ranks together."""
         manifests = self._participant.agree(
@@ -150,50 +156,93 @@ class Restorer:
         gone = [str(each) for each in held.values() if each.gone]
         return "".join(f"; {each}" for each in gone) + f"; whole on the nodes that are here: steps {whole or 'none'}"
 
-    def _load(self, attempt: AttemptId, terms: Terms) -> LoadPlan | None:
-        """One candidate, on all ranks: check everything, then read.
+    def _load(self, attempt: AttemptId, terms: Terms, held: nodes.Held | None) -> LoadPlan | None:
+        """One candidate, on all ranks: check everything, then read. `held`: it lies on disks of nodes.
 
         None if damaged somewhere; other errors are raised.
         """
-        step, participant = attempt.step, self._participant
-        sound, found = together(participant, f"check step {step}", lambda: self._check(attempt, terms))
-        if not sound or found is None:
-            return None
-        manifest, shards, checked = found
-        loading = checked if isinstance(checked, LoadPlan) else None
-        if participant.agree(f"compare the cut of step {step}", loading is not None, all):
-            assert loading is not None
-            own = loading
-            return self._fill(
-                attempt, terms, own, lambda what, load: together(participant, what, load), lambda: loader.load(own)
-            )
-        if not shards.shared:
-            together(participant, f"look at step {step}", lambda: self._refuse_nodes(manifest, checked))
+        step, participant, checked = attempt.step, self._participant, None
+        if held is None or self._all_see_theirs(held, terms):
+            sound, checked = together(participant, f"check step {step}", lambda: self._check(attempt, terms, held))
+            if not sound or checked is None:
+                return None
+            if (own := self._cut_alike(checked)) is not None:
+                return self._fill(
+                    attempt, terms, own, lambda what, load: together(participant, what, load), partial(loader.load, own)
+                )
         with Exchange.open(participant, participant.timeout_s) as exchange:
+            if checked is None:
+                sound, checked = jointly(
+                    participant, exchange, f"check step {step}", lambda: self._check(attempt, terms, held, exchange)
+                )
+                if not sound or checked is None:
+                    return None
+                if (own := self._cut_alike(checked)) is not None:
+                    assert held is not None and checked.sent is not None
+                    files = self._files(checked.manifest, exchange, held.sight)
+                    own = replace(own, reads=checked.sent.planned(own.reads, files))
+                    handing = Handing(exchange, own.reads, checked.sent.shards, checked.sent.block_bytes, held.sight)
+                    return self._hand_over(attempt, terms, exchange, own, handing, files, "restored across nodes")
+            return self._cut_anew(attempt, terms, exchange, checked.manifest, held)
 
-            def join(what: str, action: Callable[[], T]) -> tuple[bool, T | None]:
-                return jointly(participant, exchange, what, action)
+    def _cut_alike(self, checked: Checked) -> LoadPlan | None:
+        """The plan, if each rank is cut as it was."""
+        what = f"compare the cut of step {checked.manifest.step}"
+        return checked.loading if self._participant.agree(what, checked.loading is not None, all) else None
 
-            sound, cut = join(f"cut step {step} anew", lambda: self._fit(manifest, exchange, terms))
-            if not sound or cut is None:
-                return None
-            fit, whole = cut
-            self._refuse(manifest, fit)
-            self._say_moved(manifest, fit)
-            handing = Handing(exchange, fit.loading.reads, whole.shards, whole.block_bytes)
-            sound, _ = join(f"plan the reading of step {step}", handing.plan)
-            if not sound:
-                return None
-            filled = self._fill(
-                attempt, terms, fit.loading, join, lambda: loader.load(fit.loading, lambda _: handing.load())
-            )
-            if filled is not None:
-                log.info(
-                    "rank %d: step %d resharded: %d bytes of shards read here, %d received from other ranks, %d "
-                    "held here",
-                    participant.rank, step, whole.files.bytes_read, exchange.bytes_received, handing.bytes_held,
-                )  # fmt: skip
-            return filled
+    def _all_see_theirs(self, held: nodes.Held, terms: Terms) -> bool:
+        """Whether each rank sees all that it needs if it is cut as it was."""
+
+        def look() -> bool:
+            self._framework.follow()
+            return all(held.sight.sees(self._framework.rank, rank) for rank in self._needed(held, terms))
+
+        _, mine = together(self._participant, f"look at step {held.step}", look)
+        return bool(self._participant.agree(f"who sees the shards of step {held.step}", mine, all))
+
+    def _needed(self, held: nodes.Held, terms: Terms) -> set[int]:
+        """The ranks of the checkpoint whose headers a rank reads by itself if it is cut as it was."""
+        framework = self._framework
+        if (held.sight.saved, held.framework) != (framework.world_size, framework.name):
+            return set()
+        return set(range(framework.world_size)) if terms.objects else {framework.rank, *framework.partners()}
+
+    def _cut_anew(
+        self, attempt: AttemptId, terms: Terms, exchange: Exchange, manifest: Manifest, held: nodes.Held | None
+    ) -> LoadPlan | None:
+        step, world_size = attempt.step, self._framework.world_size
+        sight = Sight(world_size, manifest.world_size) if held is None else held.sight
+        sound, cut = jointly(
+            self._participant, exchange, f"cut step {step} anew", lambda: self._fit(manifest, exchange, terms, sight)
+        )
+        if not sound or cut is None:
+            return None
+        fit, whole = cut
+        fits.refuse(self._participant, self._where(manifest), fit)
+        if self._framework.rank == 0:
+            fits.say_moved(manifest, world_size, fit)
+        handing = Handing(exchange, fit.loading.reads, whole.shards, whole.block_bytes, sight)
+        return self._hand_over(attempt, terms, exchange, fit.loading, handing, whole.files, "resharded")
+
+    def _hand_over(
+        self, attempt: AttemptId, terms: Terms, exchange: Exchange, loading: LoadPlan, handing: Handing, files: Files,
+        how: str,
+    ) -> LoadPlan | None:  # fmt: skip
+        step, participant = attempt.step, self._participant
+
+        def join(what: str, action: Callable[[], T]) -> tuple[bool, T | None]:
+            return jointly(participant, exchange, what, action)
+
+        sound, _ = join(f"plan the reading of step {step}", handing.plan)
+        if not sound:
+            return None
+        filled = self._fill(attempt, terms, loading, join, lambda: loader.load(loading, lambda _: handing.load()))
+        if filled is not None:
+            log.info(
+                "rank %d: step %d %s: %d bytes of shards read here, %d received from other ranks, %d held here",
+                participant.rank, step, how, files.bytes_read, exchange.bytes_received, handing.bytes_held,
+            )  # fmt: skip
+        return filled
 
     def _fill(
         self, attempt: AttemptId, terms: Terms, loading: LoadPlan,
@@ -209,27 +258,36 @@ class Restorer:
         sound, _ = run(f"load step {step}", load)
         return loading if sound else None
 
-    def _check(self, attempt: AttemptId, terms: Terms) -> tuple[Manifest, ShardSet, LoadPlan | MismatchError | None]:
-        """Without a plan: this rank is not cut as it was, or, as the error says, it is of another model."""
+    def _check(
+        self, attempt: AttemptId, terms: Terms, held: nodes.Held | None, exchange: Exchange | None = None
+    ) -> Checked:
+        """With an `exchange`, ranks that do not see what they need are sent the headers of it."""
         try:
             manifest = within(
                 self._participant.disk_s, "reading the manifest", lambda: self._manager.read_manifest(attempt)
             )
         except FileNotFoundError:
             raise DamageError(f"{self._manager.manifest_path(attempt)} is missing on this rank") from None
-        framework = self._framework
-        shards = ShardSet(framework.rank, lambda rank: self._open(manifest, rank), shared=not self._participant.apart)
+        framework, sent = self._framework, None
+        opener = partial(self._open, manifest)
+        if exchange is not None:
+            assert held is not None
+            needed = self._needed(held, terms)
+            sent = Sent(
+                manifest, exchange, held.sight, opener, partial(shards_elsewhere, self._manager, manifest), needed,
+                needed if terms.objects else {framework.rank},
+            )  # fmt: skip
+        here = held is None or held.sight.seen is None
+        shards = ShardSet(framework.rank, opener if sent is None else sent.of, shared=here)
         if (manifest.world_size, manifest.framework) != (framework.world_size, framework.name):
-            return manifest, shards, None
+            return Checked(manifest, None, sent)
         try:
             loading = loader.prepare(
                 framework, self._optimizer, shards, self._where(manifest), partly=terms.partly, parts=terms.parts
             )
-        except MismatchError as error:
-            return manifest, shards, error
+        except MismatchError:
+            return Checked(manifest, None, sent)  # cut otherwise; or of another model, as is found out then
         if terms.objects:
-            if not shards.shared:
-                raise MismatchError("restore(objects=...) takes a directory that all ranks see")
             every = [read_state(shards.of(rank)[0], framework.name) for rank in range(framework.world_size)]
             loading.sealed = ranks.chosen(every, framework.rank, choose=terms.objects)
         if terms.parts.takes_optimizer and (wrong := self._fit_schedules(loading)):
@@ -237,10 +295,10 @@ class Restorer:
         if not terms.parts.module_only:
             self._objects.check(loading.sealed)
         record = manifest.shards[framework.rank].base
-        if record is not None:
+        if record is not None and (held is None or held.sight.sees(framework.rank, framework.rank)):
             report = BaseReport(record.attempt, record.nbytes, record.header_bytes, int(record.header_hash, 16))
             loading = replace(loading, base=(report, shards.own[1].index))
-        return manifest, shards, loading
+        return Checked(manifest, loading, sent)
 
     def _fit_schedules(self, loading: LoadPlan) -> list[str]:
         """LR schedulers keep something for each group, and groups may be others than the checkpoint's."""
@@ -259,14 +317,16 @@ class Restorer:
     def _where(self, manifest: Manifest) -> str:
         return f"step {manifest.step} in {self._manager.root}"
 
-    def _fit(self, manifest: Manifest, exchange: Exchange, terms: Terms) -> tuple[Fit, Gathered]:
+    def _fit(self, manifest: Manifest, exchange: Exchange, terms: Terms, sight: Sight) -> tuple[Fit, Gathered]:
         framework, where = self._framework, self._where(manifest)
         framework.follow()
         whole = Gathered(
-            manifest, lambda rank: self._open(manifest, rank), self._files(manifest, exchange), exchange,
+            manifest, partial(self._open, manifest), self._files(manifest, exchange, sight), exchange,
             Holdings.of(framework, self._optimizer),
-            lambda kind: terms.parts.takes_optimizer or kind in OF_MODEL,
+            lambda kind: terms.parts.takes_optimizer or kind in OF_MODEL, sight,
         )  # fmt: skip
+        if sight.seen is not None:
+            whole.bring(exchange, self._counts(whole) if terms.parts.takes_optimizer else ())
         same_world = manifest.world_size == framework.world_size
         sealed = whole.sealed[framework.rank if framework.rank < manifest.world_size else 0]
         taken: list[str] = []
@@ -292,51 +352,12 @@ class Restorer:
             fit.problems = ranks.fit_schedules(fit.loading.sealed, self._objects, origins)
         return fit, whole
 
-    def _refuse_nodes(self, manifest: Manifest, checked: LoadPlan | MismatchError | None) -> None:
-        """Raises MismatchError, on some rank, where none sees the shards of all."""
-        framework = self._framework
-        if isinstance(checked, MismatchError):
-            raise checked
-        if checked is None:
-            raise MismatchError(
-                f"{self._where(manifest)} was written by {manifest.world_size} rank(s) of {manifest.framework}, and "
-                f"this job has {framework.world_size} of {framework.name}: that takes a directory that all ranks see. "
-                "All of its shards are on the nodes that are here: copy them into one"
-            )
+    def _counts(self, whole: Gathered) -> list[str]:
+        """Of an equal optimizer of another class, that counts steps in tensors, where this one counts in numbers."""
+        found = translations(whole.sealed[0]["optimizer"], self._optimizer.describe())
+        return [name for name in whole.tensors if name.startswith("step/")] if found else []
 
-    def _refuse(self, manifest: Manifest, fit: Fit) -> None:
-        """Raises MismatchError for what does not fit on any rank, and for what has no place on any of them."""
-        where = self._where(manifest)
-
-        def decide(votes: list[list[list[str]]]) -> None:
-            found = [(rank, problems) for rank, (problems, _) in enumerate(votes) if problems]
-            unknown = sorted(set.intersection(*(set(names) for _, names in votes)))
-            said = (found[0][1] if found else []) + listing("unexpected in the checkpoint", unknown)
-            if said:
-                raise another_model(f"rank {found[0][0]}: {where}" if found else where, said)
-
-        self._participant.agree("compare what fits", [fit.problems, sorted(fit.unknown)], decide)
-
-    def _say_moved(self, manifest: Manifest, fit: Fit) -> None:
-        framework = self._framework
-        if framework.rank != 0:
-            return
-        if manifest.world_size != framework.world_size:
-            log.warning(
-                "step %d was written by %d rank(s), this job has %d: unless you change the batch of each rank, the "
-                "global batch differs from here on",
-                manifest.step, manifest.world_size, framework.world_size,
-            )  # fmt: skip
-        if fit.taken:
-            more = f" and {len(fit.taken) - LISTED} more" if len(fit.taken) > LISTED else ""
-            log.warning(
-                "step %d: its ranks differ in %s%s; buffers are rank 0's from here on, and so is what new ranks take",
-                manifest.step, ", ".join(fit.taken[:LISTED]), more,
-            )  # fmt: skip
-        if fit.lost:
-            log.warning("step %d: %s of the checkpoint has no place here", manifest.step, " and ".join(fit.lost))
-
-    def _files(self, manifest: Manifest, exchange: Exchange) -> Files:
+    def _files(self, manifest: Manifest, exchange: Exchange, sight: Sight) -> Files:
         manager, env = self._manager, self._manager.env
         assert isinstance(env, _native.Env), "the native core reads shards"
 
@@ -347,9 +368,7 @@ class Restorer:
         def count(nbytes: int) -> None:
             exchange.bytes_read += nbytes
 
-        return Files(env, self._adapter.pool, path, count)
+        return Files(env, self._adapter.pool, path, count, partial(sight.sees, self._framework.rank))
 
     def _open(self, manifest: Manifest, rank: int) -> list[Shard]:
-        pool = self._adapter.pool
-        base = open_base(self._manager, pool, manifest, rank)
-        return [open_shard(self._manager, pool, manifest, rank), *([base] if base is not None else [])]
+        return open_shards(self._manager, self._adapter.pool, manifest, rank)

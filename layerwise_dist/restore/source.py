@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
+
+import torch
 
 from layerwise_dist.errors import MismatchError
 from layerwise_dist.loop.sealed import SealedState
+from layerwise_dist.restore.filling import fill
 from layerwise_dist.restore.planner import ByteRange, replan
 from layerwise_dist.restore.whole import Whole, first_unlike
 from layerwise_dist.tensors.slices import Slice, ranks_text
@@ -41,6 +44,9 @@ class Source(Protocol):
     def spans(self, name: str, wanted: Slice) -> list[ByteRange]:
         """What fills `wanted`, of the tensor's shape and the file's dtype. Raises DamageError where it is not there."""
 
+    def fill(self, reads: Iterable[tuple[torch.Tensor, Sequence[ByteRange]]]) -> None:
+        """Host memory from `spans` of tensors without dimensions. Raises DamageError or OSError."""
+
     def differs(self, name: str) -> bool:
         """Whether ranks hold different tensors under this name. Raises DamageError or OSError."""
 
@@ -61,6 +67,9 @@ class ReadAlone:
 
     def spans(self, name: str, wanted: Slice) -> list[ByteRange]:
         return replan(wanted, self.tensors[name].parts)
+
+    def fill(self, reads: Iterable[tuple[torch.Tensor, Sequence[ByteRange]]]) -> None:
+        fill(reads)
 
     def differs(self, name: str) -> bool:
         return bool(first_unlike({name: self._whole.tensors[name]}))

@@ -134,6 +134,12 @@ def is_shard_file(name: str) -> bool:
     return _SHARD.match(name) is not None
 
 
+def parse_shard(name: str) -> int | None:
+    """The rank of a finished shard's name, or None."""
+    match = _SHARD.match(name)
+    return int(match[1]) if match and match[2] is None else None
+
+
 def is_attempt_file(name: str) -> bool:
     """Whether a file inside an attempt's folder was named by this package (so that collection may delete it)."""
     return name in (MANIFEST, MANIFEST_TMP, PIN) or is_shard_file(name)

@@ -18,7 +18,7 @@ from layerwise_dist.storage.header import Blocks, Entry, ShardIndex, parse_heade
 from layerwise_dist.storage.odd import oddity
 from layerwise_dist.storage.shard_layout import HEADER_CAP, cut_segments
 
-__all__ = ["Blocks", "Entry", "Shard", "ShardIndex", "parse_header", "read_verified"]
+__all__ = ["Blocks", "Entry", "Shard", "ShardElsewhere", "ShardIndex", "parse_header", "read_verified"]
 
 _BLOCKS_AT_ONCE = 4096  # of a verification
 _DESCRIBED = 100  # bad blocks of one
@@ -55,23 +55,40 @@ class Shard:
         if header_bytes > HEADER_CAP:
             raise DamageError(f"shard {path}: a header of {header_bytes} bytes is over the format's {HEADER_CAP}")
         self._reader = open_file(env, pool, path, nbytes)
-        header = self._reader.read(0, header_bytes)
+        self._take_header(path, nbytes, self._reader.read(0, header_bytes), header_bytes, header_hash, of)
+
+    def _take_header(
+        self, path: str, nbytes: int, header: bytes, header_bytes: int, header_hash: int,
+        of: tuple[str, int, int] | None,
+    ) -> None:  # fmt: skip
         if len(header) != header_bytes or _native.xxh3_64(header) != header_hash:
             raise DamageError(f"shard {path}: its header does not match its hash in the manifest ({header_hash:016x})")
         self.header_bytes = header_bytes
         self.index = parse_header(path, nbytes, header, of)
 
-    def state(self) -> tuple[memoryview, memoryview]:
-        """(typed JSON, its bytes), verified. Raises DamageError or OSError."""
+    def header(self) -> bytes:
+        """As it lies in the file, unverified. Raises OSError."""
+        return self._reader.read(0, self.header_bytes)
+
+    def state_extent(self) -> memoryview:
+        """The bytes that have the state, verified. Raises DamageError or OSError."""
+        begin, end = self.index.state_range
+        return self._verified(self._reader.read(begin, end - begin))
+
+    def _verified(self, state: bytes) -> memoryview:
         index = self.index
         begin, end = index.state_range
-        data = memoryview(self._reader.read(begin, end - begin))
-        if len(data) != end - begin or _native.xxh3_64(data) != index.state_hash:
+        if len(state) != end - begin or _native.xxh3_64(state) != index.state_hash:
             raise DamageError(
                 f"shard {index.path} of step {index.step}: the state block does not match its hash "
                 f"{index.state_hash:016x}"
             )
-        text, blob = index.state_json, index.state_bytes
+        return memoryview(state)
+
+    def state(self) -> tuple[memoryview, memoryview]:
+        """(typed JSON, its bytes), verified. Raises DamageError or OSError."""
+        data, index = self.state_extent(), self.index
+        begin, text, blob = index.state_range[0], index.state_json, index.state_bytes
         return data[text[0] - begin : text[1] - begin], data[blob[0] - begin : blob[1] - begin]
 
     def read_into(self, spans: list[tuple[int, int, int]]) -> None:
@@ -139,6 +156,42 @@ class Shard:
         expected = self.index.hashes[block]
         problem = "is cut" if expected is None else f"does not match its hash in the header ({expected:016x})"
         return f"shard {self.index.path} of step {self.index.step}: block {block} at offset {offset} ({what}) {problem}"
+
+
+class ShardElsewhere(Shard):
+    """A shard that this process does not see, by the header and the state that one sent which does. Nothing can be read
+    of it here: its blocks have to be sent too.
+    """
+
+    def __init__(
+        self, path: str, header: bytes, state: bytes | None, *, nbytes: int, header_bytes: int, header_hash: int,
+        of: tuple[str, int, int],
+    ) -> None:  # fmt: skip
+        """`state`: as `state_extent` gives it; None if it was not sent. Raises DamageError for other bytes than those
+        that were committed.
+        """
+        self._take_header(path, nbytes, header, header_bytes, header_hash, of)
+        self._state = state
+
+    def state_extent(self) -> memoryview:
+        if self._state is None:
+            raise ValueError(f"the state of shard {self.index.path} was not asked for")
+        return self._verified(self._state)
+
+    def header(self) -> bytes:
+        raise self._not_here()
+
+    def read_into(self, spans: list[tuple[int, int, int]]) -> None:
+        raise self._not_here()
+
+    def peek(self, ranges: list[tuple[int, int]]) -> list[bytes]:
+        raise self._not_here()
+
+    def verify(self) -> list[str]:
+        raise self._not_here()
+
+    def _not_here(self) -> DamageError:
+        return DamageError(f"shard {self.index.path}: it lies in another directory, which this process does not see")
 
 
 def read_verified(

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Saves under one cut, and restores under another; what each rank finds goes into OUT/<rank>.jsonl.
 
-recut.py OUT write          under FSDP2 and DDP, two steps each
-recut.py OUT read           each of them into each, then with a damaged block that only the last rank needs
+recut.py OUT write          under FSDP2 and DDP, two steps each; then with a disk on each of two nodes, which ranks swap
+recut.py OUT read           each of them into each, then with a damaged block that only the last rank needs; then with
+                            a node more
 recut.py OUT killed|stopped rank 1 is, while blocks are handed over
+
+Nodes are pretended: a directory each, and what tells nodes apart is patched.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import layerwise_dist as lwd
 from layerwise_dist import errors
+from layerwise_dist.commit import places
 from layerwise_dist.restore import handing
 
 WIDTH, LAYERS, BLOCK_KB = 520, 3, 64  # a layer is of 1 MiB
@@ -95,6 +99,27 @@ def read(source: str, target: str, log: Log, timeout_s: float = 60.0) -> None:
         tell(source=source, target=target, step=step, digest=digest(model, optimizer), log=log.lines)
 
 
+def on_node(source: str, target: str, node: int, steps: int, log: Log) -> None:
+    """This rank is on that node: restores, and makes so many steps. Random numbers are each rank's own."""
+    places.place = lambda: f"node {node}"
+    model, optimizer = build(target, 1)
+    del log.lines[:]
+    with attach(model, optimizer, f"{source}-{node}") as ckpt:
+        step = ckpt.restore()
+        tell(
+            node=node, source=source, target=target, step=step, log=log.lines,
+            digest=digest(model, optimizer) if step else None,
+        )  # fmt: skip
+        for at in ckpt.steps(step + steps):
+            drawn = torch.randn(3).tolist()
+            torch.manual_seed(at)
+            model(torch.randn(4, WIDTH)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            torch.manual_seed(1000 * (at + 1) + dist.get_rank())
+            tell(node=node, source=source, after=at + 1, drawn=drawn, digest=digest(model, optimizer))
+
+
 def damage() -> None:
     """The last byte of the last rows of the first layer."""
     (path,) = (OUT / "fsdp2").glob("step_0000000002-*/rank_00001.safetensors")
@@ -128,6 +153,9 @@ with process_group() as rank:
     if WHAT == "write":
         write("fsdp2")
         write("ddp")
+        for wrapper in ("fsdp2", "ddp"):
+            on_node(wrapper, wrapper, rank, 2, seen)
+            on_node(wrapper, wrapper, 1 - rank, 1, seen)
     elif WHAT == "read":
         for first in ("fsdp2", "ddp"):
             for second in ("fsdp2", "ddp"):
@@ -137,5 +165,8 @@ with process_group() as rank:
             damage()
         dist.barrier()
         read("fsdp2", "fsdp2", seen)
+        for first in ("fsdp2", "ddp"):
+            for second in ("fsdp2", "ddp"):
+                on_node(first, second, rank, 0, seen)
     else:
         lose(WHAT, seen)

@@ -9,6 +9,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from job_kit import differences
@@ -17,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from zero_stand_ins import CONFIG, net, saved
 
 import layerwise_dist as lwd
+from layerwise_dist.commit import places
 
 KINDS: dict[str, Callable[[Any], Any]] = {"fused": FusedAdam, "cpu": DeepSpeedCPUAdam}
 
@@ -87,13 +89,21 @@ class Script:
         return [state["step"] for state in self.optimizer.state.values()]
 
 
+def folder(root: str, stage: int, moved: int) -> str:
+    """With stage 2 on a disk of a node; ranks are `moved` nodes further. What tells nodes apart is patched."""
+    if stage != 2:
+        return f"{root}/{stage}"
+    node = (dist.get_rank() + moved) % dist.get_world_size()
+    places.place = lambda: f"node {node}"
+    return f"{root}/{stage}-{node}"
+
+
 def go_on(kind: str, root: str) -> list[str]:
     problems = []
     for stage in (0, 2, 3):
-        where = f"{root}/{stage}"
         there, other = Engine(1, kind, stage), Script(2)
-        saved(there, f"{where}/engine", 3)
-        with other.attach(f"{where}/engine") as ckpt:
+        saved(there, folder(root, stage, 0), 3)
+        with other.attach(folder(root, stage, 1)) as ckpt:
             ckpt.restore()
             problems += [f"stage {stage}: {name}" for name in differences(other.contents(), there.contents())]
             if [isinstance(step, torch.Tensor) and step.item() for step in other.steps()] != [3.0] * 4:
@@ -101,7 +111,7 @@ def go_on(kind: str, root: str) -> list[str]:
             for _ in ckpt.steps(5):
                 other.train()
         back = Engine(3, kind, stage)
-        with back.attach(f"{where}/engine") as ckpt:
+        with back.attach(folder(root, stage, 0)) as ckpt:
             ckpt.restore()
             problems += [f"stage {stage}, back: {name}" for name in differences(back.contents(), other.contents())]
             if not all(type(step) is int and step == 5 for step in back.steps()):

@@ -25,6 +25,7 @@ from torch import nn
 
 import layerwise_dist as lwd
 from layerwise_dist.capture import survey
+from layerwise_dist.commit import places
 from layerwise_dist.engine.engine import workings_of
 from layerwise_dist.frameworks import deepspeed as room
 from layerwise_dist.frameworks.deepspeed.groups import split_groups
@@ -139,6 +140,7 @@ class Job:
         self._before, self._after = before_micro_batch, after_micro_batch
         self._stepped: Any = None
         self.early = 0  # the most units that were updated in one backward
+        self.moved = 0  # of a case with "nodes": how many nodes further this rank is than its number says
         stage, *features = case.split("-")
         self.features = set(features)
         nn.functional.linear = _LINEAR  # ZeRO-3 puts another one there, which rounds otherwise, for all the process
@@ -174,6 +176,10 @@ class Job:
         torch.manual_seed(1000 * seed + dist.get_rank())
 
     def attach(self, folder: str) -> Any:
+        if "nodes" in self.features:  # each rank is on one, with a disk; what tells nodes apart is patched
+            node = (dist.get_rank() + self.moved) % dist.get_world_size()
+            places.place = lambda: f"node {node}"
+            folder = f"{folder}-{node}"
         commit = {"timeout_s": 30.0, "on_failure": "raise"}
         config = {"dir": folder, "audit": "always", "keep_last": 1, "commit": commit}
         if "monitor" in self.features:
@@ -281,6 +287,7 @@ def trial(case: str, root: str, sabotage: Callable[[Job], None] | None = None) -
     ckpt.close()
     job = Job(case, 2, root)
     job.train(None, 1)  # live state to be overwritten
+    job.moved = 1
     ckpt = job.attach(f"{root}/stopped")
     start = ckpt.restore()
     if not 0 < start <= STOP or (start < STOP and not skipped):
@@ -290,9 +297,9 @@ def trial(case: str, root: str, sabotage: Callable[[Job], None] | None = None) -
     found = job.train(ckpt, STEPS)
     ckpt.close()
     compare("resumed", job, found, losses[start * job.engine.gradient_accumulation_steps() :])
-    if [*bases, ckpt.stats()["bases_written"]] != ([1, 0] if "base" in case.split("-") else [0, 0]):
+    if [*bases, ckpt.stats()["bases_written"]] != ([1, job.moved] if "base" in job.features else [0, 0]):
         problems.append(f"{[*bases, ckpt.stats()['bases_written']]} bases were written")
-    return problems + unsound(f"{root}/stopped")
+    return problems + unsound(f"{root}/stopped" + "-0" * ("nodes" in job.features))
 
 
 def expect(error: type[Exception], message: str, call: Callable[[], Any]) -> list[str]:

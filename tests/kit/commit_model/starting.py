@@ -9,8 +9,9 @@ from kit.commit_model.job import Job
 from kit.commit_model.rules import Rules, need
 from kit.commit_model.world import World
 from layerwise_dist.commit.keeper import Keeper
+from layerwise_dist.commit.merging import merge
 from layerwise_dist.commit.metadata import Branch, CheckpointMetadataManager, Manifest, decode
-from layerwise_dist.commit.opening import Place, SessionInfo, merge
+from layerwise_dist.commit.opening import Place, SessionInfo
 from layerwise_dist.commit.owner import Owner
 from layerwise_dist.commit.session import Committer
 from layerwise_dist.errors import DirectoryError, OwnerError
