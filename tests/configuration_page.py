@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes docs/configuration.md from the model in layerwise_dist/config.py: the text of a key stands there only.
+"""Makes docs/configuration.md from the model in layerwise_dist/config/: the text of a key stands there only.
 
 .venv/bin/python tests/configuration_page.py > docs/configuration.md
 """
