@@ -30,22 +30,12 @@ class WriterConfig(_Strict):
         "mounted with -o dax); auto: uring where the system allows it, else posix. Asking for "
         "uring or nvm where it is refused is a ConfigError.",
     )
-    queue_depth: int = Field(
-        4,
-        ge=1,
-        le=64,
-        description="Writes in flight at once on this rank.",
-    )
+    queue_depth: int = Field(4, ge=1, le=64, description="Writes in flight at once on this rank.")
     block_kb: int = Field(
-        1024,
-        ge=4,
-        le=65536,
-        multiple_of=4,
-        description="Largest write, and the unit of hashing, in KiB.",
+        1024, ge=4, le=65536, multiple_of=4, description="Largest write, and the unit of hashing, in KiB."
     )
     recycle: Literal["auto", True, False] = Field(
-        "auto",
-        description="Overwrite files of retired checkpoints; auto: except on network file systems.",
+        "auto", description="Overwrite files of retired checkpoints; auto: except on network file systems."
     )
     huge_pages: Literal["auto", "off"] = Field(
         "auto",
@@ -53,8 +43,7 @@ class WriterConfig(_Strict):
         "system says never; off: leave memory as it is.",
     )
     direct_io: Literal["auto", "off"] = Field(
-        "auto",
-        description="auto: O_DIRECT where the file system supports it; off: through the page cache.",
+        "auto", description="auto: O_DIRECT where the file system supports it; off: through the page cache."
     )
 
     @model_validator(mode="after")
@@ -71,20 +60,11 @@ class CommitConfig(_Strict):
         "a separate MPI communicator; auto: store where torch.distributed is initialized, else "
         "mpi under mpirun.",
     )
-    timeout_s: float = Field(
-        300.0,
-        gt=0,
-        description="Deadline of every wait for another rank, in seconds.",
-    )
+    timeout_s: float = Field(300.0, gt=0, description="Deadline of every wait for another rank, in seconds.")
     on_failure: Literal["warn", "raise"] = Field(
-        "warn",
-        description="warn: a failed checkpoint is logged and training continues; raise: all ranks raise.",
+        "warn", description="warn: a failed checkpoint is logged and training continues; raise: all ranks raise."
     )
-    raise_after: int = Field(
-        5,
-        ge=1,
-        description="With warn: raise anyway after this many failures in a row.",
-    )
+    raise_after: int = Field(5, ge=1, description="With warn: raise anyway after this many failures in a row.")
 
 
 class PreemptionConfig(_Strict):
@@ -94,15 +74,10 @@ class PreemptionConfig(_Strict):
         "its meaning.",
     )
     grace_s: float = Field(
-        25.0,
-        gt=0,
-        description="The process leaves within this many seconds of the signal, whatever happens.",
+        25.0, gt=0, description="The process leaves within this many seconds of the signal, whatever happens."
     )
     exit_code: int = Field(
-        143,
-        ge=0,
-        le=255,
-        description="Exit code of a process that leaves this way; 143 is SIGTERM's.",
+        143, ge=0, le=255, description="Exit code of a process that leaves this way; 143 is SIGTERM's."
     )
 
 
@@ -181,15 +156,9 @@ class LayerwiseConfig(_Strict):
         description="Also save the last step of a loop over steps() and the step that close() ends, even if "
         "they are no multiples of every_n_steps.",
     )
-    keep_last: int = Field(
-        2,
-        ge=1,
-        description="How many of the lineage's newest commits to keep.",
-    )
+    keep_last: int = Field(2, ge=1, description="How many of the lineage's newest commits to keep.")
     keep_every_n_steps: int | None = Field(
-        None,
-        ge=1,
-        description="Commits at multiples of this step are never removed.",
+        None, ge=1, description="Commits at multiples of this step are never removed."
     )
     keep_tags: int | None = Field(
         None,
@@ -226,12 +195,7 @@ class LayerwiseConfig(_Strict):
         "hundredth. Where parameters differ, raise: all ranks stop, and that checkpoint is not committed; warn: one "
         "warning, counted in stats(), and it is; off: what is there at the first checkpoint is not compared again.",
     )
-    max_in_flight: int = Field(
-        2,
-        ge=1,
-        le=64,
-        description="Checkpoints in flight: begun and not yet decided.",
-    )
+    max_in_flight: int = Field(2, ge=1, le=64, description="Checkpoints in flight: begun and not yet decided.")
     when_full: Literal["wait", "skip"] = Field(
         "wait",
         description="When max_in_flight checkpoints are undecided. wait: the update waits for a decision; "
@@ -242,14 +206,9 @@ class LayerwiseConfig(_Strict):
         description="Memory for bounce buffers, evacuation and staging, in MiB, 8 or more; auto: chosen and "
         "logged at the first checkpoint.",
     )
-    hash: bool = Field(
-        True,
-        description="false: data is written without hashes, so damage to it cannot be found.",
-    )
+    hash: bool = Field(True, description="false: data is written without hashes, so damage to it cannot be found.")
     fence_timeout_s: float = Field(
-        60.0,
-        gt=0,
-        description="Longest time an update waits for its tensors to be written, in seconds.",
+        60.0, gt=0, description="Longest time an update waits for its tensors to be written, in seconds."
     )
     audit: Literal["auto", "always"] = Field(
         "auto",
@@ -260,10 +219,7 @@ class LayerwiseConfig(_Strict):
     commit: CommitConfig = Field(default_factory=CommitConfig)
     preemption: PreemptionConfig = Field(default_factory=PreemptionConfig)
     telemetry: TelemetryConfig = Field(default_factory=TelemetryConfig)
-    file_mode: str = Field(
-        "0600",
-        description="Mode of the files, in octal; directories get the search bits added.",
-    )
+    file_mode: str = Field("0600", description="Mode of the files, in octal; directories get the search bits added.")
 
     @field_validator("dir", mode="wrap")
     @classmethod
