@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Protocol
 
 from layerwise_dist.commit.messages import Durable, ToCoordinator, ToRanks
 from layerwise_dist.storage.filenames import AttemptId
+
+log = logging.getLogger("layerwise_dist")
 
 
 class Listener(Protocol):
@@ -76,3 +79,13 @@ class News:
             self.witness.lost(why)
         if self.listener is not None:
             self.listener.failed(None, why)
+
+
+def warn_of(message: ToRanks) -> None:
+    """Warns of what became of all ranks' checkpoints."""
+    if message["t"] == "aborted" and (message["failure"] or message["unlike"]):
+        log.warning("checkpoint of step %d aborted: %s", message["step"], message["reason"])
+    elif message["t"] == "drifted" and message["first"]:
+        log.warning("%s. Training goes on (replica_drift = 'warn'); stats() counts what follows", message["reason"])
+    elif message["t"] == "meet" and message["b"] is None:
+        log.warning("no boundary could be agreed on for a checkpoint: %s", message["why"])

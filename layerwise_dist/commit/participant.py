@@ -14,7 +14,7 @@ from layerwise_dist.commit.coordinator_thread import CoordinatorThread
 from layerwise_dist.commit.keeper import HEARS, KeeperThread
 from layerwise_dist.commit.ledger import Action, Ledger, Post, Retire
 from layerwise_dist.commit.messages import ToCoordinator, ToRanks
-from layerwise_dist.commit.news import Listener, News, Witness
+from layerwise_dist.commit.news import Listener, News, Witness, warn_of
 from layerwise_dist.commit.persisting import Persisting
 from layerwise_dist.commit.transports import Transport
 from layerwise_dist.commit.waits import Waits
@@ -389,20 +389,10 @@ class Participant:
             if message["leave"] and self._leaving is not None:
                 self._leaving(message["why"])
         if self._tells:
-            _tell(message)
+            warn_of(message)
 
     def _on_error(self, text: str) -> None:
         with self._changed:
             self._ledger.lose(f"rank {self.rank}: {text}", at_once=not self._through_monitor)
             self._news.lost(f"rank {self.rank}: {text}")
             self._changed.notify_all()
-
-
-def _tell(message: ToRanks) -> None:
-    """Warns of what became of all ranks' checkpoints."""
-    if message["t"] == "aborted" and (message["failure"] or message["unlike"]):
-        log.warning("checkpoint of step %d aborted: %s", message["step"], message["reason"])
-    elif message["t"] == "drifted" and message["first"]:
-        log.warning("%s. Training goes on (replica_drift = 'warn'); stats() counts what follows", message["reason"])
-    elif message["t"] == "meet" and message["b"] is None:
-        log.warning("no boundary could be agreed on for a checkpoint: %s", message["why"])

@@ -77,10 +77,18 @@ class Job:
             self.optimizer.zero_grad()
 
     def flip(self, chance: random.Random) -> str:
-        """A bit in the middle: the loss stays a number, and no update rounds it away. Which parameter's."""
-        name, param = chance.choice(sorted(self.params.items()))
-        words = local(param.detach()).view(-1).view(torch.int32)
-        words[chance.randrange(len(words))] ^= 1 << chance.randrange(14, 21)
+        """A middle bit of a value that is not nearly zero: the loss stays a number, and no update rounds it away.
+        Which parameter's.
+        """
+        name, values, places = chance.choice(
+            [
+                (name, values, places)
+                for name, param in sorted(self.params.items())
+                for values in [local(param.detach()).view(-1)]
+                if len(places := (values.abs() > 1e-4).nonzero().view(-1).tolist())
+            ]
+        )
+        values.view(torch.int32)[chance.choice(places)] ^= 1 << chance.randrange(14, 21)
         return name
 
 
@@ -105,7 +113,8 @@ def trial(kind: str, number: int, folder: str) -> list[str]:
         text = str(error)
         alone = dist.get_world_size() < 3 or kind == "hsdp" or f"(rank {rank} against" in text
         ckpt.close()
-        said = f"param/{name[0]} (block 0" in text and f"rank {rank}" in text and " at step " in text
+        named = any(f"{kept}/{name[0]} (block 0" in text for kept in ("param", "master"))  # ZeRO has the latter
+        said = named and f"rank {rank}" in text and " at step " in text
         return [] if said and alone else [f"trial {number}: {name[0]} on rank {rank}: {text}"]
 
 
