@@ -250,6 +250,9 @@ def test_the_command_line_knows_every_option_that_is_told(tmp_path: Path, comman
     needed = [p.name for p in getattr(at, "params", []) if p.param_type_name == "argument" and p.required]
     if needed and not any(word == str(tmp_path) for word in words):
         words = [str(tmp_path)] * len(needed) + words  # told without its directories
+    for option in getattr(at, "params", []):
+        if option.param_type_name == "option" and option.required and not set(option.opts) & set(words):
+            words += [option.opts[0], "1"]  # told without what it needs
     if not hasattr(at, "commands"):
         at.make_context("layerwise", words)
 
