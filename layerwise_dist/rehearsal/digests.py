@@ -59,7 +59,8 @@ def of_tensor(tensor: torch.Tensor) -> str | None:
     """Of this rank's part of it, wherever that is."""
     local = getattr(tensor, "_local_tensor", tensor)
     try:
-        row = bytes_of(local.detach().resolve_conj().resolve_neg()).numpy().data
+        # A copy: memory that numpy has seen can't be resized any more, and FSDP2 does that.
+        row = bytes_of(local.detach().resolve_conj().resolve_neg()).clone().numpy().data
     except (RuntimeError, NotImplementedError, TypeError):  # on the meta device, sparse, or one that stands for others
         return None
     return _hash(f"{local.dtype} {tuple(local.shape)} {_native.xxh3_64(row):016x}".encode())

@@ -17,7 +17,7 @@ from layerwise_dist.supervision.processes import descendants, kill_all
 
 _LOOK_S = 0.05  # between two looks at what the ranks told
 _GRACE_S = 30.0  # for a launcher whose ranks have ended
-_TAIL = 15  # lines of a failed run's output
+_TAIL = 60  # lines of a failed run's output
 
 Say = Callable[[str], None]
 
