@@ -58,11 +58,11 @@ class Shard:
         if header_bytes > HEADER_CAP:
             raise DamageError(f"shard {path}: a header of {header_bytes} bytes is over the format's {HEADER_CAP}")
         self._reader = open_file(env, pool, path, nbytes)
-        self._take_header(path, nbytes, self._reader.read(0, header_bytes), header_bytes, header_hash, of)
+        self._take_header(path, nbytes, self._reader.read(0, header_bytes), header_bytes, header_hash, of, recent)
 
     def _take_header(
         self, path: str, nbytes: int, header: bytes, header_bytes: int, header_hash: int,
-        of: tuple[str, int, int] | None,
+        of: tuple[str, int, int] | None, recent: Recent | None = None,
     ) -> None:  # fmt: skip
         if len(header) != header_bytes or _native.xxh3_64(header) != header_hash:
             raise DamageError(f"shard {path}: its header does not match its hash in the manifest ({header_hash:016x})")
