@@ -26,7 +26,7 @@ from layerwise_dist.frameworks.ddp import DDPFramework
 from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.restore import headers, whole
 from layerwise_dist.restore.restorer import Restorer
-from layerwise_dist.storage.header import Entry
+from layerwise_dist.storage.entries import Entry
 from layerwise_dist.storage.reports import BaseReport
 from layerwise_dist.tensors.slices import Slice
 

@@ -9,14 +9,20 @@ from layerwise_dist import _native
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.records import BaseRecord, Manifest, ShardRecord
 from layerwise_dist.errors import DamageError
+from layerwise_dist.storage.plain_header import Recent
 from layerwise_dist.storage.reader import Shard, ShardElsewhere
 
 
-def open_shard(manager: CheckpointMetadataManager, pool: _native.WriterPool, manifest: Manifest, rank: int) -> Shard:
-    """A rank's shard, its header checked against the manifest. Raises DamageError or OSError."""
+def open_shard(
+    manager: CheckpointMetadataManager, pool: _native.WriterPool, manifest: Manifest, rank: int,
+    recent: Recent | None = None,
+) -> Shard:  # fmt: skip
+    """A rank's shard, its header checked against the manifest. `recent` as `parse_header` takes it. Raises DamageError
+    or OSError.
+    """
     record = manifest.shards[rank]
     of = (manifest.attempt, rank, manifest.world_size)
-    shard = _open(manager, pool, manager.shard_path(manifest, rank), record, of)
+    shard = _open(manager, pool, manager.shard_path(manifest, rank), record, of, recent)
     _check_step(manifest, shard)
     return shard
 
@@ -43,11 +49,12 @@ def open_base(
 
 
 def open_shards(
-    manager: CheckpointMetadataManager, pool: _native.WriterPool, manifest: Manifest, rank: int
-) -> list[Shard]:
-    """A rank's shard, and after it its base if it has one. Raises as `open_shard`."""
+    manager: CheckpointMetadataManager, pool: _native.WriterPool, manifest: Manifest, rank: int,
+    recent: Recent | None = None,
+) -> list[Shard]:  # fmt: skip
+    """A rank's shard, and after it its base if it has one. `recent` and what it raises as `open_shard`."""
     base = open_base(manager, pool, manifest, rank)
-    return [open_shard(manager, pool, manifest, rank), *([base] if base is not None else [])]
+    return [open_shard(manager, pool, manifest, rank, recent), *([base] if base is not None else [])]
 
 
 def shards_elsewhere(
@@ -76,11 +83,11 @@ def shards_elsewhere(
 
 def _open(
     manager: CheckpointMetadataManager, pool: _native.WriterPool, path: str, record: ShardRecord | BaseRecord,
-    of: tuple[str, int, int],
+    of: tuple[str, int, int], recent: Recent | None = None,
 ) -> Shard:  # fmt: skip
     env = manager.env
     assert isinstance(env, _native.Env), "the native core reads shards"
     return Shard(
         env, pool, path, nbytes=record.nbytes, header_bytes=record.header_bytes,
-        header_hash=int(record.header_hash, 16), of=of,
+        header_hash=int(record.header_hash, 16), of=of, recent=recent,
     )  # fmt: skip

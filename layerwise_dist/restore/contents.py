@@ -15,12 +15,13 @@ from layerwise_dist.loop.sealed import SealedState
 from layerwise_dist.restore.reslice import first_gap
 from layerwise_dist.restore.sealed_state import optimizers_of, read_state
 from layerwise_dist.storage.reader import Entry, Shard
-from layerwise_dist.tensors.slices import Slice, ranks_of, ranks_text
+from layerwise_dist.tensors import slices
+from layerwise_dist.tensors.slices import Slice, ranks_text
 
 OF_MODEL = ("param", "master", "buffer")  # every other kind is of an optimizer's state
 
 Entries = dict[str, tuple[Shard, Entry]]
-_ranks_of = cache(ranks_of)
+ranks_of = cache(slices.ranks_of)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +49,21 @@ def read(shards: Sequence[Shard], framework: str) -> RankPart:
 
 def entries(shards: Sequence[Shard]) -> Entries:
     """The tensors of a rank's shard and base together. Raises DamageError for one that is in both."""
-    found: Entries = {}
-    for shard in shards:
-        for name, entry in shard.index.entries.items():
-            if name in found:
-                raise DamageError(f"shard {shard.index.path}: {name} is also in {found[name][0].index.path}")
-            found[name] = shard, entry
-    return found
+    refuse_repeated(shards)
+    return {name: (shard, entry) for shard in shards for name, entry in shard.index.entries.items()}
+
+
+def refuse_repeated(shards: Sequence[Shard]) -> None:
+    """Raises DamageError for a tensor that is in a rank's shard and in its base."""
+    for at, shard in enumerate(shards):
+        for other in shards[:at]:
+            for name in shard.index.entries:
+                if name in other.index.entries:
+                    raise DamageError(f"shard {shard.index.path}: {name} is also in {other.index.path}")
+
+
+def has(shards: Sequence[Shard], name: str) -> bool:
+    return any(name in shard.index.entries for shard in shards)
 
 
 def lacking(
@@ -103,7 +112,7 @@ def gathered(manifest: Manifest, rank: int, entry: Entry) -> Sequence[int]:
     """The ranks among which a tensor that this rank wrote, or a part of it, is one and the same: their slices under its
     name make it up together. Hashable, and the same for all of them.
     """
-    return _ranks_of(entry.slice.among, manifest.world_size) or (rank,)
+    return ranks_of(entry.slice.among, manifest.world_size) or (rank,)
 
 
 def absent(sealed: SealedState, has: Callable[[str, str], bool]) -> Iterator[str]:

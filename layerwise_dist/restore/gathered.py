@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -22,19 +23,22 @@ from layerwise_dist.commit.records import Manifest
 from layerwise_dist.errors import DamageError, MismatchError
 from layerwise_dist.loop.sealed import SealedState
 from layerwise_dist.restore import contents, copies, filling, headers, states
-from layerwise_dist.restore.headers import FILES_A_RANK, ROW, Share, Summary
+from layerwise_dist.restore.headers import FILES_A_RANK, ROW, Share
 from layerwise_dist.restore.holdings import Holdings
 from layerwise_dist.restore.planned import Files, PlannedShard, Readable
-from layerwise_dist.restore.planner import ByteRange, Found, replan
+from layerwise_dist.restore.planner import ByteRange, Found, Runs, replan
 from layerwise_dist.restore.reslice import run_of
 from layerwise_dist.restore.sealed_state import read_state
 from layerwise_dist.restore.sight import Sight
 from layerwise_dist.restore.source import unlike_words
+from layerwise_dist.restore.tally import Summary
 from layerwise_dist.restore.whole import SavedTensor, first_unlike
 from layerwise_dist.storage import strict_json
-from layerwise_dist.storage.header import Blocks, Entry
+from layerwise_dist.storage.alike_json import Alike
+from layerwise_dist.storage.entries import Entry
+from layerwise_dist.storage.header import Blocks
 from layerwise_dist.storage.reader import Shard
-from layerwise_dist.tensors.slices import ITEM_BYTES, Slice, ranks_text
+from layerwise_dist.tensors.slices import ITEM_BYTES, Slice
 
 Rows = np.ndarray  # [n, headers.ROW] of uint64
 
@@ -46,6 +50,7 @@ class GatheredTensor:
     """
 
     name: str
+    among: str
     ranks: tuple[int, ...]
     dtype: str
     shape: tuple[int, ...]
@@ -63,7 +68,7 @@ class GatheredTensor:
     def has_parts(self) -> bool:
         return bool(len(self._runs) or self.boxes)
 
-    def spans(self, wanted: Slice, shards: Mapping[int, PlannedShard]) -> list[ByteRange]:
+    def spans(self, wanted: Slice, shards: Mapping[int, PlannedShard]) -> Sequence[ByteRange]:
         """What fills `wanted`, of this shape. Offsets are those of a slice of the file's dtype, whatever `wanted` has.
 
         Raises DamageError where some of it is not there.
@@ -75,23 +80,31 @@ class GatheredTensor:
             return []
         return replan(wanted, self._parts(shards))
 
-    def _of_run(self, start: int, length: int, shards: Mapping[int, PlannedShard]) -> list[ByteRange]:
+    def _of_run(self, start: int, length: int, shards: Mapping[int, PlannedShard]) -> Runs:
+        """Of each element the first of the parts that have it, in the order of where these begin."""
         item, runs, end = ITEM_BYTES[self.dtype], self._runs, start + length
-        found: list[ByteRange] = []
-        at = start
-        near = runs[(runs[:, 3] < end) & (runs[:, 3] + runs[:, 4] > start)]
-        for _, file, place, first, count in near.tolist():
-            if first > at:
-                break
-            upto = min(first + count, end)
-            if upto > at:
-                begin = place + (at - first) * item
-                found.append(ByteRange(shards[file], begin, begin + (upto - at) * item, (at - start) * item))
-                at = upto
-        if at < end:
-            gap = [int(index) for index in np.unravel_index(at, self.shape)] if self.shape else []
-            raise DamageError(f"{self.name}: no shard has its element {gap}")
-        return found
+        firsts = runs[:, 3]
+        near = runs[: np.searchsorted(firsts, end)]
+        near = near[near[:, 3] + near[:, 4] > start]
+        firsts = near[:, 3]
+        ends = np.minimum(firsts + near[:, 4], end)
+        begins = np.maximum.accumulate(np.concatenate(([start], ends[:-1])))[: len(near)]  # that was filled before
+        if len(gap := np.flatnonzero(firsts > begins)):
+            self._lacks(int(begins[gap[0]]))
+        if length and (not len(ends) or int(ends.max()) < end):
+            self._lacks(int(ends.max()) if len(ends) else start)
+        some = ends > begins
+        near, firsts, begins, ends = near[some], firsts[some], begins[some], ends[some]
+        table = np.empty((len(near), 4), dtype=np.int64)
+        table[:, 0] = near[:, 1]
+        table[:, 1] = near[:, 2] + (begins - firsts) * item
+        table[:, 2] = table[:, 1] + (ends - begins) * item
+        table[:, 3] = (begins - start) * item
+        return Runs(table, shards)
+
+    def _lacks(self, element: int) -> NoReturn:
+        gap = [int(index) for index in np.unravel_index(element, self.shape)] if self.shape else []
+        raise DamageError(f"{self.name}: no shard has its element {gap}")
 
     def _parts(self, shards: Mapping[int, PlannedShard]) -> Found:
         kind, fqn = self.name.split("/", 1)
@@ -144,17 +157,18 @@ class Gathered:
         self.manifest, self._open, self.files, self._sight = manifest, open_shards, files, sight
         self._brought: dict[tuple[int, int, int], bytes] = {}  # by file, begin and end
         every = exchange.all_to_all("tell what it holds", [holdings.encode()] * exchange.world_size)
+        alike = Alike()
         share = Share(manifest, [Holdings.decode(each) for each in every], keep_all=sight.seen is not None)
         with _without_collector():
             for rank in sight.read_by(exchange.rank):
                 shards = open_shards(rank)
-                share.add(rank, shards, read_state(shards[0], manifest.framework))
+                share.add(rank, shards, read_state(shards[0], manifest.framework, alike.loads))
                 exchange.bytes_read += sum(shard.header_bytes for shard in shards)
         files.read(share.peeked_bytes)
         self.block_bytes = share.block_bytes
         heard = exchange.all_to_all("read headers", [share.for_all()] * exchange.world_size)
         told = self._take_all(heard)
-        share.check(self._holders(told))
+        share.check(told)
         self._take_mine(exchange.all_to_all("tell what is where", share.for_each()))
         if sight.seen is not None:
             for number, (of, layers, hashes) in share.files.items():
@@ -185,15 +199,8 @@ class Gathered:
         return told
 
     def _first(self, told: Summary) -> GatheredTensor:
-        ranks = headers.ranks_among(told, self.manifest.world_size)
-        return GatheredTensor(told.name, min(ranks), told.dtype, told.shape)
-
-    def _holders(self, told: Mapping[str, Sequence[Summary]]) -> dict[str, list[tuple[int, ...]]]:
-        world = self.manifest.world_size
-        return {
-            name: [ranks for each in found for ranks in headers.ranks_among(each, world)]
-            for name, found in told.items()
-        }
+        ranks = min(headers.ranks_among(told, self.manifest.world_size))
+        return GatheredTensor(told.name, told.among, ranks, told.dtype, told.shape)
 
     def _check(self, told: Mapping[str, Sequence[Summary]]) -> None:
         """That there is all of what is held together, and in one shape. Raises DamageError."""
@@ -222,7 +229,7 @@ class Gathered:
         """Kinds of optimizer state that are tensors, by the parameter's fqn."""
         return contents.state_kinds(self.tensors)
 
-    def spans(self, name: str, wanted: Slice) -> list[ByteRange]:
+    def spans(self, name: str, wanted: Slice) -> Sequence[ByteRange]:
         """As `GatheredTensor.spans`."""
         return self.tensors[name].spans(wanted, self.shards)
 
@@ -238,8 +245,7 @@ class Gathered:
             mine: dict[int, GatheredTensor] = {}
             for number, (name, among, dtype, shape, first) in names.items():
                 found = self.tensors[name]
-                group = among if among else ""
-                same = ranks_text(found.ranks) == group if group else found.ranks == (first,)
+                same = among == found.among and (among or found.ranks == (first,))
                 if same and (found.dtype, found.shape) == (dtype, tuple(shape)):
                     mine[int(number)] = found
             table = np.frombuffer(rows, dtype="<u8").reshape(-1, ROW)

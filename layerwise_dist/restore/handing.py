@@ -24,7 +24,7 @@ from layerwise_dist.errors import DamageError
 from layerwise_dist.restore import filling
 from layerwise_dist.restore.filling import Read
 from layerwise_dist.restore.headers import FILES_A_RANK
-from layerwise_dist.restore.placing import File, Target
+from layerwise_dist.restore.placing import File, Spans, Target
 from layerwise_dist.restore.planned import PlannedShard, Readable
 from layerwise_dist.restore.sight import Sight
 from layerwise_dist.restore.states import pack, unpack
@@ -48,26 +48,19 @@ class Handing:
         them. `block_bytes` of the files whose headers this rank has read.
         """
         self._exchange, self._shards, self._block_bytes, self._sight = exchange, shards, block_bytes, sight
-        number = {id(shard): at for at, shard in shards.items()}
-        self._files: dict[int, File] = {}
         self._targets: list[Target] = []
         self._apart: list[Read] = []
         self._dealt: dict[int, list[tuple[int, int, list[int]]]] = {}  # what this rank reads for others too, by file
         self._lacks: dict[int, int] = {}  # bytes that are still to come, by the rank that reads them
         self._scratch = torch.empty(PART_BYTES, dtype=torch.uint8, device="cpu")
+        spans = Spans(shards)
         for read in reads:
-            if any(span.begin % read.dtype.itemsize for span in read.spans):
-                self._apart.append(read)  # elements may lie across blocks; no writer of ours makes such a file
-                continue
             target = Target(read)
-            self._targets.append(target)
-            for span in read.spans:
-                at = number[id(span.shard)]
-                if at not in self._files:
-                    self._files[at] = File(shards[at])
-                self._files[at].add(span, target)
-        for file in self._files.values():
-            file.close()
+            if spans.add(read.spans, target):
+                self._targets.append(target)
+            else:
+                self._apart.append(read)
+        self._files: dict[int, File] = spans.files()
 
     @property
     def bytes_held(self) -> int:
@@ -96,7 +89,6 @@ class Handing:
             for number, first, last, reader, which in np.frombuffer(rows, dtype="<u8").reshape(-1, _DEALT).tolist():
                 if number not in self._files:  # read for others only
                     self._files[number] = File(self._shards[number])
-                    self._files[number].close()
                 file = self._files[number]
                 if reader == exchange.rank:
                     others = [rank for rank in ranks[which] if rank != reader]

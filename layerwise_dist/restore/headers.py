@@ -9,12 +9,13 @@ there are a million tensors in headers. What goes to all is which tensors there 
 from __future__ import annotations
 
 import json
-import math
 import struct
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
+
+import numpy as np
 
 from layerwise_dist import _native
 from layerwise_dist.commit.records import Manifest
@@ -24,52 +25,33 @@ from layerwise_dist.restore import contents
 from layerwise_dist.restore.holdings import Holdings
 from layerwise_dist.restore.reslice import run_of
 from layerwise_dist.restore.states import States, pack, unpack
+from layerwise_dist.restore.tally import SEVERAL, Layout, Summary, Tally
 from layerwise_dist.restore.whole import SMALL_BYTES, blocks_of
 from layerwise_dist.storage import strict_json
-from layerwise_dist.storage.reader import Entry, Shard
-from layerwise_dist.tensors.slices import ranks_of
+from layerwise_dist.storage.entries import Entry
+from layerwise_dist.storage.reader import Shard
 
 FILES_A_RANK = 2  # of a saved rank: its shard, and its base
 ROW = 5  # numbers: the tensor, the file, where it begins in it, the first element, how many
-
-
-@dataclass
-class Summary:
-    """What all ranks hear of one tensor: name, the ranks that hold it together (as `Slice.among`), dtype and shape.
-
-    `elements` of all parts that were read. `first` is the lowest rank that wrote some. `copies`: the ranks that have
-    all of it for themselves, by a hash of what they have; a hash of its own where that is not known.
-    """
-
-    name: str
-    among: str
-    dtype: str
-    shape: tuple[int, ...]
-    elements: int
-    first: int
-    copies: dict[str, list[int]] = field(default_factory=dict)
 
 
 class _Outbox:
     """What goes to one other rank."""
 
     def __init__(self) -> None:
-        self.rows = array("Q")
+        self.rows: list[np.ndarray] = []  # [n, ROW] each
         self.boxes: list[Any] = []  # tensor, file, begin, offsets, lengths
         self.tensors: set[int] = set()
         self.files: set[int] = set()
 
     def encode(self, tensors: Sequence[Summary], files: Mapping[int, tuple[list[int], bytes, bytes]]) -> bytes:
-        names = {
-            number: [of.name, of.among, of.dtype, of.shape, of.first] for number, of in _some(tensors, self.tensors)
-        }
+        rows = np.concatenate(self.rows) if self.rows else np.empty((0, ROW), dtype="<u8")
+        numbers = sorted(self.tensors.union(np.unique(rows[:, 0]).tolist()))
+        some = [(number, tensors[number]) for number in numbers]
+        names = {number: [of.name, of.among, of.dtype, of.shape, of.first] for number, of in some}
         about = [[number, *files[number][0]] for number in sorted(self.files)]
         tables = [table for number in sorted(self.files) for table in files[number][1:]]
-        return pack([json.dumps([names, about, self.boxes]).encode(), self.rows.tobytes(), *tables])
-
-
-def _some(tensors: Sequence[Summary], numbers: set[int]) -> list[tuple[int, Summary]]:
-    return [(number, tensors[number]) for number in sorted(numbers)]
+        return pack([json.dumps([names, about, self.boxes]).encode(), rows.tobytes(), *tables])
 
 
 class Share:
@@ -80,60 +62,62 @@ class Share:
         self._manifest, self._holdings, self._keep_all = manifest, holdings, keep_all
         self._outgoing = [_Outbox() for _ in holdings]
         self.states = States()
-        self.tensors: list[Summary] = []
-        self._numbers: dict[tuple[str, str, str, tuple[int, ...]], int] = {}
+        self._tally = Tally(manifest.step, holdings)
         self._own_first: dict[str, int] = {}  # the lowest rank that has a tensor of this name for itself
         self.files: dict[int, tuple[list[int], bytes, bytes]] = {}  # numbers, layers and hashes, by file
         self.block_bytes: dict[int, int] = {}  # by file
         self.peeked_bytes = 0  # of small copies, read as they are to be compared
         self._absent: list[tuple[int, str]] = []
+        self._whole: list[Any] = []  # layouts, and what a state says of names, of a rank that lacked none
 
     def add(self, rank: int, shards: Sequence[Shard], sealed: SealedState) -> None:
         """A rank's shard, and its base if it has one. Raises DamageError or OSError."""
-        entries = contents.entries(shards)
-        numbers = {id(shard): FILES_A_RANK * rank + at for at, shard in enumerate(shards)}
-        own: list[tuple[Summary, Shard, Entry]] = []
-        for name, (shard, entry) in entries.items():
-            part = entry.slice
-            told = self._told(rank, entry)
-            if not part.among:
-                own.append((told, shard, entry))
-                if self._own_first.setdefault(name, rank) != rank:
-                    continue  # of several copies one is read, and that is the first
-            self._tell(numbers[id(shard)], entry, sealed.get("aliases", {}).get(part.fqn, ()))
-        for shard in shards:
-            self._keep_file(numbers[id(shard)], shard)
-        if self._manifest.world_size > 1:
-            marks, peeked = _marks(own)
-            self.peeked_bytes += peeked
-            for (told, _, _), mark in zip(own, marks, strict=True):
-                told.copies.setdefault(mark, []).append(rank)
-        else:
-            for told, _, _ in own:
-                told.copies.setdefault("", []).append(rank)
+        contents.refuse_repeated(shards)
+        layouts = [
+            self._add(rank, FILES_A_RANK * rank + at, shard, sealed.get("aliases", {}))
+            for at, shard in enumerate(shards)
+        ]
         self.states.add(rank, sealed)
-        missing = contents.absent(sealed, lambda kind, fqn: f"{kind}/{fqn}" in entries)
+        of: list[Any] = [*layouts, sealed["optimizer"], sealed.get("standing")]
+        if len(of) == len(self._whole) and all(map(is_, of, self._whole)):
+            return  # the same names as those of another rank, and nothing was absent
+        missing = list(contents.absent(sealed, lambda kind, fqn: contents.has(shards, f"{kind}/{fqn}")))
         self._absent += [(rank, name) for name in missing]
+        self._whole = [] if missing else of
 
-    def _told(self, rank: int, entry: Entry) -> Summary:
-        part = entry.slice
-        key = part.name, part.among, part.dtype, part.global_shape
-        number = self._numbers.setdefault(key, len(self.tensors))
-        if number == len(self.tensors):
-            self.tensors.append(Summary(*key, 0, rank))
-        told = self.tensors[number]
-        if part.among:
-            told.elements += part.numel
-        elif part.numel != math.prod(part.global_shape):
-            raise DamageError(
-                f"step {self._manifest.step}: {part.name} of shape {list(part.global_shape)}: rank {rank} has it for "
-                f"itself, and its shard has {part.place()} only"
-            )
-        return told
+    def _add(self, rank: int, file: int, shard: Shard, aliases: Mapping[str, Sequence[str]]) -> Layout:
+        entries = shard.index.entries
+        layout, elements = self._tally.add(rank, entries)
+        own, first = np.flatnonzero(layout.own).tolist(), self._own_first
+        told = ~layout.own
+        # Of several copies one is read, and that is the first.
+        told[[at for at in own if first.setdefault(entries.names[at], rank) == rank]] = True
+        starts = layout.starts(entries)
+        unsure = layout.unsure | (starts == SEVERAL)
+        if aliases:
+            unsure = unsure | np.array([name.split("/", 1)[1] in aliases for name in entries.names], dtype=bool)
+        for at in np.flatnonzero(told & unsure).tolist():
+            entry = entries.at(at)
+            self._tell(file, int(layout.numbers[at]), entry, aliases.get(entry.slice.fqn, ()))
+        told &= ~unsure & (elements > 0)
+        ends = starts + elements
+        for out, low, high in zip(self._outgoing, layout.low, layout.high, strict=True):
+            some = np.flatnonzero(told & (starts < high) & (ends > low))
+            if len(some):
+                rows = np.empty((len(some), ROW), dtype="<u8")
+                rows[:, 0], rows[:, 1], rows[:, 2] = layout.numbers[some], file, entries.begins[some]
+                rows[:, 3], rows[:, 4] = starts[some], elements[some]
+                out.rows.append(rows)
+                out.files.add(file)
+        self._keep_file(file, shard)
+        marks, peeked = _marks(shard, own) if self._manifest.world_size > 1 else ([""] * len(own), 0)
+        self.peeked_bytes += peeked
+        for number, mark in zip(layout.numbers[own].tolist(), marks, strict=True):
+            self._tally[number].copies.setdefault(mark, []).append(rank)
+        return layout
 
-    def _tell(self, file: int, entry: Entry, aliases: Sequence[str]) -> None:
+    def _tell(self, file: int, number: int, entry: Entry, aliases: Sequence[str]) -> None:
         part = entry.slice
-        number = self._numbers[part.name, part.among, part.dtype, part.global_shape]
         run = run_of(part)
         for held, out in zip(self._holdings, self._outgoing, strict=True):
             if not held.needs(part.fqn, part, run) and not any(held.needs(name, part, run) for name in aliases):
@@ -143,7 +127,7 @@ class Share:
                 continue
             out.files.add(file)
             if run is not None:
-                out.rows.extend((number, file, entry.begin, *run))
+                out.rows.append(np.array([[number, file, entry.begin, *run]], dtype="<u8"))
             else:
                 out.boxes.append([number, file, entry.begin, part.offsets, part.lengths])
 
@@ -158,22 +142,23 @@ class Share:
 
     def for_all(self) -> bytes:
         """The sealed states, and all tensors."""
-        told = [[t.name, t.among, t.dtype, t.shape, t.elements, t.first, t.copies] for t in self.tensors]
+        told = [[t.name, t.among, t.dtype, t.shape, t.elements, t.first, t.copies] for t in self._tally.tensors]
         return pack([self.states.encode(), json.dumps(told).encode()])
 
     def for_each(self) -> list[bytes]:
         """By rank of this job, where in the files what it may need is."""
-        return [out.encode(self.tensors, self.files) for out in self._outgoing]
+        return [out.encode(self._tally.tensors, self.files) for out in self._outgoing]
 
-    def check(self, holders: Mapping[str, Sequence[Sequence[int]]]) -> None:
-        """`holders` of all tensors by name: ranks that have it, together or for themselves. Raises DamageError for
-        what a rank that was read here had at the boundary, and nobody wrote.
+    def check(self, told: Mapping[str, Sequence[Summary]]) -> None:
+        """`told` by all ranks, by name. Raises DamageError for what a rank that was read here had at the boundary, and
+        nobody wrote.
         """
 
         def held(rank: int, name: str) -> bool:
             kind, fqn = name.split("/", 1)
             kinds = ("param", "master") if kind == "param" else (kind,)  # one stands for the other
-            return any(rank in ranks for each in kinds for ranks in holders.get(f"{each}/{fqn}", ()))
+            every = (each for kind in kinds for each in told.get(f"{kind}/{fqn}", ()))
+            return any(rank in ranks for each in every for ranks in ranks_among(each, self._manifest.world_size))
 
         problems = [
             f"{name}: rank {rank} had it at the boundary, but it is in no shard"
@@ -185,30 +170,29 @@ class Share:
             raise DamageError(f"step {self._manifest.step}: {problems[0]}{more}")
 
 
-def _marks(own: Sequence[tuple[Summary, Shard, Entry]]) -> tuple[list[str], int]:
+def _marks(shard: Shard, own: Sequence[int]) -> tuple[list[str], int]:
     """Of tensors that one rank has for itself, what another rank's has in common exactly if it holds the same; where
-    that is not known, something that no other has. And the bytes of files that were read for it.
+    that is not known, something that no other has. And the bytes of the file that were read for it. `own` are their
+    numbers in the file.
 
     Small ones are read as they are, without their blocks: what is damaged in them looks like another value, and all
     that looks so is read once more, verified (`gathered`).
     """
-    found: list[str] = []
-    small = [(at, shard, entry) for at, (_, shard, entry) in enumerate(own) if entry.end - entry.begin <= SMALL_BYTES]
-    content: dict[int, bytes] = {}
-    for shard in {id(shard): shard for _, shard, _ in small}.values():
-        mine = [(at, entry) for at, of, entry in small if of is shard]
-        read = shard.peek([(entry.begin, entry.end) for _, entry in mine])
-        content.update((at, data) for (at, _), data in zip(mine, read, strict=True))
-    for at, (_, shard, entry) in enumerate(own):
-        if at in content:
-            found.append(f"{_native.xxh3_64(content[at]):016x}")
-        elif (known := blocks_of(shard, entry)) is not None:
+    entries = shard.index.entries
+    found = dict.fromkeys(own, "")
+    places = zip(own, entries.begins[own].tolist(), entries.ends[own].tolist(), strict=True)
+    small = {at: (begin, end) for at, begin, end in places if end - begin <= SMALL_BYTES}
+    for at, data in zip(small, shard.peek(list(small.values())), strict=True):
+        found[at] = f"{_native.xxh3_64(data):016x}"
+    for at in [at for at, mark in found.items() if not mark]:
+        entry = entries.at(at)
+        if (known := blocks_of(shard, entry)) is not None:
             begin, blocks = known
             text = struct.pack(f"<Q{2 * len(blocks)}Q", begin, *(n for block in blocks for n in block))
-            found.append(f"blocks {_native.xxh3_64(text):016x} {entry.slice.cut}")
+            found[at] = f"blocks {_native.xxh3_64(text):016x} {entry.slice.cut}"
         else:
-            found.append(f"rank {shard.index.rank}")
-    return found, sum(map(len, content.values()))
+            found[at] = f"rank {shard.index.rank}"
+    return list(found.values()), sum(end - begin for begin, end in small.values())
 
 
 def read_for_all(data: bytes) -> tuple[bytes, list[Summary]]:
@@ -223,5 +207,5 @@ def read_for_all(data: bytes) -> tuple[bytes, list[Summary]]:
 def ranks_among(told: Summary, world_size: int) -> list[tuple[int, ...]]:
     """The ranks that have a tensor, together or each for itself."""
     if told.among:
-        return [ranks_of(told.among, world_size)]
+        return [contents.ranks_of(told.among, world_size)]
     return [(rank,) for ranks in told.copies.values() for rank in ranks]

@@ -14,6 +14,8 @@ from layerwise_dist.restore.reslice import boxes, meet, run_of
 from layerwise_dist.storage import strict_json
 from layerwise_dist.tensors.slices import Slice
 
+EVERYTHING, NOTHING = (-1, (1 << 63) - 1), ((1 << 63) - 1, -1)  # of `Holdings.reach`
+
 
 class Holdings:
     """Of one rank: by each name that a parameter or buffer has, the slices of it; None for all that there is.
@@ -45,6 +47,18 @@ class Holdings:
                 parts.update(dict.fromkeys((view.fqn, *view.aliases)))
         parts.update((part.fqn, None) for part, _ in framework.buffer_slices())
         return cls(parts)
+
+    def reach(self, name: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
+        """Elements of a tensor of this shape that the rank may need, in row-major order: the first, and the one after
+        the last. None where they are not one run: `needs` then says it of each part. `name` as there.
+        """
+        held = self._runs.get(name, ())
+        if held is None or any(its != shape or math.prod(its) <= 1 for _, its, _ in held):
+            return EVERYTHING
+        if not held:
+            return NOTHING
+        own = held[0][2] if len(held) == 1 else None
+        return None if own is None else (own[0], own[0] + own[1])
 
     def needs(self, name: str, part: Slice, run: tuple[int, int] | None) -> bool:
         """Whether the rank may need what a shard has of a tensor; `name` is its fqn, or another one that it has.

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,9 +12,10 @@ import torch
 from layerwise_dist.restore.clipping import within
 from layerwise_dist.restore.filling import Read
 from layerwise_dist.restore.planned import PlannedShard, Span
-from layerwise_dist.restore.planner import ByteRange
+from layerwise_dist.restore.planner import ByteRange, Runs
 from layerwise_dist.tensors.pieces import is_dense
 
+_NO_RUNS = np.empty((0, 4), dtype=np.int64)
 _UNNEEDED, _STRAIGHT, _BUFFERED, _DEALT = range(4)  # what becomes of a block
 
 
@@ -35,17 +36,15 @@ class Target:
             with torch.no_grad():
                 self.read.tensor.copy_(self._staged)
 
+    def place_run(self, offset: int, memory: torch.Tensor) -> None:
+        """Bytes in memory that go, as they are, to this place in the tensor's own."""
+        if self.address is not None:
+            ctypes.memmove(self.address + offset, memory.data_ptr(), len(memory))
+        else:
+            self.flat[offset // self.item : (offset + len(memory)) // self.item].copy_(memory.view(self.dtype))
+
     def place(self, span: ByteRange, begin: int, end: int, memory: torch.Tensor) -> None:
-        """What the span has of bytes `begin` to `end` of its file, which are in `memory`."""
-        if not span.shape:
-            first, last = max(begin, span.begin), min(end, span.end)
-            to, count = span.offset + first - span.begin, last - first
-            if self.address is not None:
-                ctypes.memmove(self.address + to, memory.data_ptr() + first - begin, count)
-                return
-            source = memory[first - begin : last - begin].view(self.dtype)
-            self.flat[to // self.item : (to + count) // self.item].copy_(source)
-            return
+        """What a span that has a shape has of bytes `begin` to `end` of its file, which are in `memory`."""
         items = memory[: end - begin].view(self.dtype)
         at, into = (span.begin - begin) // self.item, int(self.flat.storage_offset()) + span.offset // self.item
         for source_at, target_at, shape in within(
@@ -56,29 +55,71 @@ class Target:
             self.flat.as_strided(shape, span.target_strides[lacking:], into + target_at).copy_(found)
 
 
+class Spans:
+    """The spans of all files that a rank needs, by file. Those without a shape are numbers, as in `planner.Runs`."""
+
+    def __init__(self, shards: Mapping[int, PlannedShard]) -> None:
+        self._shards, self._number = shards, {id(shard): at for at, shard in shards.items()}
+        self._targets: list[Target] = []
+        self._runs: list[np.ndarray] = []  # [n, 5]: `Runs.table`, and the target
+        self._strided: dict[int, list[tuple[ByteRange, Target]]] = {}
+
+    def add(self, spans: Sequence[ByteRange], target: Target) -> bool:
+        """Whether they can be placed block by block: not where elements may lie across blocks. No writer of ours makes
+        such a file.
+        """
+        table = spans.table if isinstance(spans, Runs) else self._table(spans)
+        strided = [] if isinstance(spans, Runs) else [span for span in spans if span.shape]
+        if (table[:, 1] % target.item).any() or any(span.begin % target.item for span in strided):
+            return False
+        for span in strided:
+            self._strided.setdefault(self._number[id(span.shard)], []).append((span, target))
+        number = np.full((len(table), 1), len(self._targets), dtype=np.int64)
+        self._runs.append(np.concatenate((table, number), axis=1))
+        self._targets.append(target)
+        return True
+
+    def _table(self, spans: Sequence[ByteRange]) -> np.ndarray:
+        rows = [(self._number[id(span.shard)], span.begin, span.end, span.offset) for span in spans if not span.shape]
+        return np.array(rows, dtype=np.int64).reshape(-1, 4)
+
+    def files(self) -> dict[int, File]:
+        """By number."""
+        runs = np.concatenate([np.empty((0, 5), dtype=np.int64), *self._runs])
+        runs = runs[np.lexsort((runs[:, 1], runs[:, 0]))]
+        edges = np.flatnonzero(np.diff(runs[:, 0])) + 1
+        of = {int(part[0, 0]): part[:, 1:] for part in np.split(runs, edges) if len(part)}
+        return {
+            number: File(self._shards[number], of.get(number, _NO_RUNS), self._strided.get(number, []), self._targets)
+            for number in sorted({*of, *self._strided})
+        }
+
+
 class File:
     """One file, the spans that this rank needs of it, and what becomes of each of its blocks."""
 
-    def __init__(self, shard: PlannedShard) -> None:
+    def __init__(
+        self, shard: PlannedShard, runs: np.ndarray = _NO_RUNS, strided: Sequence[tuple[ByteRange, Target]] = (),
+        targets: Sequence[Target] = (),
+    ) -> None:  # fmt: skip
+        """`runs` are begin, end and offset of spans without a shape, and their target; `strided` are all others."""
         self.shard, self.block_bytes = shard, shard.blocks.block_bytes
-        self._spans: list[tuple[ByteRange, Target]] = []
-        self._fate = np.zeros(len(shard.blocks), dtype=np.uint8)
-        self._reader = np.full(len(shard.blocks), -1, dtype=np.int64)
-        self._begins = self._ends = np.empty(0, dtype=np.int64)
-
-    def add(self, span: ByteRange, target: Target) -> None:
-        blocks = self.shard.blocks
-        fate = _STRAIGHT if not span.shape and target.address is not None else _BUFFERED
-        self._spans.append((span, target))
-        for begin, end in _touched(span, target.item, self.block_bytes):
-            some = self._fate[blocks.at(begin) : blocks.at(end - 1) + 1]
-            np.maximum(some, fate, out=some)
-
-    def close(self) -> None:
-        """No span is added any more."""
-        self._spans.sort(key=lambda each: each[0].begin)
-        self._begins = np.array([span.begin for span, _ in self._spans], dtype=np.int64)
-        self._ends = np.array([span.end for span, _ in self._spans], dtype=np.int64)
+        self._runs, self._strided, self._targets = runs, strided, targets
+        blocks = shard.blocks
+        self._fate = np.zeros(len(blocks), dtype=np.uint8)
+        self._reader = np.full(len(blocks), -1, dtype=np.int64)
+        self._addresses = np.array([targets[at].address or 0 for at in runs[:, 3].tolist()], dtype=np.uint64)
+        some = runs[runs[:, 1] > runs[:, 0]]
+        first, last = blocks.having(some[:, 0]), blocks.having(some[:, 1] - 1)
+        straight = self._addresses[runs[:, 1] > runs[:, 0]] > 0
+        for which, fate in ((straight, _STRAIGHT), (~straight, _BUFFERED)):
+            edges = np.zeros(len(blocks) + 1, dtype=np.int64)
+            np.add.at(edges, first[which], 1)
+            np.add.at(edges, last[which] + 1, -1)
+            self._fate[np.cumsum(edges[:-1]) > 0] = fate
+        for span, target in strided:
+            for begin, end in _touched(span, target.item, self.block_bytes):
+                self._fate[blocks.at(begin) : blocks.at(end - 1) + 1] = _BUFFERED
 
     def runs(self, *fates: int) -> list[tuple[int, int]]:
         """First and last block of each run of blocks with one of these fates: 1 straight, 2 through a buffer."""
@@ -105,24 +146,28 @@ class File:
 
     def straight(self, begin: int, end: int) -> list[Span]:
         """Byte ranges in these blocks, with the memory that each goes to as it is."""
-        found = []
-        for span, target in self._within(begin, end):
-            if span.shape:
-                continue  # it has gaps, and these blocks are in one
-            assert target.address is not None, "its blocks would go through a buffer"
-            first, last = max(begin, span.begin), min(end, span.end)
-            found.append((first, last, target.address + span.offset + first - span.begin))
-        return found
+        some, first, last = self._within(begin, end)
+        assert (self._addresses[some] > 0).all(), "its blocks would go through a buffer"
+        to = self._addresses[some] + (self._runs[some, 2] + first - self._runs[some, 0]).astype(np.uint64)
+        return list(zip(first.tolist(), last.tolist(), to.tolist(), strict=True))
 
     def place(self, begin: int, end: int, memory: torch.Tensor) -> None:
         """Bytes `begin` to `end` of the file, which are in `memory`, go to all that needs some of them. Any thread."""
+        some, first, last = self._within(begin, end)
+        to = self._runs[some, 2] + first - self._runs[some, 0]
+        targets = self._runs[some, 3].tolist()
         with torch.no_grad():
-            for span, target in self._within(begin, end):
-                target.place(span, begin, end, memory)
+            for one, other, offset, target in zip(first.tolist(), last.tolist(), to.tolist(), targets, strict=True):
+                self._targets[target].place_run(offset, memory[one - begin : other - begin])
+            for span, of in self._strided:
+                if span.begin < end and span.end > begin:
+                    of.place(span, begin, end, memory)
 
-    def _within(self, begin: int, end: int) -> Iterator[tuple[ByteRange, Target]]:
-        for at in np.flatnonzero((self._begins < end) & (self._ends > begin)).tolist():
-            yield self._spans[at]
+    def _within(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Which of the runs have some of these bytes, and from where to where."""
+        begins, ends = self._runs[:, 0], self._runs[:, 1]
+        some = np.flatnonzero((begins < end) & (ends > begin))
+        return some, np.maximum(begins[some], begin), np.minimum(ends[some], end)
 
 
 def _touched(span: ByteRange, item: int, block_bytes: int) -> Iterator[tuple[int, int]]:

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from layerwise_dist.errors import DamageError, MismatchError
 from layerwise_dist.restore.planned import Readable
@@ -28,6 +31,32 @@ class ByteRange:
     shape: tuple[int, ...] = ()
     strides: tuple[int, ...] = ()
     target_strides: tuple[int, ...] = ()
+
+
+class Runs(Sequence[ByteRange]):
+    """Byte ranges without a shape, kept as numbers: a job of hundreds of ranks has hundreds of them for each tensor.
+
+    Attributes:
+        table: int64 [n, 4]: the number of the file, and begin, end and offset as a `ByteRange` has them.
+    """
+
+    def __init__(self, table: np.ndarray, shards: Mapping[int, Readable]) -> None:
+        """`shards` by number."""
+        self.table, self._shards = table, shards
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return Runs(self.table[at], self._shards)
+        return self._span(*self.table[at].tolist())
+
+    def __iter__(self) -> Iterator[ByteRange]:
+        return (self._span(*row) for row in self.table.tolist())
+
+    def _span(self, file: int, begin: int, end: int, offset: int) -> ByteRange:
+        return ByteRange(self._shards[file], begin, end, offset)
 
 
 class ShardSet:

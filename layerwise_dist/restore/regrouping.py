@@ -7,13 +7,15 @@ job may have split them, merged equal ones, or reordered them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 from layerwise_dist.frameworks import adams
 from layerwise_dist.frameworks.described import OptimizerState
 from layerwise_dist.frameworks.param_groups import KERNEL_KEYS, differing
 from layerwise_dist.tensors.values import alike
+
+T = TypeVar("T")
 
 _NAMED = 4  # parameters, in a message
 _OWN = ("class", "groups", "updates", "scalars", "order", "optimizers", *adams.MEMBERS)
@@ -38,14 +40,15 @@ def regroup(
     scalars: dict[str, dict[str, Any]] = {}
     order: dict[str, list[str]] = {}
     problems: list[str] = []
-    for state in saved:
-        for name, values in state["scalars"].items():
+    for values_of in _distinct(state["scalars"] for state in saved):
+        for name, values in values_of.items():
             known = scalars.setdefault(name, {})
             for kind, value in values.items():
                 if kind in known and not alike(known[kind], value):
                     problems.append(f"{kind} of {name} is not the same on all ranks of the checkpoint")
                 known.setdefault(kind, value)
-        for name, kinds in state["order"].items():
+    for kinds_of in _distinct(state["order"] for state in saved):
+        for name, kinds in kinds_of.items():
             order[name] = list(dict.fromkeys([*order.get(name, ()), *kinds]))
     if other := _unlike(saved):
         return cast(OptimizerState, {**live, "scalars": {}, "order": {}}), [other]
@@ -77,6 +80,11 @@ def regroup(
     found["scalars"] = {here[name]: each for name, each in scalars.items() if here.get(name) in held}
     found["order"] = {here[name]: each for name, each in order.items() if here.get(name) in held}
     return cast(OptimizerState, found), problems
+
+
+def _distinct(values: Iterable[T]) -> list[T]:
+    """By identity, in order: what is alike on many ranks is one object (`restore.states`)."""
+    return list({id(value): value for value in values}.values())
 
 
 def translations(saved: Mapping[str, Any], live: Mapping[str, Any]) -> dict[str, adams.Translation]:
@@ -175,8 +183,9 @@ class _Mapping:
         of: dict[str, Mapping[str, Any]] = {}  # the saved group of a parameter, by its name here
         numbers: dict[int, int] = {}  # of a saved group, by identity
         unknown: list[str] = []
-        for rank, state in enumerate(saved):
-            for number, group in enumerate(state["groups"]):
+        for groups in _distinct(state["groups"] for state in saved):
+            rank = next(rank for rank, state in enumerate(saved) if state["groups"] is groups)
+            for number, group in enumerate(groups):
                 numbers[id(group)] = number
                 for name in group["params"]:
                     fqn = self._here.get(name)

@@ -82,16 +82,20 @@ def run_of(part: Slice) -> tuple[int, int] | None:
     if part.start is not None and part.length is not None:
         return part.start, part.length
     assert part.offsets is not None and part.lengths is not None
-    start, rest, stride = 0, True, 1
-    for offset, length, size in zip(
-        reversed(part.offsets), reversed(part.lengths), reversed(part.global_shape), strict=True
-    ):
+    if 0 in part.lengths:
+        return 0, 0
+    strides = run_strides(part.global_shape, part.lengths)
+    return None if strides is None else (_place(part.offsets, strides), math.prod(part.lengths))
+
+
+def run_strides(shape: Sequence[int], lengths: Sequence[int]) -> tuple[int, ...] | None:
+    """Of a tensor of this shape, in elements, if a box of these lengths is one run in row-major order; None if not."""
+    rest = True
+    for length, size in zip(reversed(lengths), reversed(shape), strict=True):
         if not rest and length != 1:
-            return (0, 0) if 0 in part.lengths else None
+            return None
         rest = rest and length == size
-        start += offset * stride
-        stride *= size
-    return start, math.prod(part.lengths)
+    return _row_major(shape)
 
 
 def meet(one: Slice, other: Slice) -> bool:
@@ -143,7 +147,10 @@ def first_gap(parts: Iterable[Slice]) -> tuple[int, ...] | None:
 
 def _strides(part: Slice) -> tuple[int, ...]:
     """How far the next element in each dimension is, in elements."""
-    shape = part.global_shape if part.lengths is None else part.lengths
+    return _row_major(part.global_shape if part.lengths is None else part.lengths)
+
+
+def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
     found, stride = [], 1
     for size in reversed(shape):
         found.append(stride)

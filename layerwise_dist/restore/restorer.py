@@ -42,6 +42,7 @@ from layerwise_dist.restore.sealed_state import optimizers_of, read_state
 from layerwise_dist.restore.sent import Sent
 from layerwise_dist.restore.sight import Sight
 from layerwise_dist.storage.filenames import AttemptId
+from layerwise_dist.storage.plain_header import Recent
 from layerwise_dist.storage.protocols import ShardWriterAdapter
 from layerwise_dist.storage.reader import Shard
 from layerwise_dist.storage.reports import BaseReport
@@ -320,8 +321,9 @@ class Restorer:
     def _fit(self, manifest: Manifest, exchange: Exchange, terms: Terms, sight: Sight) -> tuple[Fit, Gathered]:
         framework, where = self._framework, self._where(manifest)
         framework.follow()
+        recent = Recent()
         whole = Gathered(
-            manifest, partial(self._open, manifest), self._files(manifest, exchange, sight), exchange,
+            manifest, partial(self._open, manifest, recent=recent), self._files(manifest, exchange, sight), exchange,
             Holdings.of(framework, self._optimizer),
             lambda kind: terms.parts.takes_optimizer or kind in OF_MODEL, sight,
         )  # fmt: skip
@@ -370,5 +372,5 @@ class Restorer:
 
         return Files(env, self._adapter.pool, path, count, partial(sight.sees, self._framework.rank))
 
-    def _open(self, manifest: Manifest, rank: int) -> list[Shard]:
-        return open_shards(self._manager, self._adapter.pool, manifest, rank)
+    def _open(self, manifest: Manifest, rank: int, recent: Recent | None = None) -> list[Shard]:
+        return open_shards(self._manager, self._adapter.pool, manifest, rank, recent)

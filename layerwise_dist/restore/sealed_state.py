@@ -7,6 +7,7 @@ here: what is missing or of another type is damage that is found before a live t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -221,9 +222,11 @@ class CountersSchema(PartSchema):
     lr_scheduler_class: str = ""
 
 
-def read_state(shard: Shard, framework: str) -> SealedState:
-    """The sealed state of a shard of that framework, as the manifest names it. Raises DamageError or OSError, and
-    MismatchError for what `dcp.save()` wrote.
+def read_state(
+    shard: Shard, framework: str, loads: Callable[..., SealedState] | None = None
+) -> SealedState:  # fmt: skip
+    """The sealed state of a shard of that framework, as the manifest names it. `loads` stands in for
+    `typed_json.loads`. Raises DamageError or OSError, and MismatchError for what `dcp.save()` wrote.
     """
     if framework == OF_DCP:
         raise MismatchError(
@@ -231,7 +234,7 @@ def read_state(shard: Shard, framework: str) -> SealedState:
             "dcp.load() and layerwise_dist.dcp.LayerwiseReader"
         )
     where = f"shard {shard.index.path}"
-    sealed: SealedState = typed_json.loads(*shard.state(), where=where)
+    sealed: SealedState = (loads or typed_json.loads)(*shard.state(), where=where)
     try:
         _check(sealed, framework)
         if sealed["step"] != shard.index.step:

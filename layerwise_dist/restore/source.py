@@ -41,7 +41,7 @@ class Source(Protocol):
     def state_kinds(self) -> Mapping[str, Sequence[str]]:
         """Kinds of optimizer state that are tensors, by the parameter's fqn."""
 
-    def spans(self, name: str, wanted: Slice) -> list[ByteRange]:
+    def spans(self, name: str, wanted: Slice) -> Sequence[ByteRange]:
         """What fills `wanted`, of the tensor's shape and the file's dtype. Raises DamageError where it is not there."""
 
     def fill(self, reads: Iterable[tuple[torch.Tensor, Sequence[ByteRange]]]) -> None:

@@ -9,14 +9,18 @@ import math
 import sys
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import Field
 
 from layerwise_dist.errors import DamageError
 from layerwise_dist.storage import filenames, strict_json
+from layerwise_dist.storage.entries import Entries, Entry
+from layerwise_dist.storage.plain_header import Plain, Recent
 from layerwise_dist.storage.schemas import HEX16, Schema, Unfit, fits
 from layerwise_dist.storage.shard_layout import ALIGN, BLOCK_CAP, LAYERS, PAD, STATE_BYTES, STATE_JSON, UNHASHED
 from layerwise_dist.tensors.slices import DIMENSIONS, ITEM_BYTES, LONGEST_NAME, Slice, ranks_of
@@ -43,16 +47,6 @@ class _Metadata(Schema):
     hash: Literal["none"] | None = None
     slices: str
     layers: str
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One tensor of a shard: its slice, and the byte range in the file."""
-
-    slice: Slice
-    begin: int
-    end: int
-    wrapped: bool
 
 
 class Blocks(Sequence[tuple[int, int]]):
@@ -89,6 +83,12 @@ class Blocks(Sequence[tuple[int, int]]):
         place = bisect_right(self._offsets, offset) - 1
         return self._firsts[place] + (offset - self._layers[place][0]) // self.block_bytes
 
+    def having(self, offsets: np.ndarray) -> np.ndarray:
+        """As `at`, of many bytes. int64."""
+        place = np.searchsorted(self._offsets, offsets, side="right") - 1
+        begins, firsts = np.array(self._offsets, dtype=np.int64), np.array(self._firsts, dtype=np.int64)
+        return firsts[place] + (offsets - begins[place]) // self.block_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class ShardIndex:
@@ -103,7 +103,7 @@ class ShardIndex:
     step: int
     rank: int
     world_size: int
-    entries: dict[str, Entry]
+    entries: Entries
     layers: list[tuple[str, int, int]]
     blocks: Blocks
     hashes: Sequence[int | None]
@@ -121,9 +121,12 @@ class ShardIndex:
         return self.state_json[0], self.size
 
 
-def parse_header(path: str, size: int, header: bytes, expected: tuple[str, int, int] | None = None) -> ShardIndex:
+def parse_header(
+    path: str, size: int, header: bytes, expected: tuple[str, int, int] | None = None, recent: Recent | None = None
+) -> ShardIndex:
     """Checks a whole header region (8 length bytes and the JSON). `expected` are the attempt, the rank and the world
-    size that it must be of. Raises DamageError.
+    size that it must be of; `recent` is given with all headers of a job that are read one after another. Raises
+    DamageError.
     """
 
     def bad(what: object) -> DamageError:
@@ -133,6 +136,8 @@ def parse_header(path: str, size: int, header: bytes, expected: tuple[str, int, 
         raise bad(f"its header region is {len(header)} bytes, expected a multiple of {ALIGN}")
     if int.from_bytes(header[:8], "little") != len(header) - 8:
         raise bad("its length field does not match its header region")
+    if (plain := _plain_index(path, size, header, expected, recent or Recent())) is not None:
+        return plain
     try:
         tree = strict_json.loads(header[8:])
     except ValueError as error:
@@ -140,13 +145,27 @@ def parse_header(path: str, size: int, header: bytes, expected: tuple[str, int, 
     if type(tree) is not dict or type(tree.get("__metadata__")) is not dict:
         raise bad("its header has no __metadata__ object")
     try:
-        return _index(path, size, len(header), tree, expected)
+        metadata = tree.pop("__metadata__")
+        return _index(path, size, len(header), metadata, expected, lambda slices, *of: _tensors(tree, slices, *of))
     except (Unfit, ValueError) as error:
         raise bad(f"its header is malformed: {error}") from None
 
 
-def _index(path: str, size: int, base: int, tree: dict[str, Any], expected: tuple[str, int, int] | None) -> ShardIndex:
-    metadata = fits(_Metadata, tree.pop("__metadata__"), "__metadata__")
+def _plain_index(
+    path: str, size: int, header: bytes, expected: tuple[str, int, int] | None, recent: Recent
+) -> ShardIndex | None:
+    """None for what our writer would not have written, or is wrong: the check that follows says in which way."""
+    with suppress(Unfit, ValueError):
+        plain = Plain(header[8:], recent)
+        return _index(path, size, len(header), plain.metadata, expected, lambda _, *of: plain.entries(*of))
+    return None
+
+
+def _index(
+    path: str, size: int, base: int, said: dict[str, Any], expected: tuple[str, int, int] | None,
+    tensors: Callable[[str, int, int, int], _Tensors],
+) -> ShardIndex:  # fmt: skip
+    metadata = fits(_Metadata, said, "__metadata__")
     rank, world_size, step = int(metadata.rank), int(metadata.world_size), int(metadata.step)
     if not rank < world_size <= filenames.RANKS_END:
         raise ValueError(f"it is of rank {rank} of {world_size}")
@@ -159,13 +178,13 @@ def _index(path: str, size: int, base: int, tree: dict[str, Any], expected: tupl
     block_bytes = int(metadata.block_bytes)
     if block_bytes % ALIGN or not 0 < block_bytes <= BLOCK_CAP:
         raise ValueError(f"blocks of {block_bytes} bytes; expected a multiple of {ALIGN}, at most {BLOCK_CAP}")
-    entries, special, end = _tensors(tree, base, rank, world_size, strict_json.loads_text(metadata.slices))
+    entries, special, end = tensors(metadata.slices, base, rank, world_size)
     if base + end != size:
         raise ValueError(f"it describes {base + end} bytes, the file has {size}")
     if special.keys() != {STATE_JSON, STATE_BYTES}:
         raise ValueError(f"it has no {STATE_JSON} or no {STATE_BYTES}")
     text, blob = special[STATE_JSON], special[STATE_BYTES]
-    last = max((entry.end for entry in entries.values()), default=base)
+    last = int(entries.ends.max(initial=base))
     if not last <= text[0] <= text[1] <= blob[0]:
         raise ValueError(f"tensors end at {last}, the state begins at {text[0]} and its bytes at {blob[0]}")
     layers = _layers(strict_json.loads_text(metadata.layers), base, text[0])
@@ -178,10 +197,13 @@ def _index(path: str, size: int, base: int, tree: dict[str, Any], expected: tupl
     )  # fmt: skip
 
 
-def _tensors(
-    tree: dict[str, Any], base: int, rank: int, world_size: int, places: Any
-) -> tuple[dict[str, Entry], dict[str, tuple[int, int]], int]:
-    """(tensors, ranges of the state's two parts, where the last one ends after the header). Takes `tree` apart."""
+# Tensors, ranges of the state's two parts, where the last one ends after the header.
+_Tensors = tuple[Entries, dict[str, tuple[int, int]], int]
+
+
+def _tensors(tree: dict[str, Any], slices: str, base: int, rank: int, world_size: int) -> _Tensors:
+    """Takes `tree` apart."""
+    places = strict_json.loads_text(slices)
     if type(places) is not dict:
         raise ValueError("slices is not an object")
     for name, item in tree.items():
@@ -209,7 +231,7 @@ def _tensors(
             entries[name] = Entry(part, base + begin, base + end, bool(place.get("wrapped")))
     if places:
         raise ValueError(f"places of tensors that are not there: {', '.join(sorted(places)[:3])}")
-    return entries, special, cursor
+    return Entries.of(entries.values()), special, cursor
 
 
 def _check_tensor(name: str, item: Any) -> None:

@@ -14,13 +14,16 @@ from functools import cached_property
 
 from layerwise_dist import _native
 from layerwise_dist.errors import DamageError, shown
-from layerwise_dist.storage.header import Blocks, Entry, ShardIndex, parse_header
+from layerwise_dist.storage.entries import Entry
+from layerwise_dist.storage.header import Blocks, ShardIndex, parse_header
 from layerwise_dist.storage.odd import oddity
+from layerwise_dist.storage.plain_header import Recent
 from layerwise_dist.storage.shard_layout import HEADER_CAP, cut_segments
 
 __all__ = ["Blocks", "Entry", "Shard", "ShardElsewhere", "ShardIndex", "parse_header", "read_verified"]
 
 _BLOCKS_AT_ONCE = 4096  # of a verification
+_PEEK_GAP = 4096  # between what is read at once
 _DESCRIBED = 100  # bad blocks of one
 
 
@@ -46,25 +49,25 @@ class Shard:
 
     def __init__(
         self, env: _native.Env, pool: _native.WriterPool, path: str, *, nbytes: int, header_bytes: int,
-        header_hash: int, of: tuple[str, int, int] | None = None,
+        header_hash: int, of: tuple[str, int, int] | None = None, recent: Recent | None = None,
     ) -> None:  # fmt: skip
-        """`of` are the attempt, the rank and the world size that it must be of.
+        """`of` are the attempt, the rank and the world size that it must be of; `recent` as `parse_header` takes it.
 
         Raises DamageError (missing, cut, other header) or OSError.
         """
         if header_bytes > HEADER_CAP:
             raise DamageError(f"shard {path}: a header of {header_bytes} bytes is over the format's {HEADER_CAP}")
         self._reader = open_file(env, pool, path, nbytes)
-        self._take_header(path, nbytes, self._reader.read(0, header_bytes), header_bytes, header_hash, of)
+        self._take_header(path, nbytes, self._reader.read(0, header_bytes), header_bytes, header_hash, of, recent)
 
     def _take_header(
         self, path: str, nbytes: int, header: bytes, header_bytes: int, header_hash: int,
-        of: tuple[str, int, int] | None,
+        of: tuple[str, int, int] | None, recent: Recent | None = None,
     ) -> None:  # fmt: skip
         if len(header) != header_bytes or _native.xxh3_64(header) != header_hash:
             raise DamageError(f"shard {path}: its header does not match its hash in the manifest ({header_hash:016x})")
         self.header_bytes = header_bytes
-        self.index = parse_header(path, nbytes, header, of)
+        self.index = parse_header(path, nbytes, header, of, recent)
 
     def header(self) -> bytes:
         """As it lies in the file, unverified. Raises OSError."""
@@ -103,14 +106,25 @@ class Shard:
             raise DamageError("; ".join(self.describe(block) for block in bad[:5]))
 
     def peek(self, ranges: list[tuple[int, int]]) -> list[bytes]:
-        """Bytes `begin` to `end` of the file as they are, unverified. Raises OSError."""
-        memory = [bytearray(end - begin) for begin, end in ranges]
-        views = [(ctypes.c_char * len(each)).from_buffer(each) if each else None for each in memory]
-        blocks = [(begin, end - begin, None) for begin, end in ranges if end > begin]
-        there = [view for view in views if view is not None]
+        """Bytes `begin` to `end` of the file as they are, unverified. Those that follow each other closely are read at
+        once. Raises OSError.
+        """
+        merged: list[list[int]] = []
+        of: list[int] = []  # of each range, in which of the merged ones it is
+        for begin, end in ranges:
+            if not merged or not 0 <= begin - merged[-1][1] <= _PEEK_GAP:
+                merged.append([begin, end])
+            merged[-1][1] = end
+            of.append(len(merged) - 1)
+        memory = [bytearray(end - begin) for begin, end in merged]
+        there = [(ctypes.c_char * len(each)).from_buffer(each) for each in memory if each]
         segments = [(number, 0, ctypes.addressof(view), len(view)) for number, view in enumerate(there)]
-        self._reader.read_blocks(blocks, segments)
-        return [bytes(each) for each in memory]
+        self._reader.read_blocks([(begin, end - begin, None) for begin, end in merged if end > begin], segments)
+        views = [memoryview(each) for each in memory]
+        return [
+            bytes(views[at][begin - merged[at][0] : end - merged[at][0]])
+            for at, (begin, end) in zip(of, ranges, strict=True)
+        ]
 
     def verify(self) -> list[str]:
         """Reads everything; returns one message a bad block, of many only the first (empty: as committed, where it is

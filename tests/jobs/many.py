@@ -38,7 +38,10 @@ with process_group() as rank:
     fill = Restorer._fill
 
     def filled(self: Restorer, *args: Any) -> Any:
-        taken.update(planned_s=time.monotonic() - began, planned_bytes=memory.peak() - before)
+        taken.update(
+            planned_s=time.monotonic() - began, planned_cpu_s=time.process_time() - cpu_began,
+            planned_bytes=memory.peak() - before,
+        )  # fmt: skip
         return fill(self, *args)
 
     Restorer._fill = filled  # type: ignore[method-assign]
@@ -48,7 +51,7 @@ with process_group() as rank:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         dist.barrier()
         memory.start_peak()
-        before, began = memory.peak(), time.monotonic()
+        before, began, cpu_began = memory.peak(), time.monotonic(), time.process_time()
         step = ckpt.restore()
         steps = {float(state["step"]) for state in optimizer.state.values()}
         nonzero = sum(int(tensor.to_local().count_nonzero()) for tensor in net.parameters())

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Headers that our writer wrote are read by a shorter way. It takes nothing that the check of all others would not, and
+nothing for something else.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from layerwise_dist.errors import DamageError
+from layerwise_dist.storage import header, plain_header
+from layerwise_dist.storage.header import ShardIndex, parse_header
+from layerwise_dist.storage.shard_layout import ALIGN, ShardLayout, Source, round_up, state_extent
+from layerwise_dist.tensors.slices import ITEM_BYTES, Slice
+
+pytestmark = pytest.mark.quick
+
+CASES = 700
+WORLD, RANK = 4, 1
+LAYERS: dict[str, list[tuple[str, list[Source]]]] = {
+    "nothing": [],
+    "whole": [("a", [Source(Slice.whole("param", "w", "F32", (3, 5)))])],
+    "cut": [
+        ("a", [
+            Source(Slice("param", "w", "F32", (8, 3), offsets=(2, 0), lengths=(2, 3), among="0-3")),
+            Source(Slice("exp_avg", "w", "BF16", (8, 3), offsets=(0, 1), lengths=(8, 1), among="1,3")),
+            Source(Slice("param", "v", "F64", (9,), start=4, length=5, among="0-3")),
+            Source(Slice("param", "none", "F64", (9,), start=9, length=0, among="0-3")),
+        ]),
+        ("b", [
+            Source(Slice.whole("step", "w", "F32", ()), wrapped=True),
+            Source(Slice.whole("buffer", "empty", "I64", (0, 7))),
+            Source(Slice.whole("buffer", "also empty", "I64", (0,))),
+            Source(Slice("param", "large", "F16", (4, 9000), offsets=(1, 0), lengths=(1, 9000), among="0-3"), 64),
+        ]),
+    ],
+    "odd names": [("ä\n\"", [
+        Source(Slice.whole("param", name, "U8", (1,), "0-3"))
+        for name in ("ä", "名", "\U0001f600", "\x00\x1f\x7f\u2028", 'a"b\\c/d', "__metadata__", "x" * 3000)
+    ])],
+    "many": [("a", [
+        Source(Slice("param", f"w.{number}", "F32", (WORLD, 16), offsets=(RANK, 0), lengths=(1, 16), among="0-3"))
+        for number in range(40)
+    ])],
+}  # fmt: skip
+
+
+def written(name: str, *, hashed: bool = True) -> tuple[bytes, int]:
+    """The JSON of a header, and what the file has beside the header."""
+    layout = ShardLayout(LAYERS[name], 512, 4096)
+    found = layout.header(
+        attempt="0000000100000002", step=7, rank=RANK, world_size=WORLD, state=(100, 50), state_hash="0" * 16,
+        hashes="0123456789abcdef" * len(layout.blocks) if hashed else None,
+    )  # fmt: skip
+    return found[8:].rstrip(b" "), layout.data_bytes + len(state_extent(bytes(100), bytes(50)))
+
+
+WRITTEN = [(name, hashed) for name in LAYERS for hashed in (True, False)]
+
+
+def region(text: bytes) -> bytes:
+    size = round_up(8 + len(text), ALIGN)
+    return (size - 8).to_bytes(8, "little") + text.ljust(size - 8)
+
+
+def shorter(data: bytes, size: int, recent: plain_header.Recent | None = None) -> ShardIndex | None:
+    return header._plain_index("it", size, data, None, recent or plain_header.Recent())
+
+
+def defined(data: bytes, size: int, monkeypatch: pytest.MonkeyPatch) -> ShardIndex | DamageError:
+    with monkeypatch.context() as patched:
+        patched.setattr(header, "_plain_index", lambda *_: None)
+        try:
+            return parse_header("it", size, data)
+        except DamageError as error:
+            return error
+
+
+def contents(index: ShardIndex) -> Any:
+    entries = index.entries
+    assert len(entries) == len(list(entries)) and all(name in entries for name in entries) and "x" not in entries
+    return {
+        **{name: getattr(index, name) for name in ShardIndex.__slots__ if name not in ("entries", "blocks", "hashes")},
+        "entries": list(entries.items()), "blocks": list(index.blocks), "hashes": list(index.hashes),
+    }  # fmt: skip
+
+
+def compare(
+    text: bytes, beside: int, monkeypatch: pytest.MonkeyPatch, recent: plain_header.Recent | None = None
+) -> bool:
+    """Whether a header is taken by the shorter way. Fails where the check of all others takes it for something else."""
+    data = region(text)
+    size = len(data) + beside
+    found, right = shorter(data, size, recent), defined(data, size, monkeypatch)
+    if found is not None:
+        assert isinstance(right, ShardIndex), (text, right)
+        assert contents(found) == contents(right), text
+    return found is not None
+
+
+@pytest.mark.parametrize(("name", "hashed"), WRITTEN)
+def test_all_that_our_writer_writes_is_read_by_the_shorter_way(
+    name: str, hashed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, beside = written(name, hashed=hashed)
+    data = region(text)
+    assert compare(text, beside, monkeypatch) and isinstance(defined(data, len(data) + beside, monkeypatch), ShardIndex)
+    spaced = json.dumps(json.loads(text), ensure_ascii=False).encode()
+    assert not compare(spaced, beside, monkeypatch), "what only another writer would write is left to the definition"
+
+
+# -- what nobody wrote -----------------------------------------------------------------------------------------------
+
+STRANGE = [
+    0, 1, -1, 2, 3, 4, 7, 16, 36, 64, 4096, 1 << 31, 1 << 62, (1 << 63) - 1, 1 << 63, 1 << 64, 10**30, 1.0, 1e300, 0.5,
+    True, False, None, "", "0", "0-3", "1", "2,3", "0-9", "1,,", "F32", "U8", "F4", "x", "state/json", ".pad/0",
+    "\ud800", "a/", "/a", [], [1], [0, 1], [1, 2, 3], [[1]], {}, {"shape": [1]},
+]  # fmt: skip
+
+
+def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
+    """Each container of a tree, with the key or the index of each of its values."""
+    for key, value in list(tree.items() if isinstance(tree, dict) else enumerate(tree)):
+        yield tree, key
+        if isinstance(value, dict | list):
+            yield from _places(value)
+
+
+def _change(tree: Any, draw: random.Random) -> None:
+    places = list(_places(tree))
+    holder, key = draw.choice(places)
+    value = holder[key]
+    kind = draw.randrange(6)
+    if kind == 0:
+        del holder[key]
+    elif kind == 1 and type(value) is int:
+        holder[key] = value + draw.choice((-4096, -64, -1, 1, 4, 64, 4096, 1 << 63))
+    elif kind == 2 and isinstance(holder, dict):
+        items = list(holder.items())
+        at = draw.randrange(len(items))
+        items[at] = (draw.choice([*(name for name in STRANGE if type(name) is str), key + "x"]), items[at][1])
+        draw.shuffle(items) if draw.random() < 0.3 else None
+        holder.clear()
+        holder.update(items)
+    elif kind == 3:
+        other, name = draw.choice(places)
+        holder[key] = copy.deepcopy(other.get(name) if isinstance(other, dict) else other[name])
+    elif kind == 4 and isinstance(value, list):
+        value.insert(draw.randrange(len(value) + 1), copy.deepcopy(draw.choice(STRANGE)))
+    else:
+        holder[key] = copy.deepcopy(draw.choice(STRANGE))
+
+
+def _changed_value(text: bytes, draw: random.Random) -> bytes:
+    """A changed member somewhere, in a text that is otherwise as our writer writes it."""
+    tree = json.loads(text)
+    metadata = tree["__metadata__"]
+    tables = {name: json.loads(metadata[name]) for name in ("slices", "layers")}
+    drawn = draw.random()
+    if drawn < 0.45 and tables["slices"]:
+        _change(tables["slices"], draw)
+    elif drawn < 0.5 and tables["layers"]:
+        _change(tables["layers"], draw)
+    elif drawn < 0.6:
+        _change(metadata, draw)
+    else:
+        beside = {name: value for name, value in tree.items() if name != "__metadata__"}
+        _change(beside, draw)
+        tree = {"__metadata__": metadata, **beside}
+    for name, value in tables.items():
+        if name in metadata and draw.random() < 0.95:
+            metadata[name] = _compact(value)
+    return _compact(tree).encode("utf-8", "surrogatepass")
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+def _changed_text(text: bytes, draw: random.Random) -> bytes:
+    """Changed bytes, or a part of the text once more, or not at all."""
+    at = draw.randrange(len(text))
+    kind = draw.randrange(4)
+    if kind == 0:
+        return text[:at] + bytes([draw.randrange(256)]) + text[at + 1 :]
+    if kind == 1:
+        return text[:at] + draw.choice((b" ", b"\\", b'"', b",", b"}", b"-", b"0", b"\xff", b"\\u0061")) + text[at:]
+    end = min(len(text), at + draw.randrange(1, 60))
+    return text[:at] + text[end:] if kind == 2 else text[:end] + text[at:end] + text[end:]
+
+
+def sweep(monkeypatch: pytest.MonkeyPatch, change: Callable[[bytes, random.Random], bytes], seed: int) -> list[int]:
+    """How many changed headers the shorter way took, and how many it did not."""
+    seen = [0, 0]
+    draw, recent = random.Random(seed), plain_header.Recent()
+    for _ in range(CASES):
+        name, hashed = draw.choice(WRITTEN[2:])
+        text, beside = written(name, hashed=hashed)
+        beside += draw.choice((0, 0, 0, -4096, 4096))
+        seen[not compare(change(text, draw), beside, monkeypatch, recent)] += 1
+    return seen
+
+
+@pytest.mark.parametrize(("change", "least"), [(_changed_value, 10), (_changed_text, 1)])
+def test_nothing_is_taken_that_the_check_of_all_headers_would_not_take_for_the_same(
+    change: Callable[[bytes, random.Random], bytes], least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken, left = sweep(monkeypatch, change, seed=1)
+    assert taken >= least and left > 300
+
+
+def test_what_could_be_taken_for_two_things_is_left_to_the_check_of_all_headers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text, beside = written("cut")
+    tensor = json.dumps(json.loads(text)["param/w"], separators=(",", ":")).encode()
+    for part, instead in [
+        (b'"param/w":' + tensor, b'"param/w":' + tensor + b',"param/w":' + tensor),
+        (b'"param/w":' + tensor, b'"param/w":{},"param/w":' + tensor),
+        (b'{"__metadata__":', b'{"__metadata__":{},"__metadata__":'),
+        (b'"dtype":"F32"', b'"dtype":"BF16","dtype":"F32"'),
+        (b'"rank":"1"', b'"rank":"0","rank":"1"'),
+        (b'"param/w"', b'"\\u0070aram/w"'),
+        (b'\\"start\\":4', b'\\"start\\":0,\\"start\\":4'),
+        (b'\\"start\\":4', b'\\"start\\":4.0'),
+        (b'\\"start\\":4', b'\\"start\\":4e0'),
+    ]:
+        assert part in text
+        assert not compare(text.replace(part, instead, 1), beside, monkeypatch), instead
+
+
+def test_a_dtype_that_is_not_known_is_refused_where_a_tensor_has_no_elements_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text, beside = written("cut")
+    wrong = text.replace(b'"buffer/empty":{"dtype":"I64"', b'"buffer/empty":{"dtype":"I63"')
+    assert wrong != text and "I63" not in ITEM_BYTES
+    assert not compare(wrong, beside, monkeypatch)
+
+
+class _Same(bytes):
+    def __ne__(self, other: object) -> bool:
+        return False
+
+
+class _Unmindful(plain_header.Recent):
+    text = property(lambda self: _Same(), lambda self, value: None)  # type: ignore[assignment]
+
+
+class _Lax(dict[str, int]):
+    def get(self, name: str, default: Any = None) -> int:
+        return super().get(name, 4)
+
+
+MUTATIONS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "all headers have the tensors of the last": lambda patch: patch.setattr(plain_header, "Recent", _Unmindful),
+    "no text is compared": lambda patch: patch.setattr(plain_header, "_exactly", lambda of, data: of.decode(data)),
+    "no box is checked": lambda patch: patch.setattr(plain_header, "_check_boxes", lambda *_: None),
+    "no rank is looked for": lambda patch: patch.setattr(plain_header, "ranks_of", lambda *_: range(WORLD)),
+    "every dtype is known": lambda patch: patch.setattr(plain_header, "ITEM_BYTES", _Lax(ITEM_BYTES)),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_mutation_a_shorter_way_that_checks_less_is_found(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    MUTATIONS[mutation](monkeypatch)
+    with pytest.raises(AssertionError):
+        test_what_could_be_taken_for_two_things_is_left_to_the_check_of_all_headers(monkeypatch)
+        test_a_dtype_that_is_not_known_is_refused_where_a_tensor_has_no_elements_too(monkeypatch)
+        for seed in range(3):
+            sweep(monkeypatch, _changed_value, seed)
