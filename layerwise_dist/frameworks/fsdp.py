@@ -139,7 +139,7 @@ def _managed(root: nn.Module) -> list[Any]:
 def _groups(state: Any) -> list[Any]:
     if hasattr(state, "_fsdp_param_groups"):
         return state._fsdp_param_groups
-    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]  # torch before 2.12 has one at most
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]  # torch 2.11 and older: one at most
 
 
 def _stand_ins(managed: Any) -> list[nn.Parameter]:
