@@ -37,6 +37,10 @@ TABLE: list[tuple[str, str]] = [
     (r"bash tests/run\.sh( --long( -k soak)?)?", "it is what runs these tests"),
     (r"bash tests/quick\.sh( .*)?", "tests/run.sh runs each of its steps"),
     (r"torchrun --nnodes=1:4 --max-restarts=3", "test_elastic.py::test_a_job_goes_on_with_fewer_ranks_and_with_more"),
+    (
+        r"bash launch/wheel\.sh( .*)?",
+        "test_wheel.py::test_the_wheel_trains_is_killed_and_resumes_in_an_empty_environment",
+    ),
     (r"bash tests/(native|vm/run)\.sh", "tests/run.sh runs it beside these tests"),
     (r"(sudo )?apt-get install .*|python3 -m venv \.venv|(\.venv/bin/)?pip install .*", _INSTALLS),
     (r"layerwise (ls|verify) checkpoints/gpt", "test_cli.py::test_verify_of_sound_checkpoints_reads_all_of_them"),
