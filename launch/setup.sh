@@ -141,7 +141,7 @@ if ! python_module torch; then
   say "installing torch 2.13.0 (large; some minutes)"
   # First and by its exact version: a range would let pip take the newest build with all of CUDA.
   quietly "${pip[@]}" torch==2.13.0 ||
-    fail "torch 2.13.0 could not be installed; install any torch >= 2.13 into $venv yourself and run this again"
+    fail "torch 2.13.0 could not be installed; install any torch >= 2.9 into $venv yourself and run this again"
 fi
 if ! python_module deepspeed; then
   say "installing DeepSpeed"

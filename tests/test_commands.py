@@ -27,6 +27,7 @@ HERE = "test_commands.py::"
 # Why no test runs what it says, word by word.
 _INSTALLS = "changes the system or the environment that the tests run in; launch/setup.sh does as much before them"
 _MINUTES = "takes minutes; the tests run the same with --quick"
+_RELEASE = "downloads gigabytes: run by hand before a release; docs/tables/versions.md has what was tried"
 _PLACE = "names a command without all of its arguments: it is one of the others here"
 
 # What is typed (a regular expression for all of it), and the tests that run it, or a reason that none does. What the
@@ -37,6 +38,11 @@ TABLE: list[tuple[str, str]] = [
     (r"bash tests/run\.sh( --long( -k soak)?)?", "it is what runs these tests"),
     (r"bash tests/quick\.sh( .*)?", "tests/run.sh runs each of its steps"),
     (r"torchrun --nnodes=1:4 --max-restarts=3", "test_elastic.py::test_a_job_goes_on_with_fewer_ranks_and_with_more"),
+    (r"bash tests/versions\.sh .*", _RELEASE),
+    (
+        r"bash launch/wheel\.sh( .*)?",
+        "test_wheel.py::test_the_wheel_trains_is_killed_and_resumes_in_an_empty_environment",
+    ),
     (r"bash tests/(native|vm/run)\.sh", "tests/run.sh runs it beside these tests"),
     (r"(sudo )?apt-get install .*|python3 -m venv \.venv|(\.venv/bin/)?pip install .*", _INSTALLS),
     (r"layerwise (ls|verify) checkpoints/gpt", "test_cli.py::test_verify_of_sound_checkpoints_reads_all_of_them"),

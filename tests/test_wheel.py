@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 import sysconfig
 import tarfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -32,8 +34,8 @@ def clone(tmp_path: Path, long: bool) -> Path:
     return tree
 
 
-def run(*command: str, cwd: Path, timeout: float = 600) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
+def run(*command: str, cwd: Path, timeout: float = 600, env: Mapping[str, str] | None = None) -> str:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -50,11 +52,29 @@ def needed(library: Path) -> set[str]:
     return set(re.findall(r"\(NEEDED\).*\[(.*)\]", told))
 
 
+def tagged_wheel(clone: Path) -> Path:
+    env = {**os.environ, "LAYERWISE_VENV": sys.prefix}
+    run("bash", "launch/wheel.sh", "-o", "wheels", cwd=clone, env=env)
+    (wheel,) = (clone / "wheels").iterdir()
+    return wheel
+
+
+def newest_glibc(library: Path) -> int:
+    """Of the versions of glibc's symbols that it asks for, the minor number."""
+    return max(
+        int(minor) for minor in re.findall(r"GLIBC_2\.(\d+)", run("readelf", "-V", str(library), cwd=library.parent))
+    )
+
+
 @pytest.mark.timeout(1200)
 def test_the_wheel_trains_is_killed_and_resumes_in_an_empty_environment(clone: Path, tmp_path: Path) -> None:
-    wheel = wheel_of(".", clone)
+    wheel = tagged_wheel(clone)
     assert wheel.name.startswith(f"layerwise_dist-{__version__}-")
     names = zipfile.ZipFile(wheel).namelist()
+    tag = re.search(r"-manylinux_2_(\d+)_\w+\.whl$", wheel.name)
+    assert tag is not None, wheel.name
+    (about,) = [name for name in names if name.endswith(".dist-info/WHEEL")]
+    assert f"-manylinux_2_{tag[1]}_" in zipfile.ZipFile(wheel).read(about).decode()
     assert not [name for name in names if "layerwise_native_testing" in name or name.startswith("tests")], (
         "what only tests import"
     )
@@ -73,6 +93,7 @@ def test_the_wheel_trains_is_killed_and_resumes_in_an_empty_environment(clone: P
     assert Path(told.strip()).is_relative_to(packages)
     (native,) = (packages / "layerwise_dist").glob("_native*.so")
     assert not [name for name in needed(native) if re.match("liburing|libxxhash", name)]
+    assert newest_glibc(native) <= int(tag[1]), "it runs where its tag says"
 
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -11,7 +11,6 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Self
 
 from layerwise_dist import _native
 from layerwise_dist.commit.holding import held
@@ -89,7 +88,7 @@ class CheckpointCopy:
                 f"{parent} has room for {size(room.f_bavail * room.f_frsize)}, and the copy takes {size(self.nbytes)}"
             )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> CheckpointCopy:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import TypeVar
 
 from layerwise_dist.commit.agreement import together
 from layerwise_dist.commit.participant import Participant
@@ -96,7 +96,7 @@ class Exchange:
             )
         return cls(participant.rank, participant.world_size, lines, timeout_s)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Exchange:
         return self
 
     def __exit__(

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -17,6 +16,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from layerwise_dist.frameworks.private_names import require
 from layerwise_dist.reading.checkpoint import Checkpoint, is_of_model
 from layerwise_dist.reading.tensor import LazyTensor
 
@@ -53,6 +53,9 @@ def metadata_of(checkpoint: Checkpoint, model: str, optimizer: str) -> Metadata:
                 kind, fqn = name.split("/", 1)
                 kept.setdefault(fqn, {})[kind] = checkpoint[name]
         state[optimizer] = {"state": kept, "param_groups": groups}
+    require("torch.distributed.checkpoint")
+    from torch.distributed.checkpoint._nested_dict import flatten_state_dict  # private: not at our import
+
     flat, mappings = flatten_state_dict(state)
     entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     places: dict[MetadataIndex, LazyTensor | Value] = {}

@@ -29,7 +29,7 @@ from layerwise_dist.engine.disabled import DisabledEngine
 from layerwise_dist.engine.engine import LayerwiseEngine
 from layerwise_dist.engine.holdings import Holdings
 from layerwise_dist.engine.lent import Loan
-from layerwise_dist.engine.preemption import Preemption, check_thread
+from layerwise_dist.engine.preemption import Preemption, check_here
 from layerwise_dist.engine.rehearsing import Rehearsal, rehearsed
 from layerwise_dist.engine.replicas import Replicas
 from layerwise_dist.engine.workings import Workings
@@ -181,7 +181,7 @@ def assemble(
             if loan is not None:
                 return loan.framework, loan.optimizer, loan.objects
             if config.preemption.enabled:
-                check_thread()
+                check_here()
             found = framework or find_framework(model, models, rank, world_size)
             closers.append(found.detach)
             if config.update not in ("auto", "whole") and (models is not None or optimizers is not None):

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.errors import NotFoundError, UnsupportedError
-from layerwise_dist.frameworks.deepspeed.flattening import missing
 from layerwise_dist.frameworks.deepspeed.support import accumulating
 from layerwise_dist.frameworks.parts import Parts
+from layerwise_dist.frameworks.private_names import DEEPSPEED, require_of_deepspeed
 from layerwise_dist.rehearsal.plan import redirected
 from layerwise_dist.storage import filenames
 
@@ -47,9 +47,8 @@ class CheckpointCalls:
 
         Raises UnsupportedError naming what another version of DeepSpeed does not have.
         """
-        for name in ("save_checkpoint", "load_checkpoint", "_checkpoint_tag_validation"):
-            if not callable(getattr(engine, name, None)):
-                raise UnsupportedError(missing("the engine", name))
+        names = ("save_checkpoint", "load_checkpoint", *DEEPSPEED["engine, its checkpoint calls"])
+        require_of_deepspeed(engine, names, "the engine")
         self._engine, self._ckpt = engine, ckpt
         self._own = os.path.realpath(ckpt.config.path)
         self._asked_for = os.path.realpath(os.path.expanduser(asked_for))

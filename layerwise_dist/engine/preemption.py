@@ -28,6 +28,7 @@ from typing import Any
 
 from layerwise_dist import _native
 from layerwise_dist.errors import ConfigError
+from layerwise_dist.frameworks.private_names import require
 from layerwise_dist.supervision import background
 
 log = logging.getLogger("layerwise_dist")
@@ -40,8 +41,11 @@ _WORKERS = "torch.utils.data._utils.signal_handling"
 _active: weakref.WeakSet[Preemption] = weakref.WeakSet()
 
 
-def check_thread() -> None:
-    """Raises ConfigError on another thread than the main one, which `SystemExit` would end alone."""
+def check_here() -> None:
+    """Raises ConfigError on another thread than the main one, which `SystemExit` would end alone. UnsupportedError if
+    this torch lacks what workers of data loaders need.
+    """
+    require("preemption")
     if threading.current_thread() is not threading.main_thread():
         raise ConfigError(
             "preemption.enabled needs attach() on the main thread: only the main thread can leave the process "
@@ -59,7 +63,7 @@ class Preemption:
 
         Raises OSError.
         """
-        check_thread()
+        check_here()
         self._rank, self._grace_s, self._ask = rank, grace_s, ask
         self.exit_code = exit_code
         self._lock = threading.Lock()

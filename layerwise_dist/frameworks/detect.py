@@ -19,6 +19,7 @@ from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.frameworks.fsdp import FSDP2Framework
 from layerwise_dist.frameworks.fsdp1 import FSDP1FlatOptimizer, FSDP1Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
+from layerwise_dist.frameworks.private_names import require
 from layerwise_dist.frameworks.torch_optimizer import TorchOptimizer
 from layerwise_dist.frameworks.unwrapping import unwrap
 from layerwise_dist.frameworks.zero_redundancy import ZeroRedundancyAdapter, is_zero_redundancy
@@ -79,7 +80,9 @@ def adapt(
     if not isinstance(framework, DeepSpeedFramework):
         special: TorchOptimizer | None = None
         real, _ = unwrap(optimizer)
+        require("a torch optimizer")
         if is_zero_redundancy(real):
+            require("ZeroRedundancyOptimizer")
             special = ZeroRedundancyAdapter(framework, optimizer)
         elif flat := _flat_parts(framework, real):
             special = FSDP1FlatOptimizer(flat[0], optimizer)
@@ -108,6 +111,7 @@ def detect(model: object, rank: int, world_size: int, prefix: str = "") -> Frame
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedError(f"attach() needs a torch.nn.Module, not {type(model).__name__}; {_WORKS}")
+    require("any model")
     if is_engine(model):
         return DeepSpeedFramework(model, rank, world_size, prefix)
     if type(model).__module__.split(".")[0] == "deepspeed":
@@ -123,9 +127,12 @@ def detect(model: object, rank: int, world_size: int, prefix: str = "") -> Frame
     if flat and sharded:
         raise UnsupportedError(f"FullyShardedDataParallel (FSDP1) together with DTensors; {_WORKS}")
     if flat:
+        require("FSDP1")
         return FSDP1Framework(model, rank, world_size, prefix)
     if sharded:
+        require("DTensors (FSDP2, tensor parallelism)")
         return FSDP2Framework(model, rank, world_size, prefix)
     if replicas:
+        require("DistributedDataParallel")
         return DDPFramework(model, rank, world_size, prefix)
     return Framework(model, rank, world_size, prefix)

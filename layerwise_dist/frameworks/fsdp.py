@@ -14,7 +14,6 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from layerwise_dist.errors import MismatchError, UnsupportedError
 from layerwise_dist.frameworks.framework import Framework, ParamView, changes
@@ -97,12 +96,10 @@ class FSDP2Framework(Framework):
     def need(self, view: ParamView, kind: str, tensor: torch.Tensor) -> Slice:
         if not isinstance(tensor, DTensor):
             return super().need(view, kind, tensor)
-        shape, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        shape, offsets = _place(tensor)
         code = dtype_code(tensor.dtype, f"{kind}/{view.fqn}")
         among = self._mesh_text(tensor.device_mesh)
-        return Slice(
-            kind, view.fqn, code, tuple(tensor.shape), offsets=tuple(offsets), lengths=tuple(shape), among=among
-        )
+        return Slice(kind, view.fqn, code, tuple(tensor.shape), offsets=offsets, lengths=shape, among=among)
 
     def pieces(self, view: ParamView, kind: str, tensor: torch.Tensor, *, lease: bool) -> list[Piece]:
         if tensor is view.param and isinstance(tensor, DTensor):
@@ -136,7 +133,13 @@ class FSDP2Framework(Framework):
 def _managed(root: nn.Module) -> list[Any]:
     """What FSDP2 knows of each parameter that it has sharded."""
     states = [module._get_fsdp_state() for module in root.modules() if isinstance(module, FSDPModule)]
-    return [each for state in states for group in state._fsdp_param_groups for each in group.fsdp_params]
+    return [each for state in states for group in _groups(state) for each in group.fsdp_params]
+
+
+def _groups(state: Any) -> list[Any]:
+    if hasattr(state, "_fsdp_param_groups"):
+        return state._fsdp_param_groups
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]  # torch 2.11 and older: one at most
 
 
 def _stand_ins(managed: Any) -> list[nn.Parameter]:
@@ -157,6 +160,14 @@ def _holders(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(mesh.mesh[place].reshape(-1).tolist())
 
 
+def _place(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape of this rank's part, and where it begins in the whole."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # private: not at our import
+
+    shape, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(shape), tuple(offsets)
+
+
 def _check_part(view: ParamView) -> None:
     param = view.param
     assert isinstance(param, DTensor)
@@ -165,8 +176,8 @@ def _check_part(view: ParamView) -> None:
     if param.device_mesh.get_coordinate() is None:
         raise UnsupportedError(f"parameter {view.fqn}: this rank is not in its device mesh {param.device_mesh}")
     local = param.to_local()
-    shape, _ = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
-    if tuple(local.shape) != tuple(shape):
+    shape, _ = _place(param)
+    if tuple(local.shape) != shape:
         raise UnsupportedError(
             f"parameter {view.fqn}: its local shard of shape {list(local.shape)} is not what its placements "
             f"{param.placements} say ({list(shape)}), so its place is unknown"

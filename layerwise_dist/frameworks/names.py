@@ -8,23 +8,22 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from layerwise_dist.errors import UnsupportedError
 
-# Under which name a wrapper holds the module that it was given. `ActivationWrapper` is the class of those that
-# checkpoint activations and of those that offload them.
+# Under which name a wrapper holds the module that it was given.
 _WRAPPERS: tuple[tuple[type[nn.Module], str], ...] = (
     (DistributedDataParallel, "module"),
     (FullyShardedDataParallel, "_fsdp_wrapped_module"),
-    (ActivationWrapper, "_checkpoint_wrapped_module"),
     (AveragedModel, "module"),
 )
-# Those of modules that are not imported for this: no model has one before the script has imported it.
+# Those of modules that are not imported for this: no model has one before the script has imported it. The class
+# `ActivationWrapper` is that of modules that checkpoint activations and of those that offload them.
 _IF_IMPORTED = (
+    ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper", "_checkpoint_wrapped_module"),
     ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
     ("deepspeed.runtime.engine", "DeepSpeedEngine", "module"),
 )

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass_type
 
 from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.described import Standing
@@ -31,6 +30,8 @@ _DESCRIBED = {"class", "inner", "context", "size", "stride", "nested"}
 
 @functools.cache
 def _flattens(kind: type) -> bool:
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass_type  # private: not at our import
+
     return is_traceable_wrapper_subclass_type(kind) and not issubclass(kind, DTensor)
 
 

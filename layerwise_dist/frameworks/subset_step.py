@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import _default_to_fused_or_foreach
 
 from layerwise_dist.errors import UnsupportedError
+from layerwise_dist.frameworks.private_names import require
 from layerwise_dist.frameworks.zero_redundancy import ZeroRedundancyAdapter, is_zero_redundancy
 
 # Those that keep everything they know about a parameter in its own state, and nothing that counts in the group.
@@ -45,6 +45,7 @@ class SubsetStep:
                 f"{kind} cannot be stepped one layer at a time: {why}. What works: torch.optim's "
                 f"{', '.join(_TORCH)}, and transformers' Adafactor"
             )
+        require("updates layer by layer")
         self._optimizer = optimizer
 
     def pins(self, subset: Sequence[Sequence[nn.Parameter]]) -> list[dict[str, bool]]:
@@ -61,6 +62,8 @@ class SubsetStep:
             return {}
         if isinstance(self._optimizer, torch.optim.Adafactor):
             return {}
+        from torch.optim.optimizer import _default_to_fused_or_foreach  # private: not at our import
+
         foreach = _default_to_fused_or_foreach(list(params), group.get("differentiable", False), False)[1]
         if isinstance(self._optimizer, torch.optim.Adam) and isinstance(group["lr"], torch.Tensor):
             foreach = foreach and group["capturable"]

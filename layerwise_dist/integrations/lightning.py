@@ -23,7 +23,7 @@ import lightning
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
+from lightning.pytorch.loops import fetchers
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
@@ -52,7 +52,7 @@ def _relied_on(trainer: Any) -> list[tuple[object, str]]:
     return [
         (fit, "setup_data"), (fit, "_load_combined_loader_states"), (fit, "_combined_loader"), (fit, "_data_fetcher"),
         (fit, "_restarting"), (epoch, "reset"), (epoch, "on_run_start"), (epoch, "on_advance_end"),
-        (trainer, "_val_check_time_interval"), *relied_on_by_state(trainer),
+        (trainer, "_val_check_time_interval"), (fetchers, "_DataLoaderIterDataFetcher"), *relied_on_by_state(trainer),
     ]  # fmt: skip
 
 
@@ -107,7 +107,7 @@ class LayerwiseCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._check_in_time()
-        if isinstance(trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher):
+        if isinstance(trainer.fit_loop._data_fetcher, fetchers._DataLoaderIterDataFetcher):
             raise UnsupportedError(
                 "training_step(dataloader_iter) draws from the loader itself, so its position is unknown: take "
                 "batch and batch_idx"

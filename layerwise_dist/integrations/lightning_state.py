@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
+from lightning.pytorch.trainer.connectors.logger_connector import result as results
 from torchmetrics import Metric
 
 from layerwise_dist.errors import UnsupportedError
 
+_MADE = ("_Metadata", "_ResultMetric", "_Sync")
 _CONNECTOR = ("_first_loop_iter", "_current_fx", "_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
 _DESCRIBED = (
     "fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_graph", "add_dataloader_idx", "dataloader_idx",
@@ -21,7 +22,10 @@ _DESCRIBED = (
 
 def relied_on_by_state(trainer: Any) -> list[tuple[object, str]]:
     """All that is used here of Lightning and torchmetrics beside what they document."""
-    probe = _ResultMetric(_probe(), True)
+    first: list[tuple[object, str]] = [(trainer, "_logger_connector"), *((results, name) for name in _MADE)]
+    if not all(hasattr(owner, name) for owner, name in first):
+        return first  # by which the rest is asked
+    probe = results._ResultMetric(_probe(), True)
     return [
         (trainer.fit_loop.epoch_loop, "_results"), (trainer.fit_loop, "epoch_progress"),
         *((trainer._logger_connector, name) for name in _CONNECTOR), *((probe.meta, name) for name in _DESCRIBED),
@@ -30,9 +34,9 @@ def relied_on_by_state(trainer: Any) -> list[tuple[object, str]]:
     ]  # fmt: skip
 
 
-def _probe() -> _Metadata:
-    meta = _Metadata("training_step", "probe")
-    meta.sync = _Sync()
+def _probe() -> Any:
+    meta = results._Metadata("training_step", "probe")
+    meta.sync = results._Sync()
     return meta
 
 
@@ -148,10 +152,10 @@ def _result(key: str, result: Any) -> dict[str, Any]:
 
 
 def _made(saved: Mapping[str, Any], trainer: Any, metrics: Mapping[str, Metric], device: torch.device) -> Any:
-    meta = _Metadata(**{name: saved[name] for name in _DESCRIBED}, reduce_fx=getattr(torch, saved["reduce"]))
+    meta = results._Metadata(**{name: saved[name] for name in _DESCRIBED}, reduce_fx=getattr(torch, saved["reduce"]))
     should, rank_zero_only = saved["sync"]
-    meta.sync = _Sync(_should=should, fn=trainer.strategy.reduce, rank_zero_only=rank_zero_only)
-    result: Any = _ResultMetric(meta, saved["is_tensor"]).to(device)
+    meta.sync = results._Sync(_should=should, fn=trainer.strategy.reduce, rank_zero_only=rank_zero_only)
+    result: Any = results._ResultMetric(meta, saved["is_tensor"]).to(device)
     result.value = _moved(saved["value"], device) if saved["is_tensor"] else metrics[saved["metric_attribute"]]
     if saved["size"] is not None:
         result.cumulated_batch_size = _moved(saved["size"], device)

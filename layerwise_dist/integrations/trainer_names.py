@@ -36,6 +36,9 @@ KEPT = (
     "_initial_num_input_tokens_seen", "current_flos",
 )  # fmt: skip
 
+# What else is read of the trainer.
+READ = ("_train_batch_size",)
+
 # Of TrainerState: how far the run has come. The rest follows from this run's arguments.
 STATE = (
     "epoch", "global_step", "num_input_tokens_seen", "total_flos", "log_history", "best_metric", "best_global_step",
@@ -66,7 +69,7 @@ def _missing(module: Any, trainer: Any) -> Iterator[str]:
             yield f"Trainer.{name}({', '.join(lacking)})"
     loop = getattr(module.Trainer, "_inner_training_loop", None)
     held = {*vars(trainer), *(loop.__code__.co_names if loop is not None else ())}
-    yield from (f"Trainer.{name}" for name in KEPT if name not in held)
+    yield from (f"Trainer.{name}" for name in (*KEPT, *READ) if name not in held)
     yield from (f"TrainerState.{name}" for name in STATE if not hasattr(trainer.state, name))
     if not callable(getattr(module, SKIPS, None)):
         yield f"transformers.trainer.{SKIPS}"

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.averaging import Averaging
+from layerwise_dist.frameworks.private_names import require
 from layerwise_dist.layers.gradients import Arrivals
 
 
@@ -43,6 +44,7 @@ class BucketArrivals(Arrivals):
         self, averaging: Averaging, params: Mapping[str, nn.Parameter], on_arrival: Callable[[str], None] | None, *,
         exact: bool,
     ) -> None:  # fmt: skip
+        require("gradients of DistributedDataParallel")
         self._averaging = averaging
         self._names = {id(param): fqn for fqn, param in params.items()}
         self._pending: list[tuple[Sequence[nn.Parameter], Sequence[torch.Tensor], Any]] = []
@@ -109,6 +111,7 @@ class UnitArrivals(Arrivals):
         self, model: nn.Module, params: Mapping[str, nn.Parameter], on_arrival: Callable[[str], None] | None, *,
         exact: bool,
     ) -> None:  # fmt: skip
+        require("FSDP1")
         self._handles = [
             module._handle
             for module in model.modules()

@@ -35,9 +35,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader
-from torch.utils.data.dataloader import _DatasetKind
 
 from layerwise_dist.errors import BoundaryError, MismatchError, UnsupportedError
+from layerwise_dist.frameworks.private_names import require
 from layerwise_dist.loop import rng
 from layerwise_dist.loop.elastic import Elastic
 from layerwise_dist.loop.generators import Generators, draws_once, epochs, same, samplers
@@ -102,6 +102,9 @@ class LoaderTap:
                 "give its state as an object with state_dict() or a dict instead"
             )
         check_class(loader, name)
+        require("a DataLoader")
+        from torch.utils.data.dataloader import _DatasetKind  # private: not at our import
+
         self.loader, self.name, self.on_draw, self.on_iter = loader, name, on_draw, on_iter
         self.doubt: str | None = None
         self._generators, self._elastic = Generators(loader, name), Elastic(loader, name)

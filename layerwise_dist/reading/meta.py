@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.names import CleanNames, join
+from layerwise_dist.frameworks.private_names import require
 
 _LISTED = 8
 _INITIALIZERS = ("reset_parameters", "init_weights")
@@ -29,6 +30,7 @@ class Materialized:
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         """`device` is that of what is no DTensor; a DTensor lies where its mesh does."""
+        require("load() into a model on the meta device")
         self._model = model
         self._ties = _ties(model)
         names = CleanNames(model).of_module

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.tensors.slices import Slice
@@ -113,6 +112,8 @@ def check_layout(name: str, tensor: torch.Tensor) -> None:
 
     `tensor` is a model's or an optimizer's, of a DTensor the local part counts.
     """
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # private: not at our import
+
     local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
     if is_lazy(local):
         raise UnsupportedError(f"{name} has no shape yet: run a forward of the model before attach()")

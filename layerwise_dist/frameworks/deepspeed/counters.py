@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from layerwise_dist.errors import MismatchError, UnsupportedError
-from layerwise_dist.frameworks.deepspeed.flattening import Units, missing
+from layerwise_dist.errors import MismatchError
+from layerwise_dist.frameworks.deepspeed.flattening import Units
 from layerwise_dist.frameworks.deepspeed.groups import spread
 from layerwise_dist.frameworks.described import CarriedCounters
+from layerwise_dist.frameworks.private_names import require_of_deepspeed
 
 _COUNTED = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
 # Of loss scalers of both kinds, what changes while training; a static scale has the first only.
@@ -56,9 +57,8 @@ class Counters:
     def __init__(self, engine: Any, units: Units) -> None:
         self._engine, self._wrapper = engine, units.wrapper
         self._schedule: dict[str, Any] | None = None
-        for name in ("custom_loss_scaler", "external_loss_scale"):
-            if self._scaler is not None and not hasattr(self._wrapper, name):
-                raise UnsupportedError(missing(type(self._wrapper).__name__, name))
+        if self._scaler is not None:
+            require_of_deepspeed(self._wrapper, ("custom_loss_scaler", "external_loss_scale"))
 
     @property
     def _scaler(self) -> Any:

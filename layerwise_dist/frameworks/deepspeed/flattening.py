@@ -16,6 +16,7 @@ import torch
 from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.flat import Fragment
 from layerwise_dist.frameworks.framework import ParamView
+from layerwise_dist.frameworks.private_names import DEEPSPEED, require_of_deepspeed
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +40,7 @@ class Units:
         """Raises UnsupportedError naming an attribute that this version of DeepSpeed does not have."""
         self.wrapper = wrapper
         self._numbers: dict[int, int] = {}
-        for name in self.attributes:
-            if not hasattr(wrapper, name):
-                raise UnsupportedError(missing(type(wrapper).__name__, name))
+        require_of_deepspeed(wrapper, self.attributes)
 
     @property
     def base(self) -> torch.optim.Optimizer:
@@ -229,9 +228,9 @@ class _Partitions(Units):
     def fragments(self) -> dict[int, Fragment]:
         found: dict[int, Fragment] = {}
         for number, grouping in enumerate(self.groupings()):
-            for param in grouping.params:
-                if not hasattr(param, "_hp_mapping"):
-                    raise UnsupportedError(missing("a parameter", "_hp_mapping"))
+            params: Sequence[Any] = grouping.params  # to which ZeRO has added what it knows of them
+            for param in params:
+                require_of_deepspeed(param, DEEPSPEED["parameter of stages 1 and 2"], "a parameter")
                 held = param._hp_mapping
                 if held is None:
                     found[id(param)] = Fragment(number, 0, 0, 0)
@@ -253,12 +252,7 @@ class _Partitions(Units):
         self.link_state()
 
 
-_LINKS = (
-    "update_lp_params",
-    "_link_all_hp_params",
-    "_hp_optimizer_states_linked",
-    "_lazy_init_hp_params_optimizer_state",
-)
+_LINKS = ("update_lp_params", *DEEPSPEED["stages 1 and 2"])
 
 
 class Zero12(_Partitions):
@@ -281,7 +275,7 @@ class Zero3(Units):
     attributes: tuple[str, ...] = (
         "optimizer", "fp16_groups", "fp16_partitioned_groups_flat", "fp32_partitioned_groups_flat",
         "sub_group_to_group_id", "loss_scaler", "checkpoint_event_prologue", "checkpoint_event_epilogue",
-        "_reassign_or_swap_out_partitioned_parameters",
+        *DEEPSPEED["stage 3"],
     )  # fmt: skip
 
     def __init__(self, wrapper: Any, rank: int) -> None:
@@ -321,20 +315,9 @@ class Zero3(Units):
 
 def partition(param: Any, rank: int) -> tuple[int, int]:
     """Which elements of a ZeRO-3 parameter `rank` holds: (first, count)."""
-    for name in ("ds_numel", "ds_shape", "ds_tensor", "partition_numel"):
-        if not hasattr(param, name):
-            raise UnsupportedError(missing("a ZeRO-3 parameter", name))
+    require_of_deepspeed(param, ("ds_numel", "ds_shape", "ds_tensor", "partition_numel"), "a ZeRO-3 parameter")
     each = param.partition_numel()
     return each * rank, max(0, min(each, param.ds_numel - each * rank))
-
-
-def missing(what: str, name: str) -> str:
-    from deepspeed import __version__
-
-    return (
-        f"DeepSpeed {__version__}: {what} has no attribute {name!r}, which this version of layerwise_dist needs; "
-        "it was tested with DeepSpeed 0.19"
-    )
 
 
 def global_shape(view: ParamView) -> tuple[int, ...]:

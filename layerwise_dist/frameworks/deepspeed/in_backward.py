@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from layerwise_dist.errors import BoundaryError, UnsupportedError
-from layerwise_dist.frameworks.deepspeed.flattening import Units, Unwrapped, Zero3, Zero12, missing
+from layerwise_dist.frameworks.deepspeed.flattening import Units, Unwrapped, Zero3, Zero12
 from layerwise_dist.frameworks.deepspeed.nvme import Zero3OnNvme
 from layerwise_dist.frameworks.deepspeed.stages import Stage0, Stage3, Stages1And2, ZeroStage
 from layerwise_dist.frameworks.framework import ParamView
+from layerwise_dist.frameworks.private_names import require_of_deepspeed
 
 _ENGINE = (
     "is_gradient_accumulation_boundary", "gradient_accumulation_steps", "managed_gradient_accumulation",
@@ -36,9 +37,7 @@ class InBackward:
 
     def __init__(self, engine: Any, units: Units, views: Sequence[ParamView]) -> None:
         """`views` are the trained parameters."""
-        for name in _ENGINE:
-            if not hasattr(engine, name):
-                raise UnsupportedError(missing("the engine", name))
+        require_of_deepspeed(engine, _ENGINE, "the engine")
         reason = _why_not(engine, units)
         if reason:
             raise UnsupportedError(f"update = 'in_backward': {reason}; use 'auto'")

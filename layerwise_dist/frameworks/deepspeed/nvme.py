@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from layerwise_dist.errors import UnsupportedError
-from layerwise_dist.frameworks.deepspeed.flattening import Zero3, missing
+from layerwise_dist.frameworks.deepspeed.flattening import Zero3
+from layerwise_dist.frameworks.private_names import DEEPSPEED, require_of_deepspeed
 
 _MASTER = ""
 
@@ -31,16 +32,14 @@ class Zero3OnNvme(Zero3):
 
     swapped = True
     attributes = (
-        *Zero3.attributes, "optimizer_swapper", "fp16_partitioned_groups_flat_numel", "_swappable_optimizer_subgroup",
-        "_optimizer_states_and_gradient_swap_in", "_optimizer_states_and_gradient_swap_out", "_release_swap_buffers",
+        *Zero3.attributes, "optimizer_swapper", "fp16_partitioned_groups_flat_numel",
+        *DEEPSPEED["stage 3 on NVMe"],
     )  # fmt: skip
 
     def __init__(self, wrapper: Any, rank: int) -> None:
         super().__init__(wrapper, rank)
         swapper = wrapper.optimizer_swapper
-        for name in ("swap_folder", "dtype"):
-            if not hasattr(swapper, name):
-                raise UnsupportedError(missing(type(swapper).__name__, name))
+        require_of_deepspeed(swapper, ("swap_folder", "dtype"))
         self._folder, self._dtype = swapper.swap_folder, swapper.dtype
         numbers = range(len(wrapper.fp16_groups))
         self._swapped = {number for number in numbers if wrapper._swappable_optimizer_subgroup(number)}

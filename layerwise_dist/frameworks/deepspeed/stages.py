@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from layerwise_dist.errors import UnsupportedError
-from layerwise_dist.frameworks.deepspeed.flattening import Unwrapped, missing
+from layerwise_dist.frameworks.deepspeed.flattening import Unwrapped
 from layerwise_dist.frameworks.framework import ParamView
+from layerwise_dist.frameworks.private_names import DEEPSPEED, require_of_deepspeed
 from layerwise_dist.frameworks.subset_step import SubsetStep
 
 _PARTITIONS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
@@ -51,9 +51,7 @@ class _Zero(ZeroStage):
     def __init__(self, wrapper: Any, count: int) -> None:
         """Raises UnsupportedError naming an attribute that this version of DeepSpeed does not have."""
         self.wrapper, self.count = wrapper, count
-        for name in (*self.attributes, self.reduction, "_optimizer_step"):
-            if not hasattr(wrapper, name):
-                raise UnsupportedError(missing(type(wrapper).__name__, name))
+        require_of_deepspeed(wrapper, (*self.attributes, self.reduction, *DEEPSPEED["in_backward"]))
         self._step_of_deepspeed = wrapper._optimizer_step
 
     def reduce(self, original: Callable[..., Any], arrived: Arrived, *args: Any, **kwargs: Any) -> Any:
@@ -77,7 +75,7 @@ class _Zero(ZeroStage):
 
 class Stage3(_Zero):
     attributes = (
-        "averaged_gradients", "fp16_groups", "_prepare_sub_group", "unscale_and_clip_grads", _PARTITIONS,
+        "averaged_gradients", "fp16_groups", "unscale_and_clip_grads", *DEEPSPEED["stage 3, in_backward"],
     )  # fmt: skip
     reduction = "partition_grads"
 
@@ -106,7 +104,7 @@ class Stages1And2(_Zero):
         "averaged_gradients", "all_grad_tensors", "bit16_groups", "params_in_partition", "partition_size",
         "first_offset", "real_dp_process_group", "gradient_accumulation_dtype", "ipg_buckets", "flatten",
         "flatten_dense_tensors_aligned", "get_all_grad_tensors", "get_flat_partition",
-        "_use_compact_grad_partition_buffer", "_get_compact_grad_partition_buffer",
+        *DEEPSPEED["stages 1 and 2, in_backward"],
     )  # fmt: skip
     reduction = "reduce_ipg_grads"
 
@@ -154,9 +152,7 @@ class Stage0(ZeroStage):
 
     def __init__(self, engine: Any, units: Unwrapped, views: Sequence[ParamView]) -> None:
         """Raises UnsupportedError for an optimizer that is not known to keep all its state by parameter."""
-        for name in ("allreduce_gradients", "buffered_allreduce_fallback"):
-            if not hasattr(engine, name):
-                raise UnsupportedError(missing("the engine", name))
+        require_of_deepspeed(engine, ("allreduce_gradients", "buffered_allreduce_fallback"), "the engine")
         self._engine, self._optimizer = engine, units.base
         self._subset = SubsetStep(self._optimizer)
         layers: dict[str, list[nn.Parameter]] = {}

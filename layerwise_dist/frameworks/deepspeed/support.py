@@ -19,20 +19,19 @@ from layerwise_dist.frameworks.deepspeed.flattening import (
     Unwrapped,
     Zero3,
     Zero12,
-    missing,
 )
 from layerwise_dist.frameworks.deepspeed.nvme import Zero3OnNvme
 from layerwise_dist.frameworks.elsewhere import tells
+from layerwise_dist.frameworks.private_names import DEEPSPEED, require_of_deepspeed
 
 WORKS = (
     "what works: ZeRO stages 0 to 3 in fp32 and bf16, fp16 with loss scaling, CPU offload, NVMe offload with stage 3, "
     "with optimizers of torch.optim or DeepSpeed's Adam, AdamW, Adagrad and Lion"
 )
 _ENGINE = (
-    "module", "optimizer", "_take_model_step", "was_step_applied", "global_steps", "global_samples", "skipped_steps",
-    "micro_steps", "gradient_accumulation_steps", "lr_scheduler", "_config",
-    "managed_gradient_accumulation", "_is_gradient_accumulation_boundary", "dp_world_size", "random_ltd_enabled",
-    "curriculum_learning_enabled",
+    "module", "optimizer", "was_step_applied", "global_steps", "global_samples", "skipped_steps",
+    "micro_steps", "gradient_accumulation_steps", "lr_scheduler", "managed_gradient_accumulation", "dp_world_size",
+    "random_ltd_enabled", "curriculum_learning_enabled", *DEEPSPEED["engine"],
 )  # fmt: skip
 # Of DeepSpeed's own inner optimizers, those that keep all state in `state` and do nothing but update it in `step()`.
 _INNER = {"FusedAdam", "DeepSpeedCPUAdam", "DeepSpeedCPUAdagrad", "DeepSpeedCPULion", "FusedLion"}
@@ -78,9 +77,8 @@ def find_units(engine: Any, rank: int, world_size: int) -> Units:
 
 
 def _check_attributes(engine: Any) -> None:
-    for name in _ENGINE:
-        if not hasattr(engine, name):
-            raise UnsupportedError(missing("the engine", name))
+    require_of_deepspeed(engine, _ENGINE, "the engine")
+    require_of_deepspeed(engine._config, DEEPSPEED["config"], "the engine's _config")
 
 
 def _units(wrapper: Any, rank: int) -> Units:
