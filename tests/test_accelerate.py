@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import json
 import math
 import random
 from collections.abc import Iterator
@@ -106,6 +107,12 @@ def test_the_deepspeed_plugin_goes_on_bit_for_bit(zero: Warm, tmp_path: Path, lo
     once(zero, 2, out, "--deepspeed", "--die-at", 10, killed=True)
     once(zero, 2, out, "--deepspeed")
     assert lines(out, 2) == lines(plain, 2)
+
+
+@pytest.mark.jobs
+def test_the_page_of_loops_runs_as_it_stands(fast: Warm, tmp_path: Path) -> None:
+    fast.run("loops.py", 0, tmp_path, "Accelerate")
+    assert json.loads((tmp_path / "0.json").read_text()) == [3 * 16, 3 * 16, 5 * 16]
 
 
 # -- in this process --------------------------------------------------------------------------------------------------
