@@ -163,6 +163,19 @@ def test_exports_are_measured_beside_each_tools_own_converter(tmp_path: Path, lo
         assert (row["ours_to_theirs"] is None) == (row["way"] in ("torch", "hf", "zero"))
 
 
+@pytest.mark.parametrize("loop", ["accelerate", "lightning", "transformers"])
+def test_checkpoints_in_other_packages_loops_are_measured_beside_a_loop_of_ones_own(
+    tmp_path: Path, long: bool, loop: str
+) -> None:
+    if loop != "accelerate" and not long:
+        pytest.skip("imports for some seconds: --long")
+    pytest.importorskip(loop)
+    (row,) = quick(tmp_path, "loops", "--loops", loop)["results"]
+    assert row["loop"] == loop and set(row["seconds"]) == {"own", "by-hand", "loop", "integration"}
+    for name in ("integration_to_alone", "by_hand_to_alone", "integration_to_by_hand"):
+        assert set(row[name]) == SPREAD and row[name]["min"] > 0
+
+
 def test_a_restore_into_another_cut_is_measured_beside_the_same_cut_and_dcp(tmp_path: Path, long: bool) -> None:
     if not long:
         pytest.skip("three jobs under torchrun: --long")
@@ -214,6 +227,7 @@ def test_too_little_memory_is_an_error_too(tmp_path: Path, monkeypatch: pytest.M
         (("train", "--deepspeed", "1"), "--deepspeed 1: expected 2 or 3"),
         (("train", "--deepspeed", "2", "--modes", "dcp"), "mode 'dcp': there are layerwise, "),
         (("train", "--optimizer", "sgd"), "--optimizer 'sgd': expected foreach or fused"),
+        (("loops", "--loops", "keras"), "loop 'keras': there are transformers, accelerate, lightning"),
     ],
 )
 def test_a_wrong_option_is_named_with_what_is_allowed(tmp_path: Path, args: tuple[str, ...], says: str) -> None:
