@@ -17,6 +17,8 @@ echo "running: set-up, native tests (tests/native.sh: as they are, with ASan and
 SECONDS=0
 bash launch/setup.sh
 python=${LAYERWISE_VENV:-$root/.venv}/bin/python
+# Each process that a test starts would compile them by itself where the environment forbids Python to write bytecode.
+"$python" -m compileall -q layerwise_dist tests/jobs
 failed=()
 long=()
 case " $* " in *" --long "*) long=(--long) ;; esac

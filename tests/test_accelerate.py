@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import json
 import math
 import random
 from collections.abc import Iterator
@@ -96,6 +97,19 @@ def test_killed_within_a_window_and_an_epoch_it_goes_on_bit_for_bit(
 
 
 @pytest.mark.jobs
+def test_the_fsdp2_plugin_goes_on_bit_for_bit(fast: Warm, tmp_path: Path) -> None:
+    """On CPUs, by the stand-in of tests/jobs/accelerated.py."""
+    plain, out = tmp_path / "plain", tmp_path / "out"
+    for each in (plain, out):
+        each.mkdir()
+    once(fast, 2, plain, "--plain", "--fsdp2")
+    once(fast, 2, out, "--fsdp2", "--die-at", 10, killed=True)
+    once(fast, 2, out, "--fsdp2")
+    assert [[line["sharded"] for line in told(out, rank) if "sharded" in line] for rank in range(2)] == [[True] * 2] * 2
+    assert lines(out, 2) == lines(plain, 2)
+
+
+@pytest.mark.jobs
 def test_the_deepspeed_plugin_goes_on_bit_for_bit(zero: Warm, tmp_path: Path, long: bool) -> None:
     if not long:
         pytest.skip("--long")
@@ -106,6 +120,12 @@ def test_the_deepspeed_plugin_goes_on_bit_for_bit(zero: Warm, tmp_path: Path, lo
     once(zero, 2, out, "--deepspeed", "--die-at", 10, killed=True)
     once(zero, 2, out, "--deepspeed")
     assert lines(out, 2) == lines(plain, 2)
+
+
+@pytest.mark.jobs
+def test_the_page_of_loops_runs_as_it_stands(fast: Warm, tmp_path: Path) -> None:
+    fast.run("loops.py", 0, tmp_path, "Accelerate")
+    assert json.loads((tmp_path / "0.json").read_text()) == [3 * 16, 3 * 16, 5 * 16]
 
 
 # -- in this process --------------------------------------------------------------------------------------------------

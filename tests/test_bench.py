@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kit.drawing import drawn
 from typer.testing import CliRunner
 
 from layerwise_dist.bench import raw, workplace
@@ -25,6 +26,8 @@ from layerwise_dist.bench.train_worker import by_checkpoint
 from layerwise_dist.cli.app import app
 
 SPREAD = {"median", "min", "max"}
+# Of several ranks; their starts, by torchrun and from nothing, take most of the time here.
+SEVERAL = drawn(["fsdp2", "deepspeed"] if importlib.util.find_spec("deepspeed") else ["fsdp2"], "several ranks")
 MACHINE = {
     "cpu", "cores", "memory", "kernel", "file_system", "device", "direct_io", "hash", "python", "torch",
     "layerwise_dist",
@@ -86,11 +89,14 @@ def test_the_writer_is_measured_in_each_backend_and_use_against_raw_writes(tmp_p
     ids=["one process", "FSDP2 on two ranks, two intervals"],
 )
 def test_training_is_measured_under_each_way_to_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, every: tuple[int, ...], modes: tuple[str, ...]
-) -> None:
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, every: tuple[int, ...], modes: tuple[str, ...],
+    long: bool,
+) -> None:  # fmt: skip
     """A peer that is not installed is named, and the rest is measured. A package of that name that cannot be imported
     stands for none.
     """
+    if ranks > 1 and SEVERAL != "fsdp2" and not long:
+        pytest.skip("DeepSpeed was drawn; both with --long")
     (tmp_path / "shadow").mkdir()
     (tmp_path / "shadow" / "torchsnapshot.py").write_text("raise ImportError('shadowed')\n")
     (tmp_path / "disk").mkdir()
@@ -121,8 +127,10 @@ def test_training_is_measured_under_each_way_to_checkpoint(
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 def test_training_under_deepspeed_is_measured_against_its_own_saves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long: bool
 ) -> None:
+    if SEVERAL != "deepspeed" and not long:
+        pytest.skip("FSDP2 was drawn; both with --long")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions")
     stage = random.choice([2, 3])
     asked = ("--deepspeed", stage, "--every", "1", "--modes", "layerwise,save-checkpoint,fast")
@@ -161,6 +169,19 @@ def test_exports_are_measured_beside_each_tools_own_converter(tmp_path: Path, lo
         assert set(row["seconds"]) == set(row["bytes_per_s"]) == SPREAD
         assert row["bytes"] > 4 * found["parameters"]
         assert (row["ours_to_theirs"] is None) == (row["way"] in ("torch", "hf", "zero"))
+
+
+@pytest.mark.parametrize("loop", ["accelerate", "lightning", "transformers"])
+def test_checkpoints_in_other_packages_loops_are_measured_beside_a_loop_of_ones_own(
+    tmp_path: Path, long: bool, loop: str
+) -> None:
+    if loop != "accelerate" and not long:
+        pytest.skip("imports for some seconds: --long")
+    pytest.importorskip(loop)
+    (row,) = quick(tmp_path, "loops", "--loops", loop)["results"]
+    assert row["loop"] == loop and set(row["seconds"]) == {"own", "by-hand", "loop", "integration"}
+    for name in ("integration_to_alone", "by_hand_to_alone", "integration_to_by_hand"):
+        assert set(row[name]) == SPREAD and row[name]["min"] > 0
 
 
 def test_a_restore_into_another_cut_is_measured_beside_the_same_cut_and_dcp(tmp_path: Path, long: bool) -> None:
@@ -214,6 +235,7 @@ def test_too_little_memory_is_an_error_too(tmp_path: Path, monkeypatch: pytest.M
         (("train", "--deepspeed", "1"), "--deepspeed 1: expected 2 or 3"),
         (("train", "--deepspeed", "2", "--modes", "dcp"), "mode 'dcp': there are layerwise, "),
         (("train", "--optimizer", "sgd"), "--optimizer 'sgd': expected foreach or fused"),
+        (("loops", "--loops", "keras"), "loop 'keras': there are transformers, accelerate, lightning"),
     ],
 )
 def test_a_wrong_option_is_named_with_what_is_allowed(tmp_path: Path, args: tuple[str, ...], says: str) -> None:

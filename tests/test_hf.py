@@ -25,8 +25,9 @@ SAMPLE = {
     "llama": ["substep_end:4"],
     "lora": ["max:5"],
     "workers": ["substep_end:6"],
+    "own loader": ["substep_end:5", "epoch_begin:8"],
 }
-LONG = {"gpt2": 12, "llama": 9, "lora": 17, "workers": 12}
+LONG = {"gpt2": 12, "llama": 9, "lora": 17, "workers": 12, "own loader": 12}
 EVENTS = ("step_begin", "substep_end", "optimizer_step", "step_end", "log", "evaluate", "epoch_begin", "epoch_end")
 
 
@@ -74,12 +75,12 @@ def test_two_ranks_stopped_anywhere_go_on_to_the_very_same_end(trainers: Warm, t
             assert found["problems"] == [] and min(found["steps"].values()) > 0
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("ranks", "case"), [(1, "gpt2"), (2, "gpt2"), (2, "fsdp2")])
 def test_killed_again_and_again_it_ends_as_if_it_had_run_through(
-    trainers: Warm, tmp_path: Path, ranks: int, long: bool
+    trainers: Warm, tmp_path: Path, ranks: int, case: str, long: bool
 ) -> None:
     """SIGKILL to one rank, at events that a generator chooses; and started once more when it is over."""
-    choose, case = random.Random(19 + ranks), "gpt2"
+    choose = random.Random(19 + ranks)
     steps = sorted(choose.sample(range(2, 12), 7 if long else 3 - ranks))
     agent, began = (0 if ranks == 1 else ranks), -1
     trainers.run("hf.py", agent, "reference", tmp_path, case, "-", timeout=90)

@@ -26,7 +26,7 @@ def test_a_job_killed_at_any_moment_goes_on_from_one_committed_step(warm: Warm, 
     worlds = ALL if long else [ALL[0], *dice.choice([ALL[1:3], ALL[3:]])]
     known = {(w, n): reference(warm, tmp_path / f"reference-{w}-{n}", w, n, TOTAL) for w, n in worlds}
     kills = resumed = number = 0
-    trials = 200 if long else 6
+    trials = 200 if long else 4
     # Where most kills came before the first commit, the test has not tested yet what it says.
     while number < trials or (resumed < kills / 4 and number < 3 * trials):
         wrapper, ranks = worlds[number % len(worlds)]

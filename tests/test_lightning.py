@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import random
 import warnings
@@ -105,6 +106,12 @@ def test_killed_within_a_window_and_an_epoch_it_goes_on_bit_for_bit(
             assert starts[0][0] == 0 and (starts[0][1] > 0 or "--every" in options), where
             assert all(each == starts[0] for each in starts), where
             assert lines(out, ranks) == expected, where
+
+
+@pytest.mark.jobs
+def test_the_page_of_loops_runs_as_it_stands(fast: Warm, tmp_path: Path) -> None:
+    fast.run("loops.py", 0, tmp_path, "Lightning")
+    assert json.loads((tmp_path / "0.json").read_text()) == [3 * 16, 3 * 16, 5 * 16]
 
 
 # -- in this process --------------------------------------------------------------------------------------------------

@@ -181,6 +181,33 @@ def export(
     _finish(run, json, markdown)
 
 
+@app.command("loops")
+def loops(
+    directory: Dir,
+    params: Params = "34M",
+    which: Annotated[str, typer.Option("--loops", "-l", help="all, or transformers, accelerate, lightning.")] = "all",
+    steps: Annotated[int, typer.Option("--steps", "-n", min=1, help="Measured steps a block.")] = 10,
+    rounds: Rounds = 5,
+    quick: Quick = False,
+    json: Json = False,
+    markdown: Markdown = False,
+) -> None:
+    """A checkpoint every step in other packages' loops, against attach() in a loop of one's own."""
+
+    def run(command: str) -> Findings:
+        from layerwise_dist.bench.loops import LoopsBench, installed, run
+        from layerwise_dist.bench.loops_worker import LOOPS
+        from layerwise_dist.bench.model import QUICK, SHAPES
+
+        _one_of("--params", params, SHAPES)
+        chosen = installed(list(LOOPS) if which == "all" else _words(which))
+        shape = QUICK if quick else SHAPES[params]
+        asked = LoopsBench(shape, chosen, steps=2 if quick else steps, rounds=1 if quick else rounds)
+        return run(asked, directory, command)
+
+    _finish(run, json, markdown)
+
+
 @app.command("commit")
 def commit(
     directory: Dir,

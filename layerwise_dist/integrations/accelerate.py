@@ -24,7 +24,7 @@ from typing import Any
 
 import accelerate
 import torch
-from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard, SeedableRandomSampler, SkipBatchSampler
+from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard, SkipBatchSampler
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
 
@@ -36,6 +36,7 @@ from layerwise_dist.errors import BoundaryError, MismatchError, StateError, Unsu
 from layerwise_dist.frameworks import is_engine
 from layerwise_dist.integrations.host_names import require
 from layerwise_dist.integrations.hosted import HostedEngine
+from layerwise_dist.integrations.prepared_loaders import base_of, seedable_sampler
 from layerwise_dist.loop.generators import Generators
 from layerwise_dist.loop.placed import PlacedTap
 
@@ -131,7 +132,7 @@ class _Tap(PlacedTap):
     """
 
     def __init__(self, accelerator: Any, loader: Any) -> None:
-        super().__init__(loader.base_dataloader, _LOADER, one_ahead=True)
+        super().__init__(base_of(loader, _LOADER), _LOADER, one_ahead=True)
         self.shard, self._accelerator = loader, accelerator
         self.counters = _Counters(accelerator, loader)
         self.engine: weakref.ref[AcceleratedEngine] | None = None
@@ -237,11 +238,9 @@ class _Counters:
         self._accelerator, self.epoch = accelerator, 0
         others = [each for each in accelerator._dataloaders if each is not loader]
         self._loaders = [each for each in (loader, *others) if issubclass(type(each), DataLoaderShard)]
-        self._samplers = [each.get_sampler() for each in self._loaders]
-        for sampler in self._samplers:
-            if isinstance(sampler, SeedableRandomSampler) and sampler.generator is None:  # as its first pass makes it
-                sampler.generator = torch.Generator(torch.get_default_device()).manual_seed(sampler.initial_seed)
-        self._generators = [Generators(each.base_dataloader, "prepared") for each in self._loaders]
+        bases = [base_of(each, "prepared") for each in self._loaders]
+        self._samplers = [seedable_sampler(each) for each in bases]
+        self._generators = [Generators(each, "prepared") for each in bases]
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -11,7 +11,6 @@ import torch
 
 from layerwise_dist.errors import MismatchError
 from layerwise_dist.integrations import trainer_names
-from layerwise_dist.integrations.place import Stand
 
 log = logging.getLogger("layerwise_dist")
 
@@ -19,13 +18,12 @@ log = logging.getLogger("layerwise_dist")
 class At(TypedDict):
     """Where the next iteration begins.
 
-    `micro`: batches of epoch `epoch` that are consumed. `stand`: of the loader; None between two epochs. `stopped`: a
-    callback has ended the training there. `elapsed_s`: seconds of training up to there, of all launches.
+    `micro`: batches of epoch `epoch` that are consumed. `stopped`: a callback has ended the training there.
+    `elapsed_s`: seconds of training up to there, of all launches.
     """
 
     epoch: int
     micro: int
-    stand: Stand | None
     stopped: bool
     elapsed_s: float
 
@@ -44,7 +42,7 @@ class Progress:
     def __init__(self, trainer: Any, exportable: type, shape: dict[str, int | None]) -> None:
         """`exportable`: transformers' ExportableState. `shape`: what decides the batches of an epoch, by name."""
         self._trainer, self._exportable, self._shape = trainer, exportable, shape
-        self.at: At = {"epoch": 0, "micro": 0, "stand": None, "stopped": False, "elapsed_s": 0.0}
+        self.at: At = {"epoch": 0, "micro": 0, "stopped": False, "elapsed_s": 0.0}
         self.best: Best | None = None
         self.saved: dict[str, Any] | None = None  # what a restore has brought
 

@@ -12,7 +12,7 @@ methods are wrapped on this one object (`trainer_names.py` lists all of them). I
 
 - `_init_training_state`: the model is prepared here already, so that an engine can be attached and restored before the
   Trainer is told at which epoch and batch it begins.
-- `_run_epoch`: in the epoch that a resume begins in, the loader goes on at its place (`place.py`), in place of the
+- `_run_epoch`: in the epoch that a resume begins in, the loader goes on at its place (`loop/placed.py`), not by the
   Trainer's own skipping, which draws other random numbers.
 - `get_batch_samples`: before the next step's batches are drawn the last step is over: logged, saved and evaluated.
 - `_finalize_training`: the engine is closed before anything loads other weights.
@@ -41,16 +41,16 @@ from layerwise_dist.engine.notices import OnCommit, OnFailure
 from layerwise_dist.errors import BoundaryError, ConfigError, UnsupportedError
 from layerwise_dist.integrations import trainer_names
 from layerwise_dist.integrations.best import BEST, BestMetric
-from layerwise_dist.integrations.place import Place, seed_of_order
+from layerwise_dist.integrations.prepared_loaders import base_of, seedable_sampler
 from layerwise_dist.integrations.trainer_progress import At, Progress
-from layerwise_dist.loop import rng
-from layerwise_dist.loop.sealed import RngState
+from layerwise_dist.loop.placed import PlacedTap
 from layerwise_dist.reading.loading import load
 
 log = logging.getLogger("layerwise_dist")
 
 _HERE = "layerwise_dist"  # as `resume_from_checkpoint`: the place and the random numbers are taken care of
 _ATTACHED = "_layerwise_checkpoints"
+_LOADER = "loader"
 
 
 def attach(
@@ -143,10 +143,10 @@ class TrainerCheckpoints:
         self._on_failure: list[OnFailure] = []
         # Of one train(): what the Trainer has made, and what a resume brings until the loop takes it.
         self._progress: Progress | None = None
-        self._place: Place | None = None
+        self._tap: PlacedTap | None = None
         self._loader: Any = None
         self._prepared: Any = None
-        self._resume: tuple[At, RngState] | None = None
+        self._resume: At | None = None
         self._eval_on_start: bool | None = None
         self._forget()
 
@@ -197,8 +197,8 @@ class TrainerCheckpoints:
             raise
         finally:
             self.ckpt = None
-            if self._place is not None:
-                self._place.detach()
+            if self._tap is not None:
+                self._tap.detach()
             if self._eval_on_start is not None:
                 self._trainer.args.eval_on_start = self._eval_on_start
             self._forget()
@@ -223,12 +223,13 @@ class TrainerCheckpoints:
         self._step = self.resumed_from = 0 if fresh else ckpt.restore()
         if progress.saved is None:
             return begins
-        there = rng.take()
+        assert self._tap is not None
+        self._tap.restored()
         progress.put()
         progress.put_kept()
         self._save_best()  # the job may have died right before it was
         at = progress.at
-        self._before_s, self._resume = at["elapsed_s"], (at, there)
+        self._before_s, self._resume = at["elapsed_s"], at
         self._eval_on_start, trainer.args.eval_on_start = trainer.args.eval_on_start, False
         over = at["stopped"] or trainer.state.global_step >= max_steps
         log.info("resuming at step %d, epoch %.6g%s", self._step, trainer.state.epoch, ": nothing is left" * over)
@@ -241,8 +242,8 @@ class TrainerCheckpoints:
         return plain(*args, **kwargs) if prepared is None else prepared
 
     def _epoch_begins(self) -> None:
-        if self._resume is not None and self._resume[0]["micro"] == 0:
-            rng.put(self._resume[1])
+        if self._tap is not None and self._resume is not None and self._resume["micro"] == 0:
+            self._tap.go_on()
 
     def _evaluated(self, metrics: Mapping[str, Any]) -> None:
         if self._best is None or self._progress is None or self._trainer.state.global_step == self._step:
@@ -256,19 +257,18 @@ class TrainerCheckpoints:
         resume, self._resume = self._resume, None
         self._epoch, self._micro, self._began_s = call["epoch"], 0, call["start_time"]
         call["start_time"] -= self._before_s
-        if resume is None or resume[0]["micro"] == 0:
+        if resume is None or resume["micro"] == 0:
             plain(**call)
         else:
-            at, there = resume
-            self._micro = at["micro"]
-            assert at["stand"] is not None and self._place is not None, "it is within an epoch"
-            self._place.go_on(at["stand"], there)
+            self._micro = resume["micro"]
             with _skipping_nothing():
                 plain(**{**call, "resume_from_checkpoint": _HERE})
         control, within = self._trainer.control, self._micro < self._steps_in_epoch
         if control.should_training_stop and not control.should_epoch_stop and within:
             self._end_step(self._epoch, self._micro)
         else:
+            assert self._tap is not None
+            self._tap.left()
             self._end_step(self._epoch + 1, 0)
 
     def _batches(self, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -295,18 +295,18 @@ class TrainerCheckpoints:
 
     def _forget(self) -> None:
         """Of one `train()`."""
-        self._progress = self._place = self._loader = self._prepared = None
+        self._progress = self._tap = self._loader = self._prepared = None
         self._resume = self._eval_on_start = None
         self._step = self._epoch = self._micro = self._steps_in_epoch = 0
         self._before_s, self._began_s = 0.0, time.time()
-        self._doubted = False
 
     def _attach(self) -> tuple[LayerwiseEngine, Progress]:
         trainer = self._trainer
-        self._place = Place(self._loader, "train_dataset")
+        base = base_of(self._loader, _LOADER)
+        self._tap = PlacedTap(base, _LOADER, one_ahead=base is not self._loader)
         exportable = importlib.import_module("transformers.trainer_callback").ExportableState
         progress = self._progress = Progress(trainer, exportable, self._shape())
-        state = {"trainer": progress, "scheduler": trainer.lr_scheduler}
+        state = {_LOADER: self._tap, "trainer": progress, "scheduler": trainer.lr_scheduler}
         if trainer.accelerator.scaler is not None:
             state["scaler"] = trainer.accelerator.scaler
         made = attach_engine(trainer.model_wrapped, trainer.optimizer, self._settings, state=state, fresh=self._fresh)
@@ -326,7 +326,7 @@ class TrainerCheckpoints:
             "batch size of each device": self._trainer._train_batch_size,
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
             "batches of an epoch": self._steps_in_epoch,
-            "seed of the order": seed_of_order(self._loader),
+            "seed of the order": getattr(seedable_sampler(base_of(self._loader, _LOADER)), "initial_seed", None),
         }
 
     def _enter_loop(self) -> None:
@@ -343,15 +343,12 @@ class TrainerCheckpoints:
         if state.global_step == self._step:
             return
         self._step = state.global_step
-        assert self.ckpt is not None and self._progress is not None and self._place is not None
+        assert self.ckpt is not None and self._progress is not None
         self._progress.at = {
-            "epoch": epoch, "micro": micro, "stand": self._place.stand() if micro else None,
+            "epoch": epoch, "micro": micro,
             "stopped": bool(control.should_training_stop) and state.global_step < state.max_steps,
             "elapsed_s": self._before_s + time.time() - self._began_s,
         }  # fmt: skip
-        if self._place.doubt is not None and not self._doubted:
-            self._doubted = True
-            log.warning("train_dataset: a resume may not be exact: %s", self._place.doubt)
         self.ckpt.end_step()
         self._save_best()
 

@@ -95,16 +95,11 @@ def derived(state: torch.Tensor, *salt: int | str) -> torch.Tensor:
 
 def samplers(loader: DataLoader[Any]) -> dict[str, Any]:
     """Everything that decides the order, by where it sits in the loader."""
-    inner = getattr(loader.batch_sampler, "sampler", None)
-    found = {
-        "loader": loader,
-        "sampler": loader.sampler,
-        "batch_sampler": loader.batch_sampler,
-        "batch_sampler.sampler": inner,
-    }
-    if (around := getattr(loader.batch_sampler, "batch_sampler", None)) is not None:  # Accelerate's shard of one
-        found["batch_sampler.batch_sampler.sampler"] = getattr(around, "sampler", None)
-    return found
+    batches = loader.batch_sampler
+    inner = getattr(batches, "sampler", None)
+    if inner is None:  # Accelerate's shard of a BatchSampler, which one process does without
+        inner = getattr(getattr(batches, "batch_sampler", None), "sampler", None)
+    return {"loader": loader, "sampler": loader.sampler, "batch_sampler": batches, "batch_sampler.sampler": inner}
 
 
 def epochs(loader: DataLoader[Any]) -> dict[str, int]:

@@ -22,7 +22,6 @@ from layerwise_dist.loop import rng
 _STATEFUL = "torchdata.stateful_dataloader.stateful_dataloader"
 
 watching: weakref.WeakSet[LooseLoaders] = weakref.WeakSet()
-_placed: weakref.WeakSet[DataLoader[Any]] = weakref.WeakSet()
 _plain: dict[type[DataLoader[Any]], Callable[[Any], Iterator[Any]]] = {}  # the `__iter__` of each class that tells
 
 
@@ -118,11 +117,6 @@ class LooseLoaders:
         return doubts, ended
 
 
-def leave_alone(loader: DataLoader[Any]) -> None:
-    """Somebody else knows where this loader stands, and brings it back there: its starts are not told."""
-    _placed.add(loader)
-
-
 def describe(loader: DataLoader[Any]) -> str:
     return f"{type(loader).__name__} over {type(loader.dataset).__name__} (batch_size={loader.batch_size})"
 
@@ -158,8 +152,6 @@ def _tell_no_more() -> None:
 
 def _telling(plain: Callable[[Any], Iterator[Any]]) -> Callable[[Any], Iterator[Any]]:
     def __iter__(self: DataLoader[Any]) -> Iterator[Any]:
-        if self in _placed:
-            return plain(self)
         name = describe(self) if watching else ""
         told = [(watch, watch.starting(self, name)) for watch in list(watching)]
         told = [(watch, inside) for watch, inside in told if inside is not None]

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A loader that a host's loop draws from (Accelerate's, Lightning's), where an integration tells the boundaries.
+"""A loader that a host's loop draws from (Accelerate's, Lightning's, the Trainer's), where an integration tells the
+boundaries.
 
 Such a loop may draw one batch ahead of the one that its body uses. So what counts as consumed is what was drawn before
 the newest draw, and that draw, which a resume makes again, may have used random numbers of its own: they are sealed as
@@ -39,7 +40,9 @@ class PlacedTap(LoaderTap):
         self._here = rng.take()
 
     def go_on(self) -> None:
-        """The loop is where the restored boundary was: its random numbers continue from there. Once after a restore."""
+        """The loop is where the restored boundary was: its random numbers continue from there. Once after a restore; a
+        loop that draws continues by itself.
+        """
         here, self._here = self._here, None
         if here is not None:
             rng.put(here)
@@ -58,7 +61,7 @@ class PlacedTap(LoaderTap):
     def snapshot(self, *, even_if_dropped: bool = False) -> LoaderState:
         if self._before is not None:
             return self._before.copy()
-        state = super().snapshot(even_if_dropped=even_if_dropped)
+        state = super().snapshot(even_if_dropped=True)  # what ends an iteration is `left`
         if self._ahead is not None:  # restored, and not drawn from since
             state["ahead"] = self._ahead
         return state
@@ -74,6 +77,7 @@ class PlacedTap(LoaderTap):
 
     def _drawing(self, _: LoaderTap, by_for: bool) -> None:
         if not self._one_ahead:
+            self.go_on()
             return
         if self._ahead is not None:
             rng.put(self._ahead)

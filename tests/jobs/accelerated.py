@@ -2,7 +2,10 @@
 """A script of Accelerate's that is killed and started again. Every rank tells what it does in OUT/<rank>.jsonl.
 
 accelerated.py DIR OUT [--epochs N] [--accumulate N] [--seedable] [--workers N] [--die-at MICRO_BATCH] [--die-rank R]
-    [--plain] [--deepspeed]
+    [--plain] [--deepspeed] [--fsdp2]
+
+--fsdp2: the plugin, which Accelerate turns on for several accelerators only. So it is told that the ranks, on CPUs and
+gloo, have one each; all that follows is its own.
 """
 
 from __future__ import annotations
@@ -15,9 +18,11 @@ from typing import Any
 
 import accelerate
 import torch
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.state import PartialState
+from accelerate.utils import DataLoaderConfiguration, DistributedType, FullyShardedDataParallelPlugin
 from job_kit import digest, process_group, teller
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Dataset
 
 from layerwise_dist.integrations.accelerate import attach
@@ -49,6 +54,13 @@ class Untold:
         pass
 
 
+def fsdp2_on_cpus() -> FullyShardedDataParallelPlugin:
+    PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=100, cpu_ram_efficient_loading=False
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("dir")
@@ -62,6 +74,7 @@ def main() -> None:
     parser.add_argument("--seedable", action="store_true")
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--deepspeed", action="store_true")
+    parser.add_argument("--fsdp2", action="store_true")
     options = parser.parse_args()
     rank = int(os.environ.get("RANK", "0"))
     tell = teller(options.out / f"{rank}.jsonl")
@@ -73,9 +86,10 @@ def main() -> None:
                 "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": options.accumulate,
                 "zero_optimization": {"stage": 1},
             })  # fmt: skip
+        sharding = fsdp2_on_cpus() if options.fsdp2 else None
         accelerator = accelerate.Accelerator(
             cpu=not options.deepspeed, gradient_accumulation_steps=options.accumulate, dataloader_config=data,
-            deepspeed_plugin=plugin,
+            deepspeed_plugin=plugin, fsdp_plugin=sharding,
         )  # fmt: skip
         torch.manual_seed(3)
         model: Any = nn.Sequential(nn.Linear(12, 33), nn.BatchNorm1d(33), nn.Dropout(0.2), nn.Linear(33, 3))
@@ -92,7 +106,7 @@ def main() -> None:
                 accelerator, model, optimizer, scheduler, train, dir=options.dir, every_n_steps=options.every,
                 state={"history": history}, commit={"timeout_s": 30.0, "on_failure": "raise"},
             )  # fmt: skip
-        tell(start=ckpt.completed)
+        tell(start=ckpt.completed, sharded=isinstance(model, FSDPModule))
         used = 0
         for epoch in ckpt.epochs(options.epochs):
             model.train()
@@ -119,6 +133,9 @@ def main() -> None:
                 seen = [(model(x) - y).square().mean().item().hex() for x, y in test]
             tell(epoch=epoch, seen=seen)
         ckpt.close()
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # the evaluation's forward, which no backward follows, has left the root whole
         real = model.optimizer if options.deepspeed else optimizer.optimizer
         tell(
             end=ckpt.completed, hash=digest(accelerator.unwrap_model(model), real) if not options.deepspeed else "",

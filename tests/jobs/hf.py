@@ -29,8 +29,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.utils import DistributedType
 from job_kit import contents, differences
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import (
     EarlyStoppingCallback,
     GPT2Config,
@@ -43,8 +44,9 @@ from transformers import (
 )
 
 import layerwise_dist as lwd
-from layerwise_dist.integrations import place, trainer_progress
+from layerwise_dist.integrations import trainer_progress
 from layerwise_dist.integrations import transformers as lwd_hf
+from layerwise_dist.loop.placed import PlacedTap
 
 TIMED = ("runtime", "per_second", "preparation_time")
 RANK = int(os.environ.get("RANK", "0"))
@@ -68,6 +70,12 @@ CASES: dict[str, dict[str, Any]] = {
     "workers": {
         "gradient_accumulation_steps": 2, "dataloader_num_workers": 1, "logging_steps": 5, "save_strategy": "no",
         "train_sampling_strategy": "group_by_length",
+    },
+    "own loader": {"gradient_accumulation_steps": 2, "logging_steps": 5, "save_strategy": "no"},
+    # Of two ranks. The Trainer turns it on for several accelerators only: see `as_on_accelerators`.
+    "fsdp2": {
+        "gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "logging_steps": 3, "save_strategy": "no", "fsdp": True,
+        "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
     },
 }  # fmt: skip
 
@@ -97,7 +105,7 @@ def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 def model_of(case: str) -> torch.nn.Module:
-    if case == "llama":
+    if case in ("llama", "fsdp2"):
         config = LlamaConfig(
             vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
             num_key_value_heads=1, attention_dropout=0.1,
@@ -109,6 +117,19 @@ def model_of(case: str) -> torch.nn.Module:
 
         return get_peft_model(model, LoraConfig(r=2, lora_dropout=0.1, target_modules=["c_attn"], fan_in_fan_out=True))
     return model
+
+
+class OwnLoader(Trainer):
+    """A loader that Accelerate does not prepare, with a generator of its own."""
+
+    def get_train_dataloader(self) -> DataLoader:
+        order = torch.Generator().manual_seed(5)
+        return DataLoader(self.train_dataset, 2, shuffle=True, generator=order, collate_fn=self.data_collator)
+
+
+def as_on_accelerators(args: TrainingArguments) -> None:
+    """What only several accelerators turn on, on CPUs and gloo: all that follows is Accelerate's own."""
+    args.distributed_state.distributed_type = DistributedType.MULTI_GPU
 
 
 class Stopped(Exception):
@@ -161,9 +182,11 @@ def trainer_of(out: str, case: str, stop: Stop, **more: Any) -> Trainer:
         **more,
     }  # fmt: skip
     args = TrainingArguments(output_dir=f"{out}/hf", use_cpu=True, report_to="none", disable_tqdm=True, **options)
+    if args.fsdp:
+        as_on_accelerators(args)
     callbacks = [EarlyStoppingCallback(50)] if args.metric_for_best_model and args.eval_strategy != "no" else []
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    return Trainer(
+    return (OwnLoader if case == "own loader" else Trainer)(
         model=model_of(case), args=args, data_collator=collate, train_dataset=Tokens(14 * world - 1, 1),
         eval_dataset=Tokens(6, 2), callbacks=[*callbacks, stop],
     )  # fmt: skip
@@ -306,8 +329,8 @@ def refused(out: str, case: str) -> dict[str, str]:
 
 
 def without_ahead(patch: Any) -> None:
-    go_on = place.Place.go_on
-    patch(place.Place, "go_on", lambda self, stand, there: go_on(self, {**stand, "rng": there}, there))
+    restore = PlacedTap.restore
+    patch(PlacedTap, "restore", lambda self, snapshot: restore(self, {**snapshot, "ahead": None}))
 
 
 def without_kept(patch: Any) -> None:
@@ -315,8 +338,7 @@ def without_kept(patch: Any) -> None:
 
 
 def without_rng(patch: Any) -> None:
-    go_on = place.Place.go_on
-    patch(place.Place, "go_on", lambda self, stand, there: (go_on(self, stand, there), self._put.pop())[0])
+    patch(PlacedTap, "go_on", lambda self: None)
 
 
 def with_its_skipping(patch: Any) -> None:

@@ -3,11 +3,14 @@
 
     loops.py OUT WHICH
 
-twice in one process, the second one with more steps: it goes on where the first one ended. Writes what was committed.
+twice in one process, the second one with more steps, or epochs: it goes on where the first one ended. Writes what was
+committed, and which step the second one restored.
 """
 
+import functools
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,12 +45,20 @@ def engine_step(engine: Any, batch: torch.Tensor) -> None:
     engine.step()
 
 
+def accelerated_step(accelerator: Any, model: Any, optimizer: Any, scheduler: Any, batch: torch.Tensor) -> None:
+    accelerator.backward(model(batch).square().sum())
+    optimizer.step()
+    optimizer.zero_grad()
+    scheduler.step()
+
+
 def batches_of(loader: Any) -> Iterator[torch.Tensor]:
     while True:
         yield from loader
 
 
-def run(which: str, code: str, total: int) -> int:
+def run(which: str, code: str, total: int) -> tuple[int, int]:
+    """The step that was committed last, and the one that was restored; 0 for none."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -66,16 +77,42 @@ def run(which: str, code: str, total: int) -> int:
             "train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 1},
             "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},  # else one is compiled for minutes
         }}  # fmt: skip
+    elif which == "Accelerate":
+        import accelerate
+
+        held |= {"accelerator": accelerate.Accelerator(cpu=True), "accelerated_step": accelerated_step}
+    elif which == "Lightning":
+        held |= of_lightning(model)
     exec(code, held)
-    return held["ckpt"].committed_step
+    ckpt = held["callback"].engine if which == "Lightning" else held["ckpt"]
+    found = re.search(r"step_(\d+)", ckpt.restored_from or "")
+    return ckpt.committed_step, int(found[1]) if found else 0
+
+
+def of_lightning(model: torch.nn.Module) -> dict[str, Any]:
+    from lightning.pytorch import LightningModule, Trainer
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            return self.model(batch).square().sum()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return {"module": Module(), "Trainer": functools.partial(Trainer, accelerator="cpu", **quiet)}
 
 
 def main(out: str, which: str) -> None:
     with process_group() as rank:
         os.chdir(out)
         code = blocks()[which]
-        steps = [run(which, code, 3), run(which, code, 5)]
-        Path(out, f"{rank}.json").write_text(json.dumps(steps))
+        (first, _), (second, restored) = run(which, code, 3), run(which, code, 5)
+        Path(out, f"{rank}.json").write_text(json.dumps([first, restored, second]))
 
 
 if __name__ == "__main__":
