@@ -223,7 +223,7 @@ def test_tensors_in_an_object_that_differ_between_ranks_are_refused_unless_rank_
             for_rank(states, 0, world)
     state, taken = for_rank(states, 1, 3, ema="rank0")
     assert alike(state["objects"]["ema"], states[0]["objects"]["ema"]) and taken == []
-    for choice, says in ({"emma": "rank0"}, "no 'emma'"), ({"ema": "anew"}, "'ema' is no loader"):
+    for choice, says in ({"emma": "rank0"}, "no 'emma'"), ({"ema": "anew"}, "'ema' is not a loader"):
         with pytest.raises(errors.MismatchError, match=says):
             for_rank(states, 1, 3, **choice)
 
