@@ -9,18 +9,95 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <cstdarg>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "layerwise/aligned_buffer.h"
 #include "layerwise/posix_env.h"
 #include "living_child.h"
+#include "posix_file.h"
 #include "scratch.h"
+#include "shard_fixture.h"
 
 // Env::ReuseFile on a real file system.
 
 namespace layerwise {
+
+namespace {
+
+// Called, unless empty, where the core asks whether its lease has been called in. One test at a time.
+std::function<void()> while_leased;
+
+// Takes a file over without asking who else has it.
+class Careless final : public EnvWrapper {
+ public:
+  using EnvWrapper::EnvWrapper;
+  Status ReuseFile(const std::string& from, const std::string& to, uint32_t, bool,
+                   std::unique_ptr<WritableFile>* file) override {
+    Status status = Rename(from, to);
+    if (!status.ok()) return status;
+    Descriptor fd(open(to.c_str(), O_RDWR | O_CLOEXEC));
+    REQUIRE(fd.valid());
+    *file = std::make_unique<PosixWritableFile>(to, std::move(fd), std::nullopt);
+    return status;
+  }
+};
+
+// Whether somebody who has a spare, in this way, sees other bytes in it once a shard was to be written over it.
+// REQUIRES: how is "open", "mapped" or "named".
+bool ShardOverwrites(Env* env, const std::string& how) {
+  ScratchDir dir;
+  const std::string old = Pattern(8192, 7);
+  REQUIRE_OK(env->WriteFile(dir / "spare", old, 0600));
+  const int fd = open((dir / "spare").c_str(), O_RDONLY | O_CLOEXEC);
+  REQUIRE(fd >= 0);
+  void* mapped = nullptr;
+  if (how == "mapped") {
+    mapped = mmap(nullptr, old.size(), PROT_READ, MAP_SHARED, fd, 0);
+    REQUIRE(mapped != MAP_FAILED);
+  }
+  if (how == "named") REQUIRE(link((dir / "spare").c_str(), (dir / "backup").c_str()) == 0);
+  if (how != "open") close(fd);
+
+  ShardFixture f;
+  Tensor tensor(Pattern(4096));
+  ShardWriter::Target target;
+  target.folder = dir / "folder";
+  target.folder_mode = 0700;
+  target.path = dir / "folder/s";
+  target.mode = 0600;
+  target.direct = true;
+  target.spare = dir / "spare";
+  std::unique_ptr<ShardWriter> writer;
+  REQUIRE_OK(ShardWriter::Order(env, f.pool.get(), f.Simple(1), target, &writer));
+  REQUIRE_OK(writer->SetAddress(0, tensor.address()));
+  REQUIRE_OK(writer->Submit(0, 1));
+  REQUIRE(writer->Wait(30));
+  REQUIRE_OK(writer->Finish(Header()));
+  std::string content;
+  REQUIRE_OK(env->ReadFile(target.path, 1 << 20, &content));
+  CHECK((content == Header() + tensor.content()));  // over it or not, the shard is right
+
+  std::string seen(old.size(), '\0');
+  if (how == "mapped") {
+    // A mapping past the end of a file that was cut is not to be read.
+    seen.assign(static_cast<const char*>(mapped), 4096);
+    seen += old.substr(4096);
+    munmap(mapped, old.size());
+  } else if (how == "open") {
+    REQUIRE(pread(fd, seen.data(), seen.size(), 0) >= 0);
+    close(fd);
+  } else {
+    REQUIRE_OK(env->ReadFile(dir / "backup", old.size(), &seen));
+  }
+  return seen != old;
+}
+
+}  // namespace
 
 TEST_CASE("a retired file is taken over with its space and content, under a new name and mode") {
   ScratchDir dir;
@@ -81,6 +158,41 @@ TEST_CASE("a file that a reader, a lock, a mapping or another name has is never 
   CHECK(file == nullptr);
   // What was refused has its new name, and may be unlinked there.
   for (const char* name : {"1", "2", "3", "4", "5"}) CHECK(env.Unlink(dir / name).ok());
+}
+
+SHARD_TEST_CASE("a shard is never written over a spare that somebody has open or mapped, or that has another name") {
+  for (const char* how : {"open", "mapped", "named"}) {
+    CAPTURE(how);
+    CHECK(!ShardOverwrites(&DiskEnv(), how));
+  }
+}
+
+SHARD_TEST_CASE("mutation: taking a spare without asking who else has it is caught") {
+  Careless careless(&DiskEnv());
+  for (const char* how : {"open", "mapped", "named"}) {
+    CAPTURE(how);
+    CHECK(ShardOverwrites(&careless, how));
+  }
+}
+
+TEST_CASE("a file that somebody begins to open while it is asked for is not reused") {
+  ScratchDir dir;
+  Env& env = DiskEnv();
+  std::unique_ptr<WritableFile> file;
+  for (const int flags : {O_RDONLY, O_RDWR}) {
+    REQUIRE_OK(env.WriteFile(dir / "old", "old", 0600));
+    int opener_waits = 0;
+    while_leased = [&] {
+      // Where this fails at once, an open that may wait does so until the lease is given back, and then has the file.
+      CHECK(open((dir / "new").c_str(), flags | O_CLOEXEC | O_NONBLOCK) == -1);
+      if (errno == EWOULDBLOCK) opener_waits += 1;
+    };
+    const Status status = env.ReuseFile(dir / "old", dir / "new", 0600, false, &file);
+    while_leased = nullptr;
+    CHECK(opener_waits == 1);
+    CHECK_ERRNO(status, EBUSY);
+    REQUIRE_OK(env.Unlink(dir / "new"));
+  }
 }
 
 TEST_CASE("nobody is signalled when another process opens a file that is being taken over") {
@@ -150,3 +262,17 @@ TEST_CASE("reuse replaces nothing and takes only regular files") {
 }
 
 }  // namespace layerwise
+
+// The linker puts this in the place of fcntl (--wrap in CMakeLists.txt), in this program only: no real opener can be
+// made to come between two calls of the core.
+extern "C" {
+int __real_fcntl(int fd, int command, ...);
+int __wrap_fcntl(int fd, int command, ...) {
+  va_list rest;
+  va_start(rest, command);
+  void* const argument = va_arg(rest, void*);  // or a number, or none: the kernel too takes a word
+  va_end(rest);
+  if (command == F_GETLEASE && layerwise::while_leased) layerwise::while_leased();
+  return __real_fcntl(fd, command, argument);
+}
+}
