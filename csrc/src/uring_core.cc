@@ -190,8 +190,15 @@ class UringCore final : public PoolCore {
         Guarded([&] { return slot->write.file->Pwritev(slot->left.data(), slot->left.count(), slot->offset); });
   }
 
-  void SubmitWrite(Slot* slot) {
+  // Null if the queue is full and the kernel takes nothing. Requests that it would not take stay in the queue as no-ops;
+  // without handing these over, a ring that refused a few times would stay full for good.
+  io_uring_sqe* NextRequest() {
     io_uring_sqe* const sqe = io_uring_get_sqe(&ring_);
+    return sqe != nullptr || Submit() != 0 ? sqe : io_uring_get_sqe(&ring_);
+  }
+
+  void SubmitWrite(Slot* slot) {
+    io_uring_sqe* const sqe = NextRequest();
     if (sqe == nullptr) return Fail(slot, EBUSY, "io_uring_get_sqe");
     const int fd = slot->write.file->descriptor();
     const iovec* const runs = slot->left.data();
@@ -292,7 +299,7 @@ class UringCore final : public PoolCore {
   // Until a write completes or, if it sleeps, until Wake.
   void WaitForEvent() {
     if (!listening_) {
-      io_uring_sqe* const sqe = io_uring_get_sqe(&ring_);
+      io_uring_sqe* const sqe = NextRequest();
       if (sqe == nullptr) return Pause();
       io_uring_prep_poll_add(sqe, event_, POLLIN);
       io_uring_sqe_set_data(sqe, this);
