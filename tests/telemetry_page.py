@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of docs/telemetry.md, as layerwise_dist/telemetry has the names."""
+"""The tables of docs/tables/telemetry.md, as layerwise_dist/telemetry has the names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def event_table() -> str:
         else f"| `{event}` | {text} | see below |"
         for event, text in EVENTS.items()
     )
-    return "\n".join(["| event | when | what it has besides |", "|---|---|---|", *rows])
+    return "\n".join(["| event | when | other members |", "|---|---|---|", *rows])
 
 
 def tables() -> Iterable[str]:

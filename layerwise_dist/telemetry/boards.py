@@ -20,16 +20,16 @@ TAG = "layerwise/"  # before the name of a measure in TensorBoard
 PREFIX = "layerwise_"  # before the name of a metric in Prometheus
 _SHUTDOWN_S = 0.1
 
-# Metrics beside the measures of the newest checkpoint.
+# Metrics in addition to the measures of the newest checkpoint.
 LIVE = {
     "step": "steps completed",
-    "committed_step": "the step that a restart would go on from",
-    "steps_since_commit": "steps since the newest commit, now",
-    "seconds_since_commit": "seconds since the boundary of the newest commit, now",
+    "committed_step": "the step that a restart would resume from",
+    "steps_since_commit": "steps since the newest commit",
+    "seconds_since_commit": "seconds since the boundary of the newest commit",
     "checkpoints_total": "checkpoints, by outcome",
-    "stall_seconds_total": "seconds that checkpoints held the training thread, by part",
+    "stall_seconds_total": "seconds that checkpoints blocked the training thread, by part",
     "written_bytes_total": "bytes of this rank's shards",
-    "stopped": "1 if no checkpoint will be committed any more",
+    "stopped": "1 if no more checkpoints will be committed",
 }
 
 
@@ -94,7 +94,7 @@ class TensorBoard:
 
 
 def _indented(text: str) -> str:
-    """So that TensorBoard, which takes Markdown, shows it as it is."""
+    """So that TensorBoard, which takes Markdown, shows it unchanged."""
     return "\n".join("    " + line for line in text.splitlines())
 
 
