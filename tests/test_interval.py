@@ -23,14 +23,14 @@ pytestmark = pytest.mark.quick
     [
         (Costs(1.0, 0.2, 1.0, 1.0), {}, 10, "max_overhead is 0.02"),
         (Costs(1.0, 0.2, 1.0, 1.0), {"max_overhead": 0.1}, 2, "max_overhead is 0.1"),
-        (Costs(1.0, 0.0, 0.5, 0.5), {}, 1, "the disk ends a checkpoint every 500 ms"),
-        (Costs(1.0, 0.01, 40.0, 40.0), {}, 40, "the disk ends a checkpoint every 40 s"),
+        (Costs(1.0, 0.0, 0.5, 0.5), {}, 1, "the disk finishes a checkpoint every 500 ms"),
+        (Costs(1.0, 0.01, 40.0, 40.0), {}, 40, "the disk finishes a checkpoint every 40 s"),
         (Costs(1.0, 0.01, 40.0, 20.0), {"max_overhead": 0.25}, 16, "every 20 s, and a step takes 1 s"),
         # sqrt(2 x 0.5 x 10800) = 103.9, of higher order 103.6
         (Costs(1.0, 0.5, 1.0, 1.0), {"mtbf_s": 10800.0}, 104, "Young/Daly"),
         (Costs(1.0, 0.5, 1.0, 1.0), {"mtbf_s": 60.0}, 25, "max_overhead"),  # it would like 8: the budget holds
-        (Costs(1.0, 0.2, 1.0, 1.0), {"min_steps": 50}, 50, "min_steps is 50; else it were 10"),
-        (Costs(1.0, 0.2, 1.0, 1.0), {"max_steps": 3}, 3, "max_steps is 3; else it were 10"),
+        (Costs(1.0, 0.2, 1.0, 1.0), {"min_steps": 50}, 50, "min_steps is 50; otherwise it would be 10"),
+        (Costs(1.0, 0.2, 1.0, 1.0), {"max_steps": 3}, 3, "max_steps is 3; otherwise it would be 10"),
     ],
 )
 def test_the_largest_of_three_bounds_holds(costs: Costs, limits: dict[str, Any], steps: int, why: str) -> None:

@@ -142,7 +142,7 @@ def test_a_script_that_fails_by_itself_is_told_apart(warm: Warm, tmp_path: Path)
     ):  # fmt: skip
         with pytest.raises(RunFailed, match=word):
             rehearsed(warm, tmp_path, name)
-    with pytest.raises(Unfit, match="ended by itself after step 12"):
+    with pytest.raises(Unfit, match="ended on its own after step 12"):
         rehearsed(warm, tmp_path, "clean", steps=20, kill_at=11)
 
 
@@ -156,7 +156,7 @@ def test_exit_codes_of_wrong_usage_and_of_a_command_that_fails(tmp_path: Path) -
     assert code == 3 and "exit code 7" in said and "what is wrong" in said
     assert call("rehearse", "--dir", tmp_path, "--", "true")[0] == 3
     code, said = call("rehearse", "--dir", tmp_path, "--timeout", "1", "--", "sleep", "600")
-    assert code == 3 and "not over after 1 s, before the first step" in said
+    assert code == 3 and "had not finished after 1 s, before the first step" in said
     assert list(tmp_path.iterdir()) == []
 
 

@@ -167,7 +167,7 @@ def test_the_command_makes_a_page_of_a_job_and_replaces_nothing_unasked(tmp_path
     assert found["bytes"] == len(page.encode()) and "newest commit" in page and dangers(page) == []
     assert page.count("<svg") == 5 and "step 3" in html.unescape(page)
     code, output = call("report", root, "-o", out)
-    assert code == 2 and "is there already" in output and out.read_text() == page
+    assert code == 2 and "already exists" in output and out.read_text() == page
     out.unlink()
     out.symlink_to(tmp_path / "elsewhere")
     assert call("report", root, "-o", out, "--force")[0] == 0

@@ -15,10 +15,10 @@ Events = Annotated[str | None, typer.Option("--events", metavar="FILE", help="A 
 
 def watch(
     directory: Dir,
-    once: Annotated[bool, typer.Option("--once", help="Print it once, and end.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Print once and exit.")] = False,
     events: Events = None,
     every: Annotated[
-        float, typer.Option("--every", metavar="SECONDS", min=0.1, max=3600, help="Between two looks.")
+        float, typer.Option("--every", metavar="SECONDS", min=0.1, max=3600, help="Time between updates.")
     ] = 2.0,
     json: Json = False,
 ) -> None:
@@ -37,9 +37,9 @@ def watch(
 
 def report(
     directory: Dir,
-    out: Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="The page to make.")] = "report.html",
+    out: Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="The page to write.")] = "report.html",
     events: Events = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace FILE if it is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE if it exists.")] = False,
     json: Json = False,
 ) -> None:
     """Make one HTML page about a run.

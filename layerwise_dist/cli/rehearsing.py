@@ -42,7 +42,7 @@ def rehearse(
     except RunFailed as error:
         data = {"verdict": "failed", "good": False, "error": str(error)}
         return Answer(
-            data, [str(error), "nothing could be compared: the script failed by itself"], False, EXIT["failed"]
+            data, [str(error), "nothing could be compared: the script itself failed"], False, EXIT["failed"]
         )
     return told(verdict, kept, time.monotonic() - began)
 
@@ -57,12 +57,12 @@ def told(verdict: Verdict, kept: str | None, seconds: float) -> Answer:
     parts: list[Any] = []
     if reason is None:
         parts.append(
-            f"exact: killed, and resumed after step {verdict.restored}, the script goes on bit for bit as without an "
-            f"interruption ({verdict.compared} pairs of checkpoints are equal)"
+            f"exact: killed, and resumed after step {verdict.restored}, the script continues bit for bit as if it had not "
+            f"been interrupted ({verdict.compared} pairs of checkpoints are equal)"
         )
     else:
         rank = "" if verdict.rank is None else f", rank {verdict.rank}"
-        what = "the resumed run differs" if verdict.kind == "differs" else "two runs without an interruption differ"
+        what = "the resumed run differs" if verdict.kind == "differs" else "two uninterrupted runs differ"
         parts.append(f"{what} first at step {verdict.step}{rank}")
         parts += [f"  {name}" for name in verdict.where[:_LISTED]]
         if len(verdict.where) > _LISTED:

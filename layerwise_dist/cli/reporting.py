@@ -15,10 +15,10 @@ from layerwise_dist.telemetry.reading import EventReader
 
 
 def report(directory: str, out: str, events: str | None, *, force: bool) -> Answer:
-    """Raises WrongUsage where OUT is there already."""
+    """Raises WrongUsage if OUT already exists."""
     catalogue = Catalogue(directory)
     if not force and os.path.lexists(out):
-        raise WrongUsage(f"{out}: is there already: choose another name, or give --force")
+        raise WrongUsage(f"{out}: already exists: choose another name, or give --force")
     reader = EventReader(catalogue.root, events)
     told = reader.poll(all_ranks=True)
     layers, problems = _layers(catalogue)
@@ -32,8 +32,8 @@ def report(directory: str, out: str, events: str | None, *, force: bool) -> Answ
     )  # fmt: skip
     page = render(facts).encode(errors="replace")
     _write(out, page)
-    said = f"{out}: {size(len(page))}, of {len(told)} events and {len(facts.commits)} checkpoints"
-    parts = [said, f"{reader.skipped} lines are no events of this version"] if reader.skipped else [said]
+    said = f"{out}: {size(len(page))}, from {len(told)} events and {len(facts.commits)} checkpoints"
+    parts = [said, f"{reader.skipped} lines skipped: not events of this version"] if reader.skipped else [said]
     data = {"out": os.path.abspath(out), "bytes": len(page), "events": len(told), "checkpoints": len(facts.commits),
             "skipped_lines": reader.skipped}  # fmt: skip
     return Answer(data, [*parts])
@@ -56,7 +56,7 @@ def _commits(catalogue: Catalogue) -> list[Commit]:
 
 
 def _layers(catalogue: Catalogue) -> tuple[dict[str, int], list[str]]:
-    """Bytes by layer of the newest checkpoint, on all ranks that are here; and what does not read."""
+    """Bytes by layer of the newest checkpoint, on all ranks that are here; and what can't be read."""
     layers: dict[str, int] = {}
     problems: list[str] = []
     if not catalogue.lineage:

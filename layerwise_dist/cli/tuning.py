@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`layerwise tune`: what `every_n_steps: auto` would come to on this disk, before there is a job."""
+"""`layerwise tune`: predicts what `every_n_steps: auto` would choose on this disk, before there is a job."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _MEMORY = 64 << 20  # that is copied and hashed to time it
 
 def command(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="Where checkpoints will be.")],
-    step_s: Annotated[str, typer.Option("--step-s", metavar="TIME", help="Of a step without checkpoints: 3, 250ms.")],
+    step_s: Annotated[str, typer.Option("--step-s", metavar="TIME", help="Time of a step without checkpoints: 3, 250ms.")],
     params: Annotated[
         str | None, typer.Option("--params", metavar="N", help="Trained parameters, float32 with AdamW: 7B, 98M.")
     ] = None,
     state_bytes: Annotated[
         str | None, typer.Option("--state-bytes", metavar="SIZE", help="Instead: bytes of one checkpoint of all ranks.")
     ] = None,
-    ranks: Annotated[int, typer.Option("--ranks", metavar="N", min=1, help="Among which it is divided.")] = 1,
+    ranks: Annotated[int, typer.Option("--ranks", metavar="N", min=1, help="Ranks that share the checkpoint.")] = 1,
     disks: Annotated[
-        int, typer.Option("--disks", metavar="N", min=1, help="How many disks such as this one they write to.")
+        int, typer.Option("--disks", metavar="N", min=1, help="How many such disks the ranks write to.")
     ] = 1,
     mtbf: Annotated[
         str | None, typer.Option("--mtbf", metavar="TIME", help="Mean time between failures of the job: 90min, 3h, 2d.")
@@ -46,14 +46,14 @@ def command(
         typer.Option("--cost-s", metavar="TIME", help="What a checkpoint adds to training, if you measured it."),
     ] = None,
     config: Annotated[
-        str | None, typer.Option("--config", metavar="FILE", help="A job's configuration: its `interval` holds.")
+        str | None, typer.Option("--config", metavar="FILE", help="A job's configuration; its `interval` applies.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Little data and few rounds: a rough look.")] = False,
     json: Json = False,
 ) -> None:
-    """Predicts what `"every_n_steps": "auto"` comes to: measures the disk; says bytes, interval, overhead, and loss.
+    """Predicts what `"every_n_steps": "auto"` would choose: measures the disk; prints bytes, interval, overhead, and loss.
 
-    Without --cost-s it takes a checkpoint to cost training what copying and hashing a rank's part takes here.
+    Without --cost-s, the cost of a checkpoint is the time to copy and hash a rank's part here.
 
     Example: layerwise tune checkpoints --params 7B --ranks 64 --step-s 3 --mtbf 3h
     """
@@ -80,7 +80,7 @@ def tune(
     except ValueError as error:
         raise WrongUsage(str(error)) from None
     if state < 1:
-        raise WrongUsage("--params and --state-bytes must be more than nothing")
+        raise WrongUsage("--params and --state-bytes must be more than 0")
     step = duration("--step-s", step_s)
     failure = settings.interval.mtbf_s if mtbf is None else duration("--mtbf", mtbf)
     limits = Limits(settings.interval.max_overhead, failure, settings.interval.min_steps, settings.interval.max_steps)
@@ -114,7 +114,7 @@ def duration(option: str, text: str) -> float:
     match = _DURATION.match(text.strip())
     value = float(match[1]) * _SECONDS[match[2] or ""] if match is not None else 0.0
     if not value > 0:
-        raise WrongUsage(f"{option}: {text!r} is no time such as 3, 250ms, 90min, 3h or 2d, of more than nothing")
+        raise WrongUsage(f"{option}: {text!r} is not a time above 0 such as 3, 250ms, 90min, 3h or 2d")
     return value
 
 

@@ -26,7 +26,7 @@ _SOON_S = 86400.0
 
 
 class Watcher:
-    """Of one directory. Raises WrongUsage for what is none of checkpoints."""
+    """Of one directory. Raises WrongUsage for a directory without checkpoints."""
 
     def __init__(self, directory: str, events: str | None) -> None:
         self.root = Catalogue(directory).root
@@ -34,7 +34,7 @@ class Watcher:
         self._summary = Summary()
 
     def look(self) -> dict[str, Any]:
-        """Raises OSError where the directory is gone, WrongUsage where it is none of checkpoints any more."""
+        """Raises OSError where the directory is gone, WrongUsage where it no longer holds checkpoints."""
         lineage = Catalogue(self.root).lineage
         for event in self._reader.poll():
             self._summary.take(event)
@@ -49,7 +49,7 @@ def once(directory: str, events: str | None) -> Answer:
 
 
 def live(directory: str, events: str | None, every_s: float) -> None:
-    """Until Ctrl-C. Raises WrongUsage at the start only: a directory that goes away is told, and may come back."""
+    """Until Ctrl-C. Raises WrongUsage at the start only: a directory that goes away is reported, and may come back."""
     watcher = Watcher(directory, events)
     console = Console(highlight=False)
     try:

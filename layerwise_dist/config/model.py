@@ -33,7 +33,7 @@ class LayerwiseConfig(Strict):
     every_n_steps: int | Literal["auto"] | None = Field(
         1,
         json_schema_extra={"anyOf": [{"type": "integer", "minimum": 1}, {"const": "auto"}, {"type": "null"}]},
-        description="Save each step that is a multiple of this; auto: of a number that follows what checkpoints cost "
+        description="Save each step that is a multiple of this; auto: of a number chosen from what checkpoints cost "
         "(`interval`); null: only when asked.",
     )
     interval: IntervalConfig = Field(default_factory=IntervalConfig)
@@ -85,7 +85,7 @@ class LayerwiseConfig(Strict):
         "raise",
         description="Whether what a wrapper keeps equal on several ranks still is: each checkpoint compares the next "
         "hundredth. Where parameters differ, raise: all ranks stop, and that checkpoint is not committed; warn: one "
-        "warning, counted in stats(), and it is; off: what is there at the first checkpoint is not compared again.",
+        "warning, counted in stats(), and it is; off: nothing is compared after the first checkpoint.",
     )
     max_in_flight: int = Field(
         2,

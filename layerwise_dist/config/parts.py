@@ -99,8 +99,8 @@ class PreemptionConfig(Strict):
 class TelemetryConfig(Strict):
     events: str | None = Field(
         None,
-        description="File for events, one JSON object a line (docs/telemetry.md): the name of a file in dir, or an "
-        "absolute path. It ends in .jsonl. Other ranks add their number: events.00001.jsonl.",
+        description="File for events, one JSON object a line (docs/telemetry.md): a file name in dir or an absolute "
+        "path, ending in .jsonl. Other ranks add their number: events.00001.jsonl.",
     )
     tensorboard: str | None = Field(
         None,
@@ -143,11 +143,11 @@ class IntervalConfig(Strict):
     mtbf_s: float | None = Field(
         None,
         gt=0,
-        description="With 'auto': mean seconds between failures of the whole job. Saves no more often than Young's and "
-        "Daly's rule then.",
+        description="With 'auto': mean seconds between failures of the whole job. Limits how often "
+        "checkpoints are made, by Young's and Daly's rule.",
     )
-    min_steps: int = Field(1, ge=1, description="With 'auto': at least so many steps.")
-    max_steps: int | None = Field(None, ge=1, description="With 'auto': at most so many, whatever that costs.")
+    min_steps: int = Field(1, ge=1, description="With 'auto': the smallest interval, in steps.")
+    max_steps: int | None = Field(None, ge=1, description="With 'auto': the largest interval, whatever that costs.")
 
     @model_validator(mode="after")
     def _ordered(self) -> IntervalConfig:

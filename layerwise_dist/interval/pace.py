@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Watches a job, and says when the interval between its checkpoints should be another one. Runs on rank 0."""
+"""Watches a job, and says when the interval between its checkpoints should change. Runs on rank 0."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LEAP = 4  # times as much, or as little, at once
 
 
 class Pace:
-    """Watches training, and says when the interval should be another one.
+    """Watches training, and says when the interval should change.
 
     `step` at each boundary, `committed` for each commit; `decide` after either.
     """

@@ -14,7 +14,7 @@ _LISTED = 4
 
 @dataclass(frozen=True)
 class Reason:
-    """`key` is stable, for programs; `text` says what is the matter, `advice` what to do."""
+    """`key` is stable, for programs; `text` says what is wrong, `advice` what to do."""
 
     key: str
     text: str
@@ -29,32 +29,32 @@ def of_starts(divergence: Divergence | None, contents: Contents, *, first_step: 
         return Reason(
             "hash-order", "the order of a set, or of a dict made from one, decides something: it differs between "
             "processes (PYTHONHASHSEED)",
-            "sort what is iterated over, or use a list or a dict in the order of insertion",
+            "sort before iterating, or use a list or a dict with a fixed insertion order",
         )  # fmt: skip
     if divergence is not None and (own := _of_kind(divergence, "generator")) and divergence.given:
         return Reason("unseeded", f"a generator that nothing seeds: {own}", "give it a seed that the script knows")
     if divergence is not None and first_step and divergence.weights:
         return Reason(
-            "unseeded", f"the model begins with other values: {_some(divergence.weights)}",
+            "unseeded", f"the model starts with different values: {_some(divergence.weights)}",
             "seed before the model is made: torch.manual_seed(), and numpy's and Python's generators if they are used",
         )  # fmt: skip
     if divergence is not None and divergence.given:
         unseeded = f" (the global generators differ too: {_some(divergence.rng)})" if divergence.rng else ""
         return Reason(
-            "data", f"the forward is given other data: {_some(divergence.given, 'argument ')}{unseeded}. They come "
+            "data", f"the forward gets different data: {_some(divergence.given, 'argument ')}{unseeded}. They come "
             "from a clock, os.urandom, an unseeded generator, or the order of files",
             "compute data from seeds, step and epoch only; seed random and numpy.random; sort what a directory lists",
         )  # fmt: skip
     if divergence is not None and divergence.gives:
         return Reason(
-            "op", "the forward is given the same and gives something else: an operation in it is not deterministic",
-            "torch.use_deterministic_algorithms(True) names such operations of torch's",
+            "op", "the forward gets the same inputs but returns something else: an operation in it is not deterministic",
+            "torch.use_deterministic_algorithms(True) names such operations in torch",
         )  # fmt: skip
     if divergence is not None and divergence.gradients:
         return Reason(
-            "op", "the forwards are alike and the gradients are not: the loss depends on something else, or an "
+            "op", "the forwards agree but the gradients do not: the loss depends on something else, or an "
             f"operation of the backward is not deterministic ({_some(divergence.gradients)})",
-            "torch.use_deterministic_algorithms(True) names such operations of torch's",
+            "torch.use_deterministic_algorithms(True) names such operations in torch",
         )  # fmt: skip
     return Reason(
         "update", f"the update itself, or what follows it, differs: {_some(contents.names())}",
@@ -110,15 +110,15 @@ _HOW = {
 def _data(divergence: Divergence, rank: Rank) -> Reason | None:
     if not divergence.given:
         return None
-    what = f"the forward is given other data ({_some(divergence.given, 'argument ')})"
+    what = f"the forward gets different data ({_some(divergence.given, 'argument ')})"
     doubts = [text for text in rank.warned if "a resume may not be exact" in text]
     if doubts:
         key = "workers" if any("worker" in text for text in doubts) else "loader"
-        return Reason(key, f"{what}, and of its loader: {doubts[0]}", "see docs/guide.md, state=")
+        return Reason(key, f"{what}; its loader: {doubts[0]}", "see docs/guide.md, state=")
     attached = rank.attached[-1]["loaders"]
     if not attached and (loose := loaders(rank, divergence.step)):
         return Reason(
-            "loader-outside", f"{what}, from a loader whose place no checkpoint has: {_some(loose)}",
+            "loader-outside", f"{what}, from a loader whose position no checkpoint has: {_some(loose)}",
             "name it in attach(state={...})",
         )  # fmt: skip
     for name, told in attached.items():
@@ -129,12 +129,12 @@ def _data(divergence: Divergence, rank: Rank) -> Reason | None:
             )  # fmt: skip
         if told["by_epoch"]:
             return Reason(
-                "set-epoch", f"{what}: loader {name!r} is at its place in another order. set_epoch() is called after "
+                "set-epoch", f"{what}: loader {name!r} is at the right position, but in another order. set_epoch() is called after "
                 "iter(), or with an epoch that a restart counts from 0",
                 "keep the epoch in state=, and call set_epoch() with it before each iter()",
             )  # fmt: skip
         return Reason(
-            "dataset", f"{what}: loader {name!r} is at its place, so its dataset {told['data']} has a state of its own",
+            "dataset", f"{what}: loader {name!r} is at the right position, so its dataset {told['data']} has state of its own",
             "draw from generators that are seeded by the sample's index, or name them in attach(state={...})",
         )  # fmt: skip
     hints = [f"{name} was {one} and is {other}" for name, (one, other) in divergence.values.items()]
@@ -159,12 +159,12 @@ def _random(divergence: Divergence, rank: Rank) -> Reason | None:
         return None
     if not rank.attached[-1]["loaders"] and (loose := loaders(rank, divergence.step)):
         return Reason(
-            "loader-outside", f"a loader that state= does not name is started at another place: {_some(loose)}; it "
+            "loader-outside", f"a loader that state= does not name starts at another position: {_some(loose)}; it "
             "draws from the global generators", "name it in attach(state={...})",
         )  # fmt: skip
     return Reason(
-        "random-numbers", f"the global random numbers are others before the forward: {_some(divergence.rng)}. "
-        "Something draws from them, or seeds them, only in one of the two",
+        "random-numbers", f"the global random numbers differ before the forward: {_some(divergence.rng)}. "
+        "Something draws from them, or seeds them, in only one of the two runs",
         "seed before restore(), and end iterations by steps() or end_step()",
     )  # fmt: skip
 
@@ -172,16 +172,16 @@ def _random(divergence: Divergence, rank: Rank) -> Reason | None:
 def _inside(divergence: Divergence) -> Reason | None:
     if divergence.count:
         return Reason(
-            "forwards", "the iteration has another number of forwards", "keep what it is counted by in state="
+            "forwards", "the iteration runs a different number of forwards", "keep what sets that number in state="
         )
     if divergence.gives:
         return Reason(
-            "forward", "the forward is given the same and gives something else: it depends on something outside the "
+            "forward", "the forward gets the same inputs but returns something else: it depends on something outside the "
             "model", "keep that in a buffer of the model, or name it in attach(state={...})",
         )  # fmt: skip
     if divergence.gradients:
         return Reason(
-            "loss", f"the forwards are alike and the gradients are not ({_some(divergence.gradients)}): the loss "
+            "loss", f"the forwards agree but the gradients do not ({_some(divergence.gradients)}): the loss "
             "depends on something that no checkpoint has", "name it in attach(state={...})",
         )  # fmt: skip
     return None
@@ -191,14 +191,14 @@ def _sealed(contents: Contents) -> Reason:
     objects = [path for path in contents.paths if path.startswith("objects")]
     if objects and not contents.tensors:
         return Reason(
-            "object", f"an object in state= does not come back as it was: {_some(objects)}",
+            "object", f"an object in state= does not come back unchanged: {_some(objects)}",
             "compare its state_dict() before and after load_state_dict()",
         )  # fmt: skip
     groups = [path for path in contents.paths if path.startswith("optimizer.") and "groups" in path]
     if groups:
         return Reason(
             "schedule-outside", f"hyper-parameters of the optimizer: {_some(groups)}",
-            "name what sets them, an LR scheduler say, in attach(state={...})",
+            "name what sets them, such as an LR scheduler, in attach(state={...})",
         )  # fmt: skip
     return Reason(
         "update", f"the update itself, or what follows it, differs: {_some(contents.names())}",

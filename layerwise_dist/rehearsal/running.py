@@ -152,7 +152,7 @@ def run(
                 return _ended(name, plan, story, job, code)
             if time.monotonic() > deadline:
                 where = f"at step {newest}" if newest else "before the first step"
-                raise _failed(name, f"was not over after {limit_s:g} s, {where} (--timeout)", story, job)
+                raise _failed(name, f"had not finished after {limit_s:g} s, {where} (--timeout)", story, job)
             time.sleep(_LOOK_S)
     finally:
         job.kill()

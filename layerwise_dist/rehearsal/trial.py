@@ -105,7 +105,7 @@ class Trial:
         first = self._once(folder, "first", "1")
         if not first.story.newest >= self._kill_at + 2:
             raise Unfit(
-                f"the script ended by itself after step {first.story.newest}: it must go on for two steps after "
+                f"the script ended on its own after step {first.story.newest}: it must run for two steps after "
                 f"--kill-at {self._kill_at}"
             )
         second = self._once(folder, "second", "2")
@@ -117,13 +117,13 @@ class Trial:
         without = restless(effectless)
         if effectless:
             self._notes.append(
-                f"differs from start to start, without an effect: {', '.join(sorted(effectless)[:5])}"
+                f"differs between runs, without effect: {', '.join(sorted(effectless)[:5])}"
                 + (f" and {len(effectless) - 5} more" if len(effectless) > 5 else "")
             )
         if apart is not None:
             last = apart.step - 1
             self._notes.append(
-                f"two runs without an interruption differ from step {apart.step} on: compared up to {last}"
+                f"two uninterrupted runs differ from step {apart.step} on: compared up to {last}"
             )
         killed = self._once(folder, "killed", "3", kill=True)
         restored = killed.story.committed
@@ -151,10 +151,10 @@ class Trial:
             )
         begun = resumed.story.begun_at
         if begun != restored + 1:
-            begins = f"its first step is {begun}" if begun else "it makes no step"
+            begins = f"its first step is {begun}" if begun else "it takes no step"
             return self._differs(
                 restored, Reason(
-                    "not-resumed", f"the second start does not go on after step {restored}: {begins}",
+                    "not-resumed", f"the second start does not continue after step {restored}: {begins}",
                     "call restore() before the first step, without fresh=True, and count from what it returns",
                 ),
             )  # fmt: skip
@@ -162,7 +162,7 @@ class Trial:
         found = self._first_difference(first, resumed, steps, set(), without, objects=True)
         short = resumed.story.newest < min(last, first.story.newest)
         if found is None and short:
-            why = f"the resumed run ended after step {resumed.story.newest}, the first one went on to step {last}"
+            why = f"the resumed run ended after step {resumed.story.newest}, the first one continued to step {last}"
             return self._differs(resumed.story.newest, Reason("short", why, "count steps from what restore() returns"))
         if found is None:
             return Verdict("exact", restored=restored, compared=self._compared, notes=self._notes)
@@ -189,7 +189,7 @@ class Trial:
         )  # fmt: skip
         # Each its own, so that what depends on the order of a set shows; the same ones in each rehearsal.
         environment = {} if _HASH_SEED in os.environ else {_HASH_SEED: hash_seed}
-        self._say(f"{name} run begins")
+        self._say(f"{name} run starts")
         return run(
             name, plan, self._command, folder, environment, start=self._start, say=self._say, limit_s=self._timeout_s
         )
@@ -236,7 +236,7 @@ class Trial:
         """Two starts differ. Whether they do so by the hashes of texts is tried out."""
         by_hash_order = False
         if _HASH_SEED not in os.environ:
-            self._say("two runs without an interruption differ: once more with the first one's PYTHONHASHSEED")
+            self._say("two uninterrupted runs differ: running again with the first one's PYTHONHASHSEED")
             again = self._once(folder, "again", "1")
             by_hash_order = self._first_difference(first, again, [apart.step], set()) is None
         step = apart.step if apart.divergence is None else min(apart.step, apart.divergence.step)

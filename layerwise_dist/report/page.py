@@ -154,7 +154,7 @@ def render(facts: Facts) -> str:
 
 def _panels(facts: Facts) -> list[tuple[str, str, str]]:
     parts = ", ".join(f"{part} {_seconds(facts.stall_parts_s[part])}" for part in PARTS)
-    stalls = f"Of each checkpoint the longest of any rank. In all, on one rank: {parts}."
+    stalls = f"For each checkpoint, the longest on any rank. Total on one rank: {parts}."
     return [
         ("timeline", "Steps and checkpoints", ""),
         ("stalls", "Stall", stalls),
