@@ -13,14 +13,14 @@ from layerwise_dist.cli.running import Json, give
 
 def rehearse(
     command: Annotated[
-        list[str], typer.Argument(metavar="-- COMMAND...", help="Your training command: torchrun ... train.py, python train.py.")
+        list[str], typer.Argument(metavar="-- COMMAND...", help="Your training command, such as torchrun ... train.py.")
     ],
     directory: Annotated[
         str, typer.Option("--dir", metavar="DIR", help="Where to make a folder with room for 3 x STEPS checkpoints.")
     ] = ".",
     steps: Annotated[int, typer.Option("--steps", metavar="N", min=3, help="Each run ends after this step.")] = 6,
     kill_at: Annotated[
-        int | None, typer.Option("--kill-at", metavar="K", min=1, help="Kill after this step; by default half of STEPS.")
+        int | None, typer.Option("--kill-at", metavar="K", min=1, help="Kill after this step; default: STEPS / 2.")
     ] = None,
     timeout: Annotated[
         float, typer.Option("--timeout", metavar="SECONDS", min=1, help="Longest time for one run.")

@@ -41,9 +41,7 @@ def rehearse(
         raise WrongUsage(f"cannot rehearse {command[0]} in {directory}: {error}") from None
     except RunFailed as error:
         data = {"verdict": "failed", "good": False, "error": str(error)}
-        return Answer(
-            data, [str(error), "nothing could be compared: the script itself failed"], False, EXIT["failed"]
-        )
+        return Answer(data, [str(error), "nothing could be compared: the script itself failed"], False, EXIT["failed"])
     return told(verdict, kept, time.monotonic() - began)
 
 
@@ -57,8 +55,8 @@ def told(verdict: Verdict, kept: str | None, seconds: float) -> Answer:
     parts: list[Any] = []
     if reason is None:
         parts.append(
-            f"exact: killed, and resumed after step {verdict.restored}, the script continues bit for bit as if it had not "
-            f"been interrupted ({verdict.compared} pairs of checkpoints are equal)"
+            f"exact: killed, and resumed after step {verdict.restored}, the script continues bit for bit as if it "
+            f"had not been interrupted ({verdict.compared} pairs of checkpoints are equal)"
         )
     else:
         rank = "" if verdict.rank is None else f", rank {verdict.rank}"

@@ -27,7 +27,7 @@ _MEMORY = 64 << 20  # that is copied and hashed to time it
 
 def command(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="Where checkpoints will be.")],
-    step_s: Annotated[str, typer.Option("--step-s", metavar="TIME", help="Time of a step without checkpoints: 3, 250ms.")],
+    step_s: Annotated[str, typer.Option("--step-s", metavar="TIME", help="Of a step without checkpoints: 3, 250ms.")],
     params: Annotated[
         str | None, typer.Option("--params", metavar="N", help="Trained parameters, float32 with AdamW: 7B, 98M.")
     ] = None,
@@ -51,7 +51,7 @@ def command(
     quick: Annotated[bool, typer.Option("--quick", help="Little data and few rounds: a rough look.")] = False,
     json: Json = False,
 ) -> None:
-    """Predicts what `"every_n_steps": "auto"` would choose: measures the disk; prints bytes, interval, overhead, and loss.
+    """Predicts what `"every_n_steps": "auto"` would choose: measures the disk, prints interval, overhead and loss.
 
     Without --cost-s, the cost of a checkpoint is the time to copy and hash a rank's part here.
 

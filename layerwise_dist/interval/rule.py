@@ -61,7 +61,8 @@ def choose(costs: Costs, limits: Limits) -> Choice:
     bounds = [
         (budget, f"a checkpoint costs {seconds(costs.checkpoint_s)}, a step takes {seconds(costs.step_s)}, and "
          f"max_overhead is {limits.max_overhead:g}"),
-        (disk, f"the disk finishes a checkpoint every {seconds(costs.disk_s)}, and a step takes {seconds(costs.step_s)}"),
+        (disk, f"the disk finishes a checkpoint every {seconds(costs.disk_s)}, and a step takes "
+         f"{seconds(costs.step_s)}"),
     ]  # fmt: skip
     if limits.mtbf_s is not None:
         best = optimum_s(costs.checkpoint_s, limits.mtbf_s) / costs.step_s

@@ -47,7 +47,8 @@ def of_starts(divergence: Divergence | None, contents: Contents, *, first_step: 
         )  # fmt: skip
     if divergence is not None and divergence.gives:
         return Reason(
-            "op", "the forward gets the same inputs but returns something else: an operation in it is not deterministic",
+            "op", "the forward gets the same inputs but returns something else: an operation in it is not "
+            "deterministic",
             "torch.use_deterministic_algorithms(True) names such operations in torch",
         )  # fmt: skip
     if divergence is not None and divergence.gradients:
@@ -129,12 +130,13 @@ def _data(divergence: Divergence, rank: Rank) -> Reason | None:
             )  # fmt: skip
         if told["by_epoch"]:
             return Reason(
-                "set-epoch", f"{what}: loader {name!r} is at the right position, but in another order. set_epoch() is called after "
-                "iter(), or with an epoch that a restart counts from 0",
+                "set-epoch", f"{what}: loader {name!r} is at the right position, but in another order. "
+                "set_epoch() is called after iter(), or with an epoch that a restart counts from 0",
                 "keep the epoch in state=, and call set_epoch() with it before each iter()",
             )  # fmt: skip
         return Reason(
-            "dataset", f"{what}: loader {name!r} is at the right position, so its dataset {told['data']} has state of its own",
+            "dataset", f"{what}: loader {name!r} is at the right position, so its dataset {told['data']} "
+            "has state of its own",
             "draw from generators that are seeded by the sample's index, or name them in attach(state={...})",
         )  # fmt: skip
     hints = [f"{name} was {one} and is {other}" for name, (one, other) in divergence.values.items()]
@@ -176,8 +178,8 @@ def _inside(divergence: Divergence) -> Reason | None:
         )
     if divergence.gives:
         return Reason(
-            "forward", "the forward gets the same inputs but returns something else: it depends on something outside the "
-            "model", "keep that in a buffer of the model, or name it in attach(state={...})",
+            "forward", "the forward gets the same inputs but returns something else: it depends on something outside "
+            "the model", "keep that in a buffer of the model, or name it in attach(state={...})",
         )  # fmt: skip
     if divergence.gradients:
         return Reason(

@@ -122,9 +122,7 @@ class Trial:
             )
         if apart is not None:
             last = apart.step - 1
-            self._notes.append(
-                f"two uninterrupted runs differ from step {apart.step} on: compared up to {last}"
-            )
+            self._notes.append(f"two uninterrupted runs differ from step {apart.step} on: compared up to {last}")
         killed = self._once(folder, "killed", "3", kill=True)
         restored = killed.story.committed
         if restored is None:
