@@ -186,7 +186,7 @@ def test_events_that_are_none_are_counted(tmp_path: Path) -> None:
     with (root / "events.jsonl").open("a") as file:
         file.write("none\n{}\n")
     code, output = call("report", root, "-o", tmp_path / "out.html")
-    assert code == 0 and "2 lines are no events" in output
+    assert code == 0 and "2 lines skipped" in output
 
 
 # -- in a browser ------------------------------------------------------------------------------------------------------

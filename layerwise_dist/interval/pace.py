@@ -59,7 +59,7 @@ class Pace:
         self.forget_stretch()
 
     def forget_stretch(self) -> None:
-        """What was measured since the last quiet step is of something else: an evaluation, a restore."""
+        """Drops what was measured since the last quiet step: it belongs to an evaluation or a restore."""
         self._busy_s, self._busy, self._begun = 0.0, 0, 0
         self._written.clear()
 
@@ -69,7 +69,7 @@ class Pace:
         self._written.append(write_s)
 
     def decide(self) -> Choice | None:
-        """Another interval, if there should be one. It holds once `follow` says so."""
+        """A new interval, if there should be one. It takes effect once `follow` says so."""
         if self._since_quiet >= _NEVER_QUIET:
             steps = self._limits.within(2 * self.steps)
             why = f"{self._since_quiet} checkpoints in a row left no step without one: there is nothing to compare with"

@@ -18,7 +18,7 @@ _BOOKKEEPING = {
     "boundary.at",
     "boundary.starts",
 }  # how a boundary was known; nothing is computed from it
-# What may differ from start to start without an effect on the training.
+# What may differ between runs without affecting training.
 _WITHOUT_EFFECT = ("objects", "client_state")
 
 Restless = Callable[[str], bool]
@@ -59,7 +59,7 @@ class Contents:
         return missing + tensors + [f"rank {rank}: {path}" for rank, each in self.sealed.items() for path in each]
 
     def without(self, restless: Restless) -> Contents:
-        """But for what differs from start to start without an effect."""
+        """Except what differs between runs without effect."""
         left = {rank: [path for path in each if not restless(path)] for rank, each in self.sealed.items()}
         return Contents(self.tensors, {rank: each for rank, each in left.items() if each}, self.missing)
 

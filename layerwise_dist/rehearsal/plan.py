@@ -2,7 +2,7 @@
 """What `layerwise rehearse` tells `attach()` in the processes that it starts: a variable names a file that says all.
 
 One file is there as a whole or not at all, passes through every launcher, and is gone when the rehearsal is over. So a
-variable that was left behind is an error, and never a training that stops or dies by itself.
+variable that was left behind is an error, and never a training run that stops or dies unasked.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Plan(Schema):
 
     Attributes:
         checkpoints: what would be saved in a directory is saved in one of its own below this folder.
-        told: where each rank says what it does and sees.
+        told: folder in which each rank records what it does and sees.
         every: each step that is a multiple of this is saved, and nothing is removed.
         stop_at: the step at whose end the processes end, once it is committed.
         kill_after: None, or: once this step or a later one is committed and another iteration is over, each rank says
@@ -68,7 +68,7 @@ def name_of(directory: str) -> str:
 
 
 def told() -> Plan | None:
-    """What this process was told, None in every training that is no rehearsal. Raises ConfigError."""
+    """The plan that this process was given; None outside a rehearsal. Raises ConfigError."""
     path = os.environ.get(VARIABLE)
     if path is None:
         return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run of the user's own command, watched until it has done what it was told to; nothing of it is left."""
+"""One run of the user's own command, watched until it has followed its plan; leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from layerwise_dist.rehearsal.plan import VARIABLE, Plan
 from layerwise_dist.rehearsal.story import Story
 from layerwise_dist.supervision.processes import descendants, kill_all
 
-_LOOK_S = 0.05  # between two looks at what the ranks told
+_LOOK_S = 0.05  # between two looks at what the ranks recorded
 _GRACE_S = 30.0  # for a launcher whose ranks have ended
 _TAIL = 60  # lines of a failed run's output
 
@@ -94,7 +94,7 @@ class Process:
 
 
 def alive(pids: Iterable[int]) -> list[int]:
-    """Those of them that are there and have not ended."""
+    """Those that exist and have not ended."""
     found = []
     for pid in pids:
         try:
@@ -108,7 +108,7 @@ def alive(pids: Iterable[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class Run:
-    """What is left of one. `name` is how messages call it. `whole`: its ranks stopped where they were told to."""
+    """What is left of one. `name` is how messages call it. `whole`: its ranks stopped where the plan says."""
 
     name: str
     plan: Plan

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the ranks of one run told, read while it goes on, and where two runs diverge."""
+"""What the ranks of one run recorded, read while it runs, and where two runs diverge."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Told = dict[str, Any]
 
 @dataclass
 class Rank:
-    """One rank of the engine whose steps count, as far as it told.
+    """One rank of the engine whose steps count, as far as it has recorded.
 
     Attributes:
         attached: what it said of itself, newest last: a launcher may start it again.

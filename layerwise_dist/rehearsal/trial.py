@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The runs of one rehearsal, and its verdict: twice without an interruption, once killed, once more from there."""
+"""The runs of one rehearsal, and its verdict: twice uninterrupted, once killed, once resumed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _HASH_SEED = "PYTHONHASHSEED"
 
 
 class Unfit(Exception):
-    """The numbers that were given do not fit the script."""
+    """The given numbers do not fit the script."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Verdict:
     reason: the likeliest; None where nothing differs.
     restored: the step that the resumed run went on after; None if that was not come to.
     compared: steps whose checkpoints were compared.
-    notes: what differs from start to start without an effect, and the like.
+    notes: what differs between runs without effect, and the like.
     """
 
     kind: Literal["exact", "differs", "nondeterministic"]
@@ -81,7 +81,7 @@ class Trial:
         self._steps, self._kill_at, self._timeout_s = steps, kill_at, timeout_s
         self._notes: list[str] = []
         self._compared = 0
-        self._restless: set[str] = set()  # objects that differ from start to start without an effect
+        self._restless: set[str] = set()  # objects that differ between runs without effect
 
     def run(self, *, keep: bool = False) -> tuple[Verdict, str | None]:
         """The verdict, and where the runs' checkpoints and output are if they are kept.
