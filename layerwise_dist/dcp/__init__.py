@@ -4,7 +4,7 @@
     dcp.save(state, storage_writer=layerwise_dist.dcp.LayerwiseWriter("checkpoints"))
     dcp.load(state, storage_reader=layerwise_dist.dcp.LayerwiseReader("checkpoints"))
 
-docs/integrations/interop.md tells the rest.
+docs/integrations/interop.md has the rest.
 """
 
 from __future__ import annotations
