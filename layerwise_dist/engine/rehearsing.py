@@ -15,7 +15,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from layerwise_dist.commit.participant import Participant
-from layerwise_dist.config import LayerwiseConfig
+from layerwise_dist.config import LayerwiseConfig, TelemetryConfig
 from layerwise_dist.engine import at_exit
 from layerwise_dist.engine.captures import Captures
 from layerwise_dist.engine.preemption import end_process
@@ -55,6 +55,7 @@ class Rehearsal:
             update={
                 "dir": plan.place_of(asked.path), "every_n_steps": plan.every, "keep_last": ALL, "when_full": "wait",
                 "mode": "direct" if asked.mode == "mock" else asked.mode, "audit": "always", "commit": commit,
+                "telemetry": TelemetryConfig(),  # its files and its port are those of the training
             }
         )  # fmt: skip
         self._file: int | None = None
@@ -102,11 +103,20 @@ class Rehearsal:
     def detach(self) -> None:
         for handle in self._handles:
             handle.remove()
-        if self._warnings is not None:
-            log.removeHandler(self._warnings)
+        if self._warnings is None:
+            self._close()
+            return
+        log.removeHandler(self._warnings)
+        self._warnings.acquire()  # another thread may be in the midst of a warning
+        try:
+            self._close()
+        finally:
+            self._warnings.release()
+
+    def _close(self) -> None:
         if self._file is not None:
-            os.close(self._file)
-            self._file = None
+            file, self._file = self._file, None
+            os.close(file)
 
     # -- what it sees -------------------------------------------------------------------------------------------
 
