@@ -24,11 +24,12 @@ import layerwise_dist as lwd
 from layerwise_dist import errors
 from layerwise_dist.cli import rehearsing
 from layerwise_dist.rehearsal import plan as plans
-from layerwise_dist.rehearsal import story, trial
+from layerwise_dist.rehearsal import running, story, trial
 from layerwise_dist.rehearsal.contents import restless
 from layerwise_dist.rehearsal.plan import VARIABLE, Plan, told
 from layerwise_dist.rehearsal.running import Job, RunFailed
 from layerwise_dist.rehearsal.trial import Trial, Unfit, Verdict
+from layerwise_dist.supervision.processes import undisturbed
 
 SCRIPT = JOBS / "rehearsed.py"
 COMMAND = [sys.executable, "-P", "-c", "from layerwise_dist.cli import main; main()", "rehearse"]
@@ -160,6 +161,32 @@ def test_exit_codes_of_wrong_usage_and_of_a_command_that_fails(tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_failed_run_left_is_kept_on_request_and_its_last_words_are_told(tmp_path: Path) -> None:
+    talks = "for n in $(seq 200); do echo line $n of a long, long, long, long, long, long, long traceback; done"
+    given = ("rehearse", "--dir", tmp_path, "--keep", "--json", "--", "sh", "-c", f"{talks}; echo the error; exit 7")
+    code, said = call(*given)
+    (kept,) = tmp_path.iterdir()
+    found = json.loads(said[said.index("{") :])
+    assert code == 3 and found["kept"] == str(kept) and found["error"].endswith("traceback\nthe error")
+    assert len(found["error"]) < 4000, "or its end would be cut off where it is shown"
+    assert (kept / "first.txt").read_text().startswith("line 1 of")
+
+
+def test_a_second_ctrl_c_waits_until_the_cleaning_up_is_over() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), undisturbed():
+        signal.raise_signal(signal.SIGINT)
+        done.append(True)
+    assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.quick
+def test_a_process_with_the_number_of_one_that_has_ended_is_another() -> None:
+    own = running.births([os.getpid(), 1 << 30])
+    assert list(own) == [os.getpid()] and running._still(own) == [os.getpid()]
+    assert running._still({os.getpid(): "0"}) == []
+
+
 def test_ctrl_c_ends_the_job_and_leaves_no_file(warm: Warm, tmp_path: Path) -> None:
     """Of the job's processes too those that are in a session of their own."""
     pids, own, work, script = (tmp_path / name for name in ("pids", "own", "work", "command.py"))
@@ -184,9 +211,9 @@ def test_ctrl_c_ends_the_job_and_leaves_no_file(warm: Warm, tmp_path: Path) -> N
 # -- the variable -----------------------------------------------------------------------------------------------------
 
 
-def attached(tmp_path: Path) -> Any:
+def attached(tmp_path: Path, **options: Any) -> Any:
     model = nn.Linear(2, 2)
-    return lwd.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), dir=str(tmp_path / "own"))
+    return lwd.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), dir=str(tmp_path / "own"), **options)
 
 
 @pytest.mark.quick
@@ -255,9 +282,11 @@ def test_a_rehearsal_is_logged_and_saves_elsewhere(
     path.write_text(plan.model_dump_json())
     path.chmod(0o600)
     monkeypatch.setenv(VARIABLE, str(path))
-    with attached(tmp_path) as ckpt:
+    telemetry = {"events": str(tmp_path / "of_the_training.jsonl")}
+    with attached(tmp_path, telemetry=telemetry) as ckpt:
         assert ckpt.config.dir == plan.place_of(str(tmp_path / "own")) and ckpt.config.keep_last > 1 << 20
     assert f"this is a rehearsal ({VARIABLE})" in caplog.text
+    assert not Path(telemetry["events"]).exists(), "events of a training are not mixed with those of a rehearsal"
     assert not (tmp_path / "own").exists() and Path(plan.place_of(str(tmp_path / "own"))).is_dir()
 
 

@@ -26,7 +26,7 @@ def rehearse(
         float, typer.Option("--timeout", metavar="SECONDS", min=1, help="Longest time for one run.")
     ] = 600.0,
     keep: Annotated[
-        bool, typer.Option("--keep", help="Keep the checkpoints and output of the runs.")
+        bool, typer.Option("--keep", help="Keep the checkpoints and output of the runs, even if one fails.")
     ] = False,
     json: Json = False,
 ) -> None:  # fmt: skip

@@ -40,8 +40,10 @@ def rehearse(
     except OSError as error:
         raise WrongUsage(f"cannot rehearse {command[0]} in {directory}: {error}") from None
     except RunFailed as error:
-        data = {"verdict": "failed", "good": False, "error": str(error)}
-        return Answer(data, [str(error), "nothing could be compared: the script itself failed"], False, EXIT["failed"])
+        data = {"verdict": "failed", "good": False, "error": str(error), "kept": error.kept}
+        kept_at = [] if error.kept is None else [f"kept: {error.kept}"]
+        parts = [str(error), "nothing could be compared: the script itself failed", *kept_at]
+        return Answer(data, [*parts], False, EXIT["failed"])
     return told(verdict, kept, time.monotonic() - began)
 
 

@@ -13,11 +13,12 @@ from typing import Protocol
 
 from layerwise_dist.rehearsal.plan import VARIABLE, Plan
 from layerwise_dist.rehearsal.story import Story
-from layerwise_dist.supervision.processes import descendants, kill_all
+from layerwise_dist.supervision.processes import descendants, kill_all, undisturbed
 
 _LOOK_S = 0.05  # between two looks at what the ranks recorded
 _GRACE_S = 30.0  # for a launcher whose ranks have ended
-_TAIL = 60  # lines of a failed run's output
+_TAIL, _TAIL_CHARACTERS = 60, 3000  # lines of a failed run's output; a message has its end, where the error is
+_TAIL_BYTES = 1 << 16
 
 Say = Callable[[str], None]
 
@@ -25,8 +26,10 @@ Say = Callable[[str], None]
 class RunFailed(Exception):
     """A run did not do what a script that is resumed in real life would; the message says which, and how it ended.
 
-    `attached`: whether it came as far as attach().
+    `attached`: whether it came as far as attach(). `kept`: the folder with its checkpoints and output, if that is kept.
     """
+
+    kept: str | None = None
 
     def __init__(self, message: str, *, attached: bool) -> None:
         super().__init__(message)
@@ -41,10 +44,14 @@ class Job(Protocol):
         ...
 
     def kill(self) -> None:
-        """SIGKILL for all of its processes, the launcher first, until none is left."""
+        """SIGKILL for all of its processes, the launcher first, until none is left. Raises RuntimeError naming those
+        that survive it.
+        """
         ...
 
-    def output(self) -> str: ...
+    def output(self) -> str:
+        """The end of it at least."""
+        ...
 
 
 class Start(Protocol):
@@ -71,16 +78,19 @@ class Process:
         return self._process.poll()
 
     def kill(self) -> None:
-        below: list[int] = []
+        below: dict[int, str] = {}
         if self._process.poll() is None:
             # One that writes its title over its environment is known by this only.
-            below = descendants(self._process.pid)
+            below = births(descendants(self._process.pid))
             self._process.kill()
-        kill_all(lambda: sorted({*self._marked(), *alive(below)}))
+        # A number that the system has given to another process meanwhile has another birth.
+        kill_all(lambda: sorted({*self._marked(), *_still(below)}))
         self._process.wait()
 
     def output(self) -> str:
-        return self._log.read_text(encoding="utf-8", errors="replace")
+        with open(self._log, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            return file.read(_TAIL_BYTES).decode("utf-8", errors="replace")
 
     def _marked(self) -> list[int]:
         found = []
@@ -90,19 +100,24 @@ class Process:
                     found.append(int(entry))
             except OSError:
                 continue  # it has ended, or is another user's
-        return alive(found)
+        return list(births(found))
 
 
-def alive(pids: Iterable[int]) -> list[int]:
-    """Those that exist and have not ended."""
-    found = []
+def _still(born: Mapping[int, str]) -> list[int]:
+    """Those that are still the same processes."""
+    return [pid for pid, when in births(born).items() if when == born[pid]]
+
+
+def births(pids: Iterable[int]) -> dict[int, str]:
+    """The start times, in ticks since boot, of those that exist and have not ended."""
+    found = {}
     for pid in pids:
         try:
-            state = Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[0]
+            fields = Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        if state not in "ZX":
-            found.append(pid)
+        if fields[0] not in "ZX":
+            found[pid] = fields[19]
     return found
 
 
@@ -155,8 +170,13 @@ def run(
                 raise _failed(name, f"had not finished after {limit_s:g} s, {where} (--timeout)", story, job)
             time.sleep(_LOOK_S)
     finally:
-        job.kill()
-        path.unlink()
+        try:
+            with undisturbed():  # a second Ctrl-C would leave processes behind
+                job.kill()
+        except RuntimeError as error:  # a disk that hangs holds them
+            raise RunFailed(f"the {name} run can't be ended: {error}", attached=bool(story.directories)) from None
+        finally:
+            path.unlink()
 
 
 def _ended(name: str, plan: Plan, story: Story, job: Job, code: int) -> Run:
@@ -168,5 +188,7 @@ def _ended(name: str, plan: Plan, story: Story, job: Job, code: int) -> Run:
 
 
 def _failed(name: str, how: str, story: Story, job: Job) -> RunFailed:
-    tail = job.output().splitlines()[-_TAIL:]
-    return RunFailed("\n".join([f"the {name} run {how}:", *tail]), attached=bool(story.directories))
+    tail = "\n".join(job.output().splitlines()[-_TAIL:])
+    if len(tail) > _TAIL_CHARACTERS:
+        tail = "..." + tail[-_TAIL_CHARACTERS:]
+    return RunFailed(f"the {name} run {how}:\n{tail}", attached=bool(story.directories))

@@ -17,6 +17,7 @@ from layerwise_dist.rehearsal.plan import Plan
 from layerwise_dist.rehearsal.reasons import Reason
 from layerwise_dist.rehearsal.running import Process, Run, RunFailed, Say, Start, run
 from layerwise_dist.rehearsal.story import Divergence, divergences, first_of
+from layerwise_dist.supervision.processes import undisturbed
 
 _HASH_SEED = "PYTHONHASHSEED"
 
@@ -84,22 +85,29 @@ class Trial:
         self._restless: set[str] = set()  # objects that differ between runs without effect
 
     def run(self, *, keep: bool = False) -> tuple[Verdict, str | None]:
-        """The verdict, and where the runs' checkpoints and output are if they are kept.
+        """The verdict, and where the runs' checkpoints and output are. They are kept, or removed, however it ends.
 
         Raises RunFailed where the first run does not do what is needed, Unfit where the script is over too early,
         OSError where the folder or the command can't be used.
         """
         parent = os.path.realpath(self._directory)
         folder = Path(tempfile.mkdtemp(prefix="layerwise-rehearsal-", dir=parent))
+        kept = str(folder) if keep else None
         try:
-            verdict = self._run(folder)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+            return self._run(folder), kept
+        except RunFailed as error:
+            error.kept = kept
             raise
-        if keep:
-            return verdict, str(folder)
-        shutil.rmtree(folder, ignore_errors=True)
-        return verdict, None
+        except BaseException:
+            if keep:
+                self._say(f"kept: {folder}")
+            raise
+        finally:
+            if not keep:
+                with undisturbed():
+                    shutil.rmtree(folder, ignore_errors=True)
+                if folder.exists():
+                    self._say(f"could not be removed: {folder}")
 
     def _run(self, folder: Path) -> Verdict:
         first = self._once(folder, "first", "1")

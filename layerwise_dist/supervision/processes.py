@@ -98,6 +98,28 @@ def kill_all(find: Callable[[], list[int]], timeout_s: float = 30.0) -> int:
 
 
 @contextmanager
+def undisturbed() -> Iterator[None]:
+    """SIGINT and SIGTERM wait until the body is over: a second Ctrl-C does not undo the cleaning up after the first.
+    Raises KeyboardInterrupt then.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {
+        number: signal.signal(number, lambda found, frame: came.append(found))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
+
+
+@contextmanager
 def terminable() -> Iterator[None]:
     """SIGTERM ends the body as Ctrl-C does, so that nothing is left behind. A KeyboardInterrupt leaves it, also where a
     library in it has made another exception of that one (torch.distributed.checkpoint does).
