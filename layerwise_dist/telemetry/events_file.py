@@ -46,8 +46,8 @@ class EventsFile:
 
     def close(self) -> None:
         if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+            file, self._file = self._file, -1  # first: a child that is forked here would close it once more
+            os.close(file)
 
     def leave_to_parent(self) -> None:
         """In a forked child."""
