@@ -130,14 +130,44 @@ def test_files_that_are_rotated_cut_or_gone_are_followed(tmp_path: Path) -> None
     path, reader = tmp_path / "events.jsonl", EventReader(str(tmp_path))
     write(path, [checkpoint(1, 1.0), checkpoint(2, 2.0)])
     assert len(reader.poll()) == 2
-    path.rename(tmp_path / "events.1")
-    assert reader.poll() == []
+    path.rename(tmp_path / "events.old.jsonl")
+    assert reader.poll() == [], "under another name it is the same file"
     write(path, [checkpoint(3, 3.0), checkpoint(4, 4.0), checkpoint(5, 5.0)])
     assert [each["step"] for each in reader.poll()] == [3, 4, 5]
     write(path, [checkpoint(6, 6.0)])  # cut in place, and begun anew
     assert [each["step"] for each in reader.poll()] == [6]
     path.unlink()
     assert reader.poll() == []
+
+
+@pytest.mark.quick
+def test_files_of_one_rank_are_read_oldest_first_whatever_their_names(tmp_path: Path) -> None:
+    for name, step, when in (("events.old.jsonl", 1, 10), ("events.jsonl", 2, 20)):
+        write(tmp_path / name, [checkpoint(step, step)])
+        os.utime(tmp_path / name, (when, when))
+    assert [each["step"] for each in EventReader(str(tmp_path)).poll()] == [1, 2]
+
+
+@pytest.mark.quick
+def test_files_of_many_ranks_take_bounded_memory_and_what_is_left_out_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "_MOST_OF_ALL", 8000)
+    monkeypatch.setattr(reading, "_LONGEST_LINE", 1000)
+    for rank in range(4):
+        write(tmp_path / f"events.{rank:05}.jsonl", [checkpoint(step, step, rank) for step in range(1, 41)])
+    reader = EventReader(str(tmp_path))
+    found = reader.poll(all_ranks=True)
+    assert {each["rank"] for each in found} == {0, 1, 2, 3} and reader.cut == 4 and reader.skipped == 0
+    assert sum(len(json.dumps(each)) for each in found) < 8000 and found[-1]["step"] == 40
+
+
+@pytest.mark.quick
+def test_a_file_of_events_that_is_asked_for_and_is_none_is_wrong_usage(job: Path, tmp_path: Path) -> None:
+    code, said = call("watch", job, "--once", "--events", tmp_path / "none.jsonl")
+    assert code == 2 and "none.jsonl" in said
+    (tmp_path / "link.jsonl").symlink_to(job / "events.jsonl")
+    assert call_json("watch", job, "--events", tmp_path / "link.jsonl")[1]["state"] == "ended"
 
 
 @pytest.mark.quick
@@ -167,7 +197,8 @@ def test_of_a_file_without_end_the_end_is_read(tmp_path: Path, monkeypatch: pyte
     [
         {"layerwise": 2}, {"event": "party"}, {"event": ["start"]}, {"time": 1e300}, {"time": "now"}, {"rank": -1},
         {"rank": True}, {"step": "1"}, {"step": None}, {"step": 10**12}, {"outcome": "great"}, {"stall_s": "1"},
-        {"stall_s": True}, {"reason": 3}, {"reason": "x" * 5000}, {"stall_s": 1 << 70},
+        {"stall_s": True}, {"reason": 3}, {"reason": "x" * 5000}, {"stall_s": 1 << 70}, {"stall_s": 10**400},
+        {"time": 10**400},
     ],
 )  # fmt: skip
 def test_what_is_no_event_is_passed_by(change: dict[str, Any]) -> None:
@@ -213,6 +244,31 @@ def test_rates_lag_and_speed() -> None:
 
 
 @pytest.mark.quick
+def test_a_commit_tells_how_far_training_was_then() -> None:
+    events = [start(), checkpoint(10, 10.0, lag_steps=0), checkpoint(20, 30.0, lag_steps=10)]
+    found = summary(events, 30.0, [Commit(20, BEGAN + 30, GB, 20)])
+    assert (found["step"], found["lag_steps"], found["steps_per_s"]) == (30, 10, 1.0)
+
+
+@pytest.mark.quick
+def test_the_99th_percentile_of_a_hundred_is_not_the_longest() -> None:
+    events = [start(), *(checkpoint(n, n, stall_s=n / 1e3) for n in range(1, 101))]
+    assert summary(events, 101.0, [])["stall_ms_p99"] == pytest.approx(99)
+
+
+@pytest.mark.quick
+def test_numbers_that_lie_make_no_number_that_is_none() -> None:
+    falls = (1e-300, 1e-310, 0.0)
+    events = [start(), *(checkpoint(n, 40.0 * n, disk_free_bytes=free) for n, free in enumerate(falls, 1))]
+    json.dumps(summary(events, 160.0, [], 0), allow_nan=False)
+    json.dumps(found := summary(events, 160.0, [], 1), allow_nan=False)
+    assert found["disk_full_in_s"] is None
+    back = [start(), checkpoint(1, 100.0), checkpoint(2, 50.0), checkpoint(3, 50.0)]  # the clock was set back
+    json.dumps(found := summary(back, 0.0, [Commit(3, BEGAN + 50, GB, 3)], GB), allow_nan=False)
+    assert found["steps_per_s"] is None and watching.lines({"dir": "d", **found})
+
+
+@pytest.mark.quick
 def test_a_disk_that_fills_up_is_full_in_a_time() -> None:
     events = [start(), *(checkpoint(n, 10.0 * n, disk_free_bytes=(100 - n) * GB) for n in range(1, 11))]
     found = summary(events, 110.0, [], 89 * GB)
@@ -244,7 +300,9 @@ def test_a_job_that_says_nothing_is_said_to_be_silent() -> None:
 
 @pytest.mark.quick
 def test_no_name_in_the_files_reaches_the_terminal_as_a_command() -> None:
-    bad = "\x1b]0;owned\x07 [red]x[/red] \u202e"
+    bad = "\x1b]0;owned\x07 [red]x[/red] \u202e\nstopped    of course\r\n"
     found = summary([start(), checkpoint(1, 1.0, outcome="failed", reason=bad)], 2.0, [])
-    text = "\n".join(each.plain for each in watching.lines({"dir": bad, **found, "disk_free_bytes": GB}))
+    made = [each.plain for each in watching.lines({"dir": bad, **found, "disk_free_bytes": GB})]
+    text = "\n".join(made)
     assert not {"\x1b", "\x07", "\u202e"} & set(text) and "[red]x[/red]" in text
+    assert not [line for line in made[1:] if "\n" in line], "no line of the view is made up"

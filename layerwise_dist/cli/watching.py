@@ -12,7 +12,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from layerwise_dist.cli.catalogue import Catalogue
+from layerwise_dist.cli.catalogue import Catalogue, WrongUsage
 from layerwise_dist.cli.console import Answer, age
 from layerwise_dist.errors import shown
 from layerwise_dist.supervision.processes import terminable
@@ -30,7 +30,7 @@ class Watcher:
 
     def __init__(self, directory: str, events: str | None) -> None:
         self.root = Catalogue(directory).root
-        self._reader = EventReader(self.root, events)
+        self._reader = reader_of(self.root, events)
         self._summary = Summary()
 
     def look(self) -> dict[str, Any]:
@@ -43,6 +43,14 @@ class Watcher:
         return {"dir": self.root, **self._summary.now(time.time(), commits, found.f_bavail * found.f_frsize)}
 
 
+def reader_of(root: str, events: str | None) -> EventReader:
+    """Raises WrongUsage where a file that is asked for is none."""
+    try:
+        return EventReader(root, events)
+    except OSError as error:
+        raise WrongUsage(f"--events: {error}") from None
+
+
 def once(directory: str, events: str | None) -> Answer:
     found = Watcher(directory, events).look()
     return Answer(found, [*lines(found)], good=found["stopped"] is None)
@@ -50,9 +58,9 @@ def once(directory: str, events: str | None) -> Answer:
 
 def live(directory: str, events: str | None, every_s: float) -> None:
     """Until Ctrl-C. Raises WrongUsage at the start only: a directory that goes away is reported, and may come back."""
-    watcher = Watcher(directory, events)
     console = Console(highlight=False)
     try:
+        watcher = Watcher(directory, events)
         with terminable(), Live(Text(""), console=console, auto_refresh=False) as view:
             while True:
                 view.update(_frame(watcher), refresh=True)
@@ -90,12 +98,16 @@ def lines(found: dict[str, Any]) -> list[Text]:
         bad = found["outcomes"]["failed"]
         add("outcomes", ", ".join(f"{count} {name}" for name, count in found["outcomes"].items()), "red" if bad else "")
     for each in reversed(found["failures"]):
-        reason = shown(each["reason"] or "", _LONGEST_REASON)
-        add("failed", f"step {each['step']}, {age(each['age_s'])} ago: {reason}", "red")
+        add("failed", f"step {each['step']}, {age(each['age_s'])} ago: {_reason(each['reason'] or '')}", "red")
     if found["stopped"] is not None:
-        add("stopped", shown(found["stopped"], _LONGEST_REASON), "bold red")
+        add("stopped", _reason(found["stopped"]), "bold red")
     add("disk", *_disk(found))
     return made
+
+
+def _reason(text: str) -> str:
+    """Without line ends: one could stand for a line of this view."""
+    return shown(" ".join(text.split()), _LONGEST_REASON)
 
 
 def _job(found: dict[str, Any]) -> tuple[str, str]:

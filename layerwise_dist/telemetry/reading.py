@@ -6,7 +6,6 @@ Files may vanish, be rotated, or end within a line at any time. No link is follo
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import stat
@@ -19,6 +18,7 @@ from layerwise_dist.telemetry.names import COMMON, EVENTS, FIELDS, OUTCOMES, VER
 
 _LONGEST_LINE = 64 << 10
 _MOST_BYTES = 64 << 20  # of one file: its end
+_MOST_OF_ALL = 128 << 20  # of the files of all ranks: in memory their events take ten times as much
 _LONGEST_TEXT = 4000
 _LAST_TIME = 1e11  # seconds since 1970
 _OF_RANK = re.compile(r"\.([0-9]{5})\.jsonl\Z")
@@ -26,14 +26,14 @@ _TEXTS = {"host", "mode", "framework", "version", "outcome", "reason"}
 _NUMBERED = {"step": filenames.STEPS_END, "epoch": filenames.NUMBERS_END, "seq": filenames.NUMBERS_END}
 
 
-def parse(line: bytes) -> dict[str, Any] | None:
+def parse(line: bytes | bytearray) -> dict[str, Any] | None:
     """An event with exactly the members that its kind has, each a text, a finite number, or None; None for any other
     line.
     """
     if len(line) > _LONGEST_LINE:
         return None
     try:
-        found = strict_json.loads(line)
+        found = strict_json.loads(bytes(line))
     except ValueError:
         return None
     if type(found) is not dict or found.get("layerwise") != VERSION:
@@ -50,7 +50,7 @@ def parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and abs(value) < 2**63  # type: ignore[arg-type]
+    return type(value) in (int, float) and abs(value) < 2**63  # type: ignore[arg-type]  # NaN is not less either
 
 
 def _fits(name: str, value: object) -> bool:
@@ -63,9 +63,15 @@ def _fits(name: str, value: object) -> bool:
     return value is None or _number(value)
 
 
+def _written(path: str) -> int:
+    try:
+        return os.lstat(path).st_mtime_ns
+    except OSError:
+        return 0  # gone meanwhile
+
+
 @dataclass
 class _Place:
-    identity: tuple[int, int]
     offset: int
 
 
@@ -73,13 +79,18 @@ class EventReader:
     """Of all files of events in one directory, or of one file. `poll` gives what came since the last call."""
 
     def __init__(self, directory: str, file: str | None = None) -> None:
-        """With `file`, of that one alone."""
+        """With `file`, of that one alone, through links too: it was asked for by name. OSError if there is none."""
         self._directory, self._file = directory, file
-        self._places: dict[str, _Place] = {}
+        self._places: dict[tuple[int, int], _Place] = {}  # by device and inode: a file that is renamed is the same
         self.skipped = 0  # lines that are no events
+        self.cut = 0  # files of which only the end was read
+        if file is not None and not stat.S_ISREG(os.stat(file).st_mode):
+            raise OSError(f"{file}: is not a regular file")
 
     def files(self, *, all_ranks: bool) -> list[str]:
-        """Paths; unless of `all_ranks`, those of the lowest rank that has some here. OSError for no directory."""
+        """Paths, each rank's by when they were last written; unless of `all_ranks`, those of the lowest rank that has
+        some here. OSError for no directory.
+        """
         if self._file is not None:
             return [self._file]
         ranks: dict[int, list[str]] = {}
@@ -88,15 +99,19 @@ class EventReader:
                 match = _OF_RANK.search(name)
                 ranks.setdefault(int(match[1]) if match else 0, []).append(os.path.join(self._directory, name))
         kept = sorted(ranks) if all_ranks else sorted(ranks)[:1]
-        return [path for rank in kept for path in ranks[rank]]
+        return [path for rank in kept for path in sorted(ranks[rank], key=_written)]
 
     def poll(self, *, all_ranks: bool = False) -> list[dict[str, Any]]:
         """New events, file by file in the order in which they were written. Raises OSError if the directory is gone."""
-        return [event for path in self.files(all_ranks=all_ranks) for event in self._new(path)]
+        paths = self.files(all_ranks=all_ranks)
+        most = min(_MOST_BYTES, max(2 * _LONGEST_LINE, _MOST_OF_ALL // max(1, len(paths))))
+        return [event for path in paths for event in self._new(path, most)]
 
-    def _new(self, path: str) -> Iterator[dict[str, Any]]:
+    def _new(self, path: str, most: int) -> Iterator[dict[str, Any]]:
+        """At most the newest `most` bytes of a file that is new, and as many of one that is known."""
+        links = os.O_NOFOLLOW if self._file is None else 0
         try:
-            file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            file = os.open(path, os.O_RDONLY | links | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
             return  # gone meanwhile, a link, or not ours to read
         try:
@@ -104,14 +119,15 @@ class EventReader:
             if not stat.S_ISREG(found.st_mode):
                 return
             identity = found.st_dev, found.st_ino
-            place = self._places.get(path)
+            place = self._places.get(identity)
             within = False
-            if place is None or place.identity != identity or found.st_size < place.offset:
-                begin = max(0, found.st_size - _MOST_BYTES)
-                place = self._places[path] = _Place(identity, begin)
+            if place is None or found.st_size < place.offset:
+                begin = max(0, found.st_size - most)
+                place = self._places[identity] = _Place(begin)
                 within = begin > 0
-            data = b""
-            while len(data) < _MOST_BYTES and (more := os.pread(file, 1 << 20, place.offset + len(data))):
+                self.cut += within
+            data = bytearray()
+            while len(data) < most and (more := os.pread(file, min(1 << 20, most), place.offset + len(data))):
                 data += more
         except OSError:
             return
@@ -122,7 +138,9 @@ class EventReader:
             whole = len(data)  # of no end: passed by
         place.offset += whole
         for number, line in enumerate(data[:whole].split(b"\n")):
-            event = None if within and number == 0 else parse(line)
+            if within and number == 0:
+                continue  # the end of a line
+            event = parse(line)
             if event is not None:
                 yield event
             elif line:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 _WINDOW = 200  # checkpoints that rates, stalls and failures are of
 _REASONS = 3
 _LEAST_S = 30.0  # a disk that is watched for less says nothing about when it is full
+_FAR_S = 3650 * 86400.0  # nor does a trend that long
 
 
 class Commit(NamedTuple):
@@ -52,7 +54,8 @@ class Summary:
         if event.get("lag_steps") is not None and kind == "progress":
             self._positions.append((event["time"], event["step"]))
         elif kind == "checkpoint" and event["outcome"] == "committed":
-            self._positions.append((event["time"], event["step"]))
+            # Its own step is one that training has passed long ago.
+            self._positions.append((event["time"], event["step"] + max(0, round(event["lag_steps"] or 0))))
 
     def now(self, now: float, commits: Sequence[Commit], free: int | None) -> dict[str, Any]:
         """`commits` of the lineage, newest first. `free`: bytes left on the disk now. What is not known is None."""
@@ -82,7 +85,7 @@ class Summary:
             "rank_gb_per_s": last["gb_per_s"] if last is not None else None,
             "committed_s": last["committed_s"] if last is not None else None,
             "stall_ms_p50": 1e3 * statistics.median(stalls) if stalls else None,
-            "stall_ms_p99": 1e3 * stalls[min(len(stalls) - 1, int(0.99 * len(stalls)))] if stalls else None,
+            "stall_ms_p99": 1e3 * stalls[math.ceil(0.99 * len(stalls)) - 1] if stalls else None,
             "outcomes": dict(self._counts) if self._start is not None or any(self._counts.values()) else None,
             "failures": [
                 {"step": each["step"], "age_s": now - each["time"], "reason": each["reason"]}
@@ -113,7 +116,7 @@ class Summary:
         if free is None or len(seen) < 3 or seen[-1][0] - seen[0][0] < _LEAST_S:
             return None
         slope = statistics.linear_regression([at for at, _ in seen], [left for _, left in seen]).slope
-        return free / -slope if slope < 0 else None
+        return free / -slope if slope < 0 and free < _FAR_S * -slope else None
 
 
 def _rate_of(commits: Sequence[Commit]) -> float | None:

@@ -25,7 +25,7 @@ def checkpoint(step: int, at: float, rank: int = 0, outcome: str = "committed", 
     measured: dict[str, Any] = {
         "state_bytes": 10**9, "shard_bytes": 10**9, "write_s": 1.0, "gb_per_s": 1.0, "staged_s": 0.1, "durable_s": 1.1,
         "committed_s": 1.2, "stall_s": 0.004, "stall_open_s": 0.001, "stall_seal_s": 0.001, "stall_settle_s": 0.0,
-        "stall_fence_s": 0.002, "lag_steps": 1, "lag_s": 0.5, "in_flight": 0,
+        "stall_fence_s": 0.002, "lag_steps": 0, "lag_s": 0.0, "in_flight": 0,
     }  # fmt: skip
     more = measured if outcome == "committed" else {}
     return event(
