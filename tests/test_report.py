@@ -21,7 +21,7 @@ import layerwise_dist as lwd
 from layerwise_dist.report import charts as drawing
 from layerwise_dist.report import page as pages
 from layerwise_dist.report.charts import charts
-from layerwise_dist.report.facts import Branch, Commit, Facts
+from layerwise_dist.report.facts import Branch, Commit, Facts, median, percentile
 from layerwise_dist.report.page import render
 
 HOSTILE = "</text><script>alert(1)</script><img src=x onerror=alert(1)> $\\frac{1}{$ & \"' \x1b[31m \u202e {{ 7*7 }}"
@@ -145,6 +145,8 @@ def test_of_nothing_and_of_little_there_is_a_page_too() -> None:
     assert "There are no events" in empty and "<svg" not in empty
     one = charts(Facts("/data", BEGAN, [checkpoint(1, 1.0, stall_s=0.0)], [], [], {"": 0}))
     assert {"timeline", "stalls", "throughput", "layers"} == set(one)
+    for stall in (1e-9, 0.004, 1e15):
+        assert "stalls" in charts(Facts("/data", BEGAN, [checkpoint(n, n, stall_s=stall) for n in (1, 2)], [], [], {}))
     wide = charts(Facts("/data", BEGAN, [checkpoint(n, n, stall_s=10.0**-n) for n in range(1, 5)], [], [], {}))
     assert "$" not in wide["stalls"] and ">0.1<" in wide["stalls"] and ">100<" in wide["stalls"]
 
@@ -152,6 +154,12 @@ def test_of_nothing_and_of_little_there_is_a_page_too() -> None:
 def test_a_run_without_end_makes_a_page_with_an_end() -> None:
     pytest.importorskip("matplotlib")
     assert len(render(facts(ranks=1, steps=20_000))) < 3_000_000
+
+
+def test_medians_and_percentiles() -> None:
+    assert median([1.0, 3.0]) == 2.0 and median([]) is None
+    hundred = [float(n) for n in range(1, 101)]
+    assert (percentile(hundred, 0.99), percentile([7.0], 0.99), percentile([], 0.99)) == (99.0, 7.0, None)
 
 
 def test_the_command_makes_a_page_of_a_job_and_replaces_nothing_unasked(tmp_path: Path) -> None:

@@ -8,10 +8,12 @@ import time
 
 from layerwise_dist.cli.catalogue import Catalogue, WrongUsage
 from layerwise_dist.cli.console import Answer, size
+from layerwise_dist.cli.watching import reader_of
 from layerwise_dist.errors import DamageError
 from layerwise_dist.report.facts import Branch, Commit, Facts
 from layerwise_dist.report.page import render
-from layerwise_dist.telemetry.reading import EventReader
+
+_CUT = "event files too long to read whole: {}; only the newest events of each are included"
 
 
 def report(directory: str, out: str, events: str | None, *, force: bool) -> Answer:
@@ -19,7 +21,7 @@ def report(directory: str, out: str, events: str | None, *, force: bool) -> Answ
     catalogue = Catalogue(directory)
     if not force and os.path.lexists(out):
         raise WrongUsage(f"{out}: already exists: choose another name, or give --force")
-    reader = EventReader(catalogue.root, events)
+    reader = reader_of(catalogue.root, events)
     told = reader.poll(all_ranks=True)
     layers, problems = _layers(catalogue)
     facts = Facts(
@@ -28,14 +30,16 @@ def report(directory: str, out: str, events: str | None, *, force: bool) -> Answ
             Branch(seq, record.parent.seq if record.parent else None)
             for seq, record in sorted(catalogue.inventory.branches.items())
         ],
-        layers, [*sorted(catalogue.damaged_records.values()), *problems],
+        layers, [*sorted(catalogue.damaged_records.values()), *problems], _CUT.format(reader.cut) if reader.cut else "",
     )  # fmt: skip
     page = render(facts).encode(errors="replace")
     _write(out, page)
     said = f"{out}: {size(len(page))}, from {len(told)} events and {len(facts.commits)} checkpoints"
     parts = [said, f"{reader.skipped} lines skipped: not events of this version"] if reader.skipped else [said]
+    if reader.cut:
+        parts.append(_CUT.format(reader.cut))
     data = {"out": os.path.abspath(out), "bytes": len(page), "events": len(told), "checkpoints": len(facts.commits),
-            "skipped_lines": reader.skipped}  # fmt: skip
+            "skipped_lines": reader.skipped, "cut_files": reader.cut}  # fmt: skip
     return Answer(data, [*parts])
 
 

@@ -93,9 +93,10 @@ def _stalls(axes: Any, stalls_ms: Sequence[float]) -> None:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")  # its own would be in TeX
         axes.xaxis.set_minor_formatter("")
         count, ratio = 30, (high / low) ** (1 / 30)
-        bins: Any = [low * ratio**n for n in range(count + 1)]
+        bins = [*(low * ratio**n for n in range(count)), high]  # rounding may leave the longest out otherwise
     else:
-        bins = 30
+        width = max((high - low) / 30, low * 0.02)  # all alike too have room beside them
+        bins = [low + width * n for n in range(-1, 32)]
     axes.hist([max(1e-3, each) for each in stalls_ms], bins=bins, color=FIRST)
     axes.set_xlabel("milliseconds of the training thread")
     axes.set_ylabel("checkpoints")

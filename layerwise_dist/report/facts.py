@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -56,6 +57,7 @@ class Facts:
     branches: Sequence[Branch]
     layers: dict[str, int]
     problems: Sequence[str] = field(default_factory=list)
+    cut: str = ""  # what is left out, in words
 
     @cached_property
     def checkpoints(self) -> list[Event]:
@@ -110,8 +112,7 @@ class Facts:
         last = Counter(event["slowest_rank"] for event in self.committed if event["slowest_rank"] is not None)
 
         def middle(events: list[Event], name: str) -> float | None:
-            values = [event[name] for event in events if event[name] is not None]
-            return statistics.median(values) if values else None
+            return median([event[name] for event in events if event[name] is not None])
 
         found = [
             RankFigures(
@@ -123,5 +124,10 @@ class Facts:
 
 
 def percentile(values: Sequence[float], share: float) -> float | None:
+    """By nearest rank: the smallest value that at least this share of the values does not exceed."""
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else None
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else None
+
+
+def median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None

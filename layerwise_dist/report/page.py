@@ -10,7 +10,7 @@ import datetime
 
 from layerwise_dist.errors import UnsupportedError, shown
 from layerwise_dist.report.charts import charts
-from layerwise_dist.report.facts import PARTS, Event, Facts, percentile
+from layerwise_dist.report.facts import PARTS, Event, Facts, median, percentile
 from layerwise_dist.units import size
 
 _LISTED = 100
@@ -68,7 +68,7 @@ td.when { white-space: nowrap; }
 </head>
 <body>
 <h1>Checkpoints of {{ directory }}</h1>
-<p class="soft">Made {{ made }}.{% if run %} {{ run }}{% endif %}</p>
+<p class="soft">Made {{ made }}.{% if run %} {{ run }}{% endif %}{% if cut %} {{ cut }}.{% endif %}</p>
 <dl class="figures">
 {% for name, value in figures %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>
 {% endfor %}</dl>
@@ -130,7 +130,8 @@ def render(facts: Facts) -> str:
     ranks = facts.ranks
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(_PAGE)
     return page.render(
-        directory=_text(facts.directory), made=_when(facts.made), run=_run(facts), figures=_figures(facts),
+        directory=_text(facts.directory), made=_when(facts.made), run=_run(facts), cut=facts.cut,
+        figures=_figures(facts),
         charts={name: drawn.get(name) for name, *_ in _panels(facts)}, panels=_panels(facts),
         slowest=_slowest(facts), more_ranks=max(0, len(ranks) - _RANKS),
         ranks=[
@@ -172,10 +173,10 @@ def _figures(facts: Facts) -> list[tuple[str, str]]:
         found.append(("checkpoint", size(newest.nbytes)))
     found += [(name, str(facts.outcomes[name])) for name in ("committed", "failed", "skipped") if facts.checkpoints]
     if facts.stalls_ms:
-        median, high = percentile(facts.stalls_ms, 0.5), percentile(facts.stalls_ms, 0.99)
-        assert median is not None and high is not None
-        found += [("stall, median", _seconds(median / 1e3)), ("stall, p99", _seconds(high / 1e3))]
-    took = percentile([event["committed_s"] for event in facts.committed if event["committed_s"] is not None], 0.5)
+        middle, high = median(facts.stalls_ms), percentile(facts.stalls_ms, 0.99)
+        assert middle is not None and high is not None
+        found += [("stall, median", _seconds(middle / 1e3)), ("stall, p99", _seconds(high / 1e3))]
+    took = median([event["committed_s"] for event in facts.committed if event["committed_s"] is not None])
     if took is not None:
         found.append(("until committed", _seconds(took)))
     return found
@@ -194,7 +195,7 @@ def _slowest(facts: Facts) -> str:
     if not known or not facts.ranks or not facts.ranks[0].last:
         return "Which rank was last is not known: rank 0's events tell it, in mode direct."
     first = facts.ranks[0]
-    behind = percentile([e["slowest_behind_s"] for e in known if e["slowest_behind_s"] is not None], 0.5)
+    behind = median([e["slowest_behind_s"] for e in known if e["slowest_behind_s"] is not None])
     return (
         f"Rank {first.rank} was the last in {first.last} of {len(known)} checkpoints; the last is "
         f"{_seconds(behind)} after the first (median)."
