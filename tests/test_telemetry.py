@@ -406,6 +406,7 @@ def test_a_disk_that_takes_half_a_line_costs_that_line_only(tmp_path: Path, monk
     ("telemetry", "said"),
     [
         ({"events": "events.txt"}, "ends in .jsonl"), ({"events": "logs/events.jsonl"}, "must be a file name"),
+        ({"events": "a.00001.jsonl"}, "no number of a rank"), ({"events": ".jsonl"}, "a name before"),
         ({"events": "a\0.jsonl"}, "must be a file name"), ({"prometheus_port": 0}, "telemetry.prometheus_port = 0"),
         ({"wandb": True}, r"unknown key 'telemetry.wandb'; known are events,"),
     ],

@@ -198,7 +198,7 @@ def test_of_a_file_without_end_the_end_is_read(tmp_path: Path, monkeypatch: pyte
         {"layerwise": 2}, {"event": "party"}, {"event": ["start"]}, {"time": 1e300}, {"time": "now"}, {"rank": -1},
         {"rank": True}, {"step": "1"}, {"step": None}, {"step": 10**12}, {"outcome": "great"}, {"stall_s": "1"},
         {"stall_s": True}, {"reason": 3}, {"reason": "x" * 5000}, {"stall_s": 1 << 70}, {"stall_s": 10**400},
-        {"time": 10**400},
+        {"time": 10**400}, {"slowest_rank": 0.5}, {"slowest_rank": -1},
     ],
 )  # fmt: skip
 def test_what_is_no_event_is_passed_by(change: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -123,6 +124,8 @@ class TelemetryConfig(Strict):
     @field_validator("events")
     @classmethod
     def _lines(cls, value: str | None) -> str | None:
+        if value is not None and re.search(r"(\A|/)\.jsonl\Z|\.[0-9]{5}\.jsonl\Z", value):
+            raise ValueError("must have a name before .jsonl, and no number of a rank there (.00001.jsonl)")
         plain = value is None or ("\0" not in value and (os.path.isabs(value) or os.sep not in value))
         if value is None or (plain and value.endswith(".jsonl")):
             return value

@@ -6,15 +6,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from layerwise_dist.config import TelemetryConfig
 from layerwise_dist.errors import ConfigError, UnsupportedError
 from layerwise_dist.telemetry.assembling import PARTS, Boundary, Event
 from layerwise_dist.telemetry.names import MEASURES, OUTCOMES
-
-if TYPE_CHECKING:
-    pass
 
 TAG = "layerwise/"  # before the name of a measure in TensorBoard
 PREFIX = "layerwise_"  # before the name of a metric in Prometheus

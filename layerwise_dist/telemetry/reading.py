@@ -23,6 +23,7 @@ _LONGEST_TEXT = 4000
 _LAST_TIME = 1e11  # seconds since 1970
 _OF_RANK = re.compile(r"\.([0-9]{5})\.jsonl\Z")
 _TEXTS = {"host", "mode", "framework", "version", "outcome", "reason"}
+_RANKS = {"world_size": filenames.RANKS_END + 1, "slowest_rank": filenames.RANKS_END}
 _NUMBERED = {"step": filenames.STEPS_END, "epoch": filenames.NUMBERS_END, "seq": filenames.NUMBERS_END}
 
 
@@ -58,6 +59,8 @@ def _fits(name: str, value: object) -> bool:
         return value in OUTCOMES
     if name in _NUMBERED:
         return type(value) is int and 0 <= value < _NUMBERED[name]
+    if name in _RANKS:
+        return value is None or (type(value) is int and 0 <= value < _RANKS[name])
     if name in _TEXTS:
         return value is None or (type(value) is str and len(value) <= _LONGEST_TEXT)
     return value is None or _number(value)
