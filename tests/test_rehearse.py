@@ -29,7 +29,7 @@ from layerwise_dist.rehearsal.contents import restless
 from layerwise_dist.rehearsal.plan import VARIABLE, Plan, told
 from layerwise_dist.rehearsal.running import Job, RunFailed
 from layerwise_dist.rehearsal.trial import Trial, Unfit, Verdict
-from layerwise_dist.supervision.processes import undisturbed
+from layerwise_dist.supervision.processes import terminable, undisturbed
 
 SCRIPT = JOBS / "rehearsed.py"
 COMMAND = [sys.executable, "-P", "-c", "from layerwise_dist.cli import main; main()", "rehearse"]
@@ -172,6 +172,20 @@ def test_what_a_failed_run_left_is_kept_on_request_and_its_last_words_are_told(t
     assert (kept / "first.txt").read_text().startswith("line 1 of")
 
 
+@pytest.mark.quick
+def test_a_terminal_that_is_closed_ends_a_command_as_ctrl_c_does() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with pytest.raises(KeyboardInterrupt), terminable():
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.signal(signal.SIGHUP, signal.SIG_IGN) is signal.SIG_DFL
+        with terminable(), undisturbed():  # of nohup
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.quick
 def test_a_second_ctrl_c_waits_until_the_cleaning_up_is_over() -> None:
     done = []
     with pytest.raises(KeyboardInterrupt), undisturbed():

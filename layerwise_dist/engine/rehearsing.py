@@ -194,8 +194,9 @@ class Rehearsal:
         os.kill(os.getpid(), signal.SIGKILL)  # by itself, if nobody is left who would
 
     def _tell(self, what: str, **more: Any) -> None:
-        if self._file is not None:
-            os.write(self._file, (json.dumps({"t": what, **more}) + "\n").encode())
+        line = (json.dumps({"t": what, **more}) + "\n").encode()
+        while line and self._file is not None:
+            line = line[os.write(self._file, line) :]  # of a disk that takes half of it, why comes next
 
 
 class _Warnings(logging.Handler):
@@ -206,7 +207,10 @@ class _Warnings(logging.Handler):
         self._say = tell
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._say(record.getMessage())
+        try:
+            self._say(record.getMessage())
+        except OSError:
+            self.handleError(record)  # who warns has nothing to do with it
 
 
 def _described(tap: LoaderTap) -> dict[str, Any]:

@@ -147,8 +147,10 @@ def run(
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         file.write(plan.model_dump_json())
     story, log = Story(plan), folder / f"{name}.txt"
-    job = start(command, {**environment, VARIABLE: str(path)}, log)
+    job: Job | None = None
     try:
+        with undisturbed():  # what is started is known here
+            job = start(command, {**environment, VARIABLE: str(path)}, log)
         deadline, newest, done_at = time.monotonic() + limit_s, 0, None
         while True:
             code = job.poll()  # before the story: what it told to its end is then in that
@@ -171,8 +173,9 @@ def run(
             time.sleep(_LOOK_S)
     finally:
         try:
-            with undisturbed():  # a second Ctrl-C would leave processes behind
-                job.kill()
+            if job is not None:
+                with undisturbed():  # a second Ctrl-C would leave processes behind
+                    job.kill()
         except RuntimeError as error:  # a disk that hangs holds them
             raise RunFailed(f"the {name} run can't be ended: {error}", attached=bool(story.directories)) from None
         finally:

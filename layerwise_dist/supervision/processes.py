@@ -99,8 +99,8 @@ def kill_all(find: Callable[[], list[int]], timeout_s: float = 30.0) -> int:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """SIGINT and SIGTERM wait until the body is over: a second Ctrl-C does not undo the cleaning up after the first.
-    Raises KeyboardInterrupt then.
+    """SIGINT, SIGTERM and SIGHUP wait until the body is over: a second Ctrl-C does not undo the cleaning up after the
+    first. Raises KeyboardInterrupt then.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -108,7 +108,8 @@ def undisturbed() -> Iterator[None]:
     came: list[int] = []
     before = {
         number: signal.signal(number, lambda found, frame: came.append(found))
-        for number in (signal.SIGINT, signal.SIGTERM)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) not in (signal.SIG_IGN, None)  # ignored: nohup
     }
     try:
         yield
@@ -121,8 +122,9 @@ def undisturbed() -> Iterator[None]:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM ends the body as Ctrl-C does, so that nothing is left behind. A KeyboardInterrupt leaves it, also where a
-    library in it has made another exception of that one (torch.distributed.checkpoint does).
+    """SIGTERM, and SIGHUP of a terminal that is closed, end the body as Ctrl-C does, so that nothing is left behind. A
+    KeyboardInterrupt leaves it, also where a library in it has made another exception of that one
+    (torch.distributed.checkpoint does).
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -136,6 +138,8 @@ def terminable() -> Iterator[None]:
         raise KeyboardInterrupt
 
     ours = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # ignored: nohup
+        ours.append(signal.SIGHUP)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         ours.append(signal.SIGINT)
     before = {number: signal.signal(number, interrupt) for number in ours}
