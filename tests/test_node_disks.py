@@ -27,6 +27,8 @@ from layerwise_dist.commit import pins
 from layerwise_dist.commit.keeper import Keeper
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.session import Committer
+from layerwise_dist.engine.engine import workings_of
+from layerwise_dist.frameworks.parts import WHOLE
 from layerwise_dist.restore import handing
 from layerwise_dist.restore.handing import Handing
 from layerwise_dist.restore.sight import Sight
@@ -322,6 +324,22 @@ def test_jobs_that_went_on_without_each_other_are_told_apart(nodes: Nodes) -> No
         values(nodes.job([node], anew, fresh=True))
     for thread in nodes.job([0, 1], trains(0)):
         assert isinstance(thread.error, errors.DirectoryError) and "without each other" in str(thread.error)
+
+
+def test_ranks_that_see_other_trainings_at_one_path_restore_none(nodes: Nodes) -> None:
+    def saves(model: Any, optimizer: Any, engine: Any, rank: int) -> None:
+        anew(model, optimizer, engine, rank)
+        engine.save("it")
+
+    def restores(model: Any, optimizer: Any, engine: Any, rank: int) -> int:
+        elsewhere = str(nodes.disk(2 + rank))
+        return workings_of(engine).restores.restore_parts(WHOLE, tag="it", root=elsewhere)
+
+    for node in (2, 3):
+        values(nodes.job([node, node], saves, salt=node, alike=False))
+    for there in ([0, 0], [0, 1]):
+        for thread in nodes.job(there, restores, alike=False, fresh=True):
+            assert isinstance(thread.error, errors.DirectoryError) and "different trainings" in str(thread.error)
 
 
 def test_a_manifest_is_brought_to_a_node_whose_ranks_are_others_now(nodes: Nodes) -> None:
