@@ -187,8 +187,10 @@ class Restorer:
             return self._cut_anew(attempt, terms, exchange, checked.manifest, held)
 
     def _cut_alike(self, checked: Checked) -> LoadPlan | None:
-        """The plan, if each rank is cut as it was. Raises DirectoryError where ranks have read different checkpoints: in
-        directories that have one path, jobs that know nothing of each other count from the same number.
+        """The plan, if each rank is cut as it was.
+
+        Raises DirectoryError where ranks have read different checkpoints: in directories that have one path, jobs that
+        know nothing of each other count from the same number.
         """
         where = self._where(checked.manifest)
 
