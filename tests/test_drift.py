@@ -164,6 +164,34 @@ def test_two_ranks_have_no_majority_and_state_that_drifts_is_named_and_kept_apar
     assert f"exp_avg/{name} (block" in message["reason"] and "(rank 2 against 2 that agree)" in message["reason"]
 
 
+def sampled(seq: int, params: str) -> Any:
+    return {"seq": seq, "step": seq, "late": False, "params": params * 16, "state": "", "blocks": ["param/w (block 0)"]}
+
+
+def test_many_groups_of_ranks_are_compared_at_once_and_old_samples_are_forgotten() -> None:
+    held, found = alike.Samples(), []
+    for second in (False, True):
+        for number in range(0, 400, 2):
+            params = "b" if second and number == 2 else "a"
+            group: Any = {"ranks": f"{number},{number + 1}", "count": 2, "listing": "", "new": [],
+                          "samples": [sampled(7, params)]}  # fmt: skip
+            found += held.take(number + second, group)
+    assert [unlike.ranks for unlike in found] == ["2,3"]
+    for seq in range(8, 200):  # of which the other rank never speaks
+        alone: Any = {"ranks": "0,1", "count": 2, "listing": "", "new": [], "samples": [sampled(seq, "a")]}
+        assert list(held.take(0, alone)) == []
+    assert len(held._said) <= 16
+
+
+def test_where_a_tensor_lies_in_its_storage_is_no_part_of_its_sum() -> None:
+    values = torch.arange(2 * 1024, dtype=torch.bfloat16)
+    sums = set()
+    for before in range(5):
+        storage = torch.cat((torch.zeros(before, dtype=torch.bfloat16), values))
+        sums.add(int(samples._sum(storage[before:], 0, 4096)))
+    assert len(sums) == 1
+
+
 def test_blocks_grow_with_the_state_and_come_round_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samples, "WINDOW_BYTES", 64)
     monkeypatch.setattr(samples, "MOST_BLOCKS", 4)

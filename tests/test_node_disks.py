@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import time
 from array import array
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ from layerwise_dist.commit import pins
 from layerwise_dist.commit.keeper import Keeper
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.session import Committer
+from layerwise_dist.engine.engine import workings_of
+from layerwise_dist.frameworks.parts import WHOLE
 from layerwise_dist.restore import handing
 from layerwise_dist.restore.handing import Handing
 from layerwise_dist.restore.sight import Sight
@@ -322,6 +325,41 @@ def test_jobs_that_went_on_without_each_other_are_told_apart(nodes: Nodes) -> No
         values(nodes.job([node], anew, fresh=True))
     for thread in nodes.job([0, 1], trains(0)):
         assert isinstance(thread.error, errors.DirectoryError) and "without each other" in str(thread.error)
+
+
+def test_ranks_that_see_other_trainings_at_one_path_restore_none(nodes: Nodes) -> None:
+    def saves(model: Any, optimizer: Any, engine: Any, rank: int) -> None:
+        anew(model, optimizer, engine, rank)
+        engine.save("it")
+
+    def restores(model: Any, optimizer: Any, engine: Any, rank: int) -> int:
+        elsewhere = str(nodes.disk(2 + rank))
+        return workings_of(engine).restores.restore_parts(WHOLE, tag="it", root=elsewhere)
+
+    for node in (2, 3):
+        values(nodes.job([node, node], saves, salt=node, alike=False))
+    for there in ([0, 0], [0, 1]):
+        for thread in nodes.job(there, restores, alike=False, fresh=True):
+            assert isinstance(thread.error, errors.DirectoryError) and "different trainings" in str(thread.error)
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+def test_a_shard_that_another_job_left_under_the_same_name_is_no_part_of_a_restore(
+    nodes: Nodes, caplog: pytest.LogCaptureFixture, hashed: bool
+) -> None:
+    values(nodes.job([0, 0], trains(1), hash=hashed))
+    nodes.disk(1).mkdir()
+    shutil.copy(nodes.disk(0) / filenames.IDENTITY, nodes.disk(1))
+    (folder,) = nodes.disk(0).glob("step_*")
+    shutil.copytree(folder, nodes.disk(1) / folder.name, ignore=shutil.ignore_patterns("manifest*"))
+    for path in nodes.disk(1).glob("step_*/rank_*"):  # as long as the other, and of another state
+        data = path.read_bytes()
+        end = 8 + int.from_bytes(data[:8], "little")
+        header = re.sub(rb'("state_hash":")[0-9a-f]{16}', rb"\g<1>0123456789abcdef", data[:end])
+        path.write_bytes(header + bytes(byte ^ 1 for byte in data[end:]))
+    for thread in nodes.job([0, 0, 1], trains(0, step=1), hash=hashed):
+        assert isinstance(thread.error, errors.DamageError)
+    assert "rank 2: shard" in caplog.text and "does not match its hash in the" in caplog.text
 
 
 def test_a_manifest_is_brought_to_a_node_whose_ranks_are_others_now(nodes: Nodes) -> None:

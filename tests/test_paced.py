@@ -43,6 +43,9 @@ def test_one_rank_alone_saves_at_the_interval_and_its_last_step(tmp_path: Path) 
             optimizer.step()
     assert sorted(each.step for each in ckpt.metadata.inventory().manifests.values()) == [4, 8, 10]
     assert (ckpt.stats()["every_n_steps"], ckpt.stats()["interval_changes"]) == (4, 0)
+    others = settings(str(tmp_path), every_n_steps="auto", interval={"max_steps": 3})
+    with lwd.attach(model, optimizer, others) as ckpt:
+        assert (ckpt.restore(), ckpt.stats()["every_n_steps"]) == (10, 3), "the limits of now hold"
 
 
 @pytest.mark.quick

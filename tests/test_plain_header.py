@@ -115,6 +115,18 @@ def test_all_that_our_writer_writes_is_read_by_the_shorter_way(
     assert not compare(spaced, beside, monkeypatch), "what only another writer would write is left to the definition"
 
 
+def test_what_ends_where_no_file_can_is_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    tree, beside = json.loads(written("nothing")[0]), (1 << 63) - 1
+    tree = {"__metadata__": tree["__metadata__"]}
+    for name, kind, begin, end in (
+        ("param/w", "U8", 0, beside), ("state/json", "U8", beside, beside), ("state/bytes", "U8", beside, beside)
+    ):  # fmt: skip
+        tree[name] = {"dtype": kind, "shape": [end - begin], "data_offsets": [begin, end]}
+    data = region(_compact(tree).encode())
+    assert shorter(data, ALIGN) is None
+    assert "no file is that long" in str(defined(data, ALIGN, monkeypatch))
+
+
 # -- what nobody wrote -----------------------------------------------------------------------------------------------
 
 STRANGE = [

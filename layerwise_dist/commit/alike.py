@@ -14,7 +14,7 @@ _WAY_OUT = (
 )
 _DIGITS = 16  # of a hash
 _LISTED = 3
-_REMEMBERED = 64  # samples that not all have spoken of
+_REMEMBERED = 16  # checkpoints whose samples wait for ranks that have not spoken yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,7 @@ class Samples:
     def __init__(self) -> None:
         # By ranks, listing, seq, and whether they come late: ranks are not at the same checkpoint at one time.
         self._said: dict[tuple[str, str, int, bool], dict[int, Sampled]] = {}
+        self._newest = 0
 
     def take(self, rank: int, group: AlikeGroup) -> Iterator[Unlike]:
         for sampled in group["samples"]:
@@ -45,13 +46,23 @@ class Samples:
             said[rank] = sampled
             if len(said) == group["count"]:
                 yield from _judged(group["ranks"], self._said.pop(key))
-        while len(self._said) > _REMEMBERED:
-            del self._said[min(self._said, key=lambda key: key[2])]
+        self._forget_old(max((sampled["seq"] for sampled in group["samples"]), default=0))
+
+    def _forget_old(self, seq: int) -> None:
+        """By checkpoints, and not by how many samples there are: there is one for each group of ranks."""
+        if seq > self._newest:
+            self._newest = seq
+            for key in [key for key in self._said if key[2] <= seq - _REMEMBERED]:
+                del self._said[key]
 
     def rest(self, seq: int) -> Iterator[Unlike]:
         """Of the checkpoint `seq`, of which nothing more will be heard, but for what comes late."""
-        for key in [key for key in self._said if key[2:] == (seq, False)]:
-            yield from _judged(key[0], self._said.pop(key))
+        keys = [key for key in self._said if key[2:] == (seq, False)]
+        taken = [
+            (ranks, self._said.pop((ranks, *key))) for ranks, *key in keys
+        ]  # at once: whoever hears of one may ask
+        for ranks, said in taken:
+            yield from _judged(ranks, said)
 
 
 class Alike:

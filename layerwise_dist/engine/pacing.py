@@ -40,13 +40,12 @@ class Pacing:
         self._since: float | None = None  # the boundary before, if the step after it is to be counted
         self._was_busy = False
         self._on_way: deque[tuple[int, float]] = deque()  # (step, boundary) of what is not committed yet
+        self._limits = Limits(
+            max_overhead=config.interval.max_overhead, mtbf_s=config.interval.mtbf_s,
+            min_steps=config.interval.min_steps, max_steps=config.interval.max_steps,
+        )  # fmt: skip
         if config.every_n_steps == "auto":
-            pace = Pace(
-                Limits(
-                    max_overhead=config.interval.max_overhead, mtbf_s=config.interval.mtbf_s,
-                    min_steps=config.interval.min_steps, max_steps=config.interval.max_steps,
-                )
-            )  # fmt: skip
+            pace = Pace(self._limits)
             self._hold(pace.steps)
             if participant.rank == 0:
                 self._pace = pace
@@ -66,13 +65,15 @@ class Pacing:
             self._watch(self._pace, step, captures)
 
     def restored(self, steps: int | None) -> None:
-        """Everything is as at a checkpoint that was made at this interval, if it was an automatic one."""
+        """Everything is as at a checkpoint that was made at this interval, if it was an automatic one. The job may have
+        been given other limits since.
+        """
         if self.sealed is None:
             return
         self._since = None
         self._on_way.clear()
         if steps is not None:
-            self._hold(steps)
+            self._hold(self._limits.within(steps))
         if self._pace is not None:
             self._pace.forget_stretch()
             self._pace.follow(self._scheduler.every or 1)

@@ -169,7 +169,8 @@ class Replicas:
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _keep_unlike(self, fqns: set[str]) -> None:
-        self._unlike, self._of = fqns, None
+        self._unlike, self._of, self._common = fqns, None, {}  # which hold what may be replaced now
+        self._sums.clear()
         self._framework.keep_unlike(fqns)
 
     def _look(self, *, state: bool) -> dict[str, Common]:

@@ -178,12 +178,13 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
 
 def _sum(tensor: torch.Tensor, begin: int, end: int) -> torch.Tensor:
     """Of these bytes: the sum of each word times the odd number that its place has, modulo 2**64. An odd factor has an
-    inverse, so another word in one place is another sum.
+    inverse, so another word in one place is another sum. Where the tensor lies in its storage, which other ranks may
+    have elsewhere, has no part in it.
     """
     data = _bytes_of(tensor)[begin:end]
     for kind in (torch.int64, torch.int32):
-        if (data.storage_offset() | data.numel()) % kind.itemsize == 0:
-            data = data.view(kind)
+        if data.numel() % kind.itemsize == 0:
+            data = (data.clone() if data.storage_offset() % kind.itemsize else data).view(kind)
             break
     words = data.to(torch.int64)
     return (words * torch.arange(1, 2 * words.numel() + 1, 2, device=words.device)).sum()

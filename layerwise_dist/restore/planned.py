@@ -57,11 +57,13 @@ class Files:
         self._last: tuple[str, _native.ShardReader] | None = None
         self.bytes_read = 0
 
-    def reader(self, path: str, nbytes: int) -> _native.ShardReader:
-        """Raises DamageError or OSError."""
+    def reader(self, path: str, nbytes: int, check: Callable[[], object] | None) -> _native.ShardReader:
+        """`check` is called before a file is opened. Raises what that raises, DamageError or OSError."""
         if self._last is not None and self._last[0] == path:
             return self._last[1]
         self._last = None
+        if check is not None:
+            check()
         reader = open_file(self._env, self._pool, path, nbytes)
         self._last = path, reader
         return reader
@@ -75,7 +77,7 @@ class Files:
 class PlannedShard:
     """One file of a commit. `number` tells it from the others, on all ranks alike.
 
-    `whole` opens it with all of its header, to say what a bad block holds.
+    `whole` opens it with all of its header, verified: to say what a bad block holds, and whether it is the file.
     """
 
     number: int
@@ -102,7 +104,9 @@ class PlannedShard:
                 f"shard {self.path}: it is on another node, and this rank has to read it by itself: copy all shards "
                 "into one directory that all ranks see"
             )
-        reader = self.files.reader(self.path, self.nbytes)
+        # Another node may have another file of this name and length, which a job has left there. Where blocks have no
+        # hashes, only the header tells.
+        reader = self.files.reader(self.path, self.nbytes, None if self.hashed else self.whole)
         bad, nbytes = read_verified(reader, self.blocks, self.hashes, spans)
         self.files.read(nbytes)
         if bad:

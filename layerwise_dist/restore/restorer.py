@@ -19,9 +19,9 @@ from layerwise_dist.commit.agreement import together
 from layerwise_dist.commit.exchange import Exchange, jointly
 from layerwise_dist.commit.metadata import CheckpointMetadataManager, Inventory
 from layerwise_dist.commit.participant import Participant
-from layerwise_dist.commit.records import Manifest
+from layerwise_dist.commit.records import Manifest, encode
 from layerwise_dist.commit.shards import open_shards, shards_elsewhere
-from layerwise_dist.errors import DamageError, MismatchError, NotFoundError
+from layerwise_dist.errors import DamageError, DirectoryError, MismatchError, NotFoundError
 from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.frameworks.param_groups import group_origins
@@ -187,9 +187,24 @@ class Restorer:
             return self._cut_anew(attempt, terms, exchange, checked.manifest, held)
 
     def _cut_alike(self, checked: Checked) -> LoadPlan | None:
-        """The plan, if each rank is cut as it was."""
+        """The plan, if each rank is cut as it was.
+
+        Raises DirectoryError where ranks have read different checkpoints: in directories that have one path, jobs that
+        know nothing of each other count from the same number.
+        """
+        where = self._where(checked.manifest)
+
+        def decide(votes: list[tuple[str, bool]]) -> bool:
+            if others := [rank for rank, (text, _) in enumerate(votes) if text != votes[0][0]]:
+                raise DirectoryError(
+                    f"{where} is another checkpoint on rank(s) {others} than on rank 0: they see directories of "
+                    "different trainings there. Copy the checkpoint that you want to where all ranks see it"
+                )
+            return all(alike for _, alike in votes)
+
+        vote = f"{_native.xxh3_64(encode(checked.manifest)):016x}", checked.loading is not None
         what = f"compare the cut of step {checked.manifest.step}"
-        return checked.loading if self._participant.agree(what, checked.loading is not None, all) else None
+        return checked.loading if self._participant.agree(what, vote, decide) else None
 
     def _all_see_theirs(self, held: nodes.Held, terms: Terms) -> bool:
         """Whether each rank sees all that it needs if it is cut as it was."""

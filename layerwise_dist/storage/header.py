@@ -218,6 +218,8 @@ def _tensors(tree: dict[str, Any], slices: str, base: int, rank: int, world_size
         if begin != cursor or end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
             raise ValueError(f"tensor {name} at {begin} to {end} leaves a hole, overlaps, or does not fit its shape")
         cursor = end
+        if base + end >= _TOO_LARGE:
+            raise ValueError(f"tensor {name} ends at {base + end}, no file is that long")
         if name in (STATE_JSON, STATE_BYTES):
             special[name] = (base + begin, base + end)
         elif not name.startswith(PAD):
