@@ -173,6 +173,17 @@ def test_what_a_failed_run_left_is_kept_on_request_and_its_last_words_are_told(t
 
 
 @pytest.mark.quick
+def test_a_checkpoint_that_is_damaged_is_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(self: Trial, folder: Path) -> Verdict:
+        raise errors.DamageError("shard 0: block 3 is not what was written")
+
+    monkeypatch.setattr(Trial, "_run", damaged)
+    options: dict[str, Any] = {"steps": 4, "kill_at": None, "timeout_s": 60.0, "keep": False}
+    answer = rehearsing.rehearse(["true"], str(tmp_path), **options)
+    assert answer.code == 3 and "block 3" in answer.data["error"] and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.quick
 def test_a_terminal_that_is_closed_ends_a_command_as_ctrl_c_does() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:

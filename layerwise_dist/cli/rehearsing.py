@@ -10,6 +10,7 @@ from typing import Any
 
 from layerwise_dist.cli.catalogue import WrongUsage
 from layerwise_dist.cli.console import Answer
+from layerwise_dist.errors import DamageError
 from layerwise_dist.rehearsal.running import Process, RunFailed, Start
 from layerwise_dist.rehearsal.trial import Trial, Unfit, Verdict
 
@@ -40,11 +41,16 @@ def rehearse(
     except OSError as error:
         raise WrongUsage(f"cannot rehearse {command[0]} in {directory}: {error}") from None
     except RunFailed as error:
-        data = {"verdict": "failed", "good": False, "error": str(error), "kept": error.kept}
-        kept_at = [] if error.kept is None else [f"kept: {error.kept}"]
-        parts = [str(error), "nothing could be compared: the script itself failed", *kept_at]
-        return Answer(data, [*parts], False, EXIT["failed"])
+        return _failed(str(error), "nothing could be compared: the script itself failed", error.kept)
+    except DamageError as error:  # which is no difference between two runs
+        return _failed(str(error), "the runs could not be compared: a checkpoint is damaged", None)
     return told(verdict, kept, time.monotonic() - began)
+
+
+def _failed(error: str, why: str, kept: str | None) -> Answer:
+    data = {"verdict": "failed", "good": False, "error": error, "kept": kept}
+    parts = [error, why] if kept is None else [error, why, f"kept: {kept}"]
+    return Answer(data, [*parts], False, EXIT["failed"])
 
 
 def told(verdict: Verdict, kept: str | None, seconds: float) -> Answer:
