@@ -31,6 +31,7 @@ from layerwise_dist.commit.session import Committer
 from layerwise_dist.engine.engine import workings_of
 from layerwise_dist.frameworks.parts import WHOLE
 from layerwise_dist.restore import handing
+from layerwise_dist.restore.gathered import Gathered
 from layerwise_dist.restore.handing import Handing
 from layerwise_dist.restore.sight import Sight
 from layerwise_dist.restore.states import pack, unpack
@@ -250,6 +251,14 @@ class Heard:
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("asked", [[7, 0, 4], [0, 0, 1 << 40], [0, 8, 4]])
+def test_what_is_no_count_is_not_read_for_another_rank(asked: list[int]) -> None:
+    reader = Gathered.__new__(Gathered)
+    reader.block_bytes = {0: 4096}
+    with pytest.raises(ValueError, match="as for a count"):
+        reader._elements([asked])
+
+
 def test_each_block_that_is_needed_is_dealt_to_one_rank_that_sees_it() -> None:
     """All deals of files 0 to 5, of three ranks' shards and bases, for four ranks that need parts of them."""
     generator = torch.Generator().manual_seed(4)

@@ -295,7 +295,10 @@ class Gathered:
             self._brought.update(zip(there, map(bytes, states.unpack(answer)), strict=True))
 
     def _elements(self, places: Sequence[Sequence[int]]) -> bytes:
-        """What this rank has read the headers of, verified."""
+        """What this rank has read the headers of, verified. Raises ValueError for what is no single element of it."""
+        for number, begin, end in places:
+            if number not in self.block_bytes or not 0 < end - begin <= max(ITEM_BYTES.values()):
+                raise ValueError(f"asked for bytes {begin} to {end} of file {number} as for a count")
         found = [bytearray(end - begin) for _, begin, end in places]
         by_file: dict[int, list[tuple[int, int, int]]] = {}
         views = [(ctypes.c_char * len(each)).from_buffer(each) for each in found]
