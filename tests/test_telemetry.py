@@ -477,7 +477,7 @@ def test_prometheus_scrapes_what_the_page_names_and_the_port_is_free_afterwards(
             lwd.attach(other, its, dir=str(tmp_path / "other"), telemetry={"prometheus_port": port})
         child = os.fork()
         if not child:  # which must not hold the port
-            held = any("socket" in os.readlink(f"/proc/self/fd/{n}") and _listens(int(n)) for n in _descriptors())
+            held = any("socket" in os.readlink(f"/proc/self/fd/{n}") and _listens(int(n), port) for n in _descriptors())
             os._exit(held)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     with socket.socket() as ear:
@@ -489,9 +489,10 @@ def _descriptors() -> list[str]:
     return [name for name in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{name}")]
 
 
-def _listens(descriptor: int) -> bool:
+def _listens(descriptor: int, port: int) -> bool:
     with socket.socket(fileno=os.dup(descriptor)) as found:
-        return bool(found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+        listens = bool(found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+        return listens and found.family == socket.AF_INET and found.getsockname()[1] == port
 
 
 def test_tensorboard_reads_what_the_page_names(tmp_path: Path) -> None:

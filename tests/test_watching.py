@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -76,7 +78,11 @@ def test_in_a_terminal_it_goes_on_until_ctrl_c_in_80_columns(job: Path) -> None:
     code = "import sys; from layerwise_dist.cli import main; sys.argv = ['layerwise', *sys.argv[1:]]; main()"
     command = [sys.executable, "-c", code, "watch", str(job), "--every", "0.1"]
     environment = {**os.environ, "COLUMNS": "80", "LINES": "40", "TERM": "xterm"}
-    watched = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    # After `&` a shell lets SIGINT be ignored, and that is inherited.
+    listening = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    watched = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, preexec_fn=listening
+    )
     os.close(theirs)
     said = b""
 
@@ -96,7 +102,7 @@ def test_in_a_terminal_it_goes_on_until_ctrl_c_in_80_columns(job: Path) -> None:
         aside.rename(job)
         said = b""
         until(b"step 5")
-        watched.send_signal(2)
+        watched.send_signal(signal.SIGINT)
         assert watched.wait(30) == 0
     finally:
         watched.kill()

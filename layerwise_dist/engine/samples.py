@@ -194,7 +194,9 @@ def _to_host(totals: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | Non
     """Numbers that are there once the mark is reached."""
     if totals.device.type != "cuda":
         return totals.cpu(), None
-    found = torch.empty(totals.shape, dtype=totals.dtype, pin_memory=True).copy_(totals, non_blocking=True)
+    found = torch.empty(totals.shape, dtype=totals.dtype, device="cpu", pin_memory=True).copy_(
+        totals, non_blocking=True
+    )
     mark = torch.cuda.Event()
     mark.record(torch.cuda.current_stream(totals.device))
     return found, mark

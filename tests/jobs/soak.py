@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -24,12 +25,18 @@ def held() -> dict[str, int]:
     maps = Path("/proc/self/maps").read_text().splitlines()
     rollup = Path("/proc/self/smaps_rollup").read_text().split()
     return {
-        "files": len(os.listdir("/proc/self/fd")),
+        # Background threads open a folder for a moment, to flush or to empty it: that is not held.
+        "files": min(_open_files() for _ in range(5)),
         "threads": len(os.listdir("/proc/self/task")),
         "shared": sum("/dev/shm" in line or "/memfd:" in line for line in maps),
         "bytes": 1024 * int(rollup[rollup.index("Anonymous:") + 1]),
         "objects": len(gc.get_objects()),
     }
+
+
+def _open_files() -> int:
+    time.sleep(0.02)
+    return len(os.listdir("/proc/self/fd"))
 
 
 def main() -> None:
