@@ -287,7 +287,7 @@ def trial(case: str, root: str, sabotage: Callable[[Job], None] | None = None) -
     ckpt.close()
     job = Job(case, 2, root)
     job.train(None, 1)  # live state to be overwritten
-    job.moved = 1
+    job.moved = int("nodes" in job.features)
     ckpt = job.attach(f"{root}/stopped")
     start = ckpt.restore()
     if not 0 < start <= STOP or (start < STOP and not skipped):
@@ -297,6 +297,7 @@ def trial(case: str, root: str, sabotage: Callable[[Job], None] | None = None) -
     found = job.train(ckpt, STEPS)
     ckpt.close()
     compare("resumed", job, found, losses[start * job.engine.gradient_accumulation_steps() :])
+    # A restored base is referred to further, unless it lies on the disk of a node where this rank no longer is.
     if [*bases, ckpt.stats()["bases_written"]] != ([1, job.moved] if "base" in job.features else [0, 0]):
         problems.append(f"{[*bases, ckpt.stats()['bases_written']]} bases were written")
     return problems + unsound(f"{root}/stopped" + "-0" * ("nodes" in job.features))
