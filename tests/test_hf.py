@@ -155,9 +155,9 @@ def test_the_example_goes_on_within_an_epoch_and_logs_what_it_would_have(trainer
         time.sleep(0.001)
     job.kill()
     again = trainers.run(EXAMPLE, 0, "--dir", "cut", "--epochs", "0.6", folder=tmp_path, timeout=100)
-    assert again.lines("step ") == whole and 10 <= int(again.lines("went on from step ")[0]) < 29
+    assert again.lines("step ") == whole and 10 <= int(again.lines("resumed from step ")[0]) < 29
 
 
 def test_the_example_trains_one_replica_a_rank_under_torchrun(trainers: Warm, tmp_path: Path) -> None:
     told = trainers.run(EXAMPLE, 2, "--dir", tmp_path / "ddp", "--epochs", "0.2", timeout=100)
-    assert told.lines("went on from step ") == ["0"] and any("eval_loss" in line for line in told.lines("step "))
+    assert told.lines("resumed from step ") == ["0"] and any("eval_loss" in line for line in told.lines("step "))
