@@ -6,9 +6,9 @@
 #
 # For each version it makes build/versions/VERSION, a virtual environment with that torch, all else being what .venv has,
 # and removes it after the tests unless --keep is given. That is gigabytes of downloads and up to 8 GB of disk a version
-# where pip's index has builds with CUDA only. The tests are the `quick` ones, and jobs of each wrapper that train, are killed, resume
-# and change their cut. The table goes to standard output, as docs/tables/versions.md has it; logs are in build/versions/.
-# Ends with 1 if a test failed.
+# where pip's index has builds with CUDA only. The tests are the `quick` ones, and jobs of each wrapper that train, are
+# killed, resume and change their cut. The table goes to standard output, as docs/tables/versions.md has it; logs are in
+# build/versions/. Ends with 1 if a test failed.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 keep=
