@@ -38,7 +38,7 @@ TABLE: list[tuple[str, str]] = [
     (r"bash tests/run\.sh( --long( -k soak)?)?", "it is what runs these tests"),
     (r"bash tests/quick\.sh( .*)?", "tests/run.sh runs each of its steps"),
     (r"torchrun --nnodes=1:4 --max-restarts=3", "test_elastic.py::test_a_job_goes_on_with_fewer_ranks_and_with_more"),
-    (r"bash tests/versions\.sh .*", _RELEASE),
+    (r"bash tests/(versions|chroot)\.sh( .*)?", _RELEASE),
     (
         r"bash launch/wheel\.sh( .*)?",
         "test_wheel.py::test_the_wheel_trains_is_killed_and_resumes_in_an_empty_environment",
