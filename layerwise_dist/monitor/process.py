@@ -11,9 +11,8 @@ import subprocess
 import sys
 import time
 import weakref
-from pathlib import Path
 
-from layerwise_dist.supervision.processes import own_environment
+from layerwise_dist.supervision.processes import fields_of, own_environment
 
 log = logging.getLogger("layerwise_dist")
 
@@ -91,10 +90,7 @@ class MonitorProcess:
 
 
 def _is_stopped(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
-    except OSError:
-        return False
+    return fields_of(pid)[:1] in (["T"], ["t"])
 
 
 def _in_child() -> None:

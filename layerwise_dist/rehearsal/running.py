@@ -6,14 +6,14 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from layerwise_dist.rehearsal.plan import VARIABLE, Plan
 from layerwise_dist.rehearsal.story import Story
-from layerwise_dist.supervision.processes import descendants, kill_all, undisturbed
+from layerwise_dist.supervision.processes import births, descendants, kill_all, undisturbed
 
 _LOOK_S = 0.05  # between two looks at what the ranks recorded
 _GRACE_S = 30.0  # for a launcher whose ranks have ended
@@ -106,19 +106,6 @@ class Process:
 def _still(born: Mapping[int, str]) -> list[int]:
     """Those that are still the same processes."""
     return [pid for pid, when in births(born).items() if when == born[pid]]
-
-
-def births(pids: Iterable[int]) -> dict[int, str]:
-    """The start times, in ticks since boot, of those that exist and have not ended."""
-    found = {}
-    for pid in pids:
-        try:
-            fields = Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if fields[0] not in "ZX":
-            found[pid] = fields[19]
-    return found
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -62,19 +62,26 @@ def running(
 
 def descendants(root: int) -> list[int]:
     """Live processes below `root`. A process group misses some: torchrun gives each rank a session of its own."""
-    parents: dict[int, int] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                state, parent = Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()[:2]
-            except OSError:
-                continue
-            if state not in "ZX":
-                parents[int(entry)] = int(parent)
+    known = {int(entry): fields_of(int(entry)) for entry in os.listdir("/proc") if entry.isdigit()}
+    parents = {pid: int(fields[1]) for pid, fields in known.items() if fields and fields[0] not in "ZX"}
     found = {root}
     while more := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= more
     return sorted(found - {root})
+
+
+def births(pids: Iterable[int]) -> dict[int, str]:
+    """The start times, in ticks since boot, of those that exist and have not ended."""
+    found = {pid: fields_of(pid) for pid in pids}
+    return {pid: fields[19] for pid, fields in found.items() if fields and fields[0] not in "ZX"}
+
+
+def fields_of(pid: int) -> list[str]:
+    """Of ``/proc/PID/stat`` (proc(5)), from the third on: state, parent, ...; empty if there is no such process."""
+    try:
+        return Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
 
 
 def kill_all(find: Callable[[], list[int]], timeout_s: float = 30.0) -> int:
