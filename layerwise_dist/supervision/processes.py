@@ -113,16 +113,13 @@ def undisturbed() -> Iterator[None]:
         yield
         return
     came: list[int] = []
-    before = {
-        number: signal.signal(number, lambda found, frame: came.append(found))
+    heeded = [
+        number
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         if signal.getsignal(number) not in (signal.SIG_IGN, None)  # ignored: nohup
-    }
-    try:
+    ]
+    with _handled(heeded, lambda number, frame: came.append(number)):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if came:
         raise KeyboardInterrupt
 
@@ -149,13 +146,21 @@ def terminable() -> Iterator[None]:
         ours.append(signal.SIGHUP)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         ours.append(signal.SIGINT)
-    before = {number: signal.signal(number, interrupt) for number in ours}
+    with _handled(ours, interrupt):
+        try:
+            yield
+        except Exception as error:
+            if came:
+                raise KeyboardInterrupt from error
+            raise
+
+
+@contextmanager
+def _handled(numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """These signals go to `handler` in the body, and afterwards to what they went to before."""
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
-    except Exception as error:
-        if came:
-            raise KeyboardInterrupt from error
-        raise
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, previous in before.items():
+            signal.signal(number, previous)
