@@ -21,8 +21,9 @@ import layerwise_dist as lwd
 from layerwise_dist.report import charts as drawing
 from layerwise_dist.report import page as pages
 from layerwise_dist.report.charts import charts
-from layerwise_dist.report.facts import Branch, Commit, Facts, median, percentile
+from layerwise_dist.report.facts import Branch, Commit, Facts
 from layerwise_dist.report.page import render
+from layerwise_dist.telemetry.figures import median, percentile
 
 HOSTILE = "</text><script>alert(1)</script><img src=x onerror=alert(1)> $\\frac{1}{$ & \"' \x1b[31m \u202e {{ 7*7 }}"
 

@@ -10,7 +10,7 @@ from layerwise_dist import _native
 from layerwise_dist.capture.frozen import FrozenBases
 from layerwise_dist.capture.lease import Capture
 from layerwise_dist.storage.protocols import ShardWrite
-from layerwise_dist.telemetry.assembling import PARTS
+from layerwise_dist.telemetry.names import PARTS
 from layerwise_dist.telemetry.recorder import Telemetry
 
 _KEPT = 10_000  # stalls of this many checkpoints are remembered for the percentiles

@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from layerwise_dist.telemetry.figures import median
+from layerwise_dist.telemetry.names import PARTS
+
 Event = dict[str, Any]
-PARTS = ("open", "seal", "settle", "fence")
 
 
 class Commit(NamedTuple):
@@ -121,13 +121,3 @@ class Facts:
             for rank, told in ((rank, by_rank.get(rank, [])) for rank in sorted({*by_rank, *last}))
         ]  # fmt: skip
         return sorted(found, key=lambda each: (-each.last, -(each.write_s or 0.0)))
-
-
-def percentile(values: Sequence[float], share: float) -> float | None:
-    """By nearest rank: the smallest value that at least this share of the values does not exceed."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else None
-
-
-def median(values: Sequence[float]) -> float | None:
-    return statistics.median(values) if values else None

@@ -10,7 +10,9 @@ import datetime
 
 from layerwise_dist.errors import UnsupportedError, shown
 from layerwise_dist.report.charts import charts
-from layerwise_dist.report.facts import PARTS, Event, Facts, median, percentile
+from layerwise_dist.report.facts import Event, Facts
+from layerwise_dist.telemetry.figures import median, percentile
+from layerwise_dist.telemetry.names import PARTS
 from layerwise_dist.units import size
 
 _LISTED = 100

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from layerwise_dist.storage.filenames import AttemptId
-from layerwise_dist.telemetry.names import CHECKPOINT
+from layerwise_dist.telemetry.names import CHECKPOINT, PARTS
 
 Event = dict[str, Any]
-PARTS = ("open", "seal", "settle", "fence")
 _LONGEST_REASON = 2000
 _REMEMBERED = 256  # attempts that are not told yet: more than can be in flight
 

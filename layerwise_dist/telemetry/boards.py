@@ -10,8 +10,8 @@ from typing import Any
 
 from layerwise_dist.config import TelemetryConfig
 from layerwise_dist.errors import ConfigError, UnsupportedError
-from layerwise_dist.telemetry.assembling import PARTS, Boundary, Event
-from layerwise_dist.telemetry.names import MEASURES, OUTCOMES
+from layerwise_dist.telemetry.assembling import Boundary, Event
+from layerwise_dist.telemetry.names import MEASURES, OUTCOMES, PARTS
 
 TAG = "layerwise/"  # before the name of a measure in TensorBoard
 PREFIX = "layerwise_"  # before the name of a metric in Prometheus

@@ -15,6 +15,8 @@ COMMON: Final = {
     "rank": "the rank that wrote it",
 }
 
+PARTS: Final = ("open", "seal", "settle", "fence")  # of a stall
+
 EVENTS: Final = {
     "start": "`attach()` has begun a session",
     "restore": "`restore()` has loaded a checkpoint",

@@ -86,7 +86,7 @@ class EventReader:
         self._directory, self._file = directory, file
         self._places: dict[tuple[int, int], _Place] = {}  # by device and inode: a file that is renamed is the same
         self.skipped = 0  # lines that are no events
-        self.cut = 0  # files of which only the end was read
+        self.cut = 0  # files whose beginning was not read
         if file is not None and not stat.S_ISREG(os.stat(file).st_mode):
             raise OSError(f"{file}: is not a regular file")
 

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+from layerwise_dist.telemetry.figures import median, percentile
 
 _WINDOW = 200  # checkpoints that rates, stalls and failures are of
 _REASONS = 3
@@ -63,7 +64,7 @@ class Summary:
         done = [each for each in self._checkpoints if each["outcome"] == "committed"]
         last = done[-1] if done else None
         at = max(self._positions, key=lambda each: each[1], default=None)
-        stalls = sorted(each["stall_s"] for each in done if each["stall_s"] is not None)
+        stalls_ms = [1e3 * each["stall_s"] for each in done if each["stall_s"] is not None]
         failed = [each for each in self._checkpoints if each["outcome"] == "failed"]
         durable_s = last["durable_s"] if last is not None else None
         matching = next((each for each in commits if last is not None and each.seq == last["seq"]), None)
@@ -84,8 +85,8 @@ class Summary:
             "gb_per_s": matching.nbytes / durable_s / 1e9 if matching is not None and durable_s else None,
             "rank_gb_per_s": last["gb_per_s"] if last is not None else None,
             "committed_s": last["committed_s"] if last is not None else None,
-            "stall_ms_p50": 1e3 * statistics.median(stalls) if stalls else None,
-            "stall_ms_p99": 1e3 * stalls[math.ceil(0.99 * len(stalls)) - 1] if stalls else None,
+            "stall_ms_p50": median(stalls_ms),
+            "stall_ms_p99": percentile(stalls_ms, 0.99),
             "outcomes": dict(self._counts) if self._start is not None or any(self._counts.values()) else None,
             "failures": [
                 {"step": each["step"], "age_s": now - each["time"], "reason": each["reason"]}
