@@ -49,8 +49,8 @@ def rehearse(
 
 def _failed(error: str, why: str, kept: str | None) -> Answer:
     data = {"verdict": "failed", "good": False, "error": error, "kept": kept}
-    parts = [error, why] if kept is None else [error, why, f"kept: {kept}"]
-    return Answer(data, [*parts], False, EXIT["failed"])
+    parts: list[Any] = [error, why] if kept is None else [error, why, f"kept: {kept}"]
+    return Answer(data, parts, False, EXIT["failed"])
 
 
 def told(verdict: Verdict, kept: str | None, seconds: float) -> Answer:

@@ -56,7 +56,7 @@ class Samples:
                 del self._said[key]
 
     def rest(self, seq: int) -> Iterator[Unlike]:
-        """Of the checkpoint `seq`, of which nothing more will be heard, but for what comes late."""
+        """The samples of checkpoint `seq` are complete, except for those that come late."""
         keys = [key for key in self._said if key[2:] == (seq, False)]
         taken = [(key[0], self._said.pop(key)) for key in keys]  # at once: whoever hears of one may ask again
         for ranks, said in taken:

@@ -89,7 +89,7 @@ class Plain:
     """The JSON of one header, without its padding.
 
     Attributes:
-        metadata: its strings, of which nothing else is checked.
+        metadata: its strings, otherwise unchecked.
     """
 
     def __init__(self, data: bytes, recent: Recent) -> None:
