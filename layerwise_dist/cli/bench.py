@@ -19,6 +19,7 @@ from layerwise_dist.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
     from layerwise_dist.bench.figures import Findings
+    from layerwise_dist.bench.model import Shape
 
 Dir = Annotated[
     str, typer.Argument(metavar="DIR", help="A directory on the disk to measure. Everything written is removed again.")
@@ -101,16 +102,14 @@ def train(
     """Step time, stall, memory and time to commit under this engine, torch.save, DCP and others, or DeepSpeed's own."""
 
     def run(command: str) -> Findings:
-        from layerwise_dist.bench.model import QUICK, SHAPES
         from layerwise_dist.bench.train import TrainBench, run
         from layerwise_dist.bench.train_worker import modes_of
 
-        _one_of("--params", params, SHAPES)
+        shape = _shape(params, quick=quick)
         _one_of("--optimizer", optimizer, ("foreach", "fused"))
         if deepspeed not in (None, 2, 3):
             raise ValueError(f"--deepspeed {deepspeed}: expected 2 or 3")
         processes = ranks or (1 if deepspeed is None else 2)
-        shape = QUICK if quick else SHAPES[params]
         if disk_bound:
             shape = replace(shape, batch=processes, context=16)
         shape = replace(shape, batch=batch or shape.batch, context=context or shape.context)
@@ -141,11 +140,9 @@ def restore(
     """Restore from a cold disk against raw reads, torch.load and dcp.load."""
 
     def run(command: str) -> Findings:
-        from layerwise_dist.bench.model import QUICK, SHAPES
         from layerwise_dist.bench.restore import RestoreBench, run
 
-        _one_of("--params", params, SHAPES)
-        shape = QUICK if quick else SHAPES[params]
+        shape = _shape(params, quick=quick)
         if reshard is not None:
             from layerwise_dist.bench.reshard import ReshardBench
             from layerwise_dist.bench.reshard import run as run_reshard
@@ -172,10 +169,8 @@ def export(
 
     def run(command: str) -> Findings:
         from layerwise_dist.bench.export import ExportBench, run
-        from layerwise_dist.bench.model import QUICK, SHAPES
 
-        _one_of("--params", params, SHAPES)
-        asked = ExportBench(QUICK if quick else SHAPES[params], rounds=2 if quick else rounds)
+        asked = ExportBench(_shape(params, quick=quick), rounds=2 if quick else rounds)
         return run(asked, directory, command)
 
     _finish(run, json, markdown)
@@ -197,11 +192,9 @@ def loops(
     def run(command: str) -> Findings:
         from layerwise_dist.bench.loops import LoopsBench, installed, run
         from layerwise_dist.bench.loops_worker import LOOPS
-        from layerwise_dist.bench.model import QUICK, SHAPES
 
-        _one_of("--params", params, SHAPES)
+        shape = _shape(params, quick=quick)
         chosen = installed(list(LOOPS) if which == "all" else _words(which))
-        shape = QUICK if quick else SHAPES[params]
         asked = LoopsBench(shape, chosen, steps=2 if quick else steps, rounds=1 if quick else rounds)
         return run(asked, directory, command)
 
@@ -270,13 +263,11 @@ def trace(
     """What happens to each layer in one checkpointed step, and when: JSON that Perfetto opens."""
 
     def run(command: str) -> Findings:
-        from layerwise_dist.bench.model import QUICK, SHAPES
         from layerwise_dist.bench.trace import TraceBench, run
 
-        _one_of("--params", params, SHAPES)
+        shape = _shape(params, quick=quick)
         _one_of("--optimizer", optimizer, ("foreach", "fused"))
         _one_of("--update", update, ("whole", "pipelined_step", "in_backward"))
-        shape = QUICK if quick else SHAPES[params]
         asked = TraceBench(shape, update, optimizer, Path(out), Path(picture) if picture else None)
         return run(asked, directory, command)
 
@@ -288,6 +279,14 @@ def _ranks(reshard: str) -> tuple[int, int]:
     if not all(word.isascii() and word.isdigit() and 0 < int(word) <= 64 for word in (saved, ranks)):
         raise ValueError(f"--reshard {reshard!r}: expected two numbers of ranks from 1 to 64, such as 4:2")
     return int(saved), int(ranks)
+
+
+def _shape(params: str, *, quick: bool) -> Shape:
+    """Raises ValueError for a size that there is no model of."""
+    from layerwise_dist.bench.model import QUICK, SHAPES
+
+    _one_of("--params", params, SHAPES)
+    return QUICK if quick else SHAPES[params]
 
 
 def _one_of(option: str, value: str, allowed: Iterable[str]) -> None:
