@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import shutil
 import threading
@@ -22,6 +21,7 @@ from layerwise_dist.cli.catalogue import Catalogue
 from layerwise_dist.cli.listing import ls
 from layerwise_dist.cli.showing import show
 from layerwise_dist.cli.verifying import verify
+from layerwise_dist.commit import metadata
 from layerwise_dist.commit.metadata import CheckpointMetadataManager, Inventory, Manifest, decode, encode
 from layerwise_dist.commit.session import Committer
 from layerwise_dist.engine.engine import workings_of
@@ -81,12 +81,11 @@ def commits(folder: Path) -> list[tuple[int, str | None]]:
 
 
 def settles(folder: Path, wanted: list[tuple[int, str | None]], patience_s: float = 30) -> None:
-    """Retention follows a commit in the background, and may remove what is just being read."""
+    """Retention follows a commit in the background."""
     deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
-        with contextlib.suppress(FileNotFoundError):
-            if commits(folder) == wanted:
-                return
+        if commits(folder) == wanted:
+            return
         time.sleep(0.005)
     assert commits(folder) == wanted
 
@@ -455,3 +454,49 @@ def test_mutation_keeping_the_family_s_newest_under_a_tag_is_caught(
     with pytest.raises(AssertionError):
         branched(tmp_path, patience_s=0.5)
     assert (2, "best") not in commits(tmp_path), "restore(tag=...) would give another than before"
+
+
+# -- beside a job that goes on ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("meanwhile", ["commits", "commits after a roll-back", "another roll-back"])
+@pytest.mark.parametrize("looks", [metadata._LOOKS, 1], ids=["whole", "looks once"])
+def test_a_listing_that_is_older_than_what_was_retired_since_is_taken_anew(
+    tmp_path: Path, meanwhile: str, looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the listing and the first record read, the job commits, and retention removes what was listed."""
+    monkeypatch.setattr(metadata, "_LOOKS", looks)
+
+    class Between:
+        """The job goes on after the first listing."""
+
+        def __init__(self, go_on: Callable[[], object]) -> None:
+            self._go_on: Callable[[], object] | None = go_on
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(PosixEnv(), name)
+
+        def list_dir(self, path: str) -> list[str]:
+            names = PosixEnv().list_dir(path)
+            if path == str(tmp_path) and self._go_on is not None:
+                go_on, self._go_on = self._go_on, None
+                go_on()
+            return names
+
+    with Job(tmp_path, keep_last=1 if meanwhile != "another roll-back" else 2) as job:
+        job.train(2)
+        if meanwhile != "commits":
+            job.ckpt.restore(step=2 if meanwhile == "commits after a roll-back" else 1)
+            job.train(1 if meanwhile == "another roll-back" else 0)
+
+        def go_on() -> None:
+            if meanwhile == "another roll-back":
+                job.ckpt.restore(step=2)
+            job.train(3)
+            settles(tmp_path, [(step, None) for step in ((4, 5) if meanwhile == "another roll-back" else (5,))])
+
+        found = CheckpointMetadataManager(Between(go_on), str(tmp_path)).inventory()
+        if looks == 1:
+            assert not found.lineage(), "the mutation must be seen"
+        else:
+            assert [manifest.step for manifest in found.lineage()][0] == 5

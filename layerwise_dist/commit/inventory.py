@@ -175,3 +175,30 @@ class Inventory:
             self, manifests=manifests, branches=dict(self.branches), damaged=dict(self.damaged),
             unfinished=list(self.unfinished), bases=list(self.bases), taken=list(self.taken),
         )  # fmt: skip
+
+
+def drop_copies(
+    of_seq: dict[int, dict[str, Manifest | Branch]],
+    identity: str | None,
+    manifests: dict[int, Manifest],
+    branches: dict[int, Branch],
+    damaged: dict[str, str],
+) -> None:
+    """Of several records of one seq (`of_seq`, by file) only the directory's own stays; the rest are `damaged`."""
+    for seq, found in of_seq.items():
+        if len(found) == 1:
+            continue
+        mine = [record for record in found.values() if record.identity == identity]
+        manifests.pop(seq, None)
+        branches.pop(seq, None)
+        if len(mine) == 1:  # the others came from elsewhere
+            (own,) = mine
+            if isinstance(own, Manifest):
+                manifests[seq] = own
+            else:
+                branches[seq] = own
+        # Else which of them the lineage means can't be told.
+        for name in found:
+            if len(mine) != 1 or found[name] is not mine[0]:
+                others = ", ".join(other for other in found if other != name)
+                damaged[name] = f"{name}: {others} has the same seq: one of them was copied here"

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Collection
 from typing import TypeVar
 
-from layerwise_dist.commit.inventory import Inventory
+from layerwise_dist.commit.inventory import Inventory, drop_copies
 from layerwise_dist.commit.records import (
     RECORD_CAP,
     Branch,
@@ -45,6 +45,8 @@ log = logging.getLogger("layerwise_dist")
 # Where readers cannot hold a checkpoint, none is asked after.
 NO_LOCKS = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)
 
+_LOOKS = 100  # at a directory that changes while its records are read
+
 R = TypeVar("R", bound=Record)
 
 
@@ -60,8 +62,24 @@ class CheckpointMetadataManager:
     def inventory(self) -> Inventory:
         """Reads every record.
 
-        A damaged one is listed, never raised; OSError is raised: it says nothing of the bytes.
+        A damaged one is listed, never raised; OSError is raised: it says nothing of the bytes. Where a running job
+        commits and retires meanwhile, what returns may be older than its newest commit and is whole all the same.
         """
+        names = self.env.list_dir(self.root)
+        for _ in range(_LOOKS):
+            found, vanished = self._read_records(names)
+            if not vanished and found.newest is not None and found.lost is None:
+                return found
+            # A record goes only when newer ones are there. If the listing is from before those, it may hold nothing,
+            # or a branch without the commit that it continues.
+            before, names = names, self.env.list_dir(self.root)
+            if names == before:
+                return found
+        return found
+
+    def _read_records(self, names: list[str]) -> tuple[Inventory, bool]:
+        """The inventory of one listing, and whether a branch record in it was gone before it was read."""
+        vanished = False
         manifests: dict[int, Manifest] = {}
         branches: dict[int, Branch] = {}
         damaged: dict[str, str] = {}
@@ -69,12 +87,16 @@ class CheckpointMetadataManager:
         odd: dict[str, str] = {}
         of_seq: dict[int, dict[str, Manifest | Branch]] = {}
         taken: list[int] = []
-        for name in self.env.list_dir(self.root):
+        for name in names:
             attempt, branch_seq = filenames.parse_folder(name), filenames.parse_branch(name)
             try:
                 if branch_seq is not None:
-                    branches[branch_seq] = branch = self._read_branch(name, branch_seq)
-                    of_seq.setdefault(branch_seq, {})[name] = branch
+                    try:
+                        branches[branch_seq] = branch = self._read_branch(name, branch_seq)
+                    except FileNotFoundError:
+                        vanished = True
+                    else:
+                        of_seq.setdefault(branch_seq, {})[name] = branch
                 elif attempt is not None:
                     try:
                         manifests[attempt.seq] = manifest = self.read_manifest(attempt)
@@ -96,24 +118,9 @@ class CheckpointMetadataManager:
             identity = self.read_identity().identity
         except (FileNotFoundError, DamageError):
             identity = None
-        for seq, found in of_seq.items():
-            if len(found) == 1:
-                continue
-            mine = [record for record in found.values() if record.identity == identity]
-            manifests.pop(seq, None)
-            branches.pop(seq, None)
-            if len(mine) == 1:  # the others came from elsewhere
-                (own,) = mine
-                if isinstance(own, Manifest):
-                    manifests[seq] = own
-                else:
-                    branches[seq] = own
-            # Else which of them the lineage means can't be told.
-            for name in found:
-                if len(mine) != 1 or found[name] is not mine[0]:
-                    others = ", ".join(other for other in found if other != name)
-                    damaged[name] = f"{name}: {others} has the same seq: one of them was copied here"
-        return Inventory(manifests, branches, damaged, unfinished, self.bases(), identity, odd, taken)
+        drop_copies(of_seq, identity, manifests, branches, damaged)
+        found = Inventory(manifests, branches, damaged, unfinished, self.bases(), identity, odd, taken)
+        return found, vanished
 
     def read_manifest(self, attempt: AttemptId) -> Manifest:
         """Raises FileNotFoundError (no commit), DamageError, or OSError."""
