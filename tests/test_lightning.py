@@ -77,7 +77,11 @@ CASES: dict[str, list[Any]] = {
     "no length": ["--kind", "auto", "--endless"],
     "every fourth": ["--kind", "auto", "--every", 4],
 }
-AT_TWO = {**{name: CASES[name] for name in ("automatic", "manual", "several optimizers")}, "fsdp2": ["--fsdp2"]}
+AT_TWO = {
+    **{name: CASES[name] for name in ("automatic", "manual", "several optimizers")},
+    "fsdp1": ["--fsdp1"],
+    "fsdp2": ["--fsdp2"],
+}
 
 
 @pytest.mark.jobs

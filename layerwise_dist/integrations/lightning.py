@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loops import fetchers
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 
@@ -42,7 +42,7 @@ log = logging.getLogger("layerwise_dist")
 
 TESTED = ("2.6.6",)
 BEST = "best"
-_STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
+_STRATEGIES = (SingleDeviceStrategy, DDPStrategy, FSDPStrategy, ModelParallelStrategy)
 _LOADER = "loader"
 
 
@@ -163,8 +163,8 @@ class LayerwiseCheckpoint(Checkpoint):
         strategy = trainer.strategy
         if type(strategy) not in _STRATEGIES:
             raise UnsupportedError(
-                f"Lightning's {type(strategy).__name__} can't be followed; what works: one device, DDPStrategy, and "
-                "ModelParallelStrategy (FSDP2) with fully_shard() in configure_model()"
+                f"Lightning's {type(strategy).__name__} can't be followed; what works: one device, DDPStrategy, "
+                "FSDPStrategy, and ModelParallelStrategy (FSDP2) with fully_shard() in configure_model()"
             )
         require("lightning", lightning.__version__, TESTED, _relied_on(trainer))
         if trainer.reload_dataloaders_every_n_epochs:

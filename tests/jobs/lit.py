@@ -2,7 +2,7 @@
 """A script of Lightning's that is killed and started again. Every rank tells what it does in OUT/<rank>.jsonl.
 
 lit.py DIR OUT [--kind auto|manual|several] [--epochs N] [--accumulate N] [--die-at MICRO_BATCH] [--die-rank R]
-    [--every N] [--plain] [--fsdp2] [--endless]
+    [--every N] [--plain] [--fsdp1] [--fsdp2] [--endless]
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from job_kit import contents, process_group, teller
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics import MeanMetric
 
@@ -140,6 +141,18 @@ class Told(Logger):
         pass
 
 
+def fsdp_on_cpus() -> None:
+    """Lightning lets FSDPStrategy run on GPUs only, and without one torch's FSDP wants its device to be named."""
+
+    def wrapped(self: FSDPStrategy, model: nn.Module) -> nn.Module:
+        return FullyShardedDataParallel(
+            model, sharding_strategy=self.sharding_strategy, device_id=torch.device("cpu"), **self.kwargs
+        )
+
+    _AcceleratorConnector._check_strategy_and_fallback = lambda self: None
+    FSDPStrategy._setup_model = wrapped
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("dir")
@@ -151,6 +164,7 @@ def main() -> None:
     parser.add_argument("--die-rank", type=int, default=0)
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--fsdp1", action="store_true")
     parser.add_argument("--fsdp2", action="store_true")
     parser.add_argument("--endless", action="store_true")
     options = parser.parse_args()
@@ -165,6 +179,9 @@ def main() -> None:
         strategy: Any = "auto"
         if "RANK" in os.environ:
             strategy = DDPStrategy(process_group_backend="gloo")
+        if options.fsdp1:
+            strategy = FSDPStrategy(process_group_backend="gloo", auto_wrap_policy={nn.Linear})
+            fsdp_on_cpus()
         if options.fsdp2:
             strategy = ModelParallelStrategy(tensor_parallel_size=1, data_parallel_size=int(os.environ["WORLD_SIZE"]))
         callbacks: list[Any] = [EarlyStopping("val", patience=100)]
