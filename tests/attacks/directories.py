@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`owner` and `identity.json`: torn, odd, or not there. None of it may lock a directory for ever."""
+"""`owner` and `identity.json`: torn, odd, or not there. None of it may lock a directory forever."""
 
 from __future__ import annotations
 

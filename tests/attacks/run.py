@@ -168,7 +168,7 @@ def mutated(worker: Worker, theme: str, name: str, mutation: str) -> Figures:
 def run(
     workers: list[Worker], themes: list[str] | None = None, only: str = "", *, root: str = "dir", every: int = 1
 ) -> Figures:
-    """`root` is what the directory is called, of which each character is one byte. Of so many cases, `every`, one."""
+    """`root` is the directory's name; each of its characters is one byte. Of every `every` cases one is run."""
     jobs = [(theme, number) for theme in themes or list(THEMES) for number in range(0, len(THEMES[theme]), every)]
     jobs = [(theme, number) for theme, number in jobs if only in THEMES[theme][number].name]
     free: SimpleQueue[Worker] = SimpleQueue()

@@ -248,7 +248,7 @@ def _case(attack: Any, root: Path, outside: Path, mutation: str | None) -> dict[
     size = size_of(root)
     limit = status("VmSize") + size + MORE_BYTES + THREADS_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    # With a mutation a command may well take minutes, of which no more than it takes to be too slow are needed.
+    # With a mutation a command may well take minutes: it may end as soon as it is too slow.
     cpu_s = None if mutation is None else int(budget(size, crowded=True)) + 1
     return look(root, outside, attack.name.startswith(("terminal", "a name")), cpu_s)
 

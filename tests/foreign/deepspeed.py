@@ -120,7 +120,7 @@ def _build_locks() -> set[Path]:
 
 
 def _in_a_fork(action: Any, log: Path, deadline_s: float, raised: Any) -> None:
-    """Runs it in a process of its own, in a session of its own, of which nothing is left when this returns."""
+    """Runs it in a process and a session of its own; nothing of them is left when this returns."""
     from layerwise_dist.supervision.processes import kill_all
 
     sys.stdout.flush()

@@ -32,7 +32,7 @@ _SIZES = (8192, 12288, 16384, 24576)
 
 @dataclass(frozen=True)
 class Target:
-    """`seeds` are inputs that the reader takes; `watched` names the modules of which lines count as new."""
+    """`seeds` are inputs that the reader takes; `watched` names the modules whose lines count as new."""
 
     run: Callable[[bytes], None]
     seeds: Callable[[], list[bytes]]

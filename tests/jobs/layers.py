@@ -164,8 +164,8 @@ def compare(wrapper: str, tries: list[tuple[dict[str, Any], str, str]]) -> list[
             say(f"exact {what}")
         else:
             different.append(what)
-        # The first of the four steps is observed. Layers that are frozen, or of which FSDP1 leaves a rank nothing, come
-        # in the step.
+        # The first of the four steps is observed. Layers that are frozen, or that FSDP1 leaves a rank nothing of, are
+        # updated in the step.
         if mode == "in_backward" and any(n - step * layers < layers / 2 for step, n in enumerate(early) if step):
             different.append(f"{what}: updated before the steps: {early} of {layers} layers")
         optimizer.detach()

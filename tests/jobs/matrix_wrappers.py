@@ -152,7 +152,7 @@ class Job:
         return {f"buffer/{clean(name)}": buffer.detach().clone() for name, buffer in self.net.named_buffers()}
 
     def without_state(self) -> list[str]:
-        """Trained parameters of this rank of which the optimizer lacks state; known before a collective hangs on it."""
+        """Trained parameters of this rank without state in the optimizer; known before a collective hangs on it."""
         return [
             fqn
             for fqn, param in self.named()

@@ -154,7 +154,7 @@ class Mixed(Job):
 
 
 class Engines(Job):
-    """Two DeepSpeed engines, of which one accumulates two micro-batches and the other skips every other iteration."""
+    """Two DeepSpeed engines: one accumulates two micro-batches, the other skips every other iteration."""
 
     def build(self) -> None:
         import zero_kit
