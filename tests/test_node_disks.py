@@ -31,6 +31,7 @@ from layerwise_dist.commit.session import Committer
 from layerwise_dist.engine.engine import workings_of
 from layerwise_dist.frameworks.parts import WHOLE
 from layerwise_dist.restore import handing
+from layerwise_dist.restore import nodes as node_shards
 from layerwise_dist.restore.gathered import Gathered
 from layerwise_dist.restore.handing import Handing
 from layerwise_dist.restore.sight import Sight
@@ -352,23 +353,43 @@ def test_ranks_that_see_other_trainings_at_one_path_restore_none(nodes: Nodes) -
             assert isinstance(thread.error, errors.DirectoryError) and "different trainings" in str(thread.error)
 
 
-@pytest.mark.parametrize("hashed", [True, False])
-def test_a_shard_that_another_job_left_under_the_same_name_is_no_part_of_a_restore(
-    nodes: Nodes, caplog: pytest.LogCaptureFixture, hashed: bool
-) -> None:
-    values(nodes.job([0, 0], trains(1), hash=hashed))
+def with_shards_of_another_job(nodes: Nodes, hashed: bool) -> list[dict[int, Any]]:
+    """A step whose shards node 0 has; node 1 has others, under the same names, as long and of another state."""
+    first = values(nodes.job([0, 0], trains(1), hash=hashed))
     nodes.disk(1).mkdir()
     shutil.copy(nodes.disk(0) / filenames.IDENTITY, nodes.disk(1))
     (folder,) = nodes.disk(0).glob("step_*")
     shutil.copytree(folder, nodes.disk(1) / folder.name, ignore=shutil.ignore_patterns("manifest*"))
-    for path in nodes.disk(1).glob("step_*/rank_*"):  # as long as the other, and of another state
+    for path in nodes.disk(1).glob("step_*/rank_*"):
         data = path.read_bytes()
         end = 8 + int.from_bytes(data[:8], "little")
         header = re.sub(rb'("state_hash":")[0-9a-f]{16}', rb"\g<1>0123456789abcdef", data[:end])
         path.write_bytes(header + bytes(byte ^ 1 for byte in data[end:]))
+    return first
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+def test_a_shard_that_another_job_left_under_the_same_name_is_no_part_of_a_restore(
+    nodes: Nodes, caplog: pytest.LogCaptureFixture, hashed: bool
+) -> None:
+    first = with_shards_of_another_job(nodes, hashed)
+    check(first, values(nodes.job([0, 0, 1], trains(0, step=1), hash=hashed)), 1)
+    check(first, values(nodes.job([0, 1], trains(0, step=1), hash=hashed)), 1)
+    for path in nodes.disk(0).glob("step_*/rank_*"):
+        path.unlink()
     for thread in nodes.job([0, 0, 1], trains(0, step=1), hash=hashed):
         assert isinstance(thread.error, errors.DamageError)
     assert "rank 2: shard" in caplog.text and "does not match its hash in the" in caplog.text
+
+
+def test_mutation_a_shard_that_is_taken_by_its_name_alone_ends_the_restore(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(node_shards, "is_as_committed", lambda *_: True)
+    with_shards_of_another_job(nodes, True)
+    for thread in nodes.job([0, 0, 1], trains(0, step=1)):
+        assert isinstance(thread.error, errors.DamageError)
+    assert "does not match its hash in the" in caplog.text
 
 
 def test_a_manifest_is_brought_to_a_node_whose_ranks_are_others_now(nodes: Nodes) -> None:

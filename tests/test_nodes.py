@@ -246,6 +246,7 @@ def test_mutation_a_node_that_is_taken_to_hold_everything_is_found(
     two_nodes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nodes, "_is_there", lambda manager, path: True)
+    monkeypatch.setattr(nodes, "is_as_committed", lambda *_: True)
     with pytest.raises((AssertionError, DamageError)):
         test_ranks_that_changed_their_nodes_get_what_was_theirs(None, tmp_path)
 

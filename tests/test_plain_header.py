@@ -8,13 +8,15 @@ from __future__ import annotations
 import copy
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from layerwise_dist.errors import DamageError
-from layerwise_dist.storage import header, plain_header
+from layerwise_dist.storage import header, plain_header, plain_places
 from layerwise_dist.storage.header import ShardIndex, parse_header
 from layerwise_dist.storage.shard_layout import ALIGN, ShardLayout, Source, round_up, state_extent
 from layerwise_dist.tensors.slices import ITEM_BYTES, Slice
@@ -227,6 +229,63 @@ def test_nothing_is_taken_that_the_check_of_all_headers_would_not_take_for_the_s
     assert taken >= least and left > 300
 
 
+NUMBERS = [
+    b"0", b"1", b"2", b"3", b"4", b"7", b"8", b"11", b"9000", b"00", b"01", b"", b"-1", b"1.0", b"1e0", b" 1", b"1,1",
+    b"9" * 17, b"9" * 18, b"9" * 19, b"%d" % ((1 << 63) - 1), b"%d" % (1 << 63), b"\xd9\xa1",
+]  # fmt: skip
+
+
+def _other_numbers(text: bytes, draw: random.Random) -> bytes:
+    """Other digits in what says where parts lie, or the same ones elsewhere."""
+    begin, end = text.index(b'"slices":"'), text.index(b'"layers":"')
+    table = text[begin:end]
+    for _ in range(draw.randint(1, 3)):
+        one, other = draw.choice([each.span() for each in re.finditer(rb"[0-9]+", table)])
+        digits, at = table[one:other], draw.randrange(len(table))
+        if draw.random() < 0.8:
+            table = table[:one] + draw.choice(NUMBERS) + table[other:]
+        else:
+            left = table[:one] + table[other:]
+            table = left[:at] + digits + left[at:]
+    return text[:begin] + table + text[end:]
+
+
+def sweep_numbers(monkeypatch: pytest.MonkeyPatch, seed: int) -> list[int]:
+    """As `sweep`, of headers that come after one that was written."""
+    seen = [0, 0]
+    draw, recent = random.Random(seed), plain_header.Recent()
+    headers = [written(name) for name in ("cut", "many")]
+    for _ in range(CASES // 4):
+        text, beside = draw.choice(headers)
+        assert shorter(region(text), len(region(text)) + beside, recent) is not None
+        seen[not compare(_other_numbers(text, draw), beside, monkeypatch, recent)] += 1
+    return seen
+
+
+def test_a_header_that_differs_from_the_last_in_numbers_is_read_as_it_would_be_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken, left = sweep_numbers(monkeypatch, seed=1)
+    assert taken > 5 and left > 100
+    read = []
+    exactly = plain_places.exactly
+    monkeypatch.setattr(plain_places, "exactly", lambda of, data: read.append(data) or exactly(of, data))
+    recent = plain_header.Recent()
+    for rank in range(WORLD):
+        text, beside = written("many")
+        text = text.replace(b'"rank":"1"', b'"rank":"%d"' % rank).replace(b"[1,0]", b"[%d,0]" % rank)
+        assert compare(text, beside, monkeypatch, recent)
+    assert len(read) == 1, "and from there on as an array"
+
+
+def test_digits_elsewhere_are_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    text, beside = written("cut")
+    for part, instead in [(b"[2,0]", b"2[,0]"), (b"[2,0]", b"[2,]0"), (b'\\"start\\":4', b'\\"start\\"4:')]:
+        recent = plain_header.Recent()
+        assert part in text and compare(text, beside, monkeypatch, recent)
+        assert not compare(text.replace(part, instead, 1), beside, monkeypatch, recent), instead
+
+
 def test_what_could_be_taken_for_two_things_is_left_to_the_check_of_all_headers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -270,11 +329,25 @@ class _Lax(dict[str, int]):
         return super().get(name, 4)
 
 
-MUTATIONS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+APART = plain_places.Pattern._apart
+MUTATIONS: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
     "all headers have the tensors of the last": lambda patch: patch.setattr(plain_header, "Recent", _Unmindful),
-    "no text is compared": lambda patch: patch.setattr(plain_header, "_exactly", lambda of, data: of.decode(data)),
-    "no box is checked": lambda patch: patch.setattr(plain_header, "_check_boxes", lambda *_: None),
-    "no rank is looked for": lambda patch: patch.setattr(plain_header, "ranks_of", lambda *_: range(WORLD)),
+    "no text is compared": lambda patch: (
+        [patch.setattr(each, "exactly", lambda of, data: of.decode(data)) for each in (plain_header, plain_places)]
+    ),
+    "no part is checked": lambda patch: patch.setattr(plain_places, "check_within", lambda *_: None),
+    "no rank is looked for": lambda patch: patch.setattr(plain_places, "ranks_of", lambda *_: range(WORLD)),
+    "what is beside numbers is not compared": lambda patch: patch.setattr(
+        plain_places.Pattern, "_apart", lambda self, *of: (b"", *APART(self, *of)[1:])
+    ),
+    "where numbers stand is not compared": lambda patch: patch.setattr(
+        plain_places.Pattern, "_apart", lambda self, *of: (APART(self, *of)[0], 0, *APART(self, *of)[2:])
+    ),
+    "a number is written in any way": lambda patch: patch.setattr(plain_places, "in_one_way", lambda *_: True),
+    "a number is of any length": lambda patch: [
+        patch.setattr(plain_places, "_DIGITS", 30),
+        patch.setattr(plain_places, "_POWERS", 10 ** np.arange(30)),
+    ],
     "every dtype is known": lambda patch: patch.setattr(plain_header, "ITEM_BYTES", _Lax(ITEM_BYTES)),
 }
 
@@ -285,5 +358,7 @@ def test_mutation_a_shorter_way_that_checks_less_is_found(mutation: str, monkeyp
     with pytest.raises(AssertionError):
         test_what_could_be_taken_for_two_things_is_left_to_the_check_of_all_headers(monkeypatch)
         test_a_dtype_that_is_not_known_is_refused_where_a_tensor_has_no_elements_too(monkeypatch)
+        test_digits_elsewhere_are_no_numbers(monkeypatch)
         for seed in range(3):
+            sweep_numbers(monkeypatch, seed)
             sweep(monkeypatch, _changed_value, seed)

@@ -15,10 +15,11 @@ import pytest
 
 from layerwise_dist.errors import DamageError
 from layerwise_dist.restore import headers, states, tally
-from layerwise_dist.restore.gathered import GatheredTensor
+from layerwise_dist.restore.gathered import Gathered, GatheredTensor
 from layerwise_dist.restore.headers import FILES_A_RANK, ROW, Share
 from layerwise_dist.restore.holdings import Holdings
 from layerwise_dist.restore.reslice import run_of
+from layerwise_dist.restore.sight import Sight
 from layerwise_dist.storage.entries import Entries, Entry
 from layerwise_dist.storage.header import Blocks
 from layerwise_dist.tensors.slices import Slice
@@ -26,6 +27,7 @@ from layerwise_dist.tensors.slices import Slice
 pytestmark = pytest.mark.quick
 
 SAVED, HERE, CASES = 3, 3, 100
+NEAREST = [0, 2, 2]
 SEALED: Any = {"optimizer": {"groups": [], "scalars": {}, "order": {}}}
 
 
@@ -51,7 +53,7 @@ def written(draw: random.Random, slices: list[Slice], rank: int) -> Any:
         path=f"rank_{rank}", rank=rank, size=at, entries=Entries.of(entries), layers=[("a", 4096, 8192)], hashed=True,
         blocks=Blocks([("a", 4096, 8192)], 4096), hashes=[1, 2],
     )  # fmt: skip
-    return SimpleNamespace(index=index, peek=lambda ranges: [draw.randbytes(1) for _ in ranges])
+    return SimpleNamespace(index=index, peek=lambda begins, ends: draw.randbytes(int((ends - begins).sum())))
 
 
 class Case:
@@ -88,10 +90,11 @@ class Case:
     def told(self) -> list[set[tuple[Any, ...]]]:
         """What each rank here is told of: name, file, and where and which elements."""
         manifest: Any = SimpleNamespace(step=1, world_size=SAVED)
-        share = Share(manifest, self.holdings)
+        share = Share(manifest, self.holdings, NEAREST)
         for rank, shard in enumerate(self.shards):
             share.add(rank, [shard], {**SEALED, "aliases": self.aliases})
-        return [_read(message) for message in share.for_each()]
+        _, tensors = headers.read_for_all(share.for_all(), SAVED)
+        return [_read(message, tensors) for message in share.for_each()]
 
     def expected(self) -> list[set[tuple[Any, ...]]]:
         found: list[set[tuple[Any, ...]]] = [set() for _ in range(HERE)]
@@ -99,9 +102,10 @@ class Case:
         for rank, shard in enumerate(self.shards):
             for name, entry in shard.index.entries.items():
                 of, run = entry.slice, run_of(entry.slice)
-                if not of.among and first.setdefault(name, rank) != rank:
-                    continue
-                for held, out in zip(self.holdings, found, strict=True):
+                copy = not of.among and first.setdefault(name, rank) != rank
+                for held, out, nearest in zip(self.holdings, found, NEAREST, strict=True):
+                    if copy and nearest != rank:
+                        continue
                     names = [of.fqn, *self.aliases.get(of.fqn, ())]
                     if of.numel and any(held.needs(each, of, run) for each in names):
                         where = run or (tuple(of.offsets or ()), tuple(of.lengths or ()))
@@ -109,14 +113,14 @@ class Case:
         return found
 
 
-def _read(message: bytes) -> set[tuple[Any, ...]]:
+def _read(message: bytes, tensors: list[tally.Summary]) -> set[tuple[Any, ...]]:
     head, rows, *_ = states.unpack(message)
-    names, about, boxes = json.loads(bytes(head))
+    about, boxes = json.loads(bytes(head))
     found: set[tuple[Any, ...]] = set()
     for number, file, *where in np.frombuffer(rows, dtype="<u8").reshape(-1, ROW).tolist():
-        found.add((*names[str(number)][:2], file, *where))
+        found.add((tensors[number].name, tensors[number].among, file, *where))
     for number, file, begin, offsets, lengths in boxes:
-        found.add((*names[str(number)][:2], file, begin, tuple(offsets), tuple(lengths)))
+        found.add((tensors[number].name, tensors[number].among, file, begin, tuple(offsets), tuple(lengths)))
     assert {each[2] for each in found} == {number for number, *_ in about}
     return found
 
@@ -141,8 +145,8 @@ MUTATIONS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
         tally.Layout, "fits", lambda self, entries: len(self.items) == len(entries)
     ),
     "aliases are nothing": lambda patch: patch.setattr(
-        headers.Share, "_tell", lambda self, file, number, entry, aliases, tell=headers.Share._tell: tell(
-            self, file, number, entry, ()
+        headers.Share, "_tell", lambda self, file, number, entry, aliases, to, tell=headers.Share._tell: tell(
+            self, file, number, entry, (), to
         ),
     ),
     "the first of several parts is all": lambda patch: patch.setattr(
@@ -156,6 +160,28 @@ def test_mutation_a_rank_that_is_told_less_is_found(mutation: str, monkeypatch: 
     MUTATIONS[mutation](monkeypatch)
     with pytest.raises((AssertionError, TypeError, DamageError)):
         test_each_rank_is_told_of_what_it_may_need_and_of_nothing_else()
+
+
+@pytest.mark.parametrize(
+    ("copies", "more", "read"),
+    [
+        ({"a": [0, 1, 2]}, [], 2), ({"a": [0, 1]}, [], 0), ({"a": [0, 1], "b": [2]}, [], 0),
+        ({"a": [0, 1, 2]}, [tally.Summary("buffer/b", "", "F32", (2,), 0, 1, {"a": [1, 2]})], 0),
+    ],
+)  # fmt: skip
+def test_of_copies_that_are_all_equal_the_nearest_is_read_and_else_the_first(
+    copies: dict[str, list[int]], more: list[tally.Summary], read: int
+) -> None:
+    gathered: Any = object.__new__(Gathered)
+    gathered.manifest, gathered._nearest = SimpleNamespace(world_size=3), 2
+    assert gathered._chosen([tally.Summary("buffer/b", "", "F32", (), 0, 0, copies), *more]).copy == read
+
+
+def test_each_rank_has_one_that_is_nearest_to_what_it_reads() -> None:
+    assert [Sight(2, 4).nearest(rank) for rank in range(2)] == [0, 2]
+    assert [Sight(3, 2).nearest(rank) for rank in range(3)] == [0, 0, 1]
+    seen = [frozenset((2, 3)), frozenset((0,)), frozenset[int]()]
+    assert [Sight(3, 4, seen).nearest(rank) for rank in range(3)] == [2, 0, 2]
 
 
 def test_elements_are_counted_without_an_end_and_a_tensor_of_too_many_is_damage() -> None:

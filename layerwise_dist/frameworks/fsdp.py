@@ -34,13 +34,15 @@ class FSDP2Framework(Framework):
     whole = opens = False
 
     def __init__(self, root: nn.Module, rank: int, world_size: int, prefix: str = "") -> None:
+        # Of this process's part, by shape, mesh and placements: there are few of these, and torch takes its time.
+        self._places: dict[Any, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         super().__init__(root, rank, world_size, prefix)
         self._divide()
 
     def _divide(self) -> None:
         for view in self.params:
             if isinstance(view.param, DTensor):
-                _check_part(view)
+                self._check_part(view)
         replicated = [(view, _holders(view.param)) for view in self.params]
         replicated = [(view, ranks) for view, ranks in replicated if len(ranks) > 1]
         sizes = [(ranks, self.local(view.param).nbytes) for view, ranks in replicated]
@@ -96,14 +98,14 @@ class FSDP2Framework(Framework):
     def need(self, view: ParamView, kind: str, tensor: torch.Tensor) -> Slice:
         if not isinstance(tensor, DTensor):
             return super().need(view, kind, tensor)
-        shape, offsets = _place(tensor)
+        shape, offsets = self._place(tensor)
         code = dtype_code(tensor.dtype, f"{kind}/{view.fqn}")
         among = self._mesh_text(tensor.device_mesh)
         return Slice(kind, view.fqn, code, tuple(tensor.shape), offsets=offsets, lengths=shape, among=among)
 
     def pieces(self, view: ParamView, kind: str, tensor: torch.Tensor, *, lease: bool) -> list[Piece]:
         if tensor is view.param and isinstance(tensor, DTensor):
-            _check_part(view)  # its local part may have got another shape
+            self._check_part(view)  # its local part may have got another shape
         if self.alike(view, kind, tensor) and self._owner[view.fqn] != self.rank:
             return []
         return super().pieces(view, kind, tensor, lease=lease)
@@ -128,6 +130,33 @@ class FSDP2Framework(Framework):
                 f"has {list(param.shape)}"
             )
         return torch.empty_like(param, dtype=dtype, requires_grad=False)
+
+    def _place(self, tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shape of this rank's part, and where it begins in the whole."""
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # private: not at our import
+
+        key = tensor.shape, tensor.device_mesh, tensor.placements
+        if key not in self._places:
+            shape, offsets = compute_local_shape_and_global_offset(*key)
+            self._places[key] = tuple(shape), tuple(offsets)
+        return self._places[key]
+
+    def _check_part(self, view: ParamView) -> None:
+        param = view.param
+        assert isinstance(param, DTensor)
+        if any(placement.is_partial() for placement in param.placements):
+            raise UnsupportedError(f"parameter {view.fqn}: a sum that is not reduced yet ({param.placements})")
+        if param.device_mesh.get_coordinate() is None:
+            raise UnsupportedError(f"parameter {view.fqn}: this rank is not in its device mesh {param.device_mesh}")
+        local = param.to_local()
+        shape, _ = self._place(param)
+        if tuple(local.shape) != shape:
+            raise UnsupportedError(
+                f"parameter {view.fqn}: its local shard of shape {list(local.shape)} is not what its placements "
+                f"{param.placements} say ({list(shape)}), so its place is unknown"
+            )
+        if local.numel() and not local.is_contiguous():
+            raise UnsupportedError(f"parameter {view.fqn}: its local shard is not row-major ({param.placements})")
 
 
 def _managed(root: nn.Module) -> list[Any]:
@@ -158,29 +187,3 @@ def _holders(tensor: torch.Tensor) -> tuple[int, ...]:
         slice(None) if placement.is_replicate() else at for placement, at in zip(tensor.placements, here, strict=True)
     )
     return tuple(mesh.mesh[place].reshape(-1).tolist())
-
-
-def _place(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape of this rank's part, and where it begins in the whole."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # private: not at our import
-
-    shape, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tuple(shape), tuple(offsets)
-
-
-def _check_part(view: ParamView) -> None:
-    param = view.param
-    assert isinstance(param, DTensor)
-    if any(placement.is_partial() for placement in param.placements):
-        raise UnsupportedError(f"parameter {view.fqn}: a sum that is not reduced yet ({param.placements})")
-    if param.device_mesh.get_coordinate() is None:
-        raise UnsupportedError(f"parameter {view.fqn}: this rank is not in its device mesh {param.device_mesh}")
-    local = param.to_local()
-    shape, _ = _place(param)
-    if tuple(local.shape) != shape:
-        raise UnsupportedError(
-            f"parameter {view.fqn}: its local shard of shape {list(local.shape)} is not what its placements "
-            f"{param.placements} say ({list(shape)}), so its place is unknown"
-        )
-    if local.numel() and not local.is_contiguous():
-        raise UnsupportedError(f"parameter {view.fqn}: its local shard is not row-major ({param.placements})")

@@ -28,13 +28,12 @@ from layerwise_dist.restore.holdings import Holdings
 from layerwise_dist.restore.planned import Files, PlannedShard, Readable
 from layerwise_dist.restore.planner import ByteRange, Found, Runs, replan
 from layerwise_dist.restore.reslice import run_of
-from layerwise_dist.restore.sealed_state import read_state
+from layerwise_dist.restore.sealed_state import SeenStates
 from layerwise_dist.restore.sight import Sight
 from layerwise_dist.restore.source import unlike_words
 from layerwise_dist.restore.tally import Summary
 from layerwise_dist.restore.whole import SavedTensor, first_unlike
 from layerwise_dist.storage import strict_json
-from layerwise_dist.storage.alike_json import Alike
 from layerwise_dist.storage.entries import Entry
 from layerwise_dist.storage.header import Blocks
 from layerwise_dist.storage.reader import Shard
@@ -56,6 +55,7 @@ class GatheredTensor:
     shape: tuple[int, ...]
     rows: list[Rows] = field(default_factory=list)
     boxes: list[tuple[int, int, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+    copy: int | None = None  # the rank whose own it is
 
     @cached_property
     def _runs(self) -> Rows:
@@ -157,19 +157,21 @@ class Gathered:
         self.manifest, self._open, self.files, self._sight = manifest, open_shards, files, sight
         self._brought: dict[tuple[int, int, int], bytes] = {}  # by file, begin and end
         every = exchange.all_to_all("tell what it holds", [holdings.encode()] * exchange.world_size)
-        alike = Alike()
-        share = Share(manifest, [Holdings.decode(each) for each in every], keep_all=sight.seen is not None)
+        seen = SeenStates(manifest.framework)
+        nearest = [sight.nearest(rank) for rank in range(exchange.world_size)]
+        share = Share(manifest, [Holdings.decode(each) for each in every], nearest, keep_all=sight.seen is not None)
+        self._nearest = nearest[exchange.rank]
         with _without_collector():
             for rank in sight.read_by(exchange.rank):
                 shards = open_shards(rank)
-                share.add(rank, shards, read_state(shards[0], manifest.framework, alike.loads))
+                share.add(rank, shards, seen.read(shards[0]))
                 exchange.bytes_read += sum(shard.header_bytes for shard in shards)
         files.read(share.peeked_bytes)
         self.block_bytes = share.block_bytes
         heard = exchange.all_to_all("read headers", [share.for_all()] * exchange.world_size)
-        told = self._take_all(heard)
+        told, numbered = self._take_all(heard)
         share.check(told)
-        self._take_mine(exchange.all_to_all("tell what is where", share.for_each()))
+        self._take_mine(exchange.all_to_all("tell what is where", share.for_each()), numbered)
         if sight.seen is not None:
             for number, (of, layers, hashes) in share.files.items():
                 if number not in self.shards:
@@ -178,8 +180,9 @@ class Gathered:
 
     # -- what all ranks hear -------------------------------------------------------------------------------------
 
-    def _take_all(self, heard: Sequence[bytes]) -> dict[str, list[Summary]]:
-        both = [headers.read_for_all(each) for each in heard]
+    def _take_all(self, heard: Sequence[bytes]) -> tuple[dict[str, list[Summary]], list[list[Summary]]]:
+        """All tensors by name, and by who told of them."""
+        both = [headers.read_for_all(each, self.manifest.world_size) for each in heard]
         sealed = states.decode([encoded for encoded, _ in both])
         self.sealed: list[SealedState] = [sealed[rank] for rank in range(self.manifest.world_size)]
         merged: dict[tuple[str, str, str, tuple[int, ...]], Summary] = {}
@@ -194,13 +197,19 @@ class Gathered:
         told: dict[str, list[Summary]] = {}
         for each in sorted(merged.values(), key=lambda each: each.first):
             told.setdefault(each.name, []).append(each)
-        self.tensors = {name: self._first(found[0]) for name, found in told.items()}
+        self.tensors = {name: self._chosen(found) for name, found in told.items()}
         self._check(told)
-        return told
+        return told, [found for _, found in both]
 
-    def _first(self, told: Summary) -> GatheredTensor:
-        ranks = min(headers.ranks_among(told, self.manifest.world_size))
-        return GatheredTensor(told.name, told.among, ranks, told.dtype, told.shape)
+    def _chosen(self, told: Sequence[Summary]) -> GatheredTensor:
+        """Of several copies the first; where all are equal, the one that is nearest to what this rank reads anyway."""
+        first = told[0]
+        if first.among:
+            ranks = contents.ranks_of(first.among, self.manifest.world_size)
+            return GatheredTensor(first.name, first.among, ranks, first.dtype, first.shape)
+        alike = len(told) == len(first.copies) == 1 and self._nearest in next(iter(first.copies.values()))
+        copy = self._nearest if alike else first.first
+        return GatheredTensor(first.name, "", (first.first,), first.dtype, first.shape, copy=copy)
 
     def _check(self, told: Mapping[str, Sequence[Summary]]) -> None:
         """That there is all of what is held together, and in one shape. Raises DamageError."""
@@ -235,29 +244,31 @@ class Gathered:
 
     # -- what this rank hears ------------------------------------------------------------------------------------
 
-    def _take_mine(self, heard: Sequence[bytes]) -> None:
+    def _take_mine(self, heard: Sequence[bytes], numbered: Sequence[Sequence[Summary]]) -> None:
         self.shards: dict[int, PlannedShard] = {}
-        for data in heard:
+        for data, told in zip(heard, numbered, strict=True):
             head, rows, *tables = states.unpack(data)
-            names, about, boxes = strict_json.loads(bytes(head))
+            about, boxes = strict_json.loads(bytes(head))
             for at, (number, *of) in enumerate(about):
                 self.shards[number] = self._shard(number, of, *tables[2 * at : 2 * at + 2])
-            mine: dict[int, GatheredTensor] = {}
-            for number, (name, among, dtype, shape, first) in names.items():
-                found = self.tensors[name]
-                same = among == found.among and (among or found.ranks == (first,))
-                if same and (found.dtype, found.shape) == (dtype, tuple(shape)):
-                    mine[int(number)] = found
             table = np.frombuffer(rows, dtype="<u8").reshape(-1, ROW)
             order = np.argsort(table[:, 0], kind="stable")
             table = table[order]
             bounds = np.flatnonzero(np.diff(table[:, 0])) + 1
             for group_rows in np.split(table, bounds) if len(table) else ():
-                if (of := mine.get(int(group_rows[0, 0]))) is not None:
-                    of.rows.append(group_rows)
+                if (tensor := self._read_of(told[int(group_rows[0, 0])])) is not None:
+                    if tensor.copy is not None:
+                        group_rows = group_rows[group_rows[:, 1] // FILES_A_RANK == tensor.copy]
+                    tensor.rows.append(group_rows)
             for number, file, begin, offsets, lengths in boxes:
-                if (of := mine.get(number)) is not None:
-                    of.boxes.append((file, begin, tuple(offsets), tuple(lengths)))
+                if (tensor := self._read_of(told[number])) is not None:
+                    tensor.boxes.append((file, begin, tuple(offsets), tuple(lengths)))
+
+    def _read_of(self, told: Summary) -> GatheredTensor | None:
+        """The tensor that is read, if this is of it, and not of another one under its name."""
+        found = self.tensors[told.name]
+        same = (found.among, found.dtype, found.shape) == (told.among, told.dtype, told.shape)
+        return found if same else None
 
     def _shard(self, number: int, about: Sequence[int], layers: memoryview, hashes: memoryview) -> PlannedShard:
         size, block_bytes, hashed, _ = about

@@ -2,8 +2,8 @@
 """The headers of a commit, each read once in the job: a rank parses its share of them, and sends every other rank the
 places of the tensors that this one may hold a part of.
 
-What goes to one rank is numbers in arrays (little-endian, 64 bits each) and names in JSON: of a job of 512 ranks
-there are a million tensors in headers. What goes to all is which tensors there are at all (`Summary`).
+What goes to one rank is numbers in arrays (little-endian, 64 bits each): of a job of 512 ranks there are a million
+tensors in headers. What goes to all is which tensors there are at all (`Summary`).
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import struct
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from operator import is_
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -25,11 +26,12 @@ from layerwise_dist.restore import contents
 from layerwise_dist.restore.holdings import Holdings
 from layerwise_dist.restore.reslice import run_of
 from layerwise_dist.restore.states import States, pack, unpack
-from layerwise_dist.restore.tally import SEVERAL, Layout, Summary, Tally
+from layerwise_dist.restore.tally import Layout, Summary, Tally
 from layerwise_dist.restore.whole import SMALL_BYTES, blocks_of
 from layerwise_dist.storage import strict_json
 from layerwise_dist.storage.entries import Entry
 from layerwise_dist.storage.reader import Shard
+from layerwise_dist.tensors.slices import ranks_text
 
 FILES_A_RANK = 2  # of a saved rank: its shard, and its base
 ROW = 5  # numbers: the tensor, the file, where it begins in it, the first element, how many
@@ -41,25 +43,26 @@ class _Outbox:
     def __init__(self) -> None:
         self.rows: list[np.ndarray] = []  # [n, ROW] each
         self.boxes: list[Any] = []  # tensor, file, begin, offsets, lengths
-        self.tensors: set[int] = set()
         self.files: set[int] = set()
 
-    def encode(self, tensors: Sequence[Summary], files: Mapping[int, tuple[list[int], bytes, bytes]]) -> bytes:
+    def encode(self, files: Mapping[int, tuple[list[int], bytes, bytes]]) -> bytes:
         rows = np.concatenate(self.rows) if self.rows else np.empty((0, ROW), dtype="<u8")
-        numbers = sorted(self.tensors.union(np.unique(rows[:, 0]).tolist()))
-        some = [(number, tensors[number]) for number in numbers]
-        names = {number: [of.name, of.among, of.dtype, of.shape, of.first] for number, of in some}
         about = [[number, *files[number][0]] for number in sorted(self.files)]
         tables = [table for number in sorted(self.files) for table in files[number][1:]]
-        return pack([json.dumps([names, about, self.boxes]).encode(), rows.tobytes(), *tables])
+        return pack([json.dumps([about, self.boxes]).encode(), rows.tobytes(), *tables])
 
 
 class Share:
     """What one rank has read of headers, in the order of the ranks that wrote them."""
 
-    def __init__(self, manifest: Manifest, holdings: Sequence[Holdings], *, keep_all: bool = False) -> None:
-        """`holdings` of all ranks of this job, by rank. `keep_all`: in `files` are also those that no rank needs."""
+    def __init__(
+        self, manifest: Manifest, holdings: Sequence[Holdings], nearest: Sequence[int], *, keep_all: bool = False
+    ) -> None:
+        """`holdings` of all ranks of this job, by rank; `nearest` to each, as `Sight.nearest`. `keep_all`: in `files`
+        are also those that no rank needs.
+        """
         self._manifest, self._holdings, self._keep_all = manifest, holdings, keep_all
+        self._nearest = nearest
         self._outgoing = [_Outbox() for _ in holdings]
         self.states = States()
         self._tally = Tally(manifest.step, holdings)
@@ -77,7 +80,7 @@ class Share:
             self._add(rank, FILES_A_RANK * rank + at, shard, sealed.get("aliases", {}))
             for at, shard in enumerate(shards)
         ]
-        self.states.add(rank, sealed)
+        self.states.add(rank, sealed if rank < len(self._holdings) else _without_random_numbers(sealed))
         of: list[Any] = [*layouts, sealed["optimizer"], sealed.get("standing")]
         if len(of) == len(self._whole) and all(map(is_, of, self._whole)):
             return  # the same names as those of another rank, and nothing was absent
@@ -88,21 +91,26 @@ class Share:
     def _add(self, rank: int, file: int, shard: Shard, aliases: Mapping[str, Sequence[str]]) -> Layout:
         entries = shard.index.entries
         layout, elements = self._tally.add(rank, entries)
-        own, first = np.flatnonzero(layout.own).tolist(), self._own_first
-        told = ~layout.own
-        # Of several copies one is read, and that is the first.
-        told[[at for at in own if first.setdefault(entries.names[at], rank) == rank]] = True
+        # Of several copies one is read: the first; or, where all are equal, one that lies near what is read anyway.
+        near = [at for at, nearest in enumerate(self._nearest) if nearest == rank]
+        told, first = ~layout.own, self._own_first
+        if not layout.told:
+            names = entries.names
+            told[[at for at in layout.owned.tolist() if first.setdefault(names[at], rank) == rank]] = True
+            layout.told = True
         starts = layout.starts(entries)
-        unsure = layout.unsure | (starts == SEVERAL)
+        unsure = layout.unsure
         if aliases:
             unsure = unsure | np.array([name.split("/", 1)[1] in aliases for name in entries.names], dtype=bool)
-        for at in np.flatnonzero(told & unsure).tolist():
+        for at in np.flatnonzero(unsure & (told | layout.own) if near else unsure & told).tolist():
             entry = entries.at(at)
-            self._tell(file, int(layout.numbers[at]), entry, aliases.get(entry.slice.fqn, ()))
-        told &= ~unsure & (elements > 0)
+            to = range(len(self._outgoing)) if told[at] else near
+            self._tell(file, int(layout.numbers[at]), entry, aliases.get(entry.slice.fqn, ()), to)
+        sure = ~unsure & (elements > 0)
         ends = starts + elements
-        for out, low, high in zip(self._outgoing, layout.low, layout.high, strict=True):
-            some = np.flatnonzero(told & (starts < high) & (ends > low))
+        for at, (out, low, high) in enumerate(zip(self._outgoing, layout.low, layout.high, strict=True)):
+            mine = told | layout.own if at in near else told
+            some = np.flatnonzero(mine & sure & (starts < high) & (ends > low))
             if len(some):
                 rows = np.empty((len(some), ROW), dtype="<u8")
                 rows[:, 0], rows[:, 1], rows[:, 2] = layout.numbers[some], file, entries.begins[some]
@@ -110,19 +118,32 @@ class Share:
                 out.rows.append(rows)
                 out.files.add(file)
         self._keep_file(file, shard)
-        marks, peeked = _marks(shard, own) if self._manifest.world_size > 1 else ([""] * len(own), 0)
-        self.peeked_bytes += peeked
-        for number, mark in zip(layout.numbers[own].tolist(), marks, strict=True):
+        found = self._marks(shard, layout) if self._manifest.world_size > 1 else [""] * len(layout.owned)
+        for number, mark in zip(layout.numbers[layout.owned].tolist(), found, strict=True):
             self._tally[number].copies.setdefault(mark, []).append(rank)
         return layout
 
-    def _tell(self, file: int, number: int, entry: Entry, aliases: Sequence[str]) -> None:
+    def _marks(self, shard: Shard, layout: Layout) -> list[str]:
+        """Of what a rank has for itself. Small ones are read as they are, without their blocks: what is damaged in them
+        looks like another value, and all that looks so is read once more, verified (`gathered`).
+        """
+        entries, own = shard.index.entries, layout.owned
+        begins, ends = entries.begins[own], entries.ends[own]
+        small = ends - begins <= SMALL_BYTES
+        data = shard.peek(begins[small], ends[small])
+        self.peeked_bytes += len(data)
+        if not small.all():
+            return marks(shard, own, data)
+        if layout.marks is None or layout.marks[0] != data:
+            layout.marks = data, marks(shard, own, data)
+        return layout.marks[1]
+
+    def _tell(self, file: int, number: int, entry: Entry, aliases: Sequence[str], to: Iterable[int]) -> None:
         part = entry.slice
         run = run_of(part)
-        for held, out in zip(self._holdings, self._outgoing, strict=True):
+        for held, out in ((self._holdings[at], self._outgoing[at]) for at in to):
             if not held.needs(part.fqn, part, run) and not any(held.needs(name, part, run) for name in aliases):
                 continue
-            out.tensors.add(number)
             if not part.numel:
                 continue
             out.files.add(file)
@@ -142,12 +163,16 @@ class Share:
 
     def for_all(self) -> bytes:
         """The sealed states, and all tensors."""
-        told = [[t.name, t.among, t.dtype, t.shape, t.elements, t.first, t.copies] for t in self._tally.tensors]
+        told = [
+            [t.name, t.among, t.dtype, t.shape, t.elements, t.first]
+            + [{mark: _told(tuple(ranks)) for mark, ranks in t.copies.items()}]
+            for t in self._tally.tensors
+        ]
         return pack([self.states.encode(), json.dumps(told).encode()])
 
     def for_each(self) -> list[bytes]:
-        """By rank of this job, where in the files what it may need is."""
-        return [out.encode(self._tally.tensors, self.files) for out in self._outgoing]
+        """By rank of this job, where in the files what it may need is: of tensors by their numbers in `for_all`."""
+        return [out.encode(self.files) for out in self._outgoing]
 
     def check(self, told: Mapping[str, Sequence[Summary]]) -> None:
         """`told` by all ranks, by name. Raises DamageError for what a rank that was read here had at the boundary, and
@@ -170,36 +195,54 @@ class Share:
             raise DamageError(f"step {self._manifest.step}: {problems[0]}{more}")
 
 
-def _marks(shard: Shard, own: Sequence[int]) -> tuple[list[str], int]:
-    """Of tensors that one rank has for itself, what another rank's has in common exactly if it holds the same; where
-    that is not known, something that no other has. And the bytes of the file that were read for it. `own` are their
-    numbers in the file.
+def _without_random_numbers(sealed: SealedState) -> SealedState:
+    """Of a rank that this job has not: those of its boundary go to nobody."""
+    kept = {name: each for name, each in sealed["boundary"].items() if name not in ("rng", "rng_after")}
+    return cast(SealedState, {**sealed, "boundary": kept})
 
-    Small ones are read as they are, without their blocks: what is damaged in them looks like another value, and all
-    that looks so is read once more, verified (`gathered`).
+
+def marks(shard: Shard, own: np.ndarray, data: bytes) -> list[str]:
+    """Of tensors that one rank has for itself, what another rank's has in common exactly if it holds the same; where
+    that is not known, something that no other has. `own` are their numbers in the file, `data` the bytes of the small
+    ones.
     """
     entries = shard.index.entries
-    found = dict.fromkeys(own, "")
-    places = zip(own, entries.begins[own].tolist(), entries.ends[own].tolist(), strict=True)
-    small = {at: (begin, end) for at, begin, end in places if end - begin <= SMALL_BYTES}
-    for at, data in zip(small, shard.peek(list(small.values())), strict=True):
-        found[at] = f"{_native.xxh3_64(data):016x}"
-    for at in [at for at, mark in found.items() if not mark]:
+    found: list[str] = []
+    place = 0
+    for at, nbytes in zip(own.tolist(), (entries.ends[own] - entries.begins[own]).tolist(), strict=True):
+        if nbytes <= SMALL_BYTES:
+            found.append(f"{_native.xxh3_64(data[place : place + nbytes]):016x}")
+            place += nbytes
+            continue
         entry = entries.at(at)
         if (known := blocks_of(shard, entry)) is not None:
             begin, blocks = known
             text = struct.pack(f"<Q{2 * len(blocks)}Q", begin, *(n for block in blocks for n in block))
-            found[at] = f"blocks {_native.xxh3_64(text):016x} {entry.slice.cut}"
+            found.append(f"blocks {_native.xxh3_64(text):016x} {entry.slice.cut}")
         else:
-            found[at] = f"rank {shard.index.rank}"
-    return list(found.values()), sum(end - begin for begin, end in small.values())
+            found.append(f"rank {shard.index.rank}")
+    return found
 
 
-def read_for_all(data: bytes) -> tuple[bytes, list[Summary]]:
-    """Of `Share.for_all`: the states, encoded, and the tensors. Raises ValueError or TypeError."""
+@lru_cache(maxsize=1 << 12)
+def _told(ranks: tuple[int, ...]) -> str | int:
+    return ranks_text(ranks) or ranks[0]
+
+
+def _by_mark(told: Mapping[str, Any], world_size: int) -> dict[str, list[int]]:
+    """Raises ValueError or TypeError for what is none of `_told`."""
+    return {
+        mark: [each] if type(each) is int else list(contents.ranks_of(each, world_size)) for mark, each in told.items()
+    }
+
+
+def read_for_all(data: bytes, world_size: int) -> tuple[bytes, list[Summary]]:
+    """Of `Share.for_all`: the states, encoded, and the tensors. `world_size` of the checkpoint. Raises ValueError or
+    TypeError.
+    """
     states, told = unpack(data)
     return bytes(states), [
-        Summary(name, among, dtype, tuple(shape), elements, first, copies)
+        Summary(name, among, dtype, tuple(shape), elements, first, _by_mark(copies, world_size))
         for name, among, dtype, shape, elements, first, copies in strict_json.loads(bytes(told))
     ]
 

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from layerwise_dist import _native
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.participant import Participant
-from layerwise_dist.commit.records import Manifest
+from layerwise_dist.commit.records import BaseRecord, Manifest, ShardRecord
 from layerwise_dist.commit.votes import tried, values
 from layerwise_dist.errors import DamageError
 from layerwise_dist.restore.sight import Sight
@@ -63,6 +64,54 @@ def look(
     }
 
 
+def sound(participant: Participant, manager: CheckpointMetadataManager, attempt: AttemptId, held: Held) -> Held:
+    """The same, but a file that is not the one that was committed, as another job may have left it under its name, is
+    as one that is not there: if some other node has the right one. All ranks together; each reads the headers of files
+    that others have too.
+    """
+    sight = held.sight
+    ranks = range(participant.world_size)
+    doubtful = [saved for saved in range(sight.saved) if sum(sight.sees(rank, saved) for rank in ranks) > 1]
+
+    def wrong() -> list[int]:
+        manifest = _manifest(manager, attempt)
+        if manifest is None:
+            return []
+        return [
+            saved
+            for saved in doubtful
+            if sight.sees(participant.rank, saved)
+            and not all(is_as_committed(manager, path, record) for path, record in _files(manager, manifest, saved))
+        ]
+
+    def decide(votes: list[Any]) -> list[list[int]]:
+        found: list[list[int]] = values(votes)
+        right = {saved for saved in doubtful for rank in ranks if sight.sees(rank, saved) and saved not in found[rank]}
+        return [[saved for saved in each if saved in right] for each in found]
+
+    mine = tried(participant.disk_s, "the search for shards", wrong)
+    unseen = participant.agree(f"which node has the shards of step {held.step} as committed", mine, decide)
+    if not any(unseen):
+        return held
+    everyone = frozenset(range(sight.saved))
+    seen = [(everyone if sight.seen is None else sight.seen[rank]) - set(unseen[rank]) for rank in ranks]
+    return replace(held, sight=Sight(sight.world_size, sight.saved, seen))
+
+
+def is_as_committed(manager: CheckpointMetadataManager, path: str, record: ShardRecord | BaseRecord) -> bool:
+    """Whether a file has the length and the header that the manifest says. What cannot be read has not."""
+    assert isinstance(manager.env, _native.Env), "the native core reads shards"
+    try:
+        file = manager.env.open(path)
+        try:
+            header = file.pread(record.header_bytes, 0) if file.size == record.nbytes else b""
+        finally:
+            file.close()
+    except OSError:
+        return False
+    return f"{_native.xxh3_64(header):016x}" == record.header_hash
+
+
 def _held(step: int, told: dict[str, Any], world_size: int) -> Held:
     saved = told["world_size"]
     seen = [frozenset[int]()] * world_size
@@ -86,14 +135,22 @@ def _seen(manager: CheckpointMetadataManager, attempt: AttemptId) -> list[int]:
     manifest = _manifest(manager, attempt)
     if manifest is None:
         return []
-    paths = {
-        record.rank: [
-            manager.shard_path(manifest, record.rank),
-            *([manager.base_path(record.base.attempt, record.rank)] if record.base is not None else []),
-        ]
+    return [
+        record.rank
         for record in manifest.shards
-    }
-    return [rank for rank, files in paths.items() if all(_is_there(manager, path) for path in files)]
+        if all(_is_there(manager, path) for path, _ in _files(manager, manifest, record.rank))
+    ]
+
+
+def _files(
+    manager: CheckpointMetadataManager, manifest: Manifest, rank: int
+) -> list[tuple[str, ShardRecord | BaseRecord]]:
+    """A rank's shard, and its base if it has one."""
+    record = manifest.shards[rank]
+    found: list[tuple[str, ShardRecord | BaseRecord]] = [(manager.shard_path(manifest, rank), record)]
+    if record.base is not None:
+        found.append((manager.base_path(record.base.attempt, rank), record.base))
+    return found
 
 
 def _is_there(manager: CheckpointMetadataManager, path: str) -> bool:

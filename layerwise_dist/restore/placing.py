@@ -15,7 +15,7 @@ from layerwise_dist.restore.planned import PlannedShard, Span
 from layerwise_dist.restore.planner import ByteRange, Runs
 from layerwise_dist.tensors.pieces import is_dense
 
-_NO_RUNS = np.empty((0, 4), dtype=np.int64)
+_NO_RUNS, _NO_ADDRESSES = np.empty((0, 4), dtype=np.int64), np.empty(0, dtype=np.uint64)
 _UNNEEDED, _STRAIGHT, _BUFFERED, _DEALT = range(4)  # what becomes of a block
 
 
@@ -89,8 +89,11 @@ class Spans:
         runs = runs[np.lexsort((runs[:, 1], runs[:, 0]))]
         edges = np.flatnonzero(np.diff(runs[:, 0])) + 1
         of = {int(part[0, 0]): part[:, 1:] for part in np.split(runs, edges) if len(part)}
+        addresses = np.array([target.address or 0 for target in self._targets], dtype=np.uint64)
         return {
-            number: File(self._shards[number], of.get(number, _NO_RUNS), self._strided.get(number, []), self._targets)
+            number: File(
+                self._shards[number], of.get(number, _NO_RUNS), self._strided.get(number, []), self._targets, addresses
+            )
             for number in sorted({*of, *self._strided})
         }
 
@@ -100,15 +103,17 @@ class File:
 
     def __init__(
         self, shard: PlannedShard, runs: np.ndarray = _NO_RUNS, strided: Sequence[tuple[ByteRange, Target]] = (),
-        targets: Sequence[Target] = (),
+        targets: Sequence[Target] = (), addresses: np.ndarray = _NO_ADDRESSES,
     ) -> None:  # fmt: skip
-        """`runs` are begin, end and offset of spans without a shape, and their target; `strided` are all others."""
+        """`runs` are begin, end and offset of spans without a shape, and their target; `strided` are all others.
+        `addresses` of the targets, 0 where bytes do not go there as they are.
+        """
         self.shard, self.block_bytes = shard, shard.blocks.block_bytes
         self._runs, self._strided, self._targets = runs, strided, targets
         blocks = shard.blocks
         self._fate = np.zeros(len(blocks), dtype=np.uint8)
         self._reader = np.full(len(blocks), -1, dtype=np.int64)
-        self._addresses = np.array([targets[at].address or 0 for at in runs[:, 3].tolist()], dtype=np.uint64)
+        self._addresses = addresses[runs[:, 3]]
         some = runs[runs[:, 1] > runs[:, 0]]
         first, last = blocks.having(some[:, 0]), blocks.having(some[:, 1] - 1)
         straight = self._addresses[runs[:, 1] > runs[:, 0]] > 0

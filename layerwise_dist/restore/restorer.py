@@ -129,6 +129,8 @@ class Restorer:
                 if self._framework.rank == 0:
                     log.warning("%s", seen)
                 continue
+            if seen is not None:
+                seen = nodes.sound(self._participant, self._manager, candidate.attempt, seen)
             loading = self._load(candidate.attempt, terms, seen)
             if loading is not None:
                 return candidate.attempt, loading, candidate.leaves

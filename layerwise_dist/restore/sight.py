@@ -28,6 +28,15 @@ class Sight:
         """Whether a rank of this job sees the files of a rank of the checkpoint."""
         return self.seen is None or saved in self.seen[rank]
 
+    def nearest(self, rank: int) -> int:
+        """The rank of the checkpoint whose files a rank of this job most likely needs anyway: where parameters are cut
+        in the order of ranks, it is that. Of those that it sees, if it sees any.
+        """
+        guess = rank * self.saved // self.world_size
+        if self.seen is None or not self.seen[rank]:
+            return guess
+        return min(self.seen[rank], key=lambda saved: (abs(saved - guess), saved))
+
     @cached_property
     def readers(self) -> Sequence[int]:
         """For each rank of the checkpoint, who reads its headers for all. REQUIRES: somebody sees them."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from operator import mul
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -43,13 +43,13 @@ class Summary:
     copies: dict[str, list[int]] = field(default_factory=dict)
 
 
-def _strides(shape: tuple[int, ...], lengths: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Of a box, where it is one run, if that of no elements at the beginning; None where it is several. A flat range of
-    a tensor has one dimension, and no need of them.
+def _strides(shape: tuple[int, ...], lengths: tuple[int, ...], flat: bool, count: int) -> tuple[int, ...] | None:
+    """Of the numbers that say where a part is (`Entries.numbers`), `count` of them: how many elements further one more
+    is. None where the part is several runs; one of no elements is at the beginning.
     """
-    if 0 in lengths or len(shape) != len(lengths):
-        return (0,) * len(shape)
-    return run_strides(shape, lengths)
+    if flat or not count:
+        return (1,) * count
+    return (0,) * count if 0 in lengths else run_strides(shape, lengths)
 
 
 class Layout:
@@ -59,9 +59,12 @@ class Layout:
         numbers: int64, in `Tally.tensors`.
         items: int64, bytes of an element.
         own: bool, whether a rank has it for itself.
+        owned: the numbers of those in the file.
         whole: int64, elements of the global tensor.
         low, high: int64 [ranks, tensors], elements that a rank may need a part of: from `low` to just before `high`.
         unsure: bool, where this is not said by two numbers for all ranks, or a part is several runs.
+        told: whether a file with these tensors was looked at already.
+        marks: of the last of these the bytes of what its rank has for itself, where they are few; and a mark of each.
     """
 
     def __init__(self, entries: Entries, numbers: list[int], holdings: Sequence[Holdings]) -> None:
@@ -69,10 +72,20 @@ class Layout:
         self.numbers = np.array(numbers, dtype=np.int64)
         self.items = np.array([ITEM_BYTES[dtype] for dtype in entries.dtypes], dtype=np.int64)
         self.own = np.array([not among for among in entries.among], dtype=bool)
+        self.owned = np.flatnonzero(self.own)
         self.whole = np.array([math.prod(shape) for shape in entries.shapes], dtype=np.int64)
+        self.told = False
+        self.marks: tuple[bytes, list[str]] | None = None
+        firsts = np.array(entries.firsts, dtype=np.int64)
+        counts = np.diff(firsts)
+        strides = list(map(_strides, entries.shapes, entries.lengths, entries.flat, counts.tolist()))
+        self._several = np.array([each is None for each in strides], dtype=bool)
+        self._cut = np.flatnonzero(counts)
+        self._bounds = firsts[self._cut]
+        each = (found or (0,) * count for found, count in zip(strides, counts.tolist(), strict=True))
+        self._strides = np.array(list(chain.from_iterable(each)), dtype=np.int64)
         fqns = [name.split("/", 1)[1] for name in entries.names]
-        self.unsure = np.zeros(len(fqns), dtype=bool)
-        self._strides = [_strides(*cut) for cut in zip(entries.shapes, entries.lengths, strict=True)]
+        self.unsure = self._several.copy()
         self.low, self.high = np.empty((2, len(holdings), len(fqns)), dtype=np.int64)
         for rank, held in enumerate(holdings):
             for at, reach in enumerate(map(held.reach, fqns, entries.shapes)):
@@ -84,7 +97,9 @@ class Layout:
 
     @staticmethod
     def _known(entries: Entries) -> tuple[list[Any], ...]:
-        return entries.names, entries.among, entries.dtypes, entries.shapes, entries.lengths
+        return (
+            entries.names, entries.among, entries.dtypes, entries.shapes, entries.lengths, entries.flat, entries.firsts
+        )  # fmt: skip
 
     def fits(self, entries: Entries) -> bool:
         return self._of == self._known(entries)
@@ -93,11 +108,11 @@ class Layout:
         """int64: the first element of each part in its tensor, in row-major order; `SEVERAL` where it is several runs.
         REQUIRES: `fits(entries)`.
         """
-        found = [
-            start or 0 if offsets is None else SEVERAL if strides is None else sum(map(mul, offsets, strides))
-            for start, offsets, strides in zip(entries.starts, entries.offsets, self._strides, strict=True)
-        ]
-        return np.array(found, dtype=np.int64)
+        found = np.zeros(len(self.own), dtype=np.int64)
+        if len(self._cut):
+            found[self._cut] = np.add.reduceat(entries.numbers * self._strides, self._bounds)
+        found[self._several] = SEVERAL
+        return found
 
     def count(self, elements: np.ndarray, tensors: Sequence[Summary]) -> None:
         """Of the parts of one file."""

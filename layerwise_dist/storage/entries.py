@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate, chain
 
 import numpy as np
 
@@ -30,24 +31,28 @@ class Entries(Mapping[str, Entry]):
         lengths: the part's shape, as the file has it.
         begins, ends: int64, in the file, in bytes.
         shapes: of the global tensors.
-        offsets: of the part in each dimension; None where it is whole or a flat range.
-        starts: of a flat range, in elements; None where it is none.
         among: as `Slice.among`.
         wrapped: as `Entry.wrapped`.
+        flat: whether the part is a flat range.
+        numbers: int64, of all tensors one after another: a box has its offset in each dimension, a flat range where it
+            starts, in elements, and what is whole has none.
+        firsts: where those of a tensor begin, and at last where they end.
     """
 
     __slots__ = (
-        "_number", "among", "begins", "dtypes", "ends", "lengths", "names", "offsets", "shapes", "starts", "wrapped",
+        "_number", "among", "begins", "dtypes", "ends", "firsts", "flat", "lengths", "names", "numbers", "shapes",
+        "wrapped",
     )  # fmt: skip
 
     def __init__(
         self, names: list[str], number: Mapping[str, int], dtypes: list[str], lengths: list[tuple[int, ...]],
-        begins: np.ndarray, ends: np.ndarray, shapes: list[tuple[int, ...]], offsets: list[tuple[int, ...] | None],
-        starts: list[int | None], among: list[str], wrapped: list[bool],
+        begins: np.ndarray, ends: np.ndarray, shapes: list[tuple[int, ...]], among: list[str], wrapped: list[bool],
+        flat: list[bool], numbers: np.ndarray, firsts: list[int],
     ) -> None:  # fmt: skip
         """`number` of a tensor by its name."""
         self.names, self.dtypes, self.lengths, self.begins, self.ends = names, dtypes, lengths, begins, ends
-        self.shapes, self.offsets, self.starts, self.among, self.wrapped = shapes, offsets, starts, among, wrapped
+        self.shapes, self.among, self.wrapped = shapes, among, wrapped
+        self.flat, self.numbers, self.firsts = flat, numbers, firsts
         self._number = number
 
     @classmethod
@@ -55,22 +60,23 @@ class Entries(Mapping[str, Entry]):
         found = list(entries)
         parts = [entry.slice for entry in found]
         names = [part.name for part in parts]
+        where = [() if part.is_whole else (part.start,) if part.is_flat else part.offsets or () for part in parts]
         return cls(
             names, {name: number for number, name in enumerate(names)}, [part.dtype for part in parts],
             [part.local_shape for part in parts], np.array([entry.begin for entry in found], dtype=np.int64),
             np.array([entry.end for entry in found], dtype=np.int64), [part.global_shape for part in parts],
-            [None if part.is_whole else part.offsets for part in parts], [part.start for part in parts],
-            [part.among for part in parts], [entry.wrapped for entry in found],
+            [part.among for part in parts], [entry.wrapped for entry in found], [part.is_flat for part in parts],
+            np.array(list(chain.from_iterable(where)), dtype=np.int64), [0, *accumulate(map(len, where))],
         )  # fmt: skip
 
     def at(self, number: int) -> Entry:
         kind, fqn = self.names[number].split("/", 1)
-        dtype, lengths, shape = self.dtypes[number], self.lengths[number], self.shapes[number]
-        offsets, start, among = self.offsets[number], self.starts[number], self.among[number]
-        if start is not None:
-            part = Slice(kind, fqn, dtype, shape, start=start, length=lengths[0], among=among)
-        elif offsets is not None:
-            part = Slice(kind, fqn, dtype, shape, offsets=offsets, lengths=lengths, among=among)
+        dtype, lengths, shape, among = (each[number] for each in (self.dtypes, self.lengths, self.shapes, self.among))
+        where = tuple(self.numbers[self.firsts[number] : self.firsts[number + 1]].tolist())
+        if self.flat[number]:
+            part = Slice(kind, fqn, dtype, shape, start=where[0], length=lengths[0], among=among)
+        elif where:
+            part = Slice(kind, fqn, dtype, shape, offsets=where, lengths=lengths, among=among)
         else:
             part = Slice.whole(kind, fqn, dtype, shape, among)
         return Entry(part, int(self.begins[number]), int(self.ends[number]), self.wrapped[number])

@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -83,11 +84,24 @@ class Blocks(Sequence[tuple[int, int]]):
         place = bisect_right(self._offsets, offset) - 1
         return self._firsts[place] + (offset - self._layers[place][0]) // self.block_bytes
 
+    @cached_property
+    def _table(self) -> np.ndarray:
+        """int64, of each layer where it begins, its bytes, and its first block's number."""
+        rows = [(*layer, first) for layer, first in zip(self._layers, self._firsts, strict=True)]
+        return np.array(rows, dtype=np.int64).reshape(-1, 3).T
+
     def having(self, offsets: np.ndarray) -> np.ndarray:
         """As `at`, of many bytes. int64."""
-        place = np.searchsorted(self._offsets, offsets, side="right") - 1
-        begins, firsts = np.array(self._offsets, dtype=np.int64), np.array(self._firsts, dtype=np.int64)
+        begins, _, firsts = self._table
+        place = np.searchsorted(begins, offsets, side="right") - 1
         return firsts[place] + (offsets - begins[place]) // self.block_bytes
+
+    def places(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Offsets and lengths of many blocks, int64. REQUIRES: there are all of them."""
+        begins, sizes, firsts = self._table
+        place = np.searchsorted(firsts, numbers, side="right") - 1
+        inside = (numbers - firsts[place]) * self.block_bytes
+        return begins[place] + inside, np.minimum(self.block_bytes, sizes[place] - inside)
 
 
 @dataclass(frozen=True, slots=True)

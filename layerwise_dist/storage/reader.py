@@ -12,13 +12,15 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
 
+import numpy as np
+
 from layerwise_dist import _native
 from layerwise_dist.errors import DamageError, shown
 from layerwise_dist.storage.entries import Entry
 from layerwise_dist.storage.header import Blocks, ShardIndex, parse_header
 from layerwise_dist.storage.odd import oddity
 from layerwise_dist.storage.plain_header import Recent
-from layerwise_dist.storage.shard_layout import HEADER_CAP, cut_segments
+from layerwise_dist.storage.shard_layout import HEADER_CAP
 
 __all__ = ["Blocks", "Entry", "Shard", "ShardElsewhere", "ShardIndex", "parse_header", "read_verified"]
 
@@ -105,26 +107,33 @@ class Shard:
         if bad:
             raise DamageError("; ".join(self.describe(block) for block in bad[:5]))
 
-    def peek(self, ranges: list[tuple[int, int]]) -> list[bytes]:
-        """Bytes `begin` to `end` of the file as they are, unverified. Those that follow each other closely are read at
-        once. Raises OSError.
+    def peek(self, begins: np.ndarray, ends: np.ndarray) -> bytes:
+        """Ranges of the file as they are, unverified, one after another. Those that follow each other closely are read
+        at once. Raises OSError.
+
+        REQUIRES: int64, in the order of the file.
         """
-        merged: list[list[int]] = []
-        of: list[int] = []  # of each range, in which of the merged ones it is
-        for begin, end in ranges:
-            if not merged or not 0 <= begin - merged[-1][1] <= _PEEK_GAP:
-                merged.append([begin, end])
-            merged[-1][1] = end
-            of.append(len(merged) - 1)
-        memory = [bytearray(end - begin) for begin, end in merged]
-        there = [(ctypes.c_char * len(each)).from_buffer(each) for each in memory if each]
-        segments = [(number, 0, ctypes.addressof(view), len(view)) for number, view in enumerate(there)]
-        self._reader.read_blocks([(begin, end - begin, None) for begin, end in merged if end > begin], segments)
-        views = [memoryview(each) for each in memory]
-        return [
-            bytes(views[at][begin - merged[at][0] : end - merged[at][0]])
-            for at, (begin, end) in zip(of, ranges, strict=True)
-        ]
+        some = ends > begins
+        begins, ends = begins[some], ends[some]
+        if not len(begins):
+            return b""
+        apart = np.flatnonzero(begins[1:] - ends[:-1] > _PEEK_GAP) + 1
+        first, end = np.concatenate(([0], apart)), np.concatenate((apart, [len(begins)]))  # of what is read at once
+        offsets, lengths = begins[first], ends[end - 1] - begins[first]
+        places = np.cumsum(lengths) - lengths
+        memory = bytearray(int(lengths.sum()))
+        address = ctypes.addressof((ctypes.c_char * len(memory)).from_buffer(memory))
+        self._reader.read_blocks(
+            [(offset, length, None) for offset, length in zip(offsets.tolist(), lengths.tolist(), strict=True)],
+            [
+                (number, 0, address + place, length)
+                for number, (place, length) in enumerate(zip(places.tolist(), lengths.tolist(), strict=True))
+            ],
+        )
+        shift = np.repeat(places - offsets, end - first)
+        view = memoryview(memory)
+        ranges = zip((begins + shift).tolist(), (ends + shift).tolist(), strict=True)
+        return b"".join([view[one:other] for one, other in ranges])
 
     def verify(self) -> list[str]:
         """Reads everything; returns one message a bad block, of many only the first (empty: as committed, where it is
@@ -215,15 +224,27 @@ def read_verified(
 
     Raises OSError.
     """
-    ordered = sorted(spans)
-    touched: dict[int, int] = {}
-    for begin, end, _ in ordered:
-        if end > begin:
-            for block in range(blocks.at(begin), blocks.at(end - 1) + 1):
-                touched.setdefault(block, len(touched))
-    wanted = [(*blocks[block], hashes[block]) for block in touched]
-    ranges = [(offset, length) for offset, length, _ in wanted]
-    segments = [(b, o, address + t, n) for b, o, address, t, n in cut_segments(ranges, ordered)]
-    bad = reader.read_blocks(wanted, segments)
-    numbers = list(touched)
-    return [numbers[block] for block in bad], sum(length for _, length in ranges)
+    table = np.array([span for span in spans if span[1] > span[0]], dtype=np.int64).reshape(-1, 3)
+    begins, ends, addresses = table[np.argsort(table[:, 0], kind="stable")].T
+    if not len(begins):
+        return [], 0
+    first, last = blocks.having(begins), blocks.having(ends - 1)
+    # Each span is cut at the borders of blocks.
+    parts = last - first + 1
+    before = np.cumsum(parts) - parts
+    of = np.repeat(np.arange(len(parts)), parts)
+    number = first[of] + np.arange(len(of)) - before[of]
+    offset, length = blocks.places(number)
+    begin, end = np.maximum(begins[of], offset), np.minimum(ends[of], offset + length)
+    touched, which = np.unique(number, return_inverse=True)
+    offsets, lengths = blocks.places(touched)
+    numbers = touched.tolist()
+    segments = (which, begin - offset, addresses[of] + begin - begins[of], end - begin)
+    bad = reader.read_blocks(
+        [
+            (place, nbytes, hashes[block])
+            for block, place, nbytes in zip(numbers, offsets.tolist(), lengths.tolist(), strict=True)
+        ],
+        list(zip(*(each.tolist() for each in segments), strict=True)),
+    )
+    return [numbers[block] for block in bad], int(lengths.sum())

@@ -22,6 +22,13 @@ _STRING = re.compile(rb'"[^"]*"')  # of a text without escapes
 _ODD = re.compile(rb"[:,\[\s-][0-9][0-9.]*[eE]\+?[0-9]{3}|[0-9]{300}|\\u[dD][89a-fA-F]")
 
 
+def too_heavy(data: bytes | str) -> bool:
+    """Whether its `weight` is over the cap. A short text need not be weighed: no character counts for more than an
+    object.
+    """
+    return len(data) * _OBJECT > WEIGHT_CAP and weight(data) > WEIGHT_CAP
+
+
 def weight(data: bytes | str) -> int:
     """About how many bytes the values of a JSON text take beside its characters; never much less than they do."""
     if isinstance(data, str):
@@ -65,9 +72,9 @@ def loads(data: bytes) -> Any:
     name that is twice in an object, a number that is infinite or none, half a character, nesting without end, and for
     what would take far more memory than the text.
     """
-    if (found := weight(data)) > WEIGHT_CAP:
-        most = WEIGHT_CAP >> 20
-        raise ValueError(f"its values would take about {found >> 20} MB of memory, at most {most} are allowed")
+    if too_heavy(data):
+        found, most = weight(data) >> 20, WEIGHT_CAP >> 20
+        raise ValueError(f"its values would take about {found} MB of memory, at most {most} are allowed")
     try:
         tree = json.loads(data.decode("utf-8"), object_pairs_hook=_unrepeated, parse_constant=_no_constant)
         if _ODD.search(data):
