@@ -7,11 +7,13 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from layerwise_dist.config import LayerwiseConfig
+from layerwise_dist.config.ranks import OWN, SAME
 
 _BOUNDS = {
     "minimum": ">= {}",
@@ -44,12 +46,22 @@ def rows(schema: dict[str, Any], prefix: str = "", root: dict[str, Any] | None =
             yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
+def own_keys() -> str:
+    """Those that ranks may set differently; an object in which that is every key is named as a whole."""
+    found = set()
+    for key in OWN:
+        part, dot, _ = key.partition(".")
+        found.add(f"{part}.*" if dot and not any(each.startswith(part + dot) for each in SAME) else key)
+    return ", ".join(f"`{key}`" for key in sorted(found))
+
+
 def page() -> str:
     """The whole of docs/configuration.md."""
     here = Path(__file__).parent
     head, tail = ((here / f"configuration_{part}.md").read_text() for part in ("head", "tail"))
     table = ["| key | type | default | meaning |", "|---|---|---|---|", *rows(LayerwiseConfig.model_json_schema())]
-    return head.rstrip() + "\n\n" + "\n".join(table) + "\n\n" + tail
+    same = f"Every rank must set the same, or `attach()` raises a `ConfigError`; each may have its own {own_keys()}."
+    return "\n\n".join([head.rstrip(), "\n".join(table), textwrap.fill(same, 120), tail])
 
 
 if __name__ == "__main__":

@@ -463,6 +463,13 @@ def two_ranks(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
         ("one rank's directory", "DirectoryError", "rank 1"),
         ("one rank's writer", "ConfigError", "rank 1: writer.backend = 'nvm'"),
         ("one rank's pool", "ConfigError", "rank 1: pool_mb = 8: staging layer '0'"),
+        ("one rank's interval", "ConfigError", "differ: every_n_steps = 1 on rank 0 and 2 on rank 1."),
+        ("one rank's retention in monitor mode", "ConfigError", "differ: keep_last = 1 on rank 0 and 2 on rank 1."),
+        ("one rank's mode", "ConfigError", "differ: mode = 'monitor' on rank 0 and 'direct' on rank 1."),
+        ("one rank enabled", "ConfigError", "differ: enabled = True on rank 0 and False on rank 1."),
+        ("one rank's key", "ConfigError", "rank 1: config: unknown key 'keep'"),
+        ("one rank's key in monitor mode", "ConfigError", "rank 1: config: keep_last = 0"),
+        ("one rank's own keys", "nothing", ""),
     ],
 )  # fmt: skip
 def test_an_error_on_one_rank_is_raised_on_all(
@@ -471,6 +478,7 @@ def test_an_error_on_one_rank_is_raised_on_all(
     for told in two_ranks[1]:
         assert told[what][0] == kind, told[what]
         assert says in told[what][1]
+    assert not (two_ranks[0] / "h").exists(), "configurations are compared before anything is made"
 
 
 def test_another_model_is_refused_where_the_checkpoint_is_of_other_ranks_too(

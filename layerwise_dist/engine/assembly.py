@@ -22,9 +22,9 @@ from layerwise_dist.commit.opening import PATIENCE_SHARE
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.start import Rules, start_session, start_writer
 from layerwise_dist.commit.transports import Transport
-from layerwise_dist.commit.transports.choice import find_ranks, open_transport
+from layerwise_dist.commit.transports.choice import find_ranks, open_transport, over_torch
 from layerwise_dist.config import LayerwiseConfig, load_config
-from layerwise_dist.engine import at_exit, foreign_loops
+from layerwise_dist.engine import at_exit, foreign_loops, same_config
 from layerwise_dist.engine.disabled import DisabledEngine
 from layerwise_dist.engine.engine import LayerwiseEngine
 from layerwise_dist.engine.holdings import Holdings
@@ -82,12 +82,15 @@ def attach(
         if config is None and engines:
             config = common_block(engines)
             if config is None and not overrides:
-                return disabled(engines, LayerwiseConfig(enabled=False))
+                config = LayerwiseConfig(enabled=False)
         settings = load_config(config, **overrides)
-        rehearsal = rehearsed(settings)
-        settings = settings if rehearsal is None else rehearsal.config
+        if settings.enabled:
+            rehearsal = rehearsed(settings)
+            settings = settings if rehearsal is None else rehearsal.config
     except ConfigError as error:
         settings, problem = LayerwiseConfig(), error  # the other ranks are told before it is raised
+    if (gather := over_torch()) is not None:
+        same_config.compare_meeting(settings, problem, gather)
     if not settings.enabled:
         return disabled(engines, settings)
     foreign_loops.check_not_within()
@@ -174,10 +177,9 @@ def assemble(
             return [f"{config.path}: whether others may write there can't be told ({error})"]
 
     try:
+        same_config.compare(participant, config if rehearsal is None else rehearsal.asked, problem)
 
         def examine() -> tuple[Framework, OptimizerAdapter, StateObjects]:
-            if problem is not None:
-                raise problem
             if loan is not None:
                 return loan.framework, loan.optimizer, loan.objects
             if config.preemption.enabled:

@@ -45,11 +45,12 @@ class Rehearsal:
     """Of one engine, whose training thread it belongs to.
 
     Attributes:
+        asked: what the script asked for.
         config: what the engine is to be attached with.
     """
 
     def __init__(self, plan: Plan, asked: LayerwiseConfig) -> None:
-        self._plan, self._asked = plan, asked
+        self._plan, self.asked = plan, asked
         commit = asked.commit.model_copy(update={"on_failure": "raise", "timeout_s": plan.timeout_s})
         self.config = asked.model_copy(
             update={
@@ -71,21 +72,21 @@ class Rehearsal:
     ) -> None:  # fmt: skip
         """The engine is assembled: says so to all who read logs, and to the command."""
         global _leader
-        _leader = self._asked.path if _leader is None else _leader
-        self._leads = _leader == self._asked.path
+        _leader = self.asked.path if _leader is None else _leader
+        self._leads = _leader == self.asked.path
         self._framework, self._optimizer, self._objects = framework, optimizer, objects
         self._captures, self._participant, self._thread = captures, participant, threading.get_ident()
         self._file = os.open(
-            self._plan.told_by(self._asked.path, participant.rank),
+            self._plan.told_by(self.asked.path, participant.rank),
             os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600,
         )  # fmt: skip
         if participant.rank == 0:
             log.warning(
                 "this is a rehearsal (%s): checkpoints go to %s in place of %s, and the job ends after step %d",
-                VARIABLE, self.config.path, self._asked.path, self._plan.stop_at,
+                VARIABLE, self.config.path, self.asked.path, self._plan.stop_at,
             )  # fmt: skip
         self._tell(
-            "attached", leads=self._leads, dir=self._asked.path, rank=participant.rank,
+            "attached", leads=self._leads, dir=self.asked.path, rank=participant.rank,
             ranks=participant.world_size, framework=framework.name, state=objects.names(),
             loaders={name: _described(tap) for name, tap in objects.taps.items()},
         )  # fmt: skip

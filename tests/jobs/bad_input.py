@@ -76,6 +76,13 @@ def main() -> None:
         tried("one rank's writer", lambda: attach(plain, "f", writer={"backend": "nvm" if rank else "posix"}))
         wide = net(700_000) if rank else plain  # 11 MB in its first layer
         tried("one rank's pool", lambda: attach(wide, "g", capture="stage", pool_mb=8))
+        tried("one rank's interval", lambda: attach(plain, "h", every_n_steps=1 + rank))
+        tried("one rank's retention in monitor mode", lambda: attach(plain, "h", mode="monitor", keep_last=1 + rank))
+        tried("one rank's mode", lambda: attach(plain, "h", mode="direct" if rank else "monitor"))
+        tried("one rank enabled", lambda: attach(plain, "h", enabled=rank == 0))
+        tried("one rank's key", lambda: attach(plain, "h", **({"keep": 1} if rank else {})))
+        tried("one rank's key in monitor mode", lambda: attach(plain, "h", mode="monitor", keep_last=1 - rank))
+        tried("one rank's own keys", lambda: attach(plain, "i", writer={"queue_depth": 1 + rank}, pool_mb=8 + rank))
         (out / f"{rank}.json").write_text(json.dumps(told))
         del model
 

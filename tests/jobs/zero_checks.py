@@ -294,6 +294,13 @@ def block_in_ds_config(root: str) -> list[str]:
         engine.layerwise.close()
         if "_take_model_step" in vars(engine):
             found.append("close() left its hook")
+    config["layerwise_checkpoint"] = {"dir": f"{root}/differs", "max_in_flight": 1 + dist.get_rank()}
+    found += expect(
+        errors.ConfigError, "differ: max_in_flight = 1 on rank 0 and 2 on rank 1",
+        lambda: drop_in.initialize(model=Net(), config=config),
+    )  # fmt: skip
+    if os.path.exists(f"{root}/differs"):
+        found.append("configurations that differ have made a directory")
     if drop_in.zero is not deepspeed.zero:
         found.append("other names are not DeepSpeed's own")
     return found

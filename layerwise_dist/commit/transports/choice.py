@@ -47,6 +47,13 @@ def find_ranks(wanted: str) -> tuple[int, int, Gather | None]:
     return rank, world_size, over_default_group() if world_size > 1 else None
 
 
+def over_torch() -> Gather | None:
+    """The gather over torch.distributed's default group; None where it is not initialized, or has one rank."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    return over_default_group()
+
+
 def _by_torch(wanted: str) -> tuple[int, int]:
     if not (dist.is_available() and dist.is_initialized()):
         _alone(wanted)

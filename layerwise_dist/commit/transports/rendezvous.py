@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Connects the ranks at the start of a session.
 
-The only use of the job's process groups: three gathers over the default group (`meet`), on the training thread inside
-`attach()`. Ranks that have met gather over the session's own messages from then on (`meet_each`). What is gathered
+Three gathers over the default group (`meet`), on the training thread inside `attach()`; the only other use of the job's
+process groups is the gather before them that finds out whether all ranks will meet (engine/same_config.py). Ranks that have met gather over the session's own messages from then on (`meet_each`). What is gathered
 cannot be left over from an earlier incarnation of the job, as a key in a launcher's store can: the addresses and ports,
 and a token that rank 0 made, by which the two ends of a connection know each other (`calls.py`).
 """
@@ -24,7 +24,7 @@ from layerwise_dist.commit.transports.proof import Line
 from layerwise_dist.commit.transports.relay import ABOVE
 from layerwise_dist.errors import CommitError
 
-_RECORD = 1024  # bytes of one rank's record in a gather
+RECORD_BYTES = 1024  # bytes of one rank's record in a gather
 _MOST_ADDRESSES = 6
 _LOOPBACK = "127.0.0.1"
 _ANYWHERE = "192.0.2.1"  # reserved for documentation: the way there is that of the default route
@@ -218,7 +218,7 @@ def _toward(host: str) -> list[str]:
     return found
 
 
-def over_default_group(record_bytes: int = _RECORD) -> Gather:
+def over_default_group(record_bytes: int = RECORD_BYTES) -> Gather:
     """The gather over torch.distributed's default group; records are padded to one size, `record_bytes`.
 
     It raises ValueError for a longer one.
