@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from layerwise_dist.bench import machine
@@ -21,6 +21,7 @@ from layerwise_dist.bench.model import Shape
 from layerwise_dist.bench.progress import Bar, bar
 from layerwise_dist.bench.train_worker import modes_of
 from layerwise_dist.bench.workplace import workplace
+from layerwise_dist.percentiles import percentile
 from layerwise_dist.units import size
 
 _RAW_BYTES = 512 << 20
@@ -126,7 +127,7 @@ class _Figures:
         self.seconds = [_mean_step(block) for block in mine]
         self.ratios = [step / base for step, base in zip(self.seconds, plain, strict=True)]
         stalls = [max(at_once) for block in mine for at_once in zip(*block["stalls"], strict=True)]
-        self.stalls = sorted(1e3 * stall for stall in stalls)
+        self.stalls_ms = [1e3 * stall for stall in stalls]
         self.committed = [took for block in mine for took in block["committed"][0]]
         ranks = range(len(heard.state_bytes))
         self.extra = [
@@ -141,10 +142,6 @@ class _Figures:
             for step, base, least in zip(self.seconds, plain, writing, strict=True)
             if least > base * every
         ]
-
-    def percentile(self, share: float) -> float:
-        """Of the stalls, ms."""
-        return self.stalls[min(len(self.stalls) - 1, int(share * len(self.stalls)))]
 
 
 def _mean_step(block: dict[str, Any]) -> float:
@@ -214,7 +211,7 @@ def _row(
     to_baseline = [a / b for a, b in zip(mine.ratios, baseline.ratios, strict=True)] if baseline else []
     return {
         **row, key: spread(to_baseline),
-        "stall_ms_p50": mine.percentile(0.5), "stall_ms_p99": mine.percentile(0.99),
+        "stall_ms_p50": median(mine.stalls_ms), "stall_ms_p99": percentile(mine.stalls_ms, 99),
         "committed_s": spread(mine.committed), "bytes_per_s": spread([total / took for took in mine.committed]),
         "copied_share": spread(mine.copied), "ratio_to_disk_bound": spread(mine.disk_bound),
     }  # fmt: skip
