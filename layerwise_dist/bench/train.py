@@ -41,6 +41,7 @@ class TrainBench:
     modes: Sequence[str]
     quick: bool
     deepspeed: int | None = None  # ZeRO stage
+    ddp: bool = False  # in place of FSDP2
 
     @property
     def baseline(self) -> tuple[str, str]:
@@ -51,7 +52,8 @@ class TrainBench:
     def trained_under(self) -> str:
         if self.deepspeed is not None:
             return f"DeepSpeed, ZeRO-{self.deepspeed} in fp32, {self.ranks} ranks of torchrun."
-        return "one process." if self.ranks == 1 else f"FSDP2, {self.ranks} ranks of torchrun."
+        wrapper = "DDP" if self.ddp else "FSDP2"
+        return "one process." if self.ranks == 1 else f"{wrapper}, {self.ranks} ranks of torchrun."
 
 
 def run(bench: TrainBench, directory: str, command: str) -> Findings:
@@ -61,11 +63,12 @@ def run(bench: TrainBench, directory: str, command: str) -> Findings:
         if name not in known:
             raise ValueError(f"mode {name!r}: there are {', '.join(known)}")
     state = 12 * bench.shape.parameters
+    held = state * (bench.ranks if bench.ddp else 1)
     blocks = bench.rounds * len(bench.every) * (2 * len(bench.modes) + 1)
     space = workplace(
         directory,
         disk_bytes=_CHECKPOINTS_AT_ONCE * state + min(state, _RAW_BYTES) + (64 << 20),
-        memory_bytes=5 * state + bench.ranks * (1 << 30),
+        memory_bytes=5 * held + bench.ranks * (1 << 30),
     )
     with space as folder, bar(len(bench.modes) + blocks) as progress:
         about = machine.describe(str(folder))
@@ -78,7 +81,8 @@ class _Heard:
     """What the workers have said."""
 
     def __init__(self, progress: Bar) -> None:
-        self.state_bytes: list[int] = []
+        self.state_bytes: list[int] = []  # by rank
+        self.total_bytes = 0  # of one checkpoint
         self.tried: list[dict[str, Any]] = []
         self.disk: list[float] = []
         self.blocks: list[dict[str, Any]] = []
@@ -88,8 +92,8 @@ class _Heard:
         match said:
             case {"now": text}:
                 self._progress.now(text)
-            case {"state_bytes": sizes}:
-                self.state_bytes = sizes
+            case {"state_bytes": sizes, "total_bytes": total}:
+                self.state_bytes, self.total_bytes = sizes, total
             case {"tried": mode}:
                 self.tried.append(mode)
                 self._progress.advance()
@@ -106,6 +110,7 @@ def _launch(bench: TrainBench, folder: Path, heard: _Heard) -> None:
         "shape": asdict(bench.shape), "optimizer": bench.optimizer, "every": list(bench.every), "steps": bench.steps,
         "rounds": bench.rounds, "modes": list(bench.modes), "quick": bench.quick, "threads": threads,
         "folder": str(folder), "disk_bytes": _RAW_BYTES, "deepspeed": bench.deepspeed,
+        "ddp": bench.ddp,
     }  # fmt: skip
     environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
     together = bench.ranks > 1 or bench.deepspeed is not None
@@ -135,8 +140,7 @@ class _Figures:
             for block, pair in zip(mine, around, strict=True)
         ]
         self.copied = [share for block in mine for share in block["copied"] if share is not None]
-        total = sum(heard.state_bytes)
-        writing = [total / block["disk"] for block in mine]
+        writing = [heard.total_bytes / block["disk"] for block in mine]
         self.disk_bound = [
             step * every / max(base * every, least)
             for step, base, least in zip(self.seconds, plain, writing, strict=True)
@@ -150,7 +154,7 @@ def _mean_step(block: dict[str, Any]) -> float:
 
 
 def _findings(bench: TrainBench, command: str, about: dict[str, Any], heard: _Heard) -> Findings:
-    total, rank_bytes = sum(heard.state_bytes), max(heard.state_bytes)
+    total, rank_bytes = heard.total_bytes, max(heard.state_bytes)
     usable = [mode for mode in heard.tried if mode["problem"] is None]
     rows: list[dict[str, Any]] = []
     charts = []
@@ -185,8 +189,8 @@ def _findings(bench: TrainBench, command: str, about: dict[str, Any], heard: _He
     ]
     data = {
         "model": {**asdict(shape), "parameters": shape.parameters}, "optimizer": bench.optimizer, "ranks": bench.ranks,
-        "deepspeed": bench.deepspeed, "steps": bench.steps, "rounds": bench.rounds, "state_bytes": total,
-        "disk_bytes_per_s": disk.data(),
+        "deepspeed": bench.deepspeed, "ddp": bench.ddp, "steps": bench.steps, "rounds": bench.rounds,
+        "state_bytes": total, "disk_bytes_per_s": disk.data(),
         "results": rows, "not_run": missing,
     }  # fmt: skip
     return Findings(command, about, data, charts, notes)
