@@ -23,7 +23,7 @@ import layerwise_dist as lwd
 from layerwise_dist import errors
 from layerwise_dist.cli import rehearsing
 from layerwise_dist.rehearsal import plan as plans
-from layerwise_dist.rehearsal import running, story, trial
+from layerwise_dist.rehearsal import running, script, story, trial
 from layerwise_dist.rehearsal.contents import restless
 from layerwise_dist.rehearsal.plan import VARIABLE, Plan, told
 from layerwise_dist.rehearsal.running import RunFailed
@@ -306,6 +306,35 @@ def test_a_rehearsal_is_logged_and_saves_elsewhere(
     assert f"this is a rehearsal ({VARIABLE})" in caplog.text
     assert not Path(telemetry["events"]).exists(), "events of a training are not mixed with those of a rehearsal"
     assert not (tmp_path / "own").exists() and Path(plan.place_of(str(tmp_path / "own"))).is_dir()
+
+
+@pytest.mark.quick
+def test_a_schedule_that_its_last_epoch_alone_puts_back_is_the_same() -> None:
+    """As torchtitan does; a plain one and one of several."""
+
+    def schedule(several: bool) -> Any:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+        parts = [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1)) for _ in range(1 + several)]
+        return torch.optim.lr_scheduler.SequentialLR(optimizer, parts, [50]) if several else parts[0]
+
+    def state(of: Any) -> Any:
+        found = script._told(of, script.Known([], [], []))
+        assert found is not None and found["kind"] == "schedule"
+        return found["hash"]
+
+    for several in (False, True):
+        went_on, put_back = schedule(several), schedule(several)
+        for _ in range(3):
+            went_on.optimizer.step()
+            went_on.step()
+        assert state(went_on) != state(put_back)
+        for mine, theirs in zip(parts_of(went_on), parts_of(put_back), strict=True):
+            theirs.last_epoch = mine.last_epoch
+        assert state(went_on) == state(put_back) and went_on.state_dict() != put_back.state_dict()
+
+
+def parts_of(schedule: Any) -> list[Any]:
+    return [schedule, *getattr(schedule, "_schedulers", [])]
 
 
 # -- what the verdict is made from ------------------------------------------------------------------------------------
