@@ -19,7 +19,7 @@ import torch.distributed as dist
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
 from layerwise_dist.integrations.transformers import attach
 
@@ -52,6 +52,7 @@ def main() -> None:
         logging_steps=5, eval_strategy="epoch", save_strategy="no", report_to="none", disable_tqdm=True, seed=0,
         use_cpu=not torch.cuda.is_available(),  # else torchrun's processes would not find each other without a GPU
     )  # fmt: skip
+    set_seed(args.seed)  # the Trainer's constructor does it too, but the weights are drawn before that
     model = GPT2LMHeadModel(
         GPT2Config(vocab_size=27, n_positions=65, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
     )

@@ -11,6 +11,7 @@ from torch import nn
 
 from layerwise_dist import LayerwiseCheckpointTrainer
 
+torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 model = nn.Sequential(nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 10)).to(device)
 optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)

@@ -27,7 +27,7 @@ from layerwise_dist.cli.app import app
 
 SPREAD = {"median", "min", "max"}
 # Of several ranks; their starts, by torchrun and from nothing, take most of the time here.
-SEVERAL = drawn(["fsdp2", "deepspeed"] if importlib.util.find_spec("deepspeed") else ["fsdp2"], "several ranks")
+SEVERAL = drawn(["fsdp2", "ddp", *(["deepspeed"] if importlib.util.find_spec("deepspeed") else [])], "several ranks")
 MACHINE = {
     "cpu", "cores", "memory", "kernel", "file_system", "device", "direct_io", "hash", "python", "torch",
     "layerwise_dist",
@@ -96,7 +96,7 @@ def test_training_is_measured_under_each_way_to_checkpoint(
     stands for none.
     """
     if ranks > 1 and SEVERAL != "fsdp2" and not long:
-        pytest.skip("DeepSpeed was drawn; both with --long")
+        pytest.skip(f"{SEVERAL} was drawn; all with --long")
     (tmp_path / "shadow").mkdir()
     (tmp_path / "shadow" / "torchsnapshot.py").write_text("raise ImportError('shadowed')\n")
     (tmp_path / "disk").mkdir()
@@ -125,12 +125,26 @@ def test_training_is_measured_under_each_way_to_checkpoint(
     assert rows["layerwise", every[0]]["copied_share"]["median"] > 0
 
 
+def test_what_the_comparison_of_replicas_costs_is_measured_under_ddp(tmp_path: Path, long: bool) -> None:
+    assert call("train", tmp_path, "--quick", "--ddp", "--ranks", "1")[0] == 2
+    if SEVERAL != "ddp" and not long:
+        pytest.skip(f"{SEVERAL} was drawn; all with --long")
+    found = quick(tmp_path, "train", "--ddp", "--every", "1", "--modes", "layerwise,layerwise-no-drift")
+    assert found["ddp"] and found["ranks"] == 2 and found["not_run"] == {}
+    assert 12 <= found["state_bytes"] / found["model"]["parameters"] < 13, "replicas are written once"
+    rows = {row["mode"]: row for row in found["results"]}
+    assert set(rows) == {"none", "layerwise", "layerwise-no-drift"}
+    for mode in rows.keys() - {"none"}:
+        assert set(rows[mode]["ratio_to_plain"]) == set(rows[mode]["committed_s"]) == SPREAD
+        assert 0 < rows[mode]["stall_ms_p50"] <= rows[mode]["stall_ms_p99"]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 def test_training_under_deepspeed_is_measured_against_its_own_saves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long: bool
 ) -> None:
     if SEVERAL != "deepspeed" and not long:
-        pytest.skip("FSDP2 was drawn; both with --long")
+        pytest.skip(f"{SEVERAL} was drawn; all with --long")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions")
     stage = random.choice([2, 3])
     asked = ("--deepspeed", stage, "--every", "1", "--modes", "layerwise,save-checkpoint,fast")

@@ -9,14 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from kit.cli import call
-from kit.commands import ROOT
+from kit.rehearsals import COMMAND, by
 from kit.runners import DEEPSPEED, JOBS, QUICK, Warm
 from torch import nn
 
@@ -24,15 +23,14 @@ import layerwise_dist as lwd
 from layerwise_dist import errors
 from layerwise_dist.cli import rehearsing
 from layerwise_dist.rehearsal import plan as plans
-from layerwise_dist.rehearsal import running, story, trial
+from layerwise_dist.rehearsal import running, script, story, trial
 from layerwise_dist.rehearsal.contents import restless
 from layerwise_dist.rehearsal.plan import VARIABLE, Plan, told
-from layerwise_dist.rehearsal.running import Job, RunFailed
+from layerwise_dist.rehearsal.running import RunFailed
 from layerwise_dist.rehearsal.trial import Trial, Unfit, Verdict
 from layerwise_dist.supervision.processes import terminable, undisturbed
 
 SCRIPT = JOBS / "rehearsed.py"
-COMMAND = [sys.executable, "-P", "-c", "from layerwise_dist.cli import main; main()", "rehearse"]
 
 # Of each fault: what the verdict is, the first step that differs, what the reason is called, and a word of its text.
 FAULTS: dict[str, tuple[str, int, str, str]] = {
@@ -54,16 +52,6 @@ OTHERS: dict[str, tuple[str, int, str, str]] = {
     "never_restored": ("differs", 7, "not-resumed", "its first step is 1"),
     "raises_when_resumed": ("differs", 7, "restart", "no way on from here"),
 }
-
-
-def by(warm: Warm) -> Callable[..., Job]:
-    """Starts `[SCRIPT, ARGUMENTS...]` without the import of torch."""
-
-    def start(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Job:
-        script, *arguments = command
-        return warm.start(script, 0, *arguments, env=environment, folder=log.parent)
-
-    return start
 
 
 def rehearsed(warm: Warm, folder: Path, name: str, **options: Any) -> Verdict:
@@ -320,6 +308,35 @@ def test_a_rehearsal_is_logged_and_saves_elsewhere(
     assert not (tmp_path / "own").exists() and Path(plan.place_of(str(tmp_path / "own"))).is_dir()
 
 
+@pytest.mark.quick
+def test_a_schedule_that_its_last_epoch_alone_puts_back_is_the_same() -> None:
+    """As torchtitan does; a plain one and one of several."""
+
+    def schedule(several: bool) -> Any:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+        parts = [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1)) for _ in range(1 + several)]
+        return torch.optim.lr_scheduler.SequentialLR(optimizer, parts, [50]) if several else parts[0]
+
+    def state(of: Any) -> Any:
+        found = script._told(of, script.Known([], [], []))
+        assert found is not None and found["kind"] == "schedule"
+        return found["hash"]
+
+    for several in (False, True):
+        went_on, put_back = schedule(several), schedule(several)
+        for _ in range(3):
+            went_on.optimizer.step()
+            went_on.step()
+        assert state(went_on) != state(put_back)
+        for mine, theirs in zip(parts_of(went_on), parts_of(put_back), strict=True):
+            theirs.last_epoch = mine.last_epoch
+        assert state(went_on) == state(put_back) and went_on.state_dict() != put_back.state_dict()
+
+
+def parts_of(schedule: Any) -> list[Any]:
+    return [schedule, *getattr(schedule, "_schedulers", [])]
+
+
 # -- what the verdict is made from ------------------------------------------------------------------------------------
 
 
@@ -350,43 +367,3 @@ def test_a_generator_that_nothing_seeds_and_nobody_uses_is_no_difference() -> No
     assert passes("boundary.rng['numpy']") and passes("objects['log']['seconds']")
     assert passes("boundary.loaders['loader'].start.rng['numpy']") and passes("boundary.loaders['a'].ahead['numpy']")
     assert not passes("boundary.rng['torch']") and not passes("objects['log']['epoch']")
-
-
-# -- every launcher and every loop ------------------------------------------------------------------------------------
-
-EXAMPLES: dict[str, list[str]] = {
-    "mnist_mlp": [sys.executable, "examples/mnist_mlp.py"],
-    "digits_cnn": [sys.executable, "examples/digits_cnn.py", "--dir", "own"],
-    "digits_hf": [sys.executable, "examples/digits_hf.py", "--dir", "own"],
-    "digits_accelerate": [sys.executable, "examples/digits_accelerate.py", "--dir", "own"],
-    "digits_lightning": [sys.executable, "examples/digits_lightning.py", "--dir", "own"],
-    "lora": [sys.executable, "examples/lora.py", "--dir", "own"],
-    "train_gpt under torchrun": [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3",
-        "examples/train_gpt.py", "--dir", "own", "--dim", "32", "--layers", "2", "--heads", "2", "--context", "16",
-        "--batch", "2",
-    ],
-    "DeepSpeed under its launcher": [
-        f"{Path(sys.executable).parent}/deepspeed", "--num_accelerators", "2", "examples/deepspeed/train.py",
-        "--deepspeed_config", "examples/deepspeed/zero2.json", "--dir", "own", "--dim", "32", "--layers", "2",
-        "--heads", "2", "--context", "16",
-    ],
-    "DeepSpeed under mpirun": [
-        "mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, "examples/deepspeed/train.py",
-        "--deepspeed_config", "examples/deepspeed/zero3.json", "--dir", "own", "--dim", "32", "--layers", "2",
-        "--heads", "2", "--context", "16",
-    ],
-}  # fmt: skip
-NEEDS = {"digits_hf": "transformers", "digits_accelerate": "accelerate", "digits_lightning": "lightning"}
-
-
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_the_examples_resume_exactly(tmp_path: Path, name: str, long: bool) -> None:
-    if not long:
-        pytest.skip("--long")
-    for package in {NEEDS.get(name, "torch"), "deepspeed" if "DeepSpeed" in name else "torch"}:
-        pytest.importorskip(package, reason=f"{package} is not installed")
-    given = [str(ROOT / each) if each.startswith("examples/") else each for each in EXAMPLES[name]]
-    code, told = command(tmp_path, "--timeout", 300, "--", *given, timeout=1500)
-    assert code == 0 and told["verdict"] == "exact", json.dumps(told, indent=1)
-    assert [each.name for each in tmp_path.iterdir() if "rehearsal" in each.name] == []

@@ -160,7 +160,7 @@ def test_a_run_without_end_makes_a_page_with_an_end() -> None:
 def test_medians_and_percentiles() -> None:
     assert median([1.0, 3.0]) == 2.0 and median([]) is None
     hundred = [float(n) for n in range(1, 101)]
-    assert (percentile(hundred, 0.99), percentile([7.0], 0.99), percentile([], 0.99)) == (99.0, 7.0, None)
+    assert (percentile(hundred, 99), percentile([7.0], 99), percentile([], 99)) == (99.0, 7.0, None)
 
 
 def test_the_command_makes_a_page_of_a_job_and_replaces_nothing_unasked(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import threading
 import time
 import types
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,10 @@ from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.transports.local import LocalTransport
 from layerwise_dist.config import load_config
 from layerwise_dist.engine import assembly
-from layerwise_dist.engine.engine import workings_of
 from layerwise_dist.storage.filenames import AttemptId
-from layerwise_dist.telemetry import recorder
 from layerwise_dist.telemetry.assembling import Assembler, Began, Boundary, Captured, GivenUp, Reached, Stalled
 from layerwise_dist.telemetry.events_file import EventsFile
 from layerwise_dist.telemetry.names import CHECKPOINT, COMMON, FIELDS, MEASURES
-from layerwise_dist.telemetry.recorder import Telemetry
 
 torch.set_num_threads(1)
 
@@ -239,80 +235,6 @@ def test_what_never_began_here_is_told_too_and_what_is_left_is_undecided() -> No
 
 
 # -- what it costs -----------------------------------------------------------------------------------------------------
-
-
-class Blocked:
-    """A sink whose disk does not answer."""
-
-    name = "blocked"
-
-    def __init__(self) -> None:
-        self.go_on = threading.Event()
-        self.threads: set[str] = set()
-
-    def write(self, event: dict[str, Any]) -> None:
-        self.threads.add(threading.current_thread().name)
-        self.go_on.wait()
-
-    def close(self) -> None: ...
-
-    def leave_to_parent(self) -> None: ...
-
-
-@pytest.fixture
-def blocked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Blocked]:
-    sink = Blocked()
-    monkeypatch.setattr("layerwise_dist.telemetry.opening.EventsFile", lambda *_: sink)
-    monkeypatch.setattr(recorder, "_MOST_NOTES", 20)
-    yield sink
-    sink.go_on.set()
-
-
-def notes_of_a_run(root: Path) -> tuple[int, int]:
-    """The most notes that waited, and how many were lost, of a run whose sink does not answer."""
-    model, optimizer = build(0)
-    most = 0
-    with lwd.attach(model, optimizer, dir=str(root), telemetry=EVENTS, commit={"timeout_s": 5.0}) as ckpt:
-        telemetry = workings_of(ckpt).telemetry
-        assert telemetry is not None
-        for step in ckpt.steps(20):
-            train(model, optimizer, 0, 0, step)
-            most = max(most, telemetry._notes.qsize())
-        ckpt.wait(20)
-        telemetry.close(0.0)  # close() of the engine would wait for its deadline
-    return most, ckpt.stats()["telemetry_lost"]
-
-
-def test_a_sink_that_hangs_holds_nothing_up_and_takes_bounded_memory(
-    tmp_path: Path, blocked: Blocked, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.WARNING, "layerwise_dist"):
-        most, lost = notes_of_a_run(tmp_path)
-    assert blocked.threads == {"layerwise-telemetry"}
-    assert most <= 20 and lost > 0
-    assert any("telemetry was not written within" in record.getMessage() for record in caplog.records)
-
-
-def test_mutation_a_queue_without_a_bound_is_caught(
-    tmp_path: Path, blocked: Blocked, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Telemetry, "_put", lambda self, note: self._notes.put((time.monotonic(), note)))
-    most, _ = notes_of_a_run(tmp_path)
-    assert most > 20
-
-
-def test_mutation_a_thread_that_trains_and_writes_is_caught(
-    tmp_path: Path, blocked: Blocked, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    blocked.go_on.set()
-
-    def at_once(self: Telemetry, note: Any) -> None:
-        for event in self._assembler.take(note, time.monotonic()):
-            self._write(event, time.monotonic())
-
-    monkeypatch.setattr(Telemetry, "_put", at_once)
-    notes_of_a_run(tmp_path)
-    assert blocked.threads != {"layerwise-telemetry"}
 
 
 def test_what_cannot_be_written_is_warned_of_once_counted_and_changes_no_bit(

@@ -111,6 +111,13 @@ class LayerwiseNoHash(Layerwise):
     settings = {"hash": False}
 
 
+class LayerwiseNoDrift(Layerwise):
+    """Replicas are compared at the first checkpoint only."""
+
+    name = "layerwise-no-drift"
+    settings = {"replica_drift": "off"}
+
+
 class LayerwiseMonitor(Layerwise):
     """Written by a process of its own."""
 
@@ -307,6 +314,7 @@ class TorchCheckpointing(FuturePeer):
 MODES: dict[str, type[Mode]] = {
     "layerwise": Layerwise,
     "layerwise-nohash": LayerwiseNoHash,
+    "layerwise-no-drift": LayerwiseNoDrift,
     "layerwise-monitor": LayerwiseMonitor,
     "layerwise-pipelined": LayerwisePipelined,
     "layerwise-in-backward": LayerwiseInBackward,

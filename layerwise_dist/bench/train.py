@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from layerwise_dist.bench import machine
@@ -21,6 +21,7 @@ from layerwise_dist.bench.model import Shape
 from layerwise_dist.bench.progress import Bar, bar
 from layerwise_dist.bench.train_worker import modes_of
 from layerwise_dist.bench.workplace import workplace
+from layerwise_dist.percentiles import percentile
 from layerwise_dist.units import size
 
 _RAW_BYTES = 512 << 20
@@ -40,6 +41,7 @@ class TrainBench:
     modes: Sequence[str]
     quick: bool
     deepspeed: int | None = None  # ZeRO stage
+    ddp: bool = False  # in place of FSDP2
 
     @property
     def baseline(self) -> tuple[str, str]:
@@ -50,7 +52,8 @@ class TrainBench:
     def trained_under(self) -> str:
         if self.deepspeed is not None:
             return f"DeepSpeed, ZeRO-{self.deepspeed} in fp32, {self.ranks} ranks of torchrun."
-        return "one process." if self.ranks == 1 else f"FSDP2, {self.ranks} ranks of torchrun."
+        wrapper = "DDP" if self.ddp else "FSDP2"
+        return "one process." if self.ranks == 1 else f"{wrapper}, {self.ranks} ranks of torchrun."
 
 
 def run(bench: TrainBench, directory: str, command: str) -> Findings:
@@ -60,11 +63,12 @@ def run(bench: TrainBench, directory: str, command: str) -> Findings:
         if name not in known:
             raise ValueError(f"mode {name!r}: there are {', '.join(known)}")
     state = 12 * bench.shape.parameters
+    held = state * (bench.ranks if bench.ddp else 1)
     blocks = bench.rounds * len(bench.every) * (2 * len(bench.modes) + 1)
     space = workplace(
         directory,
         disk_bytes=_CHECKPOINTS_AT_ONCE * state + min(state, _RAW_BYTES) + (64 << 20),
-        memory_bytes=5 * state + bench.ranks * (1 << 30),
+        memory_bytes=5 * held + bench.ranks * (1 << 30),
     )
     with space as folder, bar(len(bench.modes) + blocks) as progress:
         about = machine.describe(str(folder))
@@ -77,7 +81,8 @@ class _Heard:
     """What the workers have said."""
 
     def __init__(self, progress: Bar) -> None:
-        self.state_bytes: list[int] = []
+        self.state_bytes: list[int] = []  # by rank
+        self.total_bytes = 0  # of one checkpoint
         self.tried: list[dict[str, Any]] = []
         self.disk: list[float] = []
         self.blocks: list[dict[str, Any]] = []
@@ -87,8 +92,8 @@ class _Heard:
         match said:
             case {"now": text}:
                 self._progress.now(text)
-            case {"state_bytes": sizes}:
-                self.state_bytes = sizes
+            case {"state_bytes": sizes, "total_bytes": total}:
+                self.state_bytes, self.total_bytes = sizes, total
             case {"tried": mode}:
                 self.tried.append(mode)
                 self._progress.advance()
@@ -105,6 +110,7 @@ def _launch(bench: TrainBench, folder: Path, heard: _Heard) -> None:
         "shape": asdict(bench.shape), "optimizer": bench.optimizer, "every": list(bench.every), "steps": bench.steps,
         "rounds": bench.rounds, "modes": list(bench.modes), "quick": bench.quick, "threads": threads,
         "folder": str(folder), "disk_bytes": _RAW_BYTES, "deepspeed": bench.deepspeed,
+        "ddp": bench.ddp,
     }  # fmt: skip
     environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
     together = bench.ranks > 1 or bench.deepspeed is not None
@@ -126,7 +132,7 @@ class _Figures:
         self.seconds = [_mean_step(block) for block in mine]
         self.ratios = [step / base for step, base in zip(self.seconds, plain, strict=True)]
         stalls = [max(at_once) for block in mine for at_once in zip(*block["stalls"], strict=True)]
-        self.stalls = sorted(1e3 * stall for stall in stalls)
+        self.stalls_ms = [1e3 * stall for stall in stalls]
         self.committed = [took for block in mine for took in block["committed"][0]]
         ranks = range(len(heard.state_bytes))
         self.extra = [
@@ -134,17 +140,12 @@ class _Figures:
             for block, pair in zip(mine, around, strict=True)
         ]
         self.copied = [share for block in mine for share in block["copied"] if share is not None]
-        total = sum(heard.state_bytes)
-        writing = [total / block["disk"] for block in mine]
+        writing = [heard.total_bytes / block["disk"] for block in mine]
         self.disk_bound = [
             step * every / max(base * every, least)
             for step, base, least in zip(self.seconds, plain, writing, strict=True)
             if least > base * every
         ]
-
-    def percentile(self, share: float) -> float:
-        """Of the stalls, ms."""
-        return self.stalls[min(len(self.stalls) - 1, int(share * len(self.stalls)))]
 
 
 def _mean_step(block: dict[str, Any]) -> float:
@@ -153,7 +154,7 @@ def _mean_step(block: dict[str, Any]) -> float:
 
 
 def _findings(bench: TrainBench, command: str, about: dict[str, Any], heard: _Heard) -> Findings:
-    total, rank_bytes = sum(heard.state_bytes), max(heard.state_bytes)
+    total, rank_bytes = heard.total_bytes, max(heard.state_bytes)
     usable = [mode for mode in heard.tried if mode["problem"] is None]
     rows: list[dict[str, Any]] = []
     charts = []
@@ -188,8 +189,8 @@ def _findings(bench: TrainBench, command: str, about: dict[str, Any], heard: _He
     ]
     data = {
         "model": {**asdict(shape), "parameters": shape.parameters}, "optimizer": bench.optimizer, "ranks": bench.ranks,
-        "deepspeed": bench.deepspeed, "steps": bench.steps, "rounds": bench.rounds, "state_bytes": total,
-        "disk_bytes_per_s": disk.data(),
+        "deepspeed": bench.deepspeed, "ddp": bench.ddp, "steps": bench.steps, "rounds": bench.rounds,
+        "state_bytes": total, "disk_bytes_per_s": disk.data(),
         "results": rows, "not_run": missing,
     }  # fmt: skip
     return Findings(command, about, data, charts, notes)
@@ -214,7 +215,7 @@ def _row(
     to_baseline = [a / b for a, b in zip(mine.ratios, baseline.ratios, strict=True)] if baseline else []
     return {
         **row, key: spread(to_baseline),
-        "stall_ms_p50": mine.percentile(0.5), "stall_ms_p99": mine.percentile(0.99),
+        "stall_ms_p50": median(mine.stalls_ms), "stall_ms_p99": percentile(mine.stalls_ms, 99),
         "committed_s": spread(mine.committed), "bytes_per_s": spread([total / took for took in mine.committed]),
         "copied_share": spread(mine.copied), "ratio_to_disk_bound": spread(mine.disk_bound),
     }  # fmt: skip

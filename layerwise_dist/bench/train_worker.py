@@ -55,7 +55,7 @@ class Worker:
             dist.init_process_group("gloo", timeout=_GROUP_TIMEOUT)
         torch.manual_seed(0)
         if spec["deepspeed"] is None:
-            self._training = Training(self._shape, spec["optimizer"], self._ranks)
+            self._training = Training(self._shape, spec["optimizer"], self._ranks, ddp=spec["ddp"])
         else:
             self._training = DeepSpeedTraining(self._shape, spec["optimizer"], self._ranks, spec["deepspeed"])
         self._modes = modes_of(spec["deepspeed"])
@@ -66,11 +66,12 @@ class Worker:
 
     def run(self) -> None:
         state = self._all(self._training.state_bytes())
-        self._say({"state_bytes": state})
+        total = max(state) if self._spec["ddp"] else sum(state)  # replicas are written once
+        self._say({"state_bytes": state, "total_bytes": total})
         modes = [name for name in self._spec["modes"] if self._works(name)]
         disk = None
         if self._rank == 0:
-            nbytes = min(sum(state), self._spec["disk_bytes"])
+            nbytes = min(total, self._spec["disk_bytes"])
             disk = RawFile(self._folder / "raw", nbytes, block_bytes=1 << 20, depth=4)
         for number in range(self._spec["rounds"]):
             for every in self._spec["every"]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trainings of `bench train`: a GPT in one process, under FSDP2, or under DeepSpeed."""
+"""The trainings of `bench train`: a GPT in one process, under FSDP2 or DDP, or under DeepSpeed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ from layerwise_dist.frameworks.deepspeed import DeepSpeedFramework, param_groups
 
 
 class Training:
-    """A model and its optimizer. With several ranks the default process group is there, and FSDP2 shards the model."""
+    """A model and its optimizer. With several ranks the default process group is there, and FSDP2 shards the model, or
+    with `ddp` each rank holds all of it.
+    """
 
-    def __init__(self, shape: Shape, optimizer: str, ranks: int) -> None:
+    def __init__(self, shape: Shape, optimizer: str, ranks: int, *, ddp: bool = False) -> None:
         self.model: Any = GPT(shape)
-        if ranks > 1:
+        if ddp:
+            self.model = torch.nn.parallel.DistributedDataParallel(self.model)
+        elif ranks > 1:
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
 

@@ -82,11 +82,13 @@ def train(
     optimizer: Annotated[str, typer.Option("--optimizer", "-o", help="foreach or fused (AdamW).")] = "foreach",
     every: Annotated[str, typer.Option("--every", "-e", help="A checkpoint every so many steps.")] = "1,10",
     ranks: Annotated[
-        int | None, typer.Option("--ranks", "-r", min=1, help="More than 1: FSDP2 under torchrun. DeepSpeed: 2.")
+        int | None,
+        typer.Option("--ranks", "-r", min=1, help="More than 1: FSDP2 under torchrun. DeepSpeed, --ddp: 2."),
     ] = None,
     deepspeed: Annotated[
         int | None, typer.Option("--deepspeed", metavar="STAGE", help="Train under DeepSpeed, ZeRO stage 2 or 3.")
     ] = None,
+    ddp: Annotated[bool, typer.Option("--ddp", help="DDP in place of FSDP2; 2 ranks unless --ranks.")] = False,
     steps: Annotated[int, typer.Option("--steps", "-n", min=1, help="Measured steps a block.")] = 10,
     rounds: Rounds = 5,
     modes: Annotated[str, typer.Option("--modes", "-m", help="all, or names with commas between them.")] = "all",
@@ -109,14 +111,16 @@ def train(
         _one_of("--optimizer", optimizer, ("foreach", "fused"))
         if deepspeed not in (None, 2, 3):
             raise ValueError(f"--deepspeed {deepspeed}: expected 2 or 3")
-        processes = ranks or (1 if deepspeed is None else 2)
+        processes = ranks or (2 if ddp or deepspeed is not None else 1)
+        if ddp and (deepspeed is not None or processes == 1):
+            raise ValueError("--ddp: several ranks, without --deepspeed")
         if disk_bound:
             shape = replace(shape, batch=processes, context=16)
         shape = replace(shape, batch=batch or shape.batch, context=context or shape.context)
         chosen = list(modes_of(deepspeed)) if modes == "all" else _words(modes)
         asked = TrainBench(
             shape=shape, optimizer=optimizer, every=_numbers(every, "--every"), ranks=processes, modes=chosen,
-            steps=2 if quick else steps, rounds=1 if quick else rounds, quick=quick, deepspeed=deepspeed,
+            steps=2 if quick else steps, rounds=1 if quick else rounds, quick=quick, deepspeed=deepspeed, ddp=ddp,
         )  # fmt: skip
         return run(asked, directory, command)
 

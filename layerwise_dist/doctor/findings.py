@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.doctor.place import Device, Mount, Space
-from layerwise_dist.doctor.speed import Flushes, Manner, Rates, Shape, median, quantile
+from layerwise_dist.doctor.speed import Flushes, Manner, Rates, Shape, median
+from layerwise_dist.percentiles import percentile
 from layerwise_dist.storage.exposure import listed
 from layerwise_dist.units import size
 
@@ -240,7 +241,7 @@ def of_dax(available: bool, config: LayerwiseConfig) -> Finding:
 
 
 def of_flushes(times: Flushes, mount: Mount | None, device: Device | None) -> Finding:
-    p50, p99, commit = median(times.flush), quantile(times.flush, 0.99), median(times.commit)
+    p50, p99, commit = median(times.flush), percentile(times.flush, 99), median(times.commit)
     figures = {"p50": p50, "p99": p99, "commit_p50": commit, "count": len(times.flush)}
     text = (
         f"A flush takes {_ms(p50)} (p50), {_ms(p99)} (p99); making a small file durable under its name {_ms(commit)}. "

@@ -159,11 +159,6 @@ def write_rates(
     return rates
 
 
-def quantile(values: list[float], part: float) -> float:
-    """The value below or at which `part` of them lie (nearest rank)."""
-    return sorted(values)[min(len(values) - 1, int(part * len(values)))]
-
-
 median = statistics.median
 
 

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import deque
 
 from layerwise_dist import _native
 from layerwise_dist.capture.frozen import FrozenBases
 from layerwise_dist.capture.lease import Capture
+from layerwise_dist.percentiles import percentile
 from layerwise_dist.storage.protocols import ShardWrite
 from layerwise_dist.telemetry.names import PARTS
 from layerwise_dist.telemetry.recorder import Telemetry
@@ -99,15 +101,11 @@ class Statistics:
         """`pool` is None before the first checkpoint; `newest` is the newest committed step."""
         while newest is not None and self._sealed and self._sealed[0][0] <= newest:
             self._safe = self._sealed.popleft()
-        ordered = sorted(self._per_checkpoint)
+        stalls = self._per_checkpoint or [0.0]
         recent = [_bytes_of(*each) for each in self._recent]
         totals = {name: past + sum(each[name] for each in recent) for name, past in self._past.items()}
 
         totals["bytes_written"] += frozen.bytes_written
-
-        def percentile(share: float) -> float:
-            return 1e3 * ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
-
         return {
             "captures": self.captures,
             "every_n_steps": every_n_steps,
@@ -128,8 +126,8 @@ class Statistics:
             "pool_peak_bytes": pool.peak if pool is not None else 0,
             "stall_s": sum(self._stalls.values()),
             **{f"stall_{where}_s": seconds for where, seconds in self._stalls.items()},
-            "stall_ms_p50": percentile(0.50),
-            "stall_ms_p99": percentile(0.99),
+            "stall_ms_p50": 1e3 * statistics.median(stalls),
+            "stall_ms_p99": 1e3 * percentile(stalls, 99),
             "telemetry_events": self.telemetry.events_written if self.telemetry is not None else 0,
             "telemetry_lost": self.telemetry.events_lost if self.telemetry is not None else 0,
             "elapsed_s": time.monotonic() - self._since,

@@ -155,11 +155,23 @@ def _optimizer(optimizer: torch.optim.Optimizer, known: Known) -> Any:
     return {"groups": groups, "state": [dict(optimizer.state.get(param, {})) for param in params]}
 
 
+# Of an LR scheduler: what it says of the last step, and warns by. No learning rate is computed from it, and schedules
+# that are put back by their `last_epoch` alone, as torchtitan's, come without it.
+_REPORTED = frozenset({"_last_lr", "_step_count", "_get_lr_called_within_step", "_is_initial"})
+
+
+def _schedule(state: Any) -> Any:
+    """Also of schedulers within schedulers."""
+    if isinstance(state, dict):
+        return {name: _schedule(each) for name, each in state.items() if name not in _REPORTED}
+    return [_schedule(each) for each in state] if isinstance(state, list | tuple) else state
+
+
 _KINDS: tuple[tuple[Any, str, Callable[[Any, Known], Any]], ...] = (
     (digests.GENERATORS, "generator", lambda value, known: digests.state_of(value)),
     (nn.Module, "model", _model),
     (torch.optim.Optimizer, "optimizer", _optimizer),
-    (LRScheduler, "schedule", lambda value, known: value.state_dict()),
+    (LRScheduler, "schedule", lambda value, known: _schedule(value.state_dict())),
     (DataLoader, LOADER, lambda value, known: None),
 )
 

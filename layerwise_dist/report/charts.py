@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,7 +115,7 @@ def _throughput(axes: Any, facts: Facts) -> None:
             alpha=0.3, linewidth=0, label="all ranks",
         )  # fmt: skip
     marker = "o" if len(steps) < 40 else None
-    middle = [sorted(by_step[step])[len(by_step[step]) // 2] for step in steps]
+    middle = [statistics.median(by_step[step]) for step in steps]
     axes.plot(steps, middle, color=FIRST, linewidth=1.2, marker=marker, markersize=3, label="median rank")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("step")

@@ -175,7 +175,7 @@ def _figures(facts: Facts) -> list[tuple[str, str]]:
         found.append(("checkpoint", size(newest.nbytes)))
     found += [(name, str(facts.outcomes[name])) for name in ("committed", "failed", "skipped") if facts.checkpoints]
     if facts.stalls_ms:
-        middle, high = median(facts.stalls_ms), percentile(facts.stalls_ms, 0.99)
+        middle, high = median(facts.stalls_ms), percentile(facts.stalls_ms, 99)
         assert middle is not None and high is not None
         found += [("stall, median", _seconds(middle / 1e3)), ("stall, p99", _seconds(high / 1e3))]
     took = median([event["committed_s"] for event in facts.committed if event["committed_s"] is not None])

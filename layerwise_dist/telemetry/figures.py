@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 
+from layerwise_dist import percentiles
 
-def percentile(values: Sequence[float], share: float) -> float | None:
-    """By nearest rank: the smallest value that at least this share of the values does not exceed."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else None
+
+def percentile(values: Sequence[float], percent: int) -> float | None:
+    """As `percentiles.percentile`."""
+    return percentiles.percentile(values, percent) if values else None
 
 
 def median(values: Sequence[float]) -> float | None:

@@ -13,7 +13,8 @@ from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.telemetry.assembling import Assembler, Boundary
 from layerwise_dist.telemetry.boards import Prometheus
 from layerwise_dist.telemetry.events_file import EventsFile, path_of_rank
-from layerwise_dist.telemetry.recorder import Sink, Telemetry
+from layerwise_dist.telemetry.recorder import Telemetry
+from layerwise_dist.telemetry.sinks import Sink
 
 
 def open_telemetry(

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records the telemetry of one rank: any thread appends notes, one thread turns them into events and writes these.
+"""Records the telemetry of one rank: any thread appends notes, one thread turns them into events and hands these to a
+thread for each sink.
 
 Nothing here stops or delays training. What can't be written is lost, warned of once for each reason, and counted.
 """
@@ -13,10 +14,9 @@ import queue
 import time
 import weakref
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from layerwise_dist.commit.messages import Durable, ToRanks
-from layerwise_dist.errors import shown
 from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.supervision import background
 from layerwise_dist.telemetry.assembling import (
@@ -35,45 +35,47 @@ from layerwise_dist.telemetry.assembling import (
     Written,
 )
 from layerwise_dist.telemetry.names import VERSION
+from layerwise_dist.telemetry.sinks import Sink, SinkThread
 
 log = logging.getLogger("layerwise_dist")
 
-_MOST_NOTES = 8192  # that wait for a disk that does not answer; then they are lost
+_MOST_NOTES = 8192  # that wait where the directory does not say what is free in it; then they are lost
 _PROGRESS_S = 10.0
-
-
-class Sink(Protocol):
-    """Where events go. Its thread is the recorder's, but for `leave_to_parent`."""
-
-    name: str
-
-    def write(self, event: Event) -> None: ...
-
-    def close(self) -> None: ...
-
-    def leave_to_parent(self) -> None:
-        """In a forked child, which must not keep what the parent has open."""
 
 
 class Telemetry:
     """From the constructor until `close`. Its notes may come from any thread; none waits for anything."""
 
     def __init__(self, assembler: Assembler, rank: int, sinks: Sequence[Sink], start: dict[str, Any]) -> None:
-        """`start` is what the first event says. Raises OSError where the system gives no thread."""
-        self._assembler, self._rank, self._sinks = assembler, rank, list(sinks)
+        """`start` is what the first event says. Raises OSError where the system gives no thread: then whoever opened
+        the sinks closes them.
+        """
+        self._assembler, self._rank = assembler, rank
+        self._sinks: list[SinkThread] = []
         self._notes: queue.SimpleQueue[tuple[float, Note] | None] = queue.SimpleQueue()
         self._overflow = itertools.count(1)
-        self._overflowed = self._failed = self.events_written = 0
-        self._warned: set[tuple[str, str]] = set()
-        self._closed = False
+        self._overflowed = self._failed = 0
+        self._closed = self._deaf = False  # deaf: nothing is noted any more
         self._start = start
-        self._thread = background.start("layerwise-telemetry", self._run, self._broke)
+        try:
+            for sink in sinks:
+                self._sinks.append(SinkThread(sink, rank))
+            self._thread = background.start("layerwise-telemetry", self._run, self._broke)
+        except OSError:
+            for each in self._sinks:
+                each.end(None)
+            raise
         _live.add(self)
 
     @property
+    def events_written(self) -> int:
+        """Events that every sink has taken."""
+        return min((sink.written for sink in self._sinks), default=0)
+
+    @property
     def events_lost(self) -> int:
-        """Notes and events that could not be taken or written."""
-        return self._overflowed + self._failed
+        """Notes that could not be taken, and events that could not be written, by each sink."""
+        return self._overflowed + self._failed + sum(sink.lost for sink in self._sinks)
 
     # -- notes ----------------------------------------------------------------------------------------------------
 
@@ -111,7 +113,7 @@ class Telemetry:
         self._put(Stopped(why))
 
     def _put(self, note: Note) -> None:
-        if self._closed:
+        if self._deaf:
             return
         if self._notes.qsize() >= _MOST_NOTES:
             self._overflowed = next(self._overflow)
@@ -124,77 +126,73 @@ class Telemetry:
         """Waits until what was noted is written, at most so many seconds; warns if it is not by then."""
         if self._closed:
             return
-        self._closed = True
+        self._closed = self._deaf = True
         _live.discard(self)
         self._notes.put(None)
+        deadline = time.monotonic() + timeout_s
         self._thread.join(timeout_s)
-        if self._thread.is_alive():
+        for sink in self._sinks:
+            sink.join(max(0.0, deadline - time.monotonic()))
+        if late := [sink.name for sink in self._sinks if not sink.ended]:
             log.warning(
-                "rank %d: telemetry was not written within %.3g s: what is left of it is lost", self._rank, timeout_s
-            )
+                "rank %d: telemetry (%s) was not written within %.3g s: what is left of it is lost",
+                self._rank, ", ".join(late), timeout_s,
+            )  # fmt: skip
         elif self.events_lost:
             log.warning("rank %d: telemetry: %d events were lost", self._rank, self.events_lost)
 
     def leave_to_parent(self) -> None:
         """In a forked child."""
-        self._closed = True
+        self._closed = self._deaf = True
         for sink in self._sinks:
             sink.leave_to_parent()
 
     # -- its thread -----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        self._write({"event": "start", **self._start}, time.monotonic())
-        due = time.monotonic() + _PROGRESS_S
+        last: Event | None = None
         try:
-            while True:
-                try:
-                    noted = self._notes.get(timeout=max(0.0, due - time.monotonic()))
-                except queue.Empty:
-                    pass
-                else:
-                    if noted is None:
-                        break
-                    at, note = noted
-                    for event in self._assembler.take(note, at):
-                        self._write(event, at)
-                if time.monotonic() >= due:
-                    due = time.monotonic() + _PROGRESS_S
-                    for event in self._assembler.progress():
-                        self._write(event, time.monotonic())
+            self._write({"event": "start", **self._start}, time.monotonic())
+            self._follow()
             now = time.monotonic()
             for event in self._assembler.end():
                 self._write(event, now)
-            self._write({"event": "end", "events": self.events_written, "lost": self.events_lost}, now)
+            last = self._whole({"event": "end", "lost": self._overflowed}, now)
         finally:
             for sink in self._sinks:
-                self._tried(sink, sink.close)
+                sink.end(last)
+
+    def _follow(self) -> None:
+        """Until the end is noted."""
+        due = time.monotonic() + _PROGRESS_S
+        while True:
+            try:
+                noted = self._notes.get(timeout=max(0.0, due - time.monotonic()))
+            except queue.Empty:
+                pass
+            else:
+                if noted is None:
+                    return
+                at, note = noted
+                for event in self._assembler.take(note, at):
+                    self._write(event, at)
+            if time.monotonic() >= due:
+                due = time.monotonic() + _PROGRESS_S
+                for event in self._assembler.progress():
+                    self._write(event, time.monotonic())
 
     def _write(self, event: Event, at: float) -> None:
         """`at`: when it happened."""
-        when = time.time() - (time.monotonic() - at)
-        whole = {"layerwise": VERSION, "time": round(when, 6), "event": event["event"], "rank": self._rank, **event}
-        if all([self._tried(sink, lambda sink=sink: sink.write(whole)) for sink in self._sinks]):
-            self.events_written += 1
-        else:
-            self._failed += 1
+        whole = self._whole(event, at)
+        for sink in self._sinks:
+            sink.put(whole)
 
-    def _tried(self, sink: Sink, action: Any) -> bool:
-        try:
-            action()
-            return True
-        except Exception as error:  # of a package too: training goes on
-            why = shown(background.describe(error), 500)
-            if (sink.name, why) not in self._warned:
-                self._warned = {*list(self._warned)[:100], (sink.name, why)}
-                log.warning(
-                    "rank %d: telemetry (%s): %s; training goes on, stats()['telemetry_lost'] counts what is lost",
-                    self._rank, sink.name, why,
-                )  # fmt: skip
-            return False
+    def _whole(self, event: Event, at: float) -> Event:
+        when = time.time() - (time.monotonic() - at)
+        return {"layerwise": VERSION, "time": round(when, 6), "event": event["event"], "rank": self._rank, **event}
 
     def _broke(self, why: str) -> None:
-        self._closed = True
+        self._deaf = True
         self._failed += 1
         log.warning("rank %d: telemetry has ended: %s; training goes on", self._rank, why)
 

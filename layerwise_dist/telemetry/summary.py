@@ -86,7 +86,7 @@ class Summary:
             "rank_gb_per_s": last["gb_per_s"] if last is not None else None,
             "committed_s": last["committed_s"] if last is not None else None,
             "stall_ms_p50": median(stalls_ms),
-            "stall_ms_p99": percentile(stalls_ms, 0.99),
+            "stall_ms_p99": percentile(stalls_ms, 99),
             "outcomes": dict(self._counts) if self._start is not None or any(self._counts.values()) else None,
             "failures": [
                 {"step": each["step"], "age_s": now - each["time"], "reason": each["reason"]}

@@ -18,13 +18,14 @@ import importlib
 import json
 import mmap
 import os
+import random
 import runpy
 import signal
 import socket
 import sys
 import time
 
-import numpy  # noqa: F401
+import numpy
 import torch
 import torch._dynamo  # noqa: F401
 import torch.distributed.fsdp  # noqa: F401
@@ -110,6 +111,10 @@ def program(request: dict) -> int:
     """Runs the script in a child, which ends as an interpreter does. Its exit code, or less than 0 for a signal."""
     pid = os.fork()
     if pid == 0:
+        # As in a new interpreter: a script that seeds nothing has other random numbers each time.
+        torch.seed()
+        numpy.random.seed()
+        random.seed()
         os.chdir(request["folder"])
         run_alone(request["script"], request["args"])
         sys.exit()
