@@ -37,6 +37,10 @@ TABLE: list[tuple[str, str]] = [
     (r"bash launch/setup\.sh", "tests/run.sh runs it before these tests"),
     (r"bash tests/run\.sh( --long( -k soak)?)?", "it is what runs these tests"),
     (
+        r"bash tests/coverage\.sh( .*)?",
+        "builds the core anew and takes longer than all tests, which it runs; test_coverage.py tries its tables",
+    ),
+    (
         r"bash tests/run\.sh --soak .*",
         "test_soak.py::test_a_trial_that_is_killed_and_goes_on_with_another_number_of_ranks",
     ),
