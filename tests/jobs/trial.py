@@ -70,11 +70,19 @@ def plain(spec: dict[str, Any], tell: Any) -> None:
         tell(start=start, **digests(job))
         for step in range(start, spec["total"]):
             job.train(step)
-            whole = {name: value.contiguous() for name, value in job.take().items()}
+            whole = global_form(job)
             tell(step=step + 1, whole={name: digest([value]) for name, value in whole.items()}, **digests(job))
             if start == 0 and job.rank == 0:
                 save_file(whole, f"{spec['golden']}_{step + 1}.safetensors")
     tell(end=spec["total"])
+
+
+def global_form(job: Job) -> dict[str, torch.Tensor]:
+    if getattr(job, "stage", 0) in (1, 2):
+        # By itself DeepSpeed does it in the first update, before all of its units have state.
+        job.engine.optimizer._hp_optimizer_states_linked = False
+        job.engine.optimizer._lazy_init_hp_params_optimizer_state()
+    return {name: value.contiguous() for name, value in job.take().items()}
 
 
 def give_state(job: Job) -> None:

@@ -18,7 +18,7 @@ OPTIMIZER = "adamw"
 UPDATES: dict[str, tuple[str, ...]] = {
     "plain": ("auto", "pipelined_step", "in_backward"), "ddp": ("auto", "pipelined_step", "in_backward"),
     "ddp-zero": ("auto",), "fsdp1-orig": ("auto", "pipelined_step"), "fsdp2": ("auto", "pipelined_step", "in_backward"),
-    "zero1": ("auto", "in_backward"), "zero2": ("auto", "in_backward"), "zero3": ("auto", "in_backward"),
+    "zero1": ("auto",), "zero2": ("auto",), "zero3": ("auto",),
 }  # fmt: skip
 # What fails or is slow: an operation of the file system, on a rank's shard or on the manifest.
 SHARD = ("create", "allocate", "write", "sync", "rename", "sync_dir")

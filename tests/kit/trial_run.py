@@ -155,7 +155,7 @@ class Running:
             send([pid], signal.SIGCONT)
             send([pid], signal.SIGUSR1)  # prints where it is (tests/jobs/warm.py)
         time.sleep(0.5)
-        return f"output:\n{self.job.output()[-12000:]}"
+        return f"output:\n{self.job.output()[-5000:]}"
 
     def pid(self, rank: int) -> list[int]:
         return [line["pid"] for line in self.told()[rank] if "pid" in line]

@@ -8,6 +8,7 @@ in by hand, as in tests/test_matrix.py: reductions round otherwise there, so tha
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ class Truths:
 
     def _make(self, layout: Layout, origin: Layout | None) -> None:
         out = self._folder / f"{origin or 'begin'}-{layout}".replace(":", "_")
+        shutil.rmtree(out, ignore_errors=True)  # of one that failed
         out.mkdir()
         golden = self._folder / f"golden-{origin or layout}".replace(":", "_")
         starts = [0] if origin is None else list(range(1, TOTAL + 1))
