@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # bash tests/run.sh [--long] [pytest arguments]: sets everything up, then runs the native and the Python tests, ruff and
 # mypy.
+# bash tests/run.sh --soak MINUTES [--seed N] [--trials N] [--trial N] [--lanes N]: instead of these, drawn jobs to which
+# drawn faults happen, compared bit for bit with plain training (tests/soak.py). Ctrl-C ends it in order.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
@@ -9,6 +11,26 @@ if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
   exit 0
 fi
 cd "$root"
+# DeepSpeed would compile it in the first of its jobs, within that one's deadline.
+operators() {
+  [ -e "$("$1" -c 'import sys; print(sys.prefix)')/torch_extensions/deepspeed_shm_comm/deepspeed_shm_comm.so" ] ||
+    "$1" tests/jobs/zero_ready.py >build/tests-operators.log 2>&1
+}
+if [ "${1:-}" = --soak ]; then
+  shift
+  bash launch/setup.sh
+  python=${LAYERWISE_VENV:-$root/.venv}/bin/python
+  operators "$python" || { echo "DeepSpeed's operators: build/tests-operators.log" >&2; exit 1; }
+  # Where its mounts are its own and end with it, it fills small disks; elsewhere no disk is filled.
+  alone=()
+  for flags in -m -Urm; do
+    if unshare "$flags" true 2>/dev/null; then
+      alone=(unshare "$flags")
+      break
+    fi
+  done
+  exec "${alone[@]}" "$python" tests/soak.py "$@"
+fi
 # Workers wait for disks and for other processes more than they compute. More than four would take the time from each
 # other on which the deadlines of tests were measured.
 workers=$(nproc)
@@ -36,11 +58,8 @@ trap 'kill -- -$native -$machine -$static 2>/dev/null || true' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-# DeepSpeed would compile it in the first of its tests, within that one's deadline. One core takes a minute for it; the
-# other has the native tests meanwhile.
-if [ ! -e "$("$python" -c 'import sys; print(sys.prefix)')/torch_extensions/deepspeed_shm_comm/deepspeed_shm_comm.so" ]; then
-  "$python" tests/jobs/zero_ready.py >build/tests-operators.log 2>&1 || failed+=("DeepSpeed's operators: build/tests-operators.log")
-fi
+# One core takes a minute for it; the other has the native tests meanwhile.
+operators "$python" || failed+=("DeepSpeed's operators: build/tests-operators.log")
 "$python" -m pytest -q -n "$workers" --dist worksteal "$@" || failed+=("Python tests (pytest exit code $?)")
 echo "Python tests: $((SECONDS / 60)) min $((SECONDS % 60)) s after the start"
 wait "$static" || failed+=("ruff or mypy")

@@ -36,6 +36,14 @@ TABLE: list[tuple[str, str]] = [
     (r"bash launch/demo\.sh", HERE + "test_the_demo_finds_every_bit_equal"),
     (r"bash launch/setup\.sh", "tests/run.sh runs it before these tests"),
     (r"bash tests/run\.sh( --long( -k soak)?)?", "it is what runs these tests"),
+    (
+        r"bash tests/coverage\.sh( .*)?",
+        "builds the core anew and takes longer than all tests, which it runs; test_coverage.py tries its tables",
+    ),
+    (
+        r"bash tests/run\.sh --soak .*",
+        "test_soak.py::test_a_trial_that_is_killed_and_goes_on_with_another_number_of_ranks",
+    ),
     (r"bash tests/quick\.sh( .*)?", "tests/run.sh runs each of its steps"),
     (r"torchrun --nnodes=1:4 --max-restarts=3", "test_elastic.py::test_a_job_goes_on_with_fewer_ranks_and_with_more"),
     (r"bash tests/(versions|chroot)\.sh( .*)?", _RELEASE),

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every promise of docs/guarantees.md has tests in docs/tables/guarantees.md, and every test named there exists."""
+"""Every promise of docs/guarantees.md has tests in docs/tables/guarantees.md, and every test named there exists, as do
+those of docs/tables/track-record.md, where every fault names one.
+"""
 
 from __future__ import annotations
 
@@ -89,3 +91,37 @@ def test_mutation_a_promise_without_a_test_is_found() -> None:
 )
 def test_mutation_a_test_that_is_not_there_is_found(text: str) -> None:
     assert lost(f"Held by\n{text}\n") != []
+
+
+def unshown(text: str) -> list[str]:
+    """Rows of a track record that name no test or script that is there."""
+    rows = [row for row in text.splitlines() if re.match(r"\| (?!fault |found by )\w", row)]
+    found = [row for row in rows if not re.search(r"\b[0-9a-f]{7}\b.* \d{4}-\d\d-\d\d \|", row)]
+    for row in rows:
+        shown = row.rsplit(" | ", 1)[-1]
+        scripts = re.findall(r"`(tests/[\w/]+\.sh)`", shown)
+        names = [*scripts, *in_python(shown), *in_native(shown)]
+        if not names or lost(shown) or not all((ROOT / script).is_file() for script in scripts):
+            found.append(row)
+    return found
+
+
+def test_what_shows_each_fault_of_the_track_record_is_there() -> None:
+    text = (ROOT / "docs" / "tables" / "track-record.md").read_text()
+    assert text.count("\n| ") > 25 and unshown(text) == []
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "| it was slow | 1234567, 2026-11-29 | `tests/test_lineage.py::test_that_nobody_wrote` |",
+        "| it was slow | 1234567, 2026-11-29 | `tests/fuzz/of_nothing.sh` |",
+        '| it was slow | 1234567, 2026-11-29 | `posix_env_test.cc`: "a title that no test has" |',
+        "| it was slow | 1234567, 2026-11-29 | somebody saw it |",
+        "| it was slow | lately | `tests/fuzz/native.sh` |",
+    ],
+)
+def test_mutation_a_fault_that_nothing_shows_is_found(row: str) -> None:
+    assert unshown(f"| fault | commit, date | shown by |\n|---|---|---|\n{row}\n") == [row]
+    sound = "| it was slow | 1234567, 2026-11-29 | `tests/fuzz/native.sh` |"
+    assert unshown(sound) == []

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import layerwise_native_testing as testing
 import pytest
 import torch
 from kit.chain import attach, equal, tensors
@@ -15,8 +16,10 @@ from torch import nn
 
 from layerwise_dist import errors
 from layerwise_dist._native import PosixEnv
-from layerwise_dist.commit.transports.local import LocalTransport
+from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
+from layerwise_dist.config import load_config
 from layerwise_dist.engine import assembly
+from layerwise_dist.engine.attempts import Attempts
 from layerwise_dist.engine.closing import Closing
 from layerwise_dist.engine.engine import LayerwiseEngine
 from layerwise_dist.engine.last_step import LastStep
@@ -126,9 +129,42 @@ def test_all_ranks_save_it_whatever_became_of_the_one_before(tmp_path: Path) -> 
     assert steps_in(tmp_path)[-1] == 31
 
 
-def test_it_is_an_error_if_it_cannot_be_saved(tmp_path: Path) -> None:
-    import layerwise_native_testing as testing
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("loop", "how"),
+    [(by_steps, "pipelined_step"), (by_steps, "in_backward"), (by_steps, "several"), (by_loader, "whole"),
+     (by_end_step, "whole")],
+)  # fmt: skip
+def test_it_waits_for_room_though_others_are_skipped(tmp_path: Path, loop: Callable[..., None], how: str) -> None:
+    """With `when_full: skip`, step 7 finds step 6 still in flight."""
+    env = testing.FaultEnv(PosixEnv())
+    env.delay("sync", "*/rank_*", 0.2)
+    model, optimizer, update = job()
+    data = torch.utils.data.DataLoader(list(torch.randn(20, 4)), batch_size=2)
+    options = {"every_n_steps": 6, "when_full": "skip", "max_in_flight": 1}
+    if how == "several":
+        config = load_config({"dir": str(tmp_path), "keep_last": 100, **options})
+        given = {"models": {"m": model}, "optimizers": {"o": optimizer}}
+        made = assembly.assemble(None, None, config, LocalTransport(LocalHub(1), 0), env, **given)
+    else:
+        made = attach(model, optimizer, tmp_path, env, update=how, **options)
+    with made as ckpt:
+        loop(ckpt, 7, update, data)
+    assert steps_in(tmp_path) == [6, 7]
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("loop", "how"), [(by_steps, "pipelined_step"), (by_loader, "whole")])
+def test_mutation_a_last_step_that_waits_for_no_room_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loop: Callable[..., None], how: str
+) -> None:
+    opens = Attempts.open
+    monkeypatch.setattr(Attempts, "open", lambda attempts, *given, patience_s: opens(attempts, *given))
+    with pytest.raises(AssertionError):
+        test_it_waits_for_room_though_others_are_skipped(tmp_path, loop, how)
+
+
+def test_it_is_an_error_if_it_cannot_be_saved(tmp_path: Path) -> None:
     env = testing.FaultEnv(PosixEnv())
     model, optimizer, update = job()
     ckpt = attach(model, optimizer, tmp_path, env, every_n_steps=3)

@@ -44,7 +44,7 @@ class BoundaryHandler:
             )
         self._tracing.end_if_complete()
         self._count += 1
-        self._last.here = False
+        patience_s = self._last.over()
         self._statistics.passed(mark.step)
         due = self._scheduler.due(mark.step)
         self._last.unsaved &= not (due and mark.updated)
@@ -53,7 +53,7 @@ class BoundaryHandler:
         if here and self._captures.open is None and mark.updated and due:
             # Which update is an iteration's last is known here only. Each optimizer's part is then captured once.
             with self._statistics.stall("open"):
-                self._captures.begin(mark.step)
+                self._captures.begin(mark.step, patience_s=patience_s)
         if self._captures.open is not None:
             self._captures.seal(mark)
         elif not mark.updated and due:

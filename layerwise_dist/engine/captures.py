@@ -75,7 +75,7 @@ class Captures:
 
     def begin_early(self, step: int, found: Survey) -> None:
         """Opens the attempt of `step` within its update, of what was `found`, and captures nothing yet."""
-        self.open = self._attempts.open(step, found)
+        self.open = self._attempts.open(step, found, patience_s=self._last.patience_s)
 
     def take(self, batches: Collection[int]) -> None:
         """Captures these batches of the open one as they are now."""

@@ -29,7 +29,6 @@ from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.loop.boundary import Boundary
 from layerwise_dist.loop.objects import StateObjects
-from layerwise_dist.scheduler import LayerwiseCheckpointScheduler
 from layerwise_dist.storage.protocols import ShardWriterAdapter
 from layerwise_dist.supervision.patience import stuck_calls
 
@@ -46,14 +45,13 @@ class Closing:
         optimizer: OptimizerAdapter, objects: StateObjects, surveyor: Surveyor, attempts: Attempts,
         frozen: FrozenBases, adapter: ShardWriterAdapter, manager: CheckpointMetadataManager, participant: Participant,
         coordinator: CoordinatorThread | None, preemption: Preemption | None, tracing: Tracing,
-        scheduler: LayerwiseCheckpointScheduler, last: LastStep, thread: TrainingThread,
-        notices: Notices, statistics: Statistics,
+        last: LastStep, thread: TrainingThread, notices: Notices, statistics: Statistics,
     ) -> None:  # fmt: skip
         self._config, self._captures, self._boundary, self._hooks = config, captures, boundary, hooks
         self._framework, self._optimizer, self._objects, self._surveyor = framework, optimizer, objects, surveyor
         self._attempts, self._frozen, self._adapter, self._manager = attempts, frozen, adapter, manager
         self._participant, self._coordinator, self._preemption = participant, coordinator, preemption
-        self._tracing, self._scheduler, self._last, self._thread = tracing, scheduler, last, thread
+        self._tracing, self._last, self._thread = tracing, last, thread
         self._notices, self._statistics = notices, statistics
         self.closed = False
 
@@ -110,9 +108,9 @@ class Closing:
         now.
         """
         can = not (self._attempts.ended or self._optimizer.mid_window)
-        last = self._last.closing = seal and self._last.wanted and self._last.unsaved and can
+        last = seal and self._last.wanted and self._last.unsaved and can
         if last:
-            self._scheduler.request()
+            self._last.closes(left())
         leaving = self._preemption is not None and self._preemption.begun
         if self._boundary.close(seal=seal) or not last or leaving:
             return

@@ -12,18 +12,30 @@ class LastStep:
 
     Attributes:
         wanted: whether the last step is saved.
-        here: whether this iteration is the last of a loop over `steps()`.
         closing: whether `close()` saves what it ends.
+        patience_s: how long the step that is under way may wait for room, in seconds, since it is the last; None where
+            it is not, or where nobody knows: `when_full` then says it.
         unsaved: whether anything was updated since an attempt was last begun, or restored. The same on all ranks: what
             became of an attempt may not be.
     """
 
     def __init__(self, config: LayerwiseConfig, scheduler: LayerwiseCheckpointScheduler) -> None:
-        self._scheduler = scheduler
+        self._scheduler, self._fence_s = scheduler, config.fence_timeout_s
+        self.patience_s: float | None = None
         self.wanted = config.save_last and config.every_n_steps is not None
-        self.here = self.closing = self.unsaved = False
+        self.closing = self.unsaved = False
 
     def begins(self) -> None:
         """The last iteration of a loop over `steps()` begins."""
         self._scheduler.request()
-        self.here = True
+        self.patience_s = self._fence_s
+
+    def closes(self, patience_s: float) -> None:
+        """`close()` saves what it ends, within so many seconds."""
+        self._scheduler.request()
+        self.closing, self.patience_s = True, min(self._fence_s, patience_s)
+
+    def over(self) -> float | None:
+        """The iteration has ended. How long its checkpoint may still wait for room."""
+        patience_s, self.patience_s = self.patience_s, None
+        return patience_s

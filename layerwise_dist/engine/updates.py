@@ -141,8 +141,7 @@ class UpdateHandler(UpdateEvents):
                     captures.guarded(captures.open, captures.open.take_all)
                 return
             if captures.open is None and not update.early and self._may_begin and self._scheduler.due(step):
-                patience_s = self._config.fence_timeout_s if self._last.here else None
-                captures.begin(step, patience_s=patience_s, expected=update.found)
+                captures.begin(step, patience_s=self._last.patience_s, expected=update.found)
             elif captures.open is not None:
                 captures.take(self._scheduler.flush())
 

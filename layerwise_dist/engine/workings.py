@@ -130,8 +130,7 @@ class Workings:
             config, self.captures, self.boundary, hooks=hooks, framework=framework, optimizer=optimizer,
             objects=objects, surveyor=self.surveyor, attempts=self.attempts, frozen=self.frozen, adapter=adapter,
             manager=manager, participant=participant, coordinator=coordinator, preemption=preemption,
-            tracing=self.tracing, scheduler=scheduler, last=last, thread=thread, notices=self.notices,
-            statistics=self.statistics,
+            tracing=self.tracing, last=last, thread=thread, notices=self.notices, statistics=self.statistics,
         )  # fmt: skip
         self.saves = Saves(
             self.captures, self.boundary, attempts=self.attempts, participant=participant, committer=committer,

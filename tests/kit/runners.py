@@ -207,7 +207,7 @@ class Warm:
         self._errors = open(folder / "server.log", "wb")
         self._server = subprocess.Popen(
             [sys.executable, str(JOBS / "warm.py"), *modules], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self._errors, env={**os.environ, **QUICK, **(env or {})}, text=True,
+            stderr=self._errors, env={**os.environ, **QUICK, **(env or {})}, text=True, start_new_session=True,
         )  # fmt: skip
 
     def start(

@@ -47,8 +47,10 @@ PAUSE_S = 0.01  # of each step, so that an hour's plain training takes less than
 # -- who else is there ------------------------------------------------------------------------------------------------
 
 
-def watch(root: Path) -> None:
-    """Until standard input ends. Maps nothing for longer than it looks: a file that shrinks takes that along."""
+def watch(root: Path, pause_s: float) -> None:
+    """Until standard input ends, with a pause after each round. Maps nothing for longer than it looks: a file that
+    shrinks takes that along.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     notify = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
     assert notify >= 0, os.strerror(ctypes.get_errno())
@@ -72,16 +74,19 @@ def watch(root: Path) -> None:
             os.close(held.pop(random.randrange(len(held))))
         with contextlib.suppress(BlockingIOError):
             counts["events"] += len(os.read(notify, 1 << 16)) // 16
-        time.sleep(0.005)
+        time.sleep(pause_s)
     print(json.dumps(counts), flush=True)
 
 
 class Watcher:
     """`watch` in a process that is none of the job's."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, pause_s: float = 0.005) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__, "watch", str(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__, "watch", str(root), str(pause_s)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
 
     def check(self) -> None:
@@ -124,20 +129,20 @@ class Filler:
 
 
 @contextlib.contextmanager
-def small_disk(folder: Path) -> Iterator[bool]:
-    """A file system of `DISK_MB` at `folder`; whether there is one."""
+def small_disk(folder: Path, mb: int = DISK_MB) -> Iterator[bool]:
+    """A file system of so many MiB at `folder`; whether there is one."""
     folder.mkdir()
     image = folder.with_suffix(".img")
     made = False
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         with open(image, "wb") as file:
-            file.truncate(DISK_MB << 20)
+            file.truncate(mb << 20)
         _quietly("mkfs.ext4", "-q", "-m", "0", str(image))
         _quietly("mount", "-o", "loop", str(image), str(folder))
         made = True
     if not made:
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            _quietly("mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "none", str(folder))
+            _quietly("mount", "-t", "tmpfs", "-o", f"size={mb}m", "none", str(folder))
             made = True
     try:
         yield made
@@ -340,7 +345,7 @@ def run(folder: Path, minutes: float, seed: int) -> dict[str, Any]:
 
 def main() -> None:
     if sys.argv[1] == "watch":
-        watch(Path(sys.argv[2]))
+        watch(Path(sys.argv[2]), float(sys.argv[3]))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
