@@ -51,7 +51,7 @@ TABLE: list[tuple[str, str]] = [
         r"bash launch/wheel\.sh( .*)?",
         "test_wheel.py::test_the_wheel_trains_is_killed_and_resumes_in_an_empty_environment",
     ),
-    (r"bash tests/(native|vm/run)\.sh", "tests/run.sh runs it beside these tests"),
+    (r"bash tests/(native|vm/run)\.sh( plain)?", "tests/run.sh runs it beside these tests"),
     (r"(sudo )?apt-get install .*|python3 -m venv \.venv|(\.venv/bin/)?pip install .*", _INSTALLS),
     (r"layerwise (ls|verify) checkpoints/gpt", "test_cli.py::test_verify_of_sound_checkpoints_reads_all_of_them"),
     (r"layerwise ls( DIR)?", "test_cli.py::test_ls_tells_the_newest_the_lineage_and_what_was_abandoned"),
@@ -125,7 +125,7 @@ TABLE: list[tuple[str, str]] = [
     (r"python -X faulthandler", _PLACE),
     (r"python -m", _PLACE),
     (r"python examples/read_checkpoint\.py DIR", "test_frozen.py::test_the_short_reader_reads_bases_too"),
-    (r"\.venv/bin/python -m pytest tests/test_kill\.py", "it is one of these tests"),
+    (r"\.venv/bin/python -m pytest( tests/test_kill\.py)?", "these are the tests"),
     (
         r"\.venv/bin/python -m pytest -s --long tests/test_many_headers\.py",
         "test_many_headers.py::test_the_headers_of_512_shards_of_1800_tensors_are_planned_in_bounded_memory",
