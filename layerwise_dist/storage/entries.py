@@ -71,7 +71,8 @@ class Entries(Mapping[str, Entry]):
 
     def at(self, number: int) -> Entry:
         kind, fqn = self.names[number].split("/", 1)
-        dtype, lengths, shape, among = (each[number] for each in (self.dtypes, self.lengths, self.shapes, self.among))
+        dtype, lengths = self.dtypes[number], self.lengths[number]
+        shape, among = self.shapes[number], self.among[number]
         where = tuple(self.numbers[self.firsts[number] : self.firsts[number + 1]].tolist())
         if self.flat[number]:
             part = Slice(kind, fqn, dtype, shape, start=where[0], length=lengths[0], among=among)

@@ -126,9 +126,7 @@ class RecentPlaces:
     """The last text, and what it says: of which tensors, in a job of how many ranks."""
 
     def __init__(self) -> None:
-        self._of: tuple[object, int] | None = None
-        self._cuts: Cuts | None = None
-        self._pattern: Pattern | None = None
+        self._last: tuple[dict[str, int], int, Cuts, Pattern] | None = None
 
     def read(
         self, text: bytes, names: dict[str, int], lengths: Sequence[tuple[int, ...]], rank: int, world_size: int
@@ -137,17 +135,15 @@ class RecentPlaces:
         numbers, in the order of the file. Raises NotPlain, and ValueError for ranks that are none.
         """
         numbers = None
-        if self._pattern is not None and self._of is not None and self._of[0] is names and self._of[1] == world_size:
-            numbers = self._pattern.numbers(text)
+        if self._last is not None and self._last[0] is names and self._last[1] == world_size:
+            _, _, cuts, pattern = self._last
+            numbers = pattern.numbers(text)
         if numbers is None:
-            self._of = self._cuts = self._pattern = None
+            self._last = None
             places = exactly(_places, text)
             cuts, numbers, order = _cuts(places, names, lengths, world_size)
-            self._of, self._cuts = (names, world_size), cuts
             if int(numbers.max(initial=0)) < _FEW:
-                self._pattern = Pattern(text, places, order)
-        cuts = self._cuts
-        assert cuts is not None
+                self._last = names, world_size, cuts, Pattern(text, places, order)
         check_within(numbers, cuts.most)
         if any(rank not in ranks for ranks in cuts.groups):
             raise NotPlain

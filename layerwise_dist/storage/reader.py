@@ -207,7 +207,7 @@ class ShardElsewhere(Shard):
     def read_into(self, spans: list[tuple[int, int, int]]) -> None:
         raise self._not_here()
 
-    def peek(self, ranges: list[tuple[int, int]]) -> list[bytes]:
+    def peek(self, begins: np.ndarray, ends: np.ndarray) -> bytes:
         raise self._not_here()
 
     def verify(self) -> list[str]:
