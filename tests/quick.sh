@@ -40,11 +40,12 @@ for step in "${steps[@]}"; do rm -f "$logs/$step".*; done
 check_style() { "$bin/ruff" check && "$bin/ruff" format --check; }
 check_types() { "$bin/python" -m mypy; }
 test_natively() { nice -n 5 bash tests/native.sh plain; }
-# Only the files that have some: the others take longer to import than these tests take.
+# Only the files that have some: the others take longer to import than these tests take. Three workers for two processors:
+# these tests wait for the disk about as long as they compute.
 test_quickly() {
   local files
   mapfile -t files < <(grep -l 'pytest\.mark\.quick' tests/test_*.py)
-  "$bin/python" -m pytest -q -m "quick and not slow" -n 2 --dist worksteal "${files[@]}"
+  "$bin/python" -m pytest -q -m "quick and not slow" -n 3 --dist worksteal "${files[@]}"
 }
 
 # A line when it is over, and a file that says so if it failed.

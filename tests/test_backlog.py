@@ -17,8 +17,6 @@ from layerwise_dist.commit.ledger import Ledger
 from layerwise_dist.commit.transports.local import LocalTransport
 from layerwise_dist.engine import assembly
 
-pytestmark = pytest.mark.quick
-
 KEPT = 2
 LEAVING = 6  # retired folders at most, on their way out in the background
 

@@ -213,7 +213,6 @@ def test_an_interruption_leaves_nothing(
     assert code != 0 and count == 5 and os.listdir(tmp_path) == []
 
 
-@pytest.mark.quick
 def test_nothing_that_is_there_is_overwritten(trained: tuple[Path, Net, Any], tmp_path: Path) -> None:
     (tmp_path / "file.pt").write_text("mine")
     (tmp_path / "folder").mkdir()
@@ -262,7 +261,6 @@ def test_damage_is_named_and_nothing_is_exported(trained: tuple[Path, Net, Any],
     assert code == 1 and str(shard) in said["error"] and os.listdir(tmp_path) == ["ckpt"]
 
 
-@pytest.mark.quick
 def test_wrong_usage_is_said(trained: tuple[Path, Net, Any], tmp_path: Path) -> None:
     folder, out = trained[0], tmp_path / "out"
     for args, said in (
@@ -388,7 +386,6 @@ def test_from_pretrained_computes_the_same_logits_to_the_bit(tmp_path: Path, kin
         assert not torch.equal(again(tokens).logits, model(tokens).logits)
 
 
-@pytest.mark.quick
 def test_a_tied_weight_goes_under_the_key_that_the_architecture_keeps() -> None:
     weight = Weight("lm_head.weight", None, torch.float32, ("model.embed_tokens.weight",))  # type: ignore[arg-type]
     moved = hugging_face._under_the_right_key(weight, ["lm_head.weight"])

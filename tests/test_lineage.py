@@ -188,6 +188,7 @@ def test_after_a_restore_that_failed_retention_goes_on(tmp_path: Path, monkeypat
         settles(tmp_path, [(4, None)])
 
 
+@pytest.mark.slow
 def test_retention_in_a_monitor_waits_for_a_restore_too(tmp_path: Path) -> None:
     with Job(tmp_path, keep_last=1, mode="monitor") as job:
         job.train(1)
@@ -405,6 +406,7 @@ def test_a_tag_given_anew_lets_the_older_go_however_much_was_retired_between(tmp
     assert commits(tmp_path) == [(15, "best"), (16, None if every else "last")]
 
 
+@pytest.mark.slow
 def test_a_tag_given_anew_lets_the_older_go_after_any_number_of_archived_commits(tmp_path: Path) -> None:
     with Job(tmp_path, keep_last=1, keep_every_n_steps=2) as job:
         job.train(1)

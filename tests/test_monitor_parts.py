@@ -66,6 +66,7 @@ def test_a_configuration_or_owner_that_the_monitor_refuses_is_raised_by_attach(t
         assert time.monotonic() - began < 10
 
 
+@pytest.mark.slow
 def test_an_optimizer_on_nvme_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from layerwise_dist.frameworks.framework import Framework
 

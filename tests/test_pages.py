@@ -37,6 +37,7 @@ def test_near_ranges_are_taken_as_one_and_cut_to_whole_pages() -> None:
     assert pages.joined([(64, two - 64)]) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not pages.allowed(), reason="this system's huge pages are off")
 def test_leased_memory_gets_huge_pages_and_trains_the_same(tmp_path: Path) -> None:
     def run(folder: Path | None, **writer: str) -> tuple[torch.Tensor, int]:

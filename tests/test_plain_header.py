@@ -6,6 +6,7 @@ nothing for something else.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import random
 import re
@@ -53,6 +54,7 @@ LAYERS: dict[str, list[tuple[str, list[Source]]]] = {
 }  # fmt: skip
 
 
+@functools.cache
 def written(name: str, *, hashed: bool = True) -> tuple[bytes, int]:
     """The JSON of a header, and what the file has beside the header."""
     layout = ShardLayout(LAYERS[name], 512, 4096)
@@ -352,6 +354,7 @@ MUTATIONS: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_mutation_a_shorter_way_that_checks_less_is_found(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     MUTATIONS[mutation](monkeypatch)

@@ -198,6 +198,7 @@ def read_while_training_goes_on(root: Path, env: Any) -> tuple[str, str]:
     return seen[0], out.strip()
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_a_retired_shard_mapped_keeps_seeing_its_bytes(tmp_path: Path) -> None:
     before, after = read_while_training_goes_on(tmp_path / "ckpt", PosixEnv())
     assert before == after
@@ -225,6 +226,7 @@ def late_writes(root: Path, spares_from: int | None = None) -> tuple[int, int]:
             os.close(fd)
 
 
+@pytest.mark.slow
 def test_files_of_an_earlier_session_are_never_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert late_writes(tmp_path / "ckpt") == (2, 5)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import networkx
 import pytest
+from kit.statements import statements
 
 pytestmark = pytest.mark.quick
 
@@ -38,7 +39,7 @@ def modules(package: Path = PACKAGE) -> dict[str, Path]:
 
 @functools.cache
 def import_statements(text: str) -> list[ast.Import | ast.ImportFrom]:
-    return [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    return [node for node in statements(text) if isinstance(node, ast.Import | ast.ImportFrom)]
 
 
 def imports(path: Path, known: Mapping[str, Path]) -> Iterator[str]:
@@ -94,6 +95,7 @@ def test_the_table_allows_no_circle_either_and_names_rooms_that_are_there() -> N
     assert set(allowed) == rooms
 
 
+@pytest.mark.slow
 def test_every_module_can_be_imported_by_itself() -> None:
     for module in modules():
         optional = module.startswith("integrations.")  # needs its package, which takes seconds: its own tests import it

@@ -154,6 +154,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, kind
     assert differing(plain, resumed) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["standing", "AdamW8bit"])
 def test_a_restore_fills_the_tensors_inside_what_is_there(tmp_path: Path, kind: str) -> None:
     _, saved = run(tmp_path, kind, 0, 3)
@@ -296,7 +297,7 @@ def nf4(weight: torch.Tensor) -> torch.Tensor:
 PARAMETERS = {"small": (named, 64), "large": (named, 512), "NF4": (nf4, 512)}
 
 
-@pytest.mark.parametrize("kind", PARAMETERS)
+@pytest.mark.parametrize("kind", ["small", "large", pytest.param("NF4", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("given", ["all", "trained"])
 def test_frozen_parameters_are_saved_by_what_they_stand_for(tmp_path: Path, kind: str, given: str) -> None:
     make, width = PARAMETERS[kind]

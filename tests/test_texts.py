@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import ast
-import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from kit.statements import statements
 
 pytestmark = pytest.mark.quick
 
@@ -17,18 +17,16 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*(ROOT / "layerwise_dist").rglob("*.py"), *(ROOT / "examples").rglob("*.py")])
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _OPENS = re.compile(r"""[rbf]{0,2}(["'])(?!\1\1)""", re.IGNORECASE)
-
-
-@functools.cache
-def parsed(text: str) -> ast.Module:
-    return ast.parse(text)
+_MAY_BE_TORN = re.compile(r"""[\w.,;:)\]}](["'])\s*\n\s*[rbf]{0,2}\1[\w({]""", re.IGNORECASE)
 
 
 def torn(text: str) -> Iterator[str]:
     """Adjacent string literals on two lines with no space, and nothing else that parts words, where they meet."""
+    if not _MAY_BE_TORN.search(text):  # what follows takes some milliseconds a file
+        return
     lines = text.splitlines()
     seen: set[int] = set()
-    for node in ast.walk(parsed(text)):
+    for node in ast.walk(ast.parse(text)):
         if not isinstance(node, ast.Constant | ast.JoinedStr) or node.end_lineno == node.lineno:
             continue
         if lines[node.lineno - 1][node.col_offset :].lstrip("rRbBfFuU").startswith(('"""', "'''")):
@@ -74,9 +72,9 @@ def test_the_search_finds_what_it_is_for(text: str, finds: bool) -> None:
 def docstrings(path: Path) -> Iterator[tuple[int, list[str]]]:
     text = path.read_text()
     lines = text.splitlines()
-    for node in ast.walk(parsed(text)):
+    for node in statements(text):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            if ast.get_docstring(node) is not None:
+            if ast.get_docstring(node, clean=False) is not None:
                 first = node.body[0]
                 yield first.lineno, lines[first.lineno - 1 : first.end_lineno]
 

@@ -120,6 +120,7 @@ def spoiled(state: Any, way: list[Any], how: str) -> Any:
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["missing", "mistyped"])
 def test_a_state_without_a_member_or_with_one_of_another_type_is_damage_that_is_named_and_loads_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, tampered: Callable[..., None], how: str

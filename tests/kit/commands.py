@@ -22,8 +22,7 @@ _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 def functions_in(file: str) -> frozenset[str]:
     """Names of the functions of tests/`file`; none if there is no such file."""
     path = ROOT / "tests" / file
-    tree = ast.parse(path.read_text() if path.exists() else "")
-    return frozenset(node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+    return frozenset(re.findall(r"^ *def (\w+)\(", path.read_text() if path.exists() else "", re.MULTILINE))
 
 
 @cache

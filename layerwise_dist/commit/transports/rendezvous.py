@@ -2,9 +2,10 @@
 """Connects the ranks at the start of a session.
 
 Three gathers over the default group (`meet`), on the training thread inside `attach()`; the only other use of the job's
-process groups is the gather before them that finds out whether all ranks will meet (engine/same_config.py). Ranks that have met gather over the session's own messages from then on (`meet_each`). What is gathered
-cannot be left over from an earlier incarnation of the job, as a key in a launcher's store can: the addresses and ports,
-and a token that rank 0 made, by which the two ends of a connection know each other (`calls.py`).
+process groups is the gather before them, which finds out whether all ranks will meet (engine/same_config.py). Ranks
+that have met gather over the session's own messages from then on (`meet_each`). What is gathered cannot be left over
+from an earlier incarnation of the job, as a key in a launcher's store can: the addresses and ports, and a token that
+rank 0 made, by which the two ends of a connection know each other (`calls.py`).
 """
 
 from __future__ import annotations
