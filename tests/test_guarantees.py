@@ -11,6 +11,8 @@ from functools import cache
 
 import pytest
 from kit.commands import ROOT, functions_in
+from kit.commit_model.broken_rules import RULES
+from kit.crash_stories import MUTATIONS
 
 pytestmark = pytest.mark.quick
 
@@ -19,8 +21,8 @@ _NATIVE = re.compile(r'`(\w+\.\w+)`|"([^"]+)"')
 _CASE = re.compile(r'TEST_CASE\w*\(\s*((?:"(?:[^"\\]|\\.)*"\s*)+)')
 
 
-def page() -> str:
-    return (ROOT / "docs" / "tables" / "guarantees.md").read_text()
+def page(name: str = "guarantees") -> str:
+    return (ROOT / "docs" / "tables" / f"{name}.md").read_text()
 
 
 def sections(text: str) -> dict[str, str]:
@@ -67,6 +69,13 @@ def test_what_holds_a_promise_is_there() -> None:
     text = page()
     assert len(in_python(text)) > 300 and len(list(in_native(text))) > 12, "the search finds them"
     assert lost(text) == []
+
+
+def test_every_mutation_is_listed_with_the_test_that_catches_it() -> None:
+    text = page("mutations")
+    assert len(in_python(text)) > 20 and lost(text) == []
+    assert [name for name in MUTATIONS if name not in text] == []
+    assert [rule for rule, broken in RULES.items() if f"| {rule} | `{broken.mutant.__name__}` |" not in text] == []
 
 
 def test_every_promise_has_its_tests() -> None:

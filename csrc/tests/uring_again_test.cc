@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <liburing.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <cerrno>
 #include <chrono>
+#include <functional>
 #include <future>
 #include <memory>
 #include <string>
@@ -11,7 +14,8 @@
 
 #include "shard_fixture.h"
 
-// "Not now" of io_uring_enter (EAGAIN, EBUSY, EINTR) is no failure: the write is offered again.
+// "Not now" is no failure: of io_uring_enter (EAGAIN, EBUSY, EINTR) the write is offered again, of a completion (EAGAIN)
+// it is done by a call that may block. What was written in part is gone on with.
 
 namespace layerwise {
 
@@ -25,9 +29,44 @@ struct Refusals {
 };
 Refusals refusals;
 
-bool LastIsWrite(const io_uring* ring) {
-  const uint8_t opcode = ring->sq.sqes[(ring->sq.sqe_tail - 1) & ring->sq.ring_mask].opcode;
+io_uring_sqe* Last(io_uring* ring) { return &ring->sq.sqes[(ring->sq.sqe_tail - 1) & ring->sq.ring_mask]; }
+
+bool LastIsWrite(io_uring* ring) {
+  const uint8_t opcode = Last(ring)->opcode;
   return opcode == IORING_OP_WRITEV || opcode == IORING_OP_WRITE_FIXED;
+}
+
+// How writes complete that are not done, or not whole.
+struct Completions {
+  enum class Kind { kAgain, kError, kHalf, kNothing };
+  std::atomic<Kind> kind{Kind::kAgain};
+  std::atomic<int> left{0};  // how many writes still complete so
+  int empty_bell = -1;       // an eventfd: a read of it that must not block is EAGAIN
+  uint64_t read = 0;
+};
+Completions completions;
+
+// In the place of a write of one run: what completes as is wanted.
+void Replace(io_uring_sqe* write) {
+  const auto owner = write->user_data;
+  const auto* const run = reinterpret_cast<const iovec*>(write->addr);
+  const int file = write->fd;
+  const uint64_t offset = write->off;
+  switch (completions.kind) {
+    case Completions::Kind::kAgain:
+      io_uring_prep_read(write, completions.empty_bell, &completions.read, sizeof(completions.read), 0);
+      break;
+    case Completions::Kind::kError:
+      io_uring_prep_read(write, -1, &completions.read, sizeof(completions.read), 0);
+      break;
+    case Completions::Kind::kHalf:
+      io_uring_prep_write(write, file, run->iov_base, static_cast<unsigned>(run->iov_len / 2), offset);
+      break;
+    case Completions::Kind::kNothing:
+      io_uring_prep_write(write, file, run->iov_base, 0, offset);
+      break;
+  }
+  write->user_data = owner;
 }
 
 // Writes blocks of a string to a file, one after another.
@@ -84,9 +123,9 @@ bool SkipWithoutUring() {
   return !probed.ok();
 }
 
-// Writes eight blocks while the first submissions are refused, then once more. The first error, and whether all
-// bytes got to the file the first time.
-Status WriteWhileRefused(int error, int times, bool* all_there) {
+// Writes eight blocks while the first submissions are refused, or complete otherwise than as writes, then once more.
+// The first error, and whether all bytes got to the file the first time.
+Status WriteEight(const std::function<void()>& begin, bool* all_there) {
   ScratchDir dir;
   const std::string data = Pattern(8 * 4096), old(data.size(), 'o');
   std::unique_ptr<WritableFile> file;
@@ -95,11 +134,11 @@ Status WriteWhileRefused(int error, int times, bool* all_there) {
   REQUIRE_OK(env.ReuseFile(dir / "f", dir / "g", 0600, false, &file));
   StringSink blocks(file.get(), data, 4096);
   const auto pool = UringPool(2);
-  refusals.error = error;
   refusals.asked = 0;
-  refusals.left = times;
+  begin();
   Status status = blocks.Write(pool.get());
   CHECK(refusals.left.exchange(0) == 0);
+  CHECK(completions.left.exchange(0) == 0);
   CHECK(refusals.asked >= 8);
   std::string content;
   REQUIRE_OK(env.ReadFile(dir / "g", data.size(), &content));
@@ -109,6 +148,28 @@ Status WriteWhileRefused(int error, int times, bool* all_there) {
   REQUIRE_OK(env.ReadFile(dir / "g", data.size(), &content));
   CHECK((content == data));
   CHECK(pool->Close(30));
+  return status;
+}
+
+Status WriteWhileRefused(int error, int times, bool* all_there) {
+  return WriteEight(
+      [&] {
+        refusals.error = error;
+        refusals.left = times;
+      },
+      all_there);
+}
+
+Status WriteThatCompletes(Completions::Kind kind, int times, bool* all_there) {
+  completions.empty_bell = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+  REQUIRE(completions.empty_bell >= 0);
+  Status status = WriteEight(
+      [&] {
+        completions.kind = kind;
+        completions.left = times;
+      },
+      all_there);
+  close(completions.empty_bell);
   return status;
 }
 
@@ -134,6 +195,32 @@ TEST_CASE("mutation: a ring that is asked once only is caught") {
   CHECK(refusals.asked == 8 + 8);
 }
 
+TEST_CASE("a write that completes with EAGAIN is done by a call that may block") {
+  if (SkipWithoutUring()) return;
+  bool all_there = false;
+  REQUIRE_OK(WriteThatCompletes(Completions::Kind::kAgain, 5, &all_there));
+  CHECK(all_there);
+  CHECK(refusals.asked == 8 + 8);
+}
+
+TEST_CASE("mutation: a completion that is taken for a failure is caught") {
+  if (SkipWithoutUring()) return;
+  bool all_there = true;
+  // An error that is one, in the place of EAGAIN.
+  CHECK_ERRNO(WriteThatCompletes(Completions::Kind::kError, 5, &all_there), EBADF);
+  CHECK(!all_there);
+}
+
+TEST_CASE("a write of which a part was done is gone on with, and one that gets nowhere fails") {
+  if (SkipWithoutUring()) return;
+  bool all_there = false;
+  REQUIRE_OK(WriteThatCompletes(Completions::Kind::kHalf, 5, &all_there));
+  CHECK(all_there);
+  CHECK(refusals.asked == 5 + 8 + 8);
+  CHECK_ERRNO(WriteThatCompletes(Completions::Kind::kNothing, 1, &all_there), EIO);
+  CHECK(!all_there);
+}
+
 }  // namespace layerwise
 
 // The linker puts these in the place of io_uring_submit (--wrap in CMakeLists.txt), in this program only: no real
@@ -146,6 +233,10 @@ int __wrap_io_uring_submit(io_uring* ring) {
     if (layerwise::refusals.left > 0) {
       layerwise::refusals.left -= 1;
       return -layerwise::refusals.error;
+    }
+    if (layerwise::completions.left > 0) {
+      layerwise::completions.left -= 1;
+      layerwise::Replace(layerwise::Last(ring));
     }
   }
   return __real_io_uring_submit(ring);

@@ -11,14 +11,16 @@ from functools import cached_property
 from typing import Any, Literal
 
 from layerwise_dist import _native
-from layerwise_dist.commit.metadata import CheckpointMetadataManager, Inventory
+from layerwise_dist.commit.holding import hold_chosen
+from layerwise_dist.commit.metadata import NO_LOCKS, CheckpointMetadataManager, Inventory
 from layerwise_dist.commit.records import BaseRecord, Manifest, ShardRecord
 from layerwise_dist.commit.shards import open_base, open_shard
 from layerwise_dist.errors import DamageError, NotFoundError
-from layerwise_dist.restore.choice import Wish, candidates
+from layerwise_dist.restore.choice import Wish, candidates, tell_passed_by
 from layerwise_dist.storage import filenames
 from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.odd import oddity
+from layerwise_dist.storage.protocols import FileLock
 from layerwise_dist.storage.reader import Shard
 
 Status = Literal["newest", "lineage", "abandoned"]
@@ -102,12 +104,41 @@ class Catalogue:
             steps = sorted({manifest.step for manifest in manifests})
             raise WrongUsage(f"{self.root} has no checkpoint of step {step}; it has {self._short(steps)}") from None
 
+    def take(self, step: int | None = None, tag: str | None = None) -> tuple[Manifest, FileLock]:
+        """What `chosen` gives, and the hold on it: retention passes it by. Looked for anew where that has removed it
+        since this directory was read. Raises as `chosen`, NotFoundError, or OSError where there are no locks.
+        """
+
+        def choose(inventory: Inventory) -> Manifest:
+            self.inventory = inventory
+            vars(self).pop("lineage", None)
+            return self.chosen(step, tag)
+
+        return hold_chosen(self.manager, choose, self.inventory)
+
+    @contextmanager
+    def held(self, step: int | None = None, tag: str | None = None) -> Iterator[Manifest]:
+        """The same for as long as this lasts. Where the file system has no locks, the checkpoint may go meanwhile."""
+        lock: FileLock | None = None
+        try:
+            manifest, lock = self.take(step, tag)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            manifest = self.chosen(step, tag)
+        try:
+            yield manifest
+        finally:
+            if lock is not None:
+                lock.release()
+
     def _newest(self) -> Manifest:
         found = candidates(self.inventory, Wish(), self.root)
         if not found:
             raise WrongUsage(
                 f"{self.root} has no committed checkpoint in its lineage; see layerwise ls, or give --step"
             )
+        tell_passed_by(self.inventory, found[0], Wish())
         return found[0]
 
     def here(self, manifest: Manifest) -> list[ShardRecord]:

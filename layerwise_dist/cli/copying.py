@@ -13,8 +13,10 @@ from layerwise_dist.commit.copying import CheckpointCopy
 
 def copy(catalogue: Catalogue, out: str, step: int | None, tag: str | None) -> Answer:
     """Raises WrongUsage, LayerwiseError or OSError; nothing of the copy is left then."""
-    manifest = catalogue.chosen(step, tag)
-    with CheckpointCopy(catalogue.manager, manifest, os.path.expanduser(out)) as copied:
+    with (
+        catalogue.held(step, tag) as manifest,
+        CheckpointCopy(catalogue.manager, manifest, os.path.expanduser(out)) as copied,
+    ):
         with bytes_bar("copying", copied.nbytes) as advance:
             copied.write(advance)
         with bytes_bar("verifying", copied.nbytes) as advance:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from layerwise_dist.cli.catalogue import Catalogue
+from layerwise_dist.cli.catalogue import Catalogue, WrongUsage
 from layerwise_dist.cli.console import Answer, damaged, row, size, table
 from layerwise_dist.commit.records import Manifest
 from layerwise_dist.errors import DamageError
@@ -27,8 +27,8 @@ Found = dict[str, Any]
 
 def show(catalogue: Catalogue, step: int | None, everything: bool, tag: str | None = None) -> Answer:
     """Bad when a shard's header does not read; blocks are not read."""
-    manifest = catalogue.chosen(step, tag)
-    held = read_headers(catalogue, manifest)
+    with catalogue.held(step, tag) as manifest:
+        held = read_headers(catalogue, manifest)
     problems = held.problems
     data = {
         "dir": catalogue.root,
@@ -56,6 +56,7 @@ class Headers:
 
 
 def read_headers(catalogue: Catalogue, manifest: Manifest) -> Headers:
+    """Raises WrongUsage if the checkpoint was removed meanwhile."""
     shards: list[dict[str, Any]] = []
     tensors: dict[str, dict[str, Any]] = {}
     objects: dict[str, None] = {}
@@ -88,6 +89,8 @@ def read_headers(catalogue: Catalogue, manifest: Manifest) -> Headers:
                         objects |= dict.fromkeys(_objects(opened))
                     except DamageError as error:
                         problems.append(str(error))
+    if problems and not catalogue.still_there(manifest):  # where nothing can be held
+        raise WrongUsage(f"step {manifest.step} in {catalogue.root} was just removed by retention")
     return Headers(shards, tensors, list(objects), problems)
 
 

@@ -62,11 +62,7 @@ def open_side(path: str, step: int | None, tag: str | None, allow_pickle: bool, 
 
 
 def _checkpoint(catalogue: Catalogue, step: int | None, tag: str | None, stack: ExitStack) -> Side:
-    manifest = catalogue.chosen(step, tag)
-    try:
-        hold = catalogue.manager.hold(manifest.attempt_id)
-    except (FileNotFoundError, BlockingIOError):
-        raise WrongUsage(f"step {manifest.step} in {catalogue.root} was just removed by retention") from None
+    manifest, hold = catalogue.take(step, tag)
     opened = stack.enter_context(Checkpoint(catalogue.manager, manifest, hold))
     weights = {key: opened[name] for key, name in opened.weights().items()} if not opened.models else {}
     for model in opened.models:

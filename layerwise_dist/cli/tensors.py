@@ -21,13 +21,13 @@ def tensors(catalogue: Catalogue, step: int | None, tag: str | None, pattern: st
     """Those whose name, with its kind or without, fits the pattern; all without one. Bad when a header, or a block of
     what is counted, is damaged.
     """
-    manifest = catalogue.chosen(step, tag)
-    held = read_headers(catalogue, manifest)
-    fits = re.compile(fnmatch.translate(pattern or "*")).match
-    found = [tensor for name, tensor in held.tensors.items() if fits(name) or fits(tensor["fqn"])]
-    problems = list(held.problems)
-    if values:
-        problems += _count(catalogue, manifest, found)
+    with catalogue.held(step, tag) as manifest:
+        held = read_headers(catalogue, manifest)
+        fits = re.compile(fnmatch.translate(pattern or "*")).match
+        found = [tensor for name, tensor in held.tensors.items() if fits(name) or fits(tensor["fqn"])]
+        problems = list(held.problems)
+        if values:
+            problems += _count(catalogue, manifest, found)
     problems = list(dict.fromkeys(problems))
     data = {
         "dir": catalogue.root, "step": manifest.step, "folder": manifest.attempt_id.folder, "good": not problems,

@@ -43,8 +43,8 @@ class CheckpointCopy:
     """In order: `write`, `verify`, `publish`. A context manager: what is not published is removed again."""
 
     def __init__(self, source: CheckpointMetadataManager, manifest: Manifest, target: str) -> None:
-        """`target` is made. Raises DirectoryError where it can't be or must not be, NotFoundError where shards lie on
-        other nodes, or OSError.
+        """`target` is made. Raises DirectoryError where it can't be or must not be, NotFoundError where the checkpoint
+        was removed or shards lie on other nodes, or OSError.
         """
         self._source, self._manifest = source, manifest
         self.target = os.path.abspath(target)
@@ -74,6 +74,8 @@ class CheckpointCopy:
             raise DirectoryError(f"{self.target} is inside {self._source.root}, which it would copy")
         away = [file.rank for file in self.files if kind_at(self._source.env, self._of_source(file.name)) is None]
         if away and self._manifest.places is None:
+            if kind_at(self._source.env, self._source.manifest_path(self._manifest.attempt_id)) is None:
+                raise NotFoundError(f"step {self._manifest.step} is no longer in {self._source.root}")
             missing = next(file for file in self.files if file.rank == away[0]).name
             raise DamageError(f"step {self._manifest.step}: {self._of_source(missing)} is missing")
         if away:

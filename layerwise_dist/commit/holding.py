@@ -4,14 +4,38 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from layerwise_dist.commit.inventory import Inventory
 from layerwise_dist.commit.metadata import NO_LOCKS, CheckpointMetadataManager
-from layerwise_dist.errors import DeadlineError, DirectoryError
+from layerwise_dist.commit.records import Manifest
+from layerwise_dist.errors import DeadlineError, DirectoryError, NotFoundError
 from layerwise_dist.storage.filenames import AttemptId
+from layerwise_dist.storage.protocols import FileLock
 
+LOOKS = 100  # at a directory whose checkpoints are retired between the look and the hold
 _PATIENCE_S, _LOOK_S = 10.0, 0.01
+
+
+def hold_chosen(
+    manager: CheckpointMetadataManager, choose: Callable[[Inventory], Manifest], known: Inventory | None = None
+) -> tuple[Manifest, FileLock]:
+    """What `choose` takes of the directory's records, and the hold on it. It is chosen anew where retention has removed
+    it in between: there is something newer then. `known` is what was read of the directory before.
+
+    Raises what `choose` raises, NotFoundError if each that was chosen was gone, or OSError with one of `NO_LOCKS` where
+    the file system has no locks.
+    """
+    for _ in range(LOOKS):
+        manifest = choose(known if known is not None else manager.inventory())
+        try:
+            return manifest, manager.hold(manifest.attempt_id)
+        except (FileNotFoundError, BlockingIOError):
+            known = None
+    raise NotFoundError(
+        f"{manager.root}: each checkpoint that was seen in {LOOKS} looks was removed before it was held"
+    )
 
 
 @contextmanager

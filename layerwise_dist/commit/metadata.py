@@ -63,19 +63,29 @@ class CheckpointMetadataManager:
         """Reads every record.
 
         A damaged one is listed, never raised; OSError is raised: it says nothing of the bytes. Where a running job
-        commits and retires meanwhile, what returns may be older than its newest commit and is whole all the same.
+        commits and retires meanwhile, the newest record is what was the newest when this began, or newer.
         """
-        names = self.env.list_dir(self.root)
+        names = self._listed()
         for _ in range(_LOOKS):
             found, vanished = self._read_records(names)
-            if not vanished and found.newest is not None and found.lost is None:
+            newest = max((*found.manifests, *found.branches), default=0)
+            if not vanished and found.lost is None and all(attempt.seq < newest for attempt in found.unfinished):
                 return found
-            # A record goes only when newer ones are there. If the listing is from before those, it may hold nothing,
-            # or a branch without the commit that it continues.
-            before, names = names, self.env.list_dir(self.root)
-            if names == before:
+            # An attempt that has no manifest is on its way, or was retired since the listing; then a newer record was
+            # there before. Older ones are read first, so that this one was found, or was not listed.
+            before, names = names, self._listed()
+            if set(names).issubset(before):
                 return found
         return found
+
+    def _listed(self) -> list[str]:
+        """Names in the directory, those of records in the order in which they were made."""
+
+        def seq(name: str) -> int:
+            attempt, branch = filenames.parse_folder(name), filenames.parse_branch(name)
+            return attempt.seq if attempt is not None else branch or 0
+
+        return sorted(self.env.list_dir(self.root), key=seq)
 
     def _read_records(self, names: list[str]) -> tuple[Inventory, bool]:
         """The inventory of one listing, and whether a branch record in it was gone before it was read."""

@@ -18,7 +18,8 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from layerwise_dist import _native
-from layerwise_dist.commit.metadata import CheckpointMetadataManager, Manifest
+from layerwise_dist.commit.holding import hold_chosen
+from layerwise_dist.commit.metadata import CheckpointMetadataManager, Inventory, Manifest
 from layerwise_dist.commit.records import OF_DCP
 from layerwise_dist.commit.shards import open_shard
 from layerwise_dist.dcp import trained
@@ -129,26 +130,12 @@ class _Commit:
         if not os.path.isdir(root):
             raise NotFoundError(f"{root}: no such directory")
         self._manager = CheckpointMetadataManager(_native.PosixEnv(), root)
-        inventory = self._manager.inventory()
-        found = candidates(inventory, wish, root)
-        if not found:
-            raise NotFoundError(f"{root} has no committed checkpoint")
-        self.manifest: Manifest = found[0]
-        newer = {each: why for each, why in inventory.lineage_damage().items() if each.seq > self.manifest.seq}
-        if newer and not wish.certain:
-            raise DamageError(
-                f"the newest checkpoint in {root} is damaged ({'; '.join(newer.values())}): to load an older one, name "
-                f"it: LayerwiseReader(dir, step={self.manifest.step})"
-            )
+        self.manifest, self._hold = hold_chosen(self._manager, lambda inventory: _choose(inventory, wish, root))
         self._keys = keys
         self._shards: dict[int, Shard] = {}
         self._objects: dict[int, dict[str, Any]] = {}
         self._pool: _native.WriterPool | None = None
         self._trained: Checkpoint | None = None
-        try:
-            self._hold = self._manager.hold(self.manifest.attempt_id)
-        except (FileNotFoundError, BlockingIOError):
-            raise NotFoundError(f"{root}: step {self.manifest.step} was just removed by retention") from None
         if self.manifest.framework == OF_DCP:
             self._pool = _native.WriterPool(_READERS, patience_s=timeout_s)
         else:
@@ -222,6 +209,20 @@ class _Commit:
         offsets = tuple(o + b for o, b in zip(part.offsets, begin, strict=True))
         wanted = dataclasses.replace(part, offsets=offsets, lengths=size)
         return Read(target, replan(wanted, [(shard, entry)]), DTYPES[part.dtype])
+
+
+def _choose(inventory: Inventory, wish: Wish, root: str) -> Manifest:
+    """Raises NotFoundError, or DamageError where an older one would be taken in place of a damaged one."""
+    found = candidates(inventory, wish, root)
+    if not found:
+        raise NotFoundError(f"{root} has no committed checkpoint")
+    newer = {each: why for each, why in inventory.lineage_damage().items() if each.seq > found[0].seq}
+    if newer and not wish.certain:
+        raise DamageError(
+            f"the newest checkpoint in {root} is damaged ({'; '.join(newer.values())}): to load an older one, name "
+            f"it: LayerwiseReader(dir, step={found[0].step})"
+        )
+    return found[0]
 
 
 def _archive(value: Any) -> io.BytesIO:

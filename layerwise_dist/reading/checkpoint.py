@@ -27,7 +27,7 @@ from layerwise_dist.reading.files import HeldFiles
 from layerwise_dist.reading.info import TensorInfo
 from layerwise_dist.reading.renaming import Rename, renamed, renamer
 from layerwise_dist.reading.tensor import LazyTensor
-from layerwise_dist.restore.choice import Wish, candidates
+from layerwise_dist.restore.choice import Wish, candidates, tell_passed_by
 from layerwise_dist.restore.contents import OF_MODEL
 from layerwise_dist.restore.sealed_state import optimizers_of
 from layerwise_dist.restore.whole import SavedTensor, Whole, equal
@@ -60,13 +60,16 @@ def open_checkpoint(directory: str | os.PathLike[str], step: int | None = None, 
     manager = CheckpointMetadataManager(_native.PosixEnv(), root)
     wish = Wish(step, tag)
     for _ in range(_LOOKS):
-        found = candidates(manager.inventory(), wish, root)
+        inventory = manager.inventory()
+        found = candidates(inventory, wish, root)
         if not found:
             raise NotFoundError(f"{root} holds no committed {wish}")
         try:
-            return _first(manager, found, wish)
+            opened = _first(manager, found, wish)
         except _Retired:
             continue
+        tell_passed_by(inventory, opened.manifest, wish)
+        return opened
     raise NotFoundError(f"{root}: each {wish} that was seen in {_LOOKS} looks was removed before it could be held")
 
 

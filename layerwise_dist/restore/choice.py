@@ -87,6 +87,13 @@ def candidates(inventory: Inventory, wish: Wish, root: str) -> list[Manifest]:
     raise NotFoundError(f"{root} has no committed {wish}; committed are {there or 'none'}")
 
 
+def tell_passed_by(inventory: Inventory, chosen: Manifest, wish: Wish) -> None:
+    """Warns of each newer commit of the lineage whose record is damaged, where the newest is asked for."""
+    for attempt, problem in inventory.lineage_damage().items() if not wish.certain else ():
+        if attempt.seq > chosen.seq:
+            log.warning("passed by: %s", problem)
+
+
 def _by_preference(inventory: Inventory) -> list[Manifest]:
     """The lineage's before others, then the newest first."""
     return [*inventory.lineage(), *sorted(inventory.manifests.values(), key=lambda manifest: -manifest.seq)]

@@ -24,6 +24,9 @@ class Mutation:
     caller: str | None = None
     forget: bool = True
 
+    def is_of(self, operation: str, caller: str, path: str) -> bool:
+        return (operation, caller) == (self.operation, self.caller) and fnmatch.fnmatchcase(path, self.pattern)
+
 
 class MutantEnv(testing.MemoryEnv):
     """A MemoryEnv in which one flush or rename of the engine's Python side is left out, told apart by its caller."""
@@ -51,12 +54,31 @@ class MutantEnv(testing.MemoryEnv):
         mutation = self.mutation
         if mutation is None or mutation.caller is None:
             return False
-        caller = sys._getframe(2).f_code.co_name
-        if (operation, caller) != (mutation.operation, mutation.caller) or not fnmatch.fnmatchcase(
-            path, mutation.pattern
-        ):
+        if not mutation.is_of(operation, sys._getframe(2).f_code.co_name, path):
             return False
         self.hits += 1
         if not mutation.forget:
             raise OSError(errno.EIO, f"{operation} (injected)", path)
         return True
+
+
+class Recording(testing.MemoryEnv):
+    """Keeps which function flushes or renames what: (operation, caller, path)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: set[tuple[str, str, str]] = set()
+
+    def sync_dir(self, path: str) -> None:
+        self.calls.add(("sync_dir", sys._getframe(1).f_code.co_name, path))
+        super().sync_dir(path)
+
+    def rename(self, source: str, target: str) -> None:
+        self.calls.add(("rename", sys._getframe(1).f_code.co_name, target))
+        super().rename(source, target)
+
+    @property
+    def flushed(self) -> set[str]:
+        """Files of which the content was flushed."""
+        entries = (self.log_entry(number).split() for number in range(self.log_size))
+        return {entry[1] for entry in entries if entry[0] == "sync"}

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training, its retention, roll-backs, pins, copies and readers of every kind at work in one directory, in orders
+that are drawn, and power failures in the middle of it.
+
+A reader finds what was committed when it looked, or something newer, and never an error; what is held or pinned stays;
+after power loss there is one committed step, never older than was said, and everything that was said to be kept.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kit import actors
+from kit.actors import Play, Training, check_left, play
+from kit.interleaving import GatedEnv, Scheduler
+
+from layerwise_dist.commit import metadata
+from layerwise_dist.commit.metadata import CheckpointMetadataManager
+from layerwise_dist.commit.opening import make_dirs
+from layerwise_dist.commit.session import Committer
+from layerwise_dist.errors import DamageError
+from layerwise_dist.interop import importing
+from layerwise_dist.interop.gathered_state import Found, Imported
+from layerwise_dist.storage.filenames import AttemptId
+from layerwise_dist.storage.removal import remove
+
+POLICIES = ("none", "all", "names", "data", "random", "random")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    """It is there for whoever looks for it with the operating system's calls; what is in it is in memory."""
+    path = tmp_path / "ckpt"
+    path.mkdir()
+    return str(path)
+
+
+def crashed(found: Play, draw: random.Random, count: int, *, again: int = 0) -> int:
+    """Power fails at `count` moments, each with what a policy leaves. In `again` of them a job starts on that, and
+    power fails once more. Returns how many states were looked at.
+    """
+    known: dict[Any, None] = {}
+    for number in range(count):
+        prefix, policy = draw.randrange(found.env.log_size + 1), draw.choice(POLICIES)
+        left = found.env.crash(prefix, draw.randrange(1 << 30), policy)
+        try:
+            taken = check_left(found, left, prefix, known=known)
+        except AssertionError as error:
+            raise AssertionError(f"power loss after {prefix} operations, policy {policy}: {error}") from error
+        if number < again:
+            count += recovered(found, left, taken, draw)
+    return count
+
+
+def recovered(found: Play, env: Any, taken: Any, draw: random.Random) -> int:
+    """A job starts on what power loss left, and loses power too: at any moment of that there is what it started from,
+    or what it committed.
+    """
+    scheduler, truth = Scheduler(draw.randrange(1 << 30)), actors.Truth()
+    truth.tags = dict(found.truth.tags)
+    if taken is not None:
+        truth.events.append(actors.Event(taken, said=True))
+        env.mark("said 1")
+    training = Training(scheduler, env, found.root, truth, random.Random(draw.random()), keep_last=1)
+    with actors.on(scheduler, env):
+        scheduler.spawn("training", lambda: training.run(2, roll_backs=False))
+        scheduler.run()
+    second = Play(env, found.root, truth, 0, {})
+    known: dict[Any, None] = {}
+    for _ in range(8):
+        prefix, policy = draw.randrange(env.log_size + 1), draw.choice(POLICIES)
+        try:
+            check_left(second, env.crash(prefix, draw.randrange(1 << 30), policy), prefix, known=known)
+        except AssertionError as error:
+            raise AssertionError(f"second power loss, after {prefix} operations, policy {policy}: {error}") from error
+    return 8
+
+
+def explored(folder: str, seeds: range, states: int, again: int, **options: Any) -> tuple[Counter[str], int, int]:
+    """How often each way to look was tried, turns, and states after power loss."""
+    looks, turns, checked = Counter[str](), 0, 0
+    for seed in seeds:
+        found = play(seed, folder, GatedEnv, **options)
+        looks.update(found.looks)
+        turns += found.turns
+        try:
+            checked += crashed(found, random.Random(seed), states, again=again)
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
+    return looks, turns, checked
+
+
+@pytest.mark.parametrize("pruned", [False, True], ids=["a job goes on", "a job ends, and prune has the directory"])
+def test_in_any_order_readers_find_what_is_committed_and_power_loss_leaves_it(
+    folder: str, pruned: bool, long: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = random.randrange(1 << 30)
+    looks, turns, checked = explored(
+        folder, range(first, first + (600 if long else 12)), 60 if long else 24, 6 if long else 2, pruned=pruned
+    )  # fmt: skip
+    with capsys.disabled() if long else capsys:
+        print(f"interleaved: {turns} turns, {sum(looks.values())} looks, {checked} states after power loss, 0 wrong")
+    assert set(looks) == {*actors.READING, *actors.KEEPING}
+
+
+def readers_hold_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retention does not ask who reads."""
+    monkeypatch.setattr(CheckpointMetadataManager, "_hold_alone", lambda self, path: None)
+
+
+def pins_are_not_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CheckpointMetadataManager, "pinned", lambda self, attempt: False)
+
+
+def one_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A listing that changed while its records were read is taken as it is."""
+    monkeypatch.setattr(metadata, "_LOOKS", 1)
+
+
+def retention_goes_on_beside_a_roll_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Committer, "hold", lambda self, held: None)
+
+
+def shards_go_before_their_manifest(monkeypatch: pytest.MonkeyPatch) -> None:
+    withdraw = CheckpointMetadataManager.withdraw
+
+    def shards_first(self: CheckpointMetadataManager, attempt: Any, *, anyway: bool = False) -> None:
+        remove(self.env, self.folder(attempt), ["rank_00000.safetensors"])
+        withdraw(self, attempt, anyway=anyway)
+
+    monkeypatch.setattr(CheckpointMetadataManager, "withdraw", shards_first)
+
+
+@pytest.mark.parametrize(
+    ("broken", "seed"),
+    [
+        (readers_hold_nothing, 12), (pins_are_not_looked_for, 15), (one_look, 46),
+        (retention_goes_on_beside_a_roll_back, 2), (shards_go_before_their_manifest, 2),
+    ],
+)  # fmt: skip
+def test_mutation_a_rule_between_actors_that_is_left_out_is_found(
+    folder: str, broken: Callable[[pytest.MonkeyPatch], None], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any seed finds it in the end; this one begins shortly before a run that does."""
+    broken(monkeypatch)
+    with pytest.raises(AssertionError, match="seed"):
+        explored(folder, range(seed, seed + 400), 12, 0)
+
+
+def sweep(found: Play, seeds: int) -> int:
+    """Every prefix of the log, under each policy."""
+    known: dict[Any, None] = {}
+    checked = 0
+    for prefix in range(found.env.log_size + 1):
+        for policy in POLICIES[:4] + ("random",) * seeds:
+            try:
+                check_left(found, found.env.crash(prefix, 7919 * prefix + checked, policy), prefix, known=known)
+            except AssertionError as error:
+                raise AssertionError(f"power loss after {prefix} operations, policy {policy}: {error}") from error
+            checked += 1
+    return checked
+
+
+def imported(folder: str, make_env: Callable[[Scheduler], Any]) -> Play:
+    """Another tool's checkpoint becomes one of this directory."""
+    scheduler = Scheduler(0)
+    env, attempt = make_env(scheduler), AttemptId(1, 1, 7)
+    with actors.on(scheduler, env):
+        found = Imported("a test", step=7, tensors={"param/w": Found.of(actors.value(1))})
+        importing.write(found, folder, importing.Wanted())
+        env.mark("said 1")
+    return Play(env, folder, actors.Truth([actors.Event(attempt)]), 0, {})
+
+
+def copied(folder: str, make_env: Callable[[Scheduler], Any]) -> Play:
+    """`layerwise cp`, of the only checkpoint of a directory."""
+    scheduler = Scheduler(0)
+    env, truth = make_env(scheduler), actors.Truth()
+    training = Training(scheduler, env, folder, truth, random.Random(0))
+    with actors.on(scheduler, env):
+        make_dirs(env, folder, 0o700)
+        scheduler.spawn("training", lambda: training.run(1))
+        scheduler.run()
+        actors.Reader(scheduler, env, folder, truth, random.Random(0)).run(1, ("cp",))
+    return Play(env, folder, truth, 0, {})
+
+
+MADE = pytest.mark.parametrize("made", [imported, copied], ids=lambda made: made.__name__)
+
+
+@MADE
+def test_an_import_and_a_copy_are_whole_or_not_there_after_power_loss(
+    folder: str, made: Callable[..., Play], long: bool
+) -> None:
+    found = made(folder, GatedEnv)
+    assert sweep(found, 100 if long else 1) > 4 * found.env.log_size
+
+
+@MADE
+@pytest.mark.parametrize("operation", ["sync", "sync_dir", "rename"])
+def test_mutation_an_import_and_a_copy_without_their_flushes_are_found(
+    folder: str, made: Callable[..., Play], operation: str
+) -> None:
+    pattern = f"{folder}*" if made is imported else f"{folder}.copy*"
+
+    def forgetful(scheduler: Scheduler) -> Any:
+        env = GatedEnv(scheduler)
+        env.drop(operation, pattern)
+        return env
+
+    with pytest.raises((AssertionError, DamageError, OSError)):
+        sweep(made(folder, forgetful), 8)
+
+
+def test_mutation_a_pin_that_is_not_flushed_is_found(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retention of the next job would have what was said to be kept."""
+
+    def pin(self: CheckpointMetadataManager, attempt: AttemptId) -> bool:
+        self.env.write_file(self.pin_path(attempt), b"", 0o600)
+        return True
+
+    monkeypatch.setattr(CheckpointMetadataManager, "pin", pin)
+    with pytest.raises(AssertionError, match="pinned"):
+        explored(folder, range(400), 12, 0)
