@@ -4,6 +4,7 @@
 # mypy.
 # bash tests/run.sh --soak MINUTES [--seed N] [--trials N] [--trial N] [--lanes N]: instead of these, drawn jobs to which
 # drawn faults happen, compared bit for bit with plain training (tests/soak.py). Ctrl-C ends it in order.
+# bash tests/run.sh --powercut: runs tests/vm/powercut.sh instead, with the arguments that follow.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
@@ -30,6 +31,10 @@ if [ "${1:-}" = --soak ]; then
     fi
   done
   exec "${alone[@]}" "$python" tests/soak.py "$@"
+fi
+if [ "${1:-}" = --powercut ]; then
+  bash launch/setup.sh
+  exec bash tests/vm/powercut.sh "${@:2}"
 fi
 # Workers wait for disks and for other processes more than they compute. More than four would take the time from each
 # other on which the deadlines of tests were measured.

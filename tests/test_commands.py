@@ -28,6 +28,7 @@ HERE = "test_commands.py::"
 _INSTALLS = "changes the system or the environment that the tests run in; launch/setup.sh does as much before them"
 _MINUTES = "takes minutes; the tests run the same with --quick"
 _RELEASE = "downloads gigabytes: run by hand before a release; docs/tables/versions.md has what was tried"
+_MACHINES = "takes minutes to an hour in virtual machines: run by hand; docs/tables/ has what came out"
 _PLACE = "names a command without all of its arguments: it is one of the others here"
 
 # What is typed (a regular expression for all of it), and the tests that run it, or a reason that none does. What the
@@ -44,6 +45,7 @@ TABLE: list[tuple[str, str]] = [
         r"bash tests/run\.sh --soak .*",
         "test_soak.py::test_a_trial_that_is_killed_and_goes_on_with_another_number_of_ranks",
     ),
+    (r"bash tests/(run\.sh --powercut|vm/(powercut|filesystems)\.sh)( .*)?", _MACHINES),
     (r"bash tests/quick\.sh( .*)?", "tests/run.sh runs each of its steps"),
     (r"torchrun --nnodes=1:4 --max-restarts=3", "test_elastic.py::test_a_job_goes_on_with_fewer_ranks_and_with_more"),
     (r"bash tests/(versions|chroot)\.sh( .*)?", _RELEASE),
