@@ -52,6 +52,10 @@ TABLE: list[tuple[str, str]] = [
         "test_wheel.py::test_the_wheel_trains_is_killed_and_resumes_in_an_empty_environment",
     ),
     (r"bash tests/(native|vm/run)\.sh( plain)?", "tests/run.sh runs it beside these tests"),
+    (
+        r"bash tests/gpu\.sh( .*)?",
+        "test_gpu_kit.py::test_every_section_passes_on_the_stand_in_or_says_what_it_needs",
+    ),
     (r"(sudo )?apt-get install .*|python3 -m venv \.venv|(\.venv/bin/)?pip install .*", _INSTALLS),
     (r"layerwise (ls|verify) checkpoints/gpt", "test_cli.py::test_verify_of_sound_checkpoints_reads_all_of_them"),
     (r"layerwise ls( DIR)?", "test_cli.py::test_ls_tells_the_newest_the_lineage_and_what_was_abandoned"),

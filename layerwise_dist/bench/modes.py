@@ -288,7 +288,8 @@ class TorchCheckpointing(FuturePeer):
             from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
         except ImportError as error:
             raise NotHere(f"not installed ({error})") from None
-        staging = CheckpointStagerConfig(use_pinned_memory=False, use_non_blocking_copy=False)
+        on_device = any(param.is_cuda for param in self.model.parameters())
+        staging = CheckpointStagerConfig(use_pinned_memory=on_device, use_non_blocking_copy=on_device)
         saving = AsyncCheckpointSaverConfig(staging_config=staging)
         # Its direct writes end in EINVAL where a file's length is not a multiple of the sector (0.1.1).
         storage = LocalFileSystemStorageConfig(use_direct_io=False)
