@@ -124,6 +124,10 @@ TABLE: list[tuple[str, str]] = [
         r"layerwise bench loops( DIR.*)?",
         "test_bench.py::test_checkpoints_in_other_packages_loops_are_measured_beside_a_loop_of_ones_own",
     ),
+    (
+        r"layerwise bench goodput( (DIR|checkpoints) .*)?",
+        "test_goodput.py::test_a_job_is_killed_by_the_trace_comes_back_and_its_time_is_accounted_for",
+    ),
     (r"layerwise bench (writer|restore|commit|train) DIR.*", _MINUTES),
     (r"python -c .*", HERE + "test_the_schema_is_printed_as_the_guide_says"),
     (r"python -X faulthandler", _PLACE),
@@ -163,7 +167,7 @@ TABLE: list[tuple[str, str]] = [
         "test_deepspeeds_own_save_names_a_checkpoint_without_the_killed_ranks_part_and_this_one_does_not",
     ),
     (
-        r"python -m layerwise_dist\.bench\.(commit|train|reshard|export|loops)_worker .*",
+        r"python -m layerwise_dist\.bench\.(commit|train|reshard|export|loops|goodput)_worker .*",
         "`layerwise bench` starts it, in test_bench.py",
     ),
     (r"python -m layerwise_dist\.monitor SOCKET MEMORY PID", "a training process starts it, in test_monitor.py"),
