@@ -54,6 +54,10 @@ TABLE: list[tuple[str, str]] = [
         "test_wheel.py::test_the_wheel_trains_is_killed_and_resumes_in_an_empty_environment",
     ),
     (r"bash tests/(native|vm/run)\.sh( plain)?", "tests/run.sh runs it beside these tests"),
+    (
+        r"bash tests/gpu\.sh( .*)?",
+        "test_gpu_kit.py::test_every_section_passes_on_the_stand_in_or_says_what_it_needs",
+    ),
     (r"(sudo )?apt-get install .*|python3 -m venv \.venv|(\.venv/bin/)?pip install .*", _INSTALLS),
     (r"layerwise (ls|verify) checkpoints/gpt", "test_cli.py::test_verify_of_sound_checkpoints_reads_all_of_them"),
     (r"layerwise ls( DIR)?", "test_cli.py::test_ls_tells_the_newest_the_lineage_and_what_was_abandoned"),
@@ -122,6 +126,10 @@ TABLE: list[tuple[str, str]] = [
         r"layerwise bench loops( DIR.*)?",
         "test_bench.py::test_checkpoints_in_other_packages_loops_are_measured_beside_a_loop_of_ones_own",
     ),
+    (
+        r"layerwise bench goodput( (DIR|checkpoints) .*)?",
+        "test_goodput.py::test_a_job_is_killed_by_the_trace_comes_back_and_its_time_is_accounted_for",
+    ),
     (r"layerwise bench (writer|restore|commit|train) DIR.*", _MINUTES),
     (r"python -c .*", HERE + "test_the_schema_is_printed_as_the_guide_says"),
     (r"python -X faulthandler", _PLACE),
@@ -161,7 +169,7 @@ TABLE: list[tuple[str, str]] = [
         "test_deepspeeds_own_save_names_a_checkpoint_without_the_killed_ranks_part_and_this_one_does_not",
     ),
     (
-        r"python -m layerwise_dist\.bench\.(commit|train|reshard|export|loops)_worker .*",
+        r"python -m layerwise_dist\.bench\.(commit|train|reshard|export|loops|goodput)_worker .*",
         "`layerwise bench` starts it, in test_bench.py",
     ),
     (r"python -m layerwise_dist\.monitor SOCKET MEMORY PID", "a training process starts it, in test_monitor.py"),

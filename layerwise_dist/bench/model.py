@@ -78,7 +78,7 @@ class GPT(nn.Module):
 
     def forward(self, windows: Tensor) -> Tensor:
         tokens, targets = windows[:, :-1], windows[:, 1:]
-        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1]))
+        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
         for block in self.blocks:
             x = block(x)
         return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1), targets.flatten())

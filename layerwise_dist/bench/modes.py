@@ -158,16 +158,16 @@ class Peer(Mode):
     def end_iteration(self, step: int) -> None:
         if step % self.every == 0:
             began = time.perf_counter()
-            self.save(self._target(step), began)
+            self.save(self.target(step), began)
             self._stall += time.perf_counter() - began
 
     def between(self, step: int) -> None:
         if step % self.every == 0 and self.rank == 0:
-            old = self._target(step - 2 * self.every)  # complete: each save waits for the one before it
+            old = self.target(step - 2 * self.every)  # complete: each save waits for the one before it
             if old.exists():
                 shutil.rmtree(old)
 
-    def _target(self, step: int) -> Path:
+    def target(self, step: int) -> Path:
         return self._folder / f"{self.name.replace(' ', '-')}-{step}"
 
     def stalled(self) -> float:
@@ -188,11 +188,14 @@ class TorchSave(Peer):
 
     def save(self, target: Path, began: float) -> None:
         target.mkdir(exist_ok=True)
-        with open(target / f"rank_{self.rank}.pt", "wb") as file:
-            torch.save(_local(self.state()), file)
+        self.save_file(target / f"rank_{self.rank}.pt")
+        self.to_committed.append(time.perf_counter() - began)
+
+    def save_file(self, path: Path) -> None:
+        with open(path, "wb") as file:
+            torch.save(local_parts(self.state()), file)
             file.flush()
             os.fsync(file.fileno())
-        self.to_committed.append(time.perf_counter() - began)
 
 
 class Dcp(Peer):
@@ -288,7 +291,8 @@ class TorchCheckpointing(FuturePeer):
             from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
         except ImportError as error:
             raise NotHere(f"not installed ({error})") from None
-        staging = CheckpointStagerConfig(use_pinned_memory=False, use_non_blocking_copy=False)
+        on_device = any(param.is_cuda for param in self.model.parameters())
+        staging = CheckpointStagerConfig(use_pinned_memory=on_device, use_non_blocking_copy=on_device)
         saving = AsyncCheckpointSaverConfig(staging_config=staging)
         # Its direct writes end in EINVAL where a file's length is not a multiple of the sector (0.1.1).
         storage = LocalFileSystemStorageConfig(use_direct_io=False)
@@ -354,10 +358,10 @@ class _Watch:
             self._into.append(time.perf_counter() - since)
 
 
-def _local(value: Any) -> Any:
+def local_parts(value: Any) -> Any:
     """The same tree with each DTensor replaced by this rank's part."""
     if isinstance(value, dict):
-        return {key: _local(item) for key, item in value.items()}
+        return {key: local_parts(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_local(item) for item in value]
+        return [local_parts(item) for item in value]
     return value.to_local() if hasattr(value, "to_local") else value

@@ -8,13 +8,11 @@ Rank 0 says what it does and found in lines of JSON after a mark on standard out
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import gc
 import json
 import os
 import shutil
-import signal
 import sys
 import time
 from pathlib import Path
@@ -25,14 +23,13 @@ import torch.distributed as dist
 
 from layerwise_dist.bench import memory
 from layerwise_dist.bench.deepspeed_modes import DEEPSPEED_MODES
-from layerwise_dist.bench.launching import tell
+from layerwise_dist.bench.launching import end_with_launcher, tell
 from layerwise_dist.bench.model import Shape, windows
 from layerwise_dist.bench.modes import MODES, Mode
 from layerwise_dist.bench.raw import RawFile
 from layerwise_dist.bench.trainings import DeepSpeedTraining, Training
 from layerwise_dist.commit.transports.rendezvous import over_default_group
 
-_PR_SET_PDEATHSIG = 1
 _RECORD_BYTES = 1 << 20  # of what a rank has measured in a block: some 20 bytes a step
 _GROUP_TIMEOUT = datetime.timedelta(seconds=120)
 
@@ -179,8 +176,7 @@ def by_checkpoint(stalls: list[float], every: int) -> list[float]:
 
 
 def main() -> None:
-    # A worker that outlives whoever started it would go on writing.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_launcher()
     spec = json.loads(sys.argv[1])
     torch.set_num_threads(spec["threads"])
     worker = Worker(spec)

@@ -108,7 +108,9 @@ def copies_for(device: torch.device) -> Copies:
 
 
 class StageError(LayerwiseError):
-    """A layer could not be staged: the pool had no room in time, or the device failed. Ends the attempt."""
+    """A layer could not be staged: the pool had no room in time, the device none for a copy, or the device failed. Ends
+    the attempt.
+    """
 
 
 class Handover:
@@ -200,7 +202,13 @@ class Stage:
             copies = self._copies.get(device)
             if copies is None:
                 copies = self._copies[device] = copies_for(device)
-            copies.copy(pairs)
+            try:
+                copies.copy(pairs)
+            except torch.OutOfMemoryError as error:
+                # Copies that were launched go into a buffer that the pool is about to have back.
+                for mark in (*(mark for _, mark in launched), copies.record()):
+                    mark.synchronize()
+                raise StageError(f"{device} had no memory left for the copy of a layer: {error}") from None
             launched.append((copies, copies.record()))
         return launched
 

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from layerwise_dist.cli import console
 from layerwise_dist.errors import ConfigError, UnsupportedError
+from layerwise_dist.units import parse_seconds
 
 if TYPE_CHECKING:
     from layerwise_dist.bench.figures import Findings
@@ -122,6 +123,45 @@ def train(
             shape=shape, optimizer=optimizer, every=_numbers(every, "--every"), ranks=processes, modes=chosen,
             steps=2 if quick else steps, rounds=1 if quick else rounds, quick=quick, deepspeed=deepspeed, ddp=ddp,
         )  # fmt: skip
+        return run(asked, directory, command)
+
+    _finish(run, json, markdown)
+
+
+@app.command("goodput")
+def goodput(
+    directory: Dir,
+    trace: Annotated[
+        str | None, typer.Option("--trace", "-t", help="poisson:TIME (mean distance of kills), or a file of moments.")
+    ] = None,
+    seconds: Annotated[str, typer.Option("--seconds", metavar="TIME", help="Of each job, restarts included.")] = "5min",
+    scale: Annotated[float, typer.Option("--scale", help="Multiplies the moments of a file.")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the Poisson process.")] = 0,
+    contenders: Annotated[str, typer.Option("--contenders", "-c", help="all, or names with commas.")] = "all",
+    params: Params = "34M",
+    ranks: Annotated[int, typer.Option("--ranks", "-r", min=1, help="More than 1: FSDP2.")] = 2,
+    rounds: Rounds = 3,
+    quick: Quick = False,
+    json: Json = False,
+    markdown: Markdown = False,
+) -> None:
+    """Useful steps of a job that is killed again and again, over those of one that nothing disturbs.
+
+    All ranks get SIGKILL at the trace's moments and torchrun starts them again: for this engine at every step and at
+    `auto`, for DCP async and torch.save each at its best interval (Daly's rule, from costs measured first).
+
+    Example: layerwise bench goodput checkpoints --trace poisson:30s --seconds 5min
+    """
+
+    def run(command: str) -> Findings:
+        from layerwise_dist.bench.contenders import CONTENDERS
+        from layerwise_dist.bench.goodput import GoodputBench, run
+        from layerwise_dist.bench.kill_trace import parse
+
+        length = 2.0 if quick and trace is None else parse_seconds(seconds)
+        kills = parse(trace or f"poisson:{0.5 if quick else 25}s", seconds=length, scale=scale, seed=seed)
+        chosen = list(CONTENDERS) if contenders == "all" else _words(contenders)
+        asked = GoodputBench(_shape(params, quick=quick), ranks, kills, 1 if quick else rounds, chosen, quick)
         return run(asked, directory, command)
 
     _finish(run, json, markdown)

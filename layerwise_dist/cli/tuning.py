@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import mmap
-import re
 import time
 from typing import Annotated, Any
 
@@ -18,10 +17,8 @@ from layerwise_dist.cli.running import Json, give
 from layerwise_dist.config import load_config
 from layerwise_dist.doctor import Questions, Report, examine
 from layerwise_dist.interval import Costs, Limits, choose, loss_s, overhead, seconds
-from layerwise_dist.units import parse_count, parse_number, size
+from layerwise_dist.units import parse_count, parse_number, parse_seconds, size
 
-_SECONDS = {"": 1.0, "ms": 1e-3, "s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|min|m|h|d)?\Z")
 _MEMORY = 64 << 20  # that is copied and hashed to time it
 
 
@@ -111,11 +108,10 @@ def tune(
 
 def duration(option: str, text: str) -> float:
     """``3``, ``250ms``, ``90min``, ``3h``, ``2d`` in seconds. Raises WrongUsage."""
-    match = _DURATION.match(text.strip())
-    value = float(match[1]) * _SECONDS[match[2] or ""] if match is not None else 0.0
-    if not value > 0:
-        raise WrongUsage(f"{option}: {text!r} is not a time above 0 such as 3, 250ms, 90min, 3h or 2d")
-    return value
+    try:
+        return parse_seconds(text)
+    except ValueError as error:
+        raise WrongUsage(f"{option}: {error}") from None
 
 
 def _unmeasured(report: Report) -> Answer:

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import torch
+
 from layerwise_dist.capture.frozen import FrozenBases
 from layerwise_dist.capture.survey import Survey
 from layerwise_dist.commit.participant import Participant
@@ -18,6 +20,7 @@ from layerwise_dist.engine.replicas import Replicas
 from layerwise_dist.engine.restores import Restores
 from layerwise_dist.engine.statistics import Statistics
 from layerwise_dist.engine.trace import Tracing
+from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter, UpdateEvents
 from layerwise_dist.loop.boundary import Boundary
 from layerwise_dist.scheduler import LayerwiseCheckpointScheduler
@@ -55,7 +58,10 @@ class UpdateHandler(UpdateEvents):
         self._update: Update | None = None
 
     def update_starting(self, *, in_closure: bool = False, layers: Collection[str] | None = None) -> None:
-        """An update begins. Raises BoundaryError or DamageError where what there is must not be trained on."""
+        """An update begins. Raises BoundaryError or DamageError where what there is must not be trained on, and
+        UnsupportedError where it is captured in a CUDA graph.
+        """
+        _refuse_graph()
         self._boundary.update_starting(in_closure=in_closure)
         if not in_closure:
             self._restores.check_ready()
@@ -157,3 +163,13 @@ class UpdateHandler(UpdateEvents):
     def _may_begin(self) -> bool:
         """Whether an update that is due opens its checkpoint; else the boundary does."""
         return self._replicas.agreed and not self._optimizer.several
+
+
+def _refuse_graph() -> None:
+    """A replay runs no Python: neither the fence before what it overwrites, nor the capture of what it leaves."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise UnsupportedError(
+            "optimizer.step() is being captured in a CUDA graph: its replays can't be seen, so checkpoints would be "
+            "torn. Capture forward and backward only (torch.cuda.make_graphed_callables, or torch.compile of the "
+            "model), and call optimizer.step() in each iteration"
+        )
