@@ -200,7 +200,7 @@ def test_a_state_that_is_not_checked_ends_in_another_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tampered: Callable[..., None]
 ) -> None:
     """The tests above can fail."""
-    monkeypatch.setattr(sealed_state, "_check", lambda sealed, framework: None)
+    monkeypatch.setattr(sealed_state, "_check", lambda *_: None)
     Job(1).train(tmp_path)
     tampered(lambda state: {**state, "boundary": {}})
     assert damage(tmp_path) == []
