@@ -71,9 +71,22 @@ def whole(job: Job) -> Iterator[dict[str, torch.Tensor]]:
             yield {names[0]: param.detach().clone() for param, names in CleanNames(job.model).parameters()}
         return
     yield {
-        names[0]: (param.full_tensor() if isinstance(param, DTensor) else param).detach().clone()
+        names[0]: (put_together(param) if isinstance(param, DTensor) else param).detach().clone()
         for param, names in CleanNames(job.model).parameters()
     }
+
+
+def put_together(param: DTensor) -> torch.Tensor:
+    """FSDP2's parts within each of tensor parallelism's; `full_tensor()` of torch 2.9 is wrong for uneven ones."""
+    strided, *_ = param.placements
+    if type(strided).__name__ != "_StridedShard":
+        return param.full_tensor()
+    everybodys: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everybodys, (tuple(param.device_mesh.get_coordinate() or ()), param.to_local().detach()))
+    columns: dict[int, list[torch.Tensor]] = {}
+    for (_, column), part in sorted(everybodys, key=lambda each: each[0]):
+        columns.setdefault(column, []).append(part)
+    return torch.cat([torch.cat(columns[column], strided.dim) for column in sorted(columns)], strided.dim)
 
 
 def written(wrapper: str, folder: str) -> list[str]:
