@@ -21,6 +21,16 @@ def tell(what: object) -> None:
     print(_MARK + json.dumps(what), flush=True)
 
 
+def told_by(line: str) -> Any | None:
+    """What a worker told by this line of its standard output; None if it is another one's."""
+    return json.loads(line[len(_MARK) :]) if line.startswith(_MARK) else None
+
+
+def shown_of(errors: Path) -> list[str]:
+    """The end of what a job that failed has said."""
+    return errors.read_text(encoding="utf-8", errors="replace").splitlines()[-_SHOWN:]
+
+
 def launch(
     module: str, spec: Mapping[str, Any], folder: Path, *, what: str, ranks: int | None,
     environment: Mapping[str, str], heard: Callable[[Any], None],
@@ -38,9 +48,8 @@ def launch(
     with open(errors, "wb") as file, running(command, file, environment) as job:
         assert job.stdout is not None
         for line in job.stdout:
-            if line.startswith(_MARK):
-                heard(json.loads(line[len(_MARK) :]))
+            if (told := told_by(line)) is not None:
+                heard(told)
         code = job.wait()
     if code != 0:
-        tail = errors.read_text(encoding="utf-8", errors="replace").splitlines()[-_SHOWN:]
-        raise BenchFailed("\n".join([f"{what} ended with exit code {code}:", *tail]))
+        raise BenchFailed("\n".join([f"{what} ended with exit code {code}:", *shown_of(errors)]))
