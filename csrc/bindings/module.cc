@@ -75,6 +75,7 @@ NB_MODULE(_native, m) {
         "What this refers to is never freed, not at the interpreter's exit either.");
   BindEnv(m);
   BindBuffers(m);
+  BindObjects(m);
   BindShard(m);
 
   // Leased memory is freed after this.
