@@ -50,6 +50,17 @@ def other_objects(
 def keep_forever(object: object) -> None:
     """Never frees what this refers to, not at the interpreter's exit either."""
 
+class Hashing:
+    """XXH3-64 of pieces of memory, (address, bytes) each, made on another thread meanwhile
+    (csrc/include/layerwise/hash_job.h). ValueError if one is not mapped.
+
+    The memory must stay mapped until this is collected; until then it holds `keeping`.
+    """
+
+    def __init__(self, pieces: Sequence[tuple[int, int]], keeping: object = None) -> None: ...
+    def hashes(self) -> list[int]:
+        """Of each piece, once all are made. Helps with what is left. The memory must not change until this returns."""
+
 class Env:
     """The way to the operating system. Any thread may call any method."""
 
