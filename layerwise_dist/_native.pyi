@@ -6,9 +6,9 @@ releases the GIL. A wrong value is a ValueError, a call in the wrong state a Run
 objects with the buffer protocol; addresses, offsets and lengths are in bytes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from typing_extensions import Buffer
 
@@ -38,8 +38,28 @@ def hash_name() -> str:
 def calls_under_way() -> list[tuple[str, str, float]]:
     """(operation, path, seconds) of each call to the operating system that has not returned; the longest first."""
 
+def other_objects(
+    mappings: list[Mapping[Any, Any]], sizes: list[int], names: list[Any], values: list[Any]
+) -> list[tuple[int, Any]] | None:
+    """Whether mappings hold what they did: `sizes` entries each, with these names and the very same values, in order.
+
+    Returns (place in `values`, the object there now) of each that is another one; None if there are other names. Names
+    are equal if they are the same object or equal strings.
+    """
+
 def keep_forever(object: object) -> None:
     """Never frees what this refers to, not at the interpreter's exit either."""
+
+class Hashing:
+    """XXH3-64 of pieces of memory, (address, bytes) each, made on another thread meanwhile
+    (csrc/include/layerwise/hash_job.h). ValueError if one is not mapped.
+
+    The memory must stay mapped until this is collected; until then it holds `keeping`.
+    """
+
+    def __init__(self, pieces: Sequence[tuple[int, int]], keeping: object = None) -> None: ...
+    def hashes(self) -> list[int]:
+        """Of each piece, once all are made. Helps with what is left. The memory must not change until this returns."""
 
 class Env:
     """The way to the operating system. Any thread may call any method."""

@@ -21,7 +21,8 @@ from kit.drawing import drawn
 from typer.testing import CliRunner
 
 from layerwise_dist.bench import raw, workplace
-from layerwise_dist.bench.figures import Spread
+from layerwise_dist.bench.figures import Interval, Spread
+from layerwise_dist.bench.paired import order_of
 from layerwise_dist.bench.train_worker import by_checkpoint
 from layerwise_dist.cli.app import app
 
@@ -139,6 +140,54 @@ def test_what_the_comparison_of_replicas_costs_is_measured_under_ddp(tmp_path: P
         assert 0 < rows[mode]["stall_ms_p50"] <= rows[mode]["stall_ms_p99"]
 
 
+def test_trainings_that_take_turns_are_measured_in_pairs_beside_another_installation(tmp_path: Path) -> None:
+    """The other one is this one again, found by its interpreter alone."""
+    found = quick(tmp_path, "train", "--blocks", 8, "--against", sys.executable)
+    assert (found["blocks"], len(found["measured"]), found["every"]) == (2, 2, 1)
+    assert [(row["mode"], row["against"]) for row in found["results"]] == [("layerwise", False), ("layerwise", True)]
+    for block in found["measured"]:
+        assert set(block) == {"none", "layerwise", "layerwise-against"}
+        assert all(turn["seconds"] > 0 and turn["cpu"] > 0 for turn in block.values())
+        assert block["none"]["stall"] == 0 < block["layerwise"]["stall"]
+    (beside,) = found["against"]
+    for row in (*found["results"], beside):
+        assert set(row["step_ratio"]) == set(row["more_cpu_ms"]) == {"median", "low", "high"}
+    ratios = sorted(block["layerwise"]["seconds"] / block["none"]["seconds"] for block in found["measured"])
+    assert found["results"][0]["step_ratio"] == pytest.approx(
+        {"median": sum(ratios) / 2, "low": ratios[0], "high": ratios[1]}
+    )
+
+
+def test_an_interpreter_without_the_package_ends_the_benchmark_with_what_it_said(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho no such package >&2; exit 3\n")
+    python.chmod(0o700)
+    (tmp_path / "disk").mkdir()
+    code, _, err = call("train", tmp_path / "disk", "--quick", "--blocks", 8, "--against", python)
+    assert code == 1 and list((tmp_path / "disk").iterdir()) == []
+    assert "layerwise, the other installation ended with exit code 3:\nno such package" in err
+
+
+@pytest.mark.quick
+def test_the_interval_of_a_median_has_it_narrows_with_more_blocks_and_is_the_same_again() -> None:
+    drawn = random.Random(5)
+    few, many = ([drawn.gauss(1.05, 0.05) for _ in range(count)] for count in (10, 160))
+    one, other = Interval.of(few), Interval.of(many)
+    assert one.low < one.median < one.high and other.low < 1.05 < other.high
+    assert other.high - other.low < (one.high - one.low) / 2
+    assert Interval.of(few) == one
+    assert Interval.of([2.0] * 9) == Interval(2.0, 2.0, 2.0)
+
+
+@pytest.mark.quick
+def test_who_trains_when_is_drawn_for_each_block_and_the_same_in_each_run() -> None:
+    names = ["none", "layerwise", "dcp-async"]
+    orders = [order_of(names, block) for block in range(40)]
+    assert all(sorted(order) == sorted(names) for order in orders)
+    assert all(5 <= sum(order.index(name) == place for order in orders) for name in names for place in range(3))
+    assert orders == [order_of(names, block) for block in range(40)]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 def test_training_under_deepspeed_is_measured_against_its_own_saves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long: bool
@@ -249,6 +298,10 @@ def test_too_little_memory_is_an_error_too(tmp_path: Path, monkeypatch: pytest.M
         (("train", "--deepspeed", "1"), "--deepspeed 1: expected 2 or 3"),
         (("train", "--deepspeed", "2", "--modes", "dcp"), "mode 'dcp': there are layerwise, "),
         (("train", "--optimizer", "sgd"), "--optimizer 'sgd': expected foreach or fused"),
+        (("train", "--blocks", "40", "--ranks", "2"), "--blocks trains in one process each"),
+        (("train", "--blocks", "40", "--modes", "all"), "--blocks takes one interval"),
+        (("train", "--blocks", "40", "--modes", "layerwise-monitor"), "writes in another process"),
+        (("train", "--against", "python"), "--against goes with --blocks"),
         (("loops", "--loops", "keras"), "loop 'keras': there are transformers, accelerate, lightning"),
     ],
 )

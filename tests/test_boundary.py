@@ -293,6 +293,24 @@ def test_a_next_is_no_for() -> None:
     assert source.seen == {False}
 
 
+def test_random_numbers_that_nobody_saved_at_a_boundary_are_not_given_later_as_if_they_were_of_it() -> None:
+    marks: list[BoundaryMark] = []
+
+    def passed(mark: BoundaryMark) -> None:
+        marks.append(mark)
+        if mark.step == 2:
+            mark.state()
+
+    boundary, there = Boundary(passed, {}, log=Warnings(), excuse=lambda: True), []
+    for _ in range(2):
+        there.append(rng.take())
+        boundary.end_step()
+        torch.rand(1)
+    with pytest.raises(RuntimeError, match="nobody asked for before it was over"):
+        marks[0].state()
+    assert rng.same(marks[1].state()["rng"], there[1])
+
+
 def test_generators_come_back() -> None:
     seed(1)
     np.random.randn()

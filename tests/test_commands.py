@@ -169,7 +169,7 @@ TABLE: list[tuple[str, str]] = [
         "test_deepspeeds_own_save_names_a_checkpoint_without_the_killed_ranks_part_and_this_one_does_not",
     ),
     (
-        r"python -m layerwise_dist\.bench\.(commit|train|reshard|export|loops|goodput)_worker .*",
+        r"python -m layerwise_dist\.bench\.(commit|train|paired|reshard|export|loops|goodput)_worker .*",
         "`layerwise bench` starts it, in test_bench.py",
     ),
     (r"python -m layerwise_dist\.monitor SOCKET MEMORY PID", "a training process starts it, in test_monitor.py"),

@@ -86,7 +86,7 @@ def test_a_step_is_staged_then_durable_then_committed(tmp_path: Path) -> None:
         stats = ckpt.stats()
         assert stats["captures"] == 12 and stats["checkpoints_committed"] + stats["checkpoints_aborted"] == 12
         assert stats["bytes_written"] > 12 * stats["state_bytes"] > 0 and 0 < stats["stall_s"] <= stats["elapsed_s"]
-        assert 0 < stats["stall_ms_p50"] <= stats["stall_ms_p99"]
+        assert 0 < stats["stall_ms_p50"] <= stats["stall_ms_p99"] and 0 < stats["stall_audit_s"] < stats["stall_s"]
     assert committed(tmp_path) == [11, 12]
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import operator
 import sys
-from collections.abc import Callable
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.nn.utils import parametrizations, prune
 import layerwise_dist as lwd
 from layerwise_dist import errors
 from layerwise_dist.capture import survey
+from layerwise_dist.frameworks.contents import Contents
 from layerwise_dist.frameworks.ddp import DDPFramework
 from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.frameworks.torch_optimizer import TorchOptimizer
@@ -172,6 +174,12 @@ def into_buffer(job: Job) -> None:
     job.model["frozen"].register_buffer("weight", weight)
 
 
+def fresh_state(job: Job) -> None:
+    for state in job.optimizer.state.values():
+        for name, value in state.items():
+            state[name] = value.clone()
+
+
 def share_the_buffer(job: Job) -> None:
     job.model["one"].register_buffer("table", job.model._buffers.pop("table"))
 
@@ -182,7 +190,7 @@ def parametrize(job: Job) -> None:
 
 FOLLOWED: list[Change] = [
     densify, cull, replace_alike, add_trained, add_frozen, remove_frozen, assign_frozen, unfreeze, freeze,
-    prune_weights, unprune, move, rename, tie, into_buffer, share_the_buffer, parametrize,
+    prune_weights, unprune, move, rename, tie, into_buffer, fresh_state, share_the_buffer, parametrize,
 ]  # fmt: skip
 
 
@@ -334,6 +342,71 @@ def test_geometry_is_address_shape_strides_dtype_and_lazy_bits(into: Callable[[t
     assert not known.is_of(tensors) and Geometry(tensors).is_of(tensors)
 
 
+class Asked(Mapping[str, Any]):
+    """Makes its entries at each question."""
+
+    def __init__(self, made: dict[str, Any]) -> None:
+        self.made = made
+
+    def __getitem__(self, name: str) -> Any:
+        return self.made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.made)
+
+    def __len__(self) -> int:
+        return len(self.made)
+
+
+def renamed(held: Any) -> None:
+    held["c"] = held.pop("b2")
+
+
+def reordered(held: Any) -> None:
+    held["a"] = held.pop("a")
+
+
+OTHERWISE: dict[str, Callable[[Any], object]] = {
+    "a name more": lambda held: held.update(c=1), "a name less": lambda held: held.pop("b2"), "another name": renamed,
+    "another order": reordered,
+}  # fmt: skip
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("kind", [dict, OrderedDict, lambda made: defaultdict(dict, made), Asked])
+def test_contents_are_names_in_order_and_the_very_objects(kind: Callable[[dict[str, Any]], Any]) -> None:
+    """Equal strings are one name: some mappings make theirs at each question."""
+    one, other = object(), [1.5]
+
+    def made() -> list[Any]:
+        return [kind({}), kind({"a": one, "".join(["b", "2"]): other}), kind({"a": one})]
+
+    held = Contents(made())
+    assert (held.names, held.values) == (["a", "b2", "a"], [one, other, one])
+    assert held.same(made()) and held.others(made()) == []
+    new = made()
+    getattr(new[1], "made", new[1])["b2"] = [1.5]
+    assert held.others(new) == [(1, [1.5])] and not held.same(new)
+    for change in OTHERWISE.values():
+        new = made()
+        change(getattr(new[1], "made", new[1]))
+        assert held.others(new) is None and not held.same(new)
+    for new in (made()[:2], [*made(), kind({})], made()[::-1], [kind({"a": one}), kind({"b2": other, "a": one})]):
+        assert held.others(new) is None
+
+
+@pytest.mark.quick
+def test_names_that_are_no_strings_are_one_if_they_are_one_object_and_an_order_that_was_changed_counts() -> None:
+    param, twin = torch.zeros(2), torch.zeros(2)
+    held = Contents([{param: 1, 1: 2}])
+    assert held.same([{param: 1, 1: 2}])
+    assert held.others([{twin: 1, 1: 2}]) is held.others([{param: 1, True: 2}]) is None
+    ordered = OrderedDict(a=1, b=2)
+    held = Contents([ordered])
+    ordered.move_to_end("a")
+    assert held.others([ordered]) is None
+
+
 def of_parameter(into: Callable[[torch.Tensor], None]) -> Change:
     def change(job: Job) -> None:
         weight = job.model["one"].weight
@@ -385,6 +458,14 @@ def test_mutation_a_tree_that_is_not_asked_for_its_parameters_is_found(
 ) -> None:
     monkeypatch.setattr("layerwise_dist.frameworks.framework._DICTS", operator.attrgetter("_modules", "_buffers"))
     assert trial(tmp_path, assign_frozen) != []
+
+
+@pytest.mark.parametrize("change", [assign_frozen, fresh_state], ids=lambda change: change.__name__)
+def test_mutation_a_comparison_of_names_alone_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Change
+) -> None:
+    monkeypatch.setattr(Contents, "others", lambda held, now: [] if Contents(now).names == held.names else None)
+    assert trial(tmp_path, change) != []
 
 
 @pytest.mark.parametrize("what", ["parameter cut", "frozen unsqueeze", "buffer reread"])

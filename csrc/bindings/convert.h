@@ -105,6 +105,8 @@ class BufferView {
 
 void BindBuffers(nb::module_& m);
 void BindEnv(nb::module_& m);
+void BindHashes(nb::module_& m);
+void BindObjects(nb::module_& m);
 void BindShard(nb::module_& m);
 
 }  // namespace layerwise

@@ -1,11 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <nanobind/stl/string_view.h>
-
 #include "convert.h"
 #include "layerwise/calls.h"
-#include "layerwise/hash.h"
 #include "layerwise/huge_pages.h"
-#include "layerwise/mapped.h"
 #include "layerwise/signal_ear.h"
 #include "layerwise/writer_pool.h"
 
@@ -29,18 +25,6 @@ nb::list Calls() {
   return out;
 }
 
-uint64_t HashBuffer(nb::handle data) {
-  BufferView view(data);
-  const Unheld unheld;
-  return Xxh3(view.data(), view.size());
-}
-
-uint64_t HashMemory(uintptr_t address, size_t nbytes) {
-  Check(CheckMapped(address, nbytes));
-  const Unheld unheld;
-  return Xxh3(reinterpret_cast<const void*>(address), nbytes);
-}
-
 size_t MakeHugeMemory(uintptr_t address, size_t nbytes) {
   const Unheld unheld;
   size_t huge = 0;
@@ -56,9 +40,6 @@ NB_MODULE(_native, m) {
   nb::register_exception_translator(TranslateStatus);
 
   m.doc() = "The native core: files, shards, hashes. Errors of the operating system are OSError.";
-  m.def("xxh3_64", HashBuffer, nb::arg("buffer"), "XXH3-64 (seed 0) of any contiguous buffer.");
-  m.def("hash_memory", HashMemory, nb::arg("address"), nb::arg("nbytes"),
-        "XXH3-64 of memory, which must stay mapped and unchanged until this returns. ValueError if it is not mapped.");
   m.def("make_huge", MakeHugeMemory, nb::arg("address"), nb::arg("nbytes"),
         "Asks for huge pages under memory, which keeps its content; returns the bytes that have them now.");
   m.def("hear_signal", [](int number, int bell) { Check(HearSignal(number, bell)); },
@@ -68,13 +49,14 @@ NB_MODULE(_native, m) {
   m.def("forget_dead_children", &ForgetDeadChildren, "SIGCHLD is handled as by default: not at all.");
   m.def("outlive_signal", [](int number) { Check(OutliveSignal(number)); }, nb::arg("number"),
         "In a child: the signal ends it only if its parent sent it or is dead.");
-  m.def("hash_name", &HashName, "The instruction set that hashes: avx512, avx2, sse2 or scalar.");
   m.def("calls_under_way", &Calls,
         "(operation, path, seconds) of each call to the operating system that has not returned; the longest first.");
   m.def("keep_forever", [](nb::object object) { object.release(); }, nb::arg("object"),
         "What this refers to is never freed, not at the interpreter's exit either.");
   BindEnv(m);
   BindBuffers(m);
+  BindHashes(m);
+  BindObjects(m);
   BindShard(m);
 
   // Leased memory is freed after this.

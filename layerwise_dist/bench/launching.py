@@ -41,12 +41,17 @@ def command_of(module: str, spec: Mapping[str, Any], ranks: int | None, *, resta
     return [*launcher, "-m", f"layerwise_dist.bench.{module}", json.dumps(spec)]
 
 
+def told_by(line: str) -> Any | None:
+    """What a worker told by this line of its standard output; None if it is another one's."""
+    return json.loads(line[len(_MARK) :]) if line.startswith(_MARK) else None
+
+
 def told(job: subprocess.Popen[str]) -> Iterator[Any]:
     """What the job tells, as it comes, until it ends."""
     assert job.stdout is not None
     for line in job.stdout:
-        if line.startswith(_MARK):
-            yield json.loads(line[len(_MARK) :])
+        if (each := told_by(line)) is not None:
+            yield each
 
 
 def last_words(errors: Path) -> list[str]:

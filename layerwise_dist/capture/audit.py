@@ -8,8 +8,9 @@ makes the host wait for the device whatever its size, so that is done in every h
 
 from __future__ import annotations
 
+import time
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -35,47 +36,87 @@ class Window:
     end: int
 
 
-class Audit:
-    """What one checkpoint audits, and what it hashed to. `full`: everything."""
+class Spent:
+    """Seconds that the training thread was held by audits: those within it, as a context manager."""
 
-    def __init__(self, windows: Sequence[Window], *, full: bool) -> None:
-        self.full = full
+    __slots__ = ("_began", "seconds")
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds += time.perf_counter() - self._began
+
+
+class Look:
+    """What of an audit is read in place, on its way to be hashed on another thread.
+
+    REQUIRES: until `hashes` returns, nothing changes that memory.
+    """
+
+    def __init__(self, survey: Survey, windows: Sequence[Window], spent: Spent) -> None:
+        self._windows, self._spent, addresses = windows, spent, survey.addresses
+        with spent:
+            pieces = [(addresses[each.piece] + each.begin, each.end - each.begin) for each in windows]
+            self._hashing = _native.Hashing(pieces, survey.held)
+
+    def hashes(self) -> Iterable[tuple[Window, int]]:
+        with self._spent:
+            return zip(self._windows, self._hashing.hashes(), strict=True)
+
+
+class Audit:
+    """What one checkpoint audits, and what it hashed to. `full`: everything. `spent` is what all audits took."""
+
+    def __init__(self, windows: Sequence[Window], spent: Spent, *, full: bool) -> None:
+        self.full, self.spent = full, spent
         self._windows: dict[int, list[Window]] = {}
         for window in windows:
             self._windows.setdefault(window.piece, []).append(window)
         self._noted: dict[Window, int] = {}
 
     def note(self, piece: int, address: int) -> None:
-        """Remembers the windows of a piece that lies at `address`: in place, or where it was staged."""
+        """Remembers the windows of a piece that was staged at `address`."""
         for window in self._windows.get(piece, ()):
             self._noted[window] = _native.hash_memory(address + window.begin, window.end - window.begin)
 
-    def note_leased(self, survey: Survey, batches: Collection[int]) -> None:
-        """Remembers what of these batches is read in place."""
-        for piece in self._windows:
-            if survey.leased[piece] and survey.batch_of[piece] in batches:
-                self.note(piece, survey.addresses[piece])
+    def look(self, survey: Survey, batches: Collection[int] | None = None) -> Look:
+        """At what is read in place, of all batches or of these: as it is from now until the hashes are there."""
+        windows = [
+            window
+            for piece, windows in self._windows.items()
+            if survey.leased[piece] and (batches is None or survey.batch_of[piece] in batches)
+            for window in windows
+        ]
+        return Look(survey, windows, self.spent)
+
+    def note_leased(self, look: Look) -> None:
+        """Remembers what is looked at."""
+        self._noted.update(look.hashes())
 
     def staged(self, survey: Survey) -> bool:
         """Whether any of it is staged, so that `changed` has to wait for that."""
         return not all(survey.leased[piece] for piece in self._windows)
 
-    def changed(self, survey: Survey, batches: Collection[int] | None = None, *, leased_only: bool = False) -> set[int]:
-        """Numbers of the pieces, of all batches or of these, that are not any more what was noted."""
-        return {
-            piece
-            for piece, windows in self._windows.items()
-            if (survey.leased[piece] or not leased_only)
-            and (batches is None or survey.batch_of[piece] in batches)
-            and any(_hash(survey, window) != self._noted[window] for window in windows)
-        }
+    def changed(self, look: Look) -> set[int]:
+        """Numbers of the pieces read in place that are not any more what was noted."""
+        return {window.piece for window, hash in look.hashes() if hash != self._noted[window]}
+
+    def changed_since_staged(self, survey: Survey) -> set[int]:
+        """Of those that were staged."""
+        with self.spent:
+            return {
+                piece
+                for piece, windows in self._windows.items()
+                if not survey.leased[piece]
+                and any(_hash(survey.tensors[piece], window) != self._noted[window] for window in windows)
+            }
 
 
-def _hash(survey: Survey, window: Window) -> int:
-    """Of what is read in place, where it is read: the tensor may have taken other memory."""
-    tensor = survey.tensors[window.piece]
-    if survey.leased[window.piece]:
-        return _native.hash_memory(survey.addresses[window.piece] + window.begin, window.end - window.begin)
+def _hash(tensor: torch.Tensor, window: Window) -> int:
     if tensor.device.type != "cpu":
         # Waits for the device: the price of an audit there.
         tensor = tensor.detach().reshape(-1).view(torch.uint8)[window.begin : window.end].cpu()
@@ -88,6 +129,7 @@ class Rotation:
 
     def __init__(self, *, always: bool) -> None:
         self._always = always
+        self.spent = Spent()
         self._opened = 0
         self._of: weakref.ref[Survey] | None = None  # which holds memory, and must not live on for this
         self._units: list[list[Window]] = []
@@ -101,13 +143,13 @@ class Rotation:
         number = self._opened
         self._opened += 1
         if self._always or number < FULL_FIRST:
-            return Audit(_whole(survey.pieces), full=True)
+            return Audit(_whole(survey.pieces), self.spent, full=True)
         if self._of is None or self._of() is not survey:
             self._of, self._units = weakref.ref(survey), units(survey.pieces)
         windows = share(self._units, number - FULL_FIRST)
         if number % ROUND == ROUND - 1:
             windows += [window for window in _whole(survey.pieces) if not survey.pieces[window.piece].on_host]
-        return Audit(windows, full=False)
+        return Audit(windows, self.spent, full=False)
 
 
 def _whole(pieces: Sequence[Piece]) -> list[Window]:

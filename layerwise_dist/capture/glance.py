@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from layerwise_dist.frameworks.contents import Contents
 from layerwise_dist.frameworks.framework import Framework, ParamView, same_objects
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.tensors.geometry import Geometry
@@ -16,15 +17,10 @@ from layerwise_dist.tensors.geometry import Geometry
 
 @dataclass(frozen=True, slots=True)
 class StateGlance:
-    """The optimizer's state at a glance. `values` keeps it alive, so that nothing else takes its identity.
-
-    `addressed` are those of the values that are tensors with an address.
-    """
+    """The optimizer's state at a glance. `addressed` are those of its values that are tensors with an address."""
 
     states: list[Mapping[str, Any]]
-    names: list[str]
-    sizes: list[int]
-    values: list[Any]
+    contents: Contents
     addressed: list[torch.Tensor]
     geometry: Geometry
 
@@ -67,26 +63,23 @@ def glance_at(
 
 def _hold(framework: Framework, states: list[Mapping[str, Any]], last: StateGlance | None) -> StateGlance:
     """`last`, if nothing but values of state that is no tensor has changed."""
-    rows = [[*state.items()] for state in states]  # each is asked once: some are made for the question
-    names, values = [name for row in rows for name, _ in row], [value for row in rows for _, value in row]
-    sizes = [*map(len, rows)]
     if (
         last is not None
-        and names == last.names
-        and sizes == last.sizes
         and same_objects(states, last.states)
-        and _same_tensors(values, last.values)
+        and _same_tensors(last.contents, states)
         and last.geometry.is_of(framework.in_memory(last.addressed))
     ):
         return last
-    addressed = [*filter(has_address, values)]
-    return StateGlance(states, names, sizes, values, addressed, Geometry(framework.in_memory(addressed)))
+    contents = Contents(states)
+    addressed = [*filter(has_address, contents.values)]
+    return StateGlance(states, contents, addressed, Geometry(framework.in_memory(addressed)))
 
 
-def _same_tensors(some: Sequence[Any], others: Sequence[Any]) -> bool:
-    """REQUIRES: as many of both."""
-    return same_objects(some, others) or all(
-        was is now or not (has_address(was) or has_address(now)) for was, now in zip(some, others, strict=True)
+def _same_tensors(contents: Contents, states: list[Mapping[str, Any]]) -> bool:
+    """Whether the states have what they had, but for values that neither were nor are tensors."""
+    others = contents.others(states)
+    return others is not None and not any(
+        has_address(contents.values[place]) or has_address(value) for place, value in others
     )
 
 

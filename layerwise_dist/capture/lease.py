@@ -14,7 +14,7 @@ from itertools import groupby
 import torch
 
 from layerwise_dist import _native
-from layerwise_dist.capture.audit import Audit
+from layerwise_dist.capture.audit import Audit, Look
 from layerwise_dist.capture.held import MemoryGone, check_present
 from layerwise_dist.capture.stage import Handover, Stage, Wait, lay_views
 from layerwise_dist.capture.survey import Survey
@@ -55,6 +55,7 @@ class Capture:
         self._handover = Handover()
         self._fences: dict[int, list[Wait]] = {}
         self._sealed: torch.Tensor | None = None
+        self._look: Look | None = None  # of the boundary, on its way
         self._versions = [-1] * len(survey.tensors)
         self._staging = bool(survey.staged_bytes)  # whether a change could still get into what is staged
         self._unjudged = set(range(len(survey.batches)))
@@ -78,9 +79,10 @@ class Capture:
         for number in batches:
             pieces = self.survey.pieces_of[number]
             self._versions[pieces.start : pieces.stop] = [tensors[piece]._version for piece in pieces]
-        self._audit.note_leased(self.survey, batches)
+        look = self._audit.look(self.survey, batches)
         for first, count in self._leased_runs(batches):
             self._in_place.submit(first, count)
+        self._audit.note_leased(look)
         self._stage_batches(number for number in batches if self.survey.batches[number].staged)
 
     def take_all(self) -> None:
@@ -112,6 +114,13 @@ class Capture:
         if not self._handover.wait(self._timeout_s):
             raise self._too_slow()
 
+    def sealing(self) -> None:
+        """The boundary is here: what is audited is read again beside what comes before `seal`.
+
+        REQUIRES: nothing changes until then.
+        """
+        self._look = self._audit.look(self.survey)
+
     def seal(self, survey: Survey) -> set[str]:
         """Brings the capture to the boundary's contents; `survey` is the boundary's own. REQUIRES: `fits(survey)`.
 
@@ -121,14 +130,18 @@ class Capture:
         moved = self._moved()
         if self._audit.staged(self.survey) and not self._handover.wait(self._timeout_s):
             raise self._too_slow()
-        unseen = self._audit.changed(self.survey).difference(moved)
+        look, self._look = self._look or self._audit.look(self.survey), None
+        unseen = self._audit.changed_since_staged(self.survey) | self._audit.changed(look)
+        unseen.difference_update(moved)
         if moved or unseen:
             self.drain()
             self.take({self.survey.batch_of[number] for number in unseen.union(moved)})
         self._copy_rest(survey)
         # What an audited checkpoint holds is certain if all is written by now: nothing changes it any more. On a disk
         # that is too slow for that it is compared once more when its lease ends, as any other.
-        self._certain = self._audit.full and self.wait_read(self._timeout_s)
+        if self._audit.full:
+            with self._audit.spent:
+                self._certain = self.wait_read(self._timeout_s)
         self.settle()
         return self._names(unseen)
 
@@ -204,7 +217,7 @@ class Capture:
         except LayerwiseError as broken:
             self.give_up(str(broken))
         if self._certain:
-            unseen = self._names(self._audit.changed(self.survey, batches, leased_only=True).difference(self._moved()))
+            unseen = self._names(self._changed(batches).difference(self._moved()))
         self._unjudged -= batches
         return unseen
 
@@ -291,10 +304,14 @@ class Capture:
         # What was written before the boundary was over is certain: what changes now was never read.
         unseen: set[int] = set()
         if not self._certain:
-            unseen = self._audit.changed(self.survey, batches, leased_only=True).difference(moved)
+            unseen = self._changed(batches).difference(moved)
         if not self._broken([*moved, *unseen]) and self._unjudged <= set(batches):
             self._settled.set()
         return self._names(unseen)
+
+    def _changed(self, batches: Collection[int]) -> set[int]:
+        """Of what these batches read in place, numbers of the pieces of which the audit finds that they changed."""
+        return self._audit.changed(self._audit.look(self.survey, batches))
 
     def _broken(self, changed: Iterable[int]) -> bool:
         """Whether one of these pieces was read, or may have been, when it changed. That is the verdict then."""

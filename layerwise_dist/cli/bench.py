@@ -14,7 +14,7 @@ import typer
 from rich.console import RenderableType
 from rich.text import Text
 
-from layerwise_dist.cli import console
+from layerwise_dist.cli import console, lists
 from layerwise_dist.errors import ConfigError, UnsupportedError
 from layerwise_dist.units import parse_seconds
 
@@ -66,8 +66,8 @@ def writer(
         from layerwise_dist.bench.writer import WriterBench, run
 
         asked = WriterBench(
-            sizes=_sizes(sizes), tensors=_numbers(tensors, "--tensors"), backends=_words(backend), rounds=rounds,
-            depth=depth, block_bytes=block_kb << 10,
+            sizes=lists.sizes(sizes), tensors=lists.numbers(tensors, "--tensors"), backends=lists.words(backend),
+            rounds=rounds, depth=depth, block_bytes=block_kb << 10,
         )  # fmt: skip
         if quick:
             asked = WriterBench([4_000_000], [10, 200], asked.backends, 2, depth, 256 << 10)
@@ -81,7 +81,10 @@ def train(
     directory: Dir,
     params: Params = "34M",
     optimizer: Annotated[str, typer.Option("--optimizer", "-o", help="foreach or fused (AdamW).")] = "foreach",
-    every: Annotated[str, typer.Option("--every", "-e", help="A checkpoint every so many steps.")] = "1,10",
+    every: Annotated[
+        str | None,
+        typer.Option("--every", "-e", help="A checkpoint every so many steps.", show_default="1,10; 1 with --blocks"),
+    ] = None,
     ranks: Annotated[
         int | None,
         typer.Option("--ranks", "-r", min=1, help="More than 1: FSDP2 under torchrun. DeepSpeed, --ddp: 2."),
@@ -90,9 +93,39 @@ def train(
         int | None, typer.Option("--deepspeed", metavar="STAGE", help="Train under DeepSpeed, ZeRO stage 2 or 3.")
     ] = None,
     ddp: Annotated[bool, typer.Option("--ddp", help="DDP in place of FSDP2; 2 ranks unless --ranks.")] = False,
-    steps: Annotated[int, typer.Option("--steps", "-n", min=1, help="Measured steps a block.")] = 10,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", "-n", min=1, help="Measured steps a block.", show_default="10; 4 with --blocks"),
+    ] = None,
     rounds: Rounds = 5,
-    modes: Annotated[str, typer.Option("--modes", "-m", help="all, or names with commas between them.")] = "all",
+    blocks: Annotated[
+        int | None,
+        typer.Option(
+            "--blocks",
+            metavar="N",
+            min=8,
+            help="Tell differences of a hundredth: in place of rounds, N blocks (40, say) of a few steps. Each way to "
+            "train is a process of its own; they take turns in a drawn order and rest in between. Ratios of steps "
+            "within one block, their median, and its 95 % interval.",
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            metavar="PYTHON",
+            help="With --blocks: the interpreter of another installation of this package, to measure beside this one.",
+        ),
+    ] = None,
+    modes: Annotated[
+        str | None,
+        typer.Option(
+            "--modes",
+            "-m",
+            help="all, or names with commas between them.",
+            show_default="all; layerwise with --blocks",
+        ),
+    ] = None,
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Windows a step, all ranks together.")] = None,
     context: Annotated[int | None, typer.Option("--context", min=1, help="Bytes in a window.")] = None,
     disk_bound: Annotated[
@@ -118,10 +151,27 @@ def train(
         if disk_bound:
             shape = replace(shape, batch=processes, context=16)
         shape = replace(shape, batch=batch or shape.batch, context=context or shape.context)
-        chosen = list(modes_of(deepspeed)) if modes == "all" else _words(modes)
+        if blocks is not None:
+            from layerwise_dist.bench.paired import PairedBench
+            from layerwise_dist.bench.paired import run as run_pairs
+
+            (interval, *more), named = lists.numbers(every or "1", "--every"), modes or "layerwise"
+            if processes > 1 or deepspeed is not None:
+                raise ValueError("--blocks trains in one process each: leave out --ranks and --deepspeed")
+            if more or named == "all":
+                raise ValueError("--blocks takes one interval (--every 1) and names (--modes layerwise,dcp-async)")
+            pairs = PairedBench(
+                shape=shape, optimizer=optimizer, every=interval, steps=2 if quick else steps or 4,
+                blocks=2 if quick else blocks, modes=lists.words(named), quick=quick, against=against,
+            )  # fmt: skip
+            return run_pairs(pairs, directory, command)
+        if against is not None:
+            raise ValueError("--against goes with --blocks")
+        chosen = list(modes_of(deepspeed)) if modes is None or modes == "all" else lists.words(modes)
+        intervals = lists.numbers(every or "1,10", "--every")
         asked = TrainBench(
-            shape=shape, optimizer=optimizer, every=_numbers(every, "--every"), ranks=processes, modes=chosen,
-            steps=2 if quick else steps, rounds=1 if quick else rounds, quick=quick, deepspeed=deepspeed, ddp=ddp,
+            shape=shape, optimizer=optimizer, every=intervals, ranks=processes, modes=chosen,
+            steps=2 if quick else steps or 10, rounds=1 if quick else rounds, quick=quick, deepspeed=deepspeed, ddp=ddp,
         )  # fmt: skip
         return run(asked, directory, command)
 
@@ -191,7 +241,7 @@ def restore(
             from layerwise_dist.bench.reshard import ReshardBench
             from layerwise_dist.bench.reshard import run as run_reshard
 
-            saved, ranks = _ranks(reshard)
+            saved, ranks = lists.ranks(reshard)
             cut = ReshardBench(shape, rounds=2 if quick else rounds, saved=saved, ranks=ranks)
             return run_reshard(cut, directory, command)
         asked = RestoreBench(shape, rounds=2 if quick else rounds, depth=depth, block_bytes=block_kb << 10)
@@ -241,7 +291,7 @@ def loops(
         from layerwise_dist.bench.loops_worker import LOOPS
 
         shape = _shape(params, quick=quick)
-        chosen = installed(list(LOOPS) if which == "all" else _words(which))
+        chosen = installed(list(LOOPS) if which == "all" else lists.words(which))
         asked = LoopsBench(shape, chosen, steps=2 if quick else steps, rounds=1 if quick else rounds)
         return run(asked, directory, command)
 
@@ -265,8 +315,8 @@ def commit(
     def run(command: str) -> Findings:
         from layerwise_dist.bench.commit import CommitBench, run
 
-        simulated = [] if ranks == "0" else _numbers(ranks, "--ranks")
-        real = [] if processes == "0" else _numbers(processes, "--processes")
+        simulated = [] if ranks == "0" else lists.numbers(ranks, "--ranks")
+        real = [] if processes == "0" else lists.numbers(processes, "--processes")
         if not simulated and not real or min([*simulated, *real]) < 2:
             raise ValueError(
                 "--ranks and --processes: expected numbers above 1, such as 8,64; 0 for none of one of them"
@@ -321,13 +371,6 @@ def trace(
     _finish(run, json, markdown)
 
 
-def _ranks(reshard: str) -> tuple[int, int]:
-    saved, _, ranks = reshard.partition(":")
-    if not all(word.isascii() and word.isdigit() and 0 < int(word) <= 64 for word in (saved, ranks)):
-        raise ValueError(f"--reshard {reshard!r}: expected two numbers of ranks from 1 to 64, such as 4:2")
-    return int(saved), int(ranks)
-
-
 def _shape(params: str, *, quick: bool) -> Shape:
     """Raises ValueError for a size that there is no model of."""
     from layerwise_dist.bench.model import QUICK, SHAPES
@@ -380,28 +423,3 @@ def _fail(message: str, code: int, json: bool) -> NoReturn:
     else:
         print(f"layerwise: {message}", file=sys.stderr)
     raise typer.Exit(code)
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _numbers(text: str, option: str) -> list[int]:
-    words = _words(text)
-    if not words or not all(word.isdigit() and int(word) > 0 for word in words):
-        raise ValueError(f"{option} {text!r}: expected whole numbers above 0 with commas between them, such as 1,10")
-    return [int(word) for word in words]
-
-
-def _sizes(text: str) -> list[int]:
-    """``64M,2G`` in bytes, decimal units."""
-    units = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-    found = []
-    for word in _words(text):
-        digits, unit = word[:-1], units.get(word[-1:].upper())
-        if unit is None or not digits.isdigit() or int(digits) < 1:
-            raise ValueError(f"--sizes {word!r}: expected a number and K, M, G or T, such as 64M or 2G")
-        found.append(int(digits) * unit)
-    if not found:
-        raise ValueError("--sizes: none given, such as 64M,2G")
-    return found

@@ -51,6 +51,11 @@ class Attempts:
         self._stuck = False  # rank 0 was waited for in vain, and there was no room since
         self._pages = HugePages(wanted=config.writer.huge_pages == "auto" and adapter.direct)
 
+    @property
+    def audit_s(self) -> float:
+        """Seconds for which audits have held the training thread."""
+        return self._audits.spent.seconds
+
     def take_seq(self) -> int:
         """A number in the order of commits for a record that is no attempt."""
         self._seq += 1

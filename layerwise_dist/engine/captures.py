@@ -130,6 +130,7 @@ class Captures:
         assert capture is not None
         if capture.step != mark.step:
             raise LeaseBroken(f"it was opened for step {capture.step}, the boundary is step {mark.step}")
+        capture.sealing()
         found = self._attempts.look(sealing=True)
         if not capture.fits(found):
             capture, found = self._again(capture)

@@ -189,7 +189,7 @@ class LayerwiseEngine:
         return workings.statistics.report(
             *workings.participant.outcomes, workings.adapter.buffers, workings.frozen,
             newest=self._reached("committed"), in_flight=workings.participant.in_flight,
-            drifts=workings.participant.drifts,
+            drifts=workings.participant.drifts, audit_s=workings.attempts.audit_s,
             every_n_steps=workings.pacing.steps, interval_changes=workings.pacing.changes,
         )  # fmt: skip
 

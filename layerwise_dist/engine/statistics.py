@@ -96,7 +96,7 @@ class Statistics:
 
     def report(
         self, committed: int, aborted: int, skipped: int, pool: _native.BufferPool | None, frozen: FrozenBases, *,
-        newest: int | None, in_flight: int, drifts: int, every_n_steps: int, interval_changes: int,
+        newest: int | None, in_flight: int, drifts: int, audit_s: float, every_n_steps: int, interval_changes: int,
     ) -> dict[str, float | int]:  # fmt: skip
         """`pool` is None before the first checkpoint; `newest` is the newest committed step."""
         while newest is not None and self._sealed and self._sealed[0][0] <= newest:
@@ -126,6 +126,7 @@ class Statistics:
             "pool_peak_bytes": pool.peak if pool is not None else 0,
             "stall_s": sum(self._stalls.values()),
             **{f"stall_{where}_s": seconds for where, seconds in self._stalls.items()},
+            "stall_audit_s": audit_s,
             "stall_ms_p50": 1e3 * statistics.median(stalls),
             "stall_ms_p99": 1e3 * percentile(stalls, 99),
             "telemetry_events": self.telemetry.events_written if self.telemetry is not None else 0,

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from layerwise_dist.errors import StateError, UnsupportedError
+from layerwise_dist.frameworks.contents import Contents
 from layerwise_dist.frameworks.names import CleanNames, check_unique, join
 from layerwise_dist.frameworks.parts import Parts
 from layerwise_dist.frameworks.subclasses import inside, stands_for_others
@@ -289,8 +290,8 @@ class _Tree:
     ) -> None:
         self._root, self._prefix, self._stand_ins, self._opens = root, prefix, stand_ins, opens
         self._modules: list[nn.Module] = []
-        self._names: list[Any] = []
-        self._held: list[Any] = []  # keeps all of it alive, so that nothing else can take its identity
+        self._held: Contents | None = None
+        self._hidden: list[Any] = []
         self.params: list[ParamView] = []
         self.standing: list[ParamView] = []
         self.buffers: list[tuple[str, torch.Tensor]] = []
@@ -298,23 +299,20 @@ class _Tree:
 
     def look(self) -> list[ParamView]:
         """Brings the lists up to date, and returns `params`."""
-        if not self._modules or not self._is_as_it_was():
+        if self._held is None or not self._held.same(self._dicts()) or self._hidden != self._hidden_now():
             self._walk()
         return self.params
 
-    def _is_as_it_was(self) -> bool:
-        names, held = self._stamp()
-        return names == self._names and same_objects(held, self._held)
+    def _dicts(self) -> list[Any]:
+        return [*chain.from_iterable(map(_DICTS, self._modules))]
 
-    def _stamp(self) -> tuple[list[Any], list[Any]]:
-        """How many names each dict of each module has, and which; and all that has these names."""
-        dicts = [*chain.from_iterable(map(_DICTS, self._modules))]
+    def _hidden_now(self) -> list[Any]:
+        """How many buffers of each module are not persistent, and which."""
         hidden = [*map(_HIDDEN, self._modules)]
-        full = [*filter(None, dicts)]  # most are empty
-        names = [[*map(len, dicts)], [*chain.from_iterable(full)], [*map(len, hidden)], [*chain.from_iterable(hidden)]]
-        return names, [*chain.from_iterable(map(dict.values, full))]
+        return [[*map(len, hidden)], [*chain.from_iterable(hidden)]]
 
     def _walk(self) -> None:
+        self._held = None
         self._modules = list(self._root.modules())
         clean = CleanNames(self._root, self._prefix)
         params = _views(clean, self._stand_ins(), self._opens)
@@ -340,7 +338,8 @@ class _Tree:
             if type(module).get_extra_state is not nn.Module.get_extra_state
         ]
         check_unique("two modules with get_extra_state()", (name for name, _ in self.extra_states))
-        self._names, self._held = self._stamp()  # last: what could not be listed is not known at the next look either
+        # Last: what could not be listed is not known at the next look either.
+        self._held, self._hidden = Contents(self._dicts()), self._hidden_now()
 
 
 def same_objects(some: Sequence[Any], others: Sequence[Any]) -> bool:

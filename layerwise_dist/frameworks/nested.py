@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from layerwise_dist.errors import UnsupportedError
+from layerwise_dist.frameworks.contents import Contents
 from layerwise_dist.frameworks.elsewhere import Elsewhere
 from layerwise_dist.frameworks.framework import ParamView
 from layerwise_dist.frameworks.made_mapping import MadeMapping
@@ -39,6 +40,8 @@ class Nest:
         self.inside = find(outer)
         self._members = {"": outer, **self.inside}
         self._joined: dict[int, _JoinedState] = {}
+        # Of the last parameters that were asked for: those, what `state` held, and what they had of it.
+        self._listed: tuple[Sequence[ParamView], Contents, list[Mapping[str, Any]]] | None = None
         self._check_parameters()
         self._elsewhere = {
             place: Elsewhere(self._called(place), each, self._members.values) for place, each in self._members.items()
@@ -89,12 +92,8 @@ class Nest:
 
     def states(self, views: Sequence[ParamView]) -> list[Mapping[str, Any]]:
         """As `OptimizerAdapter.states`."""
-        of = self.outer.state
         if not self.inside:
-            found = [of.get(view.param, NO_STATE) for view in views]
-            if not all(issubclass(kind, Mapping) for kind in {*map(type, found)}):
-                raise UnsupportedError(f"{self.kind}: the state of a parameter is not a dict")
-            return found
+            return self._own_states(views)
         states = [each.state for each in self.owners().values()]
         return [
             self._joined.setdefault(id(view.param), _JoinedState(self, view.param))
@@ -102,6 +101,18 @@ class Nest:
             else NO_STATE
             for view in views
         ]
+
+    def _own_states(self, views: Sequence[ParamView]) -> list[Mapping[str, Any]]:
+        of = self.outer.state
+        if self._listed is not None:
+            listed, held, states = self._listed
+            if listed is views and held.same([of]):
+                return [*states]
+        found = [of.get(view.param, NO_STATE) for view in views]
+        if not all(issubclass(kind, Mapping) for kind in {*map(type, found)}):
+            raise UnsupportedError(f"{self.kind}: the state of a parameter is not a dict")
+        self._listed = views, Contents([of]), [*found]
+        return found
 
     def live(self, param: torch.Tensor, joined: str) -> Any:
         """The state under such a name; None if there is none."""

@@ -14,13 +14,13 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from layerwise_dist.errors import UnsupportedError
+from layerwise_dist.frameworks.contents import Contents
 from layerwise_dist.frameworks.described import Standing
 from layerwise_dist.frameworks.made_mapping import MadeMapping
 
@@ -146,11 +146,18 @@ class Opener:
 
     def __init__(self) -> None:
         self._made: dict[int, OpenedState] = {}
+        self._plain: Contents | None = None  # of states in which nothing stood for others
 
     def __call__(self, states: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        kinds = {*map(type, chain.from_iterable([state.values() for state in states]))}
-        if not any(map(_flattens, kinds)):
+        if self._plain is not None:
+            others = self._plain.others(states)
+            if others is not None and not any(stands_for_others(value) for _, value in others):
+                return states
+        held = Contents(states)
+        if not any(map(_flattens, {*map(type, held.values)})):
+            self._plain = held
             return states
+        self._plain = None
         before, self._made = self._made, {}
         found: list[Mapping[str, Any]] = []
         for state in states:

@@ -128,9 +128,9 @@ class Attribution:
                 snapshots[name] = tap.snapshot(even_if_dropped=closing and tap in feeding)
         return snapshots, next(iter(ahead.values()), None)
 
-    def rng_there(self, *, inferred: bool) -> RngState:
+    def rng_there(self, *, inferred: bool) -> rng.LateRng:
         """The generators at a boundary that no draw went ahead of."""
-        return (self._update_rng if inferred else None) or rng.take()
+        return rng.LateRng(self._update_rng if inferred else None)
 
     def check(self) -> None:
         """At a boundary: warns of loaders from which a resume may not be exact."""

@@ -35,7 +35,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 from layerwise_dist.errors import BoundaryError, MismatchError
-from layerwise_dist.loop import rng
 from layerwise_dist.loop.attribution import Attribution
 from layerwise_dist.loop.counting import Counting
 from layerwise_dist.loop.loaders import LoaderTap
@@ -44,6 +43,7 @@ from layerwise_dist.loop.mark import BoundaryMark, Kind
 from layerwise_dist.loop.once import Log, Once
 from layerwise_dist.loop.placed import PlacedTap
 from layerwise_dist.loop.put_back import PutBack
+from layerwise_dist.loop.rng import LateRng
 from layerwise_dist.loop.sealed import BoundaryState
 
 
@@ -258,6 +258,7 @@ class Boundary:
         self._loaders.check()
         self._loaders.begin()
         self._on_boundary(mark)
+        mark.over()
         return mark
 
     def _make_mark(self, kind: Kind | Literal["close"], at: tuple[str, ...], step: int) -> BoundaryMark:
@@ -267,10 +268,11 @@ class Boundary:
         snapshots, ahead = self._loaders.stand(inferred=inferred, closing=closing)
         updated, feeding = self._counting.updated, self._loaders.feeding
         if ahead is not None:
-            after = rng.take() if explicit else None
+            after = LateRng() if explicit else None
             return BoundaryMark(
-                step, kind, updated, ahead.rng, "draw", snapshots, resume, at=(ahead.tap.name,), rng_after=after
-            )
+                step, kind, updated, LateRng(ahead.rng), "draw", snapshots, resume, at=(ahead.tap.name,),
+                rng_after=after,
+            )  # fmt: skip
         random = self._loaders.rng_there(inferred=inferred)
         starts = self._put_back.starts() if explicit and not feeding else ()
         at = at or tuple(tap.name for tap in feeding)

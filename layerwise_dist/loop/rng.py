@@ -44,6 +44,28 @@ def take() -> RngState:
     return state
 
 
+class LateRng:
+    """The global generators at a boundary. They are taken when somebody asks, since most boundaries save nothing."""
+
+    __slots__ = ("_over", "_state")
+
+    def __init__(self, state: RngState | None = None) -> None:
+        """`state`, if they were taken before."""
+        self._state, self._over = state, False
+
+    def state(self) -> RngState:
+        """REQUIRES: first asked for before the boundary is over; after it the loop draws."""
+        if self._state is None:
+            if self._over:
+                raise RuntimeError("the random numbers of a boundary, which nobody asked for before it was over")
+            self._state = take()
+        return self._state
+
+    def over(self) -> None:
+        """The loop goes on."""
+        self._over = True
+
+
 def put(state: RngState) -> None:
     """Set the global generators to `state`, which stays as it is and may be put again.
 

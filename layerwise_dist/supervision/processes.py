@@ -32,15 +32,16 @@ def own_environment() -> dict[str, str]:
 
 @contextmanager
 def running(
-    command: list[str], errors: IO[Any] | int, environment: Mapping[str, str]
+    command: list[str], errors: IO[Any] | int, environment: Mapping[str, str], *, asked: bool = False
 ) -> Iterator[subprocess.Popen[str]]:
     """The command in a session of its own; all of it is gone when the body ends, however it does.
 
-    `errors` takes its standard error; `environment` goes on top of `own_environment()`.
+    `errors` takes its standard error; `environment` goes on top of `own_environment()`. With `asked` its standard input
+    is a pipe from the caller, else empty.
     """
     job = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL, text=True, start_new_session=True,
-        env={**own_environment(), **environment},
+        command, stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.PIPE if asked else subprocess.DEVNULL,
+        text=True, start_new_session=True, env={**own_environment(), **environment},
     )  # fmt: skip
     try:
         yield job
@@ -56,6 +57,11 @@ def running(
         except ProcessLookupError:
             pass  # all of it has ended by itself
         job.wait()
+        if job.stdin is not None:
+            try:
+                job.stdin.close()
+            except BrokenPipeError:
+                pass  # what was written last, nobody reads any more
         if job.stdout is not None:
             job.stdout.close()
 
