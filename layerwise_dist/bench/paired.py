@@ -204,7 +204,9 @@ def _findings(
     columns = ["", "step, ms", "÷ plain", "CPU a step, ms", "beyond plain", "stall a step, ms"]
     chart = Chart(f"A checkpoint every {f'{bench.every} steps' if bench.every > 1 else 'step'}, in pairs", columns, 1)
     chart.rows.append(["no checkpoints", *_cells(plain.row(plain), pair=False)])
-    charts, rows, compared = [chart], [], []
+    charts = [chart]
+    rows: list[dict[str, Any]] = []
+    compared: list[dict[str, Any]] = []
     for each in contenders[1:]:
         row = {"mode": each.mode, "title": each.title, "against": each.python is not None}
         rows.append(row | figures[each.name].row(plain))
