@@ -3,19 +3,15 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import RenderableType
-from rich.text import Text
 
-from layerwise_dist.cli import console, lists
-from layerwise_dist.errors import ConfigError, UnsupportedError
+from layerwise_dist.cli import lists
+from layerwise_dist.cli.measuring import finish
 from layerwise_dist.units import parse_seconds
 
 if TYPE_CHECKING:
@@ -73,7 +69,7 @@ def writer(
             asked = WriterBench([4_000_000], [10, 200], asked.backends, 2, depth, 256 << 10)
         return run(asked, directory, command)
 
-    _finish(run, json, markdown)
+    finish(run, json, markdown)
 
 
 @app.command("train")
@@ -175,7 +171,7 @@ def train(
         )  # fmt: skip
         return run(asked, directory, command)
 
-    _finish(run, json, markdown)
+    finish(run, json, markdown)
 
 
 @app.command("goodput")
@@ -210,11 +206,11 @@ def goodput(
 
         length = 2.0 if quick and trace is None else parse_seconds(seconds)
         kills = parse(trace or f"poisson:{0.5 if quick else 25}s", seconds=length, scale=scale, seed=seed)
-        chosen = list(CONTENDERS) if contenders == "all" else _words(contenders)
+        chosen = list(CONTENDERS) if contenders == "all" else lists.words(contenders)
         asked = GoodputBench(_shape(params, quick=quick), ranks, kills, 1 if quick else rounds, chosen, quick)
         return run(asked, directory, command)
 
-    _finish(run, json, markdown)
+    finish(run, json, markdown)
 
 
 @app.command("restore")
@@ -247,7 +243,7 @@ def restore(
         asked = RestoreBench(shape, rounds=2 if quick else rounds, depth=depth, block_bytes=block_kb << 10)
         return run(asked, directory, command)
 
-    _finish(run, json, markdown)
+    finish(run, json, markdown)
 
 
 @app.command("export")
@@ -267,7 +263,7 @@ def export(
         asked = ExportBench(_shape(params, quick=quick), rounds=2 if quick else rounds)
         return run(asked, directory, command)
 
-    _finish(run, json, markdown)
+    finish(run, json, markdown)
 
 
 @app.command("loops")
@@ -295,7 +291,7 @@ def loops(
         asked = LoopsBench(shape, chosen, steps=2 if quick else steps, rounds=1 if quick else rounds)
         return run(asked, directory, command)
 
-    _finish(run, json, markdown)
+    finish(run, json, markdown)
 
 
 @app.command("commit")
@@ -326,7 +322,7 @@ def commit(
             asked = CommitBench([8, 64], [4], 4, 3, 1)
         return run(asked, directory, command)
 
-    _finish(run, json, markdown)
+    finish(run, json, markdown)
 
 
 @app.command("layers")
@@ -338,7 +334,7 @@ def layers(rounds: Rounds = 9, quick: Quick = False, json: Json = False, markdow
 
         return run(LayersBench((Model(4, 8),), 1, 2) if quick else LayersBench(rounds=rounds), command)
 
-    _finish(run, json, markdown)
+    finish(run, json, markdown)
 
 
 @app.command("trace")
@@ -368,7 +364,7 @@ def trace(
         asked = TraceBench(shape, update, optimizer, Path(out), Path(picture) if picture else None)
         return run(asked, directory, command)
 
-    _finish(run, json, markdown)
+    finish(run, json, markdown)
 
 
 def _shape(params: str, *, quick: bool) -> Shape:
@@ -382,44 +378,3 @@ def _shape(params: str, *, quick: bool) -> Shape:
 def _one_of(option: str, value: str, allowed: Iterable[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{option} {value!r}: expected {' or '.join(allowed)}")
-
-
-def _finish(run: Callable[[str], Findings], json: bool, markdown: bool) -> NoReturn:
-    from layerwise_dist.bench import machine
-    from layerwise_dist.bench.failure import BenchFailed
-    from layerwise_dist.bench.workplace import TooLittleRoom
-
-    try:
-        found = run(shlex.join(["layerwise", *_typed()]))
-    except (TooLittleRoom, ValueError, ConfigError, UnsupportedError) as error:
-        _fail(str(error), 2, json)
-    except BenchFailed as error:
-        _fail(str(error), 1, json)
-    except OSError as error:
-        _fail(f"{error.filename or 'the disk'}: {error.strerror or error}", 2, json)
-    except KeyboardInterrupt:
-        _fail("interrupted: nothing is left behind", 130, json)
-    if markdown and not json:
-        print(found.markdown())
-        raise typer.Exit(0)
-    parts: list[RenderableType] = [found.command, machine.line(found.machine)]
-    for chart in found.charts:
-        shown = console.table(*chart.columns, right=tuple(chart.columns[chart.numbers :]))
-        for cells in chart.rows:
-            console.row(shown, *cells)
-        parts += [Text(chart.title, style="bold"), shown]
-    console.put(console.Answer(found.json(), [*parts, *found.notes]), json)
-    raise typer.Exit(0)
-
-
-def _typed() -> list[str]:
-    """The command as it was given, without what only says how to print."""
-    return [word for word in sys.argv[1:] if word not in ("--json", "--markdown")]
-
-
-def _fail(message: str, code: int, json: bool) -> NoReturn:
-    if json:
-        console.put_json({"error": message})
-    else:
-        print(f"layerwise: {message}", file=sys.stderr)
-    raise typer.Exit(code)
