@@ -208,7 +208,7 @@ def _findings(
     rows: list[dict[str, Any]] = []
     compared: list[dict[str, Any]] = []
     for each in contenders[1:]:
-        row = {"mode": each.mode, "title": each.title, "against": each.python is not None}
+        row: dict[str, Any] = {"mode": each.mode, "title": each.title, "against": each.python is not None}
         rows.append(row | figures[each.name].row(plain))
         chart.rows.append([each.title, *_cells(rows[-1], pair=True)])
     if bench.against is not None:

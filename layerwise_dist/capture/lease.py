@@ -5,6 +5,7 @@ next.
 
 from __future__ import annotations
 
+import operator
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -22,6 +23,8 @@ from layerwise_dist.errors import LayerwiseError
 from layerwise_dist.storage.gathered import GatheredExtent
 from layerwise_dist.storage.protocols import InPlaceWrite, ShardWrite
 from layerwise_dist.storage.shard_layout import ALIGN
+
+_VERSION = operator.attrgetter("_version")
 
 
 class LeaseBroken(LayerwiseError):
@@ -78,7 +81,7 @@ class Capture:
         tensors = self.survey.tensors
         for number in batches:
             pieces = self.survey.pieces_of[number]
-            self._versions[pieces.start : pieces.stop] = [tensors[piece]._version for piece in pieces]
+            self._versions[pieces.start : pieces.stop] = map(_VERSION, tensors[pieces.start : pieces.stop])
         look = self._audit.look(self.survey, batches)
         for first, count in self._leased_runs(batches):
             self._in_place.submit(first, count)
@@ -327,7 +330,7 @@ class Capture:
 
     def _moved(self) -> list[int]:
         """Numbers of the pieces, not judged yet, whose version counter rose since they were noted."""
-        now = [tensor._version for tensor in self.survey.tensors]
+        now = [*map(_VERSION, self.survey.tensors)]
         if now == self._versions:
             return []
         return [

