@@ -65,7 +65,7 @@ class CheckpointMetadataManager:
         A damaged one is listed, never raised; OSError is raised: it says nothing of the bytes. Where a running job
         commits and retires meanwhile, the newest record is what was the newest when this began, or newer.
         """
-        names = self._listed()
+        names = filenames.in_order(self.env.list_dir(self.root))
         for _ in range(_LOOKS):
             found, vanished = self._read_records(names)
             newest = max((*found.manifests, *found.branches), default=0)
@@ -73,19 +73,10 @@ class CheckpointMetadataManager:
                 return found
             # An attempt that has no manifest is on its way, or was retired since the listing; then a newer record was
             # there before. Older ones are read first, so that this one was found, or was not listed.
-            before, names = names, self._listed()
+            before, names = names, filenames.in_order(self.env.list_dir(self.root))
             if set(names).issubset(before):
                 return found
         return found
-
-    def _listed(self) -> list[str]:
-        """Names in the directory, those of records in the order in which they were made."""
-
-        def seq(name: str) -> int:
-            attempt, branch = filenames.parse_folder(name), filenames.parse_branch(name)
-            return attempt.seq if attempt is not None else branch or 0
-
-        return sorted(self.env.list_dir(self.root), key=seq)
 
     def _read_records(self, names: list[str]) -> tuple[Inventory, bool]:
         """The inventory of one listing, and whether a branch record in it was gone before it was read."""

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 IDENTITY = "identity.json"
@@ -165,3 +166,13 @@ def is_leftover(name: str) -> bool:
     """Names that may lie in the directory itself after a crash and mean nothing to the next session."""
     unfinished = parse_unfinished_branch(name) is not None
     return unfinished or is_spare(name) or _PROBE.match(name) is not None or name == IDENTITY + ".tmp"
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names in a checkpoint directory, those of records in the order in which they were made."""
+
+    def seq(name: str) -> int:
+        attempt, branch = parse_folder(name), parse_branch(name)
+        return attempt.seq if attempt is not None else branch or 0
+
+    return sorted(names, key=seq)
