@@ -3,24 +3,17 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
-from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import RenderableType
-from rich.text import Text
 
-from layerwise_dist.cli import console, lists
-from layerwise_dist.errors import ConfigError, UnsupportedError
+from layerwise_dist.cli import lists, measuring
 from layerwise_dist.units import parse_seconds
 
 if TYPE_CHECKING:
     from layerwise_dist.bench.figures import Findings
-    from layerwise_dist.bench.model import Shape
 
 Dir = Annotated[
     str, typer.Argument(metavar="DIR", help="A directory on the disk to measure. Everything written is removed again.")
@@ -73,7 +66,7 @@ def writer(
             asked = WriterBench([4_000_000], [10, 200], asked.backends, 2, depth, 256 << 10)
         return run(asked, directory, command)
 
-    _finish(run, json, markdown)
+    measuring.finish(run, json, markdown)
 
 
 @app.command("train")
@@ -141,8 +134,8 @@ def train(
         from layerwise_dist.bench.train import TrainBench, run
         from layerwise_dist.bench.train_worker import modes_of
 
-        shape = _shape(params, quick=quick)
-        _one_of("--optimizer", optimizer, ("foreach", "fused"))
+        shape = measuring.shape(params, quick=quick)
+        measuring.one_of("--optimizer", optimizer, ("foreach", "fused"))
         if deepspeed not in (None, 2, 3):
             raise ValueError(f"--deepspeed {deepspeed}: expected 2 or 3")
         processes = ranks or (2 if ddp or deepspeed is not None else 1)
@@ -175,7 +168,7 @@ def train(
         )  # fmt: skip
         return run(asked, directory, command)
 
-    _finish(run, json, markdown)
+    measuring.finish(run, json, markdown)
 
 
 @app.command("goodput")
@@ -210,11 +203,11 @@ def goodput(
 
         length = 2.0 if quick and trace is None else parse_seconds(seconds)
         kills = parse(trace or f"poisson:{0.5 if quick else 25}s", seconds=length, scale=scale, seed=seed)
-        chosen = list(CONTENDERS) if contenders == "all" else _words(contenders)
-        asked = GoodputBench(_shape(params, quick=quick), ranks, kills, 1 if quick else rounds, chosen, quick)
+        chosen = list(CONTENDERS) if contenders == "all" else lists.words(contenders)
+        asked = GoodputBench(measuring.shape(params, quick=quick), ranks, kills, 1 if quick else rounds, chosen, quick)
         return run(asked, directory, command)
 
-    _finish(run, json, markdown)
+    measuring.finish(run, json, markdown)
 
 
 @app.command("restore")
@@ -236,7 +229,7 @@ def restore(
     def run(command: str) -> Findings:
         from layerwise_dist.bench.restore import RestoreBench, run
 
-        shape = _shape(params, quick=quick)
+        shape = measuring.shape(params, quick=quick)
         if reshard is not None:
             from layerwise_dist.bench.reshard import ReshardBench
             from layerwise_dist.bench.reshard import run as run_reshard
@@ -247,7 +240,7 @@ def restore(
         asked = RestoreBench(shape, rounds=2 if quick else rounds, depth=depth, block_bytes=block_kb << 10)
         return run(asked, directory, command)
 
-    _finish(run, json, markdown)
+    measuring.finish(run, json, markdown)
 
 
 @app.command("export")
@@ -264,10 +257,10 @@ def export(
     def run(command: str) -> Findings:
         from layerwise_dist.bench.export import ExportBench, run
 
-        asked = ExportBench(_shape(params, quick=quick), rounds=2 if quick else rounds)
+        asked = ExportBench(measuring.shape(params, quick=quick), rounds=2 if quick else rounds)
         return run(asked, directory, command)
 
-    _finish(run, json, markdown)
+    measuring.finish(run, json, markdown)
 
 
 @app.command("loops")
@@ -290,12 +283,12 @@ def loops(
         from layerwise_dist.bench.loops import LoopsBench, installed, run
         from layerwise_dist.bench.loops_worker import LOOPS
 
-        shape = _shape(params, quick=quick)
+        shape = measuring.shape(params, quick=quick)
         chosen = installed(list(LOOPS) if which == "all" else lists.words(which))
         asked = LoopsBench(shape, chosen, steps=2 if quick else steps, rounds=1 if quick else rounds)
         return run(asked, directory, command)
 
-    _finish(run, json, markdown)
+    measuring.finish(run, json, markdown)
 
 
 @app.command("commit")
@@ -326,7 +319,7 @@ def commit(
             asked = CommitBench([8, 64], [4], 4, 3, 1)
         return run(asked, directory, command)
 
-    _finish(run, json, markdown)
+    measuring.finish(run, json, markdown)
 
 
 @app.command("layers")
@@ -338,7 +331,7 @@ def layers(rounds: Rounds = 9, quick: Quick = False, json: Json = False, markdow
 
         return run(LayersBench((Model(4, 8),), 1, 2) if quick else LayersBench(rounds=rounds), command)
 
-    _finish(run, json, markdown)
+    measuring.finish(run, json, markdown)
 
 
 @app.command("trace")
@@ -362,64 +355,10 @@ def trace(
     def run(command: str) -> Findings:
         from layerwise_dist.bench.trace import TraceBench, run
 
-        shape = _shape(params, quick=quick)
-        _one_of("--optimizer", optimizer, ("foreach", "fused"))
-        _one_of("--update", update, ("whole", "pipelined_step", "in_backward"))
+        shape = measuring.shape(params, quick=quick)
+        measuring.one_of("--optimizer", optimizer, ("foreach", "fused"))
+        measuring.one_of("--update", update, ("whole", "pipelined_step", "in_backward"))
         asked = TraceBench(shape, update, optimizer, Path(out), Path(picture) if picture else None)
         return run(asked, directory, command)
 
-    _finish(run, json, markdown)
-
-
-def _shape(params: str, *, quick: bool) -> Shape:
-    """Raises ValueError for a size that there is no model of."""
-    from layerwise_dist.bench.model import QUICK, SHAPES
-
-    _one_of("--params", params, SHAPES)
-    return QUICK if quick else SHAPES[params]
-
-
-def _one_of(option: str, value: str, allowed: Iterable[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{option} {value!r}: expected {' or '.join(allowed)}")
-
-
-def _finish(run: Callable[[str], Findings], json: bool, markdown: bool) -> NoReturn:
-    from layerwise_dist.bench import machine
-    from layerwise_dist.bench.failure import BenchFailed
-    from layerwise_dist.bench.workplace import TooLittleRoom
-
-    try:
-        found = run(shlex.join(["layerwise", *_typed()]))
-    except (TooLittleRoom, ValueError, ConfigError, UnsupportedError) as error:
-        _fail(str(error), 2, json)
-    except BenchFailed as error:
-        _fail(str(error), 1, json)
-    except OSError as error:
-        _fail(f"{error.filename or 'the disk'}: {error.strerror or error}", 2, json)
-    except KeyboardInterrupt:
-        _fail("interrupted: nothing is left behind", 130, json)
-    if markdown and not json:
-        print(found.markdown())
-        raise typer.Exit(0)
-    parts: list[RenderableType] = [found.command, machine.line(found.machine)]
-    for chart in found.charts:
-        shown = console.table(*chart.columns, right=tuple(chart.columns[chart.numbers :]))
-        for cells in chart.rows:
-            console.row(shown, *cells)
-        parts += [Text(chart.title, style="bold"), shown]
-    console.put(console.Answer(found.json(), [*parts, *found.notes]), json)
-    raise typer.Exit(0)
-
-
-def _typed() -> list[str]:
-    """The command as it was given, without what only says how to print."""
-    return [word for word in sys.argv[1:] if word not in ("--json", "--markdown")]
-
-
-def _fail(message: str, code: int, json: bool) -> NoReturn:
-    if json:
-        console.put_json({"error": message})
-    else:
-        print(f"layerwise: {message}", file=sys.stderr)
-    raise typer.Exit(code)
+    measuring.finish(run, json, markdown)
