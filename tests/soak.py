@@ -167,11 +167,12 @@ def main() -> int:
     wrappers = tuple(options.wrappers.split(","))
     if unknown := set(wrappers) - set(UPDATES):
         parser.error(f"no wrapper {', '.join(sorted(unknown))}; there are {', '.join(UPDATES)}")
-    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore the first
-        signal.signal(number, signal.default_int_handler)
+    asked = threading.Event()  # to end, however often
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: asked.set())
     logging.getLogger("layerwise_dist").setLevel(logging.ERROR)  # of readers, which tell of buffers that differ
     print(f"seed {options.seed}", flush=True)
-    began, stopped = time.monotonic(), False
+    began = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="layerwise-soak-"))
 
     def more(trial: int) -> bool:
@@ -191,14 +192,12 @@ def main() -> int:
                 soak.over.set()
 
         threads = [threading.Thread(target=lane, args=(number,)) for number in range(lanes)]
-        try:
-            for thread in threads:
-                thread.start()
-            while any(thread.is_alive() for thread in threads):
-                time.sleep(0.1)
-        except KeyboardInterrupt:
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads) and not asked.wait(0.1):
+            pass
+        if asked.is_set():
             print("interrupted: what runs is ended", flush=True)
-            stopped = True
             soak.stop()
         for thread in threads:
             thread.join()
@@ -209,7 +208,7 @@ def main() -> int:
     if not failed:
         shutil.rmtree(folder)
     print(f"again: bash tests/run.sh --soak {options.minutes:g} --seed {options.seed}", flush=True)
-    return 130 if stopped else 1 if failed else 0
+    return 130 if asked.is_set() else 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -48,14 +48,38 @@ def digests(job: Job) -> dict[str, str]:
 def held(job: Job) -> Iterator[Any]:
     """Parameters and optimizer state of this rank, in an order that does not depend on who made them first."""
     holders = list(job.model.parameters())
-    yield from holders
     if hasattr(job, "units"):
-        holders = [unit for _, unit, _ in job.units()]
-        yield from holders
-        yield from (param.ds_tensor.data for param in job.net.parameters() if hasattr(param, "ds_tensor"))
+        yield from of_zero(job)
+        return
+    yield from holders
     for holder in holders:
         for key, value in sorted(job.state.get(holder, {}).items()):
             yield from (key, value)
+
+
+def of_zero(job: Any) -> Iterator[Any]:
+    """The same of a DeepSpeed engine, parameter by parameter: what pads its flat tensors is nobody's."""
+    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+    for fqn, param, _, state in job.by_param():
+        yield fqn
+        if job.stage == 3:
+            length = param.partition_numel()
+            mine = slice(0, max(0, min(length, param.ds_numel - job.rank * length)))
+            yield from (param.ds_tensor.data[mine], safe_get_local_fp32_param(param).flatten()[mine])
+            for key, value in sorted(state.items()):
+                if isinstance(value, torch.Tensor) and value.ndim:
+                    value = safe_get_local_optimizer_state(param, key).flatten()[mine]
+                yield from (key, value)
+            continue
+        yield param
+        if job.has_part(param) and job.stage:
+            fragment = param._hp_mapping
+            yield fragment.get_hp_fragment()
+            at = fragment.hp_fragment_address
+            for key, value in sorted(state.items()):
+                flat = isinstance(value, torch.Tensor) and value.ndim
+                yield from (key, value.narrow(0, at.start, at.numel) if flat else value)
 
 
 # -- plain training ---------------------------------------------------------------------------------------------------

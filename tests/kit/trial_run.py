@@ -243,7 +243,9 @@ class Reader:
         try:
             while not self._over.wait(0.1):
                 with contextlib.suppress(NotFoundError), open_checkpoint(self._root) as ckpt:
-                    whole = {name: digest([ckpt[name][...]]) for name in ckpt.names}
+                    # A parameter is its fp32 master where there is one, as in the reference.
+                    names = {name.replace("master/", "param/", 1): name for name in sorted(ckpt.names, reverse=True)}
+                    whole = {name: digest([ckpt[found][...]]) for name, found in names.items()}
                     if not self.found or self.found[-1] != (ckpt.step, whole):
                         self.found.append((ckpt.step, whole))
         except Exception as error:
