@@ -168,7 +168,6 @@ def test_an_interpreter_without_the_package_ends_the_benchmark_with_what_it_said
     assert "layerwise, the other installation ended with exit code 3:\nno such package" in err
 
 
-@pytest.mark.quick
 def test_the_interval_of_a_median_has_it_narrows_with_more_blocks_and_is_the_same_again() -> None:
     drawn = random.Random(5)
     few, many = ([drawn.gauss(1.05, 0.05) for _ in range(count)] for count in (10, 160))

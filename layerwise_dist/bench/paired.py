@@ -135,9 +135,9 @@ def run(bench: PairedBench, directory: str, command: str) -> Findings:
         about = machine.describe(str(folder))
         processes = {each.name: _Process(each, spec, folder / each.name, stack) for each in contenders}
         ready: dict[str, dict[str, Any]] = {}
-        for name, process in processes.items():
+        for name in reversed(processes):  # what cannot start is another installation, and is soon known
             progress.now(f"starting {name}")
-            ready[name] = process.ready()
+            ready[name] = processes[name].ready()
             progress.advance()
         blocks: list[dict[str, dict[str, Any]]] = []
         for number in range(bench.blocks):
