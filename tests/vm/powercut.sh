@@ -72,7 +72,7 @@ for kind in "${kinds[@]}"; do
     -device "virtio-blk-pci,drive=$kind,serial=killed-$kind")
 done
 # Each says it some 17 times until its last session, and then for a minute or more.
-boot_and_kill "$console" 'SAID [^ ]* must .*' $((${#kinds[@]} * (5 + RANDOM % 25))) "0.$((RANDOM % 10))" \
+boot_and_kill "$console" 'SAID [^ ]* must .*' $((${#kinds[@]} * (4 + RANDOM % 10))) "0.$((RANDOM % 10))" \
   "${with_python[@]}" "${disks[@]}"
 tr -d '\r' <"$console" | grep -E '^RECORDED' || true
 echo "recorded, and killed: $((SECONDS / 60)) min $((SECONDS % 60)) s"

@@ -4,8 +4,8 @@
 replay.py NAME LOG STATES [--said FILE] [--drawn N] [--seed N]
 
 LOG is what dm-log-writes wrote of NAME (see guest/record.py), STATES the digests of the training alone. With --said,
-which has what the job said, LOG is what QEMU wrote until the machine was killed. For root, in a mount namespace of its
-own.
+which has what the job said, LOG is what QEMU wrote until the machine was killed. What needs.py wrote is beside STATES.
+For root, in a mount namespace of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 import training
 from kit.promises import BEGUN, allowed, in_marks
 from kit.write_log import Cut, apply, cuts, last_cuts, read_log, wholly
-from system import ChildError, in_child, mounted, opened, tool
+from system import ChildError, import_all, in_child, mounted, opened, tool
 
 DISK = 384 << 20
 _GO_ON_EVERY = 8
@@ -132,6 +132,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    training.without_dynamo()
+    import_all(json.loads(options.states.with_name("needs").read_text()))
     states = json.loads(options.states.read_text())
     said = None if options.said is None else options.said.read_text().splitlines()
     folder = tempfile.mkdtemp(prefix="layerwise-powercut-", dir="/dev/shm")

@@ -145,9 +145,11 @@ def _hear(reader: int, pid: int, deadline_s: float) -> tuple[str, int]:
             if not piece:
                 return b"".join(pieces).decode(), os.waitpid(pid, 0)[1]
             pieces.append(piece)
+        raise ChildError(f"not done after {deadline_s:g} s")
+    except BaseException:  # Ctrl-C too: nothing may use the mount any more
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        raise ChildError(f"not done after {deadline_s:g} s")
+        raise
     finally:
         os.close(reader)
 
