@@ -119,16 +119,15 @@ def cuts(entries: Sequence[Entry], begin: int, drawn: int, rng: random.Random) -
 
 
 def last_cuts(entries: Sequence[Entry], drawn: int, rng: random.Random) -> list[Cut]:
-    """What the end of the log may leave: all that was ordered, with nothing of what follows, all of it, and `drawn`
-    times some of it.
+    """What the end of QEMU's log may leave: all that was ordered, with nothing of what follows, all of it, and `drawn`
+    times some writes of it. Whole ones: that log does not say which bypass the cache, as a super block does, which a
+    file system does not expect to be torn.
     """
     end = 1 + max((number for number, entry in enumerate(entries) if entry.orders), default=-1)
     found = [Cut("nothing more", end)]
-    for number in range(drawn if end < len(entries) else 0):
-        whole = number % 2 == 0
+    for _ in range(drawn if end < len(entries) else 0):
         loose = (each for each in range(end, len(entries)) if rng.random() < 0.6)
-        parts = tuple(part for each in loose for part in _of(entries, each, whole, rng))
-        found.append(Cut("some writes" if whole else "some sectors", end, parts))
+        found.append(Cut("some writes", end, tuple(Part(each, 0, entries[each].nbytes) for each in loose)))
     return [*found, Cut("all", len(entries))]
 
 
