@@ -58,8 +58,9 @@ def test_a_job_restarts_from_what_power_loss_left_and_saves_again(name: str, lon
             )
 
 
-# Left out by tests of their own, below: these need a flush of an earlier session that failed.
-AT_STARTS = [Mutation("sync_dir", "*/step_*", "flush_records"), Mutation("sync_dir", "/ckpt", "begin")]
+NO_IDENTITY = Mutation("rename", "/ckpt/identity.json", "_into_place")
+# Left out by tests of their own, below: these need a flush of an earlier session that failed, or end the start.
+AT_STARTS = [Mutation("sync_dir", "*/step_*", "flush_records"), Mutation("sync_dir", "/ckpt", "begin"), NO_IDENTITY]
 
 
 def test_each_flush_and_rename_has_a_mutation() -> None:
@@ -73,8 +74,16 @@ def test_each_flush_and_rename_has_a_mutation() -> None:
     mutations = [mutation for _, mutation in MUTATIONS.values()]
     without = {call for call in calls if not any(each.is_of(*call) for each in [*mutations, *AT_STARTS])}
     assert not without, sorted(without)
-    of_content = [each.pattern for each in mutations if each.operation == "sync"]
+    # A probe is a file that no session reads again.
+    of_content = ["/ckpt/probe_*", *(each.pattern for each in mutations if each.operation == "sync")]
     assert not [path for path in flushed if not any(fnmatch.fnmatchcase(path, each) for each in of_content)]
+
+
+def test_a_start_whose_identity_is_not_there_is_refused() -> None:
+    env = MutantEnv(NO_IDENTITY)
+    with pytest.raises(DirectoryError, match="identity.json, which was made for all ranks, is not there"):
+        Story(env).session(1, 1)
+    assert env.mutated == 1
 
 
 @pytest.mark.parametrize("left_out", MUTATIONS)
