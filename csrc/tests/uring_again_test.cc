@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <liburing.h>
 #include <sys/eventfd.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -55,6 +56,7 @@ void Replace(io_uring_sqe* write) {
   switch (completions.kind) {
     case Completions::Kind::kAgain:
       io_uring_prep_read(write, completions.empty_bell, &completions.read, sizeof(completions.read), 0);
+      write->rw_flags = RWF_NOWAIT;  // else the kernel waits for the bell by itself
       break;
     case Completions::Kind::kError:
       io_uring_prep_read(write, -1, &completions.read, sizeof(completions.read), 0);
