@@ -103,8 +103,10 @@ def _spec(bench: GoodputBench, do: str, place: Path, every: dict[str, int]) -> t
         "mtbf_s": bench.trace.mtbf_s, "contenders": list(bench.contenders),
         "calibrate_every": 2 if bench.quick else 10, "calibrate_checkpoints": 1 if bench.quick else 3,
     }  # fmt: skip
-    # torchrun keeps a directory of its own, which it leaves behind when it is killed.
-    return spec, {"OMP_NUM_THREADS": str(threads), "TMPDIR": str(place)}
+    # torchrun keeps a directory of its own, which it leaves behind when it is killed. Its ranks must not find the
+    # addresses of those that were killed, which its store keeps over a restart.
+    own = {"TMPDIR": str(place), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return spec, {"OMP_NUM_THREADS": str(threads), **own}
 
 
 def _costs(bench: GoodputBench, folder: Path) -> dict[str, Any]:
