@@ -32,6 +32,7 @@ LIST = PACKAGE / "frameworks" / "private_names.py"
 NOT_OF_TORCH = {
     "_exit", "_getframe", "_asdict", "_fields", "_StorageInfo", "_MEM_FORMAT_ENCODING", "_get_layout",
     "_layerwise_watched", "_layerwise_checkpoints", "_s", "_total", "_optimizer_", "_connections",
+    "_get_lr_called_within_step", "_is_initial",  # keys of a scheduler's state that a rehearsal leaves out
 }  # fmt: skip
 
 
