@@ -20,7 +20,6 @@ from kit import actors
 from kit.actors import Play, Training, check_left, play
 from kit.interleaving import GatedEnv, Scheduler
 
-from layerwise_dist.commit import metadata
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.opening import make_dirs
 from layerwise_dist.commit.session import Committer
@@ -118,11 +117,6 @@ def pins_are_not_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CheckpointMetadataManager, "pinned", lambda self, attempt: False)
 
 
-def one_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A listing that changed while its records were read is taken as it is."""
-    monkeypatch.setattr(metadata, "_LOOKS", 1)
-
-
 def retention_goes_on_beside_a_roll_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Committer, "hold", lambda self, held: None)
 
@@ -140,7 +134,7 @@ def shards_go_before_their_manifest(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("broken", "seed"),
     [
-        (readers_hold_nothing, 12), (pins_are_not_looked_for, 15), (one_look, 46),
+        (readers_hold_nothing, 12), (pins_are_not_looked_for, 15),
         (retention_goes_on_beside_a_roll_back, 2), (shards_go_before_their_manifest, 2),
     ],
 )  # fmt: skip

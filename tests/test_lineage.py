@@ -31,8 +31,6 @@ from layerwise_dist.restore.choice import Wish, candidates
 from layerwise_dist.restore.restorer import Restorer
 from layerwise_dist.storage import retention
 
-pytestmark = pytest.mark.quick
-
 LOGGER = "layerwise_dist"
 
 
