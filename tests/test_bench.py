@@ -339,20 +339,23 @@ def processes_in(folder: Path) -> list[str]:
         (("writer", "--rounds", "1000", "--sizes", "8M", "--tensors", "10"), signal.SIGINT),
         (("restore", "--rounds", "1000"), signal.SIGTERM),
         (("train", "--quick", "--every", "1", "--ranks", "2"), signal.SIGINT),
+        (("goodput", "--quick", "--trace=poisson:100s", "--contenders=layerwise", "--ranks=1"), signal.SIGINT),
     ],
-    ids=["writer", "restore", "train on two ranks"],
+    ids=["writer", "restore", "train on two ranks", "goodput"],
 )
 def test_an_interrupted_benchmark_leaves_no_file_and_no_process(
-    tmp_path: Path, what: tuple[str, ...], number: signal.Signals
+    tmp_path: Path, what: tuple[str, ...], number: signal.Signals, long: bool
 ) -> None:
+    if what[0] == "goodput" and not long:
+        pytest.skip("two jobs under torchrun: --long")
     # After `&` a shell lets SIGINT be ignored, and that is inherited.
     listening = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     job = subprocess.Popen(
         command(what[0], tmp_path, *what[1:]), stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=listening
     )
     try:
-        deadline = time.monotonic() + 60
-        wanted = "checkpoints" if what[0] == "train" else "*"
+        deadline = time.monotonic() + (90 if what[0] == "goodput" else 60)
+        wanted = {"train": "checkpoints", "goodput": "job/checkpoints/layerwise/step_*"}.get(what[0], "*")
         while not list(tmp_path.glob(f"layerwise-bench-*/{wanted}")):
             assert job.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)

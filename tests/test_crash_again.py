@@ -9,14 +9,14 @@ from typing import Any
 import layerwise_native_testing as testing
 import pytest
 from kit.crash import POLICIES, Story, build, in_ranks, settings, tensors_of, train
+from kit.crash_stories import place
+from kit.crash_stories import reuse as reuse_for
 from kit.shards import Tensors, differing
 
 from layerwise_dist.capture import survey
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.transports.local import LocalTransport
 from layerwise_dist.engine import assembly
-
-SMALL = {"queue_depth": 2, "block_kb": 32}
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def _bases_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def reuse(story: Story) -> None:
-    story.session(1, 4, keep_last=1, spares_from=2, writer=SMALL)
+    reuse_for(story, 4)
 
 
 def branches(story: Story) -> None:
@@ -62,10 +62,8 @@ def twice(story: Story, first: int, then: int, draw: random.Random) -> int:
                 found = again.env.crash(second, draw.randrange(1 << 30), policy)
                 again.check(found, max(again.promised(second), story.promised(prefix)), again.attached(second))
             except AssertionError as error:
-                last = again.env.log_entry(second - 1) if second else "nothing"
-                raise AssertionError(
-                    f"prefix {prefix}, then prefix {second} (after {last}), policy {policy}: {error}"
-                ) from error
+                where = f"prefix {prefix}, then {place(again, second)}, policy {policy}"
+                raise AssertionError(f"{where}: {error}") from error
             checked += 1
     return checked
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -276,31 +275,3 @@ def test_a_job_that_cannot_start_is_reported_with_its_last_words(
     code, out = call(tmp_path, "--quick")
     assert code == 1 and "measuring costs ended with exit code 1" in json.loads(out)["error"]
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_interrupted_goodput_leaves_no_file_and_no_process(tmp_path: Path, long: bool) -> None:
-    if not long:
-        pytest.skip("two jobs under torchrun: --long")
-    words = ["goodput", str(tmp_path), "--quick", "--trace=poisson:100s", "--contenders=layerwise", "--ranks=1"]
-    job = subprocess.Popen(
-        [sys.executable, "-c", "from layerwise_dist.cli import main; main()", "bench", *words],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 90
-        while not list(tmp_path.glob("layerwise-bench-*/job/checkpoints/layerwise/step_*")):
-            assert job.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
-        job.send_signal(signal.SIGINT)
-        out, err = job.communicate(timeout=60)
-    finally:
-        job.kill()
-        job.communicate()
-    assert (job.returncode, out) == (130, b""), err.decode()[-2000:]
-    assert list(tmp_path.iterdir()) == []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                assert str(tmp_path).encode() not in Path("/proc", entry, "cmdline").read_bytes()
-            except OSError:
-                continue

@@ -28,7 +28,7 @@ from layerwise_dist.rehearsal.contents import restless
 from layerwise_dist.rehearsal.plan import VARIABLE, Plan, told
 from layerwise_dist.rehearsal.running import RunFailed
 from layerwise_dist.rehearsal.trial import Trial, Unfit, Verdict
-from layerwise_dist.supervision.processes import terminable, undisturbed
+from layerwise_dist.supervision.processes import births, still, terminable, undisturbed
 
 SCRIPT = JOBS / "rehearsed.py"
 
@@ -200,9 +200,9 @@ def test_a_second_ctrl_c_waits_until_the_cleaning_up_is_over() -> None:
 
 @pytest.mark.quick
 def test_a_process_with_the_number_of_one_that_has_ended_is_another() -> None:
-    own = running.births([os.getpid(), 1 << 30])
-    assert list(own) == [os.getpid()] and running._still(own) == [os.getpid()]
-    assert running._still({os.getpid(): "0"}) == []
+    own = births([os.getpid(), 1 << 30])
+    assert list(own) == [os.getpid()] and still(own) == [os.getpid()]
+    assert still({os.getpid(): "0"}) == []
 
 
 def test_ctrl_c_ends_the_job_and_leaves_no_file(warm: Warm, tmp_path: Path) -> None:

@@ -213,7 +213,7 @@ TEST_CASE("mutation: a completion that is taken for a failure is caught") {
   CHECK(!all_there);
 }
 
-TEST_CASE("a write of which a part was done is gone on with, and one that gets nowhere fails") {
+TEST_CASE("a write that was done in part is continued, and one that gets nowhere fails") {
   if (SkipWithoutUring()) return;
   bool all_there = false;
   REQUIRE_OK(WriteThatCompletes(Completions::Kind::kHalf, 5, &all_there));

@@ -168,4 +168,4 @@ def _real_row(ranks: int, found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _text(seconds: dict[str, float]) -> str:
-    return Spread(seconds["median"], seconds["min"], seconds["max"]).text(1e3, 1)
+    return Spread.read(seconds).text(1e3, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,11 @@ class Spread:
     @staticmethod
     def of(values: Sequence[float]) -> Spread:
         return Spread(statistics.median(values), min(values), max(values))
+
+    @staticmethod
+    def read(data: Mapping[str, float]) -> Spread:
+        """From `data()`."""
+        return Spread(data["median"], data["min"], data["max"])
 
     def data(self) -> dict[str, float]:
         return {"median": self.median, "min": self.low, "max": self.high}
@@ -49,6 +54,11 @@ class Interval:
         medians = sorted(statistics.median(drawn.choices(values, k=len(values))) for _ in range(_RESAMPLES))
         tail = round(0.025 * _RESAMPLES)
         return Interval(statistics.median(values), medians[tail], medians[-1 - tail])
+
+    @staticmethod
+    def read(data: Mapping[str, float]) -> Interval:
+        """From `data()`."""
+        return Interval(data["median"], data["low"], data["high"])
 
     def data(self) -> dict[str, float]:
         return {"median": self.median, "low": self.low, "high": self.high}

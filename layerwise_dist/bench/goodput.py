@@ -23,12 +23,11 @@ from layerwise_dist.bench.launching import launch
 from layerwise_dist.bench.lives import Parts, parts_of
 from layerwise_dist.bench.model import Shape
 from layerwise_dist.bench.progress import Bar, bar
-from layerwise_dist.bench.workplace import workplace
+from layerwise_dist.bench.workplace import CHECKPOINTS_AT_ONCE, workplace
 from layerwise_dist.interval import optimum_s
 from layerwise_dist.units import size
 
-_CHECKPOINTS_AT_ONCE = 8
-_ENOUGH = 8  # kills, with fewer of which a share says little
+_ENOUGH = 8  # kills; with fewer a share says little
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +58,7 @@ def run(bench: GoodputBench, directory: str, command: str) -> Findings:
             raise ValueError(f"contender {name!r}: there are {', '.join(CONTENDERS)}")
     state = 12 * bench.shape.parameters
     space = workplace(
-        directory, disk_bytes=_CHECKPOINTS_AT_ONCE * state + (64 << 20),
+        directory, disk_bytes=CHECKPOINTS_AT_ONCE * state + (64 << 20),
         memory_bytes=5 * state + bench.ranks * (1 << 30),
     )  # fmt: skip
     steps: list[float] = []
@@ -196,7 +195,7 @@ def _row(name: str, runs: Sequence[_Run]) -> dict[str, Any]:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     def text(key: str, digits: int = 3) -> str:
-        return Spread(row[key]["median"], row[key]["min"], row[key]["max"]).text(1, digits)
+        return Spread.read(row[key]).text(1, digits)
 
     low, high = min(row["every"]), max(row["every"])
     every = str(low) if low == high else f"{low}–{high}"

@@ -18,7 +18,7 @@ from layerwise_dist.bench.failure import BenchFailed
 from layerwise_dist.bench.kill_trace import KillTrace
 from layerwise_dist.bench.launching import command_of, last_words, told
 from layerwise_dist.bench.lives import Life
-from layerwise_dist.supervision.processes import births, descendants, kill_all, running
+from layerwise_dist.supervision.processes import births, descendants, kill_all, running, still
 
 _SILENCE_S = 180.0  # without a word of the job, after which it counts as stuck
 _STEPS_AFTER = 3  # the last kill, where that ends the job
@@ -142,7 +142,8 @@ class _Watch:
         life = self._lives[-1]
         if not self._wait(lambda: life.restored is not None):
             return False
-        _kill(births(descendants(self._job.pid)))
+        ranks = births(descendants(self._job.pid))
+        kill_all(lambda: still(ranks))
         with self._changed:
             now = time.monotonic()
             self._lives[-1].ended = now
@@ -186,10 +187,5 @@ def _end(job: subprocess.Popen[str]) -> None:
     os.kill(job.pid, signal.SIGSTOP)
     ranks = births(descendants(job.pid))
     job.kill()
-    _kill(ranks)
+    kill_all(lambda: still(ranks))
     job.wait()
-
-
-def _kill(known: Mapping[int, str]) -> None:
-    """SIGKILL for processes with these births, until none of them is left."""
-    kill_all(lambda: [pid for pid, born in births(known).items() if born == known[pid]])

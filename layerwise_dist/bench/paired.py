@@ -26,13 +26,12 @@ from layerwise_dist.bench.launching import last_words, told_by
 from layerwise_dist.bench.model import Shape
 from layerwise_dist.bench.modes import MODES
 from layerwise_dist.bench.progress import bar
-from layerwise_dist.bench.workplace import workplace
+from layerwise_dist.bench.workplace import CHECKPOINTS_AT_ONCE, workplace
 from layerwise_dist.supervision.processes import running
 from layerwise_dist.units import size
 
 _PLAIN = "none"
 _ELSEWHERE = ("layerwise-monitor", "torch-checkpointing")  # these write in another process, whose rest nobody sees
-_CHECKPOINTS_AT_ONCE = 8  # as in train.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +122,7 @@ def run(bench: PairedBench, directory: str, command: str) -> Findings:
     state = 12 * bench.shape.parameters
     space = workplace(
         directory,
-        disk_bytes=(len(contenders) - 1) * _CHECKPOINTS_AT_ONCE * state + (64 << 20),
+        disk_bytes=(len(contenders) - 1) * CHECKPOINTS_AT_ONCE * state + (64 << 20),
         memory_bytes=len(contenders) * (2 * state + (1 << 30)),
     )
     threads = len(os.sched_getaffinity(0))
@@ -216,7 +215,9 @@ def _findings(
         for mode in bench.modes:
             row = figures[mode].row(figures[f"{mode}-against"])
             compared.append({"mode": mode, "step_ratio": row["step_ratio"], "more_cpu_ms": row["more_cpu_ms"]})
-            beside.rows.append([MODES[mode].name, _text(row["step_ratio"], 3), _text(row["more_cpu_ms"], 1)])
+            beside.rows.append(
+                [MODES[mode].name, Interval.read(row["step_ratio"]).text(3), Interval.read(row["more_cpu_ms"]).text(1)]
+            )
         charts.append(beside)
     shape, state = bench.shape, ready[_PLAIN]["state_bytes"]
     notes = [
@@ -239,11 +240,8 @@ def _findings(
 
 
 def _cells(row: Mapping[str, Any], *, pair: bool) -> list[str]:
+    ratio, more = Interval.read(row["step_ratio"]), Interval.read(row["more_cpu_ms"])
     return [
-        f"{1e3 * row['step_s']:.1f}", _text(row["step_ratio"], 3) if pair else "1", f"{1e3 * row['cpu_s']:.1f}",
-        _text(row["more_cpu_ms"], 1) if pair else "-", f"{row['stall_ms']:.2f}" if pair else "-",
+        f"{1e3 * row['step_s']:.1f}", ratio.text(3) if pair else "1", f"{1e3 * row['cpu_s']:.1f}",
+        more.text(1) if pair else "-", f"{row['stall_ms']:.2f}" if pair else "-",
     ]  # fmt: skip
-
-
-def _text(interval: Mapping[str, float], digits: int) -> str:
-    return Interval(interval["median"], interval["low"], interval["high"]).text(digits)

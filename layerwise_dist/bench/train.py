@@ -20,12 +20,11 @@ from layerwise_dist.bench.launching import launch
 from layerwise_dist.bench.model import Shape
 from layerwise_dist.bench.progress import Bar, bar
 from layerwise_dist.bench.train_worker import modes_of
-from layerwise_dist.bench.workplace import workplace
+from layerwise_dist.bench.workplace import CHECKPOINTS_AT_ONCE, workplace
 from layerwise_dist.percentiles import percentile
 from layerwise_dist.units import size
 
 _RAW_BYTES = 512 << 20
-_CHECKPOINTS_AT_ONCE = 8  # two kept, two in flight, three files to be reused, and one being removed
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +66,7 @@ def run(bench: TrainBench, directory: str, command: str) -> Findings:
     blocks = bench.rounds * len(bench.every) * (2 * len(bench.modes) + 1)
     space = workplace(
         directory,
-        disk_bytes=_CHECKPOINTS_AT_ONCE * state + min(state, _RAW_BYTES) + (64 << 20),
+        disk_bytes=CHECKPOINTS_AT_ONCE * state + min(state, _RAW_BYTES) + (64 << 20),
         memory_bytes=5 * held + bench.ranks * (1 << 30),
     )
     with space as folder, bar(len(bench.modes) + blocks) as progress:
@@ -225,7 +224,7 @@ def _cells(row: dict[str, Any], baseline: str) -> list[str]:
     def text(key: str, scale: float = 1.0, digits: int = 2) -> str:
         found = row[key]
         if isinstance(found, dict):
-            return Spread(found["median"], found["min"], found["max"]).text(scale, digits)
+            return Spread.read(found).text(scale, digits)
         return "-" if found is None else f"{found:.{digits}f}"
 
     return [

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from layerwise_dist.supervision.processes import terminable
 
+CHECKPOINTS_AT_ONCE = 8  # two kept, two in flight, three files to be reused, and one being removed
+
 
 class TooLittleRoom(Exception):
     """DIR, or the machine's memory, is too small for what was asked."""

@@ -245,8 +245,8 @@ def _findings(bench: WriterBench, command: str, about: dict[str, Any], measured:
                 many.append({**about_case, "to_tensors": few, "ratio": share.data()})
     against = Chart(f"The same bytes in more tensors ÷ in {few:,}", ["size", "tensors", "backend", "file", "ratio"], 4)
     for item in many:
-        spread = Spread(item["ratio"]["median"], item["ratio"]["min"], item["ratio"]["max"])
-        against.rows.append([size(item["bytes"]), f"{item['tensors']:,}", item["backend"], item["use"], spread.text()])
+        found = Spread.read(item["ratio"]).text()
+        against.rows.append([size(item["bytes"]), f"{item['tensors']:,}", item["backend"], item["use"], found])
     notes = [
         f"Blocks of {size(bench.block_bytes, binary=True)}, {bench.depth} in flight; {bench.rounds} rounds, "
         "one more before them is not counted. Median (least–greatest).",

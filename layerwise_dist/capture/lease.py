@@ -313,7 +313,7 @@ class Capture:
         return self._names(unseen)
 
     def _changed(self, batches: Collection[int]) -> set[int]:
-        """Of what these batches read in place, numbers of the pieces of which the audit finds that they changed."""
+        """Numbers of the pieces that these batches read in place and that changed, as the audit sees it."""
         return self._audit.changed(self._audit.look(self.survey, batches))
 
     def _broken(self, changed: Iterable[int]) -> bool:

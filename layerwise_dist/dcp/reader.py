@@ -30,7 +30,7 @@ from layerwise_dist.errors import ConfigError, DamageError, MismatchError, NotFo
 from layerwise_dist.interop.one_commit import check_names, root_of
 from layerwise_dist.reading.checkpoint import Checkpoint
 from layerwise_dist.reading.tensor import LazyTensor
-from layerwise_dist.restore.choice import Wish, candidates
+from layerwise_dist.restore.choice import Wish, candidates, passed_by
 from layerwise_dist.restore.filling import Read, load
 from layerwise_dist.restore.planner import replan
 from layerwise_dist.storage.reader import Shard
@@ -216,10 +216,9 @@ def _choose(inventory: Inventory, wish: Wish, root: str) -> Manifest:
     found = candidates(inventory, wish, root)
     if not found:
         raise NotFoundError(f"{root} has no committed checkpoint")
-    newer = {each: why for each, why in inventory.lineage_damage().items() if each.seq > found[0].seq}
-    if newer and not wish.certain:
+    if newer := passed_by(inventory, found[0], wish):
         raise DamageError(
-            f"the newest checkpoint in {root} is damaged ({'; '.join(newer.values())}): to load an older one, name "
+            f"the newest checkpoint in {root} is damaged ({'; '.join(newer)}): to load an older one, name "
             f"it: LayerwiseReader(dir, step={found[0].step})"
         )
     return found[0]

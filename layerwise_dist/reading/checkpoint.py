@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from layerwise_dist import _native
+from layerwise_dist.commit.holding import LOOKS
 from layerwise_dist.commit.metadata import NO_LOCKS, CheckpointMetadataManager
 from layerwise_dist.commit.records import Manifest
 from layerwise_dist.errors import DamageError, DirectoryError, MismatchError, NotFoundError
@@ -38,7 +39,6 @@ from layerwise_dist.tensors.slices import ranks_text
 
 log = logging.getLogger("layerwise_dist")
 
-_LOOKS = 100  # at a directory whose checkpoints are retired between the look and the hold
 _LISTED = 4
 
 
@@ -59,7 +59,7 @@ def open_checkpoint(directory: str | os.PathLike[str], step: int | None = None, 
         raise NotFoundError(f"{root}: {'not a directory' if os.path.lexists(root) else 'no such directory'}")
     manager = CheckpointMetadataManager(_native.PosixEnv(), root)
     wish = Wish(step, tag)
-    for _ in range(_LOOKS):
+    for _ in range(LOOKS):
         inventory = manager.inventory()
         found = candidates(inventory, wish, root)
         if not found:
@@ -70,7 +70,7 @@ def open_checkpoint(directory: str | os.PathLike[str], step: int | None = None, 
             continue
         tell_passed_by(inventory, opened.manifest, wish)
         return opened
-    raise NotFoundError(f"{root}: each {wish} that was seen in {_LOOKS} looks was removed before it could be held")
+    raise NotFoundError(f"{root}: each {wish} that was seen in {LOOKS} looks was removed before it could be held")
 
 
 def open_attempt(directory: str | os.PathLike[str], attempt: AttemptId) -> Checkpoint:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from layerwise_dist.rehearsal.plan import VARIABLE, Plan
 from layerwise_dist.rehearsal.story import Story
-from layerwise_dist.supervision.processes import births, descendants, kill_all, undisturbed
+from layerwise_dist.supervision.processes import births, descendants, kill_all, marked, still, undisturbed
 
 _LOOK_S = 0.05  # between two looks at what the ranks recorded
 _GRACE_S = 30.0  # for a launcher whose ranks have ended
@@ -84,28 +84,13 @@ class Process:
             below = births(descendants(self._process.pid))
             self._process.kill()
         # A number that the system has given to another process meanwhile has another birth.
-        kill_all(lambda: sorted({*self._marked(), *_still(below)}))
+        kill_all(lambda: sorted({*marked(self._mark), *still(below)}))
         self._process.wait()
 
     def output(self) -> str:
         with open(self._log, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
             return file.read(_TAIL_BYTES).decode("utf-8", errors="replace")
-
-    def _marked(self) -> list[int]:
-        found = []
-        for entry in os.listdir("/proc"):
-            try:
-                if entry.isdigit() and self._mark in Path("/proc", entry, "environ").read_bytes().split(b"\0"):
-                    found.append(int(entry))
-            except OSError:
-                continue  # it has ended, or is another user's
-        return list(births(found))
-
-
-def _still(born: Mapping[int, str]) -> list[int]:
-    """Those that are still the same processes."""
-    return [pid for pid, when in births(born).items() if when == born[pid]]
 
 
 @dataclass(frozen=True)

@@ -87,11 +87,16 @@ def candidates(inventory: Inventory, wish: Wish, root: str) -> list[Manifest]:
     raise NotFoundError(f"{root} has no committed {wish}; committed are {there or 'none'}")
 
 
+def passed_by(inventory: Inventory, chosen: Manifest, wish: Wish) -> list[str]:
+    """What is wrong with each newer commit of the lineage whose record is damaged, where the newest is asked for."""
+    damage = inventory.lineage_damage() if not wish.certain else {}
+    return [problem for attempt, problem in damage.items() if attempt.seq > chosen.seq]
+
+
 def tell_passed_by(inventory: Inventory, chosen: Manifest, wish: Wish) -> None:
-    """Warns of each newer commit of the lineage whose record is damaged, where the newest is asked for."""
-    for attempt, problem in inventory.lineage_damage().items() if not wish.certain else ():
-        if attempt.seq > chosen.seq:
-            log.warning("passed by: %s", problem)
+    """Warns of what was `passed_by`."""
+    for problem in passed_by(inventory, chosen, wish):
+        log.warning("passed by: %s", problem)
 
 
 def _by_preference(inventory: Inventory) -> list[Manifest]:

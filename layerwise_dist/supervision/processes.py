@@ -82,6 +82,23 @@ def births(pids: Iterable[int]) -> dict[int, str]:
     return {pid: fields[19] for pid, fields in found.items() if fields and fields[0] not in "ZX"}
 
 
+def still(born: Mapping[int, str]) -> list[int]:
+    """Of processes with these `births`, those that are there; a number may be another process's by now."""
+    return [pid for pid, when in births(born).items() if when == born[pid]]
+
+
+def marked(mark: bytes) -> list[int]:
+    """Live processes that were started with this, ``NAME=value``, in their environment."""
+    found = []
+    for entry in os.listdir("/proc"):
+        try:
+            if entry.isdigit() and mark in Path("/proc", entry, "environ").read_bytes().split(b"\0"):
+                found.append(int(entry))
+        except OSError:
+            continue  # it has ended, or is another user's
+    return list(births(found))
+
+
 def fields_of(pid: int) -> list[str]:
     """Of ``/proc/PID/stat`` (proc(5)), from the third on: state, parent, ...; empty if there is no such process."""
     try:

@@ -6,12 +6,10 @@ The comparison needs deterministic kernels: `tests/gpu.sh` sets CUBLAS_WORKSPACE
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import multiprocessing
 import multiprocessing.connection
 import os
-import signal
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,9 +24,9 @@ from torch import nn
 
 import layerwise_dist as lwd
 from gpu.device import STAND_IN, Device, Skip
+from layerwise_dist.bench.launching import end_with_launcher
 
 State = dict[str, torch.Tensor]
-_PR_SET_PDEATHSIG = 1
 _FORK = multiprocessing.get_context("fork")
 
 
@@ -60,7 +58,7 @@ def apart(body: Callable[[], Any], timeout_s: float) -> tuple[int, Any]:
     there, here = _FORK.Pipe(duplex=False)
 
     def child() -> None:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        end_with_launcher()
         there.close()
         try:
             here.send(("returned", body()))

@@ -96,6 +96,11 @@ STORIES = {
 }
 
 
+def place(story: Story, prefix: int) -> str:
+    """Of a log, in words."""
+    return f"prefix {prefix} (after {story.env.log_entry(prefix - 1) if prefix else 'nothing'})"
+
+
 def sweep(story: Story, seeds: int) -> int:
     """Every prefix of the log, under each policy and `seeds` random draws. Returns how many states were looked at."""
     checked = 0
@@ -106,10 +111,7 @@ def sweep(story: Story, seeds: int) -> int:
             try:
                 story.check(story.env.crash(prefix, seed, policy), promised, attached)
             except AssertionError as error:
-                last = story.env.log_entry(prefix - 1) if prefix else "nothing"
-                raise AssertionError(
-                    f"prefix {prefix} (after {last}), policy {policy}, seed {seed}: {error}"
-                ) from error
+                raise AssertionError(f"{place(story, prefix)}, policy {policy}, seed {seed}: {error}") from error
             checked += 1
     return checked
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from layerwise_dist.supervision.processes import kill_all
+from layerwise_dist.supervision.processes import kill_all, marked
 
 JOBS = Path(__file__).parents[1] / "jobs"
 # The environment of DeepSpeed's jobs. What it compiles lies in this virtual environment: a DeepSpeed in another place
@@ -68,17 +68,7 @@ class Running:
 
     def pids(self) -> list[int]:
         """Processes of this job that are alive, the launcher included."""
-        found = []
-        for entry in os.listdir("/proc"):
-            if entry.isdigit():
-                try:
-                    environ = Path("/proc", entry, "environ").read_bytes()
-                    state = Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()[0]
-                except OSError:
-                    continue
-                if self._mark in environ.split(b"\0") and state != "Z":
-                    found.append(int(entry))
-        return found
+        return marked(self._mark)
 
     def rank_pid(self, rank: int, variable: str = "RANK") -> int | None:
         """The process of one rank, or None when it is not (or no longer) there.

@@ -6,14 +6,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import shutil
 import signal
 import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from layerwise_dist import open_checkpoint
 from layerwise_dist.cli.catalogue import Catalogue
 from layerwise_dist.cli.verifying import verify
 from layerwise_dist.errors import NotFoundError
+from layerwise_dist.supervision.processes import marked
 
 MOVES_S = 90.0  # longest time in which a job that nobody has stopped tells nothing new
 LEAVES_S = 60.0  # longest time from a signal that ends a launch until all of it is gone; the agent waits 30 s itself
@@ -355,19 +355,14 @@ def _check_folder(plan: Plan, root: Path, last: Told) -> None:
 # -- what a trial leaves ----------------------------------------------------------------------------------------------
 
 
-def _with(token: str) -> Iterator[int]:
+def _with(token: str) -> list[int]:
     """Processes that were started as programs in this trial's jobs: monitors, above all."""
-    wanted = f"{TOKEN}={token}".encode()
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(OSError):
-                if wanted in Path("/proc", entry, "environ").read_bytes().split(b"\0"):
-                    yield int(entry)
+    return marked(f"{TOKEN}={token}".encode())
 
 
 def _gone(token: str, over: threading.Event) -> None:
     deadline = time.monotonic() + LEAVES_S
-    while left := list(_with(token)):
+    while left := _with(token):
         if time.monotonic() > deadline:
             raise Hung(f"{len(left)} processes of the trial are still there after {LEAVES_S:g} s")
         if over.wait(0.02):
@@ -375,7 +370,7 @@ def _gone(token: str, over: threading.Event) -> None:
 
 
 def _kill(token: str) -> None:
-    send(list(_with(token)), signal.SIGKILL)
+    send(_with(token), signal.SIGKILL)
 
 
 def keep(root: Path, folder: Path) -> None:

@@ -1,22 +1,7 @@
-#!/bin/busybox sh
 # SPDX-License-Identifier: Apache-2.0
-# The first process of the virtual machine (see run.sh): makes the two file systems, runs the tests on each, powers off.
-/bin/busybox --install -s /bin
-export PATH=/bin
-mkdir -p /proc /sys /dev /tmp /pmem /nvme
-mount -t proc none /proc
-mount -t sysfs none /sys
-mount -t devtmpfs none /dev
-
-end() {
-  echo "VM-RESULT $1"
-  sync
-  poweroff -f
-}
-
-while read -r module; do
-  insmod "/modules/$module" || end "FAIL: insmod $module"
-done </modules/order
+# The first process of the virtual machine of run.sh, after start.sh: makes the two file systems, runs the tests on each,
+# powers off.
+mkdir -p /pmem /nvme
 
 waited=0
 while [ ! -b /dev/nvme0n1 ] || [ ! -b /dev/pmem0 ]; do

@@ -66,20 +66,6 @@ fetch_kernel() {
   mv "$vm/unpacked" "$vm/kernel"
 }
 
-# Programs that are not installed, since that would start daemons: unpacked to build/vm/programs.
-fetch_programs() {
-  local package
-  mkdir -p "$vm/programs"
-  for package; do
-    [ ! -e "$vm/programs/$package.fetched" ] || continue
-    (cd "$vm" && rm -f "$package"_*.deb && apt-get download -q "$package") >"$vm/apt.log" 2>&1 ||
-      skip "apt-get download $package failed, see $vm/apt.log"
-    dpkg -x "$vm/$package"_*.deb "$vm/programs"
-    rm -f "$vm/$package"_*.deb
-    touch "$vm/programs/$package.fetched"
-  done
-}
-
 # The interpreter of the tests, and in $work/needs what the job imports.
 find_python() {
   python=${LAYERWISE_VENV:-$PWD/.venv}/bin/python
@@ -92,12 +78,9 @@ find_python() {
 
 # The machine's first process runs a program of tests/vm/guest with this machine's packages; "$@" is its command line.
 begin_python_root() {
-  local programs=$PWD/$vm/programs
   begin_root tests/vm/guest/init.sh
   {
-    echo "cd '$PWD' && export PYTHONPATH=tests:tests/vm/guest SMALL_DISK=/dev/vda LARGE_DISK=/dev/vdb"
-    echo "export PATH=\"\$PATH:$programs/usr/sbin:$programs/usr/bin\""
-    echo "export LD_LIBRARY_PATH='$programs/usr/lib/x86_64-linux-gnu:$programs/lib/x86_64-linux-gnu'"
+    echo "cd '$PWD' && export PYTHONPATH=tests:tests/vm/guest"
     echo "exec '$python' $*"
   } >"$root/program"
 }
@@ -139,13 +122,14 @@ add_modules() {
   done <"$work/modules" >"$root/modules/order"
 }
 
-# The first file system of the machine: busybox, the modules and $1, which is its first process.
+# The first file system of the machine: busybox, the modules, and its first process, which is start.sh and then $1.
 begin_root() {
   root=$work/root
   rm -rf "$root"
   mkdir -p "$root/bin"
   cp "$(command -v busybox)" "$root/bin/busybox"
-  install -m 755 "$1" "$root/init"
+  cat tests/vm/start.sh "$1" >"$root/init"
+  chmod 755 "$root/init"
 }
 
 pack_root() {
@@ -175,6 +159,7 @@ describe() {
 boot_and_kill() {
   local console=$1 line=$2 count=$3 more=$4 waited=0
   describe "${@:5}"
+  : >"$console" # it is read at once
   "${machine[@]}" </dev/null >"$console" 2>&1 &
   qemu=$!
   until [ "$(tr -d '\r' <"$console" | grep -cx "$line")" -ge "$count" ]; do
@@ -189,11 +174,6 @@ boot_and_kill() {
   wait "$qemu" 2>/dev/null || true
   qemu=
   [ "$(tail -c 1 "$console" | wc -l)" = 1 ] || sed -i '$d' "$console" # of a line that it was just saying
-}
-
-# Boots one with `begin_python_root` and `add_disks`; further arguments as `boot`.
-boot_python() {
-  boot "$1" "${with_python[@]}" "${disks[@]}" "${@:2}"
 }
 
 # Of a machine that has ended with $1: fails unless it said that all went well. $2 is its console; what follows are

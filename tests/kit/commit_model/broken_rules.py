@@ -198,7 +198,7 @@ class MeetsAtTheNearest(CommonBoundary):
         return [{**each, "b": min(current.held.values())} for each in said if current is not None]
 
 
-@breaks("a boundary that is not agreed on is given up", found_as="has held for", seed=62)
+@breaks("a boundary that the ranks do not agree on is dropped", found_as="has held for", seed=62)
 class NeverGivesUp(CommonBoundary):
     def tick(self, now: float) -> list[Message]:
         return []

@@ -1,23 +1,7 @@
-#!/bin/busybox sh
 # SPDX-License-Identifier: Apache-2.0
-# The first process of a virtual machine that runs a Python program of the tests with this machine's own packages: its
-# root is given to it over 9p, read-only. What is run is in /program, under the root.
-/bin/busybox --install -s /bin
-export PATH=/bin
-mkdir -p /proc /sys /dev /host
-mount -t proc none /proc
-mount -t sysfs none /sys
-mount -t devtmpfs none /dev
-
-end() {
-  echo "VM-RESULT $1"
-  sync
-  poweroff -f
-}
-
-while read -r module; do
-  insmod "/modules/$module" || end "FAIL: insmod $module"
-done </modules/order
+# The first process of a virtual machine, after start.sh, that runs a Python program of the tests with this machine's own
+# packages: its root is given to it over 9p, read-only. What is run is in /program, under the root.
+mkdir -p /host
 
 mount -t 9p -o trans=virtio,version=9p2000.L,ro,cache=loose,msize=524288 host /host || end "FAIL: the root over 9p"
 mount -t proc none /host/proc && mount -t sysfs none /host/sys && mount -t devtmpfs none /host/dev &&
