@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -23,12 +25,13 @@ import layerwise_dist as lwd
 from layerwise_dist import errors
 from layerwise_dist.cli import rehearsing
 from layerwise_dist.rehearsal import plan as plans
-from layerwise_dist.rehearsal import running, script, story, trial
+from layerwise_dist.rehearsal import script, story, trial
 from layerwise_dist.rehearsal.contents import restless
 from layerwise_dist.rehearsal.plan import VARIABLE, Plan, told
 from layerwise_dist.rehearsal.running import RunFailed
 from layerwise_dist.rehearsal.trial import Trial, Unfit, Verdict
-from layerwise_dist.supervision.processes import births, still, terminable, undisturbed
+from layerwise_dist.supervision import processes
+from layerwise_dist.supervision.processes import births, fields_of, still, terminable, undisturbed
 
 SCRIPT = JOBS / "rehearsed.py"
 
@@ -203,6 +206,48 @@ def test_a_process_with_the_number_of_one_that_has_ended_is_another() -> None:
     own = births([os.getpid(), 1 << 30])
     assert list(own) == [os.getpid()] and still(own) == [os.getpid()]
     assert still({os.getpid(): "0"}) == []
+
+
+HELD = """
+import ctypes, fcntl, sys, threading, time
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+threading.Thread(target=time.sleep, args=(60,)).start()
+print("held", flush=True)
+ctypes.CDLL(None).syscall(60, 0)  # exit(2) of the first thread alone
+"""
+
+
+def ends(pid: int) -> bool:
+    """Whether the first thread of a process is a zombie, in time."""
+    deadline = time.monotonic() + 20
+    while fields_of(pid)[:1] != ["Z"] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return fields_of(pid)[:1] == ["Z"]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="exit(2) has another number")
+@pytest.mark.parametrize("threads", ["counted", "not counted"])
+def test_a_killed_process_has_ended_once_all_its_threads_have_and_not_with_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: str
+) -> None:
+    """What it held is free then: a start that follows would be told that its directory has an owner."""
+    if threads == "not counted":
+        monkeypatch.setattr(processes, "is_over", lambda fields: not fields or fields[0] in "ZX")
+    file = tmp_path / "lock"
+    with subprocess.Popen([sys.executable, "-c", HELD, file], stdout=subprocess.PIPE) as job:
+        assert job.stdout is not None and job.stdout.readline() == b"held\n" and ends(job.pid)
+        try:
+            born = processes.births([job.pid])
+            if threads == "not counted":
+                assert born == {}, "the mutation must be seen"
+                return
+            asked = iter([[job.pid], []])  # as a look at environments, which are gone with the first thread
+            assert processes.kill_all(lambda: next(asked, [])) == 1
+            with open(file, "w") as again:
+                fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        finally:
+            job.kill()
 
 
 def test_ctrl_c_ends_the_job_and_leaves_no_file(warm: Warm, tmp_path: Path) -> None:

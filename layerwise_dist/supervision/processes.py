@@ -69,7 +69,7 @@ def running(
 def descendants(root: int) -> list[int]:
     """Live processes below `root`. A process group misses some: torchrun gives each rank a session of its own."""
     known = {int(entry): fields_of(int(entry)) for entry in os.listdir("/proc") if entry.isdigit()}
-    parents = {pid: int(fields[1]) for pid, fields in known.items() if fields and fields[0] not in "ZX"}
+    parents = {pid: int(fields[1]) for pid, fields in known.items() if not is_over(fields)}
     found = {root}
     while more := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= more
@@ -79,7 +79,7 @@ def descendants(root: int) -> list[int]:
 def births(pids: Iterable[int]) -> dict[int, str]:
     """The start times, in ticks since boot, of those that exist and have not ended."""
     found = {pid: fields_of(pid) for pid in pids}
-    return {pid: fields[19] for pid, fields in found.items() if fields and fields[0] not in "ZX"}
+    return {pid: fields[19] for pid, fields in found.items() if not is_over(fields)}
 
 
 def still(born: Mapping[int, str]) -> list[int]:
@@ -107,15 +107,25 @@ def fields_of(pid: int) -> list[str]:
         return []
 
 
+def is_over(fields: list[str]) -> bool:
+    """Whether a process with these `fields_of` has ended. The first thread of a process that is killed may be a zombie
+    while the others still end, and with them what the process holds: files, and locks on them.
+    """
+    return not fields or (fields[0] in "ZX" and int(fields[17]) <= 1)
+
+
 def kill_all(find: Callable[[], list[int]], timeout_s: float = 30.0) -> int:
-    """SIGKILL for what `find` lists, in that order, until it lists nothing more; returns how many it listed first.
+    """SIGKILL for what `find` lists, in that order, until it lists nothing more and all of that has ended; returns how
+    many it listed first.
 
     Raises RuntimeError naming what is alive after `timeout_s` seconds.
     """
     first: int | None = None
     deadline = time.monotonic() + timeout_s
-    while alive := find():
+    killed: dict[int, str] = {}
+    while alive := [*dict.fromkeys([*find(), *still(killed)])]:
         first = len(alive) if first is None else first
+        killed |= births(alive)
         for pid in alive:
             try:
                 os.kill(pid, signal.SIGKILL)

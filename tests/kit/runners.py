@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from layerwise_dist.supervision.processes import kill_all, marked
+from layerwise_dist.supervision.processes import fields_of, is_over, kill_all, marked
 
 JOBS = Path(__file__).parents[1] / "jobs"
 # The environment of DeepSpeed's jobs. What it compiles lies in this virtual environment: a DeepSpeed in another place
@@ -146,12 +146,9 @@ class WarmJob:
         found: list[int] = []
         for entry in [] if self._over else os.listdir("/proc"):
             if entry.isdigit():
-                try:
-                    fields = Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()
-                except OSError:
-                    continue
+                fields = fields_of(int(entry))
                 # The agent itself counts before its setsid() too.
-                if fields[0] != "Z" and self.pid in (int(entry), int(fields[3])):
+                if not is_over(fields) and self.pid in (int(entry), int(fields[3])):
                     found.append(int(entry))
         self._over = not found  # from now on these numbers may be somebody else's
         return found
