@@ -10,6 +10,7 @@ import layerwise_native_testing as testing
 import torch
 from torch import nn
 
+from layerwise_dist import errors
 from layerwise_dist._native import PosixEnv
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
 from layerwise_dist.config import load_config
@@ -73,12 +74,19 @@ def plain(steps: int) -> dict[int, dict[str, torch.Tensor]]:
 
 
 def check_committed(root: Path, steps: int) -> list[int]:
-    """Every committed step restores to what a job without the engine holds there."""
+    """Every committed step restores to what a job without the engine holds there.
+
+    What was overwritten before it was read is other values, or a block whose hash was taken before that: either is an
+    AssertionError.
+    """
     at, found = plain(steps), []
     for step in sorted((int(path.parent.name[5:15]) for path in root.glob("step_*/manifest.json")), reverse=True):
         model, optimizer = build(seed=1)
         with attach(model, optimizer, root) as ckpt:
-            assert ckpt.restore(step) == step
+            try:
+                assert ckpt.restore(step) == step
+            except errors.DamageError as damage:
+                raise AssertionError(f"step {step}") from damage
         assert equal(tensors(model, optimizer), at[step]), f"step {step}"
         found.append(step)
     return found
