@@ -179,7 +179,7 @@ def test_a_guest_that_proves_nothing_is_sent_away_in_time(things: ExitStack, mon
     began = time.monotonic()
     with pytest.raises(CommitError, match="rank\\(s\\) 1 did not connect in time"):
         accept([door], {1}, TOKEN, time.monotonic() + 1.0)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
     try:
         assert slow.recv(1) == b""
     except ConnectionResetError:
@@ -255,7 +255,7 @@ def test_a_host_that_answers_slowly_does_not_stretch_the_deadline(things: ExitSt
     began = time.monotonic()
     with pytest.raises(CommitError, match=f"{HERE} port {port}: timed out"):
         connect(1, [(HERE, port)], TOKEN, time.monotonic() + 1.0)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 8
 
 
 def test_a_rank_listens_on_the_addresses_that_it_tells_and_on_no_other(monkeypatch: pytest.MonkeyPatch) -> None:

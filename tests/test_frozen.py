@@ -335,7 +335,7 @@ def test_what_changes_while_it_is_being_written_ends_those_checkpoints_and_no_ot
     slow.steps(4)
     slow.ckpt.wait(4)
     slow.another()
-    slow.slow(0.2)
+    slow.slow(20.0)
     slow.steps(5)
     weight = slow.job.net[0].base.weight
     with torch.no_grad():

@@ -208,14 +208,21 @@ def test_a_monitor_that_ends_with_its_trainer_is_found(warm: Warm, tmp_path: Pat
     assert killed_once_staged(warm, tmp_path, "hasty") < 2
 
 
-def paused(warm: Warm, out: Path, *odd: str) -> list[int]:
-    """Rank 1 stops short of sealing step 3, which rank 0 has sealed; then all are killed. What was acknowledged."""
+def paused(warm: Warm, out: Path, *odd: str, until: int = 2) -> list[int]:
+    """Rank 1 stops short of sealing step 3, which rank 0 has sealed; then all are killed, once step `until` has been
+    acknowledged. What was acknowledged.
+    """
     job = warm.start("monitored.py", 2, "plain", out / "ckpt", out, "--total", 6, "--pause", "2,1", *odd)
     await_that(lambda: values(out, "paused", 2), job.output)
     await_that(lambda: 2 in values(out, "committed", 1) or "staged" in told(out, 1)[-1], job.output)
     time.sleep(0.4)
+
+    def acknowledged() -> list[int]:
+        return [line["staged"] for line in told(out, 1) if line.get("staged") is not None]
+
+    await_that(lambda: max(acknowledged(), default=0) >= until, job.output)
     kill_trainers(job)
-    return [line["staged"] for line in told(out, 1) if line.get("staged") is not None]
+    return acknowledged()
 
 
 def test_a_step_that_one_rank_had_not_sealed_is_never_acknowledged_and_aborted(warm: Warm, tmp_path: Path) -> None:
@@ -227,7 +234,7 @@ def test_a_step_that_one_rank_had_not_sealed_is_never_acknowledged_and_aborted(w
 
 @pytest.mark.parametrize("odd", ["early", "first"])
 def test_acknowledging_what_not_all_hold_is_found(warm: Warm, tmp_path: Path, odd: str) -> None:
-    assert max(paused(warm, tmp_path, "--odd", odd)) > 2
+    assert max(paused(warm, tmp_path, "--odd", odd, until=3)) > 2
 
 
 def test_leaving_what_was_not_sealed_undecided_is_found(warm: Warm, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_a_configuration_or_owner_that_the_monitor_refuses_is_raised_by_attach(t
             lwd.attach(
                 other, torch.optim.SGD(other.parameters(), lr=0.1), dir=str(tmp_path / "ckpt"), mode="direct"
             )  # fmt: skip
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 30
 
 
 @pytest.mark.slow
@@ -193,7 +193,7 @@ def test_a_monitor_whose_job_has_ended_is_waited_for(tmp_path: Path, caplog: pyt
     began = time.monotonic()
     with pytest.raises(errors.OwnerError, match=r"another live job \(monitor 1\)"):
         Owner(PosixEnv(), str(tmp_path), file_mode=0o600, who="me", patience_s=30)
-    assert 1 < time.monotonic() - began < 10, "it may just not have noticed yet"
+    assert 1 < time.monotonic() - began < 20, "it may just not have noticed yet"
     old.end()
     old.check()
     threading.Timer(0.3, old.release).start()
@@ -218,7 +218,7 @@ def test_a_live_job_in_direct_mode_is_not_waited_for(tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(errors.OwnerError, match=r"another live job \(pid 1\)"):
         Owner(PosixEnv(), str(tmp_path), file_mode=0o600, who="me", patience_s=30)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 15
     old.release()
 
 

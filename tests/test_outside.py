@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -292,8 +292,16 @@ def test_mutation_a_link_that_comes_in_between_gets_unconfined_paths_outside(roo
     assert _traced(root, trained, "withdraw", Unconfined)
 
 
+def tried(outcomes: dict[str, int], kinds: list[str], count: int, least_s: float) -> Iterator[None]:
+    """Goes on until each of these kinds came more than `count` times, and so many seconds are over."""
+    began = time.monotonic()
+    while time.monotonic() < began + least_s or min(outcomes.get(kind, 0) for kind in kinds) <= count:
+        assert time.monotonic() < began + 60, outcomes
+        yield
+
+
 @as_root
-def test_another_user_who_swaps_links_as_fast_as_he_can_gets_nobody_outside(root: Path) -> None:
+def test_another_user_who_swaps_links_as_fast_as_he_can_gets_nobody_outside(root: Path, long: bool) -> None:
     out = root.parent / "out"
     shutil.rmtree(out)
     shutil.copytree(root, out)
@@ -307,9 +315,8 @@ def test_another_user_who_swaps_links_as_fast_as_he_can_gets_nobody_outside(root
     os.chmod(root, 0o777)
     before = snapshot(out)
     outcomes: dict[str, int] = {}
-    deadline = time.monotonic() + 3
     with other_user(root, [(name, link)]):
-        while time.monotonic() < deadline:
+        for _ in tried(outcomes, ["done", "OSError"], 20, 3.0 if long else 0.3):
             manager = manager_of(root)
             for run in (
                 lambda m=manager: m.commit(manifest), lambda m=manager: m.withdraw(manifest.attempt_id),
@@ -323,7 +330,6 @@ def test_another_user_who_swaps_links_as_fast_as_he_can_gets_nobody_outside(root
                     kind = type(error).__name__
                 outcomes[kind] = outcomes.get(kind, 0) + 1
     assert snapshot(out) == before
-    assert outcomes["done"] > 20 and outcomes["OSError"] > 20, outcomes
 
 
 def _read(manager: CheckpointMetadataManager, manifest: Manifest, outcomes: dict[str, int]) -> None:
@@ -337,7 +343,9 @@ def _read(manager: CheckpointMetadataManager, manifest: Manifest, outcomes: dict
 
 
 @as_root
-def test_another_user_who_swaps_the_directory_itself_is_noticed_and_gets_nobody_into_his(root: Path) -> None:
+def test_another_user_who_swaps_the_directory_itself_is_noticed_and_gets_nobody_into_his(
+    root: Path, long: bool
+) -> None:
     out = root.parent / "out"
     shutil.rmtree(out)
     shutil.copytree(root, out)
@@ -350,9 +358,8 @@ def test_another_user_who_swaps_the_directory_itself_is_noticed_and_gets_nobody_
     manifest = max(manager.inventory().manifests.items())[1]
     before = snapshot(out)
     outcomes = {"done": 0, "named": 0, "lost": 0}
-    deadline = time.monotonic() + 2
     with other_user(root.parent, [("ck", "link")]):
-        while time.monotonic() < deadline:
+        for _ in tried(outcomes, [*outcomes], 5, 2.0 if long else 0.3):
             for run in (lambda: manager.withdraw(manifest.attempt_id), lambda: manager.commit(manifest)):
                 try:
                     owner.check()
@@ -365,7 +372,6 @@ def test_another_user_who_swaps_the_directory_itself_is_noticed_and_gets_nobody_
                     outcomes["named"] += 1
     owner.release()
     assert snapshot(out) == before
-    assert min(outcomes.values()) > 5, outcomes
 
 
 # -- who may write there -----------------------------------------------------------------------------------------------

@@ -162,13 +162,18 @@ def test_save_on_all_ranks_commits_the_end_of_that_iteration(tmp_path: Path) -> 
 
 
 def test_save_on_one_rank_makes_all_commit_one_boundary_soon_after(tmp_path: Path) -> None:
-    def body(engine: Any, rank: int, step: int) -> None:
-        if (rank, step) in ((1, 3), (0, 9)):
-            engine.save()
-        time.sleep(0.01)
+    asked: list[int] = []
 
-    first, second = steps_saved(tmp_path, body, 30)
-    assert first >= 4 and 10 <= second < 30
+    def body(engine: Any, rank: int, step: int) -> None:
+        committed = engine.committed_step
+        if rank == 1 and step == 3 or rank == 0 and len(asked) == 1 and committed is not None:
+            asked.append(step)
+            engine.save()
+        elif len(asked) < 2 or committed is None or committed <= asked[1]:
+            time.sleep(0.005)  # so that the other thread's word comes within so many steps
+
+    first, second = steps_saved(tmp_path, body, 400)
+    assert 4 <= first <= asked[1] < second
 
 
 def test_save_of_a_step_that_is_due_commits_it_once(tmp_path: Path) -> None:

@@ -6,10 +6,7 @@ ends as its script says.
 from __future__ import annotations
 
 import gc
-import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +16,7 @@ import layerwise_native_testing as testing
 import pytest
 import torch
 from kit.crash import try_ranks
+from kit.runners import Warm
 from kit.waiting import Job, equal, restored
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -128,10 +126,12 @@ def test_what_a_stuck_call_may_use_outlives_the_engine(jobs: Callable[..., Job])
 
 # -- files are made beside training ------------------------------------------------------------------------------------
 
+MAKING = {"make directory", "create", "allocate", "reuse"}  # as calls under way are named
+
 
 @pytest.mark.parametrize("operation", ["make_dir", "create", "allocate", "reuse"])
 def test_a_step_does_not_wait_for_its_file_and_its_checkpoint_is_right(
-    tmp_path: Path, operation: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, operation: str, monkeypatch: pytest.MonkeyPatch, slow_s: float = 20.0
 ) -> None:
     job = Job(tmp_path, keep_last=2)
     with job.ckpt as ckpt:
@@ -145,14 +145,13 @@ def test_a_step_does_not_wait_for_its_file_and_its_checkpoint_is_right(
                 time.sleep(0.01)
         else:
             monkeypatch.setattr(recycler, "take", lambda: None)
-        job.env.delay(operation, "*step_0000000006*", 0.4)
-        began = time.monotonic()
+        job.env.delay(operation, "*step_0000000006*", slow_s)
         job.to(6)
         held = job.held()
         job.to(7)  # what was captured is overwritten before there is a file for it
-        assert time.monotonic() - began < 0.3, "a step waited for its file"
+        assert MAKING.intersection(name for name, _, _ in _native.calls_under_way()), "a step waited for its file"
+        job.env.clear()
         ckpt.wait(6)
-        assert time.monotonic() - began > 0.4, "the file was not slow"
         assert ckpt.stats()["checkpoints_aborted"] == 0
     assert equal(restored(tmp_path, 6), held)
 
@@ -169,7 +168,9 @@ def test_mutation_a_file_that_is_made_on_the_training_thread_is_caught(
 
     monkeypatch.setattr(PCCheckAdapter, "shard_writer", waiting)
     with pytest.raises(AssertionError, match="a step waited for its file"):
-        test_a_step_does_not_wait_for_its_file_and_its_checkpoint_is_right(tmp_path, "create", pytest.MonkeyPatch())
+        test_a_step_does_not_wait_for_its_file_and_its_checkpoint_is_right(
+            tmp_path, "create", pytest.MonkeyPatch(), slow_s=0.2
+        )
 
 
 def test_a_file_that_cannot_be_made_ends_its_attempt_by_name_and_leaves_nothing(tmp_path: Path) -> None:
@@ -245,11 +246,11 @@ for number, case in enumerate(cases):
 for pid, number in children.items():
     began = time.monotonic()
     _, status = os.waitpid(pid, 0)
-    print(number, os.waitstatus_to_exitcode(status))
+    print("ended", number, os.waitstatus_to_exitcode(status), flush=True)
 """
 
 
-def test_a_process_with_a_stuck_call_keeps_its_exit_code_however_it_ends(tmp_path: Path) -> None:
+def test_a_process_with_a_stuck_call_keeps_its_exit_code_however_it_ends(warm: Warm, tmp_path: Path) -> None:
     cases = [
         (call, *CALLS[call][:2], backend, end)
         for call, backend, end in [
@@ -258,12 +259,10 @@ def test_a_process_with_a_stuck_call_keeps_its_exit_code_however_it_ends(tmp_pat
         ]
         if backend == "posix" or _native.WriterPool.probe_uring() is None
     ]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.replace("CASES", repr(cases))], cwd=tmp_path, capture_output=True, text=True,
-        timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    codes = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
-    assert len(codes) == len(cases), done.stderr
+    (tmp_path / "script.py").write_text(SCRIPT.replace("CASES", repr(cases)))
+    done = warm.run(tmp_path / "script.py", 0, folder=tmp_path, timeout=100)
+    codes = [tuple(map(int, line.split())) for line in done.lines("ended ")]
+    assert len(codes) == len(cases), done.output
     for number, code in codes:
         said = (tmp_path / f"log{number}").read_text()
         assert code == 3, (cases[number], said)
@@ -297,7 +296,7 @@ def test_a_start_on_a_stuck_disk_ends_in_time_on_all_ranks_and_names_the_call(tm
         for thread in try_ranks(run):
             assert isinstance(thread.error, errors.LayerwiseError), thread.error
             assert re.search(rf"{tmp_path}\S* for \d", str(thread.error)), thread.error
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 30
     finally:
         for env in jobs:
             env.clear()
@@ -321,7 +320,7 @@ def test_a_restore_from_a_stuck_disk_ends_in_time_and_names_the_file(tmp_path: P
     try:
         with pytest.raises((errors.DeadlineError, OSError), match=rf"{tmp_path}/step_000000000\d"):
             again.ckpt.restore()
-        assert time.monotonic() - began < 5, "the restore waited for the disk"
+        assert time.monotonic() - began < 30, "the restore waited for the disk"
     finally:
         workings_of(again.ckpt).closing.end(orderly=False)
         again.env.clear()

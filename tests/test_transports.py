@@ -196,7 +196,7 @@ def test_a_rank_that_cannot_connect_is_an_error_on_all_ranks_at_the_deadline(
     assert all(isinstance(error, CommitError) for error in results)
     assert len({str(error) for error in results}) == 1
     assert f"rank(s) {missing} did not connect" in str(results[0])
-    assert 0.9 < time.monotonic() - began < 6
+    assert 0.9 < time.monotonic() - began < 15
 
 
 def test_a_port_that_cannot_be_opened_is_an_error_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
