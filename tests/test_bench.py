@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 from kit.drawing import drawn
+from kit.forked import fork_from
+from kit.runners import Warm
 from typer.testing import CliRunner
 
 from layerwise_dist.bench import raw, workplace
@@ -33,6 +35,12 @@ MACHINE = {
     "cpu", "cores", "memory", "kernel", "file_system", "device", "direct_io", "hash", "python", "torch",
     "layerwise_dist",
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training would have a thread for each, and these would wait for each other where other tests run."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
 
 
 def call(*args: object) -> tuple[int, str, str]:
@@ -90,14 +98,15 @@ def test_the_writer_is_measured_in_each_backend_and_use_against_raw_writes(tmp_p
     ids=["one process", "FSDP2 on two ranks, two intervals"],
 )
 def test_training_is_measured_under_each_way_to_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, every: tuple[int, ...], modes: tuple[str, ...],
-    long: bool,
+    warm: Warm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, every: tuple[int, ...],
+    modes: tuple[str, ...], long: bool,
 ) -> None:  # fmt: skip
     """A peer that is not installed is named, and the rest is measured. A package of that name that cannot be imported
     stands for none.
     """
     if ranks > 1 and SEVERAL != "fsdp2" and not long:
         pytest.skip(f"{SEVERAL} was drawn; all with --long")
+    fork_from(warm, monkeypatch)
     (tmp_path / "shadow").mkdir()
     (tmp_path / "shadow" / "torchsnapshot.py").write_text("raise ImportError('shadowed')\n")
     (tmp_path / "disk").mkdir()
@@ -126,10 +135,13 @@ def test_training_is_measured_under_each_way_to_checkpoint(
     assert rows["layerwise", every[0]]["copied_share"]["median"] > 0
 
 
-def test_what_the_comparison_of_replicas_costs_is_measured_under_ddp(tmp_path: Path, long: bool) -> None:
+def test_what_the_comparison_of_replicas_costs_is_measured_under_ddp(
+    warm: Warm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long: bool
+) -> None:
     assert call("train", tmp_path, "--quick", "--ddp", "--ranks", "1")[0] == 2
     if SEVERAL != "ddp" and not long:
         pytest.skip(f"{SEVERAL} was drawn; all with --long")
+    fork_from(warm, monkeypatch)
     found = quick(tmp_path, "train", "--ddp", "--every", "1", "--modes", "layerwise,layerwise-no-drift")
     assert found["ddp"] and found["ranks"] == 2 and found["not_run"] == {}
     assert 12 <= found["state_bytes"] / found["model"]["parameters"] < 13, "replicas are written once"
@@ -189,11 +201,11 @@ def test_who_trains_when_is_drawn_for_each_block_and_the_same_in_each_run() -> N
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 def test_training_under_deepspeed_is_measured_against_its_own_saves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long: bool
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long: bool
 ) -> None:
     if SEVERAL != "deepspeed" and not long:
         pytest.skip(f"{SEVERAL} was drawn; all with --long")
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions")
+    fork_from(request.getfixturevalue("zero"), monkeypatch)
     stage = random.choice([2, 3])
     asked = ("--deepspeed", stage, "--every", "1", "--modes", "layerwise,save-checkpoint,fast")
     found = quick(tmp_path, "train", *asked)
@@ -235,11 +247,13 @@ def test_exports_are_measured_beside_each_tools_own_converter(tmp_path: Path, lo
 
 @pytest.mark.parametrize("loop", ["accelerate", "lightning", "transformers"])
 def test_checkpoints_in_other_packages_loops_are_measured_beside_a_loop_of_ones_own(
-    tmp_path: Path, long: bool, loop: str
+    warm: Warm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long: bool, loop: str
 ) -> None:
     if loop != "accelerate" and not long:
         pytest.skip("imports for some seconds: --long")
     pytest.importorskip(loop)
+    if not long:
+        fork_from(warm, monkeypatch)
     (row,) = quick(tmp_path, "loops", "--loops", loop)["results"]
     assert row["loop"] == loop and set(row["seconds"]) == {"own", "by-hand", "loop", "integration"}
     for name in ("integration_to_alone", "by_hand_to_alone", "integration_to_by_hand"):

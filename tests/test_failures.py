@@ -12,14 +12,13 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from kit.runners import JOBS, Running, told
+from kit.runners import Warm, told
 
 from layerwise_dist._native import PosixEnv
 from layerwise_dist.bench.light import shard_bytes
@@ -60,7 +59,7 @@ SAMPLE = [
 ]  # fmt: skip
 
 
-def spec(out: Path, **more: Any) -> list[str]:
+def spec(out: Path, **more: Any) -> str:
     base = {
         "dir": str(out / "ckpt"),
         "out": str(out),
@@ -69,7 +68,7 @@ def spec(out: Path, **more: Any) -> list[str]:
         "timeout": TIMEOUT,
         "on_failure": "raise",
     }
-    return [sys.executable, str(JOBS / "failing.py"), json.dumps({**base, **more})]
+    return json.dumps({**base, **more})
 
 
 def ended(out: Path, rank: int) -> bool:
@@ -92,10 +91,12 @@ def check_disk(root: Path) -> int:
     return lineage[0].step if lineage else 0
 
 
-def run(case: Case, out: Path, start: Callable[..., Running]) -> None:
+def run(case: Case, out: Path, warm: Warm) -> None:
     out.mkdir()
-    job = start(
-        spec(out, rank=case.rank, stage=case.stage, kind=case.kind, attempt=ATTEMPT, on_failure=case.on_failure)
+    job = warm.start(
+        "failing.py",
+        0,
+        spec(out, rank=case.rank, stage=case.stage, kind=case.kind, attempt=ATTEMPT, on_failure=case.on_failure),
     )
     others = [rank for rank in range(RANKS) if rank != case.rank or case.kind not in ("kill", "stop")]
     deadline = time.monotonic() + 30
@@ -112,7 +113,7 @@ def run(case: Case, out: Path, start: Callable[..., Running]) -> None:
             (line["committed"] for rank in range(RANKS) for line in told(out, rank) if "committed" in line), default=0
         )
         assert newest >= committed >= ATTEMPT - 1, f"step {committed} was committed, {newest} is there"
-        again = start(spec(out, total=2)).wait(30)
+        again = warm.start("failing.py", 0, spec(out, total=2)).wait(30)
         assert again.returncode == 0, again.output[-3000:]
         for rank in range(RANKS):
             assert [line["start"] for line in told(out, rank) if "start" in line][-1] == newest
@@ -161,10 +162,10 @@ def judge(case: Case, out: Path, others: list[int]) -> None:
 
 
 def test_whatever_fails_at_whatever_stage_the_others_go_on_or_stop_in_time(
-    start: Callable[..., Running], tmp_path: Path, long: bool
+    warm: Warm, tmp_path: Path, long: bool
 ) -> None:
     for case in table() if long else SAMPLE:
-        run(case, tmp_path / case.id, start)
+        run(case, tmp_path / case.id, warm)
 
 
 @pytest.fixture
@@ -196,12 +197,12 @@ def far_place() -> Iterator[tuple[str, str, Callable[[], None]]]:
 
 
 def test_a_machine_that_vanishes_without_a_word_is_noticed(
-    start: Callable[..., Running], tmp_path: Path, far_place: tuple[str, str, Callable[[], None]]
+    warm: Warm, tmp_path: Path, far_place: tuple[str, str, Callable[[], None]]
 ) -> None:
     """Rank 2 is on another network, whose cable is cut: no reset, no end, just nothing any more."""
     name, address, cut = far_place
     more = {"namespace": name, "total": 10_000, "timeout": 30.0, "silence": 3}
-    job = start(spec(tmp_path, **more), env={"MASTER_ADDR": address})
+    job = warm.start("failing.py", 0, spec(tmp_path, **more), env={"MASTER_ADDR": address})
     deadline = time.monotonic() + 40
     while not all(sum("committed" in line for line in told(tmp_path, rank)) >= 3 for rank in range(RANKS)):
         assert time.monotonic() < deadline and job.poll() is None, job.output()[-3000:]

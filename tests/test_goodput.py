@@ -7,18 +7,16 @@ import json
 import os
 import signal
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import pytest
 from kit.drawing import drawn
+from kit.forked import fork_from
 from kit.runners import Warm, WarmJob
 from typer.testing import CliRunner
 
-from layerwise_dist.bench import killing, launching
 from layerwise_dist.bench.goodput import interval
 from layerwise_dist.bench.kill_trace import KillTrace, parse
 from layerwise_dist.bench.killing import _Watch
@@ -148,62 +146,9 @@ def call(*args: object) -> tuple[int, str]:
     return result.exit_code, result.stdout
 
 
-class Forked:
-    """As the Popen of a job under torchrun, forked from a process that has imported torch."""
-
-    def __init__(self, job: WarmJob, log: Path, errors: IO[bytes]) -> None:
-        self._job, self._log, self._errors, self.pid = job, log, errors, job.pid
-
-    @property
-    def stdout(self) -> Iterator[str]:
-        while not self._log.exists():
-            time.sleep(0.01)
-        with open(self._log) as lines:
-            part = ""
-            while True:
-                over = self._job.poll() is not None
-                while text := lines.readline():
-                    part += text
-                    if part.endswith("\n"):
-                        yield part
-                        part = ""
-                if over:
-                    self._errors.write(self._log.read_bytes())
-                    self._errors.flush()
-                    return
-                time.sleep(0.01)
-
-    def poll(self) -> int | None:
-        return self._job.poll()
-
-    def wait(self) -> int:
-        while (code := self._job.poll()) is None:
-            time.sleep(0.01)
-        return code
-
-    def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
-
-
 @pytest.fixture
 def forked(warm: Warm, monkeypatch: pytest.MonkeyPatch) -> list[WarmJob]:
-    """The benchmark's jobs come from `warm`: torchrun's agent and the worker as they are, without their imports."""
-    jobs: list[WarmJob] = []
-
-    @contextmanager
-    def running(command: list[str], errors: IO[bytes], environment: dict[str, str]) -> Iterator[Forked]:
-        told = dict(word[2:].split("=") for word in command if word.startswith("--") and "=" in word)
-        ranks, restarts = int(told["nproc-per-node"]), int(told["max-restarts"])
-        job = warm.start("goodput.py", ranks, command[-1], env=environment, max_restarts=restarts)
-        jobs.append(job)
-        try:
-            yield Forked(job, job._log, errors)
-        finally:
-            job.kill()
-
-    monkeypatch.setattr(launching, "running", running)
-    monkeypatch.setattr(killing, "running", running)
-    return jobs
+    return fork_from(warm, monkeypatch)
 
 
 def check(found: dict[str, Any], contenders: Sequence[str], kills: int) -> None:

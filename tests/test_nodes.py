@@ -9,16 +9,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from kit.crash import build, in_ranks, settings, tensors_of, train, try_ranks
-from kit.runners import JOBS, Running, told
+from kit.runners import Warm, told
 from kit.shards import differing
 
 from layerwise_dist._native import PosixEnv
@@ -35,16 +33,14 @@ from layerwise_dist.restore import nodes
 NODE_OF = [0, 0, 1, 1]
 
 
-def run(
-    start: Callable[..., Running], out: Path, total: int, *, ends: bool = True, **more: Any
-) -> list[list[dict[str, Any]]]:
+def run(warm: Warm, out: Path, total: int, *, ends: bool = True, **more: Any) -> list[list[dict[str, Any]]]:
     """What each rank tells of one start."""
     before = [len(told(out, rank)) for rank in range(4)]
     spec = {
         "dir": str(out / "ckpt"), "out": str(out), "ranks": 4, "node_of": NODE_OF, "total": total, "timeout": 5.0,
         "on_failure": "warn", **more,
     }  # fmt: skip
-    job = start([sys.executable, str(JOBS / "failing.py"), json.dumps(spec)])
+    job = warm.start("failing.py", 0, json.dumps(spec))
     if ends:
         finished = job.wait(40)
         assert finished.returncode == 0, finished.output[-3000:]
@@ -75,8 +71,8 @@ def check(out: Path, steps: list[int]) -> None:
         assert sorted(name for name in os.listdir(root) if not name.startswith("step_")) == ["identity.json", "owner"]
 
 
-def test_a_job_on_two_nodes_commits_to_both_and_goes_on(start: Callable[..., Running], tmp_path: Path) -> None:
-    first = run(start, tmp_path, 6)
+def test_a_job_on_two_nodes_commits_to_both_and_goes_on(warm: Warm, tmp_path: Path) -> None:
+    first = run(warm, tmp_path, 6)
     assert all(lines[0]["start"] == 0 and lines[-1] == {"end": 6} for lines in first)
     check(tmp_path, [5, 6])
     for node in (0, 1):
@@ -88,18 +84,18 @@ def test_a_job_on_two_nodes_commits_to_both_and_goes_on(start: Callable[..., Run
         path.rename(tmp_path / "away")
         assert f"{shard.file} is missing" in str(ls(catalogue).data)
         (tmp_path / "away").rename(path)
-    again = run(start, tmp_path, 2)
+    again = run(warm, tmp_path, 2)
     assert all(lines[0]["start"] == 6 and lines[-1] == {"end": 2} for lines in again)
     check(tmp_path, [7, 8])
 
 
 @pytest.mark.parametrize("stage", ["manifest_write", "manifest_rename", "manifest_flush", "retire"])
 def test_a_node_that_dies_at_any_moment_of_a_commit_is_brought_what_the_other_has(
-    start: Callable[..., Running], tmp_path: Path, stage: str
+    warm: Warm, tmp_path: Path, stage: str
 ) -> None:
-    seen = run(start, tmp_path, 6, ends=False, rank=2, stage=stage, kind="kill", attempt=3)
+    seen = run(warm, tmp_path, 6, ends=False, rank=2, stage=stage, kind="kill", attempt=3)
     reported = max(line["committed"] for lines in seen for line in lines if "committed" in line)
-    again = run(start, tmp_path, 1)
+    again = run(warm, tmp_path, 1)
     (begun,) = {lines[0]["start"] for lines in again}
     # Once rank 0 has written the manifest the step is a commit, though nobody was told so.
     assert begun == (2 if stage == "manifest_write" else 3 if stage != "retire" else reported)
@@ -107,45 +103,41 @@ def test_a_node_that_dies_at_any_moment_of_a_commit_is_brought_what_the_other_ha
     check(tmp_path, [begun, begun + 1])
 
 
-def test_a_disk_that_is_full_on_one_node_ends_that_attempt_on_all(
-    start: Callable[..., Running], tmp_path: Path
-) -> None:
-    for lines in run(start, tmp_path, 6, rank=2, stage="manifest_write", kind="full", attempt=3):
+def test_a_disk_that_is_full_on_one_node_ends_that_attempt_on_all(warm: Warm, tmp_path: Path) -> None:
+    for lines in run(warm, tmp_path, 6, rank=2, stage="manifest_write", kind="full", attempt=3):
         assert [line.get("committed") or -line["aborted"] for line in lines[1:-1]] == [1, 2, -3, 4, 5, 6]
         assert "rank 2, which keeps the manifests of its node" in lines[3]["why"] and "No space left" in lines[3]["why"]
     check(tmp_path, [5, 6])
 
 
 def test_a_manifest_that_one_node_could_not_publish_is_a_commit_and_stops_the_session(
-    start: Callable[..., Running], tmp_path: Path
+    warm: Warm, tmp_path: Path
 ) -> None:
-    for lines in run(start, tmp_path, 9, ends=True, rank=2, stage="manifest_rename", kind="broken", attempt=3):
+    for lines in run(warm, tmp_path, 9, ends=True, rank=2, stage="manifest_rename", kind="broken", attempt=3):
         error = next(line["error"] for line in lines if "raised" in line)
         assert "step 3 is committed, but its manifest is not on every node: rank 2" in error
         assert not [line for line in lines if line.get("committed") == 3]
-    assert {lines[0]["start"] for lines in run(start, tmp_path, 1)} == {3}
+    assert {lines[0]["start"] for lines in run(warm, tmp_path, 1)} == {3}
     check(tmp_path, [3, 4])
 
 
-def test_a_replaced_disk_is_an_error_that_says_which_node_lacks_what(
-    start: Callable[..., Running], tmp_path: Path
-) -> None:
-    run(start, tmp_path, 3)
+def test_a_replaced_disk_is_an_error_that_says_which_node_lacks_what(warm: Warm, tmp_path: Path) -> None:
+    run(warm, tmp_path, 3)
     shutil.move(tmp_path / "ckpt-1", tmp_path / "away")
-    for lines in run(start, tmp_path, 1):
+    for lines in run(warm, tmp_path, 1):
         assert lines[0]["refused"].startswith("DirectoryError: ranks 2-3 on ")
         assert "holds nothing, and ranks 0-1 on " in lines[0]["refused"] and "up to step 3" in lines[0]["refused"]
     shutil.rmtree(tmp_path / "ckpt-1")
     shutil.move(tmp_path / "away", tmp_path / "ckpt-1")
-    assert {lines[0]["start"] for lines in run(start, tmp_path, 1)} == {3}
+    assert {lines[0]["start"] for lines in run(warm, tmp_path, 1)} == {3}
     check(tmp_path, [3, 4])
 
 
-def test_a_manifest_on_any_node_is_the_commit(start: Callable[..., Running], tmp_path: Path) -> None:
-    run(start, tmp_path, 3)
+def test_a_manifest_on_any_node_is_the_commit(warm: Warm, tmp_path: Path) -> None:
+    run(warm, tmp_path, 3)
     (newest,) = (tmp_path / "ckpt-0").glob("step_0000000003-*/manifest.json")
     newest.unlink()
-    assert {lines[0]["start"] for lines in run(start, tmp_path, 1)} == {3}
+    assert {lines[0]["start"] for lines in run(warm, tmp_path, 1)} == {3}
     check(tmp_path, [3, 4])
 
 
