@@ -20,7 +20,7 @@ STARTERS = {"warm", "zero", "start"}  # fixtures that start processes of several
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="full sweeps instead of samples of them")
-    parser.addoption("--soak-minutes", type=float, help="of the storm in test_soak.py: 60 with --long, else a fifth")
+    parser.addoption("--soak-minutes", type=float, help="of the storm in test_soak.py: 60 with --long, else a tenth")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
@@ -46,7 +46,7 @@ def mark_jobs(items: list[pytest.Item]) -> None:
 
 def _soak_minutes(config: pytest.Config) -> float:
     asked = config.getoption("--soak-minutes")
-    return asked if asked is not None else 60.0 if config.getoption("--long") else 1 / 5
+    return asked if asked is not None else 60.0 if config.getoption("--long") else 1 / 10
 
 
 @pytest.fixture(scope="session")

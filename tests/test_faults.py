@@ -173,7 +173,7 @@ def operations_of_a_save(root: Path) -> int:
 def test_training_goes_on_and_nothing_is_lost_whichever_operation_of_a_save_fails(tmp_path: Path, long: bool) -> None:
     count = operations_of_a_save(tmp_path / "clean")
     assert count > 40
-    cases = [(index, errno.EIO, False) for index in range(0, count, 1 if long else 3)]
+    cases = [(index, errno.EIO, False) for index in range(0, count, 1 if long else 5)]
     cases += [(index, errno.ENOSPC, False) for index in range(1, count, 1 if long else 9)]
     cases += [(index, errno.ENOSPC, True) for index in range(2, count, 1 if long else 9)]
     injected = 0

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from kit.drawing import drawn
 from kit.loops import (
     TOTAL,
     Endless,
@@ -193,8 +194,10 @@ def test_for_loops_over_epochs_resume_exactly(
 @pytest.mark.parametrize("limit", [99, 1])
 @pytest.mark.parametrize("where", ["top", "bottom"])
 def test_evaluation_within_the_for_resumes_exactly_and_makes_no_boundary(
-    where: str, limit: int, attach: tuple[str, ...]
+    where: str, limit: int, attach: tuple[str, ...], long: bool
 ) -> None:
+    if limit != drawn([99, 1], f"evaluation at the {where}, {len(attach)} attached") and not long:
+        pytest.skip("the other limit was drawn; both with --long")
     trial(
         lambda: Job(shuffled(), attach=attach),
         lambda job: by_epochs(job, limit=limit, **{where: True}),
