@@ -135,10 +135,12 @@ def test_all_ranks_save_it_whatever_became_of_the_one_before(tmp_path: Path) -> 
     [(by_steps, "pipelined_step"), (by_steps, "in_backward"), (by_steps, "several"), (by_loader, "whole"),
      (by_end_step, "whole")],
 )  # fmt: skip
-def test_it_waits_for_room_though_others_are_skipped(tmp_path: Path, loop: Callable[..., None], how: str) -> None:
+def test_it_waits_for_room_though_others_are_skipped(
+    tmp_path: Path, loop: Callable[..., None], how: str, slow_s: float = 0.2
+) -> None:
     """With `when_full: skip`, step 7 finds step 6 still in flight."""
     env = testing.FaultEnv(PosixEnv())
-    env.delay("sync", "*/rank_*", 0.2)
+    env.delay("sync", "*/rank_*", slow_s)
     model, optimizer, update = job()
     data = torch.utils.data.DataLoader(list(torch.randn(20, 4)), batch_size=2)
     options = {"every_n_steps": 6, "when_full": "skip", "max_in_flight": 1}
@@ -161,7 +163,7 @@ def test_mutation_a_last_step_that_waits_for_no_room_is_caught(
     opens = Attempts.open
     monkeypatch.setattr(Attempts, "open", lambda attempts, *given, patience_s: opens(attempts, *given))
     with pytest.raises(AssertionError):
-        test_it_waits_for_room_though_others_are_skipped(tmp_path, loop, how)
+        test_it_waits_for_room_though_others_are_skipped(tmp_path, loop, how, slow_s=1.0)
 
 
 def test_it_is_an_error_if_it_cannot_be_saved(tmp_path: Path) -> None:

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import gc
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from kit.runners import Finished, Warm
 from kit.seccomp import FORBID_URING
 
 import layerwise_dist as lwd
@@ -34,24 +33,25 @@ print("COMMITTED", ckpt.committed_step)
 """
 
 
-def train_where_uring_is_forbidden(folder: Path, backend: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", FORBID_URING + TRAIN, str(folder), backend]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+def train_where_uring_is_forbidden(warm: Warm, folder: Path, backend: str) -> Finished:
+    script = folder / "script.py"
+    script.write_text(FORBID_URING + TRAIN)
+    return warm.run(script, 0, folder / backend, backend, timeout=120, check=False)
 
 
-def test_where_io_uring_is_forbidden_threads_write_and_one_line_says_so(tmp_path: Path) -> None:
-    done = train_where_uring_is_forbidden(tmp_path, "auto")
-    assert "COMMITTED 3" in done.stdout, done.stderr
-    logged = [line for line in done.stdout.splitlines() if "io_uring" in line]
+def test_where_io_uring_is_forbidden_threads_write_and_one_line_says_so(warm: Warm, tmp_path: Path) -> None:
+    done = train_where_uring_is_forbidden(warm, tmp_path, "auto")
+    assert "COMMITTED 3" in done.output, done.output
+    logged = [line for line in done.output.splitlines() if "io_uring" in line]
     assert len(logged) == 1 and "Operation not permitted" in logged[0]
 
 
-def test_a_backend_asked_for_by_name_is_that_or_an_error_that_says_why(tmp_path: Path) -> None:
-    done = train_where_uring_is_forbidden(tmp_path, "uring")
-    assert done.returncode == 1 and "CONFIG" in done.stderr, done.stderr
-    assert "writer.backend = 'uring'" in done.stderr and "Operation not permitted" in done.stderr
-    done = train_where_uring_is_forbidden(tmp_path, "posix")
-    assert "COMMITTED 3" in done.stdout and "io_uring" not in done.stdout, done.stderr
+def test_a_backend_asked_for_by_name_is_that_or_an_error_that_says_why(warm: Warm, tmp_path: Path) -> None:
+    done = train_where_uring_is_forbidden(warm, tmp_path, "uring")
+    assert done.returncode == 1 and "CONFIG" in done.output, done.output
+    assert "writer.backend = 'uring'" in done.output and "Operation not permitted" in done.output
+    done = train_where_uring_is_forbidden(warm, tmp_path, "posix")
+    assert "COMMITTED 3" in done.output and "io_uring" not in done.output, done.output
 
 
 @pytest.mark.parametrize("backend", ["uring", "posix"])
