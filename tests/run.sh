@@ -42,18 +42,10 @@ workers=$(nproc)
 workers=$((workers < 2 ? 2 : workers > 4 ? 4 : workers))
 echo "running: set-up, native tests (tests/native.sh: as they are, with ASan and UBSan, with TSan; tests/vm/run.sh: in a virtual machine), ruff and mypy (tests/quick.sh), Python tests beside them (pytest -q -n $workers --dist worksteal $*)"
 SECONDS=0
-mkdir -p build
-# What was begun below has a process group of its own each: Ctrl-C ends all of it.
+# What is begun below has a process group of its own each: Ctrl-C ends all of it.
 trap 'for each in $(jobs -pr); do kill -- "-$each" 2>/dev/null || true; done' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
-# A set-up that downloads and unpacks leaves a processor to this. Where tools or headers are still missing, it fails here
-# unseen, and tests/native.sh builds it once they are there.
-if hash cmake ninja c++ 2>/dev/null; then
-  set -m
-  nice -n 10 bash tests/native.sh --build plain >build/tests-ahead.log 2>&1 </dev/null &
-  set +m
-fi
 bash launch/setup.sh
 python=${LAYERWISE_VENV:-$root/.venv}/bin/python
 # Each process that a test starts would compile them by itself where the environment forbids Python to write bytecode.
