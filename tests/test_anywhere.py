@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +25,7 @@ from layerwise_dist.commit.transports.local import LocalTransport
 from layerwise_dist.engine import assembly
 from layerwise_dist.frameworks.ddp import DDPFramework
 from layerwise_dist.frameworks.framework import Framework
-from layerwise_dist.restore import headers, whole
+from layerwise_dist.restore import collector, headers, whole
 from layerwise_dist.restore.restorer import Restorer
 from layerwise_dist.storage.entries import Entry
 from layerwise_dist.storage.reports import BaseReport
@@ -282,3 +283,18 @@ def test_a_parameter_that_is_tied_there_and_not_here_is_another_model(tmp_path: 
             ckpt.restore()
 
     trained(Tied(False, tied=False), tmp_path, 0, restore)
+
+
+# -- what a plan leaves as it was -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("was", [True, False])
+def test_the_collector_of_cycles_rests_and_is_as_it_was_though_a_plan_fails(was: bool) -> None:
+    try:
+        (gc.enable if was else gc.disable)()
+        with pytest.raises(KeyError), collector.resting():
+            assert not gc.isenabled()
+            raise KeyError
+        assert gc.isenabled() == was
+    finally:
+        gc.enable()

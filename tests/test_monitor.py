@@ -112,6 +112,12 @@ def test_training_with_monitors_is_bit_identical_and_so_is_what_they_saved(
         assert lines[-1] == {"end": 12, "committed": 12}
     assert not any(map(alive, values(tmp_path, "monitor", ranks))), "close() waits for the monitor's end"
     nothing_half_done(tmp_path / "ckpt")
+    if wrapper == "ddp":  # and into another number of ranks
+        other = tmp_path / "other"
+        other.mkdir()
+        warm.run("monitored.py", 1, wrapper, tmp_path / "ckpt", other, "--total", 13)
+        assert [line["hash"] for line in told(other, 0) if line.get("start") == 12] == [wanted[0][12]]
+        assert told(other, 0)[-1] == {"end": 13, "committed": 13}
 
 
 def test_frozen_parameters_are_in_each_shard_and_a_roll_back_makes_a_branch(warm: Warm, tmp_path: Path) -> None:

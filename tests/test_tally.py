@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from layerwise_dist.errors import DamageError
-from layerwise_dist.restore import headers, states, tally
-from layerwise_dist.restore.gathered import Gathered, GatheredTensor
+from layerwise_dist.restore import gathered_tensor, headers, states, tally
+from layerwise_dist.restore.gathered import Gathered
+from layerwise_dist.restore.gathered_tensor import GatheredTensor
 from layerwise_dist.restore.headers import FILES_A_RANK, ROW, Share
 from layerwise_dist.restore.holdings import Holdings
 from layerwise_dist.restore.reslice import run_of
@@ -23,6 +24,7 @@ from layerwise_dist.restore.sight import Sight
 from layerwise_dist.storage.entries import Entries, Entry
 from layerwise_dist.storage.header import Blocks
 from layerwise_dist.tensors.slices import Slice
+from layerwise_dist.tensors.values import alike
 
 pytestmark = pytest.mark.quick
 
@@ -172,9 +174,9 @@ def test_mutation_a_rank_that_is_told_less_is_found(mutation: str, monkeypatch: 
 def test_of_copies_that_are_all_equal_the_nearest_is_read_and_else_the_first(
     copies: dict[str, list[int]], more: list[tally.Summary], read: int
 ) -> None:
-    gathered: Any = object.__new__(Gathered)
-    gathered.manifest, gathered._nearest = SimpleNamespace(world_size=3), 2
-    assert gathered._chosen([tally.Summary("buffer/b", "", "F32", (), 0, 0, copies), *more]).copy == read
+    whole: Any = object.__new__(Gathered)
+    whole.manifest, whole._nearest = SimpleNamespace(world_size=3), 2
+    assert whole._chosen([tally.Summary("buffer/b", "", "F32", (), 0, 0, copies), *more]).copy == read
 
 
 def test_each_rank_has_one_that_is_nearest_to_what_it_reads() -> None:
@@ -202,7 +204,11 @@ def test_a_rank_that_has_a_tensor_for_itself_has_all_of_it() -> None:
         tally.Tally(1, []).add(2, Entries.of([Entry(some, 4096, 4108, False)]))
 
 
-def test_what_fills_a_run_has_each_element_once_and_from_a_part_that_has_it() -> None:
+@pytest.mark.parametrize("few", [0, gathered_tensor._FEW], ids=["many", "few"])
+def test_what_fills_a_run_has_each_element_once_and_from_a_part_that_has_it(
+    monkeypatch: pytest.MonkeyPatch, few: int
+) -> None:
+    monkeypatch.setattr(gathered_tensor, "_FEW", few)
     draw, size, seen = random.Random(1), 30, [0, 0]
     shards: Any = {number: SimpleNamespace(number=number) for number in range(4)}
     for _ in range(300):
@@ -234,3 +240,22 @@ def test_what_fills_a_run_has_each_element_once_and_from_a_part_that_has_it() ->
                 )
         assert filled == set(range(start, start + length))
     assert min(seen) > 20
+
+
+def test_a_rank_takes_what_it_read_itself_as_the_others_hear_it() -> None:
+    """Half of the tensors and states that it hears of are its own, which it does not decode again."""
+    for seed in range(20):
+        case = Case(seed)
+        manifest: Any = SimpleNamespace(step=1, world_size=SAVED)
+        share = Share(manifest, case.holdings, NEAREST)
+        for rank, shard in enumerate(case.shards):
+            more: Any = {
+                "objects": {"a": (rank, 1.5), "b": {"c": [rank // 2]}},
+                "wrapper": None,
+                "boundary": {"rng": b"x"},
+            }
+            share.add(rank, [shard], {**SEALED, **more, "aliases": case.aliases})
+        encoded, tensors = headers.read_for_all(share.for_all(), SAVED)
+        assert share.tensors == tensors
+        assert alike(share.states.sealed(), states.decode(encoded))
+        assert [state["objects"]["a"] for state in share.states.sealed().values()] == [(0, 1.5), (1, 1.5), (2, 1.5)]

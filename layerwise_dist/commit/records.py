@@ -291,4 +291,4 @@ def _check_format(tree: Any, model: type[Record]) -> None:
     expected = model.model_fields["format"].default
     if type(tree) is not dict or tree.get("format") != expected:
         found = tree.get("format") if type(tree) is dict else f"a {type(tree).__name__}"
-        raise ValueError(f"its format is {ascii(found)[:100]}, expected {expected!r}")
+        raise ValueError(f"its format is {ascii(found)[:100]}, this version reads {expected!r}")

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from layerwise_dist import _native
+from layerwise_dist.commit import lost
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.records import BaseRecord, Manifest, ShardRecord
 from layerwise_dist.errors import DamageError
@@ -20,11 +22,20 @@ def open_shard(
     """A rank's shard, its header checked against the manifest. `recent` as `parse_header` takes it. Raises DamageError
     or OSError.
     """
-    record = manifest.shards[rank]
-    of = (manifest.attempt, rank, manifest.world_size)
-    shard = _open(manager, pool, manager.shard_path(manifest, rank), record, of, recent)
+    shard = _open_shard(manager, pool, manifest, rank, recent, describe=True)
     _check_step(manifest, shard)
     return shard
+
+
+def _open_shard(
+    manager: CheckpointMetadataManager, pool: _native.WriterPool, manifest: Manifest, rank: int,
+    recent: Recent | None = None, *, describe: bool = False,
+) -> Shard:  # fmt: skip
+    """`describe`: an error about one that is not there says what it held."""
+    of = (manifest.attempt, rank, manifest.world_size)
+    said = partial(lost.contents, manifest, rank, "shard", partial(_open_shard, manager, pool, manifest))
+    path = manager.shard_path(manifest, rank)
+    return _open(manager, pool, path, manifest.shards[rank], of, recent, said if describe else None)
 
 
 def _check_step(manifest: Manifest, shard: Shard) -> None:
@@ -41,11 +52,19 @@ def open_base(
 
     Raises as `open_shard`.
     """
+    return _open_base(manager, pool, manifest, rank, describe=True)
+
+
+def _open_base(
+    manager: CheckpointMetadataManager, pool: _native.WriterPool, manifest: Manifest, rank: int, *,
+    describe: bool = False,
+) -> Shard | None:  # fmt: skip
     record = manifest.shards[rank].base
     if record is None:
         return None
     of = (record.attempt, rank, manifest.world_size)
-    return _open(manager, pool, manager.base_path(record.attempt, rank), record, of)
+    said = partial(lost.contents, manifest, rank, "base", partial(_open_base, manager, pool, manifest))
+    return _open(manager, pool, manager.base_path(record.attempt, rank), record, of, None, said if describe else None)
 
 
 def open_shards(
@@ -83,11 +102,11 @@ def shards_elsewhere(
 
 def _open(
     manager: CheckpointMetadataManager, pool: _native.WriterPool, path: str, record: ShardRecord | BaseRecord,
-    of: tuple[str, int, int], recent: Recent | None = None,
+    of: tuple[str, int, int], recent: Recent | None, said: Callable[[], str] | None,
 ) -> Shard:  # fmt: skip
     env = manager.env
     assert isinstance(env, _native.Env), "the native core reads shards"
     return Shard(
         env, pool, path, nbytes=record.nbytes, header_bytes=record.header_bytes,
-        header_hash=int(record.header_hash, 16), of=of, recent=recent,
+        header_hash=int(record.header_hash, 16), of=of, recent=recent, lost=said,
     )  # fmt: skip

@@ -26,7 +26,7 @@ from layerwise_dist.restore import casts
 from layerwise_dist.restore.contents import OF_MODEL
 from layerwise_dist.restore.contradictions import contradictions
 from layerwise_dist.restore.filling import Read
-from layerwise_dist.restore.loader import LISTED, LoadPlan, listing
+from layerwise_dist.restore.loader import LoadPlan, at_most, listing
 from layerwise_dist.restore.regrouping import regroup, translations, under_names, uneven
 from layerwise_dist.restore.source import Source, SourceTensor
 from layerwise_dist.tensors.pieces import DTYPES
@@ -73,6 +73,7 @@ class Fitting:
         self._lossy: Counter[tuple[str, str, str]] = Counter()
         self._translations: dict[str, Translation] = {}  # of what an equal optimizer of another class has kept
         self._rename: dict[str, str] = {}  # of parameters here, their names in the checkpoint
+        self._parts_of: dict[tuple[str, int], list[tuple[Slice, torch.Tensor]]] = {}  # of parameters here
         self._tied = {
             alias: name
             for state in whole.sealed
@@ -102,16 +103,15 @@ class Fitting:
             self._optimizer_state()
         if self._lax:
             loading.lacking, self._missing = self._missing, []
-        more = [f"and {len(self._problems) - LISTED} more"] if len(self._problems) > LISTED else []
-        self._problems = self._problems[:LISTED] + more + listing("missing from the checkpoint", self._missing)
+        self._problems = at_most(self._problems) + listing("missing from the checkpoint", self._missing)
         if self._lossy and self._cast != "target":
             self._problems += [
                 f"{count} tensors of kind {kind} are {was} in the checkpoint and {now} here, which cannot hold all "
                 'their values: restore(cast="target") rounds them'
                 for (kind, was, now), count in sorted(self._lossy.items())
             ]
-        self._problems += unlike(framework.standing, loading.sealed.get("standing", {}))[:LISTED]
-        self._problems += contradictions(self._names, loading.reads)[:LISTED]
+        self._problems += at_most(unlike(framework.standing, loading.sealed.get("standing", {})))
+        self._problems += at_most(contradictions(self._names, loading.reads))
         fit.problems = self._problems
         present = {name for state in self._whole.sealed for name in state["gradients"]}
         gradients = [
@@ -129,7 +129,7 @@ class Fitting:
     # -- the model ----------------------------------------------------------------------------------------------
 
     def _param(self, view: ParamView) -> None:
-        for part, tensor in self._framework.param_parts(view):
+        for part, tensor in self._own_parts(view):
             names = [part.fqn, *(view.aliases if part.fqn == view.fqn else ())]
             name = self._find(part.kind, [*names, *(self._tied[name] for name in names if name in self._tied)])
             if name is None:
@@ -143,6 +143,13 @@ class Fitting:
                 continue
             self._rename.setdefault(view.fqn, name.split("/", 1)[1] if part.fqn == view.fqn else view.fqn)
             self._want(part, tensor, name, made=part.kind != name.split("/", 1)[0])
+
+    def _own_parts(self, view: ParamView) -> list[tuple[Slice, torch.Tensor]]:
+        """As `Framework.param_parts`, which is asked once for each parameter."""
+        key = view.fqn, id(view.param)
+        if key not in self._parts_of:
+            self._parts_of[key] = self._framework.param_parts(view)
+        return self._parts_of[key]
 
     def _unfit(self, wanted: Slice, name: str) -> str | None:
         """Why a tensor of the checkpoint cannot be what is wanted, in words."""
@@ -225,7 +232,7 @@ class Fitting:
         self._problems += uneven(optimizer.joined(), found, lambda fqn: loading.states.get(fqn, ()))
         if not self._problems:
             self._problems += optimizer.check(found, lacking)
-            self._problems += unmakable(found["scalars"], found["order"])[:LISTED]
+            self._problems += at_most(unmakable(found["scalars"], found["order"]))
 
     def _translate_steps(self, views: Sequence[ParamView], scalars: dict[str, dict[str, Any]]) -> None:
         """Counted in a tensor in the checkpoint and in a number here, or the other way round."""
@@ -284,7 +291,7 @@ class Fitting:
         for kind in sealed["order"].get(view.fqn, ()):
             if not (kind in tensors or kind in numbers or kind in placed):
                 raise DamageError(f"{self._where}: {kind}/{name} existed at the boundary, but no shard has it")
-        param = self._framework.param_parts(view)
+        param = self._own_parts(view)
         whole_param = param[0][0] if len(param) == 1 else None
         for kind in tensors:
             if kind == "step" and view.fqn in self._translations:

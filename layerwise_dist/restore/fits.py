@@ -8,9 +8,11 @@ import logging
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.records import Manifest
 from layerwise_dist.restore.anywhere import Fit
-from layerwise_dist.restore.loader import LISTED, another_model, listing
+from layerwise_dist.restore.loader import another_model, listing
 
 log = logging.getLogger("layerwise_dist")
+
+_NAMED = 8  # in a warning
 
 
 def refuse(participant: Participant, where: str, fit: Fit) -> None:
@@ -38,10 +40,10 @@ def say_moved(manifest: Manifest, world_size: int, fit: Fit) -> None:
             manifest.step, manifest.world_size, world_size,
         )  # fmt: skip
     if fit.taken:
-        more = f" and {len(fit.taken) - LISTED} more" if len(fit.taken) > LISTED else ""
+        more = f" and {len(fit.taken) - _NAMED} more" if len(fit.taken) > _NAMED else ""
         log.warning(
             "step %d: its ranks differ in %s%s; buffers are rank 0's from here on, and so is what new ranks take",
-            manifest.step, ", ".join(fit.taken[:LISTED]), more,
+            manifest.step, ", ".join(fit.taken[:_NAMED]), more,
         )  # fmt: skip
     if fit.lost:
         log.warning("step %d: %s of the checkpoint has no place here", manifest.step, " and ".join(fit.lost))

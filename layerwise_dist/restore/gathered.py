@@ -6,14 +6,10 @@ send it what it may need of theirs.
 from __future__ import annotations
 
 import ctypes
-import gc
 import json
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NoReturn
 
 import numpy as np
 import torch
@@ -23,11 +19,11 @@ from layerwise_dist.commit.records import Manifest
 from layerwise_dist.errors import DamageError, MismatchError
 from layerwise_dist.loop.sealed import SealedState
 from layerwise_dist.restore import contents, copies, filling, headers, states
+from layerwise_dist.restore.gathered_tensor import GatheredTensor
 from layerwise_dist.restore.headers import FILES_A_RANK, ROW, Share
 from layerwise_dist.restore.holdings import Holdings
 from layerwise_dist.restore.planned import Files, PlannedShard, Readable
-from layerwise_dist.restore.planner import ByteRange, Found, Runs, replan
-from layerwise_dist.restore.reslice import run_of
+from layerwise_dist.restore.planner import ByteRange
 from layerwise_dist.restore.sealed_state import SeenStates
 from layerwise_dist.restore.sight import Sight
 from layerwise_dist.restore.source import unlike_words
@@ -38,97 +34,6 @@ from layerwise_dist.storage.entries import Entry
 from layerwise_dist.storage.header import Blocks
 from layerwise_dist.storage.reader import Shard
 from layerwise_dist.tensors.slices import ITEM_BYTES, Slice
-
-Rows = np.ndarray  # [n, headers.ROW] of uint64
-
-
-@dataclass(eq=False)
-class GatheredTensor:
-    """One global tensor, with the parts of it that are of interest to this rank. Several ranks hold it together, or one
-    has it for itself.
-    """
-
-    name: str
-    among: str
-    ranks: tuple[int, ...]
-    dtype: str
-    shape: tuple[int, ...]
-    rows: list[Rows] = field(default_factory=list)
-    boxes: list[tuple[int, int, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
-    copy: int | None = None  # the rank whose own it is
-
-    @cached_property
-    def _runs(self) -> Rows:
-        """Those parts that are one run of elements, in the order of these."""
-        found = np.concatenate(self.rows) if self.rows else np.empty((0, ROW), dtype=np.uint64)
-        self.rows = []
-        return found[np.argsort(found[:, 3], kind="stable")].astype(np.int64)
-
-    @property
-    def has_parts(self) -> bool:
-        return bool(len(self._runs) or self.boxes)
-
-    def spans(self, wanted: Slice, shards: Mapping[int, PlannedShard]) -> Sequence[ByteRange]:
-        """What fills `wanted`, of this shape. Offsets are those of a slice of the file's dtype, whatever `wanted` has.
-
-        Raises DamageError where some of it is not there.
-        """
-        run = run_of(wanted)
-        if run is not None and not self.boxes:
-            return self._of_run(*run, shards)
-        if not wanted.numel:
-            return []
-        return replan(wanted, self._parts(shards))
-
-    def _of_run(self, start: int, length: int, shards: Mapping[int, PlannedShard]) -> Runs:
-        """Of each element the first of the parts that have it, in the order of where these begin."""
-        item, runs, end = ITEM_BYTES[self.dtype], self._runs, start + length
-        firsts = runs[:, 3]
-        near = runs[: np.searchsorted(firsts, end)]
-        near = near[near[:, 3] + near[:, 4] > start]
-        firsts = near[:, 3]
-        ends = np.minimum(firsts + near[:, 4], end)
-        begins = np.maximum.accumulate(np.concatenate(([start], ends[:-1])))[: len(near)]  # that was filled before
-        if len(gap := np.flatnonzero(firsts > begins)):
-            self._lacks(int(begins[gap[0]]))
-        if length and (not len(ends) or int(ends.max()) < end):
-            self._lacks(int(ends.max()) if len(ends) else start)
-        some = ends > begins
-        near, firsts, begins, ends = near[some], firsts[some], begins[some], ends[some]
-        table = np.empty((len(near), 4), dtype=np.int64)
-        table[:, 0] = near[:, 1]
-        table[:, 1] = near[:, 2] + (begins - firsts) * item
-        table[:, 2] = table[:, 1] + (ends - begins) * item
-        table[:, 3] = (begins - start) * item
-        return Runs(table, shards)
-
-    def _lacks(self, element: int) -> NoReturn:
-        gap = [int(index) for index in np.unravel_index(element, self.shape)] if self.shape else []
-        raise DamageError(f"{self.name}: no shard has its element {gap}")
-
-    def _parts(self, shards: Mapping[int, PlannedShard]) -> Found:
-        kind, fqn = self.name.split("/", 1)
-        item = ITEM_BYTES[self.dtype]
-        found: list[tuple[Readable, Entry]] = []
-        for _, file, begin, start, length in self._runs.tolist():
-            part = Slice(kind, fqn, self.dtype, self.shape, start=start, length=length)
-            found.append((shards[file], Entry(part, begin, begin + length * item, False)))
-        for file, begin, offsets, lengths in self.boxes:
-            part = Slice(kind, fqn, self.dtype, self.shape, offsets=offsets, lengths=lengths)
-            found.append((shards[file], Entry(part, begin, begin + part.nbytes, False)))
-        return found
-
-
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """Millions of objects are made and none of them is in a cycle; looking for one takes as long as making them."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 class Gathered:
@@ -159,17 +64,17 @@ class Gathered:
         every = exchange.all_to_all("tell what it holds", [holdings.encode()] * exchange.world_size)
         seen = SeenStates(manifest.framework)
         nearest = [sight.nearest(rank) for rank in range(exchange.world_size)]
-        share = Share(manifest, [Holdings.decode(each) for each in every], nearest, keep_all=sight.seen is not None)
+        held = [holdings if rank == exchange.rank else Holdings.decode(each) for rank, each in enumerate(every)]
+        share = Share(manifest, held, nearest, keep_all=sight.seen is not None)
         self._nearest = nearest[exchange.rank]
-        with _without_collector():
-            for rank in sight.read_by(exchange.rank):
-                shards = open_shards(rank)
-                share.add(rank, shards, seen.read(shards[0]))
-                exchange.bytes_read += sum(shard.header_bytes for shard in shards)
+        for rank in sight.read_by(exchange.rank):
+            shards = open_shards(rank)
+            share.add(rank, shards, seen.read(shards[0]))
+            exchange.bytes_read += sum(shard.header_bytes for shard in shards)
         files.read(share.peeked_bytes)
         self.block_bytes = share.block_bytes
         heard = exchange.all_to_all("read headers", [share.for_all()] * exchange.world_size)
-        told, numbered = self._take_all(heard)
+        told, numbered = self._take_all(heard, share, exchange.rank)
         share.check(told)
         self._take_mine(exchange.all_to_all("tell what is where", share.for_each()), numbered)
         if sight.seen is not None:
@@ -180,13 +85,22 @@ class Gathered:
 
     # -- what all ranks hear -------------------------------------------------------------------------------------
 
-    def _take_all(self, heard: Sequence[bytes]) -> tuple[dict[str, list[Summary]], list[list[Summary]]]:
-        """All tensors by name, and by who told of them."""
-        both = [headers.read_for_all(each, self.manifest.world_size) for each in heard]
-        sealed = states.decode([encoded for encoded, _ in both])
-        self.sealed: list[SealedState] = [sealed[rank] for rank in range(self.manifest.world_size)]
+    def _take_all(
+        self, heard: Sequence[bytes], own: Share, rank: int
+    ) -> tuple[dict[str, list[Summary]], list[list[Summary]]]:  # fmt: skip
+        """All tensors by name, and by who told of them; `own` is what this rank told, `rank`."""
+        sealed = own.states.sealed()
+        numbered: list[list[Summary]] = []
+        for other, message in enumerate(heard):
+            if other == rank:
+                numbered.append(own.tensors)
+                continue
+            encoded, found = headers.read_for_all(message, self.manifest.world_size)
+            sealed |= states.decode(encoded)
+            numbered.append(found)
+        self.sealed: list[SealedState] = [sealed[saved] for saved in range(self.manifest.world_size)]
         merged: dict[tuple[str, str, str, tuple[int, ...]], Summary] = {}
-        for each in (each for _, found in both for each in found):
+        for each in (each for found in numbered for each in found):
             known = merged.setdefault((each.name, each.among, each.dtype, each.shape), each)
             if known is each:
                 continue
@@ -199,7 +113,7 @@ class Gathered:
             told.setdefault(each.name, []).append(each)
         self.tensors = {name: self._chosen(found) for name, found in told.items()}
         self._check(told)
-        return told, [found for _, found in both]
+        return told, numbered
 
     def _chosen(self, told: Sequence[Summary]) -> GatheredTensor:
         """Of several copies the first; where all are equal, the one that is nearest to what this rank reads anyway."""

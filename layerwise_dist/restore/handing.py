@@ -21,10 +21,10 @@ import torch
 
 from layerwise_dist.commit.exchange import PART_BYTES, Exchange, PeerFailed
 from layerwise_dist.errors import DamageError
-from layerwise_dist.restore import filling
+from layerwise_dist.restore import collector, filling
 from layerwise_dist.restore.filling import Read
 from layerwise_dist.restore.headers import FILES_A_RANK
-from layerwise_dist.restore.placing import File, Spans, Target
+from layerwise_dist.restore.placing import File, Spans
 from layerwise_dist.restore.planned import PlannedShard, Readable
 from layerwise_dist.restore.sight import Sight
 from layerwise_dist.restore.states import pack, unpack
@@ -40,6 +40,7 @@ _NEED, _DEALT = 3, 5
 class Handing:
     """One rank's part of it. All ranks together: `plan`, then `load`."""
 
+    @collector.resting()
     def __init__(
         self, exchange: Exchange, reads: Sequence[Read], shards: Mapping[int, PlannedShard],
         block_bytes: Mapping[int, int], sight: Sight,
@@ -48,18 +49,11 @@ class Handing:
         them. `block_bytes` of the files whose headers this rank has read.
         """
         self._exchange, self._shards, self._block_bytes, self._sight = exchange, shards, block_bytes, sight
-        self._targets: list[Target] = []
-        self._apart: list[Read] = []
         self._dealt: dict[int, list[tuple[int, int, list[int]]]] = {}  # what this rank reads for others too, by file
         self._lacks: dict[int, int] = {}  # bytes that are still to come, by the rank that reads them
         self._scratch = torch.empty(PART_BYTES, dtype=torch.uint8, device="cpu")
-        spans = Spans(shards)
-        for read in reads:
-            target = Target(read)
-            if spans.add(read.spans, target):
-                self._targets.append(target)
-            else:
-                self._apart.append(read)
+        spans = Spans(shards, reads)
+        self._targets, self._apart = spans.targets, spans.apart
         self._files: dict[int, File] = spans.files()
 
     @property
@@ -71,6 +65,7 @@ class Handing:
     def _reads(self) -> list[Read]:
         return [target.read for target in self._targets]
 
+    @collector.resting()
     def plan(self) -> None:
         """Raises DamageError for what can't be handed over, and what `Exchange.all_to_all` raises."""
         exchange = self._exchange

@@ -161,6 +161,11 @@ class Share:
             about = [index.size, index.blocks.block_bytes, int(index.hashed), len(layers)]
             self.files[number] = about, array("Q", [n for each in layers for n in each]).tobytes(), hashes.tobytes()
 
+    @property
+    def tensors(self) -> list[Summary]:
+        """All that were read, numbered as in `for_each`."""
+        return self._tally.tensors
+
     def for_all(self) -> bytes:
         """The sealed states, and all tensors."""
         told = [

@@ -33,7 +33,8 @@ class Holdings:
     @classmethod
     def of(cls, framework: Framework, optimizer: OptimizerAdapter) -> Holdings:
         parts: dict[str, list[Slice] | None] = {}
-        for view in (*framework.params, *optimizer.state_views):
+        views = {(view.fqn, id(view.param)): view for view in (*framework.params, *optimizer.state_views)}
+        for view in views.values():
             found = framework.param_parts(view)
             for part, _ in found:
                 if part.fqn != view.fqn or len(found) != 1:

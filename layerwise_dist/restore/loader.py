@@ -28,7 +28,7 @@ from layerwise_dist.storage.reader import Entry, Shard, ShardIndex
 from layerwise_dist.storage.reports import BaseReport
 from layerwise_dist.tensors.slices import Slice, ranks_of
 
-LISTED = 8
+LISTED = 64  # of each kind: all that a changed model differs in; of another model, enough to see that
 
 
 @dataclass
@@ -120,15 +120,15 @@ def prepare(
     if not parts.takes_optimizer:
         unexpected = [name for name in unexpected if name.split("/", 1)[0] in contents.OF_MODEL]
     problems = (
-        shaped[:LISTED]
+        at_most(shaped)
         + listing("missing from the checkpoint", missing)
         + listing("unexpected in the checkpoint", unexpected)
     )
     if parts.takes_optimizer:
         problems += optimizer.check(sealed["optimizer"], loading.lacking_fqns)
-        problems += unmakable(sealed["optimizer"]["scalars"], sealed["optimizer"]["order"])[:LISTED]
-    problems += unlike(framework.standing, sealed.get("standing", {}))[:LISTED]
-    problems += contradictions(read_names, loading.reads)[:LISTED]
+        problems += at_most(unmakable(sealed["optimizer"]["scalars"], sealed["optimizer"]["order"]))
+    problems += at_most(unlike(framework.standing, sealed.get("standing", {})))
+    problems += at_most(contradictions(read_names, loading.reads))
     if problems:
         raise another_model(where, problems)
     if gone := list(contents.absent(sealed, lambda kind, fqn: f"{kind}/{fqn}" in index)):
@@ -166,6 +166,12 @@ def another_model(where: str, problems: list[str]) -> MismatchError:
     """`where` is the checkpoint, `problems` what differs, a line each."""
     text = "\n  ".join(problems)
     return MismatchError(f"{where} is not of this model and optimizer; nothing was loaded:\n  {text}")
+
+
+def at_most(problems: list[str]) -> list[str]:
+    """Of many only the first, and how many more."""
+    more = [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
+    return problems[:LISTED] + more
 
 
 def listing(what: str, names: list[str]) -> list[str]:

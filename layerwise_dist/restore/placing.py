@@ -29,7 +29,8 @@ class Target:
         self._staged = None if is_dense(read.tensor) else read.staging()
         memory = read.tensor if self._staged is None else self._staged
         self.flat = memory.detach().view(-1)
-        self.address = self.flat.data_ptr() if self._staged is not None or read.straight else None
+        as_it_is = memory.device.type == "cpu" and memory.dtype == read.dtype
+        self.address = self.flat.data_ptr() if as_it_is else None
 
     def finish(self) -> None:
         if self._staged is not None:
@@ -56,28 +57,34 @@ class Target:
 
 
 class Spans:
-    """The spans of all files that a rank needs, by file. Those without a shape are numbers, as in `planner.Runs`."""
+    """The spans of all files that a rank needs, by file. Those without a shape are numbers, as in `planner.Runs`.
 
-    def __init__(self, shards: Mapping[int, PlannedShard]) -> None:
+    Attributes:
+        targets: of the reads that can be placed block by block.
+        apart: those that cannot, since elements may lie across blocks. No writer of ours makes such a file.
+    """
+
+    def __init__(self, shards: Mapping[int, PlannedShard], reads: Sequence[Read]) -> None:
         self._shards, self._number = shards, {id(shard): at for at, shard in shards.items()}
-        self._targets: list[Target] = []
-        self._runs: list[np.ndarray] = []  # [n, 5]: `Runs.table`, and the target
         self._strided: dict[int, list[tuple[ByteRange, Target]]] = {}
-
-    def add(self, spans: Sequence[ByteRange], target: Target) -> bool:
-        """Whether they can be placed block by block: not where elements may lie across blocks. No writer of ours makes
-        such a file.
-        """
-        table = spans.table if isinstance(spans, Runs) else self._table(spans)
-        strided = [] if isinstance(spans, Runs) else [span for span in spans if span.shape]
-        if (table[:, 1] % target.item).any() or any(span.begin % target.item for span in strided):
-            return False
-        for span in strided:
-            self._strided.setdefault(self._number[id(span.shard)], []).append((span, target))
-        number = np.full((len(table), 1), len(self._targets), dtype=np.int64)
-        self._runs.append(np.concatenate((table, number), axis=1))
-        self._targets.append(target)
-        return True
+        tables = [read.spans.table if isinstance(read.spans, Runs) else self._table(read.spans) for read in reads]
+        runs = np.concatenate([np.empty((0, 4), dtype=np.int64), *tables])
+        of = np.repeat(np.arange(len(reads)), np.array([len(table) for table in tables], dtype=np.int64))
+        items = np.array([read.dtype.itemsize for read in reads], dtype=np.int64)
+        across = set(of[runs[:, 1] % items[of] > 0].tolist())
+        self.targets: list[Target] = []
+        self.apart: list[Read] = []
+        place = np.full(len(reads), -1, dtype=np.int64)  # of each read in `targets`
+        for at, read in enumerate(reads):
+            strided = [] if isinstance(read.spans, Runs) else [span for span in read.spans if span.shape]
+            if at in across or any(span.begin % read.dtype.itemsize for span in strided):
+                self.apart.append(read)
+                continue
+            place[at] = len(self.targets)
+            self.targets.append(target := Target(read))
+            for span in strided:
+                self._strided.setdefault(self._number[id(span.shard)], []).append((span, target))
+        self._runs = np.column_stack((runs, place[of]))[place[of] >= 0]  # [n, 5]: `Runs.table`, and the target
 
     def _table(self, spans: Sequence[ByteRange]) -> np.ndarray:
         rows = [(self._number[id(span.shard)], span.begin, span.end, span.offset) for span in spans if not span.shape]
@@ -85,14 +92,13 @@ class Spans:
 
     def files(self) -> dict[int, File]:
         """By number."""
-        runs = np.concatenate([np.empty((0, 5), dtype=np.int64), *self._runs])
-        runs = runs[np.lexsort((runs[:, 1], runs[:, 0]))]
+        runs = self._runs[np.lexsort((self._runs[:, 1], self._runs[:, 0]))]
         edges = np.flatnonzero(np.diff(runs[:, 0])) + 1
         of = {int(part[0, 0]): part[:, 1:] for part in np.split(runs, edges) if len(part)}
-        addresses = np.array([target.address or 0 for target in self._targets], dtype=np.uint64)
+        addresses = np.array([target.address or 0 for target in self.targets], dtype=np.uint64)
         return {
             number: File(
-                self._shards[number], of.get(number, _NO_RUNS), self._strided.get(number, []), self._targets, addresses
+                self._shards[number], of.get(number, _NO_RUNS), self._strided.get(number, []), self.targets, addresses
             )
             for number in sorted({*of, *self._strided})
         }

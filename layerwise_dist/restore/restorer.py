@@ -27,7 +27,7 @@ from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.frameworks.param_groups import group_origins
 from layerwise_dist.frameworks.parts import WHOLE, Parts
 from layerwise_dist.loop.objects import StateObjects
-from layerwise_dist.restore import choice, fits, loader, nodes, ranks, stand_ins
+from layerwise_dist.restore import choice, collector, fits, loader, nodes, ranks, stand_ins
 from layerwise_dist.restore.anywhere import Fit, Fitting
 from layerwise_dist.restore.choice import Wish
 from layerwise_dist.restore.contents import OF_MODEL
@@ -276,6 +276,7 @@ class Restorer:
         sound, _ = run(f"load step {step}", load)
         return loading if sound else None
 
+    @collector.resting()
     def _check(
         self, attempt: AttemptId, terms: Terms, held: nodes.Held | None, exchange: Exchange | None = None
     ) -> Checked:
@@ -335,6 +336,7 @@ class Restorer:
     def _where(self, manifest: Manifest) -> str:
         return f"step {manifest.step} in {self._manager.root}"
 
+    @collector.resting()
     def _fit(self, manifest: Manifest, exchange: Exchange, terms: Terms, sight: Sight) -> tuple[Fit, Gathered]:
         framework, where = self._framework, self._where(manifest)
         framework.follow()

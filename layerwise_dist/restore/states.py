@@ -59,6 +59,11 @@ class States:
         del recent[_KEPT:]
         return len(self._values) - 1
 
+    def sealed(self) -> dict[int, SealedState]:
+        """By rank, as `decode` has them."""
+        values = self._values
+        return {rank: _joined((path, values[at]) for path, at in members) for rank, members in self._of.items()}
+
     def encode(self) -> bytes:
         paths = list(dict.fromkeys(path for members in self._of.values() for path, _ in members))
         number = {path: at for at, path in enumerate(paths)}
@@ -69,23 +74,23 @@ class States:
         return pack(parts)
 
 
-def decode(messages: Sequence[bytes]) -> dict[int, SealedState]:
-    """Of all ranks' `States.encode()`. Raises ValueError or DamageError for what is none."""
-    found: dict[int, SealedState] = {}
-    for message in messages:
-        index, *rest = unpack(message)
-        paths, of = strict_json.loads(bytes(index))
-        values = [typed_json.loads(rest[at], rest[at + 1])[0] for at in range(0, len(rest), 2)]
-        for rank, members in of:
-            state: dict[str, Any] = {}
-            for path, value in members:
-                first, *second = paths[path]
-                if second:
-                    state.setdefault(first, {})[second[0]] = values[value]
-                else:
-                    state[first] = values[value]
-            found[rank] = cast(SealedState, state)
-    return found
+def decode(message: bytes) -> dict[int, SealedState]:
+    """Of `States.encode()`, by rank. Raises ValueError or DamageError for what is none."""
+    index, *rest = unpack(message)
+    paths, of = strict_json.loads(bytes(index))
+    values = [typed_json.loads(rest[at], rest[at + 1])[0] for at in range(0, len(rest), 2)]
+    return {rank: _joined((paths[path], values[value]) for path, value in members) for rank, members in of}
+
+
+def _joined(members: Iterable[tuple[Sequence[str], Any]]) -> SealedState:
+    """Of members by their paths."""
+    state: dict[str, Any] = {}
+    for (first, *second), value in members:
+        if second:
+            state.setdefault(first, {})[second[0]] = value
+        else:
+            state[first] = value
+    return cast(SealedState, state)
 
 
 def _members(sealed: SealedState) -> Iterable[tuple[tuple[str, ...], Any]]:

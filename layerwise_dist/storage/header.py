@@ -23,7 +23,7 @@ from layerwise_dist.storage import filenames, strict_json
 from layerwise_dist.storage.entries import Entries, Entry
 from layerwise_dist.storage.plain_header import Plain, Recent
 from layerwise_dist.storage.schemas import HEX16, Schema, Unfit, fits
-from layerwise_dist.storage.shard_layout import ALIGN, BLOCK_CAP, LAYERS, PAD, STATE_BYTES, STATE_JSON, UNHASHED
+from layerwise_dist.storage.shard_layout import ALIGN, BLOCK_CAP, FORMAT, LAYERS, PAD, STATE_BYTES, STATE_JSON, UNHASHED
 from layerwise_dist.tensors.slices import DIMENSIONS, ITEM_BYTES, LONGEST_NAME, Slice, ranks_of
 
 _LONGEST_LAYER = 2 * LONGEST_NAME + len(" to ")
@@ -179,6 +179,8 @@ def _index(
     path: str, size: int, base: int, said: dict[str, Any], expected: tuple[str, int, int] | None,
     tensors: Callable[[str, int, int, int], _Tensors],
 ) -> ShardIndex:  # fmt: skip
+    if (its := said.get("format")) != FORMAT:
+        raise ValueError(f"its format is {ascii(its)[:100]}, this version reads {FORMAT!r}")
     metadata = fits(_Metadata, said, "__metadata__")
     rank, world_size, step = int(metadata.rank), int(metadata.world_size), int(metadata.step)
     if not rank < world_size <= filenames.RANKS_END:

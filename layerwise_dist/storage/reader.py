@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -29,14 +29,18 @@ _PEEK_GAP = 4096  # between what is read at once
 _DESCRIBED = 100  # bad blocks of one
 
 
-def open_file(env: _native.Env, pool: _native.WriterPool, path: str, nbytes: int) -> _native.ShardReader:
-    """A file of a commit, as long as the manifest says. Raises DamageError (missing, odd, of another length) or
-    OSError.
+def open_file(
+    env: _native.Env, pool: _native.WriterPool, path: str, nbytes: int, lost: Callable[[], str] | None = None
+) -> _native.ShardReader:
+    """A file of a commit, as long as the manifest says. `lost()` says of one that is not there what it was.
+
+    Raises DamageError (missing, odd, of another length) or OSError.
     """
     try:
         reader = _native.ShardReader(env, pool, path)
     except (FileNotFoundError, NotADirectoryError):
-        raise DamageError(f"shard {path}: the file is missing") from None
+        held = f" ({lost()})" if lost is not None else ""
+        raise DamageError(f"shard {path}: the file is missing{held}") from None
     except OSError as error:
         if (what := oddity(error, path)) is not None:
             raise DamageError(f"shard {what}") from None
@@ -52,14 +56,16 @@ class Shard:
     def __init__(
         self, env: _native.Env, pool: _native.WriterPool, path: str, *, nbytes: int, header_bytes: int,
         header_hash: int, of: tuple[str, int, int] | None = None, recent: Recent | None = None,
+        lost: Callable[[], str] | None = None,
     ) -> None:  # fmt: skip
-        """`of` are the attempt, the rank and the world size that it must be of; `recent` as `parse_header` takes it.
+        """`of` are the attempt, the rank and the world size that it must be of; `recent` as `parse_header` takes it,
+        `lost` as `open_file`.
 
         Raises DamageError (missing, cut, other header) or OSError.
         """
         if header_bytes > HEADER_CAP:
             raise DamageError(f"shard {path}: a header of {header_bytes} bytes is over the format's {HEADER_CAP}")
-        self._reader = open_file(env, pool, path, nbytes)
+        self._reader = open_file(env, pool, path, nbytes, lost)
         self._take_header(path, nbytes, self._reader.read(0, header_bytes), header_bytes, header_hash, of, recent)
 
     def _take_header(
