@@ -168,7 +168,7 @@ def require_of_deepspeed(owner: Any, names: Iterable[str], what: str = "") -> No
 
 
 def tried(package: str, versions: tuple[str, ...]) -> str:
-    return f"Tried were {package} {', '.join(versions)}: install one of these, or a newer layerwise_dist"
+    return f"Tested with {package} {', '.join(versions)}: install one of these, or a newer layerwise_dist"
 
 
 @functools.cache
