@@ -316,6 +316,7 @@ def test_the_schema_is_printed_as_the_guide_says() -> None:
     [
         (["2.9.1"], "1000000", 1, "GB free, and a version takes up to 1000000 GB"),
         (["2.9.1", "../2.9.1"], "0", 2, "not a version: ../2.9.1"),
+        (["2.9.1"], "12 GB", 2, "not a number: 12 GB"),
         (["--help"], "0", 0, ""),
     ],
 )

@@ -35,6 +35,9 @@ say() { printf 'versions: %s\n' "$*" >&2; }
 for version in "$@"; do
   case $version in *[!0-9a-zA-Z.+]* | '' | .*) say "not a version: $version"; exit 2 ;; esac
 done
+for number in "$gigabytes" "$workers"; do
+  case $number in *[!0-9]* | '') say "not a number: $number"; exit 2 ;; esac
+done
 mkdir -p build/versions
 
 # Whether build/versions/ has room for one more version. Says what is there and what is needed if not.
