@@ -311,6 +311,26 @@ def test_the_schema_is_printed_as_the_guide_says() -> None:
     assert done.returncode == 0 and "every_n_steps" in json.loads(done.stdout)["properties"], done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "gigabytes", "code", "says"),
+    [
+        (["2.9.1"], "1000000", 1, "GB free, and a version takes up to 1000000 GB"),
+        (["2.9.1", "../2.9.1"], "0", 2, "not a version: ../2.9.1"),
+        (["2.9.1"], "12 GB", 2, "not a number: 12 GB"),
+        (["--help"], "0", 0, ""),
+    ],
+)
+def test_no_version_of_torch_is_downloaded_that_has_no_room_or_no_name(
+    arguments: list[str], gigabytes: str, code: int, says: str
+) -> None:
+    environment = {**os.environ, "LAYERWISE_VERSIONS_GB": gigabytes}
+    done = subprocess.run(
+        ["bash", str(ROOT / "tests" / "versions.sh"), *arguments],
+        env=environment, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == code and says in done.stderr, done.stderr
+
+
 def test_the_gpt_trains_under_torchrun(warm: Warm, tmp_path: Path) -> None:
     """As it is told, of a smaller size. That it goes on where it was killed is what launch/demo.py shows."""
     shape = ["--dim", "32", "--layers", "2", "--heads", "2", "--context", "16", "--batch", "2"]

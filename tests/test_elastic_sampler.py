@@ -555,7 +555,7 @@ def test_the_same_ranks_as_other_replicas_are_refused_and_as_the_same_replicas_m
             MismatchError, match="'train' stands within an epoch that was divided among 4 replicas, here"
         ):
             job(4, 2, dealer).restore(four.saved())
-        with pytest.raises(MismatchError, match="here it would be to 2"):
+        with pytest.raises(MismatchError, match="here it would be among 2"):
             job(2, 2, dealer).restore(four.saved(), {"train": "rank0"})
     with pytest.raises(MismatchError, match="whoever draws"):
         job(4, 1, lambda data, *_: unsplit(data)).restore(four.saved())

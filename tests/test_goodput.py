@@ -45,10 +45,10 @@ def test_a_file_gives_its_moments_scaled_and_cut(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("1\nsoon\n", "line 2: 'soon' after 1 is no moment"),
-        ("3\n2\n", "line 2: '2' after 3 is no moment"),
-        ("-1\n", "line 1: '-1' is no moment"),
-        ("nan\n", "line 1: 'nan' is no moment"),
+        ("1\nsoon\n", "line 2: 'soon' after 1 is not a time"),
+        ("3\n2\n", "line 2: '2' after 3 is not a time"),
+        ("-1\n", "line 1: '-1' is not a time"),
+        ("nan\n", "line 1: 'nan' is not a time"),
         ("# nothing\n", "no kill within 60 s"),
         ("70\n", "no kill within 60 s"),
         ("0\n" * 10_001, "more than 10000 moments"),
@@ -134,7 +134,7 @@ def test_what_a_dead_process_said_belongs_to_its_life_and_a_life_that_no_kill_be
     assert (second.ready, second.restored, second.start, second.steps) == (13.0, 14.0, 2, [])
     assert watch.problem is None
     watch.hear({"life": 2, "ready": 15.0})
-    assert watch.problem == "lost a rank that nobody has killed"
+    assert watch.problem == "lost a rank that nobody had killed"
 
 
 # -- real jobs ---------------------------------------------------------------------------------------------------------
@@ -204,13 +204,13 @@ def test_a_rank_that_dies_by_itself_is_an_error_and_not_a_kill(
 
     monkeypatch.setattr(_Watch, "hear", crash)
     code, out = call(tmp_path / "disk", "--quick", "--trace", tmp_path / "trace", "--contenders", "layerwise")
-    assert code == 1 and "lost a rank that nobody has killed" in json.loads(out)["error"]
+    assert code == 1 and "lost a rank that nobody had killed" in json.loads(out)["error"]
     assert list((tmp_path / "disk").iterdir()) == []
 
 
 def test_an_unknown_contender_is_named_with_those_that_there_are(tmp_path: Path) -> None:
     code, out = call(tmp_path, "--quick", "--contenders", "hope")
-    assert code == 2 and "contender 'hope': there are layerwise, layerwise-auto" in json.loads(out)["error"]
+    assert code == 2 and "contender 'hope': choose from layerwise, layerwise-auto" in json.loads(out)["error"]
 
 
 def test_a_job_that_cannot_start_is_reported_with_its_last_words(

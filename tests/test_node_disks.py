@@ -114,8 +114,8 @@ def test_what_no_live_node_holds_is_named_and_all_take_a_step_that_is_whole(
     values(nodes.job([0, 1], trains(1), keep_last=3))
     errors_of = [thread.error for thread in nodes.job([0], trains(0, step=3))]
     assert all(isinstance(error, errors.DamageError) for error in errors_of)
-    text = "step 3: no node that is here holds the shards of rank 1 (all of one disk)"
-    assert f"{text}; whole on the nodes that are here: steps [1, 2]" in str(errors_of[0])
+    text = "step 3: no node of this job holds the shards of rank 1 (all of one disk)"
+    assert f"{text}; complete on the nodes of this job: steps [1, 2]" in str(errors_of[0])
     check(first, values(nodes.job([0], trains(0))), 2)
     assert text in caplog.text
 
@@ -314,7 +314,7 @@ def test_a_node_without_anything_is_taken_in_only_if_the_newest_step_is_whole_wi
     refused = [thread.error for thread in nodes.job([0, 2], trains(0))]
     for error in refused:
         assert isinstance(error, errors.DirectoryError) and "rank 1 on " in str(error)
-        assert "whose shards of ranks 1 are on no node that is here" in str(error)
+        assert "whose shards of ranks 1 are on no node of this job" in str(error)
     assert not (nodes.disk(2) / "identity.json").exists()
     (nodes.disk(2) / "identity.json").write_bytes((nodes.disk(0) / "identity.json").read_bytes())
     third = values(nodes.job([0, 2], trains(1), keep_last=3))
@@ -334,7 +334,7 @@ def test_jobs_that_went_on_without_each_other_are_told_apart(nodes: Nodes) -> No
     for node in (0, 1):
         values(nodes.job([node], anew, fresh=True))
     for thread in nodes.job([0, 1], trains(0)):
-        assert isinstance(thread.error, errors.DirectoryError) and "without each other" in str(thread.error)
+        assert isinstance(thread.error, errors.DirectoryError) and "different jobs continued" in str(thread.error)
 
 
 def test_ranks_that_see_other_trainings_at_one_path_restore_none(nodes: Nodes) -> None:
@@ -439,7 +439,7 @@ def test_old_shards_go_from_each_disk_whoever_wrote_them_and_nothing_goes_that_a
         try:
             then = values(nodes.job(there, trains(1, step=None), frozen=True))
         except errors.DamageError as error:
-            assert "no node that is here holds the shards" in str(error)  # of those that are not in this job
+            assert "no node of this job holds the shards" in str(error)  # of those that are not in this job
             continue
         check(last, then, step)
         last, step = then, step + 1

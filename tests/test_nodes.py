@@ -199,10 +199,10 @@ def test_a_shard_that_is_gone_from_one_node_makes_all_take_the_step_before(
 ) -> None:
     first = trained(tmp_path, 4)
     next(iter((tmp_path / "1").glob("step_0000000004-*/rank_00001.safetensors"))).unlink()
-    gone = "step 4: no node that is here holds the shards of rank 1 (all of one disk)"
+    gone = "step 4: no node of this job holds the shards of rank 1 (all of one disk)"
     errors = refused(tmp_path, 4)
     assert all(isinstance(error, DamageError) for error in errors)
-    assert all(f"{gone}; whole on the nodes that are here: steps [3]" in str(error) for error in errors)
+    assert all(f"{gone}; complete on the nodes of this job: steps [3]" in str(error) for error in errors)
     found = trained(tmp_path, 3)
     assert gone in caplog.text
     for rank in range(2):
@@ -211,7 +211,7 @@ def test_a_shard_that_is_gone_from_one_node_makes_all_take_the_step_before(
         shard.unlink()
     errors = refused(tmp_path)
     assert all(isinstance(error, DamageError) for error in errors), "never a start from 0"
-    assert all("whole on the nodes that are here: steps none" in str(error) for error in errors)
+    assert all("complete on the nodes of this job: steps none" in str(error) for error in errors)
 
 
 def test_what_lay_on_a_node_that_is_lost_is_named_by_the_ones_that_are_left(two_nodes: None, tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_what_lay_on_a_node_that_is_lost_is_named_by_the_ones_that_are_left(two_
     shutil.rmtree(tmp_path / "1")
     (error,) = refused(tmp_path, world=1)
     assert isinstance(error, DamageError) and "the shards of rank 1 (all of one disk)" in str(error)
-    assert "whole on the nodes that are here: steps none" in str(error)
+    assert "complete on the nodes of this job: steps none" in str(error)
 
 
 def test_ranks_that_changed_their_nodes_get_what_was_theirs(two_nodes: None, tmp_path: Path) -> None:

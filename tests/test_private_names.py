@@ -203,7 +203,7 @@ def test_mutation_attach_names_what_was_taken_away(anew: None, monkeypatch: pyte
         lwd.attach(model, optimizer, dir=str(tmp_path))
     assert str(caught.value).removeprefix("rank 0: ") == (
         f"torch {torch.__version__} has no torch.utils._python_dispatch.is_traceable_wrapper_subclass, which any model "
-        f"needs here. Tried were torch {', '.join(private_names.TORCH_TRIED)}: install one of these, or a newer "
+        f"needs here. Tested with torch {', '.join(private_names.TORCH_TRIED)}: install one of these, or a newer "
         "layerwise_dist"
     )
     assert [*tmp_path.iterdir()] == []

@@ -143,7 +143,7 @@ def test_ranks_that_say_different_things_of_their_optimizers_are_named() -> None
         {"optimizers": {}, "scalars": {}, "order": {}},
         {**one, "inside": {"base": {"class": "SGD"}}},
     ):
-        assert fit([one, other], live(group("a")))[1] == ["ranks 0 and 1 of the checkpoint have other optimizers"]
+        assert fit([one, other], live(group("a")))[1] == ["ranks 0 and 1 of the checkpoint have different optimizers"]
 
 
 def test_what_lies_in_one_tensor_must_have_the_same_state() -> None:

@@ -130,7 +130,7 @@ def test_a_script_that_resumes_exactly_passes_and_its_own_directory_stays_as_it_
 
 def test_a_script_that_fails_by_itself_is_told_apart(warm: Warm, tmp_path: Path) -> None:
     for name, word in (
-        ("raises", "no training today"), ("does_not_attach", "without an attach"),
+        ("raises", "no training today"), ("does_not_attach", "without an enabled attach"),
     ):  # fmt: skip
         with pytest.raises(RunFailed, match=word):
             rehearsed(warm, tmp_path, name)

@@ -102,7 +102,7 @@ def test_it_says_what_happened_in_words(made: str) -> None:
     text = " ".join(" ".join(Elements(made).text).split())
     for said in (
         "newest commit step 60", "committed 114", "failed 3", "skipped 3", "No space left on device",
-        "checkpoints stopped five in a row", "Rank 2 was the last in 114 of 114 checkpoints; the last is 250 ms after",
+        "checkpoints stopped five in a row", "Rank 2 was last in 114 of 114 checkpoints; the last is 250 ms after",
         "seq 12: rolled back to seq 10", "2 starts; the last on 3 ranks, ddp, mode direct.", "16 others", "branch 2",
         "milliseconds of the training thread",
     ):  # fmt: skip

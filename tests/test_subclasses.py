@@ -78,7 +78,7 @@ class Standing(Keeping):
 
 def torchao(kind: str) -> Callable[[Any], Any]:
     def make(params: Any) -> Any:
-        optim = pytest.importorskip("torchao.optim")
+        optim = pytest.importorskip("torchao.optim", exc_type=ImportError)  # 0.18 is not for torch 2.9
         return getattr(optim, kind)(params, lr=0.01, weight_decay=0.1)
 
     return make
@@ -289,7 +289,7 @@ def named(weight: torch.Tensor) -> torch.Tensor:
 
 
 def nf4(weight: torch.Tensor) -> torch.Tensor:
-    workflow = pytest.importorskip("torchao.quantization.quantize_.workflows.nf4.nf4_tensor")
+    workflow = pytest.importorskip("torchao.quantization.quantize_.workflows.nf4.nf4_tensor", exc_type=ImportError)
     return workflow.to_nf4(weight, 64, 64)
 
 

@@ -94,6 +94,27 @@ def test_no_docstring_breaks_its_lines_in_the_middle() -> None:
     assert found == []
 
 
+# Not what a native speaker would write: "after", "whose", "forever", "times out", "checks whether", "passed to".
+_TRANSLATED = re.compile(r"behind the|\bof which\b|\bfor ever\b|is given up|looks whether|what is told")
+
+
+def test_texts_read_as_if_written_in_english() -> None:
+    """README, pages and all that a source says: docstrings, messages, comments."""
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in [*PAGES, *SOURCES, ROOT / "CONTRIBUTING.md"]
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if _TRANSLATED.search(line)
+    ]
+    assert found == []
+
+
+def test_readme_and_pages_can_be_read_in_an_hour() -> None:
+    """At most 15,000 words, as `wc -w README.md docs/*.md` counts them. What is looked up is in folders below docs."""
+    words = sum(len(page.read_text().split()) for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+    assert words <= 15_000
+
+
 def headings(page: Path) -> list[str]:
     return re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
 

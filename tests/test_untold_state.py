@@ -119,13 +119,13 @@ def test_what_is_told_and_not_taken_back_is_saved_only_while_it_stays_as_it_is(t
 
     assert not differs(tmp_path / "version", of(Version))
     found = failure(tmp_path / "not taken", of(NotTaken))
-    assert "what its state_dict() tells (['k']) changes" in found and "accepts none of it" in found
+    assert "what its state_dict() returns (['k']) changes" in found and "accepts none of it" in found
     model, optimizer = job(of(Forgetful))
     with lwd.attach(model, optimizer, dir=str(tmp_path / "forgetful")) as ckpt:
         train(ckpt, model, optimizer, 2)
     model, optimizer = job(of(Forgetful))
     with lwd.attach(model, optimizer, dir=str(tmp_path / "forgetful")) as ckpt:
-        with pytest.raises(errors.UnsupportedError, match=r"does not tell \['k'\] as it was given"):
+        with pytest.raises(errors.UnsupportedError, match=r"does not return \['k'\] as given"):
             ckpt.restore()
         with pytest.raises(errors.DamageError, match="did not finish"):
             train(ckpt, model, optimizer, 1)
@@ -222,7 +222,7 @@ def test_errors_of_an_optimizer_s_own_code_are_named(tmp_path: Path) -> None:
         def state_dict(self) -> dict[str, Any]:
             return {**super().state_dict(), "at": torch.rand(1)}
 
-    assert "tells ['k', 'at'], and other values at each call" in refused(tmp_path / "0", of(Clock))
+    assert "returns ['k', 'at'], with other values at each call" in refused(tmp_path / "0", of(Clock))
     found = refused(tmp_path / "1", of(NoStateDict))
     assert "state_dict() fails: NotImplementedError: call distributed_state_dict()" in found
     model, optimizer = job(of(NotLoaded))
@@ -271,7 +271,7 @@ def test_a_checkpoint_of_an_optimizer_that_keeps_its_state_elsewhere_fits_no_oth
 
     plain, told, inside = named(InState), named(Told), named(Inner)
     assert "the checkpoint holds ['k'], which Same's load_state_dict() does not accept" in mismatch(told, plain)
-    assert "Same's state_dict() tells ['k'], which the checkpoint lacks" in mismatch(plain, told)
+    assert "Same's state_dict() returns ['k'], which the checkpoint lacks" in mismatch(plain, told)
     assert "Same has optimizers inside it (['inner']), this one has others (none)" in mismatch(inside, plain)
     assert "Same has optimizers inside it (none), this one has others (['inner'])" in mismatch(plain, inside)
     assert "shares its state or groups" in mismatch(inside, named(Inner, shared="state"))

@@ -296,9 +296,9 @@ def test_what_a_wrapper_keeps_fits_only_where_it_is_there_too(tmp_path: Path) ->
     found = mismatch(WRAPPERS["PostLocalSGD"], bare)
     assert "the checkpoint's Adam was inside a PostLocalSGDOptimizer, and it holds ['step']" in found
     found = mismatch(bare, WRAPPERS["PostLocalSGD"])
-    assert "PostLocalSGDOptimizer's state_dict() tells ['step'], which the checkpoint lacks" in found
+    assert "PostLocalSGDOptimizer's state_dict() returns ['step'], which the checkpoint lacks" in found
     found = mismatch(bare, around(Loading))
-    assert "Loading's state_dict() tells ['n'], which the checkpoint lacks" in found
+    assert "Loading's state_dict() returns ['n'], which the checkpoint lacks" in found
 
 
 # -- GradScaler, state and extra state --------------------------------------------------------------------------------

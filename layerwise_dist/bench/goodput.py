@@ -55,7 +55,7 @@ def run(bench: GoodputBench, directory: str, command: str) -> Findings:
     """Raises TooLittleRoom, OSError, ValueError for an unknown contender, and BenchFailed if a job ends by itself."""
     for name in bench.contenders:
         if name not in CONTENDERS:
-            raise ValueError(f"contender {name!r}: there are {', '.join(CONTENDERS)}")
+            raise ValueError(f"contender {name!r}: choose from {', '.join(CONTENDERS)}")
     state = 12 * bench.shape.parameters
     space = workplace(
         directory, disk_bytes=CHECKPOINTS_AT_ONCE * state + (64 << 20),

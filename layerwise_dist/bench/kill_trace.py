@@ -66,7 +66,7 @@ def _read(path: Path) -> list[float]:
             moment = math.nan
         if not 0 <= moment < math.inf or (moments and moment < moments[-1]):
             before = f" after {moments[-1]:g}" if moments else ""
-            raise ValueError(f"{path}, line {number}: {word[:40]!r}{before} is no moment in seconds, ascending from 0")
+            raise ValueError(f"{path}, line {number}: {word[:40]!r}{before} is not a time in seconds, ascending from 0")
         moments.append(moment)
         if len(moments) > _MOST:
             raise ValueError(f"{path}: more than {_MOST} moments")

@@ -80,7 +80,7 @@ class _Watch:
             if said["life"] < len(self._lives):
                 self._hear(self._lives[said["life"]], said)
             elif self._lives:
-                self.problem = "lost a rank that nobody has killed"
+                self.problem = "lost a rank that nobody had killed"
             self._changed.notify_all()
             return self._lives[-1].start + len(self._lives[-1].steps) if self._lives else 0
 

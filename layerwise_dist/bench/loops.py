@@ -35,7 +35,7 @@ def installed(loops: Sequence[str]) -> list[str]:
     """Those whose package is there. Raises ValueError for one that is none of `LOOPS`, and where none is there."""
     for loop in loops:
         if loop not in LOOPS:
-            raise ValueError(f"loop {loop!r}: there are {', '.join(LOOPS)}")
+            raise ValueError(f"loop {loop!r}: choose from {', '.join(LOOPS)}")
     found = [loop for loop in loops if importlib.util.find_spec(loop)]
     if not found:
         raise ValueError(f"none of {', '.join(loops)} is installed")

@@ -107,7 +107,7 @@ class _Process:
             if (said := told_by(line)) is not None:
                 return dict(said)
         self._check(self._job.wait())
-        raise BenchFailed(f"{self._title} ended before its time")
+        raise BenchFailed(f"{self._title} ended early")
 
     def _check(self, code: int) -> None:
         if code != 0:
@@ -163,7 +163,7 @@ def _contenders(bench: PairedBench) -> list[_Contender]:
     found = [_Contender(_PLAIN, "no checkpoints", _PLAIN, None)]
     for mode in bench.modes:
         if mode not in MODES:
-            raise ValueError(f"mode {mode!r}: there are {', '.join(MODES)}")
+            raise ValueError(f"mode {mode!r}: choose from {', '.join(MODES)}")
         if mode in _ELSEWHERE:
             raise ValueError(
                 f"mode {mode!r} writes in another process, which may not be at rest while others train: measure it "

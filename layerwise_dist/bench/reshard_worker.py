@@ -70,7 +70,7 @@ def _load(training: Training, folder: Path, way: str, saved: int) -> float:
         step = engine.restore()
         took = time.perf_counter() - began
     if step != 1:
-        raise BenchFailed(f"restore() came to step {step}, and step 1 was saved")
+        raise BenchFailed(f"restore() returned step {step}, but step 1 was saved")
     return _slowest(took)
 
 

@@ -115,7 +115,7 @@ class _Loads:
             step = engine.restore()
             took = time.perf_counter() - began
         if step != 1:
-            raise BenchFailed(f"restore() came to step {step}, and step 1 was saved")
+            raise BenchFailed(f"restore() returned step {step}, but step 1 was saved")
         return took
 
     def _torch_load(self) -> float:

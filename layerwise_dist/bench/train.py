@@ -60,7 +60,7 @@ def run(bench: TrainBench, directory: str, command: str) -> Findings:
     known = modes_of(bench.deepspeed)
     for name in bench.modes:
         if name not in known:
-            raise ValueError(f"mode {name!r}: there are {', '.join(known)}")
+            raise ValueError(f"mode {name!r}: choose from {', '.join(known)}")
     state = 12 * bench.shape.parameters
     held = state * (bench.ranks if bench.ddp else 1)
     blocks = bench.rounds * len(bench.every) * (2 * len(bench.modes) + 1)

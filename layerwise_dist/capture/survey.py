@@ -50,7 +50,7 @@ class Survey:
     `order` names each parameter's state in the optimizer's order, `scalars` (fqn, name, the state's dict) what of it is
     no tensor. `extra_states` are the modules with `get_extra_state()`, `standing` describes by fqn the parameters that
     stand for other tensors. `addresses` are those of the pieces of all batches; where one of them moves, there is
-    another survey. `held` keeps what is behind the leased ones, and the frozen ones, whatever becomes of the tensors.
+    another survey. `held` keeps the memory of the leased and the frozen ones alive, whatever becomes of the tensors.
     The lists run over all pieces of all batches: computed once, used at every checkpoint.
     """
 

@@ -69,7 +69,7 @@ def _parts(report: Report) -> list[Any]:
     advised = [finding for finding in report.findings if finding.advice]
     parts: list[RenderableType] = [f"Looked at {report.looked_at}", shown]
     if advised:
-        parts += ["To do, or to know:", *(_advice(finding) for finding in advised)]
+        parts += ["What to do or know:", *(_advice(finding) for finding in advised)]
     bad = sum(finding.verdict == "bad" for finding in report.findings)
     warned = sum(finding.verdict == "warn" for finding in report.findings)
     parts.append(f"{bad} bad, {warned} to improve, {len(report.findings) - bad - warned} ok")

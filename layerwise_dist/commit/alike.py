@@ -86,9 +86,9 @@ class Alike:
 def unequal(what: str, sides: str) -> str:
     """What is wrong where replicas are none, in words."""
     return (
-        f"{sides} hold different values of {what}, which their wrapper says they hold alike: trained under no_sync(), "
-        "changed on one rank, a branch that only some ranks take, an all-reduce that is missing, bits that flipped in "
-        f"memory, or computed with other bits there? A checkpoint would mix them. {_WAY_OUT}"
+        f"{sides} hold different values of {what}, which their wrapper should keep equal: trained under no_sync(), "
+        "changed on one rank, a branch that only some ranks take, a missing all-reduce, flipped bits in memory, or "
+        f"different arithmetic there? A checkpoint would mix them. {_WAY_OUT}"
     )
 
 

@@ -80,9 +80,9 @@ class CheckpointCopy:
             raise DamageError(f"step {self._manifest.step}: {self._of_source(missing)} is missing")
         if away:
             raise NotFoundError(
-                f"{self._source.root} has not all shards of step {self._manifest.step}: those of rank(s) "
-                f"{', '.join(map(str, away[:8]))}{', ...' if len(away) > 8 else ''} are on other nodes; a copy of some "
-                "is no checkpoint"
+                f"{self._source.root} does not have all shards of step {self._manifest.step}: those of rank(s) "
+                f"{', '.join(map(str, away[:8]))}{', ...' if len(away) > 8 else ''} are on other nodes; a copy of "
+                "some of them is not a checkpoint"
             )
         room = os.statvfs(parent)
         if room.f_bavail * room.f_frsize < self.nbytes:

@@ -29,7 +29,7 @@ def merge(found: list[Seen], root: str, *, fresh: bool) -> StartPlan:
         missing = _missing(found, newest)
         there = f"{'; '.join(map(_whose, full))}: checkpoints up to step {newest[2] if newest else 0}"
         if missing is None or missing:
-            lost = f", whose shards of ranks {_spans(missing)} are on no node that is here" if missing else ""
+            lost = f", whose shards of ranks {_spans(missing)} are on no node of this job" if missing else ""
             raise DirectoryError(
                 f"{'; '.join(map(_whose, bare))}: {root} holds nothing, and {there}{lost}. Was a disk replaced, or is "
                 "a mount missing? Bring that node's directory back from a copy, or start anew with attach(fresh=True). "
@@ -70,7 +70,7 @@ def _check_one_history(found: list[Seen], root: str) -> None:
             if (other, its) != (name, session):
                 raise DirectoryError(
                     f"{root}: {other} on {_whose(where)} and {name} on {_whose(place)} are of different sessions and "
-                    "have one number: jobs continued on these nodes without each other. Start with the nodes of one of "
+                    "have one number: different jobs continued on these nodes. Start with the nodes of one of "
                     "them, or move the directory of the other away"
                 )
 

@@ -58,7 +58,7 @@ def plan(manager: CheckpointMetadataManager, found: Inventory, kept: Kept) -> Pl
     for manifest in found.manifests.values():
         if manifest.places is not None:
             raise DirectoryError(
-                f"{manager.root} holds the shards of some ranks only, those of others lie on their nodes: set "
+                f"{manager.root} holds the shards of only some ranks; the others' are on their nodes: set "
                 "keep_last in the configuration, and the job's own retention removes old checkpoints on all nodes"
             )
     lineage, family = found.lineage(), found.family()

@@ -26,7 +26,7 @@ from layerwise_dist.dcp import trained
 from layerwise_dist.dcp.metadata import Place, lacking, metadata_of, read_state
 from layerwise_dist.dcp.place import InDirectory
 from layerwise_dist.dcp.trained import Value
-from layerwise_dist.errors import ConfigError, DamageError, MismatchError, NotFoundError
+from layerwise_dist.errors import ConfigError, DamageError, LayerwiseError, MismatchError, NotFoundError
 from layerwise_dist.interop.one_commit import check_names, root_of
 from layerwise_dist.reading.checkpoint import Checkpoint
 from layerwise_dist.reading.tensor import LazyTensor
@@ -81,8 +81,12 @@ class LayerwiseReader(InDirectory, StorageReader):
     def read_metadata(self, *args: Any, **options: Any) -> Metadata:
         """Chooses the checkpoint. Raises NotFoundError, DamageError, MismatchError or OSError."""
         self._close()
-        self._found = found = _Commit(self._root, self._wish, self._timeout_s, self._keys)
-        metadata = found.metadata()
+        try:
+            self._found = found = _Commit(self._root, self._wish, self._timeout_s, self._keys)
+            metadata = found.metadata()
+        except (LayerwiseError, OSError) as error:
+            log.error("dcp.load from %s: %s", self._root, error)  # torch 2.9 drops it, and only says "assert metadata"
+            raise
         self._load_id = uuid.uuid4().hex
         metadata.storage_meta = StorageMeta(checkpoint_id=self._root, load_id=self._load_id)
         return metadata

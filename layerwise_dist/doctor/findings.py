@@ -49,7 +49,7 @@ class Finding:
 def of_directory(directory: str, looked_at: str, here: bool, locked: bool) -> Finding:
     figures = {"exists": here, "job_running": locked}
     if locked:
-        text = f"{directory} is in use by a running job: the speeds below are what it leaves over."
+        text = f"{directory} is in use by a running job: the speeds below are what it leaves."
         return Finding("directory", "warn", text, "Run this again while no job writes there.", figures)
     if here:
         return Finding("directory", "ok", f"{directory} is there.", None, figures)
@@ -83,12 +83,15 @@ def of_file_system(mount: Mount | None, device: Device | None, hooked: str | Non
         verdict, text, advice = "bad", f"{on} is mounted read-only.", "Mount it read-write, or use another directory."
     elif mount.where == "memory" or (device is not None and device.memory):
         verdict, text = "bad", f"{on} is memory: nothing in it survives a restart of the machine."
-        advice = "Use a directory on a disk. Memory is good for tests only."
+        advice = "Use a directory on a disk. Memory is for tests only."
     elif without:
         verdict, text = "bad", f"{on} is mounted with {', '.join(without)}: flushes do not reach the device."
         advice = f"Mount it without {', '.join(without)}: with it, committed checkpoints do not survive power loss."
     elif mount.where == "network":
-        verdict, text = "warn", f"{on} is a network file system: a flush is as good as the server's, locks can be lost."
+        verdict, text = (
+            "warn",
+            f"{on} is a network file system: its flushes are the server's, and locks can be lost.",
+        )
         advice = "Prefer a local disk where the job can restart on the same node; with NFS, export it `sync`."
     elif mount.kind == "overlay":
         verdict, text = "warn", f"{on} is a container's layer: it is removed with the container."

@@ -94,7 +94,7 @@ def _close_all() -> None:
     error = getattr(sys, "last_value", None)  # what ended the script, if something did
     for closing in open_engines():
         if error is None:
-            log.warning("close() was not called: done now, at the end of the script; an open iteration is not saved")
+            log.warning("close() was not called; closing now, at the end of the script. An open iteration is not saved")
         try:
             closing.end(orderly=error is None)
         except LayerwiseError as failed:

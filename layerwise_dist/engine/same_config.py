@@ -17,7 +17,7 @@ from layerwise_dist.config.ranks import MEETING, common
 from layerwise_dist.errors import ConfigError, shown
 from layerwise_dist.tensors.slices import ranks_text
 
-_PROBLEM = 480  # characters of ASCII, of which JSON may make two each: a gather's record has 1024 bytes
+_PROBLEM = 480  # characters of ASCII; JSON may need two for each: a gather's record has 1024 bytes
 _LISTED = 4  # values of one key
 
 

@@ -133,7 +133,7 @@ def _tied_keys(like: Path | None) -> list[str]:
     try:
         names = json.loads(config.read_text()).get("architectures") or []
     except (ValueError, AttributeError, UnicodeDecodeError):
-        raise UnsupportedError(f"{config}: is no configuration of a model") from None
+        raise UnsupportedError(f"{config}: is not a model's configuration") from None
     try:
         import transformers
     except ImportError:

@@ -69,7 +69,7 @@ class Averaging:
         elif root.find_unused_parameters:
             reason = "with find_unused_parameters=True a bucket has zeros for parameters that have no gradient"
         elif root.mixed_precision is not None:
-            reason = "DDP's mixed precision reduces and casts in a way of its own"
+            reason = "DDP's mixed precision reduces and casts in its own way"
         elif root._delay_all_reduce_params:
             reason = "some of its parameters are reduced by the script itself"
         if reason:

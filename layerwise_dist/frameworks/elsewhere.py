@@ -60,7 +60,7 @@ class Elsewhere:
         self._looks: dict[str, Any] | None = None  # before the first update
         told = self._told()
         if not alike(told, self._told()):
-            raise UnsupportedError(f"{kind}'s state_dict() tells {[*told]}, and other values at each call")
+            raise UnsupportedError(f"{kind}'s state_dict() returns {[*told]}, with other values at each call")
         # How it looks, if it must stay as it is.
         self._fixed = _Looks(kin()).of(told) if told and not takes(optimizer) else {}
 
@@ -78,8 +78,8 @@ class Elsewhere:
         told = self._told()
         if (told or self._fixed) and not takes(self._optimizer) and _Looks(self._kin()).of(told) != self._fixed:
             raise UnsupportedError(
-                f"{self.kind}: what its state_dict() tells ({[*told]}) changes, and the load_state_dict() that it "
-                "has, torch.optim.Optimizer's, accepts none of it: define load_state_dict() too, or keep it in "
+                f"{self.kind}: what its state_dict() returns ({[*told]}) changes, and its load_state_dict(), "
+                "torch.optim.Optimizer's, accepts none of it: define load_state_dict() too, or keep it in "
                 "optimizer.state[...] or in a group"
             )
         if self._looks is not None:
@@ -93,7 +93,7 @@ class Elsewhere:
         if there and not takes(self._optimizer) and not alike(here, there):
             return [f"the checkpoint holds {[*there]}, which {self.kind}'s load_state_dict() does not accept"]
         if here and not there:
-            return [f"{self.kind}'s state_dict() tells {[*here]}, which the checkpoint lacks"]
+            return [f"{self.kind}'s state_dict() returns {[*here]}, which the checkpoint lacks"]
         return []
 
     def put(self, saved: Mapping[str, Any]) -> bool:
@@ -127,7 +127,7 @@ class Elsewhere:
         told = saved.get("told", {})
         if not alike(self._told(), told):
             raise UnsupportedError(
-                f"{self.kind}: after its load_state_dict(), its state_dict() does not tell {[*told]} as it was given: "
+                f"{self.kind}: after its load_state_dict(), its state_dict() does not return {[*told]} as given: "
                 "what they hold cannot be restored exactly"
             )
 
@@ -206,8 +206,8 @@ class Elsewhere:
             if before.get(name) != now.get(name) and not _mentions(told, name, now.get(name)):
                 raise UnsupportedError(
                     f"{self.kind} keeps state in its attribute {name!r}, which changed since the first update, and "
-                    "which neither state_dict() tells nor `state` or a group holds: it would be lost. Keep it in "
-                    "optimizer.state[...] or in a group, or let state_dict() tell it and load_state_dict() take it "
+                    "which neither state_dict() nor `state` nor a group has: it would be lost. Keep it in "
+                    "optimizer.state[...] or in a group, or let state_dict() return it and load_state_dict() take it "
                     "back (register_state_dict_post_hook() and register_load_state_dict_pre_hook() do, too)"
                 )
 

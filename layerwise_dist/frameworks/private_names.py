@@ -21,7 +21,7 @@ import torch
 
 from layerwise_dist.errors import UnsupportedError
 
-TORCH_TRIED = ("2.9.1", "2.13.0")
+TORCH_TRIED = ("2.9.1", "2.11.0", "2.13.0", "2.14.1")
 DEEPSPEED_TRIED = ("0.19.8",)
 
 Names = Mapping[str, tuple[str, ...]]
@@ -168,7 +168,7 @@ def require_of_deepspeed(owner: Any, names: Iterable[str], what: str = "") -> No
 
 
 def tried(package: str, versions: tuple[str, ...]) -> str:
-    return f"Tried were {package} {', '.join(versions)}: install one of these, or a newer layerwise_dist"
+    return f"Tested with {package} {', '.join(versions)}: install one of these, or a newer layerwise_dist"
 
 
 @functools.cache

@@ -31,7 +31,7 @@ class BestMetric:
         if self.name not in metrics:
             if isinstance(self._trainer.eval_dataset, dict):
                 return None
-            raise ConfigError(f"best_metric: an evaluation gives {sorted(metrics)}, and no {self.name!r}")
+            raise ConfigError(f"best_metric: an evaluation gives {sorted(metrics)}, but not {self.name!r}")
         value = torch.tensor(float(metrics[self.name]), dtype=torch.float64, device=self._trainer.args.device)
         if dist.is_initialized():
             dist.broadcast(value, 0)

@@ -54,7 +54,7 @@ def check(module: Any, trainer: Any) -> None:
     if missing := list(_missing(module, trainer)):
         raise UnsupportedError(
             f"this transformers ({_version(module)}) lacks what resuming a Trainer exactly needs: "
-            f"{', '.join(missing)}. Tested was {TESTED}"
+            f"{', '.join(missing)}. Tested with {TESTED}"
         )
 
 

@@ -25,7 +25,7 @@ def read(
     path = os.path.join(source, ".metadata")
     metadata = load_metadata(path, allowed=allowed)
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, Mapping):
-        raise DamageError(f"{path}: it is no metadata of DCP's storage on a file system")
+        raise DamageError(f"{path}: not the metadata of a DCP checkpoint on a file system")
     paths = metadata.planner_data if isinstance(metadata.planner_data, Mapping) else {}
     state: dict[str, Any] = {}
     for key, entry in metadata.state_dict_metadata.items():

@@ -73,7 +73,7 @@ def read(folder: str, *, allowed: bool, buffers: Sequence[str], optimizer: str |
 def _flats(zero: Mapping[str, Any], name: str, folder: str) -> list[torch.Tensor]:
     found = zero.get(name)
     if not isinstance(found, list) or not all(isinstance(each, torch.Tensor) for each in found):
-        raise UnsupportedError(f"{folder}: {name} are no tensors")
+        raise UnsupportedError(f"{folder}: {name} are not tensors")
     return [each.detach().view(-1) for each in found]
 
 

@@ -73,7 +73,7 @@ def _optimizer(found: Imported, value: Mapping[str, Any], kind: str | None, name
         or not isinstance(state, Mapping)
         or not all(isinstance(each, Mapping) and isinstance(each.get("params"), list) for each in groups)
     ):
-        raise UnsupportedError(f"{found.source}: its optimizer is no state_dict() of one of torch's")
+        raise UnsupportedError(f"{found.source}: its optimizer is not the state_dict() of one of torch's")
     known = _by_name(found, groups, state, names)
     found.groups = [
         {**{key: each for key, each in group.items() if key != "param_names"},
@@ -94,7 +94,7 @@ def _optimizer(found: Imported, value: Mapping[str, Any], kind: str | None, name
     found.tie()
     more = [key for key in value if key not in ("state", "param_groups")]
     if more:
-        found.notes.append(f"members of the optimizer that torch's own have not: {', '.join(map(str, more))}")
+        found.notes.append(f"members of the optimizer that torch's own do not have: {', '.join(map(str, more))}")
 
 
 def _by_name(

@@ -68,7 +68,7 @@ class Imported:
             raise UnsupportedError(f"{self.source}: {kind!r} of {fqn!r} is not a name that a checkpoint can have")
         name = f"{kind}/{fqn}"
         if name in self.tensors:
-            raise UnsupportedError(f"{self.source}: {name} is there twice")
+            raise UnsupportedError(f"{self.source}: {name} occurs twice")
         dtype_code(found.dtype, name)
         self.tensors[name] = found
 

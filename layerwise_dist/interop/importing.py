@@ -54,7 +54,7 @@ def kind_of(source: str, tag: str | None = None) -> str:
     if _INDEX in names or any(name.endswith(".safetensors") for name in names):
         return "safetensors"
     raise UnsupportedError(
-        f"{source}: holds none of the checkpoints that an import takes: DCP's .metadata, *.safetensors, or DeepSpeed's "
+        f"{source}: holds no checkpoint of a kind that an import reads: DCP's .metadata, *.safetensors, or DeepSpeed's "
         "latest and *_optim_states.pt"
     )
 
@@ -206,7 +206,7 @@ def _safetensors(source: str, buffers: Sequence[str]) -> Imported:
             except ValueError:
                 said = {}
         if isinstance(said, dict) and said.get("tie_word_embeddings"):
-            found.notes.append("tied weights: the model that goes on must tie them itself, as transformers does")
+            found.notes.append("tied weights: the model that resumes must tie them itself, as transformers does")
     return found
 
 

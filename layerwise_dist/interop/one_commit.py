@@ -36,7 +36,7 @@ def root_of(directory: str | os.PathLike[str]) -> str:
     """The path as all of this package has it. Raises ConfigError for what is no path of a local directory."""
     text = os.fspath(directory)
     if not isinstance(text, str) or not text or "://" in text:
-        raise ConfigError(f"{directory!r} is no directory of a file system: give a path")
+        raise ConfigError(f"{directory!r} is not the path of a directory: give one")
     return os.path.abspath(os.path.expanduser(text))
 
 
@@ -73,7 +73,7 @@ class OneCommit:
             plan = merge([place.look()], root, fresh=False)
             found = self._manager.inventory()
             if found.lost is not None:
-                raise DamageError(f"where the lineage in {root} goes on is not known: {found.lost}")
+                raise DamageError(f"where the lineage in {root} continues is unknown: {found.lost}")
             check(found)
             place.settle(plan, {})
             assert place.owner is not None, "look() has taken it"

@@ -130,7 +130,7 @@ def _explained(path: str, error: Exception) -> UnsupportedError | DamageError:
         return UnsupportedError(
             f"{path}: it holds {name}, which is not on the list of names that an import takes; nothing of it was used"
         )
-    return DamageError(f"{path}: it is no file of torch.save, or it is damaged: {said[:300]}")
+    return DamageError(f"{path}: not a file of torch.save, or damaged: {said[:300]}")
 
 
 class _OfMetadata(pickle.Unpickler):
@@ -176,4 +176,4 @@ def load_metadata(path: str, *, allowed: bool) -> Any:
         except UnsupportedError as error:
             raise UnsupportedError(f"{path}: {error}; nothing of it was used") from None
         except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, AttributeError, TypeError) as error:
-            raise DamageError(f"{path}: it is no metadata of DCP, or it is damaged: {error}") from None
+            raise DamageError(f"{path}: not the metadata of a DCP checkpoint, or damaged: {error}") from None

@@ -30,9 +30,8 @@ _ORDER: tuple[Literal["samples", "seed", "shuffle"], ...] = ("samples", "seed", 
 _WAYS = (
     "only layerwise_dist.data.ElasticDistributedSampler, in batches of torch's BatchSampler or none, divides the "
     "rest of an epoch among other ranks. It divides as DistributedSampler does: on as many ranks as before, put it "
-    "in that one's "
-    "place, restore, and save once. Or restore what save() made between two epochs, or give "
-    "restore(objects={{{name!r}: 'anew'}}) to restart the epoch, or 'rank0' where replicas are as many as before "
+    "in that one's place, restore, and save once. Or restore what save() made between two epochs, or give "
+    "restore(objects={{{name!r}: 'anew'}}) to restart the epoch, or 'rank0' if there are as many replicas as before "
     "or all ranks draw the same"
 )
 _ITER = ElasticDistributedSampler.__iter__  # a subclass with another one has another order
@@ -142,7 +141,7 @@ class Elastic:
         if was not in (None, here) and _within(snapshot):
             raise MismatchError(
                 f"loader {self._name!r} stands within an epoch that was divided among {was} replicas, here it would be "
-                f"to {here or 'whoever draws'}: {_WAYS.format(name=self._name)}"
+                f"among {here or 'whoever draws'}: {_WAYS.format(name=self._name)}"
             )
 
     @property

@@ -288,7 +288,7 @@ class LoaderTap:
         if position is not newest and newest is not None:
             if newest.alive and newest.draws and not newest.exhausted:
                 raise BoundaryError(
-                    f"loader {self.name!r} has two live iterators that are drawn in turn, so it has no one position: "
+                    f"loader {self.name!r} has two live iterators, drawn from in turn, so it has no single position: "
                     "give each its own loader"
                 )
             self._current = position

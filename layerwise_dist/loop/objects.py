@@ -24,7 +24,7 @@ _ALLOWED = (
 )
 
 
-SCALER = "GradScaler"  # of whichever class, in `StateObjects.classes`
+SCALER = "GradScaler"  # stands for any of its classes in `StateObjects.classes`
 
 
 class StateObjects:

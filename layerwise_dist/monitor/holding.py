@@ -140,7 +140,7 @@ class StagedShards:
         attempt, (text, blob) = coming.write.attempt, message["state"]
         if coming.missing or len(coming.state) != text + blob:
             lacking = f"{len(coming.missing)} extents" if coming.missing else "a part of the state"
-            self._participant.failed(attempt, f"the monitor has not got {lacking} of it", coming.write)
+            self._participant.failed(attempt, f"the monitor lacks {lacking} of it", coming.write)
             return
         data = bytes(coming.state)
         coming.write.shard.seal(data[:text], data[text:])

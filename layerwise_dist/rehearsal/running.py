@@ -158,7 +158,7 @@ def _ended(name: str, plan: Plan, story: Story, job: Job, code: int) -> Run:
     if code != 0:
         raise _failed(name, f"failed with exit code {code}", story, job)
     if not story.directories:
-        raise _failed(name, "ended without an attach() that is enabled", story, job)
+        raise _failed(name, "ended without an enabled attach()", story, job)
     return Run(name, plan, story, whole=False)
 
 

@@ -199,7 +199,7 @@ def _slowest(facts: Facts) -> str:
     first = facts.ranks[0]
     behind = median([e["slowest_behind_s"] for e in known if e["slowest_behind_s"] is not None])
     return (
-        f"Rank {first.rank} was the last in {first.last} of {len(known)} checkpoints; the last is "
+        f"Rank {first.rank} was last in {first.last} of {len(known)} checkpoints; the last is "
         f"{_seconds(behind)} after the first (median)."
     )
 

@@ -40,7 +40,7 @@ class Held:
             f"{_ranks(gone)}" + (f" (a disk had those of {_ranks(node)})" if node != gone else " (all of one disk)")
             for gone, node in self.gone
         ]
-        return f"step {self.step}: no node that is here holds the shards of {' and of '.join(each)}"
+        return f"step {self.step}: no node of this job holds the shards of {' and of '.join(each)}"
 
 
 def look(

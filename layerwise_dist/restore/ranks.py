@@ -114,7 +114,7 @@ def fit_schedules(sealed: SealedState, objects: StateObjects, origins: Sequence[
     if len(origins) > 1 or len(known) < len(found):
         return [
             f"state[{names[0]!r}] keeps learning rates for the param groups of the checkpoint, but the groups here "
-            "are others: make the groups that the checkpoint has"
+            "are others: build the same groups as the checkpoint has"
         ]
     live, fitted = objects.take(), dict(sealed["objects"])
     for name in names:

@@ -127,7 +127,7 @@ def _unlike(saved: Sequence[Mapping[str, Any]]) -> str | None:
 
     for rank, state in enumerate(saved):
         if shape(state) != shape(saved[0]):
-            return f"ranks 0 and {rank} of the checkpoint have other optimizers"
+            return f"ranks 0 and {rank} of the checkpoint have different optimizers"
     return None
 
 

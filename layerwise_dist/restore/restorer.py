@@ -157,7 +157,7 @@ class Restorer:
         every = nodes.look(self._participant, self._manager, [AttemptId(*each) for each in manifests])
         whole = sorted(each.step for each in every.values() if not each.gone)
         gone = [str(each) for each in held.values() if each.gone]
-        return "".join(f"; {each}" for each in gone) + f"; whole on the nodes that are here: steps {whole or 'none'}"
+        return "".join(f"; {each}" for each in gone) + f"; complete on the nodes of this job: steps {whole or 'none'}"
 
     def _load(self, attempt: AttemptId, terms: Terms, held: nodes.Held | None) -> LoadPlan | None:
         """One candidate, on all ranks: check everything, then read. `held`: it lies on disks of nodes.

@@ -136,12 +136,12 @@ def compare(plain: Run, killed: Run, resumed: Run) -> list[Check]:
     left = [rank for rank, (one, two) in enumerate(zip(plain.left, resumed.left, strict=True)) if one != two]
     ends = "parameters, moments and random numbers are equal bit for bit"
     return [
-        Check("training with checkpoints is training without them", went.good, went.found),
+        Check("training with checkpoints gives the same bits as without", went.good, went.found),
         Check(
-            "the restart goes on at a committed step", back,
+            "the restart resumes at a committed step", back,
             f"step {resumed.start}; the killed job had reported step {killed.committed} as committed",
         ),
-        Check("what was resumed is what was never interrupted", after.good, after.found),
+        Check("the resumed run equals an uninterrupted one", after.good, after.found),
         Check("it ends in the same state", not left, ends if not left else f"rank {left[0]} holds other bits"),
     ]  # fmt: skip
 

@@ -35,7 +35,7 @@ class BaseFile:
     found.
 
     Attributes:
-        layout: which byte of which slice goes where.
+        layout: where each byte of each slice goes.
         run: blocks that may be with the writer at once.
     """
 

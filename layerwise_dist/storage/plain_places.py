@@ -123,7 +123,7 @@ def _runs(text: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 class RecentPlaces:
-    """The last text, and what it says: of which tensors, in a job of how many ranks."""
+    """The last text and what it was made from: the tensors, and the number of ranks."""
 
     def __init__(self) -> None:
         self._last: tuple[dict[str, int], int, Cuts, Pattern] | None = None

@@ -359,8 +359,8 @@ def mutated(out: str, case: str) -> dict[str, list[str]]:
 
 
 def on_the_page(out: str, case: str) -> dict[str, Any]:
-    """docs/loops.md, as it stands: once, and once more with more steps."""
-    from loops import blocks
+    """docs/loops.md, as it stands: once, and once more with more steps. Then docs/integrations/transformers.md."""
+    from loops import blocks, snippets
 
     os.chdir(out)
     steps = []
@@ -370,6 +370,10 @@ def on_the_page(out: str, case: str) -> dict[str, Any]:
         held = {"Trainer": Trainer, "model": model_of(case), "args": args, "data": data}
         exec(blocks()["Hugging Face's Trainer"], held)
         steps.append([held["trainer"]._layerwise_checkpoints.resumed_from, held["trainer"].state.global_step])
+    os.mkdir("page")
+    os.chdir("page")
+    snippets.run("docs/integrations/transformers.md 1", held)
+    steps.append([held["checkpoints"].resumed_from, held["trainer"].state.global_step])
     return {"steps": steps}
 
 

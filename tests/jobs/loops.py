@@ -4,7 +4,7 @@
     loops.py OUT WHICH
 
 twice in one process, the second one with more steps, or epochs: it goes on where the first one ended. Writes what was
-committed, and which step the second one restored.
+committed, and which step the second one restored. The blocks of the package's own page run after that.
 """
 
 import functools
@@ -17,11 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from job_kit import process_group
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import layerwise_dist as lwd
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from kit import snippets  # noqa: E402
 
 PAGE = Path(__file__).parents[2] / "docs" / "loops.md"
 
@@ -57,8 +61,8 @@ def batches_of(loader: Any) -> Iterator[torch.Tensor]:
         yield from loader
 
 
-def run(which: str, code: str, total: int) -> tuple[int, int]:
-    """The step that was committed last, and the one that was restored; 0 for none."""
+def script(which: str, total: int) -> dict[str, Any]:
+    """The names that a script has."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -83,6 +87,12 @@ def run(which: str, code: str, total: int) -> tuple[int, int]:
         held |= {"accelerator": accelerate.Accelerator(cpu=True), "accelerated_step": accelerated_step}
     elif which == "Lightning":
         held |= of_lightning(model)
+    return held
+
+
+def run(which: str, code: str, total: int) -> tuple[int, int]:
+    """The step that was committed last, and the one that was restored; 0 for none."""
+    held = script(which, total)
     exec(code, held)
     ckpt = held["callback"].engine if which == "Lightning" else held["ckpt"]
     found = re.search(r"step_(\d+)", ckpt.restored_from or "")
@@ -107,11 +117,63 @@ def of_lightning(model: torch.nn.Module) -> dict[str, Any]:
     return {"module": Module(), "Trainer": functools.partial(Trainer, accelerator="cpu", **quiet)}
 
 
+def enter(folder: str) -> None:
+    """Where nothing is saved yet."""
+    os.makedirs(folder, exist_ok=True)
+    os.chdir(folder)
+
+
+def run_page(which: str) -> None:
+    """What docs/integrations/ has of this package."""
+    held = script(which, 3)
+    if which == "Accelerate":
+        held["loss_of"] = lambda model, batch: model(batch).square().sum()
+        assert snippets.run("docs/integrations/accelerate.md 1", held)["ckpt"].committed_step == 3 * 16
+    elif which == "Lightning":
+        snippets.run("docs/integrations/lightning.md 1", held)
+        assert held["trainer"].callbacks[0].engine.committed_step == 3 * 16
+    elif which == "DeepSpeed":
+        run_page_of_deepspeed(held)
+
+
+def run_page_of_deepspeed(held: dict[str, Any]) -> None:
+    class WithLoss(torch.nn.Module):
+        def __init__(self, model: torch.nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, batch: torch.Tensor) -> torch.Tensor:
+            return self.model(batch).square().sum()
+
+    page = "docs/integrations/deepspeed.md"
+    held |= {"model": WithLoss(held["model"]), "batches": batches_of(held["loader"]), "epoch": 7}
+    if dist.get_rank() == 0:
+        Path("ds_config.json").write_text(json.dumps(held["ds_config"] | snippets.members(f"{page} 1")))
+    dist.barrier()
+    assert snippets.run(f"{page} 1", held)["ckpt"].committed_step == 3
+    enter("calls")
+    drop_in, load, save = snippets.snippets()[f"{page} 2"].split("\n...\n")
+    for loaded in (None, {"epoch": 7}):
+        exec(drop_in, held)
+        held["engine"], *_ = held["deepspeed"].initialize(
+            model=WithLoss(script("DeepSpeed", 3)["model"]), config=held["ds_config"] | snippets.members(f"{page} 2")
+        )
+        exec(load, held)
+        assert held["client_state"] == loaded
+        for _ in range(2):
+            held["engine"].backward(held["engine"](next(held["batches"])))
+            held["engine"].step()
+        exec(save, held)
+        held["engine"].layerwise.close()
+
+
 def main(out: str, which: str) -> None:
     with process_group() as rank:
         os.chdir(out)
         code = blocks()[which]
         (first, _), (second, restored) = run(which, code, 3), run(which, code, 5)
+        enter("page")
+        run_page(which)
         Path(out, f"{rank}.json").write_text(json.dumps([first, restored, second]))
 
 
