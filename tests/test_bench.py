@@ -315,7 +315,7 @@ def test_too_little_memory_is_an_error_too(tmp_path: Path, monkeypatch: pytest.M
         (("train", "--blocks", "40", "--modes", "all"), "--blocks takes one interval"),
         (("train", "--blocks", "40", "--modes", "layerwise-monitor"), "writes in another process"),
         (("train", "--against", "python"), "--against goes with --blocks"),
-        (("loops", "--loops", "keras"), "loop 'keras': there are transformers, accelerate, lightning"),
+        (("loops", "--loops", "keras"), "loop 'keras': choose from transformers, accelerate, lightning"),
     ],
 )
 def test_a_wrong_option_is_named_with_what_is_allowed(tmp_path: Path, args: tuple[str, ...], says: str) -> None:
