@@ -256,7 +256,7 @@ class WriterPool:
         """Cancels what is queued (ECANCELED), waits for what is running, joins. Idempotent. False: threads go on."""
 
 class Plan:
-    """Which bytes of which tensor go where in a shard.
+    """Where in a shard the bytes of each tensor go.
 
     blocks: (file offset, length); segments: (block, offset in block, tensor, offset in tensor, length).
     `tail_offset` is where appended data begins if no block ends after it.

@@ -119,7 +119,7 @@ struct ShardFixture {
     REQUIRE_OK(WriterPool::Create({.backend = backend_under_test, .depth = depth}, &pool));
   }
 
-  // With a pool of `pages` buffers of 4096 bytes, `depth` of which are bounce buffers.
+  // With a pool of `pages` buffers of 4096 bytes; `depth` of them are bounce buffers.
   ShardFixture(int depth, size_t pages) {
     REQUIRE_OK(BufferPool::Create(4096 * pages, &buffers));
     REQUIRE_OK(WriterPool::Create(
