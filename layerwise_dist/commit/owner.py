@@ -19,6 +19,9 @@ from layerwise_dist.storage.protocols import Env, FileLock
 log = logging.getLogger("layerwise_dist")
 
 _CAP = 4096
+# The file is a multiple of this long, so that it keeps its length when it is rewritten: a power failure in between may
+# leave new bytes and the old length, and half a text names no epoch.
+_SECTOR = 512  # bytes
 # A monitor notices at once that its training process died, and says so in the file. Until then it looks like the
 # monitor of a live job.
 _GRACE_S = 2.0
@@ -93,9 +96,9 @@ class Owner:
 
     def _write(self, epoch: int, session: str, more: OwnerNote) -> None:
         note: OwnerNote = {"epoch": epoch, "session": session, "who": self._who, **more}
-        text = json.dumps(note, separators=(",", ":"))
+        text = json.dumps(note, separators=(",", ":")).encode()
         with self._writing:
-            self._lock.write(text.encode())
+            self._lock.write(text + b" " * (-len(text) % _SECTOR))
 
     def check(self) -> None:
         """Raises OwnerError when the directory has a newer owner."""
