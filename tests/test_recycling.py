@@ -21,8 +21,9 @@ from kit.crash import ROOT, Story
 from layerwise_dist._native import PosixEnv
 from layerwise_dist.commit.session import Committer
 from layerwise_dist.engine.engine import workings_of
+from layerwise_dist.storage import network
 from layerwise_dist.storage.filenames import AttemptId
-from layerwise_dist.storage.recycling import Recycler
+from layerwise_dist.storage.recycling import Recycler, recycles
 
 pytestmark = pytest.mark.quick
 
@@ -96,6 +97,17 @@ def test_a_network_file_system_is_left_alone_unless_told_otherwise(
     assert bool(reused(log_of(story.env))) == expected
     assert any("is on NFS" in record.getMessage() for record in caplog.records) == (env is Nfs and recycle == "auto")
     assert len([name for name in story.env.list_dir(ROOT) if name.startswith("step_")]) == 1
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("ext4", True), ("9p", False), ("fuse.sshfs", False)])
+def test_what_is_mounted_counts_and_not_only_the_number_that_its_server_gives(
+    tmp_path: Path, kind: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """statfs(2) in a 9P mount gives the number of the disk that its server has."""
+    table = f"1 0 0:1 / / rw - nfs4 host:/ rw\n23 1 8:1 / /mnt rw,noatime shared:4 - {kind} source rw\n"
+    monkeypatch.setattr(network, "mounts_and_id", lambda directory: (table, 23))
+    assert recycles(testing.MemoryEnv(), str(tmp_path), "auto") is expected
+    assert recycles(testing.MemoryEnv(), str(tmp_path), True)
 
 
 def test_where_nobody_can_tell_who_has_a_file_open_it_is_said_once_and_files_are_removed(

@@ -116,7 +116,7 @@ def _lowest(probe: _Probe, token: str, ranks: list[int]) -> int:
 
 def _network(env: Env, root: str) -> str | None:
     try:
-        return network.name_by_magic(env.file_system(root))
+        return network.name_at(env, root)
     except OSError:
         return None
 

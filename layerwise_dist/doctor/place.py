@@ -82,20 +82,9 @@ def nearest(directory: str) -> str:
 
 
 def mount_of(directory: str) -> Mount | None:
-    """The mount that holds an existing directory: by its id, since mounts may lie over one another."""
-    try:
-        fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        info = Path(f"/proc/self/fdinfo/{fd}").read_text()
-        table = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
-    except OSError:
-        return None
-    finally:
-        os.close(fd)
-    wanted = re.search(r"^mnt_id:\s*(\d+)$", info, re.MULTILINE)
-    return find_mount(table, int(wanted[1])) if wanted else None
+    """The mount that holds an existing directory."""
+    found = network.mounts_and_id(directory)
+    return find_mount(*found) if found is not None else None
 
 
 def find_mount(table: str, mount_id: int) -> Mount | None:

@@ -29,7 +29,7 @@ def recycles(env: Env, root: str, wanted: Literal["auto", True, False]) -> bool:
     """What `writer.recycle` means for this directory: "auto" is on unless its file system is shared by a network."""
     if wanted != "auto":
         return wanted
-    kind = network.name_by_magic(env.file_system(root))
+    kind = network.name_at(env, root)
     if kind is not None:
         log.info("%s is on %s: files of retired checkpoints are removed, not reused (writer.recycle)", root, kind)
     return kind is None
