@@ -156,7 +156,6 @@ class Pruning:
             removed(manifest)
         self._owner.check()
         manager.collect_leftovers(manager.inventory(), self._doubtful)
-        manager.env.sync_dir(manager.root)
         return stays
 
     def close(self) -> None:
