@@ -16,6 +16,7 @@
 #include <cstring>
 #include <utility>
 
+#include "durable_store.h"
 #include "layerwise/aligned_buffer.h"
 
 namespace layerwise {
@@ -25,34 +26,24 @@ namespace {
 // Address space taken at once: small writes at the end must not map each.
 constexpr uint64_t kLeastSegment = 64 << 20;
 
+struct ThisCpu {
 #if defined(__SSE2__)
-constexpr size_t kLine = 64;
-
-void CopyAndFlush(char* out, const char* in, size_t n) {
-  std::memcpy(out, in, n);
-  _mm_clflush(out);
-  _mm_clflush(out + n - 1);
-}
-
-// Leaves no byte of the range in a cache. Bytes beside the range are not touched.
-void StoreDurably(char* out, const char* in, size_t n) {
-  const size_t head = std::min(n, (kLine - reinterpret_cast<uintptr_t>(out) % kLine) % kLine);
-  if (head > 0) CopyAndFlush(out, in, head);
-  for (out += head, in += head, n -= head; n >= kLine; out += kLine, in += kLine, n -= kLine) {
+  void Copy(char* out, const char* in, size_t n) { std::memcpy(out, in, n); }
+  void Flush(const char* at) { _mm_clflush(at); }
+  void Stream(char* out, const char* in) {
     const auto* const from = reinterpret_cast<const __m128i*>(in);
     auto* const to = reinterpret_cast<__m128i*>(out);
     for (int i = 0; i < 4; ++i) _mm_stream_si128(to + i, _mm_loadu_si128(from + i));
   }
-  if (n > 0) CopyAndFlush(out, in, n);
-  _mm_sfence();
-}
+  void Fence() { _mm_sfence(); }
 #else
-// The kernel writes these lines back in fdatasync.
-void StoreDurably(char* out, const char* in, size_t n) {
-  std::memcpy(out, in, n);
-  std::atomic_thread_fence(std::memory_order_seq_cst);
-}
+  // The kernel writes these lines back in fdatasync.
+  void Copy(char* out, const char* in, size_t n) { std::memcpy(out, in, n); }
+  void Flush(const char*) {}
+  void Stream(char* out, const char* in) { std::memcpy(out, in, kCacheLine); }
+  void Fence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 #endif
+};
 
 }  // namespace
 
@@ -108,7 +99,7 @@ Status NvmWritableFile::Pwrite(const void* data, size_t n, uint64_t offset) {
       out = segment.base + (offset - segment.offset);
       length = std::min<uint64_t>(n, segment.offset + segment.length - offset);
     }
-    StoreDurably(out, in, length);
+    StoreDurably(ThisCpu(), out, in, length);
     in += length;
     n -= length;
     offset += length;
