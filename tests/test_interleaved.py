@@ -9,6 +9,8 @@ after power loss there is one committed step, never older than was said, and eve
 from __future__ import annotations
 
 import contextlib
+import fnmatch
+import os
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -20,12 +22,15 @@ from kit import actors
 from kit.actors import Play, Training, check_left, play
 from kit.interleaving import GatedEnv, Scheduler
 
+from layerwise_dist.commit import pruning, session
+from layerwise_dist.commit.copying import CheckpointCopy, CopiedFile
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.opening import make_dirs
 from layerwise_dist.commit.session import Committer
 from layerwise_dist.errors import DamageError
 from layerwise_dist.interop import importing
 from layerwise_dist.interop.gathered_state import Found, Imported
+from layerwise_dist.storage import retention
 from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.removal import remove
 
@@ -121,6 +126,17 @@ def retention_goes_on_beside_a_roll_back(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(Committer, "hold", lambda self, held: None)
 
 
+def tags_are_not_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    retired = retention.retired
+
+    def of_no_tag(lineage: list[Any], family: list[Any], **kept: Any) -> list[int]:
+        untagged = [[each.model_copy(update={"tag": None}) for each in some] for some in (lineage, family)]
+        return retired(*untagged, **kept)
+
+    monkeypatch.setattr(session, "retired", of_no_tag)
+    monkeypatch.setattr(pruning, "retired", of_no_tag)
+
+
 def shards_go_before_their_manifest(monkeypatch: pytest.MonkeyPatch) -> None:
     withdraw = CheckpointMetadataManager.withdraw
 
@@ -135,7 +151,7 @@ def shards_go_before_their_manifest(monkeypatch: pytest.MonkeyPatch) -> None:
     ("broken", "seed"),
     [
         (readers_hold_nothing, 12), (pins_are_not_looked_for, 15),
-        (retention_goes_on_beside_a_roll_back, 2), (shards_go_before_their_manifest, 2),
+        (retention_goes_on_beside_a_roll_back, 2), (shards_go_before_their_manifest, 2), (tags_are_not_looked_for, 45),
     ],
 )  # fmt: skip
 def test_mutation_a_rule_between_actors_that_is_left_out_is_found(
@@ -161,26 +177,28 @@ def sweep(found: Play, seeds: int) -> int:
     return checked
 
 
-def imported(folder: str, make_env: Callable[[Scheduler], Any]) -> Play:
-    """Another tool's checkpoint becomes one of this directory."""
+def imported(folder: str, begins: Callable[[Any], None] = lambda env: None) -> Play:
+    """Another tool's checkpoint becomes one of this directory. `begins` gets the Env just before."""
     scheduler = Scheduler(0)
-    env, attempt = make_env(scheduler), AttemptId(1, 1, 7)
+    env, attempt = GatedEnv(scheduler), AttemptId(1, 1, 7)
     with actors.on(scheduler, env):
+        begins(env)
         found = Imported("a test", step=7, tensors={"param/w": Found.of(actors.value(1))})
         importing.write(found, folder, importing.Wanted())
         env.mark("said 1")
     return Play(env, folder, actors.Truth([actors.Event(attempt)]), 0, {})
 
 
-def copied(folder: str, make_env: Callable[[Scheduler], Any]) -> Play:
-    """`layerwise cp`, of the only checkpoint of a directory."""
+def copied(folder: str, begins: Callable[[Any], None] = lambda env: None) -> Play:
+    """`layerwise cp`, of the only checkpoint of a directory. `begins` gets the Env just before."""
     scheduler = Scheduler(0)
-    env, truth = make_env(scheduler), actors.Truth()
+    env, truth = GatedEnv(scheduler), actors.Truth()
     training = Training(scheduler, env, folder, truth, random.Random(0))
     with actors.on(scheduler, env):
         make_dirs(env, folder, 0o700)
         scheduler.spawn("training", lambda: training.run(1))
         scheduler.run()
+        begins(env)
         actors.Reader(scheduler, env, folder, truth, random.Random(0)).run(1, ("cp",))
     return Play(env, folder, truth, 0, {})
 
@@ -192,24 +210,76 @@ MADE = pytest.mark.parametrize("made", [imported, copied], ids=lambda made: made
 def test_an_import_and_a_copy_are_whole_or_not_there_after_power_loss(
     folder: str, made: Callable[..., Play], long: bool
 ) -> None:
-    found = made(folder, GatedEnv)
+    found = made(folder)
     assert sweep(found, 100 if long else 1) > 4 * found.env.log_size
 
 
-@MADE
-@pytest.mark.parametrize("operation", ["sync", "sync_dir", "rename"])
-def test_mutation_an_import_and_a_copy_without_their_flushes_are_found(
-    folder: str, made: Callable[..., Play], operation: str
-) -> None:
-    pattern = f"{folder}*" if made is imported else f"{folder}.copy*"
+# Flushes and renames of these, by what is done and to what. Of a copy's, all lie in a directory of its own.
+OF_IMPORT = [
+    ("sync", "*/rank_00000.safetensors.partial"), ("rename", "*/rank_00000.safetensors"),
+    ("sync_dir", "{root}/step_*"), ("sync_dir", "{root}"), ("sync", "*/manifest.json.tmp"),
+    ("rename", "*/manifest.json"),
+]  # fmt: skip
+OF_COPY = [
+    ("sync", "{root}.copy*/rank_00000.safetensors"), ("sync", "{root}.copy*/identity.json.tmp"),
+    ("rename", "{root}.copy*/identity.json"), ("sync_dir", "{root}.copy*/step_*"), ("sync_dir", "{root}.copy*-1"),
+    ("sync_dir", "{above}"), ("sync", "{root}.copy*/manifest.json.tmp"), ("rename", "{root}.copy*/manifest.json"),
+]  # fmt: skip
 
-    def forgetful(scheduler: Scheduler) -> Any:
-        env = GatedEnv(scheduler)
-        env.drop(operation, pattern)
-        return env
+
+@pytest.mark.parametrize(
+    ("made", "operation", "pattern"),
+    [*((imported, *each) for each in OF_IMPORT), *((copied, *each) for each in OF_COPY)],
+)
+def test_mutation_an_import_and_a_copy_without_one_of_their_flushes_are_found(
+    folder: str, made: Callable[..., Play], operation: str, pattern: str
+) -> None:
+    envs: list[Any] = []
+
+    def forgetful(env: Any) -> None:
+        env.drop(operation, pattern.format(root=folder, above=os.path.dirname(folder)))
+        envs.append(env)
 
     with pytest.raises((AssertionError, DamageError, OSError)):
         sweep(made(folder, forgetful), 8)
+    assert envs[0].dropped > 0
+
+
+def test_each_flush_and_rename_of_an_import_and_a_copy_has_a_mutation(folder: str) -> None:
+    """The start of an import is that of a job."""
+    for made, mutations, first in ((imported, OF_IMPORT, f"{folder}/step_"), (copied, OF_COPY, f"{folder}.copy")):
+        found = made(folder)
+        patterns = [(kind, text.format(root=folder, above=os.path.dirname(folder))) for kind, text in mutations]
+        log = [found.env.log_entry(number).split() for number in range(found.env.log_size)]
+        begins = next(number for number, entry in enumerate(log) if entry[1].startswith(first))
+        done = {(kind, rest[-1]) for kind, *rest in log[begins:] if kind in ("sync", "sync_dir", "rename")}
+        without = [
+            (kind, path)
+            for kind, path in sorted(done)
+            if not any(kind == each and fnmatch.fnmatchcase(path, pattern) for each, pattern in patterns)
+        ]
+        assert not without, without
+
+
+def shards_come_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    copy, publish = CheckpointCopy._copy, CheckpointCopy.publish
+    later: list[tuple[CopiedFile, Callable[[int], None]]] = []
+
+    def first(self: CheckpointCopy) -> None:
+        publish(self)
+        for each in later:
+            copy(self, *each)
+
+    monkeypatch.setattr(CheckpointCopy, "_copy", lambda self, *file: later.append(file))
+    monkeypatch.setattr(CheckpointCopy, "verify", lambda self, advance: None)
+    monkeypatch.setattr(CheckpointCopy, "publish", first)
+
+
+def test_mutation_a_copy_whose_manifest_comes_first_is_found(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sweep(copied(folder), 1)
+    shards_come_last(monkeypatch)
+    with pytest.raises(AssertionError, match="power loss.*its shard is gone"):
+        sweep(copied(folder), 1)
 
 
 def test_mutation_a_pin_that_is_not_flushed_is_found(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,4 +291,36 @@ def test_mutation_a_pin_that_is_not_flushed_is_found(folder: str, monkeypatch: p
 
     monkeypatch.setattr(CheckpointMetadataManager, "pin", pin)
     with pytest.raises(AssertionError, match="pinned"):
+        explored(folder, range(400), 12, 0)
+
+
+@pytest.mark.parametrize("careless", [False, True], ids=["whole", "what is there is not flushed"])
+def test_who_is_told_that_it_is_pinned_already_can_rely_on_it(
+    folder: str, careless: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever pinned it before may have died between the file and its flush."""
+    found = copied(folder)
+    manager = CheckpointMetadataManager(found.env, folder)
+    (manifest,) = manager.inventory().manifests.values()
+    attempt = manifest.attempt_id
+    found.env.write_file(manager.pin_path(attempt), b"", 0o600)
+    if careless:
+        pin = CheckpointMetadataManager.pin
+        monkeypatch.setattr(
+            CheckpointMetadataManager, "pin", lambda self, attempt: not self.pinned(attempt) and pin(self, attempt)
+        )
+    assert not manager.pin(attempt)
+    left = CheckpointMetadataManager(found.env.crash(found.env.log_size, 0, "none"), folder)
+    assert left.pinned(attempt) is not careless
+
+
+def test_mutation_the_end_of_a_pin_that_is_not_flushed_is_found(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was said to be free to go would stay for good."""
+
+    def unpin(self: CheckpointMetadataManager, attempt: AttemptId) -> bool:
+        self.env.unlink(self.pin_path(attempt))
+        return True
+
+    monkeypatch.setattr(CheckpointMetadataManager, "unpin", unpin)
+    with pytest.raises(AssertionError, match="was said to be unpinned"):
         explored(folder, range(400), 12, 0)

@@ -47,9 +47,9 @@ std::unique_ptr<MemoryEnv> MemoryEnv::Crash(size_t prefix, uint64_t seed, CrashP
 }
 
 Status MemoryEnv::Drop(const std::string& operation, const std::string& path_pattern) {
-  static constexpr std::string_view kAllowed[] = {"sync", "sync_dir", "rename", "write"};
+  static constexpr std::string_view kAllowed[] = {"sync", "sync_dir", "rename", "write", "truncate"};
   if (std::find(std::begin(kAllowed), std::end(kAllowed), operation) == std::end(kAllowed)) {
-    return Status::InvalidArgument("operation '" + operation + "'; allowed: sync, sync_dir, rename, write");
+    return Status::InvalidArgument("operation '" + operation + "'; allowed: sync, sync_dir, rename, write, truncate");
   }
   std::lock_guard lock(disk_->mutex());
   disk_->Drop(operation, path_pattern);

@@ -43,8 +43,8 @@ class MemoryEnv final : public EnvWrapper {
   // locks are free. This one is not changed. REQUIRES: prefix <= LogSize().
   std::unique_ptr<MemoryEnv> Crash(size_t prefix, uint64_t seed, CrashPolicy policy) const;
 
-  // From now on, operations of this kind ("sync", "sync_dir", "rename" or "write")
-  // on a path that matches (fnmatch; "*" matches "/" too; for a rename the old or
+  // From now on, operations of this kind ("sync", "sync_dir", "rename", "write" or
+  // "truncate") on a path that matches (fnmatch; "*" matches "/" too; for a rename the old or
   // the new path) are acknowledged, but do nothing.
   Status Drop(const std::string& operation, const std::string& path_pattern);
   uint64_t dropped() const;

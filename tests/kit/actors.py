@@ -364,6 +364,7 @@ class Reader:
         if manifest is None:
             return
         attempt = manifest.attempt_id
+        self.env.mark(f"pinning {attempt.folder}")
         try:
             pins.pin(self._manager, manifest)
         except NotFoundError:
@@ -378,6 +379,7 @@ class Reader:
             self.truth.pinned.discard(attempt)
             self.env.mark(f"unpinned {attempt.folder}")
             self._manager.unpin(attempt)
+            self.env.mark(f"free {attempt.folder}")
 
     def _chosen(self) -> Manifest | None:
         try:
@@ -475,7 +477,7 @@ def check_left(
 
     Returns what a restore takes.
     """
-    promised, pinned, copies = 0, set[str](), list[tuple[str, int]]()
+    promised, pinned, free, copies = 0, set[str](), set[str](), list[tuple[str, int]]()
     for index, text in play.env.marks():
         if index >= prefix:
             break
@@ -484,8 +486,12 @@ def check_left(
             promised = int(rest)
         elif what == "pinned":
             pinned.add(rest)
+        elif what == "pinning":
+            free.discard(rest)
         elif what == "unpinned":
             pinned.discard(rest)
+        elif what == "free":
+            free.add(rest)
         elif what == "copied":
             target, seq = rest.rsplit(" ", 1)
             copies.append((target, int(seq)))
@@ -504,10 +510,13 @@ def check_left(
     committed = {manifest.attempt_id.folder: manifest.attempt_id for manifest in found.manifests.values()}
     for folder in pinned:
         assert folder in committed and manager.pinned(committed[folder]), f"{folder} was pinned"
+    for folder in free.intersection(committed):
+        assert not manager.pinned(committed[folder]), f"{folder} was said to be unpinned"
     for target, seq in copies:
         other = CheckpointMetadataManager(env, target)
         copied = other.inventory()
         assert list(copied.manifests) == [seq] and not copied.damaged, f"{target} was a checkpoint"
+        assert copied.identity is not None, f"{target} was a checkpoint, and its identity is gone"
         _check_once(other, copied.manifests[seq], known)
     if found.manifests:
         try:

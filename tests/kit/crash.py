@@ -125,12 +125,13 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
 class Story:
     """What happened in a directory. A position is (phase, step); (phase, 0) is the branch record that began it.
 
-    With `frozen`, a layer is; `survey.LEAST_BASE_BYTES` must let it have a base.
+    With `frozen`, a layer is, of `frozen_ranks`; `survey.LEAST_BASE_BYTES` must let it have a base.
     """
 
     env: Any
     root: str = ROOT
     frozen: bool = False
+    frozen_ranks: tuple[int, ...] = tuple(range(WORLD))
     states: dict[tuple[int, int], dict[int, Tensors]] = field(default_factory=dict, repr=False)
     branches: dict[int, int] = field(default_factory=dict)
     published: dict[bytes, tuple[tuple[int, int], int]] = field(default_factory=dict, repr=False)
@@ -178,7 +179,7 @@ class Story:
         config: dict[str, Any],
     ) -> LayerwiseEngine:
         rank = transport.rank
-        model, optimizer = build(rank, phase, self.frozen)
+        model, optimizer = build(rank, phase, self.frozen and rank in self.frozen_ranks)
         place = {"phase": 0, "step": 0}
         engine = assembly.assemble(
             model, optimizer, settings(self.root, **config), transport, self.env, state={"place": place}, fresh=fresh
@@ -360,7 +361,7 @@ class Story:
         """A whole job started on what a crash left: restores, compares every bit, with `go_on` saves again."""
 
         def run(transport: LocalTransport) -> tuple[int, dict[str, int], Tensors]:
-            model, optimizer = build(transport.rank, 77, self.frozen)
+            model, optimizer = build(transport.rank, 77, self.frozen and transport.rank in self.frozen_ranks)
             place = {"phase": 0, "step": 0}
             with assembly.assemble(
                 model, optimizer, settings(root or self.root, **config), transport, env, state={"place": place}

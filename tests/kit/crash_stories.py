@@ -74,6 +74,21 @@ def move_state(engine: LayerwiseEngine, step: int) -> None:
         workings_of(engine).optimizer.optimizers[0].register_step_post_hook(move)
 
 
+def shrinking(story: Story) -> None:
+    """From the third on shards are shorter: the optimizer keeps nothing any more. The fourth is written over a longer
+    one.
+    """
+
+    def forget(engine: LayerwiseEngine, step: int) -> None:
+        if step == 2:
+            (optimizer,) = workings_of(engine).optimizer.optimizers
+            optimizer.state.clear()
+            for group in optimizer.param_groups:
+                group["momentum"] = 0.0
+
+    story.session(1, 4, keep_last=1, spares_from=2, writer=SMALL, at_step=forget)
+
+
 def one_branch(story: Story) -> None:
     story.session(1, 1)
     story.session(2, 2, restore=1)
@@ -89,6 +104,11 @@ def three_reusing(story: Story) -> None:
 
 def two_bases(story: Story) -> None:
     frozen(story, 3)
+
+
+def base_of_one_rank(story: Story) -> None:
+    story.frozen, story.frozen_ranks = True, (1,)
+    story.session(1, 2)
 
 
 STORIES = {
@@ -145,4 +165,18 @@ MUTATIONS = {
     "sync_dir of the root after the identity": (two_steps, Mutation("sync_dir", "/ckpt", "_into_place")),
     "sync of the owner's epoch": (two_steps, Mutation("sync", "*/owner")),
     "sync_dir above the root": (two_steps, Mutation("sync_dir", "/", "make_dirs")),
+}
+
+# Left out by rank 1 alone, which comes after rank 0: no flush of rank 0's covers what it did.
+OF_ONE_RANK = {
+    "sync_dir of the attempt's folder by one rank": (two_steps, Mutation("sync_dir", "*/step_*", "persist", rank=1)),
+    "sync_dir of the root by the only rank that has a base": (
+        base_of_one_rank,
+        Mutation("sync_dir", "/ckpt", "persist", rank=1),
+    ),
+    "sync_dir of the folder of bases by the only rank that has one": (
+        base_of_one_rank,
+        Mutation("sync_dir", "/ckpt/base", "publish", rank=1),
+    ),
+    "sync_dir of a base's folder by one rank": (two_bases, Mutation("sync_dir", "/ckpt/base/*", "publish", rank=1)),
 }

@@ -7,6 +7,7 @@ import errno
 import fnmatch
 import sys
 from dataclasses import dataclass
+from types import FrameType
 
 import layerwise_native_testing as testing
 
@@ -15,14 +16,15 @@ import layerwise_native_testing as testing
 class Mutation:
     """One operation that goes wrong: `operation` on a path that matches, called by the function `caller`.
 
-    `forget` acknowledges and does nothing, else it raises EIO. Operations inside the native core (sync of a file) are
-    forgotten by MemoryEnv itself and have no caller.
+    `forget` acknowledges and does nothing, else it raises EIO. Of `rank` alone, if that is given. Operations inside the
+    native core (sync of a file) are forgotten by MemoryEnv itself and have no caller.
     """
 
     operation: str
     pattern: str
     caller: str | None = None
     forget: bool = True
+    rank: int | None = None
 
     def is_of(self, operation: str, caller: str, path: str) -> bool:
         return (operation, caller) == (self.operation, self.caller) and fnmatch.fnmatchcase(path, self.pattern)
@@ -39,22 +41,24 @@ class MutantEnv(testing.MemoryEnv):
             self.drop(mutation.operation, mutation.pattern)
 
     def sync_dir(self, path: str) -> None:
-        if not self._mutated("sync_dir", path):
+        if not self._mutated("sync_dir", path, sys._getframe(1)):
             super().sync_dir(path)
 
     def rename(self, source: str, target: str) -> None:
-        if not self._mutated("rename", target):
+        if not self._mutated("rename", target, sys._getframe(1)):
             super().rename(source, target)
 
     @property
     def mutated(self) -> int:
         return self.hits + self.dropped
 
-    def _mutated(self, operation: str, path: str) -> bool:
+    def _mutated(self, operation: str, path: str, caller: FrameType) -> bool:
         mutation = self.mutation
         if mutation is None or mutation.caller is None:
             return False
-        if not mutation.is_of(operation, sys._getframe(2).f_code.co_name, path):
+        if not mutation.is_of(operation, caller.f_code.co_name, path):
+            return False
+        if mutation.rank is not None and caller.f_locals["self"]._adapter.rank != mutation.rank:
             return False
         self.hits += 1
         if not mutation.forget:

@@ -17,6 +17,7 @@ import pytest
 from layerwise_dist.commit.common_boundary import CommonBoundary, Hold
 from layerwise_dist.commit.coordinator import Coordinator, Output, Retired
 from layerwise_dist.commit.inventory import Inventory
+from layerwise_dist.commit.keeper import Keeper
 from layerwise_dist.commit.ledger import Action, Discard, Ledger
 from layerwise_dist.commit.metadata import Branch, CheckpointMetadataManager, InDoubt, Manifest, Span
 from layerwise_dist.commit.opening import Place, StartPlan
@@ -238,6 +239,15 @@ class WithdrawsWithoutAFlush(CheckpointMetadataManager):
         self._unlink(self.manifest_path(attempt))
 
 
+@breaks("a removal that is in doubt is not done", found_as="not gone for good")
+class TakesADoubtForARemoval(CheckpointMetadataManager):
+    def withdraw(self, attempt: AttemptId, *, anyway: bool = False) -> None:
+        try:
+            super().withdraw(attempt, anyway=anyway)
+        except InDoubt:
+            pass
+
+
 @breaks("committed is said when the manifest is durable", found_as="not durable|announced|not whole")
 class RenamesWithoutAFlush(CheckpointMetadataManager):
     def _into_place(self, folder: str, temporary: str, final: str) -> None:
@@ -271,6 +281,16 @@ class FlushesNothingThatItReads(CheckpointMetadataManager):
 class DescendsFromEverything(Inventory):
     def spans_after(self, parent: Manifest | None) -> list[Span]:
         return [Span(first=0, last=max(self.manifests))] if parent is not None else []
+
+
+# -- the other nodes' records -----------------------------------------------------------------------------------------
+
+
+@breaks("a node that failed has not done what it was asked for", found_as="not durable|not gone for good")
+class SaysThatAllIsDone(Keeper):
+    def _tried(self, message: Any) -> str | None:
+        super()._tried(message)
+        return None
 
 
 # -- who writes there -------------------------------------------------------------------------------------------------

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules of the disk that a job as it mostly goes does not show the need of: each is kept, and each is left out, where
+one rank is late, a flush fails, power has failed before, or a directory is pruned. What power loss leaves then is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fnmatch
+import re
+import sys
+import threading
+from typing import Any
+
+import layerwise_native_testing as testing
+import pytest
+from kit.crash import Story
+from kit.crash_stories import OF_ONE_RANK, one_branch, shrinking, sweep
+from kit.mutant_env import MutantEnv, Mutation
+
+from layerwise_dist.capture import survey
+from layerwise_dist.commit import owner
+from layerwise_dist.commit.metadata import CheckpointMetadataManager, InDoubt
+from layerwise_dist.commit.opening import Place, make_dirs
+from layerwise_dist.commit.pruning import Kept, Pruning
+from layerwise_dist.errors import CommitError, DamageError, DirectoryError
+from layerwise_dist.storage.adapter import PCCheckAdapter, ShardWrite
+from layerwise_dist.storage.filenames import AttemptId
+from layerwise_dist.storage.frozen_file import BaseFile
+
+
+@pytest.fixture(autouse=True)
+def _bases_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(survey, "LEAST_BASE_BYTES", 1)
+
+
+def rank_1_comes_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each attempt, rank 1 begins its part when rank 0's is durable."""
+    persist, begin, begin_base = ShardWrite.persist, PCCheckAdapter.begin, BaseFile.begin
+    ends: dict[AttemptId, threading.Event] = {}
+
+    def over(attempt: AttemptId) -> threading.Event:
+        return ends.setdefault(attempt, threading.Event())
+
+    def wait(rank: int, attempt: AttemptId) -> None:
+        assert rank == 0 or over(attempt).wait(30), f"rank 0 has not written its shard of {attempt}"
+
+    def shard_begins(adapter: PCCheckAdapter, attempt: AttemptId, *how: Any) -> ShardWrite:
+        wait(adapter.rank, attempt)
+        return begin(adapter, attempt, *how)
+
+    def base_begins(file: BaseFile) -> None:
+        wait(file._adapter.rank, file.attempt)
+        begin_base(file)
+
+    def shard_ends(write: ShardWrite, timeout_s: float) -> Any:
+        report = persist(write, timeout_s)
+        if write._adapter.rank == 0:
+            over(write.attempt).set()
+        return report
+
+    monkeypatch.setattr(PCCheckAdapter, "begin", shard_begins)
+    monkeypatch.setattr(BaseFile, "begin", base_begins)
+    monkeypatch.setattr(ShardWrite, "persist", shard_ends)
+
+
+@pytest.mark.parametrize("left_out", OF_ONE_RANK)
+def test_leaving_out_a_flush_of_one_rank_alone_is_found(left_out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank_1_comes_last(monkeypatch)
+    run, mutation = OF_ONE_RANK[left_out]
+    env = MutantEnv(mutation)
+    story = Story(env)
+    run(story)
+    assert env.mutated > 0
+    with pytest.raises(AssertionError, match="^prefix"):
+        sweep(story, 12)
+
+
+@pytest.mark.parametrize("careless", [False, True], ids=["whole", "nothing is removed"])
+def test_what_power_loss_left_of_a_record_is_in_the_way_of_none(
+    careless: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The identity is the one that a start writes again under the same name before it collects what is left."""
+    story = Story(testing.MemoryEnv())
+    story.session(1, 1)
+    log = [story.env.log_entry(number) for number in range(story.env.log_size)]
+    torn = next(number for number, entry in enumerate(log) if entry.startswith("sync /ckpt/identity.json.tmp"))
+    left = story.env.crash(torn, 0, "names")
+    assert "identity.json.tmp" in left.list_dir("/ckpt")
+    if not careless:
+        assert story.restart(left, go_on=True) == 0
+        return
+    unlink = CheckpointMetadataManager._unlink
+    monkeypatch.setattr(
+        CheckpointMetadataManager, "_unlink",
+        lambda manager, path: None if sys._getframe(1).f_code.co_name == "_write" else unlink(manager, path),
+    )  # fmt: skip
+    with pytest.raises((OSError, DirectoryError), match="exists"):
+        story.restart(left, go_on=True)
+
+
+@pytest.mark.parametrize("careless", [False, True], ids=["whole", "it is not cut"])
+def test_a_file_that_is_written_over_ends_where_its_new_content_does(careless: bool) -> None:
+    mutation = Mutation("truncate", "*/step_0000000004*/rank_*.partial")
+    env = MutantEnv(mutation if careless else None)
+    story = Story(env)
+    shrinking(story)
+    log = [env.log_entry(number) for number in range(env.log_size)]
+    assert any(re.match("truncate .*step_0000000004.*partial", entry) for entry in log) is not careless
+    left = env.crash(env.log_size, 0, "none")
+    if careless:
+        assert env.mutated == 2
+        with pytest.raises(AssertionError, match="names a shard that does not verify"):
+            story.check(left, (1, 4))
+    else:
+        assert story.check(left, (1, 4)) == (1, 4)
+
+
+class Unflushable(MutantEnv):
+    """The first manifest is written and can't be flushed."""
+
+    failed = 0
+
+    def write_file(self, path: str, data: bytes, mode: int = 0o600) -> None:
+        fails = fnmatch.fnmatchcase(path, "*/manifest.json.tmp") and not self.failed
+        if fails:
+            self.drop("sync", path)
+        super().write_file(path, data, mode)
+        if fails:
+            self.failed += 1
+            raise OSError(errno.EIO, "sync (injected)", path)
+
+
+@pytest.mark.parametrize("careless", [False, True], ids=["whole", "it is published anyway"])
+def test_a_record_whose_flush_failed_is_not_published(careless: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if careless:
+        write = CheckpointMetadataManager._write
+
+        def never_fails(manager: CheckpointMetadataManager, path: str, record: Any) -> None:
+            with contextlib.suppress(OSError):
+                write(manager, path, record)
+
+        monkeypatch.setattr(CheckpointMetadataManager, "_write", never_fails)
+    env = Unflushable()
+    story = Story(env)
+    with contextlib.nullcontext() if careless else pytest.raises(CommitError, match="injected"):
+        story.session(1, 2)
+    assert env.failed == 1
+    if careless:
+        with pytest.raises(AssertionError, match="^prefix.*records are damaged"):
+            sweep(story, 4)
+    else:
+        sweep(story, 1)
+
+
+def test_following_a_roll_back_that_is_in_doubt_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = MutantEnv()
+    story = Story(env)
+    story.session(1, 2)
+    env.mutation = Mutation("sync_dir", "/ckpt", "_into_place", forget=False)
+    write = CheckpointMetadataManager.write_branch
+
+    def doubtless(manager: CheckpointMetadataManager, branch: Any) -> None:
+        with contextlib.suppress(InDoubt):
+            write(manager, branch)
+
+    monkeypatch.setattr(CheckpointMetadataManager, "write_branch", doubtless)
+    story.session(2, 2, restore=1)
+    assert env.mutated == 1
+    with pytest.raises(AssertionError, match="^prefix.*was said to be committed"):
+        sweep(story, 4)
+
+
+@pytest.mark.parametrize("careless", [False, True], ids=["whole", "it goes on"])
+def test_a_start_goes_on_from_no_commit_that_it_could_not_flush(
+    careless: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job ends between the manifest's rename and its flush, which the next start can't do either."""
+    env = MutantEnv(Mutation("sync_dir", "*/step_*2-*", "_into_place", forget=False))
+    story = Story(env)
+    with pytest.raises(CommitError):
+        story.session(1, 2)
+    env.mutation = Mutation("sync_dir", "*/step_*2-*", "flush_records", forget=False)
+    if not careless:
+        with pytest.raises(DirectoryError, match="injected"):
+            story.restart(env)
+        return
+    flush = CheckpointMetadataManager.flush_records
+
+    def doubtless(manager: CheckpointMetadataManager, inventory: Any) -> list[AttemptId]:
+        with contextlib.suppress(OSError):
+            return flush(manager, inventory)
+        return []
+
+    monkeypatch.setattr(CheckpointMetadataManager, "flush_records", doubtless)
+    assert story.restart(env) == 2 and env.mutated == 2
+    env.mark("committed 1 2")
+    with pytest.raises(AssertionError, match="^prefix"):
+        sweep(story, 4)
+
+
+@pytest.mark.parametrize("careless", [False, True], ids=["whole", "it does"])
+def test_a_start_touches_no_shards_of_a_removal_that_it_could_not_flush(
+    careless: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the job that removed the manifest nor the next start could flush that."""
+    env = MutantEnv(Mutation("sync_dir", "*/step_*1-*", "withdraw", forget=False))
+    story = Story(env)
+    story.session(1, 2, keep_last=1)
+    env.mutation = Mutation("sync_dir", "*/step_*1-*", "flush_records", forget=False)
+    if careless:
+        flush = CheckpointMetadataManager.flush_records
+        monkeypatch.setattr(
+            CheckpointMetadataManager, "flush_records", lambda manager, inventory: flush(manager, inventory)[:0]
+        )
+    assert story.restart(env) == 2 and env.mutated == 2
+    if careless:
+        with pytest.raises(AssertionError, match="^prefix.*file is missing"):
+            sweep(story, 4)
+    else:
+        sweep(story, 1)
+
+
+BROUGHT = [
+    ("step_", "sync", "*/manifest.json.tmp"), ("step_", "sync_dir", "*/step_*"), ("step_", "sync_dir", "/ckpt"),
+    ("branch_", "sync", "*/branch_*"), ("branch_", "sync_dir", "/ckpt"),
+]  # fmt: skip
+
+
+def brought(kind: str, drop: tuple[str, str] | None) -> tuple[str, str]:
+    """A record of one node, and what the other one has of it after power loss, when it was brought there."""
+    there = Story(testing.MemoryEnv())
+    one_branch(there)
+    name = next(name for name in there.env.list_dir("/ckpt") if name.startswith(kind))
+    text = CheckpointMetadataManager(there.env, "/ckpt").record_text(name)
+    env = testing.MemoryEnv()
+    make_dirs(env, "/ckpt", 0o700)
+    if drop is not None:
+        env.drop(*drop)
+    manager = CheckpointMetadataManager(env, "/ckpt")
+    Place(env, "/ckpt", manager, ranks=[1], file_mode=0o600, dir_mode=0o700, who="a test")._bring(name, text)
+    left = CheckpointMetadataManager(env.crash(env.log_size, 0, "none"), "/ckpt")
+    return text, left.record_text(name)
+
+
+@pytest.mark.parametrize("kind", ["step_", "branch_"])
+def test_a_record_that_is_brought_from_another_node_is_durable(kind: str) -> None:
+    text, left = brought(kind, None)
+    assert text == left
+    for _, *drop in (each for each in BROUGHT if each[0] == kind):
+        with pytest.raises((FileNotFoundError, DamageError)):
+            brought(kind, tuple(drop))
+
+
+def prune_to_the_newest(env: MutantEnv) -> list[int]:
+    """The steps that it removed."""
+    work = Pruning(CheckpointMetadataManager(env, "/ckpt"), Kept(1, None, None))
+    removed: list[int] = []
+    work.run(lambda manifest: removed.append(manifest.step))
+    work.close()
+    return removed
+
+
+@pytest.mark.parametrize(
+    "left_out",
+    [None, Mutation("sync_dir", "*/step_*", "flush_records")],
+    ids=["whole", "without the flush at the start"],
+)
+def test_a_prune_removes_nothing_before_what_stays_is_durable(left_out: Mutation | None) -> None:
+    """A job ends between the manifest's rename and its flush; then the directory is pruned."""
+    env = MutantEnv(Mutation("sync_dir", "*/step_*2-*", "_into_place", forget=False))
+    story = Story(env)
+    with pytest.raises(CommitError):
+        story.session(1, 2)
+    assert env.mutated == 1
+    env.mutation = left_out
+    assert prune_to_the_newest(env) == [1]
+    env.mark("committed 1 2")
+    if left_out is None:
+        sweep(story, 4)
+        return
+    with pytest.raises(AssertionError, match="^prefix"):
+        sweep(story, 4)
+
+
+def test_an_owner_whose_length_changes_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prune writes a longer one. Power loss may leave its bytes and the old length: an epoch could be taken twice."""
+    monkeypatch.setattr(owner, "_SECTOR", 1)
+    story = Story(MutantEnv())
+    story.session(1, 2)
+    assert prune_to_the_newest(story.env) == [1]
+    with pytest.raises(AssertionError, match="^prefix.*owner is gone or torn"):
+        sweep(story, 4)
