@@ -45,7 +45,7 @@ TABLE: list[tuple[str, str]] = [
         r"bash tests/run\.sh --soak .*",
         "test_soak.py::test_a_trial_that_is_killed_and_goes_on_with_another_number_of_ranks",
     ),
-    (r"bash tests/(run\.sh --powercut|vm/powercut\.sh)( .*)?", _MACHINES),
+    (r"bash tests/(run\.sh --powercut|vm/(powercut|filesystems)\.sh)( .*)?", _MACHINES),
     (r"bash tests/quick\.sh( .*)?", "tests/run.sh runs each of its steps"),
     (r"torchrun --nnodes=1:4 --max-restarts=3", "test_elastic.py::test_a_job_goes_on_with_fewer_ranks_and_with_more"),
     (r"bash tests/(versions|chroot)\.sh( .*)?", _RELEASE),

@@ -6,6 +6,7 @@ export PATH=$PATH:/usr/sbin:/sbin # mke2fs, depmod: for users whose PATH leaves 
 vm=build/vm
 qemu=
 work=
+guest_environment= # of the program that `begin_python_root` runs: NAME=VALUE...
 # The machine of `begin_python_root`.
 with_python=(-machine q35 -m 2G -device "virtio-9p-pci,fsdev=host,mount_tag=host"
   -fsdev "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap")
@@ -66,6 +67,23 @@ fetch_kernel() {
   mv "$vm/unpacked" "$vm/kernel"
 }
 
+# Packages of programs that are not installed, since that would start daemons: unpacked to build/vm/programs.
+fetch_programs() {
+  local package
+  programs=$PWD/$vm/programs
+  mkdir -p "$programs"
+  for package; do
+    [ ! -e "$programs/$package.fetched" ] || continue
+    (cd "$vm" && rm -f "$package"_*.deb && apt-get download -q "$package") >"$vm/apt.log" 2>&1 ||
+      skip "apt-get download $package failed, see $vm/apt.log"
+    dpkg -x "$vm/$package"_*.deb "$programs"
+    rm -f "$vm/$package"_*.deb
+    touch "$programs/$package.fetched"
+  done
+  export PATH=$PATH:$programs/usr/sbin:$programs/usr/bin:$programs/sbin
+  program_libraries=$programs/usr/lib/x86_64-linux-gnu:$programs/lib/x86_64-linux-gnu
+}
+
 # The interpreter of the tests, and in $work/needs what the job imports.
 find_python() {
   python=${LAYERWISE_VENV:-$PWD/.venv}/bin/python
@@ -80,7 +98,7 @@ find_python() {
 begin_python_root() {
   begin_root tests/vm/guest/init.sh
   {
-    echo "cd '$PWD' && export PYTHONPATH=tests:tests/vm/guest"
+    echo "cd '$PWD' && export PYTHONPATH=tests:tests/vm/guest $guest_environment"
     echo "exec '$python' $*"
   } >"$root/program"
 }
