@@ -39,7 +39,7 @@ def contents(manifest: Manifest, rank: int, kind: str, open_other: Callable[[int
     shared: dict[tuple[str, str, tuple[int, ...]], _Shared] = {}
     own: dict[str, None] = {}
     held_here = cache(lambda among: rank in ranks_of(among, world_size))
-    seen: set[str] = set()  # parameters of which another file has something
+    seen: set[str] = set()  # parameters that another file has something of
     trained: set[str] = set()
     heard = 0
     for other in others[:_LOOKED_AT]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def resting() -> Iterator[None]:
-    """While many objects are made, none of which is in a cycle: looking through all that a training has for one takes
+    """While many objects are made, and none is in a cycle: looking through all that a training has for one takes
     as long as the rest of a restore.
     """
     was = gc.isenabled()
