@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sink of telemetry that hangs holds up neither the training nor another sink, and what it misses is counted."""
+"""A sink of telemetry that hangs holds up neither the training nor another sink, and what it misses is counted. A disk
+that does not say what is free holds up no event.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import queue
 import threading
@@ -17,8 +20,9 @@ from kit.crash import build, train
 
 import layerwise_dist as lwd
 from layerwise_dist.engine.engine import workings_of
-from layerwise_dist.telemetry import recorder, sinks
-from layerwise_dist.telemetry.assembling import Assembler, Boundary, GivenUp
+from layerwise_dist.telemetry import free_space, recorder, sinks
+from layerwise_dist.telemetry.assembling import Assembler, Boundary, GivenUp, Measures
+from layerwise_dist.telemetry.free_space import FreeSpace
 from layerwise_dist.telemetry.recorder import Telemetry
 from layerwise_dist.telemetry.sinks import SinkThread
 
@@ -125,7 +129,7 @@ def test_mutation_a_thread_that_trains_and_writes_is_caught(
     assert gate.threads != {"layerwise-sink-gate"}
 
 
-def made(facts: Callable[[], dict[str, int | None]] = dict) -> Assembler:
+def made(facts: Callable[[], Measures] = dict) -> Assembler:
     return Assembler(1, lambda: Boundary(0, 0.0), facts)
 
 
@@ -171,11 +175,11 @@ def test_mutation_one_thread_for_all_sinks_is_caught(gate: Gate, monkeypatch: py
 
 
 @pytest.mark.quick
-def test_notes_are_bounded_where_the_directory_does_not_say_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notes_are_bounded_where_the_thread_that_takes_them_does_not_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorder, "_MOST_NOTES", 5)
     asked, answer = threading.Event(), threading.Event()
 
-    def facts() -> dict[str, int | None]:
+    def facts() -> Measures:
         asked.set()
         answer.wait()
         return {}
@@ -210,3 +214,96 @@ def test_a_sink_whose_thread_ends_is_warned_of_and_stops_no_other(caplog: pytest
     assert any(
         "telemetry (exits) has ended: thread layerwise-sink-exits: SystemExit" in r.getMessage() for r in caplog.records
     )
+
+
+# -- the disk of the checkpoints ---------------------------------------------------------------------------------------
+
+
+class Disk:
+    """It says how much is `left` on it, while `open` is set."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.open.set()
+        self.asked, self.left = 0, 1000
+
+    def free_bytes(self, directory: str) -> int:
+        self.asked += 1
+        self.open.wait()
+        return self.left
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+    """Nobody has patience with it once it is shut: what is not there at once does not come."""
+    made = Disk()
+    monkeypatch.setattr(free_space, "free_bytes", made.free_bytes)
+    yield made
+    made.open.set()
+
+
+def shut(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(free_space, "_PATIENCE_S", 0.0)
+    disk.open.clear()
+
+
+@pytest.mark.quick
+def test_a_disk_that_does_not_say_what_is_free_stops_no_event(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    free, space = Free(), FreeSpace("anywhere")
+    telemetry = Telemetry(made(space.measures), 0, [free], {})
+    assert free.told.get(timeout=30)["event"] == "start"
+
+    def told(seq: int) -> tuple[int, float]:
+        note(telemetry, seq)
+        event = free.told.get(timeout=30)
+        assert event["seq"] == seq
+        return event["disk_free_bytes"], event["disk_free_age_s"]
+
+    assert told(1)[0] == 1000
+    shut(disk, monkeypatch)
+    disk.left = 500
+    aged = [told(seq) for seq in range(2, 22)]
+    assert {nbytes for nbytes, _ in aged} == {1000} and aged == sorted(aged), "the last answer, older each time"
+    disk.open.set()
+    assert space._question is not None
+    space._question.join(30)
+    assert disk.asked == 2, "one question waited for its answer, however often it was looked for"
+    assert told(22)[0] == 500
+    telemetry.close(30)
+
+
+def test_a_run_on_a_disk_that_never_says_what_is_free_is_told_to_its_end(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shut(disk, monkeypatch)
+    model, optimizer = build(0)
+    with lwd.attach(model, optimizer, dir=str(tmp_path), telemetry=EVENTS) as ckpt:
+        for step in ckpt.steps(5):
+            train(model, optimizer, 0, 0, step)
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    told = [event for event in events if event["event"] == "checkpoint"]
+    assert [event["step"] for event in told] == [1, 2, 3, 4, 5] and events[-1]["event"] == "end"
+    assert {(event["disk_free_bytes"], event["disk_free_age_s"]) for event in told} == {(None, None)}
+    assert disk.asked <= 1 and ckpt.stats()["telemetry_lost"] == 0
+
+
+def test_mutation_a_disk_that_is_asked_by_the_thread_that_tells_is_caught(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shut(disk, monkeypatch)
+    monkeypatch.setattr(FreeSpace, "measures", lambda self: {"disk_free_bytes": disk.free_bytes(self._directory)})
+    free = Free()
+    telemetry = Telemetry(made(FreeSpace("anywhere").measures), 0, [free], {})
+    assert free.told.get(timeout=30)["event"] == "start"
+    note(telemetry, 1)
+    with pytest.raises(queue.Empty):
+        free.told.get(timeout=0.2)
+    disk.open.set()
+    telemetry.close(30)
+
+
+@pytest.mark.quick
+def test_a_disk_with_an_error_has_no_bytes_and_no_age(tmp_path: Path) -> None:
+    there, gone = FreeSpace(str(tmp_path)).measures(), FreeSpace(str(tmp_path / "gone")).measures()
+    assert there["disk_free_bytes"] and there["disk_free_age_s"] is not None
+    assert gone == {"disk_free_bytes": None, "disk_free_age_s": None}

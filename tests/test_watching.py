@@ -282,6 +282,9 @@ def test_a_disk_that_fills_up_is_full_in_a_time() -> None:
     text = "\n".join(each.plain for each in watching.lines({"dir": "d", **found}))
     assert "disk full in 15 min (89 GB left)" in text
     assert summary(events[:3], 21.0, [], 89 * GB)["disk_full_in_s"] is None, "two looks are no trend"
+    aged = [checkpoint(n, 10.0 * n, disk_free_bytes=(101 - n) * GB, disk_free_age_s=10.0) for n in range(1, 11)]
+    found = summary([start(), *aged], 110.0, [], 89 * GB)
+    assert found["disk_full_in_s"] == pytest.approx(890), "by when the disk said so"
     steady = [start(), *(checkpoint(n, 10.0 * n, disk_free_bytes=9 * GB) for n in range(1, 11))]
     assert summary(steady, 110.0, [], 9 * GB)["disk_full_in_s"] is None
 

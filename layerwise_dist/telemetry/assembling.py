@@ -15,6 +15,7 @@ from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.telemetry.names import CHECKPOINT, PARTS
 
 Event = dict[str, Any]
+Measures = dict[str, int | float | None]
 _LONGEST_REASON = 2000
 _REMEMBERED = 256  # attempts that are not told yet: more than can be in flight
 
@@ -116,7 +117,7 @@ class Assembler:
     boundary. Belongs to one thread.
     """
 
-    def __init__(self, epoch: int, passed: Callable[[], Boundary], facts: Callable[[], dict[str, int | None]]) -> None:
+    def __init__(self, epoch: int, passed: Callable[[], Boundary], facts: Callable[[], Measures]) -> None:
         self._epoch, self._passed, self._facts = epoch, passed, facts
         self._attempts: dict[int, _Attempt] = {}
         self._done: dict[int, None] = {}  # seqs that were told: another rank may end one that this rank still captures

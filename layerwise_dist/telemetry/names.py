@@ -64,7 +64,8 @@ MEASURES: Final = {
     "pool_bytes": "size of the pool",
     "pool_used_bytes": "bytes of the pool in use",
     "pool_peak_bytes": "most bytes of the pool in use so far",
-    "disk_free_bytes": "bytes free on the disk of the directory",
+    "disk_free_bytes": "bytes free on the disk of the directory, as it last said",
+    "disk_free_age_s": "seconds since it said so: they grow while it does not answer",
 }
 
 CHECKPOINT: Final = {

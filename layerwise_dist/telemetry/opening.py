@@ -10,9 +10,10 @@ from typing import Any
 
 from layerwise_dist._version import __version__
 from layerwise_dist.config import LayerwiseConfig
-from layerwise_dist.telemetry.assembling import Assembler, Boundary
+from layerwise_dist.telemetry.assembling import Assembler, Boundary, Measures
 from layerwise_dist.telemetry.boards import Prometheus
 from layerwise_dist.telemetry.events_file import EventsFile, path_of_rank
+from layerwise_dist.telemetry.free_space import FreeSpace
 from layerwise_dist.telemetry.recorder import Telemetry
 from layerwise_dist.telemetry.sinks import Sink
 
@@ -32,12 +33,12 @@ def open_telemetry(
     def newest() -> Boundary:
         return Boundary(*passed())
 
-    def facts() -> dict[str, int | None]:
+    space = None if config.mode == "mock" else FreeSpace(config.path)
+
+    def facts() -> Measures:
         capacity, used, peak = pool() or (None, None, None)
-        return {
-            "pool_bytes": capacity, "pool_used_bytes": used, "pool_peak_bytes": peak,
-            "disk_free_bytes": None if config.mode == "mock" else _free(config.path),
-        }  # fmt: skip
+        disk = {} if space is None else space.measures()
+        return {"pool_bytes": capacity, "pool_used_bytes": used, "pool_peak_bytes": peak, **disk}
 
     assembler = Assembler(epoch, newest, facts)
     sinks: list[Sink] = list(boards)
@@ -52,12 +53,3 @@ def open_telemetry(
         "max_in_flight": config.max_in_flight, "version": __version__,
     }  # fmt: skip
     return Telemetry(assembler, rank, sinks, start)
-
-
-def _free(directory: str) -> int | None:
-    """Bytes that are left to the user."""
-    try:
-        found = os.statvfs(directory)
-    except OSError:
-        return None
-    return found.f_bavail * found.f_frsize

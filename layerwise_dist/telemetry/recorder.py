@@ -39,7 +39,7 @@ from layerwise_dist.telemetry.sinks import Sink, SinkThread
 
 log = logging.getLogger("layerwise_dist")
 
-_MOST_NOTES = 8192  # that wait where the directory does not say what is free in it; then they are lost
+_MOST_NOTES = 8192  # that wait while the thread that takes them gets no turn; then they are lost
 _PROGRESS_S = 10.0
 
 

@@ -51,7 +51,7 @@ class Summary:
             self._counts[event["outcome"]] += 1
             self._checkpoints.append(event)
             if event["disk_free_bytes"] is not None:
-                self._free.append((event["time"], event["disk_free_bytes"]))
+                self._free.append((event["time"] - (event["disk_free_age_s"] or 0.0), event["disk_free_bytes"]))
         if event.get("lag_steps") is not None and kind == "progress":
             self._positions.append((event["time"], event["step"]))
         elif kind == "checkpoint" and event["outcome"] == "committed":
