@@ -200,8 +200,17 @@ def test_events_that_are_none_are_counted(tmp_path: Path) -> None:
 
 # -- in a browser ------------------------------------------------------------------------------------------------------
 
-_LOOK = """<!DOCTYPE html><meta charset="utf-8"><body><script>
+_LOOK = r"""<!DOCTYPE html><meta charset="utf-8"><body><script>
 const pages = %s, found = [];
+const brightness = color => {  // relative luminance, as WCAG 2 has it
+  const part = value => (value /= 255) <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
+  const [red, green, blue] = color.match(/[\d.]+/g).map(Number).map(part);
+  return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+};
+const contrast = (one, other) => {
+  const [dark, light] = [brightness(one), brightness(other)].sort((a, b) => a - b);
+  return (light + 0.05) / (dark + 0.05);
+};
 function look(name, width) {
   return new Promise(done => {
     const frame = document.createElement("iframe");
@@ -213,8 +222,15 @@ function look(name, width) {
         .map(e => e.getBoundingClientRect().height);
       const outside = [...inside.querySelectorAll("section, dl, h1, svg, p")]
         .filter(e => e.getBoundingClientRect().right > width + 0.5).map(e => e.tagName);
+      const style = element => frame.contentWindow.getComputedStyle(element);
+      const ground = element => {
+        const color = style(element).backgroundColor;
+        return color === "rgba(0, 0, 0, 0)" ? ground(element.parentElement) : color;
+      };
+      const contrasts = [...inside.querySelectorAll("h1, h2, p, dt, dd, th, td, svg text")]
+        .map(e => contrast(e.matches("svg text") ? style(e).fill : style(e).color, ground(e)));
       found.push({name, width, scroll: top.scrollWidth, texts: small.length, smallest: Math.min(...small), outside,
-                  ground: frame.contentWindow.getComputedStyle(inside.body).backgroundColor});
+                  faintest: Math.min(...contrasts), ground: brightness(ground(inside.body))});
       done();
     };
     document.body.append(frame);
@@ -235,7 +251,11 @@ def test_a_browser_shows_it_on_wide_and_narrow_screens_without_a_complaint(
     if browser is None:
         pytest.skip("no Chromium is installed")
     harness = tmp_path / "look.html"
-    texts = json.dumps({"made": made, "hostile": hostile}).replace("<", "\\u003c")
+    dark = made.replace("(prefers-color-scheme: dark)", "all")
+    faint = dark.replace("--ink: #e4e8ec", "--ink: #1d2329")  # the mutation: the light page's ink
+    assert len({made, dark, faint}) == 3
+    pages = {"made": made, "hostile": hostile, "dark": dark, "faint": faint}
+    texts = json.dumps(pages).replace("<", "\\u003c")
     harness.write_text(_LOOK % texts)
     command = [
         browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1300,1000",
@@ -248,7 +268,9 @@ def test_a_browser_shows_it_on_wide_and_narrow_screens_without_a_complaint(
     said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     assert said == []
     found: list[dict[str, Any]] = json.loads(html.unescape(match[1]))
-    assert len(found) == 4
+    assert len(found) == 2 * len(pages)
     for each in found:
         assert each["scroll"] <= each["width"] and each["outside"] == [], each
         assert each["texts"] > 30 and each["smallest"] >= 9, each
+        assert (each["ground"] < 0.05) == (each["name"] in ("dark", "faint")), each
+        assert (each["faintest"] >= 4.5) == (each["name"] != "faint"), each
