@@ -124,7 +124,7 @@ def test_a_script_that_resumes_exactly_passes_and_its_own_directory_stays_as_it_
         answer = rehearsing.rehearse(given, str(tmp_path), **options, start=by(warm))
         code, told = answer.code, answer.data
     assert code == 0 and told["verdict"] == "exact" and told["good"], told
-    assert told["restored"] == 2 and told["compared"] == 4 + 1 + 2 and told["reason"] is None
+    assert told["restored"] == 2 and told["compared"] == 4 + 1 + 2 and told["reason"] is None and told["ranks"] == 1
     assert [each.name for each in tmp_path.iterdir()] == ["own"] and [each.name for each in own.iterdir()] == ["mine"]
 
 

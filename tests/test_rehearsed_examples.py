@@ -26,7 +26,8 @@ ONE = [sys.executable]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 LAUNCHER = [f"{Path(sys.executable).parent}/deepspeed", "--num_accelerators", "2"]
 ACCELERATE = [
-    f"{Path(sys.executable).parent}/accelerate", "launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+    # With --cpu it would start one process, whatever --num_processes says.
+    f"{Path(sys.executable).parent}/accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
     "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
 ]  # fmt: skip
 MPIRUN = [
@@ -132,5 +133,6 @@ def test_the_examples_resume_exactly(tmp_path: Path, name: str, long: bool) -> N
     )  # fmt: skip
     assert done.stdout, done.stderr
     told = json.loads(done.stdout)
+    assert told.get("ranks") == (1 if launcher is ONE else 2), json.dumps(told, indent=1) + done.stderr[-3000:]
     assert done.returncode == 0 and told["verdict"] == "exact", json.dumps(told, indent=1) + done.stderr[-3000:]
     assert [each.name for each in tmp_path.iterdir() if "rehearsal" in each.name] == []

@@ -58,13 +58,14 @@ def told(verdict: Verdict, kept: str | None, seconds: float) -> Answer:
     data: dict[str, Any] = {
         "verdict": verdict.kind, "good": verdict.kind == "exact", "step": verdict.step, "rank": verdict.rank,
         "where": verdict.where, "reason": None if reason is None else vars(reason), "restored": verdict.restored,
-        "compared": verdict.compared, "notes": verdict.notes, "kept": kept, "seconds": seconds,
+        "compared": verdict.compared, "ranks": verdict.ranks, "notes": verdict.notes, "kept": kept, "seconds": seconds,
     }  # fmt: skip
     parts: list[Any] = []
     if reason is None:
         parts.append(
             f"exact: killed, and resumed after step {verdict.restored}, the script continues bit for bit as if it "
-            f"had not been interrupted ({verdict.compared} pairs of checkpoints are equal)"
+            f"had not been interrupted ({verdict.compared} pairs of checkpoints of {verdict.ranks} rank"
+            f"{'s' if verdict.ranks != 1 else ''} are equal)"
         )
     else:
         rank = "" if verdict.rank is None else f", rank {verdict.rank}"

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +35,7 @@ class Verdict:
     reason: the likeliest; None where nothing differs.
     restored: the step that the resumed run went on after; None if that was not come to.
     compared: steps whose checkpoints were compared.
+    ranks: of the first run; a launcher may start fewer than was meant.
     notes: what differs between runs without effect, and the like.
     """
 
@@ -45,6 +46,7 @@ class Verdict:
     reason: Reason | None = None
     restored: int | None = None
     compared: int = 0
+    ranks: int = 0
     notes: list[str] = field(default_factory=list)
 
 
@@ -81,7 +83,7 @@ class Trial:
         self._command, self._directory, self._start, self._say = list(command), directory, start, say
         self._steps, self._kill_at, self._timeout_s = steps, kill_at, timeout_s
         self._notes: list[str] = []
-        self._compared = 0
+        self._compared = self._ranks = 0
         self._restless: set[str] = set()  # objects that differ between runs without effect
 
     def run(self, *, keep: bool = False) -> tuple[Verdict, str | None]:
@@ -94,7 +96,7 @@ class Trial:
         folder = Path(tempfile.mkdtemp(prefix="layerwise-rehearsal-", dir=parent))
         kept = str(folder) if keep else None
         try:
-            return self._run(folder), kept
+            return replace(self._run(folder), ranks=self._ranks, notes=self._notes), kept
         except RunFailed as error:
             error.kept = kept
             raise
@@ -111,6 +113,7 @@ class Trial:
 
     def _run(self, folder: Path) -> Verdict:
         first = self._once(folder, "first", "1")
+        self._ranks = first.story.size
         if not first.story.newest >= self._kill_at + 2:
             raise Unfit(
                 f"the script ended on its own after step {first.story.newest}: it must run for two steps after "
@@ -171,16 +174,16 @@ class Trial:
             why = f"the resumed run ended after step {resumed.story.newest}, the first one continued to step {last}"
             return self._differs(resumed.story.newest, Reason("short", why, "count steps from what restore() returns"))
         if found is None:
-            return Verdict("exact", restored=restored, compared=self._compared, notes=self._notes)
+            return Verdict("exact", restored=restored, compared=self._compared)
         rank = resumed.story.ranks[found.rank]
         reason = reasons.of_resume(found.divergence, found.contents, rank, restored=restored)
         step = found.step if found.divergence is None else min(found.step, found.divergence.step)
         return Verdict(
-            "differs", step, found.rank, _where(found), reason, restored, self._compared, self._notes
+            "differs", step, found.rank, _where(found), reason, restored, self._compared
         )  # fmt: skip
 
     def _differs(self, restored: int, reason: Reason) -> Verdict:
-        return Verdict("differs", restored + 1, None, [], reason, restored, self._compared, self._notes)
+        return Verdict("differs", restored + 1, None, [], reason, restored, self._compared)
 
     # -- inside -------------------------------------------------------------------------------------------------
 
@@ -248,7 +251,7 @@ class Trial:
         step = apart.step if apart.divergence is None else min(apart.step, apart.divergence.step)
         reason = reasons.of_starts(apart.divergence, apart.contents, first_step=step == 1, by_hash_order=by_hash_order)
         return Verdict(
-            "nondeterministic", step, apart.rank, _where(apart), reason, None, self._compared, self._notes
+            "nondeterministic", step, apart.rank, _where(apart), reason, None, self._compared
         )  # fmt: skip
 
 
