@@ -64,8 +64,7 @@ def told(verdict: Verdict, kept: str | None, seconds: float) -> Answer:
     if reason is None:
         parts.append(
             f"exact: killed, and resumed after step {verdict.restored}, the script continues bit for bit as if it "
-            f"had not been interrupted ({verdict.compared} pairs of checkpoints of {verdict.ranks} rank"
-            f"{'s' if verdict.ranks != 1 else ''} are equal)"
+            f"had not been interrupted ({verdict.compared} pairs of checkpoints are equal; world size {verdict.ranks})"
         )
     else:
         rank = "" if verdict.rank is None else f", rank {verdict.rank}"
