@@ -28,6 +28,7 @@ from layerwise_dist.rehearsal import plan as plans
 from layerwise_dist.rehearsal import script, story, trial
 from layerwise_dist.rehearsal.contents import restless
 from layerwise_dist.rehearsal.plan import VARIABLE, Plan, told
+from layerwise_dist.rehearsal.reasons import Reason
 from layerwise_dist.rehearsal.running import RunFailed
 from layerwise_dist.rehearsal.trial import Trial, Unfit, Verdict
 from layerwise_dist.supervision import processes
@@ -161,6 +162,23 @@ def test_what_a_failed_run_left_is_kept_on_request_and_its_last_words_are_told(t
     assert code == 3 and found["kept"] == str(kept) and found["error"].endswith("traceback\nthe error")
     assert len(found["error"]) < 4000, "or its end would be cut off where it is shown"
     assert (kept / "first.txt").read_text().startswith("line 1 of")
+
+
+@pytest.mark.quick
+def test_exit_codes_and_words_of_the_verdicts() -> None:
+    reason = Reason("generator-outside", "gen in main(), train.py", "name it in attach(state={...})")
+    differs = rehearsing.told(Verdict("differs", 4, 1, ["param/w (by 1)"] * 12, reason, 3, 8, 2), "/kept", 1.0)
+    assert differs.code == 1 and not differs.good and differs.data["reason"]["key"] == "generator-outside"
+    assert differs.parts[:2] == ["the resumed run differs first at step 4, rank 1", "  param/w (by 1)"]
+    assert differs.parts[11:] == [
+        "  and 2 more (--json)", "likeliest reason: gen in main(), train.py",
+        "what to do: name it in attach(state={...})", "kept: /kept",
+    ]  # fmt: skip
+    unsteady = rehearsing.told(Verdict("nondeterministic", 1, None, [], reason, notes=["seen"]), None, 1.0)
+    assert unsteady.code == 4 and unsteady.parts[0] == "two uninterrupted runs differ first at step 1"
+    assert unsteady.parts[-1] == "note: seen"
+    exact = rehearsing.told(Verdict("exact", restored=3, compared=8, ranks=2), None, 1.0)
+    assert exact.code == 0 and exact.good and "after step 3" in exact.parts[0] and "world size 2" in exact.parts[0]
 
 
 @pytest.mark.quick
