@@ -47,7 +47,7 @@ THREADS = {
     "layerwise-flush": "the process ends anyway",
     "layerwise-within": "is raised by who waits", "layerwise-watch": "ends the monitor",
     "layerwise-deadline": "ends the monitor", "layerwise-notices": "is logged", "layerwise-telemetry": "is warned of",
-    "layerwise-sink-": "is warned of",
+    "layerwise-sink-": "is warned of", "layerwise-free-space": "is logged",
 }  # fmt: skip
 
 

@@ -30,21 +30,24 @@ def await_told(out: Path, jobs: list[WarmJob], what: Callable[[list[dict[str, An
     return told(out, "told")
 
 
+def agent(warm: Warm, port: int, folder: Path, out: Path, *more: int) -> WarmJob:
+    """One of `torchrun --nnodes 1:2`, for one rank."""
+    return warm.start(
+        "elastic.py", 1, folder, out, *more, max_restarts=3, min_nodes=1, max_nodes=2,
+        rdzv_endpoint=f"127.0.0.1:{port}", run_id="elastic",
+        rdzv_configs={"timeout": 60, "last_call_timeout": 1, "keep_alive_interval": 1, "keep_alive_max_attempt": 2},
+    )  # fmt: skip
+
+
 def test_a_job_goes_on_with_fewer_ranks_and_with_more(warm: Warm, tmp_path: Path) -> None:
-    """torchrun --nnodes 1:2, two agents: one is lost with its rank, the other goes on alone, and then both again."""
+    """Two agents: one is lost with its rank, the other goes on alone, and then both again."""
     (tmp_path / "hold").touch()
 
     ports: list[int] = []
 
     def agents(total: int) -> list[WarmJob]:
         ports.append(free_port())
-        options = {
-            "min_nodes": 1, "max_nodes": 2, "rdzv_endpoint": f"127.0.0.1:{ports[-1]}", "run_id": "elastic",
-            "rdzv_configs": {"timeout": 60, "last_call_timeout": 1, "keep_alive_interval": 1,
-                             "keep_alive_max_attempt": 2},
-        }  # fmt: skip
-        arguments = ("elastic.py", 1, tmp_path / "ckpt", tmp_path, total)
-        return [warm.start(*arguments, max_restarts=3, **options) for _ in range(2)]
+        return [agent(warm, ports[-1], tmp_path / "ckpt", tmp_path, total) for _ in range(2)]
 
     jobs = agents(0)
     seen = await_told(tmp_path, jobs, lambda lines: sum("committed" in line for line in lines) == 2)
@@ -72,6 +75,22 @@ def test_a_job_goes_on_with_fewer_ranks_and_with_more(warm: Warm, tmp_path: Path
     assert len([line for line in after if "end" in line]) == 2
     for line in (line for line in after if "end" in line):
         assert line["threads"] == line["in_attach"] == ["MainThread"], "the job's process groups are the job's"
+
+
+def test_a_node_with_an_empty_disk_joins(warm: Warm, tmp_path: Path) -> None:
+    """An agent on a node, with a directory there; then that one and another, on a node of its own."""
+    job = agent(warm, free_port(), tmp_path / "disk-0", tmp_path, 0, 0)
+    assert job.wait(DEADLINE).returncode == 0, job.output()[-3000:]
+    (alone,) = (line["end"] for line in told(tmp_path, "told") if "end" in line)
+    port = free_port()
+    jobs = [agent(warm, port, tmp_path / f"disk-{node}", tmp_path, alone + 5, node) for node in range(2)]
+    for job in jobs:
+        assert job.wait(DEADLINE).returncode == 0, job.output()[-3000:]
+    seen = told(tmp_path, "told")
+    assert [line["start"] for line in seen if line["world"] == 2 and "start" in line] == [alone, alone]
+    check_samples(seen)
+    for disk in (tmp_path / "disk-0", tmp_path / "disk-1"):
+        assert list(disk.glob("step_*/rank_*")), "each rank writes to the disk of its node"
 
 
 def check_samples(lines: list[dict[str, Any]]) -> None:

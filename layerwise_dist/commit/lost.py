@@ -10,7 +10,6 @@ from math import prod
 
 from layerwise_dist.commit.records import Manifest
 from layerwise_dist.errors import DamageError, shown
-from layerwise_dist.storage import typed_json
 from layerwise_dist.storage.reader import Shard
 from layerwise_dist.tensors.slices import ranks_of
 
@@ -71,6 +70,8 @@ def contents(manifest: Manifest, rank: int, kind: str, open_other: Callable[[int
 
 def _trained(shard: Shard) -> set[str]:
     """Parameters in the groups of its rank's optimizers. What no file has anything of was in the one that is gone."""
+    from layerwise_dist.storage import typed_json  # imports torch, which what only lists checkpoints does without
+
     try:
         optimizer = typed_json.loads(*shard.state())["optimizer"]
         every = optimizer.get("optimizers", {"": optimizer}).values()

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A job whose world may shrink or grow at a restart. Each rank of each start appends what it found to OUT/told.jsonl.
 
-    elastic.py DIR OUT TOTAL
+    elastic.py DIR OUT TOTAL [NODE]
 
-It trains as long as OUT/hold is there, so that a test can take its time to break it.
+It trains as long as OUT/hold is there, so that a test can take its time to break it. With NODE, DIR is on a disk of
+that node: nodes are pretended, what tells them apart is patched.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from job_kit import process_group, teller
 from torch.utils.data import DataLoader
 
 import layerwise_dist as lwd
+from layerwise_dist.commit import places
 from layerwise_dist.data import ElasticDistributedSampler
 
 SAMPLES, BATCH = 100_000, 2
@@ -46,6 +48,8 @@ def watch() -> list[str]:
 
 def main() -> None:
     folder, out, total = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    if len(sys.argv) > 4:
+        places.place = lambda: f"node {sys.argv[4]}"
     where = {"rank": int(os.environ["RANK"]), "world": int(os.environ["WORLD_SIZE"]), "pid": os.getpid()}
     tell = functools.partial(teller(out / "told.jsonl"), **where)
 

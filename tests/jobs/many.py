@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Restores, under FSDP2, a checkpoint of many ranks; what it took to plan that goes into OUT/<rank>.jsonl.
+"""Restores, under FSDP2, a checkpoint of many ranks; what it took to plan and restore that goes into OUT/<rank>.jsonl.
 
     many.py DIR OUT RANKS PARAMS WIDTH [FILES]
 
@@ -53,6 +53,7 @@ with process_group() as rank:
         memory.start_peak()
         before, began, cpu_began = memory.peak(), time.monotonic(), time.process_time()
         step = ckpt.restore()
+        taken["restored_bytes"] = memory.peak() - before
         steps = {float(state["step"]) for state in optimizer.state.values()}
         nonzero = sum(int(tensor.to_local().count_nonzero()) for tensor in net.parameters())
     with open(out / f"{rank}.jsonl", "a", encoding="utf-8") as file:
