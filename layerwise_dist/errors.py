@@ -8,6 +8,8 @@ come from a file, so that it passes `shown` before anybody sees it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 _LONGEST = 4000
 
 
@@ -20,6 +22,13 @@ def shown(text: str, limit: int = _LONGEST) -> str:
     if not text.isprintable():
         text = "".join(each if each == "\n" or each.isprintable() else _escaped(each) for each in text)
     return text + more
+
+
+def named(names: Iterable[object], most: int) -> str:
+    """The first `most` of them with commas between, and how many more there are."""
+    every = [str(name) for name in names]
+    more = f" and {len(every) - most} more" if len(every) > most else ""
+    return ", ".join(every[:most]) + more
 
 
 def _escaped(character: str) -> str:

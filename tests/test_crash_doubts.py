@@ -16,7 +16,7 @@ from typing import Any
 import layerwise_native_testing as testing
 import pytest
 from kit.crash import Story
-from kit.crash_stories import OF_ONE_RANK, one_branch, shrinking, sweep
+from kit.crash_stories import OF_ONE_RANK, check_found, one_branch, shrinking, sweep
 from kit.mutant_env import MutantEnv, Mutation
 
 from layerwise_dist.capture import survey
@@ -68,13 +68,7 @@ def rank_1_comes_last(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("left_out", OF_ONE_RANK)
 def test_leaving_out_a_flush_of_one_rank_alone_is_found(left_out: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rank_1_comes_last(monkeypatch)
-    run, mutation = OF_ONE_RANK[left_out]
-    env = MutantEnv(mutation)
-    story = Story(env)
-    run(story)
-    assert env.mutated > 0
-    with pytest.raises(AssertionError, match="^prefix"):
-        sweep(story, 12)
+    check_found(*OF_ONE_RANK[left_out])
 
 
 @pytest.mark.parametrize("careless", [False, True], ids=["whole", "nothing is removed"])

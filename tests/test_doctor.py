@@ -26,10 +26,11 @@ from layerwise_dist.cli.app import app
 from layerwise_dist.config import LayerwiseConfig, load_config
 from layerwise_dist.doctor import examination, findings, kernel, place, speed
 from layerwise_dist.doctor.findings import Used
-from layerwise_dist.doctor.place import Device, Mount, Space
+from layerwise_dist.doctor.place import Device, Space
 from layerwise_dist.doctor.speed import Flushes, Manner, Rates, Shape, Shards
-from layerwise_dist.storage import network
+from layerwise_dist.storage import mounts, network
 from layerwise_dist.storage.adapter import PCCheckAdapter
+from layerwise_dist.storage.mounts import Mount
 from layerwise_dist.units import parse_number, size
 
 MB = 10**6
@@ -139,7 +140,7 @@ def test_what_it_says_of_this_kernel_and_directory_is_what_the_native_core_finds
 
 
 def test_memory_is_no_place_for_checkpoints() -> None:
-    if (mount := place.mount_of("/dev/shm")) is None or mount.kind != "tmpfs":
+    if (mount := mounts.mount_of("/dev/shm")) is None or mount.kind != "tmpfs":
         pytest.skip("/dev/shm is no tmpfs here")
     before = set(os.listdir("/dev/shm"))
     code, answer = call_json("/dev/shm")
@@ -363,12 +364,12 @@ TABLE = r"""22 27 0:21 / /proc rw,relatime - proc proc rw
 
 
 def test_a_mount_is_found_by_its_id_with_spaces_and_optional_fields() -> None:
-    assert place.find_mount(TABLE, 30) == Mount(
+    assert mounts.find_mount(TABLE, 30) == Mount(
         "/mnt/with space", "xfs", "/dev/sda1", ("rw", "noatime", "attr2"), (254, 1)
     )
-    over = place.find_mount(TABLE, 31)
+    over = mounts.find_mount(TABLE, 31)
     assert over is not None and over.where == "network" and "ro" in over.options and over.source == "server:/export"
-    assert place.find_mount(TABLE, 99) is None
+    assert mounts.find_mount(TABLE, 99) is None
 
 
 def test_the_device_is_the_disk_below_partition_and_device_mapper(tmp_path: Path) -> None:

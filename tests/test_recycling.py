@@ -21,7 +21,7 @@ from kit.crash import ROOT, Story
 from layerwise_dist._native import PosixEnv
 from layerwise_dist.commit.session import Committer
 from layerwise_dist.engine.engine import workings_of
-from layerwise_dist.storage import network
+from layerwise_dist.storage import mounts
 from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.recycling import Recycler, recycles
 
@@ -105,7 +105,7 @@ def test_what_is_mounted_counts_and_not_only_the_number_that_its_server_gives(
 ) -> None:
     """statfs(2) in a 9P mount gives the number of the disk that its server has."""
     table = f"1 0 0:1 / / rw - nfs4 host:/ rw\n23 1 8:1 / /mnt rw,noatime shared:4 - {kind} source rw\n"
-    monkeypatch.setattr(network, "mounts_and_id", lambda directory: (table, 23))
+    monkeypatch.setattr(mounts, "mounts_and_id", lambda directory: (table, 23))
     assert recycles(testing.MemoryEnv(), str(tmp_path), "auto") is expected
     assert recycles(testing.MemoryEnv(), str(tmp_path), True)
 

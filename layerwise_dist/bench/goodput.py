@@ -16,6 +16,7 @@ from typing import Any
 
 from layerwise_dist.bench import machine
 from layerwise_dist.bench.contenders import BY_COST, CONTENDERS
+from layerwise_dist.bench.failure import unknown
 from layerwise_dist.bench.figures import Chart, Findings, Spread
 from layerwise_dist.bench.kill_trace import KillTrace
 from layerwise_dist.bench.killing import Killed, run_and_kill
@@ -55,7 +56,7 @@ def run(bench: GoodputBench, directory: str, command: str) -> Findings:
     """Raises TooLittleRoom, OSError, ValueError for an unknown contender, and BenchFailed if a job ends by itself."""
     for name in bench.contenders:
         if name not in CONTENDERS:
-            raise ValueError(f"contender {name!r}: choose from {', '.join(CONTENDERS)}")
+            raise unknown("contender", name, CONTENDERS)
     state = 12 * bench.shape.parameters
     space = workplace(
         directory, disk_bytes=CHECKPOINTS_AT_ONCE * state + (64 << 20),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise_dist.bench import machine
+from layerwise_dist.bench.failure import unknown
 from layerwise_dist.bench.figures import Chart, Findings, Spread
 from layerwise_dist.bench.launching import launch
 from layerwise_dist.bench.loops_worker import LOOPS, WAYS
@@ -35,7 +36,7 @@ def installed(loops: Sequence[str]) -> list[str]:
     """Those whose package is there. Raises ValueError for one that is none of `LOOPS`, and where none is there."""
     for loop in loops:
         if loop not in LOOPS:
-            raise ValueError(f"loop {loop!r}: choose from {', '.join(LOOPS)}")
+            raise unknown("loop", loop, LOOPS)
     found = [loop for loop in loops if importlib.util.find_spec(loop)]
     if not found:
         raise ValueError(f"none of {', '.join(loops)} is installed")

@@ -9,7 +9,7 @@ from typing import Any
 
 from layerwise_dist import _native
 from layerwise_dist._version import __version__
-from layerwise_dist.doctor.place import mount_of
+from layerwise_dist.storage.mounts import mount_of
 
 
 def describe(directory: str) -> dict[str, Any]:

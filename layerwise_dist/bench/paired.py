@@ -20,7 +20,7 @@ from statistics import median
 from typing import Any
 
 from layerwise_dist.bench import machine, paired_worker
-from layerwise_dist.bench.failure import BenchFailed
+from layerwise_dist.bench.failure import BenchFailed, unknown
 from layerwise_dist.bench.figures import Chart, Findings, Interval
 from layerwise_dist.bench.launching import last_words, told_by
 from layerwise_dist.bench.model import Shape
@@ -163,7 +163,7 @@ def _contenders(bench: PairedBench) -> list[_Contender]:
     found = [_Contender(_PLAIN, "no checkpoints", _PLAIN, None)]
     for mode in bench.modes:
         if mode not in MODES:
-            raise ValueError(f"mode {mode!r}: choose from {', '.join(MODES)}")
+            raise unknown("mode", mode, MODES)
         if mode in _ELSEWHERE:
             raise ValueError(
                 f"mode {mode!r} writes in another process, which may not be at rest while others train: measure it "

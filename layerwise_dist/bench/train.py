@@ -15,6 +15,7 @@ from statistics import fmean, median
 from typing import Any
 
 from layerwise_dist.bench import machine
+from layerwise_dist.bench.failure import unknown
 from layerwise_dist.bench.figures import Chart, Findings, Spread
 from layerwise_dist.bench.launching import launch
 from layerwise_dist.bench.model import Shape
@@ -60,7 +61,7 @@ def run(bench: TrainBench, directory: str, command: str) -> Findings:
     known = modes_of(bench.deepspeed)
     for name in bench.modes:
         if name not in known:
-            raise ValueError(f"mode {name!r}: choose from {', '.join(known)}")
+            raise unknown("mode", name, known)
     state = 12 * bench.shape.parameters
     held = state * (bench.ranks if bench.ddp else 1)
     blocks = bench.rounds * len(bench.every) * (2 * len(bench.modes) + 1)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from layerwise_dist.commit.messages import AlikeGroup, AlikeSaid, Sampled
+from layerwise_dist.errors import named
 
 _WAY_OUT = (
     "If they are meant to differ, tell the wrapper (DDP ignores what "
@@ -152,5 +153,4 @@ def _blocks(said: list[str], names: list[str]) -> str:
     ]
     if not found:
         return "what they hold alike"
-    more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
-    return ", ".join(found[:_LISTED]) + more
+    return named(found, _LISTED)

@@ -9,7 +9,7 @@ from functools import cache
 from math import prod
 
 from layerwise_dist.commit.records import Manifest
-from layerwise_dist.errors import DamageError, shown
+from layerwise_dist.errors import DamageError, named, shown
 from layerwise_dist.storage.reader import Shard
 from layerwise_dist.tensors.slices import ranks_of
 
@@ -80,18 +80,7 @@ def _trained(shard: Shard) -> set[str]:
         return set()  # it is damaged, too, or of something that is not trained
 
 
-def _said(
-    whose: str, verb: str, shared: Iterable[str], own: Iterable[str], whole: Iterable[str] = ()
-) -> str:  # fmt: skip
-    found = [
-        text
-        for text in (_some(shared), _some(own, "probably, as the others, its own "), _some(whole, "all of "))
-        if text
-    ]
+def _said(whose: str, verb: str, shared: Iterable[str], own: Iterable[str], whole: Iterable[str] = ()) -> str:
+    parts = [("", shared), ("probably, as the others, its own ", own), ("all of ", whole)]
+    found = [before + text for before, names in parts if (text := named((shown(name, 200) for name in names), _NAMED))]
     return f"{whose}, {verb} {' and '.join(found)}" if found else f"{whose}; no other file says what it held"
-
-
-def _some(names: Iterable[str], what: str = "") -> str:
-    every = list(names)
-    more = f" and {len(every) - _NAMED} more" if len(every) > _NAMED else ""
-    return f"{what}{', '.join(shown(name, 200) for name in every[:_NAMED])}{more}" if every else ""

@@ -16,7 +16,7 @@ from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.transports.rendezvous import place
 from layerwise_dist.commit.votes import rebuild_error, tried
 from layerwise_dist.errors import DeadlineError, DirectoryError, LayerwiseError
-from layerwise_dist.storage import filenames, network
+from layerwise_dist.storage import filenames, mounts
 from layerwise_dist.storage.protocols import Env
 from layerwise_dist.supervision.patience import within
 
@@ -116,7 +116,7 @@ def _lowest(probe: _Probe, token: str, ranks: list[int]) -> int:
 
 def _network(env: Env, root: str) -> str | None:
     try:
-        return network.name_at(env, root)
+        return mounts.network_at(env, root)
     except OSError:
         return None
 

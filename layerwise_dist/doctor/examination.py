@@ -22,6 +22,7 @@ from layerwise_dist.doctor import findings, kernel, place, speed
 from layerwise_dist.doctor.findings import Finding
 from layerwise_dist.storage import filenames
 from layerwise_dist.storage.exposure import exposed, exposed_above
+from layerwise_dist.storage.mounts import mount_of
 from layerwise_dist.storage.retention import staying
 from layerwise_dist.units import size
 
@@ -64,7 +65,7 @@ def examine(directory: str, plan: Questions, progress: Callable[[str], None] = l
     """
     looked_at = place.nearest(directory)
     report = Report(os.path.abspath(os.path.expanduser(directory)), looked_at)
-    mount = place.mount_of(looked_at)
+    mount = mount_of(looked_at)
     device = place.device_of(mount) if mount else None
     here = os.path.isdir(report.directory)
     shape = speed.Shape(plan.config.writer.queue_depth, plan.config.writer.block_kb << 10)

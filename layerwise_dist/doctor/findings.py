@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from layerwise_dist.config import LayerwiseConfig
-from layerwise_dist.doctor.place import Device, Mount, Space
+from layerwise_dist.doctor.place import Device, Space
 from layerwise_dist.doctor.speed import Flushes, Manner, Rates, Shape, median
 from layerwise_dist.percentiles import percentile
 from layerwise_dist.storage.exposure import listed
+from layerwise_dist.storage.mounts import Mount
 from layerwise_dist.units import size
 
 Verdict = Literal["ok", "warn", "bad"]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a directory is: its mount, the device below it, its free space.
+"""What a directory is on: the device below its mount, its free space.
 
-Read from /proc and /sys; what they do not tell is None.
+Read from /sys; what it does not tell is None.
 
-Formats: proc(5), section /proc/pid/mountinfo; Documentation/ABI/stable/sysfs-block of the kernel.
+Format: Documentation/ABI/stable/sysfs-block of the kernel.
 """
 
 from __future__ import annotations
@@ -14,34 +14,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from layerwise_dist.storage import network
+from layerwise_dist.storage.mounts import Mount
 
-MEMORY = frozenset(("tmpfs", "ramfs", "devtmpfs", "hugetlbfs"))
-LOCAL = frozenset("ext2 ext3 ext4 xfs btrfs f2fs zfs bcachefs jfs reiserfs nilfs2".split())
 _VIRTUAL_PATH = re.compile(r"/(virtio\d+|vbd-\d+|xen|vmbus|hyperv|block/loop\d+|block/nbd\d+)")
 _VIRTUAL_MODEL = re.compile(r"qemu|vbox|vmware|virtual|elastic block|persistentdisk|msft", re.IGNORECASE)
 _MEMORY_DISK = re.compile(r"(zram|ram|brd)\d+")
-_ESCAPE = re.compile(r"\\([0-7]{3})")
-
-
-@dataclass(frozen=True, slots=True)
-class Mount:
-    """One line of mountinfo. `options` are those of the mount and of the file system, in that order."""
-
-    point: str
-    kind: str
-    source: str
-    options: tuple[str, ...]
-    device: tuple[int, int]
-
-    @property
-    def where(self) -> str:
-        """network, memory, local, or other (layers such as overlay, and what is not known)."""
-        if network.name_by_type(self.kind) is not None:
-            return "network"
-        if self.kind in MEMORY:
-            return "memory"
-        return "local" if self.kind in LOCAL else "other"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,25 +56,6 @@ def nearest(directory: str) -> str:
     if not os.path.isdir(path):
         raise NotADirectoryError(errno.ENOTDIR, "not a directory", path)
     return os.path.realpath(path)
-
-
-def mount_of(directory: str) -> Mount | None:
-    """The mount that holds an existing directory."""
-    found = network.mounts_and_id(directory)
-    return find_mount(*found) if found is not None else None
-
-
-def find_mount(table: str, mount_id: int) -> Mount | None:
-    """The line of a mountinfo table with this id."""
-    for line in table.splitlines():
-        head, _, tail = line.partition(" - ")
-        fields, rest = head.split(" "), tail.split(" ")
-        if len(fields) < 6 or len(rest) < 3 or fields[0] != str(mount_id):
-            continue
-        major, minor = fields[2].split(":")
-        options = tuple(dict.fromkeys(fields[5].split(",") + rest[2].split(",")))
-        return Mount(_plain(fields[4]), rest[0], _plain(rest[1]), options, (int(major), int(minor)))
-    return None
 
 
 def device_of(mount: Mount, sysfs: str = "/sys") -> Device | None:
@@ -141,7 +99,3 @@ def _line(path: str) -> str | None:
         return Path(path).read_text().strip()
     except (OSError, UnicodeDecodeError):
         return None
-
-
-def _plain(text: str) -> str:
-    return _ESCAPE.sub(lambda match: chr(int(match[1], 8)), text)

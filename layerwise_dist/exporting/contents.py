@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from layerwise_dist.errors import UnsupportedError
+from layerwise_dist.errors import UnsupportedError, named
 from layerwise_dist.frameworks.described import DescribedOptimizer
 from layerwise_dist.frameworks.subclasses import MARK
 from layerwise_dist.reading.checkpoint import Checkpoint
@@ -88,8 +88,8 @@ def contents(
     seen = ckpt.view(rename, model)
     if seen.standing:
         raise UnsupportedError(
-            f"{_some(sorted(seen.standing))}: parameters that stand for other tensors (quantized ones), which only "
-            "restore() can reassemble"
+            f"{named(sorted(seen.standing), _LISTED)}: parameters that stand for other tensors (quantized ones), which "
+            "only restore() can reassemble"
         )
     by_name: dict[str, list[str]] = {}
     for key, name in seen.weights().items():
@@ -158,7 +158,3 @@ def _state(seen: Checkpoint, fqn: str) -> dict[str, Any]:
         for kind in kinds
         if kind in tensors or kind in scalars
     }
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")

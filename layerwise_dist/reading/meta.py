@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from layerwise_dist.errors import UnsupportedError
+from layerwise_dist.errors import UnsupportedError, named
 from layerwise_dist.frameworks.names import CleanNames, join
 from layerwise_dist.frameworks.private_names import require
 
@@ -94,10 +94,9 @@ class Materialized:
             for tensor, value in kept:  # what was never on the meta device
                 tensor.copy_(value)
         if names:
-            more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
             raise UnsupportedError(
                 "on the meta device, and neither the checkpoint nor a reset_parameters() or init_weights() of a module "
-                f"around it fills it: {', '.join(names[:_LISTED])}{more}; give it one, or build the model with memory"
+                f"around it fills it: {named(names, _LISTED)}; give it one, or build the model with memory"
             )
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from layerwise_dist.errors import named
 from layerwise_dist.rehearsal.contents import Contents
 from layerwise_dist.rehearsal.story import Divergence, Rank, loaders
 
@@ -213,6 +214,4 @@ def _of_kind(divergence: Divergence, kind: str) -> str:
 
 
 def _some(names: Iterable[str], before: str = "") -> str:
-    listed = list(names)
-    more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
-    return ", ".join(f"{before}{name}" for name in listed[:_LISTED]) + more
+    return named((f"{before}{name}" for name in names), _LISTED)

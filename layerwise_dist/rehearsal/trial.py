@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from layerwise_dist.errors import named
 from layerwise_dist.rehearsal import reasons
 from layerwise_dist.rehearsal.contents import Contents, Restless, compare, restless
 from layerwise_dist.rehearsal.plan import Plan
@@ -127,10 +128,7 @@ class Trial:
             return self._unsteady(folder, first, apart)
         without = restless(effectless)
         if effectless:
-            self._notes.append(
-                f"differs between runs, without effect: {', '.join(sorted(effectless)[:5])}"
-                + (f" and {len(effectless) - 5} more" if len(effectless) > 5 else "")
-            )
+            self._notes.append(f"differs between runs, without effect: {named(sorted(effectless), 5)}")
         if apart is not None:
             last = apart.step - 1
             self._notes.append(f"two uninterrupted runs differ from step {apart.step} on: compared up to {last}")

@@ -7,6 +7,7 @@ import logging
 
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.commit.records import Manifest
+from layerwise_dist.errors import named
 from layerwise_dist.restore.anywhere import Fit
 from layerwise_dist.restore.loader import another_model, listing
 
@@ -40,10 +41,9 @@ def say_moved(manifest: Manifest, world_size: int, fit: Fit) -> None:
             manifest.step, manifest.world_size, world_size,
         )  # fmt: skip
     if fit.taken:
-        more = f" and {len(fit.taken) - _NAMED} more" if len(fit.taken) > _NAMED else ""
         log.warning(
-            "step %d: its ranks differ in %s%s; buffers are rank 0's from here on, and so is what new ranks take",
-            manifest.step, ", ".join(fit.taken[:_NAMED]), more,
+            "step %d: its ranks differ in %s; buffers are rank 0's from here on, and so is what new ranks take",
+            manifest.step, named(fit.taken, _NAMED),
         )  # fmt: skip
     if fit.lost:
         log.warning("step %d: %s of the checkpoint has no place here", manifest.step, " and ".join(fit.lost))

@@ -13,7 +13,7 @@ from functools import cache
 
 import torch
 
-from layerwise_dist.errors import DamageError, MismatchError
+from layerwise_dist.errors import DamageError, MismatchError, named
 from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.frameworks.parts import WHOLE, Parts
@@ -175,7 +175,4 @@ def at_most(problems: list[str]) -> list[str]:
 
 
 def listing(what: str, names: list[str]) -> list[str]:
-    if not names:
-        return []
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return [f"{what}: {', '.join(names[:LISTED])}{more}"]
+    return [f"{what}: {named(names, LISTED)}"] if names else []

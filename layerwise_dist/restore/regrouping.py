@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
+from layerwise_dist.errors import named
 from layerwise_dist.frameworks import adams
 from layerwise_dist.frameworks.described import OptimizerState
 from layerwise_dist.frameworks.param_groups import KERNEL_KEYS, differing
@@ -201,7 +202,7 @@ class _Mapping:
         gone = [fqn for fqn in of if fqn not in held and self._rename[fqn] in self._stateful]
         if gone or unknown:
             problems.append(
-                f"updated in the checkpoint, and in no group of the optimizer here: {_some(gone + unknown)}"
+                f"updated in the checkpoint, and in no group of the optimizer here: {named(gone + unknown, _NAMED)}"
             )
         found: list[dict[str, Any]] = []
         origins: list[int | None] = []
@@ -209,7 +210,9 @@ class _Mapping:
             members = [fqn for fqn in group["params"] if fqn in of]
             new = [fqn for fqn in group["params"] if fqn not in of and fqn not in self._passed]
             if new:
-                problems.append(f"in group {number} of the optimizer, and in none of the checkpoint's: {_some(new)}")
+                problems.append(
+                    f"in group {number} of the optimizer, and in none of the checkpoint's: {named(new, _NAMED)}"
+                )
             sources: list[tuple[str, Mapping[str, Any]]] = []
             for fqn in members:
                 if not any(of[fqn] is source for _, source in sources):
@@ -233,11 +236,6 @@ def _taken(live: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
     if "initial_lr" in saved:  # an LR scheduler's, which may be made after the restore
         taken["initial_lr"] = saved["initial_lr"]
     return taken
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return f"{', '.join(names[:_NAMED])}{more}"
 
 
 def uneven(

@@ -6,12 +6,7 @@ The one list of them, by both names that Linux gives a file system: the number o
 
 from __future__ import annotations
 
-import os
-import re
 from dataclasses import dataclass
-from pathlib import Path
-
-from layerwise_dist.storage.protocols import Env
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,41 +52,6 @@ def name_by_type(kind: str) -> str | None:
     `fuseblk` is none: a local disk, though statfs(2) gives it FUSE's number, and a process writes to it.
     """
     return _BY_TYPE.get("fuse" if kind.startswith("fuse.") else kind)
-
-
-def name_at(env: Env, directory: str) -> str | None:
-    """The name of the shared file system that an existing directory is on; None for any other. Raises OSError.
-
-    Both names are asked for: statfs(2) in a 9P mount gives the number of the disk that its server has.
-    """
-    name = name_by_magic(env.file_system(directory))
-    found = mounts_and_id(directory) if name is None else None
-    if found is None:
-        return name
-    for line in found[0].splitlines():
-        mount, _, rest = line.partition(" - ")
-        if mount.split(" ", 1)[0] == str(found[1]):
-            return name_by_type(rest.split(" ", 1)[0])
-    return None
-
-
-def mounts_and_id(directory: str) -> tuple[str, int] | None:
-    """The text of /proc/self/mountinfo, and in it the id of the mount that holds an existing directory: mounts may lie
-    over one another. None where the kernel does not tell.
-    """
-    try:
-        fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        info = Path(f"/proc/self/fdinfo/{fd}").read_text()
-        table = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
-    except OSError:
-        return None
-    finally:
-        os.close(fd)
-    wanted = re.search(r"^mnt_id:\s*(\d+)$", info, re.MULTILINE)
-    return (table, int(wanted[1])) if wanted else None
 
 
 _MEMORY = {0x01021994: "tmpfs", 0x858458F6: "ramfs"}

@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 
 from layerwise_dist import _native
-from layerwise_dist.errors import DamageError, shown
+from layerwise_dist.errors import DamageError, named, shown
 from layerwise_dist.storage.entries import Entry
 from layerwise_dist.storage.header import Blocks, ShardIndex, parse_header
 from layerwise_dist.storage.odd import oddity
@@ -181,7 +181,7 @@ class Shard:
             at += 1
         # The most likely first: what has most of the block.
         names = sorted((name for name, nbytes in held.items() if nbytes > 0), key=lambda name: -held[name])
-        what = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "padding"
+        what = named(names, 3) or "padding"
         expected = self.index.hashes[block]
         problem = "is cut" if expected is None else f"does not match its hash in the header ({expected:016x})"
         return f"shard {self.index.path} of step {self.index.step}: block {block} at offset {offset} ({what}) {problem}"

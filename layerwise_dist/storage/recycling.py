@@ -16,7 +16,7 @@ import threading
 from collections import deque
 from typing import Literal
 
-from layerwise_dist.storage import filenames, network
+from layerwise_dist.storage import filenames, mounts
 from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.odd import leave, oddity
 from layerwise_dist.storage.protocols import Env
@@ -29,7 +29,7 @@ def recycles(env: Env, root: str, wanted: Literal["auto", True, False]) -> bool:
     """What `writer.recycle` means for this directory: "auto" is on unless its file system is shared by a network."""
     if wanted != "auto":
         return wanted
-    kind = network.name_at(env, root)
+    kind = mounts.network_at(env, root)
     if kind is not None:
         log.info("%s is on %s: files of retired checkpoints are removed, not reused (writer.recycle)", root, kind)
     return kind is None

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from layerwise_dist import _native
-from layerwise_dist.errors import DeadlineError
+from layerwise_dist.errors import DeadlineError, named
 from layerwise_dist.supervision import background
 
 T = TypeVar("T")
@@ -24,9 +24,8 @@ def stuck_calls() -> str:
     found = [(name, path, seconds) for name, path, seconds in _native.calls_under_way() if seconds >= _LEAST_S]
     if not found:
         return ""
-    said = [f"{name} {path}".rstrip() + f" for {seconds:.1f} s" for name, path, seconds in found[:_LISTED]]
-    more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
-    return f" (calls that have not returned: {', '.join(said)}{more})"
+    said = [f"{name} {path}".rstrip() + f" for {seconds:.1f} s" for name, path, seconds in found]
+    return f" (calls that have not returned: {named(said, _LISTED)})"
 
 
 def within(timeout_s: float, what: str, action: Callable[[], T]) -> T:

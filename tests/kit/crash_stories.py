@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 from kit.crash import POLICIES, Story
-from kit.mutant_env import Mutation
+from kit.mutant_env import MutantEnv, Mutation
 from layerwise_dist.engine.engine import LayerwiseEngine, workings_of
 
 SMALL = {"queue_depth": 2, "block_kb": 32}
@@ -134,6 +135,16 @@ def sweep(story: Story, seeds: int) -> int:
                 raise AssertionError(f"{place(story, prefix)}, policy {policy}, seed {seed}: {error}") from error
             checked += 1
     return checked
+
+
+def check_found(run: Callable[[Story], None], mutation: Mutation) -> None:
+    """With the mutation, what `run` tells breaks a promise after some power loss, and the sweep sees it."""
+    env = MutantEnv(mutation)
+    story = Story(env)
+    run(story)
+    assert env.mutated > 0
+    with pytest.raises(AssertionError, match="^prefix"):
+        sweep(story, 12)
 
 
 MUTATIONS = {

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from layerwise_dist.commit.transports.proof import ANSWER_BYTES, CALL_BYTES, PROOF_BYTES, Caller, Host, Line
-from layerwise_dist.errors import CommitError
+from layerwise_dist.errors import CommitError, named
 
 HELLO_S = 10.0  # from a connection to the last word of its proof
 _GUESTS = 128  # that have proved nothing yet; for one more the oldest goes
@@ -236,7 +236,7 @@ def accept(servers: Sequence[socket.socket], expected: set[int], token: str, dea
     try:
         while missing := expected - set(met):
             if time.monotonic() >= deadline:
-                raise CommitError(f"rank(s) {_listed(sorted(missing))} did not connect in time")
+                raise CommitError(f"rank(s) {named(sorted(missing), 8)} did not connect in time")
             met |= door.wait(missing, deadline)
     except BaseException:
         for line in met.values():
@@ -245,7 +245,3 @@ def accept(servers: Sequence[socket.socket], expected: set[int], token: str, dea
     finally:
         door.close()
     return met
-
-
-def _listed(ranks: list[int]) -> str:
-    return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
