@@ -133,7 +133,7 @@ def test_a_job_of_other_ranks_starts_after_power_loss_and_loses_power_too(long: 
         left = story.env.crash(prefix, draw.randrange(1 << 30), policy)
         newest = story.check(prefix, left)
         again = Replicas(left)
-        again.states, again.said = story.states, [(0, newest)]
+        again.states, again.said = dict(story.states), [(0, newest)]
         world = draw.choice([1, 3])
         assert again.session(world, newest + 1) == newest
         for _ in range(20):

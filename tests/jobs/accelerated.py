@@ -124,10 +124,11 @@ def main() -> None:
                     epoch=epoch, loss=loss.item().hex(), sum=history["sum"].hex(), step=ckpt.completed,
                     lr=optimizer.param_groups[0]["lr"].hex(), window=accelerator.step, passes=train.iteration,
                 )  # fmt: skip
-                if used == options.die_at and rank == options.die_rank:
-                    if ckpt.completed:
+                if used == options.die_at:
+                    if ckpt.completed:  # on all ranks: one in the next collective does not judge what it has saved
                         ckpt.wait(ckpt.completed)
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    if rank == options.die_rank:
+                        os.kill(os.getpid(), signal.SIGKILL)
             model.eval()
             with torch.no_grad():
                 seen = [(model(x) - y).square().mean().item().hex() for x, y in test]

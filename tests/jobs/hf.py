@@ -153,11 +153,11 @@ class Stop(TrainerCallback):
         if event == self.event and step >= self.step >= 0:
             if not self.kill:
                 raise Stopped(event)
-            if RANK != step % int(os.environ.get("WORLD_SIZE", "1")):
-                return
-            if self.checkpoints.ckpt.completed:
-                self.checkpoints.ckpt.wait(self.checkpoints.ckpt.completed)
-            os.kill(os.getpid(), signal.SIGKILL)
+            ckpt = self.checkpoints.ckpt
+            if ckpt.completed:  # on all ranks: one in the next collective does not judge what it has saved
+                ckpt.wait(ckpt.completed)
+            if RANK == step % int(os.environ.get("WORLD_SIZE", "1")):
+                os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _telling(event: str) -> Any:

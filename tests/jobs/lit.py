@@ -75,11 +75,12 @@ class Net(LightningModule):
             total=self.trainer.fit_loop.total_batch_idx,
         )  # fmt: skip
         self.used += 1
-        if self.used == self.options.die_at and self.trainer.global_rank == self.options.die_rank:
+        if self.used == self.options.die_at:
             engine: Any = next(each for each in self.trainer.callbacks if isinstance(each, LayerwiseCheckpoint)).engine
-            if engine.completed:
+            if engine.completed:  # on all ranks: one in the next collective does not judge what it has saved
                 engine.wait(engine.completed)
-            os.kill(os.getpid(), signal.SIGKILL)
+            if self.trainer.global_rank == self.options.die_rank:
+                os.kill(os.getpid(), signal.SIGKILL)
         return loss if self.automatic_optimization else None
 
     def by_hand(self, loss: Tensor, batch_idx: int) -> None:
