@@ -11,6 +11,7 @@ import pytest
 
 pytest.register_assert_rewrite("kit")
 
+from kit import swept  # noqa: E402
 from kit.runners import DEEPSPEED, Running, Warm  # noqa: E402
 
 from layerwise_dist.engine import at_exit  # noqa: E402
@@ -64,6 +65,20 @@ def pytest_sessionfinish() -> None:
     """Engines that tests left as a crash would are not to be waited for."""
     for engine in at_exit.open_engines():
         at_exit.closed(engine)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    lines = swept.summary(terminalreporter.stats)
+    if lines and terminalreporter.config.getoption("--long"):
+        terminalreporter.write_sep("=", "what the sweeps came to")
+        for line in lines:
+            terminalreporter.write_line(line)
+
+
+@pytest.fixture
+def told(request: pytest.FixtureRequest) -> swept.Told:
+    """Takes what a sweep came to. With `--long` it is told at the end of the run."""
+    return swept.Told(request.node)
 
 
 @pytest.fixture

@@ -15,6 +15,9 @@ class MemoryEnv(Env):
     def crash(self, prefix: int, seed: int = 0, policy: str = "random") -> MemoryEnv:
         """policy: none, all, names, data or random."""
 
+    def fingerprint(self) -> int:
+        """A hash of every path, kind and byte that it holds."""
+
     def drop(self, operation: str, path_pattern: str = "*") -> None: ...
     @property
     def dropped(self) -> int: ...

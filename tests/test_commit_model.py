@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import pytest
 from kit.commit_model import Broken, walk
 from kit.commit_model.broken_rules import RULES
+from kit.swept import Told
 
 
 @pytest.fixture(autouse=True)
@@ -22,11 +23,16 @@ def _quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-def test_no_history_of_crashes_losses_and_failures_breaks_a_rule_of_the_commit(long: bool) -> None:
+def test_no_history_of_crashes_losses_and_failures_breaks_a_rule_of_the_commit(long: bool, told: Told) -> None:
     seed = random.SystemRandom().randrange(1 << 30)
     print(f"seed {seed}")
     seen = walk(seed, 1_000_000 if long else 24_000)
     print(dict(sorted(seen.items())))
+    kills = seen["kill"] + seen["kill rank 0"] + seen["orphan"]
+    told.say(
+        f"model of the commit: {seen['transitions']:,} transitions, {seen['start']:,} starts, "
+        f"{seen['commit']:,} commits, {seen['power']:,} power losses, {kills:,} kills, 0 violations"
+    )
     for what, least in {
         "commit": 80, "abort": 200, "superseded": 3, "waited": 5, "lost": 20, "power": 30, "branch": 5, "wake": 10,
         "left without": 5, "base goes": 100, "meeting": 20, "left: together": 5,

@@ -7,7 +7,6 @@ Without `--long` a sample; with it every byte of a small directory, and 10,000 o
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import random
@@ -22,6 +21,7 @@ import pytest
 import torch
 from kit.cli import call
 from kit.shards import Tensors, differing
+from kit.swept import Told
 
 import layerwise_dist as lwd
 from layerwise_dist.capture import survey
@@ -209,23 +209,19 @@ def start_with(saved: Saved, path: Path, at: int, mask: int, copy: Path, said: l
     return verdict
 
 
-def told(what: str, verdicts: Counter[str]) -> None:
-    print(f"corruption sweep: {what}: {verdicts.total()} bytes changed; " + ", ".join(map(" ".join, counts(verdicts))))
-
-
-def counts(verdicts: Counter[str]) -> list[tuple[str, str]]:
-    return [(str(count), verdict) for verdict, count in sorted(verdicts.items())]
+def counts(what: str, verdicts: Counter[str]) -> str:
+    found = ", ".join(f"{count:,} {verdict}" for verdict, count in sorted(verdicts.items()))
+    return f"corruption, {what}: {verdicts.total():,} bytes changed: {found}, 0 violations"
 
 
 def test_each_byte_of_a_small_directory_is_found_or_harmless(
-    tmp_path: Path, long: bool, warned: list[str], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, long: bool, warned: list[str], told: Told
 ) -> None:
     saved, draw = make(tmp_path / "ckpt", 4), random.Random()
     all_places = places(saved)
     chosen = all_places if long else [*sampled(saved, draw, 40), *draw.sample(all_places, 120)]
     verdicts = Counter(read_with(saved, path, at, draw.randrange(1, 256), warned) for path, at in chosen)
-    with capsys.disabled() if long else contextlib.nullcontext():
-        told(f"read, of {len(all_places)} of a small directory", verdicts)
+    told.say(counts(f"read, of {len(all_places):,} of a small directory", verdicts))
     assert verdicts.total() == len(chosen) and set(verdicts) == {"harmless", "fallback", "named"}
 
 
@@ -236,19 +232,18 @@ def sampled(saved: Saved, draw: random.Random, of_each: int) -> list[tuple[Path,
 
 
 def test_a_job_starts_again_beside_any_changed_byte_as_a_reader_reads_it(
-    tmp_path: Path, long: bool, warned: list[str], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, long: bool, warned: list[str], told: Told
 ) -> None:
     saved, draw = make(tmp_path / "ckpt", 4), random.Random()
     of_each = 400 if long else 8
     verdicts: Counter[str] = Counter()
     for number, (path, at) in enumerate(sampled(saved, draw, of_each)):
         verdicts[start_with(saved, path, at, draw.randrange(1, 256), tmp_path / f"copy{number}", warned)] += 1
-    with capsys.disabled() if long else contextlib.nullcontext():
-        told("started again, small directory", verdicts)
+    told.say(counts("a job starts again, small directory", verdicts))
 
 
 def test_random_bytes_of_a_larger_directory_are_found_or_harmless(
-    tmp_path: Path, long: bool, warned: list[str], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, long: bool, warned: list[str], told: Told
 ) -> None:
     saved, draw = make(tmp_path / "ckpt", 60_000 if long else 6_000), random.Random()
     files = [path for path in saved.files() if path.stat().st_size]
@@ -256,8 +251,7 @@ def test_random_bytes_of_a_larger_directory_are_found_or_harmless(
     verdicts: Counter[str] = Counter()
     for path in draw.choices(files, weights, k=10_000 if long else 60):
         verdicts[read_with(saved, path, draw.randrange(path.stat().st_size), draw.randrange(1, 256), warned)] += 1
-    with capsys.disabled() if long else contextlib.nullcontext():
-        told(f"read, of {sum(weights)} of a larger directory", verdicts)
+    told.say(counts(f"read, of {sum(weights):,} of a larger directory", verdicts))
 
 
 def test_mutation_a_reader_that_does_not_compare_hashes_is_found(

@@ -12,6 +12,7 @@ from kit.crash import POLICIES, Story, build, in_ranks, settings, tensors_of, tr
 from kit.crash_stories import place
 from kit.crash_stories import reuse as reuse_for
 from kit.shards import Tensors, differing
+from kit.swept import Swept, Told
 
 from layerwise_dist.capture import survey
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
@@ -41,12 +42,17 @@ def frozen(story: Story) -> None:
 STORIES = {story.__name__: story for story in (reuse, branches, frozen)}
 
 
-def twice(story: Story, first: int, then: int, draw: random.Random) -> int:
-    """Power fails at `first` moments, and at `then` of the job that starts on what is left. Returns how many states
-    were looked at.
-    """
-    checked = 0
-    for _ in range(first):
+def seeded() -> random.Random:
+    """Which is said where a test fails."""
+    seed = random.SystemRandom().randrange(1 << 30)
+    print(f"seed {seed}")
+    return random.Random(seed)
+
+
+def twice(story: Story, first: int, then: int, draw: random.Random) -> Swept:
+    """Power fails at `first` moments, and at `then` of the job that starts on what is left, which are counted."""
+    swept = Swept()
+    for number in range(first):
         prefix, policy = draw.randrange(story.env.log_size + 1), draw.choice([*POLICIES, "random"])
         left = story.env.crash(prefix, draw.randrange(1 << 30), policy)
         step = story.check(left, story.promised(prefix))[1]
@@ -60,20 +66,24 @@ def twice(story: Story, first: int, then: int, draw: random.Random) -> int:
             second, policy = draw.randrange(again.env.log_size + 1), draw.choice([*POLICIES, "random"])
             try:
                 found = again.env.crash(second, draw.randrange(1 << 30), policy)
-                again.check(found, max(again.promised(second), story.promised(prefix)), again.attached(second))
+                promised, attached = max(again.promised(second), story.promised(prefix)), again.attached(second)
+                if swept.is_new(found, number, promised, attached):
+                    again.check(found, promised, attached)
             except AssertionError as error:
                 where = f"prefix {prefix}, then {place(again, second)}, policy {policy}"
                 raise AssertionError(f"{where}: {error}") from error
-            checked += 1
-    return checked
+    return swept
 
 
 @pytest.mark.parametrize("name", STORIES)
-def test_power_that_fails_again_while_a_job_starts_on_what_is_left_takes_nothing_back(name: str, long: bool) -> None:
+def test_power_that_fails_again_while_a_job_starts_on_what_is_left_takes_nothing_back(
+    name: str, long: bool, told: Told
+) -> None:
     story = Story(testing.MemoryEnv())
     STORIES[name](story)
-    draw = random.Random()
-    assert twice(story, 200 if long else 4, 100 if long else 40, draw) > 100
+    swept = twice(story, 200 if long else 4, 100 if long else 40, seeded())
+    told.crashes(f"power fails again, {name}", swept)
+    assert swept.states > 100
 
 
 class Replicas:
@@ -125,13 +135,14 @@ class Replicas:
         return step
 
 
-def test_a_job_of_other_ranks_starts_after_power_loss_and_loses_power_too(long: bool) -> None:
-    story, draw = Replicas(testing.MemoryEnv()), random.Random()
+def test_a_job_of_other_ranks_starts_after_power_loss_and_loses_power_too(long: bool, told: Told) -> None:
+    story, draw, swept = Replicas(testing.MemoryEnv()), seeded(), Swept()
     story.session(2, 3)
     for _ in range(60 if long else 3):
         prefix, policy = draw.randrange(story.env.log_size + 1), draw.choice([*POLICIES, "random"])
         left = story.env.crash(prefix, draw.randrange(1 << 30), policy)
         newest = story.check(prefix, left)
+        swept.is_new(left)
         again = Replicas(left)
         again.states, again.said = dict(story.states), [(0, newest)]
         world = draw.choice([1, 3])
@@ -140,6 +151,8 @@ def test_a_job_of_other_ranks_starts_after_power_loss_and_loses_power_too(long: 
             second = draw.randrange(left.log_size + 1)
             found = left.crash(second, draw.randrange(1 << 30), draw.choice([*POLICIES, "random"]))
             step = again.check(second, found)
+            swept.is_new(found)
         third = Replicas(found)
         third.states, third.said = story.states, [(0, step)]
         assert third.session(2, step) == step
+    told.crashes("power fails again, other ranks", swept)

@@ -17,6 +17,7 @@ import pytest
 from kit.crash import POLICIES, Story
 from kit.crash_stories import MUTATIONS, STORIES, check_found, merge_at, sweep, three_reusing, two_bases, two_steps
 from kit.mutant_env import MutantEnv, Mutation, Recording
+from kit.swept import Swept, Told
 
 from layerwise_dist.capture import survey
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
@@ -35,27 +36,30 @@ def _bases_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", STORIES)
-def test_after_power_loss_at_any_moment_there_is_one_committed_step(name: str, long: bool) -> None:
+def test_after_power_loss_at_any_moment_there_is_one_committed_step(name: str, long: bool, told: Told) -> None:
     story = Story(testing.MemoryEnv())
     STORIES[name](story)
-    checked = sweep(story, 200 if long else 3)
-    assert checked > 7 * story.env.log_size
+    swept = sweep(story, 200 if long else 3)
+    told.crashes(f"a job, {name}", swept)
+    assert swept.states > 7 * story.env.log_size
 
 
 @pytest.mark.parametrize("name", STORIES)
-def test_a_job_restarts_from_what_power_loss_left_and_saves_again(name: str, long: bool) -> None:
+def test_a_job_restarts_from_what_power_loss_left_and_saves_again(name: str, long: bool, told: Told) -> None:
     story = Story(testing.MemoryEnv())
     STORIES[name](story)
-    draw = random.Random(name)
+    draw, swept = random.Random(name), Swept()
     for _ in range(300 if long else 25):
         prefix, seed = draw.randrange(story.env.log_size + 1), draw.randrange(1 << 30)
         crashed = story.env.crash(prefix, seed, draw.choice([*POLICIES, "random", "random"]))
+        swept.is_new(crashed)
         newest = story.check(crashed, story.promised(prefix))
         step = story.restart(crashed, go_on=True)
         if newest[1]:
             assert step == newest[1], (
                 f"prefix {prefix}, seed {seed}: restored step {step}, the newest record is {newest}"
             )
+    told.crashes(f"a job that starts again, {name}", swept)
 
 
 NO_IDENTITY = Mutation("rename", "/ckpt/identity.json", "_into_place")

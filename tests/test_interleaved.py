@@ -8,7 +8,7 @@ after power loss there is one committed step, never older than was said, and eve
 
 from __future__ import annotations
 
-import contextlib
+import bisect
 import fnmatch
 import os
 import random
@@ -21,6 +21,7 @@ import pytest
 from kit import actors
 from kit.actors import Play, Training, check_left, play
 from kit.interleaving import GatedEnv, Scheduler
+from kit.swept import Swept, Told
 
 from layerwise_dist.commit import pruning, session
 from layerwise_dist.commit.copying import CheckpointCopy, CopiedFile
@@ -45,24 +46,24 @@ def folder(tmp_path: Path) -> str:
     return str(path)
 
 
-def crashed(found: Play, draw: random.Random, count: int, *, again: int = 0) -> int:
+def crashed(found: Play, draw: random.Random, count: int, swept: Swept, *, again: int = 0) -> None:
     """Power fails at `count` moments, each with what a policy leaves. In `again` of them a job starts on that, and
-    power fails once more. Returns how many states were looked at.
+    power fails once more.
     """
     known: dict[Any, None] = {}
     for number in range(count):
         prefix, policy = draw.randrange(found.env.log_size + 1), draw.choice(POLICIES)
         left = found.env.crash(prefix, draw.randrange(1 << 30), policy)
+        swept.is_new(left)
         try:
             taken = check_left(found, left, prefix, known=known)
         except AssertionError as error:
             raise AssertionError(f"power loss after {prefix} operations, policy {policy}: {error}") from error
         if number < again:
-            count += recovered(found, left, taken, draw)
-    return count
+            recovered(found, left, taken, draw, swept)
 
 
-def recovered(found: Play, env: Any, taken: Any, draw: random.Random) -> int:
+def recovered(found: Play, env: Any, taken: Any, draw: random.Random, swept: Swept) -> None:
     """A job starts on what power loss left, and loses power too: at any moment of that there is what it started from,
     or what it committed.
     """
@@ -79,37 +80,38 @@ def recovered(found: Play, env: Any, taken: Any, draw: random.Random) -> int:
     known: dict[Any, None] = {}
     for _ in range(8):
         prefix, policy = draw.randrange(env.log_size + 1), draw.choice(POLICIES)
+        left = env.crash(prefix, draw.randrange(1 << 30), policy)
+        swept.is_new(left)
         try:
-            check_left(second, env.crash(prefix, draw.randrange(1 << 30), policy), prefix, known=known)
+            check_left(second, left, prefix, known=known)
         except AssertionError as error:
             raise AssertionError(f"second power loss, after {prefix} operations, policy {policy}: {error}") from error
-    return 8
 
 
-def explored(folder: str, seeds: range, states: int, again: int, **options: Any) -> tuple[Counter[str], int, int]:
+def explored(folder: str, seeds: range, states: int, again: int, **options: Any) -> tuple[Counter[str], int, Swept]:
     """How often each way to look was tried, turns, and states after power loss."""
-    looks, turns, checked = Counter[str](), 0, 0
+    looks, turns, swept = Counter[str](), 0, Swept()
     for seed in seeds:
         found = play(seed, folder, GatedEnv, **options)
         looks.update(found.looks)
         turns += found.turns
         try:
-            checked += crashed(found, random.Random(seed), states, again=again)
+            crashed(found, random.Random(seed), states, swept, again=again)
         except AssertionError as error:
             raise AssertionError(f"seed {seed}: {error}") from error
-    return looks, turns, checked
+    return looks, turns, swept
 
 
 @pytest.mark.parametrize("pruned", [False, True], ids=["a job goes on", "a job ends, and prune has the directory"])
 def test_in_any_order_readers_find_what_is_committed_and_power_loss_leaves_it(
-    folder: str, pruned: bool, long: bool, capsys: pytest.CaptureFixture[str]
+    folder: str, pruned: bool, long: bool, told: Told
 ) -> None:
-    first = random.randrange(1 << 30)
-    looks, turns, checked = explored(
-        folder, range(first, first + (600 if long else 12)), 60 if long else 24, 6 if long else 2, pruned=pruned
-    )  # fmt: skip
-    with capsys.disabled() if long else contextlib.nullcontext():
-        print(f"interleaved: {turns} turns, {sum(looks.values())} looks, {checked} states after power loss, 0 wrong")
+    first, orders = random.randrange(1 << 30), 600 if long else 12
+    looks, turns, swept = explored(
+        folder, range(first, first + orders), 60 if long else 24, 6 if long else 2, pruned=pruned
+    )
+    what = "a job beside readers, then a prune" if pruned else "a job beside readers"
+    told.crashes(f"{what}, {orders} orders, {turns:,} turns, {sum(looks.values()):,} looks", swept)
     assert set(looks) == {*actors.READING, *actors.KEEPING}
 
 
@@ -163,18 +165,19 @@ def test_mutation_a_rule_between_actors_that_is_left_out_is_found(
         explored(folder, range(seed, seed + 400), 12, 0)
 
 
-def sweep(found: Play, seeds: int) -> int:
+def sweep(found: Play, seeds: int) -> Swept:
     """Every prefix of the log, under each policy."""
     known: dict[Any, None] = {}
-    checked = 0
+    swept, marks = Swept(), [index for index, _ in found.env.marks()]
     for prefix in range(found.env.log_size + 1):
         for policy in POLICIES[:4] + ("random",) * seeds:
+            left = found.env.crash(prefix, 7919 * prefix + swept.states, policy)
             try:
-                check_left(found, found.env.crash(prefix, 7919 * prefix + checked, policy), prefix, known=known)
+                if swept.is_new(left, bisect.bisect_left(marks, prefix)):
+                    check_left(found, left, prefix, known=known)
             except AssertionError as error:
                 raise AssertionError(f"power loss after {prefix} operations, policy {policy}: {error}") from error
-            checked += 1
-    return checked
+    return swept
 
 
 def imported(folder: str, begins: Callable[[Any], None] = lambda env: None) -> Play:
@@ -208,10 +211,12 @@ MADE = pytest.mark.parametrize("made", [imported, copied], ids=lambda made: made
 
 @MADE
 def test_an_import_and_a_copy_are_whole_or_not_there_after_power_loss(
-    folder: str, made: Callable[..., Play], long: bool
+    folder: str, made: Callable[..., Play], long: bool, told: Told
 ) -> None:
     found = made(folder)
-    assert sweep(found, 100 if long else 1) > 4 * found.env.log_size
+    swept = sweep(found, 100 if long else 1)
+    told.crashes(made.__name__, swept)
+    assert swept.states > 4 * found.env.log_size
 
 
 # Flushes and renames of these, by what is done and to what. Of a copy's, all lie in a directory of its own.
@@ -276,7 +281,7 @@ def shards_come_last(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_mutation_a_copy_whose_manifest_comes_first_is_found(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert sweep(copied(folder), 1)
+    assert sweep(copied(folder), 1).states
     shards_come_last(monkeypatch)
     with pytest.raises(AssertionError, match="power loss.*its shard is gone"):
         sweep(copied(folder), 1)

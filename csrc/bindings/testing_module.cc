@@ -61,6 +61,7 @@ NB_MODULE(layerwise_native_testing, m) {
       .def("mark", &MemoryEnv::Mark, nb::arg("text"))
       .def("marks", &MemoryEnv::Marks)
       .def("crash", &Crash, nb::arg("prefix"), nb::arg("seed") = 0, nb::arg("policy") = "random")
+      .def("fingerprint", &MemoryEnv::Fingerprint)
       .def("drop",
            [](MemoryEnv& env, const std::string& operation, const std::string& path_pattern) {
              Check(env.Drop(operation, path_pattern));

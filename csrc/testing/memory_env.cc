@@ -5,10 +5,26 @@
 #include <span>
 #include <string_view>
 
+#include "layerwise/hash.h"
 #include "logged_disk.h"
 #include "memory_disk_env.h"
 
 namespace layerwise {
+
+namespace {
+
+void AddTree(const LoggedDisk& disk, uint64_t inode, Xxh3Stream* hash) {
+  const DiskImage::Node& node = disk.node(inode);
+  const uint64_t parts[] = {node.is_dir, node.is_dir ? node.entries.size() : node.content.size()};
+  hash->Update(parts, sizeof(parts));
+  hash->Update(node.content.data(), node.content.size());
+  for (const auto& [name, child] : node.entries) {
+    hash->Update(name.c_str(), name.size() + 1);
+    AddTree(disk, child, hash);
+  }
+}
+
+}  // namespace
 
 MemoryEnv::MemoryEnv() : MemoryEnv(std::make_shared<LoggedDisk>(DiskImage())) {}
 
@@ -44,6 +60,13 @@ std::unique_ptr<MemoryEnv> MemoryEnv::Crash(size_t prefix, uint64_t seed, CrashP
   const auto ops = std::span(disk_->log()).first(prefix);
   auto left = std::make_shared<LoggedDisk>(AfterCrash(disk_->initial(), ops, seed, policy));
   return std::unique_ptr<MemoryEnv>(new MemoryEnv(std::move(left)));
+}
+
+uint64_t MemoryEnv::Fingerprint() const {
+  std::lock_guard lock(disk_->mutex());
+  Xxh3Stream hash;
+  AddTree(*disk_, DiskImage::kRoot, &hash);
+  return hash.Digest();
 }
 
 Status MemoryEnv::Drop(const std::string& operation, const std::string& path_pattern) {

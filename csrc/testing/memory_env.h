@@ -43,6 +43,10 @@ class MemoryEnv final : public EnvWrapper {
   // locks are free. This one is not changed. REQUIRES: prefix <= LogSize().
   std::unique_ptr<MemoryEnv> Crash(size_t prefix, uint64_t seed, CrashPolicy policy) const;
 
+  // A hash of every path, kind and byte that it holds: the same for two that hold the
+  // same, however they came to it.
+  uint64_t Fingerprint() const;
+
   // From now on, operations of this kind ("sync", "sync_dir", "rename", "write" or
   // "truncate") on a path that matches (fnmatch; "*" matches "/" too; for a rename the old or
   // the new path) are acknowledged, but do nothing.

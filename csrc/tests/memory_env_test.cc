@@ -126,6 +126,28 @@ TEST_CASE("dropped operations are acknowledged and do nothing") {
   CHECK(data == "");
 }
 
+TEST_CASE("a fingerprint says whether two of them hold the same") {
+  MemoryEnv one, other;
+  CHECK(one.Fingerprint() == other.Fingerprint());
+  REQUIRE_OK(one.WriteFile("/a", "x", 0600));
+  REQUIRE_OK(one.MakeDir("/d", 0700));
+  REQUIRE_OK(other.MakeDir("/d", 0700));
+  CHECK(one.Fingerprint() != other.Fingerprint());
+  REQUIRE_OK(other.WriteFile("/b", "x", 0600));
+  CHECK(one.Fingerprint() != other.Fingerprint());
+  REQUIRE_OK(other.Rename("/b", "/a"));
+  CHECK(one.Fingerprint() == other.Fingerprint());
+  REQUIRE_OK(other.Rename("/a", "/d/a"));
+  CHECK(one.Fingerprint() != other.Fingerprint());
+  REQUIRE_OK(other.Rename("/d/a", "/a"));
+  REQUIRE_OK(other.Unlink("/a"));
+  REQUIRE_OK(other.WriteFile("/a", "y", 0600));
+  CHECK(one.Fingerprint() != other.Fingerprint());
+  REQUIRE_OK(other.Unlink("/a"));
+  REQUIRE_OK(other.MakeDir("/a", 0700));
+  CHECK(one.Fingerprint() != other.Fingerprint());
+}
+
 TEST_CASE("a retired file is reused only while nobody else has it") {
   MemoryEnv env;
   std::unique_ptr<WritableFile> file;

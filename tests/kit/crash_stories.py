@@ -13,6 +13,7 @@ import torch
 
 from kit.crash import POLICIES, Story
 from kit.mutant_env import MutantEnv, Mutation
+from kit.swept import Swept
 from layerwise_dist.engine.engine import LayerwiseEngine, workings_of
 
 SMALL = {"queue_depth": 2, "block_kb": 32}
@@ -122,19 +123,20 @@ def place(story: Story, prefix: int) -> str:
     return f"prefix {prefix} (after {story.env.log_entry(prefix - 1) if prefix else 'nothing'})"
 
 
-def sweep(story: Story, seeds: int) -> int:
-    """Every prefix of the log, under each policy and `seeds` random draws. Returns how many states were looked at."""
-    checked = 0
+def sweep(story: Story, seeds: int) -> Swept:
+    """Every prefix of the log, under each policy and `seeds` random draws."""
+    swept = Swept()
     for prefix in range(story.env.log_size + 1):
         promised, attached = story.promised(prefix), story.attached(prefix)
         cases = [(policy, 0) for policy in POLICIES] + [("random", 7919 * prefix + seed) for seed in range(seeds)]
         for policy, seed in cases:
             try:
-                story.check(story.env.crash(prefix, seed, policy), promised, attached)
+                left = story.env.crash(prefix, seed, policy)
+                if swept.is_new(left, promised, attached):
+                    story.check(left, promised, attached)
             except AssertionError as error:
                 raise AssertionError(f"{place(story, prefix)}, policy {policy}, seed {seed}: {error}") from error
-            checked += 1
-    return checked
+    return swept
 
 
 def check_found(run: Callable[[Story], None], mutation: Mutation) -> None:
