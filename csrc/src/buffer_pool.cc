@@ -38,7 +38,11 @@ class BufferPool::State {
     const size_t size = RoundUp(n, kAlign);
     std::unique_lock lock(mutex_);
     size_t offset = 0;
-    if (!room_.wait_until(lock, deadline, [&] { return Cut(size, &offset); })) return nullptr;
+    PrepareReturn();
+    if (!room_.wait_until(lock, deadline, [&] { return Cut(size, &offset); })) {
+      returns_.pop_back();
+      return nullptr;
+    }
     in_use_ += size;
     peak_ = std::max(peak_, in_use_);
     return base_ + offset;
@@ -54,9 +58,13 @@ class BufferPool::State {
     const size_t start = it->first;
     const size_t end = start + it->second;
     if (end < offset + size) return nullptr;
-    free_.erase(it);
-    if (start < offset) free_[start] = offset - start;
-    if (offset + size < end) free_[offset + size] = end - offset - size;
+    PrepareReturn();
+    if (offset + size < end) free_[offset + size] = end - offset - size;  // first: it may find no memory
+    if (start < offset) {
+      it->second = offset - start;
+    } else {
+      free_.erase(it);
+    }
     in_use_ += size;
     peak_ = std::max(peak_, in_use_);
     return base_ + offset;
@@ -65,32 +73,37 @@ class BufferPool::State {
   uint64_t PlaceOf(const char* data) const { return begin_ + static_cast<uint64_t>(data - base_); }
   uint64_t begin() const { return begin_; }
 
+  // Takes no memory: buffers go back in destructors.
   void Give(char* data, size_t n) {
     size_t offset = static_cast<size_t>(data - base_);
     size_t size = RoundUp(n, kAlign);
     std::lock_guard lock(mutex_);
     if (attached_) returned_.push_back(PlaceOf(data));
     in_use_ -= size;
+    auto range = std::move(returns_.back());
+    returns_.pop_back();
     auto after = free_.lower_bound(offset);
     if (after != free_.end() && after->first == offset + size) {
       size += after->second;
       after = free_.erase(after);
     }
-    if (after != free_.begin()) {
-      const auto before = std::prev(after);
-      if (before->first + before->second == offset) {
-        offset = before->first;
-        size += before->second;
-      }
+    const auto before = after == free_.begin() ? free_.end() : std::prev(after);
+    if (before != free_.end() && before->first + before->second == offset) {
+      before->second += size;
+    } else {
+      range.key() = offset;
+      range.mapped() = size;
+      free_.insert(std::move(range));
     }
-    free_[offset] = size;
     room_.notify_all();
     if (wake_ >= 0) static_cast<void>(eventfd_write(wake_, 1));
   }
 
   std::vector<uint64_t> TakeReturned() {
     std::lock_guard lock(mutex_);
-    return std::exchange(returned_, {});
+    std::vector<uint64_t> places = returned_;
+    returned_.clear();  // it keeps its room
+    return places;
   }
 
   size_t in_use() const {
@@ -104,14 +117,22 @@ class BufferPool::State {
   }
 
  private:
-  // REQUIRES: mutex_ is held.
+  // Takes the memory that the return of one more buffer needs. REQUIRES: mutex_ is held, here and below.
+  void PrepareReturn() {
+    const size_t needed = returned_.size() + returns_.size() + 1;
+    if (attached_ && needed > returned_.capacity()) returned_.reserve(2 * needed);
+    std::map<size_t, size_t> one{{0, 0}};
+    returns_.push_back(one.extract(one.begin()));
+  }
+
   bool Cut(size_t size, size_t* offset) {
     for (auto it = free_.begin(); it != free_.end(); ++it) {
       if (it->second < size) continue;
       *offset = it->first;
-      const size_t left = it->second - size;
-      free_.erase(it);
-      if (left > 0) free_[*offset + size] = left;
+      auto range = free_.extract(it);  // what is left of it goes back without memory
+      range.key() += size;
+      range.mapped() -= size;
+      if (range.mapped() > 0) free_.insert(std::move(range));
       return true;
     }
     return false;
@@ -127,6 +148,7 @@ class BufferPool::State {
   std::condition_variable room_;
   std::vector<uint64_t> returned_;
   std::map<size_t, size_t> free_;  // offset: length; neighbors are merged
+  std::vector<std::map<size_t, size_t>::node_type> returns_;  // one for each buffer that is out, or more
   size_t in_use_ = 0;
   size_t peak_ = 0;
 };

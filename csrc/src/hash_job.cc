@@ -2,18 +2,19 @@
 #include "layerwise/hash_job.h"
 
 #include <pthread.h>
-#include <signal.h>
 #include <unistd.h>
 
 #include <condition_variable>
 #include <deque>
 #include <mutex>
+#include <new>
 #include <system_error>
 #include <thread>
 #include <utility>
 
 #include "layerwise/hash.h"
 #include "per_process.h"
+#include "signals_blocked.h"
 
 namespace layerwise {
 
@@ -63,18 +64,15 @@ class Helper {
 
  private:
   bool Start() {
-    // Signals are for the threads that were there before.
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    bool started = true;
+    const SignalsBlocked blocked;
     try {
       std::thread([this] { Run(); }).detach();  // it ends with the process, as does this
     } catch (const std::system_error&) {
-      started = false;
+      return false;
+    } catch (const std::bad_alloc&) {
+      return false;
     }
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
-    return started;
+    return true;
   }
 
   void Run() {

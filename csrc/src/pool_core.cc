@@ -2,7 +2,6 @@
 #include "pool_core.h"
 
 #include <pthread.h>
-#include <signal.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -12,6 +11,7 @@
 #include <utility>
 
 #include "guarded.h"
+#include "signals_blocked.h"
 
 namespace layerwise {
 
@@ -45,11 +45,7 @@ bool PoolCore::forked() const { return getpid() != process_; }
 
 Status PoolCore::StartThreads(int count, const std::function<void(int)>& work) {
   std::lock_guard lock(threads_mutex_);
-  // Signals are for the threads that were there before.
-  sigset_t all, before;
-  sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &before);
-  Status status;
+  const SignalsBlocked blocked;
   const auto count_threads = [this](int more) {
     std::lock_guard counting(mutex_);
     running_ += static_cast<size_t>(more);
@@ -67,13 +63,12 @@ Status PoolCore::StartThreads(int count, const std::function<void(int)>& work) {
     }
   } catch (const std::system_error& error) {
     count_threads(-1);
-    status = Status::IoError(error.code().value(), "start a writer thread", "");
+    return Guarded([&] { return Status::IoError(error.code().value(), "start a writer thread", ""); });
   } catch (const std::bad_alloc&) {
     count_threads(-1);
-    status = Status::NoMemory();
+    return Status::NoMemory();
   }
-  pthread_sigmask(SIG_SETMASK, &before, nullptr);
-  return status;
+  return Status::Ok();
 }
 
 void PoolCore::Submit(BlockSink* sink, size_t first, size_t count) {
@@ -156,20 +151,23 @@ bool PoolCore::TakeLastOf(std::list<Range>* queue, BlockSink* sink, size_t first
 }
 
 void PoolCore::Errand(WriterPool::Errand errand) {
+  // From here on nothing throws: an errand that is queued is done or refused, and its caller is not told otherwise.
+  std::list<WriterPool::Errand> added;
+  added.push_back(std::move(errand));
+  bool start = false;
   {
     std::lock_guard lock(mutex_);
-    if (!closed_) errands_.push_back(std::exchange(errand, nullptr));
+    if (!closed_) {
+      errands_.splice(errands_.end(), added);
+      start = !std::exchange(runs_errands_, true);
+    }
     errand_.notify_one();
   }
-  if (errand) return errand(Closed());
-  std::deque<WriterPool::Errand> refused;
-  Status status;
-  {
-    std::lock_guard lock(mutex_);
-    if (closed_ || std::exchange(runs_errands_, true)) return;
-  }
-  status = StartThreads(1, [this](int) { RunErrands(); });
+  if (!added.empty()) return added.front()(Closed());
+  if (!start) return;
+  const Status status = StartThreads(1, [this](int) { RunErrands(); });
   if (status.ok()) return;
+  std::list<WriterPool::Errand> refused;
   {
     std::lock_guard lock(mutex_);
     runs_errands_ = false;
@@ -194,7 +192,7 @@ void PoolCore::RunErrands() {
 
 bool PoolCore::Close(Deadline deadline) {
   std::list<Range> cancelled;
-  std::deque<WriterPool::Errand> errands;
+  std::list<WriterPool::Errand> errands;
   {
     std::lock_guard lock(mutex_);
     closed_ = true;

@@ -4,7 +4,6 @@
 
 #include <condition_variable>
 #include <cstddef>
-#include <deque>
 #include <functional>
 #include <list>
 #include <memory>
@@ -76,7 +75,7 @@ class PoolCore {
   // Lists, whose members move without memory.
   std::list<Range> queue_;
   std::unordered_map<BlockSink*, std::list<Range>> held_;
-  std::deque<WriterPool::Errand> errands_;
+  std::list<WriterPool::Errand> errands_;
   std::condition_variable errand_;
   bool runs_errands_ = false;
   bool closed_ = false;

@@ -120,7 +120,8 @@ class ShardReader::Job final : public BlockSink, public std::enable_shared_from_
     const size_t withdrawn = reader_->pool_->Withdraw(this);
     lock->lock();
     pending_ -= withdrawn;
-    status_ = Stuck("read", reader_->pool_->patience_s(), reader_->path_);
+    // What is under way comes back here later: nothing may be thrown before it is kept.
+    status_ = Guarded([this] { return Stuck("read", reader_->pool_->patience_s(), reader_->path_); });
     changed_.wait(*lock, [this] { return copying_ == 0; });
     if (pending_ > 0) self_ = shared_from_this();
     return status_;

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <new>
 #include <utility>
 
 #include "block_runs.h"
@@ -15,6 +16,17 @@
 #include "layerwise/hash.h"
 
 namespace layerwise {
+
+namespace {
+
+// For `count` more, so that adding them takes no memory; at least twice the room, as if they were added one by one.
+template <typename T>
+void MakeRoom(std::vector<T>* items, size_t count) {
+  const size_t needed = items->size() + count;
+  if (needed > items->capacity()) items->reserve(std::max(needed, 2 * items->capacity()));
+}
+
+}  // namespace
 
 ShardWriter::ShardWriter(WriterPool* pool, std::shared_ptr<const Plan> plan, std::string path)
     : pool_(pool),
@@ -91,18 +103,26 @@ Status ShardWriter::Submit(size_t first, size_t count, BufferPool::Buffer memory
     if (state_ != State::kOpen) return Status::FailedPrecondition("blocks submitted after finish: " + path_);
     Status status = CheckSubmit(first, count);
     if (!status.ok()) return status;
-    std::fill_n(states_.begin() + static_cast<ptrdiff_t>(first), count, BlockState::kPending);
-    counts_.submitted += count;
-    counts_.pending += count;
     if (!memory) {
       counts_.leased += count;
     } else {
-      const auto kept = std::make_shared<BufferPool::Buffer>(std::move(memory));
-      for (size_t i = first; i < first + count; ++i) kept_.emplace(i, kept);
+      Keep(first, count, std::make_shared<BufferPool::Buffer>(std::move(memory)));
     }
+    std::fill_n(states_.begin() + static_cast<ptrdiff_t>(first), count, BlockState::kPending);
+    counts_.submitted += count;
+    counts_.pending += count;
   }
   pool_->Submit(this, first, count);
   return Status::Ok();
+}
+
+void ShardWriter::Keep(size_t first, size_t count, const std::shared_ptr<BufferPool::Buffer>& memory) {
+  try {
+    for (size_t i = first; i < first + count; ++i) kept_.emplace(i, memory);
+  } catch (const std::bad_alloc&) {
+    for (size_t i = first; i < first + count; ++i) kept_.erase(i);
+    throw;
+  }
 }
 
 Status ShardWriter::Append(std::string_view data, size_t* blocks) {
@@ -126,6 +146,10 @@ Status ShardWriter::Append(std::string_view data, size_t* blocks) {
     if (!error_.ok()) return Status::Ok();
     if (state_ != State::kOpen) return Status::FailedPrecondition("data appended after finish: " + path_);
     first = states_.size();
+    // All memory first: what is added to one of these is added to all.
+    MakeRoom(&tail_, count);
+    MakeRoom(&states_, count);
+    MakeRoom(&hashes_, count);
     for (size_t begin = 0; begin < padded; begin += block_bytes) {
       const size_t length = std::min(block_bytes, padded - begin);
       tail_.push_back({end_ + begin, length, memory->data() + begin, memory});
@@ -346,7 +370,7 @@ bool ShardWriter::Abort(double timeout_s) {
   std::unique_lock lock(mutex_);
   if (!changed_->wait_until(lock, deadline, [this] { return state_ != State::kFinishing; })) return false;
   if (state_ == State::kFinished) return true;
-  if (error_.ok()) error_ = Status::IoError(ECANCELED, "aborted", path_);
+  if (error_.ok()) error_ = Guarded([this] { return Status::IoError(ECANCELED, "aborted", path_); });
   counts_.pending -= pool_->Withdraw(this) + pool_->Withdraw(&evacuated_sink_);
   if (counts_.pending == 0) changed_->notify_all();
   if (!changed_->wait_until(lock, deadline, [this] { return !making_ && counts_.pending == 0; })) return false;

@@ -19,9 +19,15 @@ namespace {
 
 constexpr int kBells = 16;
 
-// What a handler reads: each handler that was there is kept for good once it was seen here.
+// A handler that was there is kept for good once it was seen here: a thread may be about to pass on to it.
+struct Kept {
+  struct sigaction action;
+  const Kept* earlier;
+};
+
+// What a handler reads.
 struct Front {
-  std::atomic<const struct sigaction*> before{nullptr};
+  std::atomic<const Kept*> before{nullptr};
   std::atomic<pid_t> process{0};
   std::atomic<pid_t> inside{0};  // the thread that is in the handler
 };
@@ -69,7 +75,7 @@ void Hear(int number, siginfo_t* info, void* context) {
     ForgetDeadChildren();
     Ring();
   }
-  PassOn(*ear.before, number, info, context, !ours);
+  PassOn(ear.before.load()->action, number, info, context, !ours);
   ear.inside = outer;
   errno = error;
 }
@@ -81,7 +87,7 @@ void Outlive(int number, siginfo_t* info, void* context) {
     // Whoever is inside a function of the script hears of nothing: then the kernel sees to it.
     static_cast<void>(prctl(PR_SET_PDEATHSIG, SIGKILL));
   } else {
-    PassOn(*worker.before, number, info, context, true);
+    PassOn(worker.before.load()->action, number, info, context, true);
   }
   errno = error;
 }
@@ -93,7 +99,7 @@ Status PutInFront(Front* front, int number, Handler handler) {
   struct sigaction now;
   if (sigaction(number, nullptr, &now) != 0) return Status::IoError(errno, "sigaction", "");
   if ((now.sa_flags & SA_SIGINFO) != 0 && now.sa_sigaction == handler) return Status::Ok();
-  front->before = new struct sigaction(now);
+  front->before = new Kept{now, front->before};
   struct sigaction ours = now;  // its mask too, and whether calls into the kernel are gone on with
   const bool handled = (now.sa_flags & SA_SIGINFO) != 0 || (now.sa_handler != SIG_DFL && now.sa_handler != SIG_IGN);
   ours.sa_flags = SA_SIGINFO | (handled ? now.sa_flags & (SA_RESTART | SA_ONSTACK) : SA_RESTART | SA_ONSTACK);
@@ -138,7 +144,7 @@ void StopHearing(int bell) {
   struct sigaction now;
   // One that was put in front since stays: it may pass on to this one, which passes on as well.
   if (sigaction(heard, nullptr, &now) == 0 && (now.sa_flags & SA_SIGINFO) != 0 && now.sa_sigaction == Hear) {
-    sigaction(heard, ear.before, nullptr);
+    sigaction(heard, &ear.before.load()->action, nullptr);
   }
   heard = 0;
 }

@@ -10,10 +10,12 @@
 #include <cerrno>
 #include <chrono>
 #include <cstring>
+#include <fstream>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "answers.h"
 #include "scratch.h"
 
 namespace layerwise {
@@ -209,6 +211,42 @@ TEST_CASE("a shared pool is made only in a memory file, and mapped only where no
   close(disk);
 }
 
+TEST_CASE("a shared pool for which there is no memory, or no room to map it, is refused and leaves nothing mapped") {
+  std::shared_ptr<BufferPool> pool;
+  uint64_t begin = 0;
+  MemoryFile file;
+  const auto mapped = [] {
+    std::ifstream maps("/proc/self/maps");
+    int count = 0;
+    for (std::string line; std::getline(maps, line);) count += line.find("memfd:") != std::string::npos;
+    return count;
+  };
+  const int before = mapped();
+  struct Case {
+    const char* call;
+    int error;
+    int expected;
+  };
+  for (const Case& each : {Case{"fallocate", ENOSPC, ENOMEM}, Case{"fallocate", EIO, EIO}, Case{"fstat", EIO, EIO},
+                           Case{"mmap", ENOMEM, ENOMEM}, Case{"MADV_DONTFORK", ENOMEM, ENOMEM}}) {
+    CAPTURE(each.call);
+    const Answered answered(each.call, each.error);
+    CHECK_ERRNO(BufferPool::CreateShared(file.fd, 8192, &begin, &pool), each.expected);
+    CHECK(pool == nullptr);
+    CHECK(mapped() == before);
+  }
+  {
+    const Answered interrupted("fallocate", EINTR);
+    REQUIRE_OK(BufferPool::CreateShared(file.fd, 8192, &begin, &pool));
+  }
+  std::shared_ptr<BufferPool> other;
+  const Answered answered("fstat", EIO);
+  CHECK_ERRNO(BufferPool::Attach(file.fd, begin, 8192, -1, &other), EIO);
+  CHECK(other == nullptr);
+  CHECK_ERRNO(BufferPool::CreateShared(-1, 8192, &begin, &other), EBADF);
+  CHECK_ERRNO(BufferPool::CreateShared(file.fd, static_cast<size_t>(INT64_MAX) - 8192, &begin, &other), ENOMEM);
+}
+
 // The sanitizers' allocators have locks that a fork may leave held forever.
 #if !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)
 TEST_CASE("a shared pool is not mapped in a forked child, and the other side is another process") {
@@ -222,16 +260,16 @@ TEST_CASE("a shared pool is not mapped in a forked child, and the other side is 
   if (child == 0) {
     alarm(20);
     unsigned char seen = 0;
-    if (mincore(staged.data(), 4096, &seen) == 0) _exit(1);
+    if (mincore(staged.data(), 4096, &seen) == 0) Leave(1);
     std::shared_ptr<BufferPool> other;
     BufferPool::Buffer taken;
-    if (!BufferPool::Attach(file.fd, begin, owner->capacity(), -1, &other).ok()) _exit(2);
-    if (!other->Adopt(staged.place(), 4096, &taken).ok()) _exit(3);
-    if (taken.data()[4095] != 7) _exit(4);
+    if (!BufferPool::Attach(file.fd, begin, owner->capacity(), -1, &other).ok()) Leave(2);
+    if (!other->Adopt(staged.place(), 4096, &taken).ok()) Leave(3);
+    if (taken.data()[4095] != 7) Leave(4);
     taken.data()[0] = 8;
     staged.Release();
     owner.reset();
-    _exit(0);
+    Leave(0);
   }
   int status = -1;
   REQUIRE(waitpid(child, &status, 0) == child);
@@ -250,7 +288,7 @@ TEST_CASE("a forked child drops a pool and buffers that others wait for") {
     alarm(20);
     held.Release();
     pool.reset();
-    _exit(0);
+    Leave(0);
   }
   int status = -1;
   REQUIRE(waitpid(child, &status, 0) == child);

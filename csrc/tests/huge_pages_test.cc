@@ -6,7 +6,10 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <string>
 #include <vector>
+
+#include "answers.h"
 
 namespace layerwise {
 
@@ -46,6 +49,26 @@ TEST_CASE("memory that is not mapped, or holds no whole huge page, is left alone
   munmap(memory, 2 * kHugePage);
   static_cast<void>(MakeHuge(reinterpret_cast<uintptr_t>(memory), 2 * kHugePage, &huge));
   CHECK(huge == 0);
+}
+
+TEST_CASE("a kernel that does not know how to collapse says so at once, and one without room for a page goes on") {
+  char* const memory = Map(4 * kHugePage);
+  const auto address = reinterpret_cast<uintptr_t>(memory);
+  size_t huge = 1;
+  {
+    const Answered unknown("MADV_COLLAPSE", EINVAL);
+    const Status status = MakeHuge(address, 4 * kHugePage, &huge);
+    CHECK(status.error_number() == EINVAL);
+    CHECK(status.message().find("collapse into huge pages") != std::string::npos);
+    CHECK(huge == 0);
+  }
+  {
+    const Answered full("MADV_COLLAPSE", ENOMEM, 4);
+    CHECK(MakeHuge(address, 4 * kHugePage, &huge).ok());
+    CHECK(huge == 0);
+    CHECK(full.times() >= 3);
+  }
+  munmap(memory, 4 * kHugePage);
 }
 
 }  // namespace layerwise

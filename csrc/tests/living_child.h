@@ -9,6 +9,8 @@
 
 #include <functional>
 
+#include "answers.h"
+
 namespace layerwise {
 
 // A forked child that has run `begin` when this is made, and lives on until End.
@@ -23,7 +25,7 @@ class LivingChild {
     char byte = 0;
     if (pid_ == 0) {
       close(done_[1]);
-      _exit(begin() && write(ready_[1], "r", 1) == 1 && read(done_[0], &byte, 1) >= 0 ? 0 : 1);
+      Leave(begin() && write(ready_[1], "r", 1) == 1 && read(done_[0], &byte, 1) >= 0 ? 0 : 1);
     }
     close(ready_[1]);  // so that a child that has ended is no wait without end
     REQUIRE(read(ready_[0], &byte, 1) == 1);

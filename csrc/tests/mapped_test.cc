@@ -6,8 +6,11 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstdint>
 #include <utility>
+
+#include "answers.h"
 
 namespace layerwise {
 
@@ -34,6 +37,17 @@ TEST_CASE("memory that is not there, must not be read, or ends where there is no
     CHECK(!CheckMapped(begin, 3 * page + 1).ok());
     CHECK(!CheckMapped(begin + 3 * page, 1).ok());
     CHECK(!CheckMapped(begin + 3 * page, page).ok());
+  }
+  // Where that call is not allowed (containers, seccomp), what is mapped at all is told from what is not.
+  void* const gone = mmap(nullptr, page, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  REQUIRE(gone != MAP_FAILED);
+  {
+    const Answered forbidden("process_vm_readv", EPERM, 3);
+    CHECK(CheckMapped(begin, 4 * page).ok());
+    munmap(gone, page);
+    CHECK(!CheckMapped(reinterpret_cast<uintptr_t>(gone), 1).ok());
+    const Answered unknown("mincore", EAGAIN);  // no answer: it is not said to be missing
+    CHECK(CheckMapped(begin, page).ok());
   }
   munmap(mapped, 4 * page);
 }

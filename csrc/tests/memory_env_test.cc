@@ -33,6 +33,71 @@ TEST_CASE("a memory file system refuses what a real one refuses") {
   CHECK(data == "x");
 }
 
+TEST_CASE("a memory file system refuses what has no directory, the root's own removal and what is closed") {
+  MemoryEnv env;
+  std::unique_ptr<WritableFile> out;
+  std::unique_ptr<ReadableFile> in;
+  std::unique_ptr<FileLock> lock;
+  FileInfo info;
+  std::vector<std::string> names = {"old"};
+  std::optional<DirectIoAlignment> alignment;
+  REQUIRE_OK(env.MakeDir("/d", 0700));
+  REQUIRE_OK(env.MakeDir("/d/e", 0700));
+  REQUIRE_OK(env.MakeDir("/empty", 0700));
+  REQUIRE_OK(env.WriteFile("/f", "x", 0600));
+  CHECK_ERRNO(env.RemoveDir("/"), EBUSY);
+  CHECK_ERRNO(env.ListDir("/no", &names), ENOENT);
+  CHECK(names.empty());
+  CHECK_ERRNO(env.ListDir("/f", &names), ENOTDIR);
+  CHECK_ERRNO(env.SyncDir("/no"), ENOENT);
+  CHECK_ERRNO(env.Stat("/f/g", &info), ENOTDIR);
+  CHECK_ERRNO(env.Lock("/d", 0600, &lock), EISDIR);
+  CHECK_ERRNO(env.Lock("/no/l", 0600, &lock), ENOENT);
+  CHECK_ERRNO(env.DirectIo("/no", &alignment), ENOENT);
+  CHECK_ERRNO(env.Hold("/f", true, &lock), EOPNOTSUPP);
+  CHECK_ERRNO(env.Rename("/", "/x"), EBUSY);
+  CHECK_ERRNO(env.Rename("/f", "/"), EBUSY);
+  CHECK_ERRNO(env.Rename("/empty", "/f"), ENOTDIR);
+  CHECK_ERRNO(env.Rename("/empty", "/d"), ENOTEMPTY);
+  CHECK_ERRNO(env.ReuseFile("/empty", "/moved", 0600, false, &out), EISDIR);
+  REQUIRE_OK(env.Rename("/f", "/f"));
+  env.Confine("/d");  // there are no links: nothing leads out of it
+  env.LetGo();
+  REQUIRE_OK(env.Rename("/moved", "/d/e"));  // over an empty directory
+  REQUIRE_OK(env.Rename("/d/e", "/back"));
+  REQUIRE_OK(env.Stat("/back", &info));
+  CHECK(info.kind == FileKind::kDirectory);
+  REQUIRE_OK(env.NewWritableFile("/g", 0600, false, &out));
+  REQUIRE_OK(out->Close());
+  REQUIRE_OK(out->Close());
+  CHECK_ERRNO(out->Allocate(1), EBADF);
+  CHECK_ERRNO(out->Truncate(1), EBADF);
+  CHECK_ERRNO(out->Sync(), EBADF);
+  REQUIRE_OK(env.NewReadableFile("/f", false, &in));
+  REQUIRE_OK(in->Close());
+  REQUIRE_OK(in->Close());
+  char byte = 0;
+  size_t got = 1;
+  CHECK_ERRNO(in->Pread(&byte, 1, 0, &got), EBADF);
+  CHECK(got == 0);
+  REQUIRE_OK(env.MakeDir("/locks", 0700));
+  REQUIRE_OK(env.Lock("/locks/l", 0600, &lock));
+  std::string data = "old";
+  REQUIRE_OK(lock->Read(0, &data));
+  CHECK(data.empty());
+  REQUIRE_OK(env.Rename("/locks", "/elsewhere"));
+  bool mine = true;
+  REQUIRE_OK(lock->HeldPathIsMine(&mine));
+  CHECK(!mine);
+  REQUIRE_OK(env.WriteFile("/locks", "x", 0600));
+  REQUIRE_OK(lock->HeldPathIsMine(&mine));
+  CHECK(!mine);
+  REQUIRE_OK(lock->Release());
+  REQUIRE_OK(lock->Release());
+  CHECK_ERRNO(lock->Read(1, &data), EBADF);
+  CHECK_ERRNO(lock->Write("x"), EBADF);
+}
+
 TEST_CASE("an open file survives its name") {
   MemoryEnv env;
   std::unique_ptr<WritableFile> file;

@@ -8,6 +8,8 @@
 #include <atomic>
 #include <thread>
 
+#include "answers.h"
+
 namespace layerwise {
 
 namespace {
@@ -43,6 +45,7 @@ TEST_CASE("held memory is freed when its owner and the last hold have let go of 
     freed = 0;
     Storage storage;
     auto one = Hold({storage.claim()});
+    CHECK((storage.owner.deleter == MemoryHold::deleter()));
     auto other = Hold({storage.claim(), storage.claim()});
     if (owner_first) {
       storage.Free();
@@ -148,7 +151,7 @@ TEST_CASE("a forked child frees what it has, though others hold and free at that
       freed = 0;
       hold.reset();
       storage.Free();
-      _exit(freed == 1 ? 0 : 1);
+      Leave(freed == 1 ? 0 : 1);
     }
     int status = -1;
     REQUIRE(waitpid(child, &status, 0) == child);

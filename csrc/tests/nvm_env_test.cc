@@ -2,10 +2,15 @@
 #include "layerwise/nvm_env.h"
 
 #include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <cerrno>
+#include <optional>
 #include <thread>
+#include <utility>
 
+#include "answers.h"
 #include "scratch.h"
 
 // What only NvmEnv does. With LAYERWISE_TEST_BACKEND=nvm (tests/vm) the tests of
@@ -15,13 +20,17 @@ namespace layerwise {
 
 namespace {
 
-// Writing needs DAX: where the tests are not told that there is some, they say that
-// they were skipped. Where they are told, nothing is skipped.
-bool SkipWithoutDax() {
-  if (OnNvm()) return false;
-  MESSAGE("SKIP: needs a DAX file system; tests/vm/run.sh brings one");
-  return true;
-}
+// Writing needs DAX: where the tests are told that there is some (tests/vm/run.sh), they use it. Elsewhere files are
+// mapped without MAP_SYNC, which shows all but what a power loss leaves.
+class Dax {
+ public:
+  Dax() {
+    if (!OnNvm()) without_.emplace();
+  }
+
+ private:
+  std::optional<AsOnDax> without_;
+};
 
 std::unique_ptr<WritableFile> NewFile(NvmEnv* env, const std::string& path) {
   std::unique_ptr<WritableFile> file;
@@ -38,7 +47,7 @@ std::string Content(Env* env, const std::string& path) {
 }  // namespace
 
 TEST_CASE("a machine said to have DAX maps files with MAP_SYNC") {
-  if (SkipWithoutDax()) return;
+  if (!OnNvm()) return;
   ScratchDir dir;
   NvmEnv env;
   REQUIRE_OK(env.Probe(dir.path()));
@@ -76,7 +85,7 @@ TEST_CASE("a probe of a directory that is not there says that") {
 }
 
 TEST_CASE("mapped bytes land where they belong, whatever their alignment") {
-  if (SkipWithoutDax()) return;
+  const Dax dax;
   ScratchDir dir;
   NvmEnv env;
   for (size_t shift : {0, 1, 15, 63}) {
@@ -96,7 +105,7 @@ TEST_CASE("mapped bytes land where they belong, whatever their alignment") {
 }
 
 TEST_CASE("threads that write neighboring bytes do not disturb each other") {
-  if (SkipWithoutDax()) return;
+  const Dax dax;
   ScratchDir dir;
   NvmEnv env;
   auto file = NewFile(&env, dir / "f");
@@ -117,7 +126,7 @@ TEST_CASE("threads that write neighboring bytes do not disturb each other") {
 }
 
 TEST_CASE("a write past the mapping extends file and mapping, and the gap reads as zeros") {
-  if (SkipWithoutDax()) return;
+  const Dax dax;
   ScratchDir dir;
   NvmEnv env;
   auto file = NewFile(&env, dir / "f");
@@ -136,12 +145,17 @@ TEST_CASE("a write past the mapping extends file and mapping, and the gap reads 
 }
 
 TEST_CASE("a file system without room is an error and not the death of the process") {
-  if (SkipWithoutDax()) return;
+  const Dax dax;
   ScratchDir dir;
   NvmEnv env;
   auto file = NewFile(&env, dir / "f");
-  CHECK_ERRNO(file->Allocate(uint64_t{1} << 40), ENOSPC);
-  CHECK_ERRNO(file->Pwrite("x", 1, uint64_t{1} << 40), ENOSPC);
+  {
+    std::optional<Answered> full;
+    if (!OnNvm()) full.emplace("fallocate", ENOSPC, 2);  // the disk of this machine is not to be filled
+    CHECK_ERRNO(file->Allocate(uint64_t{1} << 40), ENOSPC);
+    CHECK_ERRNO(file->Pwrite("x", 1, uint64_t{1} << 40), ENOSPC);
+  }
+  CHECK_ERRNO(file->Allocate(UINT64_MAX), EFBIG);
   CHECK_ERRNO(file->Pwrite("x", 1, INT64_MAX), EFBIG);
   REQUIRE_OK(file->Truncate(0));
   REQUIRE_OK(file->Pwrite("y", 1, 0));
@@ -149,7 +163,7 @@ TEST_CASE("a file system without room is an error and not the death of the proce
 }
 
 TEST_CASE("a mapped file that is cut takes writes past its new end, and reuse keeps its space") {
-  if (SkipWithoutDax()) return;
+  const Dax dax;
   ScratchDir dir;
   NvmEnv env;
   const std::string old = Pattern(100000);
@@ -166,6 +180,90 @@ TEST_CASE("a mapped file that is cut takes writes past its new end, and reuse ke
   CHECK_ERRNO(env.ReuseFile(dir / "new", dir / "newer", 0600, true, &second), EBUSY);
   REQUIRE_OK(file->Close());
   CHECK(env.ReuseFile(dir / "newer", dir / "newest", 0600, true, &second).ok());
+}
+
+TEST_CASE("a file is mapped or not there, and the error says which of both it is: no DAX, or a failure") {
+  const Dax dax;
+  ScratchDir dir;
+  NvmEnv env;
+  std::unique_ptr<WritableFile> file;
+  for (const auto& [error, expected] : {std::pair{EOPNOTSUPP, EOPNOTSUPP}, std::pair{EINVAL, EOPNOTSUPP},
+                                        std::pair{ENODEV, EOPNOTSUPP}, std::pair{ENOMEM, ENOMEM}}) {
+    const Answered refused("mmap", error);
+    const Status status = env.NewWritableFile(dir / "f", 0600, true, &file);
+    CHECK_ERRNO(status, expected);
+    CHECK((status.message().find("no DAX here") != std::string::npos) == (expected == EOPNOTSUPP));
+  }
+  CHECK(file == nullptr);
+  std::vector<std::string> names;
+  REQUIRE_OK(env.ListDir(dir.path(), &names));
+  CHECK(names.empty());
+  CHECK_ERRNO(env.NewWritableFile(dir / "no/f", 0600, true, &file), ENOENT);
+  CHECK_ERRNO(env.ReuseFile(dir / "no", dir / "f", 0600, true, &file), ENOENT);
+  std::optional<DirectIoAlignment> alignment;
+  REQUIRE_OK(env.DirectIo(dir.path(), &alignment));
+  REQUIRE(alignment);
+  CHECK(alignment->memory == 1);
+  CHECK(alignment->offset == 1);
+  // What is not direct is a plain file, and reused as one.
+  REQUIRE_OK(env.WriteFile(dir / "old", "old", 0600));
+  REQUIRE_OK(env.ReuseFile(dir / "old", dir / "new", 0600, false, &file));
+  CHECK(!file->direct());
+}
+
+TEST_CASE("a mapped file is gone on with where it can be, and fails for good where a flush has failed") {
+  const Dax dax;
+  ScratchDir dir;
+  NvmEnv env;
+  auto file = NewFile(&env, dir / "f");
+  CHECK(file->direct());
+  CHECK(file->alignment().memory == 1);
+  CHECK(file->alignment().offset == 1);
+  {
+    const Answered interrupted("fallocate", EINTR);
+    REQUIRE_OK(file->Pwrite("hello", 5, 0));
+  }
+  {
+    const Answered unmapped("mmap", ENOMEM);  // past the first segment
+    CHECK_ERRNO(file->Allocate(100 << 20), ENOMEM);
+  }
+  {
+    const Answered failed("ftruncate", EIO);
+    CHECK_ERRNO(file->Truncate(3), EIO);
+  }
+  REQUIRE_OK(file->Truncate(5));
+  {
+    const Answered failed("fdatasync", EIO);
+    CHECK_ERRNO(file->Sync(), EIO);
+  }
+  const Status again = file->Sync();
+  CHECK_ERRNO(again, EIO);
+  CHECK(again.message().find("after a failed one") != std::string::npos);
+  CHECK(Content(&env, dir / "f") == "hello");
+  REQUIRE_OK(file->Close());
+  REQUIRE_OK(file->Close());
+  CHECK_ERRNO(file->Pwrite("x", 1, 0), EBADF);
+  CHECK_ERRNO(file->Allocate(1), EBADF);
+}
+
+TEST_CASE("a forked child destroys a mapped file without unmapping what it has at that place") {
+  const Dax dax;
+  ScratchDir dir;
+  NvmEnv env;
+  auto file = NewFile(&env, dir / "f");
+  REQUIRE_OK(file->Pwrite("hello", 5, 0));
+  const pid_t child = fork();
+  REQUIRE(child >= 0);
+  if (child == 0) {
+    const bool refuses = file->Pwrite("child", 5, 0).error_number() == EBADF;
+    file.reset();
+    Leave(refuses ? 0 : 1);
+  }
+  int status = -1;
+  REQUIRE(waitpid(child, &status, 0) == child);
+  CHECK(status == 0);
+  REQUIRE_OK(file->Pwrite("J", 1, 0));
+  CHECK(Content(&env, dir / "f") == "Jello");
 }
 
 }  // namespace layerwise

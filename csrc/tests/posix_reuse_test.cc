@@ -9,13 +9,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
-#include <cstdarg>
-#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
 #include <utility>
 
+#include "answers.h"
 #include "layerwise/aligned_buffer.h"
 #include "layerwise/posix_env.h"
 #include "living_child.h"
@@ -28,9 +27,6 @@
 namespace layerwise {
 
 namespace {
-
-// Called, unless empty, where the core asks whether its lease has been called in. One test at a time.
-std::function<void()> while_leased;
 
 // Takes a file over without asking who else has it.
 class Careless final : public EnvWrapper {
@@ -182,13 +178,12 @@ TEST_CASE("a file that somebody begins to open while it is asked for is not reus
   for (const int flags : {O_RDONLY, O_RDWR}) {
     REQUIRE_OK(env.WriteFile(dir / "old", "old", 0600));
     int opener_waits = 0;
-    while_leased = [&] {
+    const Answered while_leased("F_GETLEASE", [&] {
       // Where this fails at once, an open that may wait does so until the lease is given back, and then has the file.
       CHECK(open((dir / "new").c_str(), flags | O_CLOEXEC | O_NONBLOCK) == -1);
       if (errno == EWOULDBLOCK) opener_waits += 1;
-    };
+    });
     const Status status = env.ReuseFile(dir / "old", dir / "new", 0600, false, &file);
-    while_leased = nullptr;
     CHECK(opener_waits == 1);
     CHECK_ERRNO(status, EBUSY);
     REQUIRE_OK(env.Unlink(dir / "new"));
@@ -262,17 +257,3 @@ TEST_CASE("reuse replaces nothing and takes only regular files") {
 }
 
 }  // namespace layerwise
-
-// The linker puts this in the place of fcntl (--wrap in CMakeLists.txt), in this program only: no real opener can be
-// made to come between two calls of the core.
-extern "C" {
-int __real_fcntl(int fd, int command, ...);
-int __wrap_fcntl(int fd, int command, ...) {
-  va_list rest;
-  va_start(rest, command);
-  void* const argument = va_arg(rest, void*);  // or a number, or none: the kernel too takes a word
-  va_end(rest);
-  if (command == F_GETLEASE && layerwise::while_leased) layerwise::while_leased();
-  return __real_fcntl(fd, command, argument);
-}
-}

@@ -9,6 +9,7 @@
 #include <new>
 #include <thread>
 
+#include "answers.h"
 #include "layerwise/calls.h"
 #include "layerwise/shard_writer.h"
 #include "shard_fixture.h"
@@ -68,7 +69,7 @@ SHARD_TEST_CASE("a thread that finds no memory fails its block, and goes on") {
   CHECK((f.Content("/t") == Header() + tensor.content()));
 }
 
-SHARD_TEST_CASE("a sink that finds no memory for a block is told that it has failed") {
+SHARD_TEST_CASE("a sink that finds no memory for a block is told that it has failed, if it wants to know") {
   class Poor final : public BlockSink {
    public:
     bool StartBlock(size_t, AlignedBuffer*, BlockWrite*) override { throw std::bad_alloc(); }
@@ -76,7 +77,14 @@ SHARD_TEST_CASE("a sink that finds no memory for a block is told that it has fai
     void CancelBlock(size_t) override {}
     std::promise<int> told;
   };
+  class Unconcerned final : public BlockSink {
+   public:
+    bool StartBlock(size_t, AlignedBuffer*, BlockWrite*) override { throw std::bad_alloc(); }
+    void CancelBlock(size_t) override {}
+  };
   ShardFixture f(1);
+  Unconcerned other;
+  f.pool->Submit(&other, 0, 1);
   Poor sink;
   f.pool->Submit(&sink, 0, 1);
   CHECK(sink.told.get_future().get() == ENOMEM);
@@ -96,6 +104,59 @@ SHARD_TEST_CASE("a failed flush is never tried again") {
     CHECK(CountIn(f.env.trace(), "sync /s") == (operation == std::string("sync") ? 1 : 0));
     CHECK_ERRNO(writer->error(), ENOSPC);
   }
+}
+
+SHARD_TEST_CASE("memory for a bounce buffer, a tail or a header that is not there fails what needs it") {
+  ShardFixture f(1);
+  Tensor shifted(Pattern(4096), 1);
+  auto writer = f.Writer(f.Simple(1));  // direct, so that a block of this tensor is copied
+  REQUIRE_OK(writer->SetAddress(0, shifted.address()));
+  size_t blocks = 1;
+  {
+    const Answered none("aligned_alloc", ENOMEM);
+    CHECK_ERRNO(writer->Append("tail", &blocks), ENOMEM);
+    CHECK(blocks == 0);
+    REQUIRE_OK(writer->error());  // nothing has happened
+  }
+  if (writer->alignment().memory > 1) {  // not where files are mapped: nothing is copied there
+    const Answered none("aligned_alloc", ENOMEM);
+    REQUIRE_OK(writer->Submit(0, 1));
+    REQUIRE(writer->Wait(10));
+    CHECK_ERRNO(writer->error(), ENOMEM);
+    CHECK(writer->counts().leased == 0);
+    CHECK(writer->counts().bytes_written == 0);
+  }
+  Tensor tensor(Pattern(4096));
+  auto finishing = f.Writer(f.Simple(1), "/t");
+  REQUIRE_OK(finishing->SetAddress(0, tensor.address()));
+  REQUIRE_OK(finishing->Submit(0, 1));
+  REQUIRE(finishing->Wait(10));
+  {
+    const Answered none("aligned_alloc", ENOMEM);
+    CHECK_ERRNO(finishing->Finish(Header()), ENOMEM);
+  }
+  CHECK_ERRNO(finishing->Finish(Header()), EIO);
+  CHECK(CountIn(f.env.trace(), "sync /t") == 0);
+}
+
+SHARD_TEST_CASE("an abort does not wait for a flush longer than asked, and one that has ended leaves the file whole") {
+  ShardFixture f(1);
+  Tensor tensor(Pattern(4096));
+  auto writer = f.Submitted(&tensor, 1);
+  REQUIRE(writer->Wait(10));
+  REQUIRE_OK(f.env.Delay("sync", "/s", 600));
+  Status finished;
+  std::thread finishing([&] { finished = writer->Finish(Header()); });
+  while (CountIn(f.env.trace(), "sync /s") == 0) std::this_thread::yield();
+  CHECK(!writer->Abort(0.01));
+  CHECK(writer->Submit(0, 1).code() == Status::Code::kFailedPrecondition);
+  size_t blocks = 0;
+  CHECK(writer->Append("x", &blocks).code() == Status::Code::kFailedPrecondition);
+  f.env.Clear();
+  finishing.join();
+  REQUIRE_OK(finished);
+  CHECK(writer->Abort());
+  CHECK((f.Content() == Header() + tensor.content()));
 }
 
 SHARD_TEST_CASE("abort cancels what is queued and waits for what runs") {
@@ -165,8 +226,9 @@ SHARD_TEST_CASE("a forked child destroys a busy writer without waiting") {
   REQUIRE(child >= 0);
   if (child == 0) {
     alarm(20);
+    const bool left = writer->Abort(0);  // what is under way is the parent's
     writer.reset();
-    _exit(0);
+    Leave(left ? 0 : 1);
   }
   int status = -1;
   REQUIRE(waitpid(child, &status, 0) == child);

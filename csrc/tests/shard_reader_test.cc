@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "layerwise/shard_reader.h"
 
+#include <algorithm>
 #include <cerrno>
 
+#include "answers.h"
 #include "layerwise/hash.h"
 #include "layerwise/posix_env.h"
 #include "shard_fixture.h"
@@ -223,6 +225,43 @@ TEST_CASE("what direct I/O refuses is read without it") {
   REQUIRE_OK(reader->ReadBlocks(BlocksOf(content), {}, &bad));
   CHECK(bad.empty());
   CHECK(f.env.injected() == 1);
+}
+
+TEST_CASE("what neither direct I/O nor a plain read gives is an error, and a plain file is opened once") {
+  ShardFixture f;
+  const std::string content = Pattern(4096);
+  REQUIRE_OK(f.disk.WriteFile("/s", content, 0600));
+  auto reader = Open(&f.env, &f, "/s");
+  std::vector<size_t> bad;
+  f.Fail("read", EINVAL);
+  f.Fail("open", EMFILE);
+  CHECK_ERRNO(reader->ReadBlocks(BlocksOf(content), {}, &bad), EMFILE);
+  f.Fail("read", EINVAL, 2);
+  CHECK_ERRNO(reader->ReadBlocks(BlocksOf(content), {}, &bad), EINVAL);
+  f.Fail("read", EINVAL);
+  REQUIRE_OK(reader->ReadBlocks(BlocksOf(content), {}, &bad));
+  CHECK(bad.empty());
+  const auto trace = f.env.trace();
+  CHECK(std::count(trace.begin(), trace.end(), "open /s") == 3);  // direct, refused, plain
+  auto other = Open(&f.env, &f, "/s");
+  {
+    const Answered none("aligned_alloc", ENOMEM);
+    std::string data;
+    CHECK_ERRNO(other->Read(0, 4096, &data), ENOMEM);
+    CHECK(data.empty());
+  }
+}
+
+TEST_CASE("an empty segment needs no memory") {
+  ShardFixture f;
+  const std::string content = Pattern(4096);
+  REQUIRE_OK(f.disk.WriteFile("/s", content, 0600));
+  auto reader = Open(&f.env, &f, "/s");
+  std::string out(4096, '.');
+  std::vector<size_t> bad;
+  REQUIRE_OK(reader->ReadBlocks(BlocksOf(content), {{0, 0, 0, 0}, {0, 0, reinterpret_cast<uintptr_t>(out.data()), 4096}},
+                                &bad));
+  CHECK((out == content));
 }
 
 TEST_CASE("segments that leave their block, or memory, are refused before anything is read") {

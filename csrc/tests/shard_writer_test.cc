@@ -142,6 +142,27 @@ SHARD_TEST_CASE("misuse is refused and changes nothing") {
   CHECK_ERRNO(ShardWriter::Create(&f.env, f.pool.get(), f.Simple(1), "/s", 0600, true, &again), EEXIST);
 }
 
+SHARD_TEST_CASE("the times of blocks are those of their last start and end") {
+  ShardFixture f;
+  Tensor tensor(Pattern(2 * 4096));
+  auto writer = f.Writer(f.Simple(2));
+  REQUIRE_OK(writer->SetAddress(0, tensor.address()));
+  REQUIRE_OK(writer->Submit(0, 1));
+  REQUIRE(writer->Wait(10));
+  auto times = writer->times();
+  REQUIRE(times.size() == 2);
+  CHECK(times[0].started > 0);
+  CHECK(times[0].ended >= times[0].started);
+  CHECK(times[1].started == 0);
+  CHECK(times[1].ended == 0);
+  REQUIRE_OK(writer->SetAddress(0, 0));  // not known any more
+  CHECK(writer->Submit(1, 1).code() == Status::Code::kFailedPrecondition);
+  REQUIRE_OK(writer->SetAddress(0, tensor.address()));
+  REQUIRE_OK(writer->Submit(0, 1));
+  REQUIRE(writer->Wait(10));
+  CHECK(writer->times()[0].started >= times[0].ended);
+}
+
 SHARD_TEST_CASE("a pending block is not submitted again, and a wait ends at its timeout") {
   ShardFixture f(1);
   Tensor tensor(Pattern(4096));

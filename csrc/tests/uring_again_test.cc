@@ -11,8 +11,11 @@
 #include <future>
 #include <memory>
 #include <string>
+#include <thread>
+#include <utility>
 #include <vector>
 
+#include "answers.h"
 #include "shard_fixture.h"
 
 // "Not now" is no failure: of io_uring_enter (EAGAIN, EBUSY, EINTR) the write is offered again, of a completion (EAGAIN)
@@ -223,6 +226,92 @@ TEST_CASE("a write that was done in part is continued, and one that gets nowhere
   CHECK(!all_there);
 }
 
+TEST_CASE("a ring that is not to be had, or lacks an operation, is refused with the reason, and leaves no thread") {
+  if (SkipWithoutUring()) return;
+  const auto create = [] {
+    std::unique_ptr<WriterPool> pool;
+    const Status status = WriterPool::Create({.backend = WriterPool::Backend::kUring, .depth = 2}, &pool);
+    CHECK((pool != nullptr) == status.ok());
+    return status;
+  };
+  {
+    const Answered refused("eventfd", EMFILE);
+    const Status status = create();
+    CHECK_ERRNO(status, EMFILE);
+    CHECK(status.message().find("eventfd") != std::string::npos);
+  }
+  for (const int error : {ENOMEM, EPERM}) {
+    const Answered refused("io_uring_queue_init", error, 2);
+    const Status status = create();
+    CHECK_ERRNO(status, error);
+    CHECK(status.message().find("io_uring_queue_init") != std::string::npos);
+    CHECK_ERRNO(WriterPool::ProbeUring(), error);
+  }
+  {
+    const Answered old("io_uring_queue_init", EINVAL);  // a kernel that does not know the flags gets a plain ring
+    REQUIRE_OK(create());
+  }
+  {
+    const NoThreads none;
+    CHECK_ERRNO(create(), EAGAIN);
+  }
+  {
+    const Answered refused("io_uring_get_probe_ring", kNothing);
+    CHECK_ERRNO(WriterPool::ProbeUring(), ENOSYS);
+  }
+  {
+    const Answered old("io_uring_get_probe_ring", IORING_OP_POLL_ADD);
+    const Status status = WriterPool::ProbeUring();
+    CHECK_ERRNO(status, ENOSYS);
+    CHECK(status.message().find("operation " + std::to_string(IORING_OP_POLL_ADD)) != std::string::npos);
+  }
+  REQUIRE_OK(create());
+}
+
+TEST_CASE("a ring whose queue is full of what the kernel did not take fails writes, and goes on when it is emptied") {
+  if (SkipWithoutUring()) return;
+  ScratchDir dir;
+  PosixEnv env;
+  const std::string data = Pattern(8 * 4096);
+  std::unique_ptr<WritableFile> file;
+  REQUIRE_OK(env.NewWritableFile(dir / "f", 0600, false, &file));
+  StringSink blocks(file.get(), data, 4096);
+  const auto pool = UringPool(2);
+  for (const int error : {EBADF, EINTR}) {  // EINTR: as often as it is asked again
+    {
+      const Answered refused("io_uring_submit", error, 1 << 30);
+      CHECK_ERRNO(blocks.Write(pool.get()), error);
+      const Status full = blocks.Write(pool.get());
+      CHECK_ERRNO(full, EBUSY);
+      CHECK(full.message().find("io_uring_get_sqe") != std::string::npos);
+    }
+    REQUIRE_OK(blocks.Write(pool.get()));
+  }
+  std::string content;
+  REQUIRE_OK(env.ReadFile(dir / "f", data.size(), &content));
+  CHECK((content == data));
+  CHECK(pool->Close(30));
+}
+
+TEST_CASE("a ring that can't wait for the kernel now tries again") {
+  if (SkipWithoutUring()) return;
+  ScratchDir dir;
+  PosixEnv env;
+  const std::string data = Pattern(8 * 4096);
+  std::unique_ptr<WritableFile> file;
+  REQUIRE_OK(env.NewWritableFile(dir / "f", 0600, false, &file));
+  StringSink blocks(file.get(), data, 4096);
+  for (const auto& [call, error] : {std::pair{"io_uring_submit", EBADF}, std::pair{"io_uring_wait_cqe", EINTR},
+                                    std::pair{"io_uring_wait_cqe", EBUSY}}) {
+    CAPTURE(call);
+    const Answered answered(call, error, 3);
+    const auto pool = UringPool(2);
+    while (answered.times() < 3) std::this_thread::yield();  // what it does until there is something to do
+    REQUIRE_OK(blocks.Write(pool.get()));
+    CHECK(pool->Close(30));
+  }
+}
+
 }  // namespace layerwise
 
 // The linker puts these in the place of io_uring_submit (--wrap in CMakeLists.txt), in this program only: no real
@@ -230,6 +319,7 @@ TEST_CASE("a write that was done in part is continued, and one that gets nowhere
 extern "C" {
 int __real_io_uring_submit(io_uring* ring);
 int __wrap_io_uring_submit(io_uring* ring) {
+  if (const int error = layerwise::AnswerTo("io_uring_submit"); error != 0) return -error;
   if (layerwise::LastIsWrite(ring)) {
     layerwise::refusals.asked += 1;
     if (layerwise::refusals.left > 0) {

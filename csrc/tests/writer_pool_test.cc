@@ -10,6 +10,7 @@
 #include <future>
 #include <vector>
 
+#include "answers.h"
 #include "shard_fixture.h"
 
 namespace layerwise {
@@ -95,6 +96,23 @@ SHARD_TEST_CASE("errands are run in order beside blocks, and refused with the re
   CHECK(ran == std::vector<int>{1, 2, ECANCELED});
 }
 
+SHARD_TEST_CASE("errands that have not begun are refused when the pool is closed, though one does not return") {
+  std::unique_ptr<WriterPool> pool;
+  REQUIRE_OK(WriterPool::Create({.backend = backend_under_test, .depth = 1}, &pool));
+  std::promise<void> begun, go_on;
+  std::vector<int> told;
+  pool->Run([&](const Status&) {
+    begun.set_value();
+    go_on.get_future().wait();
+  });
+  pool->Run([&](const Status& status) { told.push_back(status.error_number()); });
+  begun.get_future().wait();
+  CHECK(!pool->Close(0.01));
+  CHECK(told == std::vector<int>{ECANCELED});
+  go_on.set_value();
+  CHECK(pool->Close(30));
+}
+
 SHARD_TEST_CASE("held blocks are not started, are withdrawn, and are cancelled with the pool") {
   GatedSink sink, other;
   std::unique_ptr<WriterPool> pool;
@@ -146,6 +164,53 @@ SHARD_TEST_CASE("a pool has a sane depth") {
   CHECK(pool->depth() == 3);
 }
 
+SHARD_TEST_CASE("a pool whose threads can't be started is refused, and its errands are told so") {
+  std::unique_ptr<WriterPool> pool, other;
+  REQUIRE_OK(WriterPool::Create({.backend = backend_under_test, .depth = 2}, &pool));
+  std::vector<int> told;
+  {
+    const NoThreads none;
+    CHECK_ERRNO(WriterPool::Create({.backend = backend_under_test, .depth = 2}, &other), EAGAIN);
+    pool->Run([&](const Status& status) { told.push_back(status.error_number()); });
+  }
+  CHECK(other == nullptr);
+  CHECK(told == std::vector<int>{EAGAIN});
+  std::promise<bool> ran;
+  pool->Run([&](const Status& status) { ran.set_value(status.ok()); });  // the next one tries again
+  CHECK(ran.get_future().get());
+  CHECK(pool->Close());
+}
+
+SHARD_TEST_CASE("what asks for nothing gets nothing") {
+  GatedSink sink;
+  std::unique_ptr<WriterPool> pool;
+  REQUIRE_OK(WriterPool::Create({.backend = backend_under_test, .depth = 1}, &pool));
+  sink.Open();
+  pool->Submit(&sink, 3, 0);
+  pool->Release(&sink);  // was not held
+  pool->Hold(&sink);
+  pool->Release(&sink);  // holds nothing
+  size_t index = 0;
+  CHECK(!pool->TakeLast(&sink, 0, 10, &index));
+  CHECK(pool->Close());
+  pool->Hold(&sink);  // in a closed pool
+  pool->Submit(&sink, 1, 1);
+  CHECK(sink.ran().empty());
+  CHECK(sink.cancelled() == std::vector<size_t>{1});
+}
+
+TEST_CASE("bounce buffers have a sane size") {
+  std::unique_ptr<WriterPool> pool;
+  std::shared_ptr<BufferPool> buffers;
+  REQUIRE_OK(BufferPool::Create(1 << 20, &buffers));
+  for (const size_t bytes : {size_t{0}, size_t{4095}, size_t{1} << 63}) {
+    const Status status = WriterPool::Create({.depth = 4, .buffers = buffers, .block_bytes = bytes}, &pool);
+    CHECK(status.code() == Status::Code::kInvalidArgument);
+    CHECK(status.message().find("expected a multiple") != std::string::npos);
+  }
+  CHECK(buffers->in_use() == 0);
+}
+
 // The sanitizers' allocators have locks that a fork may leave held forever.
 #if !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)
 SHARD_TEST_CASE("a forked child destroys the pool without waiting for threads it lacks") {
@@ -155,8 +220,10 @@ SHARD_TEST_CASE("a forked child destroys the pool without waiting for threads it
   REQUIRE(child >= 0);
   if (child == 0) {
     alarm(20);
+    CHECK(pool->Close(0));  // nothing to wait for: its threads are the parent's
+    CHECK(WriterPool::CloseAll(0));
     pool.reset();
-    _exit(0);
+    Leave(0);
   }
   int status = -1;
   REQUIRE(waitpid(child, &status, 0) == child);

@@ -221,6 +221,7 @@ class ShardWriter final : public BlockSink {
 
   // REQUIRES, of these: mutex_ is held.
   bool Leased(size_t index) const;  // REQUIRES: the block is pending
+  void Keep(size_t first, size_t count, const std::shared_ptr<BufferPool::Buffer>& memory);  // all of it or nothing
   void EndLease(size_t index);
   void EndBlock(size_t index, BlockState state);  // not pending any more
   Status NoSuchBlocks(size_t first, size_t count) const;
