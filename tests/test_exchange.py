@@ -61,6 +61,7 @@ def test_messages_of_many_parts_arrive_whole_through_small_windows(monkeypatch: 
         assert found == [[said(by, me) for by in range(3)] for me in range(3)]
 
 
+@pytest.mark.slow
 def test_a_rank_that_gets_on_with_nothing_is_named_in_time() -> None:
     with facing(timeout_s=0.2) as (mine, _):
         began = time.monotonic()
