@@ -18,6 +18,8 @@ from torch import nn
 
 import layerwise_dist as lwd
 from layerwise_dist import errors
+from layerwise_dist.engine import assembly
+from layerwise_dist.storage import filenames
 
 torch.set_num_threads(1)
 
@@ -538,3 +540,42 @@ def test_an_attach_that_failed_leaves_the_model_free(tmp_path: Path) -> None:
         lwd.attach(model, optimizer, dir=str(tmp_path), state={"bad": {"f": print}})
     with lwd.attach(model, optimizer, dir=str(tmp_path)) as ckpt:
         train(ckpt, model, optimizer, 1)
+
+
+# -- what cannot go on -------------------------------------------------------------------------------------------------
+
+
+def test_what_an_attach_that_fails_cannot_stop_is_logged_and_the_rest_is_let_go_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Board:
+        def close(self) -> None:
+            raise RuntimeError("no board any more")
+
+    model, optimizer = job()
+    (tmp_path / "ckpt").write_text("")
+    with monkeypatch.context() as patched:
+        patched.setattr(assembly, "open_boards", lambda telemetry, rank: [Board()])
+        with pytest.raises(errors.DirectoryError):
+            lwd.attach(model, optimizer, dir=str(tmp_path / "ckpt"))
+    assert "rank 0: attach: what had been started could not be stopped: no board any more" in caplog.text
+    (tmp_path / "ckpt").unlink()
+    with lwd.attach(model, optimizer, dir=str(tmp_path / "ckpt")) as ckpt:
+        train(ckpt, model, optimizer, 1)
+    assert ckpt.committed_step == 1
+
+
+def test_a_step_that_no_folder_name_can_hold_is_refused_and_what_is_committed_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filenames, "STEPS_END", 3)
+    model, optimizer = job()
+    ckpt = lwd.attach(model, optimizer, dir=str(tmp_path))
+    with pytest.raises(errors.UnsupportedError, match="step 3, attempt 3 of this directory: steps are below 3, .*new"):
+        train(ckpt, model, optimizer, 5)
+    with pytest.raises(errors.CommitError, match="steps are below 3"):
+        ckpt.close()
+    assert ckpt.committed_step == 2
+    again, other = job(1)
+    with lwd.attach(again, other, dir=str(tmp_path)) as ckpt:
+        assert ckpt.restore() == 2

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -277,6 +278,49 @@ def test_a_rank_listens_on_the_addresses_that_it_tells_and_on_no_other(monkeypat
     for each in met:
         for line in each.lines.values():
             line.close()
+
+
+def test_a_port_needs_an_address_of_this_machine_and_a_file_for_each_connection(
+    things: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(OSError, match="no address to listen on"):
+        listen([], 1)
+    with pytest.raises(OSError) as raised:
+        listen(["203.0.113.1"], 1)
+    assert raised.value.errno == errno.EADDRNOTAVAIL
+    limits, asked = [8, 64], list[tuple[int, int]]()
+    monkeypatch.setattr(calls.resource, "getrlimit", lambda which: tuple(limits))
+    monkeypatch.setattr(calls.resource, "setrlimit", lambda which, both: asked.append(both))
+    with pytest.raises(OSError, match=r"132 connections need \d+ open files, and the hard limit \(ulimit -Hn\) is 64"):
+        listen([HERE], 4)
+    limits[1] = 1 << 20
+    server(things)
+    ((soft, hard),) = asked
+    assert 132 + 64 < soft < 1 << 20 and hard == 1 << 20
+
+
+def test_a_rank_that_is_not_waited_for_or_not_welcome_is_told_so(things: ExitStack) -> None:
+    door, port = server(things)
+    taken = threading.Thread(target=lambda: host.append(accept([door], {1}, TOKEN, time.monotonic() + 20)[1]))
+    host: list[Line] = []
+    taken.start()
+    socket.create_connection((HERE, port), timeout=5).close()  # who hangs up at once is no rank
+    with pytest.raises(OSError, match="it hung up"):
+        calls._call(2, (HERE, port), TOKEN, time.monotonic() + 20)
+    things.callback(connect(1, [(HERE, port)], TOKEN, time.monotonic() + 20).close)
+    taken.join(20)
+    things.callback(host[0].close)
+
+    def refuse() -> None:
+        with door.accept()[0] as sock:
+            sock.sendall(Host(TOKEN, sock.recv(proof.CALL_BYTES)).answer())
+            sock.recv(proof.PROOF_BYTES)
+            sock.sendall(b"0" * proof.PROOF_BYTES)
+
+    door.setblocking(True)
+    threading.Thread(target=refuse, daemon=True).start()
+    with pytest.raises(OSError, match="it rejects this rank"):
+        calls._call(1, (HERE, port), TOKEN, time.monotonic() + 20)
 
 
 # -- what it sends ---------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import layerwise_native_testing as testing
+import numpy as np
 import pytest
 import torch
 from kit.crash import ROOT, Story, build, in_ranks, settings, tensors_of, train, try_ranks
@@ -27,7 +28,9 @@ from layerwise_dist.engine import assembly
 from layerwise_dist.errors import DamageError, LayerwiseError
 from layerwise_dist.frameworks.ddp import DDPFramework
 from layerwise_dist.frameworks.framework import Framework
-from layerwise_dist.storage.reader import Shard
+from layerwise_dist.storage import reader
+from layerwise_dist.storage.reader import Shard, ShardElsewhere
+from layerwise_dist.storage.shard_layout import HEADER_CAP
 
 pytestmark = pytest.mark.quick
 
@@ -167,6 +170,57 @@ def spoil(disk: Disk, path: str, at: int) -> None:
 
 def position_of(disk: Disk, manifest: Manifest, rank: int, name: str) -> int:
     return disk.shard(manifest, rank).index.entries[name].begin + 40_000
+
+
+def test_of_many_bad_blocks_some_are_described_and_the_rest_is_counted(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newest = disk.commits[0]
+    path, index = disk.manager.shard_path(newest, 0), disk.shard(newest, 0).index
+    for offset, _ in index.blocks:
+        spoil(disk, path, offset)
+    count = len(index.blocks)
+    assert count > 1
+    monkeypatch.setattr(reader, "_DESCRIBED", 1)
+    described, rest = disk.shard(newest, 0).verify()
+    assert "block 0 " in described
+    assert rest == f"shard {path} of step {newest.step}: {count - 1} more blocks are damaged"
+
+
+def test_a_header_that_is_said_to_be_larger_than_any_is_not_read(disk: Disk) -> None:
+    record = disk.commits[0].shards[0]
+    with pytest.raises(DamageError, match="shard gone: a header of 67112960 bytes is over the format's 67108864"):
+        Shard(disk.env, disk.pool, "gone", nbytes=record.nbytes, header_bytes=HEADER_CAP + 4096, header_hash=0)
+
+
+def test_a_shard_in_another_directory_has_a_header_and_a_state_and_no_more(disk: Disk) -> None:
+    newest = disk.commits[0]
+    here, record = disk.shard(newest, 0), newest.shards[0]
+    of = (newest.attempt, 0, newest.world_size)
+    known = {"nbytes": record.nbytes, "header_bytes": record.header_bytes, "header_hash": int(record.header_hash, 16)}
+
+    def elsewhere(state: bytes | None) -> ShardElsewhere:
+        return ShardElsewhere("there", here.header(), state, of=of, **known)
+
+    there = elsewhere(bytes(here.state_extent()))
+    assert there.state() == here.state() and [*there.index.entries] == [*here.index.entries]
+    entry = next(entry for _, entry in here.index.entries.items())
+    for read in (
+        there.header, there.verify, lambda: there.read_into([(entry.begin, entry.end, 0)]),
+        lambda: there.peek(np.array([entry.begin]), np.array([entry.end])),
+    ):  # fmt: skip
+        with pytest.raises(DamageError, match="shard there: it lies in another directory, which this process does not"):
+            read()
+    with pytest.raises(ValueError, match="the state of shard there was not asked for"):
+        elsewhere(None).state_extent()
+    with pytest.raises(DamageError, match="the state block does not match its hash"):
+        elsewhere(bytes(len(here.state_extent()))).state_extent()
+
+
+def test_nothing_to_read_is_read_without_a_block(disk: Disk) -> None:
+    shard = disk.shard(disk.commits[0], 0)
+    assert shard.peek(np.array([5000]), np.array([5000])) == b""
+    shard.read_into([(5000, 5000, 0)])
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_for_the_next_older_with_a_warning(

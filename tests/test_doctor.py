@@ -372,6 +372,19 @@ def test_a_mount_is_found_by_its_id_with_spaces_and_optional_fields() -> None:
     assert mounts.find_mount(TABLE, 99) is None
 
 
+def test_where_the_kernel_does_not_tell_there_is_no_mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hidden:
+        def __init__(self, path: str) -> None:
+            self.path = path
+
+        def read_text(self, **_: Any) -> str:
+            raise PermissionError(13, "Permission denied", self.path)
+
+    assert mounts.mount_of(str(tmp_path)) is not None and mounts.mount_of(str(tmp_path / "none")) is None
+    monkeypatch.setattr(mounts, "Path", Hidden)
+    assert mounts.mount_of(str(tmp_path)) is None
+
+
 def test_the_device_is_the_disk_below_partition_and_device_mapper(tmp_path: Path) -> None:
     disk = tmp_path / "devices/pci/nvme0n1"
     (disk / "queue").mkdir(parents=True)

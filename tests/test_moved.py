@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
 import subprocess
 import sys
@@ -26,7 +27,7 @@ torch.set_num_threads(1)
 def moved(folder: Path, backend: str, *more: str) -> tuple[int, list[str]]:
     """Exit code and lines of a job that moves memory in every way, at every moment; and its errors if it fails."""
     # Whatever is freed is unmapped at once, so that a read of it ends the process.
-    env = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "PATH": "/usr/bin:/bin"}
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     ended = subprocess.run(
         [sys.executable, "-W", "ignore", str(JOBS / "moved_memory.py"), str(folder), backend, *more],
         env=env, capture_output=True, text=True, timeout=150,
@@ -186,6 +187,38 @@ def test_a_tensor_whose_memory_is_gone_or_too_small_fails_that_attempt_by_name_a
     assert ckpt.stats()["checkpoints_aborted"] == 2
     assert "param/1.weight has 0 bytes of memory and needs 65536" in caplog.text
     assert "param/1.weight has 4096 bytes of memory and needs 65536" in caplog.text
+
+
+class Elsewhere:
+    """As a tensor whose memory another thread changes between two looks at it."""
+
+    shape, numel = torch.Size([2]), torch.zeros(2).numel
+
+    def __init__(self, there: torch.Tensor, address: int, begin: int) -> None:
+        self._storage, self._address, self._begin = there.untyped_storage(), address, begin
+        self._cdata = self._storage._cdata
+
+    def untyped_storage(self) -> Elsewhere:
+        return self
+
+    def data_ptr(self) -> int:
+        """Of the tensor at its first call, of its storage at the next."""
+        self._address, found = self._begin, self._address
+        return found
+
+    def nbytes(self) -> int:
+        return self._storage.nbytes()
+
+
+def test_memory_that_moves_while_it_is_taken_hold_of_is_named_and_nothing_is_held() -> None:
+    there = torch.zeros(2)
+    at, before = there.data_ptr(), deleter(there)
+    with pytest.raises(MemoryGone, match="a tensor of shape \\[2\\] moved to other memory while it was being read"):
+        holder().hold([Elsewhere(there, at + 64, at)])  # type: ignore[list-item]
+    with pytest.raises(MemoryGone, match="no other thread may change the model while a step ends"):
+        holder().hold([Elsewhere(there, at + 64, at + 64)])  # type: ignore[list-item]
+    assert deleter(there) == before
+    assert held._is_code(before) and not held._is_code(at) and not held._is_code(0)
 
 
 def test_how_far_a_tensor_reaches_counts_not_how_many_elements_it_has() -> None:

@@ -30,7 +30,7 @@ from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.session import Committer
 from layerwise_dist.engine.engine import workings_of
 from layerwise_dist.frameworks.parts import WHOLE
-from layerwise_dist.restore import handing
+from layerwise_dist.restore import copies, handing
 from layerwise_dist.restore import nodes as node_shards
 from layerwise_dist.restore.gathered import Gathered
 from layerwise_dist.restore.handing import Handing
@@ -504,6 +504,45 @@ def test_a_pin_is_heeded_wherever_rank_0_is_and_goes_where_it_is(nodes: Nodes) -
     assert pins.unpin(*manifest_of(1, 1))
     values(nodes.job([0, 1], trains(1)))
     assert check_disks(nodes, 2) == [5, 6]
+
+
+# -- copies that no rank sees all of -----------------------------------------------------------------------------------
+
+
+def test_copies_on_several_nodes_are_one_tensor_if_they_are_equal_and_none_if_they_are_not(
+    nodes: Nodes, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = values(nodes.job([0, 1], trains(2), replicas="apart"))
+    assert nodes.files(0)[-1].endswith("rank_00000") and nodes.files(1)[-1].endswith("rank_00001")
+    caplog.set_level(logging.INFO)
+    check(first, values(nodes.job([1, 0, 1], trains(0))), 2)
+    assert {each[1] for each in said(caplog)} == {"resharded"}
+    for node in (0, 1):
+        shutil.rmtree(nodes.disk(node))
+    values(nodes.job([0, 1], trains(2, alike=False), alike=False))
+    refused = [thread.error for thread in nodes.job([1, 0, 1], trains(0, alike=False), alike=False)]
+    assert all(isinstance(error, errors.MismatchError) for error in refused), refused
+    assert all("rank(s) 0 and 1 of the checkpoint hold different ones" in str(error) for error in refused)
+
+
+def test_mutation_copies_that_nobody_compares_are_mixed(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    values(nodes.job([0, 1], trains(2, alike=False), alike=False))
+    monkeypatch.setattr(copies, "unlike", lambda told: {})
+    assert [thread.error for thread in nodes.job([1, 0, 1], trains(0, alike=False), alike=False)] == [None] * 3
+
+
+@pytest.mark.quick
+def test_copies_are_compared_part_by_part_among_all_that_hold_them() -> None:
+    def told(name: str, group: list[int], cut: list[int], digest: str, dtype: str = "F32") -> list[Any]:
+        return [name, group, dtype, [8], cut, digest]
+
+    halves = [told("param/w", group, [at, 4], f"half {at}") for group in ([0, 1], [2, 3]) for at in (0, 4)]
+    assert copies.unlike(halves) == {}
+    halves[3][-1] = "another half"
+    assert copies.unlike([*halves, told("param/v", [0], [0, 8], "whole")]) == {"param/w": ((0, 1), (2, 3))}
+    for other in (told("param/w", [2, 3], [0, 8], "whole"), told("param/w", [2, 3], [0, 4], "half 0", "F64")):
+        with pytest.raises(errors.MismatchError, match="param/w"):
+            copies.unlike([*halves[:2], other])
 
 
 # -- what is counted ---------------------------------------------------------------------------------------------------

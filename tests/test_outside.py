@@ -36,6 +36,7 @@ from layerwise_dist.commit.owner import Owner
 from layerwise_dist.commit.records import Manifest
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.doctor import examination
+from layerwise_dist.engine import assembly
 from layerwise_dist.storage import odd
 from layerwise_dist.storage.exposure import exposed
 from layerwise_dist.storage.filenames import AttemptId
@@ -396,6 +397,19 @@ def test_a_directory_that_others_may_write_to_is_warned_of(root: Path, caplog: p
     )
     (finding,) = [each for each in report.findings if each.name == "access"]
     assert finding.verdict == "warn" and all(text in finding.text for text in expected)
+
+
+def test_a_directory_whose_users_cannot_be_looked_up_is_warned_of_and_trained_in(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(path: str) -> list[str]:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(assembly, "exposed", refuse)
+    Job(1).run(root, 4)
+    assert said(caplog, f"{root}: whether others may write there can't be told ([Errno 13] Permission denied")
+    newest = CheckpointMetadataManager(PosixEnv(), str(root)).inventory().newest
+    assert newest is not None and newest.step == 3 + 4
 
 
 @as_root

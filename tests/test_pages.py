@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from pathlib import Path
 
@@ -35,6 +36,65 @@ def test_near_ranges_are_taken_as_one_and_cut_to_whole_pages() -> None:
     assert pages.joined([(two + 64, MIB), (two + 64 + MIB + 64, 3 * MIB)]) == [(2 * two, two)]
     assert pages.joined([(two, two), (2 * two + 65536, two)]) == [(two, two)]
     assert pages.joined([(64, two - 64)]) == []
+
+
+class Kernel:
+    """Takes note of what huge pages are asked for; gives them under half of it, or none at all."""
+
+    def __init__(self, error: OSError | None = None) -> None:
+        self.error, self.asked = error, list[tuple[int, int]]()
+
+    def make_huge(self, address: int, nbytes: int) -> int:
+        self.asked.append((address, nbytes))
+        if self.error is not None:
+            raise self.error
+        return nbytes // 2
+
+
+@pytest.fixture
+def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    (tmp_path / "enabled").write_text("always [madvise] never\n")
+    monkeypatch.setattr(pages, "_SETTING", tmp_path / "enabled")
+    monkeypatch.setattr(pages, "_PAUSE_S", 0.0)
+    found = Kernel()
+    monkeypatch.setattr(pages, "_native", found)
+    return found
+
+
+def covered(nbytes: int) -> None:
+    """Covers a tensor, and waits until nothing more is asked for."""
+    covering = pages.HugePages(wanted=True)
+    covering.cover([torch.zeros(nbytes, dtype=torch.uint8)])
+    thread = covering._thread
+    if thread is not None:
+        thread.join(10)
+        assert not thread.is_alive()
+    covering.close()
+
+
+def test_memory_that_gets_huge_pages_only_in_part_is_tried_three_times(kernel: Kernel) -> None:
+    covered(6 * MIB)
+    assert len(kernel.asked) == 3 and len(set(kernel.asked)) == 1, kernel.asked
+
+
+def test_a_kernel_that_refuses_huge_pages_is_asked_once_and_one_without_them_never(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel.error = OSError(22, "Invalid argument")
+    covered(6 * MIB)
+    assert len(kernel.asked) == 1
+    pages.back_by_huge_pages([(0, 4 * MIB)])
+    assert kernel.asked[1:] == [(0, 4 * MIB)]
+    monkeypatch.setattr(pages, "_SETTING", Path("/nonexistent/enabled"))
+    covered(6 * MIB)
+    pages.back_by_huge_pages([(0, 4 * MIB)])
+    assert len(kernel.asked) == 2 and not pages.allowed()
+
+
+def test_after_close_no_more_pages_are_asked_for(kernel: Kernel) -> None:
+    closing = threading.Event()
+    closing.set()
+    assert pages._collapse([(0, 4 * MIB)], closing) == [] and kernel.asked == []
 
 
 @pytest.mark.slow

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from layerwise_dist.errors import DamageError
-from layerwise_dist.storage import header, plain_header, plain_places
+from layerwise_dist.errors import DamageError, UnsupportedError
+from layerwise_dist.storage import header, plain_header, plain_places, shard_layout, strict_json
 from layerwise_dist.storage.header import ShardIndex, parse_header
 from layerwise_dist.storage.shard_layout import ALIGN, ShardLayout, Source, round_up, state_extent
 from layerwise_dist.tensors.slices import ITEM_BYTES, Slice
@@ -138,6 +138,99 @@ STRANGE = [
     True, False, None, "", "0", "0-3", "1", "2,3", "0-9", "1,,", "F32", "U8", "F4", "x", "state/json", ".pad/0",
     "\ud800", "a/", "/a", [], [1], [0, 1], [1, 2, 3], [[1]], {}, {"shape": [1]},
 ]  # fmt: skip
+
+
+def first(tree: Any, begin: str) -> Any:
+    """The first tensor whose name begins so."""
+    return next(item for name, item in tree.items() if name.startswith(begin))
+
+
+def without_wrapped(tree: Any) -> None:
+    metadata = tree["__metadata__"]
+    assert '"wrapped":true' in metadata["slices"]
+    metadata["slices"] = metadata["slices"].replace('"wrapped":true', '"wrapped":false')
+
+
+def of_too_many_blocks(tree: Any) -> None:
+    """512 blocks, whose hashes would be twice as long as the header."""
+    metadata = tree["__metadata__"]
+    tree.clear()
+    metadata |= {"slices": "{}", "layers": _compact([["a", 0, 1 << 21]]), "hashes": ""}
+    tree["__metadata__"] = metadata
+    size = 1 << 21
+    for name, begin, end in (("param/w", 0, size), ("state/json", size, size), ("state/bytes", size, size)):
+        tree[name] = {"dtype": "U8", "shape": [end - begin], "data_offsets": [begin, end]}
+
+
+AGAINST_THE_FORMAT: dict[str, tuple[Callable[[Any], object], str]] = {
+    "slices that are an array": (lambda tree: tree["__metadata__"].update(slices="[]"), "slices is not an object"),
+    "layers that are an object": (lambda tree: tree["__metadata__"].update(layers="{}"), "layers is not an array of"),
+    "a state of signed bytes": (lambda tree: tree["state/json"].update(dtype="I8"), "state/json is of dtype I8"),
+    "a gap of signed bytes": (lambda tree: first(tree, ".pad/").update(dtype="I8"), "is of dtype I8, expected U8"),
+    "a part that says that it is not wrapped": (without_wrapped, "shape, offsets, start, among or wrapped is not"),
+    "more blocks than it has room for": (of_too_many_blocks, "512 blocks; the hashes of all would not fit into"),
+    "metadata that is an array": (lambda tree: tree.update(__metadata__=[]), "its header has no __metadata__ object"),
+}
+
+
+@pytest.mark.parametrize("what", AGAINST_THE_FORMAT)
+def test_what_is_against_the_format_is_damage_by_name(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    change, says = AGAINST_THE_FORMAT[what]
+    text, beside = written("cut")
+    tree = json.loads(text)
+    change(tree)
+    data = region(_compact(tree).encode())
+    size = len(data) + ((1 << 21) if change is of_too_many_blocks else beside)
+    assert shorter(data, size) is None
+    with pytest.raises(DamageError, match="^shard it: ") as raised:
+        parse_header("it", size, data)
+    assert says in str(raised.value)
+
+
+def test_a_region_that_is_cut_or_of_another_shard_is_damage_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    text, beside = written("cut")
+    data = region(text)
+    size = len(data) + beside
+    for cut in (b"", data[:4], data[:-1]):
+        with pytest.raises(DamageError, match=f"its header region is {len(cut)} bytes, expected a multiple of 4096"):
+            parse_header("it", size, cut)
+    with pytest.raises(DamageError, match="its length field does not match its header region"):
+        parse_header("it", size, bytes(8) + data[8:])
+    for of in (("0000000100000003", RANK, WORLD), ("0000000100000002", 0, WORLD), ("0000000100000002", RANK, 8)):
+        with pytest.raises(DamageError, match="it is of attempt 0000000100000002, rank 1 of 4; the manifest is of"):
+            parse_header("it", size, data, of)
+    monkeypatch.setattr(strict_json, "WEIGHT_CAP", 1 << 8)
+    assert shorter(data, size) is None
+    with pytest.raises(DamageError, match="its header is not JSON: its values would take about"):
+        parse_header("it", size, data)
+
+
+def test_a_shard_whose_header_no_reader_takes_is_refused_before_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = LAYERS["many"]
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(UnsupportedError, match="tensors; the format allows 4096: spread"),
+    ):
+        patched.setattr(shard_layout, "HEADER_CAP", 4096)
+        ShardLayout(layers, 512, 4096)
+    with monkeypatch.context() as patched, pytest.raises(UnsupportedError, match="a reader would need about 0 MB of"):
+        patched.setattr(strict_json, "WEIGHT_CAP", shard_layout._OTHER_WEIGHT + 100)
+        ShardLayout(layers, 512, 4096)
+    layout = ShardLayout(layers, 512, 4096)
+    with pytest.raises(UnsupportedError, match=r"the shard's header needs \d+ bytes and has room for \d+"):
+        layout.header(
+            attempt="0000000100000002", step=7, rank=RANK, world_size=WORLD, state=(1, 1), state_hash="0" * 16,
+            hashes="0" * layout.header_bytes,
+        )  # fmt: skip
+
+
+def test_a_block_that_there_is_not_is_an_index_error() -> None:
+    text, beside = written("cut")
+    data = region(text)
+    blocks = parse_header("it", len(data) + beside, data).blocks
+    for number in (-1, len(blocks)):
+        with pytest.raises(IndexError):
+            blocks[number]
 
 
 def _places(tree: Any) -> Iterator[tuple[Any, Any]]:

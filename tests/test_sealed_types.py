@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import random
 import re
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from pydantic import BaseModel
 
 from layerwise_dist.frameworks import described
 from layerwise_dist.loop import sealed
 from layerwise_dist.restore import sealed_state
+from layerwise_dist.storage import schemas
 
 pytestmark = pytest.mark.quick
 
@@ -72,6 +75,51 @@ def test_a_member_that_only_one_side_has_or_requires_is_found() -> None:
         more: int
 
     assert differences(Now, sealed.LoaderNow) == {"own", "epochs", "more"}
+
+
+RNG: dict[str, Any] = {"torch": torch.get_rng_state(), "cuda": {}, "python": random.Random(0).getstate()}
+STARTED: dict[str, Any] = {"rng": RNG, "own": {}}
+LOADER: dict[str, Any] = {"iterating": True, "start": STARTED, "now": {"own": {}, "epochs": {}}}
+COUNTED = {**LOADER, "kind": "counted", "draws": 2, "first": None, "later": {}, "again": False}
+STATEFUL = {**LOADER, "kind": "stateful", "state": {"at": 2}}
+ELASTIC = {"begin": 2, "draws": 0, "position": 4, "batch_size": 2, "samples": 9, "seed": 0, "shuffle": True}
+NO_STATE = torch.zeros(3, dtype=torch.uint8)
+MISSING = "an iteration is under way, and how it began is missing"
+
+WRONG: dict[str, tuple[type[sealed_state.PartSchema], dict[str, Any], str]] = {
+    "null for what may be absent": (sealed_state.RngSchema, {**RNG, "numpy": None}, "numpy is null; it may only be"),
+    "no state of Python's": (
+        sealed_state.RngSchema,
+        {**RNG, "python": (3, (1,), None)},
+        "python: no generator accepts",
+    ),
+    "no state of torch's": (sealed_state.RngSchema, {**RNG, "torch": NO_STATE}, "torch: no generator accepts it"),
+    "none of a loader's own": (sealed_state.NowSchema, {"own": {"g": NO_STATE}, "epochs": {}}, "no generator accepts"),
+    "a place before the begin": (sealed_state.ElasticPositionSchema, {**ELASTIC, "begin": 5}, "not in order: begin 5"),
+    "a place after the end": (sealed_state.ElasticPositionSchema, {**ELASTIC, "samples": 3}, "samples 3"),
+    "an iteration without a start": (sealed_state.CountedSchema, {**COUNTED, "start": None}, MISSING),
+    "its own without a start": (sealed_state.StatefulSchema, {**STATEFUL, "start": None}, MISSING),
+    "its own without a state": (sealed_state.StatefulSchema, {**STATEFUL, "state": None}, MISSING),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_a_state_says_against_itself_is_refused_by_name(what: str) -> None:
+    model, tree, says = WRONG[what]
+    with pytest.raises((schemas.Unfit, ValueError), match=says):
+        schemas.fits(model, tree, "")
+
+
+def test_what_a_state_may_say_is_taken() -> None:
+    for model, tree in (
+        (sealed_state.RngSchema, RNG),
+        (sealed_state.ElasticPositionSchema, ELASTIC),
+        (sealed_state.CountedSchema, COUNTED),
+        (sealed_state.CountedSchema, {**COUNTED, "iterating": False, "start": None}),
+        (sealed_state.StatefulSchema, STATEFUL),
+        (sealed_state.StatefulSchema, {**STATEFUL, "state": None, "elastic": ELASTIC}),
+    ):
+        assert isinstance(schemas.fits(model, tree, ""), model)
 
 
 def test_the_table_of_the_format_names_the_members() -> None:

@@ -299,6 +299,46 @@ def test_without_the_fence_an_update_gets_into_the_copies(tmp_path: Path, monkey
         check()
 
 
+def test_copies_that_do_not_end_fail_their_checkpoints_by_name_and_keep_the_pool_that_they_go_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = LazyCopies()
+    copies.fenced = False
+    monkeypatch.setattr(stage, "copies_for", lambda device: copies)
+    monkeypatch.setattr("layerwise_dist.capture.audit.FULL_FIRST", 0)
+    monkeypatch.setattr("layerwise_dist.capture.audit.units", lambda pieces: [])
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1000, 1000))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"capture": "stage", "fence_timeout_s": 0.2, "max_in_flight": 1, "commit": {"raise_after": 100}}
+    with attach(model, optimizer, tmp_path, **options) as ckpt:
+        persisting: Any = workings_of(ckpt).participant._persisting
+        real, persisting._timeout_s = persisting._timeout_s, 0.2
+        says = {
+            1: "copies of device memory were still being made after",
+            2: "copies into a pool that is now too small were still being made after fence_timeout_s = 0.2 s",
+        }
+        for step in ckpt.steps(3):
+            if step:
+                with pytest.raises(errors.CommitError, match=f"step {step} was aborted: .*{says[step]}"):
+                    ckpt.wait(step, timeout=20)
+                optimizer.param_groups[0]["momentum"] = 0.9  # from now on its state is as large as the layer
+            if step == 2:
+                for mark in copies.marks:
+                    mark.run()
+                workings_of(ckpt).attempts._stage._thread.join(20)  # it has given all that it has, and ends
+                copies.fenced, persisting._timeout_s = True, real
+            model(torch.ones(1, 1000)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        for mark in copies.marks:
+            mark.run()
+        ckpt.wait(3, timeout=20)
+    weight = model[0].weight.detach().clone()
+    with attach(model, optimizer, tmp_path) as ckpt:
+        assert ckpt.restore() == 3 and torch.equal(model[0].weight, weight)
+
+
 def test_a_device_that_fails_a_copy_ends_the_attempt_and_not_the_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

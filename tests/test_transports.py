@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from kit.threads import Gathering, in_threads
 
 from layerwise_dist.commit.transports import Transport, rendezvous
@@ -18,7 +19,7 @@ from layerwise_dist.commit.transports.links import Links
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
 from layerwise_dist.commit.transports.proof import Line
 from layerwise_dist.commit.transports.relay import ABOVE, RelayTransport
-from layerwise_dist.commit.transports.rendezvous import Met, meet
+from layerwise_dist.commit.transports.rendezvous import Met, meet, meet_each
 from layerwise_dist.errors import CommitError
 
 pytestmark = pytest.mark.quick
@@ -199,14 +200,80 @@ def test_a_rank_that_cannot_connect_is_an_error_on_all_ranks_at_the_deadline(
     assert 0.9 < time.monotonic() - began < 15
 
 
-def test_a_port_that_cannot_be_opened_is_an_error_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("meeting", [meet, meet_each])
+def test_a_port_that_cannot_be_opened_is_an_error_on_all_ranks(
+    monkeypatch: pytest.MonkeyPatch, meeting: Callable[..., Any]
+) -> None:
     def refuse(hosts: list[str], expected: int) -> list[socket.socket]:
         raise OSError(24, "Too many open files")
 
     monkeypatch.setattr(rendezvous, "listen", refuse)
     gathering = Gathering(2)
-    results = in_threads(2, lambda rank: meet(rank, gathering.of(rank), 1.0, where="here"))
+    results = in_threads(2, lambda rank: meeting(rank, gathering.of(rank), 1.0, where="here"))
     assert ["rank 0 could not open a port" in str(error) for error in results] == [True, True]
+
+
+def test_a_rank_that_one_other_cannot_reach_is_an_error_on_all_and_ends_what_was_connected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where each two ranks are connected: the last one reaches rank 0, and not rank 1."""
+    real = rendezvous.connect
+    met: list[Line] = []
+
+    def connect(rank: int, addresses: list[tuple[str, int]], token: str, deadline: float) -> Line:
+        if rank == 2 and met:
+            raise CommitError("cannot reach the rank that takes its messages")
+        line = real(rank, addresses, token, deadline)
+        met.extend([line] * (rank == 2))
+        return line
+
+    monkeypatch.setattr(rendezvous, "connect", connect)
+    gathering = Gathering(3)
+    results = in_threads(3, lambda rank: meet_each(rank, gathering.of(rank), 0.3, where="here"))
+    assert {type(each) for each in results} == {CommitError} and len(set(map(str, results))) == 1
+    assert str(results[0]) == "rank 1: rank(s) 2 did not connect in time"
+    assert met[0].sock.fileno() < 0
+
+
+def test_only_addresses_of_this_machine_that_others_may_reach_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"here": ["203.0.113.9", "127.0.0.1"], rendezvous._ANYWHERE: ["127.0.0.1"]}
+
+    def getaddrinfo(host: str, port: int, **_: Any) -> list[Any]:
+        if host not in names:
+            raise socket.gaierror(-2, "Name or service not known")
+        return [(socket.AF_INET, socket.SOCK_DGRAM, 0, "", (address, port)) for address in names[host]]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    for master in ("here", "gone"):
+        monkeypatch.setenv("MASTER_ADDR", master)
+        assert rendezvous._own_addresses(["gone"]) == []
+    assert rendezvous._addresses_of("here") == names["here"] and rendezvous._toward("gone") == []
+    monkeypatch.setattr(rendezvous, "_is_own", lambda host: True)
+    assert rendezvous._own_addresses(["gone"]) == ["127.0.0.1"]
+
+
+def test_where_the_kernel_does_not_tell_machines_apart_their_names_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(path: str, **_: Any) -> Any:
+        raise FileNotFoundError(path)
+
+    assert rendezvous.place() == rendezvous.place()
+    monkeypatch.setattr(rendezvous, "open", missing, raising=False)
+    places = []
+    for name in ("one", "one", "other"):
+        monkeypatch.setattr(socket, "gethostname", lambda name=name: name)
+        places.append(rendezvous.place())
+    assert places[0] == places[1] != places[2]
+
+
+def test_a_record_that_is_too_long_for_a_gather_is_refused_before_anything_is_sent() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        gather = rendezvous.over_default_group(32)
+        assert gather({"rank": 0}) == [{"rank": 0}]
+        with pytest.raises(ValueError, match="a record of 42 bytes"):
+            gather({"rank": "0" * 30})
+    finally:
+        dist.destroy_process_group()
 
 
 def test_frames_are_found_however_the_bytes_arrive() -> None:

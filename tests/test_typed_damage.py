@@ -71,6 +71,13 @@ ATTACKS = [
     "index": 0}), b""),
     (content(**{"!": "device", "type": "cuda", "index": 128}), b""), (content(**{"!": "Size", "v": [2**63]}), b""),
     (content(**{"!": "Size", "v": ["1"]}), b""),
+    (b"[1e999]", b""), (b'["\\ud800"]', b""),
+    *((content(**{"!": tag, "v": v}), b"") for tag, v in [
+        ("set", [{"!": "int", "v": f"{n * (2**61 - 1):x}"} for n in range(1, 66)]),  # of one hash
+        ("dict", [[{"!": "int", "v": f"{n * (2**61 - 1):x}"}, 0] for n in range(1, 66)]),
+        ("set", [[n] for n in range(65)]), ("dict", [[[n], 0] for n in range(65)]),
+        ("set", [{"!": "tensor", "dtype": "float32", "shape": [0], "offset": 0, "bytes": 0}]),
+        ("dict", [[1, {"!": "nothing"}]])]),
 ]  # fmt: skip
 
 

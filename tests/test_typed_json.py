@@ -6,10 +6,13 @@ from __future__ import annotations
 import collections
 import enum
 import functools
+import inspect
 import json
 import struct
+import sys
 import warnings
 from collections import defaultdict, deque
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +20,8 @@ import torch
 from kit.typed_values import EXACT, form, round_trip
 
 from layerwise_dist.errors import DamageError, StateError
+from layerwise_dist.storage import strict_json
+from layerwise_dist.storage.strict_json import COLLIDING
 from layerwise_dist.storage.typed_json import dumps, loads, prepare
 from layerwise_dist.storage.typed_json_types import DENSE, MAX_DEPTH
 
@@ -111,6 +116,24 @@ def dtensor():
         distributed.destroy_process_group()
 
 
+def tensor_of_a_vmap():
+    """A tensor that has no memory of its own: it stands for a row of another one while a function is mapped."""
+    inside = []
+    torch.func.vmap(lambda row: (inside.append(row), row)[1])(torch.ones(2, 3))
+    return inside[0]
+
+
+def odd_namespace():
+    found = SimpleNamespace()
+    vars(found)[1] = 2
+    return found
+
+
+def colliding(count):
+    """So many ints with one hash: it is what is left by division by this prime."""
+    return [number * (2**61 - 1) for number in range(1, count + 1)]
+
+
 def nested_lists(depth):
     return functools.reduce(lambda inner, _: [inner], range(depth), 0)
 
@@ -148,6 +171,11 @@ REFUSED = [
     (lambda: np.str_("x"), "", "a subclass of str"),
     (lambda: np.zeros(1, "V4")[0], "", "a subclass of generic"),
     (lambda: memoryview(b"x"), "", "memoryview"),
+    (tensor_of_a_vmap, "", "this tensor's data cannot be read"),
+    (lambda: {"t": torch.empty([1] * 257)}, "['t']", "a tensor of 257 dimensions, of at most 256"),
+    (lambda: [odd_namespace()], "[0]", "attributes' names are not strings"),
+    (lambda: {"ids": set(colliding(COLLIDING + 1))}, "['ids']", "elements have the same hash, which no reader accepts"),
+    (lambda: dict.fromkeys(colliding(COLLIDING + 1)), "", "have the same hash, which no reader accepts"),
 ]
 
 
@@ -167,6 +195,24 @@ def test_a_hundred_containers_deep_is_written_and_read():
     text, blob = dumps(nested_lists(MAX_DEPTH))
     with pytest.raises(DamageError, match="more than 100"):
         loads(b"[" + text + b"]", blob)
+
+
+def test_what_a_reader_would_not_hold_is_refused_before_it_is_written(monkeypatch):
+    monkeypatch.setattr(strict_json, "WEIGHT_CAP", 1 << 12)
+    assert round_trip({"a": [1, 2]}) == {"a": [1, 2]}
+    with pytest.raises(StateError, match="state: so many lists, dicts and strings that a reader would need about 0 MB"):
+        dumps({"a": [[1, "x"]] * 100})
+
+
+def test_a_value_that_is_too_deep_for_the_stack_that_is_left_is_refused_by_name():
+    value = nested_lists(MAX_DEPTH)
+
+    def under(frames):
+        return under(frames - 1) if frames else dumps(value, path="state['it']")
+
+    with pytest.raises(StateError, match=r"state\['it'\]"):
+        under(sys.getrecursionlimit() - len(inspect.stack()) - MAX_DEPTH // 2)
+    assert dumps(value, path="state['it']") == dumps(value)
 
 
 def test_a_prepared_value_stands_for_itself() -> None:
