@@ -5,7 +5,7 @@ next.
 
 from __future__ import annotations
 
-import operator
+import array
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -23,8 +23,7 @@ from layerwise_dist.errors import LayerwiseError
 from layerwise_dist.storage.gathered import GatheredExtent
 from layerwise_dist.storage.protocols import InPlaceWrite, ShardWrite
 from layerwise_dist.storage.shard_layout import ALIGN
-
-_VERSION = operator.attrgetter("_version")
+from layerwise_dist.tensors.words import NO_VERSION, versions
 
 
 class LeaseBroken(LayerwiseError):
@@ -59,7 +58,7 @@ class Capture:
         self._fences: dict[int, list[Wait]] = {}
         self._sealed: torch.Tensor | None = None
         self._look: Look | None = None  # of the boundary, on its way
-        self._versions = [-1] * len(survey.tensors)
+        self._versions = array.array("Q", [NO_VERSION]) * len(survey.tensors)
         self._staging = bool(survey.staged_bytes)  # whether a change could still get into what is staged
         self._unjudged = set(range(len(survey.batches)))
         self._certain = False  # all of it was compared after it was written
@@ -78,10 +77,10 @@ class Capture:
 
         Raises StageError.
         """
-        tensors = self.survey.tensors
-        for number in batches:
-            pieces = self.survey.pieces_of[number]
-            self._versions[pieces.start : pieces.stop] = map(_VERSION, tensors[pieces.start : pieces.stop])
+        tensors, pieces_of = self.survey.tensors, self.survey.pieces_of
+        for first, count in _runs(batches):
+            begin, end = pieces_of[first].start, pieces_of[first + count - 1].stop
+            self._versions[begin:end] = versions(tensors[begin:end])
         look = self._audit.look(self.survey, batches)
         for first, count in self._leased_runs(batches):
             self._in_place.submit(first, count)
@@ -240,10 +239,7 @@ class Capture:
 
     def _leased_runs(self, batches: Iterable[int]) -> Iterator[tuple[int, int]]:
         """Leased ones of these batches that follow one another in the file, as (first, count)."""
-        leased = sorted(number for number in batches if not self.survey.batches[number].staged)
-        for _, run in groupby(enumerate(leased), key=lambda item: item[1] - item[0]):
-            numbers = [number for _, number in run]
-            yield numbers[0], len(numbers)
+        return _runs(number for number in batches if not self.survey.batches[number].staged)
 
     def _stage_batches(self, numbers: Iterable[int]) -> None:
         deadline = time.monotonic() + self._timeout_s
@@ -330,7 +326,7 @@ class Capture:
 
     def _moved(self) -> list[int]:
         """Numbers of the pieces, not judged yet, whose version counter rose since they were noted."""
-        now = [*map(_VERSION, self.survey.tensors)]
+        now = versions(self.survey.tensors)
         if now == self._versions:
             return []
         return [
@@ -344,6 +340,13 @@ class Capture:
 
     def _too_slow(self) -> LeaseBroken:
         return LeaseBroken(f"its tensors were still being written after fence_timeout_s = {self._timeout_s:g} s")
+
+
+def _runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Those that follow one another, as (first, count)."""
+    for _, run in groupby(enumerate(sorted(numbers)), key=lambda item: item[1] - item[0]):
+        found = [number for _, number in run]
+        yield found[0], len(found)
 
 
 def _lay_rest(memory: torch.Tensor, extent: GatheredExtent, survey: Survey) -> None:
