@@ -45,8 +45,11 @@ class Capture:
     def __init__(
         self, step: int, survey: Survey, write: ShardWrite, audit: Audit, stage: Stage,
         gathered: Mapping[int, GatheredExtent], *, timeout_s: float, verdict_wanted: Callable[[], None],
+        look: Look | None = None,
     ) -> None:  # fmt: skip
         """`timeout_s`: the longest wait for the disk before memory is overwritten or captured again.
+
+        `look`: at all of it, begun since the update. REQUIRES: then all of it is taken before anything changes.
 
         `verdict_wanted()` is called once all is written, if the training thread has not judged it by then.
         Raises MemoryGone for what is not mapped.
@@ -57,7 +60,9 @@ class Capture:
         self._handover = Handover()
         self._fences: dict[int, list[Wait]] = {}
         self._sealed: torch.Tensor | None = None
+        self._first_look = look
         self._look: Look | None = None  # of the boundary, on its way
+        self._back = _LookBack()
         self._versions = array.array("Q", [NO_VERSION]) * len(survey.tensors)
         self._staging = bool(survey.staged_bytes)  # whether a change could still get into what is staged
         self._unjudged = set(range(len(survey.batches)))
@@ -81,7 +86,7 @@ class Capture:
         for first, count in _runs(batches):
             begin, end = pieces_of[first].start, pieces_of[first + count - 1].stop
             self._versions[begin:end] = versions(tensors[begin:end])
-        look = self._audit.look(self.survey, batches)
+        look, self._first_look = self._first_look or self._audit.look(self.survey, batches), None
         for first, count in self._leased_runs(batches):
             self._in_place.submit(first, count)
         self._audit.note_leased(look)
@@ -181,6 +186,8 @@ class Capture:
             self._staging = False
         if self._settled.is_set() or not self.write.leases_over():
             return set()
+        if not self._certain and self._back.awaited:
+            return set()  # the persisting thread looks, and asks for the verdict then
         return self._judge(self._unjudged)
 
     def confirm(self, timeout_s: float) -> None:
@@ -193,6 +200,8 @@ class Capture:
         if not self._handover.wait(timeout_s):
             raise LeaseBroken(f"copies of device memory were still being made after {timeout_s:g} s")
         if not self._settled.is_set():
+            # Nothing is read any more, so whatever changes from now on changes nothing that was written.
+            self._back.look(lambda: self._audit.changed_by_now(self.survey) if self.write.leases_over() else None)
             self._verdict_wanted()
         if not self._settled.wait(max(0.0, deadline - time.monotonic())):
             raise LeaseBroken(
@@ -303,7 +312,9 @@ class Capture:
         # What was written before the boundary was over is certain: what changes now was never read.
         unseen: set[int] = set()
         if not self._certain:
-            unseen = self._changed(batches).difference(moved)
+            seen = self._back.end()
+            unseen = self._changed(batches) if seen is None else {n for n in seen if self.survey.batch_of[n] in batches}
+            unseen.difference_update(moved)
         if not self._broken([*moved, *unseen]) and self._unjudged <= set(batches):
             self._settled.set()
         return self._names(unseen)
@@ -340,6 +351,32 @@ class Capture:
 
     def _too_slow(self) -> LeaseBroken:
         return LeaseBroken(f"its tensors were still being written after fence_timeout_s = {self._timeout_s:g} s")
+
+
+class _LookBack:
+    """The audit's last look, which the persisting thread makes once all is written, unless the memory is overwritten
+    before. The training thread would wait for what it can have done beside it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._found: set[int] | None = None
+        self.awaited = True  # neither made nor given up
+
+    def look(self, changed: Callable[[], set[int] | None]) -> None:
+        """Makes it, once. REQUIRES: not on the training thread."""
+        with self._lock:
+            if self.awaited:
+                self._found = changed()
+                self.awaited = False
+
+    def end(self) -> set[int] | None:
+        """What it found, the pieces' numbers; None if there was none: the memory may be overwritten from now on, and
+        nobody looks at it again.
+        """
+        with self._lock:
+            self.awaited = False
+            return self._found
 
 
 def _runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:

@@ -17,7 +17,6 @@ import functools
 import logging
 import operator
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -68,7 +67,7 @@ def _find() -> _native.TensorWords | None:
     impl = _only([at for at in range(0, _OBJECT_WORDS * _WORD, _WORD)
                   if all(_word(id(tensor) + at) == own for tensor, own in zip(made, impls, strict=True))])  # fmt: skip
     at_storage = _with(impls, [storage._cdata for storage in storages])
-    at_offset = _with(impls, [tensor.storage_offset() for tensor in made])
+    at_offset = _with(impls, [int(tensor.storage_offset()) for tensor in made])
     counters = [
         (at, inside)
         for at in range(0, _IMPL_WORDS * _WORD, _WORD)
@@ -108,7 +107,9 @@ def _try_out(words: _native.TensorWords) -> bool:
         def look() -> None:
             seen = words.versions(tensors)
             first = [tensor.data_ptr() - tensor.storage_offset() * tensor.element_size() for tensor in tensors]
-            there = [(t.untyped_storage()._cdata, begin, t.storage_offset()) for t, begin in zip(tensors, first, strict=True)]
+            there = [
+                (t.untyped_storage()._cdata, begin, t.storage_offset()) for t, begin in zip(tensors, first, strict=True)
+            ]
             placed = words.places(tensors)
             tried.append(
                 seen is not None and placed is not None and [*array.array("Q", seen)] == [*map(_VERSION, tensors)]
@@ -123,7 +124,7 @@ def _try_out(words: _native.TensorWords) -> bool:
         plain.untyped_storage().resize_(1 << 12)
         look()
         param.set_(torch.zeros(9, device="cpu").untyped_storage(), 2, (2,))  # type: ignore[call-overload]
-        torch._foreach_add_(tensors[:3], 1.0)
+        tensors[2].add_(1.0)
         look()
     with torch.inference_mode():
         bare = torch.zeros(1, device="cpu")
