@@ -50,6 +50,22 @@ def other_objects(
 def keep_forever(object: object) -> None:
     """Never frees what this refers to, not at the interpreter's exit either."""
 
+class TensorWords:
+    """Reads words of tensors where torch keeps them, in bytes from the beginning of what each is part of.
+
+    `kind` is the class that all tensors are of. `impl`, in the Python object, leads to torch's own tensor, which has
+    the rest: `counter` leads to the version, at `version`; `storage` to the storage, which has the memory's address at
+    `address`; `offset` is the number of the first element. REQUIRES: that all of this is so.
+    """
+
+    def __init__(
+        self, kind: type, *, impl: int, counter: int, version: int, storage: int, address: int, offset: int
+    ) -> None: ...
+    def versions(self, tensors: list[Any]) -> bytes | None:
+        """Of each a word of 8 bytes. None if one is no tensor, or has none."""
+    def places(self, tensors: list[Any]) -> bytes | None:
+        """Of each three words: its storage, where that has its memory, the first element. None as of `versions`."""
+
 class Hashing:
     """XXH3-64 of pieces of memory, (address, bytes) each, made on another thread meanwhile
     (csrc/include/layerwise/hash_job.h). ValueError if one is not mapped.

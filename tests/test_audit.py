@@ -5,6 +5,9 @@ hundred.
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,9 @@ import torch
 from torch import nn
 
 import layerwise_dist as lwd
-from layerwise_dist.capture import audit
+from layerwise_dist.capture import audit, lease
 from layerwise_dist.capture.survey import Surveyor
+from layerwise_dist.errors import CommitError
 from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.frameworks.torch_optimizer import TorchOptimizer
 
@@ -106,3 +110,71 @@ def test_a_blind_write_that_begins_late_is_found_within_a_hundred_checkpoints_an
 def _stepped(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     step(model, optimizer)
     return optimizer
+
+
+# -- the last look, which the persisting thread makes ------------------------------------------------------------------
+
+
+def _changed_before_the_last_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
+    """A job in which, once all of step 6 is written, a parameter changes blindly before it is looked at again."""
+    model, optimizer = wide(1)  # so little that each checkpoint audits all of it
+    looks = []
+    original = lease._LookBack.look
+
+    def look(back: lease._LookBack, changed: Callable[[], set[int] | None]) -> None:
+        looks.append(threading.current_thread() is threading.main_thread())
+        if len(looks) == 6 - audit.FULL_FIRST:
+            model[0].weight.detach().numpy()[0, 0] += 1
+        original(back, changed)
+
+    monkeypatch.setattr(lease._LookBack, "look", look)
+    with lwd.attach(model, optimizer, dir=str(tmp_path), commit={"raise_after": 1000}) as ckpt:
+        committed = []
+        for number in ckpt.steps(7):
+            if number:
+                with contextlib.suppress(CommitError):
+                    ckpt.wait(number, timeout=60)  # before the update, which would look itself
+            committed.append(ckpt.committed_step)
+            step(model, optimizer)
+    assert looks == [False] * (7 - audit.FULL_FIRST), "one a checkpoint, on another thread; none where all is certain"
+    return committed
+
+
+def test_the_persisting_thread_s_look_finds_what_no_counter_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert _changed_before_the_last_look(tmp_path, monkeypatch)[-2:] == [5, 5]
+    assert "param/0.weight changed between the boundary and the next update" in caplog.text
+
+
+def test_a_last_look_that_compares_nothing_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit.Audit, "changed_by_now", lambda audit, survey: set())
+    assert _changed_before_the_last_look(tmp_path, monkeypatch)[-2:] == [5, 6]
+
+
+def test_memory_that_is_overwritten_is_not_looked_at_any_more() -> None:
+    back = lease._LookBack()
+    assert back.awaited and back.end() is None and not back.awaited
+    back.look(lambda: pytest.fail("the memory is another's by now"))
+    assert back.end() is None
+
+
+def test_who_overwrites_memory_waits_for_the_look_at_it() -> None:
+    back, begun, go = lease._LookBack(), threading.Event(), threading.Event()
+
+    def changed() -> set[int]:
+        begun.set()
+        assert go.wait(30)
+        return {7}
+
+    looking = threading.Thread(target=back.look, args=(changed,))
+    looking.start()
+    assert begun.wait(30)
+    found: list[set[int] | None] = []
+    ending = threading.Thread(target=lambda: found.append(back.end()))
+    ending.start()
+    assert back.awaited and not found
+    go.set()
+    ending.join(30)
+    looking.join(30)
+    assert found == [{7}] and not back.awaited

@@ -108,6 +108,7 @@ void BindEnv(nb::module_& m);
 void BindHashes(nb::module_& m);
 void BindObjects(nb::module_& m);
 void BindShard(nb::module_& m);
+void BindTensors(nb::module_& m);
 
 }  // namespace layerwise
 

@@ -58,6 +58,7 @@ NB_MODULE(_native, m) {
   BindHashes(m);
   BindObjects(m);
   BindShard(m);
+  BindTensors(m);
 
   // Leased memory is freed after this.
   nb::module_::import_("atexit").attr("register")(nb::cpp_function(&CloseAllPools));

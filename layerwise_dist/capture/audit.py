@@ -105,6 +105,18 @@ class Audit:
         """Numbers of the pieces read in place that are not any more what was noted."""
         return {window.piece for window, hash in look.hashes() if hash != self._noted[window]}
 
+    def changed_by_now(self, survey: Survey) -> set[int]:
+        """As `changed`, on any thread, without keeping the training thread from running meanwhile."""
+        return {
+            piece
+            for piece, windows in self._windows.items()
+            if survey.leased[piece] and any(
+                _native.hash_memory(survey.addresses[piece] + window.begin, window.end - window.begin)
+                != self._noted[window]
+                for window in windows
+            )
+        }  # fmt: skip
+
     def changed_since_staged(self, survey: Survey) -> set[int]:
         """Of those that were staged."""
         with self.spent:

@@ -5,7 +5,7 @@ next.
 
 from __future__ import annotations
 
-import operator
+import array
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -23,8 +23,7 @@ from layerwise_dist.errors import LayerwiseError
 from layerwise_dist.storage.gathered import GatheredExtent
 from layerwise_dist.storage.protocols import InPlaceWrite, ShardWrite
 from layerwise_dist.storage.shard_layout import ALIGN
-
-_VERSION = operator.attrgetter("_version")
+from layerwise_dist.tensors.words import NO_VERSION, versions
 
 
 class LeaseBroken(LayerwiseError):
@@ -46,8 +45,11 @@ class Capture:
     def __init__(
         self, step: int, survey: Survey, write: ShardWrite, audit: Audit, stage: Stage,
         gathered: Mapping[int, GatheredExtent], *, timeout_s: float, verdict_wanted: Callable[[], None],
+        look: Look | None = None,
     ) -> None:  # fmt: skip
         """`timeout_s`: the longest wait for the disk before memory is overwritten or captured again.
+
+        `look`: at all of it, begun since the update. REQUIRES: then all of it is taken before anything changes.
 
         `verdict_wanted()` is called once all is written, if the training thread has not judged it by then.
         Raises MemoryGone for what is not mapped.
@@ -58,8 +60,10 @@ class Capture:
         self._handover = Handover()
         self._fences: dict[int, list[Wait]] = {}
         self._sealed: torch.Tensor | None = None
+        self._first_look = look
         self._look: Look | None = None  # of the boundary, on its way
-        self._versions = [-1] * len(survey.tensors)
+        self._back = _LookBack()
+        self._versions = array.array("Q", [NO_VERSION]) * len(survey.tensors)
         self._staging = bool(survey.staged_bytes)  # whether a change could still get into what is staged
         self._unjudged = set(range(len(survey.batches)))
         self._certain = False  # all of it was compared after it was written
@@ -78,11 +82,11 @@ class Capture:
 
         Raises StageError.
         """
-        tensors = self.survey.tensors
-        for number in batches:
-            pieces = self.survey.pieces_of[number]
-            self._versions[pieces.start : pieces.stop] = map(_VERSION, tensors[pieces.start : pieces.stop])
-        look = self._audit.look(self.survey, batches)
+        tensors, pieces_of = self.survey.tensors, self.survey.pieces_of
+        for first, count in _runs(batches):
+            begin, end = pieces_of[first].start, pieces_of[first + count - 1].stop
+            self._versions[begin:end] = versions(tensors[begin:end])
+        look, self._first_look = self._first_look or self._audit.look(self.survey, batches), None
         for first, count in self._leased_runs(batches):
             self._in_place.submit(first, count)
         self._audit.note_leased(look)
@@ -182,6 +186,8 @@ class Capture:
             self._staging = False
         if self._settled.is_set() or not self.write.leases_over():
             return set()
+        if not self._certain and self._back.awaited:
+            return set()  # the persisting thread looks, and asks for the verdict then
         return self._judge(self._unjudged)
 
     def confirm(self, timeout_s: float) -> None:
@@ -194,6 +200,8 @@ class Capture:
         if not self._handover.wait(timeout_s):
             raise LeaseBroken(f"copies of device memory were still being made after {timeout_s:g} s")
         if not self._settled.is_set():
+            # Nothing is read any more, so whatever changes from now on changes nothing that was written.
+            self._back.look(lambda: self._audit.changed_by_now(self.survey) if self.write.leases_over() else None)
             self._verdict_wanted()
         if not self._settled.wait(max(0.0, deadline - time.monotonic())):
             raise LeaseBroken(
@@ -240,10 +248,7 @@ class Capture:
 
     def _leased_runs(self, batches: Iterable[int]) -> Iterator[tuple[int, int]]:
         """Leased ones of these batches that follow one another in the file, as (first, count)."""
-        leased = sorted(number for number in batches if not self.survey.batches[number].staged)
-        for _, run in groupby(enumerate(leased), key=lambda item: item[1] - item[0]):
-            numbers = [number for _, number in run]
-            yield numbers[0], len(numbers)
+        return _runs(number for number in batches if not self.survey.batches[number].staged)
 
     def _stage_batches(self, numbers: Iterable[int]) -> None:
         deadline = time.monotonic() + self._timeout_s
@@ -307,7 +312,9 @@ class Capture:
         # What was written before the boundary was over is certain: what changes now was never read.
         unseen: set[int] = set()
         if not self._certain:
-            unseen = self._changed(batches).difference(moved)
+            seen = self._back.end()
+            unseen = self._changed(batches) if seen is None else {n for n in seen if self.survey.batch_of[n] in batches}
+            unseen.difference_update(moved)
         if not self._broken([*moved, *unseen]) and self._unjudged <= set(batches):
             self._settled.set()
         return self._names(unseen)
@@ -330,7 +337,7 @@ class Capture:
 
     def _moved(self) -> list[int]:
         """Numbers of the pieces, not judged yet, whose version counter rose since they were noted."""
-        now = [*map(_VERSION, self.survey.tensors)]
+        now = versions(self.survey.tensors)
         if now == self._versions:
             return []
         return [
@@ -344,6 +351,39 @@ class Capture:
 
     def _too_slow(self) -> LeaseBroken:
         return LeaseBroken(f"its tensors were still being written after fence_timeout_s = {self._timeout_s:g} s")
+
+
+class _LookBack:
+    """The audit's last look, which the persisting thread makes once all is written, unless the memory is overwritten
+    before. The training thread would wait for what it can have done beside it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._found: set[int] | None = None
+        self.awaited = True  # neither made nor given up
+
+    def look(self, changed: Callable[[], set[int] | None]) -> None:
+        """Makes it, once. REQUIRES: not on the training thread."""
+        with self._lock:
+            if self.awaited:
+                self._found = changed()
+                self.awaited = False
+
+    def end(self) -> set[int] | None:
+        """What it found, the pieces' numbers; None if there was none: the memory may be overwritten from now on, and
+        nobody looks at it again.
+        """
+        with self._lock:
+            self.awaited = False
+            return self._found
+
+
+def _runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Those that follow one another, as (first, count)."""
+    for _, run in groupby(enumerate(sorted(numbers)), key=lambda item: item[1] - item[0]):
+        found = [number for _, number in run]
+        yield found[0], len(found)
 
 
 def _lay_rest(memory: torch.Tensor, extent: GatheredExtent, survey: Survey) -> None:

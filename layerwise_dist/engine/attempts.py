@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from layerwise_dist.capture.audit import Audit, Rotation
+from layerwise_dist.capture.audit import Audit, Look, Rotation
 from layerwise_dist.capture.lease import Capture
 from layerwise_dist.capture.pages import HugePages
 from layerwise_dist.capture.room import least_pool_bytes, pool_bytes
@@ -124,10 +124,15 @@ class Attempts:
             return None
         self._participant.began(attempt)
         write: ShardWrite | None = None
+        look: Look | None = None
         try:
             if found is None:
                 self._surveyor.gather()
                 found = self._expected()
+                audit = self._audits.next(found)
+                look = audit.look(found)  # hashed by another thread while the rest is made ready
+            else:
+                audit = self._audits.next(found)
             laid = self._lay_out(found)
             if attempt.seq >= filenames.NUMBERS_END or step >= filenames.STEPS_END:
                 raise UnsupportedError(
@@ -135,7 +140,7 @@ class Attempts:
                     f"attempts below {filenames.NUMBERS_END}; continue in a new directory"
                 )
             write = self._adapter.begin(attempt, laid.shard, laid.plan)
-            return self._capture(step, found, laid, write, self._audits.next(found))
+            return self._capture(step, found, laid, write, audit, look)
         except (LayerwiseError, OSError) as error:
             self.fail(attempt, error, write or self._adapter.unbegun(attempt))
             return None
@@ -180,11 +185,13 @@ class Attempts:
         """
         return self._surveyor.known(self._copying) if self._steady else None
 
-    def _capture(self, step: int, found: Survey, laid: Laid, write: ShardWrite, audit: Audit) -> Capture:
+    def _capture(
+        self, step: int, found: Survey, laid: Laid, write: ShardWrite, audit: Audit, look: Look | None = None
+    ) -> Capture:
         self._last = found
         assert self._stage is not None, "`_lay_out` has opened it"
         capture = Capture(
-            step, found, write, audit, self._stage, laid.gathered,
+            step, found, write, audit, self._stage, laid.gathered, look=look,
             timeout_s=self._config.fence_timeout_s, verdict_wanted=self._participant.verdict_wanted,
         )  # fmt: skip
         self._scheduler.begin()

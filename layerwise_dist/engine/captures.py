@@ -36,6 +36,7 @@ class Captures:
     Attributes:
         open: that of this iteration; None if there is none.
         sealed: to be fenced before the next update.
+        unsettled: those of them that `settle` may have to judge.
         updates: how many the job has made, those before the restored checkpoint included.
         in_place: whether the last update that was saved left everything where it was.
     """
@@ -53,6 +54,7 @@ class Captures:
         self._pacing = pacing
         self.open: Capture | None = None
         self.sealed: list[Capture] = []
+        self.unsettled: list[Capture] = []
         self.updates = updates
         self.in_place = True
         self._client_state: dict[str, Any] | None = None
@@ -93,6 +95,7 @@ class Captures:
                 assert self.open is not None
                 # What is left of older ones (layers that no optimizer has updated since) is in this one as well.
                 self.sealed = [*(each for each in self.sealed if not each.settled), self.open]
+                self.unsettled.append(self.open)
         self.open = None
         self._scheduler.done()
 
@@ -162,17 +165,18 @@ class Captures:
         """Between two operations of the training thread, and while it waits: leases whose blocks are written can be
         judged.
         """
-        pending = [capture for capture in self.sealed if not capture.settled]
-        if pending and threading.get_ident() == self._thread.ident:
+        if self.unsettled and threading.get_ident() == self._thread.ident:
             with self._statistics.stall("settle"):
-                for capture in pending:
+                for capture in self.unsettled:
                     self._attempts.learn(capture.settle(), "the next update")
+                self.unsettled = [capture for capture in self.unsettled if not capture.settled]
 
     def fence(self, layers: Collection[str] | None = None) -> None:
         """These layers, or all, are overwritten next: their leases end."""
         for capture in self.sealed:
             self._attempts.learn(capture.fence(layers), "the next update")
         self.sealed = [capture for capture in self.sealed if not capture.over]
+        self.unsettled = [capture for capture in self.sealed if not capture.settled]
 
     def drain(self, timeout_s: float) -> None:
         """Waits until nothing reads the model's memory any more and every checkpoint on its way is decided.

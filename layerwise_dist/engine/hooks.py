@@ -56,10 +56,10 @@ class Hooks:
             self._boundary.training_forward()
 
     def _after_forward(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        if self._captures.sealed:
+        if self._captures.unsettled:
             self._captures.settle()
 
     def _during_backward(self, param: torch.Tensor) -> None:
         # Without it a checkpoint that is written during the forward would be committed no earlier than the next update.
-        if self._captures.sealed:
+        if self._captures.unsettled:
             self._captures.settle()

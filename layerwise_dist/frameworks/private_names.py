@@ -30,7 +30,7 @@ Names = Mapping[str, tuple[str, ...]]
 TORCH: Mapping[str, Names] = {
     "any model": {
         "torch": ("_C", "_neg_view"),
-        "torch:Tensor": ("_version",),
+        "torch:Tensor": ("_cdata", "_version"),
         "torch:UntypedStorage": ("_cdata",),
         "torch._C": ("DisableTorchFunctionSubclass",),
         "torch.nn:Module": ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"),

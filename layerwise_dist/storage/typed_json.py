@@ -81,10 +81,11 @@ def dumps(value: Any, *, path: str = "state") -> tuple[bytes, bytes]:
     """
     writer = Writer()
     text = writer.finish(_tree(writer, value, path)).encode()
-    if (needed := strict_json.weight(text)) > strict_json.WEIGHT_CAP:
+    if strict_json.too_heavy(text):
         raise StateError(
             path,
-            f"so many lists, dicts and strings that a reader would need about {needed >> 20} MB of memory beside what "
+            "so many lists, dicts and strings that a reader would need about "
+            f"{strict_json.weight(text) >> 20} MB of memory beside what "
             f"is in them, at most {strict_json.WEIGHT_CAP >> 20} are allowed: keep them in arrays, tensors or bytes",
         )
     return text, b"".join(writer.parts)

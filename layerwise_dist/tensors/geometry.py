@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from layerwise_dist.tensors.words import places
+
 try:
     from torch._C._dynamo.guards import TensorGuards  # of torch's C library: nothing of torch._dynamo is imported
 except ImportError:  # a private name. Without it Python is asked, which takes longer and says the same
@@ -22,13 +24,17 @@ class Geometry:
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._addresses, self._layouts = _addresses(tensors), _layouts(tensors)
+        self._places = places([*tensors])
         self._guards: TensorGuards | None = None
         self._guardable = TensorGuards is not None
 
     def is_of(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether these tensors take the same memory, in the same order, as the same elements."""
-        if _addresses(tensors) != self._addresses:
-            return False
+        placed = places([*tensors])
+        if placed is None or placed != self._places:
+            if _addresses(tensors) != self._addresses:
+                return False
+            self._places = placed  # other storages over the same memory
         # Guards take a sixth of the time of asking in Python. They also say no where nothing of this changed (but
         # requires_grad, or inference mode, or if a tensor is there twice); then Python is asked.
         if self._guards is not None and self._guards.check(*tensors):

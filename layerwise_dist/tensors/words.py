@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Version counters of many tensors, and where their memory is, in a tenth of the time that asking torch takes.
+
+After a training step nothing of a tensor is in the cache. One that is asked in Python waits for memory some ten times,
+one after the other, and a checkpoint asks hundreds of them several times. The native core reads the same words with
+many of these waits at once.
+
+Torch has no call for that. Where the words are is found out once in each process, with tensors of known versions and
+places, and tried with others. Where they are not as expected torch is asked as ever, which says the same.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import functools
+import logging
+import operator
+from collections.abc import Sequence
+
+import torch
+
+from layerwise_dist import _native
+
+log = logging.getLogger("layerwise_dist")
+
+NO_VERSION = (1 << 64) - 1  # which no counter has: they have 32 bits
+_VERSION = operator.attrgetter("_version")
+_WORD = ctypes.sizeof(ctypes.c_size_t)
+_OBJECT_WORDS = 8  # that are looked at: a tensor's Python object has as many, and torch's own one has more than these
+_IMPL_WORDS = 20
+_STORAGE_WORDS = 8
+_COUNTER_BYTES = 24  # of what a tensor's counter is in
+
+
+def versions(tensors: list[torch.Tensor]) -> array.array[int]:
+    """The version counter of each. Raises RuntimeError for one that has none (an inference tensor)."""
+    words = _words()
+    found = words.versions(tensors) if words is not None else None
+    if found is None:
+        return array.array("Q", map(_VERSION, tensors))
+    return array.array("Q", found)
+
+
+def places(tensors: list[torch.Tensor]) -> bytes | None:
+    """Equal where all of these strided tensors are in the same place of the same storages at the same addresses. None
+    where only torch can say so.
+    """
+    words = _words()
+    return words.places(tensors) if words is not None else None
+
+
+@functools.cache
+def _words() -> _native.TensorWords | None:
+    words = _find()
+    if words is None:
+        log.info("torch %s keeps version counters in an unknown place: it is asked for them, which takes longer",
+                 torch.__version__)  # fmt: skip
+    return words
+
+
+def _find() -> _native.TensorWords | None:
+    """What reads them; None if the words are not where they should be, or not alone in having these values."""
+    made = [_made(version, first) for version, first in ((3, 5), (7, 11), (13, 2), (40, 29))]
+    impls: list[int] = [tensor._cdata for tensor in made]
+    storages = [tensor.untyped_storage() for tensor in made]
+    impl = _only([at for at in range(0, _OBJECT_WORDS * _WORD, _WORD)
+                  if all(_word(id(tensor) + at) == own for tensor, own in zip(made, impls, strict=True))])  # fmt: skip
+    at_storage = _with(impls, [storage._cdata for storage in storages])
+    at_offset = _with(impls, [int(tensor.storage_offset()) for tensor in made])
+    counters = [
+        (at, inside)
+        for at in range(0, _IMPL_WORDS * _WORD, _WORD)
+        if all(_readable(_word(own + at)) for own in impls)
+        for inside in range(0, _COUNTER_BYTES, 4)
+        if all(_half(_word(own + at) + inside) == tensor._version for own, tensor in zip(impls, made, strict=True))
+    ]
+    # What Python owns: of what torch allocates, the word beside tells the same address.
+    storages.append(torch.frombuffer(bytearray(64), dtype=torch.uint8).untyped_storage())
+    address = _with(
+        [storage._cdata for storage in storages], [storage.data_ptr() for storage in storages], _STORAGE_WORDS
+    )
+    if impl is None or at_storage is None or at_offset is None or address is None or len(counters) != 1:
+        return None
+    words = _native.TensorWords(
+        torch.Tensor, impl=impl, counter=counters[0][0], version=counters[0][1], storage=at_storage, address=address,
+        offset=at_offset,
+    )  # fmt: skip
+    return words if _try_out(words) else None
+
+
+def _made(version: int, first: int) -> torch.Tensor:
+    """A tensor of that version, whose memory begins at that element of its storage."""
+    tensor = torch.zeros(64, device="cpu")[first : first + 3]
+    while tensor._version < version:
+        tensor.zero_()
+    return tensor
+
+
+def _try_out(words: _native.TensorWords) -> bool:
+    """Whether they follow all that gives a tensor another version, another place or other insides."""
+    with torch.inference_mode(False), torch.no_grad():
+        plain, param = torch.zeros(4, device="cpu"), torch.nn.Parameter(torch.ones(2, 3, device="cpu"))
+        tensors: list[torch.Tensor] = [plain, param, plain[1:], param.detach(), torch.tensor(1.0, device="cpu")]
+        tried = []
+
+        def look() -> None:
+            seen = words.versions(tensors)
+            first = [tensor.data_ptr() - tensor.storage_offset() * tensor.element_size() for tensor in tensors]
+            there = [
+                (t.untyped_storage()._cdata, begin, t.storage_offset()) for t, begin in zip(tensors, first, strict=True)
+            ]
+            placed = words.places(tensors)
+            tried.append(
+                seen is not None and placed is not None and [*array.array("Q", seen)] == [*map(_VERSION, tensors)]
+                and [*array.array("Q", placed)] == [word for each in there for word in each]
+            )  # fmt: skip
+
+        look()
+        plain[1].add_(1)
+        param.mul_(2)
+        look()
+        param.data = torch.zeros(5, 3, device="cpu")[1:]
+        plain.untyped_storage().resize_(1 << 12)
+        look()
+        param.set_(torch.zeros(9, device="cpu").untyped_storage(), 2, (2,))  # type: ignore[call-overload]
+        tensors[2].add_(1.0)
+        look()
+    with torch.inference_mode():
+        bare = torch.zeros(1, device="cpu")
+    tried.append(words.versions([bare]) is None and words.versions([None]) is None)
+    return all(tried)
+
+
+def _with(objects: Sequence[int], values: Sequence[int], words: int = _IMPL_WORDS) -> int | None:
+    """The offset of the one word that has each object's value."""
+    offsets = range(0, words * _WORD, _WORD)
+    pairs = list(zip(objects, values, strict=True))
+    return _only([at for at in offsets if all(_word(address + at) == value for address, value in pairs)])
+
+
+def _only(found: Sequence[int]) -> int | None:
+    return found[0] if len(found) == 1 else None
+
+
+def _word(address: int) -> int:
+    return ctypes.c_size_t.from_address(address).value
+
+
+def _half(address: int) -> int:
+    return ctypes.c_uint32.from_address(address).value
+
+
+def _readable(address: int) -> bool:
+    """Whether what looks like a pointer to a counter is one to memory that can be read."""
+    if address % _WORD:
+        return False
+    try:
+        _native.hash_memory(address, _COUNTER_BYTES)
+    except ValueError:
+        return False
+    return True
