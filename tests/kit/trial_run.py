@@ -158,7 +158,11 @@ class Running:
         return f"output:\n{self.job.output()[-5000:]}"
 
     def pid(self, rank: int) -> list[int]:
-        return [line["pid"] for line in self.told()[rank] if "pid" in line]
+        """None of a rank that has come to its end: it waits for torch's agent then, in a `multiprocessing.Event`, and
+        if it is killed there the agent waits for it forever.
+        """
+        lines = self.told()[rank]
+        return [line["pid"] for line in lines if "pid" in line and not any("end" in other for other in lines)]
 
     def monitor(self, rank: int) -> list[int]:
         return [line["monitor"] for line in self.told()[rank] if "monitor" in line]
