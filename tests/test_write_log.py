@@ -102,6 +102,28 @@ def test_a_machine_that_dies_leaves_what_was_flushed_and_any_part_of_the_rest(tm
         assert last_cuts(entries[:2], 10, random.Random(3)) == [Cut("nothing more", 2), Cut("all", 2)]
 
 
+def test_what_is_written_whole_is_never_torn_and_larger_writes_are_between_two_of_them(tmp_path: Path) -> None:
+    told = [(0, b"begun", MARK), (8, block("a", 8), 0), (12, block("b", 36), 0), (0, b"", FLUSH)]
+    with files(tmp_path, log_of(*told)) as (log, _):
+        entries, _ = read_log(log)
+        sectors = [cut for cut in cuts(entries, 1, 60, random.Random(3), 4096) if cut.kind == "some sectors"]
+        blocks = [cut for cut in last_cuts(entries[:3], 60, random.Random(3)) if cut.kind == "some blocks"]
+        for found in (sectors, blocks):
+            parts = [part for cut in found for part in cut.parts]
+            assert all(part.nbytes == 4096 for part in parts if part.entry == 1)
+            large = [part for part in parts if part.entry == 2]
+            ends = {12 * 512 + at for part in large for at in (part.start, part.start + part.nbytes)}
+            assert all(end % 4096 == 0 or end in (12 * 512, 48 * 512) for end in ends) and len(ends) > 2
+
+
+def test_a_log_and_a_seed_give_the_same_cuts_again(tmp_path: Path) -> None:
+    told = [(0, b"begun", MARK), *((8 * at, block("a", 8), 0) for at in range(20)), (0, b"", FLUSH)]
+    with files(tmp_path, log_of(*told)) as (log, _):
+        entries, _ = read_log(log)
+        once, again, other = (cuts(entries, 1, 20, random.Random(seed)) for seed in (7, 7, 8))
+        assert once == again != other
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [

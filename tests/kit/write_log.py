@@ -19,7 +19,8 @@ VERSION = 1
 FLUSH, FUA, DISCARD, MARK = 1, 2, 4, 8
 SUPER = struct.Struct("<QQQI")
 ENTRY = struct.Struct("<QQQQ")
-_SECTOR = 512  # what a disk writes whole or not at all
+_SECTOR = 512
+_BLOCK = 4096
 _PIECE = 1 << 20
 
 
@@ -90,10 +91,10 @@ def read_log(fd: int) -> tuple[list[Entry], int]:
     return entries, sector
 
 
-def cuts(entries: Sequence[Entry], begin: int, drawn: int, rng: random.Random) -> list[Cut]:
+def cuts(entries: Sequence[Entry], begin: int, drawn: int, rng: random.Random, sector: int = _SECTOR) -> list[Cut]:
     """Power cuts after entry `begin`, in the order of their `end`: right after each flush, each FUA and each mark, and
     `drawn` others at random. Of what no flush had covered, a third of those keep the first writes, a third some
-    writes, a third some sectors of some writes.
+    writes, a third some sectors of some writes: `sector` bytes, which the disk writes whole or not at all.
     """
     found = [
         Cut("mark" if entry.flags & MARK else "flush", number + 1)
@@ -112,34 +113,38 @@ def cuts(entries: Sequence[Entry], begin: int, drawn: int, rng: random.Random) -
             first -= 1
         while last < len(entries) and not entries[last].orders:
             last += 1
-        whole = kind == "some writes"
-        parts = [part for each in range(first, last) if rng.random() < 0.6 for part in _of(entries, each, whole, rng)]
+        atom = None if kind == "some writes" else sector
+        parts = [part for each in range(first, last) if rng.random() < 0.6 for part in _of(entries, each, atom, rng)]
         found.append(Cut(kind, first, tuple(parts)))
     return sorted(found, key=lambda cut: cut.end)
 
 
 def last_cuts(entries: Sequence[Entry], drawn: int, rng: random.Random) -> list[Cut]:
     """What the end of QEMU's log may leave: all that was ordered, with nothing of what follows, all of it, and `drawn`
-    times some writes of it. Whole ones: that log does not say which bypass the cache, as a super block does, which a
-    file system does not expect to be torn.
+    times some writes of it, or some blocks of 4096 bytes of some. No smaller parts: that log does not say which writes
+    bypass the cache, as those of a super block do, and btrfs takes for granted that the 4096 bytes of its one are
+    written whole: if they are not, it does not mount, whatever a checkpoint does.
     """
     end = 1 + max((number for number, entry in enumerate(entries) if entry.orders), default=-1)
     found = [Cut("nothing more", end)]
-    for _ in range(drawn if end < len(entries) else 0):
-        loose = (each for each in range(end, len(entries)) if rng.random() < 0.6)
-        found.append(Cut("some writes", end, tuple(Part(each, 0, entries[each].nbytes) for each in loose)))
+    for number in range(drawn if end < len(entries) else 0):
+        kind, atom = (("some writes", None), ("some blocks", _BLOCK))[number % 2]
+        loose = [each for each in range(end, len(entries)) if rng.random() < 0.6]
+        found.append(Cut(kind, end, tuple(part for each in loose for part in _of(entries, each, atom, rng))))
     return [*found, Cut("all", len(entries))]
 
 
-def _of(entries: Sequence[Entry], number: int, whole: bool, rng: random.Random) -> Iterator[Part]:
+def _of(entries: Sequence[Entry], number: int, atom: int | None, rng: random.Random) -> Iterator[Part]:
+    """All of an entry, or some of its parts that begin and end at multiples of `atom` bytes on the device."""
     nbytes = entries[number].nbytes
-    if whole or nbytes <= _SECTOR:
+    if atom is None or nbytes <= atom:
         yield Part(number, 0, nbytes)
         return
-    # Runs of sectors, so that a large write is torn in few places.
+    # Runs of them, so that a large write is torn in few places.
     at, kept = 0, rng.random() < 0.5
     while at < nbytes:
-        length = min(nbytes - at, _SECTOR * rng.randint(1, max(1, nbytes // _SECTOR // 2)))
+        reach = entries[number].offset + at + atom * rng.randint(1, max(1, nbytes // atom // 2))
+        length = min(nbytes, reach - reach % atom - entries[number].offset) - at
         if kept:
             yield Part(number, at, length)
         at, kept = at + length, not kept

@@ -11,6 +11,12 @@ guest_environment= # of the program that `begin_python_root` runs: NAME=VALUE...
 with_python=(-machine q35 -m 2G -device "virtio-9p-pci,fsdev=host,mount_tag=host"
   -fsdev "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap")
 
+# What a script says of itself, after its license.
+usage() {
+  sed -n '3,/^set /s/^# \{0,1\}//p' "$1"
+  exit 0
+}
+
 skip() {
   echo "SKIP: $title: $1"
   exit 0
@@ -105,13 +111,15 @@ begin_python_root() {
 
 # Disks for `boot`: NAME:SIZE:SECTOR... as files of $work, and their arguments in `disks`.
 add_disks() {
-  local name size sector
+  local name size sector slot=16 function=0
   rm -f "$work"/disk-*
   disks=()
+  # Eight in a slot of the bus, which has 32.
   while IFS=: read -r name size sector; do
     truncate -s "$size" "$work/disk-$name"
     disks+=(-drive "file=$work/disk-$name,if=none,id=$name,format=raw,cache=unsafe,discard=unmap"
-      -device "virtio-blk-pci,drive=$name,serial=$name,logical_block_size=$sector,physical_block_size=$sector")
+      -device "virtio-blk-pci,drive=$name,serial=$name,logical_block_size=$sector,physical_block_size=$sector,addr=$(printf '%x.%x' $slot $function),multifunction=on")
+    function=$(((function + 1) % 8)) slot=$((slot + (function == 0)))
   done < <(printf '%s\n' "$@")
 }
 

@@ -12,7 +12,10 @@
 # killed, up to the last flush, with N different parts of what followed. After each of these cuts the file system is
 # mounted, and a restart must restore the step that was promised last, or one that was begun after it, with exactly the
 # contents that the training has without checkpoints; after every eighth it also trains on, saves and restores once more.
-# A job that announces commits without a flush of theirs must be found, on each file system.
+# Careless jobs must be found, on each: they announce commits without the flush of the manifest's folder, of what is in
+# the manifest, or of what is in the shards (tests/vm/guest/careless.py).
+#
+# A seed and a log give the same cuts again: what fails is left in build/vm/powercut, with the command that repeats it.
 #
 # For root, who may mount the images; the machine emulates every instruction, so KVM is not needed. Needs what
 # tests/vm/run.sh needs, the programs that make these file systems, and .venv (launch/setup.sh). The machine reads this
@@ -29,6 +32,7 @@ seed=$((RANDOM * 32768 + RANDOM))
 wanted=()
 while [ $# -gt 0 ]; do
   case $1 in
+    -h | --help) usage tests/vm/powercut.sh ;;
     --drawn | --seed)
       [[ ${2:-} =~ ^[0-9]+$ ]] || { echo "$1 needs a number" >&2; exit 2; }
       case $1 in --drawn) drawn=$2 ;; --seed) seed=$2 ;; esac
@@ -52,12 +56,11 @@ for kind in "${kinds[@]}"; do
 done
 prepare mke2fs:e2fsprogs mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs dmsetup:dmsetup losetup:mount unshare:util-linux
 
-names=("${wanted[@]}")
-for each in "${wanted[@]}"; do
-  [ "${each#*-}" = 4096 ] || names+=("$each-unflushed")
-done
+names=()
+for each in "${wanted[@]}"; do names+=("$each" "$each-folder" "$each-manifest" "$each-shards"); done
 log_options=log-sector-size=512,log-super-update-interval=1
 SECONDS=0
+echo "recording ${wanted[*]}: seed $seed, $drawn cuts drawn for each"
 find_python
 begin_python_root tests/vm/guest/record.py "$PWD/$work/needs" "${names[@]}"
 add_modules crc32c_generic virtio_pci virtio_blk 9pnet_virtio 9p dm-log-writes "${kinds[@]}"
@@ -81,20 +84,29 @@ tr -d '\r' <"$console" | sed -n 's/^STATES //p' >"$work/states"
 total=0
 violations=0
 failed=
-# A name, the file of its log and further arguments.
+left=$vm/powercut
+rm -rf "$left"
+run_replay=(unshare --mount --propagation private env PYTHONPATH=tests:tests/vm/guest OMP_NUM_THREADS=1
+  "$python" tests/vm/replay.py)
+# A name, the file of its log, and one with what the job said.
 replay() {
   local out=$work/replay.log counts
-  unshare --mount --propagation private env PYTHONPATH=tests:tests/vm/guest OMP_NUM_THREADS=1 \
-    "$python" tests/vm/replay.py "$1" "$2" "$work/states" --drawn "$drawn" --seed "$seed" "${@:3}" >"$out" 2>&1 ||
-    failed="$failed $1"
+  "${run_replay[@]}" "$1" "$2" "$work/states" --drawn "$drawn" --seed "$seed" ${3:+--said "$3"} >"$out" 2>&1 ||
+    keep "$@"
   grep -E '^(CUTS|VIOLATION|MUTATION)' "$out" || cat "$out"
   counts=$(sed -nE 's/^CUTS ([0-9]+) VIOLATIONS ([0-9]+).*/\1 \2/p' "$out")
   [ -z "$counts" ] || { total=$((total + ${counts% *})) violations=$((violations + ${counts#* })); }
 }
+keep() {
+  failed="$failed $1"
+  mkdir -p "$left"
+  cp --sparse=always "$2" ${3:+"$3"} "$work/states" "$work/needs" "$left/"
+  echo "to repeat it: ${run_replay[*]} $1 $left/${2##*/} $left/states --drawn $drawn --seed $seed${3:+ --said $left/${3##*/}}"
+}
 for name in "${names[@]}"; do replay "$name" "$work/disk-$name"; done
 for kind in "${kinds[@]}"; do
   tr -d '\r' <"$console" | sed -n "s/^SAID $kind //p" >"$work/said-$kind"
-  replay "$kind-killed" "$work/killed-$kind.log" --said "$work/said-$kind"
+  replay "$kind-killed" "$work/killed-$kind.log" "$work/said-$kind"
 done
 echo "$total power cuts, $violations violations, seed $seed: $((SECONDS / 60)) min $((SECONDS % 60)) s"
 [ -z "$failed" ] || fail "seed $seed: failed:$failed"

@@ -25,6 +25,7 @@ tests=build/native-plain/layerwise_native_tests
 console=$vm/console.log
 case $long in
   "" | --long) ;;
+  -h | --help) usage tests/vm/run.sh ;;
   *)
     echo "unknown: $long; allowed is --long" >&2
     exit 2

@@ -3,10 +3,10 @@
 
 record.py NEEDS NAME...
 
-NEEDS is what needs.py wrote. A name is FILE_SYSTEM-SECTOR, or that with -unflushed for a job that leaves a flush out.
-The log of each is on the disk with this serial number. Then the job runs on one more disk for each file system until
-the machine is killed; QEMU logs those. On the console: STATES, of the training alone, and SAID FILE_SYSTEM, what the
-job begins and what it is promised.
+NEEDS is what needs.py wrote. A name is FILE_SYSTEM-SECTOR, or that with one of careless.CARELESS for a job that leaves
+this flush out. The log of each is on the disk with this serial number. Then the job runs on one more disk for each file
+system until the machine is killed; QEMU logs those. On the console: STATES, of the training alone, and SAID
+FILE_SYSTEM, what the job begins and what it is promised.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import training
+from careless import CARELESS
 from kit.promises import BEGUN
 from system import MAKE, import_all, in_child, mapped, mounted, size_of, tool, zero
 
@@ -36,7 +37,7 @@ def device(serial: str) -> str:
 
 def record(name: str) -> None:
     """A job that is killed in step 5, comes back, goes on to step 9, rolls back by a commit, and ends with `LAST`."""
-    kind, sector, *unflushed = name.split("-")
+    kind, sector, *left_out = name.split("-")
     disk, point = device(f"disk-{sector}"), f"/tmp/{name}"
     zero(disk)
     with mapped("disk", f"0 {size_of(disk) // 512} log-writes {disk} {device(name)}") as path:
@@ -44,7 +45,7 @@ def record(name: str) -> None:
         with mounted(path, point, kind):
             os.sync()
             mark(BEGUN)
-            run = partial(session, bool(unflushed), f"{point}/checkpoints")
+            run = partial(session, left_out, f"{point}/checkpoints")
             in_child(partial(run, last=5, die=True), dies=True)
             in_child(partial(run, last=9))
             in_child(partial(run, last=LAST, back_by=1))
@@ -53,10 +54,9 @@ def record(name: str) -> None:
             raise RuntimeError("the log is not whole: its disk is full")
 
 
-def session(unflushed: bool, folder: str, *, last: int, die: bool = False, back_by: int = 0) -> None:
-    if unflushed:
-        training.forget_to_flush()
-    training.session(folder, mark, last, die=die, back_by=back_by)
+def session(left_out: list[str], folder: str, *, last: int, die: bool = False, back_by: int = 0) -> None:
+    settings = {key: value for each in left_out for key, value in CARELESS[each]().items()}
+    training.session(folder, mark, last, die=die, back_by=back_by, **settings)
 
 
 def mark(text: str) -> None:

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 import layerwise_dist as lwd
-from layerwise_dist.commit.metadata import CheckpointMetadataManager
 
 DEADLINE_S = 120.0  # of anything in a machine in which every instruction is emulated
 
@@ -82,11 +81,13 @@ def states(last: int) -> list[str]:
     return found
 
 
-def session(folder: str, say: Callable[[str], None], last: int, *, back_by: int = 0, die: bool = False) -> None:
+def session(
+    folder: str, say: Callable[[str], None], last: int, *, back_by: int = 0, die: bool = False, **settings: Any
+) -> None:
     """Goes on to step `last`, from the newest commit or from `back_by` commits before it, telling through `say` what it
     begins and what is promised. It is killed in step `last` if it must `die`.
     """
-    job = Job(folder)
+    job = Job(folder, **settings)
     back = None
     if back_by:
         lineage = list(job.ckpt.metadata.inventory().lineage())
@@ -145,12 +146,3 @@ def come_back(folder: str, go_on: bool) -> dict[str, Any]:
         found["next"] = {"step": job.ckpt.restore(), "digest": job.digest()}
         job.ckpt.close()
     return found
-
-
-def forget_to_flush() -> None:
-    """The mutation: a manifest is renamed into place, and announced without a flush of its folder."""
-
-    def into_place(self: CheckpointMetadataManager, folder: str, temporary: str, final: str) -> None:
-        self.env.rename(os.path.join(folder, temporary), os.path.join(folder, final))
-
-    CheckpointMetadataManager._into_place = into_place  # type: ignore[method-assign]
