@@ -162,10 +162,8 @@ Status PosixEnv::Hold(const std::string& path, bool alone, std::unique_ptr<FileL
 Status PosixEnv::DirectIo(const std::string& dir, std::optional<DirectIoAlignment>* alignment) {
   std::string path;
   Descriptor fd;
-  Status status = CreateProbe(*roots_, dir, &path, &fd);
-  if (!status.ok()) return status;
-  *alignment = TurnDirect(fd.get());
-  return fd.Close(path);
+  const Status status = CreateProbe(*roots_, dir, &path, &fd, alignment);
+  return status.ok() ? fd.Close(path) : status;
 }
 
 Status PosixEnv::FileSystem(const std::string& path, uint64_t* type) {

@@ -3,8 +3,10 @@
 
 #include <dirent.h>
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <linux/stat.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -110,6 +112,16 @@ bool IsEmpty(const Descriptor& dir) {
   return empty;
 }
 
+// A server of FUSE refuses O_DIRECT in an open: fcntl turns it on without asking.
+bool ServerRefusesDirect(int fd) {
+  struct statfs info;
+  if (fstatfs(fd, &info) != 0 || static_cast<uint32_t>(info.f_type) != FUSE_SUPER_MAGIC) return false;
+  // Without O_NONBLOCK, opening a leased file would wait.
+  const std::string same = "/proc/self/fd/" + std::to_string(fd);
+  const Descriptor again(open(same.c_str(), O_RDONLY | O_DIRECT | O_NONBLOCK | O_CLOEXEC));
+  return !again.valid() && errno == EINVAL;
+}
+
 }  // namespace
 
 Status PosixError(const char* operation, const std::string& path) {
@@ -159,13 +171,15 @@ Status MakeExactly(const Place& place, const std::string& path, uint32_t mode, D
   return status;
 }
 
-Status CreateProbe(Roots& roots, const std::string& dir, std::string* path, Descriptor* fd) {
+Status CreateProbe(Roots& roots, const std::string& dir, std::string* path, Descriptor* fd,
+                   std::optional<DirectIoAlignment>* direct) {
   const std::string name = ProbeName();
   *path = dir + "/" + name;
   Place place;
   Status status = roots.Find("create", *path, Links::kRefused, &place);
   if (status.ok()) status = CreateExclusive(place, *path, 0600, fd);
   if (!status.ok()) return status;
+  if (direct != nullptr) *direct = TurnDirect(fd->get());
   return unlinkat(place.dir(), place.name(), 0) == 0 ? status : PosixError("unlink", *path);
 }
 
@@ -202,6 +216,7 @@ std::optional<DirectIoAlignment> TurnDirect(int fd) {
                         alignment.offset <= kAlign;
     if (!usable) return std::nullopt;
   }
+  if (ServerRefusesDirect(fd)) return std::nullopt;
   if (fcntl(fd, F_SETFL, flags | O_DIRECT) != 0) return std::nullopt;
   return alignment;
 }

@@ -26,14 +26,18 @@ Status OpenRegular(const char* operation, const Place& place, const std::string&
 // Makes a directory with exactly this mode, and opens it (O_PATH).
 Status MakeExactly(const Place& place, const std::string& path, uint32_t mode, Descriptor* made);
 
-// Creates a file for trials in this directory, and unlinks it again.
-Status CreateProbe(Roots& roots, const std::string& dir, std::string* path, Descriptor* fd);
+// Creates a file for trials in this directory, and unlinks it again. If `direct` is
+// given, it is what TurnDirect says while the file still has its name: a server of
+// FUSE may find it by that only.
+Status CreateProbe(Roots& roots, const std::string& dir, std::string* path, Descriptor* fd,
+                   std::optional<DirectIoAlignment>* direct = nullptr);
 
 // Env::ReuseFile, up to the open descriptor, which is not direct.
 Status TakeOver(Roots& roots, const std::string& from, const std::string& to, uint32_t mode, Descriptor* fd);
 
 // Switches an open file to direct I/O and says what that demands; nullopt, and no
-// change, where the file system refuses it or demands more than kAlign.
+// change, where the file system refuses it, also in an open, or demands more than
+// kAlign.
 std::optional<DirectIoAlignment> TurnDirect(int fd);
 
 // Writes all n bytes; see WritableFile::Pwrite. `path` is for the error.

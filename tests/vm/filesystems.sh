@@ -18,6 +18,7 @@ out=
 machine_too=yes
 case "$# ${1:-}" in
   "0 ") ;;
+  "1 -h" | "1 --help") usage tests/vm/filesystems.sh ;;
   "1 --here") machine_too= ;;
   "2 --out") out=$2 ;;
   *)
@@ -27,7 +28,7 @@ case "$# ${1:-}" in
 esac
 [ "$(id -u)" = 0 ] || skip "only root can mount them"
 prepare mke2fs:e2fsprogs mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs losetup:mount unshare:util-linux
-fetch_programs nfs-kernel-server nfs-common libnfsidmap1 libwrap0 libevent-core-2.1-7 bindfs libfuse2
+fetch_programs nfs-kernel-server nfs-common libnfsidmap1 libwrap0 libevent-core-2.1-7 bindfs libfuse2 python3-fusepy
 find_python
 SECONDS=0
 
@@ -40,8 +41,8 @@ try_here() {
   truncate -s 384M "$work/small" "$work/large"
   loops+=("$(losetup --find --show "$work/small")")
   loops+=("$(losetup --find --show --sector-size 4096 "$work/large")")
-  SMALL_DISK=${loops[0]} LARGE_DISK=${loops[1]} PYTHONPATH=tests:tests/vm/guest OMP_NUM_THREADS=1 \
-    LD_LIBRARY_PATH=$program_libraries \
+  SMALL_DISK=${loops[0]} LARGE_DISK=${loops[1]} OMP_NUM_THREADS=1 LD_LIBRARY_PATH=$program_libraries \
+    PYTHONPATH=tests:tests/vm/guest:$programs/usr/lib/python3/dist-packages FUSE_LIBRARY_PATH=libfuse.so.2 \
     unshare --mount --propagation private "$python" tests/vm/guest/filesystems.py local "$work/needs" >"$work/here" 2>&1 || rc=$?
   return "$rc"
 }

@@ -61,7 +61,8 @@ def tried(name: str, made_by: str, place: places.Place, states: list[str]) -> bo
     try:
         with place() as top:
             told = in_child(partial(look, top))
-            found = life(f"{top}/checkpoints", states) + disturbance(f"{top}/disturbed")
+            found = unlike_an_open(top, told)
+            found += life(f"{top}/checkpoints", states) + disturbance(f"{top}/disturbed")
             places.empty(top)
     except (OSError, RuntimeError, ChildError) as error:
         found, told = [f"it ended with {error}"], {}
@@ -78,6 +79,22 @@ def look(top: str) -> dict[str, Any]:
     told: dict[str, Any] = {each.name: [each.verdict, each.text] for each in report.findings}
     told["recycles"] = recycles(_native.PosixEnv(), top, "auto")
     return told
+
+
+def unlike_an_open(top: str, told: dict[str, Any]) -> list[str]:
+    """What is wrong if O_DIRECT is refused here in an open, and doctor calls direct I/O good."""
+    path = f"{top}/opened"
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        verdict, text = told["direct_io"]
+        return [] if verdict == "warn" else [f"an open with O_DIRECT is refused, but: {text}"]
+    finally:
+        if os.path.exists(path):  # some file systems have created it by then
+            os.unlink(path)
+    return []
 
 
 def life(folder: str, states: list[str]) -> list[str]:

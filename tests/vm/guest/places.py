@@ -11,6 +11,7 @@ import os
 import shutil
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -20,6 +21,7 @@ from system import MAKE, mounted, tool, zero
 
 SMALL, LARGE = os.environ["SMALL_DISK"], os.environ["LARGE_DISK"]
 TOP = "/tmp/layerwise-places"
+_UNDIRECT = os.path.join(os.path.dirname(__file__), "undirect.py")
 Place = Callable[[], AbstractContextManager[str]]
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -80,17 +82,17 @@ def nfs() -> Iterator[str]:
 
 
 @contextmanager
-def fuse() -> Iterator[str]:
+def fuse(*server: str) -> Iterator[str]:
     """A directory of ext4 seen through a process in user space."""
     point = f"{TOP}/fuse"
     with on_disk("ext4", SMALL) as disk:
         os.makedirs(point, exist_ok=True)
-        daemon = subprocess.Popen(["bindfs", "-f", disk, point])
+        daemon = subprocess.Popen([*server, disk, point])
         try:
             deadline = time.monotonic() + 60
             while not os.path.ismount(point):
                 if time.monotonic() > deadline or daemon.poll() is not None:
-                    raise RuntimeError("bindfs did not mount")
+                    raise RuntimeError(f"{server[0]} did not mount")
                 time.sleep(0.05)
             yield point
         finally:
@@ -145,7 +147,8 @@ LOCAL: list[tuple[str, str, Place]] = [
     ("btrfs, compressed", "mount -o compress=zstd", partial(on_disk, "btrfs", SMALL, "compress=zstd")),
     ("overlayfs over ext4", "mount -t overlay", overlay),
     ("tmpfs", "mount -t tmpfs", memory),
-    ("FUSE over ext4", "bindfs", fuse),
+    ("FUSE over ext4", "bindfs", partial(fuse, "bindfs", "-f")),
+    ("FUSE that refuses O_DIRECT", "tests/vm/guest/undirect.py", partial(fuse, sys.executable, _UNDIRECT)),
 ]
 SHARED: list[tuple[str, str, Place]] = [
     ("NFS 4.2 over loopback, exported `sync`", "mount -t nfs4", nfs),
