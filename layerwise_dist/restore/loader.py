@@ -89,7 +89,8 @@ def prepare(
     def want(wanted: Slice, tensor: torch.Tensor) -> None:
         wanted_names.add(wanted.name)
         found = index.get(wanted.name, [])
-        if found and not found[0][1].slice.among:  # this rank wrote it for itself alone, so that is what it gets
+        if wanted.among and found and not found[0][1].slice.among:
+            # This rank wrote it for itself alone, so that is what it gets.
             wanted = replace(wanted, among="")
         try:
             local = framework.local(tensor)
