@@ -257,8 +257,13 @@ class WriterPool:
         buffers: BufferPool | None = None,
         block_bytes: int = 1 << 20,
         patience_s: float = 1e9,
+        reads: str = "direct",
     ) -> None:
-        """`patience_s`: how long a read waits for the disk before it is an OSError (ETIMEDOUT)."""
+        """`patience_s`: how long a read waits for the disk before it is an OSError (ETIMEDOUT).
+
+        reads: "direct" (past the page cache, where the file system allows that), "auto" (out of the page cache where it
+        holds most of a file when that is opened; else "direct") or "off" (through the page cache).
+        """
 
     @staticmethod
     def probe_uring() -> OSError | None:
@@ -268,6 +273,14 @@ class WriterPool:
     def backend(self) -> str: ...
     @property
     def depth(self) -> int: ...
+    @property
+    def bytes_read(self) -> int:
+        """Of sound blocks, by readers."""
+
+    @property
+    def bytes_cached(self) -> int:
+        """Of these, those of files that "auto" took out of the page cache."""
+
     def close(self, timeout_s: float = 1e9) -> bool:
         """Cancels what is queued (ECANCELED), waits for what is running, joins. Idempotent. False: threads go on."""
 
@@ -390,6 +403,10 @@ class ShardReader:
     def __init__(self, env: Env, pool: WriterPool, path: _Path, direct: bool = True) -> None: ...
     @property
     def size(self) -> int: ...
+    @property
+    def cached(self) -> bool:
+        """Whether blocks are taken out of the page cache ("auto"). One that is bad there is read from the disk."""
+
     def read(self, offset: int, n: int) -> bytes: ...
     def read_blocks(
         self, blocks: Sequence[tuple[int, int, int | None]], segments: Sequence[tuple[int, int, int, int]]

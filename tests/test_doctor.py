@@ -107,6 +107,7 @@ def test_the_json_has_every_finding_with_its_figures(looked: dict[str, Any]) -> 
             "deeper",
             "larger",
         },
+        "reads": {"direct", "direct_rounds", "read_ahead", "read_ahead_rounds"},
         "writer": {
             "backend",
             "hash",
@@ -534,6 +535,20 @@ def test_a_deeper_queue_is_advised_only_if_it_was_faster_in_every_round() -> Non
     assert "writer.block_kb to 4096" in (findings.of_bandwidth(rates, shape, 1 << 28).advice or "")
 
 
+def test_another_way_to_read_is_advised_only_if_it_was_faster_in_every_round() -> None:
+    rates = Rates(read=[1.0e9, 1.1e9], read_ahead=[2.0e9, 1.4e9])
+    found = findings.of_reads(rates, CONFIG)
+    assert found.verdict == "warn" and "reader.direct_io to off" in (found.advice or "")
+    off = load_config({"reader": {"direct_io": "off"}})
+    assert findings.of_reads(rates, off).verdict == "ok"
+    rates.read, rates.read_ahead = rates.read_ahead, rates.read
+    assert findings.of_reads(rates, CONFIG).verdict == "ok"
+    assert "reader.direct_io to auto" in (findings.of_reads(rates, off).advice or "")
+    rates.read[1] = 1.05e9
+    assert findings.of_reads(rates, off).verdict == "ok"
+    assert findings.of_reads(Rates(), CONFIG).verdict == "ok"
+
+
 def test_a_writer_far_below_the_disk_is_said() -> None:
     rates = Rates([1e9], [2e9], writer_first=[9e8], writer=[1e9])
     found = findings.of_writer(rates, HASHED, 10**9, CONFIG)
@@ -559,6 +574,7 @@ def test_the_raw_loop_writes_every_byte_of_an_amount_that_no_block_divides(tmp_p
     memory = bytearray(os.urandom(1 << 20))
     with speed.RawFile(str(tmp_path / "raw"), memory, (1 << 20) - 4096, direct=False) as raw:  # type: ignore[arg-type]
         assert raw.write(Shape(3, 96 << 10)) > 0
+        assert raw.read(Shape(3, 96 << 10), direct=False) > 0
         assert (tmp_path / "raw").read_bytes() == memory[:-4096]
     assert not os.listdir(tmp_path)
 

@@ -36,7 +36,18 @@ def stats(seconds: list[float]) -> dict[str, float | int]:
     statistics._per_checkpoint = seconds
     frozen: Any = types.SimpleNamespace(bytes_written=0, nbytes=0, written=0)
     return statistics.report(
-        0, 0, 0, None, frozen, newest=None, in_flight=0, drifts=0, audit_s=0.0, every_n_steps=1, interval_changes=0
+        0,
+        0,
+        0,
+        None,
+        frozen,
+        newest=None,
+        in_flight=0,
+        drifts=0,
+        audit_s=0.0,
+        every_n_steps=1,
+        interval_changes=0,
+        reads=(0, 0),
     )
 
 

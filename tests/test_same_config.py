@@ -28,7 +28,8 @@ OTHER: dict[str, Any] = {
     "preemption.grace_s": 5.0,
     "dir": "elsewhere", "pool_mb": 64, "capture": "stage", "audit": "always", "writer.backend": "posix",
     "writer.queue_depth": 2, "writer.block_kb": 64, "writer.recycle": False, "writer.huge_pages": "off",
-    "writer.direct_io": "off", "telemetry.events": "events.jsonl", "telemetry.tensorboard": "board",
+    "writer.direct_io": "off", "reader.direct_io": "off", "telemetry.events": "events.jsonl",
+    "telemetry.tensorboard": "board",
     "telemetry.prometheus_port": 9000, "telemetry.prometheus_host": "0.0.0.0", "preemption.exit_code": 1,
 }  # fmt: skip
 

@@ -88,14 +88,22 @@ WriterPool::Backend BackendOf(const std::string& name) {
   throw StatusError(Status::InvalidArgument("backend '" + name + "' is not one of: posix, uring"));
 }
 
+WriterPool::Reads ReadsOf(const std::string& name) {
+  if (name == "direct") return WriterPool::Reads::kDirect;
+  if (name == "auto") return WriterPool::Reads::kAuto;
+  if (name == "off") return WriterPool::Reads::kPlain;
+  throw StatusError(Status::InvalidArgument("reads '" + name + "' is not one of: direct, auto, off"));
+}
+
 void InitPool(PyPool* self, int depth, const std::string& backend, PyBuffers* buffers, int64_t block_bytes,
-              double patience_s) {
+              double patience_s, const std::string& reads) {
   WriterPool::Options options;
   options.backend = BackendOf(backend);
   options.depth = depth;
   if (buffers != nullptr) options.buffers = buffers->it;
   options.block_bytes = Count(block_bytes);
   options.patience_s = patience_s;
+  options.reads = ReadsOf(reads);
   std::unique_ptr<WriterPool> pool;
   Check(WriterPool::Create(options, &pool));
   new (self) PyPool(std::move(pool));
@@ -292,13 +300,15 @@ void BindShard(nb::module_& m) {
   nb::class_<PyPool>(m, "WriterPool")
       .def("__init__", &InitPool, nb::arg("depth"), nb::arg("backend") = "posix",
            nb::arg("buffers").none() = nb::none(), nb::arg("block_bytes") = 1 << 20,
-           nb::arg("patience_s") = kNoTimeout)
+           nb::arg("patience_s") = kNoTimeout, nb::arg("reads") = "direct")
       .def_static("probe_uring", &ProbeUring)
       .def_prop_ro("backend",
                    [](PyPool& pool) {
                      return pool.it->backend() == WriterPool::Backend::kUring ? "uring" : "posix";
                    })
       .def_prop_ro("depth", [](PyPool& pool) { return pool.it->depth(); })
+      .def_prop_ro("bytes_read", [](PyPool& pool) { return pool.it->read_counts().read; })
+      .def_prop_ro("bytes_cached", [](PyPool& pool) { return pool.it->read_counts().cached; })
       .def("close",
            [](PyPool& pool, double timeout_s) {
              pool.closed = true;
@@ -320,6 +330,7 @@ void BindShard(nb::module_& m) {
       .def("__init__", &InitReader, nb::arg("env"), nb::arg("pool"), nb::arg("path"), nb::arg("direct") = true,
            nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
       .def_prop_ro("size", [](PyReader& reader) { return reader.it->size(); })
+      .def_prop_ro("cached", [](PyReader& reader) { return reader.it->cached(); })
       .def("read", &ReadRange, nb::arg("offset"), nb::arg("n"))
       .def("read_blocks", &ReadBlocks, nb::arg("blocks"), nb::arg("segments"));
 }

@@ -7,6 +7,7 @@
 
 #include "descriptor.h"
 #include "layerwise/env.h"
+#include "page_cache.h"
 #include "roots.h"
 
 namespace layerwise {
@@ -81,6 +82,7 @@ class PosixReadableFile final : public ReadableFile {
   bool direct() const override { return alignment_.has_value(); }
   DirectIoAlignment alignment() const override { return alignment_.value_or(DirectIoAlignment{}); }
   Status Pread(void* data, size_t n, uint64_t offset, size_t* got) override;
+  double Cached() override { return CachedShare(fd_.get(), size_); }
   Status Close() override { return fd_.Close(path_); }
 
  private:

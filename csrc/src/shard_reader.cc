@@ -19,6 +19,9 @@ namespace layerwise {
 
 namespace {
 
+// Of the file's pages. What is not there comes with the kernel's read-ahead.
+constexpr double kMostly = 0.875;
+
 Status Stuck(const char* operation, double seconds, const std::string& path) {
   char said[64];
   std::snprintf(said, sizeof(said), "%s: no answer for %g s", operation, seconds);
@@ -133,11 +136,12 @@ class ShardReader::Job final : public BlockSink, public std::enable_shared_from_
     *bad = block.offset > size || block.length > size - block.offset;
     if (*bad) return Status::Ok();
     const char* data = nullptr;
-    uint64_t got = 0;
-    Status status = reader_->ReadRange(block.offset, block.length, scratch, &data, &got);
-    if (!status.ok()) return status;
-    *bad = got != block.length || (block.hashed && Xxh3(data, got) != block.hash);
-    if (*bad) return Status::Ok();
+    const bool cached = reader_->cached();
+    Status status = Read(block, cached, scratch, &data, bad);
+    // What is in memory may be wrong, or out of date, where the disk is sound.
+    if (status.ok() && *bad && cached) status = Read(block, false, scratch, &data, bad);
+    if (!status.ok() || *bad) return status;
+    reader_->pool_->CountRead(block.length, cached);
     {
       std::lock_guard lock(mutex_);
       if (!status_.ok()) return Status::Ok();
@@ -152,6 +156,13 @@ class ShardReader::Job final : public BlockSink, public std::enable_shared_from_
     --copying_;
     changed_.notify_all();
     return Status::Ok();
+  }
+
+  Status Read(const Block& block, bool cached, AlignedBuffer* scratch, const char** data, bool* bad) {
+    uint64_t got = 0;
+    Status status = reader_->ReadRange(block.offset, block.length, cached, scratch, data, &got);
+    *bad = status.ok() && (got != block.length || (block.hashed && Xxh3(*data, got) != block.hash));
+    return status;
   }
 
   bool failed() {
@@ -184,18 +195,29 @@ class ShardReader::Job final : public BlockSink, public std::enable_shared_from_
 
 Status ShardReader::Open(Env* env, WriterPool* pool, const std::string& path, bool direct,
                          std::unique_ptr<ShardReader>* reader) {
-  std::unique_ptr<ReadableFile> file;
-  Status status = Within<std::unique_ptr<ReadableFile>>(
+  const WriterPool::Reads reads = pool->reads();
+  Opened opened;
+  Status status = Within<Opened>(
       pool, "open", path,
-      [env, path, direct](std::unique_ptr<ReadableFile>* opened) { return env->NewReadableFile(path, direct, opened); },
-      &file);
+      [env, path, direct, reads](Opened* made) {
+        Status tried = env->NewReadableFile(path, direct && reads != WriterPool::Reads::kPlain, &made->file);
+        const bool either = tried.ok() && made->file->direct() && reads == WriterPool::Reads::kAuto;
+        if (either && made->file->Cached() >= kMostly) tried = env->NewReadableFile(path, false, &made->plain);
+        return tried;
+      },
+      &opened);
   if (!status.ok()) return status;
-  reader->reset(new ShardReader(env, pool, path, std::move(file)));
+  reader->reset(new ShardReader(env, pool, path, std::move(opened)));
   return Status::Ok();
 }
 
-ShardReader::ShardReader(Env* env, WriterPool* pool, std::string path, std::unique_ptr<ReadableFile> file)
-    : env_(env), pool_(pool), path_(std::move(path)), file_(std::move(file)) {}
+ShardReader::ShardReader(Env* env, WriterPool* pool, std::string path, Opened opened)
+    : env_(env),
+      pool_(pool),
+      path_(std::move(path)),
+      file_(std::move(opened.file)),
+      plain_(std::move(opened.plain)),
+      cached_(plain_ != nullptr) {}
 
 Status ShardReader::Plain(ReadableFile** file) {
   std::lock_guard lock(plain_mutex_);
@@ -207,12 +229,13 @@ Status ShardReader::Plain(ReadableFile** file) {
   return Status::Ok();
 }
 
-Status ShardReader::ReadRange(uint64_t offset, uint64_t n, AlignedBuffer* buffer, const char** data,
+Status ShardReader::ReadRange(uint64_t offset, uint64_t n, bool cached, AlignedBuffer* buffer, const char** data,
                               uint64_t* got) {
   *got = 0;
   n = offset < size() ? std::min(n, size() - offset) : 0;
   if (n == 0) return Status::Ok();
-  const uint64_t align = file_->alignment().offset;
+  ReadableFile* const file = cached ? plain_.get() : file_.get();
+  const uint64_t align = file->alignment().offset;
   const uint64_t begin = offset / align * align;
   const uint64_t skipped = offset - begin;
   const size_t length = RoundUp(skipped + n, align);
@@ -220,8 +243,8 @@ Status ShardReader::ReadRange(uint64_t offset, uint64_t n, AlignedBuffer* buffer
   if (!status.ok()) return status;
   const OngoingCall call("read", path_);
   size_t read = 0;
-  status = file_->Pread(buffer->data(), length, begin, &read);
-  const bool refused = file_->direct() && (status.error_number() == EINVAL || (status.ok() && read < skipped + n));
+  status = file->Pread(buffer->data(), length, begin, &read);
+  const bool refused = file->direct() && (status.error_number() == EINVAL || (status.ok() && read < skipped + n));
   if (refused) {
     ReadableFile* plain = nullptr;
     status = Plain(&plain);
@@ -241,7 +264,7 @@ Status ShardReader::Read(uint64_t offset, uint64_t n, std::string* data) {
         AlignedBuffer buffer;
         const char* begin = nullptr;
         uint64_t got = 0;
-        Status status = ReadRange(offset, n, &buffer, &begin, &got);
+        Status status = ReadRange(offset, n, false, &buffer, &begin, &got);
         if (status.ok() && got > 0) read->assign(begin, got);
         return status;
       },

@@ -73,6 +73,7 @@ WriterPool::WriterPool(const Options& options, BufferPool::Buffer bounce)
       backend_(options.backend),
       depth_(options.depth),
       patience_s_(options.patience_s),
+      reads_(options.reads),
       block_bytes_(bounce_ ? options.block_bytes : SIZE_MAX),
       core_(options.backend == Backend::kUring ? MakeUringCore(depth_, {bounce_.data(), bounce_.size()})
                                                : MakeThreadCore(depth_, {bounce_.data(), bounce_.size()})) {

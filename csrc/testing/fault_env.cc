@@ -65,6 +65,8 @@ class FaultReadableFile final : public ReadableFile {
     return status.ok() ? base_->Pread(data, n, offset, got) : status;
   }
 
+  double Cached() override { return base_->Cached(); }
+
   Status Close() override { return base_->Close(); }
 
  private:

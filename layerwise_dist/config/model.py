@@ -18,6 +18,7 @@ from layerwise_dist.config.parts import (
     CommitConfig,
     IntervalConfig,
     PreemptionConfig,
+    ReaderConfig,
     Strict,
     TelemetryConfig,
     WriterConfig,
@@ -118,6 +119,7 @@ class LayerwiseConfig(Strict):
         "then a hundredth in each; always: all of it in each.",
     )
     writer: WriterConfig = Field(default_factory=WriterConfig)
+    reader: ReaderConfig = Field(default_factory=ReaderConfig)
     commit: CommitConfig = Field(default_factory=CommitConfig)
     preemption: PreemptionConfig = Field(default_factory=PreemptionConfig)
     telemetry: TelemetryConfig = Field(default_factory=TelemetryConfig)
@@ -221,8 +223,8 @@ class LayerwiseConfig(Strict):
 
 
 _PARTS: dict[str, type[BaseModel]] = {
-    "interval": IntervalConfig, "writer": WriterConfig, "commit": CommitConfig, "preemption": PreemptionConfig,
-    "telemetry": TelemetryConfig,
+    "interval": IntervalConfig, "writer": WriterConfig, "reader": ReaderConfig, "commit": CommitConfig,
+    "preemption": PreemptionConfig, "telemetry": TelemetryConfig,
 }  # fmt: skip
 
 

@@ -55,6 +55,14 @@ class WriterConfig(Strict):
         return self
 
 
+class ReaderConfig(Strict):
+    direct_io: Literal["auto", "off"] = Field(
+        "auto",
+        description="How a restore reads a file. auto: out of the page cache where that holds most of it, else with "
+        "O_DIRECT where the file system supports it; off: always through the page cache, with the kernel's read-ahead.",
+    )
+
+
 class CommitConfig(Strict):
     transport: Literal["auto", "store", "mpi"] = Field(
         "auto",

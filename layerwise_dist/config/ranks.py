@@ -27,7 +27,7 @@ SAME = MEETING | {
 OWN = frozenset({
     # Nodes may have disks and memory of their own, and a rank may hold more than another.
     "dir", "pool_mb", "capture", "audit", "writer.backend", "writer.queue_depth", "writer.block_kb", "writer.recycle",
-    "writer.huge_pages", "writer.direct_io",
+    "writer.huge_pages", "writer.direct_io", "reader.direct_io",
     # What one process tells its node, or whoever started it.
     "telemetry.events", "telemetry.tensorboard", "telemetry.prometheus_port", "telemetry.prometheus_host",
     "preemption.exit_code",

@@ -141,7 +141,7 @@ class _Commit:
         self._pool: _native.WriterPool | None = None
         self._trained: Checkpoint | None = None
         if self.manifest.framework == OF_DCP:
-            self._pool = _native.WriterPool(_READERS, patience_s=timeout_s)
+            self._pool = _native.WriterPool(_READERS, patience_s=timeout_s, reads="auto")
         else:
             self._trained = Checkpoint(self._manager, self.manifest, self._hold)
 

@@ -117,6 +117,7 @@ def examine(directory: str, plan: Questions, progress: Callable[[str], None] = l
                 progress=progress,
             )  # fmt: skip
             add(findings.of_bandwidth(rates, shape, plan.nbytes))
+            add(findings.of_reads(rates, plan.config))
             if manner is not None:
                 add(findings.of_writer(rates, manner, state, plan.config))
     except OSError as error:

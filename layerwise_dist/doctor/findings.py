@@ -303,6 +303,24 @@ def of_bandwidth(rates: Rates, shape: Shape, nbytes: int) -> Finding:
     return Finding("bandwidth", "ok", text, None, figures)
 
 
+def of_reads(rates: Rates, config: LayerwiseConfig) -> Finding:
+    """What a restore waits for where the page cache does not hold the files."""
+    figures: dict[str, Any] = {"direct_rounds": rates.read, "read_ahead_rounds": rates.read_ahead}
+    if not rates.read:
+        text = "Reads were not compared: there is no direct I/O, or writer.direct_io turns it off."
+        return Finding("reads", "ok", text, None, {"direct": None, "read_ahead": None, **figures})
+    direct, ahead = median(rates.read), median(rates.read_ahead)
+    figures |= {"direct": direct, "read_ahead": ahead}
+    text = f"From the disk come {size(direct)}/s by direct reads, and {size(ahead)}/s by the kernel's read-ahead."
+    used, other = rates.read, rates.read_ahead
+    way = "off"
+    if config.reader.direct_io == "off":
+        used, other, way = other, used, "auto"
+    if len(used) > 1 and min(other) > max(used) and median(other) > _CLEARLY_FASTER * median(used):
+        return Finding("reads", "warn", text, f"Set reader.direct_io to {way}, for restores.", figures)
+    return Finding("reads", "ok", text, None, figures)
+
+
 def of_writer(rates: Rates, manner: Manner, state: int | None, config: LayerwiseConfig) -> Finding:
     """The engine's own way, flushes included, over retired files and into new ones, each against a raw loop there."""
     first = median(rates.writer_first)

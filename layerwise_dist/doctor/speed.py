@@ -24,6 +24,7 @@ from typing import Literal
 from layerwise_dist import _native
 from layerwise_dist.storage.adapter import PCCheckAdapter
 from layerwise_dist.storage.filenames import AttemptId
+from layerwise_dist.storage.io_memory import io_memory
 from layerwise_dist.storage.recycling import recycles
 from layerwise_dist.storage.shard_layout import Source
 from layerwise_dist.tensors.slices import Slice
@@ -50,6 +51,7 @@ class Flushes:
 class Rates:
     """Bytes a second, one number a round. `first` and `writer_first` go into new files, the others over a written one.
 
+    `read` is direct, `read_ahead` through the page cache, both of a file that is not in it; empty without direct I/O.
     `writer` is empty where files of retired checkpoints are not reused, both of the writer's where none was measured.
     """
 
@@ -57,6 +59,8 @@ class Rates:
     raw: list[float] = field(default_factory=list)
     deeper: list[float] = field(default_factory=list)
     larger: list[float] = field(default_factory=list)
+    read: list[float] = field(default_factory=list)
+    read_ahead: list[float] = field(default_factory=list)
     writer_first: list[float] = field(default_factory=list)
     writer: list[float] = field(default_factory=list)
 
@@ -154,6 +158,9 @@ def write_rates(
                     rates.writer.append(again)
                 rates.deeper.append(raw.write(shape.deeper))
                 rates.larger.append(raw.write(shape.larger))
+                if direct:
+                    rates.read.append(raw.read(shape, direct=True))
+                    rates.read_ahead.append(raw.read(shape, direct=False))
             if time.perf_counter() - began > _BUDGET_S:
                 break
     return rates
@@ -196,6 +203,31 @@ class RawFile:
                 stop.set()
         os.fdatasync(self._fd)
         return self._nbytes / (time.perf_counter() - began)
+
+    def read(self, shape: Shape, *, direct: bool) -> float:
+        """Bytes a second from the disk; without `direct` the kernel reads ahead."""
+        fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
+        try:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            if not direct:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            numbers, stop = itertools.count(), threading.Event()
+
+            def work() -> None:
+                block = io_memory(shape.block)
+                while not stop.is_set() and (offset := next(numbers) * shape.block) < self._nbytes:
+                    os.preadv(fd, [block], offset)
+
+            began = time.perf_counter()
+            with ThreadPoolExecutor(shape.depth, thread_name_prefix="doctor") as threads:
+                try:
+                    for future in [threads.submit(work) for _ in range(shape.depth)]:
+                        future.result()
+                finally:
+                    stop.set()
+            return self._nbytes / (time.perf_counter() - began)
+        finally:
+            os.close(fd)
 
     def __enter__(self) -> RawFile:
         return self

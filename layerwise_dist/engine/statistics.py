@@ -97,8 +97,11 @@ class Statistics:
     def report(
         self, committed: int, aborted: int, skipped: int, pool: _native.BufferPool | None, frozen: FrozenBases, *,
         newest: int | None, in_flight: int, drifts: int, audit_s: float, every_n_steps: int, interval_changes: int,
+        reads: tuple[int, int],
     ) -> dict[str, float | int]:  # fmt: skip
-        """`pool` is None before the first checkpoint; `newest` is the newest committed step."""
+        """`pool` is None before the first checkpoint; `newest` is the newest committed step; `reads` are bytes that
+        restores have read, and those of them that came out of the page cache.
+        """
         while newest is not None and self._sealed and self._sealed[0][0] <= newest:
             self._safe = self._sealed.popleft()
         stalls = self._per_checkpoint or [0.0]
@@ -124,6 +127,8 @@ class Statistics:
             "copied_share": totals["bytes_copied"] / max(1, self._captured_bytes),
             "pool_bytes": pool.capacity if pool is not None else 0,
             "pool_peak_bytes": pool.peak if pool is not None else 0,
+            "bytes_read": reads[0],
+            "bytes_read_cached": reads[1],
             "stall_s": sum(self._stalls.values()),
             **{f"stall_{where}_s": seconds for where, seconds in self._stalls.items()},
             "stall_audit_s": audit_s,

@@ -143,7 +143,7 @@ class StagingAdapter:
         self.direct, self.memory_align = facts["direct"], facts["memory_align"]
         self.block_bytes, self._queue_depth = config.writer.block_kb << 10, config.writer.queue_depth
         self.bounce_bytes = self.block_bytes * self._queue_depth
-        self._patience_s = DISK_SHARE * config.commit.timeout_s
+        self._patience_s, self._reads = DISK_SHARE * config.commit.timeout_s, config.reader.direct_io
         self.buffers: _native.BufferPool | None = None
         self._timeout_s, self._on_written = config.fence_timeout_s, written
         self._readers: _native.WriterPool | None = None
@@ -160,8 +160,13 @@ class StagingAdapter:
     def pool(self) -> _native.WriterPool:
         """The threads that read. Made when needed."""
         if self._readers is None:
-            self._readers = _native.WriterPool(self._queue_depth, patience_s=self._patience_s)
+            self._readers = _native.WriterPool(self._queue_depth, patience_s=self._patience_s, reads=self._reads)
         return self._readers
+
+    @property
+    def reads(self) -> tuple[int, int]:
+        """As `PCCheckAdapter`'s."""
+        return (0, 0) if self._readers is None else (self._readers.bytes_read, self._readers.bytes_cached)
 
     def allocate_staging_buffer(self, size_mb: float) -> None:
         """Lays a pool of `size_mb` MiB into the memory file: all of it is taken at once. Raises OSError.

@@ -35,7 +35,7 @@ class HeldFiles:
                 f"{manager.root}: each node has a directory of its own, and the shards of rank(s) "
                 f"{ranks_text(lacking) or lacking[0]} of step {manifest.step} are not here: copy all of them into one"
             )
-        pool = self._pool = _native.WriterPool(_READERS)
+        pool = self._pool = _native.WriterPool(_READERS, reads="auto")
 
         def of(rank: int) -> list[Shard]:
             return open_shards(manager, pool, manifest, rank)

@@ -56,11 +56,12 @@ class PCCheckAdapter:
         self, env: _native.Env, root: str, *, rank: int, world_size: int, backend: str = "auto", queue_depth: int = 4,
         block_bytes: int = 1 << 20, direct_io: bool = True, file_mode: int = 0o600, dir_mode: int = 0o700,
         spares: int = 0, hash: bool = True, patience_s: float = 1e9, failed: background.Failed = background.log_only,
+        reads: str = "auto",
     ) -> None:  # fmt: skip
         """`allocate_staging_buffer` starts the writer. `spares`: how many files of retired checkpoints may wait to be
         written over; 0: they are removed. `hash`: whether tensors are hashed; header and state always are. A disk from
         which nothing comes for `patience_s` seconds is an OSError to who reads. `failed` hears of a thread that came to
-        nothing by an error that nobody expected.
+        nothing by an error that nobody expected. `reads`: how shards are read, as `_native.WriterPool` has it.
 
         With `backend` "nvm", `env` is an NvmEnv. Raises ConfigError where "uring" is refused or "nvm" finds no DAX.
         """
@@ -71,6 +72,7 @@ class PCCheckAdapter:
         self.env, self.root, self.rank, self.world_size = env, root, rank, world_size
         self.file_mode, self.dir_mode = file_mode, dir_mode
         self.block_bytes, self._queue_depth, self._patience_s = block_bytes, queue_depth, patience_s
+        self._reads = reads
         self.backend = _choose_backend(backend, rank)
         self.buffers: _native.BufferPool | None = None
         self._pool: _native.WriterPool | None = None
@@ -121,8 +123,13 @@ class PCCheckAdapter:
     def pool(self) -> _native.WriterPool:
         """The threads that read, apart from the writer. Made when needed."""
         if self._readers is None:
-            self._readers = _native.WriterPool(self._queue_depth, patience_s=self._patience_s)
+            self._readers = _native.WriterPool(self._queue_depth, patience_s=self._patience_s, reads=self._reads)
         return self._readers
+
+    @property
+    def reads(self) -> tuple[int, int]:
+        """Bytes of blocks that were read, and those of them that came out of the page cache by "auto"."""
+        return (0, 0) if self._readers is None else (self._readers.bytes_read, self._readers.bytes_cached)
 
     def lay_out(self, layers: Sequence[tuple[str, Sequence[Source]]], gathered: Collection[int]) -> Laid:
         """The static layout for these layers; `gathered` ones are written out of one buffer each."""

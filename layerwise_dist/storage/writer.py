@@ -20,6 +20,7 @@ def open_writer(
         queue_depth=config.writer.queue_depth, block_bytes=config.writer.block_kb << 10,
         direct_io=config.writer.direct_io == "auto", hash=config.hash, file_mode=config.file_bits,
         dir_mode=config.dir_bits, patience_s=DISK_SHARE * config.commit.timeout_s,
+        reads=config.reader.direct_io,
         spares=config.max_in_flight + 1 if recycles(env, config.path, config.writer.recycle) else 0,
         failed=failed,
     )  # fmt: skip

@@ -18,7 +18,7 @@ inline constexpr size_t kAlign = 4096;
 
 inline constexpr size_t RoundUp(size_t value, size_t to) { return (value + to - 1) / to * to; }
 
-// Memory aligned to kAlign. Threads: external synchronization.
+// Memory aligned to kAlign; from 1 MiB on in huge pages where the kernel gives them. Threads: external synchronization.
 class AlignedBuffer {
  public:
   AlignedBuffer() = default;

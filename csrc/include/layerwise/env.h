@@ -98,6 +98,10 @@ class ReadableFile {
   // REQUIRES: if direct(), data, offset and n are aligned (EINVAL otherwise).
   virtual Status Pread(void* data, size_t n, uint64_t offset, size_t* got) = 0;
 
+  // How much of the file the page cache holds, 0 to 1, by a sample; 0 where that can't be
+  // told. Reads nothing.
+  virtual double Cached() { return 0; }
+
   virtual Status Close() = 0;
 };
 

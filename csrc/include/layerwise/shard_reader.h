@@ -38,12 +38,17 @@ class ShardReader : public std::enable_shared_from_this<ShardReader> {
     uint64_t length;
   };
 
+  // `direct` says whether reads may go past the page cache; the pool, whether they do.
   // REQUIRES: env and pool outlive the reader.
   static Status Open(Env* env, WriterPool* pool, const std::string& path, bool direct,
                      std::unique_ptr<ShardReader>* reader);
 
   // Bytes, when the shard was opened.
   uint64_t size() const { return file_->size(); }
+
+  // Whether blocks are taken out of the page cache, which held most of the file when it
+  // was opened. One that then hashes otherwise is read once more, from the disk.
+  bool cached() const { return cached_; }
 
   // Up to n bytes from offset on; fewer only at the end of the file.
   Status Read(uint64_t offset, uint64_t n, std::string* data);
@@ -61,11 +66,15 @@ class ShardReader : public std::enable_shared_from_this<ShardReader> {
  private:
   class Job;
 
-  ShardReader(Env* env, WriterPool* pool, std::string path, std::unique_ptr<ReadableFile> file);
+  struct Opened {
+    std::unique_ptr<ReadableFile> file, plain;
+  };
 
-  // Reads [offset, offset + n) or up to the end of the file. *data points into
-  // the buffer.
-  Status ReadRange(uint64_t offset, uint64_t n, AlignedBuffer* buffer, const char** data,
+  ShardReader(Env* env, WriterPool* pool, std::string path, Opened opened);
+
+  // Reads [offset, offset + n) or up to the end of the file, with `cached` through the
+  // page cache. *data points into the buffer.
+  Status ReadRange(uint64_t offset, uint64_t n, bool cached, AlignedBuffer* buffer, const char** data,
                    uint64_t* got);
   // The file without direct I/O, for what direct I/O refuses; opened when needed.
   Status Plain(ReadableFile** file);
@@ -76,6 +85,7 @@ class ShardReader : public std::enable_shared_from_this<ShardReader> {
   const std::unique_ptr<ReadableFile> file_;
   std::mutex plain_mutex_;
   std::unique_ptr<ReadableFile> plain_;
+  const bool cached_;
 };
 
 }  // namespace layerwise

@@ -4,6 +4,7 @@
 
 #include <sys/uio.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -74,6 +75,17 @@ class WriterPool {
  public:
   enum class Backend { kPosix, kUring };
 
+  // How ShardReaders read. kAuto: through the page cache where it holds most of the file,
+  // else as kDirect, which is past it where the file system allows that.
+  enum class Reads { kDirect, kAuto, kPlain };
+
+  // Of blocks that ShardReaders have read, in bytes. `cached`: of these, from files that
+  // kAuto took out of the page cache.
+  struct ReadCounts {
+    uint64_t read = 0;
+    uint64_t cached = 0;
+  };
+
   struct Options {
     Backend backend = Backend::kPosix;
     int depth = 4;  // blocks in progress at once, 1 to 1024
@@ -86,6 +98,7 @@ class WriterPool {
     // Seconds after which a ShardReader takes the disk for stuck: of an opening, or
     // without a block that has come.
     double patience_s = kNoTimeout;
+    Reads reads = Reads::kDirect;
   };
 
   // Whether kUring is to be had here; if not, the errno and the call that say why.
@@ -138,6 +151,12 @@ class WriterPool {
   Backend backend() const { return backend_; }
   int depth() const { return depth_; }
   double patience_s() const { return patience_s_; }
+  Reads reads() const { return reads_; }
+  ReadCounts read_counts() const { return {read_.load(), cached_.load()}; }
+  void CountRead(uint64_t n, bool cached) {
+    read_ += n;
+    if (cached) cached_ += n;
+  }
   // nullptr if it was made without.
   BufferPool* buffers() const { return buffers_.get(); }
   // The longest block that fits a bounce buffer; SIZE_MAX without `buffers`.
@@ -156,7 +175,10 @@ class WriterPool {
   const Backend backend_;
   const int depth_;
   const double patience_s_;
+  const Reads reads_;
   const size_t block_bytes_;
+  std::atomic<uint64_t> read_{0};
+  std::atomic<uint64_t> cached_{0};
   std::unique_ptr<PoolCore> core_;
 };
 
