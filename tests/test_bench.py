@@ -223,14 +223,23 @@ def test_training_under_deepspeed_is_measured_against_its_own_saves(
         assert row["flushes"] == ("yes" if mode == "layerwise" else "no")
 
 
-def test_restore_is_measured_from_a_cold_disk_against_other_loaders(tmp_path: Path) -> None:
+def test_restore_is_measured_cold_and_warm_against_other_loaders_and_the_better_raw_reads(
+    tmp_path: Path,
+) -> None:
     found = quick(tmp_path, "restore")
-    rows = {row["way"]: row for row in found["results"]}
-    assert set(rows) == {"raw", "layerwise", "torch-load", "dcp-load"}
-    assert rows["raw"]["ratio_to_raw"] == rows["dcp-load"]["ratio_to_dcp_load"] == {"median": 1, "min": 1, "max": 1}
+    rows = {(row["files"], row["way"]): row for row in found["results"]}
+    raws, ways = ("raw-direct", "raw-buffered"), ("layerwise", "torch-load", "dcp-load")
+    assert set(rows) == {(place, way) for place in ("cold", "warm") for way in (*raws, *ways)}
     for row in rows.values():
         assert set(row["seconds"]) == set(row["bytes_per_s"]) == SPREAD
         assert row["bytes"] > 12 * found["parameters"]
+    for place in ("cold", "warm"):
+        assert rows[place, "dcp-load"]["ratio_to_dcp_load"] == {"median": 1, "min": 1, "max": 1}
+        assert max(rows[place, way]["ratio_to_raw"]["max"] for way in raws) == 1, "one of them is the better"
+    assert [start["files"] for start in found["starts"]] == ["cold", "warm"]
+    for start in found["starts"]:
+        low = start["attach_s"]["min"] + start["restore_s"]["min"] - start["raw_s"]["max"]
+        assert low <= start["rest_s"]["min"] and start["attach_s"]["min"] > 0
 
 
 def test_exports_are_measured_beside_each_tools_own_converter(tmp_path: Path, long: bool) -> None:
@@ -272,6 +281,15 @@ def test_a_restore_into_another_cut_is_measured_beside_the_same_cut_and_dcp(tmp_
     assert all(set(row["seconds"]) == SPREAD and row["seconds"]["min"] > 0 for row in rows.values())
 
 
+def test_attach_and_restore_are_measured_beside_the_reading(tmp_path: Path, long: bool) -> None:
+    if not long:
+        pytest.skip("two jobs under torchrun: --long")
+    found = quick(tmp_path, "restore", "--ranks", "1,2")
+    assert [start["ranks"] for start in found["starts"]] == [1, 2]
+    for start in found["starts"]:
+        assert set(start["rest_s"]) == SPREAD and min(start[part]["min"] for part in ("attach_s", "raw_s")) > 0
+
+
 def test_the_markdown_is_the_command_the_machine_and_its_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,6 +324,8 @@ def test_too_little_memory_is_an_error_too(tmp_path: Path, monkeypatch: pytest.M
         (("writer", "--backend", "floppy"), "backend 'floppy': this machine has "),
         (("writer", "--tensors", "0"), "--tensors '0': expected whole numbers above 0"),
         (("restore", "--reshard", "4"), "--reshard '4': expected two numbers of ranks"),
+        (("restore", "--ranks", "two"), "--ranks 'two': expected whole numbers above 0"),
+        (("restore", "--ranks", "2", "--reshard", "2:1"), "--reshard and --ranks are two benchmarks"),
         (("train", "--modes", "dcp,hope"), "mode 'hope': choose from layerwise, "),
         (("train", "--params", "7B"), "--params '7B': expected 34M or 98M"),
         (("train", "--deepspeed", "1"), "--deepspeed 1: expected 2 or 3"),

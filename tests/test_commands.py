@@ -115,6 +115,10 @@ TABLE: list[tuple[str, str]] = [
     (r"layerwise bench layers", "test_bench.py::test_steps_by_layers_are_measured_against_the_optimizers_own"),
     (r"layerwise bench trace( DIR .*)?", "test_bench.py::test_a_step_is_traced_and_drawn"),
     (
+        r"layerwise bench restore DIR --ranks 1,2,8",
+        "test_bench.py::test_attach_and_restore_are_measured_beside_the_reading",
+    ),
+    (
         r"layerwise bench restore( DIR)? --reshard( 4:2)?",
         "test_bench.py::test_a_restore_into_another_cut_is_measured_beside_the_same_cut_and_dcp",
     ),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evicts files from the page cache, so that they are read from the disk."""
+"""Takes files out of the page cache, so that they are read from the disk, or into it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 
 from layerwise_dist.bench.failure import BenchFailed
+
+_PIECE = 8 << 20
 
 
 def make_cold(paths: list[Path]) -> None:
@@ -23,6 +25,17 @@ def make_cold(paths: list[Path]) -> None:
             os.close(file)
         if left:
             raise BenchFailed(f"{path.name}: {left} pages stay in the page cache: reads would not come from the disk")
+
+
+def make_warm(paths: list[Path]) -> None:
+    """Reads the files into the page cache. Raises BenchFailed if some of one is not there then: too little memory."""
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while file.read(_PIECE):
+                pass
+            missing = -(-os.fstat(file.fileno()).st_size // mmap.PAGESIZE) - _cached_pages(file.fileno())
+        if missing > 0:
+            raise BenchFailed(f"{path.name}: {missing} pages do not stay in the page cache: there is too little memory")
 
 
 def _cached_pages(file: int) -> int:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The disk's own speed, without this library: direct writes over a written file, and direct reads. The denominator.
+"""The disk's own speed, without this library: direct writes over a written file, and reads. The denominator.
 
 Both move blocks of one size from and to page-aligned memory with one thread for each block in flight; the system calls
-release the interpreter's lock. What is written lies in huge pages where the kernel gives them, as leased tensors do.
+release the interpreter's lock. That memory is in huge pages where the kernel gives them, as leased tensors and the
+reader's buffers are.
 `fio`, where installed, does the same writes; the better of the two counts.
 """
 
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from layerwise_dist.capture.pages import back_by_huge_pages
+from layerwise_dist.storage.io_memory import io_memory
 
 _SOURCE = 256 << 20  # bytes of memory that the writes go round in: several times the caches, whatever the file's size
 
@@ -89,16 +91,20 @@ def has_fio() -> bool:
     return shutil.which("fio") is not None
 
 
-def read(path: Path, *, block_bytes: int, depth: int) -> float:
-    """Bytes a second of direct reads of the whole file, `depth` at a time."""
-    file = _open_direct(path, os.O_RDONLY)
+def read(path: Path, *, block_bytes: int, depth: int, direct: bool = True) -> float:
+    """Bytes a second of reads of the whole file, `depth` at a time: direct ones, or through the page cache, with the
+    kernel's read-ahead for a file that is read from its start to its end.
+    """
+    file = _open_direct(path, os.O_RDONLY) if direct else os.open(path, os.O_RDONLY)
     try:
         nbytes = os.fstat(file).st_size
         memory = threading.local()
+        if not direct:
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
         def one(index: int) -> None:
             if not hasattr(memory, "block"):
-                memory.block = mmap.mmap(-1, block_bytes)
+                memory.block = io_memory(block_bytes)
             os.preadv(file, [memory.block], index * block_bytes)
 
         began = time.perf_counter()

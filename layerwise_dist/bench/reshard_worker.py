@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ranks of `bench restore --reshard`, under torchrun.
+"""The ranks of `bench restore --reshard` and `--ranks`, under torchrun.
 
-    python -m layerwise_dist.bench.reshard_worker '{"do": "save" or "load", "shape": {...}, "folder": ..., ...}'
+    python -m layerwise_dist.bench.reshard_worker '{"do": "save", "load" or "start", "folder": ..., ...}'
 
-Rank 0 says what it found in lines of JSON after a mark on standard output; reshard.py reads them.
+Rank 0 says what it found in lines of JSON after a mark on standard output; reshard.py and starts.py
+read them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 import layerwise_dist as lwd
+from layerwise_dist.bench import raw
 from layerwise_dist.bench.cold import make_cold
 from layerwise_dist.bench.failure import BenchFailed
 from layerwise_dist.bench.launching import tell
@@ -39,16 +41,20 @@ def _train(training: Training, shape: Shape) -> None:
     training.optimizer.zero_grad()
 
 
-def _save(training: Training, shape: Shape, folder: Path) -> None:
-    """One step, saved by both."""
-    import torch.distributed.checkpoint as dcp
-
-    ranks = dist.get_world_size()
-    with lwd.attach(training.model, training.optimizer, dir=str(folder / f"layerwise-{ranks}")) as engine:
+def _save(training: Training, shape: Shape, place: Path) -> None:
+    """One step."""
+    with lwd.attach(training.model, training.optimizer, dir=str(place)) as engine:
         engine.restore()
         engine.explicit()
         _train(training, shape)
         engine.end_step()
+
+
+def _save_both(training: Training, shape: Shape, folder: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    ranks = dist.get_world_size()
+    _save(training, shape, folder / f"layerwise-{ranks}")
     dcp.save(_state(training), checkpoint_id=str(folder / f"dcp-{ranks}"))
 
 
@@ -74,6 +80,28 @@ def _load(training: Training, folder: Path, way: str, saved: int) -> float:
     return _slowest(took)
 
 
+def _start(training: Training, place: Path, depth: int, block_bytes: int) -> dict[str, float]:
+    """Seconds of the slowest rank: attach(), restore(), and the reading alone, each rank its own shard."""
+    dist.barrier()
+    began = time.perf_counter()
+    with lwd.attach(training.model, training.optimizer, dir=str(place)) as engine:
+        attach_s = _slowest(time.perf_counter() - began)
+        shard = sorted(place.rglob("*.safetensors"))[dist.get_rank()]
+        read_s = []
+        for direct in (True, False):
+            _cold(place)
+            began = time.perf_counter()
+            raw.read(shard, block_bytes=block_bytes, depth=depth, direct=direct)
+            read_s.append(_slowest(time.perf_counter() - began))
+        _cold(place)
+        began = time.perf_counter()
+        step = engine.restore()
+        restore_s = _slowest(time.perf_counter() - began)
+    if step != 1:
+        raise BenchFailed(f"restore() returned step {step}, but step 1 was saved")
+    return {"attach_s": attach_s, "restore_s": restore_s, "raw_s": min(read_s)}
+
+
 def _cold(place: Path) -> None:
     if dist.get_rank() == 0:
         make_cold([path for path in place.rglob("*") if path.suffix in (".safetensors", ".distcp")])
@@ -93,7 +121,14 @@ def main() -> None:
     training = Training(shape, "foreach", dist.get_world_size())
     try:
         if spec["do"] == "save":
-            _save(training, shape, folder)
+            _save_both(training, shape, folder)
+        elif spec["do"] == "start":
+            place = folder / f"start-{dist.get_world_size()}"
+            _save(training, shape, place)
+            for _ in range(spec["rounds"] + 1):
+                found = _start(training, place, spec["depth"], spec["block_bytes"])
+                if dist.get_rank() == 0:
+                    tell(found)
         else:
             _train(training, shape)  # makes the optimizer's state
             for number in range(spec["rounds"] + 1):

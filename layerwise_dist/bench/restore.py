@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`bench restore`: from a cold disk to a model and optimizer in memory, against other loaders and raw reads."""
+"""`bench restore`: from files to a model and optimizer in memory, against other loaders and raw reads. Each from a cold
+disk, and with the files in the page cache.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ import torch
 
 import layerwise_dist as lwd
 from layerwise_dist.bench import machine, raw
-from layerwise_dist.bench.cold import make_cold
+from layerwise_dist.bench.cold import make_cold, make_warm
 from layerwise_dist.bench.failure import BenchFailed
 from layerwise_dist.bench.figures import Chart, Findings, Spread
 from layerwise_dist.bench.model import GPT, Shape, adamw, windows
@@ -25,11 +27,15 @@ from layerwise_dist.bench.workplace import workplace
 from layerwise_dist.units import size
 
 _WAYS = {
-    "raw": "raw direct reads",
+    "raw-direct": "raw direct reads",
+    "raw-buffered": "raw reads with read-ahead",
     "layerwise": "layerwise restore()",
     "torch-load": "torch.load",
     "dcp-load": "dcp.load",
 }
+_RAW = ("raw-direct", "raw-buffered")
+_Seconds = dict[tuple[str, str], list[float]]  # by where the files are, and by way
+_PLACES = {"cold": make_cold, "warm": make_warm}  # where the files are, and what brings them there
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,21 +52,25 @@ def run(bench: RestoreBench, directory: str, command: str) -> Findings:
     """Raises TooLittleRoom, OSError, and BenchFailed where the page cache cannot be emptied."""
     state = 12 * bench.shape.parameters
     space = workplace(directory, disk_bytes=4 * state + (64 << 20), memory_bytes=4 * state + (1 << 30))
-    with space as folder, bar((bench.rounds + 1) * len(_WAYS)) as progress:
+    with space as folder, bar((bench.rounds + 1) * len(_WAYS) * len(_PLACES)) as progress:
         about = machine.describe(str(folder))
         loads = _Loads(bench, folder)
-        seconds: dict[str, list[float]] = {way: [] for way in _WAYS}
+        seconds: _Seconds = {(place, way): [] for place in _PLACES for way in _WAYS}
+        attached: dict[str, list[float]] = {place: [] for place in _PLACES}
         for number in range(bench.rounds + 1):
-            for way in _WAYS:
-                progress.now(_WAYS[way])
-                gc.collect()
-                make_cold(loads.files[way])
-                took = loads.load(way)
+            for place, bring in _PLACES.items():
+                for way in _WAYS:
+                    progress.now(f"{_WAYS[way]}, {place}")
+                    gc.collect()
+                    bring(loads.files[way])
+                    took = loads.load(way, bring)
+                    if number > 0:
+                        seconds[place, way].append(took)
+                    progress.advance()
                 if number > 0:
-                    seconds[way].append(took)
-                progress.advance()
+                    attached[place].append(loads.attach_s)
         nbytes = {way: sum(path.stat().st_size for path in loads.files[way]) for way in _WAYS}
-    return _findings(bench, command, about, seconds, nbytes)
+    return _findings(bench, command, about, seconds, attached, nbytes)
 
 
 class _Loads:
@@ -84,9 +94,10 @@ class _Loads:
             dcp.save(self._state(), checkpoint_id=str(folder / "dcp"), no_dist=True)
         shards = sorted((folder / "layerwise").rglob("*.safetensors"))
         self.files = {
-            "raw": shards, "layerwise": shards, "torch-load": [folder / "torch.pt"],
+            "raw-direct": shards, "raw-buffered": shards, "layerwise": shards, "torch-load": [folder / "torch.pt"],
             "dcp-load": [path for path in (folder / "dcp").rglob("*") if path.is_file()],
         }  # fmt: skip
+        self.attach_s = 0.0  # of the last load by layerwise
 
     def _attached(self) -> Any:
         writer = {"queue_depth": self._bench.depth, "block_kb": self._bench.block_bytes >> 10}
@@ -95,22 +106,25 @@ class _Loads:
     def _state(self) -> dict[str, Any]:
         return {"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict()}
 
-    def load(self, way: str) -> float:
-        """Seconds."""
+    def load(self, way: str, bring: Callable[[list[Path]], None]) -> float:
+        """Seconds. `bring` brings files to where they are to be read from."""
         calls: dict[str, Callable[[], float]] = {
-            "raw": self._raw, "layerwise": self._layerwise, "torch-load": self._torch_load, "dcp-load": self._dcp_load,
+            "raw-direct": self._raw, "raw-buffered": lambda: self._raw(direct=False),
+            "layerwise": lambda: self._layerwise(bring), "torch-load": self._torch_load, "dcp-load": self._dcp_load,
         }  # fmt: skip
         return calls[way]()
 
-    def _raw(self) -> float:
+    def _raw(self, *, direct: bool = True) -> float:
         began = time.perf_counter()
-        for path in self.files["raw"]:
-            raw.read(path, block_bytes=self._bench.block_bytes, depth=self._bench.depth)
+        for path in self.files["raw-direct"]:
+            raw.read(path, block_bytes=self._bench.block_bytes, depth=self._bench.depth, direct=direct)
         return time.perf_counter() - began
 
-    def _layerwise(self) -> float:
+    def _layerwise(self, bring: Callable[[list[Path]], None]) -> float:
+        began = time.perf_counter()
         with self._attached() as engine:
-            make_cold(self.files["layerwise"])
+            self.attach_s = time.perf_counter() - began
+            bring(self.files["layerwise"])
             began = time.perf_counter()
             step = engine.restore()
             took = time.perf_counter() - began
@@ -142,27 +156,42 @@ def _one_process() -> Iterator[None]:
 
 
 def _findings(
-    bench: RestoreBench, command: str, about: dict[str, Any], seconds: dict[str, list[float]], nbytes: dict[str, int]
-) -> Findings:
-    speeds = {way: [nbytes[way] / took for took in seconds[way]] for way in _WAYS}
-    chart = Chart("Restore from a cold disk", ["", "seconds", "GB/s", "÷ raw reads", "÷ dcp.load"], 1)
-    rows = []
-    for way, title in _WAYS.items():
-        to_raw = Spread.of([a / b for a, b in zip(speeds[way], speeds["raw"], strict=True)])
-        to_dcp = Spread.of([a / b for a, b in zip(speeds[way], speeds["dcp-load"], strict=True)])
-        took, speed = Spread.of(seconds[way]), Spread.of(speeds[way])
-        rows.append({
-            "way": way, "title": title, "bytes": nbytes[way], "seconds": took.data(), "bytes_per_s": speed.data(),
-            "ratio_to_raw": to_raw.data(), "ratio_to_dcp_load": to_dcp.data(),
-        })  # fmt: skip
-        chart.rows.append([title, took.text(1, 3), speed.text(1e-9), to_raw.text(), to_dcp.text()])
+    bench: RestoreBench, command: str, about: dict[str, Any], seconds: _Seconds, attached: dict[str, list[float]],
+    nbytes: dict[str, int],
+) -> Findings:  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    charts: list[Chart] = []
+    beside = Chart("attach() and restore() beside the reading", ["", "attach()", "restore()", "raw", "the rest"], 1)
+    starts: list[dict[str, Any]] = []
+    for place, where in (("cold", "from a cold disk"), ("warm", "from the page cache")):
+        speeds = {way: [nbytes[way] / took for took in seconds[place, way]] for way in _WAYS}
+        best = [max(pair) for pair in zip(*(speeds[way] for way in _RAW), strict=True)]
+        chart = Chart(f"Restore {where}", ["", "seconds", "GB/s", "÷ raw", "÷ dcp.load"], 1)
+        charts.append(chart)
+        for way, title in _WAYS.items():
+            to_raw = Spread.of([a / b for a, b in zip(speeds[way], best, strict=True)])
+            to_dcp = Spread.of([a / b for a, b in zip(speeds[way], speeds["dcp-load"], strict=True)])
+            took, speed = Spread.of(seconds[place, way]), Spread.of(speeds[way])
+            rows.append({
+                "files": place, "way": way, "title": title, "bytes": nbytes[way], "seconds": took.data(),
+                "bytes_per_s": speed.data(), "ratio_to_raw": to_raw.data(), "ratio_to_dcp_load": to_dcp.data(),
+            })  # fmt: skip
+            chart.rows.append([title, took.text(1, 3), speed.text(1e-9), to_raw.text(), to_dcp.text()])
+        read = [nbytes["layerwise"] / speed for speed in best]
+        parts = {"attach_s": attached[place], "restore_s": seconds[place, "layerwise"], "raw_s": read}
+        parts["rest_s"] = [a + b - c for a, b, c in zip(*parts.values(), strict=True)]
+        starts.append({"files": place, **{name: Spread.of(values).data() for name, values in parts.items()}})
+        beside.rows.append([where, *(Spread.of(values).text(1, 3) for values in parts.values())])
     notes = [
         f"{bench.shape.parameters / 1e6:.1f}M parameters with AdamW's state, {size(nbytes['layerwise'])}; "
         f"{bench.rounds} rounds, one more before them is not counted. Median (least–greatest). Ratios are of GB/s.",
-        "Before each load its files are taken out of the page cache (posix_fadvise), and mincore says that they are.",
-        f"raw: direct reads of {size(bench.block_bytes, binary=True)}, {bench.depth} at a time, of our shard. "
-        "restore() and dcp.load fill tensors that exist, torch.load makes new ones. Only restore() verifies hashes.",
+        "Before each load its files are taken out of the page cache (posix_fadvise) or read into it, and mincore says "
+        "that they are.",
+        f"raw: our shard, {size(bench.block_bytes, binary=True)} at a time on {bench.depth} threads. Ratios are to the "
+        "faster of the two in the same round. restore() and dcp.load fill tensors that exist, torch.load makes new "
+        "ones. Only restore() verifies hashes.",
+        "The rest: seconds of attach() and restore() together, less raw's.",
     ]
-    data = {"results": rows, "rounds": bench.rounds, "depth": bench.depth, "block_bytes": bench.block_bytes,
-            "parameters": bench.shape.parameters}  # fmt: skip
-    return Findings(command, about, data, [chart], notes)
+    data = {"results": rows, "starts": starts, "rounds": bench.rounds, "depth": bench.depth,
+            "block_bytes": bench.block_bytes, "parameters": bench.shape.parameters}  # fmt: skip
+    return Findings(command, about, data, [*charts, beside], notes)

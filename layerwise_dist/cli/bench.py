@@ -220,23 +220,37 @@ def restore(
     reshard: Annotated[
         str | None, typer.Option("--reshard", metavar="A:B", help="Saved by A ranks under FSDP2, restored by B.")
     ] = None,
+    ranks: Annotated[
+        str | None, typer.Option("--ranks", "-r", metavar="N,M", help="attach() and restore() of so many, under FSDP2.")
+    ] = None,
     quick: Quick = False,
     json: Json = False,
     markdown: Markdown = False,
 ) -> None:
-    """Restore from a cold disk against raw reads, torch.load and dcp.load."""
+    """Restore, cold and warm, against raw reads, torch.load and dcp.load."""
 
     def run(command: str) -> Findings:
         from layerwise_dist.bench.restore import RestoreBench, run
 
         shape = model_of(params, quick=quick)
+        if reshard is not None and ranks is not None:
+            raise ValueError("--reshard and --ranks are two benchmarks: give one of them")
         if reshard is not None:
             from layerwise_dist.bench.reshard import ReshardBench
             from layerwise_dist.bench.reshard import run as run_reshard
 
-            saved, ranks = lists.ranks(reshard)
-            cut = ReshardBench(shape, rounds=2 if quick else rounds, saved=saved, ranks=ranks)
+            saved, restored = lists.ranks(reshard)
+            cut = ReshardBench(shape, rounds=2 if quick else rounds, saved=saved, ranks=restored)
             return run_reshard(cut, directory, command)
+        if ranks is not None:
+            from layerwise_dist.bench.starts import StartsBench
+            from layerwise_dist.bench.starts import run as run_starts
+
+            counts = tuple(dict.fromkeys(lists.numbers(ranks, "--ranks")))
+            starts = StartsBench(
+                shape, rounds=2 if quick else rounds, ranks=counts, depth=depth, block_bytes=block_kb << 10
+            )
+            return run_starts(starts, directory, command)
         asked = RestoreBench(shape, rounds=2 if quick else rounds, depth=depth, block_bytes=block_kb << 10)
         return run(asked, directory, command)
 

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`bench restore --ranks 1,2,8`: what attach() and restore() take beside the reading itself, under FSDP2."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from layerwise_dist.bench import machine
+from layerwise_dist.bench.figures import Chart, Findings, Spread
+from layerwise_dist.bench.launching import launch
+from layerwise_dist.bench.model import Shape
+from layerwise_dist.bench.progress import bar
+from layerwise_dist.bench.workplace import workplace
+from layerwise_dist.units import size
+
+_PARTS = ("attach_s", "restore_s", "raw_s")
+
+
+@dataclass(frozen=True, slots=True)
+class StartsBench:
+    """`depth` reads of `block_bytes` are in flight on each rank."""
+
+    shape: Shape
+    rounds: int
+    ranks: tuple[int, ...]
+    depth: int
+    block_bytes: int
+
+
+def run(bench: StartsBench, directory: str, command: str) -> Findings:
+    """Raises TooLittleRoom, OSError and BenchFailed."""
+    state, most = 12 * bench.shape.parameters, max(bench.ranks)
+    space = workplace(
+        directory, disk_bytes=2 * len(bench.ranks) * state + (64 << 20), memory_bytes=4 * state + most * (1 << 30)
+    )
+    found: dict[int, list[dict[str, float]]] = {}
+    with space as folder, bar(len(bench.ranks) * (bench.rounds + 1)) as progress:
+        about = machine.describe(str(folder))
+        for ranks in bench.ranks:
+            progress.now(f"{ranks} rank(s)")
+            spec = {
+                "do": "start", "shape": asdict(bench.shape), "rounds": bench.rounds, "folder": str(folder),
+                "depth": bench.depth, "block_bytes": bench.block_bytes,
+            }  # fmt: skip
+            said: list[dict[str, float]] = []
+
+            def take(what: dict[str, float], said: list[dict[str, float]] = said) -> None:
+                said.append(what)
+                progress.advance()
+
+            threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+            launch(
+                "reshard_worker", spec, folder, what=f"{ranks} ranks that start", ranks=ranks,
+                environment={"OMP_NUM_THREADS": str(threads)}, heard=take,
+            )  # fmt: skip
+            found[ranks] = said[1:]
+    return _findings(bench, command, about, found)
+
+
+def _findings(
+    bench: StartsBench, command: str, about: dict[str, Any], found: dict[int, list[dict[str, float]]]
+) -> Findings:
+    columns = ["ranks", "attach()", "restore()", "raw", "the rest"]
+    chart = Chart("attach() and restore() beside the reading, from a cold disk", columns, 0)
+    rows = []
+    for ranks, rounds in found.items():
+        parts = {part: [each[part] for each in rounds] for part in _PARTS}
+        parts["rest_s"] = [a + b - c for a, b, c in zip(*parts.values(), strict=True)]
+        rows.append({"ranks": ranks, **{part: Spread.of(values).data() for part, values in parts.items()}})
+        chart.rows.append([str(ranks), *(Spread.of(values).text(1, 3) for values in parts.values())])
+    notes = [
+        f"{bench.shape.parameters / 1e6:.1f}M parameters with AdamW's state ({size(12 * bench.shape.parameters)}), "
+        f"sharded by FSDP2 where there are several ranks; {bench.rounds} rounds, one more before them is not counted. "
+        "Seconds of the slowest rank, median (least–greatest).",
+        f"raw: each rank reads its own shard, all at once, {size(bench.block_bytes, binary=True)} at a time on "
+        f"{bench.depth} threads, by direct reads and with the kernel's read-ahead; the faster counts. The rest: "
+        "attach() and restore() together, less raw.",
+        "Before each load and each raw read the files are taken out of the page cache, and mincore says that they are.",
+    ]
+    data = {"starts": rows, "rounds": bench.rounds, "depth": bench.depth, "block_bytes": bench.block_bytes,
+            "parameters": bench.shape.parameters}  # fmt: skip
+    return Findings(command, about, data, [chart], notes)
