@@ -140,6 +140,7 @@ TABLE: list[tuple[str, str]] = [
     (r"python -m", _PLACE),
     (r"python examples/read_checkpoint\.py DIR", "test_frozen.py::test_the_short_reader_reads_bases_too"),
     (r"\.venv/bin/python -m pytest( tests/test_kill\.py)?", "these are the tests"),
+    (r"\.venv/bin/python -m pytest -q --long tests/test_crash_states\.py", "these are the tests"),
     (
         r"\.venv/bin/python -m pytest -s --long tests/test_many_headers\.py",
         "test_many_headers.py::test_the_headers_of_512_shards_of_1800_tensors_are_planned_in_bounded_memory",
