@@ -128,6 +128,15 @@ def _changed_before_the_last_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         original(back, changed)
 
     monkeypatch.setattr(lease._LookBack, "look", look)
+    seal = lease.Capture.seal
+
+    def sealed(capture: lease.Capture, survey: Any) -> set[str]:
+        with pytest.MonkeyPatch.context() as still_read:  # what is written by then is judged at the boundary
+            if not capture._audit.full:
+                still_read.setattr(capture.write, "leases_over", lambda: False)
+            return seal(capture, survey)
+
+    monkeypatch.setattr(lease.Capture, "seal", sealed)
     with lwd.attach(model, optimizer, dir=str(tmp_path), commit={"raise_after": 1000}) as ckpt:
         committed = []
         for number in ckpt.steps(7):
@@ -150,6 +159,22 @@ def test_the_persisting_thread_s_look_finds_what_no_counter_shows(
 def test_a_last_look_that_compares_nothing_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audit.Audit, "changed_by_now", lambda audit, survey: set())
     assert _changed_before_the_last_look(tmp_path, monkeypatch)[-2:] == [5, 6]
+
+
+def test_what_is_written_by_the_boundary_is_judged_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease._LookBack, "look", lambda back, changed: pytest.fail("there is nothing left to look at"))
+    copy = lease.Capture._copy_rest
+
+    def written(capture: lease.Capture, survey: Any) -> None:
+        copy(capture, survey)
+        assert capture.wait_read(60)
+
+    monkeypatch.setattr(lease.Capture, "_copy_rest", written)
+    model, optimizer = wide(1)
+    with lwd.attach(model, optimizer, dir=str(tmp_path)) as ckpt:
+        for _ in ckpt.steps(audit.FULL_FIRST + 2):
+            step(model, optimizer)
+    assert ckpt.committed_step == audit.FULL_FIRST + 2
 
 
 def test_memory_that_is_overwritten_is_not_looked_at_any_more() -> None:

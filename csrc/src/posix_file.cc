@@ -179,8 +179,10 @@ Status CreateProbe(Roots& roots, const std::string& dir, std::string* path, Desc
   Status status = roots.Find("create", *path, Links::kRefused, &place);
   if (status.ok()) status = CreateExclusive(place, *path, 0600, fd);
   if (!status.ok()) return status;
-  if (direct != nullptr) *direct = TurnDirect(fd->get());
-  return unlinkat(place.dir(), place.name(), 0) == 0 ? status : PosixError("unlink", *path);
+  const std::optional<DirectIoAlignment> found = direct != nullptr ? TurnDirect(fd->get()) : std::nullopt;
+  if (unlinkat(place.dir(), place.name(), 0) != 0) return PosixError("unlink", *path);
+  if (direct != nullptr) *direct = found;
+  return status;
 }
 
 Status TakeOver(Roots& roots, const std::string& from, const std::string& to, uint32_t mode, Descriptor* fd) {

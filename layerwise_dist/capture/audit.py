@@ -97,6 +97,10 @@ class Audit:
         """Remembers what is looked at."""
         self._noted.update(look.hashes())
 
+    def in_place(self, survey: Survey) -> bool:
+        """Whether any of it is read in place."""
+        return any(survey.leased[piece] for piece in self._windows)
+
     def staged(self, survey: Survey) -> bool:
         """Whether any of it is staged, so that `changed` has to wait for that."""
         return not all(survey.leased[piece] for piece in self._windows)

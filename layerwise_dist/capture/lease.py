@@ -62,7 +62,7 @@ class Capture:
         self._sealed: torch.Tensor | None = None
         self._first_look = look
         self._look: Look | None = None  # of the boundary, on its way
-        self._back = _LookBack()
+        self._back = _LookBack(awaited=audit.in_place(survey))
         self._versions = array.array("Q", [NO_VERSION]) * len(survey.tensors)
         self._staging = bool(survey.staged_bytes)  # whether a change could still get into what is staged
         self._unjudged = set(range(len(survey.batches)))
@@ -149,6 +149,9 @@ class Capture:
         if self._audit.full:
             with self._audit.spent:
                 self._certain = self.wait_read(self._timeout_s)
+        # What is over by now is judged now: the job may end without coming here again.
+        if self.write.leases_over():
+            self._back.end()
         self.settle()
         return self._names(unseen)
 
@@ -358,10 +361,11 @@ class _LookBack:
     before. The training thread would wait for what it can have done beside it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, awaited: bool = True) -> None:
+        """`awaited`: whether there is anything to look at; from then on whether that is neither done nor given up."""
         self._lock = threading.Lock()
         self._found: set[int] | None = None
-        self.awaited = True  # neither made nor given up
+        self.awaited = awaited
 
     def look(self, changed: Callable[[], set[int] | None]) -> None:
         """Makes it, once. REQUIRES: not on the training thread."""
