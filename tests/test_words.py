@@ -26,6 +26,8 @@ def anew() -> Iterator[None]:
 
 def test_of_this_torch_the_words_are_known() -> None:
     assert words._find() is not None
+    with torch.inference_mode():
+        assert words._find() is not None
 
 
 def test_versions_are_torch_s_own_whatever_raises_or_replaces_them() -> None:

@@ -17,6 +17,7 @@ import functools
 import logging
 import operator
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 
@@ -24,13 +25,15 @@ from layerwise_dist import _native
 
 log = logging.getLogger("layerwise_dist")
 
+_T = TypeVar("_T")
+
 NO_VERSION = (1 << 64) - 1  # which no counter has: they have 32 bits
 _VERSION = operator.attrgetter("_version")
 _WORD = ctypes.sizeof(ctypes.c_size_t)
-_OBJECT_WORDS = 8  # that are looked at: a tensor's Python object has as many, and torch's own one has more than these
-_IMPL_WORDS = 20
-_STORAGE_WORDS = 8
-_COUNTER_BYTES = 24  # of what a tensor's counter is in
+# So much is looked at of torch's own tensor, of a storage, and of what a counter is in; they have that much or more.
+_IMPL_BYTES = 160
+_STORAGE_BYTES = 64
+_COUNTER_BYTES = 24
 
 
 def versions(tensors: list[torch.Tensor]) -> array.array[int]:
@@ -61,32 +64,36 @@ def _words() -> _native.TensorWords | None:
 
 def _find() -> _native.TensorWords | None:
     """What reads them; None if the words are not where they should be, or not alone in having these values."""
-    made = [_made(version, first) for version, first in ((3, 5), (7, 11), (13, 2), (40, 29))]
-    impls: list[int] = [tensor._cdata for tensor in made]
-    storages = [tensor.untyped_storage() for tensor in made]
-    impl = _only([at for at in range(0, _OBJECT_WORDS * _WORD, _WORD)
-                  if all(_word(id(tensor) + at) == own for tensor, own in zip(made, impls, strict=True))])  # fmt: skip
-    at_storage = _with(impls, [storage._cdata for storage in storages])
-    at_offset = _with(impls, [int(tensor.storage_offset()) for tensor in made])
-    counters = [
+    with torch.inference_mode(False), torch.no_grad():
+        made = [_made(version, first) for version, first in ((3, 5), (7, 11), (13, 2), (40, 29))]
+        impls: list[int] = [tensor._cdata for tensor in made]
+        storages = [tensor.untyped_storage() for tensor in made]
+        impl = _with([*map(id, made)], impls, torch.Tensor.__basicsize__)
+        counter = _counter(impls, [*map(_VERSION, made)])
+        storage = _with(impls, [each._cdata for each in storages], _IMPL_BYTES)
+        offset = _with(impls, [int(tensor.storage_offset()) for tensor in made], _IMPL_BYTES)
+        # What Python owns: of what torch allocates, the word beside tells the same address.
+        storages.append(torch.frombuffer(bytearray(64), dtype=torch.uint8).untyped_storage())
+        address = _with([each._cdata for each in storages], [each.data_ptr() for each in storages], _STORAGE_BYTES)
+        if impl is None or counter is None or storage is None or offset is None or address is None:
+            return None
+        words = _native.TensorWords(
+            torch.Tensor, impl=impl, counter=counter[0], version=counter[1], storage=storage, address=address,
+            offset=offset,
+        )  # fmt: skip
+        return words if _try_out(words) else None
+
+
+def _counter(impls: Sequence[int], versions: Sequence[int]) -> tuple[int, int] | None:
+    """The offset of what leads to each tensor's counter, and of the version there."""
+    pairs = list(zip(impls, versions, strict=True))
+    return _only([
         (at, inside)
-        for at in range(0, _IMPL_WORDS * _WORD, _WORD)
+        for at in range(0, _IMPL_BYTES, _WORD)
         if all(_readable(_word(own + at)) for own in impls)
         for inside in range(0, _COUNTER_BYTES, 4)
-        if all(_half(_word(own + at) + inside) == tensor._version for own, tensor in zip(impls, made, strict=True))
-    ]
-    # What Python owns: of what torch allocates, the word beside tells the same address.
-    storages.append(torch.frombuffer(bytearray(64), dtype=torch.uint8).untyped_storage())
-    address = _with(
-        [storage._cdata for storage in storages], [storage.data_ptr() for storage in storages], _STORAGE_WORDS
-    )
-    if impl is None or at_storage is None or at_offset is None or address is None or len(counters) != 1:
-        return None
-    words = _native.TensorWords(
-        torch.Tensor, impl=impl, counter=counters[0][0], version=counters[0][1], storage=at_storage, address=address,
-        offset=at_offset,
-    )  # fmt: skip
-    return words if _try_out(words) else None
+        if all(_half(_word(own + at) + inside) == version for own, version in pairs)
+    ])  # fmt: skip
 
 
 def _made(version: int, first: int) -> torch.Tensor:
@@ -99,47 +106,46 @@ def _made(version: int, first: int) -> torch.Tensor:
 
 def _try_out(words: _native.TensorWords) -> bool:
     """Whether they follow all that gives a tensor another version, another place or other insides."""
-    with torch.inference_mode(False), torch.no_grad():
-        plain, param = torch.zeros(4, device="cpu"), torch.nn.Parameter(torch.ones(2, 3, device="cpu"))
-        tensors: list[torch.Tensor] = [plain, param, plain[1:], param.detach(), torch.tensor(1.0, device="cpu")]
-        tried = []
+    plain, param = torch.zeros(4, device="cpu"), torch.nn.Parameter(torch.ones(2, 3, device="cpu"))
+    tensors: list[torch.Tensor] = [plain, param, plain[1:], param.detach(), torch.tensor(1.0, device="cpu")]
+    tried = []
 
-        def look() -> None:
-            seen = words.versions(tensors)
-            first = [tensor.data_ptr() - tensor.storage_offset() * tensor.element_size() for tensor in tensors]
-            there = [
-                (t.untyped_storage()._cdata, begin, t.storage_offset()) for t, begin in zip(tensors, first, strict=True)
-            ]
-            placed = words.places(tensors)
-            tried.append(
-                seen is not None and placed is not None and [*array.array("Q", seen)] == [*map(_VERSION, tensors)]
-                and [*array.array("Q", placed)] == [word for each in there for word in each]
-            )  # fmt: skip
+    def look() -> None:
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        there = [(s._cdata, s.data_ptr(), t.storage_offset()) for s, t in zip(storages, tensors, strict=True)]
+        seen, placed = words.versions(tensors), words.places(tensors)
+        tried.append(
+            seen is not None and placed is not None and [*array.array("Q", seen)] == [*map(_VERSION, tensors)]
+            and [*array.array("Q", placed)] == [word for each in there for word in each]
+        )  # fmt: skip
 
-        look()
-        plain[1].add_(1)
-        param.mul_(2)
-        look()
-        param.data = torch.zeros(5, 3, device="cpu")[1:]
-        plain.untyped_storage().resize_(1 << 12)
-        look()
-        param.set_(torch.zeros(9, device="cpu").untyped_storage(), 2, (2,))  # type: ignore[call-overload]
-        tensors[2].add_(1.0)
-        look()
+    look()
+    plain[1].add_(1)
+    param.mul_(2)
+    look()
+    param.data = torch.zeros(5, 3, device="cpu")[1:]
+    plain.untyped_storage().resize_(1 << 12)
+    look()
+    param.set_(torch.zeros(9, device="cpu").untyped_storage(), 2, (2,))  # type: ignore[call-overload]
+    tensors[2].add_(1.0)
+    look()
     with torch.inference_mode():
         bare = torch.zeros(1, device="cpu")
     tried.append(words.versions([bare]) is None and words.versions([None]) is None)
     return all(tried)
 
 
-def _with(objects: Sequence[int], values: Sequence[int], words: int = _IMPL_WORDS) -> int | None:
-    """The offset of the one word that has each object's value."""
-    offsets = range(0, words * _WORD, _WORD)
+def _with(objects: Sequence[int], values: Sequence[int], nbytes: int) -> int | None:
+    """The offset of the one word that has each object's value, within so many bytes."""
     pairs = list(zip(objects, values, strict=True))
-    return _only([at for at in offsets if all(_word(address + at) == value for address, value in pairs)])
+    return _only([
+        at
+        for at in range(0, nbytes - _WORD + 1, _WORD)
+        if all(_word(address + at) == value for address, value in pairs)
+    ])  # fmt: skip
 
 
-def _only(found: Sequence[int]) -> int | None:
+def _only(found: Sequence[_T]) -> _T | None:
     return found[0] if len(found) == 1 else None
 
 
