@@ -119,15 +119,15 @@ def _changed_before_the_last_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """A job in which, once all of step 6 is written, a parameter changes blindly before it is looked at again."""
     model, optimizer = wide(1)  # so little that each checkpoint audits all of it
     looks = []
-    original = lease._LookBack.look
+    original = audit.LookBack.look
 
-    def look(back: lease._LookBack, changed: Callable[[], set[int] | None]) -> None:
+    def look(back: audit.LookBack, changed: Callable[[], set[int] | None]) -> None:
         looks.append(threading.current_thread() is threading.main_thread())
         if len(looks) == 6 - audit.FULL_FIRST:
             model[0].weight.detach().numpy()[0, 0] += 1
         original(back, changed)
 
-    monkeypatch.setattr(lease._LookBack, "look", look)
+    monkeypatch.setattr(audit.LookBack, "look", look)
     seal = lease.Capture.seal
 
     def sealed(capture: lease.Capture, survey: Any) -> set[str]:
@@ -162,7 +162,7 @@ def test_a_last_look_that_compares_nothing_is_found(tmp_path: Path, monkeypatch:
 
 
 def test_what_is_written_by_the_boundary_is_judged_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease._LookBack, "look", lambda back, changed: pytest.fail("there is nothing left to look at"))
+    monkeypatch.setattr(audit.LookBack, "look", lambda back, changed: pytest.fail("there is nothing left to look at"))
     copy = lease.Capture._copy_rest
 
     def written(capture: lease.Capture, survey: Any) -> None:
@@ -178,14 +178,14 @@ def test_what_is_written_by_the_boundary_is_judged_there(tmp_path: Path, monkeyp
 
 
 def test_memory_that_is_overwritten_is_not_looked_at_any_more() -> None:
-    back = lease._LookBack()
+    back = audit.LookBack()
     assert back.awaited and back.end() is None and not back.awaited
     back.look(lambda: pytest.fail("the memory is another's by now"))
     assert back.end() is None
 
 
 def test_who_overwrites_memory_waits_for_the_look_at_it() -> None:
-    back, begun, go = lease._LookBack(), threading.Event(), threading.Event()
+    back, begun, go = audit.LookBack(), threading.Event(), threading.Event()
 
     def changed() -> set[int]:
         begun.set()

@@ -8,9 +8,10 @@ makes the host wait for the device whatever its size, so that is done in every h
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -81,7 +82,7 @@ class Audit:
     def note(self, piece: int, address: int) -> None:
         """Remembers the windows of a piece that was staged at `address`."""
         for window in self._windows.get(piece, ()):
-            self._noted[window] = _native.hash_memory(address + window.begin, window.end - window.begin)
+            self._noted[window] = _hash_at(address, window)
 
     def look(self, survey: Survey, batches: Collection[int] | None = None) -> Look:
         """At what is read in place, of all batches or of these: as it is from now until the hashes are there."""
@@ -114,12 +115,9 @@ class Audit:
         return {
             piece
             for piece, windows in self._windows.items()
-            if survey.leased[piece] and any(
-                _native.hash_memory(survey.addresses[piece] + window.begin, window.end - window.begin)
-                != self._noted[window]
-                for window in windows
-            )
-        }  # fmt: skip
+            if survey.leased[piece]
+            and any(_hash_at(survey.addresses[piece], window) != self._noted[window] for window in windows)
+        }
 
     def changed_since_staged(self, survey: Survey) -> set[int]:
         """Of those that were staged."""
@@ -132,12 +130,44 @@ class Audit:
             }
 
 
+class LookBack:
+    """An audit's last look, which the persisting thread makes once all is written, unless the memory is overwritten
+    before. The training thread would wait for what it can have done beside it.
+    """
+
+    def __init__(self, *, awaited: bool = True) -> None:
+        """`awaited`: whether there is anything to look at; from then on whether that is neither done nor given up."""
+        self._lock = threading.Lock()
+        self._found: set[int] | None = None
+        self.awaited = awaited
+
+    def look(self, changed: Callable[[], set[int] | None]) -> None:
+        """Makes it, once. REQUIRES: not on the training thread."""
+        with self._lock:
+            if self.awaited:
+                self._found = changed()
+                self.awaited = False
+
+    def end(self) -> set[int] | None:
+        """What it found, the pieces' numbers; None if there was none: the memory may be overwritten from now on, and
+        nobody looks at it again.
+        """
+        with self._lock:
+            self.awaited = False
+            return self._found
+
+
 def _hash(tensor: torch.Tensor, window: Window) -> int:
     if tensor.device.type != "cpu":
         # Waits for the device: the price of an audit there.
         tensor = tensor.detach().reshape(-1).view(torch.uint8)[window.begin : window.end].cpu()
         return _native.hash_memory(tensor.data_ptr(), tensor.numel())
-    return _native.hash_memory(tensor.data_ptr() + window.begin, window.end - window.begin)
+    return _hash_at(tensor.data_ptr(), window)
+
+
+def _hash_at(address: int, window: Window) -> int:
+    """Of a piece in host memory at that address."""
+    return _native.hash_memory(address + window.begin, window.end - window.begin)
 
 
 class Rotation:

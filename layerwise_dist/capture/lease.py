@@ -15,7 +15,7 @@ from itertools import groupby
 import torch
 
 from layerwise_dist import _native
-from layerwise_dist.capture.audit import Audit, Look
+from layerwise_dist.capture.audit import Audit, Look, LookBack
 from layerwise_dist.capture.held import MemoryGone, check_present
 from layerwise_dist.capture.stage import Handover, Stage, Wait, lay_views
 from layerwise_dist.capture.survey import Survey
@@ -60,9 +60,8 @@ class Capture:
         self._handover = Handover()
         self._fences: dict[int, list[Wait]] = {}
         self._sealed: torch.Tensor | None = None
-        self._first_look = look
-        self._look: Look | None = None  # of the boundary, on its way
-        self._back = _LookBack(awaited=audit.in_place(survey))
+        self._look = look  # on its way: that of the update, or of the boundary
+        self._back = LookBack(awaited=audit.in_place(survey))
         self._versions = array.array("Q", [NO_VERSION]) * len(survey.tensors)
         self._staging = bool(survey.staged_bytes)  # whether a change could still get into what is staged
         self._unjudged = set(range(len(survey.batches)))
@@ -86,7 +85,7 @@ class Capture:
         for first, count in _runs(batches):
             begin, end = pieces_of[first].start, pieces_of[first + count - 1].stop
             self._versions[begin:end] = versions(tensors[begin:end])
-        look, self._first_look = self._first_look or self._audit.look(self.survey, batches), None
+        look = self._begun_look(batches)
         for first, count in self._leased_runs(batches):
             self._in_place.submit(first, count)
         self._audit.note_leased(look)
@@ -137,7 +136,7 @@ class Capture:
         moved = self._moved()
         if self._audit.staged(self.survey) and not self._handover.wait(self._timeout_s):
             raise self._too_slow()
-        look, self._look = self._look or self._audit.look(self.survey), None
+        look = self._begun_look()
         unseen = self._audit.changed_since_staged(self.survey) | self._audit.changed(look)
         unseen.difference_update(moved)
         if moved or unseen:
@@ -249,6 +248,11 @@ class Capture:
         assert self.write.in_place is not None, "where all lies in the pool, nothing is leased"
         return self.write.in_place
 
+    def _begun_look(self, batches: Collection[int] | None = None) -> Look:
+        """The one that is on its way, or else one at all batches, or these."""
+        look, self._look = self._look or self._audit.look(self.survey, batches), None
+        return look
+
     def _leased_runs(self, batches: Iterable[int]) -> Iterator[tuple[int, int]]:
         """Leased ones of these batches that follow one another in the file, as (first, count)."""
         return _runs(number for number in batches if not self.survey.batches[number].staged)
@@ -354,33 +358,6 @@ class Capture:
 
     def _too_slow(self) -> LeaseBroken:
         return LeaseBroken(f"its tensors were still being written after fence_timeout_s = {self._timeout_s:g} s")
-
-
-class _LookBack:
-    """The audit's last look, which the persisting thread makes once all is written, unless the memory is overwritten
-    before. The training thread would wait for what it can have done beside it.
-    """
-
-    def __init__(self, *, awaited: bool = True) -> None:
-        """`awaited`: whether there is anything to look at; from then on whether that is neither done nor given up."""
-        self._lock = threading.Lock()
-        self._found: set[int] | None = None
-        self.awaited = awaited
-
-    def look(self, changed: Callable[[], set[int] | None]) -> None:
-        """Makes it, once. REQUIRES: not on the training thread."""
-        with self._lock:
-            if self.awaited:
-                self._found = changed()
-                self.awaited = False
-
-    def end(self) -> set[int] | None:
-        """What it found, the pieces' numbers; None if there was none: the memory may be overwritten from now on, and
-        nobody looks at it again.
-        """
-        with self._lock:
-            self.awaited = False
-            return self._found
 
 
 def _runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:

@@ -124,15 +124,13 @@ class Attempts:
             return None
         self._participant.began(attempt)
         write: ShardWrite | None = None
-        look: Look | None = None
+        updated = found is None
         try:
             if found is None:
                 self._surveyor.gather()
                 found = self._expected()
-                audit = self._audits.next(found)
-                look = audit.look(found)  # hashed by another thread while the rest is made ready
-            else:
-                audit = self._audits.next(found)
+            audit = self._audits.next(found)
+            look = audit.look(found) if updated else None  # hashed by another thread while the rest is made ready
             laid = self._lay_out(found)
             if attempt.seq >= filenames.NUMBERS_END or step >= filenames.STEPS_END:
                 raise UnsupportedError(

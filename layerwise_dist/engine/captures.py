@@ -94,8 +94,7 @@ class Captures:
             if self.guarded(capture, lambda: self._seal(mark)):
                 assert self.open is not None
                 # What is left of older ones (layers that no optimizer has updated since) is in this one as well.
-                self.sealed = [*(each for each in self.sealed if not each.settled), self.open]
-                self.unsettled.append(self.open)
+                self._keep([*(each for each in self.sealed if not each.settled), self.open])
         self.open = None
         self._scheduler.done()
 
@@ -175,8 +174,7 @@ class Captures:
         """These layers, or all, are overwritten next: their leases end."""
         for capture in self.sealed:
             self._attempts.learn(capture.fence(layers), "the next update")
-        self.sealed = [capture for capture in self.sealed if not capture.over]
-        self.unsettled = [capture for capture in self.sealed if not capture.settled]
+        self._keep([capture for capture in self.sealed if not capture.over])
 
     def drain(self, timeout_s: float) -> None:
         """Waits until nothing reads the model's memory any more and every checkpoint on its way is decided.
@@ -190,6 +188,14 @@ class Captures:
         self.fence()
         self._frozen.drain(max(0.0, deadline - time.monotonic()))
         self._participant.drain(max(0.0, deadline - time.monotonic()))
+
+    def let_go(self) -> None:
+        """Of all that is sealed, and of the model with it."""
+        self._keep([])
+
+    def _keep(self, sealed: list[Capture]) -> None:
+        """Hooks ask after each gradient, so which are to be judged is found out once."""
+        self.sealed, self.unsettled = sealed, [capture for capture in sealed if not capture.settled]
 
     def abandon(self, reason: str) -> None:
         """Discards what is sealed and not judged."""

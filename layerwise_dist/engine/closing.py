@@ -136,8 +136,7 @@ class Closing:
             self._frozen.close(left()),
             self._adapter.close(max(_LAST_S, left())),
         ]
-        self._captures.sealed.clear()
-        self._captures.unsettled.clear()
+        self._captures.let_go()
         self._notices.close(left())
         self._statistics.close(left())
         if not all(closed):
