@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerwise_dist.errors import StateError, UnsupportedError
+from layerwise_dist.errors import StateError, UnsupportedError, named
 from layerwise_dist.frameworks.contents import Contents
 from layerwise_dist.frameworks.names import CleanNames, check_unique, join
 from layerwise_dist.frameworks.parts import Parts
@@ -360,10 +360,7 @@ def changes(before: Sequence[ParamView], now: Sequence[ParamView]) -> str:
         "removed": [fqn for fqn in was if fqn not in there],
     }
     words = [
-        f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''} "
-        f"{'were' if len(names) > 1 else 'was'} {what}"
-        for what, names in found.items()
-        if names
+        f"{named(names, 3)} {'were' if len(names) > 1 else 'was'} {what}" for what, names in found.items() if names
     ]
     return "; ".join(words) or "the order of the parameters, or which of them are tied, changed"
 

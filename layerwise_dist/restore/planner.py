@@ -110,9 +110,10 @@ def plan(wanted: Slice, found: Found, more: Callable[[], Found] | None = None) -
             )
     # An equal slice first: it is one read. Then this rank's own, and the others as they come.
     found = sorted(found, key=lambda each: each[1].slice != wanted)
-    if found[0][1].slice == wanted:
-        return _all_of(found[0]) if wanted.numel else []
-    if wanted.is_flat and wanted.numel and found[0][1].slice != wanted:
+    shard, entry = found[0]
+    if entry.slice == wanted:  # as all are in a job that is cut as it was: without a look at boxes
+        return [ByteRange(shard, entry.begin, entry.end, 0)] if wanted.numel else []
+    if wanted.is_flat and wanted.numel:
         # Tensors of one flat tensor share what is not cut, such as the step of their state.
         raise MismatchError(
             f"{wanted.name}: this rank needs {wanted.place()}, the checkpoint has another cut ({_places(found)})"
@@ -139,12 +140,6 @@ def replan(wanted: Slice, found: Found) -> list[ByteRange]:
     if gap is not None:
         raise DamageError(f"{found[0][1].slice.name}: no shard has its element {list(gap)} ({_places(found)})")
     return spans
-
-
-def _all_of(found: tuple[Readable, Entry]) -> list[ByteRange]:
-    """As `_spans` for an equal slice, without a look at boxes: in a job that is cut as it was, each one is equal."""
-    shard, entry = found
-    return [ByteRange(shard, entry.begin, entry.end, 0)]
 
 
 def _spans(wanted: Slice, found: Found) -> tuple[list[ByteRange], tuple[int, ...] | None]:
