@@ -191,7 +191,7 @@ class LayerwiseEngine:
             newest=self._reached("committed"), in_flight=workings.participant.in_flight,
             drifts=workings.participant.drifts, audit_s=workings.attempts.audit_s,
             every_n_steps=workings.pacing.steps, interval_changes=workings.pacing.changes,
-            reads=workings.adapter.reads,
+            reads=workings.adapter.readers.counts,
         )  # fmt: skip
 
     def trace(self, path: str | os.PathLike[str]) -> None:

@@ -20,6 +20,7 @@ from layerwise_dist.monitor.connection import MonitorLink
 from layerwise_dist.monitor.messages import Counts, Follow, Give, Opened, Returned, SaidSource, State, Written
 from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.gathered import Laid, gather
+from layerwise_dist.storage.readers import Readers
 from layerwise_dist.storage.reports import BaseReport
 from layerwise_dist.storage.shard_layout import ShardLayout, Source, state_extent
 from layerwise_dist.supervision.patience import DISK_SHARE
@@ -141,12 +142,12 @@ class StagingAdapter:
         """
         self.link, self.rank = link, link.rank
         self.direct, self.memory_align = facts["direct"], facts["memory_align"]
-        self.block_bytes, self._queue_depth = config.writer.block_kb << 10, config.writer.queue_depth
-        self.bounce_bytes = self.block_bytes * self._queue_depth
-        self._patience_s, self._reads = DISK_SHARE * config.commit.timeout_s, config.reader.direct_io
+        self.block_bytes = config.writer.block_kb << 10
+        self.bounce_bytes = self.block_bytes * config.writer.queue_depth
+        patience_s = DISK_SHARE * config.commit.timeout_s
+        self.readers = Readers(config.writer.queue_depth, patience_s=patience_s, reads=config.reader.direct_io)
         self.buffers: _native.BufferPool | None = None
         self._timeout_s, self._on_written = config.fence_timeout_s, written
-        self._readers: _native.WriterPool | None = None
         self._layouts = 0
         self._newest: tuple[ShardLayout, int] | None = None
         self._changed = threading.Condition()
@@ -155,18 +156,6 @@ class StagingAdapter:
         link.on("returned", self._returned)
         link.on("written", self._note_written)
         link.on_lost(lambda _: self._take_back(list(self._given)))
-
-    @property
-    def pool(self) -> _native.WriterPool:
-        """The threads that read. Made when needed."""
-        if self._readers is None:
-            self._readers = _native.WriterPool(self._queue_depth, patience_s=self._patience_s, reads=self._reads)
-        return self._readers
-
-    @property
-    def reads(self) -> tuple[int, int]:
-        """As `PCCheckAdapter`'s."""
-        return (0, 0) if self._readers is None else (self._readers.bytes_read, self._readers.bytes_cached)
 
     def allocate_staging_buffer(self, size_mb: float) -> None:
         """Lays a pool of `size_mb` MiB into the memory file: all of it is taken at once. Raises OSError.
@@ -259,7 +248,7 @@ class StagingAdapter:
 
     def close(self, timeout_s: float) -> bool:
         """The pool ends with the last buffer; the monitor is let go of. Whether the readers ended in time."""
-        closed = self._readers is None or self._readers.close(timeout_s)
+        closed = self.readers.close(timeout_s)
         if not closed:
             _native.keep_forever(self)
         self.link.close()

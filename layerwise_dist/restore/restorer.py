@@ -389,7 +389,7 @@ class Restorer:
         def count(nbytes: int) -> None:
             exchange.bytes_read += nbytes
 
-        return Files(env, self._adapter.pool, path, count, partial(sight.sees, self._framework.rank))
+        return Files(env, self._adapter.readers.pool, path, count, partial(sight.sees, self._framework.rank))
 
     def _open(self, manifest: Manifest, rank: int, recent: Recent | None = None) -> list[Shard]:
-        return open_shards(self._manager, self._adapter.pool, manifest, rank, recent)
+        return open_shards(self._manager, self._adapter.readers.pool, manifest, rank, recent)

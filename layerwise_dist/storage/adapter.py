@@ -19,6 +19,7 @@ from layerwise_dist.errors import ConfigError, DeadlineError
 from layerwise_dist.storage import filenames
 from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.gathered import Laid, gather
+from layerwise_dist.storage.readers import Readers
 from layerwise_dist.storage.recycling import Recycler
 from layerwise_dist.storage.removal import remove, remove_if_empty
 from layerwise_dist.storage.reports import BaseReport, ShardReport
@@ -71,13 +72,12 @@ class PCCheckAdapter:
         self.failed = failed
         self.env, self.root, self.rank, self.world_size = env, root, rank, world_size
         self.file_mode, self.dir_mode = file_mode, dir_mode
-        self.block_bytes, self._queue_depth, self._patience_s = block_bytes, queue_depth, patience_s
-        self._reads = reads
+        self.block_bytes, self._queue_depth = block_bytes, queue_depth
+        self.readers = Readers(queue_depth, patience_s=patience_s, reads=reads)
         self.backend = _choose_backend(backend, rank)
         self.buffers: _native.BufferPool | None = None
         self._pool: _native.WriterPool | None = None
         self._outgrown: list[_native.WriterPool] = []
-        self._readers: _native.WriterPool | None = None
         self._writes: set[ShardWrite] = set()  # whose blocks may be under way
         try:
             aligns = env.direct_io(root) if direct_io else None
@@ -118,18 +118,6 @@ class PCCheckAdapter:
         self.buffers = _native.BufferPool(int(size_mb * 2**20))
         core = "uring" if self.backend == "uring" else "posix"  # mapped files are written by threads
         self._pool = _native.WriterPool(self._queue_depth, core, self.buffers, self.block_bytes)
-
-    @property
-    def pool(self) -> _native.WriterPool:
-        """The threads that read, apart from the writer. Made when needed."""
-        if self._readers is None:
-            self._readers = _native.WriterPool(self._queue_depth, patience_s=self._patience_s, reads=self._reads)
-        return self._readers
-
-    @property
-    def reads(self) -> tuple[int, int]:
-        """Bytes of blocks that were read, and those of them that came out of the page cache by "auto"."""
-        return (0, 0) if self._readers is None else (self._readers.bytes_read, self._readers.bytes_cached)
 
     def lay_out(self, layers: Sequence[tuple[str, Sequence[Source]]], gathered: Collection[int]) -> Laid:
         """The static layout for these layers; `gathered` ones are written out of one buffer each."""
@@ -183,8 +171,8 @@ class PCCheckAdapter:
         """
         deadline = time.monotonic() + timeout_s
         removed = self.recycler.close(timeout_s)
-        pools = [pool for pool in (*self._outgrown, self._pool, self._readers) if pool is not None]
-        closed = [pool.close(max(0.0, deadline - time.monotonic())) for pool in pools]
+        pools = [pool for pool in (*self._outgrown, self._pool) if pool is not None]
+        closed = [pool.close(max(0.0, deadline - time.monotonic())) for pool in (*pools, self.readers)]
         if not all(closed):
             _native.keep_forever((self, list(self._writes)))
         return removed and all(closed)

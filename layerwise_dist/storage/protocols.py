@@ -14,6 +14,7 @@ from typing import Protocol
 from layerwise_dist import _native
 from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.gathered import Laid
+from layerwise_dist.storage.readers import Readers
 from layerwise_dist.storage.reports import BaseReport, ShardReport
 from layerwise_dist.storage.shard_layout import ShardLayout, Source
 
@@ -134,16 +135,10 @@ class ShardWriterAdapter(Protocol):
     direct: bool
     memory_align: int
     buffers: _native.BufferPool | None  # None until `allocate_staging_buffer`
+    readers: Readers
 
     @property
     def bounce_bytes(self) -> int: ...
-    @property
-    def pool(self) -> _native.WriterPool:
-        """The threads that read."""
-        ...
-
-    @property
-    def reads(self) -> tuple[int, int]: ...
     @property
     def bases(self) -> BaseWriter | None:
         """None: there are no bases, frozen parameters are staged with the rest."""
