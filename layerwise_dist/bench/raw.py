@@ -10,19 +10,16 @@ reader's buffers are.
 from __future__ import annotations
 
 import ctypes
-import itertools
 import json
 import mmap
 import os
 import shutil
 import subprocess
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from layerwise_dist.capture.pages import back_by_huge_pages
-from layerwise_dist.storage.io_memory import io_memory
+from layerwise_dist.doctor.raw_io import in_turn, read_rate
 
 _SOURCE = 256 << 20  # bytes of memory that the writes go round in: several times the caches, whatever the file's size
 
@@ -92,52 +89,12 @@ def has_fio() -> bool:
 
 
 def read(path: Path, *, block_bytes: int, depth: int, direct: bool = True) -> float:
-    """Bytes a second of reads of the whole file, `depth` at a time: direct ones, or through the page cache, with the
-    kernel's read-ahead for a file that is read from its start to its end.
-    """
+    """Bytes a second of reads of the whole file, `depth` at a time: direct ones, or through the page cache."""
     file = _open_direct(path, os.O_RDONLY) if direct else os.open(path, os.O_RDONLY)
     try:
-        nbytes = os.fstat(file).st_size
-        memory = threading.local()
-        if not direct:
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-
-        def one(index: int) -> None:
-            if not hasattr(memory, "block"):
-                memory.block = io_memory(block_bytes)
-            os.preadv(file, [memory.block], index * block_bytes)
-
-        began = time.perf_counter()
-        in_turn(-(-nbytes // block_bytes), depth, one)
-        return nbytes / (time.perf_counter() - began)
+        return read_rate(file, os.fstat(file).st_size, block_bytes=block_bytes, depth=depth, direct=direct)
     finally:
         os.close(file)
-
-
-def in_turn(count: int, depth: int, one: Callable[[int], None]) -> None:
-    """Calls `one(0)` to `one(count - 1)` on `depth` threads, each taking the next; raises the first error."""
-    numbers = itertools.count()
-    errors: list[BaseException] = []
-
-    def work() -> None:
-        while not errors and (index := next(numbers)) < count:
-            try:
-                one(index)
-            except OSError as error:
-                errors.append(error)
-
-    threads = [threading.Thread(target=work) for _ in range(depth)]
-    for thread in threads:
-        thread.start()
-    try:
-        for thread in threads:
-            thread.join()
-    except BaseException as interrupt:
-        errors.append(interrupt)  # they stop after the block at hand; the caller closes the file that they use
-        for thread in threads:
-            thread.join()
-    if errors:
-        raise errors[0]
 
 
 def _open_direct(path: Path, flags: int) -> int:

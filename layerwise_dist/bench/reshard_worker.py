@@ -22,9 +22,9 @@ import torch.distributed as dist
 import layerwise_dist as lwd
 from layerwise_dist.bench import raw
 from layerwise_dist.bench.cold import make_cold
-from layerwise_dist.bench.failure import BenchFailed
 from layerwise_dist.bench.launching import tell
 from layerwise_dist.bench.model import Shape, windows
+from layerwise_dist.bench.restoring import restored
 from layerwise_dist.bench.trainings import Training
 
 WAYS = ("same", "reshard", "dcp-load")
@@ -72,11 +72,7 @@ def _load(training: Training, folder: Path, way: str, saved: int) -> float:
         return _slowest(time.perf_counter() - began)
     with lwd.attach(training.model, training.optimizer, dir=str(place)) as engine:
         _cold(place)
-        began = time.perf_counter()
-        step = engine.restore()
-        took = time.perf_counter() - began
-    if step != 1:
-        raise BenchFailed(f"restore() returned step {step}, but step 1 was saved")
+        took = restored(engine)
     return _slowest(took)
 
 
@@ -94,11 +90,7 @@ def _start(training: Training, place: Path, depth: int, block_bytes: int) -> dic
             raw.read(shard, block_bytes=block_bytes, depth=depth, direct=direct)
             read_s.append(_slowest(time.perf_counter() - began))
         _cold(place)
-        began = time.perf_counter()
-        step = engine.restore()
-        restore_s = _slowest(time.perf_counter() - began)
-    if step != 1:
-        raise BenchFailed(f"restore() returned step {step}, but step 1 was saved")
+        restore_s = _slowest(restored(engine))
     return {"attach_s": attach_s, "restore_s": restore_s, "raw_s": min(read_s)}
 
 

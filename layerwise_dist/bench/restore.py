@@ -19,10 +19,10 @@ import torch
 import layerwise_dist as lwd
 from layerwise_dist.bench import machine, raw
 from layerwise_dist.bench.cold import make_cold, make_warm
-from layerwise_dist.bench.failure import BenchFailed
 from layerwise_dist.bench.figures import Chart, Findings, Spread
 from layerwise_dist.bench.model import GPT, Shape, adamw, windows
 from layerwise_dist.bench.progress import bar
+from layerwise_dist.bench.restoring import BESIDE, beside, restored
 from layerwise_dist.bench.workplace import workplace
 from layerwise_dist.units import size
 
@@ -35,7 +35,8 @@ _WAYS = {
 }
 _RAW = ("raw-direct", "raw-buffered")
 _Seconds = dict[tuple[str, str], list[float]]  # by where the files are, and by way
-_PLACES = {"cold": make_cold, "warm": make_warm}  # where the files are, and what brings them there
+# Where the files are, in words, and what brings them there.
+_PLACES = {"cold": ("from a cold disk", make_cold), "warm": ("from the page cache", make_warm)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ def run(bench: RestoreBench, directory: str, command: str) -> Findings:
         seconds: _Seconds = {(place, way): [] for place in _PLACES for way in _WAYS}
         attached: dict[str, list[float]] = {place: [] for place in _PLACES}
         for number in range(bench.rounds + 1):
-            for place, bring in _PLACES.items():
+            for place, (_, bring) in _PLACES.items():
                 for way in _WAYS:
                     progress.now(f"{_WAYS[way]}, {place}")
                     gc.collect()
@@ -125,12 +126,7 @@ class _Loads:
         with self._attached() as engine:
             self.attach_s = time.perf_counter() - began
             bring(self.files["layerwise"])
-            began = time.perf_counter()
-            step = engine.restore()
-            took = time.perf_counter() - began
-        if step != 1:
-            raise BenchFailed(f"restore() returned step {step}, but step 1 was saved")
-        return took
+            return restored(engine)
 
     def _torch_load(self) -> float:
         began = time.perf_counter()
@@ -161,9 +157,9 @@ def _findings(
 ) -> Findings:  # fmt: skip
     rows: list[dict[str, Any]] = []
     charts: list[Chart] = []
-    beside = Chart("attach() and restore() beside the reading", ["", "attach()", "restore()", "raw", "the rest"], 1)
+    starting = Chart("attach() and restore() beside the reading", ["", *BESIDE], 1)
     starts: list[dict[str, Any]] = []
-    for place, where in (("cold", "from a cold disk"), ("warm", "from the page cache")):
+    for place, (where, _) in _PLACES.items():
         speeds = {way: [nbytes[way] / took for took in seconds[place, way]] for way in _WAYS}
         best = [max(pair) for pair in zip(*(speeds[way] for way in _RAW), strict=True)]
         chart = Chart(f"Restore {where}", ["", "seconds", "GB/s", "÷ raw", "÷ dcp.load"], 1)
@@ -178,10 +174,9 @@ def _findings(
             })  # fmt: skip
             chart.rows.append([title, took.text(1, 3), speed.text(1e-9), to_raw.text(), to_dcp.text()])
         read = [nbytes["layerwise"] / speed for speed in best]
-        parts = {"attach_s": attached[place], "restore_s": seconds[place, "layerwise"], "raw_s": read}
-        parts["rest_s"] = [a + b - c for a, b, c in zip(*parts.values(), strict=True)]
-        starts.append({"files": place, **{name: Spread.of(values).data() for name, values in parts.items()}})
-        beside.rows.append([where, *(Spread.of(values).text(1, 3) for values in parts.values())])
+        parts = beside(attached[place], seconds[place, "layerwise"], read)
+        starts.append({"files": place, **{name: spread.data() for name, spread in parts.items()}})
+        starting.rows.append([where, *(spread.text(1, 3) for spread in parts.values())])
     notes = [
         f"{bench.shape.parameters / 1e6:.1f}M parameters with AdamW's state, {size(nbytes['layerwise'])}; "
         f"{bench.rounds} rounds, one more before them is not counted. Median (least–greatest). Ratios are of GB/s.",
@@ -194,4 +189,4 @@ def _findings(
     ]
     data = {"results": rows, "starts": starts, "rounds": bench.rounds, "depth": bench.depth,
             "block_bytes": bench.block_bytes, "parameters": bench.shape.parameters}  # fmt: skip
-    return Findings(command, about, data, [*charts, beside], notes)
+    return Findings(command, about, data, [*charts, starting], notes)

@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from layerwise_dist.bench import machine
-from layerwise_dist.bench.figures import Chart, Findings, Spread
+from layerwise_dist.bench.figures import Chart, Findings
 from layerwise_dist.bench.launching import launch
 from layerwise_dist.bench.model import Shape
 from layerwise_dist.bench.progress import bar
+from layerwise_dist.bench.restoring import BESIDE, beside
 from layerwise_dist.bench.workplace import workplace
 from layerwise_dist.units import size
 
@@ -62,14 +63,12 @@ def run(bench: StartsBench, directory: str, command: str) -> Findings:
 def _findings(
     bench: StartsBench, command: str, about: dict[str, Any], found: dict[int, list[dict[str, float]]]
 ) -> Findings:
-    columns = ["ranks", "attach()", "restore()", "raw", "the rest"]
-    chart = Chart("attach() and restore() beside the reading, from a cold disk", columns, 0)
+    chart = Chart("attach() and restore() beside the reading, from a cold disk", ["ranks", *BESIDE], 0)
     rows = []
     for ranks, rounds in found.items():
-        parts = {part: [each[part] for each in rounds] for part in _PARTS}
-        parts["rest_s"] = [a + b - c for a, b, c in zip(*parts.values(), strict=True)]
-        rows.append({"ranks": ranks, **{part: Spread.of(values).data() for part, values in parts.items()}})
-        chart.rows.append([str(ranks), *(Spread.of(values).text(1, 3) for values in parts.values())])
+        parts = beside(**{part: [each[part] for each in rounds] for part in _PARTS})
+        rows.append({"ranks": ranks, **{part: spread.data() for part, spread in parts.items()}})
+        chart.rows.append([str(ranks), *(spread.text(1, 3) for spread in parts.values())])
     notes = [
         f"{bench.shape.parameters / 1e6:.1f}M parameters with AdamW's state ({size(12 * bench.shape.parameters)}), "
         f"sharded by FSDP2 where there are several ranks; {bench.rounds} rounds, one more before them is not counted. "

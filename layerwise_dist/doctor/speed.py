@@ -13,18 +13,16 @@ import mmap
 import os
 import shutil
 import statistics
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Literal
 
 from layerwise_dist import _native
+from layerwise_dist.doctor.raw_io import in_turn, read_rate
 from layerwise_dist.storage.adapter import PCCheckAdapter
 from layerwise_dist.storage.filenames import AttemptId
-from layerwise_dist.storage.io_memory import io_memory
 from layerwise_dist.storage.recycling import recycles
 from layerwise_dist.storage.shard_layout import Source
 from layerwise_dist.tensors.slices import Slice
@@ -183,24 +181,18 @@ class RawFile:
 
     def write(self, shape: Shape) -> float:
         began = time.perf_counter()
-        numbers, stop = itertools.count(), threading.Event()
         block, view = shape.block, memoryview(self._memory)
 
-        def work() -> None:
-            while not stop.is_set() and (offset := next(numbers) * block) < self._nbytes:
-                length = min(block, self._nbytes - offset)
-                place = _place(self._memory, offset, length)
-                left = view[place : place + length]
-                while left:
-                    done = os.pwrite(self._fd, left, offset)
-                    left, offset = left[done:], offset + done
+        def one(index: int) -> None:
+            offset = index * block
+            length = min(block, self._nbytes - offset)
+            place = _place(self._memory, offset, length)
+            left = view[place : place + length]
+            while left:
+                done = os.pwrite(self._fd, left, offset)
+                left, offset = left[done:], offset + done
 
-        with ThreadPoolExecutor(shape.depth, thread_name_prefix="doctor") as threads:
-            try:
-                for future in [threads.submit(work) for _ in range(shape.depth)]:
-                    future.result()
-            finally:
-                stop.set()
+        in_turn(-(-self._nbytes // block), shape.depth, one)
         os.fdatasync(self._fd)
         return self._nbytes / (time.perf_counter() - began)
 
@@ -209,23 +201,7 @@ class RawFile:
         fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
         try:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            if not direct:
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-            numbers, stop = itertools.count(), threading.Event()
-
-            def work() -> None:
-                block = io_memory(shape.block)
-                while not stop.is_set() and (offset := next(numbers) * shape.block) < self._nbytes:
-                    os.preadv(fd, [block], offset)
-
-            began = time.perf_counter()
-            with ThreadPoolExecutor(shape.depth, thread_name_prefix="doctor") as threads:
-                try:
-                    for future in [threads.submit(work) for _ in range(shape.depth)]:
-                        future.result()
-                finally:
-                    stop.set()
-            return self._nbytes / (time.perf_counter() - began)
+            return read_rate(fd, self._nbytes, block_bytes=shape.block, depth=shape.depth, direct=direct)
         finally:
             os.close(fd)
 

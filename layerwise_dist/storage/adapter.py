@@ -172,7 +172,8 @@ class PCCheckAdapter:
         deadline = time.monotonic() + timeout_s
         removed = self.recycler.close(timeout_s)
         pools = [pool for pool in (*self._outgrown, self._pool) if pool is not None]
-        closed = [pool.close(max(0.0, deadline - time.monotonic())) for pool in (*pools, self.readers)]
+        closed = [pool.close(max(0.0, deadline - time.monotonic())) for pool in pools]
+        closed.append(self.readers.close(max(0.0, deadline - time.monotonic())))
         if not all(closed):
             _native.keep_forever((self, list(self._writes)))
         return removed and all(closed)
