@@ -30,8 +30,7 @@ T Read(const char* at) {
 
 class TensorWords {
  public:
-  TensorWords(nb::handle kind, const Offsets& offsets)
-      : kind_(nb::borrow(kind)), offsets_(offsets) {
+  TensorWords(nb::handle kind, const Offsets& offsets) : kind_(nb::borrow(kind)), offsets_(offsets) {
     if (!PyType_Check(kind.ptr())) throw StatusError(Status::InvalidArgument("the class of tensors is expected"));
   }
 
@@ -69,14 +68,12 @@ class TensorWords {
   bool Impls(const nb::list& tensors, std::vector<const char*>* impls) const {
     auto* const kind = reinterpret_cast<PyTypeObject*>(kind_.ptr());
     const size_t n = tensors.size();
-    const auto object = [&tensors](size_t i) {
-      return reinterpret_cast<const char*>(PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i)));
-    };
+    const auto object = [&tensors](size_t i) { return PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i)); };
     impls->resize(n);
     for (size_t i = 0; i < n; ++i) {
       if (i + kAhead < n) __builtin_prefetch(object(i + kAhead));
-      if (!PyObject_TypeCheck(PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i)), kind)) return false;
-      const char* const impl = Read<const char*>(object(i) + offsets_.impl);
+      if (!PyObject_TypeCheck(object(i), kind)) return false;
+      const char* const impl = Read<const char*>(reinterpret_cast<const char*>(object(i)) + offsets_.impl);
       if (impl == nullptr) return false;
       __builtin_prefetch(impl + offsets_.counter);
       __builtin_prefetch(impl + offsets_.offset);

@@ -20,7 +20,7 @@
 #include "shard_fixture.h"
 
 // Memory that ends at any allocation of a call: the call says so, by std::bad_alloc or ENOMEM, nothing of it is half
-// done, nothing waits for ever for what will not come, and the same call succeeds once there is memory.
+// done, nothing waits forever for what will not come, and the same call succeeds once there is memory.
 
 namespace layerwise {
 

@@ -2,6 +2,7 @@
 #ifndef LAYERWISE_TESTS_SHARD_FIXTURE_H_
 #define LAYERWISE_TESTS_SHARD_FIXTURE_H_
 
+#include <algorithm>
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
@@ -26,14 +27,15 @@ inline uint64_t HashOf(const std::string& data) { return Xxh3(data.data(), data.
 // Which backend the fixtures of the running test case get.
 inline WriterPool::Backend backend_under_test = WriterPool::Backend::kPosix;
 
+// Whether there is none here, which it says then.
+inline bool SkipWithoutUring() {
+  const Status probed = WriterPool::ProbeUring();
+  if (!probed.ok()) MESSAGE("SKIP: io_uring is not to be had here: " << probed.ToString());
+  return !probed.ok();
+}
+
 inline void RunOn(WriterPool::Backend backend, void (*test)()) {
-  if (backend == WriterPool::Backend::kUring) {
-    const Status probed = WriterPool::ProbeUring();
-    if (!probed.ok()) {
-      MESSAGE("SKIP: io_uring is not to be had here: " << probed.ToString());
-      return;
-    }
-  }
+  if (backend == WriterPool::Backend::kUring && SkipWithoutUring()) return;
   backend_under_test = backend;
   test();
   backend_under_test = WriterPool::Backend::kPosix;
@@ -204,6 +206,16 @@ struct ShardFixture {
   std::shared_ptr<BufferPool> buffers;
   std::unique_ptr<WriterPool> pool;
 };
+
+// The blocks of 4096 bytes of a file with this content.
+inline std::vector<ShardReader::Block> BlocksOf(const std::string& content) {
+  std::vector<ShardReader::Block> blocks;
+  for (size_t offset = 0; offset < content.size(); offset += 4096) {
+    const size_t length = std::min<size_t>(4096, content.size() - offset);
+    blocks.push_back({offset, length, Xxh3(content.data() + offset, length)});
+  }
+  return blocks;
+}
 
 inline std::string Header(size_t n = 4096) { return std::string(n, 'H'); }
 

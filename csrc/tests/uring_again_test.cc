@@ -10,6 +10,7 @@
 #include <functional>
 #include <future>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 #include <utility>
@@ -122,22 +123,36 @@ std::unique_ptr<WriterPool> UringPool(int depth) {
   return pool;
 }
 
-bool SkipWithoutUring() {
-  const Status probed = WriterPool::ProbeUring();
-  if (!probed.ok()) MESSAGE("SKIP: io_uring is not to be had here: " << probed.ToString());
-  return !probed.ok();
-}
+// A file with other bytes in it, and eight blocks to write over them.
+class EightBlocks {
+ public:
+  EightBlocks() {
+    REQUIRE_OK(DiskEnv().WriteFile(dir_ / "f", std::string(data_.size(), 'o'), 0600));
+    REQUIRE_OK(env_.ReuseFile(dir_ / "f", dir_ / "g", 0600, false, &file_));
+    blocks_.emplace(file_.get(), data_, 4096);
+  }
+
+  // The first error of all blocks.
+  Status Write(WriterPool* pool) { return blocks_->Write(pool); }
+
+  bool AreThere() {
+    std::string content;
+    REQUIRE_OK(env_.ReadFile(dir_ / "g", data_.size(), &content));
+    return content == data_;
+  }
+
+ private:
+  ScratchDir dir_;
+  PosixEnv env_;
+  const std::string data_ = Pattern(8 * 4096);
+  std::unique_ptr<WritableFile> file_;
+  std::optional<StringSink> blocks_;
+};
 
 // Writes eight blocks while the first submissions are refused, or complete otherwise than as writes, then once more.
 // The first error, and whether all bytes got to the file the first time.
 Status WriteEight(const std::function<void()>& begin, bool* all_there) {
-  ScratchDir dir;
-  const std::string data = Pattern(8 * 4096), old(data.size(), 'o');
-  std::unique_ptr<WritableFile> file;
-  REQUIRE_OK(DiskEnv().WriteFile(dir / "f", old, 0600));
-  PosixEnv env;
-  REQUIRE_OK(env.ReuseFile(dir / "f", dir / "g", 0600, false, &file));
-  StringSink blocks(file.get(), data, 4096);
+  EightBlocks blocks;
   const auto pool = UringPool(2);
   refusals.asked = 0;
   begin();
@@ -145,13 +160,10 @@ Status WriteEight(const std::function<void()>& begin, bool* all_there) {
   CHECK(refusals.left.exchange(0) == 0);
   CHECK(completions.left.exchange(0) == 0);
   CHECK(refusals.asked >= 8);
-  std::string content;
-  REQUIRE_OK(env.ReadFile(dir / "g", data.size(), &content));
-  *all_there = content == data;
+  *all_there = blocks.AreThere();
   // A ring that refused goes on.
   REQUIRE_OK(blocks.Write(pool.get()));
-  REQUIRE_OK(env.ReadFile(dir / "g", data.size(), &content));
-  CHECK((content == data));
+  CHECK(blocks.AreThere());
   CHECK(pool->Close(30));
   return status;
 }
@@ -270,12 +282,7 @@ TEST_CASE("a ring that is not to be had, or lacks an operation, is refused with 
 
 TEST_CASE("a ring whose queue is full of what the kernel did not take fails writes, and goes on when it is emptied") {
   if (SkipWithoutUring()) return;
-  ScratchDir dir;
-  PosixEnv env;
-  const std::string data = Pattern(8 * 4096);
-  std::unique_ptr<WritableFile> file;
-  REQUIRE_OK(env.NewWritableFile(dir / "f", 0600, false, &file));
-  StringSink blocks(file.get(), data, 4096);
+  EightBlocks blocks;
   const auto pool = UringPool(2);
   for (const int error : {EBADF, EINTR}) {  // EINTR: as often as it is asked again
     {
@@ -287,20 +294,13 @@ TEST_CASE("a ring whose queue is full of what the kernel did not take fails writ
     }
     REQUIRE_OK(blocks.Write(pool.get()));
   }
-  std::string content;
-  REQUIRE_OK(env.ReadFile(dir / "f", data.size(), &content));
-  CHECK((content == data));
+  CHECK(blocks.AreThere());
   CHECK(pool->Close(30));
 }
 
 TEST_CASE("a ring that can't wait for the kernel now tries again") {
   if (SkipWithoutUring()) return;
-  ScratchDir dir;
-  PosixEnv env;
-  const std::string data = Pattern(8 * 4096);
-  std::unique_ptr<WritableFile> file;
-  REQUIRE_OK(env.NewWritableFile(dir / "f", 0600, false, &file));
-  StringSink blocks(file.get(), data, 4096);
+  EightBlocks blocks;
   for (const auto& [call, error] : {std::pair{"io_uring_submit", EBADF}, std::pair{"io_uring_wait_cqe", EINTR},
                                     std::pair{"io_uring_wait_cqe", EBUSY}}) {
     CAPTURE(call);
