@@ -168,6 +168,14 @@ class Running:
         return [line["monitor"] for line in self.told()[rank] if "monitor" in line]
 
 
+def _stands_still(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(") ")[2][0]
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return state in "TtZX"  # proc(5): stopped, or dead
+
+
 class Blows:
     """What is done to launches from outside."""
 
@@ -196,11 +204,30 @@ class Blows:
             finally:
                 send(pids, signal.SIGCONT)
             return True
-        send(pids, signal.SIGKILL if fault.kind.startswith("SIGKILL") else signal.SIGTERM)
-        if fault.kind == "SIGTERM and SIGKILL":
+        number = signal.SIGKILL if fault.kind.startswith("SIGKILL") else signal.SIGTERM
+        done = self._end(running, lambda: self._targets(running, fault), number)
+        if done and fault.kind == "SIGTERM and SIGKILL":
             self._pause(fault.delay_s)
-            send(running.pid(fault.rank), signal.SIGKILL)
-        return True
+            self._end(running, lambda: running.pid(fault.rank), signal.SIGKILL)
+        return done
+
+    def _end(self, running: Running, targets: Callable[[], list[int]], number: int) -> bool:
+        """Sends the signal, if there is still somebody to get it. They are stopped first: a rank could come to its end
+        between the look and the signal (see `Running.pid`).
+        """
+        stopped = targets()
+        send(stopped, signal.SIGSTOP)
+        try:
+            deadline = time.monotonic() + LEAVES_S
+            while not all(map(_stands_still, stopped)):
+                if time.monotonic() > deadline:
+                    raise Hung(f"not stopped {LEAVES_S:g} s after SIGSTOP: {running.where()}")
+                self._pause(0.002)
+            pids = [pid for pid in targets() if pid in stopped]
+            send(pids, number)
+        finally:
+            send(stopped, signal.SIGCONT)
+        return bool(pids)
 
     def _targets(self, running: Running, fault: Fault) -> list[int]:
         if fault.kind.endswith("to all"):
@@ -348,8 +375,10 @@ def _check_folder(plan: Plan, root: Path, last: Told) -> None:
     names = sorted(path.name for path in root.iterdir())
     steps = sorted(int(name[5:15]) for name in names if name.startswith("step_"))
     rest = [name for name in names if not name.startswith("step_")]
-    # What a reader held goes with the next commits; the last launch may not have made any.
-    most = plan.config["keep_last"] + (last.committed() - min(last.starts()) < 2)
+    # What goes late goes with the next commits, of which the last launch may have made none: what a reader held, and
+    # what the newest commit replaced just before a kill.
+    made = last.committed() - min(last.starts())
+    most = plan.config["keep_last"] + (made < 2) + (made < 1)
     if not steps or steps[-1] != plan.total or len(steps) > most:
         raise Wrong(f"steps {steps} of {plan.total}, {most} to be kept: {names}")
     if rest != ["identity.json", "owner"]:
