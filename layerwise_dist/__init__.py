@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from layerwise_dist import errors, unattached
 from layerwise_dist._version import __version__
 from layerwise_dist.errors import LayerwiseError
+from layerwise_dist.supervision import logs
 
 if TYPE_CHECKING:
     from layerwise_dist.commit.metadata import CheckpointMetadataManager
@@ -73,6 +74,7 @@ _LAZY = {
 }
 
 
+logs.keep_words()
 unattached.watch()
 
 

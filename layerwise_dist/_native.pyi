@@ -415,3 +415,6 @@ class ShardReader:
 
         Returns the bad blocks.
         """
+
+    def close(self) -> None:
+        """The file, once what is being read of it has come. Safe to call twice."""

@@ -300,6 +300,54 @@ def test_nothing_is_read_of_a_closed_one(trained: tuple[Path, Job]) -> None:
         lazy[0]
 
 
+def files_open_in(folder: Path) -> list[str]:
+    links = [f"/proc/self/fd/{each}" for each in os.listdir("/proc/self/fd")]
+    return [path for path in (os.readlink(link) for link in links if os.path.lexists(link)) if str(folder) in path]
+
+
+def test_no_file_stays_open_behind_a_closed_checkpoint_or_an_error_that_is_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A removed file takes space until it is closed."""
+    with Job(tmp_path) as job:
+        job.train(2)
+    ckpt = lwd.open_checkpoint(tmp_path)
+    assert files_open_in(tmp_path)
+    ckpt.close()
+    assert files_open_in(tmp_path) == []
+    [newest] = tmp_path.glob("step_0000000002-*/rank_00000.safetensors")
+    spoil(newest, 30)
+    with lwd.open_checkpoint(tmp_path):
+        pass
+    assert caplog.records and files_open_in(tmp_path) == [], "a log record keeps what the error came through"
+    [oldest] = tmp_path.glob("step_0000000001-*/rank_00000.safetensors")
+    with open(oldest, "ab") as file:
+        file.write(b"more")
+    with pytest.raises(DamageError) as error:
+        lwd.open_checkpoint(tmp_path, step=2)
+    with pytest.raises(DamageError, match="bytes long") as other:
+        lwd.open_checkpoint(tmp_path, step=1)
+    assert (error, other) and files_open_in(tmp_path) == []
+
+
+def test_mutation_files_that_the_garbage_collector_closes_are_found(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from layerwise_dist.storage.reader import Shard
+
+    monkeypatch.setattr(Shard, "close", lambda self: None)
+    with pytest.raises(AssertionError):
+        test_no_file_stays_open_behind_a_closed_checkpoint_or_an_error_that_is_kept(tmp_path, caplog)
+
+
+def test_a_log_record_keeps_the_words_of_an_error_and_not_the_error(caplog: pytest.LogCaptureFixture) -> None:
+    error = ValueError("what was wrong")
+    logging.getLogger("layerwise_dist").warning("%s, %r", error, error)
+    [record] = caplog.records
+    assert record.getMessage() == "what was wrong, ValueError('what was wrong')"
+    assert record.args is not None and error not in tuple(record.args)
+
+
 # -- and a job that runs ----------------------------------------------------------------------------------------------
 
 

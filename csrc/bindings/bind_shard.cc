@@ -74,7 +74,13 @@ struct PyWriter {
 };
 
 struct PyReader {
-  std::shared_ptr<ShardReader> it;
+  std::shared_ptr<ShardReader> it;  // nullptr: closed
+
+  // Of this thread's own: another one may close it meanwhile.
+  std::shared_ptr<ShardReader> Here() const {
+    if (it == nullptr) throw StatusError(Status::FailedPrecondition("use of a closed shard"));
+    return it;
+  }
 };
 
 uint64_t Count(int64_t value) {
@@ -184,7 +190,8 @@ nb::bytes ReadRange(PyReader& reader, int64_t offset, int64_t n) {
   std::string data;
   const uint64_t begin = Count(offset);
   const uint64_t length = Count(n);
-  Unlocked([&] { return reader.it->Read(begin, length, &data); });
+  const std::shared_ptr<ShardReader> it = reader.Here();
+  Unlocked([&] { return it->Read(begin, length, &data); });
   return ToBytes(data);
 }
 
@@ -201,7 +208,8 @@ std::vector<size_t> ReadBlocks(PyReader& reader, const std::vector<ReadBlockTupl
     copies.push_back({Count(block), Count(block_offset), static_cast<uintptr_t>(address), Count(length)});
   }
   std::vector<size_t> bad;
-  Unlocked([&] { return reader.it->ReadBlocks(wanted, copies, &bad); });
+  const std::shared_ptr<ShardReader> it = reader.Here();
+  Unlocked([&] { return it->ReadBlocks(wanted, copies, &bad); });
   return bad;
 }
 
@@ -329,8 +337,14 @@ void BindShard(nb::module_& m) {
   nb::class_<PyReader>(m, "ShardReader")
       .def("__init__", &InitReader, nb::arg("env"), nb::arg("pool"), nb::arg("path"), nb::arg("direct") = true,
            nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
-      .def_prop_ro("size", [](PyReader& reader) { return reader.it->size(); })
-      .def_prop_ro("cached", [](PyReader& reader) { return reader.it->cached(); })
+      .def_prop_ro("size", [](PyReader& reader) { return reader.Here()->size(); })
+      .def_prop_ro("cached", [](PyReader& reader) { return reader.Here()->cached(); })
+      .def("close",
+           [](PyReader& reader) {
+             std::shared_ptr<ShardReader> last = std::move(reader.it);
+             const Unheld unheld;
+             last.reset();
+           })
       .def("read", &ReadRange, nb::arg("offset"), nb::arg("n"))
       .def("read_blocks", &ReadBlocks, nb::arg("blocks"), nb::arg("segments"));
 }

@@ -23,7 +23,11 @@ def open_shard(
     or OSError.
     """
     shard = _open_shard(manager, pool, manifest, rank, recent, describe=True)
-    _check_step(manifest, shard)
+    try:
+        _check_step(manifest, shard)
+    except DamageError:
+        shard.close()
+        raise
     return shard
 
 
@@ -73,7 +77,13 @@ def open_shards(
 ) -> list[Shard]:  # fmt: skip
     """A rank's shard, and after it its base if it has one. `recent` and what it raises as `open_shard`."""
     base = open_base(manager, pool, manifest, rank)
-    return [open_shard(manager, pool, manifest, rank, recent), *([base] if base is not None else [])]
+    bases = [base] if base is not None else []
+    try:
+        return [open_shard(manager, pool, manifest, rank, recent), *bases]
+    except BaseException:
+        for each in bases:
+            each.close()
+        raise
 
 
 def shards_elsewhere(

@@ -45,8 +45,9 @@ def open_file(
         if (what := oddity(error, path)) is not None:
             raise DamageError(f"shard {what}") from None
         raise
-    if reader.size != nbytes:
-        raise DamageError(f"shard {path}: is {reader.size} bytes long, the manifest says {nbytes}")
+    if (size := reader.size) != nbytes:
+        reader.close()
+        raise DamageError(f"shard {path}: is {size} bytes long, the manifest says {nbytes}")
     return reader
 
 
@@ -66,7 +67,11 @@ class Shard:
         if header_bytes > HEADER_CAP:
             raise DamageError(f"shard {path}: a header of {header_bytes} bytes is over the format's {HEADER_CAP}")
         self._reader = open_file(env, pool, path, nbytes, lost)
-        self._take_header(path, nbytes, self._reader.read(0, header_bytes), header_bytes, header_hash, of, recent)
+        try:
+            self._take_header(path, nbytes, self._reader.read(0, header_bytes), header_bytes, header_hash, of, recent)
+        except BaseException:
+            self.close()
+            raise
 
     def _take_header(
         self, path: str, nbytes: int, header: bytes, header_bytes: int, header_hash: int,
@@ -76,6 +81,12 @@ class Shard:
             raise DamageError(f"shard {path}: its header does not match its hash in the manifest ({header_hash:016x})")
         self.header_bytes = header_bytes
         self.index = parse_header(path, nbytes, header, of, recent)
+
+    def close(self) -> None:
+        """Not left to the garbage collector: an error that somebody keeps also keeps what it came through. Safe to call
+        twice.
+        """
+        self._reader.close()
 
     def header(self) -> bytes:
         """As it lies in the file, unverified. Raises OSError."""
@@ -201,6 +212,9 @@ class ShardElsewhere(Shard):
         """
         self._take_header(path, nbytes, header, header_bytes, header_hash, of)
         self._state = state
+
+    def close(self) -> None:
+        """There is nothing to close."""
 
     def state_extent(self) -> memoryview:
         if self._state is None:
