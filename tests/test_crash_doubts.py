@@ -11,6 +11,7 @@ import fnmatch
 import re
 import sys
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import layerwise_native_testing as testing
@@ -21,7 +22,8 @@ from kit.mutant_env import MutantEnv, Mutation
 
 from layerwise_dist.capture import survey
 from layerwise_dist.commit import owner
-from layerwise_dist.commit.metadata import CheckpointMetadataManager, InDoubt
+from layerwise_dist.commit.keeper import Keeper
+from layerwise_dist.commit.metadata import CheckpointMetadataManager, InDoubt, encode
 from layerwise_dist.commit.opening import Place, make_dirs
 from layerwise_dist.commit.pruning import Kept, Pruning
 from layerwise_dist.errors import CommitError, DamageError, DirectoryError
@@ -286,3 +288,27 @@ def test_an_owner_whose_length_changes_is_found(monkeypatch: pytest.MonkeyPatch)
     assert prune_to_the_newest(story.env) == [1]
     with pytest.raises(AssertionError, match="^prefix.*owner is gone or torn"):
         sweep(story, 4)
+
+
+@pytest.mark.parametrize("careless", [False, True], ids=["whole", "the doubt is forgotten"])
+def test_a_node_that_is_in_doubt_of_a_roll_back_keeps_the_record_before(careless: bool) -> None:
+    """The record's flush fails there; then old checkpoints are withdrawn, and with them all older records."""
+    env = MutantEnv()
+    one_branch(Story(env))
+    manager = CheckpointMetadataManager(env, "/ckpt")
+    ((seq, record),) = manager.inventory().branches.items()
+    job: Any = SimpleNamespace(check=lambda: None), SimpleNamespace(epoch=9)
+    keeper = Keeper(1, manager, *job)
+    env.mutation = Mutation("sync_dir", "/ckpt", "_into_place", forget=False)
+    with pytest.raises(InDoubt):
+        keeper.keep_branch(encode(record.model_copy(update={"seq": seq + 9})).decode())
+    env.mutation = None
+    if careless:
+        keeper._in_doubt = False
+    keeper.handle({"t": "withdraw", "batch": 1, "attempts": []})
+    left = [env.crash(env.log_size, seed, "random") for seed in range(40)]
+    least = min(len(CheckpointMetadataManager(each, "/ckpt").inventory().branches) for each in left)
+    assert (least == 0) is careless
+    keeper.keep_branch(encode(record.model_copy(update={"seq": seq + 10})).decode())
+    keeper.handle({"t": "withdraw", "batch": 2, "attempts": []})
+    assert list(manager.inventory().branches) == [seq + 10], "what is known again to be durable stands for them"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import threading
 from collections.abc import Callable
 
 from layerwise_dist.commit.messages import Kept, ToCoordinator, ToKeepers, ToRanks
@@ -28,6 +29,9 @@ class Keeper:
         self.rank, self.owner = rank, owner
         self._manager, self._info = manager, info
         self._prepared: set[int] = set()
+        # A roll-back comes from the training thread, while older records may go. One that is in doubt stands for none.
+        self._branches = threading.Lock()
+        self._in_doubt = False
 
     def handle(self, message: ToRanks) -> Kept | None:
         """The answer, for what is asked; a notice needs none."""
@@ -48,8 +52,12 @@ class Keeper:
 
     def keep_branch(self, text: str) -> None:
         """A roll-back, or a fresh start, as rank 0 wrote it. Raises OSError, InDoubt or OwnerError."""
-        self.owner.check()
-        self._manager.write_branch(decode(text.encode(), Branch, "the branch record of rank 0"))
+        branch = decode(text.encode(), Branch, "the branch record of rank 0")
+        with self._branches:
+            self.owner.check()
+            self._in_doubt = True
+            self._manager.write_branch(branch)
+            self._in_doubt = False
 
     def _tried(self, message: ToKeepers) -> str | None:
         try:
@@ -73,7 +81,9 @@ class Keeper:
                 self._manager.withdraw(attempt, anyway=True)  # rank 0's is gone: it is no checkpoint
             except OSError as error:
                 leave(error, attempt.folder)  # an archive behind a link stays
-        self._manager.remove_old_branches()
+        with self._branches:
+            if not self._in_doubt:
+                self._manager.remove_old_branches()
 
     def _drop(self, seq: int, step: int) -> None:
         """What was prepared is in the way of nothing but the folder's end."""
