@@ -16,17 +16,18 @@ from typing import Any
 
 import layerwise_native_testing as testing
 import pytest
-from kit.crash import Story
+from kit.crash import POLICIES, Story
 from kit.crash_stories import OF_ONE_RANK, check_found, one_branch, shrinking, sweep
 from kit.mutant_env import MutantEnv, Mutation
 
 from layerwise_dist.capture import survey
 from layerwise_dist.commit import owner
 from layerwise_dist.commit.keeper import Keeper
+from layerwise_dist.commit.merging import merge
 from layerwise_dist.commit.metadata import CheckpointMetadataManager, InDoubt, encode
 from layerwise_dist.commit.opening import Place, make_dirs
 from layerwise_dist.commit.pruning import Kept, Pruning
-from layerwise_dist.errors import CommitError, DamageError, DirectoryError
+from layerwise_dist.errors import CommitError, DamageError, DirectoryError, OwnerError
 from layerwise_dist.storage.adapter import PCCheckAdapter, ShardWrite
 from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.frozen_file import BaseFile
@@ -288,6 +289,92 @@ def test_an_owner_whose_length_changes_is_found(monkeypatch: pytest.MonkeyPatch)
     assert prune_to_the_newest(story.env) == [1]
     with pytest.raises(AssertionError, match="^prefix.*owner is gone or torn"):
         sweep(story, 4)
+
+
+@pytest.mark.parametrize("careless", [False, True], ids=["whole", "its own lock is enough"])
+def test_a_job_whose_owner_file_was_replaced_finds_that_another_has_the_directory(careless: bool) -> None:
+    """Somebody removes the file; the next job makes another, and locks that."""
+    env = testing.MemoryEnv()
+    env.make_dir("/ckpt")
+    first = owner.Owner(env, "/ckpt", file_mode=0o600, who="the first")
+    first.begin("first", 1)
+    env.unlink("/ckpt/owner")
+    second = owner.Owner(env, "/ckpt", file_mode=0o600, who="the second")
+    second.begin("second", 2)
+    second.check()
+    if careless:
+        lock = first._lock
+        first._lock = SimpleNamespace(held_path_is_mine=lambda: True, read=lock.read)  # type: ignore[assignment]
+        first.check()
+        return
+    with pytest.raises(OwnerError, match="/ckpt/owner was replaced"):
+        first.check()
+
+
+class Nodes:
+    """Two nodes with a disk each, and one directory's records on both. One operation comes after the other."""
+
+    def __init__(self) -> None:
+        self.disks = [testing.MemoryEnv(), testing.MemoryEnv()]
+        self.managers = [CheckpointMetadataManager(disk, "/ckpt") for disk in self.disks]
+        self.moments: list[list[int]] = []
+        one_branch(Story(self.disks[0]))
+        make_dirs(self.disks[1], "/ckpt", 0o700)
+        self.managers[1].write_identity(self.managers[0].read_identity())
+        self.start()
+        self.attempt = next(iter(self.managers[1].inventory().manifests.values())).attempt_id
+
+    def _looked(self, order: list[int]) -> list[Place]:
+        return [
+            Place(
+                self.disks[node], "/ckpt", self.managers[node], ranks=[rank], file_mode=0o600, dir_mode=0o700, who="job"
+            )
+            for rank, node in enumerate(order)
+        ]  # fmt: skip
+
+    def start(self, order: tuple[int, int] = (0, 1), *, pins_go_first: bool = False) -> None:
+        """Of a job with rank 0 on the first node of these, up to where its ranks go on."""
+        places = self._looked(list(order))
+        plan = merge([place.look() for place in places], "/ckpt", fresh=False)
+        texts = {name: text for place in places for name, text in place.texts(plan).items()}
+        settles = [(place.settle, (plan, texts)) for place in places]
+        lets_go = [(place.let_pins_go, (plan,)) for place in places]
+        for do, what in [*lets_go, *settles] if pins_go_first else [*settles, *lets_go]:
+            before = [disk.log_size for disk in self.disks]
+            do(*what)
+            self._note(before)
+        for place in places:
+            place.release()
+
+    def _note(self, before: list[int]) -> None:
+        """How much of each log is done, after each operation."""
+        now = [disk.log_size for disk in self.disks]
+        for node in (0, 1):
+            for done in range(before[node], now[node] + 1):
+                self.moments.append([done if other == node else now[other] for other in (0, 1)])
+
+    def least_pins(self) -> int:
+        """In how many places, at the worst moment, the pin is after power loss of both nodes."""
+        found = []
+        for moment in self.moments:
+            for policy in POLICIES:
+                left = [disk.crash(at, 0, policy) for disk, at in zip(self.disks, moment, strict=True)]
+                found.append(sum(CheckpointMetadataManager(each, "/ckpt").pinned(self.attempt) for each in left))
+        return min(found)
+
+
+@pytest.mark.parametrize(
+    "careless", [None, "order", "flush"], ids=["whole", "it goes before it is there", "it is not flushed there"]
+)
+def test_a_pin_that_moves_to_the_node_of_rank_0_is_on_one_of_them_at_any_moment(careless: str | None) -> None:
+    nodes = Nodes()
+    assert nodes.managers[0].pin(nodes.attempt)
+    nodes.moments.clear()
+    if careless == "flush":
+        nodes.disks[1].drop("sync_dir", "/ckpt/step_*")
+    nodes.start((1, 0), pins_go_first=careless == "order")
+    assert [manager.pinned(nodes.attempt) for manager in nodes.managers] == [False, True]
+    assert (nodes.least_pins() == 0) is (careless is not None)
 
 
 @pytest.mark.parametrize("careless", [False, True], ids=["whole", "the doubt is forgotten"])

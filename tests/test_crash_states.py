@@ -16,10 +16,11 @@ import layerwise_native_testing as testing
 import pytest
 from kit.crash import POLICIES, Story
 from kit.crash_stories import MUTATIONS, STORIES, check_found, merge_at, sweep, three_reusing, two_bases, two_steps
-from kit.mutant_env import MutantEnv, Mutation, Recording
+from kit.mutant_env import Deferred, MutantEnv, Mutation, Recording
 from kit.swept import Swept, Told
 
 from layerwise_dist.capture import survey
+from layerwise_dist.commit import opening, places
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.session import Committer
 from layerwise_dist.engine.engine import LayerwiseEngine, workings_of
@@ -116,26 +117,6 @@ def test_announcing_what_is_retired_before_its_manifest_is_gone_is_found(monkeyp
         sweep(story, 4)
 
 
-class Deferred:
-    """An Env whose renames and flushes of directories are said to be done, and are done when `do` is called."""
-
-    def __init__(self, env: Any) -> None:
-        self._env, self._later = env, list[Callable[[], None]]()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._env, name)
-
-    def rename(self, source: str, target: str) -> None:
-        self._later.append(lambda: self._env.rename(source, target))
-
-    def sync_dir(self, path: str) -> None:
-        self._later.append(lambda: self._env.sync_dir(path))
-
-    def do(self) -> None:
-        for operation in self._later:
-            operation()
-
-
 def test_reporting_a_shard_before_the_base_that_it_refers_to_is_durable_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -200,14 +181,24 @@ def test_what_a_restart_reports_as_committed_survives_power_loss_even_if_the_fir
     swept(story, 4, left_out)
 
 
-def test_a_directory_that_one_start_made_and_could_not_flush_is_flushed_by_the_next() -> None:
+@pytest.mark.parametrize("careless", [False, True], ids=["whole", "only what it makes is flushed"])
+def test_a_directory_that_one_start_made_and_could_not_flush_is_flushed_by_the_next(
+    careless: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     env = MutantEnv(Mutation("sync_dir", "/", "make_dirs", forget=False))
     story = Story(env)
     with pytest.raises(DirectoryError):
         story.session(1, 1)
     env.mutation = None
+    if careless:
+        for module in (opening, places):
+            monkeypatch.setattr(module, "make_dirs", lambda env, root, mode: env.stat(root))
     story.session(2, 1)
-    sweep(story, 2)
+    if careless:
+        with pytest.raises(AssertionError, match="^prefix.*owner is gone or torn"):
+            sweep(story, 2)
+    else:
+        sweep(story, 2)
 
 
 @AT_START

@@ -7,6 +7,7 @@ import copy
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,28 @@ def test_an_interruption_leaves_nothing(
     monkeypatch.setattr(LazyTensor, "_read", interrupted)
     code, _ = call("export", trained[0], tmp_path / "out", "--format", kind)
     assert code != 0 and count == 5 and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("careless", [False, True], ids=["whole", "mutation: nothing is flushed"])
+@pytest.mark.parametrize("folder", [True, False])
+def test_an_export_is_flushed_before_and_after_it_gets_its_name(
+    folder: bool, careless: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def noted(name: str, path_of: Callable[..., str]) -> None:
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *of: (done.append(f"{name} {path_of(*of)}"), real(*of))[1])
+
+    noted("fsync", lambda file: os.path.basename(os.readlink(f"/proc/self/fd/{file}")))
+    noted("rename" if folder else "link", lambda _, target: target.name)
+    if careless:
+        monkeypatch.setattr(output, "flush", lambda path: None)
+    with output.beside(tmp_path / "out", folder=folder) as made:
+        for path in [made / "a", made / "b"] if folder else [made]:
+            path.write_bytes(b"x")
+    whole = [*(["fsync a", "fsync b"] if folder else []), "fsync out", "rename out" if folder else "link out"]
+    assert (done == [*whole, f"fsync {tmp_path.name}"]) is not careless
 
 
 def test_nothing_that_is_there_is_overwritten(trained: tuple[Path, Net, Any], tmp_path: Path) -> None:

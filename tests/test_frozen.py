@@ -11,7 +11,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ from layerwise_dist import errors
 from layerwise_dist._native import PosixEnv
 from layerwise_dist.capture import audit, base_writing, survey
 from layerwise_dist.capture.frozen import FrozenBases
-from layerwise_dist.commit.metadata import CheckpointMetadataManager
+from layerwise_dist.commit.metadata import CheckpointMetadataManager, Inventory
 from layerwise_dist.commit.records import Manifest
+from layerwise_dist.commit.session import Committer
 from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
 from layerwise_dist.config import load_config
 from layerwise_dist.engine import assembly
@@ -456,8 +458,31 @@ def test_branches_share_a_base_and_the_last_checkpoint_that_needs_it_takes_it_al
     assert sorted(m.step for m in left.manifests.values()) == [5, 6] and left.bases == [second]
 
 
+def _at_a_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    collect = CheckpointMetadataManager.collect_leftovers
+
+    def all_known(self: CheckpointMetadataManager, found: Inventory, kept: Any = ()) -> None:
+        collect(self, replace(found, damaged={}), kept)
+
+    monkeypatch.setattr(CheckpointMetadataManager, "collect_leftovers", all_known)
+
+
+def _beside_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    unneeded = Committer.unneeded
+
+    def all_known(self: Committer) -> list[str]:
+        if self._known is not None:
+            self._known.damaged.clear()
+        return unneeded(self)
+
+    monkeypatch.setattr(Committer, "unneeded", all_known)
+
+
 @pytest.mark.usefixtures("any_size")
-def test_a_start_removes_what_nothing_refers_to_unless_a_manifest_is_damaged(tmp_path: Path) -> None:
+@pytest.mark.parametrize("careless", [None, _at_a_start, _beside_a_job])
+def test_a_start_removes_what_nothing_refers_to_unless_a_manifest_is_damaged(
+    tmp_path: Path, careless: Callable[[pytest.MonkeyPatch], None] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = lora.Job("plain", 1)
     with lwd.attach(job.model, job.optimizer, dir=str(tmp_path), keep_last=5) as ckpt:
         steps(job, ckpt, 2)
@@ -479,6 +504,11 @@ def test_a_start_removes_what_nothing_refers_to_unless_a_manifest_is_damaged(tmp
 
     start()
     assert {first, second, "00000001000000ff"} < bases(tmp_path), "what the damaged one refers to is not known"
+    if careless is not None:
+        careless(monkeypatch)
+        start()
+        assert first not in bases(tmp_path)
+        return
     path.write_bytes(good)
     start()
     assert bases(tmp_path) == {second, "of somebody else"}, "once it is mended it goes by the ordinary rule"

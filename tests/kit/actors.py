@@ -25,13 +25,13 @@ from layerwise_dist.commit.copying import CheckpointCopy
 from layerwise_dist.commit.merging import merge
 from layerwise_dist.commit.messages import Durable
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
-from layerwise_dist.commit.opening import Place, make_dirs
+from layerwise_dist.commit.opening import Place
 from layerwise_dist.commit.records import Manifest
 from layerwise_dist.commit.session import Committer
 from layerwise_dist.commit.shards import open_shard
 from layerwise_dist.dcp import reader as dcp_reader
 from layerwise_dist.doctor import examination
-from layerwise_dist.errors import DamageError, NotFoundError
+from layerwise_dist.errors import NotFoundError, OwnerError
 from layerwise_dist.interop.gathered_state import Found, Imported
 from layerwise_dist.interop.one_shard import dumped
 from layerwise_dist.reading.checkpoint import open_checkpoint
@@ -52,7 +52,7 @@ def value(seq: int) -> torch.Tensor:
     return torch.arange(ELEMENTS, dtype=torch.float32) + 1000 * seq
 
 
-@dataclass
+@dataclass(eq=False)  # each is one of its own: a roll-back to where one went before is another one
 class Event:
     """A commit, or a roll-back: the checkpoint that a restore takes from then on."""
 
@@ -95,11 +95,44 @@ class Training:
         self._orders = GatedQueue(scheduler)
         self.committed = 0
         self.over = False
+        self.thrown_out = False
 
     def run(self, commits: int, *, roll_backs: bool = True) -> None:
         """The training thread."""
         self._begin()
-        self._scheduler.spawn("coordinator", self._coordinate)
+        self._go_on(commits, roll_backs)
+
+    def run_after_others(self, commits: int, *, roll_backs: bool = True) -> None:
+        """As `run`, of a job that is started again and again until nobody else has the directory."""
+        while True:
+            try:
+                self._begin()
+                break
+            except OwnerError:
+                for _ in range(self._draw.randrange(60)):
+                    self._scheduler.gate()
+        self._go_on(commits, roll_backs)
+
+    def _go_on(self, commits: int, roll_backs: bool) -> None:
+        self._scheduler.spawn("coordinator", lambda: self._unless_thrown_out(self._coordinate))
+        self._unless_thrown_out(lambda: self._train(commits, roll_backs))
+        self._orders.put(None)
+        self._scheduler.gate(lambda: self.over)
+
+    def _unless_thrown_out(self, body: Callable[[], None]) -> None:
+        """A job that finds that the directory is another's stops, whatever it finds first."""
+        try:
+            body()
+        except (OSError, OwnerError):
+            try:
+                self.committer.owner.check()
+            except OwnerError:
+                self.thrown_out = self.over = True
+                self._adapter.recycler._jobs.put(None)  # its thread ends as with the process
+                return
+            raise
+
+    def _train(self, commits: int, roll_backs: bool) -> None:
         step = self._start_step
         for number in range(commits):
             if number and roll_backs and self._draw.random() < 0.25 and self.truth.events:
@@ -109,8 +142,6 @@ class Training:
             if self._draw.random() < 0.5:
                 self._until_committed()
         self._until_committed()
-        self._orders.put(None)
-        self._scheduler.gate(lambda: self.over)
 
     def _begin(self) -> None:
         place = Place(
@@ -155,13 +186,14 @@ class Training:
 
     def _until_committed(self) -> None:
         seq = self._seq
-        self._scheduler.gate(lambda: self.committed >= seq)
+        self._scheduler.gate(lambda: self.committed >= seq or self.over)
 
     def _roll_back(self) -> int:
         """Or the choice of what is newest anyway. Returns the step."""
         self._until_committed()
         self.committer.hold(True)
         lineage = self.manager.inventory().lineage()
+        assert lineage, "what was said to be committed is gone"
         chosen = self._draw.choice(lineage)
         check_contents(self.manager, chosen)
         self._seq += 1
@@ -214,7 +246,7 @@ def check_contents(manager: CheckpointMetadataManager, manifest: Manifest) -> No
 
 def _tensor(shard: Shard) -> torch.Tensor:
     found = torch.empty(ELEMENTS)
-    entry = shard.index.entries["param/w"]
+    (entry,) = shard.index.entries.values()
     shard.read_into([(entry.begin, entry.end, found.data_ptr())])
     return found
 
@@ -415,127 +447,3 @@ def on(scheduler: Scheduler, env: Any) -> Iterator[None]:
         )
         patch.setattr(recycling, "background", threads)
         yield
-
-
-@dataclass
-class Play:
-    """One run of all of them, in an order that a seed draws."""
-
-    env: Any
-    root: str
-    truth: Truth
-    turns: int
-    looks: dict[str, int]
-
-
-def play(seed: int, root: str, make_env: Callable[[Scheduler], Any], *, commits: int = 6, pruned: bool = False) -> Play:
-    """`root` is a directory that is there and empty; what is in it is in the Env. With `pruned`, the job ends in the
-    middle, and `layerwise prune` has the directory.
-    """
-    draw = random.Random(seed)
-    scheduler = Scheduler(draw.randrange(1 << 30))
-    env = make_env(scheduler)
-    truth = Truth()
-    keep_last, keep_tags = draw.choice([1, 1, 2]), draw.choice([None, 1])
-    training = Training(
-        scheduler, env, root, truth, random.Random(draw.random()), keep_last=3 if pruned else keep_last,
-        keep_tags=keep_tags, spares=draw.choice([0, 1, 2]),
-    )  # fmt: skip
-    readers = [Reader(scheduler, env, root, truth, random.Random(draw.random())) for _ in range(3)]
-
-    def prune() -> None:
-        scheduler.gate(lambda: training.over)
-        work = pruning.Pruning(training.manager, pruning.Kept(1, None, None))
-        try:
-            work.run(lambda manifest: None)
-        finally:
-            work.close()
-
-    with on(scheduler, env):
-        make_dirs(env, root, 0o700)
-        scheduler.spawn("training", lambda: training.run(commits))
-        for number, reader in enumerate(readers):
-            ways = READING if number < 2 else KEEPING
-            scheduler.spawn(f"reader {number}", lambda reader=reader, ways=ways: reader.run(8, ways))
-        if pruned:
-            scheduler.spawn("prune", prune)
-        try:
-            scheduler.run()
-        except (AssertionError, Exception) as error:
-            raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}") from error
-    looks: dict[str, int] = {}
-    for reader in readers:
-        for way, count in reader.looks.items():
-            looks[way] = looks.get(way, 0) + count
-    return Play(env, root, truth, scheduler.turns, looks)
-
-
-def check_left(
-    play: Play, env: Any, prefix: int, *, known: dict[Any, None] | None = None
-) -> AttemptId | None:  # fmt: skip
-    """What power loss after `prefix` operations left: asserts that it holds what had been promised, and nothing torn.
-
-    Returns what a restore takes.
-    """
-    promised, pinned, free, copies = 0, set[str](), set[str](), list[tuple[str, int]]()
-    for index, text in play.env.marks():
-        if index >= prefix:
-            break
-        what, rest = text.split(" ", 1)
-        if what == "said":
-            promised = int(rest)
-        elif what == "pinned":
-            pinned.add(rest)
-        elif what == "pinning":
-            free.discard(rest)
-        elif what == "unpinned":
-            pinned.discard(rest)
-        elif what == "free":
-            free.add(rest)
-        elif what == "copied":
-            target, seq = rest.rsplit(" ", 1)
-            copies.append((target, int(seq)))
-    manager = CheckpointMetadataManager(env, play.root)
-    try:
-        found = manager.inventory()
-    except FileNotFoundError:
-        assert not promised, "the directory is gone"
-        return None
-    assert not found.damaged and found.lost is None, (found.damaged, found.lost)
-    for manifest in found.manifests.values():
-        _check_once(manager, manifest, known)
-    taken = found.lineage()[0].attempt_id if found.lineage() else None
-    allowed: set[AttemptId | None] = {*play.truth.targets(promised), *(() if promised else (None,))}
-    assert taken in allowed, f"a restore takes {taken}, of {allowed}; {promised} were said"
-    committed = {manifest.attempt_id.folder: manifest.attempt_id for manifest in found.manifests.values()}
-    for folder in pinned:
-        assert folder in committed and manager.pinned(committed[folder]), f"{folder} was pinned"
-    for folder in free.intersection(committed):
-        assert not manager.pinned(committed[folder]), f"{folder} was said to be unpinned"
-    for target, seq in copies:
-        other = CheckpointMetadataManager(env, target)
-        copied = other.inventory()
-        assert list(copied.manifests) == [seq] and not copied.damaged, f"{target} was a checkpoint"
-        assert copied.identity is not None, f"{target} was a checkpoint, and its identity is gone"
-        _check_once(other, copied.manifests[seq], known)
-    if found.manifests:
-        try:
-            manager.read_identity()
-        except (FileNotFoundError, DamageError) as error:
-            raise AssertionError(f"there are records, and the identity is gone: {error}") from error
-    return taken
-
-
-def _check_once(manager: CheckpointMetadataManager, manifest: Manifest, known: dict[Any, None] | None) -> None:
-    """The same bytes are seen many times over."""
-    try:
-        key = (manifest.attempt, _native.xxh3_64(manager.env.read_file(manager.shard_path(manifest, 0), 1 << 20)))
-    except FileNotFoundError:
-        raise AssertionError(f"{manifest.attempt_id.folder} has a manifest, and its shard is gone") from None
-    if known is None or key not in known:
-        try:
-            check_contents(manager, manifest)
-        except DamageError as error:
-            raise AssertionError(f"{manifest.attempt_id.folder}: {error}") from error
-        if known is not None:
-            known[key] = None

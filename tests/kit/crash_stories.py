@@ -123,10 +123,10 @@ def place(story: Story, prefix: int) -> str:
     return f"prefix {prefix} (after {story.env.log_entry(prefix - 1) if prefix else 'nothing'})"
 
 
-def sweep(story: Story, seeds: int) -> Swept:
-    """Every prefix of the log, under each policy and `seeds` random draws."""
+def sweep(story: Story, seeds: int, begins: int = 0) -> Swept:
+    """Every prefix of the log from `begins` on, under each policy and `seeds` random draws."""
     swept = Swept()
-    for prefix in range(story.env.log_size + 1):
+    for prefix in range(begins, story.env.log_size + 1):
         promised, attached = story.promised(prefix), story.attached(prefix)
         cases = [(policy, 0) for policy in POLICIES] + [("random", 7919 * prefix + seed) for seed in range(seeds)]
         for policy, seed in cases:

@@ -6,8 +6,10 @@ from __future__ import annotations
 import errno
 import fnmatch
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 import layerwise_native_testing as testing
 
@@ -86,3 +88,33 @@ class Recording(testing.MemoryEnv):
         """Files of which the content was flushed."""
         entries = (self.log_entry(number).split() for number in range(self.log_size))
         return {entry[1] for entry in entries if entry[0] == "sync"}
+
+
+class Deferred:
+    """An Env whose renames and flushes of directories are said to be done, and are done when `do` is called."""
+
+    def __init__(self, env: Any) -> None:
+        self._env, self._later = env, list[Callable[[], None]]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._env, name)
+
+    def rename(self, source: str, target: str) -> None:
+        self._later.append(lambda: self._env.rename(source, target))
+
+    def sync_dir(self, path: str) -> None:
+        self._later.append(lambda: self._env.sync_dir(path))
+
+    def do(self) -> None:
+        for operation in self._later:
+            operation()
+
+
+class WithEnv:
+    """An adapter of which Python uses another Env."""
+
+    def __init__(self, adapter: Any, env: Any) -> None:
+        self._adapter, self.env = adapter, env
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._adapter, name)

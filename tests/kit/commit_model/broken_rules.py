@@ -262,7 +262,7 @@ class CollectsEveryBase(CheckpointMetadataManager):
             self.remove_base(base)
 
 
-@breaks("a roll back is durable before it is followed", found_as="newest record|lineage")
+@breaks("a roll back is durable before it is followed", found_as="is followed, and in place 0 not")
 class WritesNoBranchRecord(CheckpointMetadataManager):
     def write_branch(self, branch: Branch) -> None:
         pass
@@ -291,6 +291,24 @@ class SaysThatAllIsDone(Keeper):
     def _tried(self, message: Any) -> str | None:
         super()._tried(message)
         return None
+
+
+@breaks(
+    "a roll back is durable on every node before it is followed",
+    found_as="is followed, and in place [1-9] not",
+    seed=8,
+)
+class KeepsNoBranchRecord(Keeper):
+    def keep_branch(self, text: str) -> None:
+        pass
+
+
+@breaks("the newest branch record stays on every node", found_as="goes, the newest in place [1-9]", seed=8)
+class RemovesEveryBranchOfOtherNodes(CheckpointMetadataManager):
+    def remove_old_branches(self) -> None:
+        for name in self.env.list_dir(self.root):
+            if (seq := filenames.parse_branch(name)) is not None:
+                self.remove_branch(seq)
 
 
 # -- who writes there -------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ class Witness(Protocol):
 
     def manifest_appears(self, place: int, manifest: Manifest) -> None: ...
     def branch_appears(self, place: int, seq: int, branch: Branch) -> None: ...
+    def branch_goes(self, place: int, seq: int) -> None: ...
     def shard_goes(self, attempt: AttemptId | None, name: str) -> None: ...
     def base_goes(self, base: str) -> None: ...
     def operation_fails(self, kind: str) -> None: ...
@@ -142,6 +143,8 @@ class Disk:
                 self._witness.base_goes(place)
             else:
                 self._witness.shard_goes(filenames.parse_folder(place), name)
+        elif (seq := filenames.parse_branch(name)) is not None:
+            self._witness.branch_goes(self.place, seq)
         self.memory.unlink(path)
 
     def remove_dir(self, path: str) -> None:
@@ -176,17 +179,25 @@ class Contents:
         self._memory = memory
 
     def has_manifest(self, attempt: AttemptId) -> bool:
-        try:
-            self._memory.stat(f"{folder_of(attempt)}/{filenames.MANIFEST}")
-            return True
-        except FileNotFoundError:
-            return False
+        return self._has(f"{folder_of(attempt)}/{filenames.MANIFEST}")
+
+    @property
+    def branches(self) -> list[int]:
+        """Seqs of branch records."""
+        return [seq for name in self._memory.list_dir(ROOT) if (seq := filenames.parse_branch(name)) is not None]
 
     def has_shard(self, attempt: AttemptId, rank: int) -> bool:
         return self._holds(folder_of(attempt), attempt.text, rank)
 
     def has_base(self, base: str, rank: int) -> bool:
         return self._holds(base_folder_of(base), base, rank)
+
+    def _has(self, path: str) -> bool:
+        try:
+            self._memory.stat(path)
+            return True
+        except FileNotFoundError:
+            return False
 
     def _holds(self, folder: str, attempt: str, rank: int) -> bool:
         try:

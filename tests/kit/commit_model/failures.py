@@ -53,8 +53,7 @@ class Failures:
             self._jobs.clear()
         self._world.count["power"] += 1
         self._rules.check()
-        if everywhere:
-            self._rules.history.forget_above(self._rules.newest_record())
+        self._rules.history.forget_above(self._rules.newest_record())
 
     def _fault(self) -> None:
         dice = self._dice

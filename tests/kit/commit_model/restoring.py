@@ -9,7 +9,7 @@ from kit.commit_model.disk import ROOT
 from kit.commit_model.job import Job
 from kit.commit_model.rules import Rules, need
 from kit.commit_model.world import World
-from layerwise_dist.commit.metadata import Branch, CheckpointMetadataManager, Inventory, Manifest, decode
+from layerwise_dist.commit.metadata import CheckpointMetadataManager, Inventory, Manifest
 from layerwise_dist.errors import DamageError, OwnerError
 
 Choice = tuple[float, str, Callable[[], None]]  # a weight, a name, and what it does
@@ -82,9 +82,9 @@ class Restoring:
         """The bases that stay. Raises OSError, OwnerError or DamageError."""
         text, kept = self._job.committer.follow(chosen.ref, branch_seq)
         if text is not None and branch_seq is not None:
-            for disk in self._world.disks[1:]:
-                CheckpointMetadataManager(disk, ROOT).write_branch(decode(text.encode(), Branch, "branch"))
-            self._rules.history.promise(branch_seq)
+            for keeper in (rank.keeper for rank in self._job.ranks if rank.keeper is not None):
+                keeper.keep_branch(text)
+            self._rules.follows(branch_seq)
         return kept
 
     def _tell(self, chosen: Manifest, inventory: Inventory) -> None:

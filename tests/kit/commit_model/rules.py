@@ -74,6 +74,14 @@ class Rules:
         need(place == 0, f"branch record {seq} is kept before rank 0 has written it")
         self.history.add_branch(seq)
 
+    def branch_goes(self, place: int, seq: int) -> None:
+        """A branch record is about to be removed. The newest tells of which branch newer commits are that are damaged.
+
+        In place 0 a start finds what comes of it; the others' start gets it from there, and finds nothing amiss.
+        """
+        newest = max(self._world.disks[place].durable().branches, default=0)
+        need(place == 0 or seq < newest, f"branch record {seq} goes, the newest in place {place}")
+
     def shard_goes(self, attempt: AttemptId | None, name: str) -> None:
         """A rank's durable shard is about to be removed, or written over."""
         need(attempt is not None, f"{name} lies in no attempt's folder")
@@ -151,6 +159,12 @@ class Rules:
         attempt, disks = chosen.attempt_id, self._world.disks
         whole = all(disk.there.has_manifest(attempt) for disk in disks) and self._has_all_files(chosen)
         need(whole or not self.is_newest(course), f"{attempt} is gone, and a restore has chosen it")
+
+    def follows(self, seq: int) -> None:
+        """All ranks go on from what this branch record says: whatever nodes are left, none says otherwise."""
+        for disk in self._world.disks:
+            need(seq in disk.durable().branches, f"branch {seq} is followed, and in place {disk.place} not durable")
+        self.history.promise(seq)
 
     # -- what the directories hold
 

@@ -10,7 +10,7 @@ from kit.commit_model.rules import Rules, need
 from kit.commit_model.world import World
 from layerwise_dist.commit.keeper import Keeper
 from layerwise_dist.commit.merging import merge
-from layerwise_dist.commit.metadata import Branch, CheckpointMetadataManager, Manifest, decode
+from layerwise_dist.commit.metadata import CheckpointMetadataManager, Manifest
 from layerwise_dist.commit.opening import Place, SessionInfo
 from layerwise_dist.commit.owner import Owner
 from layerwise_dist.commit.session import Committer
@@ -37,9 +37,11 @@ def _start(rules: Rules, world: World) -> Job:
         keep_last=world.keep_last, keep_every_n_steps=None,
     )  # fmt: skip
     rules.check(everywhere=True)
-    job = _begin(info, committer, managers, rules, world)
-    for ranks, manager, owner in list(zip(world.places, managers, owners, strict=True))[1:]:
-        job.ranks[ranks[0]].keeper = Keeper(ranks[0], manager, owner, info)
+    places = list(zip(world.places, managers, owners, strict=True))
+    keepers = [Keeper(ranks[0], manager, owner, info) for ranks, manager, owner in places[1:]]
+    job = _begin(info, committer, keepers, rules, world)
+    for keeper in keepers:
+        job.ranks[keeper.rank].keeper = keeper
     return job
 
 
@@ -58,9 +60,7 @@ def _open(managers: list[CheckpointMetadataManager], rules: Rules, world: World)
     return plan.info(world.places), owners
 
 
-def _begin(
-    info: SessionInfo, committer: Committer, managers: list[CheckpointMetadataManager], rules: Rules, world: World
-) -> Job:
+def _begin(info: SessionInfo, committer: Committer, keepers: list[Keeper], rules: Rules, world: World) -> Job:
     """Goes on from the newest commit; at times back to another one, or afresh beside what is there."""
     dice, history = world.dice, rules.history
     inventory = CheckpointMetadataManager(world.disks[0].memory, ROOT).inventory()
@@ -73,10 +73,10 @@ def _begin(
     origin = history.origin(chosen, inventory)
     text, kept = committer.follow(chosen.ref if chosen is not None else None, info.first_seq if branch else None)
     if text is not None:
-        for manager in managers[1:]:
-            manager.write_branch(decode(text.encode(), Branch, "branch"))
+        for keeper in keepers:
+            keeper.keep_branch(text)
         world.count["branch"] += 1
-        history.promise(info.first_seq)
+        rules.follows(info.first_seq)
     course = Course(info.epoch, list(origin.chain), origin.descent)
     job = Job(info, committer, course, chosen.step if chosen is not None else 0, branch, rules=rules, world=world)
     for rank, base in zip(job.ranks, history.bases[chosen.seq] if chosen is not None else (), strict=False):
