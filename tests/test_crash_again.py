@@ -153,6 +153,6 @@ def test_a_job_of_other_ranks_starts_after_power_loss_and_loses_power_too(long: 
             step = again.check(second, found)
             swept.is_new(found)
         third = Replicas(found)
-        third.states, third.said = story.states, [(0, step)]
+        third.states, third.said = again.states, [(0, step)]
         assert third.session(2, step) == step
     told.crashes("power fails again, other ranks", swept)
