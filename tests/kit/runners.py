@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Mapping
@@ -133,11 +134,15 @@ class WarmJob:
     def __init__(self, pid: int, log: Path) -> None:
         self.pid, self._log = pid, log
         self._rc = Path(f"{log}.rc")
-        self._over = False
+        self._over = self._ended = False
 
     def poll(self) -> int | None:
-        """The agent's exit code; -9 when it was killed; None while it runs."""
-        alive = self.pid in self.pids()
+        """The agent's exit code; -9 when it was killed; None while it runs.
+
+        A wait asks fifty times a second: it looks at one process, and not at all that the machine has.
+        """
+        alive = not self._ended and not is_over(fields_of(self.pid))
+        self._ended = not alive  # from now on its number may be somebody else's
         if self._rc.exists():  # looked at after the process: it may have written it and ended in between
             return int(self._rc.read_text())
         return None if alive else -signal.SIGKILL
@@ -191,6 +196,7 @@ class Warm:
         """`modules` are imported beforehand too, with `env` in the environment."""
         self._folder, self._count = folder, 0
         self._jobs: list[WarmJob] = []
+        self._asking = threading.Lock()
         self._errors = open(folder / "server.log", "wb")
         self._server = subprocess.Popen(
             [sys.executable, str(JOBS / "warm.py"), *modules], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -203,18 +209,20 @@ class Warm:
     ) -> WarmJob:  # fmt: skip
         """`options` are for torchrun's LaunchConfig. `nproc` 0 is the script alone, without an agent, in `folder`.
 
-        `node` is what it runs on (see `enter` in tests/jobs/warm.py).
+        May be called from several threads. `node` is what it runs on (see `enter` in tests/jobs/warm.py).
         """
-        self._count += 1
-        log = self._folder / f"job_{self._count}.log"
+        with self._asking:
+            self._count += 1
+            log = self._folder / f"job_{self._count}.log"
         request = {
             "script": str(JOBS / script), "nproc": nproc, "args": [str(arg) for arg in args], "env": dict(env or {}),
             "folder": str(folder), "log": str(log), "max_restarts": max_restarts, "options": options, "node": node,
         }  # fmt: skip
         assert self._server.stdin is not None and self._server.stdout is not None
-        self._server.stdin.write(json.dumps(request) + "\n")
-        self._server.stdin.flush()
-        answer = self._server.stdout.readline()
+        with self._asking:
+            self._server.stdin.write(json.dumps(request) + "\n")
+            self._server.stdin.flush()
+            answer = self._server.stdout.readline()
         assert answer, (self._folder / "server.log").read_text()
         self._jobs.append(WarmJob(json.loads(answer)["pid"], log))
         return self._jobs[-1]
