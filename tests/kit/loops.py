@@ -132,8 +132,11 @@ class Job:
         self.optimizer.step()
 
     def end(self) -> None:
-        """Let go of workers now: the garbage collector may do it within another job's forked worker."""
+        """Let go of workers now: the garbage collector may do it within another job's forked worker. And a boundary
+        that is not closed watches all loaders that are started, those of later tests too, until it is collected.
+        """
         self.loader._iterator = None
+        self.boundary.close(seal=False)
 
     def evaluate(self, limit: int = 99) -> None:
         self.model.eval()
@@ -195,7 +198,9 @@ def equal(one: Any, other: Any) -> bool:
         return len(one) == len(other) and all(map(equal, one, other))
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
-    return bool(np.all(one == other))
+    if isinstance(one, np.ndarray):
+        return np.array_equal(one, other)
+    return bool(one == other)
 
 
 def cycle(loader: DataLoader) -> Iterator[torch.Tensor]:
