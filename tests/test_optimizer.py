@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from kit.drawing import drawn
 from kit.models import Hollow, Reused, Sometimes
 from kit.runners import Warm
 from torch import Tensor, nn
@@ -650,26 +651,33 @@ def test_a_first_step_that_is_layered_makes_the_state_in_another_order_and_the_s
 
 
 @pytest.mark.parametrize(
-    ("ranks", "wrappers", "cases", "refusals"),
+    ("ranks", "wrappers", "cases", "drawn_cases", "refusals"),
     [
         # A third rank changes in which order numbers are added.
         (
-            3, ("ddp", "ddp-views", "ddp-hook", "ddp-hollow", "mutations"), 27,
+            3, ("ddp", "ddp-views", "ddp-hook", "ddp-hollow", "mutations"), 27, 15,
             (
                 "register_comm_hook(model, state, hook)", "find_unused_parameters", "static_graph", "DDP inside",
                 "is sparse",
             ),
         ),
-        (2, ("fsdp2", "fsdp1", "fsdp1-flat", "fsdp1-hollow"), 26, ("use_orig_params=True",)),
-        (4, ("hsdp", "tp"), 15, ()),
+        (2, ("fsdp2", "fsdp1", "fsdp1-flat", "fsdp1-hollow"), 26, 11, ("use_orig_params=True",)),
+        (4, ("hsdp", "tp"), 15, 6, ()),
     ],
     ids=["ddp", "fsdp", "meshes"],
 )  # fmt: skip
 def test_layers_are_exact_under_wrappers_and_in_backward_is_refused_where_it_is_not(
-    warm: Warm, ranks: int, wrappers: tuple[str, ...], cases: int, refusals: tuple[str, ...]
-) -> None:
-    finished = warm.run("layers.py", ranks, *wrappers, timeout=120)
-    assert finished.lines("differs ") == [] and len(finished.lines("exact ")) == ranks * cases
+    warm: Warm, ranks: int, wrappers: tuple[str, ...], cases: int, drawn_cases: int, refusals: tuple[str, ...],
+    long: bool,
+) -> None:  # fmt: skip
+    """Each mode and feature of a wrapper with a kernel that is drawn, so that each kernel has its turn; with all of
+    them under --long.
+    """
+    seed = "all" if long else drawn(range(1000), f"kernels on {ranks} ranks")
+    print(f"kernels: {seed}")
+    finished = warm.run("layers.py", ranks, seed, *wrappers, timeout=120)
+    assert finished.lines("differs ") == []
+    assert len(finished.lines("exact ")) == ranks * (cases if long else drawn_cases)
     assert finished.lines("accepted") == []
     refused = "\n".join(finished.lines("refused "))
     wrappers = tuple(name for name in wrappers if name != "mutations")

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training by layers against plain training, in one job.
 
-layers.py WRAPPER|mutations...     for each wrapper, each rank prints `exact <case>` or `differs <case>` for each case,
-                                   and `refused <why>` for what is refused
+layers.py ALL|SEED WRAPPER|mutations...    for each wrapper, each rank prints `exact <case>` or `differs <case>` for
+                                           each case, and `refused <why>` for what is refused. With a seed, each mode
+                                           and feature of a wrapper has one kernel, drawn so that all kernels have their
+                                           turn; with `all` it has all of them.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -121,7 +124,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, wrapper: str, feat
         optimizer.step()
 
 
-def cases(wrapper: str) -> list[tuple[dict[str, Any], str, str]]:
+def cases(wrapper: str, seed: str) -> list[tuple[dict[str, Any], str, str]]:
     """(kernel, mode, feature)"""
     if wrapper.endswith("-hollow"):
         return [(KERNELS[0], "in_backward", ""), (KERNELS[1], "in_backward", "zeros")]
@@ -131,12 +134,15 @@ def cases(wrapper: str) -> list[tuple[dict[str, Any], str, str]]:
             (KERNELS[0], "in_backward", "accumulation"),
             (KERNELS[0], "pipelined_step", "clip"),
         ]
-    found = []
-    for kernel in KERNELS:
-        for feature in ("", "clip") if wrapper != "tp" else ("",):  # torch clips no parameters of two meshes
-            found.append((kernel, "pipelined_step", feature))
-        if wrapper != "fsdp1-flat":
-            found.append((kernel, "in_backward", ""))
+    kinds = [("pipelined_step", "")]
+    if wrapper != "tp":  # torch clips no parameters of two meshes
+        kinds.append(("pipelined_step", "clip"))
+    if wrapper != "fsdp1-flat":
+        kinds.append(("in_backward", ""))
+    found = [(kernel, *kind) for kernel in KERNELS for kind in kinds]
+    if seed != "all":
+        order = random.Random(f"{seed} {wrapper}").sample(range(3), 3)
+        found = [(KERNELS[order[turn]], *kinds[turn % len(kinds)]) for turn in range(3)]
     if wrapper.startswith("ddp"):
         found += [(KERNELS[0], "in_backward", "accumulation"), (KERNELS[0], "in_backward", "zeros")]
     return found
@@ -237,13 +243,13 @@ REFUSED: dict[str, list[Callable[[], nn.Module]]] = {
 }
 
 
-def main(*wrappers: str) -> None:
+def main(seed: str, *wrappers: str) -> None:
     with process_group():
         for wrapper in wrappers:
             if wrapper == "mutations":
                 mutations()
                 continue
-            for what in compare(wrapper, cases(wrapper)):
+            for what in compare(wrapper, cases(wrapper, seed)):
                 say(f"differs {what}")
             for make in (*REFUSED.get(wrapper, ()), Reused):
                 refused(make)
