@@ -4,16 +4,13 @@
 from __future__ import annotations
 
 import gc
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from kit.runners import JOBS
+from kit.runners import Finished, Warm
 from torch import nn
 
 import layerwise_dist as lwd
@@ -24,27 +21,22 @@ from layerwise_dist.capture.held import MemoryGone, check_present, holder
 torch.set_num_threads(1)
 
 
-def moved(folder: Path, backend: str, *more: str) -> tuple[int, list[str]]:
-    """Exit code and lines of a job that moves memory in every way, at every moment; and its errors if it fails."""
-    # Whatever is freed is unmapped at once, so that a read of it ends the process.
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    ended = subprocess.run(
-        [sys.executable, "-W", "ignore", str(JOBS / "moved_memory.py"), str(folder), backend, *more],
-        env=env, capture_output=True, text=True, timeout=150,
-    )  # fmt: skip
-    if ended.returncode:
-        print(ended.stderr[-3000:])
-    return ended.returncode, ended.stdout.splitlines() + ended.stderr.splitlines() * bool(ended.returncode)
+def moved(warm: Warm, folder: Path, backend: str, *more: str) -> Finished:
+    """A job that moves memory in every way, at every moment."""
+    return warm.run("moved_memory.py", 0, folder, backend, *more, timeout=150, check=False)
 
 
 @pytest.mark.parametrize("backend", ["posix", "uring"])
-def test_a_lease_keeps_the_memory_that_it_reads_however_tensors_move(tmp_path: Path, backend: str, long: bool) -> None:
+def test_a_lease_keeps_the_memory_that_it_reads_however_tensors_move(
+    warm: Warm, tmp_path: Path, backend: str, long: bool
+) -> None:
     moments = 2 if long else 1
     if backend == "uring" and _native.WriterPool.probe_uring() is not None:
         pytest.skip("io_uring is refused here")
-    code, lines = moved(tmp_path, backend, str(moments))
-    assert code == 0 and lines[-1] == "over" and len(lines) == 1 + 9 * moments, lines[-3:]
-    for line in lines[:-1]:
+    ended = moved(warm, tmp_path, backend, str(moments))
+    lines = ended.lines("MOVED")
+    assert ended.returncode == 0 and len(lines) == 9 * moments, ended.output[-3000:]
+    for line in lines:
         found = re.search(r"committed (\d+), aborted (\d+), wrong (.*)", line)
         assert found is not None and found[3] == "[]", line
         committed, aborted = int(found[1]), int(found[2])
@@ -53,10 +45,10 @@ def test_a_lease_keeps_the_memory_that_it_reads_however_tensors_move(tmp_path: P
         assert aborted <= (2 if "changes" in line else 0), line
 
 
-def test_mutation_memory_that_nothing_holds_is_caught(tmp_path: Path) -> None:
-    code, lines = moved(tmp_path, "posix", "1", "unheld")
+def test_mutation_memory_that_nothing_holds_is_caught(warm: Warm, tmp_path: Path) -> None:
+    ended = moved(warm, tmp_path, "posix", "1", "unheld")
     caught = ("wrong ['", "not all of that is mapped memory")  # whichever comes first
-    assert code < 0 or any(sign in line for line in lines for sign in caught), lines
+    assert ended.returncode < 0 or any(sign in ended.output for sign in caught), ended.output[-3000:]
 
 
 def job(dir: Path, **config: Any) -> tuple[nn.Module, torch.optim.Optimizer, Any]:

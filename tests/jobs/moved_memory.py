@@ -8,7 +8,9 @@ iteration's. `unheld`: nothing holds the memory (a mutation).
 
 from __future__ import annotations
 
+import ctypes
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,27 @@ torch.set_num_threads(1)
 SIZE, LAYERS, STEPS = 256, 3, 6  # a tensor has 256 KiB
 FROM = 4  # the first checkpoints are written before their boundary is over
 LATER: list[Any] = []  # what was freed is used again by others
+HOLES: list[Any] = []  # what fills those that imports have left in the heap
+
+
+def unmapped_when_freed() -> None:
+    """Whatever is freed is unmapped at once, so that a read of it ends the process."""
+    mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3  # of malloc.h
+    for which in (trim_threshold, mmap_threshold):
+        assert mallopt(which, 65536) == 1
+    for _ in range(1000):
+        tensor = torch.empty(SIZE, SIZE)
+        at = tensor.data_ptr()
+        del tensor
+        if not is_mapped(at):
+            return
+        HOLES.append(torch.empty(SIZE, SIZE))
+    raise AssertionError("what is freed stays mapped")
+
+
+def is_mapped(at: int) -> bool:
+    spans = [line.split(None, 1)[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()]
+    return any(int(begin, 16) <= at < int(end, 16) for begin, end in spans)
 
 
 def reused() -> None:
@@ -153,11 +176,16 @@ def equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], name:
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    unmapped_when_freed()
     root, backend = Path(sys.argv[1]), sys.argv[2]
     if sys.argv[4:] == ["unheld"]:
         held.Holder.hold = lambda self, tensors: ([each.data_ptr() for each in tensors], None)  # type: ignore[method-assign]
     for number, (way, (move, changes)) in enumerate(WAYS.items()):
         for moment in MOMENTS[-int(sys.argv[3]) :]:
             folder = root / f"{number}-{moment.split()[-1]}-{moment.split()[0]}"
-            print(f"{way}, {moment}{', changes' if changes else ''}:", run(folder, backend, move, moment), flush=True)
-    print("over")
+            print(
+                f"MOVED {way}, {moment}{', changes' if changes else ''}:",
+                run(folder, backend, move, moment),
+                flush=True,
+            )
