@@ -19,7 +19,7 @@ echo "logical blocks of the NVMe disk: $(cat /sys/block/nvme0n1/queue/logical_bl
 
 chosen=
 if [ -e /on_disk ]; then
-  export LAYERWISE_TEST_SHORT=8
+  export LAYERWISE_TEST_SHORT=16
   while read -r file; do chosen="$chosen,*/$file"; done </on_disk
 fi
 run() { env "$@" /bin/layerwise_native_tests --no-colors=true --duration=true ${chosen:+"--source-file=${chosen#,}"}; }
