@@ -207,7 +207,7 @@ def test_a_slow_rank_that_gets_on_is_waited_for(
     small_blocks: tuple[Path, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, wanted = small_blocks
-    env, timeout_s = slowed(monkeypatch, 0.4), 3.0
+    env, timeout_s = slowed(monkeypatch, 0.25), 2.0
     began = time.monotonic()
     threads = restored_with(folder, {1: env}, timeout_s)
     assert [thread.error for thread in threads] == [None] * 3
