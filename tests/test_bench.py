@@ -22,7 +22,7 @@ from kit.forked import fork_from
 from kit.runners import Warm
 from typer.testing import CliRunner
 
-from layerwise_dist.bench import raw, workplace
+from layerwise_dist.bench import paired, raw, workplace
 from layerwise_dist.bench.figures import Interval, Spread
 from layerwise_dist.bench.paired import order_of
 from layerwise_dist.bench.train_worker import by_checkpoint
@@ -152,8 +152,12 @@ def test_what_the_comparison_of_replicas_costs_is_measured_under_ddp(
         assert 0 < rows[mode]["stall_ms_p50"] <= rows[mode]["stall_ms_p99"]
 
 
-def test_trainings_that_take_turns_are_measured_in_pairs_beside_another_installation(tmp_path: Path) -> None:
+def test_trainings_that_take_turns_are_measured_in_pairs_beside_another_installation(
+    warm: Warm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long: bool
+) -> None:
     """The other one is this one again, found by its interpreter alone."""
+    if not long:
+        fork_from(warm, monkeypatch, [paired])
     found = quick(tmp_path, "train", "--blocks", 8, "--against", sys.executable)
     assert (found["blocks"], len(found["measured"]), found["every"]) == (2, 2, 1)
     assert [(row["mode"], row["against"]) for row in found["results"]] == [("layerwise", False), ("layerwise", True)]
@@ -382,6 +386,8 @@ def test_an_interrupted_benchmark_leaves_no_file_and_no_process(
 ) -> None:
     if what[0] == "goodput" and not long:
         pytest.skip("two jobs under torchrun: --long")
+    if what[0] not in ("train", drawn(["writer", "restore"], "interrupted")) and not long:
+        pytest.skip("the other one was drawn; all with --long")
     # After `&` a shell lets SIGINT be ignored, and that is inherited.
     listening = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     job = subprocess.Popen(

@@ -9,26 +9,54 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from kit.forked import fork_from
+from kit.runners import Warm
 from typer.testing import CliRunner
 
 from layerwise_dist.cli.app import app
+from layerwise_dist.selftest import trial
 from layerwise_dist.selftest.trial import STEPS, Run, Trial, compare
 
 COMMAND = [sys.executable, "-P", "-c", "from layerwise_dist.cli import main; main()", "selftest"]
 
 
-def test_it_kills_resumes_compares_and_leaves_nothing(tmp_path: Path, traps: Path) -> None:
-    """And runs nothing of what lies in the working directory."""
-    done = subprocess.run(
-        [*COMMAND, str(tmp_path), "--json"], cwd=traps, capture_output=True, text=True, timeout=150, check=False
-    )
+def test_it_kills_resumes_compares_and_leaves_nothing(
+    warm: Warm, tmp_path: Path, traps: Path, monkeypatch: pytest.MonkeyPatch, long: bool
+) -> None:
+    """And runs nothing of what lies in the working directory. Without --long the job that goes on is forked from a
+    process that has imported torch, and the first one alone is started as users have it.
+    """
+    if long:
+        done = subprocess.run(
+            [*COMMAND, str(tmp_path), "--json"], cwd=traps, capture_output=True, text=True, timeout=150, check=False
+        )
+        code, out, said = done.returncode, done.stdout, done.stderr
+    else:
+        monkeypatch.chdir(traps)
+        cold = trial.running
+        forked = fork_from(warm, monkeypatch, [trial])
+        from_warm, started = trial.running, []
+
+        @contextmanager
+        def running(*args: Any) -> Iterator[Any]:
+            started.append(cold if not started else from_warm)
+            with started[-1](*args) as job:
+                yield job
+
+        monkeypatch.setattr(trial, "running", running)
+        result = CliRunner().invoke(app, ["selftest", str(tmp_path), "--json"])
+        assert (len(started), len(forked)) == (2, 1)
+        code, out, said = result.exit_code, result.stdout, result.stderr
     assert not (traps / "sprung").exists()
-    assert done.returncode == 0, done.stdout + done.stderr
-    told = json.loads(done.stdout)
+    assert code == 0, out + said
+    told = json.loads(out)
     assert told["good"] and [check["good"] for check in told["checks"]] == [True] * 4
     assert list(tmp_path.iterdir()) == []
 
