@@ -37,7 +37,7 @@ def run(warm: Warm, folder: Path, at_14: str = "pass") -> tuple[int, str]:
     """In a fork of a process that has imported torch, which ends as any interpreter does."""
     script = folder / "script.py"
     script.write_text(SCRIPT.format(at_14=at_14, end="train()"))
-    done = warm.run(script, 0, folder=folder, check=False)
+    done = warm.run(script, 0, folder=folder, check=False, whole_exit=True)
     return done.returncode, done.output
 
 
@@ -124,7 +124,7 @@ for step in ckpt.steps(9):
 def test_several_engines_a_trainer_and_one_of_a_thread_are_all_left_alike(warm: Warm, tmp_path: Path) -> None:
     script = tmp_path / "several.py"
     script.write_text(SEVERAL)
-    done = warm.run(script, 0, folder=tmp_path, check=False)
+    done = warm.run(script, 0, folder=tmp_path, check=False, whole_exit=True)
     assert done.returncode == 3, done.output
     # The trainer's iteration ends with its step(); the others' were open.
     assert [newest(tmp_path / name) for name in ("trainer", "engine", "thread")] == [5, 4, 3], done.output
@@ -154,7 +154,7 @@ for step in engine.layerwise.steps(9):
 def test_the_drop_in_for_deepspeed_leaves_an_open_iteration_unsaved_as_all_do(zero: Warm, tmp_path: Path) -> None:
     script = tmp_path / "drop_in.py"
     script.write_text(DROP_IN)
-    done = zero.run(script, 0, folder=tmp_path, timeout=90, check=False)
+    done = zero.run(script, 0, folder=tmp_path, timeout=90, check=False, whole_exit=True)
     assert done.returncode == 3 and "close() was not called" in done.output, done.output
     assert newest(tmp_path) == 3
 

@@ -260,7 +260,7 @@ def test_a_process_with_a_stuck_call_keeps_its_exit_code_however_it_ends(warm: W
         if backend == "posix" or _native.WriterPool.probe_uring() is None
     ]  # fmt: skip
     (tmp_path / "script.py").write_text(SCRIPT.replace("CASES", repr(cases)))
-    done = warm.run(tmp_path / "script.py", 0, folder=tmp_path, timeout=100)
+    done = warm.run(tmp_path / "script.py", 0, folder=tmp_path, timeout=100, whole_exit=True)
     codes = [tuple(map(int, line.split())) for line in done.lines("ended ")]
     assert len(codes) == len(cases), done.output
     for number, code in codes:

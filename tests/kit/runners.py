@@ -205,9 +205,11 @@ class Warm:
 
     def start(
         self, script: str | os.PathLike[str], nproc: int, *args: Any, env: Mapping[str, str] | None = None,
-        max_restarts: int = 0, folder: str | os.PathLike[str] = ".", node: dict[str, str] | None = None, **options: Any,
+        max_restarts: int = 0, folder: str | os.PathLike[str] = ".", node: dict[str, str] | None = None,
+        whole_exit: bool = False, **options: Any,
     ) -> WarmJob:  # fmt: skip
-        """`options` are for torchrun's LaunchConfig. `nproc` 0 is the script alone, without an agent, in `folder`.
+        """`options` are for torchrun's LaunchConfig. `nproc` 0 is the script alone, without an agent, in `folder`; with
+        `whole_exit` it ends as an interpreter does, for tests of just that.
 
         May be called from several threads. `node` is what it runs on (see `enter` in tests/jobs/warm.py).
         """
@@ -217,6 +219,7 @@ class Warm:
         request = {
             "script": str(JOBS / script), "nproc": nproc, "args": [str(arg) for arg in args], "env": dict(env or {}),
             "folder": str(folder), "log": str(log), "max_restarts": max_restarts, "options": options, "node": node,
+            "whole_exit": whole_exit,
         }  # fmt: skip
         assert self._server.stdin is not None and self._server.stdout is not None
         with self._asking:
