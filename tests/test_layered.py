@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from kit.chain import attach, build, check_committed, equal, plain, slow, tensors, update
+from kit.drawing import drawn
 from kit.models import Hollow
 
 from layerwise_dist import errors
@@ -79,7 +80,8 @@ def trained_at_random(root: Path, mode: str, steps: int, seed: int) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_every_commit_is_what_training_held_whatever_the_writers_pace(tmp_path: Path, mode: str, long: bool) -> None:
     steps = 25 if long else 10
-    for seed in range(400 if long else 2):
+    for seed in range(400) if long else [random.SystemRandom().randrange(1 << 32)]:
+        print(f"seed {seed}")
         root = tmp_path / str(seed)
         root.mkdir()
         trained_at_random(root, mode, steps, seed)
@@ -87,11 +89,16 @@ def test_every_commit_is_what_training_held_whatever_the_writers_pace(tmp_path: 
         shutil.rmtree(root)
 
 
-@pytest.mark.parametrize("layer", ["0", "3", "6"])
+LAYERS = ("0", "3", "6")  # the first, one in the middle, and the last
+
+
+@pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("mode", MODES)
 def test_leaving_out_the_fence_of_one_layer_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, layer: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, layer: str, long: bool
 ) -> None:
+    if layer != drawn(LAYERS, mode) and not long:
+        pytest.skip("another layer was drawn; all with --long")
     real = Capture._free_memory
 
     def all_but_one(capture: Capture, batches: Collection[int]) -> None:
@@ -166,10 +173,10 @@ def test_parameters_without_elements_are_saved_with_their_state(tmp_path: Path, 
 
 
 def test_many_small_layers_make_few_large_writes(tmp_path: Path) -> None:
-    """2,000 layers of 544 bytes: a file of 1.2 MB each step, in at most four writes."""
-    model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(2000)))
+    """1,000 layers of 544 bytes: a file of 0.6 MB each step, in at most four writes."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(1000)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    options = {"update": "pipelined_step", "writer": {"block_kb": 1024}, "max_in_flight": 8}
+    options = {"update": "pipelined_step", "writer": {"block_kb": 512}, "max_in_flight": 8}
     with attach(model, optimizer, tmp_path, **options) as ckpt:
         for _ in ckpt.steps(4):
             for param in model.parameters():
@@ -178,4 +185,4 @@ def test_many_small_layers_make_few_large_writes(tmp_path: Path) -> None:
         ckpt.wait(4)
         stats = ckpt.stats()
     assert stats["checkpoints_committed"] == 4
-    assert 4 * 1_000_000 < stats["bytes_written"] and stats["writes"] <= 4 * 4
+    assert 4 * 500_000 < stats["bytes_written"] and stats["writes"] <= 4 * 4
