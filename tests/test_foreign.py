@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kit.runners import DEEPSPEED, Running
+from kit.runners import DEEPSPEED, Running, Warm, WarmJob
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed (launch/setup.sh does it)", allow_module_level=True)
@@ -70,14 +70,17 @@ def tree(root: Path, tests: str) -> Path:
 
 
 def test_the_runner_of_deepspeeds_tests_tells_what_passes_what_fails_what_hangs_and_leaves_nothing(
-    tmp_path: Path, start: Callable[..., Running], long: bool
+    tmp_path: Path, start: Callable[..., Running], zero: Warm, long: bool
 ) -> None:
+    """By --long as a command, and with a test that hangs; else in a process that has imported DeepSpeed already."""
     source, out, scratch = tree(tmp_path / "tree", TESTS + ENDLESS * long), tmp_path / "out.json", tmp_path / "scratch"
     scratch.mkdir()
     before = sorted(path for path in source.rglob("*"))
-    job = start(
-        [sys.executable, str(SCRIPT), str(source), "--json", str(out), "--deadline", "15" if long else "40"],
-        env={**DEEPSPEED, "TMPDIR": str(scratch)},
+    arguments, env = [str(source), "--json", str(out), "--deadline", "15" if long else "40"], {"TMPDIR": str(scratch)}
+    job: Running | WarmJob = (
+        start([sys.executable, str(SCRIPT), *arguments], env={**DEEPSPEED, **env})
+        if long
+        else zero.start(SCRIPT, 0, *arguments, env=env, folder=tmp_path)
     )
     finished = job.wait(150)
     results: dict[str, Any] = {each["test"].rpartition("::")[2]: each for each in json.loads(out.read_text())}
