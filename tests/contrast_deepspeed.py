@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-SLOW_S = 2.0
+SLOW_S = 2.0  # the most that rank 1 waits for rank 0 to have written its part
 
 
 def train(folder: Path, ours: bool) -> None:
@@ -36,8 +36,16 @@ def train(folder: Path, ours: bool) -> None:
     import layerwise_dist.deepspeed as drop_in
     from layerwise_dist.storage.adapter import ShardWrite
 
+    def rank_0_is_done() -> bool:
+        if ours:
+            return any(folder.glob("step_0000000002-*/rank_00000.safetensors"))
+        return (folder / "latest").read_text() == "global_step2"
+
     def die(*args: Any, **kwargs: Any) -> None:
-        time.sleep(SLOW_S)
+        deadline = time.monotonic() + SLOW_S
+        while not rank_0_is_done() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.3)  # in which rank 0 may commit
         os.kill(os.getpid(), signal.SIGKILL)
 
     with process_group() as rank:
