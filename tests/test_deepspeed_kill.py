@@ -75,14 +75,13 @@ def test_a_rank_killed_at_any_step_in_any_mode_changes_no_bit(
 def test_a_rank_killed_in_the_middle_of_a_save_leaves_no_checkpoint_without_its_shard(
     zero: Warm, tmp_path: Path, long: bool
 ) -> None:
-    kills = 20 if long else 3
+    kills = 20 if long else 2
     updates = 4 * kills + 4
     print(f"seed {SEED}")
     zero.run("zero_saves.py", RANKS, tmp_path, SEED, kills, updates, max_restarts=kills, timeout=900 if long else 120)
     seen = [json.loads(line) for line in (tmp_path / "seen.jsonl").read_text().splitlines()]
     assert len(seen) == kills and all(each["good"] for each in seen), seen
-    # Some kills come in the very first save, and the restart's; not most of them.
-    assert len(kept := [each for each in seen if each["steps"]]) >= max(1, kills // 2)
+    assert all(each["steps"] for each in seen), "the first step is committed before anybody is killed"
     logs = [[line.split() for line in (tmp_path / f"{rank}.log").read_text().splitlines()] for rank in range(RANKS)]
     for log in logs:
         assert int(log[-1][0]) == updates
@@ -95,7 +94,6 @@ def test_a_rank_killed_in_the_middle_of_a_save_leaves_no_checkpoint_without_its_
                 assert int(step) > int(committed), "the next start goes on at what had been reported, or after it"
     if long:
         assert any(each["unfinished"] for each in seen), "some of the kills came in the middle"
-    assert kept
 
 
 def test_deepspeeds_own_save_names_a_checkpoint_without_the_killed_ranks_part_and_this_one_does_not(

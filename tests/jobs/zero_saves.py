@@ -42,7 +42,7 @@ def main() -> None:
     out, seed, kills, updates = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     launch = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     chance = random.Random(f"{seed} {launch}")
-    victim, after, delay = chance.randrange(2), chance.randint(1, 3), chance.random() * 0.06
+    victim, after, delay = chance.randrange(2), chance.randint(1, 3) + (launch == 0), chance.random() * 0.06
     prepare()
     with process_group() as rank:
         deepspeed.init_distributed("gloo")
@@ -59,6 +59,8 @@ def main() -> None:
             trained += 1
             with open(out / f"{rank}.log", "a") as log:
                 log.write(f"{step + 1} {loss} {ckpt.committed_step or 0}\n")
+            if launch == 0 and trained == 2:
+                ckpt.wait(1)  # so that there is something to look at, whenever the kills come
             if launch < kills and rank == victim and trained == after:
                 # The save of this update begins with it, and goes on after this line.
                 threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
