@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from functools import partial
 from pathlib import Path
@@ -13,30 +14,40 @@ from exactness_table import FEATURES, OPTIMIZERS, UPDATES, cells, read, reason
 from exactness_table import WORLDS as TABLE
 from kit.runners import Warm
 
-# 5 steps each of {momentum, AdamW foreach, AdamW fused} x 9 features of a training script; plain also LBFGS.
+# 5 steps each of 9 features of a training script and {momentum, AdamW foreach, AdamW fused}; plain also LBFGS.
 WORLDS = [
     ("plain", 1), ("ddp", 2), ("ddp", 3), ("fsdp2", 2), ("plain:stage", 1), ("fsdp2:stage", 2),
     ("plain:auto:in_backward", 1), ("ddp:auto:pipelined_step", 2), ("fsdp2:auto:pipelined_step", 2),
     ("fsdp2:auto:in_backward", 2),
 ]  # fmt: skip
-# Under DDP and FSDP2 each of these is tried with one of the optimizers, which is drawn, and with all of them by --long.
-FEW = ("clipping", "accumulation", "schedule", "tied", "batchnorm", "unused", "closure")
+# Each of these is tried with one of the optimizers, which is drawn, and with all of them by --long.
+FEW = ("bare", "clipping", "accumulation", "schedule", "tied", "batchnorm", "unused", "closure")
+SEED = int(os.environ.get("LAYERWISE_TEST_SEED", random.SystemRandom().randrange(10**6)))
+
+
+def sample(wrapper: str, ranks: int) -> list[str]:
+    """The features of a plain run, each with the optimizer that it is tried with, or with all."""
+    if "in_backward" in wrapper:
+        return ["bare"]
+    if "pipelined" in wrapper:
+        return ["all"]
+    dice = random.Random(f"{SEED} {wrapper} {ranks}")
+    # Two ranks show every feature of DDP alone; a third changes where parameters are cut, which "all" has all of. That
+    # layers are copied or read in place is the same to all features.
+    if ranks > 2 or ":" in wrapper:
+        return [f"{dice.choice(OPTIMIZERS)}/{feature}" for feature in ("bare", "closure", "all")]
+    return ["all", *(f"{dice.choice(OPTIMIZERS)}/{feature}" for feature in FEW)]
 
 
 @pytest.mark.parametrize(("wrapper", "ranks"), WORLDS, ids=[f"{wrapper}-{ranks}" for wrapper, ranks in WORLDS])
 def test_training_with_the_engine_on_and_resumed_training_are_bit_identical(
     warm: Warm, tmp_path: Path, long: bool, wrapper: str, ranks: int
 ) -> None:
-    # Two ranks have shown every feature of DDP alone; a third changes where parameters are cut, which "all" has all of.
-    features = ("bare", "closure", "all") if (ranks > 2 or ":" in wrapper) and not long else ()
-    if "pipelined" in wrapper and not long:
-        features = ("all",)
-    elif "in_backward" in wrapper:
-        features = ("bare", "schedule", "tied", "batchnorm") if long else ("bare",)
-    wanted = 3 * len(features) or 27
-    if not features and wrapper != "plain" and not long:
-        drawn = [f"{random.choice(OPTIMIZERS)}/{feature}" for feature in FEW]
-        features, wanted = ("bare", "all", *drawn), 3 * 2 + len(drawn)
+    features = sample(wrapper, ranks)
+    if long:
+        features = ["bare", "schedule", "tied", "batchnorm"] if "in_backward" in wrapper else []  # all of them
+    wanted = sum(1 if "/" in feature else len(OPTIMIZERS) for feature in features) or 27
+    print(f"seed {SEED}: {' '.join(features)}")
     warm.run("exactness.py", ranks, wrapper, tmp_path, *features, timeout=170)
     for rank in range(ranks):
         results = json.loads((tmp_path / f"{rank}.json").read_text())
