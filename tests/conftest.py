@@ -119,8 +119,8 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
 
 
 @pytest.fixture(scope="session")
-def zero(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+def zero(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
     """As `warm`, for jobs that need DeepSpeed (see tests/jobs/zero_ready.py)."""
-    server = Warm(tmp_path_factory.mktemp("zero"), "zero_ready", env=DEEPSPEED)
+    server = Warm(tmp_path_factory.mktemp("zero"), "zero_ready", env=DEEPSPEED, out_of=warm)
     yield server
     server.close()

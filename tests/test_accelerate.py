@@ -34,8 +34,9 @@ WINDOW, EPOCHS = 3, 3
 
 
 @pytest.fixture(scope="module")
-def fast(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
-    server = Warm(tmp_path_factory.mktemp("warm"), *(["accelerate"] if importlib.util.find_spec("accelerate") else []))
+def fast(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    modules = ["accelerate"] if importlib.util.find_spec("accelerate") else []
+    server = Warm(tmp_path_factory.mktemp("warm"), *modules, out_of=warm)
     yield server
     server.close()
 

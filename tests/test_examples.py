@@ -17,11 +17,10 @@ EXAMPLES = ROOT / "examples"
 
 
 @pytest.fixture(scope="module")
-def fast(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+def fast(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
     """Starts scripts out of a process that has imported torch, and scikit-learn where it is installed."""
-    server = Warm(
-        tmp_path_factory.mktemp("warm"), *(["sklearn.datasets"] if importlib.util.find_spec("sklearn") else [])
-    )
+    modules = ["sklearn.datasets"] if importlib.util.find_spec("sklearn") else []
+    server = Warm(tmp_path_factory.mktemp("warm"), *modules, out_of=warm)
     yield server
     server.close()
 

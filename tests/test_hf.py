@@ -32,7 +32,7 @@ EVENTS = ("step_begin", "substep_end", "optimizer_step", "step_end", "log", "eva
 
 
 @pytest.fixture(scope="module")
-def trainers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+def trainers(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
     """Jobs of tests/jobs/hf.py, out of a process that has imported all that they need."""
     server = Warm(
         tmp_path_factory.mktemp("hf"),
@@ -40,6 +40,7 @@ def trainers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
         "peft",
         "sklearn.datasets",
         env={"PYTHONWARNINGS": "ignore", "DS_ACCELERATOR": "cpu"},
+        out_of=warm,
     )
     yield server
     server.close()

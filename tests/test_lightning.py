@@ -34,9 +34,9 @@ WINDOW, EPOCHS = 3, 3
 
 
 @pytest.fixture(scope="module")
-def fast(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+def fast(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
     modules = ["lightning.pytorch"] if importlib.util.find_spec("lightning") else []
-    server = Warm(tmp_path_factory.mktemp("warm"), *modules)
+    server = Warm(tmp_path_factory.mktemp("warm"), *modules, out_of=warm)
     yield server
     server.close()
 

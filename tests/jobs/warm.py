@@ -4,12 +4,16 @@
     warm.py [MODULE...]
 
 imports the modules too. Requests come as JSON lines on standard input: {"script", "nproc", "args", "env", "folder",
-"log", "max_restarts", "options", "node", "whole_exit"}. Options are for LaunchConfig; the node, if there is one, is what
-`enter` takes. Answers: {"pid": ...} when the agent runs, in a session of its own together with its ranks. The agent's exit code
-is written to `<log>.rc`.
+"log", "max_restarts", "options", "node", "whole_exit"}. Options are for LaunchConfig; the node, if there is one, is
+what `enter` takes. Answers: {"pid": ...} when the agent runs, in a session of its own together with its ranks. The
+agent's exit code is written to `<log>.rc`.
 
-With "nproc" 0 the script runs without an agent, as `python SCRIPT ARGS` does. It ends as a rank of the agent's does: once
-threads and exit handlers are done, the process is gone; with "whole_exit" as an interpreter ends, which takes longer.
+{"branch": the name of an abstract Unix socket, "modules", "env", "log"} makes a server of its own out of this one,
+which imports the modules and takes its requests from that socket: what is imported here need not be imported again.
+
+With "nproc" 0 the script runs without an agent, as `python SCRIPT ARGS` does. It ends as a rank of the agent's does:
+once threads and exit handlers are done, the process is gone. With "whole_exit" it ends as an interpreter does, which
+takes longer.
 """
 
 import atexit
@@ -31,6 +35,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 
 import numpy
 import torch
@@ -163,13 +168,30 @@ def program(request: dict) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    for name in sys.argv[1:]:
+def imported(names: list[str]) -> None:
+    for name in names:
         importlib.import_module(name)
     hurry()
     gc.collect()
     gc.freeze()  # what each rank would walk, and so copy, at each collection
+
+
+def branch(request: dict) -> None:
+    """This process, a fork of a server, is one itself from now on."""
+    log = os.open(request["log"], os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
+    os.dup2(log, 2)
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect("\0" + request["branch"])
+        os.dup2(connection.fileno(), 0)
+        os.dup2(connection.fileno(), 1)
+    if request["env"].get("PYTHONWARNINGS") == "ignore":  # an interpreter looks at it when it starts
+        warnings.simplefilter("ignore")
+    imported(request["modules"])
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    imported(sys.argv[1:])
     while line := sys.stdin.readline():
         request = json.loads(line)
         try:
@@ -181,6 +203,9 @@ def main() -> None:
         if pid == 0:
             os.setsid()
             os.environ.update(request["env"])
+            if "branch" in request:
+                branch(request)
+                continue
             log = os.open(request["log"], os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
             null = os.open(os.devnull, os.O_RDONLY)
             os.dup2(null, 0)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -192,16 +193,46 @@ class WarmJob:
 class Warm:
     """torchrun's agent, or a script alone, forked from a process that has imported torch, in a fraction of a second."""
 
-    def __init__(self, folder: Path, *modules: str, env: Mapping[str, str] | None = None) -> None:
-        """`modules` are imported beforehand too, with `env` in the environment."""
+    def __init__(
+        self, folder: Path, *modules: str, env: Mapping[str, str] | None = None, out_of: Warm | None = None
+    ) -> None:  # fmt: skip
+        """`modules` are imported beforehand too, with `env` in the environment; out of another such process, which has
+        imported torch already and outlives this one, if there is one.
+        """
         self._folder, self._count = folder, 0
         self._jobs: list[WarmJob] = []
         self._asking = threading.Lock()
-        self._errors = open(folder / "server.log", "wb")
-        self._server = subprocess.Popen(
-            [sys.executable, str(JOBS / "warm.py"), *modules], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self._errors, env={**os.environ, **QUICK, **(env or {})}, text=True, start_new_session=True,
-        )  # fmt: skip
+        self._errors = folder / "server.log"
+        self._server: subprocess.Popen[bytes] | None = None
+        if out_of is None:
+            with open(self._errors, "wb") as errors:
+                self._server = subprocess.Popen(
+                    [sys.executable, str(JOBS / "warm.py"), *modules], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                    stderr=errors, env={**os.environ, **QUICK, **(env or {})}, start_new_session=True,
+                )  # fmt: skip
+            assert self._server.stdin is not None and self._server.stdout is not None
+            self._pid = self._server.pid
+            self._requests, self._answers = self._server.stdin, self._server.stdout
+            return
+        with socket.socket(socket.AF_UNIX) as listener:
+            name = f"layerwise-warm-{uuid.uuid4().hex}"
+            listener.bind(f"\0{name}")
+            listener.listen(1)
+            listener.settimeout(60)
+            more = {"branch": name, "modules": modules, "env": dict(env or {}), "log": str(self._errors)}
+            self._pid = out_of._ask(more)
+            connection, _ = listener.accept()
+        with connection:
+            self._requests, self._answers = connection.makefile("wb"), connection.makefile("rb")
+
+    def _ask(self, request: dict[str, Any]) -> int:
+        """The process that it has forked for this."""
+        with self._asking:
+            self._requests.write(json.dumps(request).encode() + b"\n")
+            self._requests.flush()
+            answer = self._answers.readline()
+        assert answer, self._errors.read_text()
+        return int(json.loads(answer)["pid"])
 
     def start(
         self, script: str | os.PathLike[str], nproc: int, *args: Any, env: Mapping[str, str] | None = None,
@@ -221,13 +252,7 @@ class Warm:
             "folder": str(folder), "log": str(log), "max_restarts": max_restarts, "options": options, "node": node,
             "whole_exit": whole_exit,
         }  # fmt: skip
-        assert self._server.stdin is not None and self._server.stdout is not None
-        with self._asking:
-            self._server.stdin.write(json.dumps(request) + "\n")
-            self._server.stdin.flush()
-            answer = self._server.stdout.readline()
-        assert answer, (self._folder / "server.log").read_text()
-        self._jobs.append(WarmJob(json.loads(answer)["pid"], log))
+        self._jobs.append(WarmJob(self._ask(request), log))
         return self._jobs[-1]
 
     def run(
@@ -244,6 +269,8 @@ class Warm:
     def close(self) -> None:
         for job in self._jobs:
             job.kill()
-        self._server.kill()
-        self._server.wait(20)
-        self._errors.close()
+        kill_all(lambda: [] if is_over(fields_of(self._pid)) else [self._pid], 20)
+        if self._server is not None:
+            self._server.wait(20)
+        self._requests.close()
+        self._answers.close()
