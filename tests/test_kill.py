@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from kit.kill import DEADLINE, KEEP, check, check_folder, kill_rank, launches, read, reference
-from kit.runners import Running, Warm, torchrun_command
+from kit.runners import Running, Warm, WarmJob, torchrun_command
 
 ALL = [("plain", 1), ("ddp", 2), ("fsdp2", 2), ("ddp", 3), ("fsdp2", 3)]
 TOTAL = 20
@@ -30,7 +30,7 @@ def test_a_job_killed_at_any_moment_goes_on_from_one_committed_step(warm: Warm, 
     worlds = ALL if long else [ALL[0], *dice.choice([ALL[1:3], ALL[3:]])]
     known = {(w, n): reference(warm, tmp_path / f"reference-{w}-{n}", w, n, TOTAL) for w, n in worlds}
     kills = resumed = number = 0
-    trials = 200 if long else 4
+    trials = 200 if long else 3
     # Half of the kills wait for a commit, and all if most came before the first one: the test would not have tested yet
     # what it says.
     while number < trials or (resumed < kills / 4 and number < 3 * trials):
@@ -76,15 +76,15 @@ def test_a_job_killed_at_any_moment_goes_on_from_one_committed_step(warm: Warm, 
 def test_torchrun_restarts_a_killed_rank_and_later_the_whole_killed_job(
     warm: Warm, start: Callable[..., Running], tmp_path: Path, long: bool, wrapper: str, ranks: int
 ) -> None:
-    """The command line itself: one rank dies, --max-restarts brings all back; then everything dies."""
+    """One rank dies, --max-restarts brings all back; then everything dies. By --long under torchrun's command, else by
+    its agent alone: test_selftest.py and test_deepspeed_kill.py have the command.
+    """
     if wrapper == "ddp" and not long:
         pytest.skip("--long")
     losses, finals, _ = reference(warm, tmp_path / "reference", wrapper, ranks, TOTAL)
     out = tmp_path / "trial"
     out.mkdir()
-    command = torchrun_command(
-        "kill.py", ranks, wrapper, out / "ckpt", out, "--total", TOTAL, "--keep", KEEP, max_restarts=1
-    )
+    arguments = ("kill.py", ranks, wrapper, out / "ckpt", out, "--total", TOTAL, "--keep", KEEP)
 
     def wait_for(what: Callable[[list[dict[str, Any]]], bool]) -> None:
         deadline = time.monotonic() + DEADLINE
@@ -92,15 +92,17 @@ def test_torchrun_restarts_a_killed_rank_and_later_the_whole_killed_job(
             assert job.poll() is None and time.monotonic() < deadline, job.output()[-6000:]
             time.sleep(0.01)
 
-    job = start(command, env={"LAUNCH": "0"})
+    job: Running | WarmJob = (
+        start(torchrun_command(*arguments, max_restarts=1), env={"LAUNCH": "0"})
+        if long
+        else warm.start(*arguments, max_restarts=1, env={"LAUNCH": "0"})
+    )
     wait_for(lambda lines: any(line.get("step", 0) >= 5 for line in lines))
     assert kill_rank(out, ranks - 1, job.pids())
     wait_for(lambda lines: len([line for line in lines if "start" in line]) == 2)
     first, second = ([line["start"] for line in lines if "start" in line] for lines in read(out, ranks))
     job.kill()
-    # By the agent alone, as in other tests: the command line has shown what it does.
-    again = ("kill.py", ranks, wrapper, out / "ckpt", out, "--total", TOTAL, "--keep", KEEP)
-    warm.run(*again, env={"LAUNCH": "1"}, timeout=DEADLINE)
+    warm.run(*arguments, env={"LAUNCH": "1"}, timeout=DEADLINE)
     told = read(out, ranks)
     assert [lines[-1]["hash"] for lines in told] == finals
     for rank, lines in enumerate(told):

@@ -158,7 +158,7 @@ def test_a_step_that_was_staged_is_committed_though_all_trainers_are_killed_at_a
     print(f"seed {seed}")
     dice = random.Random(seed)
     saved = 0
-    for number in range(50 if long else 4):
+    for number in range(50 if long else 3):
         wrapper, ranks = [("ddp", 2), ("fsdp2", 2), ("plain", 1)][number % 3]
         wanted = references(wrapper, ranks)
         out = tmp_path / f"trial-{number}"
