@@ -242,8 +242,10 @@ def deterministic() -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def sweep(out: str, case: str, stops: list[str]) -> dict[str, Any]:
-    reference, _, _ = train(out, case, "never", attached=False)
+def sweep(out: str, case: str, stops: list[str], reference: dict[str, Any] | None = None) -> dict[str, Any]:
+    """`reference` is what a training without checkpoints ends with; it is trained if there is none."""
+    if reference is None:
+        reference, _, _ = train(out, case, "never", attached=False)
     assert reference is not None
     found: dict[str, Any] = {"steps": {}, "problems": []}
     for at in stops:
@@ -348,11 +350,12 @@ def with_its_skipping(patch: Any) -> None:
 def mutated(out: str, case: str) -> dict[str, list[str]]:
     """What is wrong without one thing that a resume needs, by its name."""
     found = {}
+    reference, _, _ = train(out, case, "never", attached=False)
     for mutation in (without_ahead, without_kept, without_rng, with_its_skipping):
         with pytest.MonkeyPatch.context() as patch:
             mutation(patch.setattr)
             try:
-                found[mutation.__name__] = sweep(out, case, ["substep_end:5"])["problems"]
+                found[mutation.__name__] = sweep(out, case, ["substep_end:5"], reference)["problems"]
             except AssertionError as error:
                 found[mutation.__name__] = [f"AssertionError: {error}"]
     return found
