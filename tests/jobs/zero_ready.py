@@ -22,6 +22,9 @@ if __name__ == "__main__":
     os.environ.update(DEEPSPEED)
 
 import deepspeed  # noqa: E402, F401
+
+# The first engine of a process imports it: seconds, in each rank of each job.
+import torch._inductor.compile_fx  # noqa: E402, F401
 from deepspeed.accelerator import get_accelerator  # noqa: E402
 
 OPERATORS = Path(os.environ["TORCH_EXTENSIONS_DIR"])

@@ -32,7 +32,10 @@ DEEPSPEED = {
 _TOKEN = "LAYERWISE_TEST_JOB"
 # torch looks up the names of the addresses that its stores hear from; a name server that loses one question in ten
 # would hold each of these jobs up for five seconds.
-QUICK = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "RES_OPTIONS": "timeout:1 attempts:1"}
+QUICK = {
+    "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "RES_OPTIONS": "timeout:1 attempts:1",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",  # a process that imports Inductor would start others that compile for it
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
