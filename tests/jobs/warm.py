@@ -179,14 +179,16 @@ def imported(names: list[str]) -> None:
 def branch(request: dict) -> None:
     """This process, a fork of a server, is one itself from now on."""
     log = os.open(request["log"], os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
+    os.dup2(log, 1)  # what modules print as they are imported is no answer
     os.dup2(log, 2)
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.connect("\0" + request["branch"])
-        os.dup2(connection.fileno(), 0)
-        os.dup2(connection.fileno(), 1)
     if request["env"].get("PYTHONWARNINGS") == "ignore":  # an interpreter looks at it when it starts
         warnings.simplefilter("ignore")
-    imported(request["modules"])
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect("\0" + request["branch"])
+        imported(request["modules"])
+        sys.stdout.flush()
+        os.dup2(connection.fileno(), 0)
+        os.dup2(connection.fileno(), 1)
 
 
 def main() -> None:
