@@ -17,6 +17,8 @@ from layerwise_dist.frameworks.framework import Framework
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter, UpdateEvents
 from layerwise_dist.loop.boundary import Boundary
 
+_LOOKS = 32  # most in a backward: of 10,000 tensors each one's look would take milliseconds of every step
+
 
 class Hooks:
     """From `register` until `remove`."""
@@ -36,7 +38,8 @@ class Hooks:
             self._handles.append(root.register_forward_pre_hook(eager(self._before_forward)))
         for module in self._framework.forward_modules():
             self._handles.append(module.register_forward_hook(eager(self._after_forward)))
-        for param in self._framework.gradient_ready_params():
+        params = self._framework.gradient_ready_params()
+        for param in params[:: -(-len(params) // _LOOKS) or 1]:
             self._handles.append(param.register_post_accumulate_grad_hook(self._during_backward))
         self._optimizer.watch(self._events)
         if self._rehearsal is not None:
