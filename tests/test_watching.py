@@ -12,6 +12,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,40 @@ def test_in_a_terminal_it_goes_on_until_ctrl_c_in_80_columns(job: Path) -> None:
             aside.rename(job)
     plain = re.sub(rb"\x1b\[[0-9;?]*[a-zA-Z]", b"", said).decode()
     assert max(map(len, plain.replace("\r", "\n").split("\n"))) <= 80
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["it is told", "mutation: the view itself looks"])
+def test_a_disk_that_does_not_answer_is_told_and_freezes_nothing(
+    job: Path, frozen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, asked, real = threading.Event(), [0], os.statvfs
+
+    def stuck(path: str) -> os.statvfs_result:
+        asked[0] += 1
+        assert answers.wait(60 if threading.current_thread() is not threading.main_thread() else 0.2), "frozen"
+        return real(path)
+
+    def text(frame: Any) -> str:
+        return "\n".join(line.plain for line in frame.renderables)
+
+    frames = watching.Frames(watching.Watcher(str(job), None))
+    assert "step 5" in text(frames.next())
+    monkeypatch.setattr(os, "statvfs", stuck)
+    monkeypatch.setattr(watching, "_LOOK_S", 0.05)
+    if frozen:
+        monkeypatch.setattr(watching.Frames, "next", lambda self: self._watcher.look())
+        with pytest.raises(AssertionError, match="frozen"):
+            frames.next()
+        return
+    try:
+        shown = [text(frames.next()) for _ in range(3)]
+        assert all("the disk has not answered for" in each and "step 5" in each for each in shown), shown
+        assert asked == [1], "one look at a time"
+    finally:
+        answers.set()
+    deadline = time.monotonic() + 60
+    while "not answered" in text(frames.next()):
+        assert time.monotonic() < deadline
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from typing import Any
 
@@ -15,12 +16,16 @@ from rich.text import Text
 from layerwise_dist.cli.catalogue import Catalogue, WrongUsage
 from layerwise_dist.cli.console import Answer, age
 from layerwise_dist.errors import shown
+from layerwise_dist.supervision import background
+from layerwise_dist.supervision.patience import stuck_calls, within
 from layerwise_dist.supervision.processes import terminable
 from layerwise_dist.telemetry.reading import EventReader
 from layerwise_dist.telemetry.summary import Commit, Summary
 from layerwise_dist.units import size
 
 _LONGEST_REASON = 300
+_START_S = 30.0  # longest time for a first look
+_LOOK_S = 2.0  # and for each one after it, until the view says that the disk does not answer
 _SILENT_S = 120.0  # without an event, a job is said to be silent
 _SOON_S = 86400.0
 
@@ -52,28 +57,53 @@ def reader_of(root: str, events: str | None) -> EventReader:
 
 
 def once(directory: str, events: str | None) -> Answer:
-    found = Watcher(directory, events).look()
+    """Raises as `Watcher`, and DeadlineError for a disk that does not answer."""
+    found = within(_START_S, f"a look at {directory}", lambda: Watcher(directory, events).look())
     return Answer(found, [*lines(found)], good=found["stopped"] is None)
 
 
 def live(directory: str, events: str | None, every_s: float) -> None:
-    """Until Ctrl-C. Raises WrongUsage at the start only: a directory that goes away is reported, and may come back."""
+    """Until Ctrl-C. Raises WrongUsage and DeadlineError at the start only: a directory that goes away is reported, and
+    may come back.
+    """
     console = Console(highlight=False)
     try:
-        watcher = Watcher(directory, events)
+        frames = Frames(within(_START_S, f"a look at {directory}", lambda: Watcher(directory, events)))
         with terminable(), Live(Text(""), console=console, auto_refresh=False) as view:
             while True:
-                view.update(_frame(watcher), refresh=True)
+                view.update(frames.next(), refresh=True)
                 time.sleep(every_s)
     except KeyboardInterrupt:
         return
 
 
-def _frame(watcher: Watcher) -> Group:
-    try:
-        return Group(*lines(watcher.look()))
-    except Exception as error:  # the view outlives whatever happens to the files
-        return Group(Text("not readable now", style="bold red"), Text(shown(str(error), _LONGEST_REASON)))
+class Frames:
+    """What is shown, one after another. Files are looked at on another thread, so that a disk that does not answer is
+    told, and freezes nothing.
+    """
+
+    def __init__(self, watcher: Watcher) -> None:
+        self._watcher = watcher
+        self._thread: threading.Thread | None = None  # of the look that is under way; none follows before it is over
+        self._began = 0.0
+        self._last: list[Text] = [Text("")]
+
+    def next(self) -> Group:
+        if self._thread is None:
+            self._began = time.monotonic()
+            self._thread = background.start("layerwise-watch", self._look, background.log_only)
+        self._thread.join(_LOOK_S)
+        if self._thread.is_alive():
+            told = f"the disk has not answered for {age(time.monotonic() - self._began)}{stuck_calls()}"
+            return Group(Text(shown(told, _LONGEST_REASON), style="bold red"), *self._last)
+        self._thread = None
+        return Group(*self._last)
+
+    def _look(self) -> None:
+        try:
+            self._last = lines(self._watcher.look())
+        except Exception as error:  # the view outlives whatever happens to the files
+            self._last = [Text("not readable now", style="bold red"), Text(shown(str(error), _LONGEST_REASON))]
 
 
 def lines(found: dict[str, Any]) -> list[Text]:
