@@ -417,4 +417,4 @@ class ShardReader:
         """
 
     def close(self) -> None:
-        """The file, once what is being read of it has come. Safe to call twice."""
+        """Closes the file, once reads that are under way are done. Safe to call twice."""

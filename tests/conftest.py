@@ -11,7 +11,7 @@ import pytest
 
 pytest.register_assert_rewrite("kit")
 
-from kit import swept  # noqa: E402
+from kit import drawing, swept  # noqa: E402
 from kit.runners import DEEPSPEED, Running, Warm  # noqa: E402
 
 from layerwise_dist.engine import at_exit  # noqa: E402
@@ -68,6 +68,8 @@ def pytest_sessionfinish() -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if terminalreporter.stats.keys() & {"failed", "error"}:
+        terminalreporter.write_line(f"LAYERWISE_TEST_SEED={drawing.SEED} draws the same cases")
     lines = swept.summary(terminalreporter.stats)
     if lines and terminalreporter.config.getoption("--long"):
         terminalreporter.write_sep("=", "what the sweeps came to")

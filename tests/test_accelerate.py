@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from kit.drawing import drawn
 from kit.runners import Warm, told
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -74,7 +75,7 @@ def test_killed_within_a_window_and_an_epoch_it_goes_on_bit_for_bit(
     fast: Warm, tmp_path: Path, ranks: int, long: bool
 ) -> None:
     """Samples draw random numbers in the main process; so do body and evaluation."""
-    seed = random.SystemRandom().randrange(1 << 32)
+    seed = drawn(range(1 << 32), __name__)
     dice = random.Random(seed)
     cases: list[list[Any]] = [[], ["--seedable"]] if long else [dice.choice([[], ["--seedable"]])]
     if long:

@@ -7,12 +7,12 @@
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Iterator
 
 import pytest
 from kit.commit_model import Broken, walk
 from kit.commit_model.broken_rules import RULES
+from kit.drawing import drawn
 from kit.swept import Told
 
 
@@ -24,7 +24,7 @@ def _quiet() -> Iterator[None]:
 
 
 def test_no_history_of_crashes_losses_and_failures_breaks_a_rule_of_the_commit(long: bool, told: Told) -> None:
-    seed = random.SystemRandom().randrange(1 << 30)
+    seed = drawn(range(1 << 30), __name__)
     print(f"seed {seed}")
     seen = walk(seed, 1_000_000 if long else 24_000)
     print(dict(sorted(seen.items())))

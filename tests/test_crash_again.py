@@ -11,6 +11,7 @@ import pytest
 from kit.crash import POLICIES, Story, build, in_ranks, settings, tensors_of, train
 from kit.crash_stories import place
 from kit.crash_stories import reuse as reuse_for
+from kit.drawing import drawn
 from kit.shards import Tensors, differing
 from kit.swept import Swept, Told
 
@@ -44,7 +45,7 @@ STORIES = {story.__name__: story for story in (reuse, branches, frozen)}
 
 def seeded() -> random.Random:
     """Which is said where a test fails."""
-    seed = random.SystemRandom().randrange(1 << 30)
+    seed = drawn(range(1 << 30), __name__)
     print(f"seed {seed}")
     return random.Random(seed)
 

@@ -18,6 +18,7 @@ import layerwise_native_testing as testing
 import pytest
 from kit.crash import POLICIES, Story
 from kit.crash_stories import merge_at, sweep
+from kit.drawing import SEED
 from kit.mutant_env import WithEnv
 from kit.swept import Swept, Told
 
@@ -90,9 +91,7 @@ def crashed(story: Story, begins: int, states: int, draw: random.Random, swept: 
 @pytest.mark.parametrize("name", JOBS)
 def test_power_that_fails_after_any_operation_that_failed_takes_no_commit(name: str, long: bool, told: Told) -> None:
     job = JOBS[name]
-    seed = random.SystemRandom().randrange(1 << 30)
-    print(f"seed {seed}")
-    draw, swept = random.Random(seed), Swept()
+    draw, swept = random.Random(f"{SEED} {name}"), Swept()
     story, before = prepared(job)
     job(story)
     count = story.faulty.operations - before

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from kit.deepspeed_cases import CASES, NVME, operator
+from kit.drawing import SEED
 from kit.runners import DEEPSPEED, JOBS, Running, Warm
 
 if importlib.util.find_spec("deepspeed") is None:
@@ -26,7 +27,6 @@ if importlib.util.find_spec("deepspeed") is None:
 RANKS = 2
 MONITORED = ["2-bf16-clip-monitor", "3-fp32-monitor"]
 ROOT = Path(__file__).parent.parent
-SEED = int(os.environ.get("LAYERWISE_TEST_SEED", random.SystemRandom().randrange(10**6)))
 
 
 # -- every mode, killed once -----------------------------------------------------------------------------------------

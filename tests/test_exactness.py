@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 from exactness_table import FEATURES, OPTIMIZERS, UPDATES, cells, read, reason
 from exactness_table import WORLDS as TABLE
+from kit.drawing import SEED
 from kit.runners import Warm
 
 # 5 steps each of 9 features of a training script and {momentum, AdamW foreach, AdamW fused}; plain also LBFGS.
@@ -22,7 +22,6 @@ WORLDS = [
 ]  # fmt: skip
 # Each of these is tried with one of the optimizers, which is drawn, and with all of them by --long.
 FEW = ("bare", "clipping", "accumulation", "schedule", "tied", "batchnorm", "unused", "closure")
-SEED = int(os.environ.get("LAYERWISE_TEST_SEED", random.SystemRandom().randrange(10**6)))
 
 
 def sample(wrapper: str, ranks: int) -> list[str]:

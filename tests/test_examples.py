@@ -27,7 +27,7 @@ def fast(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]
 
 def run(fast: Warm, folder: Path, script: Path, *args: str, timeout: float = 100) -> str:
     """All that it prints."""
-    return fast.run(script, 0, *args, folder=folder, timeout=timeout).output
+    return fast.run(script, 0, *args, folder=folder, timeout=timeout, whole_exit=True).output
 
 
 def kill(fast: Warm, folder: Path, script: Path, *args: str, once: str, timeout: float = 100) -> str:

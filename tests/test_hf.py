@@ -157,7 +157,7 @@ def test_the_example_goes_on_within_an_epoch_and_logs_what_it_would_have(trainer
         assert job.poll() is None and time.monotonic() < deadline, job.output()[-3000:]
         time.sleep(0.001)
     job.kill()
-    again = trainers.run(EXAMPLE, 0, "--dir", "cut", "--epochs", "0.6", folder=tmp_path, timeout=100)
+    again = trainers.run(EXAMPLE, 0, "--dir", "cut", "--epochs", "0.6", folder=tmp_path, timeout=100, whole_exit=True)
     assert again.lines("step ") == whole and 10 <= int(again.lines("resumed from step ")[0]) < 29
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kit.drawing import drawn
 from kit.kill import DEADLINE, KEEP, check, check_folder, kill_rank, launches, read, reference
 from kit.runners import Running, Warm, WarmJob, torchrun_command
 
@@ -24,7 +25,7 @@ def manifests(out: Path) -> set[Path]:
 
 @pytest.mark.timeout(3600)
 def test_a_job_killed_at_any_moment_goes_on_from_one_committed_step(warm: Warm, tmp_path: Path, long: bool) -> None:
-    seed = random.SystemRandom().randrange(1 << 32)
+    seed = drawn(range(1 << 32), __name__)
     print(f"seed {seed}")
     dice = random.Random(seed)
     worlds = ALL if long else [ALL[0], *dice.choice([ALL[1:3], ALL[3:]])]

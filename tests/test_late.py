@@ -20,7 +20,7 @@ import layerwise_dist as lwd
 from layerwise_dist._native import PosixEnv
 from layerwise_dist.capture.lease import Capture
 from layerwise_dist.commit.transports.local import LocalTransport
-from layerwise_dist.engine import assembly
+from layerwise_dist.engine import assembly, hooks
 from layerwise_dist.engine.attempts import Attempts
 from layerwise_dist.engine.engine import workings_of
 from layerwise_dist.errors import DamageError
@@ -282,6 +282,35 @@ def test_what_lies_where_it_did_is_looked_for_once_a_checkpoint(tmp_path: Path) 
         surveyor.look = look
         trained(Case(), ckpt.steps(STEPS), model, optimizer)
     assert opening == [1, 2, 7]
+
+
+def looks_in_a_backward(root: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How often it is asked there whether a checkpoint can be judged, of a model with 99 parameters."""
+    model = nn.ParameterList(torch.ones(2) for _ in range(99))
+    with attach(model, torch.optim.SGD(model.parameters(), 0.1), root) as ckpt:
+        captures, made = workings_of(ckpt).captures, []
+        loss = torch.stack([param.sum() for param in model]).sum()
+        with monkeypatch.context() as patch:
+            patch.setattr(captures, "unsettled", ["a checkpoint"])
+            patch.setattr(captures, "settle", lambda: made.append(1))
+            loss.backward()
+        model.zero_grad()
+    return len(made)
+
+
+def test_a_backward_of_many_gradients_looks_a_few_times_whether_a_checkpoint_can_be_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert 16 <= looks_in_a_backward(tmp_path, monkeypatch) <= 32
+
+
+@pytest.mark.parametrize("looks", [1, 1000])
+def test_mutation_a_look_at_one_gradient_or_at_each_is_found(
+    tmp_path: Path, looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hooks, "_LOOKS", looks)
+    with pytest.raises(AssertionError):
+        test_a_backward_of_many_gradients_looks_a_few_times_whether_a_checkpoint_can_be_judged(tmp_path, monkeypatch)
 
 
 def test_mutation_a_boundary_that_trusts_what_is_known_is_caught(

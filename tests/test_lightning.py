@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from kit.drawing import drawn
 from kit.runners import Warm, told
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -90,7 +91,7 @@ def test_killed_within_a_window_and_an_epoch_it_goes_on_bit_for_bit(
     fast: Warm, tmp_path: Path, ranks: int, long: bool
 ) -> None:
     """Parameters, optimizers, schedulers, what is logged (an epoch's means too), callbacks and counts."""
-    seed = random.SystemRandom().randrange(1 << 32)
+    seed = drawn(range(1 << 32), __name__)
     dice = random.Random(seed)
     known = CASES if ranks == 1 else AT_TWO
     for name in known if long else [dice.choice([*known])]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from kit.drawing import drawn
 from kit.runners import Warm, WarmJob, told
 
 import layerwise_dist as lwd
@@ -154,7 +155,7 @@ def restores(warm: Warm, out: Path, wrapper: str, ranks: int, wanted: list[dict[
 def test_a_step_that_was_staged_is_committed_though_all_trainers_are_killed_at_any_moment(
     warm: Warm, tmp_path: Path, references: Any, long: bool
 ) -> None:
-    seed = random.SystemRandom().randrange(1 << 32)
+    seed = drawn(range(1 << 32), __name__)
     print(f"seed {seed}")
     dice = random.Random(seed)
     saved = 0

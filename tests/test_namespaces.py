@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from kit.clusters import TOTAL, Cluster, why_no_nodes
+from kit.drawing import drawn
 from kit.kill import check, check_folder, kill_rank, read, reference
 from kit.mpi import command, needs_mpi, told, uninterrupted
 from kit.runners import Running, Warm, WarmJob
@@ -78,7 +79,7 @@ def test_nodes_that_die_or_are_cut_off_leave_one_step_on_all_and_nothing_hangs(
 ) -> None:
     if cluster.count == 2 and not long:
         pytest.skip("--long")
-    seed = random.SystemRandom().randrange(1 << 32)
+    seed = drawn(range(1 << 32), __name__)
     dice = random.Random(seed)
     known = reference(warm, tmp_path / "reference", "fsdp2", cluster.count, TOTAL)
     kinds = ["cut", "node", "rank", "blink"]

@@ -14,17 +14,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from kit.crash import build as build_for_rank
 from kit.crash import in_ranks, settings, tensors_of
 from kit.crash import train as train_rank
 from kit.shards import differing
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 import layerwise_dist as lwd
 from layerwise_dist._native import PosixEnv
 from layerwise_dist.commit import metadata
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
 from layerwise_dist.commit.transports.local import LocalTransport
+from layerwise_dist.dcp import LayerwiseReader, LayerwiseWriter
 from layerwise_dist.engine import assembly
 from layerwise_dist.errors import DamageError, DirectoryError, MismatchError, NotFoundError
 from layerwise_dist.frameworks.ddp import DDPFramework
@@ -328,6 +331,13 @@ def test_no_file_stays_open_behind_a_closed_checkpoint_or_an_error_that_is_kept(
     with pytest.raises(DamageError, match="bytes long") as other:
         lwd.open_checkpoint(tmp_path, step=1)
     assert (error, other) and files_open_in(tmp_path) == []
+    mine = tmp_path / "mine"
+    dcp.save({"w": torch.arange(1000.0)}, storage_writer=LayerwiseWriter(mine), no_dist=True)
+    [shard] = mine.glob("step_*/rank_00000.safetensors")
+    spoil(shard, 5000)
+    with pytest.raises(CheckpointException, match="does not match its hash") as third:
+        dcp.load({"w": torch.zeros(1000)}, storage_reader=LayerwiseReader(mine), no_dist=True)
+    assert third and files_open_in(tmp_path) == []
 
 
 def test_mutation_files_that_the_garbage_collector_closes_are_found(

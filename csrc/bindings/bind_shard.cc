@@ -78,7 +78,7 @@ struct PyReader {
 
   // Of this thread's own: another one may close it meanwhile.
   std::shared_ptr<ShardReader> Here() const {
-    if (it == nullptr) throw StatusError(Status::FailedPrecondition("use of a closed shard"));
+    if (it == nullptr) throw StatusError(Status::InvalidArgument("use of a closed shard"));
     return it;
   }
 };

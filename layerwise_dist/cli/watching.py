@@ -78,8 +78,8 @@ def live(directory: str, events: str | None, every_s: float) -> None:
 
 
 class Frames:
-    """What is shown, one after another. Files are looked at on another thread, so that a disk that does not answer is
-    told, and freezes nothing.
+    """What is shown, one after another. Files are looked at on another thread: a look that takes long, at a disk that
+    does not answer say, is told and freezes nothing.
     """
 
     def __init__(self, watcher: Watcher) -> None:
@@ -91,10 +91,13 @@ class Frames:
     def next(self) -> Group:
         if self._thread is None:
             self._began = time.monotonic()
-            self._thread = background.start("layerwise-watch", self._look, background.log_only)
+            try:
+                self._thread = background.start("layerwise-watch", self._look, background.log_only)
+            except OSError as error:
+                return Group(Text(shown(str(error), _LONGEST_REASON), style="bold red"), *self._last)
         self._thread.join(_LOOK_S)
         if self._thread.is_alive():
-            told = f"the disk has not answered for {age(time.monotonic() - self._began)}{stuck_calls()}"
+            told = f"this look at it has taken {seconds(time.monotonic() - self._began)} so far{stuck_calls()}"
             return Group(Text(shown(told, _LONGEST_REASON), style="bold red"), *self._last)
         self._thread = None
         return Group(*self._last)

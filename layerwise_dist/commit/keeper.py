@@ -29,7 +29,8 @@ class Keeper:
         self.rank, self.owner = rank, owner
         self._manager, self._info = manager, info
         self._prepared: set[int] = set()
-        # A roll-back comes from the training thread, while older records may go. One that is in doubt stands for none.
+        # A roll-back comes from the training thread, while older records may go. While the newest is in doubt, none
+        # goes: after power loss an older one may be all that is left.
         self._branches = threading.Lock()
         self._in_doubt = False
 

@@ -85,6 +85,7 @@ class LayerwiseReader(InDirectory, StorageReader):
             self._found = found = _Commit(self._root, self._wish, self._timeout_s, self._keys)
             metadata = found.metadata()
         except (LayerwiseError, OSError) as error:
+            self._close()
             log.error("dcp.load from %s: %s", self._root, error)  # torch 2.9 drops it, and only says "assert metadata"
             raise
         self._load_id = uuid.uuid4().hex
@@ -147,12 +148,14 @@ class _Commit:
 
     def close(self) -> None:
         """Retention may have it."""
-        self._shards.clear()
+        while self._shards:
+            self._shards.popitem()[1].close()
         if self._trained is not None:
             self._trained.close()
         if self._pool is not None:
             self._pool.close()
             self._hold.release()
+        self._manager.env.let_go()
 
     def metadata(self) -> Metadata:
         manifest = self.manifest

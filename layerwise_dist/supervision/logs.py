@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this package logs keeps words, not errors.
+"""What this package logs has words as its arguments, not errors. (A traceback that is logged stays one.)
 
 An error keeps the frames that it came through, and with them files, tensors and their memory. Handlers may keep records
 for as long as they like (pytest's `caplog`, `logging.handlers.MemoryHandler`, services that collect errors).
@@ -8,13 +8,21 @@ for as long as they like (pytest's `caplog`, `logging.handlers.MemoryHandler`, s
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+
+
+def _text(of: Callable[[BaseException], str], error: BaseException) -> str:
+    try:
+        return of(error)
+    except Exception:  # an error of somebody else's; a log call raises nothing
+        return type(error).__qualname__
 
 
 class _Words:
     """An error's two texts."""
 
     def __init__(self, error: BaseException) -> None:
-        self._str, self._repr = str(error), repr(error)
+        self._str, self._repr = _text(str, error), _text(repr, error)
 
     def __str__(self) -> str:
         return self._str

@@ -30,7 +30,7 @@ class Forked:
 
     @cached_property
     def stdout(self) -> Iterator[str]:
-        while not self._log.exists():
+        while not self._log.exists() and self._job.poll() is None:
             time.sleep(0.01)
         with open(self._log) as lines:
             part = ""

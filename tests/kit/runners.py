@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -233,6 +234,7 @@ class Warm:
         with self._asking:
             self._requests.write(json.dumps(request).encode() + b"\n")
             self._requests.flush()
+            assert select.select([self._answers], [], [], 120)[0], f"no answer within 120 s: {self._errors.read_text()}"
             answer = self._answers.readline()
         assert answer, self._errors.read_text()
         return int(json.loads(answer)["pid"])
@@ -243,7 +245,7 @@ class Warm:
         whole_exit: bool = False, **options: Any,
     ) -> WarmJob:  # fmt: skip
         """`options` are for torchrun's LaunchConfig. `nproc` 0 is the script alone, without an agent, in `folder`; with
-        `whole_exit` it ends as an interpreter does, for tests of just that.
+        `whole_exit` it ends as an interpreter does, for tests of that, and of examples as users run them.
 
         May be called from several threads. `node` is what it runs on (see `enter` in tests/jobs/warm.py).
         """
@@ -255,8 +257,9 @@ class Warm:
             "folder": str(folder), "log": str(log), "max_restarts": max_restarts, "options": options, "node": node,
             "whole_exit": whole_exit,
         }  # fmt: skip
-        self._jobs.append(WarmJob(self._ask(request), log))
-        return self._jobs[-1]
+        job = WarmJob(self._ask(request), log)
+        self._jobs.append(job)
+        return job
 
     def run(
         self, script: str | os.PathLike[str], nproc: int, *args: Any, timeout: float = 60.0, check: bool = True,

@@ -123,7 +123,7 @@ class Running:
                 raise Interrupted
             if time.monotonic() < look:
                 continue
-            if self.job.poll() is not None:  # a look at all processes
+            if self.job.poll() is not None:
                 return what()
             if said != (now := sum(map(len, self.told()))):
                 said, deadline = now, time.monotonic() + MOVES_S
@@ -208,7 +208,7 @@ class Blows:
         done = self._end(running, lambda: self._targets(running, fault), number)
         if done and fault.kind == "SIGTERM and SIGKILL":
             self._pause(fault.delay_s)
-            self._end(running, lambda: running.pid(fault.rank), signal.SIGKILL)
+            self._end(running, lambda: self._targets(running, fault), signal.SIGKILL)
         return done
 
     def _end(self, running: Running, targets: Callable[[], list[int]], number: int) -> bool:
