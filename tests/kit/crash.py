@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -286,3 +287,7 @@ def open_files() -> int:
 
 def native_threads() -> int:
     return len(os.listdir("/proc/self/task"))
+
+
+def thread_names() -> list[str]:
+    return [comm.read_text().strip() for comm in Path("/proc/self/task").glob("*/comm")]
