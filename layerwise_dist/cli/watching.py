@@ -25,7 +25,7 @@ from layerwise_dist.units import size
 
 _LONGEST_REASON = 300
 _START_S = 30.0  # longest time for a first look
-_LOOK_S = 2.0  # and for each one after it, until the view says that the disk does not answer
+_LOOK_S = 2.0  # and for each one after it, until the view says that it takes long
 _SILENT_S = 120.0  # without an event, a job is said to be silent
 _SOON_S = 86400.0
 

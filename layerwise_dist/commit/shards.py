@@ -77,13 +77,13 @@ def open_shards(
 ) -> list[Shard]:  # fmt: skip
     """A rank's shard, and after it its base if it has one. `recent` and what it raises as `open_shard`."""
     base = open_base(manager, pool, manifest, rank)
-    bases = [base] if base is not None else []
     try:
-        return [open_shard(manager, pool, manifest, rank, recent), *bases]
+        shard = open_shard(manager, pool, manifest, rank, recent)
     except BaseException:
-        for each in bases:
-            each.close()
+        if base is not None:
+            base.close()
         raise
+    return [shard, base] if base is not None else [shard]
 
 
 def shards_elsewhere(

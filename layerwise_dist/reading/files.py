@@ -24,7 +24,7 @@ class HeldFiles:
     def __init__(self, manager: CheckpointMetadataManager, manifest: Manifest, hold: FileLock) -> None:
         self._manager, self._manifest, self._hold = manager, manifest, hold
         self._pool: _native.WriterPool | None = None
-        self._open: list[Shard] = []
+        self._shards: ShardSet | None = None
 
     def shards(self) -> ShardSet:
         """Opened when first needed. Raises MismatchError where some lie in the directories of other nodes."""
@@ -39,11 +39,10 @@ class HeldFiles:
         pool = self._pool = _native.WriterPool(_READERS, reads="auto")
 
         def of(rank: int) -> list[Shard]:
-            found = open_shards(manager, pool, manifest, rank)
-            self._open += found
-            return found
+            return open_shards(manager, pool, manifest, rank)
 
-        return ShardSet(0, of)
+        self._shards = ShardSet(0, of)
+        return self._shards
 
     @property
     def ended(self) -> bool:
@@ -54,7 +53,7 @@ class HeldFiles:
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.close()
-        for shard in self._open:
-            shard.close()  # space of a checkpoint that retention removes is free only then
+        if self._shards is not None:
+            self._shards.close()  # space of a checkpoint that retention removes is free only then
         self._hold.release()
         self._manager.env.let_go()

@@ -85,6 +85,12 @@ class ShardSet:
         """Those of these ranks, without its own, in the order of ranks."""
         return (self.of(rank) for rank in sorted(ranks) if rank != self._own)
 
+    def close(self) -> None:
+        """Those that were opened. Safe to call twice."""
+        for shards in self._open.values():
+            for shard in shards:
+                shard.close()
+
 
 Found = Sequence[tuple[Readable, Entry]]
 

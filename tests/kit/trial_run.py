@@ -29,7 +29,7 @@ from layerwise_dist import open_checkpoint
 from layerwise_dist.cli.catalogue import Catalogue
 from layerwise_dist.cli.verifying import verify
 from layerwise_dist.errors import NotFoundError
-from layerwise_dist.supervision.processes import marked
+from layerwise_dist.supervision.processes import fields_of, marked
 
 MOVES_S = 90.0  # longest time in which a job that nobody has stopped tells nothing new
 LEAVES_S = 60.0  # longest time from a signal that ends a launch until all of it is gone; the agent waits 30 s itself
@@ -169,11 +169,8 @@ class Running:
 
 
 def _stands_still(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(") ")[2][0]
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-    return state in "TtZX"  # proc(5): stopped, or dead
+    fields = fields_of(pid)
+    return not fields or fields[0] in "TtZX"  # proc(5): stopped, or dead
 
 
 class Blows:
