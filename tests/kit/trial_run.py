@@ -157,6 +157,10 @@ class Running:
         time.sleep(0.5)
         return f"output:\n{self.job.output()[-5000:]}"
 
+    def at_end(self) -> bool:
+        """Whether a rank has come to its end, see `pid`."""
+        return any("end" in line for lines in self.told() for line in lines)
+
     def pid(self, rank: int) -> list[int]:
         """None of a rank that has come to its end: it waits for torch's agent then, in a `multiprocessing.Event`, and
         if it is killed there the agent waits for it forever.
@@ -213,22 +217,35 @@ class Blows:
         between the look and the signal (see `Running.pid`).
         """
         stopped = targets()
-        send(stopped, signal.SIGSTOP)
         try:
             deadline = time.monotonic() + LEAVES_S
-            while not all(map(_stands_still, stopped)):
+            while not self._stops(stopped):
                 if time.monotonic() > deadline:
                     raise Hung(f"not stopped {LEAVES_S:g} s after SIGSTOP: {running.where()}")
-                self._pause(0.002)
+                # A process that starts a program stops once its child runs that (vfork(2)), and the child is stopped.
+                send(stopped, signal.SIGCONT)
+                self._pause(0.005)
             pids = [pid for pid in targets() if pid in stopped]
             send(pids, number)
         finally:
             send(stopped, signal.SIGCONT)
         return bool(pids)
 
+    def _stops(self, pids: list[int]) -> bool:
+        """Whether all of them do so at once."""
+        send(pids, signal.SIGSTOP)
+        until = time.monotonic() + 1.0
+        while not all(map(_stands_still, pids)):
+            if time.monotonic() > until:
+                return False
+            self._pause(0.002)
+        return True
+
     def _targets(self, running: Running, fault: Fault) -> list[int]:
         if fault.kind.endswith("to all"):
-            return running.job.pids()
+            # SIGTERM, which the agent may live through, is as bad as SIGKILL for a rank at its end.
+            spared = fault.kind.startswith("SIGTERM") and running.at_end()
+            return [] if spared else running.job.pids()
         if fault.kind.endswith("to the agent"):
             return [running.job.pid]
         if fault.kind.endswith("to a monitor"):
