@@ -287,9 +287,11 @@ def test_a_restore_into_another_cut_is_measured_beside_the_same_cut_and_dcp(tmp_
 
 def test_attach_and_restore_are_measured_beside_the_reading(tmp_path: Path, long: bool) -> None:
     if not long:
-        pytest.skip("two jobs under torchrun: --long")
+        pytest.skip("several jobs under torchrun: --long")
     found = quick(tmp_path, "restore", "--ranks", "1,2")
-    assert [start["ranks"] for start in found["starts"]] == [1, 2]
+    assert [(start["ranks"], start["new_processes"]) for start in found["starts"]] == [
+        (ranks, new) for ranks in (1, 2) for new in (False, True)
+    ]
     for start in found["starts"]:
         assert set(start["rest_s"]) == SPREAD and min(start[part]["min"] for part in ("attach_s", "raw_s")) > 0
 

@@ -94,6 +94,16 @@ def test_every_second_is_useful_or_has_a_name() -> None:
     assert parts.goodput == pytest.approx(13 / 25) and parts.ceiling == pytest.approx(18 / 25)
 
 
+def test_what_a_first_step_takes_longer_is_none_of_a_checkpointers() -> None:
+    """Of a life that ended within it, as long as it was."""
+    lives = [*LIVES, Life(25.0, 28.0, 26.0, 27.8)]
+    parts = parts_of(lives, 1.0, 0.5)
+    restored = sum(life.restored is not None for life in lives)
+    assert parts.first_s == pytest.approx(0.5 * (restored - 1) + 0.2)
+    assert parts.ceiling == pytest.approx((28 - parts.restart_s - parts.first_s) / 28)
+    assert total(parts) == pytest.approx(28)
+
+
 def test_steps_that_an_older_checkpoint_undoes_are_lost_in_all_lives() -> None:
     """The third life finds the second one's checkpoints damaged, say."""
     lives = [

@@ -13,7 +13,18 @@ import pytest
 from layerwise_dist.commit.coordinator import Announce, Coordinator
 from layerwise_dist.commit.grants import Grants
 from layerwise_dist.commit.ledger import Ledger, Post
-from layerwise_dist.interval import FIRST, Choice, Costs, Limits, Pace, choose, loss_s, optimum_s, overhead
+from layerwise_dist.interval import (
+    FIRST,
+    FIRST_OF_FAILING,
+    Choice,
+    Costs,
+    Limits,
+    Pace,
+    choose,
+    loss_s,
+    optimum_s,
+    overhead,
+)
 
 pytestmark = pytest.mark.quick
 
@@ -28,7 +39,8 @@ pytestmark = pytest.mark.quick
         (Costs(1.0, 0.01, 40.0, 20.0), {"max_overhead": 0.25}, 16, "every 20 s, and a step takes 1 s"),
         # sqrt(2 x 0.5 x 10800) = 103.9, of higher order 103.6
         (Costs(1.0, 0.5, 1.0, 1.0), {"mtbf_s": 10800.0}, 104, "Young/Daly"),
-        (Costs(1.0, 0.5, 1.0, 1.0), {"mtbf_s": 60.0}, 25, "max_overhead"),  # it would like 8: the budget holds
+        (Costs(1.0, 0.5, 1.0, 1.0), {"mtbf_s": 60.0}, 8, "Young/Daly"),  # no budget was given
+        (Costs(1.0, 0.5, 1.0, 1.0), {"mtbf_s": 60.0, "max_overhead": 0.02}, 25, "max_overhead is 0.02"),
         (Costs(1.0, 0.2, 1.0, 1.0), {"min_steps": 50}, 50, "min_steps is 50; otherwise it would be 10"),
         (Costs(1.0, 0.2, 1.0, 1.0), {"max_steps": 3}, 3, "max_steps is 3; otherwise it would be 10"),
     ],
@@ -107,13 +119,22 @@ def test_a_disk_that_gets_slower_or_faster_is_followed_and_the_limits_hold() -> 
 
 def test_a_disk_that_is_never_idle_is_given_time() -> None:
     disk = Disk(Pace(Limits(), 1), step=0.1, stall=0.0, slower=1.2, write=0.5)
-    disk.run(9)
-    assert disk.pace.steps == 2 and "nothing to compare with" in disk.chosen[0].why
+    disk.run(5)
+    assert disk.pace.steps == 4 and "nothing to compare with" in disk.chosen[0].why
 
 
 def test_it_begins_with_what_the_job_had_before() -> None:
     assert Pace(Limits()).steps == FIRST and Pace(Limits(), 77).steps == 77
     assert Pace(Limits(max_steps=5)).steps == 5
+
+
+def test_a_job_that_fails_often_begins_soon_and_saves_as_failures_want_it() -> None:
+    """A life of a dozen steps would learn nothing of a checkpoint every ten; and 2 % of overhead would lose most."""
+    limits = Limits(mtbf_s=18.0)
+    disk = Disk(Pace(limits), step=1.4, stall=0.1, slower=1.05, write=0.9)
+    assert disk.pace.steps == FIRST_OF_FAILING and disk.run(3 * FIRST_OF_FAILING) == FIRST_OF_FAILING
+    assert disk.run(200) == round(optimum_s(0.17, 18.0) / 1.4 + 0.5) == 2
+    assert Pace(Limits(mtbf_s=18.0, min_steps=3)).steps == 3
 
 
 # -- at one boundary ---------------------------------------------------------------------------------------------------

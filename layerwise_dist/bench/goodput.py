@@ -63,6 +63,7 @@ def run(bench: GoodputBench, directory: str, command: str) -> Findings:
         memory_bytes=5 * state + bench.ranks * (1 << 30),
     )  # fmt: skip
     steps: list[float] = []
+    firsts: list[float] = []
     costs: dict[str, list[float]] = {name: [] for name in bench.contenders if name in BY_COST}
     runs: dict[str, list[_Run]] = {name: [] for name in bench.contenders}
     with space as folder, bar(bench.rounds * (1 + len(bench.contenders))) as progress:
@@ -72,16 +73,17 @@ def run(bench: GoodputBench, directory: str, command: str) -> Findings:
             found = _costs(bench, folder)
             progress.advance()
             steps.append(found["step_s"])
+            firsts.append(found["first_s"])
             every = {name: interval(cost, bench.trace.mtbf_s, found["step_s"]) for name, cost in found["costs"].items()}
             for name, cost in found["costs"].items():
                 costs[name].append(cost)
             for name in bench.contenders:
                 at = f"round {number + 1}, {CONTENDERS[name].title}"
                 killed = _trained(bench, name, every, folder, _shown(progress, at, len(bench.trace.moments)))
-                parts = parts_of(killed.lives, found["step_s"])
+                parts = parts_of(killed.lives, found["step_s"], found["first_s"])
                 runs[name].append(_Run(parts, killed, killed.every or every.get(name, 1)))
                 progress.advance()
-    return _findings(bench, command, about, steps, costs, runs)
+    return _findings(bench, command, about, steps, firsts, costs, runs)
 
 
 def interval(cost_s: float, mtbf_s: float, step_s: float) -> int:
@@ -140,8 +142,8 @@ _SHARES = ("lost", "restart", "read", "overhead")
 
 
 def _findings(
-    bench: GoodputBench, command: str, about: dict[str, Any], steps: list[float], costs: dict[str, list[float]],
-    runs: dict[str, list[_Run]],
+    bench: GoodputBench, command: str, about: dict[str, Any], steps: list[float], firsts: list[float],
+    costs: dict[str, list[float]], runs: dict[str, list[_Run]],
 ) -> Findings:  # fmt: skip
     rows = [_row(name, runs[name]) for name in bench.contenders]
     chart = Chart(
@@ -153,14 +155,16 @@ def _findings(
     least = min((one.killed.kills for found in runs.values() for one in found), default=0)
     notes = [
         f"GPT, {shape.parameters / 1e6:.1f}M parameters, state {size(12 * shape.parameters)}, {bench.ranks} ranks of "
-        f"torchrun; a step takes {Spread.of(steps).text(1, 3)} s without checkpoints.",
+        f"torchrun; without checkpoints a step takes {Spread.of(steps).text(1, 3)} s, and the first of a process "
+        f"{Spread.of(firsts).text(1, 3)} s longer.",
         f"SIGKILL for all ranks at the same {len(trace.moments)} moments, one in {trace.mtbf_s:.1f} s in the mean, and "
         "torchrun starts them again. "
         + ("Each job goes on until some steps after the last." if bench.quick else f"Each job has {trace.seconds:g} s.")
         + f" {bench.rounds} rounds, median (least–greatest).",
         "goodput: useful steps a second over those of a training that nothing disturbs. The rest of the time is lost "
         "(trained in vain), restart (until new processes have built the model), read (until they have loaded), and "
-        "overhead (longer steps). What restarts leave: 1 - restart.",
+        "overhead (longer steps). What restarts leave: 1 less "
+        "restart, and less what first steps take longer without checkpoints too.",
         *(f"{CONTENDERS[name].title}: a checkpoint costs {Spread.of(found).text(1, 3)} s; the interval follows by "
           "Daly's rule." for name, found in costs.items()),
     ]  # fmt: skip
@@ -169,7 +173,8 @@ def _findings(
     data = {
         "model": {**asdict(shape), "parameters": shape.parameters}, "ranks": bench.ranks, "rounds": bench.rounds,
         "trace": {"moments_s": list(trace.moments), "mtbf_s": trace.mtbf_s, "seconds": trace.seconds},
-        "step_s": Spread.of(steps).data(), "costs_s": {name: Spread.of(found).data() for name, found in costs.items()},
+        "step_s": Spread.of(steps).data(), "first_s": Spread.of(firsts).data(),
+        "costs_s": {name: Spread.of(found).data() for name, found in costs.items()},
         "results": rows,
     }  # fmt: skip
     return Findings(command, about, data, [chart], notes)

@@ -26,7 +26,8 @@ class Life:
 class Parts:
     """Seconds, which add up to `total_s`. `useful_s` is what the useful steps take without checkpoints, `overhead_s`
     what they took beyond that; `lost_s` was trained in vain; `restart_s` passed until a new process was ready, and
-    `read_s` until it had loaded.
+    `read_s` until it had loaded. In these, `first_s` are what the first steps of lives would have taken longer than
+    others without checkpoints too.
     """
 
     total_s: float
@@ -36,6 +37,7 @@ class Parts:
     lost_s: float
     restart_s: float
     read_s: float
+    first_s: float = 0.0
 
     @property
     def goodput(self) -> float:
@@ -44,12 +46,16 @@ class Parts:
 
     @property
     def ceiling(self) -> float:
-        """The goodput that the launcher leaves, if restarts cost only what it takes to start processes."""
-        return (self.total_s - self.restart_s) / self.total_s
+        """The goodput that the launcher leaves, if restarts cost only what it takes to start processes, and what they
+        do in their first step.
+        """
+        return (self.total_s - self.restart_s - self.first_s) / self.total_s
 
 
-def parts_of(lives: Sequence[Life], step_s: float) -> Parts:
-    """A step is useful if no later life did it again. `step_s`: seconds of a step without checkpoints."""
+def parts_of(lives: Sequence[Life], step_s: float, first_s: float = 0.0) -> Parts:
+    """A step is useful if no later life did it again. `step_s`: seconds of a step without checkpoints; `first_s`: by
+    which a new process's first step takes longer.
+    """
     useful, kept_s, lost_s, restart_s, read_s = 0, 0.0, 0.0, 0.0, 0.0
     first_again: float = math.inf  # the first step that a later life has done again, or would have
     for life in reversed(lives):
@@ -69,4 +75,5 @@ def parts_of(lives: Sequence[Life], step_s: float) -> Parts:
         lost_s += life.ended - restored - mine_s
         first_again = min(first_again, life.start)
     total_s = lives[-1].ended - lives[0].began
-    return Parts(total_s, useful, useful * step_s, kept_s - useful * step_s, lost_s, restart_s, read_s)
+    firsts_s = sum(min(first_s, life.ended - life.restored) for life in lives if life.restored is not None)
+    return Parts(total_s, useful, useful * step_s, kept_s - useful * step_s, lost_s, restart_s, read_s, firsts_s)

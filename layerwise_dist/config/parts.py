@@ -145,11 +145,12 @@ class TelemetryConfig(Strict):
 
 
 class IntervalConfig(Strict):
-    max_overhead: float = Field(
-        0.02,
+    max_overhead: float | None = Field(
+        None,
         gt=0,
         le=1,
-        description="With every_n_steps 'auto': what checkpoints may cost, as a share of training without them.",
+        description="With every_n_steps 'auto': what checkpoints may cost, as a share of training without them. null: "
+        "0.02, or with mtbf_s no limit.",
     )
     mtbf_s: float | None = Field(
         None,

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement
 
 from layerwise_dist.errors import MismatchError, UnsupportedError
 from layerwise_dist.frameworks.framework import Framework, ParamView, changes
@@ -36,6 +36,7 @@ class FSDP2Framework(Framework):
     def __init__(self, root: nn.Module, rank: int, world_size: int, prefix: str = "") -> None:
         # Of this process's part, by shape, mesh and placements: there are few of these, and torch takes its time.
         self._places: dict[Any, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        self._held_by: dict[Any, tuple[int, ...]] = {}  # by mesh and placements
         super().__init__(root, rank, world_size, prefix)
         self._divide()
 
@@ -43,7 +44,7 @@ class FSDP2Framework(Framework):
         for view in self.params:
             if isinstance(view.param, DTensor):
                 self._check_part(view)
-        replicated = [(view, _holders(view.param)) for view in self.params]
+        replicated = [(view, self._holders(view.param)) for view in self.params]
         replicated = [(view, ranks) for view, ranks in replicated if len(ranks) > 1]
         sizes = [(ranks, self.local(view.param).nbytes) for view, ranks in replicated]
         self._owner = {view.fqn: owner for (view, _), owner in zip(replicated, owners(sizes), strict=True)}
@@ -71,7 +72,7 @@ class FSDP2Framework(Framework):
 
     def _replicas(self, view: ParamView, tensor: torch.Tensor) -> tuple[int, ...]:
         # State that is laid out otherwise than its parameter may be cut where that is replicated: everybody writes it.
-        alike = isinstance(tensor, DTensor) and _holders(tensor) == _holders(view.param)
+        alike = isinstance(tensor, DTensor) and self._holders(tensor) == self._holders(view.param)
         return self.sharers(view) if alike else ()
 
     def _mesh_text(self, mesh: DeviceMesh) -> str:
@@ -141,6 +142,15 @@ class FSDP2Framework(Framework):
             self._places[key] = tuple(shape), tuple(offsets)
         return self._places[key]
 
+    def _holders(self, tensor: torch.Tensor) -> tuple[int, ...]:
+        """The ranks that hold the same part of a DTensor as this one, this one included; of any other tensor none."""
+        if not isinstance(tensor, DTensor):
+            return ()
+        key = tensor.device_mesh, tensor.placements
+        if key not in self._held_by:
+            self._held_by[key] = _alike_with(*key)
+        return self._held_by[key]
+
     def _check_part(self, view: ParamView) -> None:
         param = view.param
         assert isinstance(param, DTensor)
@@ -177,13 +187,10 @@ def _stand_ins(managed: Any) -> list[nn.Parameter]:
     return [param for param in found if param is not None]
 
 
-def _holders(tensor: torch.Tensor) -> tuple[int, ...]:
-    """The ranks that hold the same part of a DTensor as this one, this one included; of any other tensor none."""
-    if not isinstance(tensor, DTensor):
-        return ()
-    mesh, here = tensor.device_mesh, tensor.device_mesh.get_coordinate()
+def _alike_with(mesh: DeviceMesh, placements: Sequence[Placement]) -> tuple[int, ...]:
+    here = mesh.get_coordinate()
     assert here is not None, "of a parameter that `_check_part` took"
     place = tuple(
-        slice(None) if placement.is_replicate() else at for placement, at in zip(tensor.placements, here, strict=True)
+        slice(None) if placement.is_replicate() else at for placement, at in zip(placements, here, strict=True)
     )
     return tuple(mesh.mesh[place].reshape(-1).tolist())

@@ -9,8 +9,10 @@ from collections import deque
 from layerwise_dist.interval.rule import Choice, Costs, Limits, choose
 
 FIRST = 10  # steps, until something is known
+FIRST_OF_FAILING = 2  # where failures are expected: what fails before its first checkpoint learns nothing
 LEAST_COSTS, LEAST_QUIET = 5, 3  # checkpoints and steps that are measured before anything is decided
 _NEVER_QUIET = 8  # checkpoints in a row without a step that none slowed down
+_NEVER_QUIET_YET = 4  # the same, while too few such steps are known to compare with
 _REMEMBERED = 32  # costs; and as many steps
 _CHANGE = 1.25  # a smaller change is not worth one
 _LEAP = 4  # times as much, or as little, at once
@@ -25,7 +27,8 @@ class Pace:
     def __init__(self, limits: Limits, steps: int | None = None) -> None:
         """`steps`: the interval that the job had before, if it had one."""
         self._limits = limits
-        self.steps = limits.within(FIRST if steps is None else steps)
+        first = FIRST if limits.mtbf_s is None else FIRST_OF_FAILING
+        self.steps = limits.within(first if steps is None else steps)
         self._quiet: deque[float] = deque(maxlen=_REMEMBERED)
         self._costs: deque[float] = deque(maxlen=_REMEMBERED)
         self._writes: deque[float] = deque(maxlen=_REMEMBERED)
@@ -70,8 +73,8 @@ class Pace:
 
     def decide(self) -> Choice | None:
         """A new interval, if there should be one. It takes effect once `follow` says so."""
-        if self._since_quiet >= _NEVER_QUIET:
-            steps = self._limits.within(2 * self.steps)
+        if len(self._quiet) < LEAST_QUIET and self._since_quiet >= _NEVER_QUIET_YET:
+            steps = self._limits.within(_LEAP * self.steps)
             why = f"{self._since_quiet} checkpoints in a row left no step without one: there is nothing to compare with"
             self._since_quiet = 0
             return Choice(steps, why) if steps != self.steps else None

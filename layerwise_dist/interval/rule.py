@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many steps should lie between checkpoints: from what they cost, and from how often a job fails.
 
-Three lower bounds, in steps, and the largest of them holds:
+Up to three lower bounds, in steps, and the largest of them holds:
 
-- the budget: what training loses by a checkpoint is at most `max_overhead` of what it takes without;
+- the budget: what training loses by a checkpoint is at most `max_overhead` of what it takes without. Where failures
+  are given and it is not, there is none: with frequent failures it would cost more than it saves;
 - the disk: checkpoints begin no faster than it ends them (PCcheck, ASPLOS 2025: write time with N in flight, over N,
   over the step time with its overhead);
 - the failures, if their mean distance is given: J. T. Daly, "A higher order estimate of the optimum checkpoint
@@ -15,15 +16,22 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+DEFAULT_BUDGET = 0.02  # where neither a budget nor failures are given
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """As the configuration's `interval` has them."""
 
-    max_overhead: float = 0.02
+    max_overhead: float | None = None
     mtbf_s: float | None = None
     min_steps: int = 1
     max_steps: int | None = None
+
+    @property
+    def budget(self) -> float | None:
+        """The largest overhead; None if there is no limit."""
+        return DEFAULT_BUDGET if self.max_overhead is None and self.mtbf_s is None else self.max_overhead
 
     def within(self, steps: int) -> int:
         steps = max(steps, self.min_steps)
@@ -56,14 +64,16 @@ def choose(costs: Costs, limits: Limits) -> Choice:
     """The interval for these costs. Raises ValueError for a step that takes no time."""
     if not costs.step_s > 0:
         raise ValueError(f"a step takes {costs.step_s} s")
-    budget = costs.checkpoint_s / (limits.max_overhead * costs.step_s)
-    disk = costs.disk_s / ((1 + limits.max_overhead) * costs.step_s)
-    bounds = [
-        (budget, f"a checkpoint costs {seconds(costs.checkpoint_s)}, a step takes {seconds(costs.step_s)}, and "
-         f"max_overhead is {limits.max_overhead:g}"),
-        (disk, f"the disk finishes a checkpoint every {seconds(costs.disk_s)}, and a step takes "
-         f"{seconds(costs.step_s)}"),
-    ]  # fmt: skip
+    budget = limits.budget
+    disk = costs.disk_s / ((1 + (budget or 0.0)) * costs.step_s)
+    said = f"the disk finishes a checkpoint every {seconds(costs.disk_s)}, and a step takes {seconds(costs.step_s)}"
+    bounds = [(disk, said)]
+    if budget is not None:
+        said = (
+            f"a checkpoint costs {seconds(costs.checkpoint_s)}, a step takes {seconds(costs.step_s)}, and "
+            f"max_overhead is {budget:g}"
+        )
+        bounds.append((costs.checkpoint_s / (budget * costs.step_s), said))
     if limits.mtbf_s is not None:
         best = optimum_s(costs.checkpoint_s, limits.mtbf_s) / costs.step_s
         bounds.append((best, f"with a failure every {seconds(limits.mtbf_s)} more checkpoints cost more than they save "

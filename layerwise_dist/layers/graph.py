@@ -11,9 +11,8 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import networkx
 import torch
 from torch import nn
 
@@ -22,6 +21,9 @@ from layerwise_dist.frameworks.framework import Framework, ParamView
 from layerwise_dist.layers.autograd_walk import Walk, walk
 from layerwise_dist.layers.gradients import Arrivals
 from layerwise_dist.layers.wrapper_gradients import watch
+
+if TYPE_CHECKING:
+    import networkx
 
 ROOT = "(root)"  # the layer of parameters that the model itself owns; no module's name has parentheses
 
@@ -146,6 +148,8 @@ class DependencyGraphBuilder:
             UnsupportedError: the loss has no graph, or reaches no parameter of this model (FSDP2, reentrant
                 checkpointing around all of it): use `observe()`.
         """
+        import networkx  # a tenth of a second of each start, of jobs that do not ask for a graph
+
         if loss is not None:
             names = {id(view.param): view.fqn for view in self.views}
             found = walk(loss, names, self.layer_of)
