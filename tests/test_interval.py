@@ -120,7 +120,7 @@ def test_a_disk_that_gets_slower_or_faster_is_followed_and_the_limits_hold() -> 
 def test_a_disk_that_is_never_idle_is_given_time() -> None:
     disk = Disk(Pace(Limits(), 1), step=0.1, stall=0.0, slower=1.2, write=0.5)
     disk.run(5)
-    assert disk.pace.steps == 4 and "nothing to compare with" in disk.chosen[0].why
+    assert disk.pace.steps == 2 and "nothing to compare with" in disk.chosen[0].why
 
 
 def test_it_begins_with_what_the_job_had_before() -> None:
@@ -135,6 +135,12 @@ def test_a_job_that_fails_often_begins_soon_and_saves_as_failures_want_it() -> N
     assert disk.pace.steps == FIRST_OF_FAILING and disk.run(3 * FIRST_OF_FAILING) == FIRST_OF_FAILING
     assert disk.run(200) == round(optimum_s(0.17, 18.0) / 1.4 + 0.5) == 2
     assert Pace(Limits(mtbf_s=18.0, min_steps=3)).steps == 3
+
+
+def test_commits_that_take_longer_than_a_step_do_not_hide_what_a_step_takes_for_long() -> None:
+    """With a checkpoint every two steps none is without one; with one every four there are."""
+    disk = Disk(Pace(Limits(mtbf_s=18.0)), step=1.4, stall=0.1, slower=1.05, write=1.8)
+    assert disk.run(200) == 2 and [choice.steps for choice in disk.chosen] == [4, 2]
 
 
 # -- at one boundary ---------------------------------------------------------------------------------------------------

@@ -163,8 +163,8 @@ def _findings(
         + f" {bench.rounds} rounds, median (least–greatest).",
         "goodput: useful steps a second over those of a training that nothing disturbs. The rest of the time is lost "
         "(trained in vain), restart (until new processes have built the model), read (until they have loaded), and "
-        "overhead (longer steps). What restarts leave: 1 less "
-        "restart, and less what first steps take longer without checkpoints too.",
+        "overhead (longer steps). What restarts leave: 1 less restart, and less what first steps take longer without "
+        "checkpoints too.",
         *(f"{CONTENDERS[name].title}: a checkpoint costs {Spread.of(found).text(1, 3)} s; the interval follows by "
           "Daly's rule." for name, found in costs.items()),
     ]  # fmt: skip

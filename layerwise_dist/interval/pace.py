@@ -74,7 +74,7 @@ class Pace:
     def decide(self) -> Choice | None:
         """A new interval, if there should be one. It takes effect once `follow` says so."""
         if len(self._quiet) < LEAST_QUIET and self._since_quiet >= _NEVER_QUIET_YET:
-            steps = self._limits.within(_LEAP * self.steps)
+            steps = self._limits.within(2 * self.steps)
             why = f"{self._since_quiet} checkpoints in a row left no step without one: there is nothing to compare with"
             self._since_quiet = 0
             return Choice(steps, why) if steps != self.steps else None
