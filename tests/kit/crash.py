@@ -41,6 +41,8 @@ class RankThread(threading.Thread):
 
     def run(self) -> None:
         try:
+            # Each thread has a count of its own for the matrix library, which with another count rounds otherwise.
+            torch.set_num_threads(1)
             self.value = self._body()
         except BaseException as error:
             self.error = error
