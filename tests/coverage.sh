@@ -3,8 +3,9 @@
 # bash tests/coverage.sh [--native | pytest arguments]: which lines and branches tests run, and what is left.
 #
 # Of csrc/src and csrc/include by the native tests, of csrc/bindings by the Python tests (gcov); of the rooms storage,
-# commit, capture, restore and engine by the Python tests and the jobs that they start (coverage.py). By default all tests; with arguments the native tests and
-# these Python tests, as in `bash tests/coverage.sh tests/test_engine.py`; with --native no Python tests.
+# commit, capture, restore and engine by the Python tests and the jobs that they start (coverage.py). By default all
+# tests; with arguments the native tests and these Python tests, as in `bash tests/coverage.sh tests/test_engine.py`;
+# with --native no Python tests.
 #
 # The tables go to standard output, and to build/coverage/table.md with all that is left. While Python tests run, the
 # package in the virtual environment has a native core that counts; launch/setup.sh puts the usual one back at the end, or

@@ -62,8 +62,8 @@ class Worker:
             self._say({"step": step, "at": time.monotonic(), "every": contender.interval})
 
     def costs(self) -> None:
-        """Tells seconds of a step without checkpoints, by which the first is longer, and each peer's checkpoint makes
-        training so.
+        """Tells seconds of a step without checkpoints, by which the first one is longer, and by which each peer's
+        checkpoint lengthens training.
         """
         plain = Mode(self.training.model, self.training.optimizer, 1, self._ranks)
         first = self._block(plain, 1)  # imports and compiles what torch needs, and makes the optimizer's state

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ranks of `bench restore --reshard` and `--ranks`, under torchrun.
 
-    python -m layerwise_dist.bench.reshard_worker '{"do": "save", "load", "start" or "new", "folder": ..., ...}'
+    python -m layerwise_dist.bench.reshard_worker '{"do": "save", "load" or "start", "folder": ..., ...}'
 
 Rank 0 says what it found in lines of JSON after a mark on standard output; reshard.py and starts.py
 read them.
@@ -114,11 +114,11 @@ def main() -> None:
     try:
         if spec["do"] == "save":
             _save_both(training, shape, folder)
-        elif spec["do"] in ("start", "new"):
+        elif spec["do"] == "start":
             place = folder / f"start-{dist.get_world_size()}"
-            if spec["do"] == "start":
+            if not spec["new"]:
                 _save(training, shape, place)
-            for _ in range(spec["rounds"] + 1 if spec["do"] == "start" else 1):
+            for _ in range(spec["rounds"]):
                 found = _start(training, place, spec["depth"], spec["block_bytes"])
                 if dist.get_rank() == 0:
                     tell(found)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -39,10 +40,10 @@ def run(bench: StartsBench, directory: str, command: str) -> Findings:
     found: dict[tuple[int, bool], list[dict[str, float]]] = {}  # by ranks, and whether their processes are new
     with space as folder, bar(len(bench.ranks) * (2 * bench.rounds + 1)) as progress:
         about = machine.describe(str(folder))
-        for ranks, new in ((ranks, new) for ranks in bench.ranks for new in (False, True)):
+        for ranks, new in itertools.product(bench.ranks, (False, True)):
             progress.now(f"ranks: {_who(ranks, new)}")
             spec = {
-                "do": "new" if new else "start", "shape": asdict(bench.shape), "rounds": bench.rounds,
+                "do": "start", "new": new, "shape": asdict(bench.shape), "rounds": 1 if new else bench.rounds + 1,
                 "folder": str(folder), "depth": bench.depth, "block_bytes": bench.block_bytes,
             }  # fmt: skip
             said: list[dict[str, float]] = []

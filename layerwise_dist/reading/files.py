@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 
 from layerwise_dist import _native
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
@@ -12,7 +13,6 @@ from layerwise_dist.commit.shards import open_shards
 from layerwise_dist.errors import MismatchError
 from layerwise_dist.restore.planner import ShardSet
 from layerwise_dist.storage.protocols import FileLock
-from layerwise_dist.storage.reader import Shard
 from layerwise_dist.tensors.slices import ranks_text
 
 _READERS = 4  # threads
@@ -36,12 +36,8 @@ class HeldFiles:
                 f"{manager.root}: each node has a directory of its own, and the shards of rank(s) "
                 f"{ranks_text(lacking) or lacking[0]} of step {manifest.step} are not here: copy all of them into one"
             )
-        pool = self._pool = _native.WriterPool(_READERS, reads="auto")
-
-        def of(rank: int) -> list[Shard]:
-            return open_shards(manager, pool, manifest, rank)
-
-        self._shards = ShardSet(0, of)
+        self._pool = _native.WriterPool(_READERS, reads="auto")
+        self._shards = ShardSet(0, partial(open_shards, manager, self._pool, manifest))
         return self._shards
 
     @property
