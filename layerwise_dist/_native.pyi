@@ -55,16 +55,20 @@ class TensorWords:
 
     `kind` is the class that all tensors are of. `impl`, in the Python object, leads to torch's own tensor, which has
     the rest: `counter` leads to the version, at `version`; `storage` to the storage, which has the memory's address at
-    `address`; `offset` is the number of the first element. REQUIRES: that all of this is so.
+    `address`; the word at `references` counts who holds it. REQUIRES: that all of this is so.
     """
 
     def __init__(
-        self, kind: type, *, impl: int, counter: int, version: int, storage: int, address: int, offset: int
+        self, kind: type, *, impl: int, counter: int, version: int, storage: int, address: int, references: int
     ) -> None: ...
     def versions(self, tensors: list[Any]) -> bytes | None:
         """Of each a word of 8 bytes. None if one is no tensor, or has none."""
-    def places(self, tensors: list[Any]) -> bytes | None:
-        """Of each three words: its storage, where that has its memory, the first element. None as of `versions`."""
+    def insides(self, tensors: list[Any]) -> bytes | None:
+        """Of each the first 176 bytes of torch's own tensor; in place of `references` stands where the storage has its
+        memory. None if one is no tensor, or has no storage.
+        """
+    def have_insides(self, tensors: list[Any], known: bytes) -> bool:
+        """Whether `insides` would return what is known."""
 
 class Hashing:
     """XXH3-64 of pieces of memory, (address, bytes) each, made on another thread meanwhile

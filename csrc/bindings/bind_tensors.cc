@@ -16,10 +16,14 @@ constexpr size_t kAhead = 16;
 
 // Offsets in bytes. `impl`, in the Python object, leads to torch's own tensor, which has the rest:
 // `counter` leads to the version, at `version`; `storage` to the storage, which has the memory's
-// address at `address`; `offset` is the number of the first element in it.
+// address at `address`; in the word at `references` the holders are counted.
 struct Offsets {
-  size_t impl, counter, version, storage, address, offset;
+  size_t impl, counter, version, storage, address, references;
 };
+
+// Of torch's own tensor so many bytes are looked at, in steps of a cache line.
+constexpr size_t kInsideBytes = 176;
+constexpr size_t kLine = 64;
 
 template <typename T>
 T Read(const char* at) {
@@ -32,31 +36,42 @@ class TensorWords {
  public:
   TensorWords(nb::handle kind, const Offsets& offsets) : kind_(nb::borrow(kind)), offsets_(offsets) {
     if (!PyType_Check(kind.ptr())) throw StatusError(Status::InvalidArgument("the class of tensors is expected"));
+    if (offsets.references + sizeof(uint64_t) > kInsideBytes) {
+      throw StatusError(Status::InvalidArgument("the count of holders is expected among a tensor's first words"));
+    }
   }
 
   // A word each. None if one of them is no tensor or has no version.
   nb::object Versions(const nb::list& tensors) const {
     std::vector<const char*> at;
-    if (!Impls(tensors, &at)) return nb::none();
+    if (!Impls(tensors, [this](const char* impl) { __builtin_prefetch(impl + offsets_.counter); }, &at)) {
+      return nb::none();
+    }
     std::vector<uint64_t> found(at.size());
     if (!Follow(offsets_.counter, offsets_.version, &at)) return nb::none();
     for (size_t i = 0; i < at.size(); ++i) found[i] = Read<uint32_t>(at[i] + offsets_.version);
     return ToWords(found);
   }
 
-  // Three words each: the storage, where its memory is, and the first element. None if one of them
-  // is no tensor or has no storage.
-  nb::object Places(const nb::list& tensors) const {
-    std::vector<const char*> at;
-    if (!Impls(tensors, &at)) return nb::none();
-    std::vector<uint64_t> found(3 * at.size());
-    for (size_t i = 0; i < at.size(); ++i) found[3 * i + 2] = Read<uint64_t>(at[i] + offsets_.offset);
-    if (!Follow(offsets_.storage, offsets_.address, &at)) return nb::none();
-    for (size_t i = 0; i < at.size(); ++i) {
-      found[3 * i] = reinterpret_cast<uintptr_t>(at[i]);
-      found[3 * i + 1] = Read<uint64_t>(at[i] + offsets_.address);
-    }
-    return ToWords(found);
+  // The first words of torch's own tensor each, all that says where its elements are and how they
+  // are read; in place of the count of its holders stands where the storage has its memory. None if
+  // one is no tensor or has no storage.
+  nb::object Insides(const nb::list& tensors) const {
+    std::vector<char> found(tensors.size() * kInsideBytes);
+    const bool all = EachInside(tensors, [&found](size_t i, const char* inside) {
+      std::memcpy(&found[i * kInsideBytes], inside, kInsideBytes);
+      return true;
+    });
+    if (!all) return nb::none();
+    return nb::bytes(found.data(), found.size());
+  }
+
+  // Whether these are the insides of as many tensors now.
+  bool HaveInsides(const nb::list& tensors, const nb::bytes& known) const {
+    if (known.size() != tensors.size() * kInsideBytes) return false;
+    return EachInside(tensors, [&known](size_t i, const char* inside) {
+      return std::memcmp(known.c_str() + i * kInsideBytes, inside, kInsideBytes) == 0;
+    });
   }
 
  private:
@@ -64,8 +79,28 @@ class TensorWords {
     return nb::bytes(reinterpret_cast<const char*>(words.data()), words.size() * sizeof(uint64_t));
   }
 
-  // Torch's own tensors of these objects. False if one has none.
-  bool Impls(const nb::list& tensors, std::vector<const char*>* impls) const {
+  // Calls `visit(number, bytes)` for each until one returns false. False then, or if one has no insides.
+  template <typename Visit>
+  bool EachInside(const nb::list& tensors, const Visit& visit) const {
+    const auto prefetch = [](const char* impl) {
+      for (size_t line = 0; line < kInsideBytes; line += kLine) __builtin_prefetch(impl + line);
+    };
+    std::vector<const char*> impls;
+    if (!Impls(tensors, prefetch, &impls)) return false;
+    std::vector<const char*> storages = impls;
+    if (!Follow(offsets_.storage, offsets_.address, &storages)) return false;
+    char inside[kInsideBytes];
+    for (size_t i = 0; i < impls.size(); ++i) {
+      std::memcpy(inside, impls[i], kInsideBytes);
+      std::memcpy(inside + offsets_.references, storages[i] + offsets_.address, sizeof(uint64_t));
+      if (!visit(i, inside)) return false;
+    }
+    return true;
+  }
+
+  // Torch's own tensors of these objects; `prefetch` asks for what of each will be read. False if one has none.
+  template <typename Prefetch>
+  bool Impls(const nb::list& tensors, const Prefetch& prefetch, std::vector<const char*>* impls) const {
     auto* const kind = reinterpret_cast<PyTypeObject*>(kind_.ptr());
     const size_t n = tensors.size();
     const auto object = [&tensors](size_t i) { return PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i)); };
@@ -75,8 +110,7 @@ class TensorWords {
       if (!PyObject_TypeCheck(object(i), kind)) return false;
       const char* const impl = Read<const char*>(reinterpret_cast<const char*>(object(i)) + offsets_.impl);
       if (impl == nullptr) return false;
-      __builtin_prefetch(impl + offsets_.counter);
-      __builtin_prefetch(impl + offsets_.offset);
+      prefetch(impl);
       (*impls)[i] = impl;
     }
     return true;
@@ -103,13 +137,14 @@ void BindTensors(nb::module_& m) {
       .def(
           "__init__",
           [](TensorWords* self, nb::handle kind, size_t impl, size_t counter, size_t version, size_t storage,
-             size_t address, size_t offset) {
-            new (self) TensorWords(kind, {impl, counter, version, storage, address, offset});
+             size_t address, size_t references) {
+            new (self) TensorWords(kind, {impl, counter, version, storage, address, references});
           },
           nb::arg("kind"), nb::kw_only(), nb::arg("impl"), nb::arg("counter"), nb::arg("version"),
-          nb::arg("storage"), nb::arg("address"), nb::arg("offset"))
+          nb::arg("storage"), nb::arg("address"), nb::arg("references"))
       .def("versions", &TensorWords::Versions, nb::arg("tensors"))
-      .def("places", &TensorWords::Places, nb::arg("tensors"));
+      .def("insides", &TensorWords::Insides, nb::arg("tensors"))
+      .def("have_insides", &TensorWords::HaveInsides, nb::arg("tensors"), nb::arg("known"));
 }
 
 }  // namespace layerwise

@@ -78,6 +78,7 @@ class Audit:
         for window in windows:
             self._windows.setdefault(window.piece, []).append(window)
         self._noted: dict[Window, int] = {}
+        self._in_batches: tuple[Survey, dict[int, list[Window]]] | None = None
 
     def note(self, piece: int, address: int) -> None:
         """Remembers the windows of a piece that was staged at `address`."""
@@ -86,13 +87,19 @@ class Audit:
 
     def look(self, survey: Survey, batches: Collection[int] | None = None) -> Look:
         """At what is read in place, of all batches or of these: as it is from now until the hashes are there."""
-        windows = [
-            window
-            for piece, windows in self._windows.items()
-            if survey.leased[piece] and (batches is None or survey.batch_of[piece] in batches)
-            for window in windows
-        ]
-        return Look(survey, windows, self.spent)
+        in_batches = self._leased(survey)
+        chosen = in_batches.values() if batches is None else [in_batches[n] for n in batches if n in in_batches]
+        return Look(survey, [window for windows in chosen for window in windows], self.spent)
+
+    def _leased(self, survey: Survey) -> dict[int, list[Window]]:
+        """What is read in place, by the number of its batch."""
+        if self._in_batches is None or self._in_batches[0] is not survey:
+            found: dict[int, list[Window]] = {}
+            for piece, windows in self._windows.items():
+                if survey.leased[piece]:
+                    found.setdefault(survey.batch_of[piece], []).extend(windows)
+            self._in_batches = survey, found
+        return self._in_batches[1]
 
     def note_leased(self, look: Look) -> None:
         """Remembers what is looked at."""

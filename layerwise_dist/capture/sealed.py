@@ -7,6 +7,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from layerwise_dist.capture.group_texts import GroupTexts
 from layerwise_dist.capture.survey import Survey
 from layerwise_dist.errors import StateError
 from layerwise_dist.frameworks.described import OptimizerState
@@ -30,6 +31,7 @@ class Sealer:
         self._framework, self._optimizer, self._objects = framework, optimizer, objects
         self._tied: tuple[list[ParamView], dict[str, list[str]]] = [], {}
         self._prepared: dict[str, tuple[Any, Prepared]] = {}
+        self._groups: dict[str, GroupTexts] = {}  # of each optimizer, by its name
 
     def take(
         self, step: int, updates: int, boundary: BoundaryState, survey: Survey, client_state: dict[str, Any] | None,
@@ -103,15 +105,12 @@ class Sealer:
         return cast(_N, known[1])
 
     def _optimizer_itself(self, described: dict[str, Any], whose: str = "") -> dict[str, Any]:
-        """`OptimizerAdapter.describe()`, with the names of each group's parameters prepared."""
+        """`OptimizerAdapter.describe()`, with the text of its groups."""
         if "optimizers" in described:
             named = described["optimizers"].items()
-            return {"optimizers": {name: self._optimizer_itself(each, f"{name}: ") for name, each in named}}
-        groups = [
-            {**group, "params": self._prepare(f"{whose}group {number}", group["params"])}
-            for number, group in enumerate(described["groups"])
-        ]
-        return {**described, "groups": groups}
+            return {"optimizers": {name: self._optimizer_itself(each, name) for name, each in named}}
+        texts = self._groups.setdefault(whose, GroupTexts())
+        return {**described, "groups": texts.of(described["groups"])}
 
 
 def _extra_state(name: str, module: torch.nn.Module) -> Any:

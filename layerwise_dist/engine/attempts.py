@@ -85,7 +85,7 @@ class Attempts:
         over.
         """
         try:
-            return self._last if self._last is not None and (self._known() or self.look()) is self._last else None
+            return self._last if self._last is not None and self._expected() is self._last else None
         except LayerwiseError:
             return None  # after the update it is met again, where it fails the attempt
 

@@ -7,7 +7,6 @@ and ZeRO's partitions do. Its optimizer state has its shape, or is a scalar.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,8 @@ import torch
 
 from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks import adams
-from layerwise_dist.frameworks.framework import Framework, ParamView
+from layerwise_dist.frameworks.contents import Contents
+from layerwise_dist.frameworks.framework import Framework, ParamView, same_objects
 from layerwise_dist.frameworks.nested import NO_STATE, Nest
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.frameworks.param_groups import adopt_groups, check_groups, in_order
@@ -76,8 +76,7 @@ class FlatState(OptimizerAdapter):
 
     def _init_flat(self, framework: FlatFramework) -> None:
         self.flat = framework
-        self._parts: dict[int, _Parts] = {}
-        self._states: tuple[Sequence[ParamView], list[Mapping[str, Any]]] = (), []
+        self._cut: _Cut | None = None
         self._loading: dict[int, dict[str, torch.Tensor]] = {}
 
     @property
@@ -120,19 +119,15 @@ class FlatState(OptimizerAdapter):
         """The very same list while nothing changed: units are examined again each time, since tensors may be replaced,
         or given other memory.
         """
-        numbers, parts = self._numbers(), self._parts
-        changed = len(parts) != len(numbers) or self._states[0] is not views
-        for number in numbers:
-            unit, state = self.flat.unit(number), self.state_of(number)
-            known = parts.get(number)
-            if known is None or not known.are_of(unit, state):
-                by_fqn = {view.fqn: self._fragment_states(view, unit, state) for view in self.flat.views_in(number)}
-                parts[number] = _Parts(unit, state, by_fqn)
-                changed = True
-        if changed:
-            by_fqn = {fqn: each for number in numbers for fqn, each in parts[number].by_fqn.items()}
-            self._states = views, [by_fqn.get(view.fqn, NO_STATE) for view in views]
-        return self._states[1]
+        numbers = self._numbers()
+        units, states = [*map(self.flat.unit, numbers)], [*map(self.state_of, numbers)]
+        if self._cut is None or not self._cut.is_of(views, units, states):
+            parts = [
+                {view.fqn: self._fragment_states(view, unit, state) for view in self.flat.views_in(number)}
+                for number, unit, state in zip(numbers, units, states, strict=True)
+            ]
+            self._cut = _Cut(views, units, states, parts)
+        return self._cut.states
 
     def _fragment_states(self, view: ParamView, unit: torch.Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -227,30 +222,34 @@ class FlatState(OptimizerAdapter):
         adopt_groups(self.base.param_groups, self._group_names(), saved)
 
 
-class _Parts:
-    """A unit's state cut into that of its parameters, by their names. `unit` and `state` are what it was cut from."""
+class _Cut:
+    """The state of units, cut into that of parameters: `states` are those of `views`, `parts` each unit's by name."""
 
-    def __init__(self, unit: torch.Tensor, state: Mapping[str, Any], by_fqn: dict[str, dict[str, Any]]) -> None:
-        self.by_fqn = by_fqn
-        self._unit, self._names, self._tensors = unit, [*state], _tensors(state)
-        self._geometry = Geometry([*self._tensors.values()])
+    def __init__(
+        self, views: Sequence[ParamView], units: list[torch.Tensor], states: list[Mapping[str, Any]],
+        parts: list[dict[str, dict[str, Any]]],
+    ) -> None:  # fmt: skip
+        by_fqn = {fqn: each for part in parts for fqn, each in part.items()}
+        self.states: list[Mapping[str, Any]] = [by_fqn.get(view.fqn, NO_STATE) for view in views]
+        self._views, self._units, self._parts, self._contents = views, units, parts, Contents(states)
+        self._unit_of = [number for number, state in enumerate(states) for _ in state]  # of each place in the contents
+        self._tensors = [value for value in self._contents.values if isinstance(value, torch.Tensor)]
+        self._geometry = Geometry(self._tensors)
 
-    def are_of(self, unit: torch.Tensor, state: Mapping[str, Any]) -> bool:
-        """Whether they are parts of these very tensors, in the same places. Brings scalars up to date."""
-        tensors = _tensors(state)
-        if unit is not self._unit or [*state] != self._names or [*tensors] != [*self._tensors]:
+    def is_of(self, views: Sequence[ParamView], units: list[torch.Tensor], states: list[Mapping[str, Any]]) -> bool:
+        """Whether it was cut from these very tensors, which are where they were. Brings scalars up to date."""
+        if views is not self._views or not same_objects(units, self._units):
             return False
-        if not all(map(operator.is_, tensors.values(), self._tensors.values())) or not self._in_place():
+        others, values = self._contents.others(states), self._contents.values
+        if others is None or any(isinstance(each, torch.Tensor) for at, now in others for each in (values[at], now)):
             return False
-        if len(tensors) < len(state):
-            scalars = {name: value for name, value in state.items() if name not in tensors}
-            for each in self.by_fqn.values():
-                each.update(scalars)
+        if not self._in_place():
+            return False
+        for at, now in others:
+            values[at] = now
+            for part in self._parts[self._unit_of[at]].values():
+                part[self._contents.names[at]] = now
         return True
 
     def _in_place(self) -> bool:
-        return self._geometry.is_of([*self._tensors.values()])
-
-
-def _tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+        return self._geometry.is_of(self._tensors)

@@ -128,8 +128,6 @@ RECOGNIZED: Names = {
     "of schedulers and scalers": (
         "_growth_tracker", "_last_lr", "_milestones", "_schedule_phases", "_schedulers",
     ),
-    # Faster than asking in Python, which says the same.
-    "torch._C._dynamo.guards": ("TensorGuards",),
     # What a model of transformers may say of itself; functions of its Trainer, in which `attach()` comes too late.
     "of transformers": (
         "_inner_training_loop", "_is_hf_initialized", "_prepare_for_training", "_tied_weights_keys",

@@ -63,12 +63,12 @@ def mutations(root: str) -> dict[str, bool]:
 
 
 def not_looked_for(root: str) -> list[str]:
-    original = flat._Parts._in_place
-    flat._Parts._in_place = lambda parts: True
+    original = flat._Cut._in_place
+    flat._Cut._in_place = lambda cut: True
     try:
         return given_other_memory("3-bf16", root)
     finally:
-        flat._Parts._in_place = original
+        flat._Cut._in_place = original
 
 
 def nvme_mutation(root: str) -> list[str]:
