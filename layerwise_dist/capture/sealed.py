@@ -55,9 +55,7 @@ class Sealer:
             "client_state": client_state,
             "optimizer": cast(OptimizerState, optimizer),
             "wrapper": framework.carry(),
-            "gradients": self._prepare(
-                "gradients", [view.fqn for view in framework.params if framework.has_gradient(view)]
-            ),
+            "gradients": self._prepare("gradients", framework.with_gradient()),
             "extra_state": {name: _extra_state(name, module) for name, module in survey.extra_states},
         }
         if interval is not None:

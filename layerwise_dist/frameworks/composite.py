@@ -167,8 +167,9 @@ class CompositeFramework(Framework):
     def state_shape(self, view: ParamView, entry: Slice) -> tuple[int, ...]:
         return self._part(view).state_shape(view, entry)
 
-    def has_gradient(self, view: ParamView) -> bool:
-        return self._part(view).has_gradient(view)
+    def with_gradient(self) -> list[str]:
+        found = {fqn for part in self.parts.values() for fqn in part.with_gradient()}
+        return [view.fqn for view in self.params if view.fqn in found]
 
     def frees_gradients(self, view: ParamView) -> bool:
         return self._part(view).frees_gradients(view)

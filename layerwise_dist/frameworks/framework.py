@@ -195,9 +195,10 @@ class Framework:
             return torch.empty_like(param, dtype=dtype, requires_grad=False)
         return torch.empty(shape, dtype=dtype, device=param.device if shape else "cpu")
 
-    def has_gradient(self, view: ParamView) -> bool:
-        """Whether there is one, be it zeros: AdamW decays those, and leaves parameters with None alone."""
-        return view.param.grad is not None
+    def with_gradient(self) -> list[str]:
+        """The parameters that have one, be it zeros: AdamW decays those, and leaves parameters with None alone."""
+        gradients = map(_GRADIENT, self.params)
+        return [view.fqn for view, gradient in zip(self.params, gradients, strict=True) if gradient is not None]
 
     def frees_gradients(self, view: ParamView) -> bool:
         """Whether an update leaves no gradient, and the next one must find none."""
@@ -275,6 +276,7 @@ def put_gradient(param: torch.Tensor, present: bool) -> None:
         (param.grad.requires_grad_(False) if param.grad.grad_fn is None else param.grad.detach_()).zero_()
 
 
+_GRADIENT = operator.attrgetter("param.grad")
 _DICTS = operator.attrgetter("_modules", "_parameters", "_buffers")
 _HIDDEN = operator.attrgetter("_non_persistent_buffers_set")
 

@@ -131,8 +131,8 @@ class FSDP1Framework(FlatFramework):
     def gradient_ready_params(self) -> list[nn.Parameter]:
         return []  # they announce no gradients
 
-    def has_gradient(self, view: ParamView) -> bool:
-        return self._holder(view).grad is not None
+    def with_gradient(self) -> list[str]:
+        return [view.fqn for view in self.params if self._holder(view).grad is not None]
 
     def put_gradient(self, view: ParamView, present: bool) -> None:
         put_gradient(self._holder(view), present)

@@ -14,7 +14,7 @@ import torch
 
 from layerwise_dist.errors import UnsupportedError
 from layerwise_dist.frameworks import adams
-from layerwise_dist.frameworks.framework import Framework, ParamView
+from layerwise_dist.frameworks.framework import Framework, ParamView, same_objects
 from layerwise_dist.frameworks.nested import Nest, find
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter, UpdateEvents
 from layerwise_dist.frameworks.param_groups import adopt_groups, check_groups, in_order
@@ -49,6 +49,8 @@ class TorchOptimizer(OptimizerAdapter):
         self._framework, self._optimizer = framework, optimizer
         self._listed: list[ParamView] = []  # of the framework, when `_names` were made; keeps their identities
         self._names: dict[int, str] = {}
+        # Of the last groups that were asked for: by which names, their parameters, and what those are called.
+        self._grouped: tuple[dict[int, str], list[list[torch.Tensor]], list[list[str]]] = {}, [], []
         self._follow()
         if not any(group["params"] for group in self._optimizer.param_groups):
             raise UnsupportedError(f"{type(self._optimizer).__name__} has no parameters")
@@ -204,14 +206,21 @@ class TorchOptimizer(OptimizerAdapter):
         nest.adopt_groups(saved, lacking)
 
     def _group_names(self) -> list[list[str]]:
-        """Of the parameters of each group. Raises UnsupportedError if one is not the model's."""
+        """Of the parameters of each group; the very same lists while these are the same. Raises UnsupportedError if one
+        is not the model's.
+        """
         self._follow()
-        names = self._names
+        names, groups = self._names, [group["params"] for group in self._optimizer.param_groups]
+        of, known, found = self._grouped
+        if of is names and len(known) == len(groups) and all(map(same_objects, groups, known)):
+            return found
         try:
-            return [[names[id(param)] for param in group["params"]] for group in self._optimizer.param_groups]
+            found = [[names[id(param)] for param in group] for group in groups]
         except KeyError:
             self._check(names)
             raise
+        self._grouped = names, [[*group] for group in groups], found
+        return found
 
     # -- updates ------------------------------------------------------------------------------------------------
 
