@@ -55,16 +55,18 @@ class TensorWords:
 
     `kind` is the class that all tensors are of. `impl`, in the Python object, leads to torch's own tensor, which has
     the rest: `counter` leads to the version, at `version`; `storage` to the storage, which has the memory's address at
-    `address`; the word at `references` counts who holds it. REQUIRES: that all of this is so.
+    `address`; the word at `references` counts who holds it, and the first `inside` bytes have all that says where its
+    elements are. REQUIRES: that all of this is so. ValueError for more than 256 bytes inside.
     """
 
     def __init__(
-        self, kind: type, *, impl: int, counter: int, version: int, storage: int, address: int, references: int
-    ) -> None: ...
+        self, kind: type, *, impl: int, counter: int, version: int, storage: int, address: int, references: int,
+        inside: int,
+    ) -> None: ...  # fmt: skip
     def versions(self, tensors: list[Any]) -> bytes | None:
         """Of each a word of 8 bytes. None if one is no tensor, or has none."""
     def insides(self, tensors: list[Any]) -> bytes | None:
-        """Of each the first 176 bytes of torch's own tensor; in place of `references` stands where the storage has its
+        """Of each the first bytes of torch's own tensor; in place of `references` stands where the storage has its
         memory. None if one is no tensor, or has no storage.
         """
     def have_insides(self, tensors: list[Any], known: bytes) -> bool:

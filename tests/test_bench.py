@@ -165,6 +165,11 @@ def test_trainings_that_take_turns_are_measured_in_pairs_beside_another_installa
         assert set(block) == {"none", "layerwise", "layerwise-against"}
         assert all(turn["seconds"] > 0 and turn["cpu"] > 0 for turn in block.values())
         assert block["none"]["stall"] == 0 < block["layerwise"]["stall"]
+        assert block["none"]["threads"] == {}
+        for mode in ("layerwise", "layerwise-against"):
+            threads = block[mode]["threads"]
+            assert threads["layerwise-io"] > 0 and threads["layerwise-persist"] > 0
+            assert sum(threads.values()) < block[mode]["cpu"]
     (beside,) = found["against"]
     for row in (*found["results"], beside):
         assert set(row["step_ratio"]) == set(row["more_cpu_ms"]) == {"median", "low", "high"}

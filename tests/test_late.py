@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import layerwise_dist as lwd
 from layerwise_dist._native import PosixEnv
 from layerwise_dist.capture.lease import Capture
+from layerwise_dist.capture.survey import Surveyor
 from layerwise_dist.commit.transports.local import LocalTransport
 from layerwise_dist.engine import assembly, hooks
 from layerwise_dist.engine.attempts import Attempts
@@ -214,6 +215,27 @@ def test_where_every_update_moves_something_captures_begin_after_it(tmp_path: Pa
         at = trained(Case(), ckpt.steps(STEPS), model, optimizer)
     assert again == [5] and max(early) == 5
     check(tmp_path, Case(), at)
+
+
+@pytest.mark.parametrize("update", ["whole", "pipelined_step"])
+def test_where_nothing_moves_a_checkpoint_looks_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, update: str
+) -> None:
+    """At its boundary, whether it began after its update or within it."""
+    looks: list[bool] = []
+    real = Surveyor.look
+
+    def look(surveyor: Surveyor, *args: Any, sealing: bool = False) -> Any:
+        looks.append(sealing)
+        return real(surveyor, *args, sealing=sealing)
+
+    model = Experts()
+    optimizer = adam(model)
+    with attach(model, optimizer, tmp_path, update=update) as ckpt:
+        trained(Case(), ckpt.steps(STEPS // 2), model, optimizer)
+        monkeypatch.setattr(Surveyor, "look", look)
+        trained(Case(), ckpt.steps(STEPS), model, optimizer)
+    assert looks == [True] * (STEPS - STEPS // 2)
 
 
 def test_one_rank_may_have_a_late_layer_of_its_own(tmp_path: Path) -> None:

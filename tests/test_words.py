@@ -126,6 +126,14 @@ def test_a_word_that_does_not_follow_is_found_out_and_torch_is_asked(
     assert known.is_of(tensors) and not known.is_of([*reversed(tensors)])
 
 
+def test_insides_that_lack_the_dispatch_keys_are_found_out(anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of a torch that has more words before them: the next length is tried."""
+    monkeypatch.setattr(words, "_INSIDE", (168,))
+    assert words._find() is None
+    monkeypatch.setattr(words, "_INSIDE", (168, 176))
+    assert words._find() is not None
+
+
 def test_where_no_word_has_the_version_torch_is_asked(anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(words, "_half", lambda address: 0)
     assert words._find() is None
@@ -138,5 +146,9 @@ def test_what_is_no_tensor_is_not_read() -> None:
         assert known.versions([torch.zeros(1), other]) is None and known.insides([other]) is None
     with pytest.raises(TypeError):
         known.versions((torch.zeros(1),))  # type: ignore[arg-type]
+    for inside in (8, 264):
+        with pytest.raises(ValueError, match="256 bytes at most"):
+            _native.TensorWords(torch.Tensor, impl=0, counter=0, version=0, storage=0, address=0, references=8,
+                                inside=inside)  # fmt: skip
     with pytest.raises(ValueError, match="class of tensors"):
-        _native.TensorWords(7, impl=0, counter=0, version=0, storage=0, address=0, references=8)  # type: ignore[arg-type]
+        _native.TensorWords(7, impl=0, counter=0, version=0, storage=0, address=0, references=8, inside=176)  # type: ignore[arg-type]

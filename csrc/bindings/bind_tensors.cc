@@ -16,13 +16,13 @@ constexpr size_t kAhead = 16;
 
 // Offsets in bytes. `impl`, in the Python object, leads to torch's own tensor, which has the rest:
 // `counter` leads to the version, at `version`; `storage` to the storage, which has the memory's
-// address at `address`; in the word at `references` the holders are counted.
+// address at `address`; in the word at `references` the holders are counted. What says where a
+// tensor's elements are is in its first `inside` bytes.
 struct Offsets {
-  size_t impl, counter, version, storage, address, references;
+  size_t impl, counter, version, storage, address, references, inside;
 };
 
-// Of torch's own tensor so many bytes are looked at, in steps of a cache line.
-constexpr size_t kInsideBytes = 176;
+constexpr size_t kMostInside = 256;
 constexpr size_t kLine = 64;
 
 template <typename T>
@@ -36,8 +36,8 @@ class TensorWords {
  public:
   TensorWords(nb::handle kind, const Offsets& offsets) : kind_(nb::borrow(kind)), offsets_(offsets) {
     if (!PyType_Check(kind.ptr())) throw StatusError(Status::InvalidArgument("the class of tensors is expected"));
-    if (offsets.references + sizeof(uint64_t) > kInsideBytes) {
-      throw StatusError(Status::InvalidArgument("the count of holders is expected among a tensor's first words"));
+    if (offsets.inside > kMostInside || offsets.inside < offsets.references + sizeof(uint64_t)) {
+      throw StatusError(Status::InvalidArgument("a tensor's insides have the count of holders, and 256 bytes at most"));
     }
   }
 
@@ -57,9 +57,10 @@ class TensorWords {
   // are read; in place of the count of its holders stands where the storage has its memory. None if
   // one is no tensor or has no storage.
   nb::object Insides(const nb::list& tensors) const {
-    std::vector<char> found(tensors.size() * kInsideBytes);
-    const bool all = EachInside(tensors, [&found](size_t i, const char* inside) {
-      std::memcpy(&found[i * kInsideBytes], inside, kInsideBytes);
+    const size_t n = offsets_.inside;
+    std::vector<char> found(tensors.size() * n);
+    const bool all = EachInside(tensors, [&found, n](size_t i, const char* inside) {
+      std::memcpy(&found[i * n], inside, n);
       return true;
     });
     if (!all) return nb::none();
@@ -68,9 +69,10 @@ class TensorWords {
 
   // Whether these are the insides of as many tensors now.
   bool HaveInsides(const nb::list& tensors, const nb::bytes& known) const {
-    if (known.size() != tensors.size() * kInsideBytes) return false;
-    return EachInside(tensors, [&known](size_t i, const char* inside) {
-      return std::memcmp(known.c_str() + i * kInsideBytes, inside, kInsideBytes) == 0;
+    const size_t n = offsets_.inside;
+    if (known.size() != tensors.size() * n) return false;
+    return EachInside(tensors, [&known, n](size_t i, const char* inside) {
+      return std::memcmp(known.c_str() + i * n, inside, n) == 0;
     });
   }
 
@@ -82,16 +84,16 @@ class TensorWords {
   // Calls `visit(number, bytes)` for each until one returns false. False then, or if one has no insides.
   template <typename Visit>
   bool EachInside(const nb::list& tensors, const Visit& visit) const {
-    const auto prefetch = [](const char* impl) {
-      for (size_t line = 0; line < kInsideBytes; line += kLine) __builtin_prefetch(impl + line);
+    const auto prefetch = [this](const char* impl) {
+      for (size_t line = 0; line < offsets_.inside; line += kLine) __builtin_prefetch(impl + line);
     };
     std::vector<const char*> impls;
     if (!Impls(tensors, prefetch, &impls)) return false;
     std::vector<const char*> storages = impls;
     if (!Follow(offsets_.storage, offsets_.address, &storages)) return false;
-    char inside[kInsideBytes];
+    char inside[kMostInside];
     for (size_t i = 0; i < impls.size(); ++i) {
-      std::memcpy(inside, impls[i], kInsideBytes);
+      std::memcpy(inside, impls[i], offsets_.inside);
       std::memcpy(inside + offsets_.references, storages[i] + offsets_.address, sizeof(uint64_t));
       if (!visit(i, inside)) return false;
     }
@@ -137,11 +139,11 @@ void BindTensors(nb::module_& m) {
       .def(
           "__init__",
           [](TensorWords* self, nb::handle kind, size_t impl, size_t counter, size_t version, size_t storage,
-             size_t address, size_t references) {
-            new (self) TensorWords(kind, {impl, counter, version, storage, address, references});
+             size_t address, size_t references, size_t inside) {
+            new (self) TensorWords(kind, {impl, counter, version, storage, address, references, inside});
           },
           nb::arg("kind"), nb::kw_only(), nb::arg("impl"), nb::arg("counter"), nb::arg("version"),
-          nb::arg("storage"), nb::arg("address"), nb::arg("references"))
+          nb::arg("storage"), nb::arg("address"), nb::arg("references"), nb::arg("inside"))
       .def("versions", &TensorWords::Versions, nb::arg("tensors"))
       .def("insides", &TensorWords::Insides, nb::arg("tensors"))
       .def("have_insides", &TensorWords::HaveInsides, nb::arg("tensors"), nb::arg("known"));

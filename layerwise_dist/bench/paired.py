@@ -183,6 +183,8 @@ class _Figures:
         self.seconds, self.cpu, self.stall = (
             [block[name][key] for block in blocks] for key in ("seconds", "cpu", "stall")
         )
+        turns = [block[name]["threads"] for block in blocks]
+        self.threads = {thread: [turn.get(thread, 0.0) for turn in turns] for thread in sorted(set().union(*turns))}
 
     def row(self, other: _Figures) -> dict[str, Any]:
         """Beside another one, which was measured in the same blocks."""
@@ -191,6 +193,9 @@ class _Figures:
             "step_s": median(self.seconds), "cpu_s": median(self.cpu), "stall_ms": 1e3 * median(self.stall),
             "step_ratio": Interval.of([a / b for a, b in zip(self.seconds, other.seconds, strict=True)]).data(),
             "more_cpu_ms": Interval.of(more).data(),
+            "threads_cpu_ms": {
+                name: Interval.of([1e3 * each for each in used]).data() for name, used in self.threads.items()
+            },
         }  # fmt: skip
 
 
@@ -219,6 +224,7 @@ def _findings(
                 [MODES[mode].name, Interval.read(row["step_ratio"]).text(3), Interval.read(row["more_cpu_ms"]).text(1)]
             )
         charts.append(beside)
+    charts.append(_by_thread(rows))
     shape, state = bench.shape, ready[_PLAIN]["state_bytes"]
     notes = [
         f"GPT, {shape.parameters / 1e6:.1f}M parameters (dim {shape.dim}, {shape.layers} layers), batch {shape.batch} "
@@ -227,7 +233,8 @@ def _findings(
         f"{bench.blocks} blocks. In each, every process trains {bench.steps} measured steps, after one that is not, in "
         "a drawn order, and rests until the next block. Medians; in parentheses the 95 % interval of the median, by "
         "bootstrap over the blocks.",
-        "CPU: of all threads, until what was saved is committed.",
+        "CPU: of all threads, until what was saved is committed. What the training thread does within the package is "
+        "in the stall.",
         *(f"The other installation: {bench.against}." for _ in range(bench.against is not None)),
     ]
     data = {
@@ -237,6 +244,15 @@ def _findings(
         "results": rows, "against": compared, "measured": list(blocks),
     }  # fmt: skip
     return Findings(command, about, data, charts, notes)
+
+
+def _by_thread(rows: Sequence[Mapping[str, Any]]) -> Chart:
+    titles = [row["title"] for row in rows]
+    chart = Chart("CPU a step of the package's own threads, ms", ["thread", *titles], 1)
+    for name in sorted({name for row in rows for name in row["threads_cpu_ms"]}):
+        intervals = [row["threads_cpu_ms"].get(name) for row in rows]
+        chart.rows.append([name, *(Interval.read(each).text(2) if each is not None else "-" for each in intervals)])
+    return chart
 
 
 def _cells(row: Mapping[str, Any], *, pair: bool) -> list[str]:

@@ -13,6 +13,7 @@ import ctypes
 import json
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from statistics import fmean
@@ -60,9 +61,9 @@ class Worker:
         self._mode.finish()
         self._training.close()
 
-    def _turn(self) -> dict[str, float]:
-        """Seconds of a step; of CPU time and of stall, a step."""
-        cpu, stalled = time.process_time(), self._mode.stalled()
+    def _turn(self) -> dict[str, Any]:
+        """Seconds of a step; of CPU time and of stall, a step, and of the CPU time of each of the package's threads."""
+        cpu, stalled, before = time.process_time(), self._mode.stalled(), _threads()
         self._iterate()  # not counted: the caches have what others did meanwhile
         seconds = [self._iterate() for _ in range(self._spec["steps"])]
         self._rest()
@@ -70,6 +71,7 @@ class Worker:
         return {
             "seconds": fmean(seconds), "cpu": (time.process_time() - cpu) / steps,
             "stall": (self._mode.stalled() - stalled) / steps,
+            "threads": {name: (used - before.get(name, 0.0)) / steps for name, used in _threads().items()},
         }  # fmt: skip
 
     def _iterate(self) -> float:
@@ -97,6 +99,21 @@ class Worker:
 
     def _tell(self, what: dict[str, Any]) -> None:
         print(_MARK + json.dumps(what), flush=True)
+
+
+def _threads() -> dict[str, float]:
+    """Seconds of CPU time that the package's threads have had, by name; those that are over are left out."""
+    names = {thread.native_id: thread.name for thread in threading.enumerate()}
+    found: dict[str, float] = {}
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            name = names.get(int(task.name)) or (task / "comm").read_text().strip()
+            used = int((task / "schedstat").read_text().split()[0]) / 1e9  # kernel: Documentation/scheduler/sched-stats
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it ended just now
+        if name.startswith("layerwise"):
+            found[name] = found.get(name, 0.0) + used
+    return found
 
 
 def _bytes_written() -> int:

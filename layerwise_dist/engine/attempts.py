@@ -85,7 +85,7 @@ class Attempts:
         over.
         """
         try:
-            return self._last if self._last is not None and self._expected() is self._last else None
+            return self._last if self._last is not None and (self._known() or self.look()) is self._last else None
         except LayerwiseError:
             return None  # after the update it is met again, where it fails the attempt
 
@@ -129,6 +129,8 @@ class Attempts:
             if found is None:
                 self._surveyor.gather()
                 found = self._expected()
+            else:
+                self._steady = found is self._last
             audit = self._audits.next(found)
             look = audit.look(found) if updated else None  # hashed by another thread while the rest is made ready
             laid = self._lay_out(found)

@@ -32,10 +32,12 @@ NO_VERSION = (1 << 64) - 1  # which no counter has: they have 32 bits
 _VERSION = operator.attrgetter("_version")
 _WORD = ctypes.sizeof(ctypes.c_size_t)
 # So much is looked at of torch's own tensor, of a storage, and of what a counter is in; they have that much or more.
-_IMPL_BYTES = 176
+_IMPL_BYTES = 160
 _STORAGE_BYTES = 64
 _COUNTER_BYTES = 24
 _REFERENCES = _WORD  # what counts the holders comes after the virtual table
+# All that says where a tensor's elements are, its dtype and dispatch keys last, is in so many bytes, or in so many.
+_INSIDE = (176, 184)
 # Shape and strides of so many dimensions are in the tensor itself; those of more are elsewhere.
 INSIDE_DIMS = 5
 
@@ -90,11 +92,14 @@ def _find() -> _native.TensorWords | None:
         address = _with([each._cdata for each in storages], [each.data_ptr() for each in storages], _STORAGE_BYTES)
         if impl is None or counter is None or storage is None or address is None:
             return None
-        words = _native.TensorWords(
-            torch.Tensor, impl=impl, counter=counter[0], version=counter[1], storage=storage, address=address,
-            references=_REFERENCES,
-        )  # fmt: skip
-        return words if _try_out(words) else None
+        for inside in _INSIDE:
+            words = _native.TensorWords(
+                torch.Tensor, impl=impl, counter=counter[0], version=counter[1], storage=storage, address=address,
+                references=_REFERENCES, inside=inside,
+            )  # fmt: skip
+            if _try_out(words):
+                return words
+        return None
 
 
 def _counter(impls: Sequence[int], versions: Sequence[int]) -> tuple[int, int] | None:
