@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 from layerwise_dist.frameworks.contents import Contents
@@ -24,6 +25,7 @@ class GroupTexts:
         self._lists: dict[int, list[Any]] = {}  # by their places in it: what is in them, which may change
         self._names: list[str] = []
         self._texts: list[str] = []  # of each value
+        self._whole: Prepared | None = None  # made of these
 
     def of(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]] | Prepared:
         """What stands for these in `typed_json.dumps`: they themselves where they hold other things than constants, and
@@ -44,7 +46,7 @@ class GroupTexts:
 
     def _anew(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]] | Prepared:
         held = self._held = Contents(groups)
-        self._lists, self._names, self._texts = {}, [], []
+        self._lists, self._names, self._texts, self._whole = {}, [], [], None
         for place, (name, value) in enumerate(zip(held.names, held.values, strict=True)):
             if type(name) is not str or name == TAG or not name.isascii():
                 return self._give_up(groups)
@@ -65,6 +67,7 @@ class GroupTexts:
             type(value) in (list, tuple) and all(type(item) in _CONSTANT for item in value)
         ):
             return False
+        self._whole = None
         try:
             self._texts[place] = typed_json.prepare(value).text
         except ValueError:
@@ -76,5 +79,8 @@ class GroupTexts:
         return groups
 
     def _text(self, groups: list[dict[str, Any]]) -> Prepared:
-        entries = map("{}:{}".format, self._names, self._texts)
-        return Prepared("[" + ",".join("{" + ",".join(next(entries) for _ in group) + "}" for group in groups) + "]")
+        if self._whole is None:
+            entries = map("{}:{}".format, self._names, self._texts)
+            of_each = ("{" + ",".join(islice(entries, len(group))) + "}" for group in groups)
+            self._whole = Prepared("[" + ",".join(of_each) + "]")
+        return self._whole
