@@ -231,6 +231,9 @@ class Capture:
             unseen = self._judge(batches)
         except LayerwiseError as broken:
             self.give_up(str(broken))
+        except BaseException as error:  # nobody comes back for a verdict
+            self.give_up(f"it could not be judged: {error}")
+            raise
         if self._certain:
             unseen = self._names(self._changed(batches).difference(self._moved()))
         self._unjudged -= batches
