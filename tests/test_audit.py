@@ -103,7 +103,7 @@ def test_a_blind_write_that_begins_late_is_found_within_a_hundred_checkpoints_an
     ]
     assert len(named) == 1 and "param/6.weight" in named[0], "named once; copied at the boundary from then on"
     aborted = [record.getMessage() for record in caplog.records if "failed" in record.getMessage()]
-    assert len(aborted) == 1, "the one that may hold a mixture"
+    assert bool(aborted) == (when == "after the boundary"), "before the boundary the right contents are still to be had"
     assert ckpt.committed_step == audit.FULL_FIRST + groups + 3
 
 
@@ -153,7 +153,7 @@ def test_the_persisting_thread_s_look_finds_what_no_counter_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert _changed_before_the_last_look(tmp_path, monkeypatch)[-2:] == [5, 5]
-    assert "param/0.weight changed between its update and the next one, while it may have been read" in caplog.text
+    assert "param/0.weight changed between the boundary and the next update" in caplog.text
 
 
 def test_a_last_look_that_compares_nothing_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

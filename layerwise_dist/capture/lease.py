@@ -121,11 +121,11 @@ class Capture:
             raise self._too_slow()
 
     def sealing(self) -> None:
-        """The boundary is here: what a full audit reads again is read beside what comes before `seal`.
+        """The boundary is here: what is audited is read again beside what comes before `seal`.
 
         REQUIRES: nothing changes until then.
         """
-        self._look = self._audit.look(self.survey) if self._audit.full else None
+        self._look = self._audit.look(self.survey)
 
     def seal(self, survey: Survey) -> set[str]:
         """Brings the capture to the boundary's contents; `survey` is the boundary's own. REQUIRES: `fits(survey)`.
@@ -136,10 +136,8 @@ class Capture:
         moved = self._moved()
         if self._audit.staged(self.survey) and not self._handover.wait(self._timeout_s):
             raise self._too_slow()
-        unseen = self._audit.changed_since_staged(self.survey)
-        # The look after the writing finds the same, but then the attempt is lost. Training waits for this one.
-        if self._audit.full:
-            unseen |= self._audit.changed(self._begun_look())
+        look = self._begun_look()
+        unseen = self._audit.changed_since_staged(self.survey) | self._audit.changed(look)
         unseen.difference_update(moved)
         if moved or unseen:
             self.drain()
@@ -327,7 +325,7 @@ class Capture:
             seen = self._back.end()
             unseen = self._changed(batches) if seen is None else {n for n in seen if self.survey.batch_of[n] in batches}
             unseen.difference_update(moved)
-        if not self._broken(moved, unseen) and self._unjudged <= set(batches):
+        if not self._broken([*moved, *unseen]) and self._unjudged <= set(batches):
             self._settled.set()
         return self._names(unseen)
 
@@ -335,26 +333,17 @@ class Capture:
         """Numbers of the pieces that these batches read in place and that changed, as the audit sees it."""
         return self._audit.changed(self._audit.look(self.survey, batches))
 
-    def _broken(self, moved: Iterable[int], unseen: Iterable[int] = ()) -> bool:
+    def _broken(self, changed: Iterable[int]) -> bool:
         """Whether one of these pieces was read, or may have been, when it changed. That is the verdict then."""
         leased = self.survey.leased
-        seen, blind = (
-            sorted(self._names(number for number in changed if leased[number] or self._staging))
-            for changed in (moved, unseen)
-        )
-        if seen:
+        names = sorted(self._names(number for number in changed if leased[number] or self._staging))
+        if names:
             self._verdict = (
-                f"{', '.join([*seen, *blind][:3])} changed between the boundary and the next update, while it may "
-                "still have been read: change parameters before the iteration ends"
+                f"{', '.join(names[:3])} changed between the boundary and the next update, while it may still have "
+                "been read: change parameters before the iteration ends"
             )
-        elif blind:
-            self._verdict = (
-                f"{', '.join(blind[:3])} changed between its update and the next one, while it may have been read, and "
-                "its version counter did not rise: it is copied at the boundary from now on"
-            )
-        if seen or blind:
             self._settled.set()
-        return bool(seen or blind)
+        return bool(names)
 
     def _moved(self) -> list[int]:
         """Numbers of the pieces, not judged yet, whose version counter rose since they were noted."""
