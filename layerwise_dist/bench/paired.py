@@ -247,8 +247,7 @@ def _findings(
 
 
 def _by_thread(rows: Sequence[Mapping[str, Any]]) -> Chart:
-    titles = [row["title"] for row in rows]
-    chart = Chart("CPU a step of the package's own threads, ms", ["thread", *titles], 1)
+    chart = Chart("CPU a step of the package's own threads, ms", ["thread", *(row["title"] for row in rows)], 1)
     for name in sorted({name for row in rows for name in row["threads_cpu_ms"]}):
         intervals = [row["threads_cpu_ms"].get(name) for row in rows]
         chart.rows.append([name, *(Interval.read(each).text(2) if each is not None else "-" for each in intervals)])

@@ -27,34 +27,35 @@ class GroupTexts:
         self._texts: list[str] = []  # of each value
         self._whole: Prepared | None = None  # made of these
 
-    def of(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]] | Prepared:
-        """What stands for these in `typed_json.dumps`: they themselves where they hold other things than constants, and
-        lists and tuples of such.
+    def of(self, groups: list[dict[str, Any]]) -> Prepared | None:
+        """What stands for these in `typed_json.dumps`; None where they hold other things than constants, and lists and
+        tuples of such.
         """
-        others = self._held.others(groups) if self._held is not None else None
-        if others is None or self._held is None:
-            return self._anew(groups)
-        for place, value in others:
-            if not self._write(place, value):
-                return self._give_up(groups)
-            self._held.values[place] = value
-        for place, items in [*self._lists.items()]:
-            value = self._held.values[place]
-            if not same_objects(value, items) and not self._write(place, value):
-                return self._give_up(groups)
+        held = self._held
+        others = held.others(groups) if held is not None else None
+        if held is None or others is None:
+            fit = self._anew(groups)
+        else:
+            for place, value in others:
+                held.values[place] = value
+            fit = all(self._write(place, value) for place, value in others) and all(
+                same_objects(held.values[place], items) or self._write(place, held.values[place])
+                for place, items in [*self._lists.items()]
+            )
+        if not fit:
+            self._held = None
+            return None
         return self._text(groups)
 
-    def _anew(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]] | Prepared:
+    def _anew(self, groups: list[dict[str, Any]]) -> bool:
+        """Whether all of it can be written here."""
         held = self._held = Contents(groups)
-        self._lists, self._names, self._texts, self._whole = {}, [], [], None
-        for place, (name, value) in enumerate(zip(held.names, held.values, strict=True)):
-            if type(name) is not str or name == TAG or not name.isascii():
-                return self._give_up(groups)
-            self._names.append(typed_json.prepare(name).text)
-            self._texts.append("")
-            if not self._write(place, value):
-                return self._give_up(groups)
-        return self._text(groups)
+        plain = all(type(name) is str and name.isascii() and name != TAG for name in held.names)
+        if not plain or not all(map(_constant, held.values)):
+            return False
+        self._names = [typed_json.prepare(name).text for name in held.names]
+        self._lists, self._texts, self._whole = {}, [""] * len(held.values), None
+        return all(self._write(place, value) for place, value in enumerate(held.values))
 
     def _write(self, place: int, value: Any) -> bool:
         """Whether it can be written here."""
@@ -63,9 +64,7 @@ class GroupTexts:
             self._lists[place] = [*value]
             if items is not None and same_objects(items, value):
                 return True
-        if type(value) not in _CONSTANT and not (
-            type(value) in (list, tuple) and all(type(item) in _CONSTANT for item in value)
-        ):
+        if not _constant(value):
             return False
         self._whole = None
         try:
@@ -74,13 +73,14 @@ class GroupTexts:
             return False  # long enough for the blob
         return True
 
-    def _give_up(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        self._held = None
-        return groups
-
     def _text(self, groups: list[dict[str, Any]]) -> Prepared:
         if self._whole is None:
             entries = map("{}:{}".format, self._names, self._texts)
             of_each = ("{" + ",".join(islice(entries, len(group))) + "}" for group in groups)
             self._whole = Prepared("[" + ",".join(of_each) + "]")
         return self._whole
+
+
+def _constant(value: Any) -> bool:
+    """Or a list or tuple of what never changes."""
+    return type(value) in _CONSTANT or (type(value) in (list, tuple) and all(type(item) in _CONSTANT for item in value))

@@ -103,12 +103,16 @@ class Sealer:
         return cast(_N, known[1])
 
     def _optimizer_itself(self, described: dict[str, Any], whose: str = "") -> dict[str, Any]:
-        """`OptimizerAdapter.describe()`, with the text of its groups."""
+        """`OptimizerAdapter.describe()`, with the text of its groups, or of the names in them."""
         if "optimizers" in described:
             named = described["optimizers"].items()
             return {"optimizers": {name: self._optimizer_itself(each, name) for name, each in named}}
-        texts = self._groups.setdefault(whose, GroupTexts())
-        return {**described, "groups": texts.of(described["groups"])}
+        groups = described["groups"]
+        text = self._groups.setdefault(whose, GroupTexts()).of(groups)
+        if text is not None:
+            return {**described, "groups": text}
+        named = [self._prepare(f"{whose}: group {n}", group["params"]) for n, group in enumerate(groups)]
+        return {**described, "groups": [{**group, "params": each} for group, each in zip(groups, named, strict=True)]}
 
 
 def _extra_state(name: str, module: torch.nn.Module) -> Any:

@@ -130,7 +130,7 @@ class Attempts:
                 self._surveyor.gather()
                 found = self._expected()
             else:
-                self._steady = found is self._last
+                self._steady = found is self._last  # `steady` has found it there
             audit = self._audits.next(found)
             look = audit.look(found) if updated else None  # hashed by another thread while the rest is made ready
             laid = self._lay_out(found)

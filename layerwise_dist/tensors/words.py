@@ -65,7 +65,7 @@ class Insides:
 
     def are_of(self, tensors: list[torch.Tensor]) -> bool:
         """Whether nothing of that is another for these. False says nothing: then torch is to be asked."""
-        words = _words() if self._known is not None else None
+        words = _words()
         return words is not None and self._known is not None and words.have_insides(tensors, self._known)
 
 
@@ -129,6 +129,7 @@ def _try_out(words: _native.TensorWords) -> bool:
     tensors: list[torch.Tensor] = [plain, param, plain[1:], param.detach(), torch.tensor(1.0, device="cpu"), wide]
     tensors += [complex_, complex_.imag]
     keeping: list[object] = []
+    tried: list[bool] = []
 
     def same(before: bytes | None) -> bool:
         """Whether the insides are, and all versions are torch's."""
@@ -137,7 +138,6 @@ def _try_out(words: _native.TensorWords) -> bool:
         tried.append(before is not None and words.have_insides(tensors, before) == (words.insides(tensors) == before))
         return before is not None and words.have_insides(tensors, before)
 
-    tried: list[bool] = []
     for change in (
         lambda: param.set_(torch.zeros(9, device="cpu").untyped_storage(), 2, (2, 3), (3, 1)),
         lambda: plain.untyped_storage().resize_(1 << 12),
