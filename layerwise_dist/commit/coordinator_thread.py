@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import time
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.supervision import background
 
 log = logging.getLogger("layerwise_dist")
+
+_TICK_S = 0.05  # how exactly deadlines are kept; a look at every one of many ranks' messages would cost as much again
 
 
 class CommitterWork(Protocol):
@@ -129,6 +132,7 @@ class CoordinatorThread:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
+        ticked = -math.inf
         while True:
             try:
                 message = self._inbox.get(timeout=0.2 if not self._coordinator.idle else 5.0)
@@ -141,7 +145,9 @@ class CoordinatorThread:
                     message.put(self._coordinator.settled)
                 else:
                     self._do(self._coordinator.handle(message, time.monotonic()))
-            self._do(self._coordinator.tick(time.monotonic()))
+            if (now := time.monotonic()) - ticked >= _TICK_S:
+                ticked = now
+                self._do(self._coordinator.tick(now))
         self._committer.close()
 
     def _broke(self, why: str) -> None:

@@ -41,6 +41,7 @@ WORK = "the work in the checkpoint directory"
 
 _REMEMBERED = 64  # retired attempts whose folders are looked after at the end
 _SHARDS = TypeAdapter(list[ShardRecord])
+_MEMBERS = frozenset(ShardRecord.model_fields)
 
 
 class CommitRequests(Protocol):
@@ -160,7 +161,7 @@ class Committer:
     def _manifest(self, seq: int, step: int, reports: list[Durable]) -> Manifest:
         attempt = AttemptId(self.info.epoch, seq, step)
         shards = _SHARDS.validate_python(
-            [{name: value for name, value in report.items() if name in ShardRecord.model_fields} for report in reports]
+            [{name: value for name, value in report.items() if name in _MEMBERS} for report in reports]
         )
         return Manifest(
             identity=self.info.identity, session=self.info.session, epoch=self.info.epoch, seq=seq,

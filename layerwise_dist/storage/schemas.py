@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -26,12 +27,17 @@ class Schema(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known(cls, value: Any) -> Any:
-        if type(value) is dict and not cls.others:
-            known = {field.alias or name for name, field in cls.model_fields.items()}
-            if more := value.keys() - known:
-                named = ", ".join(ascii(name)[:100] for name in sorted(map(str, more))[:LISTED])
-                raise ValueError(f"unknown member{'s' if len(more) > 1 else ''} {named}; known are {sorted(known)}")
+        if type(value) is dict and not cls.others and (more := value.keys() - _members(cls)):
+            named = ", ".join(ascii(name)[:100] for name in sorted(map(str, more))[:LISTED])
+            known = sorted(_members(cls))
+            raise ValueError(f"unknown member{'s' if len(more) > 1 else ''} {named}; known are {known}")
         return value
+
+
+@functools.cache
+def _members(model: type[Schema]) -> frozenset[str]:
+    """Found once for each class: a manifest has a shard for each rank."""
+    return frozenset(field.alias or name for name, field in model.model_fields.items())
 
 
 S = TypeVar("S", bound=BaseModel)
