@@ -33,6 +33,7 @@ from layerwise_dist.errors import DamageError, DeadlineError, OwnerError
 from layerwise_dist.storage.filenames import AttemptId
 from layerwise_dist.storage.odd import leave
 from layerwise_dist.storage.retention import retired, unneeded_bases
+from layerwise_dist.storage.schemas import members
 from layerwise_dist.supervision.patience import stuck_calls, within
 
 log = logging.getLogger("layerwise_dist")
@@ -41,7 +42,6 @@ WORK = "the work in the checkpoint directory"
 
 _REMEMBERED = 64  # retired attempts whose folders are looked after at the end
 _SHARDS = TypeAdapter(list[ShardRecord])
-_MEMBERS = frozenset(ShardRecord.model_fields)
 
 
 class CommitRequests(Protocol):
@@ -160,8 +160,9 @@ class Committer:
 
     def _manifest(self, seq: int, step: int, reports: list[Durable]) -> Manifest:
         attempt = AttemptId(self.info.epoch, seq, step)
+        known = members(ShardRecord)
         shards = _SHARDS.validate_python(
-            [{name: value for name, value in report.items() if name in _MEMBERS} for report in reports]
+            [{name: value for name, value in report.items() if name in known} for report in reports]
         )
         return Manifest(
             identity=self.info.identity, session=self.info.session, epoch=self.info.epoch, seq=seq,

@@ -27,16 +27,16 @@ class Schema(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known(cls, value: Any) -> Any:
-        if type(value) is dict and not cls.others and (more := value.keys() - _members(cls)):
+        if type(value) is dict and not cls.others and (more := value.keys() - members(cls)):
             named = ", ".join(ascii(name)[:100] for name in sorted(map(str, more))[:LISTED])
-            known = sorted(_members(cls))
+            known = sorted(members(cls))
             raise ValueError(f"unknown member{'s' if len(more) > 1 else ''} {named}; known are {known}")
         return value
 
 
 @functools.cache
-def _members(model: type[Schema]) -> frozenset[str]:
-    """Found once for each class: a manifest has a shard for each rank."""
+def members(model: type[Schema]) -> frozenset[str]:
+    """By their names in JSON; found once for each class, since a manifest has a shard for each rank."""
     return frozenset(field.alias or name for name, field in model.model_fields.items())
 
 
