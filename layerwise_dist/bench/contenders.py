@@ -101,16 +101,18 @@ class SavedByPeer(Contender):
 
     def _agree_on_newest(self) -> int:
         """Rank 0 looks, removes what is not complete, and tells all."""
-        found = [0]
+        newest = 0
         if self._mode.rank == 0:
             for target in self.folder.iterdir():
                 if self.complete(target):
-                    found[0] = max(found[0], int(target.name.rpartition("-")[2]))
+                    newest = max(newest, int(target.name.rpartition("-")[2]))
                 else:
                     shutil.rmtree(target)
-        if self.ranks > 1:
-            dist.broadcast_object_list(found, src=0)
-        return found[0]
+        if self.ranks == 1:
+            return newest
+        told = torch.tensor(newest)
+        dist.broadcast(told, src=0)
+        return int(told)
 
 
 class SavedByDcp(SavedByPeer):
