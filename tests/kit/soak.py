@@ -102,15 +102,19 @@ class Watcher:
 
 
 class Filler:
-    """Takes all the room there is, holds it for a moment, and gives it back; on a thread."""
+    """Takes all the room there is, holds it for a moment, and gives it back; on a thread. Not before `root` is made: a
+    first start on a full disk ends, with an error that names the file.
+    """
 
-    def __init__(self, disk: Path, chance: random.Random) -> None:
-        self._path, self._chance = disk / "filler", chance
+    def __init__(self, disk: Path, root: Path, chance: random.Random) -> None:
+        self._path, self._made, self._chance = disk / "filler", root / "identity.json", chance
         self.times, self._over = 0, threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
+        while not self._made.exists() and not self._over.wait(0.05):
+            pass
         while not self._over.wait(self._chance.uniform(0.5, 4.0)):
             with open(self._path, "wb", buffering=0) as file:
                 until = time.monotonic() + self._chance.uniform(0.3, 2.5)
@@ -312,7 +316,7 @@ def run(folder: Path, minutes: float, seed: int) -> dict[str, Any]:
         root.mkdir()
         watcher = Watcher(root)
         stack.callback(watcher.kill)
-        filler = Filler(disk, random.Random(seed + 1)) if limited else None
+        filler = Filler(disk, root, random.Random(seed + 1)) if limited else None
         if filler is not None:
             stack.callback(filler.close)
         storm, number, until = Storm(chance), 0, time.monotonic() + 60 * minutes
