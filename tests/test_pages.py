@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def covered(nbytes: int) -> None:
 
 def test_memory_that_gets_huge_pages_only_in_part_is_tried_three_times(kernel: Kernel) -> None:
     covered(6 * MIB)
-    assert len(kernel.asked) == 3 and len(set(kernel.asked)) == 1, kernel.asked
+    assert len(set(kernel.asked)) == 2 and len(kernel.asked) == 3 * 2, kernel.asked
 
 
 def test_a_kernel_that_refuses_huge_pages_is_asked_once_and_one_without_them_never(
@@ -84,11 +85,43 @@ def test_a_kernel_that_refuses_huge_pages_is_asked_once_and_one_without_them_nev
     covered(6 * MIB)
     assert len(kernel.asked) == 1
     pages.back_by_huge_pages([(0, 4 * MIB)])
-    assert kernel.asked[1:] == [(0, 4 * MIB)]
+    assert kernel.asked[1:] == [(0, 2 * MIB)]
     monkeypatch.setattr(pages, "_SETTING", Path("/nonexistent/enabled"))
     covered(6 * MIB)
     pages.back_by_huge_pages([(0, 4 * MIB)])
     assert len(kernel.asked) == 2 and not pages.allowed()
+
+
+def test_they_are_asked_for_with_the_fourth_checkpoint_of_a_layout(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    covering = pages.HugePages(wanted=True)
+    begun: list[list[torch.Tensor]] = []
+    monkeypatch.setattr(covering, "cover", lambda tensors: begun.append(list(tensors)))
+    tensor = torch.zeros(1)
+    for layout in (2, 6):
+        covering.laid_out()
+        for _ in range(layout):
+            covering.opened([tensor])
+    assert begun == [[tensor]]
+
+
+def test_they_take_a_small_share_of_the_time(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, waits = [0.0], list[float]()
+
+    class Closing(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waits.append(timeout or 0.0)
+            return False
+
+    def make_huge(address: int, nbytes: int) -> int:
+        now[0] += 0.01
+        return nbytes
+
+    monkeypatch.setattr(pages, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(kernel, "make_huge", make_huge)
+    assert pages._collapse([(0, 20 * MIB)], Closing(), share=pages._SHARE) == []
+    assert len(waits) == 10 and now[0] / (now[0] + sum(waits)) == pytest.approx(pages._SHARE)
 
 
 def test_after_close_no_more_pages_are_asked_for(kernel: Kernel) -> None:
@@ -107,12 +140,12 @@ def test_leased_memory_gets_huge_pages_and_trains_the_same(tmp_path: Path) -> No
         batch = torch.randn(2, 2048)
         ckpt = lwd.attach(model, optimizer, dir=str(folder), writer=writer) if folder else None
         huge = 0
-        for _ in ckpt.steps(6) if ckpt else range(6):
+        for step in ckpt.steps(6) if ckpt else range(6):
             model(batch).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-            if ckpt:
-                deadline = time.monotonic() + 5 * (writer.get("huge_pages") != "off")
+            if ckpt and step > pages._AFTER:
+                deadline = time.monotonic() + 10 * (writer.get("huge_pages") != "off")
                 while (huge := huge_bytes(model.weight)) < 8 * MIB and time.monotonic() < deadline:
                     time.sleep(0.01)
         if ckpt:

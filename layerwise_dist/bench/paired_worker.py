@@ -4,7 +4,7 @@
     python -m layerwise_dist.bench.paired_worker '{"shape": {...}, "mode": "layerwise", ...}'
 
 Another installation runs this very file, to be measured beside this one: of the package it needs `bench.model`,
-`bench.trainings` and `bench.modes` only, as they have been since 1322151.
+`bench.trainings`, `bench.modes` and `capture.pages` only, as they have been since 1322151.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from typing import Any
 import torch
 
 from layerwise_dist.bench.model import Shape, windows
-from layerwise_dist.bench.modes import MODES, Mode
+from layerwise_dist.bench.modes import MODES, Layerwise, Mode
 from layerwise_dist.bench.trainings import Training
+from layerwise_dist.capture.pages import back_by_huge_pages
 
 _MARK = "@layerwise-bench "  # as launching.py
 _PR_SET_PDEATHSIG = 1
@@ -52,6 +53,8 @@ class Worker:
         folder = Path(self._spec["folder"], "checkpoints")
         folder.mkdir()
         self._mode.start(folder)
+        if isinstance(self._mode, Layerwise):
+            self._back_by_huge_pages()
         for _ in range(self._spec["every"] if self._spec["quick"] else self._mode.warm_steps() + _SETTLED):
             self._iterate()
         self._rest()
@@ -60,6 +63,12 @@ class Worker:
             self._tell(self._turn())
         self._mode.finish()
         self._training.close()
+
+    def _back_by_huge_pages(self) -> None:
+        """As the library has it after some minutes of checkpoints. A plain training has none."""
+        state = self._training.optimizer.state.values()
+        tensors = [*self._training.model.parameters(), *(value for each in state for value in each.values())]
+        back_by_huge_pages((tensor.data_ptr(), tensor.numel() * tensor.element_size()) for tensor in tensors)
 
     def _turn(self) -> dict[str, Any]:
         """Seconds of a step; of CPU time and of stall, a step, and of the CPU time of each of the package's threads."""

@@ -28,6 +28,7 @@ from layerwise_dist.bench.model import Shape, windows
 from layerwise_dist.bench.modes import MODES, Mode
 from layerwise_dist.bench.raw import RawFile
 from layerwise_dist.bench.trainings import DeepSpeedTraining, Training
+from layerwise_dist.capture.pages import back_by_huge_pages
 from layerwise_dist.commit.transports.rendezvous import over_default_group
 
 _RECORD_BYTES = 1 << 20  # of what a rank has measured in a block: some 20 bytes a step
@@ -57,6 +58,10 @@ class Worker:
             self._training = DeepSpeedTraining(self._shape, spec["optimizer"], self._ranks, spec["deepspeed"])
         self._modes = modes_of(spec["deepspeed"])
         self._iterate(self._mode(Mode, 1), 1)  # makes the optimizer's state
+        # As this library would have it after some minutes of checkpoints; here for all contenders.
+        back_by_huge_pages(
+            (each.data_ptr(), each.numel() * each.element_size()) for each in self._training.tensors() if each.is_cpu
+        )
 
     def _mode(self, kind: type[Mode], every: int) -> Mode:
         return kind(self._training.model, self._training.optimizer, every, self._ranks)

@@ -35,12 +35,14 @@ class Training:
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
 
-    def state_bytes(self) -> int:
-        """Of parameters and optimizer state on this rank."""
+    def tensors(self) -> list[torch.Tensor]:
+        """Parameters and optimizer state, of which this rank has these parts."""
         tensors = list(self.model.parameters())
         tensors += [value for state in self.optimizer.state.values() for value in state.values()]
-        local = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors)
-        return sum(tensor.numel() * tensor.element_size() for tensor in local)
+        return [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
+
+    def state_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
 
     def close(self) -> None:
         """FSDP's threads must be gone before the interpreter goes."""
@@ -70,12 +72,12 @@ class DeepSpeedTraining(Training):
     def backward(self, loss: torch.Tensor) -> None:
         self.model.backward(loss)
 
-    def state_bytes(self) -> int:
+    def tensors(self) -> list[torch.Tensor]:
         units = DeepSpeedFramework(self.model, self.model.global_rank, self._ranks).units
-        tensors = []
+        tensors: list[torch.Tensor] = []
         for number in range(len(units.groupings())):
             tensors += [units.tensor(number), *units.state(number).values()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return tensors
 
 
 class _EngineStep:

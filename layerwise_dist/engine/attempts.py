@@ -140,6 +140,7 @@ class Attempts:
                     f"attempts below {filenames.NUMBERS_END}; continue in a new directory"
                 )
             write = self._adapter.begin(attempt, laid.shard, laid.plan)
+            self._pages.opened(t for t, leased in zip(found.tensors, found.leased, strict=True) if leased)
             return self._capture(step, found, laid, write, audit, look)
         except (LayerwiseError, OSError) as error:
             self.fail(attempt, error, write or self._adapter.unbegun(attempt))
@@ -233,7 +234,7 @@ class Attempts:
             laid = self._adapter.lay_out(found.sources(self._adapter.memory_align), found.gathered)
             self._fit_pool(found, laid)
             self._layout = found.key, laid
-            self._pages.cover(t for t, leased in zip(found.tensors, found.leased, strict=True) if leased)
+            self._pages.laid_out()
         return self._layout[1]
 
     def _fit_pool(self, found: Survey, laid: Laid) -> None:
