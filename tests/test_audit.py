@@ -123,7 +123,7 @@ def _changed_before_the_last_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     def look(back: audit.LookBack, changed: Callable[[], set[int] | None]) -> None:
         looks.append(threading.current_thread() is threading.main_thread())
-        if len(looks) == 6 - audit.FULL_FIRST:
+        if len(looks) == 6 - audit.AWAITED_FIRST:
             model[0].weight.detach().numpy()[0, 0] += 1
         original(back, changed)
 
@@ -132,7 +132,7 @@ def _changed_before_the_last_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     def sealed(capture: lease.Capture, survey: Any) -> set[str]:
         with pytest.MonkeyPatch.context() as still_read:  # what is written by then is judged at the boundary
-            if not capture._audit.full:
+            if not capture._audit.awaited:
                 still_read.setattr(capture.write, "leases_over", lambda: False)
             return seal(capture, survey)
 
@@ -145,7 +145,7 @@ def _changed_before_the_last_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
                     ckpt.wait(number, timeout=60)  # before the update, which would look itself
             committed.append(ckpt.committed_step)
             step(model, optimizer)
-    assert looks == [False] * (7 - audit.FULL_FIRST), "one a checkpoint, on another thread; none where all is certain"
+    assert looks == [False] * (7 - audit.AWAITED_FIRST), "one each, on another thread; none where all is certain"
     return committed
 
 

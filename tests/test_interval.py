@@ -143,6 +143,41 @@ def test_commits_that_take_longer_than_a_step_do_not_hide_what_a_step_takes_for_
     assert disk.run(200) == 2 and [choice.steps for choice in disk.chosen] == [4, 2]
 
 
+def lives(count: int, steps: int, *, keeping: bool) -> list[int]:
+    """The interval at the end of each life of a job that is killed after so many steps, the last being saved."""
+    found, every, kept = [], None, None
+    for _ in range(count):
+        pace = Pace(Limits(mtbf_s=18.0), every)
+        if kept is not None and keeping:
+            pace.take_up(kept)
+        found.append(Disk(pace, step=1.4, stall=0.1, slower=1.05, write=1.8).run(steps))
+        every, kept = pace.steps, pace.kept()
+    return found
+
+
+def test_what_was_measured_in_lives_too_short_to_decide_is_kept_over_restarts() -> None:
+    assert lives(6, 11, keeping=True) == [4, 4, 2, 2, 2, 2]
+    assert lives(6, 11, keeping=False)[-1] > 2, "no life sees five checkpoints that it can tell the cost of"
+
+
+def test_what_a_life_measured_itself_stands_and_little_of_others_is_kept() -> None:
+    pace = Pace(Limits())
+    for number in range(20):
+        pace.step(1.0 + number, busy=False, begun=0)
+    kept = pace.kept()
+    assert kept == {"step_s": [13.0 + number for number in range(8)], "checkpoint_s": [], "write_s": [], "disk_s": []}
+    pace.take_up({"step_s": [9.0], "checkpoint_s": [0.5], "write_s": [0.25], "disk_s": [0.125]})
+    assert pace.kept() == {**kept, "checkpoint_s": [0.5], "write_s": [0.25], "disk_s": [0.125]}
+
+
+def test_steps_of_no_time_decide_nothing() -> None:
+    pace = Pace(Limits())
+    pace.take_up({"step_s": [0.0] * 5, "checkpoint_s": [0.5] * 8, "write_s": [0.25] * 8, "disk_s": [0.125] * 8})
+    pace.step(0.0, busy=True, begun=1)
+    pace.step(0.0, busy=False, begun=0)
+    assert pace._fresh and pace.decide() is None
+
+
 # -- at one boundary ---------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,9 @@ from kit.runners import Warm
 import layerwise_dist as lwd
 from layerwise_dist.cli.tuning import duration
 from layerwise_dist.config import load_config
+from layerwise_dist.engine.engine import workings_of
 from layerwise_dist.errors import ConfigError
+from layerwise_dist.interval import Pace
 from layerwise_dist.units import parse_count
 
 
@@ -46,6 +48,36 @@ def test_one_rank_alone_saves_at_the_interval_and_its_last_step(tmp_path: Path) 
     others = settings(str(tmp_path), every_n_steps="auto", interval={"max_steps": 3})
     with lwd.attach(model, optimizer, others) as ckpt:
         assert (ckpt.restore(), ckpt.stats()["every_n_steps"]) == (10, 3), "the limits of now hold"
+
+
+def test_a_resume_goes_on_with_what_checkpoints_cost_before(tmp_path: Path) -> None:
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = settings(str(tmp_path), every_n_steps="auto", interval={"min_steps": 5, "max_steps": 5}, save_last=False)
+
+    def attached() -> tuple[Any, Pace]:
+        ckpt = lwd.attach(model, optimizer, options)
+        pace = workings_of(ckpt).pacing._pace
+        assert pace is not None
+        return ckpt, pace
+
+    ckpt, pace = attached()
+    sealed = pace.kept()
+    with ckpt:
+        for step in ckpt.steps(60):
+            model(torch.ones(2, 4)).sum().backward()
+            optimizer.step()
+            if step and step % 5 == 0:
+                ckpt.wait(step, timeout=60)  # so that steps without one are told apart
+            sealed = pace.kept()
+    assert all(len(each) >= 5 for each in sealed.values()), sealed
+    ckpt, pace = attached()
+    with ckpt:
+        assert (ckpt.restore(), pace.kept()) == (60, sealed)
+    options = settings(str(tmp_path), every_n_steps="auto", interval={"min_steps": 3, "max_steps": 3})
+    ckpt, pace = attached()
+    with ckpt:
+        assert ckpt.restore() == 60 and not any(pace.kept().values()), "it was measured at another interval"
 
 
 @pytest.mark.quick

@@ -37,6 +37,8 @@ PAIRS: list[tuple[type[BaseModel], Any]] = [
     (sealed_state.ElsewhereSchema, described.KeptElsewhere),
     (sealed_state.StandingSchema, described.Standing),
     (sealed_state.CountersSchema, described.CarriedCounters),
+    (sealed_state.CostsSchema, sealed.PacedCosts),
+    (sealed_state.SecondsSchema, sealed.PacedSeconds),
 ]
 OF_SEVERAL_ONLY = {"updates"}
 

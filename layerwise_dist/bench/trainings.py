@@ -36,7 +36,7 @@ class Training:
         loss.backward()
 
     def tensors(self) -> list[torch.Tensor]:
-        """Parameters and optimizer state, of which this rank has these parts."""
+        """This rank's parts of the parameters and the optimizer's state."""
         tensors = list(self.model.parameters())
         tensors += [value for state in self.optimizer.state.values() for value in state.values()]
         return [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]

@@ -22,6 +22,7 @@ from layerwise_dist.capture.survey import Survey
 from layerwise_dist.tensors.pieces import Piece
 
 FULL_FIRST = 3  # checkpoints
+AWAITED_FIRST = 1  # of them; to wait for the disk in each would hold a large state up for long
 ROUND = 100  # checkpoints in which the rotation comes round
 WINDOW_BYTES = 1 << 20
 
@@ -70,10 +71,12 @@ class Look:
 
 
 class Audit:
-    """What one checkpoint audits, and what it hashed to. `full`: everything. `spent` is what all audits took."""
+    """What one checkpoint audits, and what it hashed to. `awaited`: all of it, and its boundary waits until that is
+    written, so that a change after it costs no checkpoint. `spent` is what all audits took.
+    """
 
-    def __init__(self, windows: Sequence[Window], spent: Spent, *, full: bool) -> None:
-        self.full, self.spent = full, spent
+    def __init__(self, windows: Sequence[Window], spent: Spent, *, awaited: bool) -> None:
+        self.awaited, self.spent = awaited, spent
         self._windows: dict[int, list[Window]] = {}
         for window in windows:
             self._windows.setdefault(window.piece, []).append(window)
@@ -196,13 +199,13 @@ class Rotation:
         number = self._opened
         self._opened += 1
         if self._always or number < FULL_FIRST:
-            return Audit(_whole(survey.pieces), self.spent, full=True)
+            return Audit(_whole(survey.pieces), self.spent, awaited=self._always or number < AWAITED_FIRST)
         if self._of is None or self._of() is not survey:
             self._of, self._units = weakref.ref(survey), units(survey.pieces)
         windows = share(self._units, number - FULL_FIRST)
         if number % ROUND == ROUND - 1:
             windows += [window for window in _whole(survey.pieces) if not survey.pieces[window.piece].on_host]
-        return Audit(windows, self.spent, full=False)
+        return Audit(windows, self.spent, awaited=False)
 
 
 def _whole(pieces: Sequence[Piece]) -> list[Window]:

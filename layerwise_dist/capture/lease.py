@@ -145,7 +145,7 @@ class Capture:
         self._copy_rest(survey)
         # What an audited checkpoint holds is certain if all is written by now: nothing changes it any more. On a disk
         # that is too slow for that it is compared once more when its lease ends, as any other.
-        if self._audit.full:
+        if self._audit.awaited:
             with self._audit.spent:
                 self._certain = self.wait_read(self._timeout_s)
         # What is over by now is judged now: the job may end without coming here again.

@@ -23,7 +23,7 @@ log = logging.getLogger("layerwise_dist")
 
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _GAP = 8192  # bytes; the allocator's own between two tensors
-_AFTER = 4  # checkpoints of one layout: the first three are audited in full, and wait for their writing
+_AFTER = 4  # checkpoints of one layout: the first ones are audited in full, and write new files
 _SHARE = 0.04  # of the time, at most: while a piece is copied no page can be pinned, and a core is taken
 _PAGE = 2 << 20  # bytes a call; `close` waits for one
 _CLOSE_S = 1.0  # and not longer: memory that has gone meanwhile is left alone by the kernel

@@ -14,7 +14,7 @@ from layerwise_dist.frameworks.described import OptimizerState
 from layerwise_dist.frameworks.framework import Framework, ParamView
 from layerwise_dist.frameworks.optimizers import OptimizerAdapter
 from layerwise_dist.loop.objects import StateObjects
-from layerwise_dist.loop.sealed import BoundaryState, SealedState
+from layerwise_dist.loop.sealed import BoundaryState, Paced, SealedState
 from layerwise_dist.storage import typed_json
 from layerwise_dist.storage.typed_json_types import Prepared
 
@@ -35,7 +35,7 @@ class Sealer:
 
     def take(
         self, step: int, updates: int, boundary: BoundaryState, survey: Survey, client_state: dict[str, Any] | None,
-        interval: int | None,
+        paced: Paced,
     ) -> tuple[bytes, bytes]:  # fmt: skip
         """The state as (JSON text, blob), sharing nothing with live objects; `boundary` is `BoundaryMark.state()`.
 
@@ -58,8 +58,7 @@ class Sealer:
             "gradients": self._prepare("gradients", framework.with_gradient()),
             "extra_state": {name: _extra_state(name, module) for name, module in survey.extra_states},
         }
-        if interval is not None:
-            sealed["interval"] = interval
+        sealed.update(cast(SealedState, paced))
         if classes := self._objects.classes():
             sealed["classes"] = classes
         if aliases := self._aliases():
@@ -70,7 +69,7 @@ class Sealer:
 
     def try_out(self, survey: Survey) -> None:
         """Raises what the first checkpoint would: for what cannot be written of objects, extra states and the rest."""
-        self.take(0, 0, cast(BoundaryState, {}), survey, None, None)
+        self.take(0, 0, cast(BoundaryState, {}), survey, None, {})
 
     def put(self, sealed: SealedState) -> None:
         """Gradients, `state=` objects and extra states as they were sealed; the rest belongs to loader and boundary."""

@@ -140,7 +140,7 @@ class Captures:
         base, restless = self._frozen.seal(found, capture.write.attempt, wait=capture.certain)
         self._attempts.copy(restless)
         capture.write.seal(
-            *self._sealer.take(mark.step, self.updates, mark.state(), found, self._client_state, self._pacing.sealed),
+            *self._sealer.take(mark.step, self.updates, mark.state(), found, self._client_state, self._pacing.seal()),
             confirm=capture.confirm, base=base,
         )  # fmt: skip
         self._replicas.report(capture.write.attempt, found)

@@ -10,10 +10,12 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import cast
 
 from layerwise_dist.commit.participant import Participant
 from layerwise_dist.config import LayerwiseConfig
 from layerwise_dist.interval import Limits, Pace
+from layerwise_dist.loop.sealed import Paced, PacedSeconds
 from layerwise_dist.scheduler import LayerwiseCheckpointScheduler
 
 log = logging.getLogger("layerwise_dist")
@@ -23,7 +25,6 @@ class Pacing:
     """One rank's part. Belongs to the training thread.
 
     Attributes:
-        sealed: the interval in force, for the checkpoint's state; None where it is fixed.
         changes: how often it was changed.
     """
 
@@ -32,8 +33,8 @@ class Pacing:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self._participant, self._scheduler, self._clock = participant, scheduler, clock
-        self.sealed: int | None = None
         self.changes = 0
+        self._every: int | None = None  # the interval in force; None where it is fixed
         self._pace: Pace | None = None
         self._asked = False
         self._captures = 0
@@ -55,31 +56,43 @@ class Pacing:
         """The interval; 0 where nothing is saved unasked."""
         return self._scheduler.every or 0
 
+    def seal(self) -> Paced:
+        """For the checkpoint's state: the interval in force; on rank 0 also what checkpoints have cost at it."""
+        if self._every is None:
+            return {}
+        if self._pace is None:
+            return {"interval": self._every}
+        seconds = cast(PacedSeconds, self._pace.kept())
+        return {"interval": self._every, "costs": {"ranks": self._participant.world_size, "seconds": seconds}}
+
     def passed(self, count: int, step: int, captures: int) -> None:
         """The rank goes on after boundary number `count` of the session; `captures` were sealed so far."""
-        if self.sealed is None:
+        if self._every is None:
             return
         if (told := self._participant.interval(count)) is not None:
             self._change(*told, step)
         if self._pace is not None:
             self._watch(self._pace, step, captures)
 
-    def restored(self, steps: int | None) -> None:
-        """Everything is as at a checkpoint that was made at this interval, if it was an automatic one. The job may have
-        been given other limits since.
+    def restored(self, sealed: Paced) -> None:
+        """Everything is as at a checkpoint that has this, if its interval was an automatic one. The job may have been
+        given other limits since.
         """
-        if self.sealed is None:
+        if self._every is None:
             return
         self._since = None
         self._on_way.clear()
+        steps, costs = sealed.get("interval"), sealed.get("costs")
         if steps is not None:
             self._hold(self._limits.within(steps))
         if self._pace is not None:
             self._pace.forget_stretch()
             self._pace.follow(self._scheduler.every or 1)
+            if costs is not None and steps == self._every and costs["ranks"] == self._participant.world_size:
+                self._pace.take_up(cast(dict[str, list[float]], costs["seconds"]))
 
     def _hold(self, steps: int) -> None:
-        self._scheduler.every = self.sealed = steps
+        self._scheduler.every = self._every = steps
 
     def _change(self, steps: int, why: str, step: int) -> None:
         if self._participant.rank == 0:

@@ -257,5 +257,5 @@ class Restores:
         self._captures.updates, self._last.unsaved = sealed["updates"], False
         self._boundary.start_at(sealed["step"])
         self._statistics.restored(sealed["step"])
-        self._pacing.restored(sealed.get("interval"))
+        self._pacing.restored(sealed)
         self._boundary.restore(sealed["boundary"])

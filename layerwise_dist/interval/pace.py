@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
+from collections.abc import Mapping, Sequence
 
 from layerwise_dist.interval.rule import Choice, Costs, Limits, choose
 
@@ -14,6 +15,7 @@ LEAST_COSTS, LEAST_QUIET = 5, 3  # checkpoints and steps that are measured befor
 _NEVER_QUIET = 8  # checkpoints in a row without a step that none slowed down
 _NEVER_QUIET_YET = 4  # the same, while too few such steps are known to compare with
 _REMEMBERED = 32  # costs; and as many steps
+_KEPT = 8  # of them over a restart: soon outweighed, should the new machine be another
 _CHANGE = 1.25  # a smaller change is not worth one
 _LEAP = 4  # times as much, or as little, at once
 
@@ -71,6 +73,18 @@ class Pace:
         self._writes.append(write_s)
         self._written.append(write_s)
 
+    def kept(self) -> dict[str, list[float]]:
+        """The newest seconds of each kind, by the names of `Costs`: for a job that fails before it has measured enough
+        in one life.
+        """
+        return {name: list(each)[-_KEPT:] for name, each in self._measurements.items()}
+
+    def take_up(self, kept: Mapping[str, Sequence[float]]) -> None:
+        """Goes on with what an earlier life kept, at this interval. What this one has measured itself stands."""
+        for name, each in self._measurements.items():
+            if not each:
+                each.extend(kept[name])
+
     def decide(self) -> Choice | None:
         """A new interval, if there should be one. It takes effect once `follow` says so."""
         if len(self._quiet) < LEAST_QUIET and self._since_quiet >= _NEVER_QUIET_YET:
@@ -83,6 +97,8 @@ class Pace:
         self._fresh = False
         if len(self._costs) < LEAST_COSTS or len(self._quiet) < LEAST_QUIET or not self._writes:
             return None
+        if not self.measured.step_s > 0:
+            return None  # by a clock too coarse for it
         choice = choose(self.measured, self._limits)
         steps = self._limits.within(min(max(choice.steps, -(-self.steps // _LEAP)), _LEAP * self.steps))
         if steps == self.steps or max(steps, self.steps) < _CHANGE * min(steps, self.steps):
@@ -98,4 +114,10 @@ class Pace:
     @property
     def measured(self) -> Costs:
         """Medians. REQUIRES: at least one of each was measured."""
-        return Costs(*map(statistics.median, (self._quiet, self._costs, self._writes, self._disk)))
+        return Costs(**{name: statistics.median(each) for name, each in self._measurements.items()})
+
+    @property
+    def _measurements(self) -> dict[str, deque[float]]:
+        return {
+            "step_s": self._quiet, "checkpoint_s": self._costs, "write_s": self._writes, "disk_s": self._disk
+        }  # fmt: skip

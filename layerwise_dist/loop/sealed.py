@@ -121,13 +121,33 @@ class _SealedState(TypedDict):
     extra_state: dict[str, Any]
 
 
-class SealedState(_SealedState, total=False):
-    """All of it. `standing`: parameters that stand for others, by fqn. `aliases`: further names of tied ones.
-    `classes`: of the LR schedulers and GradScalers in `objects`, by name. `interval`: steps between checkpoints, where
-    that follows what they cost.
-    """
+class PacedSeconds(TypedDict):
+    """As `interval.Costs` has them, newest last."""
+
+    step_s: list[float]
+    checkpoint_s: list[float]
+    write_s: list[float]
+    disk_s: list[float]
+
+
+class PacedCosts(TypedDict):
+    """What checkpoints of a job of so many ranks were found to cost."""
+
+    ranks: int
+    seconds: PacedSeconds
+
+
+class Paced(TypedDict, total=False):
+    """Where the interval follows what checkpoints cost: steps between them; and on rank 0, what they cost."""
 
     interval: int
+    costs: PacedCosts
+
+
+class SealedState(_SealedState, Paced, total=False):
+    """All of it. `standing`: parameters that stand for others, by fqn. `aliases`: further names of tied ones.
+    `classes`: of the LR schedulers and GradScalers in `objects`, by name.
+    """
 
     classes: dict[str, str]
     aliases: dict[str, list[str]]

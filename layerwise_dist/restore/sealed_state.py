@@ -199,6 +199,21 @@ class StandingSchema(PartSchema):
     nested: dict[str, StandingSchema]
 
 
+_Seconds = Annotated[list[Annotated[float, Field(ge=0, allow_inf_nan=False)]], Field(max_length=32)]
+
+
+class SecondsSchema(PartSchema):
+    step_s: _Seconds
+    checkpoint_s: _Seconds
+    write_s: _Seconds
+    disk_s: _Seconds
+
+
+class CostsSchema(PartSchema):
+    ranks: _Many
+    seconds: SecondsSchema
+
+
 class SealedSchema(PartSchema):
     step: int = Field(ge=0, lt=STEPS_END)
     updates: _Count
@@ -212,6 +227,7 @@ class SealedSchema(PartSchema):
     aliases: dict[str, list[str]] = {}
     classes: dict[str, str] = {}
     interval: int = Field(default=1, ge=1, lt=STEPS_END)
+    costs: CostsSchema | None = None
     standing: dict[str, StandingSchema] = {}
 
 
