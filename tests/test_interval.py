@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections import deque
@@ -170,12 +171,26 @@ def test_what_a_life_measured_itself_stands_and_little_of_others_is_kept() -> No
     assert pace.kept() == {**kept, "checkpoint_s": [0.5], "write_s": [0.25], "disk_s": [0.125]}
 
 
-def test_steps_of_no_time_decide_nothing() -> None:
+@pytest.mark.parametrize("step_s", [0.0, 5e-324, 1e-10])
+def test_steps_of_no_time_decide_nothing(step_s: float) -> None:
     pace = Pace(Limits())
-    pace.take_up({"step_s": [0.0] * 5, "checkpoint_s": [0.5] * 8, "write_s": [0.25] * 8, "disk_s": [0.125] * 8})
-    pace.step(0.0, busy=True, begun=1)
-    pace.step(0.0, busy=False, begun=0)
+    pace.take_up({"step_s": [step_s] * 5, "checkpoint_s": [0.5] * 8, "write_s": [0.25] * 8, "disk_s": [0.125] * 8})
+    pace.step(step_s, busy=True, begun=1)
+    pace.step(step_s, busy=False, begun=0)
     assert pace._fresh and pace.decide() is None
+
+
+@pytest.mark.parametrize("mtbf_s", [None, 18.0])
+def test_whatever_a_reader_lets_through_is_decided_on_within_bounds(mtbf_s: float | None) -> None:
+    """A directory's own numbers raise nothing in training, and are outweighed."""
+    for seconds in itertools.product(([], [0.0] * 8, [1e-9] * 8, [1e9] * 32), repeat=4):
+        pace = Pace(Limits(mtbf_s=mtbf_s))
+        pace.take_up(dict(zip(("step_s", "checkpoint_s", "write_s", "disk_s"), seconds, strict=True)))
+        for step in range(12):
+            pace.step(1.0, busy=step % 2 == 0, begun=step % 2 == 0)
+            if (choice := pace.decide()) is not None:
+                assert 1 <= choice.steps <= 4 * pace.steps
+                pace.follow(choice.steps)
 
 
 # -- at one boundary ---------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ _NEVER_QUIET = 8  # checkpoints in a row without a step that none slowed down
 _NEVER_QUIET_YET = 4  # the same, while too few such steps are known to compare with
 _REMEMBERED = 32  # costs; and as many steps
 _KEPT = 8  # of them over a restart: soon outweighed, should the new machine be another
+_LEAST_STEP_S = 1e-9  # what takes less was measured by a clock too coarse for it
 _CHANGE = 1.25  # a smaller change is not worth one
 _LEAP = 4  # times as much, or as little, at once
 
@@ -95,10 +96,9 @@ class Pace:
         if not self._fresh:
             return None
         self._fresh = False
-        if len(self._costs) < LEAST_COSTS or len(self._quiet) < LEAST_QUIET or not self._writes:
+        enough = len(self._costs) >= LEAST_COSTS and len(self._quiet) >= LEAST_QUIET
+        if not enough or not all(self._measurements.values()) or self.measured.step_s < _LEAST_STEP_S:
             return None
-        if not self.measured.step_s > 0:
-            return None  # by a clock too coarse for it
         choice = choose(self.measured, self._limits)
         steps = self._limits.within(min(max(choice.steps, -(-self.steps // _LEAP)), _LEAP * self.steps))
         if steps == self.steps or max(steps, self.steps) < _CHANGE * min(steps, self.steps):

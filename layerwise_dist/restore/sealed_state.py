@@ -199,7 +199,8 @@ class StandingSchema(PartSchema):
     nested: dict[str, StandingSchema]
 
 
-_Seconds = Annotated[list[Annotated[float, Field(ge=0, allow_inf_nan=False)]], Field(max_length=32)]
+# Bounds within which nothing that is worked out from them overflows.
+_Seconds = Annotated[list[Annotated[float, Field(ge=0, le=1e9)]], Field(max_length=32)]
 
 
 class SecondsSchema(PartSchema):
