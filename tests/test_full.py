@@ -123,7 +123,6 @@ def test_a_commit_does_not_wait_for_the_next_update(tmp_path: Path) -> None:
     def run(transport: LocalTransport) -> None:
         model, optimizer = build(0)
         env = slow("write", 0.05)
-        # The first three checkpoints are written before their boundary is over.
         with assembly.assemble(model, optimizer, settings(str(tmp_path), keep_last=9), transport, env) as engine:
             for step in engine.steps(5):
                 loss = model(torch.randn(2, 6)).square().mean()
@@ -134,6 +133,7 @@ def test_a_commit_does_not_wait_for_the_next_update(tmp_path: Path) -> None:
                     while not capture.write.leases_over():
                         assert time.monotonic() < deadline
                         time.sleep(0.01)
+                    workings_of(engine).participant.wait(3, "committed", 60)
                     time.sleep(0.1)
                     assert workings_of(engine).participant.reached("committed") == 3
                     loss.backward()

@@ -164,12 +164,12 @@ def _lost_on_a_slow_disk(root: Path) -> int:
     env.delay("write", "*rank_*", 0.01)
     model = nn.Linear(128, 256)
     optimizer = Sam(model.parameters())
-    config = load_config(
-        None, dir=str(root), pool_mb=8, fence_timeout_s=5, writer={"queue_depth": 1, "block_kb": 64, "backend": "posix"}
-    )
+    writer = {"queue_depth": 1, "block_kb": 64, "backend": "posix"}
+    commit = {"raise_after": 1000}  # aborted ones are counted, and don't end the job
+    config = load_config(None, dir=str(root), pool_mb=8, fence_timeout_s=5, writer=writer, commit=commit)
     ckpt = assembly.assemble(model, optimizer, config, LocalTransport(LocalHub(1), 0), env)
     with ckpt:
-        for _ in ckpt.steps(6):  # the first ones are written before their boundary is over, since all is audited
+        for _ in ckpt.steps(6):  # the first one is written before its boundary is over, since all is audited
 
             def backward() -> None:
                 model(torch.ones(2, 128)).square().mean().backward()

@@ -37,7 +37,7 @@ def fenced(root: Path, pool_mb: int) -> tuple[list[int], dict[str, Any]]:
     """Trains on a slow disk; at each fence, how many blocks were still on their way when it let the update go on."""
     model, optimizer = build()
     pending = []
-    # The first checkpoints are audited, which means written before their boundary is over.
+    # The first checkpoint is audited in full and awaited: it is written before its boundary is over.
     with attach(model, optimizer, root, slow(0.002), pool_mb=pool_mb, max_in_flight=4) as ckpt:
         captures: Any = workings_of(ckpt).captures
         for step in ckpt.steps(8):

@@ -28,7 +28,7 @@ from layerwise_dist.engine import assembly
 
 torch.set_num_threads(1)
 SIZE, LAYERS, STEPS = 256, 3, 6  # a tensor has 256 KiB
-FROM = 4  # the first checkpoints are written before their boundary is over
+FROM = 4  # the first checkpoints are audited in full, and the very first is written before its boundary is over
 LATER: list[Any] = []  # what was freed is used again by others
 HOLES: list[Any] = []  # what fills those that imports have left in the heap
 
