@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from kit.forked import fork_from
 from kit.runners import Warm
 from typer.testing import CliRunner
 
-from layerwise_dist.bench import paired, raw, workplace
+from layerwise_dist.bench import paired, raw, train, workplace
 from layerwise_dist.bench.figures import Interval, Spread
 from layerwise_dist.bench.paired import order_of
 from layerwise_dist.bench.train_worker import by_checkpoint
@@ -131,7 +132,10 @@ def test_training_is_measured_under_each_way_to_checkpoint(
             continue
         assert set(row["committed_s"]) == set(row["ratio_to_dcp_async"]) == SPREAD
         assert 0 < row["stall_ms_p50"] <= row["stall_ms_p99"]
-        assert row["flushes"] == ("yes" if mode.startswith("layerwise") else "files, not folders")
+        ours = mode.startswith("layerwise")
+        assert list(row["stalls_ms"]) == (["1st", "later"] if ours else [])
+        assert all(0 <= of["audit_p99"] <= of["p99"] for of in row["stalls_ms"].values())
+        assert row["flushes"] == ("yes" if ours else "files, not folders")
     assert rows["layerwise", every[0]]["copied_share"]["median"] > 0
 
 
@@ -229,6 +233,7 @@ def test_training_under_deepspeed_is_measured_against_its_own_saves(
         row = rows[mode]
         assert set(row["ratio_to_plain"]) == set(row["ratio_to_save_checkpoint"]) == set(row["committed_s"]) == SPREAD
         assert 0 < row["stall_ms_p50"] <= row["stall_ms_p99"]
+        assert list(row["stalls_ms"]) == (["1st", "later"] if mode == "layerwise" else [])
         assert row["flushes"] == ("yes" if mode == "layerwise" else "no")
 
 
@@ -428,6 +433,30 @@ def test_a_figure_is_the_median_with_its_extremes() -> None:
     assert Spread.of([3.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0)
     assert Spread.of([3.0, 1.0, 2.0]).text(10, 1) == "20.0 (10.0–30.0)"
     assert Spread.of([1.0, 1.0]).text() == "1.00"
+
+
+def test_the_first_stalls_of_a_block_stand_apart_with_what_audits_took() -> None:
+    """Two ranks: the one that stalls longest counts, with its own audit."""
+    plain = {"mode": "none", "every": 1, "seconds": [[1.0], [1.0]], "peak": [0, 0]}
+    ranks = {
+        "seconds": [[1.0], [1.0]],
+        "peak": [0, 0],
+        "committed": [[0.1], [0.1]],
+        "copied": [None, None],
+        "disk": 1.0,
+    }
+    mine = {
+        **ranks, "mode": "layerwise", "every": 1, "stalls": [[0.003, 0.004], [0.002, 0.005]],
+        "audits": [[0.001, 0.0], [0.002, 0.001]], "first": [[[0.2, 0.19], [0.05, 0.04]], [[0.1, 0.1], [0.06, 0.03]]],
+    }  # fmt: skip
+    heard: Any = SimpleNamespace(blocks=[plain, mine, plain], total_bytes=1, state_bytes=[1, 1])
+    stalls = train._Figures(heard, "layerwise", 1).stalls_of()
+    parted = {place: train._parted(found) for place, found in stalls.items()}
+    row = {"title": "layerwise", "every": 1, "stalls_ms": parted}
+    (chart,) = train._stall_charts([row, {"title": "a peer", "every": 1, "stalls_ms": {}}], 1)
+    assert chart.columns == ["", "1st", "2nd", "later, p50", "p99"]
+    assert chart.rows == [["layerwise", "200.0 (190.0)", "60.0 (30.0)", "4.0 (1.0)", "5.0 (1.0)"]]
+    assert train._stall_charts([row], 2) == []
 
 
 def test_a_stall_belongs_to_the_checkpoint_that_caused_it() -> None:

@@ -33,6 +33,14 @@ def test_all_ranks_change_the_interval_at_one_step_and_a_resume_keeps_it(warm: W
         assert steps == [step for step, every in enumerate(seen, 1) if step % every == 0]
         assert found[0][f"{mode} resumed"] == seen[steps[-1] - 1]
     assert all(1 <= steps <= 40 for steps in found[0]["real"])
+    for folder in (path for path in tmp_path.iterdir() if path.is_dir()):
+        model = torch.nn.Linear(6, 4)
+        options = settings(str(folder), every_n_steps="auto", save_last=False)
+        with lwd.attach(model, torch.optim.AdamW(model.parameters()), options) as ckpt:
+            assert ckpt.restore() is not None
+            assert ckpt.stats()["every_n_steps"] in {3, 7, *found[0]["real"]}
+            pace = workings_of(ckpt).pacing._pace
+            assert pace is not None and not any(pace.kept().values()), "two ranks measured it, and one goes on"
 
 
 def test_one_rank_alone_saves_at_the_interval_and_its_last_step(tmp_path: Path) -> None:

@@ -55,6 +55,10 @@ class Mode:
         """Seconds, since `start`, that the training thread spent in calls of the mode."""
         return 0.0
 
+    def audited(self) -> float | None:
+        """What of `stalled` audits took, in seconds; None for a mode without them."""
+        return None
+
     def between(self, step: int) -> None:
         """After each iteration, outside the measured time."""
 
@@ -94,6 +98,9 @@ class Layerwise(Mode):
 
     def stalled(self) -> float:
         return float(self._engine.stats()["stall_s"])
+
+    def audited(self) -> float | None:
+        return float(self._engine.stats()["stall_audit_s"])
 
     def finish(self) -> None:
         self._engine.close()

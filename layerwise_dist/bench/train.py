@@ -26,6 +26,7 @@ from layerwise_dist.percentiles import percentile
 from layerwise_dist.units import size
 
 _RAW_BYTES = 512 << 20
+_PLACES = ("1st", "2nd", "3rd")  # checkpoints of a block that are audited in full
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +132,8 @@ class _Figures:
         plain = [fmean(_mean_step(block) for block in pair) for pair in around]
         self.seconds = [_mean_step(block) for block in mine]
         self.ratios = [step / base for step, base in zip(self.seconds, plain, strict=True)]
-        stalls = [max(at_once) for block in mine for at_once in zip(*block["stalls"], strict=True)]
-        self.stalls_ms = [1e3 * stall for stall in stalls]
+        self.stalls_ms = [1e3 * max(at_once) for block in mine for at_once in zip(*block["stalls"], strict=True)]
+        self.audited = [block for block in mine if block["audits"][0] is not None]  # in all of them or in none
         self.committed = [took for block in mine for took in block["committed"][0]]
         ranks = range(len(heard.state_bytes))
         self.extra = [
@@ -146,6 +147,23 @@ class _Figures:
             for step, base, least in zip(self.seconds, plain, writing, strict=True)
             if least > base * every
         ]
+
+    def stalls_of(self) -> dict[str, list[tuple[float, float]]]:
+        """By checkpoint of a block ("1st", ..., "later"), of all blocks: milliseconds of stall of the rank that stalls
+        longest, and what of them audits took. Empty for a mode without audits.
+        """
+        found: dict[str, list[tuple[float, float]]] = {}
+        for block in self.audited:
+            for place, ranks in enumerate(zip(*block["first"], strict=True)):
+                found.setdefault(_PLACES[place], []).append(_longest(ranks))
+            pairs = [list(zip(*each, strict=True)) for each in zip(block["stalls"], block["audits"], strict=True)]
+            found.setdefault("later", []).extend(_longest(ranks) for ranks in zip(*pairs, strict=True))
+        return found
+
+
+def _longest(ranks: Sequence[Sequence[float]]) -> tuple[float, float]:
+    stall, audit = max(tuple(each) for each in ranks)
+    return 1e3 * stall, 1e3 * audit
 
 
 def _mean_step(block: dict[str, Any]) -> float:
@@ -175,7 +193,7 @@ def _findings(bench: TrainBench, command: str, about: dict[str, Any], heard: _He
             found = _row(mode, figures[mode["mode"]], figures.get(baseline), key, every, total, rank_bytes)
             rows.append(found)
             chart.rows.append(_cells(found, key))
-        charts.append(chart)
+        charts += [chart, *_stall_charts(rows, every)]
     missing = {mode["title"]: mode["problem"] for mode in heard.tried if mode["problem"] is not None}
     disk = Spread.of(heard.disk)
     shape = bench.shape
@@ -211,14 +229,39 @@ def _row(
     if mode["mode"] == "layerwise-off-step":
         keys = (key, "stall_ms_p50", "stall_ms_p99", "committed_s", "bytes_per_s", "copied_share",
                 "ratio_to_disk_bound")  # fmt: skip
-        return {**row, **dict.fromkeys(keys)}
+        return {**row, **dict.fromkeys(keys), "stalls_ms": {}}
     to_baseline = [a / b for a, b in zip(mine.ratios, baseline.ratios, strict=True)] if baseline else []
     return {
         **row, key: spread(to_baseline),
         "stall_ms_p50": median(mine.stalls_ms), "stall_ms_p99": percentile(mine.stalls_ms, 99),
         "committed_s": spread(mine.committed), "bytes_per_s": spread([total / took for took in mine.committed]),
         "copied_share": spread(mine.copied), "ratio_to_disk_bound": spread(mine.disk_bound),
+        "stalls_ms": {place: _parted(stalls) for place, stalls in mine.stalls_of().items()},
     }  # fmt: skip
+
+
+def _parted(stalls: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """Medians and 99th percentiles: of whole stalls, and of audits."""
+    whole, audits = zip(*stalls, strict=True)
+    return {
+        "p50": median(whole), "p99": percentile(whole, 99),
+        "audit_p50": median(audits), "audit_p99": percentile(audits, 99),
+    }  # fmt: skip
+
+
+def _stall_charts(rows: Sequence[dict[str, Any]], every: int) -> list[Chart]:
+    """The stalls of modes with audits, the first checkpoints apart: one chart, or none."""
+    mine = [row for row in rows if row["every"] == every and row.get("stalls_ms")]
+    if not mine:
+        return []
+    places = list(mine[0]["stalls_ms"])
+    columns = ["", *(place if place != "later" else "later, p50" for place in places), "p99"]
+    chart = Chart("The stall by checkpoint of a block, ms; in parentheses what audits took", columns, 1)
+    for row in mine:
+        cells = [f"{of['p50']:.1f} ({of['audit_p50']:.1f})" for of in row["stalls_ms"].values()]
+        last = row["stalls_ms"]["later"]
+        chart.rows.append([row["title"], *cells, f"{last['p99']:.1f} ({last['audit_p99']:.1f})"])
+    return [chart]
 
 
 def _cells(row: dict[str, Any], baseline: str) -> list[str]:

@@ -28,6 +28,7 @@ from layerwise_dist.bench.model import Shape, windows
 from layerwise_dist.bench.modes import MODES, Mode
 from layerwise_dist.bench.raw import RawFile
 from layerwise_dist.bench.trainings import DeepSpeedTraining, Training
+from layerwise_dist.capture.audit import FULL_FIRST
 from layerwise_dist.capture.pages import back_by_huge_pages
 from layerwise_dist.commit.transports.rendezvous import over_default_group
 
@@ -109,21 +110,24 @@ class Worker:
         self._barrier()
         memory.start_peak()
         mode.start(self._new_folder())
-        seconds, stalls = [], []
+        seconds, stalls, audits = [], [], []
         for step in range(1, warm + steps + 1):
             if step == warm + 1:
                 mode.to_committed.clear()
-            before = mode.stalled()
-            took = self._iterate(mode, step)
-            if step > warm:
-                seconds.append(took)
-                stalls.append(mode.stalled() - before)
+            stalled, audited = mode.stalled(), mode.audited()
+            seconds.append(self._iterate(mode, step))
+            stalls.append(mode.stalled() - stalled)
+            audits.append((mode.audited() or 0.0) - (audited or 0.0))
             mode.between(step)
         mode.finish()
         mine = {
-            "seconds": seconds, "stalls": by_checkpoint(stalls, every), "committed": mode.to_committed,
-            "peak": memory.peak(), "copied": mode.bytes_copied(),
+            "seconds": seconds[warm:], "stalls": by_checkpoint(stalls[warm:], every), "committed": mode.to_committed,
+            "peak": memory.peak(), "copied": mode.bytes_copied(), "audits": None, "first": None,
         }  # fmt: skip
+        if audited is not None:
+            mine["audits"] = by_checkpoint(audits[warm:], every)
+            first = zip(by_checkpoint(stalls[:warm], every), by_checkpoint(audits[:warm], every), strict=True)
+            mine["first"] = [list(pair) for pair in first][:FULL_FIRST]
         self._clean()
         return {key: [rank[key] for rank in everyone] for everyone in [self._all(mine)] for key in mine}
 
