@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from layerwise_dist.supervision.processes import terminable
+from layerwise_dist.supervision.scratch import scratch
 
 CHECKPOINTS_AT_ONCE = 8  # two kept, two in flight, three files to be reused, and one being removed
 
@@ -29,12 +28,8 @@ def workplace(directory: str, *, disk_bytes: int, memory_bytes: int) -> Iterator
     free = os.statvfs(directory)
     _enough(disk_bytes, free.f_bavail * free.f_frsize, f"free space in {directory}")
     _enough(memory_bytes, available_memory(), "memory")
-    with terminable():
-        folder = Path(tempfile.mkdtemp(prefix="layerwise-bench-", dir=directory))
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder)
+    with terminable(), scratch(directory, "layerwise-bench-") as folder:
+        yield folder
 
 
 def available_memory() -> int:

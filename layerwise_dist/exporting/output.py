@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from layerwise_dist.errors import DamageError
+from layerwise_dist.supervision.scratch import scratch
 
 
 @contextmanager
@@ -23,9 +22,8 @@ def beside(out: str | os.PathLike[str], *, folder: bool) -> Iterator[Path]:
     target = Path(os.path.abspath(os.path.expanduser(os.fspath(out))))
     if os.path.lexists(target):
         raise FileExistsError(17, "already exists, and an export overwrites nothing", str(target))
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    try:
-        made = scratch / target.name
+    with scratch(target.parent, f".{target.name}.partial-") as partial:
+        made = partial / target.name
         if folder:
             made.mkdir()
         yield made
@@ -37,8 +35,6 @@ def beside(out: str | os.PathLike[str], *, folder: bool) -> Iterator[Path]:
         else:
             os.link(made, target)  # as this does where anything has
         flush(target.parent)
-    finally:
-        shutil.rmtree(scratch)
 
 
 def flush(path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from layerwise_dist.rehearsal.reasons import Reason
 from layerwise_dist.rehearsal.running import Process, Run, RunFailed, Say, Start, run
 from layerwise_dist.rehearsal.story import Divergence, divergences, first_of
 from layerwise_dist.supervision.processes import undisturbed
+from layerwise_dist.supervision.scratch import new_name
 
 _HASH_SEED = "PYTHONHASHSEED"
 
@@ -94,15 +94,16 @@ class Trial:
         OSError where the folder or the command can't be used.
         """
         parent = os.path.realpath(self._directory)
-        folder = Path(tempfile.mkdtemp(prefix="layerwise-rehearsal-", dir=parent))
+        folder = new_name(parent, "layerwise-rehearsal-")
         kept = str(folder) if keep else None
         try:
+            folder.mkdir(mode=0o700)
             return replace(self._run(folder), ranks=self._ranks, notes=self._notes), kept
         except RunFailed as error:
             error.kept = kept
             raise
         except BaseException:
-            if keep:
+            if keep and folder.exists():
                 self._say(f"kept: {folder}")
             raise
         finally:

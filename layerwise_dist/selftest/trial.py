@@ -11,7 +11,6 @@ import os
 import random
 import shutil
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise_dist.supervision.processes import descendants, kill_all, running, terminable
+from layerwise_dist.supervision.scratch import new_name
 
 MARK = "@layerwise-selftest "
 RANKS, STEPS = 2, 20
@@ -74,8 +74,9 @@ class Trial:
     def run(self) -> list[Check]:
         """Raises TrialFailed when a job ends otherwise than it should, or not within two minutes."""
         with terminable():
-            folder = Path(tempfile.mkdtemp(prefix="layerwise-selftest-", dir=self._directory))
+            folder = new_name(self._directory, "layerwise-selftest-")
             try:
+                folder.mkdir(mode=0o700)
                 return self._run(folder)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
