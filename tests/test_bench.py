@@ -438,16 +438,10 @@ def test_a_figure_is_the_median_with_its_extremes() -> None:
 def test_the_first_stalls_of_a_block_stand_apart_with_what_audits_took() -> None:
     """Two ranks: the one that stalls longest counts, with its own audit."""
     plain = {"mode": "none", "every": 1, "seconds": [[1.0], [1.0]], "peak": [0, 0]}
-    ranks = {
-        "seconds": [[1.0], [1.0]],
-        "peak": [0, 0],
-        "committed": [[0.1], [0.1]],
-        "copied": [None, None],
-        "disk": 1.0,
-    }
     mine = {
-        **ranks, "mode": "layerwise", "every": 1, "stalls": [[0.003, 0.004], [0.002, 0.005]],
-        "audits": [[0.001, 0.0], [0.002, 0.001]], "first": [[[0.2, 0.19], [0.05, 0.04]], [[0.1, 0.1], [0.06, 0.03]]],
+        **plain, "mode": "layerwise", "committed": [[0.1], [0.1]], "copied": [None, None], "disk": 1.0,
+        "stalls": [[[0.003, 0.001], [0.004, 0.0]], [[0.002, 0.002], [0.005, 0.001]]],
+        "first": [[[0.2, 0.19], [0.05, 0.04]], [[0.1, 0.1], [0.06, 0.03]]],
     }  # fmt: skip
     heard: Any = SimpleNamespace(blocks=[plain, mine, plain], total_bytes=1, state_bytes=[1, 1])
     stalls = train._Figures(heard, "layerwise", 1).stalls_of()

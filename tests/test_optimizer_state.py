@@ -7,20 +7,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import layerwise_native_testing as testing
 import pytest
 import torch
+from kit.chain import on_a_slow_disk
 from kit.odd_optimizers import SAVED, Container, Inner, InState, Sam, Told, differs, everything, job, of, train
 from kit.runners import Warm
 from torch import nn
 
 import layerwise_dist as lwd
 from layerwise_dist import errors
-from layerwise_dist._native import PosixEnv
 from layerwise_dist.capture.survey import Surveyor
-from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
-from layerwise_dist.config import load_config
-from layerwise_dist.engine import assembly
 from layerwise_dist.frameworks import elsewhere, nested
 
 torch.set_num_threads(1)
@@ -160,15 +156,9 @@ def test_a_step_that_calls_its_parent_s_is_one_update(tmp_path: Path) -> None:
 
 def _lost_on_a_slow_disk(root: Path) -> int:
     """How many checkpoints are, with an optimizer that changes parameters before it calls its closure."""
-    env = testing.FaultEnv(PosixEnv())
-    env.delay("write", "*rank_*", 0.01)
     model = nn.Linear(128, 256)
     optimizer = Sam(model.parameters())
-    writer = {"queue_depth": 1, "block_kb": 64, "backend": "posix"}
-    commit = {"raise_after": 1000}  # aborted ones are counted, and don't end the job
-    config = load_config(None, dir=str(root), pool_mb=8, fence_timeout_s=5, writer=writer, commit=commit)
-    ckpt = assembly.assemble(model, optimizer, config, LocalTransport(LocalHub(1), 0), env)
-    with ckpt:
+    with on_a_slow_disk(model, optimizer, root) as ckpt:
         for _ in ckpt.steps(6):  # the first one is written before its boundary is over, since all is audited
 
             def backward() -> None:

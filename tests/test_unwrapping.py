@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import layerwise_native_testing as testing
 import pytest
 import torch
 import torch.distributed.algorithms.model_averaging.averagers as averagers
+from kit.chain import on_a_slow_disk
 from kit.runners import Warm
 from torch import nn
 from torch.distributed.optim import PostLocalSGDOptimizer
@@ -22,9 +22,6 @@ import layerwise_dist as lwd
 from layerwise_dist import errors
 from layerwise_dist._native import PosixEnv
 from layerwise_dist.commit.metadata import CheckpointMetadataManager
-from layerwise_dist.commit.transports.local import LocalHub, LocalTransport
-from layerwise_dist.config import load_config
-from layerwise_dist.engine import assembly
 from layerwise_dist.frameworks import torch_optimizer, unwrapping
 
 torch.set_num_threads(1)
@@ -189,16 +186,10 @@ def test_training_is_what_it_is_without_and_a_resume_goes_on_bit_for_bit(
 
 def slow_writes(root: Path, make: Make) -> tuple[int, int]:
     """Aborted and committed checkpoints of a wrapper on a disk that still writes when its next step begins."""
-    env = testing.FaultEnv(PosixEnv())
-    env.delay("write", "*rank_*", 0.01)
     torch.manual_seed(0)
     model = nn.Linear(128, 256)
     optimizer = make(model)
-    writer = {"queue_depth": 1, "block_kb": 64, "backend": "posix"}
-    commit = {"raise_after": 1000}  # aborted ones are counted, and don't end the job
-    config = load_config(None, dir=str(root), pool_mb=8, fence_timeout_s=5, writer=writer, commit=commit)
-    ckpt = assembly.assemble(model, optimizer, config, LocalTransport(LocalHub(1), 0), env)
-    with ckpt:
+    with on_a_slow_disk(model, optimizer, root) as ckpt:
         for _ in ckpt.steps(8):  # the first one is written before its boundary is over, since all is audited
             model(torch.ones(2, 128)).square().mean().backward()
             optimizer.step()

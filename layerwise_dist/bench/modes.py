@@ -31,6 +31,7 @@ class Mode:
     """Trains without checkpoints, and is what the others are made from. Belongs to the training thread."""
 
     name = "none"
+    audits = False
     flushes = "-"  # whether a saved checkpoint was flushed to the disk when the mode calls it done
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, every: int, ranks: int) -> None:
@@ -55,9 +56,9 @@ class Mode:
         """Seconds, since `start`, that the training thread spent in calls of the mode."""
         return 0.0
 
-    def audited(self) -> float | None:
-        """What of `stalled` audits took, in seconds; None for a mode without them."""
-        return None
+    def audited(self) -> float:
+        """What of `stalled` audits took, in seconds."""
+        return 0.0
 
     def between(self, step: int) -> None:
         """After each iteration, outside the measured time."""
@@ -72,6 +73,7 @@ class Mode:
 
 class Layerwise(Mode):
     name = "layerwise"
+    audits = True
     flushes = "yes"
     settings: dict[str, Any] = {}
 
@@ -99,7 +101,7 @@ class Layerwise(Mode):
     def stalled(self) -> float:
         return float(self._engine.stats()["stall_s"])
 
-    def audited(self) -> float | None:
+    def audited(self) -> float:
         return float(self._engine.stats()["stall_audit_s"])
 
     def finish(self) -> None:

@@ -26,7 +26,7 @@ from layerwise_dist.percentiles import percentile
 from layerwise_dist.units import size
 
 _RAW_BYTES = 512 << 20
-_PLACES = ("1st", "2nd", "3rd")  # checkpoints of a block that are audited in full
+_PLACES = ("1st", "2nd", "3rd")  # checkpoints of a block that are audited in full: audit.FULL_FIRST
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +132,8 @@ class _Figures:
         plain = [fmean(_mean_step(block) for block in pair) for pair in around]
         self.seconds = [_mean_step(block) for block in mine]
         self.ratios = [step / base for step, base in zip(self.seconds, plain, strict=True)]
-        self.stalls_ms = [1e3 * max(at_once) for block in mine for at_once in zip(*block["stalls"], strict=True)]
-        self.audited = [block for block in mine if block["audits"][0] is not None]  # in all of them or in none
+        self.stalls_ms = [_longest(ranks) for block in mine for ranks in zip(*block["stalls"], strict=True)]
+        self.first_ms = [[_longest(ranks) for ranks in zip(*block["first"], strict=True)] for block in mine]
         self.committed = [took for block in mine for took in block["committed"][0]]
         ranks = range(len(heard.state_bytes))
         self.extra = [
@@ -148,20 +148,13 @@ class _Figures:
             if least > base * every
         ]
 
-    def stalls_of(self) -> dict[str, list[tuple[float, float]]]:
-        """By checkpoint of a block ("1st", ..., "later"), of all blocks: milliseconds of stall of the rank that stalls
-        longest, and what of them audits took. Empty for a mode without audits.
-        """
-        found: dict[str, list[tuple[float, float]]] = {}
-        for block in self.audited:
-            for place, ranks in enumerate(zip(*block["first"], strict=True)):
-                found.setdefault(_PLACES[place], []).append(_longest(ranks))
-            pairs = [list(zip(*each, strict=True)) for each in zip(block["stalls"], block["audits"], strict=True)]
-            found.setdefault("later", []).extend(_longest(ranks) for ranks in zip(*pairs, strict=True))
-        return found
+    def stalls_of(self) -> dict[str, Sequence[tuple[float, float]]]:
+        """By checkpoint of a block ("1st", ..., "later"), of all blocks."""
+        return {**dict(zip(_PLACES, zip(*self.first_ms, strict=True), strict=False)), "later": self.stalls_ms}
 
 
 def _longest(ranks: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Milliseconds of the rank that stalls longest, and what of them audits took."""
     stall, audit = max(tuple(each) for each in ranks)
     return 1e3 * stall, 1e3 * audit
 
@@ -231,12 +224,13 @@ def _row(
                 "ratio_to_disk_bound")  # fmt: skip
         return {**row, **dict.fromkeys(keys), "stalls_ms": {}}
     to_baseline = [a / b for a, b in zip(mine.ratios, baseline.ratios, strict=True)] if baseline else []
+    stalls = {place: _parted(found) for place, found in mine.stalls_of().items()}
     return {
         **row, key: spread(to_baseline),
-        "stall_ms_p50": median(mine.stalls_ms), "stall_ms_p99": percentile(mine.stalls_ms, 99),
+        "stall_ms_p50": stalls["later"]["p50"], "stall_ms_p99": stalls["later"]["p99"],
         "committed_s": spread(mine.committed), "bytes_per_s": spread([total / took for took in mine.committed]),
         "copied_share": spread(mine.copied), "ratio_to_disk_bound": spread(mine.disk_bound),
-        "stalls_ms": {place: _parted(stalls) for place, stalls in mine.stalls_of().items()},
+        "stalls_ms": stalls if mode["audits"] else {},
     }  # fmt: skip
 
 

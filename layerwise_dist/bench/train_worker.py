@@ -32,7 +32,7 @@ from layerwise_dist.capture.audit import FULL_FIRST
 from layerwise_dist.capture.pages import back_by_huge_pages
 from layerwise_dist.commit.transports.rendezvous import over_default_group
 
-_RECORD_BYTES = 1 << 20  # of what a rank has measured in a block: some 20 bytes a step
+_RECORD_BYTES = 1 << 20  # of what a rank has measured in a block: some 60 bytes a step
 _GROUP_TIMEOUT = datetime.timedelta(seconds=120)
 
 
@@ -98,7 +98,7 @@ class Worker:
         except Exception as error:  # noqa: BLE001 - whatever a peer raises is its reason, and is shown
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
         problems = [text for text in self._all(problem) if text is not None]
-        about = {"mode": name, "title": mode.name, "flushes": mode.flushes}
+        about = {"mode": name, "title": mode.name, "flushes": mode.flushes, "audits": mode.audits}
         self._say({"tried": {**about, "problem": problems[0] if problems else None}})
         self._clean()
         return not problems
@@ -117,17 +117,18 @@ class Worker:
             stalled, audited = mode.stalled(), mode.audited()
             seconds.append(self._iterate(mode, step))
             stalls.append(mode.stalled() - stalled)
-            audits.append((mode.audited() or 0.0) - (audited or 0.0))
+            audits.append(mode.audited() - audited)
             mode.between(step)
         mode.finish()
+
+        def held(part: slice) -> list[tuple[float, float]]:
+            """Of each checkpoint the stall, and what of it audits took."""
+            return [*zip(by_checkpoint(stalls[part], every), by_checkpoint(audits[part], every), strict=True)]
+
         mine = {
-            "seconds": seconds[warm:], "stalls": by_checkpoint(stalls[warm:], every), "committed": mode.to_committed,
-            "peak": memory.peak(), "copied": mode.bytes_copied(), "audits": None, "first": None,
+            "seconds": seconds[warm:], "first": held(slice(warm))[:FULL_FIRST], "stalls": held(slice(warm, None)),
+            "committed": mode.to_committed, "peak": memory.peak(), "copied": mode.bytes_copied(),
         }  # fmt: skip
-        if audited is not None:
-            mine["audits"] = by_checkpoint(audits[warm:], every)
-            first = zip(by_checkpoint(stalls[:warm], every), by_checkpoint(audits[:warm], every), strict=True)
-            mine["first"] = [list(pair) for pair in first][:FULL_FIRST]
         self._clean()
         return {key: [rank[key] for rank in everyone] for everyone in [self._all(mine)] for key in mine}
 

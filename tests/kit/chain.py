@@ -63,6 +63,14 @@ def slow(seconds: float) -> Any:
     return env
 
 
+def on_a_slow_disk(model: nn.Module, optimizer: torch.optim.Optimizer, root: Path) -> Any:
+    """Still writes when the next step begins. Aborted checkpoints are counted, and don't end the job."""
+    writer = {"queue_depth": 1, "block_kb": 64, "backend": "posix"}
+    return attach(
+        model, optimizer, root, slow(0.01), pool_mb=8, fence_timeout_s=5, writer=writer, commit={"raise_after": 1000}
+    )
+
+
 def plain(steps: int) -> dict[int, dict[str, torch.Tensor]]:
     """What a job without the engine holds after each step."""
     model, optimizer = build()
