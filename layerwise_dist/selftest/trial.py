@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import sys
 import threading
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise_dist.supervision.processes import descendants, kill_all, running, terminable
-from layerwise_dist.supervision.scratch import new_name
+from layerwise_dist.supervision.scratch import scratch
 
 MARK = "@layerwise-selftest "
 RANKS, STEPS = 2, 20
@@ -73,13 +72,8 @@ class Trial:
 
     def run(self) -> list[Check]:
         """Raises TrialFailed when a job ends otherwise than it should, or not within two minutes."""
-        with terminable():
-            folder = new_name(self._directory, "layerwise-selftest-")
-            try:
-                folder.mkdir(mode=0o700)
-                return self._run(folder)
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
+        with terminable(), scratch(self._directory, "layerwise-selftest-", forgiving=True) as folder:
+            return self._run(folder)
 
     def _run(self, folder: Path) -> list[Check]:
         checkpoints = str(folder / "checkpoints")

@@ -22,10 +22,11 @@ def new_name(parent: str | Path, prefix: str) -> Path:
 
 
 @contextmanager
-def scratch(parent: str | Path, prefix: str) -> Iterator[Path]:
+def scratch(parent: str | Path, prefix: str, *, forgiving: bool = False) -> Iterator[Path]:
     """A new folder, open to its owner only. Its removal is not disturbed by a second Ctrl-C.
 
-    Raises OSError where it cannot be made or removed.
+    Raises OSError where it cannot be made or removed; `forgiving`: what cannot be removed stays, where a killed job's
+    last processes may still write in it.
     """
     folder = new_name(parent, prefix)
     try:
@@ -34,4 +35,4 @@ def scratch(parent: str | Path, prefix: str) -> Iterator[Path]:
     finally:
         with undisturbed():
             if folder.exists():
-                shutil.rmtree(folder)
+                shutil.rmtree(folder, ignore_errors=forgiving)
